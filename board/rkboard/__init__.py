@@ -1,0 +1,1 @@
+"""The device itself and its stand-in: emulator, doctor, clocks, deploy."""

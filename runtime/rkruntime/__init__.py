@@ -1,0 +1,1 @@
+"""Board side: bundle -> answers. Light: no torch, no transformers, ever."""

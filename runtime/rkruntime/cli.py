@@ -1,0 +1,98 @@
+"""The `rkedge` command: a table of names, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from rkruntime.errors import RKEdgeError
+
+
+class Entry(NamedTuple):
+    """Where a command lives, and its line in `rkedge --help` (shown without importing the module)."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "demo": Entry("rkboard.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
+    "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
+    "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
+    "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
+    "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are `module.run`, imported by name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command: click.Command = importlib.import_module(entry.module).run
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command when there is none of that name."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and near:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table; no command is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="rkedge")
+def cli(debug: bool) -> None:
+    """From a Gemma 2 checkpoint to a private chat on the NPU of an RK3588 board."""
+
+
+def _report(error: RKEdgeError, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(error.as_dict(), ensure_ascii=False, indent=2))
+    click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+    if error.hint:
+        click.echo(click.style("hint:  ", fg="cyan", bold=True) + error.hint, err=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the console script. Exit codes are those of the error tree, 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = cli.main(args, prog_name="rkedge", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nstopped", err=True)
+        return 130
+    except RKEdgeError as error:
+        if "--debug" in args:
+            raise
+        _report(error, as_json="--json" in args)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One module per command: `run` is the click command that `rkedge` imports when asked."""

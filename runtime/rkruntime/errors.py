@@ -1,0 +1,149 @@
+"""Every error a person can meet, in one tree.
+
+    RKEdgeError                       exit
+    ├── UsageError                      2   the command line or a setting is wrong
+    ├── InputError                      3   a file that was given is not what it should be
+    │   ├── CheckpointError                 model folder, shard, index, config
+    │   ├── AdapterError                    LoRA folder
+    │   ├── BundleError                     rkedge.yaml or a file it names
+    │   ├── ModelFileError                  .rkllm / .rkemu container
+    │   └── OutputError                     the place to write to
+    ├── RefusedError                    4   it could be tried, and is known not to work
+    ├── HostError                       5   this machine lacks something: compiler, toolkit, disk, memory
+    ├── LibraryError                    6   librkllmrt.so: not one, unknown release, contradiction
+    │   └── UnsupportedCallError            the loaded release has no such call or field
+    └── ModelError                      7   the library refused or broke
+        ├── LoadError                       a load that failed
+        ├── RunError                        a run that failed; the model stays loaded
+        └── WorkerError                     the worker process is gone
+            ├── WorkerCrashedError              by a signal or an exit
+            └── WorkerHungError                 no answer within the time limit
+
+A message says what happened, `hint` what to do next. Commands print both, and the traceback with --debug only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class RKEdgeError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: what happened, for a person, without a trailing traceback.
+        hint: the next step; the class's own hint if not given.
+        details: facts for `--json` (JSON types only), such as a diagnosis or the last log lines.
+    """
+
+    exit_code: ClassVar[int] = 1
+    default_hint: ClassVar[str] = "Run the command again with --debug and report what it prints."
+
+    def __init__(self, message: str, *, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = self.default_hint if hint is None else hint
+        self.details = dict(details or {})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as `--json` prints it: `{"error", "message", "hint", "details"}`."""
+        return {"error": type(self).__name__, "message": self.message, "hint": self.hint, "details": self.details}
+
+
+class UsageError(RKEdgeError):
+    """The command line or a setting is wrong."""
+
+    exit_code = 2
+    default_hint = "See the command's --help."
+
+
+class InputError(RKEdgeError):
+    """A file that was given is not what it should be."""
+
+    exit_code = 3
+    default_hint = "Check the path, and that the download or copy was complete."
+
+
+class CheckpointError(InputError):
+    """A model folder, shard, index or config that cannot be used."""
+
+    default_hint = "Download the checkpoint again: a folder with config.json, tokenizer.json and *.safetensors."
+
+
+class AdapterError(InputError):
+    """A LoRA adapter that cannot be used with this base."""
+
+    default_hint = "Give the folder that peft's save_pretrained wrote, trained on this very base model."
+
+
+class BundleError(InputError):
+    """A bundle whose manifest or files are wrong."""
+
+    default_hint = "Copy the bundle again, or convert it again: a complete bundle holds rkedge.yaml and what it lists."
+
+
+class ModelFileError(InputError):
+    """A model container (.rkllm, .rkemu) that is cut, damaged or something else."""
+
+    default_hint = "Compare its size and SHA-256 with the original, and copy or convert it again."
+
+
+class OutputError(InputError):
+    """The place to write to cannot be used."""
+
+    default_hint = "Name another output folder, or remove the one that is there."
+
+
+class RefusedError(RKEdgeError):
+    """It could be tried, and is known not to work."""
+
+    exit_code = 4
+    default_hint = "Follow the advice above, or read docs/ for how to try it all the same."
+
+
+class HostError(RKEdgeError):
+    """This machine lacks something."""
+
+    exit_code = 5
+    default_hint = "Install or free what the message names, then run the command again."
+
+
+class LibraryError(RKEdgeError):
+    """A librkllmrt.so that will not be called."""
+
+    exit_code = 6
+    default_hint = "Name a librkllmrt.so with --library; `rkedge inspect FILE` says what a file is."
+
+
+class UnsupportedCallError(LibraryError):
+    """The loaded release has no such call, field or mode."""
+
+    default_hint = "Use a librkllmrt.so of the release that the message names."
+
+
+class ModelError(RKEdgeError):
+    """The library refused or broke."""
+
+    exit_code = 7
+    default_hint = "Read the log lines above; `rkedge diagnose` explains a saved log."
+
+
+class LoadError(ModelError):
+    """A load that failed."""
+
+
+class RunError(ModelError):
+    """A run that failed; the model stays loaded."""
+
+
+class WorkerError(ModelError):
+    """The worker process is gone; the next load starts a new one."""
+
+
+class WorkerCrashedError(WorkerError):
+    """The worker ended by a signal or an exit of its own."""
+
+
+class WorkerHungError(WorkerError):
+    """The worker gave no answer within its time limit and was ended."""

@@ -1,0 +1,16 @@
+"""Where the files are that are not Python: in the checkout beside the packages, in a wheel inside rkruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_INSTALLED = Path(__file__).resolve().parent / "resources"
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+_IN_CHECKOUT = {"emulator": "board/emulator", "configs": "configs"}
+
+
+def resource(name: str) -> Path:
+    """The folder of a resource (`emulator`: C++ sources; `configs`: recipes, board profiles, settings)."""
+    installed = _INSTALLED / name
+    return installed if installed.is_dir() else _CHECKOUT / _IN_CHECKOUT[name]
