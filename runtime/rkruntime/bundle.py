@@ -1,0 +1,235 @@
+"""A bundle: one folder that holds all a board needs, with a manifest, `rkedge.yaml`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, get_type_hints
+
+import yaml
+
+from rkruntime.errors import BundleError
+from rkruntime.files import sha256_file
+
+SCHEMA: Final = "rkedge-bundle/1"
+MANIFEST: Final = "rkedge.yaml"
+TOKENIZER: Final = "tokenizer.json"
+TEMPLATE: Final = "chat_template.jinja"
+GENERATION_CONFIG: Final = "generation_config.json"
+_MAX_MANIFEST = 1 << 20
+# The runtime stays usable without libyaml; with it, loading is ten times faster.
+_YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights came from: `revision` is a commit of the hub, `sha256` the hash over its weight files' hashes."""
+
+    name: str
+    revision: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hex) of a file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `rkedge.yaml` says.
+
+    Attributes:
+        name: the folder's name when it was made.
+        family: `gemma2` or `gemma`.
+        size: `2B`, `9B`, `27B`, or the parameter count for others.
+        target: `emulator` or `toolkit`.
+        platform: SoC in lower case, `rk3588`.
+        dtype: quantized type, `w8a8`.
+        max_context: the limit built into the model file, in tokens.
+        toolkit_version: release of rkllm-toolkit that made it, or whose behaviour the emulator file follows.
+        model_file: name of the model file in the folder.
+        stop_token_ids: each of these ends an answer.
+        system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
+        files: every file but the manifest, by its path in the folder.
+        options: the conversion's exact options, for a person and for a repeat.
+    """
+
+    name: str
+    family: str
+    size: str
+    parameters: int
+    source: Source
+    target: str
+    platform: str
+    dtype: str
+    npu_cores: int
+    max_context: int
+    toolkit_version: str
+    model_file: str
+    bos_token_id: int
+    stop_token_ids: tuple[int, ...]
+    files: dict[str, FileRecord]
+    adapters: tuple[Source, ...] = ()
+    system_role: str = "fold"
+    created_by: str = ""
+    licence: str = ""
+    notes: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    schema: str = SCHEMA
+
+    def to_yaml(self) -> str:
+        """The manifest's text, in the order of the fields."""
+        plain = json.loads(json.dumps(asdict(self)))
+        return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Manifest:
+        """Parse and check a manifest. Raises BundleError with the key that is wrong."""
+        try:
+            data = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a safe loader
+        except (yaml.YAMLError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST} is not YAML: {error}") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise BundleError(f"{MANIFEST} has the schema {found!r}; this release reads {SCHEMA!r}.")
+        manifest: Manifest = _build(cls, data, "")
+        for name in manifest.files:
+            _check_name(name)
+        if manifest.model_file not in manifest.files:
+            raise BundleError(f"{MANIFEST}: model_file {manifest.model_file!r} is not one of its files.")
+        return manifest
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+        raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}.")
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """A value of the dataclass field type `kind` from YAML's plain data, or BundleError with the key's path."""
+    origin = getattr(kind, "__origin__", None)
+    if kind is Any:
+        return data
+    if origin is tuple and isinstance(data, list):
+        return tuple(_build(kind.__args__[0], item, f"{where}[{at}]") for at, item in enumerate(data))
+    if origin is dict and isinstance(data, dict):
+        return {str(key): _build(kind.__args__[1], item, f"{where}.{key}") for key, item in data.items()}
+    if hasattr(kind, "__dataclass_fields__") and isinstance(data, dict):
+        return _build_dataclass(kind, data, where)
+    if origin is None and type(data) is kind:
+        return data
+    raise BundleError(f"{MANIFEST}: {where.lstrip('.')} is {type(data).__name__}, which it must not be.")
+
+
+def _build_dataclass(kind: Any, data: Mapping[str, Any], where: str) -> Any:
+    hints = get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}
+    for key in data:
+        if key not in known:
+            raise BundleError(f"{MANIFEST}: unknown key {f'{where}.{key}'.lstrip('.')}.")
+    for name, item in known.items():
+        if name not in data and item.default is MISSING and item.default_factory is MISSING:
+            raise BundleError(f"{MANIFEST}: {f'{where}.{name}'.lstrip('.')} is missing.")
+    return kind(**{key: _build(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The model file."""
+        return self.path / self.manifest.model_file
+
+    @property
+    def tokenizer(self) -> Path:
+        """tokenizer.json."""
+        return self.path / TOKENIZER
+
+    @property
+    def template(self) -> Path:
+        """chat_template.jinja."""
+        return self.path / TEMPLATE
+
+    def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
+        """Compare files with the manifest: size always, SHA-256 once per state of a file.
+
+        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, time of change
+        and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
+
+        Raises:
+            BundleError: a file is missing, cut or changed.
+        """
+        for name in self.manifest.files if names is None else names:
+            self._verify_file(name, trust_stamps)
+
+    def _verify_file(self, name: str, trust_stamps: bool) -> None:
+        record, path = self.manifest.files[name], self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
+            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
+        state = path.stat()
+        if state.st_size != record.size:
+            raise BundleError(
+                f"{path} has {state.st_size:,} bytes; the manifest says {record.size:,}. The copy is cut or changed."
+            )
+        stamp = _Stamp(path, state, record.sha256)
+        if trust_stamps and stamp.known():
+            return
+        if sha256_file(path) != record.sha256:
+            raise BundleError(f"{path} does not have the SHA-256 of the manifest: it was changed or damaged.")
+        stamp.remember()
+
+
+class _Stamp:
+    """A note in the cache folder that a file in this very state had this hash."""
+
+    def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
+        self._text = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino, sha256])
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._file = cache / "rkedge" / "verified" / f"{sha256[:32]}-{state.st_ino}"
+
+    def known(self) -> bool:
+        try:
+            return self._file.read_text() == self._text
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def remember(self) -> None:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(self._text)
+        except OSError:
+            # A read-only home costs time at the next load, nothing else.
+            pass
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read a bundle's manifest; `Bundle.verify` compares the files.
+
+    Raises:
+        BundleError: no bundle, or its manifest is wrong.
+    """
+    manifest = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a folder.", hint="Name the folder that `rkedge convert` wrote.")
+    if not manifest.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
+    try:
+        data = manifest.read_bytes()
+        if len(data) > _MAX_MANIFEST:
+            raise BundleError(f"{manifest} has {len(data):,} bytes; a manifest has a few thousand.")
+        return Bundle(path, Manifest.from_yaml(data.decode()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{manifest} cannot be read: {error}.") from error

@@ -1,0 +1,92 @@
+"""Files that exist are complete: write beside the final name, then rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rkruntime.errors import HostError, OutputError
+
+_BLOCK = 4 << 20
+
+
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as hex; `progress` gets the bytes of each block read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def write_error(path: Path, error: OSError) -> HostError | OutputError:
+    """What a person is told when writing below `path` failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent if path.parent.is_dir() else "/").free
+        return HostError(
+            f"The disk is full: writing {path} stopped with {free / 1e9:.2f} GB free.",
+            hint="Free space on that disk, or name an output folder on another one. Nothing half-written was left.",
+        )
+    return OutputError(f"Cannot write {path}: {error.strerror or error}.")
+
+
+def refuse_existing(final: Path) -> None:
+    """Raise OutputError if there is something at `final` already, or no folder to put it into."""
+    if final.exists() or final.is_symlink():
+        raise OutputError(f"{final} exists already, and is not overwritten.")
+    if not final.parent.is_dir():
+        raise OutputError(f"There is no folder {final.parent} to write into.", hint=f"Make it: mkdir -p {final.parent}")
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A new folder beside `final` that takes its name when the block ends, and vanishes when the block raises.
+
+    Raises:
+        OutputError: `final` exists or cannot be written.
+        HostError: the disk is full.
+    """
+    refuse_existing(final)
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    except OSError as error:
+        raise write_error(final, error) from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        partial.rename(final)
+    except OSError as error:
+        raise write_error(final, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(final: Path) -> Iterator[Path]:
+    """A new file beside `final` that replaces it when the block ends, and vanishes when the block raises."""
+    handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(final)
+    except OSError as error:
+        raise write_error(final, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # The only way to read it is to set it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
