@@ -1,0 +1,46 @@
+# make demo and make test are all that a fresh machine needs: Debian or Ubuntu with python3 (3.10 to 3.12), python3-venv, make, g++.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Exact, because a bare `torch` brings gigabytes of CUDA. For the CPU build, give pip the index that has it (PIP_EXTRA_INDEX_URL).
+TORCH := torch==2.13.0
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
+.PHONY: help demo test lint test-long bench clean
+
+help: ## Say what there is to make
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/base.stamp ## Convert the demo model, with and without its LoRA, and let both answer
+	$(BIN)/rkedge demo
+
+test: lint ## Lint, type check and test
+	$(PYTEST)
+
+test-long: $(VENV)/dev.stamp ## The tests that take longer than make test may
+	$(BIN)/pytest -m long
+
+lint: $(VENV)/dev.stamp ## ruff, mypy --strict and the rule of who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.stamp ## Measure speed and memory, as ratios side by side
+	$(BIN)/python -m tests.bench
+
+clean: ## Remove what was built here
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/pip.stamp:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/base.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/base.stamp

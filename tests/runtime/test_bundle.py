@@ -1,0 +1,133 @@
+"""The manifest: what it refuses, and that a changed byte shows."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkruntime.bundle import MANIFEST, FileRecord, Manifest, Source, open_bundle
+from rkruntime.errors import BundleError
+from rkruntime.files import sha256_file
+
+
+def make(folder: Path, data: bytes = b"weights" * 100) -> Manifest:
+    folder.mkdir()
+    model = folder / "model.rkemu"
+    model.write_bytes(data)
+    manifest = Manifest(
+        name=folder.name,
+        family="gemma2",
+        size="2B",
+        parameters=2_614_341_888,
+        source=Source("google/gemma-2-2b-it", "abc"),
+        adapters=(Source("pirate"),),
+        target="emulator",
+        platform="rk3588",
+        dtype="w8a8",
+        npu_cores=3,
+        max_context=4096,
+        toolkit_version="1.2.3",
+        model_file="model.rkemu",
+        bos_token_id=2,
+        stop_token_ids=(1, 107),
+        files={"model.rkemu": FileRecord(len(data), sha256_file(model))},
+        options={"dtype": "w8a8", "lora": ["x"]},
+    )
+    (folder / MANIFEST).write_text(manifest.to_yaml())
+    return manifest
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.manifest == manifest
+    bundle.verify()
+
+
+def test_a_changed_byte_shows_even_after_it_was_right_once(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    bundle.verify()
+    data = bytearray(bundle.model.read_bytes())
+    data[13] ^= 1
+    bundle.model.write_bytes(data)
+    with pytest.raises(BundleError, match="SHA-256"):
+        bundle.verify()
+
+
+def test_a_cut_and_a_missing_file_show(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    bundle.model.write_bytes(b"short")
+    with pytest.raises(BundleError, match="5 bytes"):
+        bundle.verify()
+    bundle.model.unlink()
+    with pytest.raises(BundleError, match=r"no file model\.rkemu"):
+        bundle.verify()
+
+
+def test_a_link_out_of_the_bundle_is_not_followed(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    model = tmp_path / "b" / "model.rkemu"
+    model.rename(tmp_path / "elsewhere")
+    model.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="has no file"):
+        open_bundle(tmp_path / "b").verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "rkedge-bundle/9"}, "schema"),
+        ({"npu_cores": "three"}, "npu_cores"),
+        ({"max_context": True}, "max_context"),
+        ({"model_file": "other"}, "not one of its files"),
+        ({"surprise": 1}, "unknown key surprise"),
+        ({"files": {"../../etc/passwd": {"size": 1, "sha256": ""}}}, "outside"),
+        ({"files": {"/etc/passwd": {"size": 1, "sha256": ""}}}, "outside"),
+        ({"files": {"a": {"size": 1}}}, r"files\.a\.sha256 is missing"),
+        ({"source": ["x"]}, "source"),
+        ({"stop_token_ids": ["1"]}, r"stop_token_ids\[0\]"),
+    ],
+)
+def test_wrong_manifests_name_the_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    make(tmp_path / "b")
+    path = tmp_path / "b" / MANIFEST
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(tmp_path / "b")
+
+
+def test_every_required_key_is_missed(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    path = tmp_path / "b" / MANIFEST
+    data = yaml.safe_load(path.read_text())
+    for item in dataclasses.fields(Manifest):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        path.write_text(yaml.safe_dump({key: value for key, value in data.items() if key != item.name}))
+        if required:
+            with pytest.raises(BundleError, match=item.name):
+                open_bundle(tmp_path / "b")
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_manifest_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.mktemp("b")
+    (folder / MANIFEST).write_bytes(data)
+    with pytest.raises(BundleError):
+        open_bundle(folder)
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a folder"):
+        open_bundle(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="not a bundle"):
+        open_bundle(tmp_path)

@@ -1,0 +1,69 @@
+"""The command table, and how errors leave."""
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from rkruntime import cli
+from rkruntime.errors import LoadError, RKEdgeError
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_each_command_is_there_under_its_name(name: str) -> None:
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert command.help, f"rkedge {name} --help says nothing"
+    assert CliRunner().invoke(command, ["--help"]).exit_code == 0
+
+
+def test_help_imports_no_command() -> None:
+    code = (
+        "import sys; from rkruntime.cli import main; main(['--help']); "
+        "sys.exit(','.join(m for m in sys.modules if '.commands.' in m or m in ('numpy', 'torch', 'rich', 'yaml')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "convert" in done.stdout
+
+
+def test_a_near_name_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["covnert"]) == 2
+    assert "Did you mean 'convert'?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command("fail")
+    @click.option("--json", "as_json", is_flag=True)
+    def run(as_json: bool) -> None:
+        raise LoadError("The load failed.", hint="Do this.", details={"lines": ["E rkllm: no"]})
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: run)
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Entry("nowhere", "Fail."))
+
+
+@pytest.mark.usefixtures("failing")
+def test_an_error_is_two_lines_and_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fail"]) == LoadError.exit_code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: The load failed.\nhint:  Do this.\n"
+
+
+@pytest.mark.usefixtures("failing")
+def test_with_json_the_error_is_json_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["fail", "--json"])
+    error = json.loads(capsys.readouterr().out)
+    assert error["error"] == "LoadError"
+    assert error["details"] == {"lines": ["E rkllm: no"]}
+
+
+@pytest.mark.usefixtures("failing")
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(RKEdgeError):
+        cli.main(["--debug", "fail"])

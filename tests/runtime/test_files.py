@@ -1,0 +1,74 @@
+"""Files that exist are complete."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from rkruntime.errors import HostError, OutputError
+from rkruntime.files import atomic_file, atomic_folder, sha256_file
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "bundle"
+    with atomic_folder(final) as partial:
+        (partial / "a").write_text("1")
+        assert not final.exists()
+    assert (final / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_an_error_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), atomic_folder(tmp_path / "bundle") as partial:
+        (partial / "a").write_text("1")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(OutputError, match="exists already"), atomic_folder(tmp_path / "bundle"):
+        pass
+
+
+def test_a_dangling_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "bundle").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="exists already"), atomic_folder(tmp_path / "bundle"):
+        pass
+
+
+def test_a_missing_parent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no folder") as caught, atomic_folder(tmp_path / "no" / "bundle"):
+        pass
+    assert "mkdir" in caught.value.hint
+
+
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="disk is full"), atomic_folder(tmp_path / "bundle"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_replaced_at_the_end_only(tmp_path: Path) -> None:
+    final = tmp_path / "f"
+    final.write_text("old")
+    with pytest.raises(ValueError, match="x"), atomic_file(final) as partial:
+        partial.write_text("half")
+        raise ValueError("x")
+    assert final.read_text() == "old"
+    with atomic_file(final) as partial:
+        partial.write_text("new")
+    assert final.read_text() == "new"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_sha256_is_the_known_one(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    seen: list[int] = []
+    # FIPS 180-2, appendix B.1
+    assert sha256_file(tmp_path / "f", seen.append) == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    assert sum(seen) == 3
