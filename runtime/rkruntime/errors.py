@@ -9,6 +9,7 @@
     │   ├── ModelFileError                  .rkllm / .rkemu container
     │   └── OutputError                     the place to write to
     ├── RefusedError                    4   it could be tried, and is known not to work
+    │   └── ContextFullError                a conversation has more tokens than the context holds
     ├── HostError                       5   this machine lacks something: compiler, toolkit, disk, memory
     ├── LibraryError                    6   librkllmrt.so: not one, unknown release, contradiction
     │   └── UnsupportedCallError            the loaded release has no such call or field
@@ -100,6 +101,12 @@ class RefusedError(RKEdgeError):
 
     exit_code = 4
     default_hint = "Follow the advice above, or read docs/ for how to try it all the same."
+
+
+class ContextFullError(RefusedError):
+    """A conversation that has more tokens than the model's context holds."""
+
+    default_hint = "Start a new conversation, shorten the text, or have the oldest turns dropped."
 
 
 class HostError(RKEdgeError):

@@ -1,0 +1,133 @@
+"""A conversation: turns with the token ids that were generated, the prompt for the next one, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from rkruntime.answer import Answer
+from rkruntime.errors import ContextFullError, InputError, UsageError
+from rkruntime.files import atomic_file
+from rkruntime.template import Message, Template
+from rkruntime.tokenizer import Tokenizer
+
+SCHEMA: Final = "rkedge-conversation/1"
+_MAX_FILE: Final = 64 << 20
+
+
+class Conversation:
+    """Turns of user and assistant in order, and the system prompt they stand under.
+
+    Attributes:
+        system: the system prompt, or an empty text.
+        messages: user and assistant in turn; the last is an answer.
+    """
+
+    def __init__(self, template: Template, system: str = "", messages: Iterable[Message] = ()) -> None:
+        self._template = template
+        self.system = system
+        self.messages = list(messages)
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of everything said so far and of `text`, up to where the answer begins."""
+        system = [Message("system", self.system)] if self.system else []
+        return self._template.render([*system, *self.messages, Message("user", text)])
+
+    def fitting_prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
+        """The prompt, with room for one new token at least, and how many old turns were dropped for it.
+
+        Args:
+            max_context: in tokens.
+            drop: forget the oldest turns until it fits; the system prompt stays.
+
+        Raises:
+            ContextFullError: it does not fit.
+        """
+        dropped = 0
+        while len(tokens := self.prompt(text)) >= max_context:
+            if not drop or not self.messages:
+                raise ContextFullError(
+                    f"The conversation has {len(tokens):,} tokens with this message; the context holds "
+                    f"{max_context:,}, the answer included.",
+                    details={"prompt_tokens": len(tokens), "max_context": max_context},
+                )
+            del self.messages[:2]
+            dropped += 1
+        return tokens, dropped
+
+    def add(self, text: str, answer: Answer) -> None:
+        """Keep a turn: what was asked, and the answer with the ids that were generated."""
+        self.messages += [Message("user", text), Message("assistant", answer.text, answer.tokens)]
+
+    def clear(self) -> None:
+        """Forget the turns; the system prompt stays."""
+        self.messages.clear()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The conversation in JSON types, as `save` writes it."""
+        return {
+            "schema": SCHEMA,
+            "system": self.system,
+            "messages": [
+                {"role": item.role, "content": item.content, **({"tokens": item.tokens} if item.tokens else {})}
+                for item in self.messages
+            ],
+        }
+
+    def restore(self, data: Any, tokenizer: Tokenizer) -> None:
+        """Take over what `as_dict` gave, maybe long ago and by another model.
+
+        Ids are kept only where they say the text that stands beside them; elsewhere the text is encoded again.
+
+        Raises:
+            InputError: it is no conversation.
+        """
+        system, messages = _parse(data, tokenizer)
+        self._template.render([*messages, Message("user", "")])
+        self.system, self.messages = system, messages
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a JSON file. Raises OutputError or HostError."""
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, path: Path, tokenizer: Tokenizer) -> None:
+        """Read a file that `save` wrote. Raises InputError."""
+        try:
+            if path.stat().st_size > _MAX_FILE:
+                raise InputError(f"{path} has over {_MAX_FILE >> 20} MiB: no conversation is as long.")
+            self.restore(json.loads(path.read_bytes()), tokenizer)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, RecursionError, UsageError) as error:
+            raise InputError(f"{path} is not a saved conversation: {error}") from error
+
+
+def _parse(data: Any, tokenizer: Tokenizer) -> tuple[str, list[Message]]:
+    if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+        raise InputError(f"This is not a saved conversation: it has no schema {SCHEMA!r}.")
+    system, items = data.get("system", ""), data.get("messages")
+    if not isinstance(system, str) or not isinstance(items, list):
+        raise InputError("This saved conversation has no text 'system' or no list 'messages'.")
+    return system, [_parse_message(item, tokenizer) for item in items]
+
+
+def _parse_message(item: Any, tokenizer: Tokenizer) -> Message:
+    role, content = (item.get(key) for key in ("role", "content")) if isinstance(item, Mapping) else (None, None)
+    if role not in ("user", "assistant") or not isinstance(content, str):
+        raise InputError("A message of this saved conversation has no role 'user' or 'assistant', or no text.")
+    tokens = item.get("tokens")
+    return Message(role, content, _trusted(tokens, content, tokenizer) if role == "assistant" else None)
+
+
+def _trusted(tokens: Any, content: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """Ids from a file, if they are an answer that begins with `content` (a stop string may have cut it)."""
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < tokenizer.vocab_size for token in tokens
+    ):
+        return None
+    if not set(tokens).isdisjoint(tokenizer.control.values()) or not tokenizer.decode(tokens).startswith(content):
+        return None
+    return tuple(tokens)
