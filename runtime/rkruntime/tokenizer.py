@@ -21,7 +21,7 @@ from rkruntime.errors import BundleError
 SPACE: Final = "▁"
 # Gemma lists ordinary text among its added tokens too: runs of white space and HTML tags. Every other added token is
 # taken for a control token, also where the file does not call it special (<unused7>, <mask>, [toxicity=0]).
-_TEXT_TOKEN: Final = re.compile(
+TEXT_TOKEN: Final = re.compile(
     rf"[\s{SPACE}]+|</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
@@ -69,7 +69,7 @@ class Tokenizer:
         self.control = {
             token.content: index
             for index, token in added.items()
-            if token.special or not _TEXT_TOKEN.fullmatch(token.content)
+            if token.special or not TEXT_TOKEN.fullmatch(token.content)
         }
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._control_ids = frozenset(self.control.values())
