@@ -176,7 +176,7 @@ class JinjaTemplate:
         if BOS not in tokenizer.control:
             raise BundleError(f"The tokenizer has no control token {BOS}.")
         try:
-            self._template = _environment().from_string(source)
+            self._template = template_environment().from_string(source)
         except jinja2.TemplateError as error:
             raise BundleError(f"chat_template.jinja is not a template: {error}") from error
 
@@ -207,16 +207,16 @@ class JinjaTemplate:
     def _fill(self, text: str, slots: Sequence[str | tuple[int, ...]]) -> list[int]:
         parts: list[Part] = []
         for at, piece in enumerate(text.split(_OPEN)):
-            number, mark, rest = piece.partition(_CLOSE) if at else ("", "", piece)
-            if at:
-                if not mark or not number.isdecimal() or int(number) >= len(slots):
-                    raise BundleError("chat_template.jinja cuts or changes a message's content, so it cannot be used.")
-                parts.append(slots[int(number)])
+            number, mark, rest = piece.partition(_CLOSE) if at else ("0", _CLOSE, piece)
+            if not mark or not number.isdecimal() or int(number) >= len(slots) or _CLOSE in rest:
+                raise BundleError("chat_template.jinja cuts or changes a message's content, so it cannot be used.")
+            parts += [slots[int(number)]] if at else []
             parts += self._tokenizer.split_template(rest)
         return _assemble(self._tokenizer, parts)
 
 
-def _environment() -> jinja2.Environment:
+def template_environment() -> jinja2.Environment:
+    """Jinja as transformers' `apply_chat_template` sets it up, in its sandbox."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
