@@ -1,0 +1,96 @@
+"""A checkpoint's chat template: found, tried out in a sandbox, and split as the runtime's text prompts need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.shards import read_json
+from rkruntime.errors import CheckpointError
+from rkruntime.template import template_environment
+
+# Gemma 2's own template, for base models, which have none. It knows no system role.
+GEMMA: Final = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+_MAX_TEMPLATE: Final = 1 << 20
+_EOS: Final = "<eos>"
+_USER, _SYSTEM = "@@the user's words@@", "@@the system's words@@"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and what it does.
+
+    Attributes:
+        source: the Jinja text.
+        own: it came with the checkpoint.
+        prefix, suffix: what stands before (without `<bos>`) and after a first user turn.
+        system_role: `native` if it renders a system message, else `fold`.
+    """
+
+    source: str
+    own: bool
+    prefix: str
+    suffix: str
+    system_role: str
+
+
+def read_template(folder: Path, bos_token: str) -> ChatTemplate:
+    """The template of a checkpoint folder, or Gemma's own.
+
+    Raises:
+        CheckpointError: it cannot be rendered, or drops the user's words.
+    """
+    found = _find(folder)
+    source = GEMMA if found is None else found
+    user = {"role": "user", "content": _USER}
+    text = _render(source, [user], bos_token)
+    if text.count(_USER) != 1:
+        raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
+    prefix, suffix = text.split(_USER)
+    try:
+        native = _SYSTEM in _render(source, [{"role": "system", "content": _SYSTEM}, user], bos_token)
+    except CheckpointError:
+        native = False
+    return ChatTemplate(
+        source, found is not None, prefix.removeprefix(bos_token), suffix, "native" if native else "fold"
+    )
+
+
+def _find(folder: Path) -> str | None:
+    """chat_template.jinja (transformers since 4.50), else the key of tokenizer_config.json: a text or a named list."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_bytes()[: _MAX_TEMPLATE + 1].decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    found: Any = read_json(folder / "tokenizer_config.json", CheckpointError).get("chat_template")
+    if isinstance(found, list):
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _render(source: str, messages: Sequence[Mapping[str, str]], bos_token: str) -> str:
+    if len(source) > _MAX_TEMPLATE:
+        raise CheckpointError(f"The chat template has over {_MAX_TEMPLATE:,} characters.")
+    try:
+        text = (
+            template_environment()
+            .from_string(source)
+            .render(messages=messages, bos_token=bos_token, eos_token=_EOS, add_generation_prompt=True)
+        )
+    except Exception as error:  # A template can do anything that Python can do wrong.
+        raise CheckpointError(f"The chat template cannot be rendered: {error}.") from error
+    return text

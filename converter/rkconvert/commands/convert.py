@@ -1,0 +1,76 @@
+"""`rkedge convert`: a checkpoint, with or without a LoRA, becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from rkconvert.convert import TARGETS, Options, convert
+from rkconvert.dtypes import EMULATOR_ONLY, known_types, platforms
+from rkconvert.progress import Reporter
+
+
+@click.command("convert")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--lora", "loras", multiple=True, type=click.Path(path_type=Path), help="Adapter to merge in; may be repeated."
+)
+@click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
+@click.option(
+    "--platform", type=click.Choice(sorted(platforms())), default="rk3588", show_default=True, help="SoC of the board."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([*known_types(), *EMULATOR_ONLY]),
+    default="w8a8",
+    show_default=True,
+    help="Quantized type.",
+)
+@click.option("--force-dtype", is_flag=True, help="Try a type that is known not to work well.")
+@click.option("--max-context", type=int, help="Longest context in tokens [default: the model's, at most 4096].")
+@click.option("--npu-cores", type=int, help="NPU cores to build for [default: all that the SoC has].")
+@click.option("--release", default="1.2.3", show_default=True, help="RKLLM release that the bundle is for.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to make [default: NAME-PLATFORM-DTYPE-RELEASE]."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def run(
+    checkpoint: Path,
+    loras: tuple[Path, ...],
+    target: str,
+    platform: str,
+    dtype: str,
+    force_dtype: bool,
+    max_context: int | None,
+    npu_cores: int | None,
+    release: str,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn a Gemma 2 (or Gemma 1) CHECKPOINT into a bundle that `rkedge chat` loads."""
+    name = "-".join([checkpoint.resolve().name, *(path.resolve().name for path in loras)])
+    options = Options(
+        checkpoint=checkpoint,
+        output=output or Path(f"{name}-{platform}-{dtype}-{release}"),
+        loras=loras,
+        target=target,
+        platform=platform,
+        dtype=dtype,
+        force_dtype=force_dtype,
+        max_context=max_context,
+        release=release,
+        npu_cores=npu_cores,
+    )
+    bundle = convert(options, Reporter(quiet))
+    if as_json:
+        click.echo(json.dumps(asdict(bundle.manifest), ensure_ascii=False, indent=2))
+    else:
+        size = sum(record.size for record in bundle.manifest.files.values())
+        click.echo(
+            f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights"
+        )

@@ -1,0 +1,57 @@
+"""Number formats of weight files, without torch: numpy has no bfloat16, so its bits are handled as uint16.
+
+Conversions to a narrower format round to nearest, ties to even, as torch and the hardware do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# safetensors' name of a format -> how numpy holds it. Little-endian, as the files are.
+FLOATS: Final[dict[str, np.dtype[Any]]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+# Integers hold quantized weights and what belongs to them.
+STORAGE: Final[dict[str, np.dtype[Any]]] = FLOATS | {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+}
+
+
+def to_float32(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Values of a block held in the format `dtype` (a key of FLOATS); a new array unless it is float32 already."""
+    if dtype != "BF16":
+        return block.astype(np.float32, copy=False)
+    bits = np.zeros((*block.shape, 2), np.uint16)
+    bits[..., 1] = block
+    return bits.view(np.float32).reshape(block.shape)
+
+
+def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Values in the format `dtype`; `values` is overwritten where that saves a copy of the block."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype(STORAGE[dtype], copy=False)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits += ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
+    high: NDArray[Any] = bits.view(np.uint16).reshape(*values.shape, 2)[..., 1].copy()
+    return high
+
+
+def all_finite(block: NDArray[Any], dtype: str) -> bool:
+    """Whether a block held in the format `dtype` has neither NaN nor infinity."""
+    if dtype != "BF16":
+        return bool(np.isfinite(block).all())
+    return block.size == 0 or int((block & np.uint16(0x7FFF)).max()) < 0x7F80

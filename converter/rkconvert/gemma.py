@@ -1,0 +1,240 @@
+"""Gemma 1 and 2 as their config.json describes them, and the tensors that such a model must have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rkruntime.errors import CheckpointError
+
+# Values that config.json may leave out, from transformers' Gemma2Config and GemmaConfig (save_pretrained writes
+# differences only).
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "gemma2": {
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
+    "gemma": {
+        "vocab_size": 256000,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
+}
+SUPPORTED: Final = {"Gemma2ForCausalLM": "gemma2", "GemmaForCausalLM": "gemma"}
+# Larger values are typing errors or attacks: 27B has 46 layers, a width of 36864 and 256000 tokens.
+_MAX_SIZE: Final = 1 << 20
+_SIZES: Final = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+_NAMES: Final = {
+    2_614_341_888: "2B",
+    9_241_705_984: "9B",
+    27_227_128_320: "27B",
+    2_506_172_416: "2B",
+    8_537_680_896: "7B",
+}
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+FINAL_NORM: Final = "model.norm.weight"
+HEAD: Final = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Settings of one model, named as in config.json.
+
+    `sliding_window`, `attn_logit_softcapping` and `final_logit_softcapping` are 0 for none; `sliding_layers` says for
+    each layer whether its attention is limited to the window.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    query_pre_attn_scalar: float
+    sliding_window: int
+    sliding_layers: tuple[bool, ...]
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    tie_word_embeddings: bool
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; tied embeddings count once."""
+        total = 0
+        for shape in self.tensors().values():
+            total += shape[0] * (shape[1] if len(shape) > 1 else 1)
+        return total
+
+    @property
+    def size_name(self) -> str:
+        """`2B`, `7B`, `9B`, `27B` for Google's sizes, else the number of weights such as `1.1M`."""
+        count = self.parameters
+        if count in _NAMES:
+            return _NAMES[count]
+        return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the model, in the order of the layers."""
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
+        for layer in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in self._layer().items()}
+        shapes[FINAL_NORM] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes[HEAD] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if self.family == "gemma2":
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        return {
+            "self_attn.q_proj.weight": (query, hidden),
+            "self_attn.k_proj.weight": (key, hidden),
+            "self_attn.v_proj.weight": (key, hidden),
+            "self_attn.o_proj.weight": (hidden, query),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+            **{f"{norm}.weight": (hidden,) for norm in norms},
+        }
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """`gemma2` or `gemma`. Raises CheckpointError with the list of those supported for any other model."""
+    names = config.get("architectures") or []
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    for name in names:
+        if name in SUPPORTED:
+            return SUPPORTED[name]
+    model_type = config.get("model_type")
+    if not names and model_type in _DEFAULTS:
+        return str(model_type)
+    if not names and model_type is None:
+        raise CheckpointError("config.json names neither an architecture nor a model_type.")
+    raise CheckpointError(
+        f"The checkpoint is a {', '.join(names) or model_type}; supported are {', '.join(SUPPORTED)}.",
+        hint="Convert a Gemma 2 (or Gemma 1) text model; `rkedge plan` can size up other decoders.",
+    )
+
+
+def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
+    """Check config.json and fill in what it may leave out.
+
+    Raises:
+        CheckpointError: another architecture, a value of the wrong kind, or a feature that the two families lack.
+    """
+    family = family_of(config)
+    values = {**_DEFAULTS[family], **{key: value for key, value in config.items() if value is not None}}
+    for key in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(key, 0) is None or family == "gemma":
+            values[key] = 0
+    values["rope_theta"] = _rope_theta(config, values["rope_theta"])
+    _refuse_features(config)
+    sizes = {key: _integer(key, values[key], 1, _MAX_SIZE) for key in _SIZES}
+    if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
+        raise CheckpointError(
+            f"config.json: {sizes['num_attention_heads']} attention heads cannot share"
+            f" {sizes['num_key_value_heads']} key/value heads of {sizes['head_dim']}."
+        )
+    return GemmaConfig(
+        family=family,
+        **sizes,
+        rms_norm_eps=_number("rms_norm_eps", values["rms_norm_eps"]),
+        rope_theta=_number("rope_theta", values["rope_theta"]),
+        query_pre_attn_scalar=_number("query_pre_attn_scalar", values.get("query_pre_attn_scalar", sizes["head_dim"])),
+        sliding_window=_integer("sliding_window", values["sliding_window"], 0, _MAX_SIZE),
+        sliding_layers=_sliding_layers(config, sizes["num_hidden_layers"], bool(values["sliding_window"])),
+        attn_logit_softcapping=_number("attn_logit_softcapping", values["attn_logit_softcapping"], least=0.0),
+        final_logit_softcapping=_number("final_logit_softcapping", values["final_logit_softcapping"], least=0.0),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        bos_token_id=_integer("bos_token_id", values["bos_token_id"], 0, sizes["vocab_size"] - 1),
+        eos_token_ids=token_ids("eos_token_id", values["eos_token_id"], sizes["vocab_size"]),
+    )
+
+
+def token_ids(key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """One id or a list of ids, as config.json and generation_config.json give them."""
+    items = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(_integer(key, item, 0, vocab_size - 1) for item in items))
+
+
+def _integer(key: str, value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number from {least} to {most}.")
+    return value
+
+
+def _number(key: str, value: Any, least: float = 1e-30) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:
+        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a number above {least:g}.")
+    return float(value)
+
+
+def _rope_theta(config: Mapping[str, Any], default: Any) -> Any:
+    """transformers 4 writes rope_theta, transformers 5 rope_parameters."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
+        if kind != "default":
+            raise CheckpointError(f"config.json: {key} asks for {kind!r}; Gemma 1 and 2 use plain rotary embeddings.")
+    return parameters.get("rope_theta", default)
+
+
+def _refuse_features(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_activation") or "gelu_pytorch_tanh"
+    if activation != "gelu_pytorch_tanh":
+        raise CheckpointError(f"config.json: the activation {activation!r} is not Gemma's gelu_pytorch_tanh.")
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        if config.get(key):
+            raise CheckpointError(f"config.json: {key} is set, which no conversion supports.")
+
+
+def _sliding_layers(config: Mapping[str, Any], layers: int, window: bool) -> tuple[bool, ...]:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        # transformers: even layers have the window.
+        return tuple(window and layer % 2 == 0 for layer in range(layers))
+    known = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise CheckpointError(f"config.json: layer_types must name {layers} layers, each one of {', '.join(known)}.")
+    return tuple(window and known[kind] for kind in kinds)

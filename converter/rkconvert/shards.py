@@ -1,0 +1,173 @@
+"""Safetensors files: the header is parsed and checked here, data is read with pread, block by block.
+
+The format: 8 bytes header length, a JSON header, the data (https://github.com/huggingface/safetensors#format). The
+files are not mapped into memory, so that what is read does not count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rkconvert.formats import STORAGE
+from rkconvert.weights import TensorInfo
+from rkruntime.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# The reference implementation's own limit.
+MAX_HEADER: Final = 100_000_000
+_LFS: Final = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a shard: where its bytes stand in the file."""
+
+    info: TensorInfo
+    offset: int
+
+
+def refuse_lfs_pointer(path: Path, head: bytes, kind: type[InputError]) -> None:
+    """Raise `kind` if a file's first bytes are those of a Git LFS pointer."""
+    if head.startswith(_LFS):
+        raise kind(
+            f"{path} is a Git LFS pointer of a few hundred bytes, not the file itself.",
+            hint="Run `git lfs install && git lfs pull` in that folder, or download it with `hf download`.",
+        )
+
+
+def read_json(path: Path, kind: type[InputError], limit: int = 64 << 20) -> dict[str, Any]:
+    """A JSON object from a file, or `kind` with what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror}.") from error
+    refuse_lfs_pointer(path, data[:64], kind)
+    if len(data) > limit:
+        raise kind(f"{path} has more than {limit >> 20} MiB, which no file of that name has.")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise kind(f"{path} holds a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+class Shard:
+    """One safetensors file.
+
+    Args:
+        path: the file.
+        kind: class of the errors, CheckpointError or AdapterError.
+
+    Raises:
+        InputError: (of the class `kind`) not such a file, cut, or with a header that contradicts itself.
+    """
+
+    def __init__(self, path: Path, kind: type[InputError]) -> None:
+        self.path = path
+        self._kind = kind
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(64)
+                length = int.from_bytes(start[:8], "little")
+                self._check_start(start, length, size)
+                file.seek(8)
+                header = self._parse(file.read(length))
+        except OSError as error:
+            raise kind(f"{path} cannot be read: {error.strerror}.") from error
+        self.metadata: dict[str, Any] = header.pop("__metadata__", None) or {}
+        self.entries: Mapping[str, Entry] = {
+            name: self._entry(name, value, 8 + length, size) for name, value in header.items()
+        }
+        self._check_overlap()
+
+    def _check_start(self, start: bytes, length: int, size: int) -> None:
+        refuse_lfs_pointer(self.path, start, self._kind)
+        if size < 8 or not start[8:9] == b"{":
+            raise self._kind(f"{self.path} is not a safetensors file: its first bytes are {start[:9].hex(' ')}.")
+        if length > MAX_HEADER:
+            raise self._kind(f"{self.path} claims a header of {length:,} bytes; {MAX_HEADER:,} is the format's limit.")
+        if 8 + length > size:
+            raise self._kind(f"{self.path} ends inside its header: {size:,} bytes of {8 + length:,}. It was cut.")
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        try:
+            header = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._kind(f"The header of {self.path} is not JSON: {error}.") from error
+        if not isinstance(header, dict):
+            raise self._kind(f"The header of {self.path} is not a JSON object.")
+        return header
+
+    def _entry(self, name: str, value: Any, data: int, size: int) -> Entry:
+        try:
+            dtype, shape, (first, last) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            numbers = [*shape, first, last]
+        except (TypeError, KeyError, ValueError) as error:
+            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in no known way.") from error
+        if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in no known way.")
+        if dtype not in STORAGE:
+            raise self._kind(f"The tensor {name!r} in {self.path} has the format {dtype}, which is not supported.")
+        info = TensorInfo(dtype, shape)
+        if last - first != info.nbytes:
+            raise self._kind(
+                f"The tensor {name!r} in {self.path} takes {last - first:,} bytes; {dtype} {list(shape)} would take"
+                f" {info.nbytes:,}."
+            )
+        if data + last > size:
+            raise self._kind(
+                f"{self.path} is cut: the tensor {name!r} ends at byte {data + last:,}, the file at {size:,}.",
+                hint="The download was not complete. Download this file again.",
+            )
+        return Entry(info, data + first)
+
+    def _check_overlap(self) -> None:
+        end = 0
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].offset):
+            if entry.offset < end:
+                raise self._kind(f"The tensor {name!r} in {self.path} overlaps another tensor of the file.")
+            end = entry.offset + entry.info.nbytes
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
+        entry = self.entries[name]
+        shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
+        block = np.empty(shape, STORAGE[entry.info.dtype])
+        offset = entry.offset + first * (block.nbytes // max(1, count))
+        view = block.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(view):
+            got = os.preadv(self._open(), [view[done:]], offset + done)
+            if not got:
+                raise self._kind(f"{self.path} became shorter while it was read.")
+            done += got
+        return block
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptor
+
+    def close(self) -> None:
+        """Give the file descriptor back; reading opens it again."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None

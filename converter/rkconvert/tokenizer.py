@@ -1,0 +1,133 @@
+"""A Gemma tokenizer.json as the tables of a .rkemu file: texts, kinds and merges by id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rkconvert.shards import read_json
+from rkruntime.errors import CheckpointError
+from rkruntime.tokenizer import TEXT_TOKEN
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Gemma's own has 17 MB (transformers 4 layout of the merges) to 34 MB.
+_MAX_FILE: Final = 128 << 20
+_BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Kind(IntEnum):
+    """What a token is, as docs/rkemu-format.md numbers it."""
+
+    NORMAL = 0
+    CONTROL = 1
+    BYTE = 2
+    UNUSED = 3
+    USER_DEFINED = 4
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tables.
+
+    Attributes:
+        texts: UTF-8 of each token by id; one raw byte for a byte token, empty for an id without a token.
+        kinds: `Kind` by id.
+        merges: uint32 [n, 3]: ids of left part, right part and result, by rank.
+    """
+
+    texts: tuple[bytes, ...]
+    kinds: tuple[Kind, ...]
+    merges: NDArray[np.uint32]
+    unk_token_id: int
+
+    def find(self, text: str) -> list[int]:
+        """The id of the control token of this text, in a list; empty if there is none."""
+        wanted = text.encode()
+        return [at for at, kind in enumerate(self.kinds) if kind is Kind.CONTROL and self.texts[at] == wanted]
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """The tensors `tokenizer.*` of a .rkemu file."""
+        lengths = np.fromiter((len(text) for text in self.texts), np.uint32, len(self.texts))
+        return {
+            "tokenizer.text": np.frombuffer(b"".join(self.texts), np.uint8),
+            "tokenizer.offsets": np.concatenate([np.zeros(1, np.uint32), np.cumsum(lengths, dtype=np.uint32)]),
+            "tokenizer.kinds": np.array(self.kinds, np.uint8),
+            "tokenizer.merges": self.merges,
+        }
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Read tokenizer.json of a model with `vocab_size` rows of embeddings.
+
+    Raises:
+        CheckpointError: no such file, or a tokenizer that works otherwise than Gemma's.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}.",
+            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
+        )
+    content = read_json(path, CheckpointError, limit=_MAX_FILE)
+    try:
+        return _parse(content, vocab_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
+
+
+def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+    model = content["model"]
+    _check_kind(content, model)
+    vocab: dict[str, int] = dict(model["vocab"])
+    added = {str(token["content"]): token for token in content.get("added_tokens") or []}
+    ids = vocab | {text: token["id"] for text, token in added.items()}
+    for text, index in ids.items():
+        if type(index) is not int or not 0 <= index < vocab_size:
+            raise CheckpointError(f"the token {text!r} has the id {index!r}; the model has {vocab_size} tokens.")
+    texts, kinds = [b""] * vocab_size, [Kind.UNUSED] * vocab_size
+    for text, index in ids.items():
+        kinds[index] = _kind(text, added.get(text))
+        byte = _BYTE.fullmatch(text)
+        texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
+    if sum(kind is Kind.BYTE for kind in kinds) != 256:
+        raise CheckpointError("it has no token for every byte, so some characters could not be written.")
+    return Tokenizer(tuple(texts), tuple(kinds), _merges(model["merges"], vocab), ids[model["unk_token"]])
+
+
+def _check_kind(content: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise CheckpointError(f"it is a {model['type']} tokenizer; Gemma's is BPE with byte fallback.")
+    normalizer = content.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if [(step.get("type"), step.get("pattern"), step.get("content")) for step in steps] != [
+        ("Replace", {"String": " "}, "▁")
+    ]:
+        kinds = ", ".join(str(step.get("type")) for step in steps)
+        raise CheckpointError(f"its normalizer is {kinds}; Gemma's replaces spaces by ▁ and does nothing else.")
+
+
+def _kind(text: str, added: Mapping[str, Any] | None) -> Kind:
+    if _BYTE.fullmatch(text):
+        return Kind.BYTE
+    if added is None:
+        return Kind.NORMAL
+    text_token = TEXT_TOKEN.fullmatch(text) and not added.get("special")
+    return Kind.USER_DEFINED if text_token else Kind.CONTROL
+
+
+def _merges(merges: list[Any], vocab: Mapping[str, int]) -> NDArray[np.uint32]:
+    """Merges as ids; written as "a b" until 2024 and as ["a", "b"] since."""
+    table = np.empty((len(merges), 3), np.uint32)
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        table[rank] = vocab[left], vocab[right], vocab[left + right]
+    return table
