@@ -7,6 +7,7 @@
     │   ├── AdapterError                    LoRA folder
     │   ├── BundleError                     rkedge.yaml or a file it names
     │   ├── ModelFileError                  .rkllm / .rkemu container
+    │   ├── CalibrationError                texts for the quantizer
     │   └── OutputError                     the place to write to
     ├── RefusedError                    4   it could be tried, and is known not to work
     │   └── ContextFullError                a conversation has more tokens than the context holds
@@ -16,6 +17,7 @@
     └── ModelError                      7   the library refused or broke
         ├── LoadError                       a load that failed
         ├── RunError                        a run that failed; the model stays loaded
+        ├── ToolkitError                    rkllm-toolkit refused the model or broke
         └── WorkerError                     the worker process is gone
             ├── WorkerCrashedError              by a signal or an exit
             └── WorkerHungError                 no answer within the time limit
@@ -90,6 +92,12 @@ class ModelFileError(InputError):
     default_hint = "Compare its size and SHA-256 with the original, and copy or convert it again."
 
 
+class CalibrationError(InputError):
+    """Calibration data that the toolkit could not use, or that would do harm."""
+
+    default_hint = "Make it with `rkedge calibrate`: a JSON list of objects with the texts `input` and `target`."
+
+
 class OutputError(InputError):
     """The place to write to cannot be used."""
 
@@ -142,6 +150,12 @@ class LoadError(ModelError):
 
 class RunError(ModelError):
     """A run that failed; the model stays loaded."""
+
+
+class ToolkitError(ModelError):
+    """rkllm-toolkit refused the model or broke while it converted."""
+
+    default_hint = "Read the lines of its log above; the whole log stands where the message says."
 
 
 class WorkerError(ModelError):

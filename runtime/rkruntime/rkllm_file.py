@@ -1,0 +1,105 @@
+"""What a .rkllm file says in plain bytes: magic, container version, counts, and the toolkit's name at its end.
+
+The vendor does not document the container. The four fields and the tail are described alike by several public studies
+(magic `da ee b3 36`, version, u64 tensor count, u64 key count, little-endian; ASCII `rkllm-toolkit version: 1.3.1` at
+the end of files of newer toolkits). Everything else in the file is masked, and is not read here: platform, type, cores
+and context stand in the bundle's manifest and in the runtime's log after a load.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkruntime.errors import ModelFileError
+
+MAGIC: Final = bytes.fromhex("daeeb336")
+_HEADER: Final = struct.Struct("<4sIQQ")
+_TAIL: Final = 256
+_TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9A-Za-z.+_-]{1,40})\s*\0*\Z")
+# A tensor's and a key's shortest records; counts that ask for more bytes than the file has are no counts.
+_LEAST_RECORD: Final = 16
+
+# First bytes of files that are given in the place of a model.
+_OTHERS: Final[tuple[tuple[bytes, str], ...]] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself: fetch it with `git lfs pull`"),
+    (b"GGUF", "a GGUF file, for llama.cpp"),
+    (b"RKEMU", "a model file of RKEdge's emulator"),
+    (b"RKNN", "an RKNN model, for librknnrt and not for librkllmrt"),
+    (b"PK\x03\x04", "a zip archive, maybe a PyTorch checkpoint"),
+    (b"\x7fELF", "a program or a library"),
+    (b"<", "a web page: the download was answered by an error or a login"),
+    (b"{", "a JSON text"),
+)
+
+
+@dataclass(frozen=True)
+class RkllmFile:
+    """The readable part of a model file.
+
+    Attributes:
+        size: in bytes.
+        container_version: 3 in every file that was described.
+        tensors, keys: numbers of records in the container's directory.
+        toolkit_version: as the file's end says it, or empty: files of older toolkits have no such text.
+    """
+
+    path: Path
+    size: int
+    container_version: int
+    tensors: int
+    keys: int
+    toolkit_version: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return {
+            "size": self.size,
+            "container_version": self.container_version,
+            "tensors": self.tensors,
+            "keys": self.keys,
+            "toolkit_version": self.toolkit_version,
+        }
+
+
+def read_rkllm(path: Path) -> RkllmFile:
+    """Read what is plain in a .rkllm file; a few hundred bytes, whatever its size.
+
+    Raises:
+        ModelFileError: it is cut before its header ends, or something else altogether.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            tail = file.read(_TAIL)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not head.startswith(MAGIC):
+        raise _not_rkllm(path, head, size)
+    if size < _HEADER.size:
+        raise ModelFileError(f"{path} has {size} bytes and ends inside its header: it was cut.")
+    _, version, tensors, keys = _HEADER.unpack(head)
+    if _LEAST_RECORD * (tensors + keys) > size:
+        raise ModelFileError(
+            f"{path} claims {tensors:,} tensors and {keys:,} keys, which its {size:,} bytes cannot hold: it was cut or"
+            " damaged."
+        )
+    found = _TOOLKIT.search(tail)
+    return RkllmFile(path, size, version, tensors, keys, found[1].decode() if found else "")
+
+
+def _not_rkllm(path: Path, head: bytes, size: int) -> ModelFileError:
+    if not size:
+        return ModelFileError(f"{path} is empty.")
+    for magic, meaning in _OTHERS:
+        if head.startswith(magic):
+            return ModelFileError(f"{path} is not a .rkllm file: it is {meaning}.")
+    return ModelFileError(
+        f"{path} is not a .rkllm file: it begins with {head[:4].hex(' ')}, such files with {MAGIC.hex(' ')}."
+    )
