@@ -32,8 +32,11 @@ class Conversation:
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of everything said so far and of `text`, up to where the answer begins."""
+        return self._prompt(self.messages, text)
+
+    def _prompt(self, messages: Iterable[Message], text: str) -> list[int]:
         system = [Message("system", self.system)] if self.system else []
-        return self._template.render([*system, *self.messages, Message("user", text)])
+        return self._template.render([*system, *messages, Message("user", text)])
 
     def fitting_prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """The prompt, with room for one new token at least, and how many old turns were dropped for it.
@@ -46,15 +49,15 @@ class Conversation:
             ContextFullError: it does not fit.
         """
         dropped = 0
-        while len(tokens := self.prompt(text)) >= max_context:
-            if not drop or not self.messages:
+        while len(tokens := self._prompt(self.messages[2 * dropped :], text)) >= max_context:
+            if not drop or 2 * dropped >= len(self.messages):
                 raise ContextFullError(
                     f"The conversation has {len(tokens):,} tokens with this message; the context holds "
                     f"{max_context:,}, the answer included.",
                     details={"prompt_tokens": len(tokens), "max_context": max_context},
                 )
-            del self.messages[:2]
             dropped += 1
+        del self.messages[: 2 * dropped]
         return tokens, dropped
 
     def add(self, text: str, answer: Answer) -> None:

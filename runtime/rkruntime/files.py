@@ -72,7 +72,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
     """A new file beside `final` that replaces it when the block ends, and vanishes when the block raises."""
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+    except OSError as error:
+        raise write_error(final, error) from error
     os.close(handle)
     partial = Path(name)
     try:

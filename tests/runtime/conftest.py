@@ -1,14 +1,22 @@
-"""The demo model's tokenizer, and two whose files are meant to fool us."""
+"""The demo model's tokenizer, two whose files are meant to fool us, and an engine that says what it is told to."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rkconvert.demo import questions
 from rkconvert.demo import tokenizer as demo_tokenizer
+from rkruntime.bundle import Bundle, FileRecord, Manifest, Source
+from rkruntime.files import sha256_file
+from rkruntime.generation import Event, Finished, FinishReason, Request, Token
 from rkruntime.tokenizer import Tokenizer
 
 
@@ -63,3 +71,87 @@ def treacherous_file(tokenizer_file: Path) -> Path:
     path = tokenizer_file.parent / "treacherous.json"
     path.write_text(json.dumps(data))
     return path
+
+
+@dataclass
+class FakeEngine:
+    """An engine that says what it was told to say; every run is kept in `requests`.
+
+    An exception among the events of an answer is raised in its place.
+    """
+
+    tokenizer: Tokenizer
+    answers: list[str | list[Any]]
+    max_context: int = 512
+    emulated: bool = True
+    requests: list[Request] = field(default_factory=list)
+    aborted: int = 0
+    closed: bool = False
+
+    @property
+    def info(self) -> Any:
+        return SimpleNamespace(release="1.2.3", max_context=self.max_context, emulated=self.emulated)
+
+    def generate(self, request: Request) -> Generator[Event, None, None]:
+        self.requests.append(request)
+        answer = self.answers.pop(0)
+        steps = self.tokenizer.encode(answer) if isinstance(answer, str) else answer
+        reason, count = FinishReason.STOP, 0
+        try:
+            for step in steps:
+                if isinstance(step, BaseException):
+                    raise step
+                if count == request.max_new_tokens:
+                    reason = FinishReason.LENGTH
+                    break
+                count += 1
+                yield Token(step)
+            yield Finished(reason, len(request.tokens), count)
+        except GeneratorExit:
+            self.aborted += 1
+            raise
+
+    async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
+        for event in self.generate(request):
+            yield event
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def fake_engine(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
+    """Makes a FakeEngine from the answers it shall give."""
+    return lambda *answers, **facts: FakeEngine(tokenizer, list(answers), **facts)
+
+
+@pytest.fixture
+def fake_bundle(tmp_path: Path, tokenizer_file: Path, tokenizer: Tokenizer) -> Bundle:
+    """A bundle with a real tokenizer and no model worth the name."""
+    folder = tmp_path / "demo-rk3588-w8a8-1.2.3"
+    folder.mkdir()
+    shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    (folder / "generation_config.json").write_text('{"do_sample": false}')
+    (folder / "model.rkemu").write_bytes(b"none")
+    files = {
+        path.name: FileRecord(path.stat().st_size, sha256_file(path)) for path in folder.iterdir() if path.is_file()
+    }
+    manifest = Manifest(
+        name=folder.name,
+        family="gemma2",
+        size="1M",
+        parameters=1_116_288,
+        source=Source("demo"),
+        target="emulator",
+        platform="rk3588",
+        dtype="w8a8",
+        npu_cores=3,
+        max_context=512,
+        toolkit_version="1.2.3",
+        model_file="model.rkemu",
+        bos_token_id=tokenizer.control["<bos>"],
+        stop_token_ids=(tokenizer.control["<eos>"], tokenizer.control["<end_of_turn>"]),
+        files=files,
+    )
+    (folder / "rkedge.yaml").write_text(manifest.to_yaml())
+    return Bundle(folder, manifest)

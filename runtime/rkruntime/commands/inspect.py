@@ -1,0 +1,112 @@
+"""`rkedge inspect`: what a bundle, a model file or a library says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from rkruntime.errors import InputError, UsageError
+
+_ELF: Final = b"\x7fELF"
+
+
+def _bundle(path: Path, verify: bool) -> dict[str, Any]:
+    from rkruntime.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    if verify:
+        bundle.verify(trust_stamps=False)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(bundle.manifest)))
+    return {"kind": "bundle", "verified": verify, **plain}
+
+
+def _rkemu(path: Path, verify: bool) -> dict[str, Any]:
+    from rkruntime.rkemu import read_container
+
+    container = read_container(path)
+    if verify:
+        for name in container.tensors:
+            container.read(name)
+    return {
+        "kind": "model file of the emulator (.rkemu)",
+        "verified": verify,
+        "file_size": container.file_size,
+        "tensors": len(container.tensors),
+        "fingerprint": container.fingerprint,
+        **{key: value for key, value in container.metadata.items() if not isinstance(value, (list, tuple))},
+    }
+
+
+def _rkllm(path: Path, _: bool) -> dict[str, Any]:
+    from rkruntime.rkllm_file import read_rkllm
+
+    return {"kind": "model file of the vendor's toolkit (.rkllm)", **read_rkllm(path).as_dict()}
+
+
+def _library(path: Path, _: bool) -> dict[str, Any]:
+    from rkruntime.identify import identify
+
+    return {"kind": "RKLLM runtime library", **asdict(identify(path))}
+
+
+def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
+    """The reader for what stands at `path`, by its first bytes and not by its name."""
+    from rkruntime import rkemu
+
+    if path.is_dir():
+        return _bundle
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    readers = {rkemu.MAGIC: _rkemu, _ELF: _library}
+    # The reader of .rkllm files has a word for what is none of them.
+    return next((reader for magic, reader in readers.items() if head.startswith(magic)), _rkllm)
+
+
+def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+    width = max(map(len, values), default=0)
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:{width}}  {_text(value)}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    if value is None or value in ("", [], {}):
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+@click.command("inspect")
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def run(path: Path, verify: bool, as_json: bool) -> None:
+    """Say what PATH is: a bundle, a model file (.rkemu, .rkllm) or a librkllmrt.so.
+
+    Nothing is executed. Of a .rkllm file only the plain fields are read, and a checksum it has none.
+    """
+    from rkruntime.terminal import printable
+
+    reader = _reader(path)
+    if verify and reader in (_rkllm, _library):
+        raise UsageError(f"{path} has no checksum of its own.", hint="Verify the bundle that it belongs to.")
+    values = reader(path, verify)
+    if as_json:
+        click.echo(json.dumps({"path": str(path), **values}, ensure_ascii=False, indent=2))
+    else:
+        click.echo(printable("\n".join(_lines(values))))

@@ -1,0 +1,101 @@
+"""`rkedge run`: one prompt, one answer, for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rkruntime.errors import UsageError
+from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
+
+if TYPE_CHECKING:
+    from rkruntime.answer import Answer
+    from rkruntime.engine import EngineInfo
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt of -p and of standard input, which come one after the other if there are both."""
+    parts = [given] if given and given != "-" else []
+    if given in (None, "-") or not sys.stdin.isatty():
+        parts.append(_standard_input(required=not parts))
+    prompt = "\n\n".join(part for part in parts if part.strip())
+    if not prompt:
+        raise UsageError("There is no prompt.", hint='Give -p "...", or write it to standard input.')
+    return prompt
+
+
+def _standard_input(*, required: bool) -> str:
+    if sys.stdin.isatty() and required:
+        click.echo("Type the prompt; Ctrl-D ends it.", err=True)
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"Standard input is not UTF-8: {error}.", hint="Convert it first, for instance with iconv."
+        ) from error
+
+
+@click.command("run")
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt; - or none reads standard input.")
+@click.option("--system", default="", metavar="TEXT", help="System prompt.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the text.")
+@sampling_options
+@runtime_options
+def run(
+    bundle: Path,
+    prompt: str | None,
+    system: str,
+    stop: tuple[str, ...],
+    as_json: bool,
+    sampling: SamplingOptions,
+    runtime: RuntimeOptions,
+) -> None:
+    """Answer one prompt with the model in the folder BUNDLE. The answer alone goes to standard output."""
+    from rkruntime.answer import Answer, stream_answer
+    from rkruntime.bundle import open_bundle
+    from rkruntime.conversation import Conversation
+    from rkruntime.generation import Request
+    from rkruntime.template import load_template
+    from rkruntime.terminal import Terminal
+    from rkruntime.tokenizer import Tokenizer
+
+    opened = open_bundle(bundle)
+    text = _prompt(prompt)
+    tokenizer = Tokenizer.load(opened.tokenizer)
+    conversation = Conversation(load_template(opened, tokenizer), system)
+    terminal = Terminal()
+    with closing(load_engine(opened, runtime, sampling)) as engine:
+        tokens, _ = conversation.fitting_prompt(text, engine.info.max_context)
+        request = Request(
+            tokens,
+            max_new_tokens=sampling.max_new_tokens or -1,
+            stop_tokens=frozenset(opened.manifest.stop_token_ids),
+        )
+        for piece in stream_answer(engine, request, tokenizer, stop):
+            if isinstance(piece, Answer):
+                report = _report(piece, engine.info)
+            elif not as_json:
+                terminal.write(piece)
+    if as_json:
+        terminal.write(json.dumps(report, ensure_ascii=False, indent=2))
+    terminal.write("\n")
+
+
+def _report(answer: Answer, info: EngineInfo) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "finish_reason": answer.reason.value,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.tokens),
+        "emulated": info.emulated,
+        "release": info.release,
+        "perf": asdict(answer.perf) if answer.perf else None,
+    }

@@ -1,0 +1,137 @@
+"""A chat with a model on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rkruntime.answer import AnswerReader
+from rkruntime.bundle import Bundle
+from rkruntime.conversation import Conversation
+from rkruntime.errors import WorkerError
+from rkruntime.generation import Request
+from rkruntime.repl import Note, Turn
+from rkruntime.template import load_template
+from rkruntime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rkruntime.engine import Engine
+
+
+class LocalChat:
+    """See `rkruntime.repl.Chat`.
+
+    Args:
+        bundle: whose tokenizer, template and stop tokens are used.
+        load: starts the worker and loads the model; called again after the worker is gone.
+        max_new_tokens: per answer, -1 for as many as the context holds.
+        drop_oldest: forget the oldest turns when the context is full.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        load: Callable[[], Engine],
+        *,
+        system: str = "",
+        max_new_tokens: int = -1,
+        drop_oldest: bool = False,
+    ) -> None:
+        self._load = load
+        self._tokenizer = Tokenizer.load(bundle.tokenizer)
+        self._conversation = Conversation(load_template(bundle, self._tokenizer), system)
+        self._stop_tokens = frozenset(bundle.manifest.stop_token_ids)
+        self._max_new_tokens = max_new_tokens
+        self._drop_oldest = drop_oldest
+        self._engine: Engine | None = load()
+        self._answered = self._generated = 0
+        self.last: Turn | None = None
+        info = self._engine.info
+        self.emulated = info.emulated
+        kind = f"emulated runtime {info.release}" if info.emulated else f"runtime {info.release}"
+        self.title = f"{bundle.manifest.name}: {kind}, context of {info.max_context:,} tokens"
+
+    @property
+    def system(self) -> str:
+        """See `Chat`."""
+        return self._conversation.system
+
+    def set_system(self, text: str) -> None:
+        """See `Chat`."""
+        self._conversation.system = text
+
+    def ask(self, text: str) -> Generator[str | Note, None, None]:
+        """See `Chat`.
+
+        Raises:
+            ContextFullError, RunError, WorkerError: the conversation stays as it was.
+        """
+        engine = self._running_engine()
+        tokens, dropped = self._conversation.fitting_prompt(text, engine.info.max_context, drop=self._drop_oldest)
+        if dropped:
+            yield Note(f"The context was full: the {dropped} oldest turn{'s were' if dropped > 1 else ' was'} dropped.")
+        reader = AnswerReader(self._tokenizer, len(tokens))
+        start = time.monotonic()
+        first = 0.0
+        failed = False
+        try:
+            with closing(engine.generate(self._request(tokens))) as events:
+                for event in events:
+                    first = first or time.monotonic() - start
+                    if piece := reader.feed(event):
+                        yield piece
+        except WorkerError:
+            failed, self._engine = True, None
+            raise
+        except Exception:
+            failed = True
+            raise
+        finally:
+            if not failed:
+                self._keep(text, Turn(reader.answer(), first, time.monotonic() - start))
+
+    def _request(self, tokens: list[int]) -> Request:
+        return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
+
+    def _running_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._load()
+        return self._engine
+
+    def _keep(self, text: str, turn: Turn) -> None:
+        self.last = turn
+        self._answered += 1
+        self._generated += len(turn.answer.tokens)
+        if turn.answer.tokens:
+            self._conversation.add(text, turn.answer)
+
+    def clear(self) -> None:
+        """See `Chat`."""
+        self._conversation.clear()
+
+    def save(self, path: Path) -> None:
+        """See `Chat`."""
+        self._conversation.save(path)
+
+    def load(self, path: Path) -> None:
+        """See `Chat`."""
+        self._conversation.load(path, self._tokenizer)
+
+    def stats(self) -> Mapping[str, str]:
+        """See `Chat`."""
+        used = len(self._conversation.prompt(""))
+        limit = f" of {self._engine.info.max_context:,}" if self._engine else ""
+        return {
+            "model": self.title,
+            "answers": f"{self._answered}, {self._generated:,} tokens generated",
+            "context": f"{used:,}{limit} tokens used, {len(self._conversation.messages) // 2} turns",
+            "last answer": self.last.summary(self.emulated) if self.last else "(none)",
+        }
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._engine is not None:
+            self._engine.close()

@@ -1,0 +1,177 @@
+"""Options that several commands share, and what they stand for: which library, which context, which sampling."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import click
+
+from rkruntime.bundle import GENERATION_CONFIG, Bundle
+from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.generation import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from rkruntime.engine import Engine
+
+LIBRARY: Final = "librkllmrt.so"
+LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
+# What provides the library for a bundle's target: "module:function", called with the release. Named, not imported: the
+# runtime does not depend on the board's tools.
+PROVIDERS: Final = {"emulator": "rkboard.emulator:build"}
+SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
+
+Command: TypeAlias = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """--library, --abi and --max-context as they were given."""
+
+    library: Path | None = None
+    abi: str | None = None
+    max_context: int | None = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """--temperature and its kin as they were given; None is the bundle's own."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repeat_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+    def over(self, base: Sampling) -> Sampling:
+        """`base` with what was asked for put over it; a temperature of 0 is greedy in every respect."""
+        if self.temperature == 0:
+            base = GREEDY
+        elif self.temperature is not None and base == GREEDY:
+            base = Sampling()
+        names = ("temperature", "top_k", "top_p", "repeat_penalty")
+        return replace(base, **{name: value for name in names if (value := getattr(self, name)) is not None})
+
+
+def _packed(
+    name: str, kind: Any, *options: Callable[[Any], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command these options as one argument `name`, a dataclass `kind`."""
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def packed(**given: Any) -> None:
+            command(**{name: kind(**{item.name: given.pop(item.name) for item in fields(kind)})}, **given)
+
+        result: Command = packed
+        for option in reversed(options):
+            result = option(result)
+        return result
+
+    return decorate
+
+
+runtime_options = _packed(
+    "runtime",
+    RuntimeOptions,
+    click.option(
+        "--library",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar=LIBRARY_VARIABLE,
+        help=f"The {LIBRARY} to load.  [default: the emulator for its bundles, else searched]",
+    ),
+    click.option("--abi", metavar="RELEASE", help="Take the library for this RKLLM release, such as 1.2.3."),
+    click.option(
+        "--max-context", type=click.IntRange(min=32), metavar="TOKENS", help="Context length.  [default: the model's]"
+    ),
+)
+
+sampling_options = _packed(
+    "sampling",
+    SamplingOptions,
+    click.option("--temperature", type=click.FloatRange(0, 10), help="0 takes the most likely token."),
+    click.option("--top-k", type=click.IntRange(min=1), help="Choose among this many tokens."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose among this share of probability."),
+    click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="1 is none."),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Longest answer.  [default: what the context has room for]",
+    ),
+)
+
+
+def default_sampling(bundle: Bundle) -> Sampling:
+    """What the bundle's generation_config.json asks for, on top of RKLLM's defaults. Raises BundleError."""
+    path = bundle.path / GENERATION_CONFIG
+    if not path.is_file():
+        return Sampling()
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} is not a JSON object.")
+    if config.get("do_sample") is False:
+        return GREEDY
+    wanted = {"temperature": float, "top_k": int, "top_p": float}
+    return replace(
+        Sampling(),
+        **{name: kind(config[name]) for name, kind in wanted.items() if isinstance(config.get(name), (int, float))},
+    )
+
+
+def find_library(bundle: Bundle, options: RuntimeOptions) -> Path:
+    """The library for a bundle: --library or its variable, else its target's provider, else where boards have it.
+
+    Raises:
+        LibraryError: there is none.
+        HostError: the emulator cannot be built here.
+    """
+    if options.library is not None:
+        return options.library
+    provider = PROVIDERS.get(bundle.manifest.target)
+    if provider is not None:
+        return _provide(provider, options.abi or bundle.manifest.toolkit_version)
+    places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
+    found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
+    if found is None:
+        raise LibraryError(
+            f"There is no {LIBRARY} in {', '.join(places)}.",
+            hint=f"Name it with --library or ${LIBRARY_VARIABLE}; on a PC use a bundle made with --target emulator.",
+        )
+    return found
+
+
+def _provide(provider: str, release: str) -> Path:
+    module, _, function = provider.partition(":")
+    try:
+        build: Callable[[str], Path] = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise HostError(
+            f"This bundle is for the emulator, and {module} is not installed here.", hint="Install rkedge as a whole."
+        ) from error
+    return build(release)
+
+
+def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:
+    """Check the bundle's files, find the library, start the worker and load the model."""
+    from rkruntime.engine import Engine, LoadOptions
+
+    bundle.verify()
+    return Engine.load(
+        LoadOptions(
+            library=find_library(bundle, options),
+            model=bundle.model,
+            abi=options.abi,
+            max_context=options.max_context or bundle.manifest.max_context,
+            sampling=sampling.over(default_sampling(bundle)),
+        )
+    )

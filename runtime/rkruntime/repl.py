@@ -1,0 +1,240 @@
+"""The chat at a terminal: the same loop and the same commands whether the model is here or behind SSH."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from rkruntime.answer import Answer
+from rkruntime.errors import RKEdgeError, UsageError
+from rkruntime.generation import FinishReason
+from rkruntime.terminal import Terminal
+
+PROMPT: Final = ">>> "
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A finished or stopped answer and its times in seconds, from the question on."""
+
+    answer: Answer
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode rate: the runtime's own where it gives one, else by the clock from the first token on."""
+        perf = self.answer.perf
+        if perf and perf.generate_ms > 0:
+            return perf.generate_tokens / perf.generate_ms * 1000
+        seconds = self.total_s - self.first_token_s
+        return (len(self.answer.tokens) - 1) / seconds if seconds > 0 else 0.0
+
+    def summary(self, emulated: bool) -> str:
+        """One line for a person."""
+        count = len(self.answer.tokens)
+        parts = [f"{count} token{'' if count == 1 else 's'}"]
+        if count > 1:
+            parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
+        if count:
+            parts.append(f"first after {self.first_token_s * 1000:,.0f} ms")
+        if self.answer.reason in (FinishReason.LENGTH, FinishReason.ABORT):
+            reached = "the limit of tokens was reached"
+            parts.append(reached if self.answer.reason is FinishReason.LENGTH else "stopped")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to tell the person before the answer."""
+
+    text: str
+
+
+class Chat(Protocol):
+    """A conversation with a model, wherever the model is.
+
+    Attributes:
+        title: what answers, for the first line.
+        emulated: figures are not a board's.
+        system: the system prompt.
+        last: the last answer, a stopped one too.
+    """
+
+    title: str
+    emulated: bool
+    last: Turn | None
+
+    @property
+    def system(self) -> str:
+        """The system prompt; empty for none."""
+        ...
+
+    def set_system(self, text: str) -> None:
+        """Put the conversation under another system prompt."""
+        ...
+
+    def ask(self, text: str) -> Generator[str | Note, None, None]:
+        """Pieces of the answer. Closing it early stops the answer and keeps what there is of it."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the turns."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a file."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Go on with a conversation from a file."""
+        ...
+
+    def stats(self) -> Mapping[str, str]:
+        """Names and values for /stats."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the chat: how it is written, what it does."""
+
+    usage: str
+    help: str
+    action: Callable[[Repl, str], None]
+
+
+class Repl:
+    """Reads messages and commands until the input ends."""
+
+    def __init__(self, chat: Chat, terminal: Terminal) -> None:
+        self.chat = chat
+        self.terminal = terminal
+        self.leaving = False
+        self.failure: RKEdgeError | None = None
+
+    def run(self) -> None:
+        """Chat until the end of the input or /exit.
+
+        Raises:
+            RKEdgeError: the last answer failed and nobody is at the terminal to be told so.
+        """
+        if self.terminal.interactive:
+            self.terminal.note(f"{self.chat.title}\n/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        while not self.leaving:
+            try:
+                text = self.terminal.read(PROMPT)
+            except KeyboardInterrupt:
+                self.terminal.note("\nCtrl-D or /exit leaves")
+                continue
+            if text is None:
+                break
+            if text.strip():
+                self._handle(text)
+        if self.failure and not self.terminal.interactive:
+            raise self.failure
+
+    def _handle(self, text: str) -> None:
+        self.failure = None
+        try:
+            if text.startswith("/"):
+                self._command(text)
+            else:
+                self._answer(text)
+        except RKEdgeError as error:
+            if not self.terminal.interactive:
+                self.failure, self.leaving = error, True
+                return
+            self.terminal.error(f"error: {error.message}")
+            self.terminal.note(f"hint:  {error.hint}")
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text.partition(" ")
+        command = COMMANDS.get(name.strip())
+        if command is None:
+            raise UsageError(f"There is no command {name}.", hint=f"Commands: {' '.join(COMMANDS)}")
+        command.action(self, rest.strip())
+
+    def _answer(self, text: str) -> None:
+        try:
+            with closing(self.chat.ask(text)) as pieces:
+                for piece in pieces:
+                    if isinstance(piece, Note):
+                        self.terminal.note(piece.text)
+                    else:
+                        self.terminal.write(piece)
+        except KeyboardInterrupt:
+            # The answer stops, the chat goes on; what was said of it stays in the conversation.
+            pass
+        except RKEdgeError:
+            self.terminal.end_line()
+            raise
+        self.terminal.write("\n")
+        if self.terminal.interactive and self.chat.last:
+            self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
+
+
+def _help(repl: Repl, _: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        repl.terminal.note(f"{command.usage:{width}}  {command.help}")
+    repl.terminal.note('\n""" begins and ends a message of several lines; \\ at the end of a line adds the next one.')
+
+
+def _clear(repl: Repl, _: str) -> None:
+    repl.chat.clear()
+    repl.terminal.note("The conversation is empty; the system prompt stays.")
+
+
+def _system(repl: Repl, text: str) -> None:
+    if text:
+        repl.chat.set_system("" if text == "-" else text)
+    repl.terminal.note(f"System prompt: {repl.chat.system or '(none)'}")
+
+
+def _save(repl: Repl, text: str) -> None:
+    path = _path(text)
+    repl.chat.save(path)
+    repl.terminal.note(f"Saved to {path}.")
+
+
+def _load(repl: Repl, text: str) -> None:
+    path = _path(text)
+    repl.chat.load(path)
+    repl.terminal.note(f"The conversation goes on from {path}.")
+
+
+def _path(text: str) -> Path:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{text} is no file name: {error}") from error
+    if len(words) != 1:
+        raise UsageError("This needs one file name.", hint="For example: /save talk.json")
+    return Path(words[0]).expanduser()
+
+
+def _stats(repl: Repl, _: str) -> None:
+    values = repl.chat.stats()
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        repl.terminal.note(f"{name:{width}}  {value}")
+
+
+def _exit(repl: Repl, _: str) -> None:
+    repl.leaving = True
+
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "/help": Command("/help", "This list.", _help),
+    "/clear": Command("/clear", "Start a new conversation.", _clear),
+    "/system": Command("/system [TEXT]", "Show or set the system prompt; - removes it.", _system),
+    "/save": Command("/save FILE", "Write the conversation to a file.", _save),
+    "/load": Command("/load FILE", "Go on with a saved conversation.", _load),
+    "/stats": Command("/stats", "Tokens, speed and context so far.", _stats),
+    "/exit": Command("/exit", "Leave.", _exit),
+}

@@ -1,0 +1,144 @@
+"""A person at a terminal, or a program at a pipe: lines in, text out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import click
+
+BLOCK: Final = '"""'
+_HISTORY_LINES: Final = 1000
+# A model, or a board, may say anything: escape sequences would reach the terminal. Tab and newline stay.
+_UNPRINTABLE: Final = dict.fromkeys([*(c for c in range(32) if c not in (9, 10)), *range(127, 160)])
+
+
+def printable(text: str) -> str:
+    """`text` without control characters."""
+    return text.translate(_UNPRINTABLE)
+
+
+class Terminal:
+    """Standard input and output.
+
+    Attributes:
+        interactive: a person reads and types. Otherwise there are no prompts, notes go to standard error, and colours
+            nowhere.
+    """
+
+    def __init__(self, history: Path | None = None, words: Sequence[str] = ()) -> None:
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._colour = self.interactive and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self._readline = _line_editor(history, words) if self.interactive else None
+        self._history = history
+        self._within_line = False
+
+    def read(self, prompt: str) -> str | None:
+        """The next message; None at the end of the input.
+
+        A line that begins with three quotes opens a block up to three more; a backslash at its end adds the next line.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C while typing.
+        """
+        line = self._line(prompt)
+        if line is None:
+            return None
+        if line.lstrip().startswith(BLOCK):
+            return self._block(line.lstrip()[len(BLOCK) :])
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._line("... ") or "")
+        return "\n".join(lines)
+
+    def _block(self, line: str) -> str:
+        lines = [line]
+        while not lines[-1].rstrip().endswith(BLOCK):
+            following = self._line("... ")
+            if following is None:
+                return "\n".join(lines).strip("\n")
+            lines.append(following)
+        lines[-1] = lines[-1].rstrip()[: -len(BLOCK)]
+        return "\n".join(lines).strip("\n")
+
+    def _line(self, prompt: str) -> str | None:
+        try:
+            if self.interactive:
+                return input(self._prompt(prompt))
+            line = sys.stdin.readline()
+        except EOFError:
+            return None
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"The input is not UTF-8: {error}") from error
+        return line.rstrip("\r\n") if line else None
+
+    def _prompt(self, text: str) -> str:
+        # \x01 and \x02 tell readline that what stands between them has no width.
+        return f"\x01\x1b[1;34m\x02{text}\x01\x1b[0m\x02" if self._colour else text
+
+    def write(self, text: str) -> None:
+        """A piece of an answer, at once."""
+        sys.stdout.write(printable(text) if self.interactive else text)
+        sys.stdout.flush()
+        self._within_line = not text.endswith("\n")
+
+    def end_line(self) -> None:
+        """Begin a new line if an answer broke off within one."""
+        if self._within_line:
+            self.write("\n")
+
+    def note(self, text: str = "") -> None:
+        """A line about the chat, not of it; without a person it goes to standard error."""
+        text = printable(text)
+        click.echo(click.style(text, dim=True) if self._colour else text, err=not self.interactive)
+
+    def error(self, text: str) -> None:
+        """A line that says what went wrong."""
+        text = printable(text)
+        click.echo(click.style(text, fg="red") if self._colour else text, err=True)
+
+    def close(self) -> None:
+        """Keep the history."""
+        if self._readline and self._history:
+            try:
+                self._history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._readline.set_history_length(_HISTORY_LINES)
+                self._readline.write_history_file(str(self._history))
+                self._history.chmod(0o600)
+            except OSError as error:
+                self.error(f"The history was not kept: {error.strerror}.")
+
+
+def history_file() -> Path:
+    """Where a person's questions are kept: $XDG_STATE_HOME/rkedge/history."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return state / "rkedge" / "history"
+
+
+def _line_editor(history: Path | None, words: Sequence[str]) -> ModuleType | None:
+    """readline with a history and completion of `words`; None where Python was built without it."""
+    try:
+        import readline
+    except ImportError:
+        return None
+
+    def complete(text: str, state: int) -> str | None:
+        matches = [word for word in words if word.startswith(text)] if text else []
+        return matches[state] if state < len(matches) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" \n")
+    readline.parse_and_bind("tab: complete")
+    # A pasted text of several lines stays one message.
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    if history:
+        # There may be none yet; the chat works without.
+        with suppress(OSError):
+            readline.read_history_file(str(history))
+    return readline

@@ -1,0 +1,181 @@
+"""The chat loop: commands, stopping, what a program at a pipe sees, and what a terminal is kept from."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkruntime.bundle import Bundle
+from rkruntime.errors import RunError, WorkerCrashedError
+from rkruntime.localchat import LocalChat
+from rkruntime.repl import COMMANDS, Repl
+from rkruntime.terminal import Terminal, printable
+from rkruntime.tokenizer import Tokenizer
+
+
+class Typed(Terminal):
+    """A person whose lines are known beforehand."""
+
+    def __init__(self, lines: Iterator[str | BaseException]) -> None:
+        super().__init__()
+        self.interactive = True
+        self._lines = lines
+
+    def _line(self, prompt: str) -> str | None:
+        line = next(self._lines, None)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+@pytest.fixture
+def talk(
+    fake_bundle: Bundle, fake_engine: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[LocalChat, Any, str]]:
+    """Runs a chat of these lines with an engine of these answers: the chat, the engine, and all that was shown."""
+
+    def run(lines: list[Any], *answers: Any, **options: Any) -> tuple[LocalChat, Any, str]:
+        engine = fake_engine(*answers, max_context=options.pop("max_context", 512))
+        chat = LocalChat(fake_bundle, lambda: engine, **options)
+        Repl(chat, Typed(iter(lines))).run()
+        shown = capsys.readouterr()
+        return chat, engine, shown.out + shown.err
+
+    return run
+
+
+def test_two_questions(talk: Any) -> None:
+    chat, engine, shown = talk(["hello", "", "again"], "hi there", "yes 🙂")
+    assert "hi there" in shown
+    assert "yes 🙂" in shown
+    assert "tokens/s (emulated)" in shown
+    first, second = (request.tokens for request in engine.requests)
+    assert second[: len(first)] == first
+    assert engine.requests[0].stop_tokens == {1, 107}
+    assert len(chat._conversation.messages) == 4
+
+
+def test_commands(talk: Any, tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    lines = [
+        "/help",
+        "/system Be kind.",
+        "hello",
+        f'/save "{path}"',
+        "/clear",
+        f'/load "{path}"',
+        "/stats",
+        "/exit",
+        "no",
+    ]
+    chat, engine, shown = talk(lines, "hi there")
+    assert all(command.usage in shown for command in COMMANDS.values())
+    assert "Be kind." in chat._tokenizer.decode(engine.requests[0].tokens)
+    assert [item["content"] for item in json.loads(path.read_text())["messages"]] == ["hello", "hi there"]
+    assert len(chat._conversation.messages) == 2
+    assert "1 turns" in shown
+
+
+def test_system_is_shown_and_removed(talk: Any) -> None:
+    chat, _, shown = talk(["/system", "/system -"], system="Be kind.")
+    assert "System prompt: Be kind.\nSystem prompt: (none)" in shown
+    assert chat.system == ""
+
+
+@pytest.mark.parametrize("line", ["/nonsense", "/save", "/save a b", "/load /no/such", '/save "', "/save /no/such/x"])
+def test_a_wrong_command_is_said_to_be_wrong(talk: Any, line: str) -> None:
+    _, _, shown = talk([line, "hello"], "hi there")
+    assert "error: " in shown
+    assert "hint:  " in shown
+    assert "hi there" in shown
+
+
+def test_several_lines(talk: Any) -> None:
+    chat, _, _ = talk(['"""one', "two", 'three"""', "four\\", "five", '"""six"""'], "a", "b", "c")
+    asked = [item.content for item in chat._conversation.messages if item.role == "user"]
+    assert asked == ["one\ntwo\nthree", "four\nfive", "six"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk: Any, tokenizer: Tokenizer) -> None:
+    begun = tokenizer.encode("well begun")
+    chat, _, shown = talk(["hello", "again"], [*begun, KeyboardInterrupt()], "fine")
+    assert "well begun" in shown
+    assert "stopped" in shown
+    assert "fine" in shown
+    # What was said before the interrupt stays, by its ids.
+    assert chat._conversation.messages[1].tokens == tuple(begun)
+
+
+def test_ctrl_c_before_the_first_token_leaves_no_turn(talk: Any) -> None:
+    chat, _, _ = talk(["hello"], [KeyboardInterrupt()])
+    assert chat._conversation.messages == []
+
+
+def test_ctrl_c_at_the_prompt_explains_how_to_leave(talk: Any) -> None:
+    _, _, shown = talk([KeyboardInterrupt(), "hello"], "hi there")
+    assert "Ctrl-D or /exit leaves" in shown
+    assert "hi there" in shown
+
+
+def test_a_failed_run_leaves_the_conversation_as_it_was(talk: Any, tokenizer: Tokenizer) -> None:
+    broken = RunError("The NPU did not answer.", hint="Look at dmesg.")
+    chat, _, shown = talk(["hello", "again"], [*tokenizer.encode("well"), broken], "fine")
+    assert "The NPU did not answer." in shown
+    assert "Look at dmesg." in shown
+    assert [item.content for item in chat._conversation.messages] == ["again", "fine"]
+
+
+def test_a_crashed_worker_is_loaded_again(
+    fake_bundle: Bundle, fake_engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines = [fake_engine([WorkerCrashedError("gone")]), fake_engine("fine")]
+    chat = LocalChat(fake_bundle, lambda: engines.pop(0))
+    Repl(chat, Typed(iter(["hello", "again"]))).run()
+    assert "fine" in capsys.readouterr().out
+    assert engines == []
+
+
+def test_a_full_context(talk: Any) -> None:
+    lines = ["a", "b", "c d e f g h i j k l m n o p"]
+    _, _, shown = talk(lines, "word " * 10, "word " * 10, max_context=60)
+    assert "the context holds 60" in shown
+    _, _, shown = talk(lines, "word " * 10, "word " * 10, "fine", max_context=60, drop_oldest=True)
+    assert "dropped" in shown
+    assert "fine" in shown
+
+
+def test_escape_sequences_do_not_reach_a_terminal(talk: Any) -> None:
+    _, _, shown = talk(["hello"], "bad \x1b]0;title\x07\x9b2J text\r")
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown
+    assert "\r" not in shown
+    assert printable("a\tb\n\x00\x7f🙂") == "a\tb\n🙂"
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_at_a_pipe_only_answers_are_on_standard_output(
+    fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, "hello\r\n/stats\nagain")
+    Repl(LocalChat(fake_bundle, lambda: fake_engine("hi \x1b there", "yes")), Terminal()).run()
+    shown = capsys.readouterr()
+    assert shown.out == "hi \x1b there\nyes\n"
+    assert "context" in shown.err
+
+
+def test_at_a_pipe_an_error_ends_the_chat(
+    fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, "hello\nagain\n")
+    engine = fake_engine([RunError("it broke")], "not reached")
+    with pytest.raises(RunError, match="it broke"):
+        Repl(LocalChat(fake_bundle, lambda: engine), Terminal()).run()
+    assert len(engine.requests) == 1
