@@ -1,0 +1,47 @@
+// The KV cache of one sequence: keys (rope applied) and values per layer and KV head, and what each position stands for.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "file.h"
+#include "model.h"
+
+namespace rkemu {
+
+// What a position was made of: a token id, or below zero the hash of an embedding row.
+using Key = int64_t;
+
+class Cache {
+ public:
+  // Memory is reserved for all of max_context and costs nothing until it is written. `half` halves it.
+  Cache(const Config& config, int max_context, bool half);
+
+  int length() const { return static_cast<int>(keys_.size()); }
+  int capacity() const { return capacity_; }
+  bool half() const { return half_; }
+  const std::vector<Key>& contents() const { return keys_; }
+
+  // [position][head_dim] of one layer and KV head.
+  uint8_t* keys(int layer, int head) { return rows(layer, head, 0); }
+  uint8_t* values(int layer, int head) { return rows(layer, head, 1); }
+  size_t row_bytes() const { return row_bytes_; }
+
+  // Says what the next positions are; their keys and values are written by the forward pass.
+  void append(Key key) { keys_.push_back(key); }
+  void truncate(int length);
+  // Takes positions [begin, end) out; the caller turns the keys behind them back by end - begin positions.
+  void erase(int begin, int end);
+
+ private:
+  uint8_t* rows(int layer, int head, int which);
+
+  int layers_, heads_, capacity_;
+  bool half_;
+  size_t row_bytes_;
+  Mapping memory_;
+  std::vector<Key> keys_;
+};
+
+}  // namespace rkemu

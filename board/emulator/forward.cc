@@ -1,0 +1,281 @@
+#include "forward.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace rkemu {
+
+namespace {
+
+constexpr int kRowBlock = 64;
+// Below this many multiplications a thread costs more to wake than it saves.
+constexpr size_t kWorthThreads = 1u << 18;
+
+size_t times(int a, int b) { return static_cast<size_t>(a) * static_cast<size_t>(b); }
+
+}  // namespace
+
+Forward::Forward(const Model& model, Pool& pool, const Kernels& kernels)
+    : model_(model),
+      config_(model.config()),
+      pool_(pool),
+      kernels_(kernels),
+      embedding_factor_(std::sqrt(static_cast<float>(config_.hidden_size))),
+      attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.query_pre_attn_scalar)))) {
+  for (int i = 0; i < config_.head_dim; i += 2) {
+    const double exponent = static_cast<double>(i) / config_.head_dim;
+    inverse_frequencies_.push_back(
+        static_cast<float>(1.0 / std::pow(static_cast<double>(config_.rope_theta), exponent)));
+  }
+}
+
+void Forward::scale_embedding(float* row) const {
+  kernels_.scale(row, embedding_factor_, config_.hidden_size);
+}
+
+// transformers multiplies position and frequency as floats; sine and cosine are rounded from double here, which gives
+// the same floats on machines whose math libraries differ in the last bit of a double.
+void Forward::prepare_rope(int positions) {
+  const size_t half = inverse_frequencies_.size();
+  for (size_t p = cos_.size() / half; p < static_cast<size_t>(positions); ++p) {
+    for (const float frequency : inverse_frequencies_) {
+      const auto angle = static_cast<double>(frequency * static_cast<float>(p));
+      cos_.push_back(static_cast<float>(std::cos(angle)));
+      sin_.push_back(static_cast<float>(std::sin(angle)));
+    }
+  }
+}
+
+void Forward::rotate(float* head, int position, bool back) const {
+  const auto half = static_cast<int>(inverse_frequencies_.size());
+  const float* cos = cos_.data() + times(position, half);
+  const float* sin = sin_.data() + times(position, half);
+  for (int i = 0; i < half; ++i) {
+    const float s = back ? -sin[i] : sin[i];
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cos[i] - b * s;
+    head[i + half] = b * cos[i] + a * s;
+  }
+}
+
+template <class Job>
+void Forward::each(int count, size_t work, const Job& job) {
+  if (work < kWorthThreads) {
+    for (int i = 0; i < count; ++i) job(i, 0);
+  } else {
+    pool_.run(count, job);
+  }
+}
+
+void Forward::norm(const float* x, const float* weight, int rows, float* out) {
+  const int n = config_.hidden_size;
+  each(rows, times(rows, n) * 4, [&](int r, int) {
+    kernels_.rms_norm(x + times(r, n), weight, config_.rms_norm_eps, n, out + times(r, n));
+  });
+}
+
+void Forward::multiply_block(const Target& target, const float* x, int rows, int first, int count) {
+  const Matrix& m = *target.matrix;
+  if (m.f) {
+    kernels_.float_product({m.f + times(first, m.in), static_cast<size_t>(m.in), count, x,
+                            static_cast<size_t>(m.in), rows, m.in, target.out + first,
+                            static_cast<size_t>(m.out)});
+  } else {
+    int32_t acc[kChunk * kRowBlock];
+    const int group = m.in / m.groups;
+    for (int g = 0; g < m.groups; ++g) {
+      kernels_.integer_product({m.q + times(first, m.in) + g * group, static_cast<size_t>(m.in), count,
+                                quantized_.data() + g * group, static_cast<size_t>(m.in), rows, group,
+                                x_sums_.data() + g, static_cast<size_t>(m.groups), acc, kRowBlock});
+      for (int t = 0; t < rows; ++t) {
+        kernels_.dequantize(acc + t * kRowBlock, count, m.scale + times(first, m.groups) + g,
+                            static_cast<size_t>(m.groups), g == 0, target.out + times(t, m.out) + first);
+      }
+    }
+    for (int t = 0; t < rows; ++t) {
+      kernels_.scale(target.out + times(t, m.out) + first, x_scales_[static_cast<size_t>(t)], count);
+    }
+  }
+  if (target.softcap > 0) {
+    for (int t = 0; t < rows; ++t) {
+      kernels_.softcap(target.out + times(t, m.out) + first, target.softcap, count);
+    }
+  }
+}
+
+void Forward::add_lora(const Target& target, const float* x, int rows, int k) {
+  const Adapter::Pair& pair = *target.lora;
+  const int out = target.matrix->out;
+  std::vector<float> low(times(rows, pair.rank)), high(times(rows, out));
+  const auto product = [&](const float* w, int from, int to, const float* in, float* result) {
+    const int blocks = (to + kRowBlock - 1) / kRowBlock;
+    each(blocks, times(rows, from) * static_cast<size_t>(to), [&](int b, int) {
+      const int first = b * kRowBlock;
+      kernels_.float_product({w + times(first, from), static_cast<size_t>(from),
+                              std::min(kRowBlock, to - first), in, static_cast<size_t>(from), rows, from,
+                              result + first, static_cast<size_t>(to)});
+    });
+  };
+  product(pair.a, k, pair.rank, x, low.data());
+  product(pair.b, pair.rank, out, low.data(), high.data());
+  for (int t = 0; t < rows; ++t) {
+    kernels_.add(target.out + times(t, out), high.data() + times(t, out), pair.factor, out);
+  }
+}
+
+void Forward::multiply(const float* x, int rows, int k, std::initializer_list<Target> targets) {
+  int groups = 0;  // of the activations as they are quantized now
+  for (auto target = targets.begin(); target != targets.end();) {
+    auto end = target;
+    int blocks = 0;
+    size_t work = 0;
+    for (; end != targets.end() && end->matrix->groups == target->matrix->groups; ++end) {
+      blocks += (end->matrix->out + kRowBlock - 1) / kRowBlock;
+      work += times(end->matrix->out, k) * static_cast<size_t>(rows);
+    }
+    if (target->matrix->q && groups != target->matrix->groups) {
+      groups = target->matrix->groups;
+      quantized_.resize(times(rows, k));
+      x_scales_.resize(static_cast<size_t>(rows));
+      x_sums_.resize(times(rows, groups));
+      each(rows, times(rows, k), [&](int t, int) {
+        kernels_.quantize(x + times(t, k), k, k / groups, quantized_.data() + times(t, k),
+                          x_scales_.data() + t, x_sums_.data() + times(t, groups));
+      });
+    }
+    each(blocks, work, [&](int block, int) {
+      const Target* at = target;
+      for (;; ++at) {
+        const int of_this = (at->matrix->out + kRowBlock - 1) / kRowBlock;
+        if (block < of_this) break;
+        block -= of_this;
+      }
+      const int first = block * kRowBlock;
+      multiply_block(*at, x, rows, first, std::min(kRowBlock, at->matrix->out - first));
+    });
+    target = end;
+  }
+  for (const Target& target : targets) {
+    if (target.lora && target.lora->rank) add_lora(target, x, rows, k);
+  }
+}
+
+void Forward::store(Cache& cache, int layer, int position, const float* k, const float* v) {
+  const int dim = config_.head_dim;
+  const size_t at = static_cast<size_t>(position) * cache.row_bytes();
+  for (int h = 0; h < config_.kv_heads; ++h) {
+    for (const auto& [from, to] : {std::pair(k, cache.keys(layer, h)), std::pair(v, cache.values(layer, h))}) {
+      const float* row = from + times(h, dim);
+      if (cache.half()) {
+        kernels_.to_half(row, dim, reinterpret_cast<uint16_t*>(to + at));
+      } else {
+        std::memcpy(to + at, row, cache.row_bytes());
+      }
+    }
+  }
+}
+
+void Forward::attention(const std::vector<Row>& rows, int index, const Layer& layer) {
+  const int dim = config_.head_dim;
+  const int group = config_.heads / config_.kv_heads;
+  int longest = 0;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const int position = rows[r].position;
+    longest = std::max(longest, position + 1);
+    for (int h = 0; h < config_.heads; ++h) {
+      rotate(q_.data() + r * static_cast<size_t>(config_.q_size()) + times(h, dim), position, false);
+    }
+    float* k = k_.data() + r * static_cast<size_t>(config_.kv_size());
+    for (int h = 0; h < config_.kv_heads; ++h) rotate(k + times(h, dim), position, false);
+    store(*rows[r].cache, index, position, k, v_.data() + r * static_cast<size_t>(config_.kv_size()));
+  }
+  scores_.resize(times(pool_.size(), group) * static_cast<size_t>(longest));
+  const int jobs = static_cast<int>(rows.size()) * config_.kv_heads;
+  each(jobs, times(jobs, longest) * static_cast<size_t>(2 * group * dim), [&](int job, int worker) {
+    const Row& row = rows[static_cast<size_t>(job / config_.kv_heads)];
+    const int head = job % config_.kv_heads;
+    const int first = layer.sliding ? std::max(0, row.position - config_.sliding_window + 1) : 0;
+    const size_t at = times(job / config_.kv_heads, config_.q_size()) + times(head * group, dim);
+    kernels_.attend({q_.data() + at, group, dim, row.cache->keys(index, head),
+                     row.cache->values(index, head), row.cache->half(), first, row.position,
+                     attention_scale_, config_.attn_softcap,
+                     scores_.data() + times(worker, group) * static_cast<size_t>(longest),
+                     mixed_.data() + at});
+  });
+}
+
+void Forward::run(const std::vector<Row>& rows, float* x, const Adapter* adapter) {
+  const auto n = static_cast<int>(rows.size());
+  const int hidden = config_.hidden_size, inner = config_.intermediate_size;
+  const auto size = [n](std::vector<float>& buffer, int width) { buffer.resize(times(n, width)); };
+  size(normed_, hidden);
+  size(y_, hidden);
+  size(q_, config_.q_size());
+  size(mixed_, config_.q_size());
+  size(k_, config_.kv_size());
+  size(v_, config_.kv_size());
+  size(gate_, inner);
+  size(up_, inner);
+  for (const Row& row : rows) prepare_rope(row.position + 1);
+
+  for (size_t l = 0; l < model_.layers().size(); ++l) {
+    const Layer& layer = model_.layers()[l];
+    const auto target = [&](Part part, std::vector<float>& out) {
+      return Target{&layer[part], out.data(), adapter ? &adapter->at(l, part) : nullptr};
+    };
+    const auto add_to_residual = [&](const float* post_norm) {
+      if (post_norm) norm(y_.data(), post_norm, n, y_.data());
+      kernels_.add(x, y_.data(), 1.0f, n * hidden);
+    };
+    norm(x, layer.attn_norm, n, normed_.data());
+    multiply(normed_.data(), n, hidden,
+             {target(Part::q, q_), target(Part::k, k_), target(Part::v, v_)});
+    attention(rows, static_cast<int>(l), layer);
+    multiply(mixed_.data(), n, config_.q_size(), {target(Part::o, y_)});
+    add_to_residual(layer.attn_post_norm);
+
+    norm(x, layer.ffn_norm, n, normed_.data());
+    multiply(normed_.data(), n, hidden, {target(Part::gate, gate_), target(Part::up, up_)});
+    each(n, times(n, inner) * 8, [&](int r, int) {
+      kernels_.gelu_multiply(gate_.data() + times(r, inner), up_.data() + times(r, inner), inner);
+    });
+    multiply(gate_.data(), n, inner, {target(Part::down, y_)});
+    add_to_residual(layer.ffn_post_norm);
+  }
+  norm(x, model_.output_norm(), n, x);
+}
+
+void Forward::logits(const float* hidden, int rows, float* out) {
+  multiply(hidden, rows, config_.hidden_size, {{&model_.head(), out, nullptr, config_.final_softcap}});
+}
+
+void Forward::erase(Cache& cache, int begin, int end) {
+  const int gone = end - begin;
+  const int dim = config_.head_dim;
+  cache.erase(begin, end);
+  prepare_rope(gone + 1);
+  std::vector<float> row(static_cast<size_t>(dim));
+  for (int layer = 0; layer < config_.layers; ++layer) {
+    for (int head = 0; head < config_.kv_heads; ++head) {
+      for (int p = begin; p < cache.length(); ++p) {
+        uint8_t* at = cache.keys(layer, head) + static_cast<size_t>(p) * cache.row_bytes();
+        if (cache.half()) {
+          for (int i = 0; i < dim; ++i) {
+            row[static_cast<size_t>(i)] = half_to_float(reinterpret_cast<uint16_t*>(at)[i]);
+          }
+        } else {
+          std::memcpy(row.data(), at, cache.row_bytes());
+        }
+        rotate(row.data(), gone, true);
+        if (cache.half()) {
+          kernels_.to_half(row.data(), dim, reinterpret_cast<uint16_t*>(at));
+        } else {
+          std::memcpy(at, row.data(), cache.row_bytes());
+        }
+      }
+    }
+  }
+}
+
+}  // namespace rkemu

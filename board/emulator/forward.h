@@ -1,0 +1,70 @@
+// The forward pass of Gemma and Gemma 2 for a batch of rows, each a position of some sequence.
+#pragma once
+
+#include <initializer_list>
+#include <vector>
+
+#include "cache.h"
+#include "kernels.h"
+#include "model.h"
+#include "threads.h"
+
+namespace rkemu {
+
+struct Row {
+  Cache* cache;
+  int position;  // already appended to the cache; its keys and values are written here
+};
+
+class Forward {
+ public:
+  // Rows that are worked on at a time; longer prompts come in chunks of this size.
+  static constexpr int kChunk = 128;
+
+  Forward(const Model& model, Pool& pool, const Kernels& kernels);
+
+  // Turns embeddings [rows][hidden] (scaled, see scale_embedding) into hidden states after the last norm, in place.
+  // At most kChunk rows. `adapter` may be null. The result of a row does not depend on the rows beside it.
+  void run(const std::vector<Row>& rows, float* x, const Adapter* adapter);
+  // Logits [rows][vocab], soft-cap applied.
+  void logits(const float* hidden, int rows, float* out);
+  // A row of the table times sqrt(hidden).
+  void scale_embedding(float* row) const;
+  // Takes positions out of a cache and turns the keys behind them back.
+  void erase(Cache& cache, int begin, int end);
+
+ private:
+  // One product of a set that shares its activations.
+  struct Target {
+    const Matrix* matrix;
+    float* out;  // [rows][matrix->out]
+    const Adapter::Pair* lora = nullptr;
+    float softcap = 0;
+  };
+
+  void multiply(const float* x, int rows, int k, std::initializer_list<Target> targets);
+  void multiply_block(const Target& target, const float* x, int rows, int first, int count);
+  void add_lora(const Target& target, const float* x, int rows, int k);
+  void norm(const float* x, const float* weight, int rows, float* out);
+  void attention(const std::vector<Row>& rows, int layer_index, const Layer& layer);
+  void rotate(float* head, int position, bool back) const;
+  void store(Cache& cache, int layer, int position, const float* k, const float* v);
+  template <class Job>
+  void each(int count, size_t work, const Job& job);
+  void prepare_rope(int positions);
+
+  const Model& model_;
+  const Config& config_;
+  Pool& pool_;
+  const Kernels& kernels_;
+  float embedding_factor_, attention_scale_;
+
+  std::vector<float> inverse_frequencies_;
+  std::vector<float> cos_, sin_;  // [position][head_dim / 2]
+  std::vector<float> normed_, q_, k_, v_, mixed_, gate_, up_, y_, scores_;
+  std::vector<int8_t> quantized_;
+  std::vector<float> x_scales_;
+  std::vector<int32_t> x_sums_;
+};
+
+}  // namespace rkemu

@@ -1,0 +1,66 @@
+// AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes: the weight's sign bit is flipped on the way from
+// memory (w + 128), and 128 times the sum of the activations is taken off again, so files keep plain int8 rows.
+#include <immintrin.h>
+
+#include "kernels_float.h"
+
+namespace rkemu {
+
+namespace {
+
+constexpr int kStep = 64;
+
+template <int kRows, int kTokens>
+void tile(const IntegerProduct& p, int row, int token) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int8_t* w = p.w + static_cast<size_t>(row) * p.w_stride;
+  const int8_t* x = p.x + static_cast<size_t>(token) * p.x_stride;
+  __m512i acc[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) acc[r][t] = _mm512_setzero_si512();
+  }
+  const auto step = [&](int k, __mmask64 mask) __attribute__((always_inline)) {
+    __m512i xs[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      xs[t] = _mm512_maskz_loadu_epi8(mask, x + static_cast<size_t>(t) * p.x_stride + k);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i loaded = _mm512_maskz_loadu_epi8(mask, w + static_cast<size_t>(r) * p.w_stride + k);
+      const __m512i ws = _mm512_xor_si512(loaded, flip);
+      for (int t = 0; t < kTokens; ++t) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], ws, xs[t]);
+    }
+  };
+  int k = 0;
+  for (; k + kStep <= p.k; k += kStep) step(k, ~__mmask64{0});
+  if (k < p.k) step(k, ~__mmask64{0} >> (kStep - (p.k - k)));
+  for (int t = 0; t < kTokens; ++t) {
+    const int32_t correction = 128 * p.x_sums[static_cast<size_t>(token + t) * p.x_sums_stride];
+    int32_t* out = p.acc + static_cast<size_t>(token + t) * p.acc_stride + static_cast<size_t>(row);
+    for (int r = 0; r < kRows; ++r) {
+      alignas(64) int32_t lanes[16];
+      _mm512_store_si512(lanes, acc[r][t]);
+      int32_t sum = 0;
+      for (const int32_t lane : lanes) sum += lane;
+      out[r] = sum - correction;
+    }
+  }
+}
+
+template <int kTokens>
+void strip(const IntegerProduct& p, int token) {
+  int row = 0;
+  for (; row + 4 <= p.rows; row += 4) tile<4, kTokens>(p, row, token);
+  for (; row < p.rows; ++row) tile<1, kTokens>(p, row, token);
+}
+
+void integer_product(const IntegerProduct& p) {
+  int token = 0;
+  for (; token + 4 <= p.tokens; token += 4) strip<4>(p, token);
+  for (; token < p.tokens; ++token) strip<1>(p, token);
+}
+
+}  // namespace
+
+RKEMU_KERNELS(kAvx512Kernels, "avx512vnni", integer_product);
+
+}  // namespace rkemu

@@ -1,0 +1,31 @@
+// What the library says on stderr, in the form of the vendor's lines ("I rkllm: ..."), and its errors.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace rkemu {
+
+// An error that ends an API call: the lines that a real runtime prints for it, each with its own prefix.
+class Failure : public std::runtime_error {
+ public:
+  explicit Failure(const std::string& lines) : std::runtime_error(lines) {}
+};
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+
+// RKLLM_LOG_LEVEL: 0 by default, 1 adds the times of a run, 2 the tokens of a prompt.
+int log_level();
+void info(const std::string& line);
+void warn(const std::string& line);
+void error(const std::string& line);
+void raw(const std::string& lines);  // without a prefix, for lines of other parts of the runtime
+
+// An "E rkllm: ..." line as a Failure.
+Failure failure(const std::string& line);
+
+// An environment variable as an integer in [low, high], or `fallback` when it is unset or not a number.
+long env_number(const char* name, long fallback, long low, long high);
+std::string env_text(const char* name);
+
+}  // namespace rkemu

@@ -1,0 +1,67 @@
+// Byte-pair encoding over the token table of the model file: text to ids and ids to bytes.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "file.h"
+
+namespace rkemu {
+
+enum class TokenKind : uint8_t { normal = 0, control = 1, byte = 2, unused = 3, user_defined = 4 };
+
+class Tokenizer {
+ public:
+  // Failure: the tables contradict each other. The file must outlive the tokenizer.
+  Tokenizer(const File& file, size_t vocab_size);
+
+  // Control and user-defined tokens are found in the text when `special` is set.
+  std::vector<int32_t> encode(std::string_view text, bool special);
+  // The bytes of a token, with spaces for the word marks.
+  std::string decode(int32_t id) const;
+
+  TokenKind kind(int32_t id) const { return static_cast<TokenKind>(kinds_[id]); }
+  int32_t bos() const { return bos_; }
+  bool add_bos() const { return add_bos_; }
+  const std::vector<int32_t>& eos() const { return eos_; }
+
+ private:
+  struct Merge {
+    uint32_t rank;
+    int32_t result;
+  };
+
+  std::string_view text_of(size_t id) const;
+  void index();
+  void encode_plain(std::string_view text, std::vector<int32_t>& ids) const;
+  void add_character(std::string_view character, std::vector<int32_t>& ids) const;
+  void merge(std::vector<int32_t>& symbols) const;
+
+  size_t vocab_size_;
+  const char* text_;
+  const uint32_t* offsets_;
+  const uint8_t* kinds_;
+  const uint32_t* merges_;
+  size_t merge_count_;
+  int32_t bos_;
+  int32_t unk_;
+  bool add_bos_;
+  std::vector<int32_t> eos_;
+
+  // Built when the first text comes: a client that sends ids needs none of it.
+  bool indexed_ = false;
+  std::unordered_map<std::string_view, int32_t> ids_;
+  std::unordered_map<uint64_t, Merge> pairs_;
+  std::vector<int32_t> bytes_;
+  std::vector<std::vector<int32_t>> special_;  // by first byte, longest text first
+};
+
+// Number of bytes of the UTF-8 character at the front of `text` (not empty): 1 to 4, or 0 if there is no valid one.
+size_t utf8_length(std::string_view text);
+// How many bytes at the end of `text` begin a character that is not complete: 0 to 3.
+size_t utf8_unfinished(std::string_view text);
+
+}  // namespace rkemu
