@@ -88,7 +88,7 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "\n" in value else str(value)
 
 
 @click.command("inspect")

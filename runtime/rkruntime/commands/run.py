@@ -7,7 +7,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from rkruntime.engine import EngineInfo
 
 
-def _prompt(given: str | None) -> str:
-    """The prompt of -p and of standard input, which come one after the other if there are both."""
-    parts = [given] if given and given != "-" else []
-    if given in (None, "-") or not sys.stdin.isatty():
-        parts.append(_standard_input(required=not parts))
+def _prompt(text: str | None, file: BinaryIO | None) -> str:
+    """The text of -p, then that of -f; standard input if there is neither.
+
+    With -p alone standard input is not touched: `while read line; do rkedge run ... -p "$line"; done` loses no line.
+    """
+    if text is None and file is None:
+        if sys.stdin.isatty():
+            click.echo("Type the prompt; Ctrl-D ends it.", err=True)
+        file = sys.stdin.buffer
+    try:
+        parts = [text or "", file.read().decode() if file else ""]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The prompt is not UTF-8: {error}.", hint="Convert it first, for instance with iconv."
+        ) from error
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
         raise UsageError("There is no prompt.", hint='Give -p "...", or write it to standard input.')
     return prompt
 
 
-def _standard_input(*, required: bool) -> str:
-    if sys.stdin.isatty() and required:
-        click.echo("Type the prompt; Ctrl-D ends it.", err=True)
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"Standard input is not UTF-8: {error}.", hint="Convert it first, for instance with iconv."
-        ) from error
-
-
 @click.command("run")
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", metavar="TEXT", help="The prompt; - or none reads standard input.")
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt.  [default: standard input]")
+@click.option("-f", "--file", type=click.File("rb"), help="A text to put behind the prompt; - is standard input.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the text.")
@@ -52,6 +52,7 @@ def _standard_input(*, required: bool) -> str:
 def run(
     bundle: Path,
     prompt: str | None,
+    file: BinaryIO | None,
     system: str,
     stop: tuple[str, ...],
     as_json: bool,
@@ -68,7 +69,7 @@ def run(
     from rkruntime.tokenizer import Tokenizer
 
     opened = open_bundle(bundle)
-    text = _prompt(prompt)
+    text = _prompt(prompt, file)
     tokenizer = Tokenizer.load(opened.tokenizer)
     conversation = Conversation(load_template(opened, tokenizer), system)
     terminal = Terminal()
