@@ -26,6 +26,8 @@ COMMANDS: dict[str, Entry] = {
     "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
     "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
     "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
+    "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
+    "emulator": Entry("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
     "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
 }
 

@@ -1,0 +1,86 @@
+"""`rkedge emulator`: build the stand-in librkllmrt.so, and say where it is, for programs in any language."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import click
+from rich.console import Console
+
+from rkboard import emulator
+
+_RELEASE = click.option(
+    "--release",
+    type=click.Choice(list(emulator.RELEASES)),
+    default=emulator.DEFAULT_RELEASE,
+    show_default=True,
+    help="The librkllmrt.so that it stands for.",
+)
+_ARCH = click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Build for another machine.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def _build(release: str, arch: str | None, sanitize: str | None = None) -> str:
+    console = Console(stderr=True)
+    with console.status(f"building the emulator for {release}") as status:
+        return str(emulator.build(release, arch=arch, sanitize=sanitize, progress=status.update))
+
+
+@click.group("emulator")
+def run() -> None:
+    """An RK3588 NPU that is not there: a librkllmrt.so for this machine, for any program that speaks RKLLM."""
+
+
+@run.command("build")
+@_RELEASE
+@click.option("--all", "every", is_flag=True, help="Build one library for each ABI layout.")
+@_ARCH
+@click.option("--sanitize", metavar="NAMES", help="Build with -fsanitize=NAMES, such as address,undefined.")
+@_JSON
+def build(release: str, every: bool, arch: str | None, sanitize: str | None, as_json: bool) -> None:
+    """Build a library and print its path."""
+    newest = {layout: name for name, layout in emulator.RELEASES.items()}
+    releases = list(newest.values()) if every else [release]
+    built = {name: _build(name, arch, sanitize) for name in releases}
+    click.echo(json.dumps(built, indent=2) if as_json else "\n".join(built.values()))
+
+
+@run.command("path")
+@_RELEASE
+@_ARCH
+def path(release: str, arch: str | None) -> None:
+    """Print the folder to put on LD_LIBRARY_PATH; built first if need be."""
+    click.echo(_build(release, arch).rpartition("/")[0])
+
+
+@run.command("env")
+@_RELEASE
+def env(release: str) -> None:
+    """Print shell lines that make programs find the emulator: eval "$(rkedge emulator env)"."""
+    folder = _build(release, None).rpartition("/")[0]
+    click.echo(f'export LD_LIBRARY_PATH={shlex.quote(folder)}"${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"')
+
+
+@run.command("info")
+@_JSON
+def info(as_json: bool) -> None:
+    """Say which releases there are, what is built, and with which compiler."""
+    compiler = emulator.find_compiler()
+    releases = []
+    for name, layout in emulator.RELEASES.items():
+        library = emulator.library_path(name)
+        releases.append({"release": name, "layout": f"L{layout}", "library": str(library), "built": library.is_file()})
+    facts = {
+        "compiler": compiler.version,
+        "arch": compiler.arch,
+        "cache": str(emulator.cache_folder()),
+        "releases": releases,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"compiler  {compiler.version} for {compiler.arch}\ncache     {facts['cache']}")
+    for row in releases:
+        state = row["library"] if row["built"] else "not built"
+        click.echo(f"{row['release']:8}  {row['layout']}  {state}")

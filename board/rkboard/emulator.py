@@ -1,0 +1,262 @@
+"""Builds the stand-in librkllmrt.so of one release from board/emulator, with the user's compiler, into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rkruntime.errors import HostError, UsageError
+from rkruntime.resources import resource
+
+LIBRARY: Final = "librkllmrt.so"
+DEFAULT_RELEASE: Final = "1.2.3"
+
+# Release -> layout, of the vendor's headers (see board/emulator/abi.h).
+RELEASES: Final = {
+    "1.1.0": 3,
+    "1.1.1": 3,
+    "1.1.2": 3,
+    "1.1.3": 3,
+    "1.1.4": 3,
+    "1.2.0": 4,
+    "1.2.1b1": 5,
+    "1.2.1": 6,
+    "1.2.2": 6,
+    "1.2.3": 6,
+    "1.3.0": 7,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A source file of its own instruction set, left out where the compiler does not know the flags."""
+
+    source: str
+    arch: str
+    flags: tuple[str, ...]
+    define: str
+
+
+KERNELS: Final = (
+    Kernel(
+        "kernels_avx512.cc", "x86_64", ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), "RKEMU_HAVE_AVX512"
+    ),
+)
+ABI_SOURCE: Final = "api.cc"
+EXPORTS: Final = "exports.map"
+
+# -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread ends.
+_COMPILE: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
+_WARN: Final = ("-Wall", "-Wextra", "-Wpedantic")
+_OPTIMIZE: Final = ("-O3", "-DNDEBUG")
+_LINK: Final = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,nodelete")
+_STATIC: Final = ("-static-libstdc++", "-static-libgcc")
+_CROSS: Final = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
+_ERROR_LINES: Final = 12
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its command, what it says of itself, and the machine it compiles for."""
+
+    command: tuple[str, ...]
+    version: str
+    arch: str
+
+
+def _run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    # The messages are shown to a person and searched for "error": in the language that they were written in.
+    environment = os.environ | {"LC_ALL": "C"}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, check=False)
+
+
+def host_arch() -> str:
+    """This machine's name for `arch`: x86_64 or aarch64."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def find_compiler(arch: str | None = None) -> Compiler:
+    """The compiler for `arch` (this machine by default): $CXX, g++ or clang++; a cross compiler for another machine.
+
+    Raises:
+        HostError: there is none.
+    """
+    arch = arch or host_arch()
+    if arch == host_arch():
+        names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+        package = "g++"
+    elif arch in _CROSS:
+        names, package = [_CROSS[arch][0]], _CROSS[arch][1]
+    else:
+        raise UsageError(f"The emulator can be built for this machine or for {', '.join(_CROSS)}, not for {arch}.")
+    for name in names:
+        command = tuple(shlex.split(name))
+        if command and shutil.which(command[0]):
+            version = _run([*command, "--version"]).stdout.partition("\n")[0]
+            return Compiler(command, version, arch)
+    raise HostError(
+        f"The emulator is built on this machine and no C++ compiler was found (looked for {', '.join(names)}).",
+        hint=f"Install one: sudo apt install {package}",
+    )
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: `$XDG_CACHE_HOME/rkedge/emulator`, or below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "rkedge" / "emulator"
+
+
+def release_number(release: str) -> int:
+    """A release as a number that grows: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
+    major, minor, patch = release.partition("b")[0].split(".")
+    return int(major) * 10000 + int(minor) * 100 + int(patch)
+
+
+def check_release(release: str) -> int:
+    """The layout of a release. UsageError if the emulator has none of that name."""
+    if release not in RELEASES:
+        raise UsageError(
+            f"The emulator has no release {release}.", hint=f"Use one of {', '.join(RELEASES)}; 1.0.x is not emulated."
+        )
+    return RELEASES[release]
+
+
+class _Build:
+    """One library: what is compiled, with which flags, and where it goes."""
+
+    def __init__(self, release: str, compiler: Compiler, sanitize: str | None, warnings_are_errors: bool) -> None:
+        self.release, self.compiler = release, compiler
+        self.sources = resource("emulator")
+        extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitize else [*_OPTIMIZE]
+        self.flags = [*_COMPILE, *_WARN, *(["-Werror"] if warnings_are_errors else []), *extra]
+        self.link_flags = [*_LINK, *([f"-fsanitize={sanitize}"] if sanitize else _STATIC)]
+        if sanitize:
+            self.link_flags.remove("-Wl,-z,defs")  # the sanitizer's own symbols come from the program
+        self.kernels = [k for k in KERNELS if k.arch == compiler.arch and self._knows(k.flags)]
+        self.defines = [f"-D{kernel.define}" for kernel in self.kernels]
+        self.folder = cache_folder() / self._digest()
+        self.library = self.folder / release / LIBRARY
+
+    def _knows(self, flags: Sequence[str]) -> bool:
+        return _run([*self.compiler.command, *flags, "-fsyntax-only", "-xc++", os.devnull]).returncode == 0
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for path in sorted(self.sources.iterdir()):
+            if path.suffix in (".cc", ".h", ".map"):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        facts = (self.compiler, self.flags, self.link_flags, self.kernels)
+        digest.update(repr(facts).encode())
+        return digest.hexdigest()[:16]
+
+    def _objects(self) -> list[tuple[Path, Path, list[str]]]:
+        """Source, object and flags of each object; all but the last are shared by the releases."""
+        special = {kernel.source: kernel.flags for kernel in KERNELS}
+        wanted = {kernel.source for kernel in self.kernels}
+        objects = []
+        for source in sorted(self.sources.glob("*.cc")):
+            if source.name == ABI_SOURCE or (source.name in special and source.name not in wanted):
+                continue
+            flags = [*self.flags, *special.get(source.name, ()), *self.defines]
+            objects.append((source, self.folder / "objects" / f"{source.stem}.o", flags))
+        abi = [
+            f"-DRKEMU_LAYOUT={RELEASES[self.release]}",
+            f'-DRKEMU_RELEASE="{self.release}"',
+            f"-DRKEMU_RELEASE_NUMBER={release_number(self.release)}",
+        ]
+        objects.append((self.sources / ABI_SOURCE, self.folder / self.release / "api.o", [*self.flags, *abi]))
+        return objects
+
+    def _make(self, target: Path, command: Sequence[str | Path]) -> None:
+        """Run a compiler that writes `target`, which appears whole or not at all."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as scratch:
+            partial = Path(scratch) / target.name
+            result = _run([*self.compiler.command, *command, "-o", partial])
+            if result.returncode != 0:
+                raise self._failed(command, result)
+            partial.replace(target)
+
+    def _failed(self, command: Sequence[str | Path], result: subprocess.CompletedProcess[str]) -> HostError:
+        lines = result.stderr.splitlines()
+        first = next((i for i, line in enumerate(lines) if "error" in line), 0)
+        shown = "\n".join(lines[first : first + _ERROR_LINES])
+        return HostError(
+            f"The emulator's build failed ({self.compiler.version}, exit {result.returncode}):\n{shown}",
+            hint="Try another compiler with CXX=g++ or CXX=clang++ (g++ 9 or newer, clang++ 10 or newer).",
+            details={"command": [*self.compiler.command, *map(str, command)], "stderr": result.stderr[-8000:]},
+        )
+
+    def run(self, progress: Progress | None) -> Path:
+        if self.library.is_file():
+            return self.library
+        objects = self._objects()
+        missing = [entry for entry in objects if not entry[1].is_file()]
+        done = 0
+
+        def compile_one(entry: tuple[Path, Path, list[str]]) -> None:
+            nonlocal done
+            source, target, flags = entry
+            self._make(target, [*flags, "-c", source])
+            done += 1
+            if progress:
+                progress(f"building the emulator for {self.release}: {done}/{len(missing)} {source.name}")
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            list(pool.map(compile_one, missing))
+        exports = f"-Wl,--version-script={self.sources / EXPORTS}"
+        self._make(self.library, [*self.link_flags, exports, *(target for _, target, _ in objects)])
+        return self.library
+
+
+def build(
+    release: str = DEFAULT_RELEASE,
+    *,
+    arch: str | None = None,
+    sanitize: str | None = None,
+    warnings_are_errors: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The emulator's library for a release, built if the cache has none of these sources, compiler and flags.
+
+    Args:
+        release: a key of RELEASES.
+        arch: x86_64 or aarch64; this machine's by default.
+        sanitize: a value of the compilers' -fsanitize, such as `address,undefined`.
+        warnings_are_errors: as the project's own tests build it.
+        progress: gets a line per compiled file.
+
+    Returns:
+        The file librkllmrt.so, in a folder of its own that can go onto LD_LIBRARY_PATH.
+
+    Raises:
+        UsageError: no such release or machine.
+        HostError: no compiler, or it failed, or the cache folder cannot be written.
+    """
+    check_release(release)
+    try:
+        return _Build(release, find_compiler(arch), sanitize, warnings_are_errors).run(progress)
+    except OSError as error:
+        raise HostError(
+            f"Cannot build the emulator in {cache_folder()}: {error.strerror or error}.",
+            hint="Set XDG_CACHE_HOME to a folder that can be written.",
+        ) from error
+
+
+def library_path(release: str = DEFAULT_RELEASE, *, arch: str | None = None) -> Path:
+    """Where build() puts the library, whether it is there or not."""
+    check_release(release)
+    return _Build(release, find_compiler(arch), None, False).library
