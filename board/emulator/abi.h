@@ -1,8 +1,9 @@
-// The C interface of librkllmrt.so, one layout per build: RKEMU_LAYOUT is 3 (1.1.x), 4 (1.2.0), 5 (1.2.1b1),
-// 6 (1.2.1 to 1.2.3) or 7 (1.3.0). Written from measured sizes and offsets, which abi_check.h asserts.
+// The C interface of librkllmrt.so, one layout per build: RKEMU_LAYOUT is 3 (1.1.x), 4 (1.2.0), 5
+// (1.2.1b1), 6 (1.2.1 to 1.2.3) or 7 (1.3.0). Written from measured sizes and offsets, which
+// abi_check.h asserts.
 //
-// Callers may pass anything: enums have a fixed underlying type and flags are uint8_t instead of bool, so that no bit
-// pattern is undefined behaviour here.
+// Callers may pass anything: enums have a fixed underlying type and flags are uint8_t instead of
+// bool, so that no bit pattern is undefined behaviour here.
 #pragma once
 
 #include <cstddef>
@@ -252,9 +253,10 @@ typedef void (*LLMResultCallback)(RKLLMResult* result, void* userdata, LLMCallSt
 #endif
 
 #if RKEMU_LAYOUT >= 7
-typedef int (*LLMTokenizerCallback)(void* userdata, const char* text, int32_t text_len, int32_t* tokens,
-                                    int32_t n_tokens_max);
-typedef int (*LLMGetEmbedCallback)(void* userdata, int32_t* tokens, uint64_t num_tokens, void* embed, uint64_t len);
+typedef int (*LLMTokenizerCallback)(void* userdata, const char* text, int32_t text_len,
+                                    int32_t* tokens, int32_t n_tokens_max);
+typedef int (*LLMGetEmbedCallback)(void* userdata, int32_t* tokens, uint64_t num_tokens,
+                                   void* embed, uint64_t len);
 
 struct RKLLMCallback {
   LLMResultCallback result_callback;
@@ -277,22 +279,25 @@ RKLLM_API int rkllm_load_lora(LLMHandle handle, RKLLMLoraAdapter* lora_adapter);
 RKLLM_API int rkllm_load_prompt_cache(LLMHandle handle, const char* prompt_cache_path);
 RKLLM_API int rkllm_release_prompt_cache(LLMHandle handle);
 RKLLM_API int rkllm_destroy(LLMHandle handle);
-RKLLM_API int rkllm_run(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params, void* userdata);
-RKLLM_API int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params, void* userdata);
+RKLLM_API int rkllm_run(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params,
+                        void* userdata);
+RKLLM_API int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params,
+                              void* userdata);
 RKLLM_API int rkllm_abort(LLMHandle handle);
 RKLLM_API int rkllm_is_running(LLMHandle handle);
 #if RKEMU_LAYOUT >= 6
-RKLLM_API int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int* start_pos, int* end_pos);
+RKLLM_API int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int* start_pos,
+                                   int* end_pos);
 RKLLM_API int rkllm_get_kv_cache_size(LLMHandle handle, int* cache_sizes);
-RKLLM_API int rkllm_set_function_tools(LLMHandle handle, const char* system_prompt, const char* tools,
-                                       const char* tool_response_str);
+RKLLM_API int rkllm_set_function_tools(LLMHandle handle, const char* system_prompt,
+                                       const char* tools, const char* tool_response_str);
 RKLLM_API int rkllm_set_cross_attn_params(LLMHandle handle, RKLLMCrossAttnParam* cross_attn_params);
 #elif RKEMU_LAYOUT >= 4
 RKLLM_API int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt);
 #endif
 #if RKEMU_LAYOUT >= 4
-RKLLM_API int rkllm_set_chat_template(LLMHandle handle, const char* system_prompt, const char* prompt_prefix,
-                                      const char* prompt_postfix);
+RKLLM_API int rkllm_set_chat_template(LLMHandle handle, const char* system_prompt,
+                                      const char* prompt_prefix, const char* prompt_postfix);
 #endif
 
 }  // extern "C"

@@ -1,4 +1,5 @@
-// Sizes and offsets of every layout as they were measured on the vendor's headers (aarch64, LP64; equal on x86-64).
+// Sizes and offsets of every layout as they were measured on the vendor's headers (aarch64, LP64;
+// equal on x86-64).
 #pragma once
 
 #include "abi.h"

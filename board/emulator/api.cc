@@ -1,4 +1,5 @@
-// The exported functions: structures of one layout in, Session calls, results out. No exception leaves this file.
+// The exported functions: structures of one layout in, Session calls, results out. No exception
+// leaves this file.
 #include <algorithm>
 #include <bitset>
 #include <condition_variable>
@@ -38,14 +39,9 @@ constexpr size_t kMaxPrompt = 1u << 20;
 constexpr int kDefaultCpus = 4;
 constexpr uint32_t kBigCores = 0xF0;
 
-constexpr rkemu::Rules kRules{RKEMU_RELEASE,
-                              RKEMU_LAYOUT >= 4,
-                              RKEMU_LAYOUT >= 4,
-                              RKEMU_RELEASE_NUMBER >= 10203,
-                              RKEMU_LAYOUT >= 4,
-                              RKEMU_LAYOUT >= 6,
-                              RKEMU_LAYOUT >= 6,
-                              RKEMU_LAYOUT >= 7};
+constexpr rkemu::Rules kRules{
+    RKEMU_RELEASE,     RKEMU_LAYOUT >= 4, RKEMU_LAYOUT >= 4, RKEMU_RELEASE_NUMBER >= 10203,
+    RKEMU_LAYOUT >= 4, RKEMU_LAYOUT >= 6, RKEMU_LAYOUT >= 6, RKEMU_LAYOUT >= 7};
 
 // What an LLMHandle stands for: a session, and who is running it.
 class Handle {
@@ -96,7 +92,8 @@ class Handle {
     return running_;
   }
 
-  // Ends a run and waits for it, unless it is the running thread that asks: then it ends when its callback returns.
+  // Ends a run and waits for it, unless it is the running thread that asks: then it ends when its
+  // callback returns.
   void close() {
     session_->abort();
     std::unique_lock lock(mutex_);
@@ -119,8 +116,9 @@ class Handle {
   std::thread worker_;
 };
 
-// The only global: clients destroy twice, or use handles after that, and must get -1. Handles are numbers that are
-// never given out again. It is never destroyed itself, as a thread may outlive main().
+// The only global: clients destroy twice, or use handles after that, and must get -1. Handles are
+// numbers that are never given out again. It is never destroyed itself, as a thread may outlive
+// main().
 class Registry {
  public:
   static Registry& get() {
@@ -187,16 +185,26 @@ int on_idle(LLMHandle key, const Work& work) {
   return guarded([&] {
     const auto handle = known(key);
     if (!handle->begin()) throw failure("the handle is running");
-    const std::unique_ptr<Handle, void (*)(Handle*)> ending(handle.get(), [](Handle* h) { h->end(); });
+    const std::unique_ptr<Handle, void (*)(Handle*)> ending(handle.get(),
+                                                            [](Handle* h) { h->end(); });
     work(handle->session());
   });
 }
 
-std::string text_of(const char* text) { return text ? text : ""; }
+std::string text_of(const char* text) {
+  return text ? text : "";
+}
 
 rkemu::Sampling sampling_of(const RKLLMParam& p) {
-  return {p.top_k,          p.top_p,    p.temperature,  p.repeat_penalty, p.frequency_penalty,
-          p.presence_penalty, p.mirostat, p.mirostat_tau, p.mirostat_eta};
+  return {p.top_k,
+          p.top_p,
+          p.temperature,
+          p.repeat_penalty,
+          p.frequency_penalty,
+          p.presence_penalty,
+          p.mirostat,
+          p.mirostat_tau,
+          p.mirostat_eta};
 }
 
 void check_cpus([[maybe_unused]] const RKLLMExtendParam& extend, rkemu::Settings& settings) {
@@ -242,7 +250,8 @@ void add_callbacks(const RKLLMCallback& callback, rkemu::Settings& settings) {
       const int count = callback.tokenizer_callback(callback.tokenizer_userdata, text.c_str(),
                                                     static_cast<int32_t>(text.size()), ids.data(),
                                                     static_cast<int32_t>(ids.size()));
-      if (count < 0 || static_cast<size_t>(count) > ids.size()) throw failure("the tokenizer callback failed");
+      if (count < 0 || static_cast<size_t>(count) > ids.size())
+        throw failure("the tokenizer callback failed");
       ids.resize(static_cast<size_t>(count));
       return ids;
     };
@@ -257,15 +266,15 @@ void add_callbacks(const RKLLMCallback& callback, rkemu::Settings& settings) {
 
 std::shared_ptr<Handle> load(const RKLLMParam& param, RKLLMInitCallback callback) {
   rkemu::warn_of_old_driver();
-  rkemu::info("rkllm-runtime version: " RKEMU_RELEASE ", rknpu driver version: " + rkemu::driver_version() +
-              ", platform: " + rkemu::platform());
+  rkemu::info("rkllm-runtime version: " RKEMU_RELEASE ", rknpu driver version: " +
+              rkemu::driver_version() + ", platform: " + rkemu::platform());
   rkemu::Settings settings = settings_of(param);
   rkemu::info("loading rkllm model from " + settings.model_path);
 #if RKEMU_LAYOUT >= 7
   if (!callback || !callback->result_callback) throw failure("the result callback is NULL");
   add_callbacks(*callback, settings);
-  return std::make_shared<Handle>(std::make_unique<Session>(kRules, settings), callback->result_callback,
-                                  callback->result_userdata);
+  return std::make_shared<Handle>(std::make_unique<Session>(kRules, settings),
+                                  callback->result_callback, callback->result_userdata);
 #else
   if (!callback) throw failure("the result callback is NULL");
   return std::make_shared<Handle>(std::make_unique<Session>(kRules, settings), callback, nullptr);
@@ -289,16 +298,19 @@ rkemu::Input input_of(const RKLLMInput& from, int hidden_size) {
       input.text = from.prompt_input;
       return input;
     case RKLLM_INPUT_TOKEN: {
-      const size_t count = checked_count(from.token_input.input_ids, from.token_input.n_tokens, "token");
+      const size_t count =
+          checked_count(from.token_input.input_ids, from.token_input.n_tokens, "token");
       input.kind = rkemu::Input::Kind::tokens;
       input.tokens.assign(from.token_input.input_ids, from.token_input.input_ids + count);
-      if (std::any_of(input.tokens.begin(), input.tokens.end(), [](int32_t id) { return id < 0; })) {
+      if (std::any_of(input.tokens.begin(), input.tokens.end(),
+                      [](int32_t id) { return id < 0; })) {
         throw failure("token input holds an id below zero");
       }
       return input;
     }
     case RKLLM_INPUT_EMBED: {
-      const size_t count = checked_count(from.embed_input.embed, from.embed_input.n_tokens, "embedding");
+      const size_t count =
+          checked_count(from.embed_input.embed, from.embed_input.n_tokens, "embedding");
       input.kind = rkemu::Input::Kind::embeddings;
       input.rows.assign(from.embed_input.embed,
                         from.embed_input.embed + count * static_cast<size_t>(hidden_size));
@@ -313,7 +325,8 @@ rkemu::Input input_of(const RKLLMInput& from, int hidden_size) {
 rkemu::Request request_of(const RKLLMInput* input, const RKLLMInferParam* infer, Session& session) {
   rkemu::Request request;
   if (!input) throw failure("rkllm_input is NULL");
-  for (int i = 0; i < session.batches(); ++i) request.inputs.push_back(input_of(input[i], session.hidden_size()));
+  for (int i = 0; i < session.batches(); ++i)
+    request.inputs.push_back(input_of(input[i], session.hidden_size()));
   if (!infer) return request;
   switch (infer->mode) {
     case RKLLM_INFER_GENERATE:
@@ -342,9 +355,15 @@ rkemu::Request request_of(const RKLLMInput* input, const RKLLMInferParam* infer,
 #if RKEMU_LAYOUT >= 7
   request.max_new_tokens = infer->max_new_tokens;
   if (const RKLLMSamplingParam* s = infer->sampling_params) {
-    request.sampling = rkemu::Sampling{s->top_k,           s->top_p,            s->temperature,
-                                       s->repeat_penalty,  s->frequency_penalty, s->presence_penalty,
-                                       s->mirostat,        s->mirostat_tau,      s->mirostat_eta};
+    request.sampling = rkemu::Sampling{s->top_k,
+                                       s->top_p,
+                                       s->temperature,
+                                       s->repeat_penalty,
+                                       s->frequency_penalty,
+                                       s->presence_penalty,
+                                       s->mirostat,
+                                       s->mirostat_tau,
+                                       s->mirostat_eta};
   }
 #endif
   return request;
@@ -385,7 +404,8 @@ LLMCallState state_of(rkemu::State state) {
 #endif
 }
 
-bool call(LLMResultCallback callback, void* userdata, const std::vector<rkemu::Result>& from, rkemu::State state) {
+bool call(LLMResultCallback callback, void* userdata, const std::vector<rkemu::Result>& from,
+          rkemu::State state) {
   std::vector<RKLLMResult> results;
   for (const rkemu::Result& result : from) results.push_back(result_of(result));
 #if RKEMU_LAYOUT >= 6
@@ -396,7 +416,8 @@ bool call(LLMResultCallback callback, void* userdata, const std::vector<rkemu::R
 #endif
 }
 
-// A run that can start: the handle is marked as running, and the client's memory is no longer needed.
+// A run that can start: the handle is marked as running, and the client's memory is no longer
+// needed.
 struct Run {
   std::shared_ptr<Handle> handle;
   rkemu::Request request;
@@ -404,22 +425,25 @@ struct Run {
 
   int operator()() const {
     const int status = guarded([&] {
-      handle->session().run(request, [&](const std::vector<rkemu::Result>& results, rkemu::State state) {
-        return call(handle->callback(), userdata, results, state);
-      });
+      handle->session().run(request,
+                            [&](const std::vector<rkemu::Result>& results, rkemu::State state) {
+                              return call(handle->callback(), userdata, results, state);
+                            });
     });
     handle->end();
     return status;
   }
 };
 
-int start_run(LLMHandle key, RKLLMInput* input, RKLLMInferParam* infer, void* userdata, bool async) {
+int start_run(LLMHandle key, RKLLMInput* input, RKLLMInferParam* infer, void* userdata,
+              bool async) {
   int status = kOk;
   const int started = guarded([&] {
     const auto handle = known(key);
     if (!handle->begin()) throw failure("the handle is running");
     try {
-      const Run run{handle, request_of(input, infer, handle->session()), userdata ? userdata : handle->userdata()};
+      const Run run{handle, request_of(input, infer, handle->session()),
+                    userdata ? userdata : handle->userdata()};
       if (async) {
         handle->start(run);
       } else {
@@ -484,7 +508,8 @@ int rkllm_run(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params
   return start_run(handle, input, infer_params, userdata, false);
 }
 
-int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params, void* userdata) {
+int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_params,
+                    void* userdata) {
   return start_run(handle, input, infer_params, userdata, true);
 }
 
@@ -492,7 +517,8 @@ int rkllm_abort(LLMHandle handle) {
   return guarded([&] { known(handle)->session().abort(); });
 }
 
-// 1 while a run works, as users measured on every release (rknn-llm issue 502), whatever the older headers say.
+// 1 while a run works, as users measured on every release (rknn-llm issue 502), whatever the older
+// headers say.
 int rkllm_is_running(LLMHandle handle) {
   const auto found = Registry::get().find(handle);
   return found ? (found->running() ? 1 : 0) : kError;
@@ -503,12 +529,14 @@ int rkllm_load_lora(LLMHandle handle, RKLLMLoraAdapter* lora_adapter) {
     if (!lora_adapter || !lora_adapter->lora_adapter_path || !lora_adapter->lora_adapter_name) {
       throw failure("lora adapter: path or name is NULL");
     }
-    session.load_lora(lora_adapter->lora_adapter_name, lora_adapter->lora_adapter_path, lora_adapter->scale);
+    session.load_lora(lora_adapter->lora_adapter_name, lora_adapter->lora_adapter_path,
+                      lora_adapter->scale);
   });
 }
 
 int rkllm_load_prompt_cache(LLMHandle handle, const char* prompt_cache_path) {
-  return on_idle(handle, [&](Session& session) { session.load_prompt_cache(text_of(prompt_cache_path)); });
+  return on_idle(handle,
+                 [&](Session& session) { session.load_prompt_cache(text_of(prompt_cache_path)); });
 }
 
 int rkllm_release_prompt_cache(LLMHandle handle) {
@@ -554,7 +582,8 @@ int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt) {
 int rkllm_set_chat_template(LLMHandle handle, const char* system_prompt, const char* prompt_prefix,
                             const char* prompt_postfix) {
   return on_idle(handle, [&](Session& session) {
-    session.set_chat_template({text_of(system_prompt), text_of(prompt_prefix), text_of(prompt_postfix)});
+    session.set_chat_template(
+        {text_of(system_prompt), text_of(prompt_prefix), text_of(prompt_postfix)});
   });
 }
 #endif

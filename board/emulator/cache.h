@@ -1,4 +1,5 @@
-// The KV cache of one sequence: keys (rope applied) and values per layer and KV head, and what each position stands for.
+// The KV cache of one sequence: keys (rope applied) and values per layer and KV head, and what each
+// position stands for.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ using Key = int64_t;
 
 class Cache {
  public:
-  // Memory is reserved for all of max_context and costs nothing until it is written. `half` halves it.
+  // Memory is reserved for all of max_context and costs nothing until it is written. `half` halves
+  // it.
   Cache(const Config& config, int max_context, bool half);
 
   int length() const { return static_cast<int>(keys_.size()); }
@@ -31,7 +33,8 @@ class Cache {
   // Says what the next positions are; their keys and values are written by the forward pass.
   void append(Key key) { keys_.push_back(key); }
   void truncate(int length);
-  // Takes positions [begin, end) out; the caller turns the keys behind them back by end - begin positions.
+  // Takes positions [begin, end) out; the caller turns the keys behind them back by end - begin
+  // positions.
   void erase(int begin, int end);
 
  private:

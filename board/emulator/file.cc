@@ -43,7 +43,9 @@ CrcTables make_crc_tables() {
   return tables;
 }
 
-Failure damaged(const std::string& what) { return failure("invalid rkllm model! (" + what + ")"); }
+Failure damaged(const std::string& what) {
+  return failure("invalid rkllm model! (" + what + ")");
+}
 
 // Reads little-endian fields and refuses to go past the end.
 class Cursor {
@@ -101,7 +103,9 @@ Value read_value(Cursor& cursor) {
   }
 }
 
-uint64_t item_size(DType dtype) { return dtype == DType::i8 || dtype == DType::u8 ? 1 : 4; }
+uint64_t item_size(DType dtype) {
+  return dtype == DType::i8 || dtype == DType::u8 ? 1 : 4;
+}
 
 struct Entry {
   std::string name;
@@ -160,7 +164,8 @@ uint32_t crc32(uint32_t crc, const uint8_t* data, size_t size) {
     const uint32_t low = field<uint32_t>(data, 0) ^ crc;
     const uint32_t high = field<uint32_t>(data, 4);
     crc = t[7][low & 0xff] ^ t[6][(low >> 8) & 0xff] ^ t[5][(low >> 16) & 0xff] ^ t[4][low >> 24] ^
-          t[3][high & 0xff] ^ t[2][(high >> 8) & 0xff] ^ t[1][(high >> 16) & 0xff] ^ t[0][high >> 24];
+          t[3][high & 0xff] ^ t[2][(high >> 8) & 0xff] ^ t[1][(high >> 16) & 0xff] ^
+          t[0][high >> 24];
   }
   for (; size; --size, ++data) crc = (crc >> 8) ^ t[0][(crc ^ *data) & 0xff];
   return ~crc;
@@ -216,7 +221,8 @@ File File::parse(const uint8_t* data, size_t size) {
 void File::read(const uint8_t* data, size_t size) {
   if (size < kHeaderSize || std::memcmp(data, kMagic, sizeof kMagic) != 0) {
     const uint32_t got = size >= 4 ? field<uint32_t>(data, 0) : 0;
-    throw Failure(format("E rkllm: invalid magic number, got %08x\nE rkllm: invalid rkllm model!", got));
+    throw Failure(
+        format("E rkllm: invalid magic number, got %08x\nE rkllm: invalid rkllm model!", got));
   }
   if (crc32(0, data, 60) != field<uint32_t>(data, 60)) throw damaged("checksum of the header");
   if (const auto version = field<uint32_t>(data, 8); version != kVersion) {
@@ -285,7 +291,9 @@ double File::real(const std::string& key, double low, double high) const {
   return number;
 }
 
-const std::string& File::text(const std::string& key) const { return value<std::string>(key); }
+const std::string& File::text(const std::string& key) const {
+  return value<std::string>(key);
+}
 
 std::string File::text_or(const std::string& key, const std::string& fallback) const {
   return metadata_.count(key) ? text(key) : fallback;

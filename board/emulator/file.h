@@ -1,5 +1,6 @@
-// The .rkemu container (docs/rkemu-format.md), mapped into memory. Everything in the file is checked before it is
-// used: a hostile file ends in a Failure, never in a read outside of the mapping.
+// The .rkemu container (docs/rkemu-format.md), mapped into memory. Everything in the file is
+// checked before it is used: a hostile file ends in a Failure, never in a read outside of the
+// mapping.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 
 namespace rkemu {
 
-// A region of memory from mmap: a file read-only, or zeroed pages that cost nothing until they are written.
+// A region of memory from mmap: a file read-only, or zeroed pages that cost nothing until they are
+// written.
 class Mapping {
  public:
   Mapping() = default;
@@ -55,7 +57,8 @@ class File {
  public:
   // Maps a file. Failure: not such a file, another version, cut, damaged.
   static File open(const std::string& path);
-  // Reads a container that is in memory already (tests, fuzzing); the memory must outlive the result.
+  // Reads a container that is in memory already (tests, fuzzing); the memory must outlive the
+  // result.
   static File parse(const uint8_t* data, size_t size);
 
   bool sizes_only() const { return sizes_only_; }
@@ -69,7 +72,8 @@ class File {
   const std::vector<int64_t>& integers(const std::string& key) const;
 
   bool has(const std::string& name) const { return tensors_.count(name) != 0; }
-  // The tensor of that name, type and shape. Failure if there is none; also if the file holds sizes only.
+  // The tensor of that name, type and shape. Failure if there is none; also if the file holds sizes
+  // only.
   const Tensor& tensor(const std::string& name, DType dtype,
                        const std::vector<uint64_t>& shape) const;
   // Compares the data with its checksum.

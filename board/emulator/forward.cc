@@ -12,7 +12,9 @@ constexpr int kRowBlock = 64;
 // Below this many multiplications a thread costs more to wake than it saves.
 constexpr size_t kWorthThreads = 1u << 18;
 
-size_t times(int a, int b) { return static_cast<size_t>(a) * static_cast<size_t>(b); }
+size_t times(int a, int b) {
+  return static_cast<size_t>(a) * static_cast<size_t>(b);
+}
 
 }  // namespace
 
@@ -22,7 +24,8 @@ Forward::Forward(const Model& model, Pool& pool, const Kernels& kernels)
       pool_(pool),
       kernels_(kernels),
       embedding_factor_(std::sqrt(static_cast<float>(config_.hidden_size))),
-      attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.query_pre_attn_scalar)))) {
+      attention_scale_(
+          static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.query_pre_attn_scalar)))) {
   for (int i = 0; i < config_.head_dim; i += 2) {
     const double exponent = static_cast<double>(i) / config_.head_dim;
     inverse_frequencies_.push_back(
@@ -34,8 +37,9 @@ void Forward::scale_embedding(float* row) const {
   kernels_.scale(row, embedding_factor_, config_.hidden_size);
 }
 
-// transformers multiplies position and frequency as floats; sine and cosine are rounded from double here, which gives
-// the same floats on machines whose math libraries differ in the last bit of a double.
+// transformers multiplies position and frequency as floats; sine and cosine are rounded from double
+// here, which gives the same floats on machines whose math libraries differ in the last bit of a
+// double.
 void Forward::prepare_rope(int positions) {
   const size_t half = inverse_frequencies_.size();
   for (size_t p = cos_.size() / half; p < static_cast<size_t>(positions); ++p) {
@@ -85,16 +89,19 @@ void Forward::multiply_block(const Target& target, const float* x, int rows, int
     int32_t acc[kChunk * kRowBlock];
     const int group = m.in / m.groups;
     for (int g = 0; g < m.groups; ++g) {
-      kernels_.integer_product({m.q + times(first, m.in) + g * group, static_cast<size_t>(m.in), count,
-                                quantized_.data() + g * group, static_cast<size_t>(m.in), rows, group,
-                                x_sums_.data() + g, static_cast<size_t>(m.groups), acc, kRowBlock});
+      kernels_.integer_product({m.q + times(first, m.in) + g * group, static_cast<size_t>(m.in),
+                                count, quantized_.data() + g * group, static_cast<size_t>(m.in),
+                                rows, group, x_sums_.data() + g, static_cast<size_t>(m.groups), acc,
+                                kRowBlock});
       for (int t = 0; t < rows; ++t) {
         kernels_.dequantize(acc + t * kRowBlock, count, m.scale + times(first, m.groups) + g,
-                            static_cast<size_t>(m.groups), g == 0, target.out + times(t, m.out) + first);
+                            static_cast<size_t>(m.groups), g == 0,
+                            target.out + times(t, m.out) + first);
       }
     }
     for (int t = 0; t < rows; ++t) {
-      kernels_.scale(target.out + times(t, m.out) + first, x_scales_[static_cast<size_t>(t)], count);
+      kernels_.scale(target.out + times(t, m.out) + first, x_scales_[static_cast<size_t>(t)],
+                     count);
     }
   }
   if (target.softcap > 0) {
@@ -113,8 +120,8 @@ void Forward::add_lora(const Target& target, const float* x, int rows, int k) {
     each(blocks, times(rows, from) * static_cast<size_t>(to), [&](int b, int) {
       const int first = b * kRowBlock;
       kernels_.float_product({w + times(first, from), static_cast<size_t>(from),
-                              std::min(kRowBlock, to - first), in, static_cast<size_t>(from), rows, from,
-                              result + first, static_cast<size_t>(to)});
+                              std::min(kRowBlock, to - first), in, static_cast<size_t>(from), rows,
+                              from, result + first, static_cast<size_t>(to)});
     });
   };
   product(pair.a, k, pair.rank, x, low.data());
@@ -165,7 +172,8 @@ void Forward::store(Cache& cache, int layer, int position, const float* k, const
   const int dim = config_.head_dim;
   const size_t at = static_cast<size_t>(position) * cache.row_bytes();
   for (int h = 0; h < config_.kv_heads; ++h) {
-    for (const auto& [from, to] : {std::pair(k, cache.keys(layer, h)), std::pair(v, cache.values(layer, h))}) {
+    for (const auto& [from, to] :
+         {std::pair(k, cache.keys(layer, h)), std::pair(v, cache.values(layer, h))}) {
       const float* row = from + times(h, dim);
       if (cache.half()) {
         kernels_.to_half(row, dim, reinterpret_cast<uint16_t*>(to + at));
@@ -184,11 +192,13 @@ void Forward::attention(const std::vector<Row>& rows, int index, const Layer& la
     const int position = rows[r].position;
     longest = std::max(longest, position + 1);
     for (int h = 0; h < config_.heads; ++h) {
-      rotate(q_.data() + r * static_cast<size_t>(config_.q_size()) + times(h, dim), position, false);
+      rotate(q_.data() + r * static_cast<size_t>(config_.q_size()) + times(h, dim), position,
+             false);
     }
     float* k = k_.data() + r * static_cast<size_t>(config_.kv_size());
     for (int h = 0; h < config_.kv_heads; ++h) rotate(k + times(h, dim), position, false);
-    store(*rows[r].cache, index, position, k, v_.data() + r * static_cast<size_t>(config_.kv_size()));
+    store(*rows[r].cache, index, position, k,
+          v_.data() + r * static_cast<size_t>(config_.kv_size()));
   }
   scores_.resize(times(pool_.size(), group) * static_cast<size_t>(longest));
   const int jobs = static_cast<int>(rows.size()) * config_.kv_heads;
@@ -197,11 +207,10 @@ void Forward::attention(const std::vector<Row>& rows, int index, const Layer& la
     const int head = job % config_.kv_heads;
     const int first = layer.sliding ? std::max(0, row.position - config_.sliding_window + 1) : 0;
     const size_t at = times(job / config_.kv_heads, config_.q_size()) + times(head * group, dim);
-    kernels_.attend({q_.data() + at, group, dim, row.cache->keys(index, head),
-                     row.cache->values(index, head), row.cache->half(), first, row.position,
-                     attention_scale_, config_.attn_softcap,
-                     scores_.data() + times(worker, group) * static_cast<size_t>(longest),
-                     mixed_.data() + at});
+    kernels_.attend(
+        {q_.data() + at, group, dim, row.cache->keys(index, head), row.cache->values(index, head),
+         row.cache->half(), first, row.position, attention_scale_, config_.attn_softcap,
+         scores_.data() + times(worker, group) * static_cast<size_t>(longest), mixed_.data() + at});
   });
 }
 
@@ -247,7 +256,8 @@ void Forward::run(const std::vector<Row>& rows, float* x, const Adapter* adapter
 }
 
 void Forward::logits(const float* hidden, int rows, float* out) {
-  multiply(hidden, rows, config_.hidden_size, {{&model_.head(), out, nullptr, config_.final_softcap}});
+  multiply(hidden, rows, config_.hidden_size,
+           {{&model_.head(), out, nullptr, config_.final_softcap}});
 }
 
 void Forward::erase(Cache& cache, int begin, int end) {

@@ -23,8 +23,9 @@ class Forward {
 
   Forward(const Model& model, Pool& pool, const Kernels& kernels);
 
-  // Turns embeddings [rows][hidden] (scaled, see scale_embedding) into hidden states after the last norm, in place.
-  // At most kChunk rows. `adapter` may be null. The result of a row does not depend on the rows beside it.
+  // Turns embeddings [rows][hidden] (scaled, see scale_embedding) into hidden states after the last
+  // norm, in place. At most kChunk rows. `adapter` may be null. The result of a row does not depend
+  // on the rows beside it.
   void run(const std::vector<Row>& rows, float* x, const Adapter* adapter);
   // Logits [rows][vocab], soft-cap applied.
   void logits(const float* hidden, int rows, float* out);

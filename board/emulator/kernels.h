@@ -49,16 +49,17 @@ struct Attention {
   bool half;
   int first, last;  // positions seen, last included
   float scale;
-  float softcap;   // 0 = none
-  float* scores;   // [heads][last - first + 1]
-  float* out;      // [heads][head_dim]
+  float softcap;  // 0 = none
+  float* scores;  // [heads][last - first + 1]
+  float* out;     // [heads][head_dim]
 };
 
 struct Kernels {
   const char* name;
   void (*integer_product)(const IntegerProduct&);
   void (*float_product)(const FloatProduct&);
-  // One token's activations to int8: scale = absmax / 127, rounded half to even; sums per group of `group`.
+  // One token's activations to int8: scale = absmax / 127, rounded half to even; sums per group of
+  // `group`.
   void (*quantize)(const float* x, int k, int group, int8_t* q, float* scale, int32_t* sums);
   // out[r] = (sum over groups of acc_g[r] * w_scale[r][g]) * x_scale; `first` starts the sum.
   void (*dequantize)(const int32_t* acc, int rows, const float* w_scale, size_t w_scale_stride,
@@ -77,7 +78,8 @@ std::vector<const Kernels*> available_kernels();
 // The fastest, or the one that RKEMU_KERNELS names. Failure: no such table on this machine.
 const Kernels& choose_kernels();
 
-// Of plain C++: e^x to a few units in the last place, the same bits on every machine; a half float's value.
+// Of plain C++: e^x to a few units in the last place, the same bits on every machine; a half
+// float's value.
 float exp_f32(float x);
 float half_to_float(uint16_t half);
 

@@ -1,5 +1,6 @@
-// AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes: the weight's sign bit is flipped on the way from
-// memory (w + 128), and 128 times the sum of the activations is taken off again, so files keep plain int8 rows.
+// AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes: the weight's sign bit is flipped
+// on the way from memory (w + 128), and 128 times the sum of the activations is taken off again, so
+// files keep plain int8 rows.
 #include <immintrin.h>
 
 #include "kernels_float.h"
@@ -25,7 +26,8 @@ void tile(const IntegerProduct& p, int row, int token) {
       xs[t] = _mm512_maskz_loadu_epi8(mask, x + static_cast<size_t>(t) * p.x_stride + k);
     }
     for (int r = 0; r < kRows; ++r) {
-      const __m512i loaded = _mm512_maskz_loadu_epi8(mask, w + static_cast<size_t>(r) * p.w_stride + k);
+      const __m512i loaded =
+          _mm512_maskz_loadu_epi8(mask, w + static_cast<size_t>(r) * p.w_stride + k);
       const __m512i ws = _mm512_xor_si512(loaded, flip);
       for (int t = 0; t < kTokens; ++t) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], ws, xs[t]);
     }

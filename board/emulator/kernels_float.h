@@ -1,8 +1,9 @@
-// The float loops, included by each kernels_*.cc and compiled with its instruction set. No function of the standard
-// library is used: its inline code could be merged across objects of different instruction sets by the linker.
+// The float loops, included by each kernels_*.cc and compiled with its instruction set. No function
+// of the standard library is used: its inline code could be merged across objects of different
+// instruction sets by the linker.
 //
-// Sums run in kLanes partial sums that are added in a fixed order, so a compiler may use vectors of any width and the
-// result stays the same to the bit.
+// Sums run in kLanes partial sums that are added in a fixed order, so a compiler may use vectors of
+// any width and the result stays the same to the bit.
 #pragma once
 
 #include <stddef.h>
@@ -78,7 +79,8 @@ void float_product(const FloatProduct& p) {
   for (int r = 0; r < p.rows; ++r) {
     for (int t = 0; t < p.tokens; ++t) {
       p.out[static_cast<size_t>(t) * p.out_stride + static_cast<size_t>(r)] =
-          dot(p.w + static_cast<size_t>(r) * p.w_stride, p.x + static_cast<size_t>(t) * p.x_stride, p.k);
+          dot(p.w + static_cast<size_t>(r) * p.w_stride, p.x + static_cast<size_t>(t) * p.x_stride,
+              p.k);
     }
   }
 }
@@ -100,7 +102,8 @@ void quantize(const float* x, int k, int group, int8_t* q, float* scale, int32_t
   for (int l = 0; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   for (i = 0; i < k; ++i) {
-    // A NaN or an infinity in the model becomes some number in range here: no conversion is undefined.
+    // A NaN or an infinity in the model becomes some number in range here: no conversion is
+    // undefined.
     const int32_t rounded = static_cast<int32_t>(bits_of(x[i] * inverse + kRound) - kRoundBits);
     q[i] = static_cast<int8_t>(rounded < -127 ? -127 : rounded > 127 ? 127 : rounded);
   }
@@ -112,14 +115,15 @@ void quantize(const float* x, int k, int group, int8_t* q, float* scale, int32_t
   *scale = largest / 127.0f;
 }
 
-void dequantize(const int32_t* acc, int rows, const float* w_scale, size_t w_scale_stride, bool first,
-                float* out) {
+void dequantize(const int32_t* acc, int rows, const float* w_scale, size_t w_scale_stride,
+                bool first, float* out) {
   if (w_scale_stride == 1 && first) {
     for (int r = 0; r < rows; ++r) out[r] = static_cast<float>(acc[r]) * w_scale[r];
     return;
   }
   for (int r = 0; r < rows; ++r) {
-    const float part = static_cast<float>(acc[r]) * w_scale[static_cast<size_t>(r) * w_scale_stride];
+    const float part =
+        static_cast<float>(acc[r]) * w_scale[static_cast<size_t>(r) * w_scale_stride];
     out[r] = first ? part : out[r] + part;
   }
 }
@@ -149,8 +153,9 @@ void add(float* x, const float* y, float factor, int n) {
   for (int i = 0; i < n; ++i) x[i] += y[i] * factor;
 }
 
-// Half floats by integer arithmetic, which compilers turn into vectors: multiplying by 2^112 moves the exponent, exact
-// also for subnormal halves. Values beyond the range become the largest half, never an infinity.
+// Half floats by integer arithmetic, which compilers turn into vectors: multiplying by 2^112 moves
+// the exponent, exact also for subnormal halves. Values beyond the range become the largest half,
+// never an infinity.
 inline float from_half(uint16_t half) {
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   const float value = float_of(magnitude) * float_of(239u << 23);
@@ -195,7 +200,8 @@ void attend(const Attention& a) {
   float row[kMaxHeadDim];
   for (int j = 0; j < n; ++j) {
     load_row(a, a.keys, a.first + j, row);
-    for (int h = 0; h < a.heads; ++h) a.scores[h * n + j] = dot(a.q + h * a.head_dim, row, a.head_dim) * a.scale;
+    for (int h = 0; h < a.heads; ++h)
+      a.scores[h * n + j] = dot(a.q + h * a.head_dim, row, a.head_dim) * a.scale;
   }
   for (int h = 0; h < a.heads; ++h) {
     if (a.softcap > 0) softcap(a.scores + h * n, a.softcap, n);
@@ -204,7 +210,8 @@ void attend(const Attention& a) {
   for (int i = 0; i < a.heads * a.head_dim; ++i) a.out[i] = 0;
   for (int j = 0; j < n; ++j) {
     load_row(a, a.values, a.first + j, row);
-    for (int h = 0; h < a.heads; ++h) add(a.out + h * a.head_dim, row, a.scores[h * n + j], a.head_dim);
+    for (int h = 0; h < a.heads; ++h)
+      add(a.out + h * a.head_dim, row, a.scores[h * n + j], a.head_dim);
   }
 }
 
@@ -212,7 +219,8 @@ void attend(const Attention& a) {
 }  // namespace rkemu
 
 // A table whose float loops are this file's, compiled for the including file's instruction set.
-#define RKEMU_KERNELS(variable, name, integer_product)                                              \
-  extern const Kernels variable;                                                                    \
-  const Kernels variable = {name,      integer_product, float_product, quantize, dequantize, scale, \
-                            rms_norm,  gelu_multiply,   softcap,       add,      attend,     to_half}
+#define RKEMU_KERNELS(variable, name, integer_product)                       \
+  extern const Kernels variable;                                             \
+  const Kernels variable = {                                                 \
+      name,     integer_product, float_product, quantize, dequantize, scale, \
+      rms_norm, gelu_multiply,   softcap,       add,      attend,     to_half}

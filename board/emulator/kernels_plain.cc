@@ -21,7 +21,11 @@ void integer_product(const IntegerProduct& p) {
 
 RKEMU_KERNELS(kPlainKernels, "plain", integer_product);
 
-float exp_f32(float x) { return exp_inline(x); }
-float half_to_float(uint16_t half) { return from_half(half); }
+float exp_f32(float x) {
+  return exp_inline(x);
+}
+float half_to_float(uint16_t half) {
+  return from_half(half);
+}
 
 }  // namespace rkemu

@@ -29,11 +29,19 @@ void raw(const std::string& lines) {
   std::fflush(stderr);
 }
 
-void info(const std::string& line) { raw("I rkllm: " + line); }
-void warn(const std::string& line) { raw("W rkllm: " + line); }
-void error(const std::string& line) { raw("E rkllm: " + line); }
+void info(const std::string& line) {
+  raw("I rkllm: " + line);
+}
+void warn(const std::string& line) {
+  raw("W rkllm: " + line);
+}
+void error(const std::string& line) {
+  raw("E rkllm: " + line);
+}
 
-Failure failure(const std::string& line) { return Failure("E rkllm: " + line); }
+Failure failure(const std::string& line) {
+  return Failure("E rkllm: " + line);
+}
 
 std::string env_text(const char* name) {
   const char* value = std::getenv(name);
@@ -49,6 +57,8 @@ long env_number(const char* name, long fallback, long low, long high) {
   return std::clamp(number, low, high);
 }
 
-int log_level() { return static_cast<int>(env_number("RKLLM_LOG_LEVEL", 0, 0, 2)); }
+int log_level() {
+  return static_cast<int>(env_number("RKLLM_LOG_LEVEL", 0, 0, 2));
+}
 
 }  // namespace rkemu

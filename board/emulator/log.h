@@ -1,4 +1,5 @@
-// What the library says on stderr, in the form of the vendor's lines ("I rkllm: ..."), and its errors.
+// What the library says on stderr, in the form of the vendor's lines ("I rkllm: ..."), and its
+// errors.
 #pragma once
 
 #include <stdexcept>
@@ -6,7 +7,8 @@
 
 namespace rkemu {
 
-// An error that ends an API call: the lines that a real runtime prints for it, each with its own prefix.
+// An error that ends an API call: the lines that a real runtime prints for it, each with its own
+// prefix.
 class Failure : public std::runtime_error {
  public:
   explicit Failure(const std::string& lines) : std::runtime_error(lines) {}
@@ -24,7 +26,8 @@ void raw(const std::string& lines);  // without a prefix, for lines of other par
 // An "E rkllm: ..." line as a Failure.
 Failure failure(const std::string& line);
 
-// An environment variable as an integer in [low, high], or `fallback` when it is unset or not a number.
+// An environment variable as an integer in [low, high], or `fallback` when it is unset or not a
+// number.
 long env_number(const char* name, long fallback, long low, long high);
 std::string env_text(const char* name);
 

@@ -147,14 +147,16 @@ void Model::embed(int32_t token, float* row) const {
     std::copy_n(embedding_.f + start, embedding_.in, row);
     return;
   }
-  const float* scale = embedding_.scale + static_cast<size_t>(token) * static_cast<size_t>(embedding_.groups);
+  const float* scale =
+      embedding_.scale + static_cast<size_t>(token) * static_cast<size_t>(embedding_.groups);
   const int group = embedding_.in / embedding_.groups;
   for (int i = 0; i < embedding_.in; ++i) {
     row[i] = static_cast<float>(embedding_.q[start + static_cast<size_t>(i)]) * scale[i / group];
   }
 }
 
-Adapter::Adapter(const std::string& path, const Model& model, const std::string& base_fingerprint, float scale)
+Adapter::Adapter(const std::string& path, const Model& model, const std::string& base_fingerprint,
+                 float scale)
     : file_(File::open(path)) {
   if (file_.text("general.kind") != "adapter") throw failure("failed to load lora: not an adapter");
   const std::string base = file_.text_or("adapter.base_fingerprint", "");
@@ -173,13 +175,17 @@ Adapter::Adapter(const std::string& path, const Model& model, const std::string&
       if (rank < 1 || rank > kMaxRank) throw failure("model arch and LoRA arch mismatch");
       Pair& pair = pairs_[i * kParts + static_cast<size_t>(p)];
       pair.rank = static_cast<int>(rank);
-      pair.a = file_.tensor(name + ".lora_a", DType::f32, {rank, static_cast<uint64_t>(in)}).as<float>();
-      pair.b = file_.tensor(name + ".lora_b", DType::f32, {static_cast<uint64_t>(out), rank}).as<float>();
-      pair.factor = static_cast<float>(alpha / static_cast<double>(rank) * static_cast<double>(scale));
+      pair.a =
+          file_.tensor(name + ".lora_a", DType::f32, {rank, static_cast<uint64_t>(in)}).as<float>();
+      pair.b = file_.tensor(name + ".lora_b", DType::f32, {static_cast<uint64_t>(out), rank})
+                   .as<float>();
+      pair.factor =
+          static_cast<float>(alpha / static_cast<double>(rank) * static_cast<double>(scale));
       used += 2;
     }
   }
-  if (used == 0 || used != file_.tensors().size()) throw failure("model arch and LoRA arch mismatch");
+  if (used == 0 || used != file_.tensors().size())
+    throw failure("model arch and LoRA arch mismatch");
   for (const auto& [name, tensor] : file_.tensors()) file_.verify(name);
 }
 

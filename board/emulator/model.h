@@ -1,4 +1,5 @@
-// What a model file holds, checked and named: sizes, matrices, norms. Nothing is copied from the mapping.
+// What a model file holds, checked and named: sizes, matrices, norms. Nothing is copied from the
+// mapping.
 #pragma once
 
 #include <memory>
@@ -62,7 +63,8 @@ std::pair<int, int> part_shape(const Config& config, Part part);
 
 class Model {
  public:
-  // Failure: a tensor is missing, or does not have the shape that the metadata says. The file must outlive the model.
+  // Failure: a tensor is missing, or does not have the shape that the metadata says. The file must
+  // outlive the model.
   Model(const File& file, const Config& config);
 
   const Config& config() const { return config_; }
@@ -91,9 +93,12 @@ class Adapter {
     float factor = 0;
   };
   // Failure: not an adapter, or one for another model.
-  Adapter(const std::string& path, const Model& model, const std::string& base_fingerprint, float scale);
+  Adapter(const std::string& path, const Model& model, const std::string& base_fingerprint,
+          float scale);
 
-  const Pair& at(size_t layer, Part part) const { return pairs_[layer * kParts + static_cast<size_t>(part)]; }
+  const Pair& at(size_t layer, Part part) const {
+    return pairs_[layer * kParts + static_cast<size_t>(part)];
+  }
 
  private:
   File file_;

@@ -15,9 +15,13 @@ std::string env_or(const char* name, const char* fallback) {
 
 }  // namespace
 
-std::string driver_version() { return env_or("RKEMU_DRIVER", "0.9.8"); }
+std::string driver_version() {
+  return env_or("RKEMU_DRIVER", "0.9.8");
+}
 
-std::string platform() { return env_or("RKEMU_PLATFORM", "RK3588"); }
+std::string platform() {
+  return env_or("RKEMU_PLATFORM", "RK3588");
+}
 
 int version_number(const std::string& version) {
   unsigned major = 0, minor = 0, patch = 0;

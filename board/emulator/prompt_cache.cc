@@ -1,7 +1,8 @@
 // Prompt cache files: the KV cache of a prompt, with the fingerprint of the model that computed it.
 //
-// Little-endian: magic, fingerprint (8 bytes), u32 half, layers, kv_heads, head_dim, length, then i64 keys [length],
-// then per layer and KV head keys and values [length][head_dim], then the CRC-32 of everything before it.
+// Little-endian: magic, fingerprint (8 bytes), u32 half, layers, kv_heads, head_dim, length, then
+// i64 keys [length], then per layer and KV head keys and values [length][head_dim], then the CRC-32
+// of everything before it.
 #include <unistd.h>
 
 #include <cstdio>
@@ -24,7 +25,8 @@ struct Header {
 };
 static_assert(sizeof(Header) == 36, "written as it stands");
 
-Header header_for(const std::string& fingerprint, const Cache& cache, const Config& config, int length) {
+Header header_for(const std::string& fingerprint, const Cache& cache, const Config& config,
+                  int length) {
   Header header{};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   std::memcpy(header.fingerprint, fingerprint.data(), sizeof header.fingerprint);
@@ -50,10 +52,11 @@ void each_part(Cache& cache, const Config& config, int length, const Part& part)
 
 }  // namespace
 
-void save_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache, const Config& config,
-                       int length) {
+void save_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
+                       const Config& config, int length) {
   const std::string partial = path + format(".partial-%d", static_cast<int>(::getpid()));
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(partial.c_str(), "wb"), std::fclose);
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(partial.c_str(), "wb"),
+                                                             std::fclose);
   if (!file) throw failure("failed to open '" + path + "'");
   uint32_t crc = 0;
   bool written = true;
@@ -74,7 +77,8 @@ void save_prompt_cache(const std::string& path, const std::string& fingerprint, 
   info("prompt cache saved to " + path);
 }
 
-void read_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache, const Config& config) {
+void read_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
+                       const Config& config) {
   if (::access(path.c_str(), R_OK) != 0) throw failure("prompt cache file does not exist: " + path);
   const Mapping file = Mapping::file(path);
   if (file.size() == 0) throw failure("prompt cache file is empty: " + path);

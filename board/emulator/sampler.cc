@@ -39,7 +39,9 @@ void Sampler::accept(int32_t token) {
   if (recent_.size() > kPenaltyWindow) recent_.pop_front();
 }
 
-bool Sampler::greedy() const { return sampling_.temperature <= 0 || sampling_.top_k == 1; }
+bool Sampler::greedy() const {
+  return sampling_.temperature <= 0 || sampling_.top_k == 1;
+}
 
 void Sampler::penalize(std::vector<float>& logits) const {
   std::map<int32_t, int> counts;
@@ -53,7 +55,8 @@ void Sampler::penalize(std::vector<float>& logits) const {
 
 int32_t Sampler::pick(std::vector<float>& logits) {
   for (float& logit : logits) {
-    if (!(logit >= std::numeric_limits<float>::lowest())) logit = std::numeric_limits<float>::lowest();
+    if (!(logit >= std::numeric_limits<float>::lowest()))
+      logit = std::numeric_limits<float>::lowest();
   }
   if (greedy()) {
     return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
@@ -61,7 +64,8 @@ int32_t Sampler::pick(std::vector<float>& logits) {
   penalize(logits);
   std::vector<Candidate> candidates;
   candidates.reserve(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i) candidates.push_back({logits[i], static_cast<int32_t>(i), 0});
+  for (size_t i = 0; i < logits.size(); ++i)
+    candidates.push_back({logits[i], static_cast<int32_t>(i), 0});
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
   };
@@ -85,7 +89,8 @@ int32_t Sampler::pick(std::vector<float>& logits) {
   soften(1.0f);
   double mass = 0;
   size_t kept = 0;
-  while (kept < candidates.size() && (kept == 0 || mass < sampling_.top_p)) mass += candidates[kept++].p;
+  while (kept < candidates.size() && (kept == 0 || mass < sampling_.top_p))
+    mass += candidates[kept++].p;
   candidates.resize(kept);
   soften(sampling_.temperature);
   return draw(candidates);
@@ -102,7 +107,8 @@ int32_t Sampler::draw(const std::vector<Candidate>& candidates) {
   return candidates.back().id;
 }
 
-// Basu et al., "Mirostat", 2020: cut the candidates so that the surprise of the answer stays near tau.
+// Basu et al., "Mirostat", 2020: cut the candidates so that the surprise of the answer stays near
+// tau.
 int32_t Sampler::mirostat(std::vector<Candidate>& candidates) {
   size_t kept = 1;
   if (sampling_.mirostat == 1) {
@@ -118,11 +124,12 @@ int32_t Sampler::mirostat(std::vector<Candidate>& candidates) {
     const double s = denominator > 0 ? numerator / denominator : 1;
     const double epsilon = s - 1;
     const double n = static_cast<double>(candidates.size());
-    const double k =
-        std::pow((epsilon * std::pow(2.0, mu_)) / (1 - std::pow(n, -epsilon)), 1 / std::max(s, 1e-3));
+    const double k = std::pow((epsilon * std::pow(2.0, mu_)) / (1 - std::pow(n, -epsilon)),
+                              1 / std::max(s, 1e-3));
     if (k > 1) kept = k < n ? static_cast<size_t>(k) : candidates.size();
   } else {
-    while (kept < candidates.size() && -std::log2(std::max(1e-30f, candidates[kept].p)) <= mu_) ++kept;
+    while (kept < candidates.size() && -std::log2(std::max(1e-30f, candidates[kept].p)) <= mu_)
+      ++kept;
   }
   candidates.resize(kept);
   double sum = 0;

@@ -1,5 +1,5 @@
-// The choice of the next token, in the order of llama.cpp, of which the vendor's runtime is said to be a fork:
-// penalties, then mirostat, or top-k, top-p, temperature and a draw.
+// The choice of the next token, in the order of llama.cpp, of which the vendor's runtime is said to
+// be a fork: penalties, then mirostat, or top-k, top-p, temperature and a draw.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,8 @@ namespace rkemu {
 
 namespace {
 
-// A prompt may fill the context but for these (seen: "max context: 1020" for a context of 1024, rkllama issue 25).
+// A prompt may fill the context but for these (seen: "max context: 1020" for a context of 1024,
+// rkllama issue 25).
 constexpr int kReserved = 4;
 constexpr long kMaxPause = 10'000'000;
 constexpr uint64_t kSeed = 20240731;
@@ -68,29 +69,44 @@ Session::Session(const Rules& rules, const Settings& settings)
   const auto seed = static_cast<uint64_t>(env_number("RKEMU_SEED", kSeed, 0, INT64_MAX));
   for (int i = 0; i < settings_.n_batch; ++i) {
     sequences_.push_back({Cache(card_.config, settings_.max_context, model_.quantized()),
-                          Sampler(seed + static_cast<uint64_t>(i)), {}, 0, 0, "", {}, {}, {}, {}, "", "", -1, false});
+                          Sampler(seed + static_cast<uint64_t>(i)),
+                          {},
+                          0,
+                          0,
+                          "",
+                          {},
+                          {},
+                          {},
+                          {},
+                          "",
+                          "",
+                          -1,
+                          false});
   }
 }
 
 void Session::report_load() const {
-  std::string line = "rkllm-toolkit version: " + card_.toolkit_version +
-                     format(", max_context_limit: %d, npu_core_num: %d", card_.max_context, card_.npu_cores);
+  std::string line =
+      "rkllm-toolkit version: " + card_.toolkit_version +
+      format(", max_context_limit: %d, npu_core_num: %d", card_.max_context, card_.npu_cores);
   if (rules_.names_platform) line += ", target_platform: " + card_.target_platform;
   if (rules_.names_dtype) line += ", model_dtype: " + card_.dtype;
   info(line);
-  info(format("emulator: no NPU is used, %s kernels, %d threads", choose_kernels().name, pool_.size()));
+  info(format("emulator: no NPU is used, %s kernels, %d threads", choose_kernels().name,
+              pool_.size()));
 }
 
 void Session::check_load() const {
   if (card_.target_platform != platform()) {
-    throw failure("model's target_platform does not match the real platform (" + card_.target_platform + ", " +
-                  platform() + ")");
+    throw failure("model's target_platform does not match the real platform (" +
+                  card_.target_platform + ", " + platform() + ")");
   }
   if (version_number(card_.toolkit_version) > version_number(rules_.release)) {
     warn("runtime version is lower than the toolkit version, update to " + card_.toolkit_version);
   }
   if (settings_.cpus < card_.npu_cores) {
-    throw failure("The number of enabled CPUs must be greater than or equal to the number of NPU cores.");
+    throw failure(
+        "The number of enabled CPUs must be greater than or equal to the number of NPU cores.");
   }
 }
 
@@ -98,7 +114,8 @@ std::vector<int32_t> Session::tokenize(const std::string& text) {
   return settings_.tokenize ? settings_.tokenize(text) : tokenizer_.encode(text, true);
 }
 
-// Text gets the template around it, and the system prompt and <bos> in front of a conversation's first turn.
+// Text gets the template around it, and the system prompt and <bos> in front of a conversation's
+// first turn.
 void Session::start_text(Sequence& sequence, const Input& input, bool first) {
   std::string head, body = input.text;
   if (rules_.chat_template) {
@@ -110,14 +127,17 @@ void Session::start_text(Sequence& sequence, const Input& input, bool first) {
     sequence.keys.insert(sequence.keys.end(), ids.begin(), ids.end());
   };
   if (first && tokenizer_.add_bos()) sequence.keys.push_back(tokenizer_.bos());
-  // The system prompt's length is that of its own tokens: the cache of the whole text may merge across the border.
-  if (!head.empty()) sequence.system_length = static_cast<int>(sequence.keys.size() + tokenize(head).size());
+  // The system prompt's length is that of its own tokens: the cache of the whole text may merge
+  // across the border.
+  if (!head.empty())
+    sequence.system_length = static_cast<int>(sequence.keys.size() + tokenize(head).size());
   add(tokenize(head + body));
   if (log_level() >= 2) info("prompt: " + head + body);
 }
 
 void Session::prepare(Sequence& sequence, const Input& input, const Request& request) {
-  const bool goes_on = (request.keep_history || paused_) && !prompt_cache_loaded_ && sequence.cache.length() > 0;
+  const bool goes_on =
+      (request.keep_history || paused_) && !prompt_cache_loaded_ && sequence.cache.length() > 0;
   sequence.keys.clear();
   sequence.rows.clear();
   sequence.collected.clear();
@@ -149,8 +169,10 @@ void Session::prepare(Sequence& sequence, const Input& input, const Request& req
   }
   const bool whole = request.mode != Mode::generate;
   const bool same_adapter = sequence.adapter == request.lora.value_or("");
-  const bool may_reuse = input.kind == Input::Kind::embeddings ? rules_.embedding_reuse : rules_.prefix_reuse;
-  if (!goes_on) reuse_prefix(sequence, same_adapter && !whole && (may_reuse || prompt_cache_loaded_));
+  const bool may_reuse =
+      input.kind == Input::Kind::embeddings ? rules_.embedding_reuse : rules_.prefix_reuse;
+  if (!goes_on)
+    reuse_prefix(sequence, same_adapter && !whole && (may_reuse || prompt_cache_loaded_));
   sequence.adapter = request.lora.value_or("");
   make_room(sequence, sequence.keys.size());
   sequence.prompt_length = sequence.cache.length() + static_cast<int>(sequence.keys.size());
@@ -175,18 +197,22 @@ void Session::reuse_prefix(Sequence& sequence, bool allowed) {
   sequence.keys.erase(sequence.keys.begin(), known);
 }
 
-// When a conversation is full, its oldest half goes, behind n_keep positions (all of the system prompt if it is -1).
+// When a conversation is full, its oldest half goes, behind n_keep positions (all of the system
+// prompt if it is -1).
 void Session::make_room(Sequence& sequence, size_t needed) {
   const int limit = settings_.max_context - kReserved;
   Cache& cache = sequence.cache;
   const int want = cache.length() + static_cast<int>(std::min<size_t>(needed, 1u << 30));
   if (want <= limit) return;
-  const int kept = std::min(settings_.n_keep < 0 ? sequence.system_length : settings_.n_keep, cache.length());
+  const int kept =
+      std::min(settings_.n_keep < 0 ? sequence.system_length : settings_.n_keep, cache.length());
   if (kept + static_cast<int>(std::min<size_t>(needed, 1u << 30)) > limit) {
-    throw Failure(format("E rkllm: prompt gather than max context (prompt: %zu tokens, max context: %d)",
-                         needed, limit));
+    throw Failure(
+        format("E rkllm: prompt gather than max context (prompt: %zu tokens, max context: %d)",
+               needed, limit));
   }
-  const int gone = std::min(std::max(want - limit, (cache.length() - kept) / 2), cache.length() - kept);
+  const int gone =
+      std::min(std::max(want - limit, (cache.length() - kept) / 2), cache.length() - kept);
   forward_.erase(cache, kept, kept + gone);
 }
 
@@ -227,7 +253,8 @@ void Session::prefill(Sequence& sequence, Mode mode) {
       collected.insert(collected.end(), x.begin(), x.end());
     } else if (mode == Mode::logits) {
       collected.resize(collected.size() + n * vocab);
-      forward_.logits(x.data(), static_cast<int>(n), collected.data() + collected.size() - n * vocab);
+      forward_.logits(x.data(), static_cast<int>(n),
+                      collected.data() + collected.size() - n * vocab);
     }
     perf_.prefill_tokens += static_cast<int>(n);
     pace(began, prompt_token_us_ * static_cast<long>(n));
@@ -235,7 +262,8 @@ void Session::prefill(Sequence& sequence, Mode mode) {
   if (abort_ || mode == Mode::last_hidden) return;
   sequence.logits.resize(vocab);
   if (mode == Mode::logits) {
-    std::copy(collected.end() - static_cast<std::ptrdiff_t>(vocab), collected.end(), sequence.logits.begin());
+    std::copy(collected.end() - static_cast<std::ptrdiff_t>(vocab), collected.end(),
+              sequence.logits.begin());
   } else {
     forward_.logits(x.data() + x.size() - width, 1, sequence.logits.data());
   }
@@ -244,7 +272,8 @@ void Session::prefill(Sequence& sequence, Mode mode) {
 bool Session::ends(int32_t token) const {
   const auto& eos = tokenizer_.eos();
   if (settings_.ignore_eos_token || eos.empty()) return false;
-  return rules_.all_eos ? std::find(eos.begin(), eos.end(), token) != eos.end() : token == eos.front();
+  return rules_.all_eos ? std::find(eos.begin(), eos.end(), token) != eos.end()
+                        : token == eos.front();
 }
 
 // Takes the next token of a sequence and what of its text is complete; false if the answer ended.
@@ -254,7 +283,8 @@ bool Session::choose(Sequence& sequence) {
   sequence.pending = sequence.token;
   sequence.text.clear();
   if (ends(sequence.token)) return false;
-  const bool hidden = settings_.skip_special_token && tokenizer_.kind(sequence.token) == TokenKind::control;
+  const bool hidden =
+      settings_.skip_special_token && tokenizer_.kind(sequence.token) == TokenKind::control;
   sequence.bytes += hidden ? "" : tokenizer_.decode(sequence.token);
   const size_t complete = sequence.bytes.size() - utf8_unfinished(sequence.bytes);
   sequence.text = sequence.bytes.substr(0, complete);
@@ -341,7 +371,8 @@ void Session::answer(const Request& request, const Sink& sink) {
         sequence.done = true;
       }
     }
-    if (std::all_of(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return s.done; })) return;
+    if (std::all_of(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return s.done; }))
+      return;
     step();
     pace(began, token_us_);
   }
@@ -353,17 +384,19 @@ void Session::run(const Request& request, const Sink& sink) {
     adapter_ = nullptr;
     if (request.lora) {
       const auto found = adapters_.find(*request.lora);
-      if (found == adapters_.end()) throw failure("lora adapter '" + *request.lora + "' is not loaded");
+      if (found == adapters_.end())
+        throw failure("lora adapter '" + *request.lora + "' is not loaded");
       adapter_ = found->second.get();
     }
-    for (size_t i = 0; i < sequences_.size(); ++i) prepare(sequences_[i], request.inputs[i], request);
+    for (size_t i = 0; i < sequences_.size(); ++i)
+      prepare(sequences_[i], request.inputs[i], request);
     paused_ = false;
     const auto began = Clock::now();
     for (Sequence& sequence : sequences_) prefill(sequence, request.mode);
     perf_.prefill_ms = milliseconds(Clock::now() - began);
     if (request.save_prompt_cache && !abort_) {
-      save_prompt_cache(*request.save_prompt_cache, file_.fingerprint(), sequences_[0].cache, card_.config,
-                        sequences_[0].prompt_length);
+      save_prompt_cache(*request.save_prompt_cache, file_.fingerprint(), sequences_[0].cache,
+                        card_.config, sequences_[0].prompt_length);
     }
   } catch (...) {
     clear_cache(false);
@@ -402,7 +435,8 @@ void Session::finish(const Sink& sink) {
   if (log_level() >= 1) {
     const auto row = [](const char* stage, float ms, int tokens) {
       const float each = tokens ? ms / static_cast<float>(tokens) : 0;
-      info(format(" %-13s %-16.2f %-9d %-24.2f %.2f", stage, ms, tokens, each, each > 0 ? 1000 / each : 0));
+      info(format(" %-13s %-16.2f %-9d %-24.2f %.2f", stage, ms, tokens, each,
+                  each > 0 ? 1000 / each : 0));
     };
     info(" Stage         Total Time (ms)  Tokens    Time per Token (ms)      Tokens per Second");
     row("Prefill", perf_.prefill_ms, perf_.prefill_tokens);
@@ -413,7 +447,8 @@ void Session::finish(const Sink& sink) {
 }
 
 void Session::pace(Clock::time_point since, long microseconds) const {
-  if (microseconds > 0) std::this_thread::sleep_until(since + std::chrono::microseconds(microseconds));
+  if (microseconds > 0)
+    std::this_thread::sleep_until(since + std::chrono::microseconds(microseconds));
 }
 
 void Session::clear_cache(bool keep_system_prompt) {
@@ -428,7 +463,8 @@ void Session::clear_range(int batch, int begin, int end) {
   Sequence& sequence = sequences_[static_cast<size_t>(batch)];
   const int length = sequence.cache.length();
   if (begin < 0 || begin >= end || end > length) {
-    throw failure(format("cannot clear positions %d to %d of a KV cache of %d", begin, end, length));
+    throw failure(
+        format("cannot clear positions %d to %d of a KV cache of %d", begin, end, length));
   }
   if (!paused_) warn("KV cache ranges are documented for paused runs with keep_history 0 only");
   if (end == length) sequence.pending.reset();
@@ -436,7 +472,8 @@ void Session::clear_range(int batch, int begin, int end) {
 }
 
 void Session::load_lora(const std::string& name, const std::string& path, float scale) {
-  if (!std::isfinite(scale)) throw failure("the scale of lora adapter '" + name + "' is not a number");
+  if (!std::isfinite(scale))
+    throw failure("the scale of lora adapter '" + name + "' is not a number");
   adapters_[name] = std::make_unique<Adapter>(path, model_, file_.fingerprint(), scale);
 }
 
@@ -452,15 +489,18 @@ void Session::release_prompt_cache() {
 }
 
 void Session::set_chat_template(const ChatTemplate& chat_template) {
-  warn("Calling rkllm_set_chat_template will disable the internal automatic chat template parsing, including "
-       "enable_thinking. Make sure your custom prompt is complete and valid.");
+  warn(
+      "Calling rkllm_set_chat_template will disable the internal automatic chat template parsing, "
+      "including "
+      "enable_thinking. Make sure your custom prompt is complete and valid.");
   template_ = chat_template;
   clear_cache(false);
-  info("reset chat template:\nsystem_prompt: " + template_.system + "\nprompt_prefix: " + template_.prefix +
-       "\nprompt_postfix: " + template_.suffix);
+  info("reset chat template:\nsystem_prompt: " + template_.system +
+       "\nprompt_prefix: " + template_.prefix + "\nprompt_postfix: " + template_.suffix);
 }
 
-void Session::set_function_tools(const std::string& system, const std::string& tools, const std::string& tag) {
+void Session::set_function_tools(const std::string& system, const std::string& tools,
+                                 const std::string& tag) {
   template_.system = system + "\n" + tools + "\n";
   if (!tag.empty()) tool_tag_ = tag;
   clear_cache(false);

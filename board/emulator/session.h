@@ -24,13 +24,13 @@ namespace rkemu {
 // What releases do differently, apart from their structures.
 struct Rules {
   const char* release;
-  bool chat_template;       // 1.2.0: put around text prompts
-  bool prefix_reuse;        // 1.2.0: what the cache holds of a prompt's beginning is not computed again
-  bool embedding_reuse;     // 1.2.3: also for embedding input
-  bool names_platform;      // 1.2.0: the load log names target_platform
-  bool names_dtype;         // 1.2.1: ... and model_dtype
-  bool pause;               // 1.2.1: a callback can return 1
-  bool all_eos;             // 1.3.0: every eos id ends an answer, not the first one only
+  bool chat_template;  // 1.2.0: put around text prompts
+  bool prefix_reuse;   // 1.2.0: what the cache holds of a prompt's beginning is not computed again
+  bool embedding_reuse;  // 1.2.3: also for embedding input
+  bool names_platform;   // 1.2.0: the load log names target_platform
+  bool names_dtype;      // 1.2.1: ... and model_dtype
+  bool pause;            // 1.2.1: a callback can return 1
+  bool all_eos;          // 1.3.0: every eos id ends an answer, not the first one only
 };
 
 struct Settings {
@@ -100,7 +100,8 @@ class Session {
 
   // One run. Reports through the sink; Failure after it has reported State::error.
   void run(const Request& request, const Sink& sink);
-  // Ends the run after the step that is being computed. May be called while run() works, all others may not.
+  // Ends the run after the step that is being computed. May be called while run() works, all others
+  // may not.
   void abort() { abort_ = true; }
   // Takes an abort() back; called before a run can be seen by other threads.
   void rearm() { abort_ = false; }
@@ -113,7 +114,8 @@ class Session {
   void load_prompt_cache(const std::string& path);
   void release_prompt_cache();
   void set_chat_template(const ChatTemplate& chat_template);
-  void set_function_tools(const std::string& system, const std::string& tools, const std::string& tag);
+  void set_function_tools(const std::string& system, const std::string& tools,
+                          const std::string& tag);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -124,13 +126,14 @@ class Session {
     std::optional<int32_t> pending;  // chosen, not yet in the cache
     int system_length = 0;           // positions of <bos> and system prompt
     int prompt_length = 0;
-    std::string adapter;             // with which the cache was computed
+    std::string adapter;  // with which the cache was computed
     // Of the run:
-    std::vector<Key> keys;           // still to be computed
-    std::vector<float> rows;         // embeddings of the keys below zero, in order
+    std::vector<Key> keys;    // still to be computed
+    std::vector<float> rows;  // embeddings of the keys below zero, in order
     std::vector<float> logits;
-    std::vector<float> collected;    // hidden states or logits of all prompt rows, if the mode wants them
-    std::string bytes, text;         // not yet a character; what the callback gets
+    std::vector<float>
+        collected;            // hidden states or logits of all prompt rows, if the mode wants them
+    std::string bytes, text;  // not yet a character; what the callback gets
     int32_t token = -1;
     bool done = false;
   };
@@ -175,9 +178,10 @@ class Session {
 };
 
 // The prompt cache file of a sequence's first `length` positions.
-void save_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache, const Config& config,
-                       int length);
+void save_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
+                       const Config& config, int length);
 // Fills `cache`. Failure: no such file, or made with another model.
-void read_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache, const Config& config);
+void read_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
+                       const Config& config);
 
 }  // namespace rkemu

@@ -1,4 +1,5 @@
-// A small pool of threads that belongs to one model handle. The caller's thread takes part in the work.
+// A small pool of threads that belongs to one model handle. The caller's thread takes part in the
+// work.
 #pragma once
 
 #include <atomic>
@@ -18,11 +19,13 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls job(i, worker) for i in [0, count), each once, in any order; returns when all are done. `worker` is below
-  // size() and tells apart what runs at the same time. A job does not throw.
+  // Calls job(i, worker) for i in [0, count), each once, in any order; returns when all are done.
+  // `worker` is below size() and tells apart what runs at the same time. A job does not throw.
   template <class Job>
   void run(int count, const Job& job) {
-    run(count, [](const void* f, int i, int worker) { (*static_cast<const Job*>(f))(i, worker); }, &job);
+    run(
+        count, [](const void* f, int i, int worker) { (*static_cast<const Job*>(f))(i, worker); },
+        &job);
   }
 
  private:

@@ -59,7 +59,8 @@ class Tokenizer {
   std::vector<std::vector<int32_t>> special_;  // by first byte, longest text first
 };
 
-// Number of bytes of the UTF-8 character at the front of `text` (not empty): 1 to 4, or 0 if there is no valid one.
+// Number of bytes of the UTF-8 character at the front of `text` (not empty): 1 to 4, or 0 if there
+// is no valid one.
 size_t utf8_length(std::string_view text);
 // How many bytes at the end of `text` begin a character that is not complete: 0 to 3.
 size_t utf8_unfinished(std::string_view text);
