@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -153,12 +155,28 @@ def find_library(bundle: Bundle, options: RuntimeOptions) -> Path:
 def _provide(provider: str, release: str) -> Path:
     module, _, function = provider.partition(":")
     try:
-        build: Callable[[str], Path] = getattr(importlib.import_module(module), function)
+        build: Callable[..., Path] = getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise HostError(
             f"This bundle is for the emulator, and {module} is not installed here.", hint="Install rkedge as a whole."
         ) from error
-    return build(release)
+    with progress_line() as progress:
+        return build(release, progress=progress)
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Shows one line after the other in the same place, and nothing where nobody looks."""
+    watched = sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if watched:
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+
+    try:
+        yield show
+    finally:
+        show("")
 
 
 def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:

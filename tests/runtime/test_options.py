@@ -1,0 +1,106 @@
+"""Where the library comes from, and what --temperature and its kin stand for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from rkruntime import options
+from rkruntime.bundle import Bundle
+from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.generation import GREEDY, Sampling
+from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, find_library
+
+
+def test_options_arrive_as_two_values() -> None:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @options.sampling_options
+    @options.runtime_options
+    def command(sampling: SamplingOptions, runtime: RuntimeOptions) -> None:
+        seen.update(sampling=sampling, runtime=runtime)
+
+    arguments = "--temperature 0.5 --top-k 3 --max-new-tokens 7 --library /x/librkllmrt.so --abi 1.3.0 --max-context 64"
+    assert CliRunner().invoke(command, arguments.split()).exit_code == 0
+    assert seen["sampling"] == SamplingOptions(0.5, 3, None, None, 7)
+    assert seen["runtime"] == RuntimeOptions(Path("/x/librkllmrt.so"), "1.3.0", 64)
+    for wrong in ("--temperature -1", "--top-k 0", "--top-p 0", "--top-p 1.1", "--max-new-tokens 0", "--max-context 8"):
+        assert CliRunner().invoke(command, wrong.split()).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, Sampling()),
+        ({}, Sampling()),
+        ({"do_sample": False, "temperature": 0.3}, GREEDY),
+        ({"temperature": 0.3, "top_k": 5, "top_p": 0.5}, Sampling(0.3, 5, 0.5)),
+        ({"temperature": None, "top_k": "5"}, Sampling()),
+    ],
+)
+def test_a_bundle_has_its_own_sampling(fake_bundle: Bundle, config: Any, expected: Sampling) -> None:
+    path = fake_bundle.path / "generation_config.json"
+    path.unlink() if config is None else path.write_text(json.dumps(config))
+    assert default_sampling(fake_bundle) == expected
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
+def test_a_broken_generation_config_is_said_to_be(fake_bundle: Bundle, content: str) -> None:
+    (fake_bundle.path / "generation_config.json").write_text(content)
+    with pytest.raises(BundleError, match=r"generation_config\.json"):
+        default_sampling(fake_bundle)
+
+
+def test_options_go_over_the_bundles_sampling() -> None:
+    assert SamplingOptions().over(GREEDY) == GREEDY
+    assert SamplingOptions(temperature=0).over(Sampling()) == GREEDY
+    assert SamplingOptions(temperature=0.7).over(GREEDY) == Sampling(temperature=0.7)
+    assert SamplingOptions(top_k=3).over(Sampling(temperature=0.2)) == Sampling(temperature=0.2, top_k=3)
+
+
+@pytest.fixture
+def board_bundle(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
+    monkeypatch.setattr(options, "SEARCHED", (str(tmp_path / "usr/lib"), str(tmp_path / "usr/local/lib")))
+    return replace(fake_bundle, manifest=replace(fake_bundle.manifest, target="toolkit"))
+
+
+def test_a_board_has_its_library_in_known_places(
+    board_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(LibraryError, match="usr/local/lib"):
+        find_library(board_bundle, RuntimeOptions())
+    for place in ("usr/local/lib", "usr/lib", "mine"):
+        library = tmp_path / place / "librkllmrt.so"
+        library.parent.mkdir(parents=True)
+        library.write_bytes(b"")
+        monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path / 'mine'}")
+        assert find_library(board_bundle, RuntimeOptions()) == library
+    assert find_library(board_bundle, RuntimeOptions(library=Path("/given.so"))) == Path("/given.so")
+
+
+def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def build(release: str, progress: Any) -> Path:
+        asked.append(release)
+        progress("building")
+        return Path("/built.so")
+
+    monkeypatch.setattr(options.importlib, "import_module", lambda name: SimpleNamespace(build=build))
+    assert find_library(fake_bundle, RuntimeOptions()) == Path("/built.so")
+    find_library(fake_bundle, RuntimeOptions(abi="1.3.0"))
+    assert asked == ["1.2.3", "1.3.0"]
+
+
+def test_without_the_boards_tools_there_is_no_emulator(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "PROVIDERS", {"emulator": "rknothing.emulator:build"})
+    with pytest.raises(HostError, match=r"rknothing\.emulator"):
+        find_library(fake_bundle, RuntimeOptions())
