@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, get_type_hints
+from typing import Any, Final
 
 import yaml
 
 from rkruntime.errors import BundleError
 from rkruntime.files import sha256_file
+from rkruntime.schema import build
 
 SCHEMA: Final = "rkedge-bundle/1"
 MANIFEST: Final = "rkedge.yaml"
@@ -99,7 +100,7 @@ class Manifest:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise BundleError(f"{MANIFEST} has the schema {found!r}; this release reads {SCHEMA!r}.")
-        manifest: Manifest = _build(cls, data, "")
+        manifest = build(cls, data, lambda what: BundleError(f"{MANIFEST}: {what}."))
         for name in manifest.files:
             _check_name(name)
         if manifest.model_file not in manifest.files:
@@ -111,34 +112,6 @@ def _check_name(name: str) -> None:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
         raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}.")
-
-
-def _build(kind: Any, data: Any, where: str) -> Any:
-    """A value of the dataclass field type `kind` from YAML's plain data, or BundleError with the key's path."""
-    origin = getattr(kind, "__origin__", None)
-    if kind is Any:
-        return data
-    if origin is tuple and isinstance(data, list):
-        return tuple(_build(kind.__args__[0], item, f"{where}[{at}]") for at, item in enumerate(data))
-    if origin is dict and isinstance(data, dict):
-        return {str(key): _build(kind.__args__[1], item, f"{where}.{key}") for key, item in data.items()}
-    if hasattr(kind, "__dataclass_fields__") and isinstance(data, dict):
-        return _build_dataclass(kind, data, where)
-    if origin is None and type(data) is kind:
-        return data
-    raise BundleError(f"{MANIFEST}: {where.lstrip('.')} is {type(data).__name__}, which it must not be.")
-
-
-def _build_dataclass(kind: Any, data: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
-    known = {item.name: item for item in fields(kind)}
-    for key in data:
-        if key not in known:
-            raise BundleError(f"{MANIFEST}: unknown key {f'{where}.{key}'.lstrip('.')}.")
-    for name, item in known.items():
-        if name not in data and item.default is MISSING and item.default_factory is MISSING:
-            raise BundleError(f"{MANIFEST}: {f'{where}.{name}'.lstrip('.')} is missing.")
-    return kind(**{key: _build(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""YAML or JSON to frozen dataclasses: what a file says is checked against the fields, and errors name the key."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exception]) -> T:
+    """An object of the dataclass `kind` from plain data.
+
+    Fields may be JSON types, Any, Path (from text), Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]` and further
+    dataclasses. Only a whole number for a float is converted.
+
+    Raises:
+        what `fail` makes of "KEY is missing", "unknown key KEY" or "KEY is TYPE, which it must not be".
+    """
+    value: T = _Builder(fail).dataclass(kind, data, "")
+    return value
+
+
+class _Builder:
+    def __init__(self, fail: Callable[[str], Exception]) -> None:
+        self._fail = fail
+
+    def dataclass(self, kind: Any, data: Mapping[str, Any], where: str) -> Any:
+        hints = get_type_hints(kind)
+        known = {item.name: item for item in fields(kind)}
+        for key in data:
+            if key not in known:
+                raise self._fail(f"unknown key {_key(where, key)}")
+        for name, item in known.items():
+            if name not in data and item.default is MISSING and item.default_factory is MISSING:
+                raise self._fail(f"{_key(where, name)} is missing")
+        return kind(**{key: self._value(hints[key], value, _key(where, key)) for key, value in data.items()})
+
+    def _value(self, kind: Any, data: Any, where: str) -> Any:
+        origin, arguments = get_origin(kind), get_args(kind)
+        if kind is Any or (origin is Literal and data in arguments):
+            return data
+        if origin in (Union, types.UnionType):
+            return None if data is None else self._value(arguments[0], data, where)
+        if origin is tuple and isinstance(data, list):
+            return tuple(self._value(arguments[0], item, f"{where}[{at}]") for at, item in enumerate(data))
+        if origin is dict and isinstance(data, dict):
+            return {str(key): self._value(arguments[1], item, _key(where, key)) for key, item in data.items()}
+        if hasattr(kind, "__dataclass_fields__") and isinstance(data, dict):
+            return self.dataclass(kind, data, where)
+        return self._plain(kind, data, where)
+
+    def _plain(self, kind: Any, data: Any, where: str) -> Any:
+        if get_origin(kind) is None and type(data) is kind:
+            return data
+        if kind is float and type(data) is int:
+            return float(data)
+        if kind is Path and isinstance(data, str):
+            return Path(data)
+        if get_origin(kind) is Literal:
+            raise self._fail(f"{where} is {data!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
+        raise self._fail(f"{where} is {type(data).__name__}, which it must not be")
+
+
+def _key(where: str, name: object) -> str:
+    return f"{where}.{name}" if where else str(name)
