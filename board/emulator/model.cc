@@ -121,8 +121,10 @@ Model::Model(const File& file, const Config& config) : config_(config) {
   if (types.size() != static_cast<size_t>(c.layers)) {
     throw failure("invalid rkllm model! (layer_types)");
   }
-  embedding_ = matrix(file, "token_embd", c.vocab_size, c.hidden_size);
-  head_ = file.has("output") ? matrix(file, "output", c.vocab_size, c.hidden_size) : embedding_;
+  if (file.has("token_embd")) embedding_ = matrix(file, "token_embd", c.vocab_size, c.hidden_size);
+  head_ = file.has("output") || !has_embedding()
+              ? matrix(file, "output", c.vocab_size, c.hidden_size)
+              : embedding_;
   for (size_t i = 0; i < types.size(); ++i) {
     Layer layer{};
     for (int p = 0; p < kParts; ++p) {

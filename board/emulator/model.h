@@ -71,7 +71,9 @@ class Model {
   const std::vector<Layer>& layers() const { return layers_; }
   const Matrix& head() const { return head_; }
   const float* output_norm() const { return output_norm_; }
-  bool quantized() const { return embedding_.q != nullptr; }
+  bool quantized() const { return head_.q != nullptr; }
+  // False for a model that was exported without its embedding table.
+  bool has_embedding() const { return embedding_.q || embedding_.f; }
   // A token's row of the embedding table as it stands there, before Gemma's factor sqrt(hidden).
   void embed(int32_t token, float* row) const;
 

@@ -111,7 +111,8 @@ void Session::check_load() const {
 }
 
 std::vector<int32_t> Session::tokenize(const std::string& text) {
-  return settings_.tokenize ? settings_.tokenize(text) : tokenizer_.encode(text, true);
+  if (!tokenizer_.has_tables() && settings_.tokenize) return settings_.tokenize(text);
+  return tokenizer_.encode(text, true);
 }
 
 // Text gets the template around it, and the system prompt and <bos> in front of a conversation's
@@ -221,12 +222,12 @@ void Session::embed(Key key, const float*& row, float* out) const {
   if (key < 0) {
     std::copy_n(row, width, out);
     row += width;
-  } else if (settings_.embed) {
-    if (!settings_.embed(static_cast<int32_t>(key), out, width * sizeof(float))) {
-      throw failure("the embedding callback failed");
-    }
-  } else {
+  } else if (model_.has_embedding()) {
     model_.embed(static_cast<int32_t>(key), out);
+  } else if (!settings_.embed) {
+    throw failure("the model has no embedding table and there is no embedding callback");
+  } else if (!settings_.embed(static_cast<int32_t>(key), out, width * sizeof(float))) {
+    throw failure("the embedding callback failed");
   }
   forward_.scale_embedding(out);
 }

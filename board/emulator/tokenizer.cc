@@ -73,10 +73,7 @@ size_t utf8_unfinished(std::string_view text) {
   return 0;
 }
 
-Tokenizer::Tokenizer(const File& file, size_t vocab_size)
-    : vocab_size_(vocab_size),
-      offsets_(file.tensor("tokenizer.offsets", DType::u32, {vocab_size + 1}).as<uint32_t>()),
-      kinds_(file.tensor("tokenizer.kinds", DType::u8, {vocab_size}).as<uint8_t>()) {
+Tokenizer::Tokenizer(const File& file, size_t vocab_size) : vocab_size_(vocab_size) {
   const auto last = static_cast<int64_t>(vocab_size) - 1;
   bos_ = static_cast<int32_t>(file.integer("tokenizer.bos_token_id", 0, last));
   unk_ = static_cast<int32_t>(file.integer("tokenizer.unk_token_id", 0, last));
@@ -85,25 +82,27 @@ Tokenizer::Tokenizer(const File& file, size_t vocab_size)
     if (id < 0 || id > last) throw failure("invalid rkllm model! (impossible eos id)");
     eos_.push_back(static_cast<int32_t>(id));
   }
-  for (const char* name : {"tokenizer.offsets", "tokenizer.kinds", "tokenizer.merges"}) {
-    if (file.has(name)) file.verify(name);
-  }
-  const auto text_size = offsets_[vocab_size];
-  text_ = file.tensor("tokenizer.text", DType::u8, {text_size}).as<char>();
-  file.verify("tokenizer.text");
-  for (size_t id = 0; id < vocab_size; ++id) {
-    if (offsets_[id] > offsets_[id + 1]) throw failure("invalid rkllm model! (token texts)");
-    if (kinds_[id] > 4) throw failure("invalid rkllm model! (token kinds)");
-  }
-  const auto& tensors = file.tensors();
-  const auto found = tensors.find("tokenizer.merges");
-  merge_count_ = found == tensors.end() || found->second.shape.empty()
-                     ? 0
-                     : static_cast<size_t>(found->second.shape[0]);
-  if (merge_count_ > kMaxMerges) throw failure("invalid rkllm model! (merges)");
+  if (file.has("tokenizer.text")) read_tables(file);
+}
+
+void Tokenizer::read_tables(const File& file) {
+  const Failure broken = failure("invalid rkllm model! (tokenizer)");
+  offsets_ = file.tensor("tokenizer.offsets", DType::u32, {vocab_size_ + 1}).as<uint32_t>();
+  kinds_ = file.tensor("tokenizer.kinds", DType::u8, {vocab_size_}).as<uint8_t>();
+  text_ = file.tensor("tokenizer.text", DType::u8, {offsets_[vocab_size_]}).as<char>();
+  const auto found = file.tensors().find("tokenizer.merges");
+  if (found == file.tensors().end() || found->second.shape.empty()) throw broken;
+  if (found->second.shape[0] > kMaxMerges) throw broken;
+  merge_count_ = static_cast<size_t>(found->second.shape[0]);
   merges_ = file.tensor("tokenizer.merges", DType::u32, {merge_count_, 3}).as<uint32_t>();
+  for (const char* name : {"text", "offsets", "kinds", "merges"}) {
+    file.verify(std::string("tokenizer.") + name);
+  }
+  for (size_t id = 0; id < vocab_size_; ++id) {
+    if (offsets_[id] > offsets_[id + 1] || kinds_[id] > 4) throw broken;
+  }
   for (size_t i = 0; i < merge_count_ * 3; ++i) {
-    if (merges_[i] >= vocab_size) throw failure("invalid rkllm model! (merges)");
+    if (merges_[i] >= vocab_size_) throw broken;
   }
 }
 
@@ -144,6 +143,7 @@ void Tokenizer::index() {
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool special) {
+  if (!has_tables()) throw failure("the model has no tokenizer");
   index();
   std::vector<int32_t> ids;
   size_t plain = 0;
@@ -238,6 +238,7 @@ void Tokenizer::merge(std::vector<int32_t>& symbols) const {
 }
 
 std::string Tokenizer::decode(int32_t id) const {
+  if (!has_tables()) return "";
   const std::string_view text = text_of(static_cast<size_t>(id));
   return kind(id) == TokenKind::byte ? std::string(text) : replace_all(text, kSpace, " ");
 }

@@ -15,7 +15,9 @@ enum class TokenKind : uint8_t { normal = 0, control = 1, byte = 2, unused = 3, 
 
 class Tokenizer {
  public:
-  // Failure: the tables contradict each other. The file must outlive the tokenizer.
+  // Failure: the tables contradict each other. The file must outlive the tokenizer. A file may have
+  // no tables, as models are that were exported without a tokenizer: then only the ids below are
+  // known.
   Tokenizer(const File& file, size_t vocab_size);
 
   // Control and user-defined tokens are found in the text when `special` is set.
@@ -23,7 +25,10 @@ class Tokenizer {
   // The bytes of a token, with spaces for the word marks.
   std::string decode(int32_t id) const;
 
-  TokenKind kind(int32_t id) const { return static_cast<TokenKind>(kinds_[id]); }
+  bool has_tables() const { return kinds_ != nullptr; }
+  TokenKind kind(int32_t id) const {
+    return kinds_ ? static_cast<TokenKind>(kinds_[id]) : TokenKind::normal;
+  }
   int32_t bos() const { return bos_; }
   bool add_bos() const { return add_bos_; }
   const std::vector<int32_t>& eos() const { return eos_; }
@@ -34,6 +39,7 @@ class Tokenizer {
     int32_t result;
   };
 
+  void read_tables(const File& file);
   std::string_view text_of(size_t id) const;
   void index();
   void encode_plain(std::string_view text, std::vector<int32_t>& ids) const;
@@ -41,11 +47,11 @@ class Tokenizer {
   void merge(std::vector<int32_t>& symbols) const;
 
   size_t vocab_size_;
-  const char* text_;
-  const uint32_t* offsets_;
-  const uint8_t* kinds_;
-  const uint32_t* merges_;
-  size_t merge_count_;
+  const char* text_ = nullptr;
+  const uint32_t* offsets_ = nullptr;
+  const uint8_t* kinds_ = nullptr;
+  const uint32_t* merges_ = nullptr;
+  size_t merge_count_ = 0;
   int32_t bos_;
   int32_t unk_;
   bool add_bos_;

@@ -52,7 +52,8 @@ KERNELS: Final = (
         "kernels_avx512.cc", "x86_64", ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), "RKEMU_HAVE_AVX512"
     ),
 )
-ABI_SOURCE: Final = "api.cc"
+# These know the layout; all others are shared by the releases.
+ABI_SOURCES: Final = ("api.cc", "convert.cc")
 EXPORTS: Final = "exports.map"
 
 # -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread ends.
@@ -163,12 +164,12 @@ class _Build:
         return digest.hexdigest()[:16]
 
     def _objects(self) -> list[tuple[Path, Path, list[str]]]:
-        """Source, object and flags of each object; all but the last are shared by the releases."""
+        """Source, object and flags of each object."""
         special = {kernel.source: kernel.flags for kernel in KERNELS}
         wanted = {kernel.source for kernel in self.kernels}
         objects = []
         for source in sorted(self.sources.glob("*.cc")):
-            if source.name == ABI_SOURCE or (source.name in special and source.name not in wanted):
+            if source.name in ABI_SOURCES or (source.name in special and source.name not in wanted):
                 continue
             flags = [*self.flags, *special.get(source.name, ()), *self.defines]
             objects.append((source, self.folder / "objects" / f"{source.stem}.o", flags))
@@ -177,7 +178,9 @@ class _Build:
             f'-DRKEMU_RELEASE="{self.release}"',
             f"-DRKEMU_RELEASE_NUMBER={release_number(self.release)}",
         ]
-        objects.append((self.sources / ABI_SOURCE, self.folder / self.release / "api.o", [*self.flags, *abi]))
+        for name in ABI_SOURCES:
+            source = self.sources / name
+            objects.append((source, self.folder / self.release / f"{source.stem}.o", [*self.flags, *abi]))
         return objects
 
     def _make(self, target: Path, command: Sequence[str | Path]) -> None:
