@@ -1,0 +1,76 @@
+"""`rkedge diagnose`: what a log of RKLLM, RKNN, the NPU driver or the toolkit says went wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+
+from rkruntime import logtext
+from rkruntime.diagnosis import UNEXPLAINED, Diagnosis, diagnose
+from rkruntime.errors import InputError
+
+_MEANING = {
+    "high": "the text names this fault",
+    "medium": "the text usually goes with this fault; see also what else it can be",
+    "low": "a hint only; the log says nothing better",
+}
+_WIDTH = 100
+_MOST_SOURCES = 5
+
+
+def _read(name: str) -> str:
+    if name == "-":
+        return logtext.read_log(sys.stdin.buffer)
+    try:
+        with Path(name).open("rb") as stream:
+            return logtext.read_log(stream)
+    except OSError as error:
+        raise InputError(
+            f"The log {name!r} cannot be read: {error.strerror}.", hint="Name a log file, or - to read a pipe."
+        ) from error
+
+
+def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
+    if not entries:
+        return
+    click.secho(f"\n{title}", bold=True)
+    for number, entry in enumerate(entries, 1):
+        first = bullet.replace("#", str(number))
+        click.echo(
+            textwrap.fill(
+                entry, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False
+            )
+        )
+
+
+def _print(found: Diagnosis) -> None:
+    click.secho(f"{found.class_}: {found.title}", bold=True, fg="yellow" if found.class_ == UNEXPLAINED else "red")
+    if found.confidence in _MEANING:
+        click.echo(f"confidence: {found.confidence} ({_MEANING[found.confidence]})")
+    _section("In the log" if found.explained else "Lines that look like trouble", found.lines)
+    _section("What it means", (found.cause,))
+    _section("What to do", found.next_steps, "  #. ")
+    _section("Also in this log", found.others)
+    rest = len(found.evidence) - _MOST_SOURCES
+    more = (f"and {rest} more (--json)",) if rest > 0 else ()
+    _section("Where this comes from", found.evidence[:_MOST_SOURCES] + more)
+
+
+@click.command("diagnose")
+@click.argument("log", metavar="FILE|-")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def run(log: str, as_json: bool) -> None:
+    """Explain a log of RKLLM, RKNN, the NPU driver or rkllm-toolkit.
+
+    FILE is the output of a program, a journal, dmesg or a container's log; of a long one the head and the tail are
+    read. With - a pipe is read: sudo dmesg | rkedge diagnose -
+    """
+    found = diagnose(_read(log))
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        _print(found)

@@ -1,0 +1,161 @@
+"""Logs as terminals, journals, containers and serial lines leave them, brought to plain lines.
+
+Memory and time are bounded: of a long log the head and the tail are read, where a start and a failure stand.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO, Final
+
+HEAD: Final = 256 * 1024
+"""Bytes (of a file) or characters (of a text) read from the start of a long log."""
+TAIL: Final = 1024 * 1024
+"""The same for its end."""
+
+_PIECE = 4000
+_OVERLAP = 200
+_WIDEST_TERMINAL = 300
+_NARROWEST_TERMINAL = 40
+
+# ESC itself, or spelled out by `cat -v`, JSON and Python; then CSI, OSC or a two-character sequence.
+_ESCAPE = re.compile(
+    r"(?:\x1b|\\x1b|\\u001b|\\033|\\e(?=\[)|\^\[(?=\[))"
+    r"(?:\[[0-9;:?]{0,32}[ -/]{0,4}[@-~]|\][^\x07\x1b\n]{0,256}(?:\x07|\x1b\\)|[()*+][0-9A-Za-z]|[@-Z\\-_])",
+    re.IGNORECASE,
+)
+# A colour whose ESC was lost on the way.
+_BARE_COLOUR = re.compile(r"\[\d{1,2}(?:;\d{1,3}){0,4}m")
+_SPELLED_CHARACTER = re.compile(r"\\u((?!d[89a-f])[0-9a-f]{4})", re.IGNORECASE)
+_SPELLED_BREAK = re.compile(r"\\r\\n|\\n|\\r")
+_BREAK = re.compile(r"\r\n|\n|\r|\x0b|\x0c|\x85|\u2028|\u2029")
+# How a line of a log begins; the rest of a broken one begins otherwise.
+_BEGINNING = re.compile(
+    r"[EWID][ /][A-Za-z]+ ?:|\[ ?\w|\d{4}-\d\d|[A-Z][a-z]{2} [ \d]\d |(?:INFO|WARNING|ERROR|DEBUG)\b|[-=*]{4}"
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u2060]")
+
+
+def read_log(stream: BinaryIO) -> str:
+    """All of a short log, head and tail of a long one, decoded.
+
+    Args:
+        stream: a file or a pipe. A pipe is read to its end with memory for `HEAD` and twice `TAIL` only.
+    """
+    head = _read(stream, HEAD)
+    start, tail = _read_tail(stream, len(head))
+    if start == len(head):
+        return decode(head + tail)
+    encoding = _encoding(head)
+    if encoding.startswith("utf-16") and start % 2:
+        tail = tail[1:]
+    left_out = f"\n[{start - len(head)} bytes of the log left out]\n"
+    return head.decode(encoding, "replace") + left_out + tail.decode(encoding, "replace")
+
+
+def _read(stream: BinaryIO, size: int) -> bytes:
+    """`size` bytes, fewer only at the end: a pipe gives what it has."""
+    parts = bytearray()
+    while len(parts) < size and (part := stream.read(size - len(parts))):
+        parts += part
+    return bytes(parts)
+
+
+def _read_tail(stream: BinaryIO, position: int) -> tuple[int, bytes]:
+    """The last `TAIL` bytes after `position`, and where they start."""
+    try:
+        end = stream.seek(0, io.SEEK_END)
+        start = stream.seek(max(position, end - TAIL))
+        return start, _read(stream, TAIL)
+    except (OSError, io.UnsupportedOperation):
+        pass  # a pipe
+    last, previous = b"", b""
+    while chunk := _read(stream, TAIL):
+        position += len(chunk)
+        last, previous = chunk, last
+    kept = (previous + last)[-TAIL:]
+    return position - len(kept), kept
+
+
+def _encoding(data: bytes) -> str:
+    """The encoding of a log by its byte order mark, its NUL bytes, or by what decodes."""
+    for mark, name in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"\xef\xbb\xbf", "utf-8")):
+        if data.startswith(mark):
+            return name
+    # Without a mark, every second byte of UTF-16 is NUL for the ASCII in it.
+    even, odd = data[0::2].count(0), data[1::2].count(0)
+    if max(even, odd) > len(data) / 8 and min(even, odd) < len(data) / 50:
+        return "utf-16-le" if odd > even else "utf-16-be"
+    wrong = data.decode("utf-8", "replace").count("\ufffd")
+    if wrong > 4:
+        # Consoles of a Chinese Windows write GBK. A few bad bytes are damage, not an encoding.
+        try:
+            (data[: data.rfind(b"\n") + 1] or data).decode("gb18030")
+            return "gb18030"
+        except UnicodeDecodeError:
+            pass
+    return "utf-8"
+
+
+def decode(data: bytes) -> str:
+    """Bytes of a log as text; what cannot be decoded becomes U+FFFD."""
+    return data.decode(_encoding(data), "replace")
+
+
+def shorten(text: str) -> str:
+    """A text of any length as at most `HEAD` + `TAIL` characters and a line that says what was left out."""
+    if len(text) <= HEAD + TAIL + _PIECE:  # read_log adds a line
+        return text
+    return f"{text[:HEAD]}\n[{len(text) - HEAD - TAIL} characters of the log left out]\n{text[-TAIL:]}"
+
+
+def clean_lines(text: str) -> list[str]:
+    """Printable lines without escape sequences, control characters, trailing blanks and empty lines.
+
+    A carriage return ends a line, so that each state of a progress bar is one; so does a spelled-out `\\n` (a
+    container's JSON log). A line of more than 4000 characters is cut into overlapping pieces.
+    """
+    text = _BARE_COLOUR.sub("", _ESCAPE.sub("", text))
+    text = _SPELLED_CHARACTER.sub(lambda match: chr(int(match[1], 16)), text)
+    lines: list[str] = []
+    for line in _BREAK.split(_SPELLED_BREAK.sub("\n", text)):
+        plain = _CONTROL.sub("", line).rstrip()
+        if len(plain) <= _PIECE:
+            lines += [plain] if plain else []
+        else:
+            lines += [plain[at : at + _PIECE] for at in range(0, len(plain) - _OVERLAP, _PIECE - _OVERLAP)]
+    return lines
+
+
+def unwrapped(lines: Sequence[str]) -> Iterable[tuple[int, str]]:
+    """Lines that a terminal broke at its width, joined: pairs of the first line's index and the whole.
+
+    A line counts as broken when it fills the width (that of the longest line), or when the first word of the next
+    line would not have fitted any more. Joined too much does little harm: the lines themselves are kept.
+    """
+    width = max((len(line) for line in lines), default=0)
+    if not _NARROWEST_TERMINAL <= width <= _WIDEST_TERMINAL:
+        return
+    at = 0
+    while at < len(lines):
+        whole, end = lines[at], at
+        while end + 1 < len(lines) and len(whole) < _PIECE:
+            joint = _joint(lines[end], lines[end + 1], width)
+            if joint is None:
+                break
+            end += 1
+            whole += joint + lines[end]
+        if end > at:
+            yield at, whole
+        at = end + 1
+
+
+def _joint(line: str, following: str, width: int) -> str | None:
+    if len(line) == width:
+        return ""
+    if _BEGINNING.match(following):
+        return None
+    first_word = following.lstrip().partition(" ")[0]
+    return " " if len(line) + 1 + len(first_word) > width else None
