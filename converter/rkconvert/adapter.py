@@ -1,47 +1,36 @@
-"""A LoRA folder as peft's save_pretrained writes it: settings and matrices, matched to a base model's tensors."""
+"""A LoRA folder as peft's save_pretrained writes it, read and matched to a base model's tensors."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from rkconvert.formats import FLOATS, all_finite, to_float32
-from rkconvert.shards import Shard, read_json
+import numpy as np
+
+from rkconvert.adapter_config import AdapterConfig
+from rkconvert.formats import FLOATS, to_float32
+from rkconvert.gemma import EMBEDDING, HEAD
+from rkconvert.tensor_files import ADAPTER_FILES, open_tensor_files
+from rkconvert.updates import Change, Dora, LowRank, Replacement, TensorUpdate, TokenRows
+from rkconvert.weights import Weights, read_finite
 from rkruntime.errors import AdapterError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-ADAPTER_CONFIG: Final = "adapter_config.json"
-ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
-_MATRIX: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# Settings that change what the matrices mean, and are not merged.
-_REFUSED: Final = {
-    "use_dora": "DoRA",
-    "modules_to_save": "whole modules (modules_to_save)",
-    "lora_bias": "a bias in its matrices (lora_bias)",
-    "layer_replication": "repeated layers (layer_replication)",
-    "trainable_token_indices": "single trained tokens (trainable_token_indices)",
-    "target_parameters": "parameters instead of modules (target_parameters)",
-    "alora_invocation_tokens": "activation by tokens (aLoRA), which no merged model can do",
-    "arrow_config": "a router (Arrow), which no merged model can do",
-    "use_qalora": "QALoRA's pooled inputs",
-}
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The update of one matrix: weight + scaling * (b @ a), a is [rank, in], b is [out, rank], both float32."""
-
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
-    scaling: float
+# Copies that peft saves beside the tensor itself when embeddings were trained or grew.
+_COPIES: Final = re.compile(r".*\.(original_module|modules_to_save)\.weight")
+_PART: Final = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(\.weight)?|token_adapter\.trainable_tokens_delta|token_adapter\.base_layer\.weight"
+    r"|base_layer\.weight|weight)"
+)
+_WHOLE_TENSORS: Final = ("weight", "base_layer", "token_adapter.base_layer")
+_EMBEDDINGS: Final = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True)
@@ -49,136 +38,177 @@ class Adapter:
     """A checked adapter.
 
     Attributes:
+        path: its folder.
         base_name: what it says its base model is (may be empty).
-        pairs: by the base model's tensor name, such as `model.layers.0.self_attn.q_proj.weight`.
-        weight_file: for the hash in the manifest.
+        updates: what it does, by the base model's tensor name.
+        unties: input embedding and output head, tied in the base, differ afterwards.
+        weight_files: for the hash in the manifest.
     """
 
     path: Path
     base_name: str
-    pairs: Mapping[str, LoraPair]
-    weight_file: Path
+    updates: Mapping[str, TensorUpdate]
+    unties: bool
+    weight_files: tuple[Path, ...]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """New number of rows of embeddings that are replaced."""
+        own = {name: self.updates[name].replacement for name in _EMBEDDINGS if name in self.updates}
+        return {name: replacement.info.shape[0] for name, replacement in own.items() if replacement}
 
 
-def open_adapter(path: Path, base: Mapping[str, tuple[int, ...]]) -> Adapter:
+def open_adapter(path: Path, base: Mapping[str, tuple[int, ...]], weight: float = 1.0) -> Adapter:
     """Read an adapter and match it to a base model's tensors, given by name and shape.
+
+    Args:
+        path: the folder.
+        base: without `lm_head.weight` where the base ties its head to the embedding.
+        weight: factor for the whole adapter, as peft's set_scale.
 
     Raises:
         AdapterError: not an adapter, a kind that is not supported, or one that was made for another base.
     """
-    if not (path / ADAPTER_CONFIG).is_file():
-        raise AdapterError(f"{path} is not an adapter: it has no {ADAPTER_CONFIG}.")
-    config = read_json(path / ADAPTER_CONFIG, AdapterError)
-    _check_kind(config)
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        raise AdapterError(f"{path} has no {ADAPTER_WEIGHTS}.")
-    shard = Shard(path / ADAPTER_WEIGHTS, AdapterError)
-    matrices: dict[str, dict[str, NDArray[np.float32]]] = {}
-    for name in shard.entries:
-        module, side = _split(name)
-        matrices.setdefault(module, {})[side] = _read(shard, name)
-    shard.close()
-    if not matrices:
-        raise AdapterError(f"{shard.path} holds no LoRA matrices.")
-    _check_targets(config, base)
-    pairs = {f"{module}.weight": _pair(module, sides, config, base) for module, sides in matrices.items()}
-    return Adapter(path, str(config.get("base_model_name_or_path") or ""), pairs, path / ADAPTER_WEIGHTS)
+    config = AdapterConfig.read(path)
+    files, weights = open_tensor_files(path, ADAPTER_FILES, AdapterError)
+    parts = _group(weights)
+    if not parts:
+        raise AdapterError(f"{path} holds no LoRA matrices.")
+    config.check_targets(base)
+    reader = _Reader(config, weights, base, weight)
+    updates = {f"{module}.weight": reader.update(module, found) for module, found in sorted(parts.items())}
+    updates = {name: update for name, update in updates.items() if update != TensorUpdate()}
+    tied = HEAD not in base
+    if tied and _same_embeddings(config, updates):
+        updates.pop(HEAD, None)
+    unties = tied and (HEAD in updates or _changes_input_only(config, updates))
+    return Adapter(path, config.base_name, updates, unties, files)
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"The adapter is of peft's type {kind!r}; only LORA can be merged into the weights.")
-    for key, meaning in _REFUSED.items():
-        if config.get(key):
-            raise AdapterError(f"The adapter has {meaning}, which is not supported.")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"The adapter trained biases (bias={config['bias']!r}); Gemma has none.")
+def _group(weights: Weights) -> dict[str, dict[str, str]]:
+    """module -> part -> the tensor's name in the file."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in weights.tensors:
+        short = name.removeprefix(_PREFIX)
+        match = _PART.fullmatch(short)
+        if _COPIES.fullmatch(short):
+            continue
+        if match is None:
+            raise AdapterError(f"The adapter has the tensor {name}, which no supported kind of LoRA has.")
+        parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = name
+    return parts
 
 
-def _split(name: str) -> tuple[str, str]:
-    match = _MATRIX.fullmatch(name.removeprefix(_PREFIX))
-    if not match:
-        raise AdapterError(f"The adapter has the tensor {name}, which is no LoRA matrix of a linear layer.")
-    return match["module"], match["side"]
+def _same_embeddings(config: AdapterConfig, updates: Mapping[str, TensorUpdate]) -> bool:
+    """Whether what is saved for the head is only the tied embedding again."""
+    changes = [change for name in _EMBEDDINGS if name in updates for change in updates[name].changes]
+    plain = EMBEDDING in updates and all(isinstance(change, TokenRows) for change in changes)
+    return plain and (config.ensure_weight_tying or not config.saves_module("embed_tokens", "lm_head"))
 
 
-def _read(shard: Shard, name: str) -> NDArray[np.float32]:
-    info = shard.entries[name].info
-    if info.dtype not in FLOATS or len(info.shape) != 2:
-        raise AdapterError(f"The adapter's tensor {name} is {info.dtype} {list(info.shape)}, not a matrix of floats.")
-    block = shard.read(name, 0, info.shape[0])
-    if not all_finite(block, info.dtype):
-        raise AdapterError(f"The adapter's tensor {name} has NaN or infinite values: its training diverged.")
-    # peft holds adapters in float32, whatever they were saved as.
-    return to_float32(block, info.dtype)
+def _changes_input_only(config: AdapterConfig, updates: Mapping[str, TensorUpdate]) -> bool:
+    """Whether the input embedding alone changed. Single tokens and growth go for both sides of tied embeddings."""
+    update = updates.get(EMBEDDING, TensorUpdate())
+    trained = config.saves_module("embed_tokens") and not config.ensure_weight_tying
+    return any(isinstance(change, LowRank) for change in update.changes) or bool(update.replacement and trained)
 
 
-def _check_targets(config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Names of target_modules that the base has not; a regular expression shows in the tensors only."""
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return
-    known = {part for name in base for part in _suffixes(name.removesuffix(".weight"))}
-    unknown = sorted(str(target) for target in targets if target not in known)
-    if unknown:
-        raise AdapterError(
-            f"The adapter targets {', '.join(unknown)}, and the base model has no module of that name.",
-            hint="It was trained on another architecture: give the base model that it names, "
-            f"{config.get('base_model_name_or_path') or '(none named)'}.",
-        )
+@dataclass(frozen=True)
+class _Reader:
+    """Makes updates of a file's tensors."""
 
+    config: AdapterConfig
+    weights: Weights
+    base: Mapping[str, tuple[int, ...]]
+    weight: float
 
-def _suffixes(module: str) -> Iterable[str]:
-    parts = module.split(".")
-    return (".".join(parts[at:]) for at in range(len(parts)))
+    def update(self, module: str, parts: Mapping[str, str]) -> TensorUpdate:
+        """Everything that the adapter does to one module's weight."""
+        shape = self._shape(module)
+        replacement = self._replacement(module, shape, parts)
+        if replacement:
+            shape = replacement.info.shape
+        changes: list[Change] = []
+        if any(part.startswith("lora_") for part in parts):
+            changes.append(self._low_rank(module, shape, parts))
+        if "token_adapter.trainable_tokens_delta" in parts:
+            changes.append(self._token_rows(module, shape, parts["token_adapter.trainable_tokens_delta"]))
+        return TensorUpdate(replacement, tuple(changes))
 
+    def _shape(self, module: str) -> tuple[int, ...]:
+        # A tied head has the embedding's shape.
+        name = f"{module}.weight"
+        shape = self.base.get(EMBEDDING if name == HEAD and HEAD not in self.base else name)
+        if shape is None:
+            raise AdapterError(f"The adapter changes {module}, which the base model has not.")
+        return shape
 
-def _pair(
-    module: str,
-    sides: Mapping[str, NDArray[np.float32]],
-    config: Mapping[str, Any],
-    base: Mapping[str, tuple[int, ...]],
-) -> LoraPair:
-    shape = base.get(f"{module}.weight")
-    if shape is None:
-        raise AdapterError(f"The adapter changes {module}, which the base model has not.")
-    if set(sides) != {"A", "B"}:
-        raise AdapterError(f"The adapter has only the matrix lora_{min(sides)} of {module}.")
-    a, b = sides["A"], sides["B"]
-    rank = _setting(config, "rank_pattern", "r", module)
-    if a.shape[0] != rank or b.shape[1] != rank:
-        raise AdapterError(
-            f"The adapter's matrices for {module} have rank {a.shape[0]} and {b.shape[1]};"
-            f" its {ADAPTER_CONFIG} says {rank:g}."
-        )
-    if (b.shape[0], a.shape[1]) != shape:
-        raise AdapterError(
-            f"The adapter's update of {module} is {b.shape[0]} x {a.shape[1]}; the base model's matrix is"
-            f" {' x '.join(map(str, shape))}.",
-            hint="It was trained on a model of another size: give its own base model.",
-        )
-    alpha = _setting(config, "alpha_pattern", "lora_alpha", module)
-    return LoraPair(a, b, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    def _replacement(self, module: str, shape: tuple[int, ...], parts: Mapping[str, str]) -> Replacement | None:
+        part = next((part for part in _WHOLE_TENSORS if part in parts), None)
+        if part is None:
+            return None
+        info = self.weights.tensors[parts[part]]
+        grows = f"{module}.weight" in _EMBEDDINGS
+        if info.dtype not in FLOATS or info.shape[1:] != shape[1:] or (info.shape != shape and not grows):
+            raise AdapterError(
+                f"The adapter's own {module} is {info.dtype} {list(info.shape)}; the base model's is {list(shape)}."
+            )
+        if part != "weight" and info.shape == shape:
+            # peft saves the untouched base embedding beside a LoRA on it.
+            return None
+        if self.weight != 1:
+            raise AdapterError(
+                f"The adapter replaces {module} as a whole, so it cannot have the weight {self.weight:g}."
+            )
+        return Replacement(self.weights, parts[part])
 
+    def _low_rank(self, module: str, shape: tuple[int, ...], parts: Mapping[str, str]) -> Change:
+        embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+        if "lora_B.bias" in parts:
+            raise AdapterError(f"The adapter has a bias in {module} (lora_bias), and Gemma has no bias to add it to.")
+        sides = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        for side in sides:
+            if side not in parts:
+                raise AdapterError(f"The adapter has no {side} for {module}, only its counterpart.")
+        a, b = (self._matrix(parts[side], 2) for side in sides)
+        rank = self.config.rank(module)
+        if a.shape[0] != rank or b.shape[1] != rank:
+            raise AdapterError(
+                f"The adapter's matrices for {module} have rank {a.shape[0]} and {b.shape[1]}; its settings say {rank}."
+            )
+        rounds = embedding or self.config.mica
+        a, b = (b.T, a.T) if embedding else (a, b)
+        low_rank = LowRank(a, b, self.config.scaling(module) * self.weight, rounds)
+        if low_rank.shape != shape:
+            raise AdapterError(
+                f"The adapter changes {module} by a matrix {list(low_rank.shape)}; the base model's is {list(shape)}.",
+                hint=f"It was trained on another model: give its own base{self.config.base_hint}.",
+            )
+        return low_rank if "lora_magnitude_vector" not in parts else self._dora(module, low_rank, parts)
 
-def _setting(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
-    """A module's own rank or alpha: the first matching pattern, as peft's get_pattern_key does it."""
-    value = config.get(default)
-    for pattern, own in (config.get(patterns) or {}).items():
-        if _matches(str(pattern), module):
-            value = own
-            break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise AdapterError(f"{ADAPTER_CONFIG}: {default} of {module} is {value!r}; it must be a positive number.")
-    return value
+    def _dora(self, module: str, low_rank: LowRank, parts: Mapping[str, str]) -> Dora:
+        if "lora_embedding_A" in parts:
+            raise AdapterError("The adapter has DoRA on the embedding, which is not supported.")
+        magnitude = self._matrix(parts["lora_magnitude_vector"], 1)
+        if magnitude.shape != (low_rank.shape[0],):
+            raise AdapterError(
+                f"The adapter's DoRA magnitudes of {module} are {len(magnitude)}, not {low_rank.shape[0]}."
+            )
+        return Dora(low_rank, magnitude)
 
+    def _token_rows(self, module: str, shape: tuple[int, ...], name: str) -> TokenRows:
+        rows = self._matrix(name, 2)
+        indices = self.config.token_indices(module)
+        if rows.shape != (len(indices), shape[1]) or any(not 0 <= index < shape[0] for index in indices):
+            raise AdapterError(
+                f"The adapter has {rows.shape[0]} trained tokens of width {rows.shape[1]} for {module}; its settings"
+                f" name {len(indices)}, and the model has {shape[0]} tokens of width {shape[1]}."
+            )
+        return TokenRows(dict(zip(indices, rows, strict=True)))
 
-def _matches(pattern: str, module: str) -> bool:
-    # A repeated group, or many repeats, can make a search take for ever; patterns come from strangers.
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4 or len(pattern) > 1000:
-        raise AdapterError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} is too complex to be searched for safely.")
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error as error:
-        raise AdapterError(f"{ADAPTER_CONFIG}: {pattern!r} is not a regular expression: {error}.") from error
+    def _matrix(self, name: str, rank: int) -> NDArray[np.float32]:
+        info = self.weights.tensors[name]
+        if info.dtype not in FLOATS or len(info.shape) != rank:
+            raise AdapterError(f"The adapter's tensor {name} is {info.dtype} {list(info.shape)}, which it must not be.")
+        # peft holds adapters in float32, whatever they were saved as.
+        return to_float32(read_finite(self.weights, name, 0, info.shape[0], AdapterError), info.dtype)

@@ -28,9 +28,9 @@ def created_by() -> str:
     return f"rkedge {version('rkedge')}"
 
 
-def write_side_files(folder: Path, checkpoint: Checkpoint, template: ChatTemplate) -> None:
-    """tokenizer.json, chat_template.jinja and generation_config.json."""
-    shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
+def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Path, template: ChatTemplate) -> None:
+    """tokenizer.json (from the folder `tokenizer`), chat_template.jinja and generation_config.json."""
+    shutil.copyfile(tokenizer / TOKENIZER, folder / TOKENIZER)
     (folder / TEMPLATE).write_text(template.source, encoding="utf-8")
     settings = {
         **checkpoint.generation_config,

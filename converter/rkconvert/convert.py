@@ -62,6 +62,8 @@ class Job:
     options: Options
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
+    merged: MergedWeights
+    tokenizer_folder: Path
     tokenizer: Tokenizer
     template: ChatTemplate
     max_context: int
@@ -86,7 +88,7 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
     started = time.monotonic()
     with atomic_folder(options.output) as folder:
         _write_model(folder / EMULATOR_FILE, job, reporter)
-        bundle_folder.write_side_files(folder, job.checkpoint, job.template)
+        bundle_folder.write_side_files(folder, job.checkpoint, job.tokenizer_folder, job.template)
         with reporter.bar("hashing the sources", job.checkpoint.nbytes) as advance:
             source = _source(job.checkpoint.path, job.checkpoint.weight_files, advance)
         report = {"options": _plain(options), "notes": job.notes, "seconds": round(time.monotonic() - started, 3)}
@@ -111,12 +113,13 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
             hint="Install the rkllm-toolkit wheel into an environment of its own (x86-64 Linux), set"
             " RKEDGE_TOOLKIT_PYTHON to its python, and run this again; or use --target emulator.",
         )
-    shapes = {name: info.shape for name, info in checkpoint.weights.tensors.items()}
-    adapters = tuple(open_adapter(path, shapes) for path in options.loras)
-    tokenizer = read_tokenizer(checkpoint.path / TOKENIZER, checkpoint.config.vocab_size)
+    adapters = tuple(open_adapter(path, checkpoint.config.tensors()) for path in options.loras)
+    merged = MergedWeights(checkpoint.weights, checkpoint.config, adapters)
+    folder = _tokenizer_folder(checkpoint, adapters)
+    tokenizer = read_tokenizer(folder / TOKENIZER, merged.config.vocab_size)
     bos = tokenizer.texts[checkpoint.config.bos_token_id].decode("utf-8", "replace")
-    template = read_template(checkpoint.path, bos)
-    job = Job(options, checkpoint, adapters, tokenizer, template, max_context, npu_cores, notes)
+    template = read_template(folder, bos)
+    job = Job(options, checkpoint, adapters, merged, folder, tokenizer, template, max_context, npu_cores, notes)
     _check_disk(job)
     for note in notes:
         reporter.note(f"note: {note}")
@@ -159,6 +162,12 @@ def _max_context(asked: int | None, model: int) -> int:
     return asked
 
 
+def _tokenizer_folder(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Path:
+    """Where the tokenizer is: an adapter that made the vocabulary grow was saved with its own."""
+    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
+    return own[0] if own else checkpoint.path
+
+
 def _npu_cores(options: Options) -> int:
     most = int(dtypes.platforms()[options.platform]["cores"])
     cores = most if options.npu_cores is None else options.npu_cores
@@ -180,7 +189,7 @@ def _check_disk(job: Job) -> None:
 
 def _emulator_model(job: Job) -> EmulatorModel:
     return EmulatorModel(
-        config=job.checkpoint.config,
+        config=job.merged.config,
         tokenizer=job.tokenizer,
         template=job.template,
         eos_token_ids=job.checkpoint.eos_token_ids,
@@ -194,10 +203,9 @@ def _emulator_model(job: Job) -> EmulatorModel:
 
 
 def _write_model(path: Path, job: Job, reporter: Reporter) -> None:
-    weights = MergedWeights(job.checkpoint.weights, job.adapters)
     verb = "merging and quantizing" if job.adapters else "quantizing"
     with reporter.bar(verb, job.checkpoint.nbytes) as advance:
-        write_emulator_file(path, _emulator_model(job), weights, advance)
+        write_emulator_file(path, _emulator_model(job), job.merged, advance)
 
 
 def _source(path: Path, files: Sequence[Path], advance: Any = None) -> Source:
@@ -207,14 +215,14 @@ def _source(path: Path, files: Sequence[Path], advance: Any = None) -> Source:
 
 
 def _manifest(job: Job, source: Source) -> Manifest:
-    config, options = job.checkpoint.config, job.options
+    config, options = job.merged.config, job.options
     return Manifest(
         name=options.output.resolve().name,
         family=config.family,
         size=config.size_name,
         parameters=config.parameters,
         source=source,
-        adapters=tuple(_source(adapter.path, [adapter.weight_file]) for adapter in job.adapters),
+        adapters=tuple(_source(adapter.path, adapter.weight_files) for adapter in job.adapters),
         target=options.target,
         platform=options.platform,
         dtype=options.dtype,

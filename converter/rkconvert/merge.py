@@ -1,19 +1,15 @@
-"""Adapters folded into a base model while its tensors are read, with the arithmetic of peft's merge_and_unload.
-
-peft (tuners/lora/layer.py, Linear.merge and get_delta_weight, release 0.21) holds the adapter in float32, multiplies
-its matrices in float32, scales the product, adds it to the weight in float32 and rounds once to the weight's format.
-Blocks of rows give the same bits as the whole matrix, because each element is a sum over the rank alone.
-"""
+"""Adapters folded into a base model while its tensors are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rkconvert.adapter import Adapter, LoraPair
-from rkconvert.formats import from_float32, to_float32
+from rkconvert.adapter import Adapter
+from rkconvert.formats import all_finite
+from rkconvert.gemma import EMBEDDING, HEAD, GemmaConfig
+from rkconvert.updates import Dora, TensorUpdate
 from rkconvert.weights import TensorInfo, Weights
 from rkruntime.errors import AdapterError
 
@@ -22,33 +18,68 @@ if TYPE_CHECKING:
 
 
 class MergedWeights:
-    """A base model's weights with adapters merged in, one after another; formats are the base's."""
+    """A base model with adapters merged in, one after another. Formats are the base's, also of grown embeddings.
 
-    def __init__(self, base: Weights, adapters: Sequence[Adapter]) -> None:
+    Attributes:
+        config: the base's settings, with the new vocabulary and with untied embeddings where an adapter asks for them.
+        tensors: every tensor of the merged model.
+    """
+
+    def __init__(self, base: Weights, config: GemmaConfig, adapters: Sequence[Adapter]) -> None:
         self._base = base
-        self._pairs: dict[str, list[LoraPair]] = {}
+        self._updates: dict[str, TensorUpdate] = {}
         for adapter in adapters:
-            for name, pair in adapter.pairs.items():
-                self._pairs.setdefault(name, []).append(pair)
+            for name, update in adapter.updates.items():
+                self._updates[name] = _join(name, self._updates.get(name), update)
+        untied = any(adapter.unties for adapter in adapters)
+        self.config = replace(
+            config,
+            vocab_size=_vocab_size(config.vocab_size, adapters),
+            tie_word_embeddings=config.tie_word_embeddings and not untied,
+        )
+        # Where embeddings come apart, each side begins as what both were.
+        self._from = {HEAD: EMBEDDING} if untied and config.tie_word_embeddings else {}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(base.tensors[self._from.get(name, name)].dtype, shape)
+            for name, shape in self.config.tensors().items()
+        }
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The base's tensors."""
-        return self._base.tensors
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that are not the base's own."""
+        return frozenset(self._updates) | frozenset(self._from)
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, merged, in the base's format."""
-        block = self._base.read(name, first, count)
-        for pair in self._pairs.get(name, ()):
-            block = merge_rows(block, self.tensors[name].dtype, pair, first)
+        update, dtype = self._updates.get(name, TensorUpdate()), self.tensors[name].dtype
+        if update.replacement:
+            block = update.replacement.read(first, count, dtype)
+        else:
+            block = self._base.read(self._from.get(name, name), first, count)
+        for change in update.changes:
+            block = change.apply(block, dtype, first)
+        if name in self._updates and not all_finite(block, dtype):
+            raise AdapterError(f"Merging gives NaN or infinite weights in {name}: adapter or base are damaged.")
         return block
 
 
-def merge_rows(block: NDArray[Any], dtype: str, pair: LoraPair, first: int) -> NDArray[Any]:
-    """`block`, rows of a weight from row `first` on in the format `dtype`, with the pair's update added."""
-    delta: NDArray[np.float32] = pair.b[first : first + len(block)] @ pair.a
-    delta *= np.float32(pair.scaling)
-    delta += to_float32(block, dtype)
-    if not np.isfinite(delta).all():
-        raise AdapterError("Merging the adapter gives NaN or infinite weights: adapter or base are damaged.")
-    return from_float32(delta, dtype)
+def _join(name: str, first: TensorUpdate | None, second: TensorUpdate) -> TensorUpdate:
+    if first is None:
+        return second
+    if second.replacement:
+        raise AdapterError(f"Two adapters replace {name} as a whole, or one replaces what another changed.")
+    changes = first.changes + second.changes
+    if any(isinstance(change, Dora) for change in changes):
+        raise AdapterError(
+            f"DoRA depends on the weights that it was trained on, so it is not merged together with another adapter"
+            f" that changes {name}.",
+            hint="If that is what you want, merge one with `rkedge merge`, and convert the result with the other.",
+        )
+    return TensorUpdate(first.replacement, changes)
+
+
+def _vocab_size(base: int, adapters: Sequence[Adapter]) -> int:
+    sizes = {rows for adapter in adapters for rows in adapter.rows.values()}
+    if len(sizes) > 1:
+        raise AdapterError(f"The adapters have embeddings of different sizes: {', '.join(map(str, sorted(sizes)))}.")
+    return sizes.pop() if sizes else base

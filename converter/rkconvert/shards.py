@@ -64,6 +64,39 @@ def read_json(path: Path, kind: type[InputError], limit: int = 64 << 20) -> dict
     return content
 
 
+class RowReader:
+    """Reads rows of tensors from one file with pread; the file is opened at the first read."""
+
+    def __init__(self, path: Path, kind: type[InputError]) -> None:
+        self._path, self._kind = path, kind
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptor
+
+    def rows(self, entry: Entry, first: int, count: int) -> NDArray[Any]:
+        """Rows of the tensor at `entry`; safe to call from several threads."""
+        shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
+        block = np.empty(shape, STORAGE[entry.info.dtype])
+        offset = entry.offset + first * (block.nbytes // max(1, count))
+        view = block.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(view):
+            got = os.preadv(self._open(), [view[done:]], offset + done)
+            if not got:
+                raise self._kind(f"{self._path} became shorter while it was read.")
+            done += got
+        return block
+
+
 class Shard:
     """One safetensors file.
 
@@ -78,8 +111,7 @@ class Shard:
     def __init__(self, path: Path, kind: type[InputError]) -> None:
         self.path = path
         self._kind = kind
-        self._descriptor: int | None = None
-        self._lock = threading.Lock()
+        self._file = RowReader(path, kind)
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -146,28 +178,4 @@ class Shard:
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
-        entry = self.entries[name]
-        shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
-        block = np.empty(shape, STORAGE[entry.info.dtype])
-        offset = entry.offset + first * (block.nbytes // max(1, count))
-        view = block.reshape(-1).view(np.uint8).data
-        done = 0
-        while done < len(view):
-            got = os.preadv(self._open(), [view[done:]], offset + done)
-            if not got:
-                raise self._kind(f"{self.path} became shorter while it was read.")
-            done += got
-        return block
-
-    def _open(self) -> int:
-        with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptor
-
-    def close(self) -> None:
-        """Give the file descriptor back; reading opens it again."""
-        with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
+        return self._file.rows(self.entries[name], first, count)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from rkconvert.formats import STORAGE, all_finite, to_float32
-from rkruntime.errors import CheckpointError
+from rkruntime.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,11 +62,13 @@ def row_blocks(shape: tuple[int, ...], weights: int = BLOCK_WEIGHTS) -> Iterator
         yield first, min(step, shape[0] - first)
 
 
-def read_finite(weights: Weights, name: str, first: int, count: int) -> NDArray[Any]:
-    """`weights.read`, or CheckpointError when there is NaN or infinity in the block."""
+def read_finite(
+    weights: Weights, name: str, first: int, count: int, kind: type[InputError] = CheckpointError
+) -> NDArray[Any]:
+    """`weights.read`, or an error of the class `kind` when there is NaN or infinity in the block."""
     block = weights.read(name, first, count)
     if not all_finite(block, weights.tensors[name].dtype):
-        raise CheckpointError(
+        raise kind(
             f"The tensor {name} has NaN or infinite weights between its rows {first} and {first + count}.",
             hint="The file is damaged or the training diverged: use another revision of the model or the adapter.",
         )

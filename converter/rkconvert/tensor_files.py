@@ -1,0 +1,134 @@
+"""The weight files of a folder, whole or in shards with an index, as one set of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from rkconvert.shards import Entry, Shard, read_json
+from rkconvert.torch_file import TorchFile
+from rkconvert.weights import TensorInfo, Weights
+from rkruntime.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Buffers that older transformers releases saved; they are computed, not learned.
+_IGNORED: Final = ("rotary_emb.inv_freq",)
+
+
+class TensorFile(Protocol):
+    """One file of tensors."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor, as stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Names:
+    """What weight files are called, in the order of preference: (one file, index of several)."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+MODEL_FILES: Final = Names(
+    (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    )
+)
+ADAPTER_FILES: Final = Names(
+    (
+        ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
+        ("adapter_model.bin", "adapter_model.bin.index.json"),
+    )
+)
+
+
+class FileWeights:
+    """The tensors of one or more files."""
+
+    def __init__(self, files: Iterable[TensorFile], kind: type[InputError], index: Mapping[str, str] | None) -> None:
+        self._home: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.entries:
+                if name.endswith(_IGNORED) or (index is not None and index.get(name) != file.path.name):
+                    continue
+                if name in self._home:
+                    raise kind(
+                        f"The tensor {name} is both in {self._home[name].path.name} and in {file.path.name}.",
+                        hint="Files of two saves are in one folder: remove those that do not belong together.",
+                    )
+                self._home[name] = file
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor there is."""
+        return {name: file.entries[name].info for name, file in self._home.items()}
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor, as stored."""
+        return self._home[name].read(name, first, count)
+
+
+def open_tensor_files(folder: Path, names: Names, kind: type[InputError]) -> tuple[tuple[Path, ...], Weights]:
+    """The weight files of a folder, and their tensors.
+
+    Raises:
+        InputError: (of the class `kind`) none there, one missing, cut or damaged, or an index that does not fit.
+    """
+    paths, index = _find(folder, names, kind)
+    weights = FileWeights([_open(path, kind) for path in paths], kind, index)
+    lost = [name for name in index or () if name not in weights.tensors and not name.endswith(_IGNORED)]
+    if index and lost:
+        raise kind(
+            f"{folder}: the index says that {lost[0]} is in {index[lost[0]]}, and it is not"
+            f" ({len(lost)} tensor{'s' * (len(lost) > 1)} missing)."
+        )
+    return tuple(paths), weights
+
+
+def _open(path: Path, kind: type[InputError]) -> TensorFile:
+    return TorchFile(path, kind) if path.suffix == ".bin" else Shard(path, kind)
+
+
+def _find(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path], dict[str, str] | None]:
+    """Paths of the files and, of a sharded set, the index's map from tensor to file name."""
+    for single, index_name in names.pairs:
+        if (folder / index_name).is_file():
+            index = _read_index(folder / index_name, kind)
+            return [_shard_path(folder / index_name, name, kind) for name in sorted(set(index.values()))], index
+        if (folder / single).is_file():
+            return [folder / single], None
+    found = sorted(folder.glob("*.safetensors"))
+    single, index_name = names.pairs[0]
+    if not found:
+        raise kind(f"{folder} has no weights: neither {single} nor {index_name} nor any *.safetensors.")
+    if any("-of-" in file.name for file in found):
+        raise kind(f"{folder} has shards such as {found[0].name}, and not the {index_name} that belongs to them.")
+    return found, None
+
+
+def _read_index(path: Path, kind: type[InputError]) -> dict[str, str]:
+    index = read_json(path, kind).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise kind(f"{path} has no weight_map from tensor names to file names.")
+    return index
+
+
+def _shard_path(index: Path, name: str, kind: type[InputError]) -> Path:
+    if len(PurePosixPath(name).parts) != 1 or name in ("", ".", "..", "/") or "\\" in name or "\0" in name:
+        raise kind(f"{index} names a file outside the folder: {name!r}.")
+    if not (index.parent / name).is_file():
+        raise kind(
+            f"{index.parent} lacks the file {name}, which its index names.",
+            hint="The download was not complete. Download the missing file.",
+        )
+    return index.parent / name

@@ -1,0 +1,134 @@
+"""What an adapter does to one tensor, in the arithmetic of peft's merge_and_unload, on blocks of rows.
+
+peft (release 0.21; tuners/lora/layer.py and variants.py) holds adapters in float32, multiplies the two matrices in
+float32 and scales the product. For a linear layer it adds that to the weight in float32 and rounds once to the
+weight's format; for an embedding it rounds the product first. Blocks of rows give the same bits as the whole matrix,
+because each element is a sum over the rank alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from rkconvert.formats import from_float32, to_float32
+from rkruntime.errors import AdapterError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rkconvert.weights import TensorInfo, Weights
+
+
+class Change(Protocol):
+    """A change of a tensor's rows."""
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """Rows from row `first` on, held in the format `dtype`, after the change."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """weight + scaling * (b @ a) with a [rank, in] and b [out, rank], float32.
+
+    Attributes:
+        round_delta: the product is rounded to the weight's format before it is added (embeddings and MiCA).
+    """
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    scaling: float
+    round_delta: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix that it changes."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def delta(self, first: int, count: int) -> NDArray[np.float32]:
+        """Rows of scaling * (b @ a)."""
+        delta: NDArray[np.float32] = self.b[first : first + count] @ self.a
+        if self.scaling != 1:
+            delta *= np.float32(self.scaling)
+        return delta
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """See `Change.apply`."""
+        delta = self.delta(first, len(block))
+        if self.round_delta:
+            delta = to_float32(from_float32(delta, dtype), dtype)
+        delta += to_float32(block, dtype)
+        return from_float32(delta, dtype)
+
+
+@dataclass(frozen=True)
+class Dora:
+    """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
+
+    The norms are summed in float64 here and in float32 by torch, in an order of its own, so that a result can be one
+    step of the weight's format away from peft's.
+    """
+
+    low_rank: LowRank
+    magnitude: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix that it changes."""
+        return self.low_rank.shape
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """See `Change.apply`."""
+        rows = self.low_rank.delta(first, len(block))
+        rows += to_float32(block, dtype)
+        norm = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)).astype(np.float32)
+        if not norm.all():
+            raise AdapterError("The adapter's DoRA norms have a row of zeros, which cannot be divided by.")
+        rows *= (self.magnitude[first : first + len(block)] / norm)[:, None]
+        return from_float32(rows, dtype)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Single rows of an embedding that are put in place of the base's (trainable_token_indices)."""
+
+    rows: Mapping[int, NDArray[np.float32]]
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """See `Change.apply`."""
+        block = block.copy()
+        for index, row in self.rows.items():
+            if first <= index < first + len(block):
+                block[index - first] = from_float32(row.copy(), dtype)
+        return block
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A whole tensor that was trained (modules_to_save) or grew, read from the adapter's own file."""
+
+    source: Weights = field(repr=False)
+    name: str
+
+    @property
+    def info(self) -> TensorInfo:
+        """Format and shape as saved."""
+        return self.source.tensors[self.name]
+
+    def read(self, first: int, count: int, dtype: str) -> NDArray[Any]:
+        """Rows in the format `dtype`."""
+        own = self.source.read(self.name, first, count)
+        saved = self.info.dtype
+        return own if saved == dtype else from_float32(to_float32(own, saved), dtype)
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """All that happens to one tensor: first it is replaced, if at all, then changed."""
+
+    replacement: Replacement | None = None
+    changes: tuple[Change, ...] = ()
