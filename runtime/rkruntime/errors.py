@@ -14,13 +14,17 @@
     ├── HostError                       5   this machine lacks something: compiler, toolkit, disk, memory
     ├── LibraryError                    6   librkllmrt.so: not one, unknown release, contradiction
     │   └── UnsupportedCallError            the loaded release has no such call or field
-    └── ModelError                      7   the library refused or broke
-        ├── LoadError                       a load that failed
-        ├── RunError                        a run that failed; the model stays loaded
-        ├── ToolkitError                    rkllm-toolkit refused the model or broke
-        └── WorkerError                     the worker process is gone
-            ├── WorkerCrashedError              by a signal or an exit
-            └── WorkerHungError                 no answer within the time limit
+    ├── ModelError                      7   the library refused or broke
+    │   ├── LoadError                       a load that failed
+    │   ├── RunError                        a run that failed; the model stays loaded
+    │   ├── ToolkitError                    rkllm-toolkit refused the model or broke
+    │   └── WorkerError                     the worker process is gone
+    │       ├── WorkerCrashedError              by a signal or an exit
+    │       └── WorkerHungError                 no answer within the time limit
+    └── ServiceError                    8   the daemon cannot be reached, or refuses
+        ├── BusyError                       too many wait already, or this one waited too long
+        ├── TimeLimitError                  an answer took longer than the daemon lets it
+        └── NoSuchSessionError              no conversation of that name
 
 A message says what happened, `hint` what to do next. Commands print both, and the traceback with --debug only.
 """
@@ -168,3 +172,28 @@ class WorkerCrashedError(WorkerError):
 
 class WorkerHungError(WorkerError):
     """The worker gave no answer within its time limit and was ended."""
+
+
+class ServiceError(RKEdgeError):
+    """The daemon cannot be reached, or refuses."""
+
+    exit_code = 8
+    default_hint = "See on the board: systemctl status rkedge, and journalctl -u rkedge."
+
+
+class BusyError(ServiceError):
+    """Too many requests wait already, or this one waited too long. `details["retry_after_s"]` is an estimate."""
+
+    default_hint = "Try again later; the daemon's settings say how many may wait and how long."
+
+
+class TimeLimitError(ServiceError):
+    """An answer took longer than the daemon lets it, and was stopped."""
+
+    default_hint = "Ask for fewer tokens, or raise limits.request_s in the daemon's settings."
+
+
+class NoSuchSessionError(ServiceError):
+    """No conversation of that name."""
+
+    default_hint = "GET /sessions lists those that there are."

@@ -1,0 +1,216 @@
+"""What the daemon may be told: configs/daemon.yaml explains each of these, and is checked against them by a test."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+import yaml
+
+from rkruntime.errors import UsageError
+from rkruntime.schema import build
+
+SYSTEM_SOCKET: Final = Path("/run/rkedge/rkedge.sock")
+SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
+_MAX_FILE: Final = 1 << 20
+_MIN_KEY: Final = 16
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where clients come in.
+
+    Attributes:
+        socket: Unix socket; None for the system's or the user's own place (`default_socket`).
+        socket_mode: its permissions; the group may connect.
+        host, port: TCP as well, if there is a port. An address that is not loopback needs `api_keys`.
+        api_keys: file with one key a line, readable by its owner alone. Asked of TCP clients, not of the Unix socket's.
+    """
+
+    socket: Path | None = None
+    socket_mode: str = "0660"
+    host: str = "127.0.0.1"
+    port: int | None = None
+    api_keys: Path | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one client, or all together, may take.
+
+    Attributes:
+        queue: requests that wait for the NPU.
+        wait_s: how long one may wait, in seconds.
+        request_s: how long one answer may take once it has its turn.
+        body_mb: size of a request's body.
+        header_s: time a client has for sending its whole request.
+        connections: open at the same time.
+        max_new_tokens: longest answer; 0 for what the context has room for.
+    """
+
+    queue: int = 64
+    wait_s: float = 120.0
+    request_s: float = 600.0
+    body_mb: float = 4.0
+    header_s: float = 20.0
+    connections: int = 256
+    max_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """Conversations that the daemon keeps.
+
+    Attributes:
+        folder: None for the state folder of the service or the user.
+        max_mb: of all their files together; the longest unused go first.
+        resume_s: how long a broken answer of a session can be taken up again.
+    """
+
+    folder: Path | None = None
+    max_mb: float = 64.0
+    resume_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """Files with the KV cache of conversations that are not on the NPU at the moment.
+
+    Attributes:
+        folder: None for the cache folder of the service or the user.
+        max_mb: disk quota; 0 writes none. One token of Gemma 2 2B takes about 0.1 MB.
+        min_tokens: shorter prompts are quicker to read again than to load.
+    """
+
+    folder: Path | None = None
+    max_mb: float = 0.0
+    min_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings.
+
+    Attributes:
+        bundle: folder of the model.
+        library, abi, max_context: as the options of `rkedge chat`.
+        temperature, top_k, top_p, repeat_penalty: sampling where a request says nothing; None is the bundle's own.
+        per_request_sampling: what happens to a request's sampling where the runtime is older than 1.3.0 and cannot
+            take it: `ignore` it and say so in a header, or `refuse` the request.
+        idle_unload_s: free the NPU after so long without a request; 0 never.
+        load_at_start: false loads the model with the first request.
+        load_s: how long a load may take.
+        log_prompts: write prompts and answers to the log; off, as they are private.
+    """
+
+    bundle: Path | None = None
+    library: Path | None = None
+    abi: str | None = None
+    max_context: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repeat_penalty: float | None = None
+    per_request_sampling: Literal["ignore", "refuse"] = "ignore"
+    idle_unload_s: float = 0.0
+    load_at_start: bool = True
+    load_s: float = 600.0
+    log_prompts: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    listen: Listen = field(default_factory=Listen)
+    limits: Limits = field(default_factory=Limits)
+    sessions: Sessions = field(default_factory=Sessions)
+    prompt_cache: PromptCache = field(default_factory=PromptCache)
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a settings file. Raises UsageError with the key that is wrong."""
+    try:
+        data = path.read_bytes()
+        if len(data) > _MAX_FILE:
+            raise UsageError(f"{path} has {len(data):,} bytes; settings have a few thousand.")
+        plain = yaml.safe_load(data.decode())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"The settings in {path} cannot be read: {error}") from error
+    if plain is None:
+        return Settings()
+    if not isinstance(plain, dict):
+        raise UsageError(f"{path} holds no settings: it is {type(plain).__name__}.")
+    return build(Settings, plain, lambda what: UsageError(f"{path}: {what}.", hint="See docs/serve.md for the keys."))
+
+
+def default_socket() -> Path:
+    """Where daemon and clients meet if nobody says otherwise.
+
+    $RKEDGE_SOCKET; else the service's socket where its folder is; else the user's own, in $XDG_RUNTIME_DIR.
+    """
+    named = os.environ.get(SOCKET_VARIABLE)
+    if named:
+        return Path(named)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime is None or SYSTEM_SOCKET.exists() or os.access(SYSTEM_SOCKET.parent, os.W_OK):
+        return SYSTEM_SOCKET
+    return Path(runtime) / "rkedge" / "rkedge.sock"
+
+
+def state_folder(kind: Literal["state", "cache"]) -> Path:
+    """The service's folder (systemd's $STATE_DIRECTORY, $CACHE_DIRECTORY) or the user's own."""
+    given = os.environ.get(f"{kind.upper()}_DIRECTORY", "").partition(":")[0]
+    if given:
+        return Path(given)
+    base = os.environ.get(f"XDG_{kind.upper()}_HOME")
+    default = {"state": ".local/state", "cache": ".cache"}[kind]
+    return (Path(base) if base else Path.home() / default) / "rkedge"
+
+
+def is_loopback(host: str) -> bool:
+    """`host` cannot be reached from another machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_keys(path: Path) -> frozenset[str]:
+    """The API keys in a file, one a line; lines with # in front are comments.
+
+    Raises:
+        UsageError: it cannot be read, others can read it too, or a key is too short to keep anybody out.
+    """
+    try:
+        mode = path.stat().st_mode
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The API keys in {path} cannot be read: {error}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(f"Others can read the API keys in {path}.", hint=f"chmod 600 {path}")
+    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys or min(map(len, keys)) < _MIN_KEY:
+        raise UsageError(
+            f"{path} has no key, or one of fewer than {_MIN_KEY} characters.", hint="Make one: openssl rand -hex 24"
+        )
+    return keys
+
+
+def check_listen(listen: Listen) -> frozenset[str]:
+    """The API keys to ask for. Raises UsageError if an address that others can reach has none."""
+    if listen.port is not None and not 0 <= listen.port <= 65535:
+        raise UsageError(f"listen.port is {listen.port}; ports go from 0 (any free one) to 65535.")
+    try:
+        mode = int(listen.socket_mode, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise UsageError(f"listen.socket_mode is {listen.socket_mode!r}; write it in octal, as in '0660'.")
+    if listen.api_keys is not None:
+        return read_keys(listen.api_keys)
+    if listen.port is not None and not is_loopback(listen.host):
+        raise UsageError(
+            f"{listen.host} can be reached from other machines, and there are no API keys.",
+            hint="Set listen.api_keys (--api-keys FILE), or better keep to the Unix socket and use SSH.",
+        )
+    return frozenset()

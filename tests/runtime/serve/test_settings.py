@@ -1,0 +1,116 @@
+"""Settings: the example file is the truth, wrong ones are refused, and nothing opens to a network without a key."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rkruntime.errors import UsageError
+from rkruntime.resources import resource
+from rkruntime.serve import settings
+from rkruntime.serve.settings import Listen, Settings, check_listen, default_socket, load_settings, read_keys
+
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+def test_the_example_file_shows_every_key_with_its_default() -> None:
+    path = resource("configs") / "daemon.yaml"
+    loaded = load_settings(path)
+    assert loaded == replace(Settings(), bundle=Path("/var/lib/rkedge/bundle"))
+
+    def missing(kind: Any, data: dict[str, Any]) -> set[str]:
+        names = {item.name for item in fields(kind)} - data.keys()
+        inner = {item.name: getattr(Settings(), item.name) for item in fields(kind) if kind is Settings}
+        return names.union(*(missing(type(value), data[name]) for name, value in inner.items() if is_dataclass(value)))
+
+    assert not missing(Settings, yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("limit: {}", "unknown key limit"),
+        ("limits: {queue: many}", r"limits\.queue is str"),
+        ("per_request_sampling: maybe", "must be one of ignore, refuse"),
+        ("[]", "no settings"),
+        ("a: [", "cannot be read"),
+        ("{" * 5000, "cannot be read"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "daemon.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_settings(path)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text(f"# mine\n{KEY}\n\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.168.1.5", "board.local", "", "128.0.0.1", "127.0.0.1.example.org"]
+)
+def test_a_wide_address_needs_keys(host: str, keys: Path) -> None:
+    with pytest.raises(UsageError, match="no API keys"):
+        check_listen(Listen(host=host, port=8080))
+    assert check_listen(Listen(host=host, port=8080, api_keys=keys)) == {KEY}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert check_listen(Listen(host=host, port=8080)) == frozenset()
+
+
+def test_without_a_port_no_address_matters() -> None:
+    assert check_listen(Listen(host="0.0.0.0")) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "listen", [Listen(port=70000), Listen(port=-1), Listen(socket_mode="rw"), Listen(socket_mode="7777")]
+)
+def test_nonsense_is_refused(listen: Listen) -> None:
+    with pytest.raises(UsageError):
+        check_listen(listen)
+
+
+def test_keys_are_kept_from_others(keys: Path) -> None:
+    keys.chmod(0o640)
+    with pytest.raises(UsageError, match="Others can read"):
+        read_keys(keys)
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "short\n", f"{KEY}\nshort\n"])
+def test_keys_that_keep_nobody_out(keys: Path, text: str) -> None:
+    keys.write_text(text)
+    with pytest.raises(UsageError, match="no key"):
+        read_keys(keys)
+
+
+def test_the_socket_is_the_services_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RKEDGE_SOCKET", raising=False)
+    monkeypatch.setattr(settings, "SYSTEM_SOCKET", tmp_path / "run" / "rkedge.sock")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "user"))
+    assert default_socket() == tmp_path / "user" / "rkedge" / "rkedge.sock"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rkedge.sock").touch()
+    assert default_socket() == tmp_path / "run" / "rkedge.sock"
+    monkeypatch.setenv("RKEDGE_SOCKET", "/mine")
+    assert default_socket() == Path("/mine")
+
+
+def test_systemd_names_the_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert settings.state_folder("state") == tmp_path / "rkedge"
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/rkedge:/other")
+    assert settings.state_folder("state") == Path("/var/lib/rkedge")
