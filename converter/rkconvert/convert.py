@@ -14,6 +14,7 @@ from rkconvert import bundle_folder, dtypes
 from rkconvert.adapter import Adapter, open_adapter
 from rkconvert.chat_template import ChatTemplate, read_template
 from rkconvert.checkpoint import Checkpoint, open_checkpoint
+from rkconvert.context import choose_context
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
 from rkconvert.merge import MergedWeights
 from rkconvert.progress import QUIET, Reporter
@@ -25,10 +26,6 @@ from rkruntime.template import END_OF_TURN
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
-# max_context of a model file: a multiple of 32, at most 16384 (manual 1.3.0, build()). 4096 is the toolkit's default.
-CONTEXT_STEP: Final = 32
-MOST_CONTEXT: Final = 16384
-DEFAULT_CONTEXT: Final = 4096
 # Room for tokenizer, reports and the file system's own needs.
 _SPARE_BYTES: Final = 64 << 20
 
@@ -104,7 +101,7 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
     refuse_existing(options.output)
     checkpoint = open_checkpoint(options.checkpoint)
     notes = _check_type(options, checkpoint)
-    max_context = _max_context(options.max_context, checkpoint.config.max_position_embeddings)
+    max_context = choose_context(options.max_context, checkpoint.config.max_position_embeddings)
     npu_cores = _npu_cores(options)
     if options.target == "toolkit":
         raise HostError(
@@ -142,30 +139,6 @@ def _check_type(options: Options, checkpoint: Checkpoint) -> tuple[str, ...]:
     if judgement.verdict is dtypes.Verdict.OK:
         return ()
     return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})",)
-
-
-def _max_context(asked: int | None, model: int) -> int:
-    if asked is None:
-        return min(model, DEFAULT_CONTEXT) // CONTEXT_STEP * CONTEXT_STEP
-    if asked > model:
-        raise UsageError(
-            f"--max-context {asked} is more than this model was trained for: {model} tokens"
-            " (max_position_embeddings in config.json).",
-            hint=f"Use --max-context {min(model, MOST_CONTEXT) // CONTEXT_STEP * CONTEXT_STEP} or less.",
-        )
-    if asked % CONTEXT_STEP or not CONTEXT_STEP <= asked <= MOST_CONTEXT:
-        near = max(CONTEXT_STEP, min(asked // CONTEXT_STEP * CONTEXT_STEP, MOST_CONTEXT))
-        raise UsageError(
-            f"--max-context {asked}: it must be a multiple of {CONTEXT_STEP} from {CONTEXT_STEP} to {MOST_CONTEXT}.",
-            hint=f"Use --max-context {near}.",
-        )
-    return asked
-
-
-def _tokenizer_folder(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Path:
-    """Where the tokenizer is: an adapter that made the vocabulary grow was saved with its own."""
-    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
-    return own[0] if own else checkpoint.path
 
 
 def _npu_cores(options: Options) -> int:

@@ -1,0 +1,45 @@
+"""The context length that a model file is made for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rkruntime.errors import UsageError
+
+# max_context of a model file: a multiple of 32, at most 16384 (manual 1.3.0, build()). 4096 is the toolkit's default.
+CONTEXT_STEP: Final = 32
+MOST_CONTEXT: Final = 16384
+DEFAULT_CONTEXT: Final = 4096
+
+
+def choose_context(asked: int | None, model: int, most: int = MOST_CONTEXT) -> int:
+    """The context to build for: what was asked, else the model's own up to 4096.
+
+    Args:
+        model: the longest context that the model was trained for.
+        most: the longest that the toolkit accepts.
+
+    Raises:
+        UsageError: more than the model or the toolkit allows, or no multiple of 32.
+    """
+    largest = round_down(min(model, most))
+    if asked is None:
+        return min(largest, DEFAULT_CONTEXT)
+    if asked > model:
+        raise UsageError(
+            f"--max-context {asked} is more than this model was trained for: {model} tokens"
+            " (max_position_embeddings in config.json).",
+            hint=f"Use --max-context {largest} or less.",
+        )
+    if asked % CONTEXT_STEP or not CONTEXT_STEP <= asked <= most:
+        near = max(CONTEXT_STEP, min(round_down(asked), most))
+        raise UsageError(
+            f"--max-context {asked}: it must be a multiple of {CONTEXT_STEP} from {CONTEXT_STEP} to {most}.",
+            hint=f"Use --max-context {near}.",
+        )
+    return asked
+
+
+def round_down(tokens: float) -> int:
+    """The next smaller multiple of the step."""
+    return int(tokens // CONTEXT_STEP) * CONTEXT_STEP
