@@ -141,6 +141,12 @@ def _check_type(options: Options, checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})",)
 
 
+def _tokenizer_folder(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Path:
+    """Where the tokenizer is: an adapter that made the vocabulary grow was saved with its own."""
+    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
+    return own[0] if own else checkpoint.path
+
+
 def _npu_cores(options: Options) -> int:
     most = int(dtypes.platforms()[options.platform]["cores"])
     cores = most if options.npu_cores is None else options.npu_cores
