@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -78,7 +79,10 @@ def _report(error: RKEdgeError, as_json: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the console script. Exit codes are those of the error tree, 130 for Ctrl-C."""
+    """Run a command line; the console script.
+
+    Exit codes are those of the error tree, 130 for Ctrl-C, 141 when the reader of the output has gone.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         status = cli.main(args, prog_name="rkedge", standalone_mode=False)
@@ -94,6 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(error, as_json="--json" in args)
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has gone; Python must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if "--debug" in args:
+            raise
+        bug = RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
+        _report(bug, as_json="--json" in args)
+        return bug.exit_code
 
 
 if __name__ == "__main__":

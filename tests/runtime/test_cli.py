@@ -68,3 +68,23 @@ def test_with_json_the_error_is_json_on_stdout(capsys: pytest.CaptureFixture[str
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(RKEdgeError):
         cli.main(["--debug", "fail"])
+
+
+def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(cli.cli, "main", broken)
+    assert cli.main(["run"]) == RKEdgeError.exit_code
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--debug", "run"])
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "rkruntime.cli", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
