@@ -66,8 +66,8 @@ class AdapterConfig:
                 raise AdapterError(
                     f"The adapter began as {name} (init_lora_weights={start!r}), which changed the base model as well:"
                     " with the original base it gives another model.",
-                    hint="Save it as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) of"
-                    " peft. Or use the changed base that was saved with it, and set init_lora_weights to true.",
+                    hint="Save it as a plain LoRA (path_initial_model_for_weight_conversion of peft's save_pretrained),"
+                    " or use the changed base that was saved with it and set init_lora_weights to true.",
                 )
         if start not in _PLAIN_STARTS:
             raise AdapterError(f"{self.path}: init_lora_weights is {start!r}, which is not known.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,23 +10,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkconvert import bundle_folder, dtypes
-from rkconvert.adapter import Adapter, open_adapter
 from rkconvert.chat_template import ChatTemplate, read_template
 from rkconvert.checkpoint import Checkpoint, open_checkpoint
 from rkconvert.context import choose_context
+from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
-from rkconvert.merge import MergedWeights
+from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import QUIET, Reporter
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
+from rkconvert.work_folder import work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import HostError, UsageError
-from rkruntime.files import atomic_folder, refuse_existing, sha256_file
+from rkruntime.files import refuse_existing, sha256_file
 from rkruntime.template import END_OF_TURN
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
-# Room for tokenizer, reports and the file system's own needs.
-_SPARE_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Options:
 
     checkpoint: Path
     output: Path
-    loras: tuple[Path, ...] = ()
+    loras: tuple[Lora, ...] = ()
     target: str = "emulator"
     platform: str = "rk3588"
     dtype: str = "w8a8"
@@ -57,20 +55,12 @@ class Job:
     """A conversion that passed every check."""
 
     options: Options
-    checkpoint: Checkpoint
-    adapters: tuple[Adapter, ...]
-    merged: MergedWeights
-    tokenizer_folder: Path
+    model: MergedModel
     tokenizer: Tokenizer
     template: ChatTemplate
     max_context: int
     npu_cores: int
     notes: tuple[str, ...]
-
-    @property
-    def model_name(self) -> str:
-        """The checkpoint's name, and the adapters'."""
-        return "+".join([self.checkpoint.path.resolve().name, *(item.path.resolve().name for item in self.adapters)])
 
 
 def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
@@ -83,11 +73,12 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
     """
     job = check(options, reporter)
     started = time.monotonic()
-    with atomic_folder(options.output) as folder:
+    checkpoint = job.model.checkpoint
+    with work_folder(options.output, job.model.job(**asdict(options))) as folder:
         _write_model(folder / EMULATOR_FILE, job, reporter)
-        bundle_folder.write_side_files(folder, job.checkpoint, job.tokenizer_folder, job.template)
-        with reporter.bar("hashing the sources", job.checkpoint.nbytes) as advance:
-            source = _source(job.checkpoint.path, job.checkpoint.weight_files, advance)
+        bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
+        with reporter.bar("hashing the sources", checkpoint.nbytes) as advance:
+            source = _source(checkpoint.path, checkpoint.weight_files, advance)
         report = {"options": _plain(options), "notes": job.notes, "seconds": round(time.monotonic() - started, 3)}
         bundle_folder.write_report(folder, "convert", report)
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source))
@@ -110,14 +101,12 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
             hint="Install the rkllm-toolkit wheel into an environment of its own (x86-64 Linux), set"
             " RKEDGE_TOOLKIT_PYTHON to its python, and run this again; or use --target emulator.",
         )
-    adapters = tuple(open_adapter(path, checkpoint.config.tensors()) for path in options.loras)
-    merged = MergedWeights(checkpoint.weights, checkpoint.config, adapters)
-    folder = _tokenizer_folder(checkpoint, adapters)
-    tokenizer = read_tokenizer(folder / TOKENIZER, merged.config.vocab_size)
-    bos = tokenizer.texts[checkpoint.config.bos_token_id].decode("utf-8", "replace")
-    template = read_template(folder, bos)
-    job = Job(options, checkpoint, adapters, merged, folder, tokenizer, template, max_context, npu_cores, notes)
-    _check_disk(job)
+    model = merged_model(checkpoint, options.loras)
+    tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
+    bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
+    template = read_template(model.tokenizer_folder, bos)
+    job = Job(options, model, tokenizer, template, max_context, npu_cores, notes)
+    require_space(options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
     for note in notes:
         reporter.note(f"note: {note}")
     return job
@@ -141,12 +130,6 @@ def _check_type(options: Options, checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})",)
 
 
-def _tokenizer_folder(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Path:
-    """Where the tokenizer is: an adapter that made the vocabulary grow was saved with its own."""
-    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
-    return own[0] if own else checkpoint.path
-
-
 def _npu_cores(options: Options) -> int:
     most = int(dtypes.platforms()[options.platform]["cores"])
     cores = most if options.npu_cores is None else options.npu_cores
@@ -155,24 +138,13 @@ def _npu_cores(options: Options) -> int:
     return cores
 
 
-def _check_disk(job: Job) -> None:
-    needed = sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))) + _SPARE_BYTES
-    free = shutil.disk_usage(job.options.output.parent).free
-    if needed > free:
-        raise HostError(
-            f"The bundle needs {needed / 1e9:.2f} GB, and {job.options.output.parent.resolve()} has"
-            f" {free / 1e9:.2f} GB free.",
-            hint="Free space there, or name an output folder on another disk.",
-        )
-
-
 def _emulator_model(job: Job) -> EmulatorModel:
     return EmulatorModel(
-        config=job.merged.config,
+        config=job.model.weights.config,
         tokenizer=job.tokenizer,
         template=job.template,
-        eos_token_ids=job.checkpoint.eos_token_ids,
-        name=job.model_name,
+        eos_token_ids=job.model.checkpoint.eos_token_ids,
+        name=job.model.name,
         platform=job.options.platform,
         dtype=job.options.dtype,
         toolkit_version=job.options.release,
@@ -182,9 +154,9 @@ def _emulator_model(job: Job) -> EmulatorModel:
 
 
 def _write_model(path: Path, job: Job, reporter: Reporter) -> None:
-    verb = "merging and quantizing" if job.adapters else "quantizing"
-    with reporter.bar(verb, job.checkpoint.nbytes) as advance:
-        write_emulator_file(path, _emulator_model(job), job.merged, advance)
+    verb = "merging and quantizing" if job.model.adapters else "quantizing"
+    with reporter.bar(verb, job.model.nbytes) as advance:
+        write_emulator_file(path, _emulator_model(job), job.model.weights, advance)
 
 
 def _source(path: Path, files: Sequence[Path], advance: Any = None) -> Source:
@@ -194,14 +166,14 @@ def _source(path: Path, files: Sequence[Path], advance: Any = None) -> Source:
 
 
 def _manifest(job: Job, source: Source) -> Manifest:
-    config, options = job.merged.config, job.options
+    config, options = job.model.weights.config, job.options
     return Manifest(
         name=options.output.resolve().name,
         family=config.family,
         size=config.size_name,
         parameters=config.parameters,
         source=source,
-        adapters=tuple(_source(adapter.path, adapter.weight_files) for adapter in job.adapters),
+        adapters=tuple(_source(adapter.path, adapter.weight_files) for adapter in job.model.adapters),
         target=options.target,
         platform=options.platform,
         dtype=options.dtype,
@@ -223,12 +195,12 @@ def _manifest(job: Job, source: Source) -> Manifest:
 def _stop_tokens(job: Job) -> tuple[int, ...]:
     """The checkpoint's own, and the end of a turn: generation_config.json of many fine-tunes knows `<eos>` only."""
     end_of_turn = job.tokenizer.find(END_OF_TURN)
-    return tuple(dict.fromkeys([*job.checkpoint.eos_token_ids, *end_of_turn]))
+    return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *end_of_turn]))
 
 
 def _plain(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them. Paths are the user's own business: names only."""
     plain = asdict(options)
     plain["checkpoint"], plain["output"] = options.checkpoint.name, options.output.name
-    plain["loras"] = [path.name for path in options.loras]
+    plain["loras"] = [f"{lora.path.name}={lora.weight:g}" for lora in options.loras]
     return plain

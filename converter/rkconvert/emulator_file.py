@@ -6,16 +6,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.formats import STORAGE, to_float32
 from rkconvert.gemma import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig
+from rkconvert.parallel import ordered_map
 from rkconvert.progress import Advance
 from rkconvert.quantize import group_size, quantize_rows
 from rkconvert.tokenizer import Tokenizer
 from rkconvert.weights import Weights, read_finite, row_blocks
 from rkruntime import rkemu
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _GEMMA2_PARTS: Final = {
     "self_attn.q_proj": "attn_q",
@@ -129,13 +133,15 @@ def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, adva
 
 def _write_tensor(writer: rkemu.Writer, name: str, model: EmulatorModel, weights: Weights, advance: Advance) -> None:
     info, target = weights.tensors[name], emulator_name(name, model.config.family)
-    for first, count in row_blocks(info.shape):
-        block = read_finite(weights, name, first, count)
-        rows = to_float32(block, info.dtype)
-        if len(info.shape) == 1 or model.dtype == "fp32":
-            writer.write_rows(target, first, rows)
-        else:
-            values, scale = quantize_rows(rows, group_size(model.dtype, info.shape[1]))
-            writer.write_rows(target, first, values)
-            writer.write_rows(f"{target}.scale", first, scale)
-        advance(block.size * STORAGE[info.dtype].itemsize)
+    plain = len(info.shape) == 1 or model.dtype == "fp32"
+    group = 0 if plain else group_size(model.dtype, info.shape[1])
+
+    def prepare(place: tuple[int, int]) -> tuple[int, list[NDArray[Any]]]:
+        rows = to_float32(read_finite(weights, name, *place), info.dtype)
+        return place[0], [rows] if plain else list(quantize_rows(rows, group))
+
+    targets = [target] if plain else [target, f"{target}.scale"]
+    for first, arrays in ordered_map(prepare, row_blocks(info.shape)):
+        for part, array in zip(targets, arrays, strict=True):
+            writer.write_rows(part, first, array)
+        advance(arrays[0].size * STORAGE[info.dtype].itemsize)

@@ -38,9 +38,10 @@ class Names:
     pairs: tuple[tuple[str, str], ...]
 
 
+INDEX: Final = "model.safetensors.index.json"
 MODEL_FILES: Final = Names(
     (
-        ("model.safetensors", "model.safetensors.index.json"),
+        ("model.safetensors", INDEX),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     )
 )

@@ -25,6 +25,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "demo": Entry("rkboard.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
     "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
+    "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
     "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
     "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
     "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),

@@ -10,14 +10,13 @@ import click
 
 from rkconvert.convert import TARGETS, Options, convert
 from rkconvert.dtypes import EMULATOR_ONLY, known_types, platforms
+from rkconvert.job import Lora
 from rkconvert.progress import Reporter
 
 
 @click.command("convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--lora", "loras", multiple=True, type=click.Path(path_type=Path), help="Adapter to merge in; may be repeated."
-)
+@click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
 @click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
 @click.option(
     "--platform", type=click.Choice(sorted(platforms())), default="rk3588", show_default=True, help="SoC of the board."
@@ -40,7 +39,7 @@ from rkconvert.progress import Reporter
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(
     checkpoint: Path,
-    loras: tuple[Path, ...],
+    loras: tuple[str, ...],
     target: str,
     platform: str,
     dtype: str,
@@ -53,11 +52,12 @@ def run(
     quiet: bool,
 ) -> None:
     """Turn a Gemma 2 (or Gemma 1) CHECKPOINT into a bundle that `rkedge chat` loads."""
-    name = "-".join([checkpoint.resolve().name, *(path.resolve().name for path in loras)])
+    adapters = tuple(Lora.parse(text) for text in loras)
+    name = "-".join([checkpoint.resolve().name, *(lora.path.resolve().name for lora in adapters)])
     options = Options(
         checkpoint=checkpoint,
         output=output or Path(f"{name}-{platform}-{dtype}-{release}"),
-        loras=loras,
+        loras=adapters,
         target=target,
         platform=platform,
         dtype=dtype,

@@ -1,0 +1,46 @@
+"""`rkedge merge`: adapters folded into a base model, as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from rkconvert.checkpoint import open_checkpoint
+from rkconvert.disk import require_space
+from rkconvert.hf_folder import copy_side_files, write_json, write_weights
+from rkconvert.job import Lora, MergedModel, merged_model
+from rkconvert.progress import Reporter
+from rkconvert.work_folder import work_folder
+from rkruntime.files import refuse_existing
+
+
+def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
+    """Write the merged model into the new folder `output`; a run that was killed is taken up again."""
+    require_space(output, model.nbytes)
+    with work_folder(output, model.job(output="merge")) as folder:
+        with reporter.bar("merging", model.nbytes) as advance:
+            write_weights(folder, model.weights, advance)
+        write_json(folder / "config.json", model.hf_config())
+        copy_side_files([model.tokenizer_folder, model.checkpoint.path], folder)
+
+
+@click.command("merge")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--lora", "loras", multiple=True, required=True, help="Adapter, or FOLDER=WEIGHT; may be repeated.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--json", "as_json", is_flag=True, help="Say as JSON what was made.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def run(checkpoint: Path, loras: tuple[str, ...], output: Path, as_json: bool, quiet: bool) -> None:
+    """Merge LoRA adapters into a CHECKPOINT, bit for bit as peft does, in little memory.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    refuse_existing(output)
+    model = merged_model(open_checkpoint(checkpoint), [Lora.parse(text) for text in loras])
+    merge(model, output, Reporter(quiet))
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}))
+    else:
+        click.echo(f"{output}: {len(model.weights.tensors)} tensors, {model.nbytes / 1e6:,.1f} MB")

@@ -1,0 +1,154 @@
+"""A plain Hugging Face folder of merged weights, written shard by shard in one pass; finished shards outlive a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from rkconvert.parallel import ordered_map
+from rkconvert.progress import Advance
+from rkconvert.weights import TensorInfo, Weights, read_finite, row_blocks
+
+
+# Small enough for a kill to cost seconds, large enough for 27B to have a few dozen files.
+SHARD_BYTES: Final = 2_000_000_000
+STATE: Final = "shards.json"
+# What a model folder holds besides weights and config.json.
+SIDE_FILES: Final = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_BLOCK: Final = 8 << 20
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file to be: its name and its tensors in order."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def header(self) -> bytes:
+        """The file's beginning, padded so that the data is aligned to 8 bytes."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, info in self.tensors.items():
+            entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [end, end + info.nbytes]}
+            end += info.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[ShardPlan]:
+    """Tensors put into files of at most `limit` bytes, or one tensor, in order."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    used = 0
+    for name, info in tensors.items():
+        if groups[-1] and used + info.nbytes > limit:
+            groups.append({})
+            used = 0
+        groups[-1][name] = info
+        used += info.nbytes
+    if len(groups) == 1:
+        return [ShardPlan("model.safetensors", groups[0])]
+    return [
+        ShardPlan(f"model-{at:05}-of-{len(groups):05}.safetensors", group) for at, group in enumerate(groups, start=1)
+    ]
+
+
+def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int = SHARD_BYTES) -> None:
+    """Write the shards and their index; shards that an earlier run finished here are compared with its checksums.
+
+    Raises:
+        CheckpointError, AdapterError: NaN or infinite weights.
+    """
+    plans = plan_shards(weights.tensors, limit)
+    done: dict[str, int] = _read_state(folder)
+    for plan in plans:
+        path = folder / plan.name
+        if plan.name in done and path.is_file() and _checksum(path) == done[plan.name]:
+            advance(plan.nbytes)
+            continue
+        partial = path.with_suffix(".partial")
+        done[plan.name] = _write_shard(partial, plan, weights, advance)
+        partial.rename(path)
+        (folder / STATE).write_text(json.dumps(done))
+    if len(plans) > 1:
+        index = {name: plan.name for plan in plans for name in plan.tensors}
+        total = {"total_size": sum(plan.nbytes for plan in plans)}
+        write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index})
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _read_state(folder: Path) -> dict[str, int]:
+    try:
+        state: dict[str, int] = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state
+
+
+def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance) -> int:
+    """The CRC-32 of the file."""
+    header = plan.header()
+    checksum = zlib.crc32(header)
+    with path.open("wb", buffering=0) as file:
+        file.write(header)
+        for block in ordered_map(lambda place: read_finite(weights, *place), _places(plan.tensors)):
+            data = block.reshape(-1).view(np.uint8).data
+            checksum = zlib.crc32(data, checksum)
+            _write(file, data)
+            advance(len(data))
+    return checksum
+
+
+def _write(file: Any, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _places(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int, int]]:
+    for name, info in tensors.items():
+        for first, count in row_blocks(info.shape):
+            yield name, first, count
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def copy_side_files(folders: Sequence[Path], into: Path, names: Iterable[str] = SIDE_FILES) -> None:
+    """Copy the small files of a model folder; the first of `folders` that has one gives it."""
+    for name in names:
+        for folder in folders:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, into / name)
+                break
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file as Hugging Face's libraries lay it out."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

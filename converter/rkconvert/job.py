@@ -1,0 +1,83 @@
+"""What convert and merge begin with: the model, its adapters, and a text that names exactly this work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rkconvert.adapter import Adapter, open_adapter
+from rkconvert.checkpoint import Checkpoint
+from rkconvert.merge import MergedWeights
+from rkruntime.bundle import TOKENIZER
+from rkruntime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter on the command line: its folder, and the factor that its update is multiplied by."""
+
+    path: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """`FOLDER` or `FOLDER=WEIGHT`. Raises UsageError if the weight is no number."""
+        path, equals, weight = text.rpartition("=")
+        if not equals:
+            return cls(Path(text))
+        try:
+            return cls(Path(path), float(weight))
+        except ValueError:
+            if Path(text).exists():
+                return cls(Path(text))
+            raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5") from None
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A checkpoint with its adapters, checked; nothing is read but headers and adapters.
+
+    Attributes:
+        tokenizer_folder: where the tokenizer is: an adapter that made the vocabulary grow was saved with its own.
+    """
+
+    checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: MergedWeights
+    tokenizer_folder: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(info.nbytes for info in self.weights.tensors.values())
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, and the adapters'."""
+        return "+".join([self.checkpoint.path.resolve().name, *(item.path.resolve().name for item in self.adapters)])
+
+    def hf_config(self) -> dict[str, Any]:
+        """config.json of the merged model, without what described a quantized base."""
+        merged = self.weights.config
+        own = {"vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tie_word_embeddings}
+        return {key: value for key, value in self.checkpoint.raw_config.items() if key != "quantization_config"} | own
+
+    def job(self, **options: Any) -> str:
+        """A text that is the same for the same files and options, for `work_folder`."""
+        files = [*self.checkpoint.weight_files, *(file for adapter in self.adapters for file in adapter.weight_files)]
+        return json.dumps({"files": _states(files), **options}, sort_keys=True, default=str)
+
+
+def _states(files: Iterable[Path]) -> list[list[str | int]]:
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
+    """Open adapters and put them on a checkpoint. Raises AdapterError if one cannot be used, or does not fit."""
+    adapters = tuple(open_adapter(lora.path, base.config.tensors(), lora.weight) for lora in loras)
+    weights = MergedWeights(base.weights, base.config, adapters)
+    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
+    return MergedModel(base, adapters, weights, own[0] if own else base.path)
