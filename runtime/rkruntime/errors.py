@@ -2,6 +2,7 @@
 
     RKEdgeError                       exit
     ├── UsageError                      2   the command line or a setting is wrong
+    │   └── BodyError                       a request to the daemon is wrong
     ├── InputError                      3   a file that was given is not what it should be
     │   ├── CheckpointError                 model folder, shard, index, config
     │   ├── AdapterError                    LoRA folder
@@ -45,7 +46,7 @@ class RKEdgeError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
-    default_hint: ClassVar[str] = "Run the command again with --debug and report what it prints."
+    default_hint: ClassVar[str] = "Run it again as `rkedge --debug ...` and report what it prints."
 
     def __init__(self, message: str, *, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -63,6 +64,12 @@ class UsageError(RKEdgeError):
 
     exit_code = 2
     default_hint = "See the command's --help."
+
+
+class BodyError(UsageError):
+    """A request to the daemon is wrong. `details["param"]` names the field."""
+
+    default_hint = "GET /openapi.json says what this daemon takes."
 
 
 class InputError(RKEdgeError):

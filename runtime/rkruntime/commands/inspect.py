@@ -51,7 +51,7 @@ def _rkllm(path: Path, _: bool) -> dict[str, Any]:
 def _library(path: Path, _: bool) -> dict[str, Any]:
     from rkruntime.identify import identify
 
-    return {"kind": "RKLLM runtime library", **asdict(identify(path))}
+    return {"kind": "RKLLM runtime library", **identify(path).as_dict()}
 
 
 def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
