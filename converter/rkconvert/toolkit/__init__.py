@@ -1,0 +1,7 @@
+"""Conversion with the vendor's rkllm-toolkit, under an interpreter of its own: it is never imported here."""
+
+from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
+from rkconvert.toolkit.job import ToolkitJob
+from rkconvert.toolkit.runner import ToolkitResult, run_toolkit
+
+__all__ = ["Toolkit", "ToolkitJob", "ToolkitResult", "find_toolkit", "run_toolkit"]

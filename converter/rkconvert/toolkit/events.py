@@ -1,0 +1,122 @@
+"""What a running conversion reports: the worker's lines, checked word for word, and what its output adds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Final, TypeAlias
+
+from rkruntime.errors import ToolkitError
+
+MAX_LINE: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Started:
+    """The worker runs. `python` is its release, `pid` its process."""
+
+    python: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step begins: `import`, `load`, `build` or `export`."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A step returned; `seconds` by the clock."""
+
+    stage: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """All steps returned 0. What they wrote is for the runner to find out."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The worker gives up.
+
+    Attributes:
+        kind: `job` (not understood), `import`, `argument` (the installed method has no such), `exception`, `exit`
+            or `returned` (the toolkit's -1).
+        message: for a person; `trace` is Python's, where there is one.
+    """
+
+    kind: str
+    stage: str
+    message: str
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A bar in the toolkit's output: `done` of `total` of what `title` names."""
+
+    title: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line of the toolkit: `level` is `info`, `warning` or `error`."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The worker lives: seconds since its start, and the most memory it has had, in bytes."""
+
+    seconds: float
+    peak_memory: int
+
+
+WorkerEvent: TypeAlias = Started | Stage | StageDone | Done | Failure
+Event: TypeAlias = WorkerEvent | Progress | Notice | Heartbeat
+
+# The worker's own, by the word in `event`.
+_KINDS: Final[dict[str, type[WorkerEvent]]] = {
+    "started": Started,
+    "stage": Stage,
+    "stage_done": StageDone,
+    "done": Done,
+    "failure": Failure,
+}
+_TYPES: Final[dict[str, type]] = {"str": str, "int": int, "float": float}
+
+
+def parse_event(line: bytes) -> WorkerEvent:
+    """One line of the worker. Raises ToolkitError if it is anything else than it should be."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _protocol(line) from error
+    kind = _KINDS.get(str(data.pop("event", None))) if isinstance(data, dict) else None
+    if kind is None:
+        raise _protocol(line)
+    known = {item.name: item for item in fields(kind)}
+    missing = [name for name, item in known.items() if item.default is MISSING and name not in data]
+    if missing or not all(name in known and _is(value, str(known[name].type)) for name, value in data.items()):
+        raise _protocol(line)
+    return kind(**data)
+
+
+def _is(value: Any, name: str) -> bool:
+    return isinstance(value, (int, float) if name == "float" else _TYPES[name]) and not isinstance(value, bool)
+
+
+def _protocol(line: bytes) -> ToolkitError:
+    shown = line[:200].decode("utf-8", "replace")
+    return ToolkitError(
+        f"The toolkit's worker reported something that RKEdge does not understand: {shown!r}.",
+        hint="Something in the toolkit's environment writes where only the worker may. Run `rkedge toolkit setup`.",
+    )

@@ -1,0 +1,159 @@
+"""Where the vendor's toolkit is: the interpreter that a person named, or an environment that `setup` made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from rkconvert.dtypes import version_key
+from rkconvert.toolkit.versions import Release, release
+from rkruntime.errors import HostError, UsageError
+
+VARIABLE: Final = "RKEDGE_TOOLKIT_PYTHON"
+WORKER: Final = Path(__file__).with_name("worker.py")
+MARKER: Final = "rkedge-toolkit.json"
+_PROBE_SECONDS: Final = 60
+# What the toolkit may see of the caller's environment: no keys and tokens, no PYTHON* settings.
+_KEPT: Final = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
+_KEPT_PREFIXES: Final = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "RKLLM_")
+_SET: Final = {
+    "LC_ALL": "C.UTF-8",
+    # The model is a folder on this machine; nothing is looked up elsewhere.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """An interpreter that has rkllm-toolkit.
+
+    Attributes:
+        python: the interpreter, as named (a virtual environment's is a link, and stays one).
+        origin: who named it.
+        release: what the installed version takes.
+        parts: versions of the packages that it depends on; empty for one that is missing.
+    """
+
+    python: Path
+    origin: str
+    release: Release
+    python_version: str
+    parts: Mapping[str, str]
+
+    @property
+    def version(self) -> str:
+        """The installed version."""
+        return self.release.version
+
+
+def environments_folder() -> Path:
+    """Where `rkedge toolkit setup` makes environments."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rkedge" / "toolkit"
+
+
+def config_file() -> Path:
+    """The person's own settings."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rkedge" / "config.yaml"
+
+
+def clean_environment(python: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a program that runs under the toolkit's interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    kept["PATH"] = os.pathsep.join([str(python.parent), kept.get("PATH", os.defpath)])
+    return {**kept, **_SET, **(extra or {})}
+
+
+def find_toolkit(named: Path | None = None) -> Toolkit:
+    """The toolkit to use, by the first of: `named`, RKEDGE_TOOLKIT_PYTHON, the configuration file, environments.
+
+    Raises:
+        HostError: none, or one that cannot be used.
+        UsageError: the configuration file is wrong.
+    """
+    for python, origin in _candidates(named):
+        return inspect_toolkit(python, origin)
+    raise HostError(
+        "Conversion for a board needs the vendor's rkllm-toolkit, and none is set up on this machine.",
+        hint="Download its wheel from the vendor's repository (airockchip/rknn-llm, folder rkllm-toolkit) and"
+        " run `rkedge toolkit setup --wheel FILE`, or name an interpreter that has it with --toolkit-python or"
+        f" {VARIABLE}.",
+    )
+
+
+def _candidates(named: Path | None) -> Iterator[tuple[Path, str]]:
+    if named:
+        yield named, "--toolkit-python"
+    if os.environ.get(VARIABLE):
+        yield Path(os.environ[VARIABLE]), VARIABLE
+    configured = _configured()
+    if configured:
+        yield configured, str(config_file())
+    markers = environments_folder().glob(f"*/{MARKER}")
+    for marker in sorted(markers, key=lambda path: version_key(path.parent.name), reverse=True):
+        yield marker.parent / "bin" / "python", "rkedge toolkit setup"
+
+
+def _configured() -> Path | None:
+    path = config_file()
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = content.get("toolkit") or {}
+        python = settings.get("python")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read as settings: {error}.") from error
+    if python is not None and not isinstance(python, str):
+        raise UsageError(f"{path}: toolkit.python must be a path, and is {python!r}.")
+    return Path(python).expanduser() if python else None
+
+
+def inspect_toolkit(python: Path, origin: str) -> Toolkit:
+    """Ask an interpreter (or the folder of its environment) what it has. Raises HostError."""
+    found = probe(python, origin)
+    python = Path(found["executable"])
+    if not found["toolkit"]:
+        raise HostError(
+            f"{python}, named by {origin}, has no rkllm-toolkit.",
+            hint="Install the vendor's wheel there, or have an environment made: `rkedge toolkit setup --wheel FILE`.",
+        )
+    return Toolkit(python, origin, release(found["toolkit"]), found["python"], found["parts"])
+
+
+def probe(python: Path, origin: str) -> dict[str, Any]:
+    """The worker's answer about an interpreter; nothing of the toolkit is imported. Raises HostError."""
+    python = python.expanduser().absolute()
+    if python.is_dir():
+        python = python / "bin" / "python"
+    if not python.is_file() or not os.access(python, os.X_OK):
+        raise HostError(
+            f"{origin} names {python}, and there is no program of that name.",
+            hint="Name the interpreter of the environment that has rkllm-toolkit, such as ENV/bin/python.",
+        )
+    try:
+        done = subprocess.run(
+            [str(python), "-I", str(WORKER), "-"],
+            capture_output=True,
+            check=True,
+            env=clean_environment(python),
+            timeout=_PROBE_SECONDS,
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return {**found, "executable": str(python)}
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        stderr = getattr(error, "stderr", None) or b""
+        last = stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [str(error)]
+        raise HostError(
+            f"{python}, named by {origin}, does not work as a Python of 3.8 or later: {last[0]}.",
+            hint="Name another interpreter, or have an environment made: `rkedge toolkit setup --wheel FILE`.",
+        ) from error

@@ -1,0 +1,228 @@
+"""What is asked of the toolkit: checked against the installed release, and put into that release's own calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.toolkit.versions import Release, known_releases, release
+from rkruntime.errors import RefusedError, UsageError
+
+SCHEMA: Final = "rkedge-toolkit-job/1"
+UNQUANTIZED: Final = "fp16"
+DEVICES: Final = ("cpu", "cuda")
+_LOW_RANK: Final = re.compile(r"(?P<algorithm>[a-z]+)_r(?P<rank>\d{1,3})")
+_MOST_RANK: Final = 64
+_BITS: Final = re.compile(r"w(\d+)a")
+
+
+@dataclass(frozen=True)
+class ToolkitJob:
+    """One conversion.
+
+    Attributes:
+        model: folder in Hugging Face layout, with safetensors.
+        output: the .rkllm file to make; an adapter's file gets the suffix `_lora`.
+        dtype: quantized type, or `fp16` for none.
+        max_context: largest context of the file, in tokens.
+        lora: folder of one adapter that becomes a file of its own, for rkllm_load_lora.
+        dataset: calibration data, see rkconvert/calibrate.
+        load_dtype: format in which the toolkit holds the weights.
+        hybrid_rate: share of the layers, 0 to below 1, that get the other kind of type (grouped or not).
+        qparams: a *.qparams file of an earlier grq or gdq run.
+        parameters: number of weights, 0 for unknown: against which memory and the file's size are judged.
+    """
+
+    model: Path
+    output: Path
+    platform: str = "rk3588"
+    dtype: str = "w8a8"
+    npu_cores: int = 3
+    max_context: int = 4096
+    algorithm: str = "normal"
+    optimization_level: int = 1
+    hybrid_rate: float = 0.0
+    dataset: Path | None = None
+    lora: Path | None = None
+    device: str = "cpu"
+    load_dtype: str = "float32"
+    qparams: Path | None = None
+    parameters: int = 0
+
+    @property
+    def least_size(self) -> int:
+        """Bytes that a whole file has at least: the weights in their type."""
+        bits = _BITS.match(self.dtype)
+        return self.parameters * (int(bits[1]) if bits else 16) // 8
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of one release, as the worker makes them, and what a person should know about them.
+
+    Attributes:
+        steps: `{"stage", "method", "arguments"}` each, in order.
+        notes: where the release cannot do exactly what was asked.
+    """
+
+    steps: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+
+    def document(self) -> str:
+        """The job as the worker reads it: one line of JSON."""
+        return json.dumps({"schema": SCHEMA, "calls": self.steps}, ensure_ascii=True) + "\n"
+
+
+def calls(job: ToolkitJob, installed: Release, export_path: Path) -> Calls:
+    """The calls that make `job` with the release that is installed.
+
+    Raises:
+        RefusedError: this release is documented not to do it.
+        UsageError: a value that no release takes.
+    """
+    _check_values(job)
+    _check_type(job, installed)
+    _check_algorithm(job, installed)
+    notes = [*_context_notes(job, installed), *_load_notes(job, installed)]
+    values: dict[str, dict[str, Any]] = {
+        "load_huggingface": {
+            "model": str(job.model.resolve()),
+            "model_lora": str(job.lora.resolve()) if job.lora else None,
+            "device": job.device,
+            "dtype": job.load_dtype,
+            "custom_config": None,
+            "load_weight": True,
+        },
+        "build": {
+            "do_quantization": job.dtype != UNQUANTIZED,
+            "optimization_level": job.optimization_level,
+            "quantized_dtype": "w8a8" if job.dtype == UNQUANTIZED else job.dtype,
+            "quantized_algorithm": job.algorithm,
+            "target_platform": job.platform,
+            "num_npu_core": job.npu_cores,
+            "extra_qparams": str(job.qparams.resolve()) if job.qparams else None,
+            "dataset": str(job.dataset.resolve()) if job.dataset else None,
+            "hybrid_rate": job.hybrid_rate,
+            "max_context": job.max_context,
+        },
+        "export_rkllm": {"export_path": str(export_path), "export_tokenizer": True, "export_embedding": True},
+    }
+    steps = tuple(
+        {
+            "stage": stage,
+            "method": method,
+            "arguments": {name: values[method][name] for name in installed.arguments[method]},
+        }
+        for stage, method in (("load", "load_huggingface"), ("build", "build"), ("export", "export_rkllm"))
+    )
+    return Calls(steps, tuple(notes))
+
+
+def _check_values(job: ToolkitJob) -> None:
+    ranges = {
+        "optimization level": (job.optimization_level, job.optimization_level in (0, 1), "0 or 1"),
+        "hybrid rate": (job.hybrid_rate, 0 <= job.hybrid_rate < 1, "at least 0 and below 1"),
+        "device": (job.device, job.device in DEVICES, " or ".join(DEVICES)),
+    }
+    for name, (value, right, words) in ranges.items():
+        if not right:
+            raise UsageError(f"The {name} is {value}; it must be {words}.")
+
+
+def _check_type(job: ToolkitJob, installed: Release) -> None:
+    types = installed.dtypes.get(job.platform)
+    if types is None:
+        raise RefusedError(
+            f"rkllm-toolkit {installed.version} makes no files for {job.platform}; it knows"
+            f" {', '.join(installed.dtypes)} ({installed.source('dtypes')}).",
+            hint=_first_with(lambda row: job.platform in row.dtypes),
+        )
+    if job.dtype != UNQUANTIZED and job.dtype not in types:
+        raise RefusedError(
+            f"rkllm-toolkit {installed.version} takes {', '.join(types)} for {job.platform}, and not {job.dtype}"
+            f" ({installed.source('dtypes')}).",
+            hint=_first_with(lambda row: job.dtype in row.dtypes.get(job.platform, ()), f"Use --dtype {types[0]}."),
+        )
+    most = installed.cores[job.platform]
+    if not 1 <= job.npu_cores <= most:
+        raise RefusedError(
+            f"A file for {job.npu_cores} NPU cores was asked for; the {job.platform} has {most}"
+            f" ({installed.source('cores')}).",
+            hint=f"Use --npu-cores {most}, or fewer.",
+        )
+
+
+def _first_with(has: Callable[[Release], bool], otherwise: str = "Choose another SoC.") -> str:
+    """The next step: the first release that can do it, or something else."""
+    first = next((version for version in known_releases() if has(release(version))), None)
+    if first is None:
+        return otherwise
+    return f"rkllm-toolkit {first} and later do: `rkedge toolkit setup --wheel FILE`. Or: {otherwise}"
+
+
+def _check_algorithm(job: ToolkitJob, installed: Release) -> None:
+    match = _LOW_RANK.fullmatch(job.algorithm)
+    algorithm = match["algorithm"] if match else job.algorithm
+    if algorithm not in installed.algorithms or (match and not installed.low_rank):
+        more = ", and these with _r1 to _r64" if installed.low_rank else ""
+        raise RefusedError(
+            f"rkllm-toolkit {installed.version} has no algorithm {job.algorithm!r}; it has"
+            f" {', '.join(installed.algorithms)}{more} ({installed.source('algorithms')}).",
+            hint="Use normal, which the vendor advises for w8a8 and its grouped types.",
+        )
+    if match and not 1 <= int(match["rank"]) <= _MOST_RANK:
+        raise UsageError(f"The rank of {job.algorithm!r} must be from 1 to {_MOST_RANK}.")
+    if match and job.lora:
+        raise RefusedError(
+            f"{job.algorithm} makes a LoRA file of its own, and the runtime cannot use another beside it"
+            f" ({installed.source('low_rank')}).",
+            hint="Merge the adapter (--lora-mode merge), or use the algorithm without _rN.",
+        )
+    if algorithm in installed.gpu_algorithms and not job.dtype.startswith("w4a16"):
+        raise RefusedError(
+            f"{algorithm} is for w4a16 and its grouped types only; {job.dtype} was asked for"
+            f" ({installed.source('gpu_algorithms')}).",
+            hint="Use normal, which the vendor advises for w8a8 and its grouped types.",
+        )
+    if algorithm in installed.gpu_algorithms and job.device != "cuda":
+        raise RefusedError(
+            f"{algorithm} needs a CUDA GPU, and the device is {job.device} ({installed.source('gpu_algorithms')}).",
+            hint="Use --toolkit-device cuda on a machine with an NVIDIA card, or the algorithm normal.",
+        )
+
+
+def _context_notes(job: ToolkitJob, installed: Release) -> list[str]:
+    most, step = installed.context["most"], installed.context["step"]
+    if job.max_context > most:
+        raise RefusedError(
+            f"A context of {job.max_context:,} tokens was asked for; files of rkllm-toolkit {installed.version} hold"
+            f" {most:,} at most ({installed.source('context')}).",
+            hint=_first_with(lambda row: row.context["most"] >= job.max_context, f"Use --max-context {most}."),
+        )
+    if job.max_context < step or job.max_context % step:
+        raise UsageError(f"The context is {job.max_context}; it must be a multiple of {step}.")
+    if not installed.takes("build", "max_context") and job.max_context != most:
+        return [
+            f"rkllm-toolkit {installed.version} has no max_context: the file itself allows {most:,} tokens; the"
+            f" manifest says {job.max_context:,}, and the runtime keeps to that"
+        ]
+    return []
+
+
+def _load_notes(job: ToolkitJob, installed: Release) -> list[str]:
+    if not installed.takes("load_huggingface", "dtype"):
+        if job.load_dtype != "float32":
+            return [f"rkllm-toolkit {installed.version} cannot be told to load {job.load_dtype}; it decides by itself"]
+        return []
+    if job.load_dtype not in installed.load_dtypes:
+        raise UsageError(f"The load type is {job.load_dtype!r}; it must be one of {', '.join(installed.load_dtypes)}.")
+    if job.load_dtype != "float32" and job.device == "cpu" and not installed.half_on_cpu:
+        return [
+            f"rkllm-toolkit {installed.version} is reported to load float32 on the CPU whatever it is told"
+            f" ({installed.source('half_on_cpu')}): {job.load_dtype} may save no memory"
+        ]
+    return []

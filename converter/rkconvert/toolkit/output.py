@@ -1,0 +1,95 @@
+"""The toolkit's own output while it runs: kept raw, its bars and messages told as events, its last lines remembered."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from rkconvert.toolkit.events import Notice, Progress
+from rkruntime import logtext
+
+_BREAK: Final = re.compile(rb"[\r\n]+")
+# `Optimizing model:  88%|####4  | 28/32 [1:04:19<09:28, 142.23s/it]` (tqdm, whatever its blocks are drawn with)
+_TQDM: Final = re.compile(r"(?P<title>[^|%]{1,80}?):?\s+\d{1,3}%\|.*\|?\s(?P<done>\d{1,12})/(?P<total>\d{1,12})\s*\[")
+# `[==================>] 597/597 (100%)`: the exporter's own bar, which has no title.
+_BAR: Final = re.compile(r"\[=*>?\s*\]\s*(?P<done>\d{1,12})/(?P<total>\d{1,12})\s*\(\d{1,3}%\)")
+_EXPORT_TITLE: Final = "Exporting model"
+_LEVEL: Final = re.compile(r"(?P<level>INFO|WARNING|ERROR)\s*:\s*(?P<text>\S.*)")
+_VERSION: Final = re.compile(r"rkllm-toolkit version: (\S{1,40})")
+# A line without an end must not grow for ever, nor a log fill the disk.
+_LONGEST_LINE: Final = 64 << 10
+_MOST_LOG: Final = 32 << 20
+_LAST_LINES: Final = 20
+
+
+class Output:
+    """Takes the bytes as they come.
+
+    Args:
+        log: file for the raw bytes, 32 MiB at most.
+
+    Attributes:
+        lines: the last lines that are no bars.
+        version: what the toolkit calls itself (`INFO: rkllm-toolkit version: 1.2.3`), or empty.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.path = log
+        self._log = log.open("wb")
+        self._room = _MOST_LOG
+        self._pending = b""
+        self._bar: str | None = None
+        self.lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self.version = ""
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+
+    def feed(self, data: bytes) -> Iterator[Progress | Notice]:
+        """Keep some bytes, and give the events of the lines that they complete."""
+        self._log.write(data[: self._room])
+        self._log.flush()
+        self._room -= min(self._room, len(data))
+        *complete, self._pending = _BREAK.split(self._pending + data)
+        if len(self._pending) > _LONGEST_LINE:
+            complete, self._pending = [*complete, self._pending], b""
+        for line in complete:
+            yield from self._line(line)
+
+    def finish(self) -> Iterator[Progress | Notice]:
+        """Events of a last line without an end."""
+        line, self._pending = self._pending, b""
+        yield from self._line(line)
+
+    def tail(self) -> list[str]:
+        """The last lines, and the bar that stood below them."""
+        return [*self.lines, self._bar] if self._bar else list(self.lines)
+
+    def text(self) -> str:
+        """The log so far, decoded; head and tail of a long one."""
+        with self.path.open("rb") as file:
+            return logtext.read_log(file)
+
+    def _line(self, raw: bytes) -> Iterator[Progress | Notice]:
+        for line in logtext.clean_lines(logtext.decode(raw)):
+            bar = _TQDM.match(line) or _BAR.search(line)
+            if bar:
+                self._bar = line[:120]
+                title = bar.groupdict().get("title") or _EXPORT_TITLE
+                yield Progress(title.strip(), int(bar["done"]), int(bar["total"]))
+                continue
+            self._bar = None
+            self.lines.append(line)
+            if version := _VERSION.search(line):
+                self.version = version[1]
+            if level := _LEVEL.search(line):
+                yield Notice(level["level"].lower(), level["text"])

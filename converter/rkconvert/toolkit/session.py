@@ -1,0 +1,192 @@
+"""The worker as a process: started with a clean environment, heard, watched, and ended with all that it started.
+
+It leads a session of its own, so that nothing of it outlives the conversion: not when it is done, when a callback
+raises, on Ctrl-C, when it gives no sign of life, nor when this process dies.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from rkconvert.toolkit import failures
+from rkconvert.toolkit.events import (
+    MAX_LINE,
+    Done,
+    Event,
+    Failure,
+    Heartbeat,
+    Notice,
+    Progress,
+    Stage,
+    StageDone,
+    WorkerEvent,
+    parse_event,
+)
+from rkconvert.toolkit.interpreter import WORKER, Toolkit, clean_environment
+from rkconvert.toolkit.job import Calls
+from rkconvert.toolkit.life import Life, peak_memory
+from rkconvert.toolkit.output import Output
+
+_TICK: Final = 0.25
+_HEARTBEAT: Final = 1.0
+# Once everything has returned, interpreters with torch in them take a moment to end, and some never do.
+_GRACE: Final = 30.0
+# What is left in the pipes of an ended session is there at once; a process that escaped it may hold them open.
+_DRAIN: Final = 2.0
+_BLOCK: Final = 1 << 16
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass
+class Session:
+    """One run of the worker, and what came of it.
+
+    Attributes:
+        scratch: its working folder; what it writes anywhere else is nobody's wish.
+        stage: the last that began.
+        outcome: its last word, or None if it broke off.
+        exit_code: negative for a signal.
+        hung: it was ended for want of a sign of life.
+        out_of_memory_kills: by the kernel, on this machine, meanwhile.
+        warnings: the toolkit's own.
+    """
+
+    toolkit: Toolkit
+    scratch: Path
+    output: Output
+    on_event: OnEvent
+    patience: float
+    stage: str = ""
+    outcome: Done | Failure | None = None
+    exit_code: int = 0
+    hung: bool = False
+    peak_memory: int = 0
+    out_of_memory_kills: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    _pending: bytes = b""
+    _deadline: float = 0.0
+
+    def talk(self, steps: Calls) -> None:
+        """Start the worker, hand it the job, and listen until it and all that it started have ended."""
+        kills = failures.out_of_memory_kills()
+        events_in, events_out = os.pipe()
+        python = self.toolkit.python
+        caches = {"HF_HOME": str(self.scratch / "cache"), "XDG_CACHE_HOME": str(self.scratch / "cache")}
+        try:
+            process = subprocess.Popen(
+                [str(python), "-I", "-u", "-X", "utf8", str(WORKER), str(events_out)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(events_out,),
+                start_new_session=True,
+                cwd=self.scratch,
+                env=clean_environment(python, caches),
+                bufsize=0,
+            )
+        except OSError as error:
+            os.close(events_in)
+            raise failures.cannot_start(python, error) from error
+        finally:
+            os.close(events_out)
+        try:
+            self._send(process, steps)
+            self._listen(process, events_in)
+        finally:
+            end_session(process)
+            os.close(events_in)
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self.exit_code = process.returncode
+        self.out_of_memory_kills = failures.out_of_memory_kills() - kills
+
+    def _send(self, process: subprocess.Popen[bytes], steps: Calls) -> None:
+        # Standard input stays open: the worker ends its session when the other end is gone.
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # It died before it read; its output says why.
+            process.stdin.write(steps.document().encode())
+
+    def _listen(self, process: subprocess.Popen[bytes], events_in: int) -> None:
+        assert process.stdout is not None
+        life = Life(process.pid)
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ, self._take_output)
+            selector.register(events_in, selectors.EVENT_READ, self._take_events)
+            while selector.get_map():
+                for key, _ in selector.select(_TICK):
+                    life.sign()
+                    if data := os.read(key.fd, _BLOCK):
+                        key.data(data)
+                    else:
+                        selector.unregister(key.fileobj)
+                self._watch(process, life)
+                if self._deadline and time.monotonic() > self._deadline + _DRAIN:
+                    break
+        for event in self.output.finish():
+            self._take(event)
+
+    def _watch(self, process: subprocess.Popen[bytes], life: Life) -> None:
+        """Once in a tick: report life, and end the session when its time has come."""
+        now = time.monotonic()
+        if life.due(_HEARTBEAT):
+            self.peak_memory = max(self.peak_memory, peak_memory(process.pid))
+            self.on_event(Heartbeat(life.seconds, self.peak_memory))
+        if has_ended(process):
+            # What it started may live on, and hold its output open.
+            self._deadline = min(self._deadline or now, now)
+        elif self.outcome is not None:
+            self._deadline = self._deadline or now + _GRACE
+        elif life.silence() > self.patience:
+            self.hung, self._deadline = True, now
+        if self._deadline and now >= self._deadline:
+            end_session(process)
+
+    def _take_output(self, data: bytes) -> None:
+        for event in self.output.feed(data):
+            self._take(event)
+
+    def _take_events(self, data: bytes) -> None:
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            self._take(parse_event(line))
+        if len(self._pending) > MAX_LINE:
+            parse_event(self._pending)
+
+    def _take(self, event: WorkerEvent | Progress | Notice) -> None:
+        if isinstance(event, Stage):
+            self.stage = event.stage
+        elif isinstance(event, StageDone):
+            self.seconds[event.stage] = event.seconds
+        elif isinstance(event, Done | Failure):
+            self.outcome = event
+        elif isinstance(event, Notice) and event.level == "warning":
+            self.warnings.append(event.text)
+        self.on_event(event)
+
+
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended, without taking its exit code: until that is taken, its number is nobody else's."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its own group, and everything else in that group. Its exit code is kept."""
+    if process.returncode is not None:
+        return
+    # The leader is not waited for yet, so the group's number cannot have been given to another.
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

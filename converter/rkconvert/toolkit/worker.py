@@ -1,0 +1,198 @@
+"""Runs rkllm-toolkit under the interpreter that has it: one JSON job on standard input, JSON events out.
+
+    PYTHON -I -u worker.py EVENTS        EVENTS: number of an open file descriptor, or -
+
+A program of its own, not a module of RKEdge: Python 3.8 and its standard library are enough, as the vendor's oldest
+wheels ask for. Everything that the toolkit prints goes to standard output and error, apart from the events. With - it
+says on standard output what is installed, and imports none of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCHEMA = "rkedge-toolkit-job/1"
+DISTRIBUTIONS = ("rkllm-toolkit", "rkllm_toolkit")
+# Versions worth knowing when an environment does not work.
+PARTS = ("torch", "transformers", "numpy", "setuptools", "auto_gptq", "datasets")
+METHODS = ("load_huggingface", "build", "export_rkllm")
+CALL_KEYS = {"stage", "method", "arguments"}
+
+
+class JobError(Exception):
+    """A failure with its kind, as `failure` events name it."""
+
+    def __init__(self, kind: str, stage: str, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.stage, self.message, self.trace = kind, stage, message, trace
+
+
+class Events:
+    """Lines of JSON on a descriptor that no program started from here inherits."""
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_inheritable(descriptor, False)
+        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
+
+    def send(self, event: str, **values: Any) -> None:
+        """Write one event whole."""
+        line = memoryview(json.dumps({"event": event, **values}).encode() + b"\n")
+        while line:
+            line = line[self._file.write(line) :]
+
+
+def installed_version(name: str) -> str:
+    """Version of a distribution, empty if there is none."""
+    try:
+        return metadata.version(name) or ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def probe() -> dict[str, Any]:
+    """What is installed here, by what the packages say of themselves; nothing of them is run."""
+    version = next((found for found in map(installed_version, DISTRIBUTIONS) if found), "")
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "machine": platform.machine(),
+        "libc": platform.libc_ver()[0],
+        "toolkit": version,
+        "parts": {name: installed_version(name) for name in PARTS},
+    }
+
+
+def read_job(line: bytes) -> list[dict[str, Any]]:
+    """The calls of a job. Raises JobError if it is not exactly one."""
+    try:
+        job = json.loads(line)
+        calls = job["calls"]
+        if set(job) != {"schema", "calls"} or job["schema"] != SCHEMA or not calls:
+            raise ValueError(SCHEMA)
+        for call in calls:
+            if set(call) != CALL_KEYS or call["method"] not in METHODS or not isinstance(call["arguments"], dict):
+                raise ValueError(call)
+        return list(calls)
+    except (ValueError, TypeError, KeyError) as error:
+        raise JobError("job", "", "The job is not of the form " + SCHEMA + ": " + str(error)) from error
+
+
+def guarded(kind: str, stage: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; whatever it raises becomes a JobError, also an exit, which the toolkit is known for."""
+    try:
+        return work()
+    except JobError:
+        raise
+    except SystemExit as error:
+        raise JobError("exit", stage, "The toolkit ended the program with exit(" + repr(error.code) + ").") from error
+    except Exception as error:
+        text = type(error).__name__ + ": " + str(error)
+        raise JobError(kind, stage, text, traceback.format_exc()[-8000:]) from error
+
+
+def import_toolkit() -> Any:
+    """The class RKLLM."""
+    from rkllm.api import RKLLM  # type: ignore[import-not-found]
+
+    return RKLLM()
+
+
+def check_arguments(toolkit: Any, calls: list[dict[str, Any]]) -> None:
+    """Compare every call with the methods' own signatures, where they tell: before an hour of work, not after."""
+    for call in calls:
+        method = getattr(toolkit, call["method"], None)
+        if method is None:
+            raise JobError("argument", call["stage"], "The installed RKLLM has no method " + call["method"] + ".")
+        try:
+            signature = inspect.signature(method)
+        except (TypeError, ValueError):
+            continue  # A compiled method may not tell.
+        try:
+            signature.bind(**call["arguments"])
+        except TypeError as error:
+            shown = call["method"] + str(signature)
+            raise JobError("argument", call["stage"], str(error) + "; the installed method is " + shown) from error
+
+
+def convert(calls: list[dict[str, Any]], events: Events) -> None:
+    """Import the toolkit and make the calls in order."""
+    toolkit = timed(events, "import", partial(guarded, "import", "import", import_toolkit))
+    check_arguments(toolkit, calls)
+    for call in calls:
+        timed(events, call["stage"], partial(run_call, toolkit, call))
+
+
+def run_call(toolkit: Any, call: dict[str, Any]) -> None:
+    """One call; anything but 0 is a failure, for the toolkit returns -1 and prints why."""
+    method = getattr(toolkit, call["method"])
+    returned = guarded("exception", call["stage"], partial(method, **call["arguments"]))
+    if returned != 0:
+        raise JobError("returned", call["stage"], call["method"] + " returned " + repr(returned) + ".")
+
+
+def timed(events: Events, stage: str, work: Callable[[], Any]) -> Any:
+    """`work` between its two events."""
+    events.send("stage", stage=stage)
+    start = time.monotonic()
+    result = work()
+    events.send("stage_done", stage=stage, seconds=round(time.monotonic() - start, 3))
+    return result
+
+
+def read_line(descriptor: int) -> bytes:
+    """All up to the first line's end, or to the end of the input."""
+    line = b""
+    while not line.endswith(b"\n"):
+        data = os.read(descriptor, 1 << 16)
+        if not data:
+            break
+        line += data
+    return line
+
+
+def end_with_parent(descriptor: int) -> None:
+    """Wait until nobody holds the other end of standard input, then end this process group: the parent is gone."""
+    while os.read(descriptor, 1 << 16):
+        pass
+    if os.getpgid(0) == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def main() -> int:
+    """Probe or convert; the exit code is 0 only if the last event is `done` or the probe's answer."""
+    if sys.argv[1:] == ["-"]:
+        print(json.dumps(probe()))  # noqa: T201 - this is the answer
+        return 0
+    events = Events(int(sys.argv[1]))
+    # The toolkit may ask questions; it gets no answer, and never the parent's pipe.
+    stdin = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        line = read_line(stdin)
+        threading.Thread(target=end_with_parent, args=(stdin,), daemon=True).start()
+        events.send("started", python=platform.python_version(), pid=os.getpid())
+        convert(read_job(line), events)
+    except JobError as error:
+        events.send("failure", kind=error.kind, stage=error.stage, message=error.message, trace=error.trace)
+        return 1
+    events.send("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A stand-in for the tests of RKEdge: not the vendor's rkllm-toolkit."""

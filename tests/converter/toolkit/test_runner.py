@@ -1,0 +1,271 @@
+"""Conversions with stand-ins of the toolkit: the good way, and each way that it was seen to fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkconvert.toolkit import Toolkit, ToolkitJob, run_toolkit
+from rkconvert.toolkit.events import Event, Heartbeat, Notice, Progress, Stage, Started
+from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
+
+Job = Callable[..., ToolkitJob]
+Find = Callable[..., Toolkit]
+Fail = Callable[[str], None]
+VERSIONS = ["1.1.4", "1.2.0", "1.2.3", "1.3.0"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_conversion(job: Job, toolkit: Find, version: str, open_descriptors: Callable[[], int]) -> None:
+    before, events, asked = open_descriptors(), [], job()
+    result = run_toolkit(asked, toolkit(version), events.append)
+    assert open_descriptors() == before
+    assert os.listdir(asked.output.parent) == ["model.rkllm"]
+    assert result.path == asked.output
+    assert (result.file.toolkit_version, result.file.container_version) == (version, 3)
+    assert result.toolkit.version == f"{version}+standin"
+    assert result.notes == (f"the toolkit calls itself {version}, its package {version}+standin",)
+    assert set(result.seconds) == {"import", "load", "build", "export"}
+    assert any("two ids" in text for text in result.warnings)
+    assert b"Optimizing model: 100%" in result.log.read_bytes()
+    assert result.calls[1]["arguments"]["quantized_dtype"] == "w8a8"
+    assert [event.stage for event in events if isinstance(event, Stage)] == ["import", "load", "build", "export"]
+    assert Progress("Optimizing model", 8, 8) in events
+    assert Progress("Exporting model", 597, 597) in events
+    started = next(event for event in events if isinstance(event, Started))
+    assert started.python == result.toolkit.python_version
+
+
+def test_an_adapter_of_its_own(job: Job, toolkit: Find, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    result = run_toolkit(job(lora=tmp_path / "lora"), toolkit())
+    assert result.lora is not None
+    assert (
+        sorted(os.listdir(result.path.parent))
+        == ["model.rkllm", result.lora.name]
+        == ["model.rkllm", "model_lora.rkllm"]
+    )
+
+
+def test_low_rank_brings_its_adapter(job: Job, toolkit: Find) -> None:
+    result = run_toolkit(job(algorithm="normal_r8"), toolkit())
+    assert result.lora is not None
+    assert result.lora.is_file()
+
+
+def test_the_suffix_that_1_3_0_appends(job: Job, toolkit: Find, fail: Fail) -> None:
+    fail("write:suffix")
+    assert run_toolkit(job(), toolkit("1.3.0")).path.name == "model.rkllm"
+
+
+def nothing_left(job: ToolkitJob) -> bool:
+    return os.listdir(job.output.parent) == []
+
+
+FAULTS = [
+    ("build:killed", HostError, "ended by the kernel", "convert-out-of-memory"),
+    ("load:segfault", ToolkitError, "broke off with signal 11", None),
+    ("build:exit", ToolkitError, r"exit\(3\)", None),
+    ("build:raise", CheckpointError, "RuntimeError", "convert-checkpoint-unusable"),
+    ("load:return", ToolkitError, "load_huggingface returned -1", None),
+    ("build:return", ToolkitError, "build returned -1", None),
+    ("export:return", ToolkitError, "export_rkllm returned -1", None),
+    ("export:none", ToolkitError, "returned 'no code'", None),
+    ("write:nothing", ToolkitError, "wrote no .rkllm file", None),
+    ("write:magic", ToolkitError, "not whole: .* GGUF", None),
+    ("write:short", ToolkitError, "the weights alone take 4,000", None),
+    ("build:chinese", RefusedError, "目标平台不支持", "convert-dtype-unsupported"),
+    ("build:cuda-memory", HostError, "CUDA out of memory", "convert-out-of-memory"),
+    ("export:disk", HostError, "disk is full", None),
+    ("build:endless", ToolkitError, "build returned -1", None),
+    ("load:ask", ToolkitError, "EOFError", None),
+    ("load:events", ToolkitError, "does not understand", None),
+    ("import:pkg_resources", HostError, "cannot be imported", "convert-environment"),
+]
+
+
+@pytest.mark.parametrize(("fault", "error", "words", "diagnosed"), FAULTS, ids=[row[0] for row in FAULTS])
+def test_a_fault(
+    job: Job, toolkit: Find, fail: Fail, fault: str, error: type[RKEdgeError], words: str, diagnosed: str | None
+) -> None:
+    fail(fault)
+    asked = job(parameters=4000)
+    with pytest.raises(error, match=words) as caught:
+        run_toolkit(asked, toolkit())
+    assert type(caught.value) is error
+    assert nothing_left(asked)
+    assert caught.value.hint
+    if fault != "load:events":
+        assert Path(caught.value.details["log"]).is_file()
+        assert str(caught.value.details["log"]) in caught.value.message
+    if diagnosed:
+        assert caught.value.details["diagnosis"]["class"] == diagnosed
+    fail("")
+    assert run_toolkit(asked, toolkit()).path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "dataset", "error", "words"),
+    [
+        ({"architectures": ["Gemma4ForConditionalGeneration"]}, None, RefusedError, "Not support Gemma4"),
+        ({"quantization_config": {"load_in_4bit": True}}, None, CheckpointError, "bitsandbytes"),
+        ({"head_dim": 16}, None, RefusedError, "narrower than the 96"),
+        ({}, "[{}]", CalibrationError, "'input'"),
+        ({}, "no json", CalibrationError, "Expecting value"),
+    ],
+)
+def test_what_the_toolkit_refuses(
+    job: Job, model: Callable[..., Path], toolkit: Find, tmp_path: Path,
+    config: dict[str, Any], dataset: str | None, error: type[RKEdgeError], words: str,
+) -> None:  # fmt: skip
+    asked = job()
+    model(**config)
+    if dataset:
+        (tmp_path / "data.json").write_text(dataset)
+        asked = replace(asked, dataset=tmp_path / "data.json")
+    with pytest.raises(error, match=words) as caught:
+        run_toolkit(asked, toolkit())
+    assert type(caught.value) is error
+    assert nothing_left(asked)
+
+
+def test_out_of_memory_tells_the_numbers(job: Job, toolkit: Find, fail: Fail) -> None:
+    fail("build:killed")
+    with pytest.raises(HostError, match=r"weights alone are 10\.4 GB in float32") as caught:
+        run_toolkit(job(parameters=2_600_000_000), toolkit())
+    assert caught.value.details["exit_code"] == -signal.SIGKILL
+    assert "swap" in caught.value.hint
+
+
+def test_a_method_that_lacks_an_argument_is_told_before_the_work(job: Job, toolkit: Find) -> None:
+    found = toolkit("1.1.4")
+    wrong = replace(found, release=replace(toolkit("1.2.3").release))
+    with pytest.raises(HostError, match=r"unexpected keyword argument 'dtype'"):
+        run_toolkit(job(), wrong)
+
+
+def test_an_interpreter_that_went_away(job: Job, toolkit: Find, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="cannot be started: No such file"):
+        run_toolkit(job(), replace(toolkit(), python=tmp_path / "python"))
+
+
+def test_no_sign_of_life(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
+    fail("build:hang")
+    asked = job()
+    with pytest.raises(ToolkitError, match="no sign of life for 2 s while it quantized"):
+        run_toolkit(asked, toolkit(), patience=2)
+    assert nothing_left(asked)
+
+
+def test_busy_and_silent_is_alive(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
+    fail("build:spin")
+    assert run_toolkit(job(), toolkit(), patience=1.5).path.is_file()
+
+
+def child_of(events: list[Event]) -> int:
+    return next(int(event.text.split()[1]) for event in events if isinstance(event, Notice) and "child" in event.text)
+
+
+def test_what_it_started_ends_with_it(job: Job, toolkit: Find, fail: Fail, is_alive: Callable[[int], bool]) -> None:
+    fail("build:child")
+    events: list[Event] = []
+    assert run_toolkit(job(), toolkit(), events.append).path.is_file()
+    assert not is_alive(child_of(events))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_callback_that_raises_ends_it(
+    job: Job, toolkit: Find, fail: Fail, is_alive: Callable[[int], bool], error: type[BaseException],
+    open_descriptors: Callable[[], int],
+) -> None:  # fmt: skip
+    fail("build:child-hang")
+    events: list[Event] = []
+    before, found, asked = open_descriptors(), toolkit(), job()
+
+    def watch(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Heartbeat) and any(isinstance(seen, Notice) and "child" in seen.text for seen in events):
+            raise error
+
+    with pytest.raises(error):
+        run_toolkit(asked, found, watch)
+    started = next(event for event in events if isinstance(event, Started))
+    assert not is_alive(started.pid)
+    assert not is_alive(child_of(events))
+    assert nothing_left(asked)
+    assert open_descriptors() == before
+
+
+def test_heartbeats_tell_memory(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
+    fail("build:spin")
+    events: list[Event] = []
+    result = run_toolkit(job(), toolkit(), events.append)
+    beats = [event for event in events if isinstance(event, Heartbeat)]
+    assert beats
+    assert beats[-1].peak_memory == result.peak_memory > 1 << 20
+    assert beats == sorted(beats, key=lambda beat: beat.seconds)
+
+
+def test_it_ends_when_this_process_is_killed(
+    job: Job, environments: Callable[[str], Path], fail: Fail, is_alive: Callable[[int], bool], tmp_path: Path
+) -> None:
+    fail("build:child-hang")
+    asked = job()
+    code = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from rkconvert.toolkit import ToolkitJob, run_toolkit
+        from rkconvert.toolkit.interpreter import inspect_toolkit
+        toolkit = inspect_toolkit(Path({str(environments("1.2.3"))!r}), "the test")
+        job = ToolkitJob(model=Path({str(asked.model)!r}), output=Path({str(asked.output)!r}))
+        run_toolkit(job, toolkit, lambda event: print(event, flush=True))
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = child = 0
+        for line in process.stdout:
+            if line.startswith("Started"):
+                worker = int(line.rpartition("pid=")[2].rstrip(")\n"))
+            if "child" in line:
+                child = int(line.rpartition("child ")[2].rstrip("')\n"))
+                break
+        assert is_alive(worker)
+        assert is_alive(child)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while is_alive(worker) or is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_secrets_stay_here(job: Job, toolkit: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rkconvert.toolkit.interpreter import clean_environment
+
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "secret")
+    assert "secret" not in clean_environment(toolkit().python).values()
+
+
+def test_old_logs_go(job: Job, toolkit: Find, home: Path) -> None:
+    logs = home / "xdg_cache_home" / "rkedge" / "logs"
+    logs.mkdir(parents=True)
+    for number in range(20):
+        (logs / f"toolkit-20240101-0000{number:02}-x.log").touch()
+    result = run_toolkit(job(), toolkit())
+    assert result.log.parent == logs
+    assert len(list(logs.iterdir())) == 10
