@@ -11,12 +11,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from rkruntime import logtext
+from rkruntime import logtext, resources
+from rkruntime.conditions import fits
 
 UNEXPLAINED: Final = "unexplained"
 NONE: Final = "none"
@@ -29,7 +27,6 @@ low: a hint only, for a log that says nothing better.
 A log without any known text is `unexplained` with the confidence `none`.
 """
 
-_TABLE: Final = Path(__file__).parent / "data" / "diagnosis.yaml"
 _GAP: Final = 160
 _MOST_HITS: Final = 3
 _MOST_LINES: Final = 8
@@ -205,7 +202,7 @@ class Rule:
 
     def hit(self, log: Log, facts: Mapping[str, str]) -> tuple[str, ...] | None:
         """The matching lines, or None."""
-        if not all(_fits(facts.get(name), wanted) for name, wanted in self.where.items()):
+        if not fits(facts, self.where):
             return None
         found: list[str] = []
         for group in self.all:
@@ -217,23 +214,6 @@ class Rule:
         if any(True for signature in self.none for _ in signature.matches(log)):
             return None
         return tuple(dict.fromkeys(found))[:_MOST_LINES]
-
-
-def _fits(value: str | None, wanted: str) -> bool:
-    """Whether a fact fits `unknown`, `<0.9.7`, `>=3000000000` or a plain word."""
-    if wanted == "unknown":
-        return value is None
-    if value is None:
-        return False
-    if wanted.startswith("<"):
-        return _numbers(value) < _numbers(wanted)
-    if wanted.startswith(">="):
-        return _numbers(value) >= _numbers(wanted)
-    return value.lower() == wanted
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text)[:3]))
 
 
 @dataclass(frozen=True)
@@ -258,8 +238,7 @@ class Table:
 @cache
 def table() -> Table:
     """The table of data/diagnosis.yaml; read once."""
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    data = yaml.load(_TABLE.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - a safe loader
+    data = resources.table("diagnosis")
     cite = _Citations(data["marks"], data["repositories"], data["sources"])
     classes = {
         name: ClassText(entry["title"], _flow(entry["cause"]), _steps(entry), cite(entry.get("evidence", {})))

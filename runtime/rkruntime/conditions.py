@@ -1,0 +1,53 @@
+"""Conditions on facts such as versions, as the tables in data/ state them: `<0.9.7`, `>=1.1.0 <1.3.0`, `unknown`."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+_TESTS: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "": operator.eq,
+}
+_PART = re.compile(r"([<>]=?|)(.+)")
+
+
+def fits(facts: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether each fact that is asked for is there and meets its conditions.
+
+    Args:
+        facts: by name; one that is not there is unknown.
+        wanted: by name, conditions divided by blanks: all must hold. `{name}` in one stands for another fact.
+    """
+    return all(_meets(facts, name, condition) for name, condition in wanted.items())
+
+
+def _meets(facts: Mapping[str, str], name: str, condition: str) -> bool:
+    if condition == "unknown":
+        return name not in facts
+    try:
+        parts = condition.format_map(facts).split()
+    except KeyError:
+        return False
+    return name in facts and all(_holds(facts[name], part) for part in parts)
+
+
+def _holds(value: str, part: str) -> bool:
+    match = _PART.fullmatch(part)
+    assert match is not None
+    test, bound = match.groups()
+    if value[:1].isdigit() and bound[:1].isdigit():
+        return _TESTS[test](version_key(value), version_key(bound))
+    return not test and value.lower() == bound.lower()
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Key that orders versions and numbers; a beta (`1.2.1b1`) comes before its release."""
+    numbers, beta, _ = version.partition("b")
+    parts = [int(part) for part in re.findall(r"\d+", numbers)[:3]]
+    return *parts, *[0] * (3 - len(parts)), 0 if beta else 1

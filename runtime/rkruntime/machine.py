@@ -1,0 +1,205 @@
+"""What this machine is, read without root where the kernel allows: NPU driver, SoC, memory, CPU cores, device nodes.
+
+Every function takes the root of a file tree, so that a tree of files can stand for a board. What cannot be read is
+unknown, never "old" or "none". Paths and texts: sources of the rknpu driver 0.9.6 and 0.9.8, public board logs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path("/")
+
+# In this order: the first needs no root and exists with every driver that sets a module version.
+_DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
+# Containers hide one or both.
+_COMPATIBLE: Final = ("proc/device-tree/compatible", "sys/firmware/devicetree/base/compatible")
+_CPUS: Final = "sys/devices/system/cpu"
+
+# Device-tree names to RKLLM's platforms. RK3588S, RK3583 and RK3582 are RK3588 with less around it or fewer cores;
+# runtimes from 1.0.2 on take them for one (airockchip/rknn-llm issue 59).
+_PLATFORMS: Final = {
+    "rk3588": "rk3588",
+    "rk3588s": "rk3588",
+    "rk3588s2": "rk3588",
+    "rk3583": "rk3588",
+    "rk3582": "rk3588",
+    "rk3576": "rk3576",
+    "rk3576s": "rk3576",
+    "rk3562": "rk3562",
+    "rv1126b": "rv1126b",
+}
+# enabled_cpus_mask knows CPU0 to CPU7.
+_MASKABLE: Final = 8
+# What share of the best core's capacity, or clock, a big core has. A little one has about half the capacity, but on an
+# RK3588 0.75 of the clock, on an RK3576 0.96; the two big clusters of an RK3588 differ by some percent in clock.
+_BIG_CAPACITY: Final = 0.75
+_BIG_CLOCK: Final = 0.9
+# CPU4 to CPU7 in the vendor's examples for both.
+_BIG_BY_PLATFORM: Final = {"rk3588": range(4, 8), "rk3576": range(4, 8)}
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NPU driver: `version` is None when it could not be read, `source` says where it stood or why not."""
+
+    version: str | None
+    source: str
+    mainline: bool = False
+
+
+@dataclass(frozen=True)
+class Cores:
+    """CPU cores for the runtime.
+
+    Attributes:
+        cpus: their numbers, in order.
+        big: whether they are the big ones only.
+        source: what told them apart.
+    """
+
+    cpus: tuple[int, ...]
+    big: bool
+    source: str
+
+    @property
+    def mask(self) -> int:
+        """`enabled_cpus_mask`: bit N for CPU N."""
+        return sum(1 << cpu for cpu in self.cpus)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of main memory. `available` is what can be had without swapping, within the container's own limit."""
+
+    total: int
+    available: int
+
+
+def _attempt(path: Path) -> str | OSError:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return error
+
+
+def _read(path: Path) -> str:
+    """The file's text, empty if it cannot be read."""
+    found = _attempt(path)
+    return found if isinstance(found, str) else ""
+
+
+def driver(root: Path = ROOT) -> Driver:
+    """The version of the NPU driver, and where it was read."""
+    found = {name: _attempt(root / name) for name in _DRIVER_VERSION}
+    for name, text in found.items():
+        if isinstance(text, str) and (match := re.search(r"\d+\.\d+\.\d+", text)):
+            return Driver(match.group(), f"/{name}")
+    closed = [f"/{name}" for name, text in found.items() if isinstance(text, PermissionError)]
+    if closed:
+        return Driver(None, f"{', '.join(closed)} may be read by root only")
+    mainline = (root / "sys/module/rocket").is_dir() and not (root / "sys/module/rknpu").is_dir()
+    return Driver(None, "no file says it", mainline)
+
+
+def compatible(root: Path = ROOT) -> tuple[str, ...]:
+    """The device tree's names for the board and its chip, most specific first; none if it cannot be read."""
+    for name in _COMPATIBLE:
+        if text := _read(root / name):
+            return tuple(part for part in text.split("\0") if part.strip())
+    return ()
+
+
+def soc(root: Path = ROOT) -> str | None:
+    """The Rockchip SoC (`rk3588s`, `rk3566`), supported or not; None on another machine or if unreadable."""
+    for name in reversed(compatible(root)):
+        vendor, _, chip = name.partition(",")
+        if vendor == "rockchip" and re.fullmatch(r"r[kv]\d{3,4}[a-z0-9]*", chip):
+            return chip
+    return None
+
+
+def platform_of(chip: str | None) -> str | None:
+    """The `target_platform` that a SoC runs, `rk3588` for an `rk3588s`; None if RKLLM does not support it."""
+    return _PLATFORMS.get(chip or "")
+
+
+def memory(root: Path = ROOT) -> Memory | None:
+    """Main memory by /proc/meminfo, and by the limit of the container (cgroup v2) if that is lower."""
+    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    if len(found) < 2:
+        return None
+    total, available = (int(found[name]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limit, used = (_read(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
+    if limit.strip().isdecimal() and used.strip().isdecimal():
+        total = min(total, int(limit))
+        available = min(available, max(0, int(limit) - int(used)))
+    return Memory(total, available)
+
+
+def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
+    """The device nodes of the NPU: its DRM nodes by the driver's name, and /dev/rknpu of the older driver form."""
+    entries = sorted((root / "sys/class/drm").glob("*"))
+    nodes = tuple(
+        root / "dev/dri" / entry.name
+        for entry in entries
+        if re.fullmatch(r"(card|renderD)\d+", entry.name) and (entry / "device").resolve().name.endswith(".npu")
+    )
+    legacy = root / "dev/rknpu"
+    return (*nodes, legacy) if legacy.exists() else nodes
+
+
+def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None = None) -> Cores:
+    """The big CPU cores, joined by the next best until there are `at_least`.
+
+    Told apart by the kernel's cpu_capacity, by the cpufreq policies' highest clock or by the platform: the first that
+    makes a difference. Without a difference (RK3562, a PC) all cores, of which the mask can name the first eight.
+    With fewer than `at_least` in the machine, or allowed to this process, all of them.
+
+    Args:
+        allowed: the cores this process may use; by default those of its affinity.
+    """
+    usable = set(os.sched_getaffinity(0) if allowed is None else allowed)
+    online = [cpu for cpu in _online(root) if cpu in usable and cpu < _MASKABLE] or sorted(usable)[:_MASKABLE]
+    vendor = _BIG_BY_PLATFORM.get(platform_of(soc(root)) or "", ())
+    for ranks, share, source in (
+        (_capacities(root), _BIG_CAPACITY, "cpu_capacity"),
+        (_clocks(root), _BIG_CLOCK, "cpufreq policies"),
+        ({cpu: int(cpu in vendor) for cpu in online}, 1.0, "the platform"),
+    ):
+        best = max((ranks.get(cpu, 0) for cpu in online), default=0)
+        big = [cpu for cpu in online if ranks.get(cpu, 0) >= share * best]
+        if best and len(big) < len(online):
+            by_rank = sorted(online, key=lambda cpu: (-ranks.get(cpu, 0), cpu))
+            chosen = big if len(big) >= at_least else by_rank[:at_least]
+            return Cores(tuple(sorted(chosen)), len(chosen) == len(big), source)
+    return Cores(tuple(online), False, "all cores alike")
+
+
+def _online(root: Path) -> list[int]:
+    found: list[int] = []
+    for first, last in re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", _read(root / _CPUS / "online")):
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _capacities(root: Path) -> dict[int, int]:
+    return {
+        int(path.parent.name[3:]): int(text)
+        for path in (root / _CPUS).glob("cpu[0-9]*/cpu_capacity")
+        if (text := _read(path).strip()).isdecimal()
+    }
+
+
+def _clocks(root: Path) -> dict[int, int]:
+    clocks: dict[int, int] = {}
+    for policy in (root / _CPUS / "cpufreq").glob("policy[0-9]*"):
+        highest = _read(policy / "cpuinfo_max_freq").strip()
+        if highest.isdecimal():
+            clocks |= {int(cpu): int(highest) for cpu in _read(policy / "related_cpus").split()}
+    return clocks
