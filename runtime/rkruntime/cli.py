@@ -24,6 +24,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "demo": Entry("rkboard.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
+    "plan": Entry("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
     "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
     "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
     "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),

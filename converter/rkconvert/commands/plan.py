@@ -1,0 +1,70 @@
+"""`rkedge plan`: whether a model fits a board, and how fast it will be, before anything is downloaded or converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from rkconvert.dtypes import known_types
+from rkconvert.plan.boards import DEFAULT_BOARD
+from rkconvert.plan.planner import DEFAULT_TOOLKIT, Request, make_plan
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--board", default=DEFAULT_BOARD, show_default=True, help="Board profile, or a profile's file.")
+@click.option("--ram", type=click.FloatRange(min=1), help="Memory of the board in GiB [default: each size it has].")
+@click.option(
+    "--dtype", type=click.Choice(list(known_types())), default="w8a8", show_default=True, help="Quantized type."
+)
+@click.option("--max-context", type=int, help="Context in tokens [default: the model's, at most 4096].")
+@click.option("--toolkit", default=DEFAULT_TOOLKIT, show_default=True, help="Release of the toolkit.")
+@click.option(
+    "--embedding",
+    type=click.Choice(["flash", "ram"]),
+    default="flash",
+    show_default=True,
+    help="Where the board keeps the embedding table.",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with the plots.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def run(
+    model: str,
+    revision: str | None,
+    board: str,
+    ram: float | None,
+    dtype: str,
+    max_context: int | None,
+    toolkit: str,
+    embedding: str,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Say whether MODEL fits a board, and how fast it will be.
+
+    MODEL is a folder, a config.json or a hub id such as google/gemma-2-2b-it. No weights are read or downloaded.
+    """
+    from rkconvert.plan import page, report
+
+    plan = make_plan(
+        Request(
+            model=model,
+            revision=revision,
+            board=board,
+            ram_gib=ram,
+            dtype=dtype,
+            context=max_context,
+            toolkit=toolkit,
+            embedding="ram" if embedding == "ram" else "flash",
+        )
+    )
+    if html is not None:
+        page.write(plan, html)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(plan), ensure_ascii=False, indent=2))
+    else:
+        report.show(plan, Console())

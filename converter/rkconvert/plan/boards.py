@@ -1,0 +1,90 @@
+"""Board profiles (configs/boards/*.yaml), and how much of a board's memory a model can have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from rkruntime.errors import InputError, UsageError
+from rkruntime.resources import resource
+from rkruntime.schema import build
+
+GIB: Final = 1 << 30
+DEFAULT_BOARD: Final = "rk3588"
+# Of 4096 MiB the kernel of a ROCK 5B counted 3739, of 16384 MiB that of an Orange Pi 5 Plus 15719; an idle Linux held
+# 172 to 362 MiB (github.com/geerlingguy/sbc-reviews issues 3 and 5, github.com/andrewcell/opi5p). The worst of each.
+_COUNTED_BY_KERNEL: Final = 3739 / 4096
+_IDLE_BYTES: Final = 362 << 20
+
+
+@dataclass(frozen=True)
+class Board:
+    """A board as its profile describes it.
+
+    Attributes:
+        soc: as in the table of types.
+        ram_gib: the sizes of memory it is sold with.
+        memory, memory_mhz: kind and clock of the memory; None if not known.
+        sources: field -> where that was read.
+        unknown: what was not found out.
+    """
+
+    name: str
+    soc: str
+    ram_gib: tuple[int, ...]
+    memory: str | None = None
+    memory_mhz: int | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+
+def usable_bytes(ram_gib: float) -> float:
+    """Bytes that are left for one program on an idle board without a desktop."""
+    return ram_gib * GIB * _COUNTED_BY_KERNEL - _IDLE_BYTES
+
+
+def board_names() -> list[str]:
+    """Names of all profiles."""
+    return sorted(path.stem for path in (resource("configs") / "boards").glob("*.yaml"))
+
+
+def find_board(name: str) -> Board:
+    """The profile of that name, or a profile of one's own by its path (NAME.yaml).
+
+    Raises:
+        UsageError: there is none of that name.
+        InputError: the file is not a profile.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_board(Path(name))
+    names = board_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        guess = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(f"There is no board profile {name!r}.", hint=f"{guess}There are: {', '.join(names)}.")
+    return read_board(resource("configs") / "boards" / f"{name}.yaml")
+
+
+def read_board(path: Path) -> Board:
+    """Read a profile; InputError says what is wrong with it."""
+
+    def fail(what: str) -> InputError:
+        return InputError(f"{path}: {what}.", hint="Take configs/boards/rk3588.yaml as a pattern.")
+
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail(f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise fail(f"is not YAML: {error}") from error
+    if not isinstance(data, Mapping):
+        raise fail("is not a board profile")
+    board = build(Board, data, fail)
+    if not board.ram_gib or min(board.ram_gib) < 1:
+        raise fail("ram_gib must list sizes from 1 GiB on")
+    return board

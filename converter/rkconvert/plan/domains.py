@@ -1,0 +1,54 @@
+"""How a model lies in the NPU's memory: domains of 4 GiB, which no buffer can span."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from rkconvert.dtypes import DOMAIN_BYTES
+from rkconvert.plan.sizes import QuantizedType, cache_bytes_per_token
+from rkconvert.shapes import ModelShape
+
+# The rknpu driver 0.9.8 knows domains 0 to 15.
+MOST_DOMAINS: Final = 16
+
+
+@dataclass
+class Domain:
+    """One window: bytes of each part in it."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def used(self) -> float:
+        """Bytes in use."""
+        return sum(self.parts.values())
+
+    def add(self, part: str, size: float) -> None:
+        """Put a buffer of some part here."""
+        self.parts[part] = self.parts.get(part, 0.0) + size
+
+
+def place(shape: ModelShape, kind: QuantizedType, context: int) -> list[Domain]:
+    """Fill domains in the order of the layers, a new one where the next buffer does not fit.
+
+    Where the runtime really puts what is not published; this order needs as few domains as there can be, up to what is
+    left at the end of each.
+    """
+    domains = [Domain()]
+    for part, size in _buffers(shape, kind, context):
+        if domains[-1].used + size > DOMAIN_BYTES:
+            domains.append(Domain())
+        domains[-1].add(part, size)
+    return domains
+
+
+def _buffers(shape: ModelShape, kind: QuantizedType, context: int) -> Iterator[tuple[str, float]]:
+    cache = context * cache_bytes_per_token(shape) / shape.num_hidden_layers
+    matrices = [kind.matrix_bytes(matrix) for matrix in shape.layer]
+    for _ in range(shape.num_hidden_layers):
+        for size in matrices:
+            yield "layers", size
+        yield "cache", cache
+    yield "head", kind.matrix_bytes(shape.head)

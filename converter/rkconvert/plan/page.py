@@ -1,0 +1,157 @@
+"""A plan as one HTML page with its plots, without anything from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+
+from rkconvert.dtypes import DOMAIN_BYTES
+from rkconvert.plan.planner import Plan
+from rkconvert.plan.prediction import PROMPT_TOKENS, costs_of
+from rkconvert.plan.report import gigabytes
+from rkconvert.plan.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes
+from rkruntime.files import atomic_file
+
+_TEMPLATE: Final = "page.html.jinja"
+_WIDTH: Final = 560.0
+_HEIGHT: Final = 200.0
+_BAR_HEIGHT: Final = 22.0
+_POINTS: Final = 33
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a bar: what it is, where it begins and how wide it is, in the units of the drawing."""
+
+    part: str
+    x: float
+    width: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A level that is drawn across a plot."""
+
+    y: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot of something over the context: an SVG polyline, the values at its ends, and levels to compare with."""
+
+    title: str
+    points: str
+    first: str
+    last: str
+    last_context: str
+    levels: tuple[Line, ...] = ()
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Write the page; OutputError or HostError if it cannot be written."""
+    page = render(plan)
+    with atomic_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def render(plan: Plan) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rkconvert.plan", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["gigabytes"] = gigabytes
+    return environment.get_template(_TEMPLATE).render(
+        plan=plan,
+        width=_WIDTH,
+        height=_HEIGHT,
+        bar_height=_BAR_HEIGHT,
+        figures=_figures(plan),
+        domains=[_bar(domain.parts) for domain in plan.domains],
+        curves=[_memory_curve(plan), _speed_curve(plan)],
+        prompt_tokens=PROMPT_TOKENS,
+    )
+
+
+def _figures(plan: Plan) -> list[tuple[str, str, str]]:
+    shape, prediction, vendor = plan.shape, plan.prediction, plan.vendor
+    same_prompt = vendor is not None and vendor.prompt_tokens == PROMPT_TOKENS
+    return [
+        (
+            f"{prediction.decode_tokens_per_s:.2f}",
+            "tokens/s",
+            f"vendor: {vendor.decode_tokens_per_s}" if vendor else "predicted",
+        ),
+        (
+            f"{prediction.ttft_ms:,.0f} ms",
+            f"to the first token of {PROMPT_TOKENS}",
+            f"vendor: {vendor.ttft_ms:,.0f}" if vendor and same_prompt else "predicted",
+        ),
+        (gigabytes(plan.memory_bytes), f"memory with {plan.context} tokens", "predicted"),
+        (gigabytes(file_bytes(shape, plan.kind)), ".rkllm file", "without tokenizer"),
+        (gigabytes(npu_bytes(shape, plan.kind)), "weights for the NPU", f"{len(plan.domains)} domains of 4 GiB"),
+        (gigabytes(embedding_bytes(shape)), "embedding table", f"in {plan.request.embedding}"),
+    ]
+
+
+def _bar(parts: dict[str, float]) -> list[Segment]:
+    segments, x = [], 0.0
+    for part, size in parts.items():
+        width = _WIDTH * size / DOMAIN_BYTES
+        segments.append(Segment(part, round(x, 2), round(width, 2), f"{part}: {gigabytes(size)}"))
+        x += width
+    return segments
+
+
+def _memory_curve(plan: Plan) -> Curve:
+    at_zero = plan.memory_bytes - plan.context * cache_bytes_per_token(plan.shape)
+    per_token = cache_bytes_per_token(plan.shape)
+    top = 1.1 * max(at_zero + plan.most_context * per_token, *(choice.usable_bytes for choice in plan.ram))
+    levels = tuple(
+        Line(_height(choice.usable_bytes, top), f"what a board of {choice.gib:g} GiB leaves") for choice in plan.ram
+    )
+    return _curve(
+        plan, "Memory by context", lambda tokens: at_zero + tokens * per_token, top, lambda v: gigabytes(v), levels
+    )
+
+
+def _speed_curve(plan: Plan) -> Curve:
+    costs = costs_of(plan.board.soc)
+
+    def speed(tokens: float) -> float:
+        return 1000 / costs.token_ms(plan.shape, plan.kind, tokens)
+
+    return _curve(plan, "Decoded tokens per second by context", speed, 1.15 * speed(0), lambda v: f"{v:.2f}", ())
+
+
+def _curve(
+    plan: Plan,
+    title: str,
+    value: Callable[[float], float],
+    top: float,
+    label: Callable[[float], str],
+    levels: Sequence[Line],
+) -> Curve:
+    steps = [plan.most_context * step / (_POINTS - 1) for step in range(_POINTS)]
+    points: list[Any] = [f"{_WIDTH * tokens / plan.most_context:.1f},{_height(value(tokens), top)}" for tokens in steps]
+    return Curve(
+        title=title,
+        points=" ".join(points),
+        first=label(value(0)),
+        last=label(value(plan.most_context)),
+        last_context=f"{plan.most_context:,}",
+        levels=tuple(levels),
+    )
+
+
+def _height(value: float, top: float) -> float:
+    return round(_HEIGHT * (1 - value / top), 1)

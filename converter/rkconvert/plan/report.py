@@ -1,0 +1,214 @@
+"""A plan as JSON and as a picture in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rkconvert.dtypes import DOMAIN_BYTES
+from rkconvert.plan.domains import Domain
+from rkconvert.plan.planner import Plan, TypeVerdict
+from rkconvert.plan.prediction import PROMPT_TOKENS, costs_of, vendor_rows
+from rkconvert.plan.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes
+
+_PARTS: Final = {"layers": "blue", "head": "magenta", "cache": "yellow"}
+_STATUS: Final = {"ok": "green", "warn": "yellow", "refuse": "red", "impossible": "red dim"}
+_BAR: Final = 64
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as `--json` prints it. Sizes are bytes, but memory_mb is in MiB as the vendor counts it."""
+    shape, prediction = plan.shape, plan.prediction
+    layers = shape.num_hidden_layers * shape.layer_weights
+    return {
+        "model": {
+            "name": plan.source.name,
+            "family": shape.family,
+            "parameters": shape.parameters,
+            "parts": {
+                "embedding": shape.head.weights,
+                "layers": layers,
+                "head": 0 if shape.tied else shape.head.weights,
+                "norms_and_biases": shape.vectors,
+            },
+            "layers": shape.num_hidden_layers,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "stored_bytes": plan.source.stored_bytes,
+        },
+        "board": {"name": plan.board.name, "soc": plan.board.soc, "memory": plan.board.memory},
+        "type": plan.kind.name,
+        "toolkit": plan.request.toolkit,
+        "context": plan.context,
+        "decode_tokens_per_s": round(prediction.decode_tokens_per_s, 2),
+        "decode_tokens_per_s_at_full_context": round(plan.decode_at_full_context, 2),
+        "ttft_ms": round(prediction.ttft_ms, 1),
+        "memory_mb": round(prediction.memory_mb, 1),
+        "fits": plan.fits,
+        "prediction": {
+            "evidence": "predicted",
+            "prompt_tokens": PROMPT_TOKENS,
+            "rows": sum(row.platform == plan.board.soc for row in vendor_rows()),
+            "bandwidth_gb_per_s": round(costs_of(plan.board.soc).bandwidth_gb_per_s, 1),
+            "vendor": _vendor(plan),
+        },
+        "sizes": {
+            "file_bytes": round(file_bytes(shape, plan.kind)),
+            "npu_weight_bytes": round(npu_bytes(shape, plan.kind)),
+            "embedding_bytes": embedding_bytes(shape),
+            "embedding_in": plan.request.embedding,
+            "cache_bytes_per_token": cache_bytes_per_token(shape),
+            "cache_bytes": plan.context * cache_bytes_per_token(shape),
+            "memory_bytes": round(plan.memory_bytes),
+        },
+        "domains": [{part: round(size) for part, size in domain.parts.items()} for domain in plan.domains],
+        "domain_bytes": DOMAIN_BYTES,
+        "ram": [{**asdict(choice), "usable_bytes": round(choice.usable_bytes)} for choice in plan.ram],
+        "host": {
+            "ram_bytes": round(plan.host.ram_bytes),
+            "ram_here_bytes": plan.host.ram_here_bytes,
+            "swap_bytes": round(plan.host.swap_bytes),
+            "disk_bytes": round(plan.host.disk_bytes),
+        },
+        "verdicts": [_verdict(verdict) for verdict in plan.verdicts],
+        "notes": list(plan.notes),
+    }
+
+
+def _vendor(plan: Plan) -> dict[str, Any] | None:
+    row = plan.vendor
+    if row is None:
+        return None
+    return {
+        "model": row.model,
+        "release": row.release,
+        "prompt_tokens": row.prompt_tokens,
+        "ttft_ms": row.ttft_ms,
+        "decode_tokens_per_s": row.decode_tokens_per_s,
+        "memory_mb": row.memory_mb,
+    }
+
+
+def _verdict(verdict: TypeVerdict) -> dict[str, Any]:
+    plain = asdict(verdict)
+    for key in ("file_bytes", "memory_bytes"):
+        plain[key] = None if plain[key] is None else round(plain[key])
+    speed = verdict.decode_tokens_per_s
+    return {**plain, "decode_tokens_per_s": None if speed is None else round(speed, 2)}
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan for a person."""
+    console.print(Group(_heading(plan), _figures(plan), *_picture(plan), _ram(plan), _verdicts(plan)))
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+
+
+def gigabytes(size: float) -> str:
+    """A size in 1e9 bytes, for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _heading(plan: Plan) -> Text:
+    shape = plan.shape
+    return Text.assemble(
+        (plan.source.name, "bold"),
+        f"  {shape.family}, {shape.parameters / 1e9:.2f} billion weights, {shape.num_hidden_layers} layers",
+        f"\n{plan.kind.name} on {plan.board.name}, context {plan.context}, toolkit {plan.request.toolkit}\n",
+    )
+
+
+def _figures(plan: Plan) -> Table:
+    shape, prediction, vendor = plan.shape, plan.prediction, plan.vendor
+    table = Table(box=None, show_header=False, pad_edge=False)
+    where = "in flash" if plan.request.embedding == "flash" else "in RAM"
+    rows = [
+        (".rkllm file", gigabytes(file_bytes(shape, plan.kind)), ""),
+        ("NPU memory", gigabytes(npu_bytes(shape, plan.kind)), "weights, in domains of 4 GiB"),
+        ("cache", gigabytes(plan.context * cache_bytes_per_token(shape)), f"{plan.context} tokens"),
+        ("embedding", gigabytes(embedding_bytes(shape)), f"{where}, not read by the NPU"),
+        ("board memory", gigabytes(plan.memory_bytes), "with the whole context (predicted)"),
+        (
+            "first token",
+            f"{prediction.ttft_ms:,.0f} ms",
+            f"after a prompt of {PROMPT_TOKENS} tokens (predicted"
+            + (f"; vendor {vendor.ttft_ms:,.0f}" if vendor and vendor.prompt_tokens == PROMPT_TOKENS else "")
+            + ")",
+        ),
+        (
+            "decode",
+            f"{prediction.decode_tokens_per_s:.2f} tokens/s",
+            f"{plan.decode_at_full_context:.2f} when the context is full (predicted"
+            + (f"; vendor {vendor.decode_tokens_per_s}" if vendor else "")
+            + ")",
+        ),
+        (
+            "to convert",
+            gigabytes(plan.host.ram_bytes),
+            f"of memory on the PC{_swap(plan)}, and {gigabytes(plan.host.disk_bytes)} of disk (predicted)",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _swap(plan: Plan) -> str:
+    missing = plan.host.swap_bytes
+    return f", {gigabytes(missing)} more than this one has (swap)" if missing else ""
+
+
+def _picture(plan: Plan) -> list[RenderableType]:
+    legend = Text("\nNPU memory  ")
+    for part, colour in _PARTS.items():
+        legend.append("█ ", colour).append(f"{part}  ")
+    legend.append("░ free")
+    return [legend, *(_domain(number, domain) for number, domain in enumerate(plan.domains))]
+
+
+def _domain(number: int, domain: Domain) -> Text:
+    line = Text(f"domain {number:<2} ")
+    drawn, size = 0, 0.0
+    for part, colour in _PARTS.items():
+        size += domain.parts.get(part, 0.0)
+        end = round(_BAR * size / DOMAIN_BYTES)
+        line.append("█" * (end - drawn), colour)
+        drawn = end
+    line.append("░" * (_BAR - drawn), "dim")
+    return line.append(f" {domain.used / DOMAIN_BYTES:4.0%}")
+
+
+def _ram(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for column in ("\nboard RAM", "\nfits", "\nlargest context"):
+        table.add_column(column)
+    for choice in plan.ram:
+        fits = Text("yes", "green") if choice.fits else Text("no", "red")
+        table.add_row(f"{choice.gib:g} GiB", fits, f"{choice.largest_context:,}" if choice.largest_context else "-")
+    return table
+
+
+def _verdicts(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("\ntype", "\n", "\nfile", "\ntokens/s", "\nwhy"):
+        table.add_column(column, no_wrap=column != "\nwhy")
+    for group in _alike(plan.verdicts):
+        first = group[0]
+        table.add_row(
+            Text("\n".join(verdict.type for verdict in group)),
+            Text(first.status, _STATUS[first.status]),
+            "\n".join(gigabytes(verdict.file_bytes) if verdict.file_bytes else "" for verdict in group),
+            "\n".join(f"{verdict.decode_tokens_per_s or 0:.2f}".replace("0.00", "") for verdict in group),
+            Text(f"{first.reason} ({first.evidence})"),
+        )
+    return table
+
+
+def _alike(verdicts: Sequence[TypeVerdict]) -> list[list[TypeVerdict]]:
+    """Neighbours that one rule speaks of; their sentences differ in numbers at most."""
+    return [list(group) for _, group in groupby(verdicts, lambda item: (item.status, item.evidence, item.source))]
