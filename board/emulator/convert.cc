@@ -43,7 +43,8 @@ Sampling sampling_of(const RKLLMParam& p) {
           p.mirostat_eta};
 }
 
-void check_cpus([[maybe_unused]] const RKLLMExtendParam& extend, Settings& settings) {
+void check_cpus([[maybe_unused]] const RKLLMExtendParam& extend,
+                [[maybe_unused]] Settings& settings) {
 #if RKEMU_LAYOUT >= 4
   const int count = extend.enabled_cpus_num > 0 ? extend.enabled_cpus_num : kDefaultCpus;
   const auto in_mask = std::bitset<32>(extend.enabled_cpus_mask).count();

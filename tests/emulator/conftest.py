@@ -232,8 +232,11 @@ class Client:
     def _on_tokenize(self, userdata: Any, text: int, size: int, tokens: Any, room: int) -> int:
         assert self.tokenizer
         ids = self.tokenizer(ctypes.string_at(text, size))
-        tokens[: len(ids)] = ids
-        return len(ids) if len(ids) <= room else -1
+        if len(ids) > room:
+            return -1
+        for i, token in enumerate(ids):
+            tokens[i] = token
+        return len(ids)
 
     def _on_embed(self, userdata: Any, tokens: Any, count: int, rows: int, size: int) -> int:
         found = np.ascontiguousarray(self.embedding[list(tokens[:count])], np.float32)
@@ -414,6 +417,7 @@ def make_model() -> Callable[..., Made]:
         groups: int = 1,
         spread: float = 4.0,
         seed: int = 0,
+        echo: bool = False,
         meta: dict[str, Any] | None = None,
         drop: Sequence[str] = (),
         **overrides: Any,
@@ -441,6 +445,11 @@ def make_model() -> Callable[..., Made]:
         with torch.no_grad():
             for name, parameter in reference.named_parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.2 if "norm" in name else parameter * spread)
+            if echo:  # the layers add nothing, so a tied model says its last token again
+                for layer in reference.model.layers:
+                    layer.post_attention_layernorm.weight.fill_(-1)
+                    layer.post_feedforward_layernorm.weight.fill_(-1)
+                reference.model.norm.weight.zero_()
         weights = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
 
         tensors: dict[str, Any] = {}
