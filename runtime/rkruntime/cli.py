@@ -27,6 +27,7 @@ COMMANDS: dict[str, Entry] = {
     "plan": Entry("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
     "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
     "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
+    "toolkit": Entry("rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."),
     "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
     "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
     "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),

@@ -1,0 +1,84 @@
+"""`rkedge toolkit`: the vendor's rkllm-toolkit in an environment of its own, and what an installed one can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkconvert.toolkit.environment import setup
+from rkconvert.toolkit.interpreter import VARIABLE, Toolkit, find_toolkit
+from rkconvert.toolkit.wheel import read_wheel
+
+_PYTHON = click.Path(path_type=Path)
+
+
+@click.group("toolkit")
+def run() -> None:
+    """Set up the vendor's rkllm-toolkit, which makes the files that a board runs."""
+
+
+@run.command("setup")
+@click.option("--wheel", "wheel_file", type=_PYTHON, required=True, help="The vendor's wheel, as downloaded.")
+@click.option("--python", type=_PYTHON, help="A Python of the wheel's release [default: looked for].")
+@click.option("--replace", is_flag=True, help="Make an environment anew that exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not show what pip prints.")
+def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
+    """Make an environment from a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
+    wheel = read_wheel(wheel_file)
+    toolkit = setup(wheel, python, lambda line: None if quiet else click.echo(line, err=True), replace=replace)
+    if as_json:
+        click.echo(json.dumps(_facts(toolkit), indent=2))
+    else:
+        click.echo(f"rkllm-toolkit {toolkit.version} is ready: {toolkit.python}")
+
+
+@run.command("info")
+@click.option("--toolkit-python", type=_PYTHON, help=f"Interpreter that has the toolkit [default: {VARIABLE}, ...].")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def run_info(toolkit_python: Path | None, as_json: bool) -> None:
+    """Say which toolkit `rkedge convert` will use, and what this release takes. Nothing of it is run."""
+    toolkit = find_toolkit(toolkit_python)
+    facts = _facts(toolkit)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    release = toolkit.release
+    lines = [
+        ("toolkit", f"{toolkit.version}, by {toolkit.origin}"),
+        ("python", f"{toolkit.python_version}, {toolkit.python}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in toolkit.parts.items() if version) or "none"),
+        *(
+            (platform, f"{', '.join(types)}; {release.cores[platform]} NPU cores")
+            for platform, types in release.dtypes.items()
+        ),
+        ("algorithms", ", ".join(release.algorithms) + (", and with _rN" if release.low_rank else "")),
+        ("context", f"up to {release.context['most']:,} tokens, in steps of {release.context['step']}"),
+        ("load types", ", ".join(release.load_dtypes) or "its own choice"),
+        ("end tokens", "several" if release.several_eos else "one; the runtime of RKEdge ends answers at all of them"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        click.echo(f"{name:{width}}  {text}")
+
+
+def _facts(toolkit: Toolkit) -> dict[str, Any]:
+    release = toolkit.release
+    return {
+        "python": str(toolkit.python),
+        "origin": toolkit.origin,
+        "python_version": toolkit.python_version,
+        "toolkit": toolkit.version,
+        "described_by": release.row,
+        "packages": dict(toolkit.parts),
+        "arguments": {method: list(names) for method, names in release.arguments.items()},
+        "dtypes": {platform: list(types) for platform, types in release.dtypes.items()},
+        "npu_cores": dict(release.cores),
+        "algorithms": list(release.algorithms),
+        "max_context": release.context["most"],
+        "load_dtypes": list(release.load_dtypes),
+        "sources": dict(release.sources),
+    }

@@ -1,0 +1,214 @@
+"""An environment with the vendor's toolkit, made from the wheel that a person downloaded: whole, or not there at all.
+
+What counts is the marker file, which is written last: an environment without it was interrupted, and is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from rkconvert.toolkit.interpreter import MARKER, Toolkit, clean_environment, environments_folder, inspect_toolkit
+from rkconvert.toolkit.session import end_session
+from rkconvert.toolkit.wheel import Wheel, check_host
+from rkruntime.diagnosis import diagnose
+from rkruntime.errors import HostError, OutputError
+from rkruntime.files import sha256_file, write_error
+
+# The toolkit imports pkg_resources, which setuptools dropped (seen on a user's machine; its own warning names 81).
+_CONSTRAINTS: Final = "setuptools<81\n"
+# README.md @ 1.2.0 and later asks for it on Python 3.12; elsewhere it spares a CUDA compiler.
+_SETTINGS: Final = {"BUILD_CUDA_EXT": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+# Where packages come from is the person's own affair.
+_PIP_KEPT: Final = (
+    "PIP_",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "SSL_",
+    "REQUESTS_CA_BUNDLE",
+)
+_IMPORT: Final = "from rkllm.api import RKLLM"
+_IMPORT_SECONDS: Final = 300
+# Gigabytes over a slow line take hours, not days.
+_PIP_SECONDS: Final = 6 * 3600
+_LAST_LINES: Final = 40
+_SHOWN_LINES: Final = 6
+
+OnLine = Callable[[str], None]
+
+
+def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = False) -> Toolkit:
+    """Make the environment of a wheel and try it out.
+
+    Args:
+        named: a Python of the wheel's release; None looks for one.
+        on_line: gets every line that pip prints.
+        replace: make an existing environment of this wheel anew.
+
+    Raises:
+        HostError: this machine lacks something, or packages could not be installed. Nothing is left.
+        OutputError: the environment exists.
+    """
+    check_host(wheel)
+    python = find_python(wheel.python, named)
+    folder = environments_folder() / f"{wheel.release.version}-py{wheel.python}"
+    if (folder / MARKER).is_file() and not replace:
+        raise OutputError(
+            f"{folder} exists already, with rkllm-toolkit {wheel.release.version}.",
+            hint="Use it as it is (`rkedge toolkit info`), or have it made anew with --replace.",
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return _make(folder, wheel, python, on_line)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        if not (folder / MARKER).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
+    on_line(f"making {folder} with {python}")
+    _run([python, "-I", "-m", "venv", folder], clean_environment(python), on_line, f"{python} cannot make environments")
+    inner = folder / "bin" / "python"
+    constraints = folder / "constraints.txt"
+    constraints.write_text(_CONSTRAINTS)
+    environment = clean_environment(inner, _pip_environment(constraints))
+    what = f"{wheel.path.name} could not be installed"
+    _run([inner, "-I", "-m", "pip", "install", "setuptools<81", wheel.path], environment, on_line, what)
+    on_line("trying to import it")
+    toolkit = inspect_toolkit(inner, "rkedge toolkit setup")
+    what = f"{wheel.path.name} was installed, and cannot be imported"
+    _run([inner, "-I", "-c", _IMPORT], clean_environment(inner), on_line, what, _IMPORT_SECONDS)
+    note = {
+        "wheel": wheel.path.name,
+        "sha256": sha256_file(wheel.path),
+        "toolkit": toolkit.version,
+        "python": toolkit.python_version,
+        "parts": dict(toolkit.parts),
+    }
+    (folder / MARKER).write_text(json.dumps(note, indent=2) + "\n")
+    return toolkit
+
+
+def _pip_environment(constraints: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name.startswith(_PIP_KEPT)}
+    # pip takes several, and those of the person stay in force; builds of old packages obey them too.
+    kept["PIP_CONSTRAINT"] = " ".join(filter(None, [kept.get("PIP_CONSTRAINT"), str(constraints)]))
+    return {**_SETTINGS, **kept}
+
+
+def _run(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str],
+    on_line: OnLine,
+    what: str,
+    seconds: float = _PIP_SECONDS,
+) -> None:
+    """Run a program to its end, or raise HostError with its last words. It ends with all it started, also on Ctrl-C."""
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=dict(environment),
+        text=True,
+        errors="replace",
+    )
+    limit = threading.Timer(seconds, end_session, [process])
+    limit.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip())
+            on_line(line.rstrip())
+        if process.returncode is None:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    finally:
+        limit.cancel()
+        end_session(process)
+        if process.stdout is not None:
+            process.stdout.close()
+    if process.returncode == -signal.SIGKILL:
+        last.append(f"ended after {seconds:,.0f} s, or by the kernel for want of memory")
+    if process.returncode != 0:
+        raise _failed(what, list(last))
+
+
+def _failed(what: str, lines: Sequence[str]) -> HostError:
+    found = diagnose("\n".join(lines), context={"stage": "convert"})
+    shown = "".join(f"\n    {line}" for line in lines[-_SHOWN_LINES:])
+    return HostError(
+        f"{what}.{shown}" + (f"\n  {found.cause}" if found.explained else ""),
+        hint=found.next_steps[0] if found.explained and found.next_steps else "Read the lines above; nothing was left.",
+        details={"lines": list(lines), "diagnosis": found.as_dict()},
+    )
+
+
+def find_python(version: str, named: Path | None = None) -> Path:
+    """An interpreter of a release such as `3.12` that can make environments. Raises HostError."""
+    if named:
+        found = _version_of(named)
+        if found != version:
+            raise HostError(
+                f"{named} is Python {found}; the wheel is for {version}."
+                if found
+                else f"{named} is no Python that runs.",
+                hint=f"Name a Python {version}, or take the vendor's wheel for another Python.",
+            )
+        return named.absolute()
+    for candidate in _pythons(version):
+        if _version_of(candidate) == version:
+            return candidate
+    raise HostError(
+        f"The wheel is for Python {version}, and none was found: neither on PATH nor with pyenv, uv or conda.",
+        hint=f"Install it (for example `uv python install {version}` or `pyenv install {version}`), name it with"
+        " --python, or take the vendor's wheel for another Python.",
+    )
+
+
+def _pythons(version: str) -> Iterator[Path]:
+    if found := shutil.which(f"python{version}"):
+        yield Path(found)
+    yield Path(sys.executable)
+    home = Path.home()
+    folders = (
+        (Path(os.environ.get("PYENV_ROOT") or home / ".pyenv"), f"versions/{version}.*/bin/python{version}"),
+        (home / ".local/share/uv/python", f"cpython-{version}*/bin/python{version}"),
+        *((home / name, f"envs/*/bin/python{version}") for name in ("miniconda3", "anaconda3", "miniforge3")),
+    )
+    for folder, pattern in folders:
+        yield from sorted(folder.glob(pattern), reverse=True)
+
+
+def _version_of(python: Path) -> str:
+    """`3.12`, or nothing if it does not run: pyenv has a shim for each release that any of its Pythons has."""
+    code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run(
+            [str(python), "-I", "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+            env=clean_environment(python),
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+    return done.stdout.strip()

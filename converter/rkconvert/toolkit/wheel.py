@@ -1,0 +1,114 @@
+"""The vendor's wheel, as a person downloaded it: looked into before anything is installed."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+from email.parser import Parser
+from pathlib import Path
+from typing import Final
+
+from rkconvert.shards import refuse_lfs_pointer
+from rkconvert.toolkit.versions import Release, release
+from rkruntime.errors import HostError, InputError
+
+# PEP 427: name-version[-build]-python-abi-platform.whl
+_NAME: Final = re.compile(
+    r"(?P<name>\w[\w.]*)-(?P<version>[\w.+!]+)(-\d\w*)?-cp(?P<major>\d)(?P<minor>\d+)-\w+-(?P<platform>[\w.]+)\.whl"
+)
+_MOST_METADATA: Final = 1 << 20
+_DOWNLOAD: Final = "Download it from the vendor's repository (airockchip/rknn-llm, folder rkllm-toolkit)."
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of rkllm-toolkit.
+
+    Attributes:
+        release: what its version takes.
+        python: the release of Python that it is for, such as `3.12`.
+        platform: its platform tag, such as `linux_x86_64`.
+    """
+
+    path: Path
+    release: Release
+    python: str
+    platform: str
+
+
+def read_wheel(path: Path) -> Wheel:
+    """Look into a wheel. Nothing is unpacked.
+
+    Raises:
+        InputError: no wheel, or not one of rkllm-toolkit.
+        HostError: a release that RKEdge does not use.
+    """
+    metadata, tag = _read_metadata(path)
+    name, version = metadata.get("Name", ""), metadata.get("Version", "")
+    if re.sub(r"[-_.]+", "-", name).lower() != "rkllm-toolkit":
+        raise InputError(
+            f"{path} is a wheel of {name or 'something without a name'}, not of rkllm-toolkit.", hint=_DOWNLOAD
+        )
+    match = _NAME.fullmatch(path.name)
+    if not match or match["version"].replace("_", "+") != version.replace("_", "+"):
+        raise InputError(
+            f"{path} was renamed: pip reads version and Python from a wheel's name, and inside it is {name} {version}.",
+            hint=f"Give the file its name again: rkllm_toolkit-{version}-{tag}.whl",
+        )
+    python = f"{match['major']}.{match['minor']}"
+    found = release(version)
+    if python not in found.python:
+        raise InputError(
+            f"{path.name} is for Python {python}, with which rkllm-toolkit {version} cannot be installed"
+            f" ({found.source('python')}).",
+            hint=f"Take the wheel for Python {' or '.join(found.python)}.",
+        )
+    return Wheel(path.absolute(), found, python, match["platform"])
+
+
+def _read_metadata(path: Path) -> tuple[dict[str, str], str]:
+    """METADATA's headers, and the first tag of WHEEL."""
+    try:
+        with path.open("rb") as file:
+            refuse_lfs_pointer(path, file.read(64), InputError)
+        with zipfile.ZipFile(path) as archive:
+            parts = {name.rpartition("/")[2]: name for name in archive.namelist() if name.count("/") == 1}
+            texts = [_read_text(archive, parts[name]) for name in ("METADATA", "WHEEL")]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.", hint=_DOWNLOAD) from error
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{path} is not a wheel, or was not downloaded whole: {error}.",
+            hint="A page of a web site saved as .whl is a frequent cause: use its raw download.",
+        ) from error
+    metadata, wheel = (Parser().parsestr(text, headersonly=True) for text in texts)
+    return {key: str(value) for key, value in metadata.items()}, str(wheel.get("Tag", "cp312-cp312-linux_x86_64"))
+
+
+def _read_text(archive: zipfile.ZipFile, name: str) -> str:
+    if archive.getinfo(name).file_size > _MOST_METADATA:
+        raise ValueError(f"{name} has more than a MiB")
+    return archive.read(name).decode("utf-8", "replace")
+
+
+def check_host(wheel: Wheel) -> None:
+    """Raise HostError if this machine cannot run what is in the wheel."""
+    machine = platform.machine()
+    if not sys.platform.startswith("linux") or machine not in ("x86_64", "AMD64"):
+        raise HostError(
+            f"rkllm-toolkit is made for Linux on x86-64 alone ({wheel.platform}); this is {sys.platform} on {machine}.",
+            hint="Convert on a PC, also under WSL or in a virtual machine; the board needs only librkllmrt.so.",
+        )
+    if not re.fullmatch(r"(many)?linux\w*_x86_64(\.(many)?linux\w*_x86_64)*", wheel.platform):
+        raise HostError(
+            f"{wheel.path.name} is for {wheel.platform}, and this machine is linux_x86_64.",
+            hint="Take the wheel that ends in linux_x86_64.whl.",
+        )
+    if platform.libc_ver()[0] != "glibc":
+        raise HostError(
+            "This system's C library is not glibc, and torch, which the toolkit needs, has wheels for glibc only.",
+            hint="Use Debian, Ubuntu or Fedora, or a container of one of these, in the place of Alpine.",
+        )
