@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class FinishReason(str, Enum):
@@ -14,6 +19,7 @@ class FinishReason(str, Enum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    PAUSE = "pause"
 
 
 @dataclass(frozen=True)
@@ -37,30 +43,78 @@ class Sampling:
     mirostat_eta: float = 0.1
 
 
+DEFAULT_SAMPLING = Sampling()
 GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repeat_penalty=1.0)
 
 
 @dataclass(frozen=True)
+class TextPrompt:
+    """A text that the runtime tokenizes, and wraps in the model's chat template from 1.2.0 on.
+
+    Attributes:
+        role: `user`, or `tool` for a tool's result (1.2.1 on).
+        enable_thinking: a switch of Qwen3 models (1.2.1 on).
+    """
+
+    text: str
+    role: str = "user"
+    enable_thinking: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddingPrompt:
+    """Rows of the embedding table in place of token ids: float32 [tokens, hidden size]."""
+
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A text with images, as a vision model of their own gave them.
+
+    Attributes:
+        text: with the model's image placeholder where each image belongs.
+        images: float32 [images, tokens per image, hidden size].
+        width, height: of an image in pixels (1.2.1b1 on).
+        markers: texts for start, end and content of an image (per run from 1.3.0 on; before, see LoadOptions).
+    """
+
+    text: str
+    images: NDArray[np.float32]
+    width: int = 0
+    height: int = 0
+    markers: tuple[str, str, str] | None = None
+
+
+Prompt = TextPrompt | EmbeddingPrompt | ImagePrompt
+
+
+@dataclass(frozen=True)
 class Request:
-    """One run over token ids.
+    """One run, over token ids or another kind of prompt.
 
     Attributes:
         tokens: the whole prompt, template rendered, `<bos>` once.
+        prompt: in place of `tokens`.
         max_new_tokens: -1 for as many as the context has room for.
         stop_tokens: each of these ends the answer and is not part of it, also where the runtime knows one EOS only.
         sampling: None keeps what the model was loaded with; another needs release 1.3.0.
         keep_history: continue after what the KV cache holds (1.2.0 on).
         lora: name of an adapter that was loaded before.
         save_prompt_cache: file that the runtime writes after the run.
+        pause_tokens: each of these ends the run with PAUSE; it is part of the answer, and the KV cache is kept
+            as it is for a run that goes on (1.2.1 on).
     """
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] = ()
     max_new_tokens: int = -1
     stop_tokens: frozenset[int] = field(default_factory=frozenset)
     sampling: Sampling | None = None
     keep_history: bool = False
     lora: str | None = None
     save_prompt_cache: Path | None = None
+    prompt: Prompt | None = None
+    pause_tokens: frozenset[int] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True)
@@ -93,3 +147,20 @@ class Finished:
 
 
 Event = Token | Finished
+
+
+@dataclass(frozen=True)
+class Logits:
+    """float32 [tokens, vocabulary]: of the whole prompt first, then of each token (1.2.0 on)."""
+
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The last layer's output, float32 [tokens, hidden size]."""
+
+    values: NDArray[np.float32]
+
+
+ArrayEvent = Token | Finished | Logits | HiddenStates

@@ -49,9 +49,9 @@ def _rkllm(path: Path, _: bool) -> dict[str, Any]:
 
 
 def _library(path: Path, _: bool) -> dict[str, Any]:
-    from rkruntime.identify import identify
+    from rkruntime.identify import inspect_library
 
-    return {"kind": "RKLLM runtime library", **identify(path).as_dict()}
+    return {"kind": "RKLLM runtime library", **inspect_library(path).as_dict()}
 
 
 def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:

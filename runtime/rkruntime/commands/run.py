@@ -16,7 +16,7 @@ from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runt
 
 if TYPE_CHECKING:
     from rkruntime.answer import Answer
-    from rkruntime.engine import EngineInfo
+    from rkruntime.engine import ModelInfo
 
 
 def _prompt(text: str | None, file: BinaryIO | None) -> str:
@@ -90,7 +90,7 @@ def run(
     terminal.write("\n")
 
 
-def _report(answer: Answer, info: EngineInfo) -> dict[str, Any]:
+def _report(answer: Answer, info: ModelInfo) -> dict[str, Any]:
     return {
         "text": answer.text,
         "finish_reason": answer.reason.value,

@@ -1,0 +1,98 @@
+"""The releases of librkllmrt.so and the layout of each. To add a release, add a row to RELEASES (docs/abi.md).
+
+Source of versions and layouts: the public headers `rkllm.h` of airockchip/rknn-llm, measured with four compilers
+(tests/data/rkllm-abi); 1.3.1 from a public description of its one change.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from rkruntime.errors import LibraryError
+
+_BY_VALUE = (
+    "releases 1.0.x take their parameters by value, have no token input and no multi-turn cache, "
+    "and report success after a failed load"
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release.
+
+    Attributes:
+        version: as the library's version text has it, `1.2.1b1`.
+        layout: releases with the same id have the same structures, enums, callbacks and prototypes.
+        evidence: `measured` with compilers on the release's header, or `computed` from a description.
+        refused: why this kit does not call it; empty where it does.
+    """
+
+    version: str
+    layout: str
+    evidence: str = "measured"
+    refused: str = ""
+
+
+RELEASES: Final[dict[str, Release]] = {
+    release.version: release
+    for release in (
+        Release("1.0.0", "L1", refused=_BY_VALUE),
+        Release("1.0.1", "L2", refused=_BY_VALUE),
+        Release("1.0.2b", "L2", refused=_BY_VALUE),
+        Release("1.1.0", "L3"),
+        Release("1.1.1", "L3"),
+        Release("1.1.2", "L3"),
+        Release("1.1.3", "L3"),
+        Release("1.1.4", "L3"),
+        Release("1.2.0", "L4"),
+        Release("1.2.1b1", "L5"),
+        Release("1.2.1", "L6"),
+        Release("1.2.2", "L6"),
+        Release("1.2.3", "L6"),
+        Release("1.3.0", "L7"),
+        Release("1.3.1", "L8", evidence="computed"),
+    )
+}
+"""Every known release by its version, oldest first: the order says what `since` and `until` mean."""
+
+LAYOUTS: Final[dict[str, tuple[str, ...]]] = {
+    layout: tuple(item.version for item in RELEASES.values() if item.layout == layout)
+    for layout in dict.fromkeys(item.layout for item in RELEASES.values())
+}
+"""The versions of each layout."""
+
+OLDEST: Final = "1.0.0"
+NEWEST: Final = list(RELEASES)[-1]
+CALLABLE: Final = tuple(item.version for item in RELEASES.values() if not item.refused)
+_ORDER: Final = {version: at for at, version in enumerate(RELEASES)}
+
+
+def within(version: str, since: str, until: str) -> bool:
+    """Whether a release lies between two others, both included; an empty `until` is no end."""
+    return _ORDER[since] <= _ORDER[version] and (not until or _ORDER[version] <= _ORDER[until])
+
+
+def sort_key(version: str) -> tuple[int, ...]:
+    """Key that orders any version texts, unknown ones too; a beta comes before its release."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:b(\d*))?", version)
+    if numbers is None:
+        raise LibraryError(f"{version!r} is not a version of librkllmrt.so: one looks like 1.2.3 or 1.2.1b1.")
+    major, minor, patch, beta = numbers.groups()
+    return int(major), int(minor), int(patch), 1 if beta is None else 0, int(beta or 0)
+
+
+def release_named(version: str) -> Release:
+    """The release of a version that a person named. Raises LibraryError if there is none, or it is refused."""
+    release = RELEASES.get(version)
+    if release is None:
+        raise LibraryError(
+            f"There is no layout for librkllmrt.so {version}.", hint=f"Known releases: {', '.join(CALLABLE)}."
+        )
+    if release.refused:
+        raise LibraryError(
+            f"librkllmrt.so {version} is not supported: {release.refused}.",
+            hint="Install librkllmrt.so 1.2.3, and a model made by a toolkit from 1.1.4 to 1.2.3.",
+        )
+    return release

@@ -1,0 +1,362 @@
+"""The library's functions as Python, bound by table. Used in the worker process only: a wrong call crashes.
+
+`Library` is the loaded file, `Model` what an LLMHandle stands for. Values of structures are given as mappings with the
+header's own field names, so that a field which a release lacks is an error and never a shift.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from rkruntime.abi import LAYOUTS, RELEASES, Abi, abi_of, since
+from rkruntime.errors import LibraryError, LoadError, RKEdgeError, RunError, UnsupportedCallError, UsageError
+
+CONTINUE, PAUSE, RELEASE_OUTPUT = 0, 1, 2
+"""What a result callback may return: 1 from 1.2.1 on, 2 from 1.3.0 on."""
+
+# Values that every manual documents, in fields whose place differs between layouts.
+_DOCUMENTED_DEFAULTS: Final = {
+    "top_k": 40,
+    "top_p": 0.9,
+    "temperature": 0.8,
+    "repeat_penalty": 1.1,
+    "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+    "extend_param.enabled_cpus_num": 4,
+    "extend_param.n_batch": 1,
+}
+_OVERSIZE: Final = 1024
+
+ResultCallback = Callable[[Any, int], int]
+"""Gets a pointer to one RKLLMResult per batch, and the state; returns CONTINUE, PAUSE or RELEASE_OUTPUT."""
+
+
+def fill(target: Any, values: Mapping[str, Any]) -> Any:
+    """Set fields of a structure by name. Texts become UTF-8, mappings go into nested structures, None is left out.
+
+    Raises:
+        UnsupportedCallError: the layout has no such field; the message names the release that brought it.
+        UsageError: a text with a NUL character in it.
+    """
+    kind = type(target)
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not hasattr(kind, name):
+            raise UnsupportedCallError(_missing_field(kind.__name__, name))
+        if isinstance(value, Mapping):
+            fill(getattr(target, name), value)
+        else:
+            setattr(target, name, text(value) if isinstance(value, str) else value)
+    return target
+
+
+def _missing_field(struct: str, name: str) -> str:
+    try:
+        return f"{struct}.{name} exists from release {since(f'{struct}.{name}')} on, and the loaded one has none."
+    except (KeyError, StopIteration):
+        return f"No release has a field {struct}.{name}."
+
+
+def text(value: str) -> bytes:
+    """A text as C takes it. Raises UsageError for a NUL character, which would cut it."""
+    if "\0" in value:
+        raise UsageError("A text for the runtime has a NUL character in it.", hint="Remove the character U+0000.")
+    return value.encode("utf-8", "surrogateescape")
+
+
+class Library:
+    """A loaded librkllmrt.so, every function of its layout bound with argument and result types.
+
+    Raises:
+        LibraryError: it cannot be loaded, or lacks a function of its release.
+    """
+
+    def __init__(self, path: Path, version: str) -> None:
+        self.path, self.version = path, version
+        self.abi: Abi = abi_of(version)
+        try:
+            dll = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise LibraryError(
+                f"{path} cannot be loaded: {error}.",
+                hint="Put the libraries that it names beside it (libomp.so, for example), or install them.",
+            ) from error
+        self._functions: dict[str, Any] = {}
+        for name, prototype in self.abi.functions.items():
+            try:
+                function = dll[name]
+            except AttributeError as error:
+                raise LibraryError(f"{path} does not export {name}, which release {version} has.") from error
+            function.restype, function.argtypes = prototype.restype, list(prototype.argtypes)
+            self._functions[name] = function
+        self._default_param = self._functions["rkllm_createDefaultParam"]
+
+    def function(self, name: str) -> Any:
+        """A bound function. Raises UnsupportedCallError if the release has none of that name."""
+        if name not in self._functions:
+            raise UnsupportedCallError(
+                f"{name} exists from release {since(name)} on; this library is {self.version}.",
+                hint=f"Use librkllmrt.so {since(name)} or newer.",
+            )
+        return self._functions[name]
+
+    def make(self, struct: str, values: Mapping[str, Any]) -> Any:
+        """A structure with some fields set, all others zero."""
+        if struct not in self.abi.structs:
+            raise UnsupportedCallError(f"Release {self.version} has no {struct}.")
+        return fill(self.abi.structs[struct](), values)
+
+    def enum(self, name: str, value: str) -> int:
+        """A value of an enum by its name in the header."""
+        if value not in self.abi.enums[name]:
+            raise UnsupportedCallError(f"Release {self.version} has no {value}.")
+        return self.abi.enums[name][value]
+
+    def default_param(self) -> Any:
+        """RKLLMParam as the library fills it.
+
+        A layout chosen wrongly shows here at the latest: the documented defaults then lie where another layout has
+        them. The call goes into an oversized buffer, so that a library that writes more than expected does no harm.
+
+        Raises:
+            LibraryError: the values fit another layout better.
+        """
+
+        class Oversized(ctypes.Structure):
+            _fields_ = [("bytes", ctypes.c_ubyte * _OVERSIZE)]
+
+        self._default_param.restype = Oversized
+        raw = bytes(self._default_param().bytes)
+        scores = {layout: _defaults_found(LAYOUTS[layout][0], raw) for layout in LAYOUTS if _callable(layout)}
+        best = max(scores, key=lambda layout: scores[layout])
+        if scores[best] > scores[self.abi.layout]:
+            raise LibraryError(
+                f"{self.path} does not have the layout of release {self.version}: its default parameters lie where "
+                f"releases {', '.join(LAYOUTS[best])} have them.",
+                hint="Leave --abi away, or name one of those releases with it.",
+            )
+        return self.abi.structs["RKLLMParam"].from_buffer_copy(raw)
+
+
+def _callable(layout: str) -> bool:
+    return not RELEASES[LAYOUTS[layout][0]].refused
+
+
+def _defaults_found(version: str, raw: bytes) -> int:
+    """How many of the documented defaults stand where a release has them."""
+    param = abi_of(version).structs["RKLLMParam"].from_buffer_copy(raw)
+    found = 0
+    for path, expected in _DOCUMENTED_DEFAULTS.items():
+        value: Any = param
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        found += value is not None and abs(value - expected) < 1e-6
+    return found
+
+
+class Model:
+    """A loaded model. `close()` may be called twice; after it every call is an error.
+
+    Args:
+        params: fields of RKLLMParam that differ from the library's defaults; `extend_param` is a mapping itself.
+        on_result: called during runs, in the thread that computes.
+        tokenizer: for models without one (1.3.0 on): gets the text's bytes, returns ids.
+        embed: for models without an embedding table (1.3.0 on): gets ids, returns float32 bytes.
+
+    Raises:
+        LoadError: rkllm_init failed.
+        UnsupportedCallError: the release has no such field or callback.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        params: Mapping[str, Any],
+        on_result: ResultCallback,
+        *,
+        tokenizer: Callable[[bytes], Sequence[int]] | None = None,
+        embed: Callable[[list[int]], bytes] | None = None,
+    ) -> None:
+        self.library = library
+        self._on_result, self._tokenizer, self._embed = on_result, tokenizer, embed
+        self.failure: BaseException | None = None
+        self._kept: list[Any] = []
+        self.param = fill(library.default_param(), params)
+        self.batches = max(1, getattr(self.param.extend_param, "n_batch", 1))
+        self._result_callback = library.abi.callbacks["LLMResultCallback"](self._result)
+        self._handle: ctypes.c_void_p | None = None
+        handle = ctypes.c_void_p()
+        callback = self._callbacks()
+        code = library.function("rkllm_init")(ctypes.byref(handle), ctypes.byref(self.param), callback)
+        if code != 0 or not handle.value:
+            raise LoadError(
+                f"rkllm_init returned {code}"
+                + ("" if handle.value else " and no handle")
+                + ": the model is not loaded."
+            )
+        self._handle = handle
+
+    def _callbacks(self) -> Any:
+        """The third argument of rkllm_init: a function before 1.3.0, a structure of three from then on."""
+        abi = self.library.abi
+        if "RKLLMCallback" not in abi.structs:
+            if self._tokenizer or self._embed:
+                raise UnsupportedCallError("Tokenizer and embedding callbacks exist from release 1.3.0 on.")
+            return self._result_callback
+        values = {"result_callback": self._result_callback}
+        if self._tokenizer:
+            values["tokenizer_callback"] = abi.callbacks["LLMTokenizerCallback"](self._tokenize)
+        if self._embed:
+            values["embed_callback"] = abi.callbacks["LLMGetEmbedCallback"](self._embed_tokens)
+        callbacks = self.library.make("RKLLMCallback", values)
+        self._kept.append((callbacks, values))
+        return ctypes.byref(callbacks)
+
+    # An exception must not pass through C: it is kept, and raised when the run has ended.
+
+    def _result(self, result: Any, _userdata: Any, state: int) -> int:
+        try:
+            return self._on_result(result, state)
+        except BaseException as error:
+            self.failure = self.failure or error
+            return CONTINUE
+
+    def _tokenize(self, _userdata: Any, content: bytes, size: int, tokens: Any, room: int) -> int:
+        try:
+            assert self._tokenizer is not None
+            ids = self._tokenizer(content[:size])
+            if len(ids) > room:
+                return -1
+            tokens[: len(ids)] = ids
+            return len(ids)
+        except BaseException as error:
+            self.failure = self.failure or error
+            return -1
+
+    def _embed_tokens(self, _userdata: Any, tokens: Any, count: int, embed: int, size: int) -> int:
+        try:
+            assert self._embed is not None
+            data = self._embed(tokens[:count])
+            if len(data) != size:
+                raise UsageError(f"The embedding callback gave {len(data):,} bytes, and the runtime wants {size:,}.")
+            ctypes.memmove(embed, data, size)
+            return 0
+        except BaseException as error:
+            self.failure = self.failure or error
+            return -1
+
+    def call(self, name: str, *args: Any) -> None:
+        """Call a function with the handle. Raises RunError if it does not return 0."""
+        function = self.library.function(name)
+        if self._handle is None:
+            raise RunError("The model is closed.")
+        code = function(self._handle, *args)
+        if code != 0:
+            raise RunError(f"{name} returned {code}.")
+
+    def run(self, prompt: Mapping[str, Any] | Sequence[Mapping[str, Any]], infer: Mapping[str, Any]) -> None:
+        """One run; returns when it has ended. `prompt` gives the fields of RKLLMInput, once per batch."""
+        self._run("rkllm_run", prompt, infer)
+
+    def run_async(self, prompt: Mapping[str, Any] | Sequence[Mapping[str, Any]], infer: Mapping[str, Any]) -> None:
+        """Start a run; its end is a callback with the state FINISH or ERROR. Inputs are kept until the next run."""
+        self._run("rkllm_run_async", prompt, infer)
+
+    def _run(
+        self, name: str, prompt: Mapping[str, Any] | Sequence[Mapping[str, Any]], infer: Mapping[str, Any]
+    ) -> None:
+        prompts = [prompt] if isinstance(prompt, Mapping) else list(prompt)
+        if len(prompts) != self.batches:
+            raise UsageError(f"The model was loaded for {self.batches} prompts at once, and there are {len(prompts)}.")
+        inputs = (self.library.abi.structs["RKLLMInput"] * len(prompts))()
+        for target, values in zip(inputs, prompts, strict=True):
+            fill(target, values)
+        options = self.library.make("RKLLMInferParam", infer)
+        self._running_with = (inputs, options, prompts, infer)
+        self.failure = None
+        self.call(name, inputs, ctypes.byref(options), None)
+
+    def raise_failure(self) -> None:
+        """Raise what a callback raised during the last run."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure if isinstance(failure, RKEdgeError) else RunError(f"A callback failed: {failure!r}.")
+
+    def abort(self) -> None:
+        """End the run that is going on; from another thread."""
+        self.call("rkllm_abort")
+
+    def is_running(self) -> bool:
+        """Whether a run is going on: 1 = running in every release (rknn-llm issue 502), whatever older headers say."""
+        function = self.library.function("rkllm_is_running")
+        return self._handle is not None and function(self._handle) == 1
+
+    def load_lora(self, name: str, path: str, scale: float = 1.0) -> None:
+        """Load an adapter file, for runs that name it."""
+        values = {"lora_adapter_path": path, "lora_adapter_name": name, "scale": scale}
+        self.call("rkllm_load_lora", ctypes.byref(self.library.make("RKLLMLoraAdapter", values)))
+
+    def load_prompt_cache(self, path: str) -> None:
+        """Take the KV cache from a file that a run saved."""
+        self.call("rkllm_load_prompt_cache", text(path))
+
+    def release_prompt_cache(self) -> None:
+        """Drop what load_prompt_cache took."""
+        self.call("rkllm_release_prompt_cache")
+
+    def clear_kv_cache(self, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
+        """Empty the KV cache, or take out positions [start, end) of each batch (1.2.1 on, while paused)."""
+        if len(self.library.abi.functions["rkllm_clear_kv_cache"].argtypes if self._clears() else ()) == 2:
+            if ranges is not None:
+                raise UnsupportedCallError("Ranges of the KV cache can be cleared from release 1.2.1 on.")
+            self.call("rkllm_clear_kv_cache", int(keep_system_prompt))
+        elif ranges is None:
+            self.call("rkllm_clear_kv_cache", int(keep_system_prompt), None, None)
+        else:
+            if len(ranges) != self.batches:
+                raise UsageError(f"One range per batch is needed: {self.batches}, not {len(ranges)}.")
+            positions = ctypes.c_int * self.batches
+            starts, ends = positions(*(start for start, _ in ranges)), positions(*(end for _, end in ranges))
+            self.call("rkllm_clear_kv_cache", int(keep_system_prompt), starts, ends)
+
+    def _clears(self) -> bool:
+        return self.library.function("rkllm_clear_kv_cache") is not None
+
+    def kv_cache_sizes(self) -> list[int]:
+        """Positions in the KV cache, per batch (1.2.1 on)."""
+        sizes = (ctypes.c_int * self.batches)()
+        self.call("rkllm_get_kv_cache_size", sizes)
+        return list(sizes)
+
+    def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
+        """What the runtime puts around text prompts (1.2.0 on); clears the KV cache (rknn-llm issue 377)."""
+        self.call("rkllm_set_chat_template", text(system), text(prefix), text(postfix))
+
+    def set_function_tools(self, system: str, tools: str, response_tag: str) -> None:
+        """Tools for text prompts (1.2.1 on): `tools` is a JSON array in the OpenAI form."""
+        self.call("rkllm_set_function_tools", text(system), text(tools), text(response_tag))
+
+    def set_cross_attention(self, values: Mapping[str, Any]) -> None:
+        """Encoder state for models with cross attention (1.2.1 on); the buffers are kept until the next call."""
+        params = self.library.make("RKLLMCrossAttnParam", values)
+        self.call("rkllm_set_cross_attn_params", ctypes.byref(params))
+        self._cross_attention = (params, values)
+
+    def close(self) -> None:
+        """Destroy the model, once."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self.library.function("rkllm_destroy")(handle)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,543 @@
+"""A loaded model: the worker process from outside. What can go wrong in the library arrives here as a typed error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from array import array
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from rkruntime import errors
+from rkruntime.errors import (
+    ContextFullError,
+    LoadError,
+    ModelFileError,
+    RKEdgeError,
+    RunError,
+    UsageError,
+    WorkerError,
+)
+from rkruntime.generation import (
+    ArrayEvent,
+    Event,
+    Finished,
+    FinishReason,
+    HiddenStates,
+    Logits,
+    Perf,
+    Request,
+    Token,
+)
+from rkruntime.identify import Identity, identify
+from rkruntime.loading import LoadOptions, Lora, ModelInfo, facts_of, first_error
+from rkruntime.worker import protocol
+from rkruntime.worker.encode import run_command
+from rkruntime.worker.process import WorkerProcess
+from rkruntime.worker.protocol import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
+
+_SHOWN_LINES: Final = 40
+_TICK: Final = 0.5
+
+
+class Engine:
+    """A model in a worker process. Use it as a context manager, or call `close()`.
+
+    One run at a time; `abort()` may be called from any thread, all else from one at a time.
+    """
+
+    info: ModelInfo
+
+    def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
+        self.options = options
+        self._identity: Identity = identify(options.library, options.abi)
+        _check_readable(options.model)
+        self._run = 0
+        self._active: int | None = None
+        self._gone: WorkerError | None = None
+        self._closed = False
+        self._sending = threading.Lock()
+        self._worker = WorkerProcess(options.interpreter, options.library.resolve().parent, on_log)
+        try:
+            self.info = self._load()
+        except BaseException as error:
+            self._end()
+            if isinstance(error, RKEdgeError):
+                self._explain(error)
+            raise
+
+    @classmethod
+    def load(cls, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> Engine:
+        """Start a worker and load a model.
+
+        Args:
+            on_log: gets each line that the library prints.
+
+        Raises:
+            LibraryError: the library must not be called, or cannot be loaded.
+            ModelFileError: there is no such model file.
+            LoadError: the library refused the model; also if it returned 0 and logged errors.
+            UnsupportedCallError: an option that the release does not have.
+            WorkerError: the library crashed, ended its process, or gave no sign within `load_timeout`.
+        """
+        return cls(options, on_log)
+
+    # Loading and ending
+
+    def _load(self) -> ModelInfo:
+        release = self._identity.release
+        assert release is not None
+        started = time.perf_counter()
+        self._send(
+            {
+                "call": "load",
+                "library": str(self.options.library.resolve()),
+                "machine": self._identity.machine,
+                "version": release.version,
+                "params": self.options.params(),
+                "loras": [_lora(item) for item in self.options.loras],
+                "tokenizer": self.options.tokenizer is not None,
+                "embed": self.options.embed is not None,
+            }
+        )
+        reply = self._reply(self.options.load_timeout)
+        seconds = time.perf_counter() - started
+        self._worker.read_log()
+        if line := first_error(self._worker.log):
+            raise LoadError(f"The library reported success, and its log says: {line}")
+        facts = facts_of(self._worker.log)
+        return ModelInfo(
+            release=release.version,
+            layout=release.layout,
+            runtime_version=facts["runtime_version"],
+            driver_version=facts["driver_version"],
+            toolkit_version=facts["toolkit_version"],
+            platform=facts["platform"],
+            dtype=facts["dtype"],
+            max_context=reply["max_context"],
+            max_context_limit=int(facts["max_context_limit"]) if facts["max_context_limit"] else None,
+            npu_cores=int(facts["npu_cores"]) if facts["npu_cores"] else None,
+            emulated=self._identity.emulated,
+            load_seconds=seconds,
+            log=tuple(self._worker.log),
+        )
+
+    def close(self) -> None:
+        """Unload the model and end the worker; may be called twice. A worker that does not end is ended."""
+        if self._closed:
+            return
+        if self._gone is None:
+            with contextlib.suppress(RKEdgeError):
+                self._settle()
+                self._send({"call": "close"})
+                self._worker.end(self.options.close_timeout)
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing of the worker survives this."""
+        self._closed = True
+        self._worker.end(grace=0)
+        with self._sending:
+            self._worker.close_pipes()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self._end()
+
+    @property
+    def log(self) -> tuple[str, ...]:
+        """The last lines that the library printed."""
+        if not self._closed:
+            self._worker.read_log()
+        return tuple(self._worker.log)
+
+    # Commands and records
+
+    def _check(self) -> None:
+        if self._gone is not None:
+            raise type(self._gone)(
+                f"The worker is gone: {self._gone.message}", hint="Load the model again.", details=self._gone.details
+            )
+        if self._closed:
+            raise RunError("The model is closed.", hint="Load it again.")
+
+    def _send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
+        with self._sending:
+            self._worker.send(header, data)
+
+    def _next(self, timeout: float) -> Record:
+        """The next record; the library's questions are answered on the way."""
+        while True:
+            record = self._worker.next_record(timeout)
+            if not self._answered(record):
+                return record
+
+    def _answered(self, record: Record) -> bool:
+        """Answer a call of the tokenizer or embedding callback; False if the record is something else."""
+        if record.kind not in (protocol.TOKENIZE, protocol.EMBED):
+            return False
+        try:
+            ok, answer = True, self._ask(record)
+        except Exception as error:
+            ok, answer = False, f"{type(error).__name__}: {error}".encode()
+        self._send({"call": "answer", "ok": ok}, [answer])
+        return True
+
+    def _ask(self, record: Record) -> bytes:
+        if record.kind == protocol.TOKENIZE:
+            assert self.options.tokenizer is not None
+            return array("i", self.options.tokenizer(record.data.decode())).tobytes()
+        import numpy as np
+
+        assert self.options.embed is not None
+        ids = memoryview(record.data).cast("i").tolist()
+        return np.ascontiguousarray(self.options.embed(ids), dtype=np.float32).tobytes()
+
+    def _reply(self, timeout: float) -> Any:
+        while True:
+            record = self._next(timeout)
+            if record.kind == protocol.REPLY:
+                return json.loads(record.data)
+            if record.kind == protocol.ERROR:
+                raise _error_of(record)
+
+    def _explain(self, error: RKEdgeError) -> None:
+        """Add the last log lines and what they say went wrong."""
+        if not self._closed:
+            self._worker.read_log()
+        if isinstance(error, WorkerError):
+            self._gone = error
+        lines = list(self._worker.log)[-_SHOWN_LINES:]
+        error.details.setdefault("log", lines)
+        if isinstance(error, errors.ModelError):
+            from rkruntime.diagnosis import diagnose
+
+            # What a shell would have printed under the log; a rule may need it.
+            ending = [error.details["description"]] if "description" in error.details else []
+            error.details.setdefault("diagnosis", diagnose("\n".join([*lines, *ending])).as_dict())
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RKEdgeError as error:
+            self._explain(error)
+            if self._gone is not None:
+                self._end()
+            raise
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """Call a method of binding.Model in the worker."""
+        return self._command({"call": "call", "method": method, "args": list(args)})
+
+    def _command(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> Any:
+        self._check()
+        if self._active is not None:
+            raise RunError("A run is going on.", hint="Wait for its end, or abort it.")
+        with self._explained():
+            self._send(header, data)
+            return self._reply(self.options.token_timeout)
+
+    # Runs
+
+    def generate(self, request: Request) -> Generator[Event, None, None]:
+        """Run a prompt: tokens as they arrive, Finished last. Closing the iterator early aborts the run.
+
+        Raises:
+            ContextFullError: the prompt alone fills the context.
+            UnsupportedCallError: the release cannot do it.
+            RunError: the library refused or reported an error; the model stays loaded.
+            WorkerError: the worker is gone.
+        """
+        with contextlib.closing(self._events([request], "generate")) as events:
+            for _, event in events:
+                yield cast(Event, event)
+
+    def generate_batch(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
+        """Run `n_batch` prompts at once (1.2.1 on): the prompt's number with each event, one Finished for each."""
+        with contextlib.closing(self._events(requests, "generate")) as events:
+            for batch, event in events:
+                yield batch, cast(Event, event)
+
+    def generate_arrays(self, request: Request, mode: str) -> Generator[ArrayEvent, None, None]:
+        """A run with `mode` "logits" or "hidden": arrays between the tokens. See Logits and HiddenStates."""
+        if mode not in ("logits", "hidden"):
+            raise UsageError(f"There is no mode {mode!r}: it is 'logits' or 'hidden'.")
+        with contextlib.closing(self._events([request], mode)) as events:
+            for _, event in events:
+                yield event
+
+    def logits(self, request: Request) -> NDArray[np.float32]:
+        """Logits of every token of a prompt, [tokens, vocabulary] (1.2.0 on)."""
+        return self._first_array(request, "logits")
+
+    def hidden_states(self, request: Request) -> NDArray[np.float32]:
+        """The last layer's output for every token of a prompt, [tokens, hidden size]."""
+        return self._first_array(request, "hidden")
+
+    def _first_array(self, request: Request, mode: str) -> NDArray[np.float32]:
+        with contextlib.closing(self._events([request], mode)) as events:
+            for _, event in events:
+                if isinstance(event, (Logits, HiddenStates)):
+                    return event.values
+        raise RunError(f"The run ended and the library gave no {mode}.")
+
+    def _start(self, requests: Sequence[Request], mode: str) -> int:
+        self._check()
+        if self._active is not None:
+            raise RunError("A run is going on already: one at a time.", hint="Wait for its end, or abort it.")
+        for request in requests:
+            self._check_room(request)
+        header, data = run_command(requests, mode, self.info.release, self.options)
+        self._run += 1
+        self._active = self._run
+        self._send({**header, "run": self._run}, data)
+        return self._run
+
+    def _check_room(self, request: Request) -> None:
+        if 0 < self.info.max_context <= len(request.tokens):
+            raise ContextFullError(
+                f"The prompt has {len(request.tokens):,} tokens, and the context holds {self.info.max_context:,} with "
+                "the answer.",
+                details={"prompt_tokens": len(request.tokens), "max_context": self.info.max_context},
+            )
+
+    def _events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
+        with self._explained():
+            run = self._start(requests, mode)
+            try:
+                while self._active is not None:
+                    yield from self._events_of(self._next(self.options.token_timeout), run)
+            finally:
+                self._settle()
+
+    def _events_of(self, record: Record, run: int) -> Iterator[tuple[int, ArrayEvent]]:
+        """The events of a record of this run."""
+        if record.run != run & 0xFFFF:
+            return
+        if record.kind == protocol.TOKEN:
+            yield record.batch, Token(record.value, record.data)
+        elif record.kind in (protocol.LOGITS, protocol.HIDDEN):
+            yield record.batch, _array(record)
+        elif record.kind == protocol.ERROR:
+            self._active = None
+            raise _error_of(record)
+        elif record.kind == protocol.FINISHED:
+            self._active = None
+            yield from enumerate(_finished(json.loads(record.data)))
+
+    def _settle(self) -> None:
+        """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
+        run = self._active
+        if run is None or self._gone is not None or self._closed:
+            return
+        self._send({"call": "abort", "run": run})
+        while self._active is not None:
+            self._drop(self._next(self.options.token_timeout), run)
+
+    def _drop(self, record: Record, run: int) -> None:
+        if record.kind in (protocol.FINISHED, protocol.ERROR) and record.run == run & 0xFFFF:
+            self._active = None
+
+    def abort(self) -> None:
+        """End the run that is going on, from any thread: its iterator gives Finished with ABORT. Nothing otherwise."""
+        run = self._active
+        if run is not None and self._gone is None and not self._closed:
+            # A worker that is gone by now is the iterator's to report.
+            with contextlib.suppress(WorkerError, OSError):
+                self._send({"call": "abort", "run": run})
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is going on."""
+        return self._active is not None
+
+    def is_running(self) -> bool:
+        """`running`, and without a run what rkllm_is_running says (1 = running in every release)."""
+        return self._active is not None or bool(self._command({"call": "is_running"}))
+
+    # asyncio
+
+    async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """`generate` for asyncio: nothing here blocks the loop while the library computes."""
+        with self._explained():
+            run = self._start([request], "generate")
+            records = _AsyncRecords(self)
+            try:
+                while self._active is not None:
+                    for _, event in self._events_of(await records.next(), run):
+                        yield cast(Event, event)
+            finally:
+                try:
+                    await self._settle_async(records)
+                finally:
+                    records.close()
+
+    async def _settle_async(self, records: _AsyncRecords) -> None:
+        run = self._active
+        if run is None or self._gone is not None or self._closed:
+            return
+        self._send({"call": "abort", "run": run})
+        while self._active is not None:
+            self._drop(await records.next(), run)
+
+    # The rest of the API
+
+    def clear_cache(self, *, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
+        """Empty the KV cache (1.2.0 on), or take out positions [start, end) of each batch while paused (1.2.1 on)."""
+        self._call("clear_kv_cache", keep_system_prompt, ranges)
+
+    def cache_sizes(self) -> list[int]:
+        """Positions in the KV cache, per batch (1.2.1 on)."""
+        return cast("list[int]", self._call("kv_cache_sizes"))
+
+    def load_lora(self, lora: Lora) -> None:
+        """Load an adapter, for requests that name it. Unloading one is not offered by any release."""
+        self._call("load_lora", *_lora(lora).values())
+
+    def load_prompt_cache(self, path: Path) -> None:
+        """Take the KV cache from a file that a run saved; the next run reuses what its prompt shares with it."""
+        self._call("load_prompt_cache", str(path.resolve()))
+
+    def release_prompt_cache(self) -> None:
+        """Drop what load_prompt_cache took."""
+        self._call("release_prompt_cache")
+
+    def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
+        """Texts around a TextPrompt (1.2.0 on); other prompts are used as given. Clears the KV cache."""
+        self._call("set_chat_template", system, prefix, postfix)
+
+    def set_function_tools(self, system: str, tools: Sequence[dict[str, Any]], response_tag: str) -> None:
+        """Tools for a TextPrompt (1.2.1 on), in the OpenAI form."""
+        self._call("set_function_tools", system, json.dumps(list(tools), ensure_ascii=False), response_tag)
+
+    def set_cross_attention(
+        self,
+        k: NDArray[np.float32],
+        v: NDArray[np.float32],
+        mask: NDArray[np.float32],
+        positions: NDArray[np.int32],
+    ) -> None:
+        """Encoder state for a model loaded with `use_cross_attention` (1.2.1 on); `positions` has one per token.
+
+        Shapes are the model's: [layers, tokens, kv heads x head size] for k and v, [tokens] for mask and positions.
+        """
+        import numpy as np
+
+        parts = [np.ascontiguousarray(values, dtype=np.float32) for values in (k, v, mask)]
+        parts.append(np.ascontiguousarray(positions, dtype=np.int32))
+        header = {"call": "set_cross_attention", "num_tokens": int(parts[3].size)}
+        self._command(header, [part.data.cast("B") for part in parts])
+
+
+class _AsyncRecords:
+    """Records for an event loop, while one run goes on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._worker = engine, engine._worker
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._last = time.monotonic()
+        self._loop.add_reader(self._worker.records_fd, self._readable)
+        self._timer = self._loop.call_later(_TICK, self._tick)
+
+    async def next(self) -> Record:
+        """The next record that is not a question of the library."""
+        while True:
+            record = self._worker.buffered()
+            if record is None:
+                self._waiter = self._loop.create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            elif not self._engine._answered(record):
+                return record
+
+    def _readable(self) -> None:
+        self._attempt(self._worker.receive)
+        self._last = time.monotonic()
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(_TICK, self._tick)
+        self._worker.read_log()
+        self._attempt(self._worker.check_alive)
+        limit = self._engine.options.token_timeout
+        if self._waiter is not None and time.monotonic() - self._last > limit:
+            self._finish(self._worker.hung(limit))
+
+    def _attempt(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except WorkerError as error:
+            self._finish(error)
+        else:
+            self._finish(None)
+
+    def _finish(self, error: WorkerError | None) -> None:
+        if self._waiter is None or self._waiter.done():
+            return
+        if error is not None:
+            self._waiter.set_exception(error)
+        else:
+            self._waiter.set_result(None)
+
+    def close(self) -> None:
+        """Take the worker out of the loop."""
+        self._timer.cancel()
+        self._loop.remove_reader(self._worker.records_fd)
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"There is no model file {path}.")
+        with path.open("rb"):
+            return
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _lora(lora: Lora) -> dict[str, Any]:
+    if not lora.path.is_file():
+        raise errors.AdapterError(f"There is no adapter file {lora.path}.")
+    return {"name": lora.name, "path": str(lora.path.resolve()), "scale": lora.scale}
+
+
+def _error_of(record: Record) -> RKEdgeError:
+    """The error that the worker sent, as the class of its name."""
+    plain = json.loads(record.data)
+    kind = getattr(errors, str(plain["error"]), RunError)
+    return cast(RKEdgeError, kind(plain["message"], hint=plain["hint"], details=plain["details"]))
+
+
+def _array(record: Record) -> Logits | HiddenStates:
+    import numpy as np
+
+    values = np.frombuffer(record.data, np.float32).reshape(-1, record.value)
+    return Logits(values) if record.kind == protocol.LOGITS else HiddenStates(values)
+
+
+def _finished(plain: dict[str, Any]) -> Iterator[Finished]:
+    perf = Perf(**plain["perf"]) if plain["perf"] else None
+    for reason, prompt, count in zip(plain["reasons"], plain["prompt_tokens"], plain["generated"], strict=True):
+        yield Finished(FinishReason(reason), prompt, count, perf)

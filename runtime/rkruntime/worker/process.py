@@ -1,0 +1,231 @@
+"""The parent's side of the worker: starts it, sends commands, reads records and log lines, and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import rkruntime
+from rkruntime.errors import WorkerCrashedError, WorkerHungError
+from rkruntime.worker import protocol
+from rkruntime.worker.protocol import Record
+
+_ROOT: Final = str(Path(rkruntime.__file__).resolve().parents[1])
+# Isolated: neither PYTHONPATH nor the working folder nor site-packages have a say in what the worker imports.
+_START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); import rkruntime.worker.__main__"
+_LOG_PIPE: Final = 1 << 20
+_KEPT_LINES: Final = 200
+_LONGEST_LINE: Final = 16384
+_SLICE: Final = 0.5
+
+
+def python_command() -> tuple[str, ...]:
+    """The interpreter of the worker, with its options."""
+    return (sys.executable, "-I", "-S", "-B")
+
+
+class WorkerProcess:
+    """A worker process and its three pipes: commands, records, and what it prints.
+
+    Args:
+        interpreter: command of the Python to use.
+        library_folder: put in front of LD_LIBRARY_PATH, for libraries that librkllmrt.so needs (libomp.so).
+        on_log: gets each line that the worker prints.
+    """
+
+    def __init__(
+        self, interpreter: Sequence[str], library_folder: Path, on_log: Callable[[str], None] | None = None
+    ) -> None:
+        self._on_log = on_log
+        self.log: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._line = b""
+        self._buffer = bytearray()
+        self._at = 0
+        with contextlib.ExitStack() as on_error:
+            fds = [fd for _ in range(3) for fd in os.pipe()]
+            for fd in fds:
+                on_error.callback(_close_quietly, fd)
+            command_read, self._commands, self._records, record_write, self._log, log_write = fds
+            # A full log pipe must not stop the library: what does not fit is lost.
+            for fd in (self._records, self._log, log_write):
+                os.set_blocking(fd, False)
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(log_write, fcntl.F_SETPIPE_SZ, _LOG_PIPE)
+            paths = (str(library_folder), os.environ.get("LD_LIBRARY_PATH", ""))
+            self.process = subprocess.Popen(
+                [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)],
+                stdin=subprocess.DEVNULL,
+                stdout=log_write,
+                stderr=log_write,
+                pass_fds=(command_read, record_write),
+                env=os.environ | {"LD_LIBRARY_PATH": ":".join(filter(None, paths))},
+                start_new_session=True,
+            )
+            on_error.pop_all()
+        for fd in (command_read, record_write, log_write):
+            os.close(fd)
+        self._poll = select.poll()
+        self._poll.register(self._records, select.POLLIN)
+        self._poll.register(self._log, select.POLLIN)
+
+    @property
+    def records_fd(self) -> int:
+        """Readable when there may be a record, for an event loop."""
+        return self._records
+
+    def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
+        """Send a command. Raises WorkerCrashedError if the worker is gone."""
+        try:
+            protocol.write_all(self._commands, *protocol.pack_command(header, data))
+        except OSError:
+            raise self.crashed() from None
+
+    def buffered(self) -> Record | None:
+        """The next record that has arrived whole, without a system call."""
+        size = protocol.RECORD.size
+        have = len(self._buffer) - self._at
+        if have < size:
+            return None
+        kind, batch, run, value, length = protocol.RECORD.unpack_from(self._buffer, self._at)
+        if have < size + length:
+            return None
+        start = self._at + size
+        data = bytes(self._buffer[start : start + length])
+        self._at = start + length
+        if self._at == len(self._buffer):
+            self._buffer.clear()
+            self._at = 0
+        return Record(kind, batch, run, value, data)
+
+    def receive(self) -> bool:
+        """Read what has arrived, without waiting; False if that was nothing. Raises WorkerCrashedError at its end."""
+        if self._at:
+            del self._buffer[: self._at]
+            self._at = 0
+        try:
+            data = os.read(self._records, 1 << 20)
+        except BlockingIOError:
+            return False
+        if not data:
+            raise self.crashed()
+        self._buffer += data
+        return True
+
+    def next_record(self, timeout: float) -> Record:
+        """Wait for a record.
+
+        Raises:
+            WorkerCrashedError: the worker ended.
+            WorkerHungError: nothing came in time; the worker was ended.
+        """
+        record = self.buffered()
+        if record is not None:
+            return record
+        started = time.perf_counter()
+        while True:
+            waited = time.perf_counter() - started
+            if self._ready(0 if waited < protocol.SPIN else min(_SLICE, timeout)) and self.receive():
+                record = self.buffered()
+                if record is not None:
+                    return record
+                started = time.perf_counter()
+            elif waited > timeout:
+                raise self.hung(timeout)
+            elif waited > protocol.SPIN:
+                self.check_alive()
+
+    def _ready(self, seconds: float) -> bool:
+        found = False
+        for fd, _ in self._poll.poll(seconds * 1000):
+            if fd == self._log:
+                self.read_log()
+            else:
+                found = True
+        return found
+
+    def check_alive(self) -> None:
+        """Raise WorkerCrashedError if the process has ended, also where a child of its own keeps the pipes open."""
+        if self.process.poll() is not None and not self.receive():
+            raise self.crashed()
+
+    def read_log(self) -> None:
+        """Take over what the worker has printed so far."""
+        try:
+            while data := os.read(self._log, 1 << 16):
+                *lines, self._line = (self._line + data).split(b"\n")
+                for line in lines:
+                    self._keep(line)
+                if len(self._line) > _LONGEST_LINE:
+                    self._keep(self._line)
+                    self._line = b""
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._log)  # its writers are gone, and it would always be ready
+        except OSError:
+            return
+
+    def _keep(self, line: bytes) -> None:
+        text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")
+        self.log.append(text)
+        if self._on_log:
+            self._on_log(text)
+
+    def end(self, grace: float) -> int:
+        """End the process and everything that it started; wait `grace` seconds for it to do so itself.
+
+        Returns:
+            Its return code, negative for a signal.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        self.read_log()
+        if self._line:
+            self._keep(self._line)
+            self._line = b""
+        return code
+
+    def close_pipes(self) -> None:
+        """Close the parent's ends."""
+        for name in ("_commands", "_records", "_log"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+
+    def crashed(self) -> WorkerCrashedError:
+        """The error of a worker that ended; the process is gone afterwards."""
+        code = self.end(grace=1.0)
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            return WorkerCrashedError(
+                f"The runtime library crashed ({name}).",
+                details={"signal": name, "description": signal.strsignal(-code)},
+            )
+        return WorkerCrashedError(
+            f"The runtime library ended its process with exit code {code}.", details={"exit_code": code}
+        )
+
+    def hung(self, seconds: float) -> WorkerHungError:
+        """The error of a worker that gave no sign in time; the process is gone afterwards."""
+        self.end(grace=0)
+        return WorkerHungError(
+            f"The runtime library gave no sign of life for {seconds:g} seconds and was ended.",
+            details={"seconds": seconds},
+        )
+
+
+def _close_quietly(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)

@@ -1,0 +1,79 @@
+"""What parent and worker say to each other over two pipes.
+
+Parent to worker, a command: two u32 (size of the header, size of the data), a JSON header, data (arrays).
+Worker to parent, a record: see RECORD, then its data. A token's record is smaller than PIPE_BUF, so that one write is
+one record, also between threads.
+
+Why pipes: measured on 2 cores (x86-64 guest, Linux 6.18), one 20-byte record from one process to another, the reader
+asleep: pipe 38 us median, socketpair (stream or seqpacket) 40, eventfd with a ring in shared memory 40. All of it is
+the wake-up of the other process, so the reader looks for SPIN seconds before it sleeps: 1.4 us median.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+RECORD: Final = struct.Struct("<BBHiI")
+"""Kind, batch, run (mod 2^16), value, size of the data."""
+COMMAND: Final = struct.Struct("<II")
+
+TOKEN, LOGITS, HIDDEN, FINISHED, REPLY, ERROR, TOKENIZE, EMBED = range(8)
+"""Kinds of records. TOKEN: value = id, data = text. LOGITS, HIDDEN: value = columns, data = float32 rows. FINISHED,
+REPLY, ERROR: data = JSON. TOKENIZE: data = a text; EMBED: data = int32 ids; the parent answers them with a command."""
+
+MAX_DATA: Final = 1 << 31
+SPIN: Final = 50e-6
+"""Seconds. A token takes tens of milliseconds on a board, so this costs less than 0.1 % of a core."""
+
+
+class Record(NamedTuple):
+    """A record as the parent reads it."""
+
+    kind: int
+    batch: int
+    run: int
+    value: int
+    data: bytes
+
+
+def write_all(fd: int, *parts: bytes | memoryview) -> None:
+    """Write all of some buffers to a blocking descriptor."""
+    for part in parts:
+        view = memoryview(part).cast("B") if len(part) else memoryview(b"")
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def read_exactly(fd: int, size: int) -> bytes:
+    """`size` bytes from a blocking descriptor. EOFError if it ends before."""
+    parts = []
+    while size:
+        part = os.read(fd, min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def pack_command(header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> list[bytes | memoryview]:
+    """The buffers of a command; `data` parts follow each other, and the header gets their sizes as `sizes`."""
+    sizes = [memoryview(part).nbytes for part in data]
+    text = json.dumps({**header, "sizes": sizes}).encode()
+    return [COMMAND.pack(len(text), sum(sizes)) + text, *data]
+
+
+def read_command(fd: int) -> tuple[dict[str, Any], list[memoryview]]:
+    """The next command and its data parts. EOFError when the parent is gone."""
+    header_size, data_size = COMMAND.unpack(read_exactly(fd, COMMAND.size))
+    header: dict[str, Any] = json.loads(read_exactly(fd, header_size))
+    data = memoryview(read_exactly(fd, data_size))
+    parts, at = [], 0
+    for size in header["sizes"]:
+        parts.append(data[at : at + size])
+        at += size
+    return header, parts
