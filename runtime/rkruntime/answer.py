@@ -7,7 +7,7 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rkruntime.generation import Event, Finished, FinishReason, Perf, Request
+from rkruntime.generation import Event, Finished, FinishReason, Perf, Request, Token
 from rkruntime.tokenizer import Detokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -71,15 +71,28 @@ class StopStrings:
 
 
 class AnswerReader:
-    """Takes the events of one run and gives the text they add."""
+    """Takes the events of one run and gives the text they add.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = ()) -> None:
+    Args:
+        begun: ids of an answer that was broken off and is taken up now: they stand in front of the run's.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = (), begun: Sequence[int] = ()
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stop)
         self._prompt_tokens = prompt_tokens
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._finished: Finished | None = None
+        for token_id in begun:
+            self.feed(Token(token_id))
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._text)
 
     @property
     def done(self) -> bool:
@@ -113,7 +126,7 @@ class AnswerReader:
             self._flush()
         reason = FinishReason.ABORT if self._finished is None else self._finished.reason
         return Answer(
-            text="".join(self._text),
+            text=self.text,
             tokens=tuple(self._tokens),
             reason=FinishReason.STOP if self._stops.found is not None else reason,
             prompt_tokens=self._finished.prompt_tokens if self._finished else self._prompt_tokens,

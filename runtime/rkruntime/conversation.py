@@ -14,6 +14,8 @@ from rkruntime.template import Message, Template
 from rkruntime.tokenizer import Tokenizer
 
 SCHEMA: Final = "rkedge-conversation/1"
+# A prompt may fill the context but for these (seen: "max context: 1020" for a context of 1024).
+RESERVED: Final = 4
 _MAX_FILE: Final = 64 << 20
 
 
@@ -39,7 +41,7 @@ class Conversation:
         return self._template.render([*system, *messages, Message("user", text)])
 
     def fitting_prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """The prompt, with room for one new token at least, and how many old turns were dropped for it.
+        """The prompt, with room for an answer's beginning, and how many old turns were dropped for it.
 
         Args:
             max_context: in tokens.
@@ -49,11 +51,11 @@ class Conversation:
             ContextFullError: it does not fit.
         """
         dropped = 0
-        while len(tokens := self._prompt(self.messages[2 * dropped :], text)) >= max_context:
+        while len(tokens := self._prompt(self.messages[2 * dropped :], text)) > max_context - RESERVED:
             if not drop or 2 * dropped >= len(self.messages):
                 raise ContextFullError(
                     f"The conversation has {len(tokens):,} tokens with this message; the context holds "
-                    f"{max_context:,}, the answer included.",
+                    f"{max_context:,}, of which {RESERVED} are the runtime's own.",
                     details={"prompt_tokens": len(tokens), "max_context": max_context},
                 )
             dropped += 1

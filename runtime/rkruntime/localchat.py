@@ -108,6 +108,11 @@ class LocalChat:
         if turn.answer.tokens:
             self._conversation.add(text, turn.answer)
 
+    def stop(self) -> None:
+        """See `Chat`."""
+        if self._engine is not None:
+            self._engine.abort()
+
     def clear(self) -> None:
         """See `Chat`."""
         self._conversation.clear()

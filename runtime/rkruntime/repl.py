@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -80,6 +82,10 @@ class Chat(Protocol):
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
         """Pieces of the answer. Closing it early stops the answer and keeps what there is of it."""
+        ...
+
+    def stop(self) -> None:
+        """End the answer that is being given; may be called from any thread."""
         ...
 
     def clear(self) -> None:
@@ -161,21 +167,35 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         try:
-            with closing(self.chat.ask(text)) as pieces:
+            with self._stopped_by_ctrl_c(), closing(self.chat.ask(text)) as pieces:
                 for piece in pieces:
                     if isinstance(piece, Note):
                         self.terminal.note(piece.text)
                     else:
                         self.terminal.write(piece)
-        except KeyboardInterrupt:
-            # The answer stops, the chat goes on; what was said of it stays in the conversation.
-            pass
         except RKEdgeError:
             self.terminal.end_line()
             raise
         self.terminal.write("\n")
         if self.terminal.interactive and self.chat.last:
             self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
+
+    @contextmanager
+    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Ctrl-C stops the answer and not the program; what was said of it stays in the conversation.
+
+        The handler asks for the stop from a thread of its own: an exception at any place whatever could leave the
+        conversation with the worker out of step.
+        """
+
+        def stop(*_: object) -> None:
+            threading.Thread(target=self.chat.stop, daemon=True).start()
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _help(repl: Repl, _: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def treacherous_file(tokenizer_file: Path) -> Path:
 class FakeEngine:
     """An engine that says what it was told to say; every run is kept in `requests`.
 
-    An exception among the events of an answer is raised in its place.
+    An exception among the events of an answer is raised in its place; a function is called, and waits for an abort.
     """
 
     tokenizer: Tokenizer
@@ -87,6 +88,7 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     aborted: int = 0
     closed: bool = False
+    _abort: threading.Event = field(default_factory=threading.Event)
 
     @property
     def info(self) -> Any:
@@ -97,10 +99,17 @@ class FakeEngine:
         answer = self.answers.pop(0)
         steps = self.tokenizer.encode(answer) if isinstance(answer, str) else answer
         reason, count = FinishReason.STOP, 0
+        self._abort.clear()
         try:
             for step in steps:
                 if isinstance(step, BaseException):
                     raise step
+                if callable(step):
+                    step()
+                    assert self._abort.wait(5)
+                if self._abort.is_set():
+                    reason = FinishReason.ABORT
+                    break
                 if count == request.max_new_tokens:
                     reason = FinishReason.LENGTH
                     break
@@ -114,6 +123,9 @@ class FakeEngine:
     async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
         for event in self.generate(request):
             yield event
+
+    def abort(self) -> None:
+        self._abort.set()
 
     def close(self) -> None:
         self.closed = True

@@ -82,12 +82,13 @@ class PromptCache:
 
     Attributes:
         folder: None for the cache folder of the service or the user.
-        max_mb: disk quota; 0 writes none. One token of Gemma 2 2B takes about 0.1 MB.
+        max_mb: disk quota; 0 writes none, None only where the runtime does not reuse its cache itself (before 1.2.0).
+            One token of Gemma 2 2B takes about 0.1 MB (26 layers x 4 heads x 256 x keys and values x 2 bytes).
         min_tokens: shorter prompts are quicker to read again than to load.
     """
 
     folder: Path | None = None
-    max_mb: float = 0.0
+    max_mb: float | None = None
     min_tokens: int = 256
 
 

@@ -1,0 +1,191 @@
+"""The model behind the daemon: loaded when needed, again when its worker is gone, and changed without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rkruntime.bundle import Bundle, open_bundle
+from rkruntime.errors import RKEdgeError, ServiceError, UsageError
+from rkruntime.generation import Sampling
+from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.serve.settings import Settings
+from rkruntime.template import Template, load_template
+from rkruntime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rkruntime.engine import Engine
+
+log = logging.getLogger("rkedge")
+
+# Seconds before the next try after so many failures in a row; the first is made at once.
+_BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+# A client waits this long for the next try; with more ahead it is told when to come back.
+_PATIENCE: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded bundle and all that a request needs of it."""
+
+    bundle: Bundle
+    engine: Engine
+    tokenizer: Tokenizer
+    template: Template
+    sampling: Sampling
+    stop_tokens: frozenset[int]
+    loaded_at: float = field(default_factory=time.time)
+
+
+def load_model(settings: Settings) -> Model:
+    """Open the bundle of the settings and load it; blocks.
+
+    Raises:
+        RKEdgeError: whatever is wrong with bundle, library or model.
+    """
+    if settings.bundle is None:
+        raise UsageError(
+            "No bundle was named.", hint="Give the folder: rkedge serve BUNDLE, or bundle: in the settings."
+        )
+    bundle = open_bundle(settings.bundle)
+    tokenizer = Tokenizer.load(bundle.tokenizer)
+    template = load_template(bundle, tokenizer)
+    sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
+    engine = load_engine(bundle, RuntimeOptions(settings.library, settings.abi, settings.max_context), sampling)
+    return Model(
+        bundle=bundle,
+        engine=engine,
+        tokenizer=tokenizer,
+        template=template,
+        sampling=sampling.over(default_sampling(bundle)),
+        stop_tokens=frozenset(bundle.manifest.stop_token_ids),
+    )
+
+
+class Host:
+    """Holds at most one model. Not for use without the queue's turn, except `model` itself.
+
+    Args:
+        load: `load_model`, or a stand-in; called in a thread.
+    """
+
+    def __init__(self, settings: Settings, load: Callable[[Settings], Model] = load_model) -> None:
+        self.settings = settings
+        self._load = load
+        self._model: Model | None = None
+        self._loading: asyncio.Task[Model] | None = None
+        self._failures = 0
+        self._next_try = 0.0
+        self._loaded_from: Path | None = None
+        self.error: RKEdgeError | None = None
+        self.restarts = 0
+
+    @property
+    def state(self) -> str:
+        """`ready`, `loading`, `failed` (the last load or run ended with `error`) or `unloaded`."""
+        if self._model is not None:
+            return "ready"
+        if self._loading is not None:
+            return "loading"
+        return "failed" if self.error else "unloaded"
+
+    @property
+    def current(self) -> Model | None:
+        """The model if it is loaded."""
+        return self._model
+
+    async def model(self) -> Model:
+        """The model, loaded if it is not.
+
+        Raises:
+            ServiceError: it failed lately, and the next try is some time ahead.
+            RKEdgeError: the load failed.
+        """
+        if self._model is not None:
+            return self._model
+        if self._loading is None:
+            await self._pause()
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load_now())
+        # A client that goes away does not stop the load that others wait for.
+        return await asyncio.shield(self._loading)
+
+    async def _pause(self) -> None:
+        wait = self._next_try - time.monotonic()
+        if wait > _PATIENCE:
+            reason = f" The last error: {self.error.message}" if self.error else ""
+            raise ServiceError(
+                f"The model failed {self._failures} times; the next try is in {wait:.0f} seconds.{reason}",
+                hint=self.error.hint if self.error else None,
+                details={"retry_after_s": max(1, round(wait))},
+            )
+        if wait > 0:
+            await asyncio.sleep(wait)
+
+    async def _load_now(self) -> Model:
+        start = time.monotonic()
+        try:
+            model = await asyncio.to_thread(self._load, self.settings)
+        except RKEdgeError as error:
+            self._failed(error)
+            raise
+        finally:
+            self._loading = None
+        self._model, self._loaded_from, self.error = model, model.bundle.path.resolve(), None
+        log.info("loaded %s in %.1f s", model.bundle.manifest.name, time.monotonic() - start)
+        return model
+
+    def _failed(self, error: RKEdgeError) -> None:
+        self._failures += 1
+        self._next_try = time.monotonic() + _BACKOFF[min(self._failures, len(_BACKOFF)) - 1]
+        self.error = error
+        log.error("%s: %s", type(error).__name__, error.message)
+
+    def succeeded(self) -> None:
+        """An answer was complete: the next failure is a first one again."""
+        self._failures = 0
+
+    async def lost(self, error: RKEdgeError) -> None:
+        """The worker is gone: drop it, so that the next request starts another."""
+        self._failed(error)
+        self.restarts += 1
+        await self.unload()
+
+    async def unload(self) -> None:
+        """Free the NPU."""
+        model, self._model = self._model, None
+        if model is not None:
+            await asyncio.to_thread(model.engine.close)
+            log.info("unloaded %s", model.bundle.manifest.name)
+
+    def needs_load(self, settings: Settings) -> bool:
+        """These settings mean another model: other options, or a link that leads to another folder now."""
+        names = ("bundle", "library", "abi", "max_context", "temperature", "top_k", "top_p", "repeat_penalty")
+        moved = settings.bundle and self._loaded_from and settings.bundle.resolve() != self._loaded_from
+        return bool(moved) or any(getattr(settings, name) != getattr(self.settings, name) for name in names)
+
+    async def change(self, settings: Settings) -> None:
+        """Take other settings, and another bundle with them; if it does not load, the old one comes back.
+
+        Raises:
+            RKEdgeError: the new bundle did not load.
+        """
+        before, self.settings = self.settings, settings
+        was_loaded = self._model is not None
+        await self.unload()
+        self._failures, self._next_try, self.error = 0, 0.0, None
+        if not was_loaded and not settings.load_at_start:
+            return
+        try:
+            await self.model()
+        except RKEdgeError:
+            self.settings, self._next_try = before, 0.0
+            with suppress(RKEdgeError):
+                await self.model()
+            raise

@@ -1,0 +1,170 @@
+"""What of a prompt is on the NPU already, and files that hold the KV cache of conversations that are not.
+
+From 1.2.0 on the runtime itself reuses the longest beginning that a prompt has in common with its KV cache. Before, and
+for several conversations in turn, prompt cache files do: the runtime writes one at the end of a run, and takes the
+longest common beginning of the one that is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rkruntime.answer import Answer
+from rkruntime.errors import ModelError, UnsupportedCallError
+from rkruntime.files import atomic_file
+from rkruntime.generation import Request
+
+if TYPE_CHECKING:
+    from rkruntime.serve.host import Model
+
+log = logging.getLogger("rkedge")
+
+PREFIX_REUSE: Final = (1, 2, 0)
+# Without the runtime's own reuse files are all there is, so there is a quota unless one was set.
+_QUOTA_WITHOUT_REUSE_MB: Final = 512.0
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of what both begin with."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(at for at in range(length) if one[at] != other[at])
+
+
+class PromptCaches:
+    """Chooses for each run which file is loaded before it, and whether one is written after it.
+
+    Args:
+        folder: of the files; each has a JSON file beside it with its token ids and the model they are for.
+        max_mb: disk quota; None is 0 where the runtime reuses its cache itself, else 512.
+        min_tokens: a file is worth its time if it saves so many tokens.
+    """
+
+    def __init__(self, folder: Path, max_mb: float | None, min_tokens: int) -> None:
+        self._folder = folder
+        self._max_mb = max_mb
+        self._min_tokens = min_tokens
+        self._files: OrderedDict[Path, list[int]] | None = None
+        self._on_npu: list[int] = []
+        self._loaded = False
+
+    def forget(self) -> None:
+        """Another model, or none, is on the NPU."""
+        self._on_npu, self._files, self._loaded = [], None, False
+
+    async def prepare(self, model: Model, request: Request) -> Request:
+        """Load the file that saves most, if any; the request, with a file to write if that is worth it."""
+        tokens = list(request.tokens)
+        held = common_prefix(self._on_npu, tokens) if self._reuses(model) else 0
+        if not self._quota(model):
+            return request
+        files = self._known(model)
+        best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
+        saved = common_prefix(files[best], tokens) if best else 0
+        if best and saved - held >= self._min_tokens and await self._load(model, best):
+            files.move_to_end(best)
+            held = saved
+        if len(tokens) - max(held if not self._reuses(model) else 0, saved) < self._min_tokens:
+            return request
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return replace(request, save_prompt_cache=self._file(model, tokens))
+
+    def finished(self, model: Model, request: Request, answer: Answer) -> int:
+        """Note what is on the NPU now, and keep the quota; how many prompt tokens were not read again."""
+        held = common_prefix(self._on_npu, list(request.tokens))
+        self._on_npu = [*request.tokens, *answer.tokens]
+        path = request.save_prompt_cache
+        if path is not None and path.is_file():
+            self._keep(model, path, list(request.tokens))
+        if answer.perf is not None and answer.perf.prefill_tokens > 0:
+            return max(0, len(request.tokens) - answer.perf.prefill_tokens)
+        # At least the last token is computed; releases before 1.2.1 give no figures.
+        return min(held, len(request.tokens) - 1) if self._reuses(model) else 0
+
+    async def _load(self, model: Model, path: Path) -> bool:
+        try:
+            if self._loaded:
+                await asyncio.to_thread(model.engine.release_prompt_cache)
+            await asyncio.to_thread(model.engine.load_prompt_cache, path)
+        except (ModelError, UnsupportedCallError) as error:
+            log.warning("prompt cache %s: %s", path.name, error.message)
+            self._drop(path)
+            return False
+        self._loaded = True
+        return True
+
+    @staticmethod
+    def _reuses(model: Model) -> bool:
+        numbers = model.engine.info.release.partition("b")[0].split(".")
+        return tuple(map(int, numbers)) >= PREFIX_REUSE
+
+    def _quota(self, model: Model) -> float:
+        if self._max_mb is not None:
+            return self._max_mb * 1e6
+        return 0.0 if self._reuses(model) else _QUOTA_WITHOUT_REUSE_MB * 1e6
+
+    def _file(self, model: Model, tokens: Sequence[int]) -> Path:
+        digest = hashlib.sha256(json.dumps([_identity(model), *tokens]).encode()).hexdigest()
+        return self._folder / f"{digest[:32]}.kv"
+
+    def _known(self, model: Model) -> OrderedDict[Path, list[int]]:
+        """Files for this very model, the longest unused first; read from the folder once."""
+        if self._files is None:
+            found = [(path, _read_index(path, _identity(model))) for path in self._folder.glob("*.kv")]
+            found.sort(key=lambda item: item[0].stat().st_mtime)
+            self._files = OrderedDict((path, tokens) for path, tokens in found if tokens)
+        return self._files
+
+    def _keep(self, model: Model, path: Path, tokens: list[int]) -> None:
+        files = self._known(model)
+        with atomic_file(path.with_suffix(".json")) as partial:
+            partial.write_text(json.dumps({"model": _identity(model), "tokens": tokens}))
+        files[path] = tokens
+        files.move_to_end(path)
+        # A longer prompt of the same conversation replaces the shorter one.
+        for other in [item for item, ids in files.items() if item != path and tokens[: len(ids)] == ids]:
+            self._drop(other)
+        self._make_room(self._quota(model))
+
+    def _make_room(self, quota: float) -> None:
+        paths = sorted(self._folder.glob("*.kv"), key=lambda path: path.stat().st_mtime)
+        total = sum(path.stat().st_size for path in paths)
+        for path in paths:
+            if total <= quota:
+                break
+            total -= path.stat().st_size
+            self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        if self._files is not None:
+            self._files.pop(path, None)
+        for name in (path, path.with_suffix(".json")):
+            with suppress(OSError):
+                name.unlink()
+
+
+def _identity(model: Model) -> str:
+    """The model file and the release: a KV cache is good for no other."""
+    manifest = model.bundle.manifest
+    return f"{manifest.files[manifest.model_file].sha256}/{model.engine.info.release}"
+
+
+def _read_index(path: Path, identity: str) -> list[int]:
+    try:
+        data: Any = json.loads(path.with_suffix(".json").read_bytes())
+        if data["model"] == identity and all(type(token) is int for token in data["tokens"]):
+            return list(data["tokens"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        # Not ours, cut, or gone: as good as none.
+        pass
+    return []
