@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rkconvert.checkpoint import CONFIG
+from rkconvert.hub import hub_file, is_hub_id
 from rkconvert.shards import read_json
 from rkconvert.tensor_files import INDEX
-from rkruntime.errors import CheckpointError, HostError
-
-_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+from rkruntime.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ def read_source(model: str, revision: str | None = None) -> ModelSource:
 
     Raises:
         CheckpointError: there is no such model, or its files are not what they should be.
-        HostError: the hub cannot be reached, or huggingface_hub is not installed.
+        HostError: see `hub_file`.
     """
     path = Path(model)
     if path.is_dir():
         return _from_folder(path, path.resolve().name)
     if path.is_file():
         return _source(path.resolve().parent.name or path.stem, path, None, None)
-    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+    if is_hub_id(model):
         return _from_hub(model, revision)
     raise CheckpointError(
         f"There is no folder or file {model}.",
@@ -75,42 +73,7 @@ def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: i
 
 
 def _from_hub(model: str, revision: str | None) -> ModelSource:
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
-    except ImportError as error:
-        raise HostError(
-            f"There is no folder {model}, and to look it up on the hub huggingface_hub is missing.",
-            hint="pip install 'rkedge[convert]', or download its config.json and give that.",
-        ) from error
-    try:
-        config = Path(hf_hub_download(model, CONFIG, revision=revision))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{model} is gated: its owner asks you to accept a licence first.",
-            hint=f"Open https://huggingface.co/{model}, accept, then run `hf auth login`.",
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, RepositoryNotFoundError | EntryNotFoundError) and not isinstance(
-            error, LocalEntryNotFoundError
-        ):
-            raise CheckpointError(f"The hub has no {model} with a {CONFIG}.", hint="Check the spelling.") from error
-        raise HostError(
-            f"There is no folder {model}, and its {CONFIG} cannot be fetched from the hub: {_first_line(error)}",
-            hint="Check the network, or download its config.json on another machine and give that.",
-        ) from error
-    try:
-        index = Path(hf_hub_download(model, INDEX, revision=revision))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        return _source(model.split("/")[1], config, None, None)
-    return _source(model.split("/")[1], config, index, None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    config = hub_file(model, CONFIG, revision)
+    if config is None:
+        raise CheckpointError(f"{model} on the hub has no {CONFIG}.")
+    return _source(model.split("/")[1], config, hub_file(model, INDEX, revision), None)

@@ -1,0 +1,319 @@
+"""rkedge plan: domains, boards, verdicts, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rkconvert import dtypes
+from rkconvert.commands.plan import run
+from rkconvert.demo import checkpoint
+from rkconvert.plan import ModelSource, Request, make_plan, plan_for, require
+from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
+from rkconvert.plan.domains import place
+from rkconvert.plan.page import render
+from rkconvert.plan.sizes import cache_bytes_per_token, npu_bytes, parse_type
+from rkconvert.shapes import parse_shape
+from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
+
+GEMMA = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 256000,
+         "max_position_embeddings": 8192, "head_dim": 256}  # fmt: skip
+SIZES = {
+    "gemma-2-2b-it": (2304, 9216, 26, 8, 4, 256),
+    "gemma-2-9b-it": (3584, 14336, 42, 16, 8, 256),
+    "gemma-2-27b-it": (4608, 36864, 46, 32, 16, 128),
+}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    *sizes, head_dim = SIZES[name]
+    return GEMMA | dict(zip(keys, sizes, strict=True)) | {"head_dim": head_dim}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    def make(name: str = "gemma-2-2b-it", **changes: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config_of(name) | changes))
+        return folder
+
+    return make
+
+
+def plan_of(name: str, **request: Any) -> Any:
+    return plan_for(ModelSource(name, config_of(name)), Request(name, **request))
+
+
+def as_json(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(run, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_json_has_what_programs_ask_for(model):
+    plan = as_json(model())
+    assert plan["model"]["parameters"] == 2_614_341_888
+    assert sum(plan["model"]["parts"].values()) == 2_614_341_888
+    assert plan["fits"] is True
+    for key in ("decode_tokens_per_s", "ttft_ms", "memory_mb"):
+        vendor = plan["prediction"]["vendor"][key]
+        assert plan[key] == pytest.approx(vendor, rel=0.1)
+    by_type = {verdict["type"]: verdict for verdict in plan["verdicts"]}
+    assert set(by_type) == set(dtypes.known_types())
+    assert by_type["w8a8"]["status"] == "ok"
+    assert by_type["w4a16"]["status"] == "impossible"
+    assert all(verdict["reason"] and verdict["evidence"] for verdict in by_type.values())
+
+
+@pytest.mark.parametrize(("name", "domains", "fits"), [("gemma-2-2b-it", 1, 4), ("gemma-2-9b-it", 3, 16)])
+def test_known_sizes(name, domains, fits):
+    plan = plan_of(name)
+    assert len(plan.domains) == domains
+    assert next(choice.gib for choice in plan.ram if choice.fits) == fits
+
+
+def test_27b_fits_the_largest_boards_only():
+    assert len(plan_of("gemma-2-27b-it").domains) == 7
+    assert not plan_of("gemma-2-27b-it", board="orange-pi-5-max").fits
+    with pytest.raises(RefusedError, match=r"needs 29\.1 GB of memory with a context of 4096"):
+        require(plan_of("gemma-2-27b-it", ram_gib=16.0))
+    require(plan_of("gemma-2-27b-it", ram_gib=16.0), force=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(list(SIZES)),
+    dtype=st.sampled_from(["w8a8", "w8a8_g128", "fp16", "w4a16"]),
+    context=st.integers(1, 512).map(lambda n: 32 * n),
+)
+def test_domains_hold_everything_and_none_is_too_full(name, dtype, context):
+    shape, kind = parse_shape(config_of(name)), parse_type(dtype)
+    domains = place(shape, kind, context)
+    assert all(domain.used <= dtypes.DOMAIN_BYTES for domain in domains)
+    whole = npu_bytes(shape, kind) + context * cache_bytes_per_token(shape)
+    assert sum(domain.used for domain in domains) == pytest.approx(whole)
+    assert len(domains) >= whole / dtypes.DOMAIN_BYTES
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(list(SIZES)), ram=st.floats(3, 40), embedding=st.sampled_from(["flash", "ram"]))
+def test_the_largest_context_fits_and_the_next_does_not(name, ram, embedding):
+    plan = plan_of(name, ram_gib=ram, embedding=embedding)
+    largest = plan.ram[0].largest_context
+    if largest:
+        assert plan_of(name, ram_gib=ram, embedding=embedding, context=largest).fits
+    if largest + 32 <= plan.most_context:
+        assert not plan_of(name, ram_gib=ram, embedding=embedding, context=largest + 32).fits
+
+
+def test_the_embedding_in_ram_counts():
+    flash, ram = (plan_of("gemma-2-2b-it", embedding=where) for where in ("flash", "ram"))
+    assert ram.memory_bytes - flash.memory_bytes == pytest.approx(256000 * 2304 * 2)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("soc", ["rk3588", "rk3576"])
+def test_verdicts_are_those_of_the_table_unless_the_board_is_too_small(name, soc):
+    plan = plan_of(name, board=soc, ram_gib=64.0)
+    for verdict in plan.verdicts:
+        judged = dtypes.judge(verdict.type, platform=soc, toolkit="1.2.3", name=name, parameters=plan.shape.parameters)
+        assert (verdict.status, verdict.reason) == (judged.verdict.value, judged.reason)
+    too_small = plan_of(name, board=soc, ram_gib=2.0)
+    statuses = {verdict.type: verdict.status for verdict in too_small.verdicts}
+    assert "ok" not in statuses.values()
+    assert statuses["w8a8"] == "refuse"
+
+
+def test_a_type_that_cannot_be_made_is_refused_as_convert_refuses_it():
+    with pytest.raises(RefusedError, match="accepts no 4-bit type"):
+        plan_of("gemma-2-2b-it", dtype="w4a16")
+    assert plan_of("gemma-2-2b-it", dtype="w4a16", board="rk3576").fits
+
+
+def test_toolkit_and_model_limit_the_context():
+    assert plan_of("gemma-2-2b-it").context == 4096
+    assert plan_of("gemma-2-2b-it", context=8192).context == 8192
+    for request in ({"context": 8224}, {"context": 100}, {"context": 8192, "toolkit": "1.1.4"}):
+        with pytest.raises(UsageError):
+            plan_of("gemma-2-2b-it", **request)
+
+
+def test_the_demo_checkpoint_needs_next_to_nothing():
+    plan = make_plan(Request(str(checkpoint())))
+    assert plan.fits
+    assert plan.context == 1024
+    shards = sum(path.stat().st_size for path in checkpoint().glob("*.safetensors"))
+    assert plan.source.stored_bytes == pytest.approx(shards, rel=0.01)
+
+
+@pytest.mark.parametrize("name", board_names())
+def test_board_profiles(name):
+    board = find_board(name)
+    assert board.soc in dtypes.platforms()
+    assert board.ram_gib == tuple(sorted(board.ram_gib))
+    for key in ("ram_gib", "memory", "memory_mhz"):
+        if getattr(board, key) is not None:
+            assert key in board.sources or board.unknown, f"{key} has no source"
+
+
+def test_memory_left_for_a_program():
+    assert 3 * GIB < usable_bytes(4) < 4 * GIB
+    assert usable_bytes(16) > 4 * usable_bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: X\nsoc: rk3588\nram_gib: [8]\nnpu: 3\n", "unknown key npu"),
+        ("name: X\nsoc: rk3588\n", "ram_gib is missing"),
+        ("name: X\nsoc: rk3588\nram_gib: [eight]\n", "ram_gib"),
+        ("name: X\nsoc: rk3588\nram_gib: []\n", "ram_gib must list"),
+        ("- a\n", "is not a board profile"),
+        ("a: [", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_bad_profile_is_refused(tmp_path, text, message):
+    (tmp_path / "board.yaml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        find_board(str(tmp_path / "board.yaml"))
+
+
+def test_the_nearest_board_is_named():
+    with pytest.raises(UsageError) as error:
+        find_board("orangepi-5-plus")
+    assert "orange-pi-5-plus" in error.value.hint
+
+
+def test_a_board_nobody_has_figures_for(tmp_path):
+    (tmp_path / "board.yaml").write_text("name: X\nsoc: rk3566\nram_gib: [8]\n")
+    with pytest.raises(UsageError, match="rk3566"):
+        plan_of("gemma-2-2b-it", board=str(tmp_path / "board.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ('{"model_type": "gpt2"}', CheckpointError),
+        ("[]", CheckpointError),
+        ("{", CheckpointError),
+        ("version https://git-lfs.github.com/spec/v1\n", CheckpointError),
+        ('{"architectures": ["Gemma2ForCausalLM"], "hidden_size": -1}', CheckpointError),
+    ],
+)
+def test_a_bad_config_is_refused(tmp_path, content, kind):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(kind):
+        make_plan(Request(str(tmp_path)))
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no folder or file"):
+        make_plan(Request(str(tmp_path / "nothing" / "here")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        make_plan(Request(str(tmp_path / "empty")))
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Any:
+    """`hub(answer)`: what fetching a file answers, a path or an error; nothing is cached."""
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+
+    def answers(answer: Callable[[str], Path] | type[Exception]) -> None:
+        def fetch(_: str, name: str, revision: str | None = None) -> str:
+            if isinstance(answer, type):
+                raise answer.__new__(answer, "no")  # their own constructors want a whole HTTP response
+            return str(answer(name))
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+
+    return answers
+
+
+def test_a_model_on_the_hub(hub, tmp_path, model):
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 5228717568}}')
+    (model() / "config.json").rename(tmp_path / "config.json")
+    hub(lambda name: tmp_path / name)
+    plan = make_plan(Request("google/gemma-2-2b-it"))
+    assert (plan.source.name, plan.source.stored_bytes) == ("gemma-2-2b-it", 5228717568)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "hint"),
+    [
+        (errors.GatedRepoError, CheckpointError, "accept"),
+        (errors.RepositoryNotFoundError, CheckpointError, "spelling"),
+        (errors.RevisionNotFoundError, CheckpointError, "spelling"),
+        (errors.EntryNotFoundError, CheckpointError, "config.json"),
+        (errors.LocalEntryNotFoundError, HostError, "network"),
+        (errors.HfHubHTTPError, HostError, "network"),
+        (ConnectionError, HostError, "network"),
+    ],
+)
+def test_what_the_hub_refuses(hub, failure, kind, hint):
+    hub(failure)
+    with pytest.raises(kind) as error:
+        make_plan(Request("google/gemma-2-2b-it"))
+    assert hint in error.value.hint
+
+
+def test_a_quantized_checkpoint_is_noted(model):
+    plan = as_json(model(quantization_config={"quant_method": "bitsandbytes"}))
+    assert any("quantized already (bitsandbytes)" in note for note in plan["notes"])
+
+
+def test_the_picture(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    result = CliRunner().invoke(run, [str(model("gemma-2-9b-it"))], catch_exceptions=False)
+    bars = [line for line in result.output.splitlines() if line.startswith("domain ")]
+    assert len(bars) == 3
+    assert all(line.count("█") + line.count("░") == 64 for line in bars)
+    assert bars[2].count("░") > bars[0].count("░")
+    assert "16 GiB     yes" in result.output
+    assert "predicted" in result.output
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.addresses += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
+
+
+def test_the_page_stands_alone_and_escapes_names(tmp_path):
+    name = "<script>alert(1)</script>"
+    plan = plan_for(ModelSource(name, config_of("gemma-2-9b-it")), Request(name))
+    tags = Tags()
+    page = render(plan)
+    tags.feed(page)
+    assert "script" not in tags.seen
+    assert tags.addresses == []
+    assert "@import" not in page
+    assert tags.seen.count("svg") == 3 + 2  # a bar for each domain, two plots
+    assert tags.seen.count("polyline") == 2
+
+
+def test_the_page_is_written_whole_or_not_at_all(tmp_path, model):
+    folder = model()
+    CliRunner().invoke(run, [str(folder), "--html", str(tmp_path / "plan.html")], catch_exceptions=False)
+    assert (tmp_path / "plan.html").read_text().rstrip().endswith("</html>")
+    with pytest.raises((OutputError, HostError)):
+        CliRunner().invoke(run, [str(folder), "--html", str(tmp_path / "no" / "plan.html")], catch_exceptions=False)

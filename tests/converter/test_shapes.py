@@ -1,0 +1,157 @@
+"""Sizes read from config.json against the models that transformers builds from the same file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rkconvert.plan.prediction import vendor_rows
+from rkconvert.shapes import FAMILIES, parse_shape
+from rkruntime.errors import CheckpointError
+
+# Those of the table that transformers itself can build; the others come with code of their own.
+BUILT_IN = ["gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
+ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
+
+
+def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
+    names = {"architectures": [ARCHITECTURES[model_type]]} if model_type in ARCHITECTURES else {}
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+    }
+    return {"model_type": model_type, **names, **sizes, **changes}
+
+
+def built(config: dict[str, Any]) -> torch.nn.Module:
+    plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    plain |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}  # Phi-3's own are beyond a small vocabulary
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **plain))
+
+
+@pytest.mark.parametrize("model_type", BUILT_IN)
+@settings(max_examples=6, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    inner=st.sampled_from([96, 200]),
+    tied=st.booleans(),
+)
+def test_parameters_equal_those_that_transformers_builds(model_type, layers, kv_heads, inner, tied):
+    config = config_of(
+        model_type,
+        num_hidden_layers=layers,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        tie_word_embeddings=tied,
+    )
+    shape = parse_shape(config)
+    model = built(config)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.kv_width == 2 * kv_heads * 16
+    layer = model.get_submodule("model.layers.0")
+    assert shape.layer_weights == sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_biases_are_counted_where_the_config_has_them(model_type):
+    config = config_of(model_type, attention_bias=True)
+    assert parse_shape(config).parameters == sum(p.numel() for p in built(config).parameters())
+
+
+@pytest.mark.parametrize("model_type", BUILT_IN)
+def test_a_size_left_out_is_named(model_type):
+    config = config_of(model_type)
+    del config["hidden_size"]
+    if model_type in ("gemma", "gemma2"):
+        assert parse_shape(config).hidden_size in (2304, 3072)  # transformers' default
+        return
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        parse_shape(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("Qwen2 0.5B", 0.494),
+        ("TinyLLAMA 1.1B", 1.100),
+        ("Qwen2.5 1.5B", 1.544),
+        ("Gemma2 2B", 2.614),
+        ("Phi3 3.8B", 3.821),
+        ("Qwen3 0.6B", 0.596),
+        ("ChatGLM3 6B", 6.244),
+    ],
+)
+def test_the_vendors_models_have_the_published_number_of_weights(model, billions):
+    shape = next(row.shape for row in vendor_rows() if row.model == model)
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.0006)
+
+
+def test_latent_attention():
+    """MiniCPM3-4B by its public config.json has 4.07 billion weights."""
+    config = {
+        "model_type": "minicpm3", "hidden_size": 2560, "num_hidden_layers": 62, "intermediate_size": 6400,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+        "q_lora_rank": 768, "kv_lora_rank": 256, "vocab_size": 73448, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    shape = parse_shape(config)
+    assert shape.parameters / 1e9 == pytest.approx(4.07, abs=0.01)
+    assert shape.kv_width == 40 * (96 + 64)
+
+
+def test_the_language_part_of_a_model_with_pictures():
+    nested = {"model_type": "qwen3_vl", "text_config": config_of("qwen3_vl_text"), "tie_word_embeddings": True}
+    shape = parse_shape(nested)
+    assert shape.tied
+    assert "language part" in shape.notes[0]
+    assert shape.layer == parse_shape(config_of("qwen3")).layer
+
+
+def test_an_unknown_type_with_the_usual_names_is_read_with_a_note():
+    shape = parse_shape(config_of("somebodys_llama"))
+    assert shape.parameters == parse_shape(config_of("llama")).parameters
+    assert "somebodys_llama" in shape.notes[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of("mixtral", num_local_experts=8),
+        config_of("qwen3_next", layer_types=["linear_attention", "full_attention", "full_attention"]),
+        config_of("gemma3n_text", hidden_size_per_layer_input=256),
+        {"model_type": "rwkv7", "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 65536},
+        {"model_type": "gpt2", "n_embd": 768},
+        {},
+        config_of("llama", hidden_size="4096"),
+        config_of("llama", num_hidden_layers=0),
+        config_of("llama", num_hidden_layers=1 << 40),
+        config_of("llama", num_attention_heads=5, num_key_value_heads=2),
+        config_of("llama", num_hidden_layers=True),
+        config_of("gemma2", sliding_window="wide"),
+        {"text_config": {"model_type": "llama"}},
+    ],
+)
+def test_what_is_no_plain_decoder_is_refused(config):
+    with pytest.raises(CheckpointError):
+        parse_shape(config)
+
+
+def test_every_family_can_be_parsed():
+    for model_type, family in FAMILIES.items():
+        config = config_of(model_type)
+        renamed = {family.keys.get(key, key): value for key, value in config.items()}
+        shape = parse_shape(renamed)
+        assert shape.num_hidden_layers == 3
+        assert shape.hidden_size == 96
