@@ -13,6 +13,7 @@ import yaml
 
 from rkruntime.errors import BundleError
 from rkruntime.files import sha256_file
+from rkruntime.preflight import Model
 from rkruntime.schema import build
 
 SCHEMA: Final = "rkedge-bundle/1"
@@ -135,6 +136,13 @@ class Bundle:
     def template(self) -> Path:
         """chat_template.jinja."""
         return self.path / TEMPLATE
+
+    @property
+    def known(self) -> Model:
+        """What is known of the model before it is loaded, for preflight."""
+        made = self.manifest
+        record = made.files[made.model_file]
+        return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
 
     def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
         """Compare files with the manifest: size always, SHA-256 once per state of a file.

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import threading
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from rkruntime import errors
+from rkruntime.abi import since, within
 from rkruntime.errors import (
     ContextFullError,
     LoadError,
     ModelFileError,
+    RefusedError,
     RKEdgeError,
     RunError,
     UsageError,
@@ -36,6 +40,7 @@ from rkruntime.generation import (
 )
 from rkruntime.identify import Identity, identify
 from rkruntime.loading import LoadOptions, Lora, ModelInfo, facts_of, first_error
+from rkruntime.preflight import Finding, preflight
 from rkruntime.worker import protocol
 from rkruntime.worker.encode import run_command
 from rkruntime.worker.process import WorkerProcess
@@ -60,15 +65,16 @@ class Engine:
     info: ModelInfo
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
-        self.options = options
         self._identity: Identity = identify(options.library, options.abi)
         _check_readable(options.model)
+        self.options, self._findings = _checked(options, self._identity)
         self._run = 0
         self._active: int | None = None
         self._gone: WorkerError | None = None
         self._closed = False
         self._sending = threading.Lock()
-        self._worker = WorkerProcess(options.interpreter, options.library.resolve().parent, on_log)
+        environment = _environment(options)
+        self._worker = WorkerProcess(options.interpreter, environment, on_log)
         try:
             self.info = self._load()
         except BaseException as error:
@@ -87,6 +93,7 @@ class Engine:
         Raises:
             LibraryError: the library must not be called, or cannot be loaded.
             ModelFileError: there is no such model file.
+            RefusedError: preflight knows that this will not work.
             LoadError: the library refused the model; also if it returned 0 and logged errors.
             UnsupportedCallError: an option that the release does not have.
             WorkerError: the library crashed, ended its process, or gave no sign within `load_timeout`.
@@ -130,6 +137,7 @@ class Engine:
             npu_cores=int(facts["npu_cores"]) if facts["npu_cores"] else None,
             emulated=self._identity.emulated,
             load_seconds=seconds,
+            findings=self._findings,
             log=tuple(self._worker.log),
         )
 
@@ -505,6 +513,28 @@ class _AsyncRecords:
         """Take the worker out of the loop."""
         self._timer.cancel()
         self._loop.remove_reader(self._worker.records_fd)
+
+
+def _checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
+    """The options as preflight has them, and what it found. Raises RefusedError for what is known not to work."""
+    assert identity.release is not None
+    if options.known is None:
+        return options, ()
+    version = identity.release.version
+    result = preflight(options.known, runtime=version, context=options.max_context, emulated=identity.emulated)
+    if result.errors and not options.force:
+        first = result.errors[0]
+        raise RefusedError(
+            first.message, hint=first.hint, details={"findings": [item.as_dict() for item in result.findings]}
+        )
+    cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
+    return replace(options, max_context=result.context, cpus=options.cpus or cpus), result.findings
+
+
+def _environment(options: LoadOptions) -> dict[str, str]:
+    """The worker's variables: librkllmrt.so needs libraries that may lie beside it (libomp.so)."""
+    paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
 
 def _check_readable(path: Path) -> None:

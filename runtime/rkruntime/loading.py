@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.generation import DEFAULT_SAMPLING, Sampling
+from rkruntime.preflight import Finding, Model
 from rkruntime.worker.process import python_command
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class LoadOptions:
         abi: release whose layout to use for a library of an unknown release.
         sampling: for all runs; from 1.3.0 on a run can have its own.
         max_new_tokens: for all runs; -1 for as many as the context has room for.
-        cpus: CPU cores for the runtime's own work (1.2.0 on), at least as many as the model's NPU cores.
+        known: what is known of the model beforehand, from its manifest; the checks of preflight need it.
+        force: load also where preflight knows that it will not work.
+        cpus: CPU cores for the runtime's own work (1.2.0 on), at least as many as the model's NPU cores; by default the
+            big ones, if this is given.
         n_batch: prompts per run (1.2.1 on; the vendor advises at most 8).
         n_keep: KV cache positions that stay in front when the window shifts (1.2.0 on).
         base_domain_id: NPU memory domain, 0 to 15; one for each large model on the NPU.
@@ -53,6 +57,7 @@ class LoadOptions:
         token_timeout: seconds without an event until a run counts as hung; the prompt's computing included.
         close_timeout: seconds for the library to end by itself.
         interpreter: command of the Python that the worker runs in.
+        environment: variables for the worker in addition to the parent's, such as RKLLM_LOG_LEVEL.
     """
 
     library: Path
@@ -61,6 +66,8 @@ class LoadOptions:
     abi: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
     max_new_tokens: int = -1
+    known: Model | None = None
+    force: bool = False
     cpus: Sequence[int] | None = None
     n_batch: int = 1
     n_keep: int | None = None
@@ -77,6 +84,7 @@ class LoadOptions:
     token_timeout: float = 300.0
     close_timeout: float = 10.0
     interpreter: Sequence[str] = python_command()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def params(self) -> dict[str, Any]:
         """Fields of RKLLMParam, by the header's names; None leaves the library's default."""
@@ -127,6 +135,7 @@ class ModelInfo:
         dtype: `W8A8`.
         emulated: the library is RKEdge's emulator.
         load_seconds: from the start of the worker to the loaded model.
+        findings: what preflight found, worst first.
         log: lines of the load.
     """
 
@@ -142,6 +151,7 @@ class ModelInfo:
     npu_cores: int | None
     emulated: bool
     load_seconds: float
+    findings: tuple[Finding, ...]
     log: tuple[str, ...]
 
 

@@ -34,11 +34,12 @@ Command: TypeAlias = Callable[..., None]
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --abi and --max-context as they were given."""
+    """--library, --abi, --max-context and --force as they were given."""
 
     library: Path | None = None
     abi: str | None = None
     max_context: int | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ runtime_options = _packed(
     click.option(
         "--max-context", type=click.IntRange(min=32), metavar="TOKENS", help="Context length.  [default: the model's]"
     ),
+    click.option("--force", is_flag=True, help="Load also what is known not to work on this board."),
 )
 
 sampling_options = _packed(
@@ -180,16 +182,22 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
 
 def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:
-    """Check the bundle's files, find the library, start the worker and load the model."""
+    """Check the bundle's files, find the library, start the worker and load the model; say what is worth knowing."""
     from rkruntime.engine import Engine, LoadOptions
 
     bundle.verify()
-    return Engine.load(
+    engine = Engine.load(
         LoadOptions(
             library=find_library(bundle, options),
             model=bundle.model,
             abi=options.abi,
-            max_context=options.max_context or bundle.manifest.max_context,
+            known=bundle.known,
+            force=options.force,
+            max_context=options.max_context,
             sampling=sampling.over(default_sampling(bundle)),
         )
     )
+    for finding in engine.info.findings:
+        color = "yellow" if finding.level == "warning" else "cyan"
+        click.echo(f"{click.style(f'{finding.level}:', fg=color)} {finding.message} {finding.hint}", err=True)
+    return engine

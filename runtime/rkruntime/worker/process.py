@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,12 +39,12 @@ class WorkerProcess:
 
     Args:
         interpreter: command of the Python to use.
-        library_folder: put in front of LD_LIBRARY_PATH, for libraries that librkllmrt.so needs (libomp.so).
+        environment: the worker's variables.
         on_log: gets each line that the worker prints.
     """
 
     def __init__(
-        self, interpreter: Sequence[str], library_folder: Path, on_log: Callable[[str], None] | None = None
+        self, interpreter: Sequence[str], environment: Mapping[str, str], on_log: Callable[[str], None] | None = None
     ) -> None:
         self._on_log = on_log
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -61,14 +61,13 @@ class WorkerProcess:
                 os.set_blocking(fd, False)
             with contextlib.suppress(OSError):
                 fcntl.fcntl(log_write, fcntl.F_SETPIPE_SZ, _LOG_PIPE)
-            paths = (str(library_folder), os.environ.get("LD_LIBRARY_PATH", ""))
             self.process = subprocess.Popen(
                 [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)],
                 stdin=subprocess.DEVNULL,
                 stdout=log_write,
                 stderr=log_write,
                 pass_fds=(command_read, record_write),
-                env=os.environ | {"LD_LIBRARY_PATH": ":".join(filter(None, paths))},
+                env=dict(environment),
                 start_new_session=True,
             )
             on_error.pop_all()
