@@ -16,6 +16,8 @@ from rkconvert.context import choose_context
 from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
 from rkconvert.job import Lora, MergedModel, merged_model
+from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
+from rkconvert.plan.report import as_dict
 from rkconvert.progress import QUIET, Reporter
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.work_folder import work_folder
@@ -58,6 +60,7 @@ class Job:
     model: MergedModel
     tokenizer: Tokenizer
     template: ChatTemplate
+    plan: Plan | None
     max_context: int
     npu_cores: int
     notes: tuple[str, ...]
@@ -81,6 +84,8 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
             source = _source(checkpoint.path, checkpoint.weight_files, advance)
         report = {"options": _plain(options), "notes": job.notes, "seconds": round(time.monotonic() - started, 3)}
         bundle_folder.write_report(folder, "convert", report)
+        if job.plan is not None:
+            bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source))
     return Bundle(options.output, manifest)
 
@@ -91,8 +96,11 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     refuse_existing(options.output)
     checkpoint = open_checkpoint(options.checkpoint)
-    notes = _check_type(options, checkpoint)
-    max_context = choose_context(options.max_context, checkpoint.config.max_position_embeddings)
+    plan = _plan(options, checkpoint)
+    notes = _notes(plan)
+    max_context = (
+        plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
+    )
     npu_cores = _npu_cores(options)
     if options.target == "toolkit":
         raise HostError(
@@ -105,29 +113,44 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
     template = read_template(model.tokenizer_folder, bos)
-    job = Job(options, model, tokenizer, template, max_context, npu_cores, notes)
+    job = Job(options, model, tokenizer, template, plan, max_context, npu_cores, notes)
     require_space(options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
     for note in notes:
         reporter.note(f"note: {note}")
     return job
 
 
-def _check_type(options: Options, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _plan(options: Options, checkpoint: Checkpoint) -> Plan | None:
+    """The plan for this conversion, which stops here if it says no; None for a type that no board runs."""
     if options.target == "emulator" and options.dtype in dtypes.EMULATOR_ONLY:
-        return ("float32 is an oracle for tests: no board runs it",)
-    judgement = dtypes.judge(
-        options.dtype,
-        platform=options.platform,
+        return None
+    source = ModelSource(checkpoint.path.resolve().name, checkpoint.raw_config, checkpoint.nbytes)
+    request = Request(
+        model=source.name,
+        board=options.platform,
+        dtype=options.dtype,
+        context=options.max_context,
         toolkit=options.release,
-        name=checkpoint.path.resolve().name,
-        parameters=checkpoint.config.parameters,
     )
-    dtypes.require(judgement, force=options.force_dtype)
+    plan = plan_for(source, request)
+    require(plan, force=options.force_dtype)
     if options.target == "emulator" and not options.dtype.startswith("w8a8"):
         raise UsageError(f"The emulator computes in w8a8 and its grouped kinds, not in {options.dtype}.")
+    return plan
+
+
+def _notes(plan: Plan | None) -> tuple[str, ...]:
+    if plan is None:
+        return ("float32 is an oracle for tests: no board runs it",)
+    judgement = plan.judgement
     if judgement.verdict is dtypes.Verdict.OK:
-        return ()
-    return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})",)
+        return plan.notes
+    return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})", *plan.notes)
+
+
+def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what it says of this PC, which is no business of those who get the bundle."""
+    return {key: value for key, value in plan.items() if key != "host"}
 
 
 def _npu_cores(options: Options) -> int:

@@ -34,20 +34,24 @@ def to_float32(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Values of a block held in the format `dtype` (a key of FLOATS); a new array unless it is float32 already."""
     if dtype != "BF16":
         return block.astype(np.float32, copy=False)
-    bits = np.zeros((*block.shape, 2), np.uint16)
-    bits[..., 1] = block
-    return bits.view(np.float32).reshape(block.shape)
+    wide: NDArray[np.uint32] = np.left_shift(block, 16, dtype=np.uint32)
+    return wide.view(np.float32)
 
 
-def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Values in the format `dtype`; `values` is overwritten where that saves a copy of the block."""
+def from_float32(values: NDArray[np.float32], dtype: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Values in the format `dtype`, in `out` if it is given."""
+    narrow = np.empty(values.shape, FLOATS[dtype]) if out is None else out
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return values.astype(STORAGE[dtype], copy=False)
+            narrow[...] = values
+        return narrow
     bits = np.ascontiguousarray(values).view(np.uint32)
-    bits += ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-    high: NDArray[Any] = bits.view(np.uint16).reshape(*values.shape, 2)[..., 1].copy()
-    return high
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    np.right_shift(rounded, 16, out=narrow, dtype=np.uint32, casting="unsafe")
+    return narrow
 
 
 def all_finite(block: NDArray[Any], dtype: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,6 @@ import numpy as np
 from rkconvert.parallel import ordered_map
 from rkconvert.progress import Advance
 from rkconvert.weights import TensorInfo, Weights, read_finite, row_blocks
-
 
 # Small enough for a kill to cost seconds, large enough for 27B to have a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
@@ -31,7 +31,6 @@ SIDE_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_BLOCK: Final = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,12 @@ class ShardPlan:
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """Tensor, first row and number of rows of each block, in the order of the file."""
+        for name, info in self.tensors.items():
+            for first, count in row_blocks(info.shape):
+                yield name, first, count
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[ShardPlan]:
@@ -82,10 +87,10 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
         CheckpointError, AdapterError: NaN or infinite weights.
     """
     plans = plan_shards(weights.tensors, limit)
-    done: dict[str, int] = _read_state(folder)
+    done = _read_state(folder)
     for plan in plans:
         path = folder / plan.name
-        if plan.name in done and path.is_file() and _checksum(path) == done[plan.name]:
+        if plan.name in done and path.is_file() and _checksum_file(path, plan) == done[plan.name]:
             advance(plan.nbytes)
             continue
         partial = path.with_suffix(".partial")
@@ -108,35 +113,51 @@ def _read_state(folder: Path) -> dict[str, int]:
 
 
 def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance) -> int:
-    """The CRC-32 of the file."""
+    """The file's checksum, as `_checksum_file` finds it."""
+
+    def prepare(place: tuple[str, int, int]) -> tuple[memoryview, int]:
+        data = read_finite(weights, *place).reshape(-1).view(np.uint8).data
+        return data, _sum(data)
+
     header = plan.header()
-    checksum = zlib.crc32(header)
+    checksum = _sum(header)
     with path.open("wb", buffering=0) as file:
+        # Asks for the room at once: a disk too small shows before the work, and writing is faster.
+        os.posix_fallocate(file.fileno(), 0, len(header) + plan.nbytes)
         file.write(header)
-        for block in ordered_map(lambda place: read_finite(weights, *place), _places(plan.tensors)):
-            data = block.reshape(-1).view(np.uint8).data
-            checksum = zlib.crc32(data, checksum)
+        for data, own in ordered_map(prepare, plan.places()):
+            checksum = _add(checksum, own)
             _write(file, data)
             advance(len(data))
     return checksum
 
 
-def _write(file: Any, data: memoryview) -> None:
+def _write(file: FileIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
 
 
-def _places(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int, int]]:
-    for name, info in tensors.items():
-        for first, count in row_blocks(info.shape):
-            yield name, first, count
+def _sum(data: bytes | memoryview) -> int:
+    """Sum of 64-bit words: ten times as fast as a CRC, and it shows the lost pages and cut ends of a crash."""
+    whole = len(data) // 8 * 8
+    words = np.frombuffer(data[:whole], np.uint64)
+    return int(np.add.reduce(words)) + int.from_bytes(data[whole:], "little")
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
+def _add(checksum: int, block: int) -> int:
+    """A checksum over the sums of blocks in their order."""
+    return (checksum * 31 + block) % (1 << 64)
+
+
+def _checksum_file(path: Path, plan: ShardPlan) -> int:
+    header = plan.header()
+    if path.stat().st_size != len(header) + plan.nbytes:
+        return -1
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            checksum = zlib.crc32(block, checksum)
+        checksum = _sum(file.read(len(header)))
+        for name, _, count in plan.places():
+            info = plan.tensors[name]
+            checksum = _add(checksum, _sum(file.read(info.nbytes // info.shape[0] * count)))
     return checksum
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -18,7 +20,8 @@ THREADS: Final = min(4, os.cpu_count() or 1)
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
     """`map` with threads: results in the order of the items, at most `threads` + 1 blocks in memory."""
-    with ThreadPoolExecutor(threads) as pool:
+    # The matrix library must not start threads of its own beside these.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:

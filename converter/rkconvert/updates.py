@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from rkconvert.formats import from_float32, to_float32
+from rkconvert.weights import CACHE_WEIGHTS, TensorInfo, Weights, row_blocks
 from rkruntime.errors import AdapterError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from rkconvert.weights import TensorInfo, Weights
 
 
 class Change(Protocol):
@@ -58,11 +57,14 @@ class LowRank:
 
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
-        delta = self.delta(first, len(block))
-        if self.round_delta:
-            delta = to_float32(from_float32(delta, dtype), dtype)
-        delta += to_float32(block, dtype)
-        return from_float32(delta, dtype)
+        merged = np.empty_like(block)
+        for at, count in row_blocks(block.shape, CACHE_WEIGHTS):
+            delta = self.delta(first + at, count)
+            if self.round_delta:
+                delta = to_float32(from_float32(delta, dtype), dtype)
+            delta += to_float32(block[at : at + count], dtype)
+            from_float32(delta, dtype, merged[at : at + count])
+        return merged
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class TokenRows:
         block = block.copy()
         for index, row in self.rows.items():
             if first <= index < first + len(block):
-                block[index - first] = from_float32(row.copy(), dtype)
+                block[index - first] = from_float32(row, dtype)
         return block
 
 

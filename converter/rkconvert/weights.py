@@ -15,9 +15,11 @@ from rkruntime.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Rows are handled in blocks of about this many weights: small enough for several threads' buffers to stay small and
-# warm in the cache, large enough for the disk and the matrix products to run at full speed.
+# Rows are read and written in blocks of about this many weights: small enough for several threads' buffers to stay
+# small, large enough for the disk to run at full speed.
 BLOCK_WEIGHTS: Final = 1 << 20
+# What float arithmetic takes at a time, so that its steps find each other's results in the cache of a core.
+CACHE_WEIGHTS: Final = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_finite(
     if not all_finite(block, weights.tensors[name].dtype):
         raise kind(
             f"The tensor {name} has NaN or infinite weights between its rows {first} and {first + count}.",
-            hint="The file is damaged or the training diverged: use another revision of the model or the adapter.",
+            hint="A file is damaged or a training diverged: use another revision of the model or of its adapter.",
         )
     return block
 
