@@ -1,0 +1,116 @@
+"""The model folder that the toolkit is given: weights as safetensors, settings that every transformers 4 and 5 reads.
+
+It is made anew for each conversion, so nothing of a stranger's folder reaches the toolkit but numbers and texts that
+were checked: no pickles, and no `auto_map`, by which transformers would run the folder's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.chat_template import ChatTemplate
+from rkconvert.checkpoint import CONFIG
+from rkconvert.gemma import GemmaConfig
+from rkconvert.hf_folder import copy_side_files, write_json, write_weights
+from rkconvert.job import MergedModel
+from rkconvert.progress import Advance
+from rkconvert.shards import read_json
+from rkconvert.tensor_files import MODEL_FILES
+from rkconvert.toolkit.versions import Release
+from rkruntime.bundle import GENERATION_CONFIG, TOKENIZER
+from rkruntime.errors import CheckpointError
+from rkruntime.template import BOS
+
+_SINGLE, _INDEX = MODEL_FILES.pairs[0]
+# Files of the tokenizer that hold no code; tokenizer_config.json is written anew.
+_TOKENIZER_FILES: Final = (TOKENIZER, "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+# transformers 5 writes these; transformers 4 knows other names, which 5 reads too.
+_NEW_CLASSES: Final = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+# Left out they would be 50 and 30.
+_NULL_MEANS_NONE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
+_RENAMED: Final = {"dtype": "torch_dtype"}
+# Code, quantization that is undone, and what is written under its older name.
+_DROPPED: Final = ("auto_map", "quantization_config", "rope_parameters", "rope_scaling", "transformers_version")
+
+
+def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: Path, advance: Advance) -> None:
+    """Fill the empty `folder`; weights are linked where they are the base's own files, else written.
+
+    Args:
+        advance: gets the bytes of each block that is written.
+
+    Raises:
+        CheckpointError, AdapterError: NaN or infinite weights.
+    """
+    if not _link_weights(model, folder):
+        write_weights(folder, model.weights, advance)
+    eos = model.checkpoint.eos_token_ids
+    write_json(folder / CONFIG, config(model.hf_config(), model.weights.config, release, eos))
+    copy_side_files([model.tokenizer_folder, model.checkpoint.path], folder, _TOKENIZER_FILES)
+    found = model.tokenizer_folder / _TOKENIZER_CONFIG
+    raw = read_json(found, CheckpointError) if found.is_file() else {}
+    write_json(folder / _TOKENIZER_CONFIG, tokenizer_config(raw, template))
+    ids = {"bos_token_id": model.weights.config.bos_token_id, "eos_token_id": list(eos)}
+    write_json(folder / GENERATION_CONFIG, {**model.checkpoint.generation_config, **ids})
+
+
+def _link_weights(model: MergedModel, folder: Path) -> bool:
+    """Link the base's files if they hold the model as it stands, under names that transformers looks for."""
+    files = model.checkpoint.weight_files
+    own = not model.weights.changed and model.weights.tensors == model.checkpoint.weights.tensors
+    if not own or any(file.suffix != ".safetensors" for file in files):
+        return False
+    index = model.checkpoint.path / _INDEX
+    if len(files) > 1 and not index.is_file():
+        return False
+    for file in files:
+        (folder / (file.name if len(files) > 1 else _SINGLE)).symlink_to(file.resolve())
+    if len(files) > 1:
+        write_json(folder / _INDEX, {"metadata": {}, "weight_map": read_json(index, CheckpointError)["weight_map"]})
+    return True
+
+
+def config(raw: Mapping[str, Any], checked: GemmaConfig, release: Release, eos: tuple[int, ...]) -> dict[str, Any]:
+    """config.json for the toolkit: checked values in place of what is null, absent or named as transformers 5 does.
+
+    The exporter wants numbers where a null stands (airockchip/rknn-llm issue 148), and releases before 1.3.0 store one
+    end token only (CHANGELOG.md @ 1.3.0).
+    """
+    settings = {_RENAMED.get(key, key): value for key, value in raw.items() if key not in _DROPPED}
+    settings = {key: value for key, value in settings.items() if value is not None or key in _NULL_MEANS_NONE}
+    sizes = {
+        "vocab_size": checked.vocab_size,
+        "hidden_size": checked.hidden_size,
+        "intermediate_size": checked.intermediate_size,
+        "num_hidden_layers": checked.num_hidden_layers,
+        "num_attention_heads": checked.num_attention_heads,
+        "num_key_value_heads": checked.num_key_value_heads,
+        "head_dim": checked.head_dim,
+        "max_position_embeddings": checked.max_position_embeddings,
+        "rms_norm_eps": checked.rms_norm_eps,
+        "rope_theta": checked.rope_theta,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": checked.tie_word_embeddings,
+        "bos_token_id": checked.bos_token_id,
+        "eos_token_id": list(eos) if release.several_eos else eos[0],
+    }
+    if checked.family == "gemma2":
+        scalar = checked.query_pre_attn_scalar
+        sizes["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
+        # A window as long as the context is none.
+        sizes["sliding_window"] = checked.sliding_window or checked.max_position_embeddings
+    return settings | sizes
+
+
+def tokenizer_config(raw: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
+    """tokenizer_config.json for the toolkit: with the chat template in it, where every release looks for one."""
+    settings = {key: value for key, value in raw.items() if key not in _DROPPED}
+    name = settings.get("tokenizer_class")
+    settings["tokenizer_class"] = _NEW_CLASSES.get(str(name), name) or "GemmaTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    defaults = {"bos_token": BOS, "eos_token": "<eos>", "add_bos_token": True, "add_eos_token": False}
+    return defaults | settings | {"chat_template": template.source}

@@ -1,0 +1,132 @@
+"""The folder for the toolkit, loaded by transformers, and free of what a stranger put into the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rkconvert.chat_template import read_template
+from rkconvert.checkpoint import open_checkpoint
+from rkconvert.job import Lora, merged_model
+from rkconvert.toolkit.staging import stage
+from rkconvert.toolkit.versions import release
+
+MakeModel = Callable[..., Path]
+
+
+def staged(base: Path, into: Path, loras: tuple[Path, ...] = (), version: str = "1.2.3") -> Path:
+    model = merged_model(open_checkpoint(base), [Lora(path) for path in loras])
+    into.mkdir()
+    stage(model, read_template(model.tokenizer_folder, "<bos>"), release(version), into, lambda done: None)
+    return into
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+
+
+def change(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma"])
+def test_the_model_is_the_same_and_its_files_are_linked(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+    base = make_model(family=family)
+    folder = staged(base, tmp_path / "staged")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert all(path.is_symlink() for path in folder.glob("*.safetensors"))
+    assert torch.equal(logits(load(folder)), logits(load(base)))
+
+
+def test_a_model_of_one_file_under_another_name(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model(shard_size="1GB")
+    expected = logits(load(base))
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    folder = staged(base, tmp_path / "staged")
+    assert (folder / "model.safetensors").is_symlink()
+    assert torch.equal(logits(load(folder)), expected)
+
+
+def test_an_adapter_is_merged(make_model: MakeModel, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    folder = staged(base, tmp_path / "staged", (adapter,))
+    merged = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    assert torch.equal(logits(load(folder)), logits(merged))
+
+
+def test_no_stranger_s_code(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model()
+    (base / "modeling.py").write_text("raise SystemExit('ran')")
+    (base / "rogue.bin").write_bytes(b"\x80\x04pickle")
+    change(base, "config.json", auto_map={"AutoModelForCausalLM": "modeling.Rogue"})
+    change(base, "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.Rogue", None]})
+    folder = staged(base, tmp_path / "staged")
+    assert not {path.suffix for path in folder.iterdir()} - {".json", ".safetensors"}
+    assert "auto_map" not in "".join(path.read_text() for path in folder.glob("*.json"))
+
+
+def test_what_transformers_5_writes_is_said_as_4_reads_it(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model(rope_theta=50_000.0)
+    assert "rope_parameters" in json.loads((base / "config.json").read_text())
+    change(base, "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=["<start_of_turn>"])
+    folder = staged(base, tmp_path / "staged")
+    config = json.loads((folder / "config.json").read_text())
+    rope = json.loads((base / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    assert config["rope_theta"] == rope
+    assert not {"rope_parameters", "dtype", "transformers_version"} & set(config)
+    assert config["torch_dtype"] == "bfloat16"
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["additional_special_tokens"] == ["<start_of_turn>"]
+
+
+def test_nulls_are_filled_in(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model()
+    change(base, "config.json", attn_logit_softcapping=None, sliding_window=1024)
+    expected = logits(load(base))
+    # No window: transformers 5 cannot run that itself.
+    change(base, "config.json", sliding_window=None, eos_token_id=None, rms_norm_eps=None)
+    folder = staged(base, tmp_path / "staged")
+    config = json.loads((folder / "config.json").read_text())
+    assert {key for key, value in config.items() if value is None} == {"attn_logit_softcapping"}
+    assert config["sliding_window"] == 1024
+    assert torch.equal(logits(load(folder)), expected)
+
+
+@pytest.mark.parametrize(("version", "eos"), [("1.1.4", 1), ("1.2.3", 1), ("1.3.0", [1, 6])])
+def test_end_tokens(make_model: MakeModel, tmp_path: Path, version: str, eos: object) -> None:
+    base = make_model()
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 6]}')
+    folder = staged(base, tmp_path / "staged", version=version)
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == eos
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 6]
+
+
+def test_the_template_is_where_every_release_looks(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model()
+    source = (base / "chat_template.jinja").read_text()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if key != "chat_template"})
+    )
+    folder = staged(base, tmp_path / "staged")
+    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == source
+    chat = [{"role": "user", "content": "hello"}]
+    expected = AutoTokenizer.from_pretrained(base).apply_chat_template(chat, tokenize=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == expected
+    assert tokenizer("hello").input_ids[0] == 2
