@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from rkconvert import dtypes
 from rkconvert.commands.plan import run
+from rkconvert.convert import Options, convert
 from rkconvert.demo import checkpoint
 from rkconvert.plan import ModelSource, Request, make_plan, plan_for, require
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
@@ -317,3 +318,13 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, model):
     assert (tmp_path / "plan.html").read_text().rstrip().endswith("</html>")
     with pytest.raises((OutputError, HostError)):
         CliRunner().invoke(run, [str(folder), "--html", str(tmp_path / "no" / "plan.html")], catch_exceptions=False)
+
+
+def test_convert_plans_first_and_leaves_the_plan_in_the_bundle(tmp_path):
+    convert(Options(checkpoint(), tmp_path / "bundle"))
+    plan = json.loads((tmp_path / "bundle" / "report" / "plan.json").read_text())
+    assert plan["fits"]
+    assert "host" not in plan
+    with pytest.raises(HostError, match="newer than any"):
+        convert(Options(checkpoint(), tmp_path / "other", release="9.0.0"))
+    assert not (tmp_path / "other").exists()
