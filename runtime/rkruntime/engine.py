@@ -70,6 +70,7 @@ class Engine:
         self.options, self._findings = _checked(options, self._identity)
         self._run = 0
         self._active: int | None = None
+        self._abandoned = False
         self._gone: WorkerError | None = None
         self._closed = False
         self._sending = threading.Lock()
@@ -196,12 +197,12 @@ class Engine:
         """The next record; the library's questions are answered on the way."""
         while True:
             record = self._worker.next_record(timeout)
-            if not self._answered(record):
+            if record.kind < protocol.TOKENIZE or not self._answered(record):
                 return record
 
     def _answered(self, record: Record) -> bool:
         """Answer a call of the tokenizer or embedding callback; False if the record is something else."""
-        if record.kind not in (protocol.TOKENIZE, protocol.EMBED):
+        if record.kind < protocol.TOKENIZE:
             return False
         try:
             ok, answer = True, self._ask(record)
@@ -278,7 +279,7 @@ class Engine:
         """
         with contextlib.closing(self._events([request], "generate")) as events:
             for _, event in events:
-                yield cast(Event, event)
+                yield event  # type: ignore[misc]  # arrays come in other modes only
 
     def generate_batch(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
         """Run `n_batch` prompts at once (1.2.1 on): the prompt's number with each event, one Finished for each."""
@@ -311,6 +312,8 @@ class Engine:
 
     def _start(self, requests: Sequence[Request], mode: str) -> int:
         self._check()
+        if self._abandoned:
+            self._settle()
         if self._active is not None:
             raise RunError("A run is going on already: one at a time.", hint="Wait for its end, or abort it.")
         for request in requests:
@@ -331,27 +334,30 @@ class Engine:
 
     def _events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
         with self._explained():
-            run = self._start(requests, mode)
+            self._start(requests, mode)
+            timeout = self.options.token_timeout
             try:
                 while self._active is not None:
-                    yield from self._events_of(self._next(self.options.token_timeout), run)
+                    record = self._next(timeout)
+                    if record.kind == protocol.TOKEN:
+                        yield record.batch, Token(record.value, record.data)
+                    else:
+                        yield record.batch, self._event(record)
             finally:
                 self._settle()
 
-    def _events_of(self, record: Record, run: int) -> Iterator[tuple[int, ArrayEvent]]:
-        """The events of a record of this run."""
-        if record.run != run & 0xFFFF:
-            return
-        if record.kind == protocol.TOKEN:
-            yield record.batch, Token(record.value, record.data)
-        elif record.kind in (protocol.LOGITS, protocol.HIDDEN):
-            yield record.batch, _array(record)
-        elif record.kind == protocol.ERROR:
+    def _event(self, record: Record) -> ArrayEvent:
+        """The event of a record that is not a token's. Raises the error that the worker sent."""
+        if record.kind in (protocol.LOGITS, protocol.HIDDEN):
+            return _array(record)
+        if record.kind == protocol.ERROR:
             self._active = None
             raise _error_of(record)
-        elif record.kind == protocol.FINISHED:
+        if record.batch == self.options.n_batch - 1:
             self._active = None
-            yield from enumerate(_finished(json.loads(record.data)))
+        plain = json.loads(record.data)
+        perf = Perf(**plain["perf"]) if plain["perf"] else None
+        return Finished(FinishReason(plain["reason"]), plain["prompt_tokens"], plain["generated"], perf)
 
     def _settle(self) -> None:
         """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
@@ -360,11 +366,13 @@ class Engine:
             return
         self._send({"call": "abort", "run": run})
         while self._active is not None:
-            self._drop(self._next(self.options.token_timeout), run)
+            self._drop(self._next(self.options.token_timeout))
+        self._abandoned = False
 
-    def _drop(self, record: Record, run: int) -> None:
-        if record.kind in (protocol.FINISHED, protocol.ERROR) and record.run == run & 0xFFFF:
-            self._active = None
+    def _drop(self, record: Record) -> None:
+        if record.kind in (protocol.FINISHED, protocol.ERROR):
+            with contextlib.suppress(RKEdgeError):
+                self._event(record)
 
     def abort(self) -> None:
         """End the run that is going on, from any thread: its iterator gives Finished with ABORT. Nothing otherwise."""
@@ -388,12 +396,15 @@ class Engine:
     async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
         """`generate` for asyncio: nothing here blocks the loop while the library computes."""
         with self._explained():
-            run = self._start([request], "generate")
+            self._start([request], "generate")
             records = _AsyncRecords(self)
             try:
                 while self._active is not None:
-                    for _, event in self._events_of(await records.next(), run):
-                        yield cast(Event, event)
+                    record = records.waiting() or await records.next()
+                    if record.kind == protocol.TOKEN:
+                        yield Token(record.value, record.data)
+                    else:
+                        yield cast(Finished, self._event(record))
             finally:
                 try:
                     await self._settle_async(records)
@@ -404,9 +415,12 @@ class Engine:
         run = self._active
         if run is None or self._gone is not None or self._closed:
             return
+        # A second cancellation leaves the rest to the next run.
+        self._abandoned = True
         self._send({"call": "abort", "run": run})
         while self._active is not None:
-            self._drop(await records.next(), run)
+            self._drop(await records.next())
+        self._abandoned = False
 
     # The rest of the API
 
@@ -468,18 +482,22 @@ class _AsyncRecords:
         self._loop.add_reader(self._worker.records_fd, self._readable)
         self._timer = self._loop.call_later(_TICK, self._tick)
 
-    async def next(self) -> Record:
-        """The next record that is not a question of the library."""
-        while True:
+    def waiting(self) -> Record | None:
+        """The next record, if it is here."""
+        record = self._worker.buffered()
+        while record is not None and self._engine._answered(record):
             record = self._worker.buffered()
-            if record is None:
-                self._waiter = self._loop.create_future()
-                try:
-                    await self._waiter
-                finally:
-                    self._waiter = None
-            elif not self._engine._answered(record):
-                return record
+        return record
+
+    async def next(self) -> Record:
+        """The next record, the library's questions answered on the way."""
+        while (record := self.waiting()) is None:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return record
 
     def _readable(self) -> None:
         self._attempt(self._worker.receive)
@@ -565,9 +583,3 @@ def _array(record: Record) -> Logits | HiddenStates:
 
     values = np.frombuffer(record.data, np.float32).reshape(-1, record.value)
     return Logits(values) if record.kind == protocol.LOGITS else HiddenStates(values)
-
-
-def _finished(plain: dict[str, Any]) -> Iterator[Finished]:
-    perf = Perf(**plain["perf"]) if plain["perf"] else None
-    for reason, prompt, count in zip(plain["reasons"], plain["prompt_tokens"], plain["generated"], strict=True):
-        yield Finished(FinishReason(reason), prompt, count, perf)

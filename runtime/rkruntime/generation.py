@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,8 +117,7 @@ class Request:
     pause_tokens: frozenset[int] = field(default_factory=frozenset)
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One generated token, as it arrives. `text` is what the runtime said (bytes, maybe part of a character)."""
 
     token_id: int

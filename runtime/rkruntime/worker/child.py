@@ -66,16 +66,18 @@ class Worker:
             self._answer(call, header, data)
 
     def _answer(self, call: str, header: dict[str, Any], data: list[memoryview]) -> None:
-        """Carry out one command and send what came of it."""
-        kind = protocol.FINISHED if call == "run" else protocol.REPLY
+        """Carry out one command and send what came of it: of a run, one record per batch."""
+        kind, results = protocol.FINISHED if call == "run" else protocol.REPLY, []
         try:
             result = getattr(self, f"_do_{call}")(header, data)
+            results = result if kind == protocol.FINISHED else [result]
         except RKEdgeError as error:
-            kind, result = protocol.ERROR, error.as_dict()
+            kind, results = protocol.ERROR, [error.as_dict()]
         except Exception as error:
-            kind, result = protocol.ERROR, RunError(f"The worker failed in {call}: {error!r}.").as_dict()
+            kind, results = protocol.ERROR, [RunError(f"The worker failed in {call}: {error!r}.").as_dict()]
         _LIBC.fflush(None)
-        self.send(kind, header.get("run", 0), 0, json.dumps(result).encode())
+        for batch, result in enumerate(results):
+            self.send(kind, header.get("run", 0), 0, json.dumps(result).encode(), batch)
 
     def send(self, kind: int, run: int, value: int, data: bytes | memoryview, batch: int = 0) -> None:
         """Write a record of any size, whole."""
@@ -112,7 +114,7 @@ class Worker:
             self._model.load_lora(lora["name"], lora["path"], lora["scale"])
         return {"max_context": self._model.param.max_context_len, "pid": os.getpid()}
 
-    def _do_run(self, header: dict[str, Any], data: list[memoryview]) -> dict[str, Any]:
+    def _do_run(self, header: dict[str, Any], data: list[memoryview]) -> list[dict[str, Any]]:
         assert self._runner is not None
         return self._runner.run(header, data)
 

@@ -27,6 +27,8 @@ _LOG_PIPE: Final = 1 << 20
 _KEPT_LINES: Final = 200
 _LONGEST_LINE: Final = 16384
 _SLICE: Final = 0.5
+_HEAD: Final = protocol.RECORD.size
+_unpack: Final = protocol.RECORD.unpack_from
 
 
 def python_command() -> tuple[str, ...]:
@@ -49,7 +51,9 @@ class WorkerProcess:
         self._on_log = on_log
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
         self._line = b""
-        self._buffer = bytearray()
+        self._buffer = b""
+        self._parts: list[bytes] = []
+        self._missing = 0
         self._at = 0
         with contextlib.ExitStack() as on_error:
             fds = [fd for _ in range(3) for fd in os.pipe()]
@@ -91,33 +95,32 @@ class WorkerProcess:
 
     def buffered(self) -> Record | None:
         """The next record that has arrived whole, without a system call."""
-        size = protocol.RECORD.size
-        have = len(self._buffer) - self._at
-        if have < size:
+        start = self._at + _HEAD
+        if start > len(self._buffer):
+            self._missing = start - len(self._buffer)
             return None
-        kind, batch, run, value, length = protocol.RECORD.unpack_from(self._buffer, self._at)
-        if have < size + length:
+        kind, batch, run, value, size = _unpack(self._buffer, self._at)
+        end = start + size
+        if end > len(self._buffer):
+            self._missing = end - len(self._buffer)
             return None
-        start = self._at + size
-        data = bytes(self._buffer[start : start + length])
-        self._at = start + length
-        if self._at == len(self._buffer):
-            self._buffer.clear()
-            self._at = 0
-        return Record(kind, batch, run, value, data)
+        self._at = end
+        return Record(kind, batch, run, value, self._buffer[start:end])
 
     def receive(self) -> bool:
         """Read what has arrived, without waiting; False if that was nothing. Raises WorkerCrashedError at its end."""
-        if self._at:
-            del self._buffer[: self._at]
-            self._at = 0
         try:
             data = os.read(self._records, 1 << 20)
         except BlockingIOError:
             return False
         if not data:
             raise self.crashed()
-        self._buffer += data
+        self._parts.append(data)
+        self._missing -= len(data)
+        if self._missing <= 0:  # joined once per record, also where it is an array of megabytes
+            self._buffer = b"".join([self._buffer[self._at :], *self._parts])
+            self._parts.clear()
+            self._at = 0
         return True
 
     def next_record(self, timeout: float) -> Record:

@@ -57,8 +57,8 @@ class Runner:
         assert self._model is not None
         return self._model
 
-    def run(self, header: dict[str, Any], data: list[memoryview]) -> dict[str, Any]:
-        """Carry out a run; returns what its last event says.
+    def run(self, header: dict[str, Any], data: list[memoryview]) -> list[dict[str, Any]]:
+        """Carry out a run; returns what the last event of each batch says.
 
         Raises:
             RunError: the library refused or reported an error.
@@ -83,7 +83,7 @@ class Runner:
         self.model.raise_failure()
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
-        return self._result(header)
+        return self._results(header)
 
     def _begin(self, header: dict[str, Any]) -> None:
         self._number = header["run"] & 0xFFFF
@@ -241,13 +241,13 @@ class Runner:
             self._ended = [ended or "abort" for ended in self._ended]
             self._abort_quietly()
 
-    def _result(self, header: dict[str, Any]) -> dict[str, Any]:
-        prompt_tokens = [self._prompt_tokens(prompt) for prompt in header["prompts"]]
-        reasons = [
-            ended or self._reason(prompt, count)
-            for ended, prompt, count in zip(self._ended, prompt_tokens, self._counts, strict=True)
-        ]
-        return {"reasons": reasons, "prompt_tokens": prompt_tokens, "generated": self._counts, "perf": self._perf}
+    def _results(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        results = []
+        for prompt, ended, count in zip(header["prompts"], self._ended, self._counts, strict=True):
+            tokens = self._prompt_tokens(prompt)
+            reason = ended or self._reason(tokens, count)
+            results.append({"reason": reason, "prompt_tokens": tokens, "generated": count, "perf": self._perf})
+        return results
 
     def _prompt_tokens(self, prompt: dict[str, Any]) -> int:
         """As given; of a text the runtime's own count, where it has one."""
