@@ -48,9 +48,11 @@ class Kernel:
 
 
 KERNELS: Final = (
+    Kernel("kernels_avx2.cc", "x86_64", ("-mavx2",), "RKEMU_HAVE_AVX2"),
     Kernel(
         "kernels_avx512.cc", "x86_64", ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), "RKEMU_HAVE_AVX512"
     ),
+    Kernel("kernels_neon.cc", "aarch64", ("-march=armv8.2-a+dotprod",), "RKEMU_HAVE_NEON"),
 )
 # These know the layout; all others are shared by the releases.
 ABI_SOURCES: Final = ("api.cc", "convert.cc")
