@@ -7,7 +7,7 @@ decides, and ELF header and exported symbols must agree with it. Symbols alone c
 from __future__ import annotations
 
 import mmap
-import platform
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +183,11 @@ def identify(path: Path, abi: str | None = None) -> Identity:
     return identity
 
 
-def check_machine(identity: Identity) -> None:
+def check_machine(path: Path, machine: str) -> None:
     """Raise LibraryError if a library is for another machine than this process runs on."""
-    if identity.machine != platform.machine():
+    here = os.uname().machine
+    if machine != here:
         raise LibraryError(
-            f"{identity.path} is for {identity.machine}, and this machine is {platform.machine()}.",
+            f"{path} is for {machine}, and this machine is {here}.",
             hint="Use it on the board; on a PC, use the emulator.",
         )

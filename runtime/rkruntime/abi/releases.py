@@ -64,7 +64,6 @@ LAYOUTS: Final[dict[str, tuple[str, ...]]] = {
 """The versions of each layout."""
 
 OLDEST: Final = "1.0.0"
-NEWEST: Final = list(RELEASES)[-1]
 CALLABLE: Final = tuple(item.version for item in RELEASES.values() if not item.refused)
 _ORDER: Final = {version: at for at, version in enumerate(RELEASES)}
 

@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn
 
 from rkruntime.binding import Library, Model
 from rkruntime.errors import RKEdgeError, RunError
+from rkruntime.identify import check_machine
 from rkruntime.worker import protocol
 from rkruntime.worker.runner import Runner
 
@@ -99,7 +100,9 @@ class Worker:
 
     def _do_load(self, header: dict[str, Any], _data: list[memoryview]) -> dict[str, Any]:
         _raise_open_files()
-        library = Library(Path(header["library"]), header["version"])
+        path = Path(header["library"])
+        check_machine(path, header["machine"])
+        library = Library(path, header["version"])
         runner = Runner(library, self._records, self.send)
         self._model = Model(
             library,
