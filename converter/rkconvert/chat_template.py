@@ -52,12 +52,12 @@ def read_template(folder: Path, bos_token: str) -> ChatTemplate:
     found = _find(folder)
     source = GEMMA if found is None else found
     user = {"role": "user", "content": _USER}
-    text = _render(source, [user], bos_token)
+    text = render(source, [user], bos_token)
     if text.count(_USER) != 1:
         raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
     prefix, suffix = text.split(_USER)
     try:
-        native = _SYSTEM in _render(source, [{"role": "system", "content": _SYSTEM}, user], bos_token)
+        native = _SYSTEM in render(source, [{"role": "system", "content": _SYSTEM}, user], bos_token)
     except CheckpointError:
         native = False
     return ChatTemplate(
@@ -82,14 +82,17 @@ def _find(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _render(source: str, messages: Sequence[Mapping[str, str]], bos_token: str) -> str:
+def render(
+    source: str, messages: Sequence[Mapping[str, str]], bos_token: str, *, add_generation_prompt: bool = True
+) -> str:
+    """A conversation as text, as transformers' apply_chat_template gives it; CheckpointError if that cannot be done."""
     if len(source) > _MAX_TEMPLATE:
         raise CheckpointError(f"The chat template has over {_MAX_TEMPLATE:,} characters.")
     try:
         text = (
             template_environment()
             .from_string(source)
-            .render(messages=messages, bos_token=bos_token, eos_token=_EOS, add_generation_prompt=True)
+            .render(messages=messages, bos_token=bos_token, eos_token=_EOS, add_generation_prompt=add_generation_prompt)
         )
     except Exception as error:  # A template can do anything that Python can do wrong.
         raise CheckpointError(f"The chat template cannot be rendered: {error}.") from error

@@ -98,7 +98,7 @@ class GemmaTemplate:
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """See `Template.render`."""
-        return _assemble(self._tokenizer, [self._bos, *self._turns(_fold_system(messages)), self._start, "model\n"])
+        return _assemble(self._tokenizer, [self._bos, *self._turns(fold_system(messages)), self._start, "model\n"])
 
     def _turns(self, messages: Sequence[Message]) -> list[Part]:
         parts: list[Part] = []
@@ -122,7 +122,8 @@ def _no_question(messages: Sequence[Message]) -> UsageError:
     return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a message of the user.")
 
 
-def _fold_system(messages: Sequence[Message]) -> Sequence[Message]:
+def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """The system message put before the first user's, for templates without a system role."""
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return messages
     system, first = messages[0].content.strip(), messages[1].content.strip()

@@ -1,0 +1,103 @@
+"""Calibration data for one model from conversations: rendered in its template, answered, and left out where unfit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rkconvert.calibrate.chats import Chat
+from rkconvert.calibrate.dataset import Row, TokenCounter
+from rkconvert.chat_template import ChatTemplate, render
+from rkruntime.errors import CalibrationError, CheckpointError
+from rkruntime.template import BOS, fold_system
+from rkruntime.tokenizer import Tokenizer
+
+# Fewer rows than the vendor's own example has (19) say little about the range of activations.
+FEW_ROWS: Final = 16
+
+_CONTROL: Final = "with control tokens in their text"
+
+Answer = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The rows, and how many conversations were left out for which reason."""
+
+    rows: tuple[Row, ...]
+    left_out: Counter[str]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes rows for one model.
+
+    Attributes:
+        max_context: most tokens of a row.
+        answer: lets the float model answer a prompt of token ids; None takes the answers that the chats have.
+    """
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    count: TokenCounter
+    max_context: int
+    answer: Answer | None = None
+
+    def build(self, chats: Sequence[Chat], on_row: Callable[[int], None]) -> Built:
+        """Make a row of each conversation; `on_row` gets the number of those that are done.
+
+        Raises:
+            CalibrationError: the template refuses a conversation, or nothing is left.
+        """
+        rows: list[Row] = []
+        left_out: Counter[str] = Counter()
+        for number, chat in enumerate(chats, start=1):
+            row = self._row(chat)
+            if isinstance(row, Row):
+                rows.append(row)
+            else:
+                left_out[row] += 1
+            on_row(number)
+        if not rows:
+            reasons = ", ".join(f"{many} {reason}" for reason, many in left_out.items())
+            raise CalibrationError(
+                f"Nothing is left of {len(chats)} conversations: {reasons}.",
+                hint="Give chats with answers (--chats), or install torch and transformers so that the model answers.",
+            )
+        return Built(tuple(rows), left_out)
+
+    def _row(self, chat: Chat) -> Row | str:
+        """The row, or why there is none."""
+        too_long = f"with more than {self.max_context} tokens"
+        text = self._render(chat)
+        if text is None:
+            return _CONTROL
+        prompt = self.count.encode(text)
+        if len(prompt) >= self.max_context:
+            return too_long
+        target = self.answer(prompt) if self.answer else chat.answer.strip()
+        if not target:
+            return "without an answer"
+        if self._has_control(target):
+            return _CONTROL
+        return Row(text, target) if len(prompt) + self.count(target) <= self.max_context else too_long
+
+    def _render(self, chat: Chat) -> str | None:
+        """The prompt as text; None if a message has a control token: the toolkit encodes the text as a whole, and
+        would take it for the template's own.
+        """
+        messages = chat.messages if self.template.system_role == "native" else fold_system(chat.messages)
+        if any(self._has_control(message.content) for message in messages):
+            return None
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            # <bos> stays in it, as in the vendor's own generator: a second one does less harm to Gemma than none.
+            return render(self.template.source, plain, BOS)
+        except CheckpointError as error:
+            hint = "Let user and assistant take turns."
+            raise CalibrationError(f"{chat.origin}: {error.message}", hint=hint) from error
+
+    def _has_control(self, text: str) -> bool:
+        return any(token in text for token in self.tokenizer.control)

@@ -1,0 +1,137 @@
+"""Conversations from which calibration data is made: a person's texts and chats, and the default that is shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from rkconvert.calibrate.dataset import is_unicode
+from rkruntime.errors import CalibrationError
+from rkruntime.template import ROLES, Message
+
+_DEFAULT: Final = Path(__file__).with_name("default.yaml")
+_MOST_BYTES: Final = 256 << 20
+# ShareGPT's names, and OpenAI's newer one for a system message.
+_ROLES: Final = {role: role for role in ROLES} | {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation up to a question, and its answer if there is one.
+
+    Attributes:
+        origin: file and place, for messages.
+    """
+
+    messages: tuple[Message, ...]
+    answer: str
+    origin: str
+
+    def under(self, system: str) -> Chat:
+        """The same conversation under a system prompt, unless it has its own."""
+        if not system or self.messages[0].role == "system":
+            return self
+        return replace(self, messages=(Message("system", system), *self.messages))
+
+
+def default_chats() -> list[Chat]:
+    """The chats that come with RKEdge: short questions of many kinds and languages."""
+    rows = yaml.safe_load(_DEFAULT.read_text(encoding="utf-8"))
+    return [
+        Chat((Message("user", row["question"]),), row["answer"], f"default.yaml, row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def read_texts(path: Path) -> list[Chat]:
+    """One question a line; what stands after a TAB is its answer. Raises CalibrationError."""
+    chats = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        question, _, answer = line.partition("\t")
+        if question.strip():
+            chats.append(Chat((Message("user", question.strip()),), answer.strip(), f"{path}, line {number}"))
+    return _some(chats, path)
+
+
+def read_chats(path: Path) -> list[Chat]:
+    """Conversations as JSON lines or a JSON list, each `{"messages": [{"role", "content"}]}` as OpenAI writes them, or
+    `{"conversations": [{"from", "value"}]}` as ShareGPT does.
+
+    Raises:
+        CalibrationError: with the place of what is wrong.
+    """
+    return _some([_chat(item, origin) for item, origin in _items(path)], path)
+
+
+def _some(chats: list[Chat], path: Path) -> list[Chat]:
+    if not chats:
+        raise CalibrationError(f"{path} has no text in it.")
+    return chats
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise CalibrationError(
+                f"{path} has over {_MOST_BYTES >> 20} MiB.", hint="Take a part of it: a few dozen chats are enough."
+            )
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}.") from error
+
+
+def _items(path: Path) -> Iterator[tuple[Any, str]]:
+    text = _read(path)
+    if text.lstrip().startswith("["):
+        for number, item in enumerate(_parse(text, str(path)), start=1):
+            yield item, f"{path}, item {number}"
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{origin} is not JSON: {error}.") from error
+
+
+def _chat(item: Any, origin: str) -> Chat:
+    if isinstance(item, Mapping) and isinstance(item.get("messages"), list):
+        found = [_message(part, "role", "content", origin) for part in item["messages"]]
+    elif isinstance(item, Mapping) and isinstance(item.get("conversations"), list):
+        found = [_message(part, "from", "value", origin) for part in item["conversations"]]
+    else:
+        raise CalibrationError(
+            f"{origin} is no conversation: it has neither a list 'messages' nor a list 'conversations'.",
+            hint='Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+        )
+    # What follows the last answer asks nothing that has one; what follows the last question does.
+    answer = found.pop().content if found and found[-1].role == "assistant" else ""
+    if not found or found[-1].role != "user":
+        raise CalibrationError(f"{origin} has no question of a user at its end.")
+    return Chat(tuple(found), answer, origin)
+
+
+def _message(part: Any, role: str, content: str, origin: str) -> Message:
+    name = part.get(role) if isinstance(part, Mapping) else None
+    text = part.get(content) if isinstance(part, Mapping) else None
+    if not isinstance(text, str) or not isinstance(name, str):
+        raise CalibrationError(f"{origin}: a message has no text {role!r} and {content!r}.")
+    if not is_unicode(text):
+        raise CalibrationError(f"{origin}: a message has half of a surrogate pair in it, which is no character.")
+    if name not in _ROLES:
+        raise CalibrationError(f"{origin}: there is no role {name!r}; roles are {', '.join(_ROLES)}.")
+    return Message(_ROLES[name], text)

@@ -1,0 +1,146 @@
+"""The JSON file that rkllm-toolkit reads: a list of `{"input": ..., "target": ...}`.
+
+The input has the chat template already, and the target is the expected answer (manual 1.1.0, p. 15; the vendor's
+data_quant.json @ 1.3.0 has 19 such objects).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.chat_template import ChatTemplate, render
+from rkconvert.shards import refuse_lfs_pointer
+from rkruntime.errors import CalibrationError
+from rkruntime.files import atomic_file
+from rkruntime.template import BOS
+
+KEYS: Final = ("input", "target")
+_MOST_BYTES: Final = 64 << 20
+_SHOWN: Final = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt in the model's template, and the answer that is expected after it."""
+
+    input: str
+    target: str
+
+
+class TokenCounter:
+    """Counts tokens of text that has its template, control tokens included."""
+
+    def __init__(self, tokenizer_file: Path) -> None:
+        import tokenizers
+
+        try:
+            self._backend = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # The library raises nothing narrower.
+            raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens with: {error}.") from error
+
+    def __call__(self, text: str) -> int:
+        """Number of tokens."""
+        return len(self.encode(text))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which `<bos>` stands where it should."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def generation_prompt(template: ChatTemplate) -> str:
+    """What a prompt ends with, so that the answer begins there."""
+    chat = [{"role": "user", "content": "x"}]
+    whole = render(template.source, chat, BOS)
+    return whole.removeprefix(render(template.source, chat, BOS, add_generation_prompt=False))
+
+
+def validate_dataset(
+    path: Path,
+    template: ChatTemplate | None = None,
+    count: TokenCounter | None = None,
+    max_context: int | None = None,
+) -> list[Row]:
+    """Read a calibration file and check all of it.
+
+    Args:
+        template: of the model; every input must end where its answer begins.
+        count, max_context: no row may have more tokens.
+
+    Raises:
+        CalibrationError: with the number of the first row that is wrong, counted from 1.
+    """
+    data = _read(path)
+    if not isinstance(data, list):
+        raise CalibrationError(f"{path} holds a JSON {type(data).__name__}; calibration data is a list of objects.")
+    if not data:
+        raise CalibrationError(f"{path} is an empty list.")
+    ending = generation_prompt(template) if template else ""
+    rows = [_row(path, number, item) for number, item in enumerate(data, start=1)]
+    for number, row in enumerate(rows, start=1):
+        if not row.input.endswith(ending):
+            raise CalibrationError(
+                f"{path}: the input of row {number} is not in this model's chat template: it should end with"
+                f" {ending!r}, and ends with {row.input[-_SHOWN:]!r}."
+            )
+        if count and max_context and (tokens := count(row.input) + count(row.target)) > max_context:
+            raise CalibrationError(
+                f"{path}: row {number} has {tokens:,} tokens; the context is {max_context:,}.",
+                hint="Leave the row out or shorten it.",
+            )
+    return rows
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise CalibrationError(
+                f"{path} has over {_MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
+    refuse_lfs_pointer(path, data[:64], CalibrationError)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path} is not JSON: {error}.") from error
+
+
+def _row(path: Path, number: int, item: Any) -> Row:
+    if not isinstance(item, dict):
+        raise CalibrationError(f"{path}: row {number} is a JSON {type(item).__name__}, not an object.")
+    if "input_embed" in item:
+        raise CalibrationError(f"{path}: row {number} holds embeddings (input_embed), as for a multimodal model.")
+    if set(item) != set(KEYS):
+        found = ", ".join(sorted(map(str, item))) or "none"
+        raise CalibrationError(f"{path}: row {number} has the keys {found}; they must be {' and '.join(KEYS)}.")
+    for key in KEYS:
+        if not isinstance(item[key], str) or not item[key].strip() or not is_unicode(item[key]):
+            raise CalibrationError(f"{path}: the {key} of row {number} is {_shorten(item[key])}, not a text.")
+    return Row(item["input"], item["target"])
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written; JSON can say half of a surrogate pair, such as "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def write_dataset(path: Path, rows: Sequence[Row]) -> None:
+    """Write the file whole, or not at all. Raises OutputError or HostError."""
+    with atomic_file(path) as partial:
+        text = json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1)
+        partial.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""Answers of the float model itself, which are the best targets: the quantizer is to keep what the model does.
+
+The settings follow the vendor's generator (examples/rkllm_api_demo/export/generate_data_quant.py @ 1.3.0): the most
+likely token each time, repetition penalty 1.1, 128 new tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from rkruntime.errors import CalibrationError, HostError
+from rkruntime.tokenizer import Tokenizer
+
+NEW_TOKENS: Final = 128
+_REPETITION_PENALTY: Final = 1.1
+_NEEDED: Final = ("torch", "transformers")
+
+
+def missing_packages() -> list[str]:
+    """What generation needs and is not installed."""
+    return [name for name in _NEEDED if find_spec(name) is None]
+
+
+def available_memory() -> int:
+    """Bytes that a program can get without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+class FloatModel:
+    """The model as it is before quantization, on this machine's processor.
+
+    Args:
+        folder: a folder in Hugging Face layout whose files were checked (see toolkit/staging.py).
+        nbytes: size of its weights, which must fit into memory.
+        stop: ids that end an answer.
+
+    Raises:
+        HostError: torch, transformers or memory are missing.
+        CalibrationError: transformers cannot load it.
+    """
+
+    def __init__(self, folder: Path, nbytes: int, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
+        if missing := missing_packages():
+            raise HostError(
+                f"To let the model answer, {' and '.join(missing)} must be installed.",
+                hint="pip install 'rkedge[convert]', or use --targets given with chats that have answers.",
+            )
+        if (free := available_memory()) < nbytes:
+            raise HostError(
+                f"The model has {nbytes / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB of memory are free.",
+                hint="Close other programs, or use --targets given with chats that have answers.",
+            )
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+            ).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CalibrationError(f"transformers cannot load the model: {error}.") from error
+        self._tokenizer, self._stop = tokenizer, list(stop)
+
+    def answer(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS) -> str:
+        """The answer to a prompt of token ids, cut after `new_tokens`."""
+        import torch
+
+        ids = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            made = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                repetition_penalty=_REPETITION_PENALTY,
+                eos_token_id=self._stop,
+                pad_token_id=self._stop[0],
+            )
+        # Ids that end an answer are control tokens, which have no text.
+        return self._tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip()

@@ -1,0 +1,152 @@
+"""`rkedge calibrate`: texts in the model's template, for the toolkit's quantizer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
+from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
+from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
+from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, available_memory, missing_packages
+from rkconvert.chat_template import ChatTemplate, read_template
+from rkconvert.checkpoint import open_checkpoint
+from rkconvert.context import choose_context
+from rkconvert.job import Lora, MergedModel, merged_model
+from rkconvert.progress import Reporter
+from rkconvert.toolkit.staging import stage
+from rkconvert.toolkit.versions import known_releases, release
+from rkruntime.bundle import TOKENIZER
+from rkruntime.files import refuse_existing
+from rkruntime.template import BOS, END_OF_TURN
+from rkruntime.tokenizer import Tokenizer
+
+_PATH = click.Path(path_type=Path)
+TARGETS = ("auto", "model", "given")
+
+
+@click.command("calibrate")
+@click.argument("checkpoint", type=_PATH)
+@click.option("--lora", "loras", multiple=True, help="Adapter, or FOLDER=WEIGHT, as it will be converted with.")
+@click.option("--text", "texts", multiple=True, type=_PATH, help="Questions, one a line; a TAB begins the answer.")
+@click.option("--chats", "chat_files", multiple=True, type=_PATH, help="Chats as JSON lines (OpenAI, ShareGPT).")
+@click.option("--default", "with_default", is_flag=True, help="Add the questions that come with RKEdge.")
+@click.option("--system", default="", help="System prompt of chats that have none.")
+@click.option(
+    "--targets",
+    type=click.Choice(TARGETS),
+    default="auto",
+    show_default=True,
+    help="Whose answers: the float model's, those given, or the model's where torch and memory are there.",
+)
+@click.option("--new-tokens", type=click.IntRange(1, 4096), default=NEW_TOKENS, show_default=True, help="Per answer.")
+@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Most conversations to take.")
+@click.option("--max-context", type=int, help="Most tokens of a row [default: as convert].")
+@click.option("--check", "check_file", type=_PATH, help="Only check a file that exists against this model.")
+@click.option("-o", "--output", type=_PATH, default=Path("data_quant.json"), show_default=True, help="File to make.")
+@click.option("--json", "as_json", is_flag=True, help="Say as JSON what was made.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def run(
+    checkpoint: Path,
+    loras: tuple[str, ...],
+    texts: tuple[Path, ...],
+    chat_files: tuple[Path, ...],
+    with_default: bool,
+    system: str,
+    targets: str,
+    new_tokens: int,
+    limit: int,
+    max_context: int | None,
+    check_file: Path | None,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make calibration data for a CHECKPOINT, for `rkedge convert --target toolkit --calibration FILE`.
+
+    Without --text and --chats it is made of the questions that come with RKEdge.
+    """
+    reporter = Reporter(quiet)
+    model = merged_model(open_checkpoint(checkpoint), [Lora.parse(text) for text in loras])
+    template = read_template(model.tokenizer_folder, BOS)
+    count = TokenCounter(model.tokenizer_folder / TOKENIZER)
+    context = choose_context(max_context, model.weights.config.max_position_embeddings)
+    if check_file:
+        rows = validate_dataset(check_file, template, count, context)
+        _say({"file": str(check_file), "rows": len(rows)}, f"{check_file}: {len(rows)} rows, all usable", as_json)
+        return
+    refuse_existing(output)
+    chats = _collect(texts, chat_files, with_default, system, limit)
+    tokenizer = Tokenizer.load(model.tokenizer_folder / TOKENIZER)
+    with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, whose):
+        tell = _teller(reporter, len(chats), answer is not None)
+        built = Builder(template, tokenizer, count, context, answer).build(chats, tell)
+    write_dataset(output, built.rows)
+    validate_dataset(output, template, count, context)
+    _report(built, output, whose, as_json, reporter)
+
+
+def _collect(
+    texts: Sequence[Path], chat_files: Sequence[Path], with_default: bool, system: str, limit: int
+) -> list[Chat]:
+    """At most `limit` conversations, taken evenly from all of them."""
+    chats = [chat for path in texts for chat in read_texts(path)]
+    chats += [chat for path in chat_files for chat in read_chats(path)]
+    if with_default or not chats:
+        chats += default_chats()
+    picked = [chats[at * len(chats) // limit] for at in range(limit)] if len(chats) > limit else chats
+    return [chat.under(system) for chat in picked]
+
+
+@contextmanager
+def _answers(
+    model: MergedModel, template: ChatTemplate, tokenizer: Tokenizer, targets: str, new_tokens: int, reporter: Reporter
+) -> Iterator[tuple[Answer | None, str]]:
+    """What answers, and in whose words that is said."""
+    if targets == "auto" and (reason := _why_not(model)):
+        reporter.note(f"note: the answers are those given, for {reason}")
+        targets = "given"
+    if targets == "given":
+        yield None, "given"
+        return
+    # The newest release's folder is what this transformers reads too.
+    newest = release(known_releases()[-1])
+    with tempfile.TemporaryDirectory(prefix="rkedge-calibrate-") as name:
+        with reporter.bar("reading the model", model.nbytes) as advance:
+            stage(model, template, newest, Path(name), advance)
+        stop = [*model.checkpoint.eos_token_ids, *filter(None, [tokenizer.control.get(END_OF_TURN)])]
+        float_model = FloatModel(Path(name), model.nbytes, tokenizer, list(dict.fromkeys(stop)))
+        yield lambda prompt: float_model.answer(prompt, new_tokens), "model"
+
+
+def _why_not(model: MergedModel) -> str:
+    """Why the float model cannot answer here, or nothing."""
+    if missing := missing_packages():
+        return f"{' and '.join(missing)} are not installed"
+    if (free := available_memory()) < model.nbytes:
+        return f"the model needs {model.nbytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    return ""
+
+
+def _teller(reporter: Reporter, total: int, slow: bool) -> Any:
+    return lambda number: reporter.note(f"answer {number} of {total}") if slow else None
+
+
+def _report(built: Built, output: Path, whose: str, as_json: bool, reporter: Reporter) -> None:
+    for reason, many in built.left_out.items():
+        reporter.note(f"note: {many} conversation{'s' * (many > 1)} {reason} left out")
+    if len(built.rows) < FEW_ROWS:
+        reporter.note(f"note: {len(built.rows)} rows are few; the vendor's own example has 19")
+    facts = {"file": str(output), "rows": len(built.rows), "targets": whose, "left_out": dict(built.left_out)}
+    words = {"model": "answers of the model", "given": "answers as given"}
+    _say(facts, f"{output}: {len(built.rows)} rows, {words[whose]}", as_json)
+
+
+def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    click.echo(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else text)

@@ -1,0 +1,309 @@
+"""Calibration data: made of chats, answered, and checked; transformers is the oracle for templates and answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rkconvert import demo
+from rkconvert.calibrate import Row, validate_dataset, write_dataset
+from rkconvert.calibrate.build import Builder
+from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
+from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
+from rkconvert.chat_template import ChatTemplate, read_template
+from rkconvert.commands import calibrate as command
+from rkruntime.errors import CalibrationError, HostError, OutputError, RKEdgeError
+from rkruntime.template import Message
+from rkruntime.tokenizer import Tokenizer
+
+BASE = demo.checkpoint()
+TEMPLATE = read_template(BASE, "<bos>")
+NATIVE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def count() -> TokenCounter:
+    return TokenCounter(BASE / "tokenizer.json")
+
+
+def builder(count: TokenCounter, template: ChatTemplate = TEMPLATE, **fields: Any) -> Builder:
+    return Builder(template, Tokenizer.load(BASE / "tokenizer.json"), count, fields.pop("max_context", 1024), **fields)
+
+
+def rkedge(*arguments: object) -> dict[str, Any]:
+    done = CliRunner().invoke(command.run, [*map(str, arguments), "--json", "-q"], catch_exceptions=False)
+    return json.loads(done.stdout)
+
+
+def lines(path: Path, *items: Any) -> Path:
+    path.write_text("\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n")
+    return path
+
+
+# making it
+
+
+def test_the_default_is_in_the_template_and_answered(tmp_path: Path) -> None:
+    output = tmp_path / "data.json"
+    assert rkedge(BASE, "-o", output, "--targets", "given") == {
+        "file": str(output), "rows": 26, "targets": "given", "left_out": {},
+    }  # fmt: skip
+    rows, tokenizer = json.loads(output.read_text()), AutoTokenizer.from_pretrained(BASE)
+    for row, chat in zip(rows, default_chats(), strict=True):
+        plain = [{"role": "user", "content": chat.messages[0].content}]
+        expected = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        assert row == {"input": expected, "target": chat.answer.strip()}
+    assert rkedge(BASE, "--check", output)["rows"] == 26
+
+
+def test_targets_are_what_the_float_model_says(tmp_path: Path) -> None:
+    questions = [item.question for item in demo.questions()[:4]]
+    (tmp_path / "q.txt").write_text("\n".join(questions))
+    made = rkedge(BASE, "--text", tmp_path / "q.txt", "-o", tmp_path / "data.json", "--new-tokens", 24)
+    assert made["targets"] == "model"
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto").eval()
+    for row in json.loads((tmp_path / "data.json").read_text()):
+        ids = tokenizer(row["input"], add_special_tokens=False, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, repetition_penalty=1.1,
+                eos_token_id=[1, tokenizer.convert_tokens_to_ids("<end_of_turn>")], pad_token_id=0,
+            )  # fmt: skip
+        assert row["target"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_with_an_adapter_the_merged_model_answers(tmp_path: Path) -> None:
+    item = demo.questions()[0]
+    (tmp_path / "q.txt").write_text(item.question)
+    options = ["--text", tmp_path / "q.txt", "--new-tokens", 24]
+    rkedge(BASE, *options, "-o", tmp_path / "plain.json")
+    rkedge(BASE, *options, "-o", tmp_path / "pirate.json", "--lora", demo.adapter())
+    plain, pirate = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("plain", "pirate"))
+    assert plain["input"] == pirate["input"]
+    assert plain["target"] != pirate["target"]
+
+
+def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "missing_packages", lambda: ["torch"])
+    chats = lines(
+        tmp_path / "chats.jsonl",
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " a "}]},
+        {"messages": [{"role": "user", "content": "no answer"}]},
+    )
+    done = CliRunner().invoke(command.run, [str(BASE), "--chats", str(chats), "-o", str(tmp_path / "data.json")])
+    assert "torch are not installed" in done.stderr
+    assert "1 conversation without an answer left out" in done.stderr
+    assert "1 rows are few" in done.stderr
+    assert [row["target"] for row in json.loads((tmp_path / "data.json").read_text())] == ["a"]
+    monkeypatch.setattr("rkconvert.calibrate.targets.missing_packages", lambda: ["torch"])
+    with pytest.raises(HostError, match="torch must be installed"):
+        rkedge(BASE, "-o", tmp_path / "more.json", "--targets", "model")
+    assert not (tmp_path / "more.json").exists()
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkconvert.calibrate.targets.available_memory", lambda: 1000)
+    with pytest.raises(HostError, match="GB of memory are free"):
+        rkedge(BASE, "-o", tmp_path / "data.json", "--targets", "model")
+    monkeypatch.setattr(command, "available_memory", lambda: 1000)
+    assert rkedge(BASE, "-o", tmp_path / "data.json")["targets"] == "given"
+
+
+def test_what_exists_stays(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        rkedge(BASE, "-o", tmp_path / "data.json")
+    assert (tmp_path / "data.json").read_text() == "mine"
+
+
+def test_the_limit_takes_evenly(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("".join(f"question {number}\tanswer {number}\n" for number in range(100)))
+    rkedge(BASE, "--text", tmp_path / "q.txt", "-o", tmp_path / "d.json", "--targets", "given", "--limit", 10)
+    targets = [row["target"] for row in json.loads((tmp_path / "d.json").read_text())]
+    assert targets == [f"answer {number}" for number in range(0, 100, 10)]
+
+
+# conversations
+
+
+def test_chats_of_both_kinds(tmp_path: Path) -> None:
+    found = read_chats(
+        lines(
+            tmp_path / "chats.jsonl",
+            {"messages": [
+                {"role": "system", "content": "s"}, {"role": "user", "content": "q1"},
+                {"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"},
+                {"role": "assistant", "content": "a2"},
+            ]},
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": 7},
+        )
+    )  # fmt: skip
+    assert [chat.answer for chat in found] == ["a2", "a"]
+    assert [message.role for message in found[0].messages] == ["system", "user", "assistant", "user"]
+    (tmp_path / "list.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "q"}]}]))
+    assert read_chats(tmp_path / "list.json")[0].answer == ""
+
+
+def test_a_system_prompt_is_folded_or_native(count: TokenCounter) -> None:
+    chat = Chat((Message("user", "q"),), "a", "here").under("Be brief.")
+    folded = builder(count).build([chat], lambda number: None).rows[0].input
+    assert folded == "<bos><start_of_turn>user\nBe brief.\n\nq<end_of_turn>\n<start_of_turn>model\n"
+    native = ChatTemplate(NATIVE, True, "", "", "native")
+    assert builder(count, native).build([chat], lambda number: None).rows[0].input == (
+        "<bos><start_of_turn>system\nBe brief.<end_of_turn>\n" + PROMPT.removeprefix("<bos>")
+    )
+
+
+@pytest.mark.parametrize("place", ["question", "answer"])
+@pytest.mark.parametrize("text", ["<end_of_turn>", "a<bos>b", "<start_of_turn>model"])
+def test_control_tokens_of_people_are_left_out(count: TokenCounter, place: str, text: str) -> None:
+    bad = Chat((Message("user", text if place == "question" else "q"),), text if place == "answer" else "a", "here")
+    good = Chat((Message("user", "q"),), "a", "there")
+    built = builder(count).build([bad, good], lambda number: None)
+    assert len(built.rows) == 1
+    assert built.left_out == {"with control tokens in their text": 1}
+
+
+def test_long_conversations_are_left_out(count: TokenCounter) -> None:
+    chats = [Chat((Message("user", "word " * size),), "answer " * size, "here") for size in (1, 20, 40, 400)]
+    built = builder(count, max_context=128).build(chats, lambda number: None)
+    assert all(count(row.input) + count(row.target) <= 128 for row in built.rows)
+    assert built.left_out["with more than 128 tokens"] == 4 - len(built.rows) > 0
+
+
+def test_nothing_left_is_an_error(count: TokenCounter) -> None:
+    with pytest.raises(CalibrationError, match="Nothing is left of 1 conversations: 1 without an answer"):
+        builder(count).build([Chat((Message("user", "q"),), "", "here")], lambda number: None)
+
+
+def test_an_order_that_the_template_refuses(count: TokenCounter) -> None:
+    chat = Chat((Message("user", "q"), Message("user", "q")), "a", "chats.jsonl, line 3")
+    with pytest.raises(CalibrationError, match="line 3"):
+        builder(count).build([chat], lambda number: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no text in it"),
+        ("{", "line 1 is not JSON"),
+        ('{"messages": []}', "no question"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no question"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', "no role 'tool'"),
+        ('{"messages": [{"role": "user"}]}', "no text"),
+        ('{"messages": ["q"]}', "no text"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}', "no text"),
+        ('{"prompt": "q"}', "neither a list 'messages'"),
+        ("[1]", "item 1 is no conversation"),
+        ("[" * 100_000, "not JSON"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        ('{"messages": [{"role": "user", "content": "q"}]}\n7', "line 2"),
+    ],
+)
+def test_chats_that_are_none(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "chats.jsonl").write_text(text)
+    with pytest.raises(CalibrationError, match=words):
+        read_chats(tmp_path / "chats.jsonl")
+
+
+def test_texts_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        read_texts(tmp_path / "q.txt")
+    with pytest.raises(CalibrationError, match="No such file"):
+        read_texts(tmp_path / "none.txt")
+    (tmp_path / "q.txt").write_text("\n \n")
+    with pytest.raises(CalibrationError, match="no text"):
+        read_texts(tmp_path / "q.txt")
+
+
+# checking it
+
+PROMPT = "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_the_generation_prompt_is_found() -> None:
+    assert generation_prompt(TEMPLATE) == "<start_of_turn>model\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is not JSON"),
+        ("[", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("{}", "a JSON dict; calibration data is a list"),
+        ("[]", "an empty list"),
+        ('["q"]', "row 1 is a JSON str"),
+        ('[{"input": "q"}]', "row 1 has the keys input; they must be input and target"),
+        ('[{"input": "q", "target": "a", "more": 1}]', "has the keys input, more, target"),
+        ('[{"input_embed": [[1]], "target": "a"}]', "holds embeddings"),
+        ('[{"input": "", "target": "a"}]', "the input of row 1 is ''"),
+        ('[{"input": "q", "target": " "}]', "the target of row 1"),
+        ('[{"input": "\\ud800", "target": "a"}]', "the input of row 1"),
+        ('[{"input": "q", "target": 7}]', "the target of row 1 is 7"),
+        ('[{"input": "q", "target": "a"}]', "not in this model's chat template"),
+        (json.dumps([{"input": PROMPT, "target": "a"}, {"input": "q", "target": "a"}]), "the input of row 2 is not"),
+        (json.dumps([{"input": PROMPT, "target": "word " * 300}]), r"row 1 has \d+ tokens; the context is 64"),
+    ],
+)
+def test_files_that_the_toolkit_could_not_use(tmp_path: Path, count: TokenCounter, content: str, words: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=words) as caught:
+        validate_dataset(path, TEMPLATE, count, 64)
+    assert caught.value.hint
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="No such file"):
+        validate_dataset(tmp_path / "none.json")
+
+
+ROWS = st.builds(Row, *[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=5))
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
+    path = tmp_path_factory.getbasetemp() / "rows.json"
+    write_dataset(path, rows)
+    assert validate_dataset(path) == rows
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["input", "target", "x"]), inner),
+    )
+)
+def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(content))
+    try:
+        rows = validate_dataset(path)
+    except RKEdgeError:
+        return
+    assert [{"input": row.input, "target": row.target} for row in rows] == content
+
+
+def test_a_callback_counts(count: TokenCounter) -> None:
+    seen: list[int] = []
+    chats = [Chat((Message("user", "q"),), "a", "here")] * 3
+    answer: Callable[[Any], str] = lambda prompt: f"{len(prompt)} tokens"  # noqa: E731
+    built = builder(count, answer=answer).build(chats, seen.append)
+    assert seen == [1, 2, 3]
+    assert {row.target for row in built.rows} == {f"{count(PROMPT)} tokens"}
