@@ -27,11 +27,13 @@ COMMANDS: dict[str, Entry] = {
     "plan": Entry("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
     "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
     "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
+    "calibrate": Entry("rkconvert.commands.calibrate", "Make the texts that the toolkit quantizes a model with."),
     "toolkit": Entry("rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."),
     "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
     "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
     "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
     "emulator": Entry("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
+    "serve": Entry("rkruntime.commands.serve", "Hold a model on the NPU and answer whoever may ask."),
     "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
 }
 

@@ -110,7 +110,12 @@ class Conversation:
             raise InputError(f"{path} is not a saved conversation: {error}") from error
 
 
-def _parse(data: Any, tokenizer: Tokenizer) -> tuple[str, list[Message]]:
+def check_conversation(data: Any) -> None:
+    """Raise InputError if `data` is not what `Conversation.as_dict` gives."""
+    _parse(data, None)
+
+
+def _parse(data: Any, tokenizer: Tokenizer | None) -> tuple[str, list[Message]]:
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         raise InputError(f"This is not a saved conversation: it has no schema {SCHEMA!r}.")
     system, items = data.get("system", ""), data.get("messages")
@@ -119,12 +124,12 @@ def _parse(data: Any, tokenizer: Tokenizer) -> tuple[str, list[Message]]:
     return system, [_parse_message(item, tokenizer) for item in items]
 
 
-def _parse_message(item: Any, tokenizer: Tokenizer) -> Message:
+def _parse_message(item: Any, tokenizer: Tokenizer | None) -> Message:
     role, content = (item.get(key) for key in ("role", "content")) if isinstance(item, Mapping) else (None, None)
     if role not in ("user", "assistant") or not isinstance(content, str):
         raise InputError("A message of this saved conversation has no role 'user' or 'assistant', or no text.")
     tokens = item.get("tokens")
-    return Message(role, content, _trusted(tokens, content, tokenizer) if role == "assistant" else None)
+    return Message(role, content, _trusted(tokens, content, tokenizer) if role == "assistant" and tokenizer else None)
 
 
 def _trusted(tokens: Any, content: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:

@@ -8,12 +8,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rkruntime.answer import AnswerReader
+from rkruntime.answer import Answer, AnswerReader
 from rkruntime.bundle import Bundle
 from rkruntime.conversation import Conversation
 from rkruntime.errors import WorkerError
 from rkruntime.generation import Request
-from rkruntime.repl import Note, Turn
+from rkruntime.repl import Note, Turn, rate
 from rkruntime.template import load_template
 from rkruntime.tokenizer import Tokenizer
 
@@ -91,7 +91,7 @@ class LocalChat:
             raise
         finally:
             if not failed:
-                self._keep(text, Turn(reader.answer(), first, time.monotonic() - start))
+                self._keep(text, reader.answer(), first, time.monotonic() - start)
 
     def _request(self, tokens: list[int]) -> Request:
         return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
@@ -101,12 +101,12 @@ class LocalChat:
             self._engine = self._load()
         return self._engine
 
-    def _keep(self, text: str, turn: Turn) -> None:
-        self.last = turn
+    def _keep(self, text: str, answer: Answer, first_s: float, total_s: float) -> None:
+        self.last = Turn(len(answer.tokens), answer.reason, first_s, rate(answer, first_s, total_s))
         self._answered += 1
-        self._generated += len(turn.answer.tokens)
-        if turn.answer.tokens:
-            self._conversation.add(text, turn.answer)
+        self._generated += self.last.tokens
+        if answer.tokens:
+            self._conversation.add(text, answer)
 
     def stop(self) -> None:
         """See `Chat`."""

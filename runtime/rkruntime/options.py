@@ -181,8 +181,12 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         show("")
 
 
-def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:
-    """Check the bundle's files, find the library, start the worker and load the model; say what is worth knowing."""
+def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, **timeouts: float) -> Engine:
+    """Check the bundle's files, find the library, start the worker and load the model; say what is worth knowing.
+
+    Args:
+        timeouts: of LoadOptions, in seconds.
+    """
     from rkruntime.engine import Engine, LoadOptions
 
     bundle.verify()
@@ -195,6 +199,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptio
             force=options.force,
             max_context=options.max_context,
             sampling=sampling.over(default_sampling(bundle)),
+            **timeouts,
         )
     )
     for finding in engine.info.findings:

@@ -21,33 +21,41 @@ PROMPT: Final = ">>> "
 
 @dataclass(frozen=True)
 class Turn:
-    """A finished or stopped answer and its times in seconds, from the question on."""
+    """A finished or stopped answer.
 
-    answer: Answer
+    Attributes:
+        tokens: generated.
+        first_token_s: from the question to the first token, in seconds.
+        tokens_per_s: decode rate, behind the first token.
+    """
+
+    tokens: int
+    reason: FinishReason
     first_token_s: float
-    total_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decode rate: the runtime's own where it gives one, else by the clock from the first token on."""
-        perf = self.answer.perf
-        if perf and perf.generate_ms > 0:
-            return perf.generate_tokens / perf.generate_ms * 1000
-        seconds = self.total_s - self.first_token_s
-        return (len(self.answer.tokens) - 1) / seconds if seconds > 0 else 0.0
+    tokens_per_s: float
 
     def summary(self, emulated: bool) -> str:
         """One line for a person."""
-        count = len(self.answer.tokens)
-        parts = [f"{count} token{'' if count == 1 else 's'}"]
-        if count > 1:
+        parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"]
+        if self.tokens > 1:
             parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
-        if count:
+        if self.tokens:
             parts.append(f"first after {self.first_token_s * 1000:,.0f} ms")
-        if self.answer.reason in (FinishReason.LENGTH, FinishReason.ABORT):
-            reached = "the limit of tokens was reached"
-            parts.append(reached if self.answer.reason is FinishReason.LENGTH else "stopped")
+        if self.reason in _UNFINISHED:
+            parts.append(_UNFINISHED[self.reason])
         return ", ".join(parts)
+
+
+_UNFINISHED: Final = {FinishReason.LENGTH: "the limit of tokens was reached", FinishReason.ABORT: "stopped"}
+
+
+def rate(answer: Answer, first_token_s: float, total_s: float) -> float:
+    """Tokens per second: the runtime's own figure where it gives one, else by the clock from the first token on."""
+    perf = answer.perf
+    if perf and perf.generate_ms > 0:
+        return perf.generate_tokens / perf.generate_ms * 1000
+    seconds = total_s - first_token_s
+    return (len(answer.tokens) - 1) / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
+from rkruntime.answer import Answer
 from rkruntime.conversation import Conversation
-from rkruntime.errors import RKEdgeError, ServiceError
-from rkruntime.generation import FinishReason
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import while_connected
-from rkruntime.serve.service import Ask, Begin, Item, Outcome, Prompt, Service
+from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
 from rkruntime.template import Message
 
 IGNORED_HEADER: Final = "X-RKEdge-Ignored"
@@ -28,7 +27,7 @@ class Begun:
     begin: Begin
     model: Model
     first: list[Item]
-    rest: AsyncGenerator[list[Item], None]
+    run: Run
 
     @property
     def headers(self) -> dict[str, str]:
@@ -43,7 +42,11 @@ def text_of(content: Any) -> str:
 
 
 def ask_of(
-    request: Request, prompt: Callable[[Model], Prompt], body: Mapping[str, Any], max_new_tokens: int | None
+    request: Request,
+    prompt: Callable[[Model], Prompt],
+    body: Mapping[str, Any],
+    max_new_tokens: int | None,
+    keep: Keep | None = None,
 ) -> Ask:
     """An Ask with the fields that all interfaces name alike."""
     stop = body.get("stop") or ()
@@ -55,6 +58,7 @@ def ask_of(
         max_new_tokens=max_new_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(filter(None, stop)),
         sampling={name: body.get(name) for name in _SAMPLING},
+        keep=keep,
     )
 
 
@@ -73,6 +77,16 @@ def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = F
     return build
 
 
+def remembering(service: Service, messages: Sequence[Message]) -> Keep:
+    """Keeps the ids of a whole answer, for the time when the client sends it back as text."""
+
+    def keep(answer: Answer, whole: bool) -> None:
+        if whole:
+            service.memory.remember(messages, answer.text, answer.tokens)
+
+    return keep
+
+
 def text_prompt(text: str) -> Callable[[Model], Prompt]:
     """The prompt of a plain text: `<bos>` and its tokens, no template."""
 
@@ -82,34 +96,38 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
     return build
 
 
-async def begin(request: Request, service: Service, ask: Ask) -> Begun:
+async def begin(request: Request, service: Service, ask: Ask, started: Callable[[Run], None] | None = None) -> Begun:
     """Wait for the first items.
+
+    Args:
+        started: gets the run while it still waits for its turn.
 
     Raises:
         RKEdgeError: the request is refused, or failed before it said anything.
-        ClientDisconnect: the client is gone; the run is cancelled.
+        ClientDisconnect: the client is gone; the run is stopped.
     """
-    stream = service.stream(ask)
+    run = service.start(ask)
+    if started:
+        started(run)
     try:
-        first = await while_connected(request, stream.__anext__())
+        first = await while_connected(request, run.take())
+        model = service.host.current
+        if not isinstance(first[0], Begin) or model is None:
+            raise stopped()
     except BaseException:
-        await stream.aclose()
+        await run.close()
         raise
-    model = service.host.current
-    if not isinstance(first[0], Begin) or model is None:
-        await stream.aclose()
-        raise ServiceError("The model went away as the answer began.", details={"retry_after_s": 1})
-    return Begun(first[0], model, first[1:], stream)
+    return Begun(first[0], model, first[1:], run)
 
 
 async def items(begun: Begun) -> AsyncGenerator[list[Item], None]:
-    """All items from the first on. Closing it early stops the run."""
+    """All items behind the Begin. Closing it early stops the run."""
     try:
         yield begun.first
-        async for batch in begun.rest:
+        while batch := await begun.run.take():
             yield batch
     finally:
-        await begun.rest.aclose()
+        await begun.run.close()
 
 
 async def collect(request: Request, begun: Begun) -> Outcome:
@@ -117,31 +135,21 @@ async def collect(request: Request, begun: Begun) -> Outcome:
 
     Raises:
         RKEdgeError: the run failed.
-        ClientDisconnect: the client is gone; the run is cancelled.
+        ClientDisconnect: the client is gone; the run is stopped.
     """
 
     async def last() -> Outcome:
+        outcome = None
         async for batch in items(begun):
-            if batch and isinstance(batch[-1], Outcome):
-                return batch[-1]
-        raise ServiceError("The answer has no end.")
+            _, outcome = split(batch)
+        if outcome is None:
+            raise stopped()
+        return outcome
 
     try:
-        return complete(await while_connected(request, last()))
+        return await while_connected(request, last())
     finally:
-        await begun.rest.aclose()
-
-
-def complete(outcome: Outcome) -> Outcome:
-    """`outcome` if the answer is whole. Raises ServiceError for one that something else stopped."""
-    if outcome.answer.reason is FinishReason.ABORT:
-        raise stopped()
-    return outcome
-
-
-def stopped() -> RKEdgeError:
-    """An answer ended, and nobody who asked for it wanted that."""
-    return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
+        await begun.run.close()
 
 
 def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:

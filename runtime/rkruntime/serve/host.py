@@ -16,6 +16,7 @@ from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.generation import Sampling
 from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
 from rkruntime.serve.settings import Settings
+from rkruntime.serve.threads import in_thread
 from rkruntime.template import Template, load_template
 from rkruntime.tokenizer import Tokenizer
 
@@ -57,7 +58,9 @@ def load_model(settings: Settings) -> Model:
     tokenizer = Tokenizer.load(bundle.tokenizer)
     template = load_template(bundle, tokenizer)
     sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
-    engine = load_engine(bundle, RuntimeOptions(settings.library, settings.abi, settings.max_context), sampling)
+    runtime = RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
+    timeouts = {"load_timeout": settings.limits.load_s, "token_timeout": settings.limits.token_s}
+    engine = load_engine(bundle, runtime, sampling, **timeouts)
     return Model(
         bundle=bundle,
         engine=engine,
@@ -131,7 +134,7 @@ class Host:
     async def _load_now(self) -> Model:
         start = time.monotonic()
         try:
-            model = await asyncio.to_thread(self._load, self.settings)
+            model = await in_thread(self._load, self.settings)
         except RKEdgeError as error:
             self._failed(error)
             raise
@@ -161,12 +164,13 @@ class Host:
         """Free the NPU."""
         model, self._model = self._model, None
         if model is not None:
-            await asyncio.to_thread(model.engine.close)
+            await in_thread(model.engine.close)
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:
         """These settings mean another model: other options, or a link that leads to another folder now."""
-        names = ("bundle", "library", "abi", "max_context", "temperature", "top_k", "top_p", "repeat_penalty")
+        sampling = ("temperature", "top_k", "top_p", "repeat_penalty")
+        names = ("bundle", "library", "abi", "max_context", "force", *sampling)
         moved = settings.bundle and self._loaded_from and settings.bundle.resolve() != self._loaded_from
         return bool(moved) or any(getattr(settings, name) != getattr(self.settings, name) for name in names)
 

@@ -7,7 +7,7 @@ import json
 import struct
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -15,9 +15,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rkruntime.errors import BodyError, RKEdgeError
-from rkruntime.serve.asks import Begun, ask_of, begin, chat_prompt, collect, complete, items, split, text_of, text_prompt
+from rkruntime.serve.asks import (
+    Begun,
+    ask_of,
+    begin,
+    chat_prompt,
+    collect,
+    items,
+    remembering,
+    split,
+    text_of,
+    text_prompt,
+)
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
-from rkruntime.serve.service import Outcome, Service
+from rkruntime.serve.service import Ask, Outcome, Service
 from rkruntime.template import Message
 
 _DONE: Final = b"data: [DONE]\n\n"
@@ -75,7 +86,7 @@ class _Chunks:
                 if text:
                     yield f"{self._before}{_encode(text)}{self._after}".encode("utf-8", "replace")
                 if outcome:
-                    yield self._end(complete(outcome))
+                    yield self._end(outcome)
         except RKEdgeError as error:
             yield _event(_encode(error_body(error, "openai")))
 
@@ -123,12 +134,8 @@ class OpenAI:
         ]
         prompt = chat_prompt(self._service, messages, drop=bool(body.get("drop_oldest")))
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        begun = await begin(request, self._service, ask_of(request, prompt, body, limit))
-
-        def keep(outcome: Outcome) -> None:
-            self._service.memory.remember(messages, outcome.answer.text, outcome.answer.tokens)
-
-        return await self._answer(request, body, begun, keep, chat=True)
+        ask = ask_of(request, prompt, body, limit, remembering(self._service, messages))
+        return await self._answer(request, body, ask, chat=True)
 
     async def _complete(self, request: Request) -> Response:
         body = await self._bodies.read(request, "CompletionRequest")
@@ -136,18 +143,16 @@ class OpenAI:
         given = body["prompt"]
         prompt = text_prompt(given if isinstance(given, str) else given[0])
         # OpenAI's own default, which clients of this older interface count on.
-        begun = await begin(request, self._service, ask_of(request, prompt, body, body.get("max_tokens", 16)))
-        return await self._answer(request, body, begun, lambda outcome: None, chat=False)
+        ask = ask_of(request, prompt, body, body.get("max_tokens", 16))
+        return await self._answer(request, body, ask, chat=False)
 
-    async def _answer(
-        self, request: Request, body: Any, begun: Begun, keep: Callable[[Outcome], None], *, chat: bool
-    ) -> Response:
-        chunks = _Chunks(begun, chat=chat, usage=bool((body.get("stream_options") or {}).get("include_usage")))
+    async def _answer(self, request: Request, body: Any, ask: Ask, *, chat: bool) -> Response:
+        begun = await begin(request, self._service, ask)
+        usage = bool(body.get("stream_options", {}).get("include_usage"))
+        chunks = _Chunks(begun, chat=chat, usage=usage)
         if body.get("stream"):
-            return Stream(_kept(chunks, begun, keep), "text/event-stream", begun.headers)
-        outcome = await collect(request, begun)
-        keep(outcome)
-        return json_response(chunks.whole(outcome), headers=begun.headers)
+            return Stream(chunks.events(), "text/event-stream", begun.headers)
+        return json_response(chunks.whole(await collect(request, begun)), headers=begun.headers)
 
     async def _embed(self, request: Request) -> Response:
         body = await self._bodies.read(request, "EmbeddingRequest")
@@ -159,34 +164,23 @@ class OpenAI:
             for at, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"object": "list", "data": data, "model": self._name(), "usage": usage})
-
-    def _name(self) -> str:
-        return self._service.name()
+        return json_response({"object": "list", "data": data, "model": self._service.name, "usage": usage})
 
     def _card(self) -> dict[str, Any]:
         model = self._service.host.current
         created = int(model.loaded_at) if model else int(time.time())
-        return {"id": self._name(), "object": "model", "created": created, "owned_by": "rkedge"}
+        return {"id": self._service.name, "object": "model", "created": created, "owned_by": "rkedge"}
 
     async def _models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._card()]})
 
     async def _model(self, request: Request) -> Response:
-        if request.path_params["model"] != self._name():
+        if request.path_params["model"] != self._service.name:
             raise BodyError(
-                f"There is no model {request.path_params['model'][:80]!r}; this daemon has {self._name()!r}.",
+                f"There is no model {request.path_params['model'][:80]!r}; this daemon has {self._service.name!r}.",
                 details={"status": 404, "param": "model", "code": "model_not_found"},
             )
         return json_response(self._card())
-
-
-async def _kept(chunks: _Chunks, begun: Begun, keep: Callable[[Outcome], None]) -> AsyncGenerator[bytes, None]:
-    """The chunks; a whole answer is remembered by its ids."""
-    async for chunk in chunks.events():
-        yield chunk
-    if chunks.outcome is not None:
-        keep(chunks.outcome)
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -7,7 +7,6 @@ longest common beginning of the one that is loaded.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from rkruntime.answer import Answer
 from rkruntime.errors import ModelError, UnsupportedCallError
 from rkruntime.files import atomic_file
 from rkruntime.generation import Request
+from rkruntime.serve.threads import in_thread
 
 if TYPE_CHECKING:
     from rkruntime.serve.host import Model
@@ -62,6 +62,10 @@ class PromptCaches:
         """Another model, or none, is on the NPU."""
         self._on_npu, self._files, self._loaded = [], None, False
 
+    def forget_position(self) -> None:
+        """The KV cache holds something else than the last run left."""
+        self._on_npu = []
+
     async def prepare(self, model: Model, request: Request) -> Request:
         """Load the file that saves most, if any; the request, with a file to write if that is worth it."""
         tokens = list(request.tokens)
@@ -94,8 +98,8 @@ class PromptCaches:
     async def _load(self, model: Model, path: Path) -> bool:
         try:
             if self._loaded:
-                await asyncio.to_thread(model.engine.release_prompt_cache)
-            await asyncio.to_thread(model.engine.load_prompt_cache, path)
+                await in_thread(model.engine.release_prompt_cache)
+            await in_thread(model.engine.load_prompt_cache, path)
         except (ModelError, UnsupportedCallError) as error:
             log.warning("prompt cache %s: %s", path.name, error.message)
             self._drop(path)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from rkruntime.answer import Answer, AnswerReader
 from rkruntime.conversation import RESERVED
-from rkruntime.errors import BodyError, ContextFullError, RKEdgeError, TimeLimitError, WorkerError
-from rkruntime.generation import GREEDY, Request, Sampling
+from rkruntime.errors import BodyError, ContextFullError, RKEdgeError, ServiceError, TimeLimitError, WorkerError
+from rkruntime.generation import GREEDY, FinishReason, Request, Sampling
 from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
@@ -21,12 +21,16 @@ from rkruntime.serve.prompt_cache import PromptCaches
 from rkruntime.serve.queue import FairQueue
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings, state_folder
+from rkruntime.serve.threads import in_thread
 
 log = logging.getLogger("rkedge")
 
 # The first release whose run takes sampling and a limit of its own.
 PER_RUN_SAMPLING: Final = (1, 3, 0)
 _FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
+
+
+Keep = Callable[[Answer, bool], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Ask:
         prompt: makes the prompt once the model is there.
         client: whose turn it is.
         sampling: names of Sampling's fields and what they shall be; None is the model's own.
+        keep: is told of the answer and whether it is whole, when it ends in whatever way. What it raises for a whole
+            answer goes to the client.
     """
 
     prompt: Callable[[Model], Prompt]
@@ -60,6 +66,7 @@ class Ask:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, float | int | None] = field(default_factory=dict)
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -86,33 +93,41 @@ class Outcome:
 Item = Begin | str | Outcome
 
 
-class _Channel:
-    """From the run to the client: what has gathered is taken at once, so a slow client costs the NPU nothing."""
+class Run:
+    """One request on its way. What has gathered is taken at once, so a slow client costs the NPU nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
         self._items: list[Item] = []
         self._error: BaseException | None = None
-        self._closed = False
+        self._ended = False
         self._wake = asyncio.Event()
+        self._task = asyncio.create_task(work(self))
 
     def put(self, item: Item) -> None:
+        """From the run: something for the client."""
         self._items.append(item)
         self._wake.set()
 
-    def close(self, error: BaseException | None) -> None:
-        self._error, self._closed = error, True
+    def end(self, error: BaseException | None) -> None:
+        """From the run: nothing follows, or an error."""
+        self._error, self._ended = error, True
         self._wake.set()
 
     async def take(self) -> list[Item]:
-        """All that is there, at least one; empty at the end. Raises what ended the run."""
+        """All that is there, at least one: a Begin, texts, an Outcome; empty at the end. Raises what ended the run."""
         await self._wake.wait()
         self._wake.clear()
         items, self._items = self._items, []
-        if self._closed:
+        if self._ended:
             self._wake.set()
             if not items and self._error is not None:
                 raise self._error
         return items
+
+    async def close(self) -> None:
+        """Stop the run if it goes on, and wait until it has; may be called from anywhere and twice."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 class Service:
@@ -134,49 +149,38 @@ class Service:
         self.metrics = Metrics(self)
         self.last_used = time.monotonic()
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[list[Item], None]:
-        """What there is of the answer, in lists: a Begin, texts, an Outcome. Closing it early stops the run.
+    def start(self, ask: Ask) -> Run:
+        """Queue a request. Whoever starts a run closes it."""
+        return Run(lambda run: self._run(ask, run))
 
-        Raises:
-            BusyError, ContextFullError, TimeLimitError, RKEdgeError: before the first list, or within the answer.
-        """
-        channel = _Channel()
-        task = asyncio.create_task(self._run(ask, channel))
-        try:
-            while items := await channel.take():
-                yield items
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-
-    async def _run(self, ask: Ask, channel: _Channel) -> None:
+    async def _run(self, ask: Ask, run: Run) -> None:
         outcome = "cancelled"
         start = time.monotonic()
         try:
             async with self.queue.turn(ask.client) as queue_s:
                 limit = self.settings.limits.request_s
                 try:
-                    await asyncio.wait_for(self._generate(ask, channel, queue_s), limit)
+                    await asyncio.wait_for(self._generate(ask, run, queue_s), limit)
                 except asyncio.TimeoutError:
                     raise TimeLimitError(f"The answer took longer than {limit:g} seconds and was stopped.") from None
             outcome = "ok"
-            channel.close(None)
+            run.end(None)
         except RKEdgeError as error:
             outcome = type(error).__name__
-            channel.close(error)
-        except asyncio.CancelledError as error:
-            channel.close(error)
+            log.warning("request %s: %s: %s", ask.request_id, outcome, error.message)
+            run.end(error)
+        except asyncio.CancelledError:
+            run.end(stopped())
             raise
         except Exception as error:
             outcome = "bug"
             log.exception("request %s", ask.request_id)
-            channel.close(error)
+            run.end(error)
         finally:
             self.last_used = time.monotonic()
             self.metrics.ended(outcome, time.monotonic() - start)
 
-    async def _generate(self, ask: Ask, channel: _Channel, queue_s: float) -> None:
+    async def _generate(self, ask: Ask, run: Run, queue_s: float) -> None:
         start = time.monotonic()
         model = await self.host.model()
         prompt = ask.prompt(model)
@@ -190,13 +194,15 @@ class Service:
                 async for event in events:
                     if not first:
                         first = time.monotonic()
-                        channel.put(begin)
+                        run.put(begin)
                     if text := reader.feed(event):
-                        channel.put(text)
+                        run.put(text)
                     if reader.done:
                         break
-        except WorkerError as error:
-            await self.host.lost(error)
+        except BaseException as error:
+            _keep_broken(ask, reader)
+            if isinstance(error, WorkerError):
+                await self.host.lost(error)
             raise
         answer = reader.answer()
         self.host.succeeded()
@@ -204,7 +210,12 @@ class Service:
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
         self._report(ask, outcome)
-        channel.put(outcome)
+        if answer.reason is FinishReason.ABORT:
+            _keep_broken(ask, reader)
+            raise stopped()
+        if ask.keep:
+            ask.keep(answer, True)
+        run.put(outcome)
 
     def _request(self, ask: Ask, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
         room = model.engine.info.max_context - RESERVED
@@ -253,6 +264,38 @@ class Service:
         if self.settings.log_prompts:
             log.info("request %s answered: %r", ask.request_id, answer.text)
 
+    @property
+    def name(self) -> str:
+        """Of the bundle that is served."""
+        model = self.host.current
+        if model is not None:
+            return model.bundle.manifest.name
+        return self.settings.bundle.resolve().name if self.settings.bundle else "none"
+
+    async def embed(self, texts: Sequence[str], client: str) -> tuple[list[list[float]], int]:
+        """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
+
+        Raises:
+            BusyError, ContextFullError, UnsupportedCallError, RKEdgeError.
+        """
+        vectors, total = [], 0
+        async with self.queue.turn(client):
+            model = await self.host.model()
+            for text in texts:
+                tokens = [model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)]
+                total += len(tokens)
+                try:
+                    states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
+                except WorkerError as error:
+                    await self.host.lost(error)
+                    raise
+                mean = states.mean(axis=0)
+                length = float((mean * mean).sum()) ** 0.5
+                vectors.append((mean / length if length else mean).tolist())
+            self.caches.forget_position()
+        self.last_used = time.monotonic()
+        return vectors, total
+
     async def change(self, settings: Settings) -> None:
         """Take other settings between two answers. Raises RKEdgeError; then the old ones stay."""
         async with self.queue.turn("daemon"):
@@ -272,6 +315,21 @@ class Service:
             async with self.queue.turn("daemon"):
                 await self.host.unload()
                 self.caches.forget()
+
+
+def stopped() -> RKEdgeError:
+    """An answer ended, and nobody who asked for it wanted that."""
+    return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
+
+
+def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
+    if ask.keep is None:
+        return
+    try:
+        ask.keep(reader.answer(), False)
+    except RKEdgeError as error:
+        # What broke the answer is what the client must hear of.
+        log.error("request %s: the broken answer was not kept: %s", ask.request_id, error.message)
 
 
 def resolve_sampling(base: Sampling, wanted: Mapping[str, Any]) -> Sampling:

@@ -46,18 +46,24 @@ class Limits:
         queue: requests that wait for the NPU.
         wait_s: how long one may wait, in seconds.
         request_s: how long one answer may take once it has its turn.
+        load_s: how long a load may take.
+        token_s: without a token the worker counts as hung and is ended; reading a long prompt included.
         body_mb: size of a request's body.
         header_s: time a client has for sending its whole request.
         connections: open at the same time.
+        stop_s: time for answers to come to their end when the daemon is stopped.
         max_new_tokens: longest answer; 0 for what the context has room for.
     """
 
     queue: int = 64
     wait_s: float = 120.0
     request_s: float = 600.0
+    load_s: float = 600.0
+    token_s: float = 120.0
     body_mb: float = 4.0
     header_s: float = 20.0
     connections: int = 256
+    stop_s: float = 30.0
     max_new_tokens: int = 0
 
 
@@ -98,13 +104,12 @@ class Settings:
 
     Attributes:
         bundle: folder of the model.
-        library, abi, max_context: as the options of `rkedge chat`.
+        library, abi, max_context, force: as the options of `rkedge chat`.
         temperature, top_k, top_p, repeat_penalty: sampling where a request says nothing; None is the bundle's own.
         per_request_sampling: what happens to a request's sampling where the runtime is older than 1.3.0 and cannot
             take it: `ignore` it and say so in a header, or `refuse` the request.
         idle_unload_s: free the NPU after so long without a request; 0 never.
         load_at_start: false loads the model with the first request.
-        load_s: how long a load may take.
         log_prompts: write prompts and answers to the log; off, as they are private.
     """
 
@@ -112,6 +117,7 @@ class Settings:
     library: Path | None = None
     abi: str | None = None
     max_context: int | None = None
+    force: bool = False
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -119,7 +125,6 @@ class Settings:
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
     idle_unload_s: float = 0.0
     load_at_start: bool = True
-    load_s: float = 600.0
     log_prompts: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     listen: Listen = field(default_factory=Listen)

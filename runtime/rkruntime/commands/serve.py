@@ -1,0 +1,58 @@
+"""`rkedge serve`: the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkruntime.errors import HostError
+from rkruntime.options import RuntimeOptions, runtime_options
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("serve")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--config", type=_FILE, help="Settings; configs/daemon.yaml explains them.")
+@click.option("--socket", type=_FILE, help="Unix socket.  [default: the service's or the user's]")
+@click.option("--host", help="Address for TCP; others than loopback need --api-keys.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on TCP too.")
+@click.option("--api-keys", type=_FILE, help="File with one key a line, mode 600.")
+@runtime_options
+def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **listen: Any) -> None:
+    """Serve the model in the folder BUNDLE on a Unix socket, and on loopback TCP with --port.
+
+    Clients: `rkedge chat user@board` over SSH, anything that speaks OpenAI's or Ollama's interface, and a page for the
+    browser. Options stand over the settings in the file.
+    """
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise HostError(f"{error.name} is not installed.", hint="pip install 'rkedge[serve]'") from error
+    import asyncio
+
+    from rkruntime.serve.server import Daemon
+    from rkruntime.serve.settings import Settings, load_settings
+    from rkruntime.serve.systemd import log_to_stderr
+
+    def settings() -> Settings:
+        base = load_settings(config) if config else Settings()
+        top = _given({"bundle": bundle, **vars(runtime)})
+        return replace(base, **top, listen=replace(base.listen, **_given(listen)))
+
+    first = settings()
+    log_to_stderr(first.log_level)
+
+    async def serve() -> None:
+        await Daemon(first, settings).run()
+
+    asyncio.run(serve())
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

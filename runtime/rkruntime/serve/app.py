@@ -1,0 +1,213 @@
+"""The ASGI application: who may come in, the routes of all interfaces, and what the daemon says of itself."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rkruntime.errors import BodyError, ServiceError
+from rkruntime.serve.http import Bodies, answering, error_response, json_response
+from rkruntime.serve.metrics import npu_load, temperatures
+from rkruntime.serve.native import Sessions
+from rkruntime.serve.ollama import Ollama
+from rkruntime.serve.openai import OpenAI
+from rkruntime.serve.service import Service
+from rkruntime.serve.settings import is_loopback
+from rkruntime.serve.validate import Validator
+
+USER_HEADER: Final = "x-rkedge-user"
+REQUEST_ID: Final = "x-request-id"
+_HERE: Final = Path(__file__).parent
+_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Everybody may ask whether the daemon lives.
+_OPEN: Final = frozenset({"/health", "/ready"})
+# The page's script and style stand in the page; nothing else may load or be loaded by it.
+_PAGE_POLICY: Final = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def openapi() -> dict[str, Any]:
+    """The document of openapi.yaml."""
+    document: dict[str, Any] = yaml.load((_HERE / "openapi.yaml").read_bytes(), _YamlLoader)  # noqa: S506
+    return document
+
+
+class Front:
+    """Stands before the application: keys, foreign web pages, users, request ids.
+
+    A browser lets any web page send requests to loopback. Such requests carry the page's Origin, or a Host that is not
+    this machine (DNS rebinding), and are refused.
+    """
+
+    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
+        self._app = app
+        self.keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
+        scope["rkedge.id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
+        # The Unix socket's permissions are its key, and who may open it is believed who he acts for.
+        unix = scope.get("client") is None
+        scope["rkedge.user"] = headers.get(USER_HEADER, "local") if unix else "network"
+        scope["rkedge.client"] = scope["rkedge.user"] if unix else scope["client"][0]
+        refusal = None if unix else self._refusal(scope, headers)
+
+        async def with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = scope["rkedge.id"]
+            await send(message)
+
+        if refusal is not None:
+            return await error_response(refusal, _style(scope["path"]))(scope, receive, with_id)
+        return await self._app(scope, receive, with_id)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> BodyError | None:
+        if not self.keys:
+            host = _host(headers.get("host", ""))
+            if not is_loopback(host):
+                return _refused(403, "host", f"This daemon does not go by the name {host[:80]!r}.")
+        origin = headers.get("origin")
+        if origin and origin.partition("://")[2] != headers.get("host"):
+            return _refused(403, "origin", "Requests from other web pages are refused.")
+        if self.keys and scope["path"] not in _OPEN and not self._has_key(headers):
+            return _refused(401, "invalid_api_key", "A key is needed: Authorization: Bearer KEY.")
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        # Every key is compared, in constant time.
+        fits = [hmac.compare_digest(given, known.encode()) for known in self.keys]
+        return kind.lower() == "bearer" and any(fits)
+
+
+def _host(value: str) -> str:
+    """The name or address of a Host header, without port and brackets."""
+    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", value)
+    return (match[1] or match[2] or "") if match else ""
+
+
+def _refused(status: int, code: str, message: str) -> BodyError:
+    return BodyError(message, hint="See docs/serve.md.", details={"status": status, "code": code})
+
+
+def _style(path: str) -> str:
+    return "ollama" if path.startswith("/api/") else "openai"
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """A wrong path or method, in the words of the interface it looks like."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    what = f"{request.method[:16]} {request.url.path[:80]!r}"
+    response = error_response(_refused(status, "not_found", f"There is no {what}."), _style(request.url.path))
+    if isinstance(error, HTTPException) and error.headers:
+        response.headers.update(error.headers)
+    return response
+
+
+class About:
+    """What the daemon says of itself: page, health, status, metrics."""
+
+    def __init__(self, service: Service, document: Mapping[str, Any]) -> None:
+        self._service = service
+        self._document = document
+        self._started = time.monotonic()
+        self._page = (_HERE / "page.html").read_text(encoding="utf-8")
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        wrap = answering("openai")
+        endpoints = {
+            "/": self._root,
+            "/health": self._health,
+            "/ready": self._ready,
+            "/status": self._status,
+            "/metrics": self._metrics,
+            "/openapi.json": self._openapi,
+        }
+        return [Route(path, wrap(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
+
+    async def _root(self, request: Request) -> Response:
+        if "text/html" not in request.headers.get("accept", ""):
+            # What Ollama's clients look for.
+            return PlainTextResponse("Ollama is running")
+        headers = {
+            "Content-Security-Policy": _PAGE_POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        return Response(self._page, media_type="text/html", headers=headers)
+
+    async def _health(self, _: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, _: Request) -> Response:
+        host = self._service.host
+        if host.state == "failed" and host.error is not None:
+            raise ServiceError(f"The model failed: {host.error.message}", hint=host.error.hint)
+        if host.state == "loading":
+            raise ServiceError(
+                "The model is being loaded.", hint="Try again in a moment.", details={"retry_after_s": 1}
+            )
+        return json_response({"status": "ready", "loaded": host.current is not None})
+
+    async def _status(self, _: Request) -> Response:
+        service, model = self._service, self._service.host.current
+        info = model.engine.info if model else None
+        return json_response(
+            {
+                "version": version("rkedge"),
+                "model": service.name,
+                "state": service.host.state,
+                "error": service.host.error.message if service.host.error else None,
+                "emulated": info.emulated if info else None,
+                "release": info.release if info else None,
+                "max_context": info.max_context if info else None,
+                "queue": {"waiting": len(service.queue), "busy": service.queue.busy},
+                "temperatures": temperatures(),
+                "npu_load": npu_load(),
+                "uptime_s": time.monotonic() - self._started,
+            }
+        )
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, _: Request) -> Response:
+        return json_response(self._document)
+
+
+def make_app(service: Service, keys: frozenset[str] = frozenset()) -> Front:
+    """The application of a service.
+
+    Args:
+        keys: API keys, one of which TCP clients must give; none are asked for if there are none.
+    """
+    document = openapi()
+    limits = service.settings.limits
+    bodies = Bodies(Validator(document), int(limits.body_mb * 1e6), limits.header_s)
+    interfaces = (OpenAI(service, bodies), Ollama(service, bodies), Sessions(service, bodies), About(service, document))
+    routes = [route for interface in interfaces for route in interface.routes()]
+    return Front(Starlette(routes=routes, exception_handlers={HTTPException: _no_route}), keys)

@@ -1,0 +1,276 @@
+"""The daemon's own interface: conversations that it keeps. `rkedge chat user@board` and the page stand on it.
+
+An answer whose client went away is kept as far as it came. The client may come back and have it go on from there, or
+ask something else, and then what there is of it stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rkruntime.answer import Answer
+from rkruntime.conversation import SCHEMA, Conversation, check_conversation
+from rkruntime.errors import BodyError, InputError, NoSuchSessionError, RKEdgeError
+from rkruntime.repl import rate
+from rkruntime.serve.asks import Begun, ask_of, begin, items, split
+from rkruntime.serve.host import Model
+from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
+from rkruntime.serve.service import Outcome, Prompt, Run, Service
+from rkruntime.serve.sessions import check_name
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "stop",
+)
+
+
+def _line(kind: str, **values: Any) -> bytes:
+    return (_encode({"type": kind, **values}) + "\n").encode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A session: whose, and its name."""
+
+    user: str
+    name: str
+
+    @classmethod
+    def of(cls, request: Request) -> _Place:
+        return cls(request.scope["rkedge.user"], check_name(request.path_params["name"], "session"))
+
+
+@dataclass
+class _Turn:
+    """A question to a session, on its way.
+
+    Attributes:
+        data: the session as it was kept.
+        number: the client's name for the answer.
+        begun: ids of the answer that is taken up.
+        conversation, model: set when the prompt is made.
+    """
+
+    data: Mapping[str, Any]
+    question: str
+    number: str
+    options: Mapping[str, Any]
+    drop: bool = False
+    begun: tuple[int, ...] = ()
+    conversation: Conversation | None = None
+    model: str = ""
+
+    def prompt(self, model: Model) -> Prompt:
+        conversation = Conversation(model.template)
+        conversation.restore(self.data if self.begun else _with_broken(self.data), model.tokenizer)
+        self.model = model.bundle.manifest.name
+        room = model.engine.info.max_context - len(self.begun)
+        tokens, dropped = conversation.fitting_prompt(self.question, room, drop=self.drop)
+        self.conversation = conversation
+        notes = (f"The context was full: the {dropped} oldest turns were dropped.",) if dropped else ()
+        return Prompt([*tokens, *self.begun], self.begun, notes)
+
+    def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:
+        """What the session is after the answer."""
+        assert self.conversation is not None
+        data: dict[str, Any] = {"number": self.number}
+        if whole:
+            self.conversation.add(self.question, answer)
+        elif answer.tokens:
+            data["broken"] = {
+                "question": self.question,
+                "text": answer.text,
+                "tokens": list(answer.tokens),
+                "model": self.model,
+                "options": dict(self.options),
+                "at": time.time(),
+            }
+        return {**self.conversation.as_dict(), **data}
+
+
+def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A session in which an answer that nobody came back for is a turn as far as it came."""
+    broken = data.get("broken")
+    if not broken:
+        return data
+    answer = {"role": "assistant", "content": broken["text"], "tokens": broken["tokens"]}
+    return {**data, "messages": [*data["messages"], {"role": "user", "content": broken["question"]}, answer]}
+
+
+class Sessions:
+    """The endpoints of /sessions."""
+
+    def __init__(self, service: Service, bodies: Bodies) -> None:
+        self._service = service
+        self._store = service.sessions
+        self._bodies = bodies
+        self._runs: dict[_Place, Run] = {}
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        wrap = answering("openai")
+        return [
+            Route("/sessions", wrap(self._list), methods=["GET"]),
+            Route("/sessions/{name}", wrap(self._read), methods=["GET"]),
+            Route("/sessions/{name}", wrap(self._change), methods=["PUT"]),
+            Route("/sessions/{name}", wrap(self._delete), methods=["DELETE"]),
+            Route("/sessions/{name}/messages", wrap(self._ask), methods=["POST"]),
+            Route("/sessions/{name}/resume", wrap(self._resume), methods=["POST"]),
+        ]
+
+    async def _list(self, request: Request) -> Response:
+        found = self._store.list(request.scope["rkedge.user"])
+        return json_response(
+            {"sessions": [{"name": item.name, "size": item.size, "changed": item.changed} for item in found]}
+        )
+
+    async def _read(self, request: Request) -> Response:
+        place = _Place.of(request)
+        return json_response(self._store.read(place.user, place.name))
+
+    async def _delete(self, request: Request) -> Response:
+        place = _Place.of(request)
+        await self._take_over(place)
+        self._store.delete(place.user, place.name)
+        return json_response({"deleted": place.name})
+
+    async def _change(self, request: Request) -> Response:
+        place = _Place.of(request)
+        body = await self._bodies.read(request, "SessionUpdate")
+        await self._take_over(place)
+        data = self._data(place)
+        if "conversation" in body:
+            data = body["conversation"]
+        if body.get("clear"):
+            data = {"schema": SCHEMA, "system": data["system"], "messages": []}
+        if "system" in body:
+            data = {**data, "system": body["system"]}
+        # What the daemon notes for itself is not taken from a client.
+        own = () if "conversation" in body else ("number", "broken")
+        kept = {key: data[key] for key in ("schema", "system", "messages", *own) if key in data}
+        try:
+            check_conversation(kept)
+        except InputError as error:
+            raise BodyError(error.message, details={"param": "conversation"}) from error
+        self._store.write(place.user, place.name, kept)
+        return json_response({"changed": place.name})
+
+    def _data(self, place: _Place) -> dict[str, Any]:
+        try:
+            return self._store.read(place.user, place.name)
+        except NoSuchSessionError:
+            return {"schema": SCHEMA, "system": "", "messages": []}
+
+    async def _take_over(self, place: _Place) -> None:
+        """A session gives one answer at a time: who comes anew, maybe over a new connection, ends the old one."""
+        run = self._runs.pop(place, None)
+        if run is not None:
+            await run.close()
+
+    async def _ask(self, request: Request) -> Response:
+        place = _Place.of(request)
+        body = await self._bodies.read(request, "SessionMessage")
+        await self._take_over(place)
+        options = {name: body[name] for name in _OPTIONS if name in body}
+        drop = bool(body.get("drop_oldest"))
+        turn = _Turn(self._data(place), body["content"], body.get("id", ""), options, drop)
+        return await self._answer(request, place, turn, 0)
+
+    async def _resume(self, request: Request) -> Response:
+        place = _Place.of(request)
+        body = await self._bodies.read(request, "SessionResume")
+        await self._take_over(place)
+        data = self._store.read(place.user, place.name)
+        if not body["id"] or data.get("number") != body["id"]:
+            raise NoSuchSessionError(
+                f"The session {place.name!r} has no answer {body['id']!r} to go on with.", hint="Ask again."
+            )
+        received, broken = body.get("received", 0), data.get("broken")
+        if broken is None:
+            return Stream(_whole(data, received), "application/x-ndjson")
+        too_old = time.time() - broken["at"] > self._service.settings.sessions.resume_s
+        if too_old or broken["model"] != self._service.name:
+            reason = "too long ago" if too_old else "by another model"
+            raise NoSuchSessionError(f"That answer was broken off {reason} to go on.", hint="Ask again.")
+        turn = _Turn(data, broken["question"], body["id"], broken["options"], begun=tuple(broken["tokens"]))
+        return await self._answer(request, place, turn, received)
+
+    async def _answer(self, request: Request, place: _Place, turn: _Turn, received: int) -> Response:
+        def keep(answer: Answer, whole: bool) -> None:
+            self._store.write(place.user, place.name, turn.kept(answer, whole))
+
+        ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
+        begun = await begin(request, self._service, ask, lambda run: self._runs.__setitem__(place, run))
+        return Stream(_lines(begun, received, self._forget(place, begun.run)), "application/x-ndjson", begun.headers)
+
+    def _forget(self, place: _Place, run: Run) -> Callable[[], None]:
+        def forget() -> None:
+            if self._runs.get(place) is run:
+                del self._runs[place]
+
+        return forget
+
+
+async def _lines(begun: Begun, received: int, done: Callable[[], None]) -> AsyncGenerator[bytes, None]:
+    """The events of an answer, without what the client has of it already."""
+    info = begun.model.engine.info
+    yield _line(
+        "begin",
+        notes=begun.begin.notes,
+        ignored=begun.begin.ignored,
+        emulated=info.emulated,
+        max_context=info.max_context,
+    )
+    late = begun.begin.text[received:]
+    skip = max(0, received - len(begun.begin.text))
+    try:
+        if late:
+            yield _line("text", text=late)
+        async for batch in items(begun):
+            text, outcome = split(batch)
+            text, skip = text[skip:], max(0, skip - len(text))
+            if text:
+                yield _line("text", text=text)
+            if outcome:
+                yield _done(outcome)
+    except RKEdgeError as error:
+        yield _line("error", **error_body(error, "openai"))
+    finally:
+        done()
+
+
+def _done(outcome: Outcome) -> bytes:
+    answer = outcome.answer
+    return _line(
+        "done",
+        reason=answer.reason.value,
+        prompt_tokens=answer.prompt_tokens,
+        reused_tokens=outcome.reused,
+        tokens=len(answer.tokens),
+        queue_s=outcome.queue_s,
+        first_token_s=outcome.queue_s + outcome.prefill_s,
+        tokens_per_s=rate(answer, outcome.prefill_s, outcome.total_s),
+    )
+
+
+async def _whole(data: Mapping[str, Any], received: int) -> AsyncGenerator[bytes, None]:
+    """The rest of an answer that was finished while its client was away."""
+    text = data["messages"][-1]["content"] if data["messages"] else ""
+    if text[received:]:
+        yield _line("text", text=text[received:])
+    yield _line("done", reason="stop")

@@ -1,0 +1,71 @@
+"""systemd's side of a service, by its documented protocols: sd_notify(3), sd_listen_fds(3), journald's levels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import Final
+
+_FIRST_FD: Final = 3
+# Python's levels to syslog's, which journald reads between angle brackets.
+_LEVELS: Final = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+
+def notify(*fields: str) -> None:
+    """Tell systemd, for instance `READY=1`; nothing where it does not listen."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    # A service manager that does not listen any more is no reason to stop.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.sendto("\n".join(fields).encode(), address)
+
+
+def reloading() -> None:
+    """Tell systemd that a reload has begun; READY=1 ends it."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
+def watchdog_s() -> float | None:
+    """Seconds between signs of life, half of what systemd waits; None if it does not."""
+    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(usec) / 2e6 if usec.isdigit() and pid == str(os.getpid()) else None
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """The listening sockets of a socket unit."""
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+        return []
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        os.set_inheritable(fd, False)
+        sockets.append(socket.socket(fileno=fd))
+    return sockets
+
+
+class _Journal(logging.Formatter):
+    """A line with its level for journald, which has a clock of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = _LEVELS.get(record.levelname, 6)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+
+
+def log_to_stderr(level: str) -> None:
+    """Set up logging: for journald if it reads standard error, else with time and level."""
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(_Journal("%(message)s") if "JOURNAL_STREAM" in os.environ else plain)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("rkedge").setLevel(level.upper())
