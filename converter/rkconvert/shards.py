@@ -36,9 +36,14 @@ class Entry:
     offset: int
 
 
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a Git LFS pointer."""
+    return head.startswith(_LFS)
+
+
 def refuse_lfs_pointer(path: Path, head: bytes, kind: type[InputError]) -> None:
     """Raise `kind` if a file's first bytes are those of a Git LFS pointer."""
-    if head.startswith(_LFS):
+    if is_lfs_pointer(head):
         raise kind(
             f"{path} is a Git LFS pointer of a few hundred bytes, not the file itself.",
             hint="Run `git lfs install && git lfs pull` in that folder, or download it with `hf download`.",

@@ -21,6 +21,7 @@ from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_text
 from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
 from rkconvert.chat_template import ChatTemplate, read_template
 from rkconvert.commands import calibrate as command
+from rkconvert.host import Memory
 from rkruntime.errors import CalibrationError, HostError, OutputError, RKEdgeError
 from rkruntime.template import Message
 from rkruntime.tokenizer import Tokenizer
@@ -115,10 +116,10 @@ def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pyte
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkconvert.calibrate.targets.available_memory", lambda: 1000)
+    monkeypatch.setattr("rkconvert.calibrate.targets.read_memory", lambda: Memory(1 << 30, 0, 1000, False))
     with pytest.raises(HostError, match="GB of memory are free"):
         rkedge(BASE, "-o", tmp_path / "data.json", "--targets", "model")
-    monkeypatch.setattr(command, "available_memory", lambda: 1000)
+    monkeypatch.setattr(command, "read_memory", lambda: Memory(1 << 30, 0, 1000, False))
     assert rkedge(BASE, "-o", tmp_path / "data.json")["targets"] == "given"
 
 

@@ -6,12 +6,12 @@ likely token each time, repetition penalty 1.1, 128 new tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from rkconvert.host import read_memory
 from rkruntime.errors import CalibrationError, HostError
 from rkruntime.tokenizer import Tokenizer
 
@@ -23,14 +23,6 @@ _NEEDED: Final = ("torch", "transformers")
 def missing_packages() -> list[str]:
     """What generation needs and is not installed."""
     return [name for name in _NEEDED if find_spec(name) is None]
-
-
-def available_memory() -> int:
-    """Bytes that a program can get without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 class FloatModel:
@@ -52,7 +44,7 @@ class FloatModel:
                 f"To let the model answer, {' and '.join(missing)} must be installed.",
                 hint="pip install 'rkedge[convert]', or use --targets given with chats that have answers.",
             )
-        if (free := available_memory()) < nbytes:
+        if (free := read_memory().available) < nbytes:
             raise HostError(
                 f"The model has {nbytes / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB of memory are free.",
                 hint="Close other programs, or use --targets given with chats that have answers.",

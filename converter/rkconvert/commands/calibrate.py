@@ -14,10 +14,11 @@ import click
 from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
 from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
-from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, available_memory, missing_packages
+from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, missing_packages
 from rkconvert.chat_template import ChatTemplate, read_template
 from rkconvert.checkpoint import open_checkpoint
 from rkconvert.context import choose_context
+from rkconvert.host import read_memory
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
 from rkconvert.toolkit.staging import stage
@@ -129,7 +130,7 @@ def _why_not(model: MergedModel) -> str:
     """Why the float model cannot answer here, or nothing."""
     if missing := missing_packages():
         return f"{' and '.join(missing)} are not installed"
-    if (free := available_memory()) < model.nbytes:
+    if (free := read_memory().available) < model.nbytes:
         return f"the model needs {model.nbytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return ""
 

@@ -7,8 +7,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from rkconvert.host import read_memory
 from rkconvert.toolkit.events import Failure
 from rkruntime.diagnosis import Diagnosis, diagnose
 from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
@@ -124,9 +125,7 @@ def cannot_start(python: Path, error: OSError) -> HostError:
 
 
 def _out_of_memory(facts: Facts) -> RKEdgeError:
-    memory = read_meminfo()
     seen = "its out-of-memory killer struck" if facts.out_of_memory_kills else "which it does when memory runs out"
-    has = f"{memory['MemTotal'] / 1e9:.1f} GB of RAM and {memory['SwapTotal'] / 1e9:.1f} GB of swap"
     needs = ""
     if facts.parameters:
         size = facts.parameters * _BYTES.get(facts.load_dtype, 4)
@@ -135,7 +134,7 @@ def _out_of_memory(facts: Facts) -> RKEdgeError:
         HostError,
         facts,
         f"was ended by the kernel ({seen}) while {_STAGES[facts.stage]}, with {facts.peak_memory / 1e9:.1f} GB in"
-        f" memory; this machine has {has}.{needs}",
+        f" memory; this machine has {read_memory()}.{needs}",
         hint="Add swap (4 bytes for each weight of the model, and some more), close other programs, raise the limit of"
         " the container or of WSL, or load the weights in 16 bits: --toolkit-load-dtype bfloat16.",
     )
@@ -172,15 +171,6 @@ def _diagnose(facts: Facts) -> Diagnosis:
     if facts.killed:
         text += "\nKilled\n"  # as a shell says it, and as people report it
     return diagnose(text, context={"stage": "convert", "toolkit": facts.version})
-
-
-def read_meminfo() -> dict[str, int]:
-    """/proc/meminfo in bytes."""
-    fields: dict[str, Any] = {"MemTotal": 0, "SwapTotal": 0}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        fields[name] = int(value.split()[0]) * 1024
-    return fields
 
 
 def out_of_memory_kills() -> int:
