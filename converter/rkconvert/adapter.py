@@ -38,7 +38,7 @@ class Adapter:
     """A checked adapter.
 
     Attributes:
-        path: its folder.
+        path: its folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
         base_name: what it says its base model is (may be empty).
         updates: what it does, by the base model's tensor name.
         unties: input embedding and output head, tied in the base, differ afterwards.
@@ -50,6 +50,8 @@ class Adapter:
     updates: Mapping[str, TensorUpdate]
     unties: bool
     weight_files: tuple[Path, ...]
+    name: str
+    revision: str
 
     @property
     def rows(self) -> dict[str, int]:
@@ -58,13 +60,16 @@ class Adapter:
         return {name: replacement.info.shape[0] for name, replacement in own.items() if replacement}
 
 
-def open_adapter(path: Path, base: Mapping[str, tuple[int, ...]], weight: float = 1.0) -> Adapter:
+def open_adapter(
+    path: Path, base: Mapping[str, tuple[int, ...]], weight: float = 1.0, name: str | None = None, revision: str = ""
+) -> Adapter:
     """Read an adapter and match it to a base model's tensors, given by name and shape.
 
     Args:
         path: the folder.
         base: without `lm_head.weight` where the base ties its head to the embedding.
         weight: factor for the whole adapter, as peft's set_scale.
+        name: hub id, if it is not a folder of the user's own; with its commit, `revision`.
 
     Raises:
         AdapterError: not an adapter, a kind that is not supported, or one that was made for another base.
@@ -82,7 +87,7 @@ def open_adapter(path: Path, base: Mapping[str, tuple[int, ...]], weight: float 
     if tied and _same_embeddings(config, updates):
         updates.pop(HEAD, None)
     unties = tied and (HEAD in updates or _changes_input_only(config, updates))
-    return Adapter(path, config.base_name, updates, unties, files)
+    return Adapter(path, config.base_name, updates, unties, files, name or path.resolve().name, revision)
 
 
 def _group(weights: Weights) -> dict[str, dict[str, str]]:

@@ -11,6 +11,8 @@ from typing import Any, Final
 from rkconvert.formats import FLOATS
 from rkconvert.gemma import HEAD, GemmaConfig, parse_config, token_ids
 from rkconvert.shards import read_json
+from rkconvert.sources.bitsandbytes import Dequantized, is_bitsandbytes
+from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES, open_tensor_files
 from rkconvert.weights import Weights
 from rkruntime.errors import CheckpointError
@@ -20,12 +22,16 @@ CONFIG: Final = "config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model folder.
+    """A checked model.
 
     Attributes:
+        path: folder of config.json, tokenizer and template.
         config: its settings; `raw_config` is config.json as it stands.
-        weights: every tensor of the model, with the right shape (`check_weights`).
-        weight_files: the files that hold them, for hashes and sizes.
+        weights: every tensor of the model as floats, with the right name and shape.
+        weight_files: the files that hold them, for hashes.
+        name: what people call it: the folder's name, or the hub id.
+        revision: commit of a hub model.
+        notes: what a person must know of it.
     """
 
     path: Path
@@ -33,6 +39,14 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     weights: Weights
     weight_files: tuple[Path, ...]
+    name: str
+    revision: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def short_name(self) -> str:
+        """The name without a hub id's owner."""
+        return self.name.rpartition("/")[2]
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +68,7 @@ class Checkpoint:
         return token_ids("eos_token_id (generation_config.json)", value, self.config.vocab_size)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> Checkpoint:
     """Open a folder and check that it is a whole Gemma model; no weights are read.
 
     Raises:
@@ -62,9 +76,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     raw = read_config(path)
     config = parse_config(raw)
-    files, weights = open_tensor_files(path, MODEL_FILES, CheckpointError)
+    files, found = open_tensor_files(path, MODEL_FILES, CheckpointError)
+    weights: Weights = Renamed(found)
+    notes: tuple[str, ...] = ()
+    if is_bitsandbytes(raw):
+        weights = Dequantized(weights, raw)
+        notes = ("the source was quantized by bitsandbytes: what that has lost does not come back",)
+    elif method := (raw.get("quantization_config") or {}).get("quant_method"):
+        raise CheckpointError(
+            f"The checkpoint is already quantized by {method}.", hint="Start from the original 16-bit checkpoint."
+        )
     check_weights(weights, config)
-    return Checkpoint(path, config, raw, weights, files)
+    return Checkpoint(path, config, raw, weights, files, name or path.resolve().name, revision, notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:

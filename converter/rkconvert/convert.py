@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert import bundle_folder, dtypes
+from rkconvert.adapter import Adapter
 from rkconvert.chat_template import ChatTemplate, read_template
-from rkconvert.checkpoint import Checkpoint, open_checkpoint
+from rkconvert.checkpoint import Checkpoint
 from rkconvert.context import choose_context
 from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
 from rkconvert.plan.report import as_dict
-from rkconvert.progress import QUIET, Reporter
+from rkconvert.progress import QUIET, Advance, Reporter
+from rkconvert.sources.hub import is_hub_id
+from rkconvert.sources.open import open_source
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.work_folder import work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
@@ -35,13 +37,15 @@ class Options:
     """What a conversion is asked for; the defaults are those of the command.
 
     Attributes:
+        checkpoint: a folder, a .gguf file or a hub id; `revision` is a hub model's branch, tag or commit.
         max_context: None for the model's own limit, 4096 at most.
         release: the RKLLM release that the bundle is for.
         npu_cores: None for all that the SoC has.
     """
 
-    checkpoint: Path
+    checkpoint: str
     output: Path
+    revision: str | None = None
     loras: tuple[Lora, ...] = ()
     target: str = "emulator"
     platform: str = "rk3588"
@@ -81,7 +85,7 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
         _write_model(folder / EMULATOR_FILE, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         with reporter.bar("hashing the sources", checkpoint.nbytes) as advance:
-            source = _source(checkpoint.path, checkpoint.weight_files, advance)
+            source = _source(checkpoint, advance)
         report = {"options": _plain(options), "notes": job.notes, "seconds": round(time.monotonic() - started, 3)}
         bundle_folder.write_report(folder, "convert", report)
         if job.plan is not None:
@@ -95,9 +99,9 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     refuse_existing(options.output)
-    checkpoint = open_checkpoint(options.checkpoint)
+    checkpoint = open_source(str(options.checkpoint), options.revision)
     plan = _plan(options, checkpoint)
-    notes = _notes(plan)
+    notes = (*checkpoint.notes, *_notes(plan))
     max_context = (
         plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
     )
@@ -124,7 +128,7 @@ def _plan(options: Options, checkpoint: Checkpoint) -> Plan | None:
     """The plan for this conversion, which stops here if it says no; None for a type that no board runs."""
     if options.target == "emulator" and options.dtype in dtypes.EMULATOR_ONLY:
         return None
-    source = ModelSource(checkpoint.path.resolve().name, checkpoint.raw_config, checkpoint.nbytes)
+    source = ModelSource(checkpoint.short_name, checkpoint.raw_config, checkpoint.nbytes)
     request = Request(
         model=source.name,
         board=options.platform,
@@ -182,10 +186,10 @@ def _write_model(path: Path, job: Job, reporter: Reporter) -> None:
         write_emulator_file(path, _emulator_model(job), job.model.weights, advance)
 
 
-def _source(path: Path, files: Sequence[Path], advance: Any = None) -> Source:
-    """Name of a folder, and one hash over the hashes of its weight files in the order of their names."""
-    hashes = "".join(sha256_file(file, advance) for file in sorted(files))
-    return Source(name=path.resolve().name, sha256=hashlib.sha256(hashes.encode()).hexdigest())
+def _source(item: Checkpoint | Adapter, advance: Advance | None = None) -> Source:
+    """Name and revision, and one hash over the hashes of the weight files in the order of their names."""
+    hashes = "".join(sha256_file(file, advance) for file in sorted(item.weight_files))
+    return Source(item.name, item.revision, hashlib.sha256(hashes.encode()).hexdigest())
 
 
 def _manifest(job: Job, source: Source) -> Manifest:
@@ -196,7 +200,7 @@ def _manifest(job: Job, source: Source) -> Manifest:
         size=config.size_name,
         parameters=config.parameters,
         source=source,
-        adapters=tuple(_source(adapter.path, adapter.weight_files) for adapter in job.model.adapters),
+        adapters=tuple(_source(adapter) for adapter in job.model.adapters),
         target=options.target,
         platform=options.platform,
         dtype=options.dtype,
@@ -222,8 +226,13 @@ def _stop_tokens(job: Job) -> tuple[int, ...]:
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    """Options as YAML and JSON hold them. Paths are the user's own business: names only."""
+    """Options as YAML and JSON hold them."""
     plain = asdict(options)
-    plain["checkpoint"], plain["output"] = options.checkpoint.name, options.output.name
-    plain["loras"] = [f"{lora.path.name}={lora.weight:g}" for lora in options.loras]
+    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), options.output.name
+    plain["loras"] = [f"{_public(lora.source)}={lora.weight:g}" for lora in options.loras]
     return plain
+
+
+def _public(source: str) -> str:
+    """A hub id as it is; of a path the name only, for where it was is the user's own business."""
+    return source if is_hub_id(source) and not Path(source).exists() else Path(source).name

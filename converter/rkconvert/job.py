@@ -11,28 +11,34 @@ from typing import Any
 from rkconvert.adapter import Adapter, open_adapter
 from rkconvert.checkpoint import Checkpoint
 from rkconvert.merge import MergedWeights
+from rkconvert.sources.hub import download, is_hub_id
 from rkruntime.bundle import TOKENIZER
 from rkruntime.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter on the command line: its folder, and the factor that its update is multiplied by."""
+    """An adapter on the command line: a folder or hub id, and the factor that its update is multiplied by."""
 
-    path: Path
+    source: str
     weight: float = 1.0
+
+    @property
+    def short_name(self) -> str:
+        """The folder's name, or a hub id's without the owner."""
+        return Path(self.source).resolve().name
 
     @classmethod
     def parse(cls, text: str) -> Lora:
         """`FOLDER` or `FOLDER=WEIGHT`. Raises UsageError if the weight is no number."""
-        path, equals, weight = text.rpartition("=")
+        source, equals, weight = text.rpartition("=")
         if not equals:
-            return cls(Path(text))
+            return cls(text)
         try:
-            return cls(Path(path), float(weight))
+            return cls(source, float(weight))
         except ValueError:
             if Path(text).exists():
-                return cls(Path(text))
+                return cls(text)
             raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5") from None
 
 
@@ -57,7 +63,7 @@ class MergedModel:
     @property
     def name(self) -> str:
         """The checkpoint's name, and the adapters'."""
-        return "+".join([self.checkpoint.path.resolve().name, *(item.path.resolve().name for item in self.adapters)])
+        return "+".join([self.checkpoint.short_name, *(item.name.rpartition("/")[2] for item in self.adapters)])
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the merged model, without what described a quantized base."""
@@ -77,7 +83,15 @@ def _states(files: Iterable[Path]) -> list[list[str | int]]:
 
 def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
     """Open adapters and put them on a checkpoint. Raises AdapterError if one cannot be used, or does not fit."""
-    adapters = tuple(open_adapter(lora.path, base.config.tensors(), lora.weight) for lora in loras)
+    adapters = tuple(_open_adapter(lora, base) for lora in loras)
     weights = MergedWeights(base.weights, base.config, adapters)
     own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
     return MergedModel(base, adapters, weights, own[0] if own else base.path)
+
+
+def _open_adapter(lora: Lora, base: Checkpoint) -> Adapter:
+    path = Path(lora.source)
+    if path.exists() or not is_hub_id(lora.source):
+        return open_adapter(path, base.config.tensors(), lora.weight)
+    folder, commit = download(lora.source, weights="adapter_model")
+    return open_adapter(folder, base.config.tensors(), lora.weight, lora.source, commit)

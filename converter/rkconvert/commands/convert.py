@@ -15,7 +15,8 @@ from rkconvert.progress import Reporter
 
 
 @click.command("convert")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
 @click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
 @click.option(
@@ -38,7 +39,8 @@ from rkconvert.progress import Reporter
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(
-    checkpoint: Path,
+    checkpoint: str,
+    revision: str | None,
     loras: tuple[str, ...],
     target: str,
     platform: str,
@@ -51,11 +53,15 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn a Gemma 2 (or Gemma 1) CHECKPOINT into a bundle that `rkedge chat` loads."""
+    """Turn a Gemma 2 (or Gemma 1) CHECKPOINT into a bundle that `rkedge chat` loads.
+
+    CHECKPOINT is a folder in Hugging Face layout, a .gguf file or a hub id such as google/gemma-2-2b-it.
+    """
     adapters = tuple(Lora.parse(text) for text in loras)
-    name = "-".join([checkpoint.resolve().name, *(lora.path.resolve().name for lora in adapters)])
+    name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
     options = Options(
         checkpoint=checkpoint,
+        revision=revision,
         output=output or Path(f"{name}-{platform}-{dtype}-{release}"),
         loras=adapters,
         target=target,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from rkconvert.checkpoint import open_checkpoint
 from rkconvert.disk import require_space
 from rkconvert.hf_folder import copy_side_files, write_json, write_weights
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
+from rkconvert.sources.open import open_source
 from rkconvert.work_folder import work_folder
 from rkruntime.files import refuse_existing
 
@@ -27,18 +27,23 @@ def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
 
 
 @click.command("merge")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--lora", "loras", multiple=True, required=True, help="Adapter, or FOLDER=WEIGHT; may be repeated.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option("--json", "as_json", is_flag=True, help="Say as JSON what was made.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def run(checkpoint: Path, loras: tuple[str, ...], output: Path, as_json: bool, quiet: bool) -> None:
+def run(
+    checkpoint: str, revision: str | None, loras: tuple[str, ...], output: Path, as_json: bool, quiet: bool
+) -> None:
     """Merge LoRA adapters into a CHECKPOINT, bit for bit as peft does, in little memory.
+
+    CHECKPOINT is a folder, a .gguf file or a hub id.
 
     A run that was killed goes on where it was when the same command is given again.
     """
     refuse_existing(output)
-    model = merged_model(open_checkpoint(checkpoint), [Lora.parse(text) for text in loras])
+    model = merged_model(open_source(checkpoint, revision), [Lora.parse(text) for text in loras])
     merge(model, output, Reporter(quiet))
     if as_json:
         click.echo(json.dumps({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}))

@@ -1,0 +1,1 @@
+"""Models in other forms than a plain Hugging Face folder."""

@@ -1,0 +1,174 @@
+"""Checkpoints saved by bitsandbytes (NF4, FP4, int8), dequantized as bitsandbytes does it, without it.
+
+Layouts (bitsandbytes 0.50, functional.QuantState and nn.Linear8bitLt): a 4-bit weight is a column of bytes, first
+element in the high half, with a scale for each block of 64 elements, which may itself be held in 8 bits; an int8
+weight has a scale for each row. Values are multiplied in float32 and rounded once to the format that the model was
+loaded in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rkconvert.formats import from_float32
+from rkconvert.weights import TensorInfo, Weights
+from rkruntime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_STATE: Final = ".quant_state.bitsandbytes__"
+_SIDES: Final = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+_FORMATS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# 1/127 as int8_vectorwise_dequant has it.
+_INT8_STEP: Final = np.float32(7.874015718698502e-3)
+
+
+def is_bitsandbytes(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that bitsandbytes quantized the model."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method", "bitsandbytes") == "bitsandbytes"
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Scales of blocks, by the name of their tensor; held in 8 bits where `code` is given."""
+
+    name: str
+    code: NDArray[np.float32] | None = None
+    outer: NDArray[np.float32] | None = None
+    outer_block: int = 1
+    offset: float = 0.0
+
+    def read(self, weights: Weights, first: int, count: int) -> NDArray[np.float32]:
+        values = weights.read(self.name, first, count)
+        if self.code is None or self.outer is None:
+            return values
+        outer = self.outer[np.arange(first, first + count) // self.outer_block]
+        scales: NDArray[np.float32] = self.code[values] * outer + np.float32(self.offset)
+        return scales
+
+
+@dataclass(frozen=True)
+class _FourBit:
+    """A 4-bit matrix: where its bytes are, and how to read them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    block: int
+    code: NDArray[np.float32]
+    scales: _Scales
+
+    def rows(self, weights: Weights, first: int, count: int) -> NDArray[Any]:
+        width = math.prod(self.shape[1:])
+        start, end = first * width, (first + count) * width
+        # Whole bytes: a row may begin in the middle of one.
+        packed = weights.read(self.name, start // 2, (end + 1) // 2 - start // 2).reshape(-1)
+        indices = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[start % 2 :][: end - start]
+        lowest = start // self.block
+        scales = self.scales.read(weights, lowest, (end - 1) // self.block + 1 - lowest)
+        values = self.code[indices] * scales[np.arange(start, end) // self.block - lowest]
+        return from_float32(values, self.dtype).reshape(count, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class _EightBit:
+    """An int8 matrix with a scale for each row."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scales: NDArray[np.float32]
+
+    def rows(self, weights: Weights, first: int, count: int) -> NDArray[Any]:
+        values = weights.read(self.name, first, count) * self.scales[first : first + count, None] * _INT8_STEP
+        return from_float32(values, self.dtype)
+
+
+class Dequantized:
+    """A bitsandbytes checkpoint's weights as floats.
+
+    Raises:
+        CheckpointError: a matrix lacks its scales, or they do not fit.
+    """
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        self._weights = weights
+        self._dtype = _FORMATS.get(str(config.get("dtype") or config.get("torch_dtype")), "F16")
+        self._packed: dict[str, _FourBit | _EightBit] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        found = weights.tensors
+        for name, info in found.items():
+            if name.endswith(_SIDES) or _STATE in name:
+                continue
+            state = next((other for other in found if other.startswith(f"{name}{_STATE}")), None)
+            if state is not None:
+                self._packed[name] = self._four_bit(name, state)
+            elif info.dtype == "I8":
+                self._packed[name] = self._eight_bit(name)
+            packed = self._packed.get(name)
+            self.tensors[name] = TensorInfo(packed.dtype, packed.shape) if packed else info
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor, dequantized."""
+        packed = self._packed.get(name)
+        return packed.rows(self._weights, first, count) if packed else self._weights.read(name, first, count)
+
+    def _side(self, name: str) -> NDArray[Any]:
+        info = self._weights.tensors.get(name)
+        if info is None or len(info.shape) != 1:
+            raise CheckpointError(f"The quantized checkpoint lacks {name}, without which its weights mean nothing.")
+        return self._weights.read(name, 0, info.shape[0])
+
+    def _floats(self, name: str) -> NDArray[np.float32]:
+        values = self._side(name)
+        if values.dtype != np.float32 or not np.isfinite(values).all():
+            raise CheckpointError(f"{name} of the quantized checkpoint is not finite float32.")
+        return values
+
+    def _four_bit(self, name: str, state_name: str) -> _FourBit:
+        try:
+            state = json.loads(self._side(state_name).tobytes())
+            dtype, shape, block = _FORMATS[state["dtype"]], tuple(state["shape"]), state["blocksize"]
+            sizes = [*shape, block]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{state_name} does not describe a 4-bit tensor.") from error
+        if not shape or any(type(size) is not int or size < 1 for size in sizes):
+            raise CheckpointError(f"{state_name} does not describe a 4-bit tensor: shape {shape}, block {block}.")
+        scales, blocks = self._scales(name, state), self._weights.tensors[f"{name}.absmax"].shape
+        code, size = self._floats(f"{name}.quant_map"), math.prod(shape)
+        info = self._weights.tensors[name]
+        if len(code) != 16 or blocks != (-(-size // block),) or info.dtype != "U8" or info.size != -(-size // 2):
+            raise CheckpointError(f"The 4-bit tensor {name} does not have the bytes and scales of its shape {shape}.")
+        return _FourBit(name, dtype, shape, block, code, scales)
+
+    def _scales(self, name: str, state: Mapping[str, Any]) -> _Scales:
+        """Float scales, or 8-bit ones in blocks of 256 around an offset (double quantization)."""
+        absmax = f"{name}.absmax"
+        info = self._weights.tensors.get(absmax)
+        nested = "nested_offset" in state
+        if info is None or len(info.shape) != 1 or info.dtype != ("U8" if nested else "F32"):
+            raise CheckpointError(f"The quantized checkpoint has no usable scales {absmax}.")
+        if not nested:
+            return _Scales(absmax)
+        outer, code = self._floats(f"{name}.nested_absmax"), self._floats(f"{name}.nested_quant_map")
+        block, offset = state.get("nested_blocksize"), state["nested_offset"]
+        if not isinstance(block, int) or block < 1 or not isinstance(offset, float | int):
+            raise CheckpointError(f"The double-quantized scales of {name} are not described.")
+        if len(outer) != -(-info.shape[0] // block) or len(code) != 256:
+            raise CheckpointError(f"The double-quantized scales of {name} do not fit together.")
+        return _Scales(absmax, code, outer, block, float(offset))
+
+    def _eight_bit(self, name: str) -> _EightBit:
+        shape = self._weights.tensors[name].shape
+        scales = self._floats(name.removesuffix("weight") + "SCB")
+        if len(shape) != 2 or len(scales) != shape[0]:
+            raise CheckpointError(f"The int8 tensor {name} {list(shape)} has {len(scales)} scales; it needs one a row.")
+        return _EightBit(name, self._dtype, shape, scales)

@@ -1,0 +1,222 @@
+"""A GGUF file of Gemma 1 or 2 as a checkpoint: settings and tokenizer from its header, weights dequantized as read.
+
+Dequantization is that of the `gguf` package. llama.cpp's converter adds 1 to every norm of Gemma, which is taken back
+here (convert_hf_to_gguf.py, Gemma2Model.modify_tensors).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rkconvert.checkpoint import Checkpoint, check_weights
+from rkconvert.formats import to_float32
+from rkconvert.gemma import EMBEDDING, FINAL_NORM, HEAD, parse_config
+from rkconvert.shards import Entry, RowReader
+from rkconvert.sources.gguf_file import GgufFile, GgufTensor, read_gguf
+from rkconvert.sources.gguf_tokenizer import tokenizer_json
+from rkconvert.weights import TensorInfo
+from rkruntime.errors import CheckpointError, HostError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ARCHITECTURES: Final = {"gemma2": "Gemma2ForCausalLM", "gemma": "GemmaForCausalLM"}
+_WHOLE: Final = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
+_PARTS: Final = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_FAMILY_PARTS: Final = {"gemma2": _PARTS, "gemma": _PARTS | {"ffn_norm": "post_attention_layernorm"}}
+_LAYER: Final = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+# ggml's types that are plain numbers; every other one is dequantized to float32.
+_PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
+# llama.cpp scales queries of the 27B model, which it knows by its layers, by hidden size / heads.
+_LAYERS_27B: Final = 46
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a .gguf file.
+
+    Raises:
+        CheckpointError: no GGUF file, damaged, or of another architecture.
+        HostError: the gguf package is missing.
+    """
+    file = read_gguf(path)
+    family = file.metadata.get("general.architecture")
+    if family not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} holds the architecture {family!r}; supported are {', '.join(_ARCHITECTURES)}.",
+            hint="Convert a Gemma 2 (or Gemma 1) text model.",
+        )
+    raw = _config(file, str(family))
+    config = parse_config(raw)
+    weights = GgufWeights(file, str(family))
+    check_weights(weights, config)
+    folder = Path(tempfile.mkdtemp(prefix="rkedge-gguf-"))
+    # It is needed as long as the weights are.
+    weakref.finalize(weights, shutil.rmtree, folder, ignore_errors=True)
+    _write_side_files(folder, file, raw)
+    return Checkpoint(
+        path=folder,
+        config=config,
+        raw_config=raw,
+        weights=weights,
+        weight_files=(path,),
+        name=path.stem,
+        notes=weights.notes(),
+    )
+
+
+class GgufWeights:
+    """A GGUF file's tensors by their Hugging Face names."""
+
+    def __init__(self, file: GgufFile, family: str) -> None:
+        try:
+            from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+        except ImportError as error:
+            raise HostError(
+                f"Reading {file.path} needs the gguf package.", hint="pip install 'rkedge[convert]'"
+            ) from error
+        self._dequantize, self._types = quants.dequantize, GGMLQuantizationType
+        self._rows = RowReader(file.path, CheckpointError)
+        self._places: dict[str, tuple[GgufTensor, Entry]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for own_name, tensor in file.tensors.items():
+            name = _plain_name(own_name, family)
+            if name is None:
+                continue
+            if tensor.kind not in set(GGMLQuantizationType):
+                raise CheckpointError(
+                    f"{own_name} in {file.path} has the type {tensor.kind}, which gguf does not know."
+                )
+            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+            if tensor.shape[-1] % block:
+                raise CheckpointError(f"{own_name} in {file.path} has rows of {tensor.shape[-1]}, not of whole blocks.")
+            dtype = _PLAIN.get(tensor.kind)
+            packed = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+            stored = TensorInfo(dtype, tensor.shape) if dtype else TensorInfo("U8", packed)
+            if tensor.offset + stored.nbytes > file.size:
+                raise CheckpointError(
+                    f"{file.path} is cut: {own_name} ends at byte {tensor.offset + stored.nbytes:,}, the file at"
+                    f" {file.size:,}."
+                )
+            self._places[name] = (tensor, Entry(stored, tensor.offset))
+            self.tensors[name] = TensorInfo("F32" if _is_norm(name) else dtype or "F32", tensor.shape)
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor, dequantized, norms as Hugging Face stores them."""
+        tensor, entry = self._places[name]
+        if _is_norm(name):
+            # Rows of a vector are single numbers, which a block of a quantized type is not.
+            whole = self._rows.rows(entry, 0, entry.info.shape[0])
+            floats = to_float32(whole, _PLAIN[tensor.kind]) if tensor.kind in _PLAIN else self._floats(tensor, whole)
+            norm: NDArray[np.float32] = floats[first : first + count] - np.float32(1)
+            return norm
+        stored = self._rows.rows(entry, first, count)
+        return stored if tensor.kind in _PLAIN else self._floats(tensor, stored)
+
+    def _floats(self, tensor: GgufTensor, stored: NDArray[Any]) -> NDArray[np.float32]:
+        try:
+            values: NDArray[np.float32] = self._dequantize(stored, self._types(tensor.kind))
+        except NotImplementedError as error:
+            kind = self._types(tensor.kind).name
+            raise CheckpointError(f"The gguf package cannot dequantize {kind}.", hint="Use another GGUF.") from error
+        return values
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person must know of the types in the file."""
+        kinds = {self._types(tensor.kind).name for tensor, _ in self._places.values() if len(tensor.shape) > 1}
+        low = sorted(kind for kind in kinds if re.search(r"[1-6]_|^IQ|^TQ|MXFP4", kind))
+        if not low:
+            return ()
+        return (f"the source holds {', '.join(low)}: what those types have lost does not come back with w8a8",)
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith("norm.weight")
+
+
+def _plain_name(name: str, family: str) -> str | None:
+    if name in _WHOLE:
+        return _WHOLE[name]
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] not in _FAMILY_PARTS[family]:
+        return None if name == "rope_freqs.weight" else name
+    return f"model.layers.{match[1]}.{_FAMILY_PARTS[family][match[2]]}.weight"
+
+
+def _config(file: GgufFile, family: str) -> dict[str, Any]:
+    """config.json of the model that the file was made from, as far as the file tells."""
+
+    def value(key: str, default: Any = None) -> Any:
+        found = file.metadata.get(f"{family}.{key}", default)
+        if found is None:
+            raise CheckpointError(f"{file.path} lacks {family}.{key}, without which it cannot be computed.")
+        return found
+
+    heads, hidden, layers = value("attention.head_count"), value("embedding_length"), value("block_count")
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": len(_tokens(file)),
+        "hidden_size": hidden,
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("attention.key_length", hidden // heads if heads else 0),
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": _decimal(value("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(value("rope.freq_base", 10000.0)),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id", 2),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id", 1),
+        "dtype": "float32",
+    }
+    if family == "gemma2":
+        config |= {
+            "sliding_window": value("attention.sliding_window", 4096),
+            "attn_logit_softcapping": _decimal(value("attn_logit_softcapping", 50.0)),
+            "final_logit_softcapping": _decimal(value("final_logit_softcapping", 30.0)),
+            "query_pre_attn_scalar": hidden // heads if layers == _LAYERS_27B else config["head_dim"],
+        }
+    return config
+
+
+def _decimal(value: Any) -> Any:
+    """The shortest decimal that a float32 stands for: 1e-06, not 9.999999974752427e-07."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _tokens(file: GgufFile) -> list[str]:
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise CheckpointError(f"{file.path} has no tokenizer in it.", hint="Use a GGUF of the whole model.")
+    return tokens
+
+
+def _write_side_files(folder: Path, file: GgufFile, config: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(file), ensure_ascii=False), encoding="utf-8")
+    template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,0 +1,124 @@
+"""tokenizer.json from the tokenizer in a GGUF file.
+
+Gemma's tokenizer is SentencePiece's; Hugging Face writes it as BPE whose merges are every way to build a piece of two
+others, in the order of the pieces' scores (transformers, convert_slow_tokenizer.generate_merges). So it is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from rkconvert.sources.gguf_file import GgufFile
+from rkruntime.errors import CheckpointError
+
+# token_type of llama.cpp: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+_NORMAL: Final = 1
+_SPECIAL: Final = (2, 3)
+_ADDED: Final = (2, 3, 4, 5)
+_SPACE: Final = "▁"
+
+
+def tokenizer_json(file: GgufFile) -> dict[str, Any]:
+    """The content of tokenizer.json. Raises CheckpointError if the file's tokenizer is not SentencePiece's."""
+    data = file.metadata
+    if data.get("tokenizer.ggml.model") != "llama":
+        raise CheckpointError(f"{file.path} has a tokenizer {data.get('tokenizer.ggml.model')!r}; Gemma's is 'llama'.")
+    tokens, scores, kinds = (_list(file, key) for key in ("tokens", "scores", "token_type"))
+    if not len(tokens) == len(scores) == len(kinds):
+        raise CheckpointError(f"{file.path} has {len(tokens)} tokens without a score and a type for each.")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise CheckpointError(f"{file.path} has a token twice.")
+    unknown, bos = (_special(file, tokens, *item) for item in (("unknown", 3), ("bos", 2)))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(index, tokens[index], kind) for index, kind in enumerate(kinds) if kind in _ADDED],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": _post_processor(bos, vocab[bos]),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges(tokens, scores, kinds, vocab),
+        },
+    }
+
+
+def merges(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], vocab: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, best score first."""
+    found: list[tuple[float, int, int, str, str]] = []
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        if kind != _NORMAL:
+            continue
+        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
+        ways = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+        ways.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(score, len(left), len(right), left, right) for left, right in ways]
+    found.sort(key=lambda item: item[:3], reverse=True)
+    return [(left, right) for _, _, _, left, right in found]
+
+
+def _list(file: GgufFile, key: str) -> list[Any]:
+    found = file.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(found, list):
+        raise CheckpointError(f"{file.path} has no tokenizer.ggml.{key}.")
+    return found
+
+
+def _special(file: GgufFile, tokens: Sequence[str], key: str, usual: int) -> str:
+    index = file.metadata.get(f"tokenizer.ggml.{key}_token_id", usual)
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise CheckpointError(f"{file.path} names the token {index!r} as {key}; it has {len(tokens)} tokens.")
+    return tokens[index]
+
+
+def _added(index: int, token: str, kind: int) -> dict[str, Any]:
+    return {
+        "id": index,
+        "content": token,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": kind in _SPECIAL,
+    }
+
+
+def _post_processor(bos: str, index: int) -> dict[str, Any]:
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            special,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": bos, "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
+    }

@@ -1,0 +1,47 @@
+"""Tensors under the names that other tools save them with, brought to Hugging Face's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from rkconvert.weights import TensorInfo, Weights
+from rkruntime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# peft's wrapper, torch.compile, DataParallel, text parts of multimodal models; or no prefix at all.
+_PREFIX: Final = re.compile(r"((base_model|_orig_mod|module|language_model|text_model|model)\.)+")
+_PARTS: Final = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
+
+
+def plain_name(name: str) -> str:
+    """`model.layers.0...` for what is called `base_model.model.model.layers.0...` or `layers.0...`."""
+    bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+    return f"model.{bare}" if _PARTS.fullmatch(bare) else bare
+
+
+class Renamed:
+    """Weights under plain names; there are none but renamings."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._names: dict[str, str] = {}
+        for name in weights.tensors:
+            plain = plain_name(name)
+            if plain in self._names:
+                raise CheckpointError(
+                    f"The checkpoint has the tensors {self._names[plain]} and {name}: two models are in one folder."
+                )
+            self._names[plain] = name
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its plain name."""
+        return {plain: self._weights.tensors[name] for plain, name in self._names.items()}
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor, as stored."""
+        return self._weights.read(self._names[name], first, count)

@@ -1,0 +1,35 @@
+"""Where a model can come from: a folder, the hub, a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rkconvert.checkpoint import Checkpoint, open_checkpoint
+from rkconvert.sources.hub import download, is_hub_id
+from rkruntime.errors import CheckpointError
+
+
+def open_source(model: str, revision: str | None = None) -> Checkpoint:
+    """Open what a person names as a model.
+
+    Args:
+        model: a folder in Hugging Face layout, a .gguf file, or a hub id such as `google/gemma-2-2b-it`.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        CheckpointError: it is none of these, or cannot be used.
+        HostError: something must be installed for it, or the hub cannot be reached.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".gguf":
+        from rkconvert.sources.gguf_model import open_gguf
+
+        return open_gguf(path)
+    if path.exists() or not is_hub_id(model):
+        if revision:
+            raise CheckpointError(
+                f"{model} is no hub model, so it has no revision {revision}.", hint="Leave --revision out."
+            )
+        return open_checkpoint(path)
+    folder, commit = download(model, revision)
+    return open_checkpoint(folder, name=model, revision=commit)

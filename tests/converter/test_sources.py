@@ -1,0 +1,464 @@
+"""Sources other than safetensors, against the libraries that made them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from rkconvert import demo
+from rkconvert.checkpoint import open_checkpoint
+from rkconvert.formats import to_float32
+from rkconvert.sources.names import plain_name
+from rkconvert.sources.open import open_source
+from rkconvert.weights import row_blocks
+from rkruntime.errors import CheckpointError, HostError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def everything(checkpoint, block=700):
+    weights = checkpoint.weights
+    return {
+        name: np.concatenate([weights.read(name, *place) for place in row_blocks(info.shape, block)])
+        for name, info in weights.tensors.items()
+    }
+
+
+def state_of(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+# .bin
+
+
+def as_bin(folder, shards=2):
+    """The same folder with .bin files."""
+    state = state_of(folder)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        file.unlink()
+    names = sorted(state)
+    index = {name: f"pytorch_model-{at % shards}.bin" for at, name in enumerate(names)}
+    for file in set(index.values()):
+        torch.save({name: state[name] for name in names if index[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bin_files(make_model, bits, dtype):
+    base = make_model(dtype=dtype)
+    state = as_bin(base)
+    for name, values in everything(open_checkpoint(base)).items():
+        np.testing.assert_array_equal(values, bits(state[name]), err_msg=name)
+
+
+def test_bin_file_with_views_and_parameters(make_model, bits):
+    base = make_model()
+    state = as_bin(base, 1)
+    big = torch.cat([state["model.norm.weight"], state["model.layers.0.input_layernorm.weight"]])
+    half = len(big) // 2
+    state["model.norm.weight"] = big[:half]
+    state["model.layers.0.input_layernorm.weight"] = torch.nn.Parameter(big[half:])
+    torch.save(state, base / "pytorch_model-0.bin")
+    for name, values in everything(open_checkpoint(base)).items():
+        np.testing.assert_array_equal(values, bits(state[name]), err_msg=name)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_a_pickle_is_not_run(make_model, tmp_path):
+    base = make_model()
+    state = as_bin(base, 1)
+    torch.save(state | {"model.norm.weight": Evil(tmp_path / "ran")}, base / "pytorch_model-0.bin")
+    with pytest.raises(CheckpointError, match=r"asks for (io|_io|builtins)\.open, which no weights need"):
+        open_checkpoint(base)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_alone_and_a_cut_archive_are_refused(make_model, tmp_path):
+    base = make_model()
+    as_bin(base, 1)
+    file = base / "pytorch_model-0.bin"
+    whole = file.read_bytes()
+    file.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"not a \.bin file of torch 1\.6"):
+        open_checkpoint(base)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="or it is cut"):
+        open_checkpoint(base)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bin_file_that_points_beyond_its_storage(make_model):
+    base = make_model()
+    as_bin(base, 1)
+    source, target = base / "pytorch_model-0.bin", base / "changed.bin"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            new.writestr(info, data[:16] if info.filename.endswith("data/3") else data)
+    target.replace(source)
+    with pytest.raises(CheckpointError, match="larger than the memory that it points to"):
+        open_checkpoint(base)
+
+
+# bitsandbytes
+
+
+def quantize(folder, kind, nested=False, dtype=torch.bfloat16):
+    """The folder's linear layers as bitsandbytes saves them; what it dequantizes them to."""
+    state, saved, expected = state_of(folder), {}, {}
+    for name, tensor in state.items():
+        if "_proj" not in name:
+            saved[name] = expected[name] = tensor
+        elif kind == "int8":
+            rows, scales, _ = bnb.int8_vectorwise_quant(tensor.half())
+            saved |= {name: rows, name.replace("weight", "SCB"): scales}
+            saved[name.replace("weight", "weight_format")] = torch.tensor(0, dtype=torch.uint8)
+            expected[name] = bnb.int8_vectorwise_dequant(rows, scales).to(dtype)
+        else:
+            packed, quant = bnb.quantize_4bit(tensor.to(dtype), quant_type=kind, compress_statistics=nested)
+            saved |= {name: packed, **{f"{name}.{key}": value for key, value in quant.as_dict(packed=True).items()}}
+            expected[name] = bnb.dequantize_4bit(packed, quant)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        file.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, folder / "model.safetensors")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": kind != "int8", "load_in_8bit": kind == "int8"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": settings, "dtype": str(dtype).removeprefix("torch.")})
+    )
+    return expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "nested"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
+)
+def test_bitsandbytes(make_model, bits, kind, nested, dtype):
+    # Rows of whole blocks, as every real model has: for others bitsandbytes' CPU kernel (0.50.2) takes wrong scales.
+    base = make_model(intermediate_size=128)
+    expected = quantize(base, kind, nested, dtype)
+    checkpoint = open_checkpoint(base)
+    for name, values in everything(checkpoint).items():
+        np.testing.assert_array_equal(values, bits(expected[name]), err_msg=name)
+    assert "bitsandbytes" in checkpoint.notes[0]
+
+
+def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, bits, tmp_path):
+    base = make_model(intermediate_size=128)
+    adapter = make_adapter(base)
+    floats = tmp_path / "floats"
+    shutil.copytree(base, floats)
+    for file in floats.glob("*.safetensors*"):
+        file.unlink()
+    save_file(quantize(base, "nf4", nested=True), floats / "model.safetensors")
+    from rkconvert.job import Lora, merged_model
+
+    mine, theirs = merged_model(open_checkpoint(base), [Lora(str(adapter))]), peft_merge(floats, {adapter: 1.0})
+    for name, info in mine.weights.tensors.items():
+        np.testing.assert_array_equal(mine.weights.read(name, 0, info.shape[0]), bits(theirs[name]), err_msg=name)
+
+
+def test_scales_that_do_not_fit(make_model):
+    base = make_model()
+    quantize(base, "nf4")
+    state = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed, match in (
+        ({f"{name}.absmax": state[f"{name}.absmax"][:-1]}, "bytes and scales of its shape"),
+        ({f"{name}.quant_map": state[f"{name}.quant_map"] * float("nan")}, "not finite"),
+        ({f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(3, dtype=torch.uint8)}, "does not describe"),
+    ):
+        save_file(state | changed, base / "model.safetensors")
+        with pytest.raises(CheckpointError, match=match):
+            open_checkpoint(base)
+    save_file({key: value for key, value in state.items() if key != f"{name}.absmax"}, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no usable scales"):
+        open_checkpoint(base)
+
+
+def test_other_quantizers_are_named(make_model, edit_json):
+    base = make_model()
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match="already quantized by gptq"):
+        open_checkpoint(base)
+
+
+# GGUF
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name, family):
+    plain = name.removesuffix(".weight")
+    names = GGUF_NAMES | ({"post_attention_layernorm": "ffn_norm"} if family == "gemma" else {})
+    for own, theirs in names.items():
+        if plain == own:
+            return f"{theirs}.weight"
+        if plain.startswith("model.layers.") and plain.endswith(own):
+            return f"blk.{plain.split('.')[2]}.{theirs}.weight"
+    raise AssertionError(name)
+
+
+def write_gguf(path, folder, kind, family="gemma2"):
+    """A GGUF of the folder, as llama.cpp's converter lays it out; matrices of the type `kind`."""
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if family == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        writer.add_sliding_window(config["sliding_window"])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    texts = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    kinds = [3 if text in special else 6 if text.startswith("<0x") else 1 for text in texts]
+    texts += [f"<pad{at}>" for at in range(len(texts), config["vocab_size"])]
+    kinds += [5] * (len(texts) - len(kinds))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores([-float(at) for at in range(len(texts))])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
+    expected = {}
+    for name, tensor in state_of(folder).items():
+        values = tensor.float().numpy()
+        if values.ndim == 1:
+            writer.add_tensor(gguf_name(name, family), values + np.float32(1))
+            expected[name] = (values + np.float32(1)) - np.float32(1)
+            continue
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        assert values.shape[1] % block == 0
+        packed = (
+            gguf.quants.quantize(values, kind) if kind not in (0, 1) else values.astype([np.float32, np.float16][kind])
+        )
+        writer.add_tensor(gguf_name(name, family), packed, raw_dtype=kind)
+        expected[name] = gguf.quants.dequantize(packed, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+TYPES = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma"])
+@pytest.mark.parametrize("kind", [TYPES.F32, TYPES.F16, TYPES.BF16, TYPES.Q8_0, TYPES.Q5_1, TYPES.Q4_0])
+def test_gguf(make_model, tmp_path, family, kind):
+    base = make_model(family=family, hidden_size=64, intermediate_size=96)
+    path = tmp_path / "model.gguf"
+    expected = write_gguf(path, base, kind, family)
+    checkpoint = open_source(str(path))
+    assert checkpoint.name == "model"
+    assert checkpoint.config == open_checkpoint(base).config
+    assert bool(checkpoint.notes) == (kind in (TYPES.Q5_1, TYPES.Q4_0))
+    for name, values in everything(checkpoint).items():
+        floats = to_float32(values, checkpoint.weights.tensors[name].dtype)
+        np.testing.assert_array_equal(floats, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [TYPES.Q2_K, TYPES.Q3_K, TYPES.Q4_K, TYPES.Q5_K, TYPES.Q6_K, TYPES.IQ4_XS])
+def test_gguf_of_types_that_only_llama_cpp_writes(make_model, tmp_path, kind, monkeypatch):
+    # gguf reads these types and cannot make them, so the bytes are random: any bytes are a matrix.
+    base = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=16)
+    rng = np.random.default_rng(int(kind))
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+
+    def random(values, _):
+        found = rng.integers(0, 256, (*values.shape[:-1], values.shape[-1] // block, size)).astype(np.uint8)
+        # Every half-precision scale in a block would be random too; keep their exponents small.
+        found &= 0x3F
+        return found.reshape(*values.shape[:-1], -1)
+
+    monkeypatch.setattr(gguf.quants, "quantize", random)
+    expected = write_gguf(tmp_path / "model.gguf", base, kind)
+    checkpoint = open_source(str(tmp_path / "model.gguf"))
+    assert kind.name in checkpoint.notes[0]
+    for name, values in everything(checkpoint).items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_gguf_tokenizer(make_model, tmp_path):
+    write_gguf(tmp_path / "demo.gguf", demo.checkpoint(), TYPES.F16)
+    checkpoint = open_source(str(tmp_path / "demo.gguf"))
+    mine, theirs = (Tokenizer.from_file(str(path / "tokenizer.json")) for path in (checkpoint.path, demo.checkpoint()))
+    for row in demo.questions():
+        for text in (row.question, row.answer, row.pirate, "new words: Übermut, 12 ≠ 13 \n\n 🙂"):
+            assert mine.decode(mine.encode(text).ids) == text
+            assert mine.encode(text).ids == theirs.encode(text).ids
+    assert (checkpoint.path / "chat_template.jinja").read_text() == demo.tokenizer.CHAT_TEMPLATE
+
+
+def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monkeypatch):
+    base = make_model(num_hidden_layers=2)
+    write_gguf(tmp_path / "model.gguf", base, TYPES.F16)
+    monkeypatch.setattr("rkconvert.sources.gguf_model._LAYERS_27B", 2)
+    assert open_source(str(tmp_path / "model.gguf")).config.query_pre_attn_scalar == 64 // 4
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.mlp.up_proj.weight",
+        "layers.3.mlp.up_proj.weight",
+        "base_model.model.model.layers.3.mlp.up_proj.weight",
+        "_orig_mod.model.layers.3.mlp.up_proj.weight",
+        "module.model.layers.3.mlp.up_proj.weight",
+        "language_model.model.layers.3.mlp.up_proj.weight",
+        "model.language_model.layers.3.mlp.up_proj.weight",
+    ],
+)
+def test_odd_names(name):
+    assert plain_name(name) == "model.layers.3.mlp.up_proj.weight"
+
+
+def test_a_folder_with_odd_names(make_model, bits):
+    base = make_model(shard_size="10GB")
+    state = load_file(base / "model.safetensors")
+    save_file({f"base_model.model.{name}": tensor for name, tensor in state.items()}, base / "model.safetensors")
+    for name, values in everything(open_checkpoint(base)).items():
+        np.testing.assert_array_equal(values, bits(state[name]), err_msg=name)
+
+
+# the hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, which answers every request as it is told to."""
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers, body = answers.get(self.path.split("?")[0], (404, {"X-Error-Code": "RepoNotFound"}, b"{}"))
+            self.send_response(status)
+            for key, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for module in ("constants", "file_download", "hf_api", "_snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.ENDPOINT", address, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield answers
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def serve(answers, folder, model):
+    files = [file.name for file in folder.iterdir()]
+    listing = json.dumps({"id": model, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}).encode()
+    for revision in ("main", COMMIT):
+        answers[f"/api/models/{model}/revision/{revision}"] = (200, {"Content-Type": "application/json"}, listing)
+    tree = [{"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": name} for name in files]
+    answers[f"/api/models/{model}/tree/{COMMIT}"] = (
+        200,
+        {"Content-Type": "application/json"},
+        json.dumps(tree).encode(),
+    )
+    for name in files:
+        data = (folder / name).read_bytes()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}
+        for revision in ("main", COMMIT):
+            answers[f"/{model}/resolve/{revision}/{name}"] = (200, headers, data)
+
+
+def test_a_hub_model_is_downloaded_and_its_commit_kept(hub, make_model, bits):
+    base = make_model()
+    (base / "model.gguf").write_bytes(b"not needed")
+    serve(hub, base, "someone/tiny-gemma")
+    checkpoint = open_source("someone/tiny-gemma")
+    assert (checkpoint.name, checkpoint.revision) == ("someone/tiny-gemma", COMMIT)
+    assert not (checkpoint.path / "model.gguf").exists()
+    state = state_of(base)
+    for name, values in everything(checkpoint).items():
+        np.testing.assert_array_equal(values, bits(state[name]))
+
+
+def test_hub_answers(hub):
+    model = "google/gemma-2-2b-it"
+    hub[f"/api/models/{model}/revision/main"] = (403, {"X-Error-Code": "GatedRepo"}, b"{}")
+    with pytest.raises(CheckpointError, match="gated") as error:
+        open_source(model)
+    assert f"https://huggingface.co/{model}" in error.value.hint
+    hub["/api/models/a/b/revision/v9"] = (404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
+    with pytest.raises(CheckpointError, match="no revision 'v9'"):
+        open_source("a/b", "v9")
+    with pytest.raises(CheckpointError, match="does not exist, or it is private"):
+        open_source("no/such")
+
+
+def test_offline(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HostError, match="local cache does not hold all of google/gemma-2-2b-it"):
+        open_source("google/gemma-2-2b-it")
+
+
+def test_a_folder_has_no_revision(make_model):
+    with pytest.raises(CheckpointError, match="no hub model"):
+        open_source(str(make_model()), "main")
