@@ -15,6 +15,7 @@ from rkruntime.errors import BundleError
 from rkruntime.files import sha256_file
 from rkruntime.preflight import Model
 from rkruntime.schema import build
+from rkruntime.yamltext import load_yaml
 
 SCHEMA: Final = "rkedge-bundle/1"
 MANIFEST: Final = "rkedge.yaml"
@@ -22,8 +23,6 @@ TOKENIZER: Final = "tokenizer.json"
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
 _MAX_MANIFEST = 1 << 20
-# The runtime stays usable without libyaml; with it, loading is ten times faster.
-_YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ class Manifest:
     def from_yaml(cls, text: str) -> Manifest:
         """Parse and check a manifest. Raises BundleError with the key that is wrong."""
         try:
-            data = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a safe loader
-        except (yaml.YAMLError, RecursionError) as error:
+            data = load_yaml(text)
+        except yaml.YAMLError as error:
             raise BundleError(f"{MANIFEST} is not YAML: {error}") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+_WORDS: Final[dict[Any, str]] = {
+    str: "text (in quotes, if it looks like something else)",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list",
+    dict: "a mapping",
+    Path: "a path",
+}
 
 
 def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exception]) -> T:
@@ -18,7 +28,7 @@ def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exceptio
     dataclasses. Only a whole number for a float is converted.
 
     Raises:
-        what `fail` makes of "KEY is missing", "unknown key KEY" or "KEY is TYPE, which it must not be".
+        what `fail` makes of "KEY is missing", "unknown key KEY; did you mean NAME?" or "KEY is TYPE; it must be TYPE".
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
     return value
@@ -33,7 +43,7 @@ class _Builder:
         known = {item.name: item for item in fields(kind)}
         for key in data:
             if key not in known:
-                raise self._fail(f"unknown key {_key(where, key)}")
+                raise self._fail(f"unknown key {_key(where, key)}{_nearest(key, known)}")
         for name, item in known.items():
             if name not in data and item.default is MISSING and item.default_factory is MISSING:
                 raise self._fail(f"{_key(where, name)} is missing")
@@ -62,8 +72,14 @@ class _Builder:
             return Path(data)
         if get_origin(kind) is Literal:
             raise self._fail(f"{where} is {data!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
-        raise self._fail(f"{where} is {type(data).__name__}, which it must not be")
+        wanted = _WORDS.get(get_origin(kind) or kind, _WORDS[dict])
+        raise self._fail(f"{where} is {type(data).__name__}; it must be {wanted}")
 
 
 def _key(where: str, name: object) -> str:
     return f"{where}.{name}" if where else str(name)
+
+
+def _nearest(key: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

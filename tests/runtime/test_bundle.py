@@ -106,6 +106,14 @@ def test_wrong_manifests_name_the_key(tmp_path: Path, change: dict[str, object],
         open_bundle(tmp_path / "b")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "schema: &a [1]\nname: *a", "schema: a\nschema: b"])
+def test_manifests_that_would_crash_grow_or_say_two_things(tmp_path: Path, text: str) -> None:
+    make(tmp_path / "b")
+    (tmp_path / "b" / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match="is not YAML: .*(nested|alias|twice)"):
+        open_bundle(tmp_path / "b")
+
+
 def test_every_required_key_is_missed(tmp_path: Path) -> None:
     make(tmp_path / "b")
     path = tmp_path / "b" / MANIFEST

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
-
-import yaml
+from typing import Final
 
 from rkruntime.errors import InputError, UsageError
 from rkruntime.resources import resource
 from rkruntime.schema import build
+from rkruntime.yamltext import read_mapping
 
 GIB: Final = 1 << 30
 DEFAULT_BOARD: Final = "rk3588"
@@ -76,15 +74,7 @@ def read_board(path: Path) -> Board:
     def fail(what: str) -> InputError:
         return InputError(f"{path}: {what}.", hint="Take configs/boards/rk3588.yaml as a pattern.")
 
-    try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise fail(f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise fail(f"is not YAML: {error}") from error
-    if not isinstance(data, Mapping):
-        raise fail("is not a board profile")
-    board = build(Board, data, fail)
+    board = build(Board, read_mapping(path, fail), fail)
     if not board.ram_gib or min(board.ram_gib) < 1:
         raise fail("ram_gib must list sizes from 1 GiB on")
     return board

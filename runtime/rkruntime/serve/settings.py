@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-import yaml
-
 from rkruntime.errors import UsageError
 from rkruntime.schema import build
+from rkruntime.yamltext import read_mapping
 
 SYSTEM_SOCKET: Final = Path("/run/rkedge/rkedge.sock")
 SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
-_MAX_FILE: Final = 1 << 20
 _MIN_KEY: Final = 16
 
 
@@ -135,18 +133,11 @@ class Settings:
 
 def load_settings(path: Path) -> Settings:
     """Read a settings file. Raises UsageError with the key that is wrong."""
-    try:
-        data = path.read_bytes()
-        if len(data) > _MAX_FILE:
-            raise UsageError(f"{path} has {len(data):,} bytes; settings have a few thousand.")
-        plain = yaml.safe_load(data.decode())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"The settings in {path} cannot be read: {error}") from error
-    if plain is None:
-        return Settings()
-    if not isinstance(plain, dict):
-        raise UsageError(f"{path} holds no settings: it is {type(plain).__name__}.")
-    return build(Settings, plain, lambda what: UsageError(f"{path}: {what}.", hint="See docs/serve.md for the keys."))
+
+    def fail(what: str) -> UsageError:
+        return UsageError(f"{path}: {what}.", hint="See docs/serve.md for the keys.")
+
+    return build(Settings, read_mapping(path, fail), fail)
 
 
 def default_socket() -> Path:

@@ -1,0 +1,74 @@
+"""YAML from strangers: plain data, each key once, nothing that grows while it is read.
+
+PyYAML's safe loaders build no objects, and still have three faults here: libyaml's loader ends the process by a stack
+overflow when lists are nested deeply, aliases make a short text stand for gigabytes, and of two equal keys the first
+is dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+_MAX_FILE: Final = 1 << 20
+_MAX_DEPTH: Final = 32
+# The runtime stays usable without libyaml; with it, loading is ten times faster.
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Base):  # type: ignore[misc]
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        if twice is not None:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice!r} stands twice")
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """The one document of a text (JSON is YAML too).
+
+    Raises:
+        yaml.YAMLError: no YAML, or with aliases, a key that stands twice, or lists and mappings nested more than
+            32 deep.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Base):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"the alias *{event.anchor}: aliases are not taken here")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested over {_MAX_DEPTH} deep")
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    except ValueError as error:  # Such as a date of a 13th month, which PyYAML lets pass.
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+
+
+def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]:
+    """The mapping that a file holds; an empty file is an empty one.
+
+    Raises:
+        what `fail` makes of "cannot be read: WHY" and the like.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except OSError as error:
+        raise fail(f"cannot be read: {error.strerror or error}") from error
+    if len(data) > _MAX_FILE:
+        raise fail(f"has more than {_MAX_FILE >> 20} MiB; such files have a few thousand bytes")
+    try:
+        content = load_yaml(data.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise fail(f"is not YAML: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise fail(f"holds no keys: it is {type(content).__name__}")
+    strange = next((key for key in content or () if not isinstance(key, str)), None)
+    if strange is not None:
+        raise fail(f"has the key {strange!r}, which is no text")
+    return content or {}
