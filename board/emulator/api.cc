@@ -64,6 +64,7 @@ int on_idle(LLMHandle key, const Work& work) {
 }
 
 std::shared_ptr<Handle> load(const RKLLMParam& param, RKLLMInitCallback callback) {
+  const rkemu::Faults faults = rkemu::Faults::from_environment();
   rkemu::warn_of_old_driver();
   rkemu::info(std::string("rkllm-runtime version: ") + rkemu::rules().release +
               ", rknpu driver version: " + rkemu::driver_version() +
@@ -71,8 +72,11 @@ std::shared_ptr<Handle> load(const RKLLMParam& param, RKLLMInitCallback callback
   rkemu::Settings settings = rkemu::settings_of(param);
   rkemu::Client client = rkemu::client_of(callback, settings);
   rkemu::info("loading rkllm model from " + settings.model_path);
-  return std::make_shared<Handle>(std::make_unique<Session>(rkemu::rules(), settings),
-                                  std::move(client.deliver), client.userdata);
+  if (!Registry::get().empty()) faults.strike(rkemu::Stage::second_init, settings.model_path);
+  const bool pretend = faults.strike(rkemu::Stage::open, settings.model_path);
+  return std::make_shared<Handle>(
+      std::make_unique<Session>(rkemu::rules(), settings, faults, pretend),
+      std::move(client.deliver), client.userdata);
 }
 
 // A run that can start: the handle is marked as running, and the client's memory is no longer
@@ -101,6 +105,10 @@ int start_run(LLMHandle key, RKLLMInput* input, RKLLMInferParam* infer, void* us
     const auto handle = known(key);
     if (!handle->begin()) throw failure("the handle is running");
     try {
+      if (async && handle->session().loses_runs()) {
+        handle->end();
+        return;
+      }
       const Run run{handle, rkemu::request_of(input, infer, handle->session()),
                     userdata ? userdata : handle->userdata()};
       if (async) {

@@ -17,11 +17,11 @@ namespace rkemu {
 
 namespace {
 
-constexpr int kPause = 1;
-constexpr int kMaxBatch = 16;
+[[maybe_unused]] constexpr int kPause = 1;
+[[maybe_unused]] constexpr int kMaxBatch = 16;
 constexpr size_t kMaxPrompt = 1u << 20;
-constexpr int kDefaultCpus = 4;
-constexpr uint32_t kBigCores = 0xF0;
+[[maybe_unused]] constexpr int kDefaultCpus = 4;
+[[maybe_unused]] constexpr uint32_t kBigCores = 0xF0;
 
 constexpr Rules kRules{
     RKEMU_RELEASE,     RKEMU_LAYOUT >= 4, RKEMU_LAYOUT >= 4, RKEMU_RELEASE_NUMBER >= 10203,

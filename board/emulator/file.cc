@@ -186,6 +186,7 @@ Mapping Mapping::file(const std::string& path) {
 }
 
 Mapping Mapping::anonymous(size_t size) {
+  if (size == 0) return Mapping();
   void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) throw failure(format("failed to allocate %zu bytes", size));

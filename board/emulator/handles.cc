@@ -85,4 +85,9 @@ std::shared_ptr<Handle> Registry::take(void* key) {
   return handle;
 }
 
+bool Registry::empty() {
+  const std::lock_guard lock(mutex_);
+  return handles_.empty();
+}
+
 }  // namespace rkemu

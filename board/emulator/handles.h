@@ -63,6 +63,7 @@ class Registry {
   void* add(std::shared_ptr<Handle> handle);
   std::shared_ptr<Handle> find(void* key);  // nullptr if unknown
   std::shared_ptr<Handle> take(void* key);
+  bool empty();
 
  private:
   std::mutex mutex_;

@@ -1,10 +1,7 @@
 #include "session.h"
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <thread>
 
 #include "log.h"
@@ -19,16 +16,6 @@ namespace {
 constexpr int kReserved = 4;
 constexpr long kMaxPause = 10'000'000;
 constexpr uint64_t kSeed = 20240731;
-
-float milliseconds(std::chrono::steady_clock::duration time) {
-  return std::chrono::duration<float, std::milli>(time).count();
-}
-
-float peak_memory_mb() {
-  struct rusage usage {};
-  ::getrusage(RUSAGE_SELF, &usage);
-  return static_cast<float>(usage.ru_maxrss) / 1024.0f;
-}
 
 // FNV-1a over a row's bytes, below zero so that it is no token id.
 Key key_of_row(const float* row, int width) {
@@ -47,41 +34,36 @@ int threads_for(int cpus) {
 
 }  // namespace
 
-Session::Session(const Rules& rules, const Settings& settings)
+Engine::Engine(const File& file, const Config& config, int threads)
+    : model(file, config),
+      tokenizer(file, static_cast<size_t>(config.vocab_size)),
+      pool(threads),
+      forward(model, pool, choose_kernels()) {}
+
+Session::Session(const Rules& rules, const Settings& settings, const Faults& faults, bool pretend)
     : rules_(rules),
       settings_(settings),
-      file_(File::open(settings.model_path)),
-      card_(read_card(file_)),
-      model_(file_, card_.config),
-      tokenizer_(file_, static_cast<size_t>(card_.config.vocab_size)),
-      pool_(threads_for(settings.cpus)),
-      forward_(model_, pool_, choose_kernels()),
-      template_(card_.chat_template),
+      faults_(faults),
+      rubbish_(faults.has(Act::rubbish) || driver_runs_nothing()),
       token_us_(env_number("RKEMU_TOKEN_US", 0, 0, kMaxPause)),
       prompt_token_us_(env_number("RKEMU_PROMPT_TOKEN_US", 0, 0, kMaxPause)) {
-  report_load();
-  check_load();
-  if (settings_.max_context <= 0) settings_.max_context = std::min(512, card_.max_context);
-  if (settings_.max_context > card_.max_context) {
-    throw failure(format("max_context[%d] must be less than the model's max_context_limit[%d]",
-                         settings_.max_context, card_.max_context));
+  if (!pretend) {
+    file_ = File::open(settings_.model_path);
+    card_ = read_card(file_);
+    template_ = card_.chat_template;
+    report_load();
+    check_load();
+    faults_.strike(Stage::memory, settings_.model_path);
+    npu_ = NpuMemory(plan_blocks(file_, card_.dtype, settings_.domain));
+    if (!file_.sizes_only()) {
+      engine_ = std::make_unique<Engine>(file_, card_.config, threads_for(settings_.cpus));
+    }
   }
   const auto seed = static_cast<uint64_t>(env_number("RKEMU_SEED", kSeed, 0, INT64_MAX));
+  const bool half = engine_ && engine_->model.quantized();
   for (int i = 0; i < settings_.n_batch; ++i) {
-    sequences_.push_back({Cache(card_.config, settings_.max_context, model_.quantized()),
-                          Sampler(seed + static_cast<uint64_t>(i)),
-                          {},
-                          0,
-                          0,
-                          "",
-                          {},
-                          {},
-                          {},
-                          {},
-                          "",
-                          "",
-                          -1,
-                          false});
+    sequences_.emplace_back(Cache(card_.config, engine_ ? settings_.max_context : 1, half),
+                            Sampler(seed + static_cast<uint64_t>(i)));
   }
 }
 
@@ -93,10 +75,15 @@ void Session::report_load() const {
   if (rules_.names_dtype) line += ", model_dtype: " + card_.dtype;
   info(line);
   info(format("emulator: no NPU is used, %s kernels, %d threads", choose_kernels().name,
-              pool_.size()));
+              threads_for(settings_.cpus)));
 }
 
-void Session::check_load() const {
+void Session::check_load() {
+  if (settings_.max_context <= 0) settings_.max_context = std::min(512, card_.max_context);
+  if (settings_.max_context > card_.max_context) {
+    throw failure(format("max_context[%d] must be less than the model's max_context_limit[%d]",
+                         settings_.max_context, card_.max_context));
+  }
   if (card_.target_platform != platform()) {
     throw failure("model's target_platform does not match the real platform (" +
                   card_.target_platform + ", " + platform() + ")");
@@ -111,8 +98,13 @@ void Session::check_load() const {
 }
 
 std::vector<int32_t> Session::tokenize(const std::string& text) {
-  if (!tokenizer_.has_tables() && settings_.tokenize) return settings_.tokenize(text);
-  return tokenizer_.encode(text, true);
+  if (!engine().tokenizer.has_tables() && settings_.tokenize) return settings_.tokenize(text);
+  return engine().tokenizer.encode(text, true);
+}
+
+Engine& Session::engine() const {
+  if (!engine_) throw failure("there are no weights to compute with");
+  return *engine_;
 }
 
 // Text gets the template around it, and the system prompt and <bos> in front of a conversation's
@@ -127,7 +119,7 @@ void Session::start_text(Sequence& sequence, const Input& input, bool first) {
   const auto add = [&](const std::vector<int32_t>& ids) {
     sequence.keys.insert(sequence.keys.end(), ids.begin(), ids.end());
   };
-  if (first && tokenizer_.add_bos()) sequence.keys.push_back(tokenizer_.bos());
+  if (first && engine().tokenizer.add_bos()) sequence.keys.push_back(engine().tokenizer.bos());
   // The system prompt's length is that of its own tokens: the cache of the whole text may merge
   // across the border.
   if (!head.empty())
@@ -214,242 +206,7 @@ void Session::make_room(Sequence& sequence, size_t needed) {
   }
   const int gone =
       std::min(std::max(want - limit, (cache.length() - kept) / 2), cache.length() - kept);
-  forward_.erase(cache, kept, kept + gone);
-}
-
-void Session::embed(Key key, const float*& row, float* out) const {
-  const auto width = static_cast<size_t>(hidden_size());
-  if (key < 0) {
-    std::copy_n(row, width, out);
-    row += width;
-  } else if (model_.has_embedding()) {
-    model_.embed(static_cast<int32_t>(key), out);
-  } else if (!settings_.embed) {
-    throw failure("the model has no embedding table and there is no embedding callback");
-  } else if (!settings_.embed(static_cast<int32_t>(key), out, width * sizeof(float))) {
-    throw failure("the embedding callback failed");
-  }
-  forward_.scale_embedding(out);
-}
-
-// Computes the prompt in chunks.
-void Session::prefill(Sequence& sequence, Mode mode) {
-  std::vector<float>& collected = sequence.collected;
-  const auto width = static_cast<size_t>(hidden_size());
-  const auto vocab = static_cast<size_t>(card_.config.vocab_size);
-  const float* row = sequence.rows.data();
-  std::vector<float> x;
-  for (size_t start = 0; start < sequence.keys.size() && !abort_; start += Forward::kChunk) {
-    const size_t n = std::min<size_t>(Forward::kChunk, sequence.keys.size() - start);
-    const auto began = Clock::now();
-    std::vector<Row> rows;
-    x.resize(n * width);
-    for (size_t i = 0; i < n; ++i) embed(sequence.keys[start + i], row, x.data() + i * width);
-    for (size_t i = 0; i < n; ++i) {
-      rows.push_back({&sequence.cache, sequence.cache.length()});
-      sequence.cache.append(sequence.keys[start + i]);
-    }
-    forward_.run(rows, x.data(), adapter_);
-    if (mode == Mode::last_hidden) {
-      collected.insert(collected.end(), x.begin(), x.end());
-    } else if (mode == Mode::logits) {
-      collected.resize(collected.size() + n * vocab);
-      forward_.logits(x.data(), static_cast<int>(n),
-                      collected.data() + collected.size() - n * vocab);
-    }
-    perf_.prefill_tokens += static_cast<int>(n);
-    pace(began, prompt_token_us_ * static_cast<long>(n));
-  }
-  if (abort_ || mode == Mode::last_hidden) return;
-  sequence.logits.resize(vocab);
-  if (mode == Mode::logits) {
-    std::copy(collected.end() - static_cast<std::ptrdiff_t>(vocab), collected.end(),
-              sequence.logits.begin());
-  } else {
-    forward_.logits(x.data() + x.size() - width, 1, sequence.logits.data());
-  }
-}
-
-bool Session::ends(int32_t token) const {
-  const auto& eos = tokenizer_.eos();
-  if (settings_.ignore_eos_token || eos.empty()) return false;
-  return rules_.all_eos ? std::find(eos.begin(), eos.end(), token) != eos.end()
-                        : token == eos.front();
-}
-
-// Takes the next token of a sequence and what of its text is complete; false if the answer ended.
-bool Session::choose(Sequence& sequence) {
-  sequence.token = sequence.sampler.pick(sequence.logits);
-  sequence.sampler.accept(sequence.token);
-  sequence.pending = sequence.token;
-  sequence.text.clear();
-  if (ends(sequence.token)) return false;
-  const bool hidden =
-      settings_.skip_special_token && tokenizer_.kind(sequence.token) == TokenKind::control;
-  sequence.bytes += hidden ? "" : tokenizer_.decode(sequence.token);
-  const size_t complete = sequence.bytes.size() - utf8_unfinished(sequence.bytes);
-  sequence.text = sequence.bytes.substr(0, complete);
-  sequence.bytes.erase(0, complete);
-  return true;
-}
-
-// Tells the client of the tokens just chosen; true if it wants a pause.
-bool Session::report_tokens(const Sink& sink, Mode mode, bool first) {
-  std::vector<Result> results;
-  bool waiting = true;
-  for (Sequence& sequence : sequences_) {
-    Result result;
-    if (sequence.done) {
-      result.text = nullptr;
-    } else {
-      const bool unfinished = sequence.text.empty() && !sequence.bytes.empty();
-      waiting = waiting && unfinished;
-      result.text = sequence.text.c_str();
-      result.token = sequence.token;
-      if (mode == Mode::logits) {
-        const std::vector<float>& logits = first ? sequence.collected : sequence.logits;
-        result.logits = logits.data();
-        result.width = card_.config.vocab_size;
-        result.rows = static_cast<int>(logits.size() / static_cast<size_t>(result.width));
-      }
-    }
-    results.push_back(result);
-  }
-  return sink(results, waiting ? State::waiting : State::normal) && rules_.pause;
-}
-
-// Computes the chosen token of every sequence that goes on.
-void Session::step() {
-  const auto width = static_cast<size_t>(hidden_size());
-  const auto vocab = static_cast<size_t>(card_.config.vocab_size);
-  std::vector<Row> rows;
-  std::vector<float> x;
-  for (Sequence& sequence : sequences_) {
-    if (sequence.done) continue;
-    x.resize(x.size() + width);
-    const float* none = nullptr;
-    embed(sequence.token, none, x.data() + x.size() - width);
-    rows.push_back({&sequence.cache, sequence.cache.length()});
-    sequence.cache.append(sequence.token);
-    sequence.pending.reset();
-  }
-  forward_.run(rows, x.data(), adapter_);
-  std::vector<float> logits(rows.size() * vocab);
-  forward_.logits(x.data(), static_cast<int>(rows.size()), logits.data());
-  const float* from = logits.data();
-  for (Sequence& sequence : sequences_) {
-    if (sequence.done) continue;
-    sequence.logits.assign(from, from + vocab);
-    from += vocab;
-  }
-}
-
-void Session::answer(const Request& request, const Sink& sink) {
-  const int wanted = request.max_new_tokens > 0 ? request.max_new_tokens : settings_.max_new_tokens;
-  const bool logits_mode = request.mode == Mode::logits;
-  for (bool first = true; !abort_; first = false) {
-    const auto began = Clock::now();
-    bool any = false;
-    for (Sequence& sequence : sequences_) {
-      if (sequence.done) continue;
-      const std::vector<float> kept = logits_mode ? sequence.logits : std::vector<float>();
-      sequence.done = !choose(sequence);
-      if (logits_mode) sequence.logits = kept;
-      any = any || !sequence.done;
-    }
-    if (!any) return;
-    ++perf_.generated_tokens;
-    if (report_tokens(sink, request.mode, first)) {
-      paused_ = true;
-      return;
-    }
-    if (abort_ || (wanted > 0 && perf_.generated_tokens >= wanted)) return;
-    for (Sequence& sequence : sequences_) {
-      if (sequence.done || sequence.cache.length() < settings_.max_context) continue;
-      if (wanted > 0) {
-        make_room(sequence, 1);
-      } else {
-        sequence.done = true;
-      }
-    }
-    if (std::all_of(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return s.done; }))
-      return;
-    step();
-    pace(began, token_us_);
-  }
-}
-
-void Session::run(const Request& request, const Sink& sink) {
-  perf_ = Perf();
-  try {
-    adapter_ = nullptr;
-    if (request.lora) {
-      const auto found = adapters_.find(*request.lora);
-      if (found == adapters_.end())
-        throw failure("lora adapter '" + *request.lora + "' is not loaded");
-      adapter_ = found->second.get();
-    }
-    for (size_t i = 0; i < sequences_.size(); ++i)
-      prepare(sequences_[i], request.inputs[i], request);
-    paused_ = false;
-    const auto began = Clock::now();
-    for (Sequence& sequence : sequences_) prefill(sequence, request.mode);
-    perf_.prefill_ms = milliseconds(Clock::now() - began);
-    if (request.save_prompt_cache && !abort_) {
-      save_prompt_cache(*request.save_prompt_cache, file_.fingerprint(), sequences_[0].cache,
-                        card_.config, sequences_[0].prompt_length);
-    }
-  } catch (...) {
-    clear_cache(false);
-    sink(std::vector<Result>(sequences_.size()), State::error);
-    throw;
-  }
-  const auto began = Clock::now();
-  if (request.mode == Mode::last_hidden) {
-    if (!abort_) report_hidden(sink);
-  } else {
-    answer(request, sink);
-  }
-  perf_.generate_ms = milliseconds(Clock::now() - began);
-  if (!paused_) finish(sink);
-}
-
-void Session::report_hidden(const Sink& sink) {
-  std::vector<Result> results;
-  for (const Sequence& sequence : sequences_) {
-    Result result;
-    result.hidden = sequence.collected.data();
-    result.width = hidden_size();
-    result.rows = static_cast<int>(sequence.collected.size() / static_cast<size_t>(result.width));
-    results.push_back(result);
-  }
-  sink(results, State::last_hidden);
-}
-
-void Session::finish(const Sink& sink) {
-  perf_.memory_mb = peak_memory_mb();
-  std::vector<Result> results(sequences_.size());
-  for (size_t i = 0; i < results.size(); ++i) {
-    results[i].token = sequences_[i].token;
-    results[i].perf = perf_;
-  }
-  if (log_level() >= 1) {
-    const auto row = [](const char* stage, float ms, int tokens) {
-      const float each = tokens ? ms / static_cast<float>(tokens) : 0;
-      info(format(" %-13s %-16.2f %-9d %-24.2f %.2f", stage, ms, tokens, each,
-                  each > 0 ? 1000 / each : 0));
-    };
-    info(" Stage         Total Time (ms)  Tokens    Time per Token (ms)      Tokens per Second");
-    row("Prefill", perf_.prefill_ms, perf_.prefill_tokens);
-    row("Generate", perf_.generate_ms, perf_.generated_tokens);
-    info(format(" Peak Memory Usage (GB): %.2f (emulator)", perf_.memory_mb / 1024));
-  }
-  sink(results, State::finish);
-}
-
-void Session::pace(Clock::time_point since, long microseconds) const {
-  if (microseconds > 0)
-    std::this_thread::sleep_until(since + std::chrono::microseconds(microseconds));
+  engine().forward.erase(cache, kept, kept + gone);
 }
 
 void Session::clear_cache(bool keep_system_prompt) {
@@ -469,13 +226,13 @@ void Session::clear_range(int batch, int begin, int end) {
   }
   if (!paused_) warn("KV cache ranges are documented for paused runs with keep_history 0 only");
   if (end == length) sequence.pending.reset();
-  forward_.erase(sequence.cache, begin, end);
+  engine().forward.erase(sequence.cache, begin, end);
 }
 
 void Session::load_lora(const std::string& name, const std::string& path, float scale) {
   if (!std::isfinite(scale))
     throw failure("the scale of lora adapter '" + name + "' is not a number");
-  adapters_[name] = std::make_unique<Adapter>(path, model_, file_.fingerprint(), scale);
+  adapters_[name] = std::make_unique<Adapter>(path, engine().model, file_.fingerprint(), scale);
 }
 
 void Session::load_prompt_cache(const std::string& path) {

@@ -11,10 +11,12 @@
 #include <vector>
 
 #include "cache.h"
+#include "faults.h"
 #include "file.h"
 #include "forward.h"
 #include "kernels.h"
 #include "model.h"
+#include "npu.h"
 #include "sampler.h"
 #include "threads.h"
 #include "tokenizer.h"
@@ -90,11 +92,22 @@ enum class State { normal, waiting, finish, error, last_hidden };
 // Gets one result per batch; true pauses the run.
 using Sink = std::function<bool(const std::vector<Result>& results, State state)>;
 
+// What computes: the tables of a model file, and the threads that work on them.
+struct Engine {
+  Engine(const File& file, const Config& config, int threads);
+  Model model;
+  Tokenizer tokenizer;
+  Pool pool;
+  Forward forward;
+};
+
 class Session {
  public:
-  // Failure: the model cannot be loaded.
-  Session(const Rules& rules, const Settings& settings);
+  // Failure: the model cannot be loaded. With `pretend`, nothing is loaded and no run works.
+  Session(const Rules& rules, const Settings& settings, const Faults& faults, bool pretend);
 
+  // The fault that an asynchronous run never begins.
+  bool loses_runs() const { return faults_.has(Act::lose_run); }
   int hidden_size() const { return card_.config.hidden_size; }
   int batches() const { return static_cast<int>(sequences_.size()); }
 
@@ -121,6 +134,7 @@ class Session {
   using Clock = std::chrono::steady_clock;
 
   struct Sequence {
+    Sequence(Cache kv, Sampler choice) : cache(std::move(kv)), sampler(std::move(choice)) {}
     Cache cache;
     Sampler sampler;
     std::optional<int32_t> pending;  // chosen, not yet in the cache
@@ -139,18 +153,21 @@ class Session {
   };
 
   const Sequence& at(int batch) const { return sequences_[static_cast<size_t>(batch)]; }
+  Engine& engine() const;
   void report_load() const;
-  void check_load() const;
+  void check_load();
   void prepare(Sequence& sequence, const Input& input, const Request& request);
   void start_text(Sequence& sequence, const Input& input, bool first);
   std::vector<int32_t> tokenize(const std::string& text);
   void reuse_prefix(Sequence& sequence, bool allowed);
   void make_room(Sequence& sequence, size_t needed);
+  void compute(const Request& request, const Sink& sink);
   void prefill(Sequence& sequence, Mode mode);
   void embed(Key key, const float*& row, float* out) const;
   void report_hidden(const Sink& sink);
   void answer(const Request& request, const Sink& sink);
   bool choose(Sequence& sequence);
+  bool tell(const Sink& sink, std::vector<Result> results, State state) const;
   bool report_tokens(const Sink& sink, Mode mode, bool first);
   void step();
   bool ends(int32_t token) const;
@@ -159,12 +176,11 @@ class Session {
 
   Rules rules_;
   Settings settings_;
+  Faults faults_;
   File file_;
-  ModelCard card_;
-  Model model_;
-  Tokenizer tokenizer_;
-  Pool pool_;
-  Forward forward_;
+  ModelCard card_{};
+  NpuMemory npu_;
+  std::unique_ptr<Engine> engine_;  // nullptr: there are no weights to compute with
   ChatTemplate template_;
   std::string tool_tag_ = "tool_response";
   std::map<std::string, std::unique_ptr<Adapter>> adapters_;
@@ -173,6 +189,7 @@ class Session {
   std::atomic<bool> abort_{false};
   bool paused_ = false;
   bool prompt_cache_loaded_ = false;
+  bool rubbish_ = false;
   long token_us_, prompt_token_us_;
   Perf perf_;
 };
