@@ -15,11 +15,11 @@ from rkconvert.checkpoint import Checkpoint
 from rkconvert.context import choose_context
 from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
+from rkconvert.hub import is_hub_id
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
 from rkconvert.plan.report import as_dict
 from rkconvert.progress import QUIET, Advance, Reporter
-from rkconvert.sources.hub import is_hub_id
 from rkconvert.sources.open import open_source
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.work_folder import work_folder

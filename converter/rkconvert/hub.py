@@ -1,14 +1,18 @@
-"""Single files from the Hugging Face hub, and its many ways to say no."""
+"""Models and adapters of the Hugging Face hub, through huggingface_hub, and the hub's many ways to say no."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from rkruntime.errors import CheckpointError, HostError
 
-_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+# What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
+_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def is_hub_id(text: str) -> bool:
@@ -25,19 +29,54 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
         CheckpointError: there is no such model or revision, or its licence was not accepted.
         HostError: huggingface_hub is not installed, or the hub cannot be reached.
     """
-    try:
+    with _answers(model, name, revision):
         import huggingface_hub
+        from huggingface_hub import errors
+
+        cached = huggingface_hub.try_to_load_from_cache(model, name, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        try:
+            return Path(huggingface_hub.hf_hub_download(model, name, revision=revision))
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            return None
+
+
+def download(model: str, revision: str | None = None, weights: str = "pytorch_model") -> tuple[Path, str]:
+    """The folder of a whole model in the local cache, fetched where needed, and its commit.
+
+    Args:
+        weights: what the names of older weight files (.bin) begin with; they are fetched if there are no others.
+
+    Raises:
+        CheckpointError: there is no such model or revision, or its licence was not accepted.
+        HostError: huggingface_hub is not installed, or neither the hub nor the cache has all of the model.
+    """
+    with _answers(model, "files", revision):
+        import huggingface_hub
+
+        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_FILES]))
+        if not any(folder.glob("*.safetensors")):
+            patterns = [*_FILES, f"{weights}*.bin"]
+            folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    # The cache keeps each commit in a folder of its name.
+    return folder, folder.name
+
+
+@contextmanager
+def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
+    """Put huggingface_hub's errors into words."""
+    try:
         from huggingface_hub import errors
     except ImportError as error:
         raise HostError(
             f"{model} is no folder here, and to fetch it from the hub huggingface_hub is missing.",
-            hint=f"pip install 'rkedge[convert]', or download {name} by hand and give that.",
+            hint="pip install 'rkedge[convert]', or download it by hand and give that.",
         ) from error
-    cached = huggingface_hub.try_to_load_from_cache(model, name, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
-        return Path(huggingface_hub.hf_hub_download(model, name, revision=revision))
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{model} is gated: its owner asks everybody to accept a licence first.",
@@ -48,17 +87,9 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
             f"The hub has no model {model}{f' at {revision}' if revision else ''}, or does not show it to you.",
             hint="Check the spelling; for a private model run `hf auth login`.",
         ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise _unreachable(model, name, error) from error
-    except errors.EntryNotFoundError:
-        return None
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise _unreachable(model, name, error) from error
-
-
-def _unreachable(model: str, name: str, error: BaseException) -> HostError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return HostError(
-        f"{model} is no folder here, and its {name} cannot be fetched from the hub: {lines[0]}",
-        hint="Check the network, or download the file on another machine and give that.",
-    )
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise HostError(
+            f"{model} is no folder here, and its {what} cannot be fetched from the hub: {lines[0]}",
+            hint="Check the network (and HF_HUB_OFFLINE); what was fetched before is kept, so a second try goes on.",
+        ) from error

@@ -10,8 +10,8 @@ from typing import Any
 
 from rkconvert.adapter import Adapter, open_adapter
 from rkconvert.checkpoint import Checkpoint
+from rkconvert.hub import download, is_hub_id
 from rkconvert.merge import MergedWeights
-from rkconvert.sources.hub import download, is_hub_id
 from rkruntime.bundle import TOKENIZER
 from rkruntime.errors import UsageError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rkconvert.checkpoint import Checkpoint, open_checkpoint
-from rkconvert.sources.hub import download, is_hub_id
+from rkconvert.hub import download, is_hub_id
 from rkruntime.errors import CheckpointError
 
 
