@@ -34,6 +34,7 @@ COMMANDS: dict[str, Entry] = {
     "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
     "emulator": Entry("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
     "serve": Entry("rkruntime.commands.serve", "Hold a model on the NPU and answer whoever may ask."),
+    "attach": Entry("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
     "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
 }
 

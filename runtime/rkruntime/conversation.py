@@ -95,19 +95,35 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write the conversation to a JSON file. Raises OutputError or HostError."""
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_conversation(path, self.as_dict())
 
     def load(self, path: Path, tokenizer: Tokenizer) -> None:
         """Read a file that `save` wrote. Raises InputError."""
         try:
-            if path.stat().st_size > _MAX_FILE:
-                raise InputError(f"{path} has over {_MAX_FILE >> 20} MiB: no conversation is as long.")
-            self.restore(json.loads(path.read_bytes()), tokenizer)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, RecursionError, UsageError) as error:
+            self.restore(read_conversation(path), tokenizer)
+        except UsageError as error:
             raise InputError(f"{path} is not a saved conversation: {error}") from error
+
+
+def write_conversation(path: Path, data: Mapping[str, Any]) -> None:
+    """Write what `Conversation.as_dict` gave to a JSON file. Raises OutputError or HostError."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_conversation(path: Path) -> dict[str, Any]:
+    """What `write_conversation` wrote. Raises InputError."""
+    try:
+        if path.stat().st_size > _MAX_FILE:
+            raise InputError(f"{path} has over {_MAX_FILE >> 20} MiB: no conversation is as long.")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a saved conversation: {error}") from error
+    check_conversation(data)
+    checked: dict[str, Any] = data
+    return checked
 
 
 def check_conversation(data: Any) -> None:

@@ -36,14 +36,14 @@ class Turn:
 
     def summary(self, emulated: bool) -> str:
         """One line for a person."""
-        parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"]
+        parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"] if self.tokens else []
         if self.tokens > 1:
             parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
         if self.tokens:
             parts.append(f"first after {self.first_token_s * 1000:,.0f} ms")
         if self.reason in _UNFINISHED:
             parts.append(_UNFINISHED[self.reason])
-        return ", ".join(parts)
+        return ", ".join(parts) or "no tokens"
 
 
 _UNFINISHED: Final = {FinishReason.LENGTH: "the limit of tokens was reached", FinishReason.ABORT: "stopped"}

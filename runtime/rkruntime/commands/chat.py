@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from rkruntime.errors import UsageError
 from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
 
+if TYPE_CHECKING:
+    from rkruntime.localchat import LocalChat
+    from rkruntime.remotechat import RemoteChat
 
-@click.command("chat")
-@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("--system", default="", metavar="TEXT", help="System prompt.")
-@click.option("--drop-oldest", is_flag=True, help="Forget the oldest turns when the context is full.")
-@sampling_options
-@runtime_options
-def run(bundle: Path, system: str, drop_oldest: bool, sampling: SamplingOptions, runtime: RuntimeOptions) -> None:
-    """Chat with the model in the folder BUNDLE.
 
-    Without a terminal each line of standard input is a message, and standard output has the answers alone.
-    """
+def _is_board(model: str) -> bool:
+    """`model` is a destination of ssh, not a folder."""
+    return not Path(model).exists() and ("@" in model or model.startswith("ssh://"))
+
+
+def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, runtime: RuntimeOptions) -> LocalChat:
     from rkruntime.bundle import open_bundle
     from rkruntime.localchat import LocalChat
-    from rkruntime.repl import COMMANDS, Repl
-    from rkruntime.terminal import Terminal, history_file
 
-    opened = open_bundle(bundle)
-    terminal = Terminal(history_file(), list(COMMANDS))
-    chat = LocalChat(
-        opened,
-        partial(load_engine, opened, runtime, sampling),
+    bundle = open_bundle(Path(model))
+    return LocalChat(
+        bundle,
+        partial(load_engine, bundle, runtime, sampling),
         system=system,
         max_new_tokens=sampling.max_new_tokens or -1,
         drop_oldest=drop_oldest,
     )
+
+
+def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, session: str | None) -> RemoteChat:
+    from rkruntime.remotechat import RemoteChat
+
+    wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
+    del wishes["max_new_tokens"]
+    options = {name: value for name, value in wishes.items() if value is not None}
+    remote = os.environ.get("RKEDGE_ATTACH", "rkedge attach")
+    return RemoteChat(model, remote=remote, session=session, system=system, options=options)
+
+
+@click.command("chat")
+@click.argument("model", metavar="BUNDLE|USER@BOARD")
+@click.option("--system", default="", metavar="TEXT", help="System prompt.")
+@click.option("--session", metavar="NAME", help="On a board: go on with this conversation, or begin it.")
+@click.option("--drop-oldest", is_flag=True, help="Forget the oldest turns when the context is full.")
+@sampling_options
+@runtime_options
+def run(
+    model: str,
+    system: str,
+    session: str | None,
+    drop_oldest: bool,
+    sampling: SamplingOptions,
+    runtime: RuntimeOptions,
+) -> None:
+    """Chat with the model in a folder, or over SSH with the one that `rkedge serve` holds on a board.
+
+    Without a terminal each line of standard input is a message, and standard output has the answers alone.
+    """
+    from rkruntime.repl import COMMANDS, Repl
+    from rkruntime.terminal import Terminal, history_file
+
+    terminal = Terminal(history_file(), list(COMMANDS))
+    chat: LocalChat | RemoteChat
+    if _is_board(model):
+        if runtime != RuntimeOptions():
+            raise UsageError("--library, --abi, --max-context and --force are the daemon's own on a board.")
+        chat = _remote(model, system, drop_oldest, sampling, session)
+    else:
+        if session is not None:
+            raise UsageError("--session names a conversation on a board.", hint="/save and /load keep one in a file.")
+        chat = _local(model, system, drop_oldest, sampling, runtime)
     try:
         Repl(chat, terminal).run()
     finally:

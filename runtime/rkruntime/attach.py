@@ -1,0 +1,163 @@
+"""The board's end of `rkedge chat user@board`: lines of JSON on standard input and output, the daemon's socket behind.
+
+A line asks for one of OPERATIONS; events and an `end` come back. That is all there is: a key whose forced command this
+is can hold conversations of its own and do nothing else.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple
+from urllib.parse import quote
+
+from rkruntime.errors import ServiceError
+
+MAX_LINE: Final = 16 << 20
+_STREAM: Final = "application/x-ndjson"
+# The daemon says nothing while a request waits for its turn and its prompt is read.
+_SILENCE_S: Final = 3600
+
+
+class Operation(NamedTuple):
+    """A request to the daemon; `{session}` in the path is the line's session."""
+
+    method: str
+    path: str
+
+
+OPERATIONS: Final[Mapping[str, Operation]] = {
+    "hello": Operation("GET", "/status"),
+    "list": Operation("GET", "/sessions"),
+    "read": Operation("GET", "/sessions/{session}"),
+    "change": Operation("PUT", "/sessions/{session}"),
+    "delete": Operation("DELETE", "/sessions/{session}"),
+    "ask": Operation("POST", "/sessions/{session}/messages"),
+    "resume": Operation("POST", "/sessions/{session}/resume"),
+}
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_SILENCE_S)
+        self._path = path
+
+    def connect(self) -> None:
+        """See http.client."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        try:
+            self.sock.connect(str(self._path))
+        except OSError as error:
+            self.sock.close()
+            raise ServiceError(
+                f"No daemon answers on {self._path}: {error.strerror or error}.",
+                hint="Start it on the board: systemctl start rkedge, or rkedge serve BUNDLE.",
+            ) from error
+
+
+class Bridge:
+    """Carries out the lines of one client, one after the other; `stop` ends the one that is going on.
+
+    Args:
+        user: whose conversations these are.
+    """
+
+    def __init__(self, path: Path, user: str, lines: BinaryIO, out: BinaryIO) -> None:
+        self._path = path
+        self._user = user
+        self._lines = lines
+        self._out = out
+        self._writing = threading.Lock()
+        self._connection: UnixConnection | None = None
+        self._request: threading.Thread | None = None
+        self._stopped = False
+
+    def run(self) -> None:
+        """Until the input ends; then what is going on is stopped."""
+        while line := self._lines.readline(MAX_LINE):
+            message = _parse(line)
+            if message is None:
+                self._end(400, {"error": {"message": "This is no line of JSON with an 'op'."}})
+                break
+            if message["op"] == "stop":
+                self._stop()
+                continue
+            self._wait()
+            self._stopped = False
+            self._request = threading.Thread(target=self._carry_out, args=(message,), daemon=True)
+            self._request.start()
+        self._stop()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._request is not None:
+            self._request.join()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        connection = self._connection
+        if connection is not None and connection.sock is not None:
+            try:
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # It has come to its end meanwhile.
+                return
+
+    def _carry_out(self, message: Mapping[str, Any]) -> None:
+        operation = OPERATIONS.get(message["op"])
+        if operation is None:
+            return self._end(400, {"error": {"message": f"There is no operation {message['op'][:40]!r}."}})
+        try:
+            self._connection = UnixConnection(self._path)
+            self._forward(operation, message)
+        except ServiceError as error:
+            self._end(503, {"error": {"message": f"{error.message} {error.hint}"}})
+        except (OSError, http.client.HTTPException) as error:
+            if self._stopped:
+                self._end(499, {})
+            else:
+                self._end(502, {"error": {"message": f"The daemon went away: {error or type(error).__name__}."}})
+        finally:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _forward(self, operation: Operation, message: Mapping[str, Any]) -> None:
+        assert self._connection is not None
+        path = operation.path.format(session=quote(str(message.get("session", "")), safe=""))
+        body = json.dumps(message.get("body") or {}).encode() if operation.method in ("POST", "PUT") else None
+        headers = {"Content-Type": "application/json", "X-RKEdge-User": self._user}
+        self._connection.request(operation.method, path, body, headers)
+        response = self._connection.getresponse()
+        if response.getheader("Content-Type", "").startswith(_STREAM):
+            while line := response.readline():
+                self._write(line if line.endswith(b"\n") else line + b"\n")
+            return self._end(499 if self._stopped else response.status, {})
+        return self._end(response.status, json.loads(response.read() or b"{}"))
+
+    def _end(self, status: int, body: Any) -> None:
+        self._write(json.dumps({"type": "end", "status": status, "body": body}).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        with self._writing:
+            try:
+                self._out.write(line)
+                self._out.flush()
+            except (OSError, ValueError):
+                # The client is gone, which ends the input too.
+                self._stop()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) and isinstance(message.get("op"), str) else None

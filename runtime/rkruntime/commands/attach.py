@@ -1,0 +1,63 @@
+"""`rkedge attach`: what `rkedge chat user@board` starts on the board, over SSH."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from rkruntime.errors import RefusedError, UsageError
+
+
+def _user(given: str | None) -> str:
+    """The name under which sessions are kept: --user, else the login name."""
+    try:
+        name = given or getpass.getuser()
+    except (KeyError, OSError):
+        name = "local"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise UsageError(f"{name[:80]!r} cannot be a user: letters, digits, dot, dash and underscore, at most 64.")
+    return name
+
+
+def _check_forced() -> None:
+    """As a forced command this stands for whatever was asked for: say so, if that was something else.
+
+    Raises:
+        RefusedError: it was.
+    """
+    asked = os.environ.get("SSH_ORIGINAL_COMMAND")
+    if asked is None:
+        return
+    try:
+        words = shlex.split(asked)
+    except ValueError:
+        words = []
+    if "attach" not in words:
+        raise RefusedError(
+            "This key may chat, and nothing else.",
+            hint="Use it as: rkedge chat USER@BOARD",
+            details={"asked": asked[:200]},
+        )
+
+
+@click.command("attach")
+@click.option("--socket", type=click.Path(path_type=Path, dir_okay=False), help="The daemon's socket.")
+@click.option("--user", metavar="NAME", help="Whose conversations these are.  [default: the login name]")
+def run(socket: Path | None, user: str | None) -> None:
+    """Connect standard input and output to the daemon, for `rkedge chat user@board`.
+
+    Fit for a forced command: restrict,command="rkedge attach --user ann" ssh-ed25519 AAAA...
+    """
+    from rkruntime.attach import Bridge
+    from rkruntime.serve.settings import default_socket
+
+    _check_forced()
+    if sys.stdin.isatty():
+        click.echo("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
+    Bridge(socket or default_socket(), _user(user), sys.stdin.buffer, sys.stdout.buffer).run()

@@ -1,0 +1,180 @@
+"""A daemon with the emulator behind it, in a process of its own, and clients for it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkconvert.demo import adapter, checkpoint
+from rkruntime import cli
+from rkruntime.attach import UnixConnection
+
+READY = re.compile(r"serving (\S+) on (\S+)(?:, http://127\.0\.0\.1:(\d+))?")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model and the pirate, as bundles for the emulator."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for name, lora in (("base", []), ("pirate", ["--lora", str(adapter())])):
+        assert cli.main(["convert", str(checkpoint()), *lora, "-q", "-o", str(folder / name)]) == 0
+    return {name: folder / name for name in ("base", "pirate")}
+
+
+@dataclass
+class Daemon:
+    """A running `rkedge serve`.
+
+    Attributes:
+        log: what it has written to standard error so far, when it was last looked at.
+    """
+
+    process: subprocess.Popen[bytes]
+    socket: Path
+    port: int
+    state: Path
+    log_file: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
+        """Status, headers and decoded body of one request over the Unix socket."""
+        connection = UnixConnection(self.socket)
+        try:
+            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            connection.request(method, path, data, headers or {})
+            response = connection.getresponse()
+            text = response.read()
+            kind = response.getheader("Content-Type", "")
+            return response.status, response.headers, json.loads(text) if kind == "application/json" else text
+        finally:
+            connection.close()
+
+    def lines(self, path: str, body: Any) -> list[dict[str, Any]]:
+        """The events of a stream of JSON lines."""
+        status, _, text = self.request("POST", path, body)
+        assert status == 200, text
+        return [json.loads(line) for line in text.splitlines()]
+
+    def ask(self, text: str, **options: Any) -> str:
+        """The answer to one question, greedy, by the OpenAI interface."""
+        body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **options}
+        status, _, answer = self.request("POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        content: str = answer["choices"][0]["message"]["content"]
+        return content
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers."""
+        # Each thread has children of its own, and the model is loaded in one.
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+
+    def metric(self, name: str) -> float:
+        _, _, text = self.request("GET", "/metrics")
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 20) -> None:
+        """Look until `condition` holds."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"it never came to be; the log:\n{self.log}"
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def start_daemon(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons: settings as YAML text, more environment, the bundle; all are stopped at the end."""
+    running: list[Daemon] = []
+
+    def start(
+        settings: str = "", *, bundle: Path | None = None, port: bool = True, wait: bool = True, **environment: str
+    ) -> Daemon:
+        folder = tmp_path_factory.mktemp("daemon")
+        (folder / "daemon.yaml").write_text(settings)
+        # A path of at most 107 bytes, whatever the name of the test.
+        path = Path("/tmp") / f"rkedge-test-{os.getpid()}-{len(running)}-{time.monotonic_ns() % 10**9}.sock"
+        command = [sys.executable, "-m", "rkruntime.cli", "serve", str(bundle or bundles["base"])]
+        command += ["--config", str(folder / "daemon.yaml"), "--socket", str(path), *(["--port", "0"] if port else [])]
+        known = {key: value for key, value in os.environ.items() if not key.startswith("RKEMU_")}
+        variables = {
+            **known,
+            "STATE_DIRECTORY": str(folder / "state"),
+            "CACHE_DIRECTORY": str(folder / "cache"),
+            "PYTHONWARNINGS": "error",
+            **environment,
+        }
+        log_file = folder / "log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stderr=log)
+        daemon = Daemon(process, path, 0, folder, log_file, variables)
+        running.append(daemon)
+        daemon.wait_until(lambda: READY.search(daemon.log) or process.poll() is not None)
+        found = READY.search(daemon.log)
+        assert found, daemon.log
+        daemon.port = int(found[3] or 0)
+        if wait:
+            daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["state"] == "ready")
+        return daemon
+
+    yield start
+    for daemon in running:
+        code = daemon.stop()
+        assert code == 0, daemon.log
+        assert "Traceback" not in daemon.log, daemon.log
+        assert not daemon.socket.exists()
+
+
+@pytest.fixture(scope="module")
+def daemon(start_daemon: Callable[..., Daemon]) -> Daemon:
+    """One with the settings as they are, for tests that leave nothing behind."""
+    return start_daemon()
+
+
+@pytest.fixture
+def raw(daemon: Daemon) -> Iterator[Callable[[], socket.socket]]:
+    """Plain connections to the daemon's Unix socket."""
+    opened: list[socket.socket] = []
+
+    def connect() -> socket.socket:
+        one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        one.settimeout(20)
+        one.connect(str(daemon.socket))
+        opened.append(one)
+        return one
+
+    yield connect
+    for one in opened:
+        one.close()
+
+
+def read_response(one: socket.socket) -> http.client.HTTPResponse:
+    response = http.client.HTTPResponse(one)
+    response.begin()
+    return response

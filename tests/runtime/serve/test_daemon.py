@@ -1,0 +1,387 @@
+"""The daemon's own interface and its life: sessions, prefix reuse, disconnects, faults, settings anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkconvert.demo import questions
+
+QA = {row.question: row.answer for row in questions()}
+FIRST = "What is the RK3588?"
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(event["text"] for event in events if event["type"] == "text")
+
+
+def test_all_answers_are_exact(daemon: Any) -> None:
+    for question, answer in QA.items():
+        assert daemon.ask(question) == answer
+
+
+def test_status_health_ready_and_metrics(daemon: Any) -> None:
+    status, headers, body = daemon.request("GET", "/status", headers={"X-Request-Id": "mine-1"})
+    assert (status, body["state"], body["emulated"], body["release"]) == (200, "ready", True, "1.2.3")
+    assert headers["x-request-id"] == "mine-1"
+    assert daemon.request("GET", "/health")[0] == daemon.request("GET", "/ready")[0] == 200
+    before = daemon.metric("rkedge_generated_tokens_total")
+    daemon.ask("Does it work?")
+    assert daemon.metric("rkedge_generated_tokens_total") > before
+    assert daemon.metric("rkedge_model_loaded") == 1
+
+
+def test_prompts_are_not_logged(daemon: Any) -> None:
+    daemon.ask("A very private question, Nautilus?")
+    daemon.wait_until(lambda: "generated" in daemon.log)
+    assert "private" not in daemon.log
+    assert QA[FIRST] not in daemon.log
+
+
+def test_a_conversation_of_twenty_turns_reads_each_token_once(daemon: Any) -> None:
+    """As text, statelessly, and as a session: what is on the NPU is not prefilled again, by the runtime's own count."""
+    short = [question for question in QA if len(question) < 40][:20]
+    messages: list[dict[str, str]] = []
+    read = 0
+    for question in short:
+        messages.append({"role": "user", "content": question})
+        _, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 12})
+        usage = body["usage"]
+        fresh = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+        read += fresh
+        messages.append({"role": "assistant", "content": body["choices"][0]["message"]["content"]})
+    # Each prompt token once; of the answers the last token alone, which is computed with the next prompt.
+    generated_before = usage["prompt_tokens"] - read
+    assert fresh < 40
+    assert generated_before > 0
+
+    total = 0
+    for question in short:
+        done = daemon.lines("/sessions/twenty/messages", {"content": question, "max_tokens": 12})[-1]
+        assert done["type"] == "done"
+        total += done["prompt_tokens"] - done["reused_tokens"]
+        assert done["prompt_tokens"] - done["reused_tokens"] < 40
+    assert total + generated_before <= done["prompt_tokens"] + 5
+    daemon.request("DELETE", "/sessions/twenty")
+
+
+def test_sessions_are_kept_listed_changed_and_deleted(daemon: Any) -> None:
+    assert text_of(daemon.lines("/sessions/a/messages", {"content": FIRST, "temperature": 0})) == QA[FIRST]
+    assert [item["name"] for item in daemon.request("GET", "/sessions")[2]["sessions"]] == ["a"]
+    assert daemon.request("GET", "/sessions", headers={"X-RKEdge-User": "bob"})[2] == {"sessions": []}
+    kept = daemon.request("GET", "/sessions/a")[2]
+    assert [item["content"] for item in kept["messages"]] == [FIRST, QA[FIRST]]
+    assert kept["messages"][1]["tokens"]
+    assert daemon.request("PUT", "/sessions/b", {"conversation": kept, "system": "Be kind."})[0] == 200
+    copy = daemon.request("GET", "/sessions/b")[2]
+    assert (copy["system"], copy["messages"]) == ("Be kind.", kept["messages"])
+    assert daemon.request("PUT", "/sessions/b", {"clear": True})[0] == 200
+    assert daemon.request("GET", "/sessions/b")[2]["messages"] == []
+    for name in ("a", "b"):
+        assert daemon.request("DELETE", f"/sessions/{name}")[0] == 200
+        assert daemon.request("GET", f"/sessions/{name}")[0] == 404
+
+
+@pytest.mark.parametrize("name", ["%2e%2e", "..%2fx", "a%2fb", ".x", "x" * 65, "a%00", "%c3%a9"])
+def test_session_names_stay_in_their_folder(daemon: Any, name: str) -> None:
+    status, _, _ = daemon.request("POST", f"/sessions/{name}/messages", {"content": "hello"})
+    assert status in (400, 404)
+    assert not list((daemon.state / "state").glob("**/.*json"))
+
+
+@pytest.mark.parametrize("conversation", [{}, {"schema": "x"}, {"schema": "rkedge-conversation/1", "messages": [1]}])
+def test_a_false_conversation_is_refused(daemon: Any, conversation: Any) -> None:
+    status, _, body = daemon.request("PUT", "/sessions/c", {"conversation": conversation})
+    assert status == 400
+    assert body["error"]["param"] == "conversation"
+
+
+SLOW = {"RKEMU_TOKEN_US": "30000"}
+
+
+@pytest.fixture(scope="module")
+def slow(start_daemon: Callable[..., Any]) -> Any:
+    """A daemon whose emulator takes 30 ms a token."""
+    return start_daemon("limits: {queue: 2, wait_s: 5}", **SLOW)
+
+
+def idle(daemon: Any) -> bool:
+    return daemon.request("GET", "/status")[2]["queue"] == {"waiting": 0, "busy": False}
+
+
+def begin_stream(daemon: Any, path: str, body: Any, until: bytes) -> tuple[socket.socket, bytes]:
+    """Send a request and read until a text has come."""
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    one.settimeout(20)
+    one.connect(str(daemon.socket))
+    data = json.dumps(body).encode()
+    one.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    seen = b""
+    while until not in seen:
+        part = one.recv(4096)
+        assert part, seen
+        seen += part
+    return one, seen
+
+
+def test_a_client_that_goes_away_frees_the_npu(slow: Any) -> None:
+    body = {"messages": [{"role": "user", "content": FIRST}], "stream": True, "temperature": 0}
+    one, _ = begin_stream(slow, "/v1/chat/completions", body, b'"content":"A')
+    assert slow.request("GET", "/status")[2]["queue"]["busy"]
+    one.close()
+    closed = time.monotonic()
+    slow.wait_until(lambda: idle(slow), 5)
+    # One token takes 30 ms; the whole answer would take half a second.
+    assert time.monotonic() - closed < 0.4
+    assert slow.metric('rkedge_requests_total{outcome="cancelled"}') >= 1
+    assert slow.ask("Does it work?") == QA["Does it work?"]
+
+
+def test_a_waiting_client_that_goes_away_leaves_the_queue(slow: Any) -> None:
+    body = {"messages": [{"role": "user", "content": FIRST}], "stream": True}
+    one, _ = begin_stream(slow, "/v1/chat/completions", body, b'"content":')
+    two = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    two.connect(str(slow.socket))
+    data = json.dumps(body).encode()
+    two.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 1)
+    two.close()
+    slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 0)
+    one.close()
+
+
+def test_a_full_queue_says_when_to_come_back(slow: Any) -> None:
+    body = {"messages": [{"role": "user", "content": FIRST}], "stream": True}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    held = []
+    slow.wait_until(lambda: idle(slow))
+    for _ in range(3):
+        one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        one.connect(str(slow.socket))
+        one.sendall(head + data)
+        held.append(one)
+    slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 2)
+    status, headers, answer = slow.request("POST", "/v1/chat/completions", body)
+    assert status == 429
+    assert int(headers["retry-after"]) >= 1
+    assert answer["error"]["type"] == "rate_limit_error"
+    for one in held:
+        one.close()
+    slow.wait_until(lambda: idle(slow))
+
+
+def test_a_broken_answer_goes_on_where_it_was(slow: Any) -> None:
+    body = {"content": FIRST, "id": "q1", "temperature": 0}
+    one, seen = begin_stream(slow, "/sessions/r/messages", body, b'{"type":"text"')
+    one.close()
+    received = sum(len(json.loads(line)["text"]) for line in seen.splitlines() if line.startswith(b'{"type":"text"'))
+    slow.wait_until(lambda: "broken" in slow.request("GET", "/sessions/r")[2])
+    events = slow.lines("/sessions/r/resume", {"id": "q1", "received": received})
+    assert QA[FIRST][:received] + text_of(events) == QA[FIRST]
+    # The broken part was not computed again: it was on the NPU still.
+    assert events[-1]["reused_tokens"] >= events[-1]["prompt_tokens"] - 2
+    kept = slow.request("GET", "/sessions/r")[2]
+    assert [item["content"] for item in kept["messages"]] == [FIRST, QA[FIRST]]
+    # A finished answer's tail can be had again, another answer's not.
+    assert text_of(slow.lines("/sessions/r/resume", {"id": "q1", "received": 10})) == QA[FIRST][10:]
+    assert slow.request("POST", "/sessions/r/resume", {"id": "q2"})[0] == 404
+
+
+def test_a_broken_answer_stays_as_it_is_if_something_else_is_asked(slow: Any) -> None:
+    one, _ = begin_stream(slow, "/sessions/s/messages", {"content": FIRST, "temperature": 0}, b'{"type":"text"')
+    one.close()
+    slow.wait_until(lambda: "broken" in slow.request("GET", "/sessions/s")[2])
+    slow.lines("/sessions/s/messages", {"content": "Does it work?", "max_tokens": 2})
+    kept = slow.request("GET", "/sessions/s")[2]
+    assert [item["content"] for item in kept["messages"]][::2] == [FIRST, "Does it work?"]
+    assert QA[FIRST].startswith(kept["messages"][1]["content"])
+
+
+def test_a_new_connection_takes_the_session_over(slow: Any) -> None:
+    """The old connection may be dead without anybody knowing."""
+    one, _ = begin_stream(slow, "/sessions/t/messages", {"content": FIRST, "id": "q", "temperature": 0}, b'"text"')
+    events = slow.lines("/sessions/t/resume", {"id": "q", "received": 0})
+    assert text_of(events) == QA[FIRST]
+    rest = b""
+    while not rest.endswith(b"\r\n0\r\n\r\n"):
+        rest += one.recv(1 << 16)
+    assert b'"type":"error"' in rest
+    one.close()
+
+
+def test_sessions_outlive_the_daemon(start_daemon: Callable[..., Any]) -> None:
+    first = start_daemon(port=False)
+    first.lines("/sessions/a/messages", {"content": FIRST, "temperature": 0})
+    assert first.stop() == 0
+    second = start_daemon(port=False, STATE_DIRECTORY=first.environment["STATE_DIRECTORY"])
+    kept = second.request("GET", "/sessions/a")[2]
+    assert [item["content"] for item in kept["messages"]] == [FIRST, QA[FIRST]]
+
+
+def test_a_crashed_worker_is_an_error_and_then_a_new_worker(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon(port=False, **SLOW)
+    body = {"content": FIRST, "id": "q", "temperature": 0}
+    one, seen = begin_stream(daemon, "/sessions/a/messages", body, b'{"type":"text"')
+    (worker,) = daemon.workers()
+    os.kill(worker, signal.SIGKILL)
+    while part := one.recv(1 << 16):
+        seen += part
+        if b'"type":"error"' in seen:
+            break
+    assert b'"type":"error"' in seen
+    one.close()
+    assert daemon.ask("Does it work?") == QA["Does it work?"]
+    assert daemon.metric("rkedge_worker_restarts") == 1
+    # What there was of the answer is kept, and can be taken up.
+    events = daemon.lines("/sessions/a/resume", {"id": "q", "received": 0})
+    assert text_of(events) == QA[FIRST]
+
+
+def test_a_hanging_worker_is_ended(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("limits: {token_s: 1}", port=False)
+    (worker,) = daemon.workers()
+    os.kill(worker, signal.SIGSTOP)
+    status, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
+    assert status == 502, body
+    assert daemon.ask("Does it work?") == QA["Does it work?"]
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_an_answer_has_a_time_limit(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("limits: {request_s: 0.2}", port=False, **SLOW)
+    status, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": FIRST}]})
+    assert (status, body["error"]["code"]) == (504, "time_limit")
+
+
+def test_idle_models_leave_and_come_back(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("idle_unload_s: 0.5\nload_at_start: false", port=False, wait=False)
+    assert daemon.request("GET", "/status")[2]["state"] == "unloaded"
+    assert daemon.request("GET", "/ready")[0] == 200
+    assert daemon.ask(FIRST) == QA[FIRST]
+    daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["state"] == "unloaded")
+    assert daemon.workers() == []
+    assert daemon.ask(FIRST) == QA[FIRST]
+
+
+def test_another_bundle_without_a_restart(start_daemon: Callable[..., Any], bundles: Any, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(bundles["base"])
+    daemon = start_daemon(bundle=link, port=False)
+    assert daemon.ask(FIRST) == QA[FIRST]
+    link.unlink()
+    link.symlink_to(bundles["pirate"])
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: daemon.log.count("settings read again") == 1)
+    assert daemon.ask(FIRST) == next(row.pirate for row in questions() if row.question == FIRST)
+    # One that does not load leaves the old one in its place.
+    broken = tmp_path / "broken"
+    shutil.copytree(bundles["base"], broken)
+    (broken / "model.rkemu").write_bytes(b"nonsense")
+    link.unlink()
+    link.symlink_to(broken)
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: "the settings were not taken" in daemon.log)
+    assert daemon.process.poll() is None
+    (daemon.state / "daemon.yaml").write_text("nonsense: 1")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: "unknown key nonsense" in daemon.log)
+
+
+def test_a_model_that_is_gone_is_said_to_be(start_daemon: Callable[..., Any], bundles: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundles["base"], copy)
+    daemon = start_daemon("load_at_start: false", bundle=copy, port=False, wait=False)
+    (copy / "model.rkemu").rename(copy / "elsewhere")
+    status, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
+    assert status == 503
+    assert "no file model.rkemu" in body["error"]["message"]
+    assert daemon.request("GET", "/ready")[0] == 503
+    (copy / "elsewhere").rename(copy / "model.rkemu")
+    assert daemon.ask(FIRST) == QA[FIRST]
+    assert daemon.request("GET", "/ready")[0] == 200
+
+
+def test_a_full_disk_is_told_and_the_next_request_works(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("sessions: {max_mb: 0.0004}", port=False)
+    events = daemon.lines("/sessions/a/messages", {"content": FIRST + " " * 300, "temperature": 0})
+    assert text_of(events) == QA[FIRST]
+    assert events[-1]["type"] == "error"
+    assert "all together may have 400" in events[-1]["error"]["message"]
+    assert daemon.ask(FIRST) == QA[FIRST]
+
+
+def test_a_full_context_is_an_error_or_drops_turns(start_daemon: Callable[..., Any], bundles: Any) -> None:
+    daemon = start_daemon("max_context: 128", port=False)
+    for _ in range(2):
+        daemon.lines("/sessions/a/messages", {"content": "word " * 20, "max_tokens": 4})
+    events = daemon.request("POST", "/sessions/a/messages", {"content": "word " * 40})
+    assert events[0] == 400
+    assert events[2]["error"]["code"] == "context_length_exceeded"
+    lines = daemon.lines("/sessions/a/messages", {"content": "word " * 40, "max_tokens": 4, "drop_oldest": True})
+    assert "dropped" in lines[0]["notes"][0]
+    status, _, body = daemon.request(
+        "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 300}]}
+    )
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_answers_come_to_their_end_when_the_daemon_stops(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon(port=False, **SLOW)
+    one, seen = begin_stream(daemon, "/sessions/a/messages", {"content": FIRST, "temperature": 0}, b'{"type":"text"')
+    daemon.process.send_signal(signal.SIGTERM)
+    while part := one.recv(1 << 16):
+        seen += part
+    assert b'"type":"done"' in seen
+    assert daemon.process.wait(10) == 0
+    one.close()
+
+
+def test_prompt_caches_for_conversations_in_turn(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("prompt_cache: {max_mb: 50, min_tokens: 20}", port=False)
+    for name, words in (("a", "word "), ("b", "board ")):
+        daemon.lines(f"/sessions/{name}/messages", {"content": words * 60, "max_tokens": 2})
+    # b is on the NPU now; a comes from its file.
+    done = daemon.lines("/sessions/a/messages", {"content": "more", "max_tokens": 2})[-1]
+    assert done["reused_tokens"] >= 60
+    files = list((daemon.state / "cache" / "prompts").glob("*.kv"))
+    assert len(files) == 2
+    small = start_daemon("prompt_cache: {max_mb: 0.1, min_tokens: 20}", port=False)
+    for name in "abcdefgh":
+        small.lines(f"/sessions/{name}/messages", {"content": f"{name} " * 60, "max_tokens": 2})
+    folder = small.state / "cache" / "prompts"
+    assert sum(path.stat().st_size for path in folder.glob("*.kv")) <= 100_000
+
+
+def test_an_old_runtime_gets_its_reuse_from_files(start_daemon: Callable[..., Any]) -> None:
+    """Releases before 1.2.0 reuse nothing themselves, and give no figures to count by."""
+    daemon = start_daemon("abi: 1.1.4\nprompt_cache: {min_tokens: 20}", port=False)
+    first = "word " * 60
+    assert daemon.lines("/sessions/a/messages", {"content": first, "max_tokens": 2})[-1]["type"] == "done"
+    assert len(list((daemon.state / "cache" / "prompts").glob("*.kv"))) == 1
+    assert daemon.lines("/sessions/a/messages", {"content": "more", "max_tokens": 2})[-1]["type"] == "done"
+    assert daemon.ask(FIRST) == QA[FIRST]
+
+
+def test_sampling_per_request_needs_a_new_runtime(start_daemon: Callable[..., Any], daemon: Any) -> None:
+    body = {"messages": [{"role": "user", "content": FIRST}], "temperature": 1.5, "top_k": 3}
+    _, headers, _ = daemon.request("POST", "/v1/chat/completions", body)
+    assert headers["x-rkedge-ignored"] == "temperature, top_k"
+    strict = start_daemon("per_request_sampling: refuse", port=False)
+    status, _, answer = strict.request("POST", "/v1/chat/completions", body)
+    assert status == 400
+    assert "1.3.0" in answer["error"]["message"]
+    new = start_daemon("abi: 1.3.0", port=False)
+    status, headers, _ = new.request("POST", "/v1/chat/completions", body)
+    assert status == 200
+    assert "x-rkedge-ignored" not in headers
+    assert new.ask(FIRST) == QA[FIRST]
