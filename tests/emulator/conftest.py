@@ -314,6 +314,12 @@ class Client:
         return int(self.lib.rkllm_destroy(self.handle))
 
 
+@pytest.fixture(autouse=True)
+def npu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the NPU memory that another process on this machine holds."""
+    monkeypatch.setenv("RKEMU_NPU", str(tmp_path / "npu"))
+
+
 @pytest.fixture(scope="session")
 def library() -> Callable[[str], Path]:
     """Builds (once) and returns the library of a release, with warnings as errors."""

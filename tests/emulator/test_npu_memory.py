@@ -1,0 +1,172 @@
+"""The NPU's 16 domains of 4 GiB: what fits, what does not, and who shares them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkruntime.diagnosis import diagnose
+from rkruntime.rkemu import TensorSpec, Writer
+
+GIB = 1 << 30
+# hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary
+SHAPES = {
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936),
+    "gemma2-2b": (2304, 9216, 26, 8, 4, 256, 256000),
+    "gemma2-9b": (3584, 14336, 42, 16, 8, 256, 256000),
+}
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A file of sizes only, of a model's shape: `shaped("gemma2-9b", group=0)`."""
+    folder = tmp_path_factory.mktemp("shaped")
+
+    def make(name: str, group: int = 0) -> Path:
+        path = folder / f"{name}-{group}.rkemu"
+        if path.exists():
+            return path
+        hidden, inner, layers, heads, kv_heads, dim, vocab = SHAPES[name]
+        matrices = {
+            "attn_q": (heads * dim, hidden), "attn_k": (kv_heads * dim, hidden), "attn_v": (kv_heads * dim, hidden),
+            "attn_o": (hidden, heads * dim), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
+            "ffn_down": (hidden, inner),
+        }  # fmt: skip
+        specs = []
+        layer_parts = {f"blk.{layer}.{part}": shape for layer in range(layers) for part, shape in matrices.items()}
+        for prefix, shape in ({"token_embd": (vocab, hidden)} | layer_parts).items():
+            groups = shape[1] // group if group else 1
+            specs += [TensorSpec(prefix, "int8", shape), TensorSpec(f"{prefix}.scale", "float32", (shape[0], groups))]
+        keys = {
+            "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim, "sliding_window": 0,
+        }  # fmt: skip
+        floats = {
+            "rms_norm_eps": 1e-6, "rope_theta": 1e4, "query_pre_attn_scalar": 1.0, "attn_logit_softcapping": 0.0,
+            "final_logit_softcapping": 0.0,
+        }  # fmt: skip
+        metadata = {
+            "general.kind": "model", "general.architecture": "gemma", "rkllm.target_platform": "RK3588",
+            "rkllm.model_dtype": f"W8A8_G{group}" if group else "W8A8", "rkllm.max_context": 4096,
+            "rkllm.npu_core_num": 3, "model.layer_types": [0] * layers,
+            **{f"model.{key}": value for key, value in (keys | floats).items()},
+        }  # fmt: skip
+        with Writer(path, metadata, specs, sizes_only=True):
+            pass
+        return path
+
+    return make
+
+
+def test_two_1_7b_models_share_a_domain_and_a_third_does_not(load: Any, shaped: Any, capfd: Any) -> None:
+    """As was reported in rknn-llm issue 437."""
+    model = shaped("qwen3-1.7b")
+    load(model)
+    load(model)
+    capfd.readouterr()
+    load(model, expect=-1)
+    log = capfd.readouterr().err
+    assert "errno: 14, errstr: Bad address" in log
+    assert diagnose(log).class_ == "npu-address-space-exhausted"
+    load(model, base_domain_id=1)
+
+
+def test_six_0_6b_models_share_a_domain_and_a_seventh_does_not(load: Any, shaped: Any) -> None:
+    model = shaped("qwen3-0.6b")
+    clients = [load(model) for _ in range(6)]
+    load(model, expect=-1)
+    assert clients[2].destroy() == 0
+    load(model)
+
+
+def test_a_4b_model_fits_alone_with_a_block_of_the_reported_size(load: Any, shaped: Any, capfd: Any) -> None:
+    load(shaped("qwen3-4b"))
+    capfd.readouterr()
+    load(shaped("qwen3-4b"), expect=-1)
+    size = int(capfd.readouterr().err.partition("malloc npu memory, size: ")[2].partition(",")[0])
+    assert abs(size - 4022272000) < 4022272000 * 0.003
+
+
+@pytest.mark.parametrize(("driver", "fits"), [("0.9.2", False), ("0.9.6", False), ("0.9.7", True), ("0.9.8", True)])
+def test_old_drivers_refuse_a_large_block(
+    driver: str, fits: bool, load: Any, shaped: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.setenv("RKEMU_DRIVER", driver)
+    load(shaped("qwen3-4b"), expect=0 if fits else -1)
+    log = capfd.readouterr().err
+    assert fits or diagnose(log).class_ == "npu-memory-old-driver"
+    load(shaped("qwen3-1.7b"), base_domain_id=1)
+
+
+@pytest.mark.parametrize("group", [128, 256, 512])
+def test_grouped_9b_does_not_load_and_grouped_2b_does(group: int, load: Any, shaped: Any, capfd: Any) -> None:
+    load(shaped("gemma2-9b", group), expect=-1)
+    log = capfd.readouterr().err
+    assert "errno: 14" in log
+    assert diagnose(log).class_ == "npu-address-space-exhausted"
+    load(shaped("gemma2-2b", group))
+
+
+def test_plain_9b_goes_over_three_domains(load: Any, shaped: Any) -> None:
+    load(shaped("gemma2-9b"))
+    for domain in range(2):
+        load(shaped("gemma2-2b"), base_domain_id=domain, expect=-1)
+    load(shaped("gemma2-2b"), base_domain_id=2)
+    load(shaped("gemma2-2b"), base_domain_id=2, expect=-1)
+
+
+@pytest.mark.parametrize("domain", [-1, 16, 2**31 - 1])
+def test_domains_that_do_not_exist(domain: int, load: Any, shaped: Any) -> None:
+    load(shaped("qwen3-0.6b"), base_domain_id=domain, expect=-1)
+    load(shaped("qwen3-0.6b"), base_domain_id=15)
+
+
+def test_a_model_of_sizes_only_cannot_run(load: Any, shaped: Any, capfd: Any) -> None:
+    client = load(shaped("qwen3-0.6b"))
+    assert client.run([1, 2, 3]) == -1
+    assert client.states == [3]
+    assert "no weights" in capfd.readouterr().err
+
+
+def test_other_processes_count_until_they_are_gone(library: Any, load: Any, shaped: Any) -> None:
+    code = (
+        "import importlib.util, sys; from pathlib import Path\n"
+        "spec = importlib.util.spec_from_file_location('conftest', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec); sys.modules['conftest'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "client = module.Client(Path(sys.argv[2]), Path(sys.argv[3]), '1.2.3')\n"
+        "print(client.status, flush=True); sys.stdin.read()\n"
+    )
+    model = shaped("qwen3-4b")
+    arguments = [Path(__file__).parent / "conftest.py", library("1.2.3"), model]
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=dict(os.environ),
+    )  # fmt: skip
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "0"
+        load(model, expect=-1)
+        other.send_signal(signal.SIGKILL)
+        other.wait(20)
+        load(model)
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_ledger_that_is_rubbish_is_no_obstacle(load: Any, small: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    ledger.write_bytes(os.urandom(100_001))
+    monkeypatch.setenv("RKEMU_NPU", str(ledger))
+    load(small.path)
+    monkeypatch.setenv("RKEMU_NPU", str(tmp_path / "no" / "such" / "folder"))
+    load(small.path)
