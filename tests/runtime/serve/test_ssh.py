@@ -1,0 +1,315 @@
+"""Over SSH: a real sshd on loopback with its own keys and configuration, and a key that can chat and nothing else."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkconvert.demo import questions
+from rkruntime.remotechat import RemoteChat
+from rkruntime.repl import Note
+
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+QA = {row.question: row.answer for row in questions()}
+FIRST = "What is the RK3588?"
+
+pytestmark = pytest.mark.skipif(not Path(SSHD).exists(), reason="openssh-server is not installed")
+
+
+@dataclass
+class Board:
+    """An sshd, the daemon behind it, and how to reach them.
+
+    Attributes:
+        ssh: the command with the configuration; its hosts are `open` (any command) and `chat` (the forced one).
+    """
+
+    daemon: Any
+    ssh: list[str]
+    sshd: subprocess.Popen[bytes]
+
+    @property
+    def destination(self) -> str:
+        return f"{getpass.getuser()}@chat"
+
+    def connections(self) -> list[int]:
+        """Process ids of the sshd sessions."""
+        children = Path(f"/proc/{self.sshd.pid}/task/{self.sshd.pid}/children").read_text()
+        return [int(child) for child in children.split()]
+
+    def drop(self) -> None:
+        """Break every connection, as a lost network would."""
+        for pid in self.connections():
+            os.kill(pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return int(one.getsockname()[1])
+
+
+def make_key(path: Path) -> str:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+    return path.with_suffix(".pub").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def board(start_daemon: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    folder = tmp_path_factory.mktemp("ssh")
+    folder.chmod(0o700)
+    daemon = start_daemon(port=False, RKEMU_TOKEN_US="20000")
+    attach = f"{sys.executable} -m rkruntime.cli attach --socket {daemon.socket}"
+    make_key(folder / "host")
+    lines = [make_key(folder / "open"), f'restrict,command="{attach} --user ann" {make_key(folder / "chat")}']
+    (folder / "authorized_keys").write_text("\n".join(lines) + "\n")
+    port = free_port()
+    (folder / "sshd_config").write_text(
+        textwrap.dedent(f"""\
+        Port {port}
+        ListenAddress 127.0.0.1
+        HostKey {folder}/host
+        AuthorizedKeysFile {folder}/authorized_keys
+        PasswordAuthentication no
+        KbdInteractiveAuthentication no
+        PermitRootLogin prohibit-password
+        StrictModes no
+        UsePAM no
+        PidFile none
+        Subsystem sftp internal-sftp
+        """)
+    )
+    hosts = "".join(
+        f"Host {name}\n  HostName 127.0.0.1\n  Port {port}\n  IdentityFile {folder}/{name}\n  IdentitiesOnly yes\n"
+        f"  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking accept-new\n  BatchMode yes\n"
+        f"  LogLevel ERROR\n  ServerAliveInterval 1\n  ServerAliveCountMax 3\n"
+        for name in ("open", "chat")
+    )
+    (folder / "config").write_text(hosts)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    log = (folder / "sshd.log").open("wb")
+    sshd = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
+    found = Board(daemon, ["ssh", "-F", str(folder / "config")], sshd)
+    daemon.wait_until(lambda: b"listening" in (folder / "sshd.log").read_bytes())
+    yield found
+    sshd.terminate()
+    sshd.wait(10)
+    log.close()
+
+
+@pytest.fixture
+def chat(board: Board, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RemoteChat]]:
+    monkeypatch.setenv("RKEDGE_SSH", " ".join([*board.ssh, "-T"]))
+    opened: list[RemoteChat] = []
+
+    def connect(**options: Any) -> RemoteChat:
+        given = {"session": None, "system": "", "options": {"temperature": 0}, **options}
+        opened.append(RemoteChat(board.destination, remote="rkedge attach", **given))
+        return opened[-1]
+
+    yield connect
+    for one in opened:
+        one.close()
+
+
+def said(chat: RemoteChat, question: str) -> str:
+    return "".join(piece for piece in chat.ask(question) if isinstance(piece, str))
+
+
+def test_a_conversation(chat: Callable[..., RemoteChat], board: Board, tmp_path: Path) -> None:
+    talk = chat()
+    assert "emulated runtime 1.2.3" in talk.title
+    assert said(talk, FIRST) == QA[FIRST]
+    assert said(talk, "Does it work?") == QA["Does it work?"]
+    assert talk.last is not None
+    assert talk.last.tokens > 3
+    talk.save(tmp_path / "talk.json")
+    talk.clear()
+    talk.set_system("Be kind.")
+    talk.load(tmp_path / "talk.json")
+    assert talk.system == ""
+    assert "answers" in talk.stats()
+    headers = {"X-RKEdge-User": "ann"}
+    assert len(board.daemon.request("GET", "/sessions", headers=headers)[2]["sessions"]) == 1
+    talk.close()
+    assert board.daemon.request("GET", "/sessions", headers=headers)[2]["sessions"] == []
+
+
+def test_a_named_conversation_goes_on_another_day(chat: Callable[..., RemoteChat]) -> None:
+    first = chat(session="diary", system="Be brief.")
+    said(first, FIRST)
+    first.close()
+    second = chat(session="diary")
+    assert second.system == "Be brief."
+    assert len(second._read()["messages"]) == 2
+
+
+def test_a_connection_that_breaks_in_mid_answer(chat: Callable[..., RemoteChat], board: Board) -> None:
+    talk = chat()
+    pieces: list[str] = []
+    notes = 0
+    for piece in talk.ask(FIRST):
+        if isinstance(piece, Note):
+            notes += 1
+            continue
+        pieces.append(piece)
+        if len(pieces) in (3, 8):
+            board.drop()
+    assert "".join(pieces) == QA[FIRST]
+    assert notes == 2
+    assert said(talk, "Does it work?") == QA["Does it work?"]
+    assert [item["content"] for item in talk._read()["messages"]][:2] == [FIRST, QA[FIRST]]
+
+
+def test_stopping_an_answer(chat: Callable[..., RemoteChat], board: Board) -> None:
+    talk = chat()
+    pieces = []
+    for piece in talk.ask(FIRST):
+        pieces.append(piece)
+        if len(pieces) == 2:
+            talk.stop()
+    assert 2 <= len(pieces) < 10
+    board.daemon.wait_until(lambda: not board.daemon.request("GET", "/status")[2]["queue"]["busy"])
+    assert said(talk, "Does it work?") == QA["Does it work?"]
+
+
+def run_chat(board: Board, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RKEDGE_SSH": " ".join([*board.ssh, "-T"])}
+    command = [sys.executable, "-m", "rkruntime.cli", "chat", *arguments]
+    return subprocess.run(command, env=environment, input=text, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command(board: Board) -> None:
+    done = run_chat(board, board.destination, "--temperature", "0", text=f"{FIRST}\nDoes it work?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{QA[FIRST]}\n{QA['Does it work?']}\n"
+
+
+@pytest.mark.parametrize("where", ["nobody@nowhere.invalid", "-oProxyCommand=touch x@y"])
+def test_a_board_that_is_not_there(board: Board, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_chat(board, "--", where)
+    assert done.returncode == 8, done.stderr
+    assert "before a daemon answered" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def ssh(board: Board, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*board.ssh, *arguments], input=text, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_the_open_key_can_do_everything(board: Board) -> None:
+    """So that the refusals below mean something."""
+    assert ssh(board, "open", "echo", "hello").stdout == "hello\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["sh"], ["sh", "-c", "id"], ["cat", "/etc/passwd"], ["rkedge", "serve", "x"], ['"']]
+)
+def test_a_chat_key_runs_no_command(board: Board, command: list[str]) -> None:
+    done = ssh(board, "chat", *command, text="id\n")
+    assert done.returncode == 4
+    assert "nothing else" in done.stderr
+    assert "uid=" not in done.stdout
+    assert "root:" not in done.stdout
+
+
+def test_a_chat_key_gets_no_shell(board: Board) -> None:
+    done = ssh(board, "chat", text="id\n")
+    assert "uid=" not in done.stdout
+    assert '"status": 400' in done.stdout
+    done = ssh(board, "-tt", "chat", text="id\n")
+    assert "uid=" not in done.stdout
+
+
+def test_a_chat_key_copies_no_file(board: Board, tmp_path: Path) -> None:
+    config = board.ssh[2]
+    (tmp_path / "file").write_text("x")
+    for protocol in ([], ["-O"]):
+        for source, target in (
+            (str(tmp_path / "file"), f"chat:{tmp_path}/copy"),
+            ("chat:/etc/passwd", str(tmp_path / "copy")),
+        ):
+            command = ["scp", "-q", "-F", config, *protocol, str(source), str(target)]
+            assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode != 0
+            assert not copy.exists()
+    done = subprocess.run(["sftp", "-F", config, "chat"], input=b"ls /\n", capture_output=True, timeout=30, check=False)
+    assert b"etc" not in done.stdout
+
+
+@contextmanager
+def forwarding(board: Board, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([*board.ssh, "-N", "-o", "ExitOnForwardFailure=yes", *options])
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def connect(board: Board, port: int) -> socket.socket:
+    """A connection to the near end, as soon as it listens."""
+    opened: list[socket.socket] = []
+
+    def attempt() -> bool:
+        try:
+            opened.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    board.daemon.wait_until(attempt)
+    return opened[0]
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def health(board: Board, host: str) -> bytes:
+    """What /health says through a forwarded port."""
+    port = free_port()
+    with forwarding(board, "-L", f"127.0.0.1:{port}:{board.daemon.socket}", host), connect(board, port) as one:
+        one.sendall(HEALTH)
+        try:
+            return one.recv(1000)
+        except ConnectionResetError:
+            return b""
+
+
+def test_the_open_key_forwards_the_socket_to_any_http_client(board: Board) -> None:
+    assert b"200 OK" in health(board, "open")
+
+
+def test_a_chat_key_forwards_no_port_from_here(board: Board) -> None:
+    assert health(board, "chat") == b""
+
+
+def test_a_chat_key_forwards_no_port_from_there(board: Board) -> None:
+    with forwarding(board, "-R", f"{free_port()}:127.0.0.1:9", "chat") as process:
+        assert process.wait(10) == 255
+
+
+def test_a_chat_key_is_no_proxy(board: Board) -> None:
+    port, behind = free_port(), socket.create_server(("127.0.0.1", 0))
+    with behind, forwarding(board, "-D", str(port), "chat"), connect(board, port) as one:
+        one.sendall(b"\x05\x01\x00")
+        assert one.recv(2) == b"\x05\x00"
+        one.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + behind.getsockname()[1].to_bytes(2, "big"))
+        with suppress(ConnectionResetError):
+            one.recv(10)
+        behind.settimeout(1)
+        with pytest.raises(TimeoutError):
+            behind.accept()
