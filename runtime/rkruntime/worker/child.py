@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import resource
+import select
 import signal
 import threading
 from array import array
@@ -83,9 +84,12 @@ class Worker:
     def send(self, kind: int, run: int, value: int, data: bytes | memoryview, batch: int = 0) -> None:
         """Write a record of any size, whole."""
         with self._lock:
-            head = protocol.RECORD.pack(kind, batch, run & 0xFFFF, value, memoryview(data).nbytes)
+            size = memoryview(data).nbytes
+            head = protocol.RECORD.pack(kind, batch, run & 0xFFFF, value, size)
+            # In one piece where it can be: a token's record, which takes no lock, must not come in between.
+            parts = [head + bytes(data)] if len(head) + size <= select.PIPE_BUF else [head, data]
             try:
-                protocol.write_all(self._records, head, data)
+                protocol.write_all(self._records, *parts)
             except OSError:
                 os._exit(0)
 
