@@ -238,11 +238,9 @@ def test_a_chat_key_gets_no_shell(board: Board) -> None:
 def test_a_chat_key_copies_no_file(board: Board, tmp_path: Path) -> None:
     config = board.ssh[2]
     (tmp_path / "file").write_text("x")
+    copy = tmp_path / "copy"
     for protocol in ([], ["-O"]):
-        for source, target in (
-            (str(tmp_path / "file"), f"chat:{tmp_path}/copy"),
-            ("chat:/etc/passwd", str(tmp_path / "copy")),
-        ):
+        for source, target in ((tmp_path / "file", f"chat:{copy}"), ("chat:/etc/passwd", copy)):
             command = ["scp", "-q", "-F", config, *protocol, str(source), str(target)]
             assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode != 0
             assert not copy.exists()
