@@ -28,7 +28,7 @@ def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exceptio
     dataclasses. Only a whole number for a float is converted.
 
     Raises:
-        what `fail` makes of "KEY is missing", "unknown key KEY; did you mean NAME?" or "KEY is TYPE; it must be TYPE".
+        what `fail` makes of "KEY is missing", "unknown key KEY (did you mean NAME?)" or "KEY is TYPE; it must be TYPE".
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
     return value
@@ -82,4 +82,4 @@ def _key(where: str, name: object) -> str:
 
 def _nearest(key: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""

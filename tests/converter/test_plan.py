@@ -28,19 +28,11 @@ from rkconvert.plan.sizes import cache_bytes_per_token, npu_bytes, parse_type
 from rkconvert.shapes import parse_shape
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
 
-GEMMA = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 256000,
-         "max_position_embeddings": 8192, "head_dim": 256}  # fmt: skip
-SIZES = {
-    "gemma-2-2b-it": (2304, 9216, 26, 8, 4, 256),
-    "gemma-2-9b-it": (3584, 14336, 42, 16, 8, 256),
-    "gemma-2-27b-it": (4608, 36864, 46, 32, 16, 128),
-}
+CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())
 
 
 def config_of(name: str) -> dict[str, Any]:
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    *sizes, head_dim = SIZES[name]
-    return GEMMA | dict(zip(keys, sizes, strict=True)) | {"head_dim": head_dim}
+    return dict(CONFIGS[name])
 
 
 @pytest.fixture
@@ -96,7 +88,7 @@ def test_27b_fits_the_largest_boards_only():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.sampled_from(list(SIZES)),
+    name=st.sampled_from(list(CONFIGS)),
     dtype=st.sampled_from(["w8a8", "w8a8_g128", "fp16", "w4a16"]),
     context=st.integers(1, 512).map(lambda n: 32 * n),
 )
@@ -110,7 +102,7 @@ def test_domains_hold_everything_and_none_is_too_full(name, dtype, context):
 
 
 @settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from(list(SIZES)), ram=st.floats(3, 40), embedding=st.sampled_from(["flash", "ram"]))
+@given(name=st.sampled_from(list(CONFIGS)), ram=st.floats(3, 40), embedding=st.sampled_from(["flash", "ram"]))
 def test_the_largest_context_fits_and_the_next_does_not(name, ram, embedding):
     plan = plan_of(name, ram_gib=ram, embedding=embedding)
     largest = plan.ram[0].largest_context
@@ -125,7 +117,7 @@ def test_the_embedding_in_ram_counts():
     assert ram.memory_bytes - flash.memory_bytes == pytest.approx(256000 * 2304 * 2)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("soc", ["rk3588", "rk3576"])
 def test_verdicts_are_those_of_the_table_unless_the_board_is_too_small(name, soc):
     plan = plan_of(name, board=soc, ram_gib=64.0)

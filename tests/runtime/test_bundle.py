@@ -110,7 +110,7 @@ def test_wrong_manifests_name_the_key(tmp_path: Path, change: dict[str, object],
 def test_manifests_that_would_crash_grow_or_say_two_things(tmp_path: Path, text: str) -> None:
     make(tmp_path / "b")
     (tmp_path / "b" / MANIFEST).write_text(text)
-    with pytest.raises(BundleError, match="is not YAML: .*(nested|alias|twice)"):
+    with pytest.raises(BundleError, match=r"is not YAML: .*(nested|alias|twice)"):
         open_bundle(tmp_path / "b")
 
 

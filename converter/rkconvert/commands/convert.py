@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from rkconvert import recipes
 from rkconvert.convert import TARGETS, Options, convert
 from rkconvert.dtypes import EMULATOR_ONLY, known_types, platforms
 from rkconvert.job import Lora
@@ -16,6 +17,7 @@ from rkconvert.progress import Reporter
 
 @click.command("convert")
 @click.argument("checkpoint")
+@recipes.option()
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
 @click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
