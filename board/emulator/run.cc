@@ -111,27 +111,28 @@ bool Session::tell(const Sink& sink, std::vector<Result> results, State state) c
 // Tells the client of the tokens just chosen; true if it wants a pause.
 bool Session::report_tokens(const Sink& sink, Mode mode, bool first) {
   std::vector<Result> results;
-  bool waiting = true;
+  bool any = false, waiting = true;
   for (Sequence& sequence : sequences_) {
     Result result;
     if (sequence.done) {
       result.text = nullptr;
     } else {
-      const bool unfinished = sequence.text.empty() && !sequence.bytes.empty();
-      waiting = waiting && unfinished;
+      any = true;
+      waiting = waiting && sequence.text.empty() && !sequence.bytes.empty();
       result.text = sequence.text.c_str();
       result.token = sequence.token;
-      if (mode == Mode::logits) {
-        const std::vector<float>& logits = first ? sequence.collected : sequence.logits;
-        result.logits = logits.data();
-        result.width = card_.config.vocab_size;
-        result.rows = static_cast<int>(logits.size() / static_cast<size_t>(result.width));
-      }
+    }
+    // The prompt's logits come also where the answer is empty.
+    if (mode == Mode::logits && (first || !sequence.done)) {
+      const std::vector<float>& logits = first ? sequence.collected : sequence.logits;
+      result.logits = logits.data();
+      result.width = card_.config.vocab_size;
+      result.rows = static_cast<int>(logits.size() / static_cast<size_t>(result.width));
     }
     results.push_back(result);
   }
   faults_.strike(Stage::token, settings_.model_path, perf_.generated_tokens);
-  return tell(sink, std::move(results), waiting ? State::waiting : State::normal) && rules_.pause;
+  return tell(sink, std::move(results), any && waiting ? State::waiting : State::normal) && rules_.pause;
 }
 
 // Computes the chosen token of every sequence that goes on.
@@ -173,9 +174,14 @@ void Session::answer(const Request& request, const Sink& sink) {
       if (logits_mode) sequence.logits = kept;
       any = any || !sequence.done;
     }
+    if (any) {
+      ++perf_.generated_tokens;
+    } else if (!first || !logits_mode) {
+      return;
+    }
+    const bool pause = report_tokens(sink, request.mode, first);
     if (!any) return;
-    ++perf_.generated_tokens;
-    if (report_tokens(sink, request.mode, first)) {
+    if (pause) {
       paused_ = true;
       return;
     }
