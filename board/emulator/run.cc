@@ -132,7 +132,8 @@ bool Session::report_tokens(const Sink& sink, Mode mode, bool first) {
     results.push_back(result);
   }
   faults_.strike(Stage::token, settings_.model_path, perf_.generated_tokens);
-  return tell(sink, std::move(results), any && waiting ? State::waiting : State::normal) && rules_.pause;
+  return tell(sink, std::move(results), any && waiting ? State::waiting : State::normal) &&
+         rules_.pause;
 }
 
 // Computes the chosen token of every sequence that goes on.
