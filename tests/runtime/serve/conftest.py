@@ -22,7 +22,7 @@ from rkconvert.demo import adapter, checkpoint
 from rkruntime import cli
 from rkruntime.attach import UnixConnection
 
-READY = re.compile(r"serving (\S+) on (\S+)(?:, http://127\.0\.0\.1:(\d+))?")
+READY = re.compile(r"serving (\S+) on ([^\s,]+)(?:, http://127\.0\.0\.1:(\d+))?")
 
 
 @pytest.fixture(scope="session")

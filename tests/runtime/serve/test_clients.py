@@ -1,0 +1,222 @@
+"""Other people's clients: openai's and ollama's own Python packages, and the curl line of the llamafile model card."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ollama
+import openai
+import pytest
+
+from rkconvert.demo import questions
+
+QA = {row.question: row.answer for row in questions()}
+FIRST = "What is the RK3588?"
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def client(daemon: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="no-key", max_retries=0) as one:
+        yield one
+
+
+def user(text: str) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="any", messages=user(FIRST), temperature=0, seed=7)
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == (QA[FIRST], "assistant", "stop")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.model == client.models.list().data[0].id
+
+
+def test_chat_streams(client: openai.OpenAI) -> None:
+    for question in ("Does it work?", FIRST):
+        options: Any = {"stream_options": {"include_usage": True}}
+        chunks = list(client.chat.completions.create(model="x", messages=user(question), stream=True, **options))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == QA[question]
+        assert chunks[-1].usage is not None
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+
+
+def test_system_and_developer_messages(client: openai.OpenAI) -> None:
+    for role in ("system", "developer"):
+        messages: Any = [{"role": role, "content": [{"type": "text", "text": "Be brief."}]}, *user(FIRST)]
+        assert client.chat.completions.create(model="x", messages=messages, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_limits_and_stop_strings(client: openai.OpenAI) -> None:
+    for options in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
+        choice = client.chat.completions.create(model="x", messages=user(FIRST), **options).choices[0]  # type: ignore[call-overload]
+        assert choice.finish_reason == "length"
+        assert QA[FIRST].startswith(choice.message.content)
+    for stop in ("with eight", ["nothing", "with eight"]):
+        choice = client.chat.completions.create(model="x", messages=user(FIRST), stop=stop).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (QA[FIRST].partition("with eight")[0], "stop")
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    """A plain text, continued; control tokens in it are text."""
+    done = client.completions.create(model="x", prompt="What is", max_tokens=4)
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (3, 4)
+    assert done.choices[0].finish_reason == "length"
+    parts = list(client.completions.create(model="x", prompt=["What is"], max_tokens=4, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == done.choices[0].text
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["What is the RK3588?", "What is the RK3588?", "Who made Gemma?"]
+    data = client.embeddings.create(model="x", input=texts, encoding_format="float").data
+    first, same, other = (item.embedding for item in data)
+    assert len(first) == 128
+    assert sum(x * x for x in first) == pytest.approx(1, abs=1e-5)
+    assert first == pytest.approx(same, abs=1e-5)
+    assert sum(x * y for x, y in zip(first, other, strict=True)) < 0.999
+    # The package asks for base64 by itself if nothing is said.
+    assert client.embeddings.create(model="x", input=texts[0]).data[0].embedding == pytest.approx(first, abs=1e-5)
+    raw = client.embeddings.with_raw_response.create(model="x", input=texts[0], encoding_format="base64")
+    packed = base64.b64decode(json.loads(raw.text)["data"][0]["embedding"])
+    assert struct.unpack("<128f", packed) == pytest.approx(first, abs=1e-5)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (card,) = client.models.list().data
+    assert client.models.retrieve(card.id).id == card.id
+    with pytest.raises(openai.NotFoundError, match="this daemon has"):
+        client.models.retrieve("gpt-4")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"logit_bias": {"5": 1}},
+        {"temperature": 3},
+        {"top_p": -1},
+        {"max_tokens": 0},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"stop": ["x"] * 17},
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_cannot_be_had_is_a_400_that_says_why(client: openai.OpenAI, wrong: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "x", "messages": user("hi"), **wrong})
+    body: Any = caught.value.body
+    assert body["type"] == "invalid_request_error"
+    assert next(iter(wrong)) in f"{body['param']} {body['message']}"
+
+
+def test_keys(start_daemon: Callable[..., Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(0o600)
+    guarded = start_daemon(f"listen: {{api_keys: {keys}}}")
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEY, max_retries=0) as right:
+        assert right.chat.completions.create(model="x", messages=user(FIRST)).choices[0].message.content == QA[FIRST]
+    for wrong in ("no-key", KEY[:-1], KEY + "x", "é"):
+        assert guarded_status(guarded, wrong) == 401
+    # The Unix socket's permissions are its key.
+    assert guarded.ask(FIRST) == QA[FIRST]
+
+
+def guarded_status(daemon: Any, key: str) -> int:
+    command = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", f"Authorization: Bearer {key}"]
+    return int(subprocess.run([*command, f"{daemon.url}/v1/models"], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.fixture
+def olla(daemon: Any) -> Iterator[ollama.Client]:
+    one = ollama.Client(host=daemon.url)
+    yield one
+    one._client.close()
+
+
+def test_ollama_chat(olla: ollama.Client) -> None:
+    whole = olla.chat(model="any", messages=user(FIRST), options={"temperature": 0, "seed": 1})
+    assert (whole.message.content, whole.done, whole.done_reason) == (QA[FIRST], True, "stop")
+    assert whole.eval_count > 5
+    parts = list(olla.chat(model="any", messages=user("Does it work?"), stream=True))
+    assert "".join(part.message.content for part in parts) == QA["Does it work?"]
+    assert [part.done for part in parts][-1]
+    short = olla.chat(model="any", messages=user(FIRST), options={"num_predict": 2, "stop": ["zzz"]})
+    assert (short.eval_count, short.done_reason) == (2, "length")
+
+
+def test_ollama_generate(olla: ollama.Client) -> None:
+    assert olla.generate(model="any", prompt=FIRST).response == QA[FIRST]
+    parts = list(olla.generate(model="any", prompt=FIRST, system="", stream=True))
+    assert "".join(part.response for part in parts) == QA[FIRST]
+    raw = olla.generate(model="any", prompt="What is", raw=True, options={"num_predict": 3})
+    assert raw.prompt_eval_count == 3
+    assert olla.generate(model="any").done_reason == "load"
+
+
+def test_ollama_says_what_there_is(olla: ollama.Client, daemon: Any) -> None:
+    (card,) = olla.list().models
+    assert card.details.family == "gemma2"
+    assert olla.ps().models[0].model == card.model
+    shown = olla.show("any")
+    assert shown.modelinfo["gemma2.context_length"] == 1024
+    assert "completion" in shown.capabilities
+    assert daemon.request("GET", "/api/version")[2]["version"]
+    assert daemon.request("GET", "/")[2] == b"Ollama is running"
+
+
+def test_ollama_errors(olla: ollama.Client) -> None:
+    for wrong in (
+        {"format": "json"},
+        {"options": {"temperature": 99}},
+        {"messages": [{"role": "user", "images": ["eA=="]}]},
+    ):
+        with pytest.raises(ollama.ResponseError) as caught:
+            olla.chat(**{"model": "x", "messages": user("hi"), **wrong})  # type: ignore[arg-type]
+        assert caught.value.status_code == 400
+
+
+def test_the_curl_line_of_the_llamafile_model_card(daemon: Any) -> None:
+    """As it stands there, but for the port."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    line = f"""curl http://localhost:{daemon.port}/v1/chat/completions \\
+-H "Content-Type: application/json" \\
+-H "Authorization: Bearer no-key" \\
+-d '{{
+  "model": "LLaMA_CPP",
+  "messages": [
+      {{
+          "role": "system",
+          "content": "You are LLAMAfile, an AI assistant. Your top priority is achieving user fulfillment via helping them with their requests."
+      }},
+      {{
+          "role": "user",
+          "content": "Write a limerick about python exceptions"
+      }}
+    ]
+}}' | python3 -c '
+import json
+import sys
+json.dump(json.load(sys.stdin), sys.stdout, indent=2)
+print()
+'"""  # noqa: E501 - quoted
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
