@@ -232,7 +232,7 @@ class Model:
             ids = self._tokenizer(content[:size])
             if len(ids) > room:
                 return -1
-            tokens[: len(ids)] = ids
+            ctypes.memmove(tokens, (ctypes.c_int32 * len(ids))(*ids), len(ids) * 4)
             return len(ids)
         except BaseException as error:
             self.failure = self.failure or error
@@ -279,7 +279,11 @@ class Model:
         options = self.library.make("RKLLMInferParam", infer)
         self._running_with = (inputs, options, prompts, infer)
         self.failure = None
-        self.call(name, inputs, ctypes.byref(options), None)
+        try:
+            self.call(name, inputs, ctypes.byref(options), None)
+        except RunError:
+            self.raise_failure()  # a failed callback is why the library gave up
+            raise
 
     def raise_failure(self) -> None:
         """Raise what a callback raised during the last run."""
@@ -311,7 +315,7 @@ class Model:
 
     def clear_kv_cache(self, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Empty the KV cache, or take out positions [start, end) of each batch (1.2.1 on, while paused)."""
-        if len(self.library.abi.functions["rkllm_clear_kv_cache"].argtypes if self._clears() else ()) == 2:
+        if len(self.library.function("rkllm_clear_kv_cache").argtypes) == 2:
             if ranges is not None:
                 raise UnsupportedCallError("Ranges of the KV cache can be cleared from release 1.2.1 on.")
             self.call("rkllm_clear_kv_cache", int(keep_system_prompt))
@@ -323,9 +327,6 @@ class Model:
             positions = ctypes.c_int * self.batches
             starts, ends = positions(*(start for start, _ in ranges)), positions(*(end for _, end in ranges))
             self.call("rkllm_clear_kv_cache", int(keep_system_prompt), starts, ends)
-
-    def _clears(self) -> bool:
-        return self.library.function("rkllm_clear_kv_cache") is not None
 
     def kv_cache_sizes(self) -> list[int]:
         """Positions in the KV cache, per batch (1.2.1 on)."""
@@ -343,6 +344,7 @@ class Model:
 
     def set_cross_attention(self, values: Mapping[str, Any]) -> None:
         """Encoder state for models with cross attention (1.2.1 on); the buffers are kept until the next call."""
+        self.library.function("rkllm_set_cross_attn_params")
         params = self.library.make("RKLLMCrossAttnParam", values)
         self.call("rkllm_set_cross_attn_params", ctypes.byref(params))
         self._cross_attention = (params, values)

@@ -362,7 +362,7 @@ class Engine:
     def _settle(self) -> None:
         """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
         run = self._active
-        if run is None or self._gone is not None or self._closed:
+        if run is None or self._closed or self._worker.ended:
             return
         self._send({"call": "abort", "run": run})
         while self._active is not None:
@@ -413,7 +413,7 @@ class Engine:
 
     async def _settle_async(self, records: _AsyncRecords) -> None:
         run = self._active
-        if run is None or self._gone is not None or self._closed:
+        if run is None or self._closed or self._worker.ended:
             return
         # A second cancellation leaves the rest to the next run.
         self._abandoned = True

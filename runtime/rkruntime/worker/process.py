@@ -86,6 +86,11 @@ class WorkerProcess:
         """Readable when there may be a record, for an event loop."""
         return self._records
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process is known to be gone."""
+        return self.process.returncode is not None
+
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
         """Send a command. Raises WorkerCrashedError if the worker is gone."""
         try:
@@ -96,6 +101,8 @@ class WorkerProcess:
     def buffered(self) -> Record | None:
         """The next record that has arrived whole, without a system call."""
         if self._parts:  # of a long record: `receive` joins them when the last one is here
+            return None
+        if self._parts:
             return None
         start = self._at + _HEAD
         if start > len(self._buffer):

@@ -1,0 +1,155 @@
+"""The demo model for the emulator, its libraries, engines over them, and a library that misbehaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkboard import emulator
+from rkconvert import demo
+from rkruntime import cli
+from rkruntime.abi import RELEASES
+from rkruntime.bundle import Bundle, open_bundle
+from rkruntime.engine import Engine, LoadOptions
+from rkruntime.generation import GREEDY, Token
+from rkruntime.rkemu import Container, Writer, read_container
+from rkruntime.tokenizer import Tokenizer
+
+DOUBLE = Path(__file__).with_name("double.cc")
+
+# One release of each layout that the emulator has.
+LAYOUT_RELEASES = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")
+
+
+@pytest.fixture(params=LAYOUT_RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    """Each layout in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo model, converted for the emulator."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    assert cli.main(["convert", str(demo.checkpoint()), "--target", "emulator", "-o", str(folder)]) == 0
+    return open_bundle(folder)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer.load(bundle.tokenizer)
+
+
+def _copy(source: Container, path: Path, drop: str) -> Path:
+    """The container without the tensors whose names begin with `drop`."""
+    kept = [entry.spec for name, entry in source.tensors.items() if not name.startswith(drop)]
+    with Writer(path, source.metadata, kept) as writer:
+        for spec in kept:
+            writer.write(spec.name, source.read(spec.name))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_without(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The demo model without some of its tensors."""
+    container = read_container(bundle.model)
+    return lambda drop: _copy(container, tmp_path_factory.mktemp("without") / "model.rkemu", drop)
+
+
+@pytest.fixture
+def options(bundle: Bundle) -> Callable[..., LoadOptions]:
+    """Options for the demo model over an emulated release."""
+
+    def make(release: str = "1.2.3", **changes: Any) -> LoadOptions:
+        values: dict[str, Any] = {
+            "library": emulator.build(release),
+            "model": bundle.model,
+            "max_context": 512,
+            "sampling": GREEDY,
+            "load_timeout": 60.0,
+            "token_timeout": 60.0,
+        }
+        return LoadOptions(**(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def load(options: Callable[..., LoadOptions]) -> Iterator[Callable[..., Engine]]:
+    """Loads the demo model; what is still loaded at the end is closed."""
+    engines: list[Engine] = []
+
+    def make(release: str = "1.2.3", **changes: Any) -> Engine:
+        engines.append(Engine.load(options(release, **changes)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds the misbehaving library of a release."""
+    built: dict[str, Path] = {}
+    compiler = emulator.find_compiler()
+
+    def build(release: str) -> Path:
+        if release not in built:
+            library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
+            layout = RELEASES[release].layout.removeprefix("L")
+            defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
+            command = [*compiler.command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines, "-o", library, DOUBLE]
+            subprocess.run(command, check=True)
+            built[release] = library
+        return built[release]
+
+    return build
+
+
+@pytest.fixture
+def misbehaving(double: Callable[[str], Path], tmp_path: Path) -> Callable[..., LoadOptions]:
+    """Options for the double: `misbehaving("init-segv", release="1.2.3", tokens=10)`."""
+    model = tmp_path / "model.rkllm"
+    model.write_bytes(b"not read")
+
+    def make(
+        behaviour: str, release: str = "1.2.3", *, tokens: int = 10, at: int = 3, us: int = 0, **changes: Any
+    ) -> LoadOptions:
+        environment = {
+            "RKDOUBLE": behaviour,
+            "RKDOUBLE_TOKENS": str(tokens),
+            "RKDOUBLE_AT": str(at),
+            "RKDOUBLE_US": str(us),
+        }
+        values = {"load_timeout": 20.0, "token_timeout": 20.0, "close_timeout": 5.0} | changes
+        return LoadOptions(library=double(release), model=model, environment=environment, **values)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No test leaves a process, a thread or a descriptor behind."""
+    import threading
+
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    before, threads = children(), threading.active_count()
+    descriptors = set(os.listdir("/proc/self/fd"))
+    yield
+    assert children() <= before
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
+
+
+@pytest.fixture(scope="session")
+def ids_of() -> Callable[[Sequence[Any]], list[int]]:
+    """The token ids among events."""
+    return lambda events: [event.token_id for event in events if isinstance(event, Token)]
