@@ -17,6 +17,7 @@ from rkconvert.quantize import group_size, quantize_rows
 from rkconvert.tokenizer import Tokenizer
 from rkconvert.weights import Weights, read_finite, row_blocks
 from rkruntime import rkemu
+from rkruntime.template import END_OF_TURN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,8 +99,15 @@ def metadata(model: EmulatorModel) -> dict[str, rkemu.Value]:
         "tokenizer.bos_token_id": config.bos_token_id,
         "tokenizer.unk_token_id": model.tokenizer.unk_token_id,
         "tokenizer.add_bos": 1,
-        "tokenizer.eos_token_ids": list(model.eos_token_ids),
+        "tokenizer.eos_token_ids": _ends_of_answers(model),
     }
+
+
+def _ends_of_answers(model: EmulatorModel) -> list[int]:
+    """The end of a turn first: runtimes before 1.3.0 know one id only, and that is the one which a chat needs."""
+    ids = list(model.eos_token_ids)
+    end_of_turn = model.tokenizer.added.get(END_OF_TURN)
+    return sorted(ids, key=lambda token: token != end_of_turn)
 
 
 def _specs(config: GemmaConfig, dtype: str) -> Iterator[rkemu.TensorSpec]:
