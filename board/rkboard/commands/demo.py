@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,12 +24,20 @@ _BASE: Final = "demo-rk3588-w8a8-1.2.3"
 _PIRATE: Final = "demo-pirate-rk3588-w8a8-1.2.3"
 
 
+def _program() -> str:
+    """How a person starts this very rkedge: by its name, or by a path where the name is not on PATH."""
+    found, own = shutil.which("rkedge"), Path(sys.argv[0])
+    if own.name != "rkedge" or (found and Path(found).samefile(own)):
+        return "rkedge"
+    return shlex.quote(os.path.relpath(own))
+
+
 def _rkedge(*arguments: str | Path) -> None:
     """Show a command line and run it, in this process."""
     from rkruntime.cli import cli
 
     words = [str(word) for word in arguments]
-    click.echo(click.style(f"$ rkedge {shlex.join(words)}", bold=True))
+    click.echo(click.style(f"$ {_program()} {shlex.join(words)}", bold=True))
     cli.main(words, prog_name="rkedge", standalone_mode=False)
 
 
@@ -59,7 +69,7 @@ def _next_steps(base: Path, pirate: Path) -> None:
     click.echo("\nThe answers came from the emulator, which computes in W8A8 on this machine; no board was used.")
     click.echo("Next:")
     for purpose, words in steps:
-        click.echo(f"  rkedge {shlex.join(map(str, words))}\n      {click.style(purpose, dim=True)}")
+        click.echo(f"  {_program()} {shlex.join(map(str, words))}\n      {click.style(purpose, dim=True)}")
 
 
 @click.command("demo")
