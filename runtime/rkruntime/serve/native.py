@@ -153,20 +153,17 @@ class Sessions:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionUpdate")
         await self._take_over(place)
-        data = self._data(place)
-        if "conversation" in body:
-            data = body["conversation"]
-        if body.get("clear"):
-            data = {"schema": SCHEMA, "system": data["system"], "messages": []}
-        if "system" in body:
-            data = {**data, "system": body["system"]}
-        # What the daemon notes for itself is not taken from a client.
-        own = () if "conversation" in body else ("number", "broken")
-        kept = {key: data[key] for key in ("schema", "system", "messages", *own) if key in data}
+        data = body.get("conversation", self._data(place))
         try:
-            check_conversation(kept)
+            check_conversation(data)
         except InputError as error:
             raise BodyError(error.message, details={"param": "conversation"}) from error
+        # What the daemon notes for itself is not taken from a client, and goes with the turns.
+        own = () if "conversation" in body or body.get("clear") else ("number", "broken")
+        kept = {key: data[key] for key in ("schema", "messages", *own) if key in data}
+        kept["system"] = body.get("system", data.get("system", ""))
+        if body.get("clear"):
+            kept["messages"] = []
         self._store.write(place.user, place.name, kept)
         return json_response({"changed": place.name})
 
