@@ -72,10 +72,11 @@ class Engine:
         self._active: int | None = None
         self._abandoned = False
         self._gone: WorkerError | None = None
-        self._closed = False
+        self._closed = True
         self._sending = threading.Lock()
         environment = _environment(options)
         self._worker = WorkerProcess(options.interpreter, environment, on_log)
+        self._closed = False
         try:
             self.info = self._load()
         except BaseException as error:
@@ -97,6 +98,7 @@ class Engine:
             RefusedError: preflight knows that this will not work.
             LoadError: the library refused the model; also if it returned 0 and logged errors.
             UnsupportedCallError: an option that the release does not have.
+            HostError: the worker cannot be started.
             WorkerError: the library crashed, ended its process, or gave no sign within `load_timeout`.
         """
         return cls(options, on_log)
@@ -169,7 +171,7 @@ class Engine:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True):  # an interpreter that ends, or a caller that forgot
             self._end()
 
     @property
@@ -478,6 +480,7 @@ class _AsyncRecords:
         self._engine, self._worker = engine, engine._worker
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._failed: WorkerError | None = None
         self._last = time.monotonic()
         self._loop.add_reader(self._worker.records_fd, self._readable)
         self._timer = self._loop.call_later(_TICK, self._tick)
@@ -492,6 +495,8 @@ class _AsyncRecords:
     async def next(self) -> Record:
         """The next record, the library's questions answered on the way."""
         while (record := self.waiting()) is None:
+            if self._failed is not None:
+                raise self._failed
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -500,31 +505,26 @@ class _AsyncRecords:
         return record
 
     def _readable(self) -> None:
-        self._attempt(self._worker.receive)
         self._last = time.monotonic()
+        self._look(self._worker.receive)
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TICK, self._tick)
         self._worker.read_log()
-        self._attempt(self._worker.check_alive)
+        self._look(self._check)
+
+    def _check(self) -> None:
+        self._worker.check_alive()
         limit = self._engine.options.token_timeout
         if self._waiter is not None and time.monotonic() - self._last > limit:
-            self._finish(self._worker.hung(limit))
+            raise self._worker.hung(limit)
 
-    def _attempt(self, work: Callable[[], Any]) -> None:
+    def _look(self, work: Callable[[], Any]) -> None:
         try:
             work()
         except WorkerError as error:
-            self._finish(error)
-        else:
-            self._finish(None)
-
-    def _finish(self, error: WorkerError | None) -> None:
-        if self._waiter is None or self._waiter.done():
-            return
-        if error is not None:
-            self._waiter.set_exception(error)
-        else:
+            self._failed = self._failed or error
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import rkruntime
-from rkruntime.errors import WorkerCrashedError, WorkerHungError
+from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
 from rkruntime.worker import protocol
 from rkruntime.worker.protocol import Record
 
@@ -40,7 +40,7 @@ class WorkerProcess:
     """A worker process and its three pipes: commands, records, and what it prints.
 
     Args:
-        interpreter: command of the Python to use.
+        interpreter: command of the Python to use. Raises HostError if it cannot be started.
         environment: the worker's variables.
         on_log: gets each line that the worker prints.
     """
@@ -65,15 +65,8 @@ class WorkerProcess:
                 os.set_blocking(fd, False)
             with contextlib.suppress(OSError):
                 fcntl.fcntl(log_write, fcntl.F_SETPIPE_SZ, _LOG_PIPE)
-            self.process = subprocess.Popen(
-                [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)],
-                stdin=subprocess.DEVNULL,
-                stdout=log_write,
-                stderr=log_write,
-                pass_fds=(command_read, record_write),
-                env=dict(environment),
-                start_new_session=True,
-            )
+            command = [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)]
+            self.process = _start(command, log_write, (command_read, record_write), environment)
             on_error.pop_all()
         for fd in (command_read, record_write, log_write):
             os.close(fd)
@@ -235,6 +228,27 @@ class WorkerProcess:
             f"The runtime library gave no sign of life for {seconds:g} seconds and was ended.",
             details={"seconds": seconds},
         )
+
+
+def _start(
+    command: Sequence[str], output: int, fds: tuple[int, int], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    # A session of its own: Ctrl-C in the terminal is for the parent, and everything in it can be ended at once.
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=fds,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise HostError(
+            f"The worker process cannot be started: {command[0]}: {error.strerror or error}.",
+            hint="Look at the limits on processes and memory, and that this Python is still where it was.",
+        ) from error
 
 
 def _close_quietly(fd: int) -> None:

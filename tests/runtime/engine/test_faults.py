@@ -1,0 +1,331 @@
+"""A library that crashes, hangs, exits, lies or prints: each ends as its typed error, and the next load works."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkruntime.engine import Engine, LoadOptions, Lora
+from rkruntime.errors import (
+    HostError,
+    LibraryError,
+    LoadError,
+    RunError,
+    WorkerCrashedError,
+    WorkerHungError,
+)
+from rkruntime.generation import FinishReason, Request
+
+Misbehaving = Callable[..., LoadOptions]
+REQUEST = Request([1, 2, 3])
+
+CRASHES = {
+    "segv": "SIGSEGV",
+    "ill": "SIGILL",
+    "abort": "SIGABRT",
+    "exit": "exit code 1",
+    "exit0": "exit code 0",
+    "grandchild": "SIGABRT",
+}
+
+
+@pytest.fixture(params=["1.1.4", "1.2.3", "1.3.0"])
+def release(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def works(options: Misbehaving, release: str = "1.2.3") -> None:
+    """The same library loads and answers when it does not misbehave."""
+    with Engine.load(options("", release)) as engine:
+        events = list(engine.generate(REQUEST))
+        assert [event.token_id for event in events[:-1]] == list(range(100, 110))
+
+
+@pytest.mark.parametrize("how", CRASHES)
+def test_a_crash_while_loading(misbehaving: Misbehaving, release: str, how: str) -> None:
+    with pytest.raises(WorkerCrashedError, match=CRASHES[how]) as caught:
+        Engine.load(misbehaving(f"init-{how}", release))
+    assert any("rkllm-runtime version" in line for line in caught.value.details["log"])
+    assert "diagnosis" in caught.value.details
+    works(misbehaving, release)
+
+
+@pytest.mark.parametrize("how", CRASHES)
+def test_a_crash_at_a_token(misbehaving: Misbehaving, release: str, how: str) -> None:
+    engine = Engine.load(misbehaving(f"token-{how}", release))
+    events = engine.generate(REQUEST)
+    assert [next(events).token_id for _ in range(3)] == [100, 101, 102]  # what came before it arrives
+    with pytest.raises(WorkerCrashedError, match=CRASHES[how]):
+        next(events)
+    with pytest.raises(WorkerCrashedError, match="The worker is gone"):
+        list(engine.generate(REQUEST))
+    engine.abort()
+    engine.close()
+    works(misbehaving, release)
+
+
+@pytest.mark.parametrize("how", ["segv", "exit"])
+def test_a_crash_in_other_calls(misbehaving: Misbehaving, how: str) -> None:
+    with Engine.load(misbehaving(f"clear-{how}")) as engine, pytest.raises(WorkerCrashedError, match=CRASHES[how]):
+        engine.clear_cache()
+    with Engine.load(misbehaving(f"destroy-{how}")) as engine:  # nothing is lost by it any more
+        list(engine.generate(REQUEST))
+
+
+@pytest.mark.parametrize("how", ["hang", "spin"])
+def test_a_load_that_never_returns(misbehaving: Misbehaving, release: str, how: str) -> None:
+    with pytest.raises(WorkerHungError, match=r"no sign of life for 0\.3 seconds"):
+        Engine.load(misbehaving(f"init-{how}", release, load_timeout=0.3))
+    works(misbehaving, release)
+
+
+@pytest.mark.parametrize("how", ["hang", "spin"])
+def test_a_run_that_hangs(misbehaving: Misbehaving, release: str, how: str) -> None:
+    engine = Engine.load(misbehaving(f"token-{how}", release, token_timeout=0.3))
+    events = engine.generate(REQUEST)
+    for _ in range(3):
+        next(events)
+    with pytest.raises(WorkerHungError):
+        next(events)
+    engine.close()
+    works(misbehaving, release)
+
+
+def test_other_calls_that_hang(misbehaving: Misbehaving) -> None:
+    with Engine.load(misbehaving("clear-hang", token_timeout=0.3)) as engine, pytest.raises(WorkerHungError):
+        engine.clear_cache()
+    engine = Engine.load(misbehaving("destroy-hang", close_timeout=0.3))
+    engine.close()
+    # A hang that nobody waits for: the iterator is closed, and the library does not listen to the abort.
+    engine = Engine.load(misbehaving("token-hang", token_timeout=0.3))
+    events = engine.generate(REQUEST)
+    next(events)
+    time.sleep(0.05)
+    with pytest.raises(WorkerHungError):
+        events.close()
+    engine.close()
+    works(misbehaving)
+
+
+def test_crashes_and_hangs_in_asyncio(misbehaving: Misbehaving) -> None:
+    async def collect(engine: Engine) -> list[Any]:
+        return [event async for event in engine.agenerate(REQUEST)]
+
+    for behaviour, error in (
+        ("token-segv", WorkerCrashedError),
+        ("token-exit", WorkerCrashedError),
+        ("token-hang", WorkerHungError),
+    ):
+        with Engine.load(misbehaving(behaviour, token_timeout=0.3)) as engine, pytest.raises(error) as caught:
+            asyncio.run(collect(engine))
+        assert caught.value.details["log"]
+    with Engine.load(misbehaving("token-grandchild")) as engine, pytest.raises(WorkerCrashedError, match="SIGABRT"):
+        asyncio.run(collect(engine))
+    with Engine.load(misbehaving("token-error")) as engine, pytest.raises(RunError):
+        asyncio.run(collect(engine))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message", "diagnosis"),
+    [
+        ("init-fails", "rkllm_init returned -1", None),
+        ("init-npu-memory", "rkllm_init returned -1", "npu-address-space-exhausted"),
+        ("init-logs-and-succeeds", "its log says: E RKNN: .*errno: 14", "npu-address-space-exhausted"),
+        ("init-no-handle", "returned 0 and no handle", None),
+    ],
+)
+def test_failed_loads(
+    misbehaving: Misbehaving, release: str, behaviour: str, message: str, diagnosis: str | None
+) -> None:
+    with pytest.raises(LoadError, match=message) as caught:
+        Engine.load(misbehaving(behaviour, release))
+    if diagnosis:
+        assert caught.value.details["diagnosis"]["class"] == diagnosis
+    works(misbehaving, release)
+
+
+def test_an_adapter_that_fails_ends_the_load(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.rkllm"
+    adapter.touch()
+    with pytest.raises(RunError, match="rkllm_load_lora returned -1"):
+        Engine.load(misbehaving("lora-fails", loras=(Lora("a", adapter),)))
+
+
+def test_runs_that_fail_leave_the_model_loaded(misbehaving: Misbehaving, release: str) -> None:
+    for behaviour, match in (
+        ("token-error", "rkllm_run returned -1|reported an error"),
+        ("run-refuses", "rkllm_run returned -1"),
+    ):
+        with Engine.load(misbehaving(behaviour, release)) as engine:
+            for _ in range(2):
+                with pytest.raises(RunError, match=match) as caught:
+                    list(engine.generate(REQUEST))
+                assert isinstance(caught.value, RunError)
+    assert "diagnosis" in caught.value.details
+
+
+def test_a_failed_run_is_diagnosed(misbehaving: Misbehaving) -> None:
+    with Engine.load(misbehaving("token-error")) as engine, pytest.raises(RunError) as caught:
+        list(engine.generate(REQUEST))
+    assert caught.value.details["diagnosis"]["class"] == "driver-too-old-run"
+
+
+def test_a_lost_finish_and_missing_texts(misbehaving: Misbehaving, release: str) -> None:
+    with Engine.load(misbehaving("lost-finish,null-text,waiting", release)) as engine:
+        for _ in range(2):
+            *tokens, finished = engine.generate(REQUEST)
+            assert [(token.token_id, token.text) for token in tokens] == [(100 + i, b"") for i in range(10)]
+            assert (finished.reason, finished.generated_tokens, finished.perf) == (FinishReason.STOP, 10, None)
+
+
+# --- abort in every way that a library may have it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behaviour", ["", "abort-waits", "abort-late"])
+def test_stops_and_limits(misbehaving: Misbehaving, release: str, behaviour: str) -> None:
+    """Also if rkllm_abort returns only when the run has ended: called in the callback, it would never return."""
+    with Engine.load(misbehaving(behaviour, release, tokens=100000)) as engine:
+        for _ in range(20):
+            *tokens, finished = engine.generate(Request([1], stop_tokens=frozenset({105})))
+            if behaviour == "abort-late" and not tokens:
+                continue  # the flag of the last run ended this one: the double's own fault
+            assert [token.token_id for token in tokens] == list(range(100, 105))
+            assert finished.reason is FinishReason.STOP
+        *tokens, finished = engine.generate(Request([1], max_new_tokens=4))
+        assert finished.reason in (FinishReason.LENGTH, FinishReason.ABORT, FinishReason.STOP)
+        assert len(tokens) <= 4
+
+
+def test_a_library_that_does_not_listen(misbehaving: Misbehaving) -> None:
+    """A stop that the library ignores: what it says behind it is dropped, until it ends by itself."""
+    with Engine.load(misbehaving("abort-deaf", tokens=2000)) as engine:
+        *tokens, finished = engine.generate(Request([1], stop_tokens=frozenset({105})))
+        assert len(tokens) == 5
+        assert finished.reason is FinishReason.STOP
+        events = engine.generate(REQUEST)
+        next(events)
+        events.close()
+        assert len(list(engine.generate(Request([1], max_new_tokens=3)))) == 4
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def test_output_is_kept(misbehaving: Misbehaving, capfd: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    options = misbehaving("init-lines,init-unfinished-line,init-binary")
+    with Engine.load(options, on_log=lines.append) as engine:
+        assert any("a line on stdout" in line for line in engine.info.log)
+    assert "a line on stdout" in lines
+    assert any("no line feed at the end" in line for line in [*lines, *engine.log])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("where", ["init", "token"])
+def test_a_flood_of_output(misbehaving: Misbehaving, where: str) -> None:
+    """60 MB of lines neither stop the library nor fill the memory."""
+    with Engine.load(misbehaving(f"{where}-flood", load_timeout=60, token_timeout=60)) as engine:
+        assert len(list(engine.generate(REQUEST))) == 11
+        assert len(engine.log) <= 200
+
+
+# --- around the process ------------------------------------------------------------------------------------------
+
+
+def test_the_worker_is_small_and_knows_nothing_of_ours(
+    misbehaving: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither PYTHONPATH nor the working folder have a say in it, and it loads no array package."""
+    for name in ("json", "numpy", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = misbehaving("")
+    options.library.resolve()
+    monkeypatch.chdir(tmp_path)
+    with Engine.load(options) as engine:
+        pid = engine._worker.process.pid
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert not any(name in maps for name in ("numpy", "torch", "tokenizers"))
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert int(status["VmRSS"].split()[0]) < 40_000  # kB
+        assert Path(f"/proc/{pid}/limits").read_text()
+        soft, hard = next(
+            line.split()[3:5]
+            for line in Path(f"/proc/{pid}/limits").read_text().splitlines()
+            if line.startswith("Max open files")
+        )
+        assert soft == hard
+        opened = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        assert sum(name.startswith("pipe:") for name in opened) == 3
+
+
+def test_ctrl_c_is_the_parents(misbehaving: Misbehaving) -> None:
+    with Engine.load(misbehaving("", us=2000, tokens=30)) as engine:
+        events = engine.generate(REQUEST)
+        next(events)
+        os.kill(engine._worker.process.pid, signal.SIGINT)
+        assert os.getpgid(engine._worker.process.pid) != os.getpgid(0)
+        assert len(list(events)) == 30
+
+
+def test_the_worker_ends_with_its_parent(misbehaving: Misbehaving) -> None:
+    """Closing its command pipe is all that a dead parent does."""
+    engine = Engine.load(misbehaving("", us=100_000, tokens=1000))
+    events = engine.generate(REQUEST)
+    next(events)
+    os.close(engine._worker._commands)
+    engine._worker._commands = -1
+    assert engine._worker.process.wait(10) == 0
+    with pytest.raises(WorkerCrashedError):
+        list(events)
+    engine.close()
+
+
+def test_a_killed_worker(misbehaving: Misbehaving) -> None:
+    engine = Engine.load(misbehaving("", us=100_000, tokens=1000))
+    events = engine.generate(REQUEST)
+    next(events)
+    threading.Timer(0.05, engine._worker.process.kill).start()
+    with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+        list(events)
+    engine.close()
+    # Killed between runs: the next call says so.
+    with Engine.load(misbehaving("")) as engine:
+        engine._worker.process.kill()
+        with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+            engine.cache_sizes()
+
+
+def test_no_interpreter(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="python: No such file"):
+        Engine.load(misbehaving("", interpreter=(str(tmp_path / "python"),)))
+    with pytest.raises(WorkerCrashedError) as gone:
+        Engine.load(misbehaving("", interpreter=("/bin/sh", "-c", "echo broken; exit 3")))
+    assert "exit code 3" in str(gone.value)
+    assert "broken" in gone.value.details["log"]
+
+
+def test_a_library_that_needs_another(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    import subprocess
+
+    source, other, library = tmp_path / "x.cc", tmp_path / "libother.so", tmp_path / "librkllmrt.so"
+    options = misbehaving("")
+    source.write_text('extern "C" int other() { return 1; }')
+    subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-soname,libother.so", "-o", other, source], check=True)
+    base = ["g++", "-shared", "-fPIC", "-o", library, "-Iboard/emulator", "-DRKEMU_LAYOUT=6", '-DRELEASE="1.2.3"']
+    subprocess.run([*base, str(Path(__file__).with_name("double.cc")), "-Wl,--no-as-needed", other], check=True)
+    from dataclasses import replace
+
+    # Beside the library it is found, as with libomp.so.
+    Engine.load(replace(options, library=library)).close()
+    other.unlink()
+    with pytest.raises(LibraryError, match=r"cannot be loaded: libother\.so"):
+        Engine.load(replace(options, library=library))
