@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from rkconvert.weights import CACHE_WEIGHTS, row_blocks
 from rkruntime.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -42,10 +43,15 @@ def quantize_rows(rows: NDArray[np.float32], group: int) -> tuple[NDArray[np.int
 
     A group of zeros has the scale 0.
     """
-    groups = rows.reshape(len(rows), -1, group)
-    peak = np.abs(groups).max(axis=2)
-    scale = peak / np.float32(127)
-    # The smallest floats would divide to infinity; such a group is zero for every purpose.
-    divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
-    values = np.rint(groups / divisor[:, :, None]).astype(np.int8)
-    return values.reshape(rows.shape), scale.astype(np.float32)
+    values = np.empty(rows.shape, np.int8)
+    scales = np.empty((len(rows), rows.shape[1] // group), np.float32)
+    for first, count in row_blocks(rows.shape, CACHE_WEIGHTS):
+        groups = rows[first : first + count].reshape(count, -1, group)
+        scale = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)
+        # The smallest floats would divide to infinity; such a group is zero for every purpose.
+        divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
+        steps = groups / divisor[:, :, None]
+        np.rint(steps, out=steps)
+        values[first : first + count] = steps.reshape(count, -1)
+        scales[first : first + count] = scale
+    return values, scales
