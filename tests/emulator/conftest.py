@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from ctypes import (
     POINTER,
@@ -322,8 +323,12 @@ def npu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def library() -> Callable[[str], Path]:
-    """Builds (once) and returns the library of a release, with warnings as errors."""
-    return lambda release: emulator.build(release, warnings_are_errors=True)
+    """Builds (once) and returns the library of a release, with warnings as errors.
+
+    RKEMU_TEST_SANITIZE names sanitizers; `make test-sanitizers` sets it, with the sanitizer's own library preloaded.
+    """
+    sanitize = os.environ.get("RKEMU_TEST_SANITIZE")
+    return lambda release: emulator.build(release, warnings_are_errors=True, sanitize=sanitize)
 
 
 @pytest.fixture
