@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -157,12 +157,8 @@ class Service:
         outcome = "cancelled"
         start = time.monotonic()
         try:
-            async with self.queue.turn(ask.client) as queue_s:
-                limit = self.settings.limits.request_s
-                try:
-                    await asyncio.wait_for(self._generate(ask, run, queue_s), limit)
-                except asyncio.TimeoutError:
-                    raise TimeLimitError(f"The answer took longer than {limit:g} seconds and was stopped.") from None
+            async with self.queue.turn(ask.client) as queue_s, _time_limit(self.settings.limits.request_s):
+                await self._generate(ask, run, queue_s)
             outcome = "ok"
             run.end(None)
         except RKEdgeError as error:
@@ -330,6 +326,31 @@ def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
     except RKEdgeError as error:
         # What broke the answer is what the client must hear of.
         log.error("request %s: the broken answer was not kept: %s", ask.request_id, error.message)
+
+
+@asynccontextmanager
+async def _time_limit(seconds: float) -> AsyncIterator[None]:
+    """Raise TimeLimitError in the block after so long.
+
+    asyncio.wait_for would run the block in a task of its own, and a cancel loses what that task ends with.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    expired = asyncio.Event()
+
+    def expire() -> None:
+        expired.set()
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, expire)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not expired.is_set():
+            raise
+        raise TimeLimitError(f"The answer took longer than {seconds:g} seconds and was stopped.") from None
+    finally:
+        timer.cancel()
 
 
 def resolve_sampling(base: Sampling, wanted: Mapping[str, Any]) -> Sampling:
