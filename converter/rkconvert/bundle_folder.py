@@ -15,12 +15,17 @@ from jinja2 import Environment
 
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.checkpoint import Checkpoint
+from rkconvert.hub import is_hub_id
 from rkruntime.bundle import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOKENIZER, FileRecord, Manifest
 from rkruntime.files import sha256_file
 
 CARD: Final = "README.md"
 REPORT: Final = "report"
+NOTICE: Final = "NOTICE"
 LICENCE: Final = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
+_TAGS: Final = {"toolkit": ("rkllm", "rockchip", "npu"), "emulator": ("rkedge", "emulator")}
+# The sentence that section 3.1 of those terms asks for, in a file of this name.
+_NOTICE: Final = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
 
 def created_by() -> str:
@@ -47,8 +52,9 @@ def write_report(folder: Path, name: str, content: Mapping[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """The model card, then rkedge.yaml with the hash of every other file; the manifest as written."""
+    """The model card and the notice, then rkedge.yaml with the hash of every other file; the manifest as written."""
     (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
+    (folder / NOTICE).write_text(_NOTICE, encoding="utf-8")
     files = {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_file(path))
         for path in sorted(folder.rglob("*"))
@@ -61,12 +67,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 def model_card(manifest: Manifest) -> str:
     """README.md as model hubs show it: front matter for machines, then the text for people."""
-    base = manifest.source.name
+    # The hub links to these, so names of folders have no place here.
+    bases = [item.name for item in (manifest.source, *manifest.adapters) if is_hub_id(item.name)]
     front = {
-        "base_model": [base, *(adapter.name for adapter in manifest.adapters)] if manifest.adapters else base,
+        **({"base_model": bases, "base_model_relation": "quantized"} if bases else {}),
         "license": "gemma",
         "library_name": "rkllm" if manifest.target == "toolkit" else "rkedge",
-        "tags": ["rkllm", manifest.platform, manifest.dtype, manifest.family, "rockchip", "npu"],
+        "tags": [*_TAGS[manifest.target], manifest.platform, manifest.dtype, manifest.family],
         "pipeline_tag": "text-generation",
     }
     text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")

@@ -10,9 +10,20 @@ from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Advance = Callable[[int], None]
+Show = Callable[[str, int, int], None]
 # Seconds between two lines of a log: an hour of work stays readable.
 _LOG_EVERY: Final = 30.0
 
@@ -21,18 +32,18 @@ class Reporter:
     """Where long work says what it does; `quiet` says nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+        self.quiet = quiet
         self._console = Console(stderr=True)
 
     def note(self, text: str) -> None:
         """One line for a person."""
-        if not self._quiet:
+        if not self.quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """A piece of work over `total` bytes; the function that is handed out takes the bytes of each step."""
-        if self._quiet:
+        if self.quiet:
             yield lambda _: None
         elif self._console.is_terminal:
             columns = (
@@ -47,6 +58,45 @@ class Reporter:
                 yield lambda done: progress.advance(task, done)
         else:
             yield _Log(title, total).advance
+
+    @contextmanager
+    def steps(self) -> Iterator[Show]:
+        """Work that counts by itself: the function that is handed out takes a title, what is done and the total."""
+        if self.quiet:
+            yield lambda *_: None
+        elif self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self._console) as progress:
+                tasks: dict[str, TaskID] = {}
+
+                def show(title: str, done: int, total: int) -> None:
+                    if title not in tasks:
+                        tasks[title] = progress.add_task(title, total=total)
+                    progress.update(tasks[title], completed=done, total=total)
+
+                yield show
+        else:
+            yield _StepLog(self).show
+
+
+class _StepLog:
+    """Steps for a file or a pipe: a line when one begins, when it is over, and every half minute between."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._title, self._last = reporter, "", 0.0
+
+    def show(self, title: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if title == self._title and done < total and now - self._last < _LOG_EVERY:
+            return
+        self._title, self._last = title, now
+        self._reporter.note(f"{title}: {done} of {total}")
 
 
 class _Log:

@@ -1,0 +1,252 @@
+"""Uploads against a stand-in of the hub: a local server that speaks the calls which huggingface_hub makes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import constants
+
+from rkconvert import demo
+from rkconvert.convert import Options, convert
+from rkconvert.progress import QUIET
+from rkconvert.publish import Destination, check_destination, push
+from rkruntime import cli
+from rkruntime.bundle import MANIFEST, open_bundle
+from rkruntime.errors import BundleError, HostError, OutputError, UsageError
+
+# huggingface_hub hands its client bytes in a way that the client calls old; that is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+TOKEN = "hf_averysecrettoken"
+TO = Destination("me/gemma-demo")
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """Users, repositories and LFS objects in memory; every request is kept for the tests to look at."""
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, content, status=200, **headers):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in {"Content-Length": len(data), "Content-Type": "application/json", **headers}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def handle_call(self):
+        hub, body = self.server.hub, self.body()
+        hub.calls.append((self.command, self.path.partition("?")[0], body))
+        if hub.refuses and hub.refuses[0] in self.path:
+            return self.answer({"error": f"no: {self.headers.get('Authorization')}"}, hub.refuses[1])
+        if self.path.startswith("/lfs/"):
+            hub.objects[self.path[5:]] = body
+            return self.answer({})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer({"error": "Invalid credentials"}, 401)
+        if self.path == "/api/whoami-v2":
+            return self.answer(hub.person)
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            return self.create(hub, json.loads(body))
+        return self.repository(hub, body)
+
+    do_GET = do_POST = do_PUT = handle_call
+
+    def create(self, hub, asked):
+        repo = f"{asked['organization']}/{asked['name']}"
+        if repo in hub.repos:
+            return self.answer({"url": f"{hub.url}/{repo}", "error": "exists"}, 409)
+        private = asked.get("visibility") == "private" or asked.get("private") is True
+        hub.repos[repo] = {"private": private, "files": {".gitattributes": b"x"}}
+        return self.answer({"url": f"{hub.url}/{repo}"})
+
+    def repository(self, hub, body):
+        path = self.path.partition("?")[0].removeprefix("/api/models/").lstrip("/")
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**item, "actions": {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        owner, name, *rest = path.split("/")
+        repo = hub.repos.get(f"{owner}/{name}")
+        if repo is None:
+            return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
+        if not rest:
+            files = [{"rfilename": file, "size": len(data)} for file, data in repo["files"].items()]
+            return self.answer({"id": f"{owner}/{name}", "private": repo["private"], "siblings": files})
+        if rest[0] == "preupload":
+            large = [(file["path"], file["size"] > 10_000) for file in json.loads(body)["files"]]
+            modes = [
+                {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False} for path, lfs in large
+            ]
+            return self.answer({"files": modes})
+        assert rest[0] == "commit"
+        for line in body.splitlines():
+            item = json.loads(line)
+            if item["key"] == "file":
+                repo["files"][item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+            elif item["key"] == "lfsFile" and item["value"]["path"] not in hub.loses:
+                repo["files"][item["value"]["path"]] = hub.objects[item["value"]["oid"]]
+        return self.answer({"commitUrl": f"{hub.url}/{owner}/{name}/commit/0", "commitOid": "0" * 40})
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    url = f"http://127.0.0.1:{server.server_port}"
+    person = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+    server.hub = SimpleNamespace(url=url, person=person, repos={}, objects={}, calls=[], refuses=None, loses=())
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    # The storage protocol xet has a server of its own; without it the client uses Git LFS.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server.hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return convert(Options(demo.checkpoint(), tmp_path / "demo-bundle", max_context=256))
+
+
+def test_exactly_the_manifests_files_go_there(hub, bundle):
+    (bundle.path / "notes-to-myself.txt").write_text("private")
+    (bundle.path / "report" / "other.log").write_text("private")
+    url = push(bundle, TO)
+    assert url == f"{hub.url}/me/gemma-demo"
+    there = hub.repos["me/gemma-demo"]
+    assert there["private"] is True
+    assert set(there["files"]) - {".gitattributes"} == {*bundle.manifest.files, MANIFEST}
+    for name, record in bundle.manifest.files.items():
+        assert hashlib.sha256(there["files"][name]).hexdigest() == record.sha256
+    assert open_bundle(bundle.path).manifest.to_yaml() == there["files"][MANIFEST].decode()
+    assert not any(b"private" in body for _, path, body in hub.calls if "create" not in path)
+
+
+def test_public_only_when_asked(hub, bundle):
+    push(bundle, Destination("us/gemma-demo", public=True))
+    assert hub.repos["us/gemma-demo"]["private"] is False
+
+
+def test_checks_need_no_work_and_write_nothing(hub):
+    check_destination(TO)
+    assert [method for method, _, _ in hub.calls] == ["GET", "GET"]
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("repo", ["gemma", "me/", "/x", "me/a/b", "../me/x", "me/x y", "https://huggingface.co/me/x"])
+def test_what_is_no_repository(hub, repo):
+    with pytest.raises(UsageError, match="no repository of the hub"):
+        check_destination(Destination(repo))
+    assert hub.calls == []
+
+
+def test_another_persons_repository(hub):
+    with pytest.raises(UsageError, match="knows you as me, who cannot write to google/gemma"):
+        check_destination(Destination("google/gemma"))
+
+
+def test_a_token_that_may_only_read(hub):
+    hub.person["auth"]["accessToken"]["role"] = "read"
+    with pytest.raises(HostError, match="may only read"):
+        check_destination(TO)
+
+
+def test_nobody_logged_in(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HostError, match="must be logged in") as caught:
+        check_destination(TO)
+    assert "hf auth login" in caught.value.hint
+    assert hub.calls == []
+
+
+def test_a_token_that_is_no_longer_valid(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    with pytest.raises(HostError) as caught:
+        check_destination(TO)
+    assert "no longer valid" in caught.value.hint
+    assert "hf_revoked" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("private", "public", "words"), [(False, False, "is public; private"), (True, True, "is private; public")]
+)
+def test_an_existing_repository_of_the_other_kind(hub, private, public, words):
+    hub.repos["me/gemma-demo"] = {"private": private, "files": {}}
+    with pytest.raises(UsageError, match=words):
+        check_destination(Destination("me/gemma-demo", public))
+
+
+def test_an_existing_repository_with_files(hub, bundle):
+    hub.repos["me/gemma-demo"] = {"private": True, "files": {".gitattributes": b"", "model.rkllm": b"precious"}}
+    with pytest.raises(OutputError, match=r"holds files already \(model\.rkllm\)"):
+        push(bundle, TO)
+    assert hub.repos["me/gemma-demo"]["files"]["model.rkllm"] == b"precious"
+
+
+def test_an_empty_repository_is_filled(hub, bundle):
+    hub.repos["me/gemma-demo"] = {"private": True, "files": {".gitattributes": b""}}
+    push(bundle, TO)
+    assert MANIFEST in hub.repos["me/gemma-demo"]["files"]
+
+
+def test_a_changed_bundle_stays_here(hub, bundle):
+    (bundle.path / "README.md").write_text("something else")
+    with pytest.raises(BundleError, match=r"README\.md has 14 bytes"):
+        push(bundle, TO)
+    assert hub.repos == {}
+
+
+def test_a_bundle_without_the_licences_notice_stays_here(hub, bundle):
+    path = bundle.path / MANIFEST
+    manifest = yaml.safe_load(path.read_text())
+    del manifest["files"]["NOTICE"]
+    path.write_text(yaml.safe_dump(manifest))
+    with pytest.raises(BundleError, match="has no NOTICE"):
+        push(open_bundle(bundle.path), TO)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(("where", "status"), [("/lfs/", 400), ("/commit/", 500), ("/repos/create", 403)])
+def test_a_failed_upload_says_what_to_do_and_no_token(hub, bundle, where, status):
+    hub.refuses = (where, status)
+    with pytest.raises(HostError) as caught:
+        push(bundle, TO)
+    assert TOKEN not in f"{caught.value.message}{caught.value.hint}{caught.value.__cause__}"
+    assert caught.value.hint
+    hub.refuses = None
+    push(bundle, TO)
+
+
+def test_a_file_that_the_hub_lost_is_noticed(hub, bundle):
+    hub.loses = ("tokenizer.json",)
+    with pytest.raises(HostError, match=r"not what was uploaded: tokenizer\.json"):
+        push(bundle, TO, QUIET)
+
+
+def test_the_command(hub, bundle, capsys):
+    assert cli.main(["push", str(bundle.path), "me/gemma-demo", "-q", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["url"] == f"{hub.url}/me/gemma-demo"
+    assert cli.main(["--debug", "push", str(bundle.path), "me/other"]) == 0
+    said = capsys.readouterr()
+    assert "Gemma Terms of Use" in said.err
+    assert TOKEN not in said.err + said.out
