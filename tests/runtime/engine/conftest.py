@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -94,26 +95,23 @@ def load(options: Callable[..., LoadOptions]) -> Iterator[Callable[..., Engine]]
 
 
 @pytest.fixture(scope="session")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Builds the misbehaving library of a release."""
-    built: dict[str, Path] = {}
-    compiler = emulator.find_compiler()
+def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds the misbehaving library of a release, for this machine or another."""
 
-    def build(release: str) -> Path:
-        if release not in built:
-            library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
-            layout = RELEASES[release].layout.removeprefix("L")
-            defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
-            command = [*compiler.command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines, "-o", library, DOUBLE]
-            subprocess.run(command, check=True)
-            built[release] = library
-        return built[release]
+    @functools.cache
+    def build(release: str, arch: str | None = None) -> Path:
+        library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
+        layout = RELEASES[release].layout.removeprefix("L")
+        defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
+        command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
+        subprocess.run([*command, "-o", library, DOUBLE], check=True)
+        return library
 
     return build
 
 
 @pytest.fixture
-def misbehaving(double: Callable[[str], Path], tmp_path: Path) -> Callable[..., LoadOptions]:
+def misbehaving(double: Callable[..., Path], tmp_path: Path) -> Callable[..., LoadOptions]:
     """Options for the double: `misbehaving("init-segv", release="1.2.3", tokens=10)`."""
     model = tmp_path / "model.rkllm"
     model.write_bytes(b"not read")
@@ -127,8 +125,9 @@ def misbehaving(double: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
             "RKDOUBLE_AT": str(at),
             "RKDOUBLE_US": str(us),
         }
-        values = {"load_timeout": 20.0, "token_timeout": 20.0, "close_timeout": 5.0} | changes
-        return LoadOptions(library=double(release), model=model, environment=environment, **values)
+        values: dict[str, Any] = {"load_timeout": 20.0, "token_timeout": 20.0, "close_timeout": 5.0} | changes
+        values["library"] = changes.get("library") or double(release)
+        return LoadOptions(model=model, environment=environment, **values)
 
     return make
 
