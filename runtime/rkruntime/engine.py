@@ -321,6 +321,8 @@ class Engine:
         for request in requests:
             self._check_room(request)
         header, data = run_command(requests, mode, self.info.release, self.options)
+        self._worker.read_log()
+        self._worker.alarm = ""
         self._run += 1
         self._active = self._run
         self._send({**header, "run": self._run}, data)
@@ -341,7 +343,7 @@ class Engine:
             try:
                 while self._active is not None:
                     record = self._next(timeout)
-                    if record.kind == protocol.TOKEN:
+                    if record.kind == protocol.TOKEN and not self._worker.alarm:
                         yield record.batch, Token(record.value, record.data)
                     else:
                         yield record.batch, self._event(record)
@@ -349,14 +351,17 @@ class Engine:
                 self._settle()
 
     def _event(self, record: Record) -> ArrayEvent:
-        """The event of a record that is not a token's. Raises the error that the worker sent."""
-        if record.kind in (protocol.LOGITS, protocol.HIDDEN):
-            return _array(record)
+        """The event of a record that is not a token's. Raises the error that the worker sent, or the log."""
+        self._worker.read_log()
         if record.kind == protocol.ERROR:
             self._active = None
             raise _error_of(record)
-        if record.batch == self.options.n_batch - 1:
+        if record.kind == protocol.FINISHED and record.batch == self.options.n_batch - 1:
             self._active = None
+        if self._worker.alarm:
+            raise RunError(f"The runtime gave an answer, and its log says: {self._worker.alarm}")
+        if record.kind in (protocol.LOGITS, protocol.HIDDEN):
+            return _array(record)
         plain = json.loads(record.data)
         perf = Perf(**plain["perf"]) if plain["perf"] else None
         return Finished(FinishReason(plain["reason"]), plain["prompt_tokens"], plain["generated"], perf)
@@ -403,7 +408,7 @@ class Engine:
             try:
                 while self._active is not None:
                     record = records.waiting() or await records.next()
-                    if record.kind == protocol.TOKEN:
+                    if record.kind == protocol.TOKEN and not self._worker.alarm:
                         yield Token(record.value, record.data)
                     else:
                         yield cast(Finished, self._event(record))
@@ -483,6 +488,7 @@ class _AsyncRecords:
         self._failed: WorkerError | None = None
         self._last = time.monotonic()
         self._loop.add_reader(self._worker.records_fd, self._readable)
+        self._loop.add_reader(self._worker.log_fd, self._worker.read_log)
         self._timer = self._loop.call_later(_TICK, self._tick)
 
     def waiting(self) -> Record | None:
@@ -510,7 +516,6 @@ class _AsyncRecords:
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TICK, self._tick)
-        self._worker.read_log()
         self._look(self._check)
 
     def _check(self) -> None:
@@ -531,6 +536,7 @@ class _AsyncRecords:
         """Take the worker out of the loop."""
         self._timer.cancel()
         self._loop.remove_reader(self._worker.records_fd)
+        self._loop.remove_reader(self._worker.log_fd)
 
 
 def _checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:

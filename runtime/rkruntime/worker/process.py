@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import signal
 import subprocess
@@ -27,6 +28,9 @@ _LOG_PIPE: Final = 1 << 20
 _KEPT_LINES: Final = 200
 _LONGEST_LINE: Final = 16384
 _SLICE: Final = 0.5
+# The library says these during a run and goes on, or waits for ever: what it answers then is rubbish (rknn-llm issues
+# 390, 449, 85, 306).
+_ALARM: Final = re.compile(r"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory")
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
 
@@ -39,6 +43,8 @@ def python_command() -> tuple[str, ...]:
 class WorkerProcess:
     """A worker process and its three pipes: commands, records, and what it prints.
 
+    `alarm` is the first line since it was emptied that says that a run's results are worth nothing.
+
     Args:
         interpreter: command of the Python to use. Raises HostError if it cannot be started.
         environment: the worker's variables.
@@ -50,6 +56,7 @@ class WorkerProcess:
     ) -> None:
         self._on_log = on_log
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.alarm = ""
         self._line = b""
         self._buffer = b""
         self._parts: list[bytes] = []
@@ -78,6 +85,11 @@ class WorkerProcess:
     def records_fd(self) -> int:
         """Readable when there may be a record, for an event loop."""
         return self._records
+
+    @property
+    def log_fd(self) -> int:
+        """Readable when the worker has printed something, and at its end."""
+        return self._log
 
     @property
     def ended(self) -> bool:
@@ -180,6 +192,8 @@ class WorkerProcess:
     def _keep(self, line: bytes) -> None:
         text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")
         self.log.append(text)
+        if not self.alarm and _ALARM.search(text):
+            self.alarm = text
         if self._on_log:
             self._on_log(text)
 
