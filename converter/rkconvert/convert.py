@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert import bundle_folder, dtypes
 from rkconvert.adapter import Adapter
+from rkconvert.board_file import (
+    LORA_MODES,
+    LORA_NOTE,
+    BoardModel,
+    ModelFile,
+    ToolkitOptions,
+    check_board_model,
+    write_board_file,
+)
 from rkconvert.chat_template import ChatTemplate, read_template
 from rkconvert.checkpoint import Checkpoint
 from rkconvert.context import choose_context
 from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
+from rkconvert.emulator_lora import plain_pairs, write_emulator_lora
 from rkconvert.hub import is_hub_id
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
@@ -22,14 +32,18 @@ from rkconvert.plan.report import as_dict
 from rkconvert.progress import QUIET, Advance, Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
+from rkconvert.toolkit import Toolkit, find_toolkit
 from rkconvert.work_folder import work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
-from rkruntime.errors import HostError, UsageError
+from rkruntime.errors import UsageError
 from rkruntime.files import refuse_existing, sha256_file
+from rkruntime.rkemu import read_container
 from rkruntime.template import END_OF_TURN
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
+EMULATOR_LORA_FILE: Final = "model_lora.rkemu"
+DEFAULT_RELEASE: Final = "1.2.3"
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,10 @@ class Options:
     Attributes:
         checkpoint: a folder, a .gguf file or a hub id; `revision` is a hub model's branch, tag or commit.
         max_context: None for the model's own limit, 4096 at most.
-        release: the RKLLM release that the bundle is for.
+        release: the RKLLM release that the bundle is for; None for that of the toolkit, or 1.2.3 for the emulator.
         npu_cores: None for all that the SoC has.
+        lora_mode: `merge`, or `runtime`: the adapter becomes a file of its own, for rkllm_load_lora.
+        toolkit: what only the target `toolkit` can be asked for.
     """
 
     checkpoint: str
@@ -52,16 +68,26 @@ class Options:
     dtype: str = "w8a8"
     force_dtype: bool = False
     max_context: int | None = None
-    release: str = "1.2.3"
+    release: str | None = None
     npu_cores: int | None = None
+    lora_mode: str = "merge"
+    toolkit: ToolkitOptions = field(default_factory=ToolkitOptions)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that passed every check."""
+    """A conversion that passed every check.
+
+    Attributes:
+        lora: the adapter that becomes a file of its own.
+        toolkit: None for the emulator.
+    """
 
     options: Options
+    release: str
+    toolkit: Toolkit | None
     model: MergedModel
+    lora: Adapter | None
     tokenizer: Tokenizer
     template: ChatTemplate
     plan: Plan | None
@@ -82,7 +108,7 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
     started = time.monotonic()
     checkpoint = job.model.checkpoint
     with work_folder(options.output, job.model.job(**asdict(options))) as folder:
-        _write_model(folder / EMULATOR_FILE, job, reporter)
+        made = _write_model(folder, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         with reporter.bar("hashing the sources", checkpoint.nbytes) as advance:
             source = _source(checkpoint, advance)
@@ -90,7 +116,7 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
         bundle_folder.write_report(folder, "convert", report)
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
-        manifest = bundle_folder.write_manifest(folder, _manifest(job, source))
+        manifest = bundle_folder.write_manifest(folder, _manifest(job, source, made))
     return Bundle(options.output, manifest)
 
 
@@ -99,32 +125,66 @@ def check(options: Options, reporter: Reporter = QUIET) -> Job:
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     refuse_existing(options.output)
+    toolkit = find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+    release = _release(options, toolkit)
     checkpoint = open_source(str(options.checkpoint), options.revision)
-    plan = _plan(options, checkpoint)
+    plan = _plan(options, checkpoint, release)
     notes = (*checkpoint.notes, *_notes(plan))
     max_context = (
         plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
     )
-    npu_cores = _npu_cores(options)
-    if options.target == "toolkit":
-        raise HostError(
-            "Conversion for a board needs the vendor's rkllm-toolkit, and none is set up: RKEDGE_TOOLKIT_PYTHON names"
-            " no interpreter.",
-            hint="Install the rkllm-toolkit wheel into an environment of its own (x86-64 Linux), set"
-            " RKEDGE_TOOLKIT_PYTHON to its python, and run this again; or use --target emulator.",
-        )
-    model = merged_model(checkpoint, options.loras)
+    model, lora = _model(options, checkpoint)
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
     template = read_template(model.tokenizer_folder, bos)
-    job = Job(options, model, tokenizer, template, plan, max_context, npu_cores, notes)
-    require_space(options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
-    for note in notes:
+    job = Job(
+        options, release, toolkit, model, lora, tokenizer, template, plan, max_context, _npu_cores(options), notes
+    )
+    job = replace(job, notes=(*notes, *_check_model_file(job)))
+    for note in job.notes:
         reporter.note(f"note: {note}")
     return job
 
 
-def _plan(options: Options, checkpoint: Checkpoint) -> Plan | None:
+def _release(options: Options, toolkit: Toolkit | None) -> str:
+    if toolkit is None:
+        return options.release or DEFAULT_RELEASE
+    if options.release and dtypes.version_key(options.release) != dtypes.version_key(toolkit.version):
+        raise UsageError(
+            f"--release {options.release}: the toolkit is {toolkit.version} ({toolkit.python}).",
+            hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
+        )
+    return toolkit.version
+
+
+def _model(options: Options, checkpoint: Checkpoint) -> tuple[MergedModel, Adapter | None]:
+    """The weights, and the adapter that stays apart from them."""
+    if options.lora_mode not in LORA_MODES:
+        raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
+    if options.lora_mode == "merge":
+        return merged_model(checkpoint, options.loras), None
+    if len(options.loras) != 1 or options.loras[0].weight != 1:
+        raise UsageError(
+            "--lora-mode runtime takes one adapter, whose weight is chosen when it is loaded.",
+            hint="Convert several one after another, or merge them: --lora-mode merge.",
+        )
+    return merged_model(checkpoint, ()), merged_model(checkpoint, options.loras).adapters[0]
+
+
+def _check_model_file(job: Job) -> tuple[str, ...]:
+    """Checks of the file that will be made, and what a person should know of it."""
+    if job.lora:
+        plain_pairs(job.lora)
+    if job.toolkit is None:
+        require_space(job.options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
+        return ()
+    board = _board_model(job, job.toolkit)
+    notes = check_board_model(board)
+    require_space(job.options.output, board.needed_bytes)
+    return notes
+
+
+def _plan(options: Options, checkpoint: Checkpoint, release: str) -> Plan | None:
     """The plan for this conversion, which stops here if it says no; None for a type that no board runs."""
     if options.target == "emulator" and options.dtype in dtypes.EMULATOR_ONLY:
         return None
@@ -134,7 +194,7 @@ def _plan(options: Options, checkpoint: Checkpoint) -> Plan | None:
         board=options.platform,
         dtype=options.dtype,
         context=options.max_context,
-        toolkit=options.release,
+        toolkit=release,
     )
     plan = plan_for(source, request)
     require(plan, force=options.force_dtype)
@@ -174,16 +234,39 @@ def _emulator_model(job: Job) -> EmulatorModel:
         name=job.model.name,
         platform=job.options.platform,
         dtype=job.options.dtype,
-        toolkit_version=job.options.release,
+        toolkit_version=job.release,
         max_context=job.max_context,
         npu_cores=job.npu_cores,
     )
 
 
-def _write_model(path: Path, job: Job, reporter: Reporter) -> None:
+def _board_model(job: Job, toolkit: Toolkit) -> BoardModel:
+    return BoardModel(
+        model=job.model,
+        lora=job.lora,
+        template=job.template,
+        tokens=job.tokenizer.added,
+        platform=job.options.platform,
+        dtype=job.options.dtype,
+        max_context=job.max_context,
+        npu_cores=job.npu_cores,
+        toolkit=toolkit,
+        options=job.options.toolkit,
+    )
+
+
+def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
+    """Write the model file; what the manifest says of it."""
+    if job.toolkit is not None:
+        return write_board_file(folder, _board_model(job, job.toolkit), reporter)
     verb = "merging and quantizing" if job.model.adapters else "quantizing"
     with reporter.bar(verb, job.model.nbytes) as advance:
-        write_emulator_file(path, _emulator_model(job), job.model.weights, advance)
+        write_emulator_file(folder / EMULATOR_FILE, _emulator_model(job), job.model.weights, advance)
+    if job.lora is None:
+        return ModelFile(EMULATOR_FILE, ())
+    fingerprint = read_container(folder / EMULATOR_FILE).fingerprint
+    write_emulator_lora(folder / EMULATOR_LORA_FILE, job.lora, job.model.weights.config.family, fingerprint)
+    return ModelFile(EMULATOR_FILE, (LORA_NOTE.format(name=job.lora.name, file=EMULATOR_LORA_FILE),))
 
 
 def _source(item: Checkpoint | Adapter, advance: Advance | None = None) -> Source:
@@ -192,7 +275,7 @@ def _source(item: Checkpoint | Adapter, advance: Advance | None = None) -> Sourc
     return Source(item.name, item.revision, hashlib.sha256(hashes.encode()).hexdigest())
 
 
-def _manifest(job: Job, source: Source) -> Manifest:
+def _manifest(job: Job, source: Source, made: ModelFile) -> Manifest:
     config, options = job.model.weights.config, job.options
     return Manifest(
         name=options.output.resolve().name,
@@ -200,20 +283,20 @@ def _manifest(job: Job, source: Source) -> Manifest:
         size=config.size_name,
         parameters=config.parameters,
         source=source,
-        adapters=tuple(_source(adapter) for adapter in job.model.adapters),
+        adapters=tuple(_source(adapter) for adapter in (*job.model.adapters, *filter(None, [job.lora]))),
         target=options.target,
         platform=options.platform,
         dtype=options.dtype,
         npu_cores=job.npu_cores,
         max_context=job.max_context,
-        toolkit_version=options.release,
-        model_file=EMULATOR_FILE,
+        toolkit_version=job.release,
+        model_file=made.name,
         bos_token_id=config.bos_token_id,
         stop_token_ids=_stop_tokens(job),
         system_role=job.template.system_role,
         created_by=bundle_folder.created_by(),
         licence=bundle_folder.LICENCE,
-        notes=job.notes,
+        notes=(*job.notes, *made.notes),
         options=_plain(options),
         files={},
     )
@@ -221,7 +304,8 @@ def _manifest(job: Job, source: Source) -> Manifest:
 
 def _stop_tokens(job: Job) -> tuple[int, ...]:
     """The checkpoint's own, and the end of a turn: generation_config.json of many fine-tunes knows `<eos>` only."""
-    end_of_turn = job.tokenizer.find(END_OF_TURN)
+    added = job.tokenizer.added
+    end_of_turn = [added[END_OF_TURN]] if END_OF_TURN in added else []
     return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *end_of_turn]))
 
 
@@ -230,6 +314,9 @@ def _plain(options: Options) -> dict[str, Any]:
     plain = asdict(options)
     plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), options.output.name
     plain["loras"] = [f"{_public(lora.source)}={lora.weight:g}" for lora in options.loras]
+    plain["toolkit"] = {
+        key: value.name if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
+    }
     return plain
 
 

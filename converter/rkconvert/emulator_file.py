@@ -122,7 +122,7 @@ def _specs(config: GemmaConfig, dtype: str) -> Iterator[rkemu.TensorSpec]:
 
 def tensor_specs(model: EmulatorModel) -> Sequence[rkemu.TensorSpec]:
     """The container's directory. Raises RefusedError if the type's group size does not divide a row."""
-    tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in model.tokenizer.arrays().items()]
+    tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in model.tokenizer.arrays.items()]
     return [*_specs(model.config, model.dtype), *tables]
 
 
@@ -135,7 +135,7 @@ def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, adva
     with rkemu.Writer(path, metadata(model), tensor_specs(model)) as writer:
         for name in model.config.tensors():
             _write_tensor(writer, name, model, weights, advance)
-        for name, array in model.tokenizer.arrays().items():
+        for name, array in model.tokenizer.arrays.items():
             writer.write(name, array)
 
 

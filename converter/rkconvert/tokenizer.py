@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -48,11 +49,13 @@ class Tokenizer:
     merges: NDArray[np.uint32]
     unk_token_id: int
 
-    def find(self, text: str) -> list[int]:
-        """The id of the control token of this text, in a list; empty if there is none."""
-        wanted = text.encode()
-        return [at for at, kind in enumerate(self.kinds) if kind is Kind.CONTROL and self.texts[at] == wanted]
+    @property
+    def added(self) -> dict[str, int]:
+        """Ids by text of control tokens and of those that stand beside the vocabulary."""
+        wanted = (Kind.CONTROL, Kind.USER_DEFINED)
+        return {self.texts[at].decode("utf-8", "replace"): at for at, kind in enumerate(self.kinds) if kind in wanted}
 
+    @cached_property
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """The tensors `tokenizer.*` of a .rkemu file."""
         lengths = np.fromiter((len(text) for text in self.texts), np.uint32, len(self.texts))

@@ -38,6 +38,11 @@ class Renamed:
             self._names[plain] = name
 
     @property
+    def as_stored(self) -> bool:
+        """Whether no name was changed."""
+        return all(plain == name for plain, name in self._names.items())
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by its plain name."""
         return {plain: self._weights.tensors[name] for plain, name in self._names.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -50,19 +51,27 @@ class Life:
         return now - self._last
 
 
-def _usage(session: int) -> tuple[float, int]:
-    """Processor seconds and major page faults of a session's processes."""
-    used, faults = 0, 0
+def _stats(session: int) -> Iterator[list[bytes]]:
+    """Of each process of a session what proc(5) has in its stat from field 3 on: state, parent, group, session ..."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name in parentheses may hold anything; what follows is proc(5)'s field 3 on.
+            # The name in parentheses may hold anything.
             fields = path.read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session:
-            used += int(fields[11]) + int(fields[12])
-            faults += int(fields[9])
-    return used / _TICKS, faults
+            yield fields
+
+
+def _usage(session: int) -> tuple[float, int]:
+    """Processor seconds and major page faults of a session's processes."""
+    stats = list(_stats(session))
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS, sum(int(fields[9]) for fields in stats)
+
+
+def runs(session: int) -> bool:
+    """Whether any process of a session still runs, be it for the moment that an end by signal takes."""
+    return any(fields[0] not in (b"Z", b"X") for fields in _stats(session))
 
 
 def peak_memory(pid: int) -> int:

@@ -101,7 +101,7 @@ def run_toolkit(
 def _scratch(output: Path) -> Iterator[Path]:
     """A folder beside the result: on its disk, and gone afterwards with all that the toolkit leaves in it."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".toolkit-", dir=output.parent))
+        folder = Path(tempfile.mkdtemp(prefix=".toolkit-", dir=output.parent.absolute()))
     except OSError as error:
         raise write_error(output, error) from error
     try:

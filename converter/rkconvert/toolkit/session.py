@@ -33,7 +33,7 @@ from rkconvert.toolkit.events import (
 )
 from rkconvert.toolkit.interpreter import WORKER, Toolkit, clean_environment
 from rkconvert.toolkit.job import Calls
-from rkconvert.toolkit.life import Life, peak_memory
+from rkconvert.toolkit.life import Life, peak_memory, runs
 from rkconvert.toolkit.output import Output
 
 _TICK: Final = 0.25
@@ -189,4 +189,7 @@ def end_session(process: subprocess.Popen[Any]) -> None:
         return
     # The leader is not waited for yet, so the group's number cannot have been given to another.
     os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _DRAIN
+    while runs(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.wait()

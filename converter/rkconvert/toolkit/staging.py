@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from rkconvert.adapter import Adapter
+from rkconvert.adapter_config import FILE as ADAPTER_CONFIG
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.checkpoint import CONFIG
 from rkconvert.gemma import GemmaConfig
@@ -17,10 +19,11 @@ from rkconvert.hf_folder import copy_side_files, write_json, write_weights
 from rkconvert.job import MergedModel
 from rkconvert.progress import Advance
 from rkconvert.shards import read_json
+from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES
 from rkconvert.toolkit.versions import Release
 from rkruntime.bundle import GENERATION_CONFIG, TOKENIZER
-from rkruntime.errors import CheckpointError
+from rkruntime.errors import AdapterError, CheckpointError
 from rkruntime.template import BOS
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
@@ -37,7 +40,8 @@ _DROPPED: Final = ("auto_map", "quantization_config", "rope_parameters", "rope_s
 
 
 def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: Path, advance: Advance) -> None:
-    """Fill the empty `folder`; weights are linked where they are the base's own files, else written.
+    """Fill `folder`, which may hold shards of a run that was killed; weights are linked where they are the base's own
+    files, else written.
 
     Args:
         advance: gets the bytes of each block that is written.
@@ -45,7 +49,9 @@ def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: 
     Raises:
         CheckpointError, AdapterError: NaN or infinite weights.
     """
-    if not _link_weights(model, folder):
+    if is_linked(model):
+        _link_weights(model, folder)
+    else:
         write_weights(folder, model.weights, advance)
     eos = model.checkpoint.eos_token_ids
     write_json(folder / CONFIG, config(model.hf_config(), model.weights.config, release, eos))
@@ -57,20 +63,41 @@ def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: 
     write_json(folder / GENERATION_CONFIG, {**model.checkpoint.generation_config, **ids})
 
 
-def _link_weights(model: MergedModel, folder: Path) -> bool:
-    """Link the base's files if they hold the model as it stands, under names that transformers looks for."""
+def is_linked(model: MergedModel) -> bool:
+    """Whether the base's files hold the model as it stands, under names that transformers looks for: nothing is written
+    then.
+    """
     files = model.checkpoint.weight_files
-    own = not model.weights.changed and model.weights.tensors == model.checkpoint.weights.tensors
-    if not own or any(file.suffix != ".safetensors" for file in files):
-        return False
-    index = model.checkpoint.path / _INDEX
-    if len(files) > 1 and not index.is_file():
-        return False
+    stored = model.checkpoint.weights
+    # Other sources dequantize or rename what is in their files.
+    plain = isinstance(stored, Renamed) and stored.as_stored
+    own = plain and not model.weights.changed and model.weights.tensors == stored.tensors
+    named = len(files) == 1 or (model.checkpoint.path / _INDEX).is_file()
+    return own and named and all(file.suffix == ".safetensors" for file in files)
+
+
+def _link_weights(model: MergedModel, folder: Path) -> None:
+    files = model.checkpoint.weight_files
     for file in files:
-        (folder / (file.name if len(files) > 1 else _SINGLE)).symlink_to(file.resolve())
+        link = folder / (file.name if len(files) > 1 else _SINGLE)
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
     if len(files) > 1:
-        write_json(folder / _INDEX, {"metadata": {}, "weight_map": read_json(index, CheckpointError)["weight_map"]})
-    return True
+        index = read_json(model.checkpoint.path / _INDEX, CheckpointError)
+        write_json(folder / _INDEX, {"metadata": {}, "weight_map": index["weight_map"]})
+
+
+def stage_adapter(adapter: Adapter, folder: Path) -> None:
+    """The adapter's settings and weights alone, in the new `folder`."""
+    folder.mkdir(exist_ok=True)
+    settings = read_json(adapter.path / ADAPTER_CONFIG, AdapterError)
+    # Names a Python module to import.
+    settings.pop("auto_mapping", None)
+    write_json(folder / ADAPTER_CONFIG, settings)
+    for file in adapter.weight_files:
+        link = folder / file.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
 
 
 def config(raw: Mapping[str, Any], checked: GemmaConfig, release: Release, eos: tuple[int, ...]) -> dict[str, Any]:

@@ -1,0 +1,271 @@
+"""`rkedge convert --target toolkit` from checkpoint to bundle, with stand-ins of the toolkit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkconvert import board_file, bundle_folder
+from rkconvert.board_file import ToolkitOptions
+from rkconvert.convert import Options, convert
+from rkconvert.job import Lora
+from rkruntime.bundle import open_bundle
+from rkruntime.errors import (
+    AdapterError,
+    CalibrationError,
+    HostError,
+    OutputError,
+    RefusedError,
+    RKEdgeError,
+    ToolkitError,
+    UsageError,
+)
+from rkruntime.rkllm_file import read_rkllm
+
+Make = Callable[..., Path]
+PROMPT = "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n"
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def base(make_model: Make) -> Path:
+    """A model wide enough for the toolkit, and the size of the file that the stand-in makes of it."""
+    folder = make_model(head_dim=64, query_pre_attn_scalar=64)
+    change(folder, standin_weights=2_000_000)
+    return folder
+
+
+@pytest.fixture
+def options(base: Path, tmp_path: Path, environments: Callable[[str], Path]) -> Callable[..., Options]:
+    """A conversion that works; `options(version, field=value)`, where fields of the toolkit's are known by name."""
+    (tmp_path / "bundles").mkdir()
+
+    def make(version: str = "1.2.3", **fields: Any) -> Options:
+        toolkit = {key: fields.pop(key) for key in ("calibration", "algorithm", "patience") if key in fields}
+        return Options(
+            **{
+                "checkpoint": str(base),
+                "output": tmp_path / "bundles" / "bundle",
+                "target": "toolkit",
+                "toolkit": ToolkitOptions(python=environments(version), **toolkit),
+                "force_dtype": True,  # nothing was ever published about models this small
+                **fields,
+            }
+        )
+
+    return make
+
+
+def left(options: Options) -> list[str]:
+    return os.listdir(options.output.parent)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def is_complete(folder: Path) -> bool:
+    """What the toolkit's part of a bundle is, and nothing that was there for the work only."""
+    found = contents(folder)
+    wanted = {"model.rkllm", "rkedge.yaml", "tokenizer.json", "report/toolkit.json", "report/toolkit.log"}
+    return wanted <= set(found) and not any(part.startswith(".") for name in found for part in Path(name).parts)
+
+
+@pytest.mark.parametrize("version", ["1.1.4", "1.2.0", "1.2.3", "1.3.0"])
+def test_a_bundle(options: Callable[..., Options], version: str, tmp_path: Path, home: Path) -> None:
+    asked = options(version)
+    bundle = convert(asked)
+    assert left(asked) == ["bundle"]
+    assert is_complete(bundle.path)
+    bundle.verify(trust_stamps=False)
+    manifest = bundle.manifest
+    assert (manifest.model_file, manifest.target, manifest.dtype) == ("model.rkllm", "toolkit", "w8a8")
+    assert manifest.toolkit_version == f"{version}+standin"
+    assert any("without calibration data" in note for note in manifest.notes)
+    assert read_rkllm(bundle.model).toolkit_version == version
+    report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
+    assert [call["stage"] for call in report["calls"]] == ["load", "build", "export"]
+    assert report["file"]["size"] == bundle.model.stat().st_size
+    # Where things were on this machine is nobody's business.
+    for path in bundle.path.rglob("*"):
+        assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path
+    assert not list((home / "xdg_cache_home" / "rkedge" / "logs").glob("*"))
+
+
+def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Options], tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
+    bundle = convert(options(calibration=path))
+    report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
+    assert report["calls"][1]["arguments"]["dataset"] == "data.json"
+    assert len(report["calibration"]["sha256"]) == 64
+    assert not any("without calibration data" in note for note in bundle.manifest.notes)
+    assert "Generating train split: 20 examples" in (bundle.path / "report" / "toolkit.log").read_text()
+
+
+def test_an_adapter_merged(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:
+    bundle = convert(options(loras=(Lora(str(make_adapter(base))),)))
+    assert is_complete(bundle.path)
+    assert [adapter.name for adapter in bundle.manifest.adapters] == ["lora"]
+
+
+def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:
+    adapter = make_adapter(base)
+    bundle = convert(options(loras=(Lora(str(adapter)),), lora_mode="runtime"))
+    assert is_complete(bundle.path)
+    assert read_rkllm(bundle.path / "model_lora.rkllm").toolkit_version == "1.2.3"
+    assert [item.name for item in bundle.manifest.adapters] == ["lora"]
+    assert any("model_lora.rkllm" in note for note in bundle.manifest.notes)
+    report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
+    assert report["calls"][0]["arguments"]["model_lora"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"dtype": "w4a16"}, RefusedError, "4-bit"),
+        ({"version": "1.1.4", "max_context": 8192}, UsageError, "max-context"),
+        ({"release": "1.3.0"}, UsageError, r"the toolkit is 1\.2\.3"),
+        ({"algorithm": "gdq"}, RefusedError, "for w4a16"),
+        ({"calibration": Path("none.json")}, CalibrationError, "No such file"),
+        ({"npu_cores": 4}, UsageError, "has 3"),
+        ({"lora_mode": "runtime"}, UsageError, "takes one adapter"),
+        ({"lora_mode": "other"}, UsageError, "no LoRA mode"),
+        ({"dtype": "w8a8_g512"}, RefusedError, "multiple of 512"),
+    ],
+)
+def test_refused_before_anything_starts(
+    options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any], error: type[RKEdgeError], words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(board_file, "run_toolkit", None)
+    asked = options(**fields)
+    with pytest.raises(error, match=words) as caught:
+        convert(asked)
+    assert caught.value.hint
+    assert left(asked) == []
+
+
+def test_too_narrow(options: Callable[..., Options], make_model: Make) -> None:
+    asked = options(checkpoint=str(make_model("narrow")))
+    with pytest.raises(RefusedError, match="32 numbers wide"):
+        convert(asked)
+
+
+def test_no_toolkit_here(options: Callable[..., Options]) -> None:
+    asked = replace(options(), toolkit=ToolkitOptions())
+    with pytest.raises(HostError, match="none is set up"):
+        convert(asked)
+    assert left(asked) == []
+
+
+def test_an_adapter_that_a_lora_file_cannot_say(
+    options: Callable[..., Options], base: Path, make_adapter: Make
+) -> None:
+    asked = options(loras=(Lora(str(make_adapter(base, use_dora=True))),), lora_mode="runtime")
+    with pytest.raises(AdapterError, match="all that a LoRA file"):
+        convert(asked)
+    adapter = make_adapter(base, name="pickled")
+    (adapter / "adapter_model.safetensors").rename(adapter / "kept")
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(adapter / "kept"), adapter / "adapter_model.bin")
+    asked = options(loras=(Lora(str(adapter)),), lora_mode="runtime")
+    with pytest.raises(AdapterError, match="would unpickle"):
+        convert(asked)
+
+
+@pytest.mark.parametrize("fault", ["build:killed", "export:return", "write:nothing"])
+def test_a_failure_leaves_nothing(options: Callable[..., Options], fail: Callable[[str], None], fault: str) -> None:
+    fail(fault)
+    asked = options()
+    with pytest.raises((HostError, ToolkitError)) as caught:
+        convert(asked)
+    assert left(asked) == []
+    assert Path(caught.value.details["log"]).is_file()
+    fail("")
+    convert(asked).verify(trust_stamps=False)
+
+
+def test_what_the_toolkit_has_finished_is_not_done_again(
+    options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bundle_folder, "write_manifest", interrupt)
+        convert(asked)
+    assert not asked.output.exists()
+    monkeypatch.setattr(board_file, "run_toolkit", None)
+    bundle = convert(asked)
+    assert is_complete(bundle.path)
+    bundle.verify(trust_stamps=False)
+    assert left(asked) == ["bundle"]
+
+
+def rkedge(options: Options, **environment: str) -> subprocess.Popen[bytes]:
+    assert options.toolkit.python is not None
+    arguments = [
+        "convert", options.checkpoint, "--target", "toolkit", "--force-dtype", "-o", str(options.output),
+        "--toolkit-python", str(options.toolkit.python),
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "rkruntime.cli", *arguments], stderr=subprocess.PIPE, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_in_the_middle_and_a_second_run(options: Callable[..., Options], ending: signal.Signals) -> None:
+    asked = options()
+    with rkedge(asked, RKLLM_STANDIN_FAULT="build:hang") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if b"quantizing" in line:
+                break
+        process.send_signal(ending)
+        process.stderr.read()
+    assert process.returncode == (130 if ending == signal.SIGINT else -ending)
+    assert not asked.output.exists()
+    with rkedge(asked) as process:
+        assert process.stderr is not None
+        text = process.stderr.read().decode()
+    assert process.returncode == 0, text
+    assert "toolkit: quantizing" in text
+    assert left(asked) == ["bundle"]
+    assert is_complete(asked.output)
+    with pytest.raises(OutputError):
+        convert(asked)
+
+
+def test_the_command_names_the_bundle_after_the_release(
+    base: Path, environments: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from rkconvert.commands.convert import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RKEDGE_TOOLKIT_PYTHON", str(environments("1.3.0")))
+    done = CliRunner().invoke(
+        run, [str(base), "--target", "toolkit", "--force-dtype", "--json", "-q"], catch_exceptions=False
+    )
+    manifest = json.loads(done.stdout)
+    assert manifest["name"] == "base-rk3588-w8a8-1.3.0+standin"
+    open_bundle(tmp_path / manifest["name"]).verify(trust_stamps=False)
