@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: help demo test lint test-long bench conformance clean
+.PHONY: help demo test lint test-long bench conformance fuzz test-sanitizers clean
 
 help: ## Say what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,9 +29,15 @@ lint: $(VENV)/dev.stamp ## ruff, mypy --strict and the rule of who may import wh
 bench: $(VENV)/dev.stamp ## Measure speed and memory, as ratios side by side
 	$(BIN)/python -m tests.bench
 
-# VENDOR, RKLLAMA: checkouts. LLM_DEMO: RELEASE=PROGRAM of the vendor's demo as built from its own files, one or more.
-conformance: $(VENV)/dev.stamp ## Ask programs of others the demo questions (VENDOR=, RKLLAMA=, LLM_DEMO="1.2.3=... 1.3.0=...")
+# VENDOR, RKLLAMA: checkouts. LLM_DEMO: RELEASE=PROGRAM, one or more, in place of the demo that is compiled from VENDOR.
+conformance: $(VENV)/dev.stamp ## Ask programs of others the demo questions (VENDOR=, RKLLAMA=)
 	$(BIN)/python -m tests.conformance $(if $(VENDOR),--vendor "$(VENDOR)") $(if $(RKLLAMA),--rkllama "$(RKLLAMA)") $(foreach demo,$(LLM_DEMO),--llm-demo "$(demo)")
+
+fuzz: $(VENV)/dev.stamp ## A million inputs for the emulator's reader of model files (needs clang++)
+	$(BIN)/python -m tests.emulator.fuzz
+
+test-sanitizers: $(VENV)/dev.stamp ## The emulator's tests with address, undefined and thread sanitizers (long)
+	$(BIN)/python -m tests.emulator.sanitizers
 
 clean: ## Remove what was built here
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
