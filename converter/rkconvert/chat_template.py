@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rkconvert.rendering import rendered_apart
 from rkconvert.shards import read_json
 from rkruntime.errors import CheckpointError
-from rkruntime.template import template_environment
 
 # Gemma 2's own template, for base models, which have none. It knows no system role.
 GEMMA: Final = (
@@ -21,7 +20,6 @@ GEMMA: Final = (
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 _MAX_TEMPLATE: Final = 1 << 20
-_EOS: Final = "<eos>"
 _USER, _SYSTEM = "@@the user's words@@", "@@the system's words@@"
 
 
@@ -52,17 +50,12 @@ def read_template(folder: Path, bos_token: str) -> ChatTemplate:
     found = _find(folder)
     source = GEMMA if found is None else found
     user = {"role": "user", "content": _USER}
-    text = render(source, [user], bos_token)
+    text, with_system = rendered_apart(source, [[user], [{"role": "system", "content": _SYSTEM}, user]], bos_token)
     if text.count(_USER) != 1:
         raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
     prefix, suffix = text.split(_USER)
-    try:
-        native = _SYSTEM in render(source, [{"role": "system", "content": _SYSTEM}, user], bos_token)
-    except CheckpointError:
-        native = False
-    return ChatTemplate(
-        source, found is not None, prefix.removeprefix(bos_token), suffix, "native" if native else "fold"
-    )
+    role = "native" if _SYSTEM in with_system else "fold"
+    return ChatTemplate(source, found is not None, prefix.removeprefix(bos_token), suffix, role)
 
 
 def _find(folder: Path) -> str | None:
@@ -70,7 +63,11 @@ def _find(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_bytes()[: _MAX_TEMPLATE + 1].decode()
+            with file.open("rb") as stream:
+                data = stream.read(_MAX_TEMPLATE + 1)
+            if len(data) > _MAX_TEMPLATE:
+                raise CheckpointError(f"The chat template has over {_MAX_TEMPLATE:,} bytes.")
+            return data.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}.") from error
     if not (folder / "tokenizer_config.json").is_file():
@@ -80,20 +77,3 @@ def _find(folder: Path) -> str | None:
         named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
-
-
-def render(
-    source: str, messages: Sequence[Mapping[str, str]], bos_token: str, *, add_generation_prompt: bool = True
-) -> str:
-    """A conversation as text, as transformers' apply_chat_template gives it; CheckpointError if that cannot be done."""
-    if len(source) > _MAX_TEMPLATE:
-        raise CheckpointError(f"The chat template has over {_MAX_TEMPLATE:,} characters.")
-    try:
-        text = (
-            template_environment()
-            .from_string(source)
-            .render(messages=messages, bos_token=bos_token, eos_token=_EOS, add_generation_prompt=add_generation_prompt)
-        )
-    except Exception as error:  # A template can do anything that Python can do wrong.
-        raise CheckpointError(f"The chat template cannot be rendered: {error}.") from error
-    return text

@@ -65,7 +65,7 @@ class Checkpoint:
         value = self.generation_config.get("eos_token_id")
         if value is None:
             return self.config.eos_token_ids
-        return token_ids("eos_token_id (generation_config.json)", value, self.config.vocab_size)
+        return token_ids("eos_token_id", value, self.config.vocab_size, "generation_config.json")
 
 
 def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> Checkpoint:
@@ -82,9 +82,11 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
     if is_bitsandbytes(raw):
         weights = Dequantized(weights, raw)
         notes = ("the source was quantized by bitsandbytes: what that has lost does not come back",)
-    elif method := (raw.get("quantization_config") or {}).get("quant_method"):
+    elif quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
-            f"The checkpoint is already quantized by {method}.", hint="Start from the original 16-bit checkpoint."
+            f"The checkpoint is already quantized by {str(method)[:80]}.",
+            hint="Start from the original 16-bit checkpoint.",
         )
     check_weights(weights, config)
     return Checkpoint(path, config, raw, weights, files, name or path.resolve().name, revision, notes)

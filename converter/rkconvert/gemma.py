@@ -191,15 +191,15 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
     )
 
 
-def token_ids(key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+def token_ids(key: str, value: Any, vocab_size: int, file: str = "config.json") -> tuple[int, ...]:
     """One id or a list of ids, as config.json and generation_config.json give them."""
     items = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(_integer(key, item, 0, vocab_size - 1) for item in items))
+    return tuple(dict.fromkeys(_integer(key, item, 0, vocab_size - 1, file) for item in items))
 
 
-def _integer(key: str, value: Any, least: int, most: int) -> int:
+def _integer(key: str, value: Any, least: int, most: int, file: str = "config.json") -> int:
     if type(value) is not int or not least <= value <= most:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number from {least} to {most}.")
+        raise CheckpointError(f"{file}: {key} is {value!r}; it must be a whole number from {least} to {most}.")
     return value
 
 
@@ -211,13 +211,14 @@ def _number(key: str, value: Any, least: float = 1e-30) -> float:
 
 def _rope_theta(config: Mapping[str, Any], default: Any) -> Any:
     """transformers 4 writes rope_theta, transformers 5 rope_parameters."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key) or {}
+        if not isinstance(value, dict):
+            raise CheckpointError(f"config.json: {key} is {str(value)[:80]!r}; it must be a table.")
+        kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
             raise CheckpointError(f"config.json: {key} asks for {kind!r}; Gemma 1 and 2 use plain rotary embeddings.")
-    return parameters.get("rope_theta", default)
+    return (config.get("rope_parameters") or {}).get("rope_theta", default)
 
 
 def _refuse_features(config: Mapping[str, Any]) -> None:
@@ -235,6 +236,6 @@ def _sliding_layers(config: Mapping[str, Any], layers: int, window: bool) -> tup
         # transformers: even layers have the window.
         return tuple(window and layer % 2 == 0 for layer in range(layers))
     known = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != layers or any(str(kind) not in known for kind in kinds):
         raise CheckpointError(f"config.json: layer_types must name {layers} layers, each one of {', '.join(known)}.")
     return tuple(window and known[kind] for kind in kinds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,14 @@ class Lora:
         if not equals:
             return cls(text)
         try:
-            return cls(source, float(weight))
+            number = float(weight)
         except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
             if Path(text).exists():
                 return cls(text)
-            raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5") from None
+            raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5")
+        return cls(source, number)
 
 
 @dataclass(frozen=True)

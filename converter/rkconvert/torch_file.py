@@ -127,7 +127,8 @@ class TorchFile:
         except zipfile.BadZipFile:
             raise
         except Exception as error:  # A damaged pickle can fail in any way.
-            raise self._kind(f"{self.path} is not a plain table of tensors: {error}. Nothing of it was run.") from error
+            why = str(error) or type(error).__name__
+            raise self._kind(f"{self.path} is not a plain table of tensors: {why}. Nothing of it was run.") from error
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
             raise self._kind(f"{self.path} holds a {type(found).__name__}, not a table of tensors.")
         return found

@@ -7,6 +7,7 @@ is dropped silently.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +22,10 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 class _Loader(_Base):  # type: ignore[misc]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice!r} stands twice")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice[:80]!r} stands twice")
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -36,6 +37,14 @@ def load_yaml(text: str | bytes) -> Any:
         yaml.YAMLError: no YAML, or with aliases, a key that stands twice, or lists and mappings nested more than
             32 deep.
     """
+    try:
+        _check(text)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a date of a 13th month.
+        raise yaml.YAMLError(" ".join(str(error).split())) from error
+
+
+def _check(text: str | bytes) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):
@@ -43,10 +52,6 @@ def load_yaml(text: str | bytes) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested over {_MAX_DEPTH} deep")
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
-    except ValueError as error:  # Such as a date of a 13th month, which PyYAML lets pass.
-        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
 def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_plain_data_is_read_as_pyyaml_reads_it(data):
         ("&x [*x]", "aliases"),
         ("[" * 40 + "]" * 40, "nested over 32 deep"),
         ("a: !!python/object/apply:os.system [echo]", "could not determine a constructor"),
-        ("a: 2024-13-41", "a value cannot be read"),
+        ("a: 2024-13-41", "month must be in 1..12"),
         ("a: [1", "flow sequence"),
         ("--- 1\n--- 2", "single document"),
         ("a: \0", "control characters|special characters"),

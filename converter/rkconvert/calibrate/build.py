@@ -9,7 +9,8 @@ from typing import Final
 
 from rkconvert.calibrate.chats import Chat
 from rkconvert.calibrate.dataset import Row, TokenCounter
-from rkconvert.chat_template import ChatTemplate, render
+from rkconvert.chat_template import ChatTemplate
+from rkconvert.rendering import render
 from rkruntime.errors import CalibrationError, CheckpointError
 from rkruntime.template import BOS, fold_system
 from rkruntime.tokenizer import Tokenizer

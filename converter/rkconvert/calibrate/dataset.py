@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.chat_template import ChatTemplate, render
+from rkconvert.chat_template import ChatTemplate
+from rkconvert.rendering import render
 from rkconvert.shards import refuse_lfs_pointer
 from rkruntime.errors import CalibrationError
 from rkruntime.files import atomic_file

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 from rkconvert.shards import refuse_lfs_pointer
 from rkruntime.errors import CheckpointError
 
+T = TypeVar("T")
 MAGIC: Final = b"GGUF"
 # Gemma's header has 14 MB (a quarter of a million token texts) and some 300 to 600 tensors.
 _MAX_HEADER: Final = 256 << 20
@@ -116,21 +118,29 @@ def _parse(path: Path, size: int, reader: _Reader, file: BinaryIO) -> GgufFile:
     if version not in (2, 3):
         raise CheckpointError(f"{path} is GGUF version {version}; versions 2 and 3, little-endian, can be read.")
     tensor_count, value_count = reader.count("tensors"), reader.count("values")
-    metadata = {reader.text(): reader.value(int(reader.number("I"))) for _ in range(value_count)}
-    directory = [_entry(path, reader) for _ in range(tensor_count)]
+    metadata = _table(path, "key", [(reader.text(), reader.value(int(reader.number("I")))) for _ in range(value_count)])
+    directory = _table(path, "tensor", [_entry(path, reader) for _ in range(tensor_count)])
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20:
         raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}.")
     data = -(-file.tell() // alignment) * alignment
-    tensors = {name: GgufTensor(shape, kind, data + offset) for name, shape, kind, offset in directory}
+    tensors = {name: replace(tensor, offset=data + tensor.offset) for name, tensor in directory.items()}
     return GgufFile(path, metadata, tensors, size)
 
 
-def _entry(path: Path, reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+def _table(path: Path, what: str, pairs: list[tuple[str, T]]) -> dict[str, T]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise CheckpointError(f"{path} is damaged: its header has the {what} {twice[:80]!r} twice.")
+    return found
+
+
+def _entry(path: Path, reader: _Reader) -> tuple[str, GgufTensor]:
     name, rank = reader.text(), int(reader.number("I"))
     if not 0 < rank <= 4:
         raise CheckpointError(f"{path} is damaged: its tensor {name!r} has {rank} dimensions.")
     shape = tuple(int(reader.number("Q")) for _ in range(rank))[::-1]
     if math.prod(shape) > 1 << 40:
         raise CheckpointError(f"{path} is damaged: its tensor {name!r} has the shape {list(shape)}.")
-    return name, shape, int(reader.number("I")), int(reader.number("Q"))
+    return name, GgufTensor(shape, int(reader.number("I")), int(reader.number("Q")))

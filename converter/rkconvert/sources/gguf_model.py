@@ -60,15 +60,15 @@ def open_gguf(path: Path) -> Checkpoint:
         HostError: the gguf package is missing.
     """
     file = read_gguf(path)
-    family = file.metadata.get("general.architecture")
+    family = str(file.metadata.get("general.architecture"))
     if family not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{path} holds the architecture {family!r}; supported are {', '.join(_ARCHITECTURES)}.",
+            f"{path} holds the architecture {family[:80]!r}; supported are {', '.join(_ARCHITECTURES)}.",
             hint="Convert a Gemma 2 (or Gemma 1) text model.",
         )
-    raw = _config(file, str(family))
+    raw = _config(file, family)
     config = parse_config(raw)
-    weights = GgufWeights(file, str(family))
+    weights = GgufWeights(file, family)
     check_weights(weights, config)
     folder = Path(tempfile.mkdtemp(prefix="rkedge-gguf-"))
     # It is needed as long as the weights are.
@@ -107,19 +107,18 @@ class GgufWeights:
                 raise CheckpointError(
                     f"{own_name} in {file.path} has the type {tensor.kind}, which gguf does not know."
                 )
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
-            if tensor.shape[-1] % block:
-                raise CheckpointError(f"{own_name} in {file.path} has rows of {tensor.shape[-1]}, not of whole blocks.")
-            dtype = _PLAIN.get(tensor.kind)
-            packed = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-            stored = TensorInfo(dtype, tensor.shape) if dtype else TensorInfo("U8", packed)
-            if tensor.offset + stored.nbytes > file.size:
-                raise CheckpointError(
-                    f"{file.path} is cut: {own_name} ends at byte {tensor.offset + stored.nbytes:,}, the file at"
-                    f" {file.size:,}."
-                )
+            stored = _stored(file, own_name, *GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)])
             self._places[name] = (tensor, Entry(stored, tensor.offset))
-            self.tensors[name] = TensorInfo("F32" if _is_norm(name) else dtype or "F32", tensor.shape)
+            plain = _PLAIN.get(tensor.kind, "F32")
+            self.tensors[name] = TensorInfo("F32" if _is_norm(name) else plain, tensor.shape)
+        self._check_overlap(file)
+
+    def _check_overlap(self, file: GgufFile) -> None:
+        end = 0
+        for name, (_, entry) in sorted(self._places.items(), key=lambda item: item[1][1].offset):
+            if entry.offset < end:
+                raise CheckpointError(f"{file.path} is damaged: the tensor {name} overlaps another one.")
+            end = entry.offset + entry.info.nbytes
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, dequantized, norms as Hugging Face stores them."""
@@ -150,6 +149,20 @@ class GgufWeights:
         return (f"the source holds {', '.join(low)}: what those types have lost does not come back with w8a8",)
 
 
+def _stored(file: GgufFile, name: str, block: int, size: int) -> TensorInfo:
+    """How a tensor stands in the file, whose type packs `block` numbers into `size` bytes."""
+    tensor = file.tensors[name]
+    if tensor.shape[-1] % block:
+        raise CheckpointError(f"{name} in {file.path} has rows of {tensor.shape[-1]}, not of whole blocks.")
+    dtype = _PLAIN.get(tensor.kind)
+    packed = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+    stored = TensorInfo(dtype, tensor.shape) if dtype else TensorInfo("U8", packed)
+    end = tensor.offset + stored.nbytes
+    if end > file.size:
+        raise CheckpointError(f"{file.path} is cut: {name} ends at byte {end:,}, the file at {file.size:,}.")
+    return stored
+
+
 def _is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 
@@ -173,6 +186,8 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
         return found
 
     heads, hidden, layers = value("attention.head_count"), value("embedding_length"), value("block_count")
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        raise CheckpointError(f"{file.path} has {str(heads)[:40]} heads for a width of {str(hidden)[:40]}.")
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
@@ -182,7 +197,7 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
-        "head_dim": value("attention.key_length", hidden // heads if heads else 0),
+        "head_dim": value("attention.key_length", hidden // heads),
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": _decimal(value("attention.layer_norm_rms_epsilon")),
         "rope_theta": _decimal(value("rope.freq_base", 10000.0)),

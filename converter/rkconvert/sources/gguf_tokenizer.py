@@ -17,6 +17,8 @@ _NORMAL: Final = 1
 _SPECIAL: Final = (2, 3)
 _ADDED: Final = (2, 3, 4, 5)
 _SPACE: Final = "▁"
+# Gemma's longest has 31 characters; every way to build a token of two others is tried.
+_MAX_TOKEN: Final = 1024
 
 
 def tokenizer_json(file: GgufFile) -> dict[str, Any]:
@@ -24,12 +26,15 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
     data = file.metadata
     if data.get("tokenizer.ggml.model") != "llama":
         raise CheckpointError(f"{file.path} has a tokenizer {data.get('tokenizer.ggml.model')!r}; Gemma's is 'llama'.")
-    tokens, scores, kinds = (_list(file, key) for key in ("tokens", "scores", "token_type"))
+    columns = {"tokens": str, "scores": float, "token_type": int}
+    tokens, scores, kinds = (_list(file, key, kind) for key, kind in columns.items())
     if not len(tokens) == len(scores) == len(kinds):
         raise CheckpointError(f"{file.path} has {len(tokens)} tokens without a score and a type for each.")
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{file.path} has a token twice.")
+    if (longest := max(map(len, tokens))) > _MAX_TOKEN:
+        raise CheckpointError(f"{file.path} has a token of {longest:,} characters.")
     unknown, bos = (_special(file, tokens, *item) for item in (("unknown", 3), ("bos", 2)))
     return {
         "version": "1.0",
@@ -83,10 +88,10 @@ def merges(
     return [(left, right) for _, _, _, left, right in found]
 
 
-def _list(file: GgufFile, key: str) -> list[Any]:
+def _list(file: GgufFile, key: str, kind: type) -> list[Any]:
     found = file.metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(found, list):
-        raise CheckpointError(f"{file.path} has no tokenizer.ggml.{key}.")
+    if not isinstance(found, list) or any(type(item) is not kind for item in found):
+        raise CheckpointError(f"{file.path} has no tokenizer.ggml.{key}, a list of {kind.__name__}.")
     return found
 
 

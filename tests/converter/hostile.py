@@ -1,0 +1,727 @@
+"""Checkpoints, adapters, GGUF files and recipes made to do harm: to run code, leave their folder, hang, eat memory,
+crash a parser, or say two things at once. Each is given to `rkedge convert`.
+
+`python tests/converter/hostile.py FOLDER [CASE ...]` makes them below FOLDER, one after another, and prints for each a
+line of JSON: exit code, message, what was left, whether code ran, peak memory. test_hostile.py judges the lines.
+(Plain damage is the subject of test_broken_inputs.py.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rkconvert import demo
+from rkruntime.cli import main
+
+SECONDS = 30
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+Make = Callable[["Box"], "list[Any] | None"]
+CASES: dict[str, tuple[str, Make]] = {}
+
+
+def case(words: str) -> Callable[[Make], Make]:
+    """Register a function that breaks something; `words` stand in the message that a person then reads."""
+
+    def register(make: Make) -> Make:
+        CASES[make.__name__] = (words, make)
+        return make
+
+    return register
+
+
+@dataclass
+class Box:
+    """A folder with a whole model, adapter and GGUF to break."""
+
+    root: Path
+    lora: list[Path] = field(default_factory=list)
+
+    @property
+    def model(self) -> Path:
+        path = self.root / "model"
+        if not path.exists():
+            shutil.copytree(demo.checkpoint(), path)
+        return path
+
+    @property
+    def shard(self) -> Path:
+        return self.model / "model-00002-of-00003.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        path = self.root / "lora"
+        if not path.exists():
+            shutil.copytree(demo.adapter(), path)
+            self.lora = [path]
+        return path
+
+    @property
+    def executed(self) -> Path:
+        """Code in a file would make this one."""
+        return self.root / "executed"
+
+    def code(self) -> bytes:
+        """A pickle that runs a command when it is loaded."""
+
+        class Code:
+            def __reduce__(self) -> Any:
+                return os.system, (f"touch '{self.path}'",)
+
+            path = self.executed
+
+        return pickle.dumps({"model.embed_tokens.weight": Code()}, protocol=2)
+
+    def edit(self, path: Path, **changes: Any) -> None:
+        """Change keys of a JSON file."""
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def config(self, **changes: Any) -> None:
+        self.edit(self.model / "config.json", **changes)
+
+    def text(self, path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    def header(self, path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Rewrite the header of a safetensors file; the data stays."""
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        changed = change(header)
+        text = changed if isinstance(changed, bytes) else json.dumps(changed or header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    def as_bin(self, pickled: bytes, members: dict[str, bytes] | None = None, how: int = zipfile.ZIP_STORED) -> Path:
+        """The model's weights as a .bin with this pickle, in place of its safetensors."""
+        for file in self.model.glob("*.safetensors*"):
+            file.unlink()
+        path = self.model / "pytorch_model.bin"
+        with zipfile.ZipFile(path, "w", how) as archive:
+            archive.writestr("m/data.pkl", pickled)
+            for name, data in (members or {}).items():
+                archive.writestr(f"m/{name}", data)
+        return path
+
+    def gguf(self, **changes: Any) -> Path:
+        path = self.root / "model.gguf"
+        path.write_bytes(gguf_bytes(**changes))
+        return path
+
+    def recipe(self, text: str | bytes) -> list[Any]:
+        path = self.root / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return [self.model, "--recipe", path]
+
+
+# folders and config.json
+
+
+@case("config.json is not JSON: 'utf-8'")
+def a_config_in_latin_1(box):
+    (box.model / "config.json").write_bytes('{"model_type": "gemma2", "author": "Müller"}'.encode("latin-1"))
+
+
+@case("config.json is not JSON: it is nested too deeply")
+def a_config_nested_deeply(box):
+    (box.model / "config.json").write_text('{"a":' * 50_000)
+
+
+@case("config.json is not JSON: the key 'hidden_size' stands twice")
+def a_config_with_a_key_twice(box):
+    box.text(box.model / "config.json", '"hidden_size": 128', '"hidden_size": 64, "hidden_size": 128')
+
+
+@case("config.json has more than 16 MiB")
+def a_config_of_a_terabyte(box):
+    with (box.model / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@case("it has no config.json")
+def a_config_that_links_to_itself(box):
+    (box.model / "config.json").unlink()
+    (box.model / "config.json").symlink_to("config.json")
+
+
+@case("config.json is not JSON: Exceeds the limit")
+def a_size_of_ten_thousand_digits(box):
+    box.text(box.model / "config.json", '"hidden_size": 128', '"hidden_size": ' + "9" * 10_000)
+
+
+@case("rms_norm_eps is nan")
+def a_config_with_nan(box):
+    box.config(rms_norm_eps=float("nan"))
+
+
+@case("rope_parameters is 'default'; it must be a table")
+def rope_parameters_that_are_text(box):
+    box.config(rope_parameters="default")
+
+
+@case("layer_types must name 4 layers")
+def layer_types_that_are_lists(box):
+    box.config(layer_types=[["sliding_attention"]] * 4)
+
+
+@case(r"already quantized by \[4\]")
+def a_quantization_that_is_a_list(box):
+    box.config(quantization_config=[4])
+
+
+@case("generation_config.json: eos_token_id is 5000")
+def an_end_token_outside_the_vocabulary(box):
+    box.edit(box.model / "generation_config.json", eos_token_id=5000)
+
+
+# safetensors and their index
+
+
+@case("claims a header of 9,223,372,036,854,775,807 bytes")
+def a_header_of_exabytes(box):
+    data = box.shard.read_bytes()
+    box.shard.write_bytes((2**63 - 1).to_bytes(8, "little") + data[8:])
+
+
+@case("claims a header of 90,000,000 bytes")
+def a_header_of_ninety_megabytes(box):
+    text = b'{"a":' * 18_000_000
+    box.shard.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+@case("header of .* is not JSON: it is nested too deeply")
+def a_header_nested_deeply(box):
+    box.header(box.shard, lambda _: b'{"a":' * 100_000)
+
+
+@case("header of .* is not JSON: the key 'x' stands twice")
+def a_tensor_twice_in_a_header(box):
+    entry = b'"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}'
+    box.header(box.shard, lambda _: b"{" + entry + b", " + entry + b"}")
+
+
+def first(header: dict[str, Any]) -> dict[str, Any]:
+    return next(value for key, value in header.items() if key != "__metadata__")
+
+
+@case("takes .* bytes; BF16 \\[4294967296, 4294967296\\] would take")
+def a_shape_whose_size_overflows(box):
+    box.header(box.shard, lambda header: first(header).update(shape=[1 << 32, 1 << 32]))
+
+
+def index_of(box: Box, name: str) -> None:
+    path = box.model / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    key = next(key for key, value in content["weight_map"].items() if value == box.shard.name)
+    content["weight_map"][key] = name
+    path.write_text(json.dumps(content))
+
+
+@case("names a file outside the folder: '..'")
+def an_index_that_names_the_parent(box):
+    index_of(box, "..")
+
+
+@case(r"names a file outside the folder: 'a\\x00b'")
+def an_index_with_a_nul(box):
+    index_of(box, "a\0b")
+
+
+@case("lacks the file loop.safetensors")
+def a_shard_that_links_to_itself(box):
+    (box.model / "loop.safetensors").symlink_to("loop.safetensors")
+    index_of(box, "loop.safetensors")
+
+
+@case("lacks the file pipe.safetensors")
+def a_shard_that_is_a_pipe(box):
+    os.mkfifo(box.model / "pipe.safetensors")
+    index_of(box, "pipe.safetensors")
+
+
+@case("has no weight_map")
+def an_index_that_is_a_list(box):
+    box.edit(box.model / "model.safetensors.index.json", weight_map=["a"])
+
+
+@case("index.json is a Git LFS pointer")
+def a_pointer_for_an_index(box):
+    (box.model / "model.safetensors.index.json").write_bytes(LFS)
+
+
+# .bin files
+
+
+@case("asks for posix.system")
+def a_bin_with_code(box):
+    box.as_bin(box.code())
+
+
+@case("is not a .bin file of torch 1.6 or newer")
+def a_bare_pickle_with_code(box):
+    box.as_bin(b"").write_bytes(box.code())
+
+
+@case("asks for builtins.eval")
+def a_bin_that_evaluates(box):
+    box.as_bin(b"cbuiltins\neval\n(S'1'\ntR.")
+
+
+@case("without a data.pkl of a sensible size")
+def a_zip_bomb(box):
+    box.as_bin(b"\0" * (100 << 20), how=zipfile.ZIP_DEFLATED)
+
+
+@case("is not a plain table of tensors: MemoryError")
+def a_pickle_that_claims_exabytes(box):
+    box.as_bin(b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x")
+
+
+@case("holds a list, not a table of tensors")
+def a_pickle_nested_deeply(box):
+    box.as_bin(b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b".")
+
+
+def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """As torch.save describes one tensor; protocol 2 by hand."""
+
+    def number(value: int) -> bytes:
+        return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(X\x07\0\0\0storagectorch\nBFloat16Storage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x04tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + numbers(shape) + numbers(stride) + b"\x89}tR"
+    return b"\x80\x02}X\x19\0\0\0model.embed_tokens.weight" + tensor + b"s."
+
+
+@case("larger than the memory that it points to")
+def a_bin_that_points_beyond(box):
+    box.as_bin(tensor_pickle((1024, 128), (128, 1)), {"data/0": bytes(8)})
+
+
+@case("does not hold the bytes of the tensor")
+def a_bin_with_compressed_bytes(box):
+    box.as_bin(tensor_pickle((2, 2), (2, 1)), {"data/0": bytes(8)}, zipfile.ZIP_DEFLATED)
+
+
+@case("has a shape or an offset below zero")
+def a_bin_with_a_shape_below_zero(box):
+    box.as_bin(tensor_pickle((-2, 2), (2, 1)), {"data/0": bytes(8)})
+
+
+@case("does not stand row by row")
+def a_bin_with_transposed_rows(box):
+    box.as_bin(tensor_pickle((2, 2), (1, 2)), {"data/0": bytes(8)})
+
+
+# tokenizer and template
+
+
+@case("tokenizer.json is a Git LFS pointer")
+def a_pointer_for_a_tokenizer(box):
+    (box.model / "tokenizer.json").write_bytes(LFS)
+
+
+def template(box: Box, text: str) -> None:
+    (box.model / "chat_template.jinja").write_text(text)
+
+
+@case("chat template cannot be rendered: it takes more than 2 seconds")
+def a_template_that_never_ends(box):
+    loop = "{% for a in range(99999) %}"
+    template(box, loop * 4 + "{% endfor %}" * 4 + "{{ messages[0].content }}")
+
+
+@case("chat template cannot be rendered: MemoryError")
+def a_template_that_eats_memory(box):
+    template(box, "{% set x = 'x' * 40000000000 %}{{ messages[0].content }}")
+
+
+@case("chat template cannot be rendered: .*expected")
+def a_template_with_a_typing_error(box):
+    template(box, "{% for m in messages %}{{ m.content }")
+
+
+@case("chat_template.jinja cannot be read: 'utf-8'")
+def a_template_in_utf_16(box):
+    (box.model / "chat_template.jinja").write_bytes("{{ messages }}".encode("utf-16"))
+
+
+@case("chat template has over 1,048,576 bytes")
+def a_template_of_megabytes(box):
+    template(box, "ü" * 1_000_000)
+
+
+# adapters
+
+
+def lora_config(box: Box, **changes: Any) -> None:
+    box.edit(box.adapter / "adapter_config.json", **changes)
+
+
+def lora_file(box: Box) -> Path:
+    return box.adapter / "adapter_model.safetensors"
+
+
+@case("nowhere is not an adapter: it has no adapter_config.json")
+def an_adapter_that_is_not_there(box):
+    return [box.model, "--lora", box.root / "nowhere"]
+
+
+@case("'half' is not a number")
+def a_weight_that_is_a_word(box):
+    return [box.model, "--lora", f"{box.adapter}=half"]
+
+
+@case("'nan' is not a number")
+def a_factor_that_is_nan(box):
+    return [box.model, "--lora", f"{box.adapter}=nan"]
+
+
+@case("adapter_config.json is not JSON: 'utf-16")
+def an_adapter_in_utf_16(box):
+    (box.adapter / "adapter_config.json").write_bytes(json.dumps({"peft_type": "LORA"}).encode("utf-16")[:-1])
+
+
+@case("the rank of .* is 0.5; it must be a whole number")
+def a_rank_of_a_half(box):
+    lora_config(box, r=0.5)
+
+
+@case("r of .* is inf; it must be a positive number")
+def an_endless_rank(box):
+    box.text(box.adapter / "adapter_config.json", '"r": 8', '"r": 1e400')
+
+
+@case("is not a regular expression")
+def a_pattern_that_is_none(box):
+    lora_config(box, alpha_pattern={"[": 4})
+
+
+@case("rank_pattern is a list, not a table")
+def patterns_that_are_a_list(box):
+    lora_config(box, rank_pattern=[["q_proj", 4]])
+
+
+@case("init_lora_weights is .'a'., which is not known")
+def a_beginning_that_is_a_list(box):
+    lora_config(box, init_lora_weights=["a"])
+
+
+@case("adapter_model.bin is not a plain table of tensors: it asks for posix.system")
+def an_adapter_with_code(box):
+    lora_file(box).unlink()
+    with zipfile.ZipFile(box.adapter / "adapter_model.bin", "w") as archive:
+        archive.writestr("m/data.pkl", box.code())
+
+
+@case("adapter_model.safetensors.index.json names a file outside the folder")
+def an_adapter_whose_index_leaves_the_folder(box):
+    lora_file(box).unlink()
+    (box.adapter / "adapter_model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}')
+
+
+@case("trainable_token_indices is")
+def token_indices_that_are_words(box):
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+    def change(header: dict[str, Any]) -> dict[str, Any]:
+        key, value = next((key, value) for key, value in header.items() if value.get("shape") == [8, 128])
+        del header[key]
+        return {**header, name: value}
+
+    box.header(lora_file(box), change)
+    lora_config(box, trainable_token_indices=["a"])
+
+
+# GGUF
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def value(item: Any) -> bytes:
+    """A typed value as GGUF has it: text, whole numbers, floats and lists of them."""
+    if isinstance(item, str):
+        return struct.pack("<I", 8) + text(item)
+    if isinstance(item, float):
+        return struct.pack("<If", 6, item)
+    if isinstance(item, int):
+        return struct.pack("<II", 4, item)
+    kinds = {str: 8, float: 6, int: 5}
+    head = struct.pack("<IIQ", 9, kinds[type(item[0])], len(item))
+    form = {float: "f", int: "i"}.get(type(item[0]))
+    return head + (struct.pack(f"<{len(item)}{form}", *item) if form else b"".join(map(text, item)))
+
+
+def gguf_metadata() -> dict[str, Any]:
+    config = json.loads((demo.checkpoint() / "config.json").read_text())
+    sizes = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+             "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+             "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+             "attention.key_length": "head_dim", "attention.value_length": "head_dim",
+             "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.sliding_window": "sliding_window",
+             "attn_logit_softcapping": "attn_logit_softcapping",
+             "final_logit_softcapping": "final_logit_softcapping"}  # fmt: skip
+    tokenizer = json.loads((demo.checkpoint() / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    tokens += [f"<pad{at}>" for at in range(len(tokens), config["vocab_size"])]
+    kinds = [
+        3 if name in special else 6 if name.startswith("<0x") else 5 if name.startswith("<pad") else 1
+        for name in tokens
+    ]
+    return {
+        "general.architecture": "gemma2",
+        **{f"gemma2.{key}": config[name] for key, name in sizes.items()},
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(at) for at in range(len(tokens))],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.chat_template": (demo.checkpoint() / "chat_template.jinja").read_text(),
+    }
+
+
+def gguf_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (1024, 128), "output_norm.weight": (128,)}
+    layer = {"attn_q": (256, 128), "attn_k": (128, 128), "attn_v": (128, 128), "attn_output": (128, 256),
+             "ffn_gate": (384, 128), "ffn_up": (384, 128), "ffn_down": (128, 384), "attn_norm": (128,),
+             "post_attention_norm": (128,), "ffn_norm": (128,), "post_ffw_norm": (128,)}  # fmt: skip
+    for at in range(4):
+        shapes |= {f"blk.{at}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def gguf_bytes(
+    *,
+    metadata: dict[str, Any] | None = None,
+    version: int = 3,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    offset: int | None = None,
+    kind: int = 0,
+    fill: float = 1.0,
+    twice: bool = False,
+) -> bytes:
+    """A GGUF of the demo model's shape in float32, with what is asked for changed."""
+    pairs = gguf_metadata() | (metadata or {})
+    tensors = gguf_shapes() | (shapes or {})
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors) + twice, len(pairs))
+    head += b"".join(text(key) + value(item) for key, item in pairs.items())
+    end = 0
+    entries = []
+    for name, shape in tensors.items():
+        entry = text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+        entries.append(entry + struct.pack("<IQ", kind, end if offset is None else offset))
+        end += int(np.prod(gguf_shapes().get(name, shape))) * 4
+    head += b"".join(entries) + (entries[0] if twice else b"")
+    return head + bytes(-len(head) % 32) + np.full(end // 4, fill, "<f4").tobytes()
+
+
+@case("model.gguf is cut: blk.3.post_ffw_norm.weight ends at byte")
+def a_gguf_cut_in_its_data(box):
+    path = box.gguf()
+    os.truncate(path, path.stat().st_size - 100)
+    return [path]
+
+
+@case("its header claims 1,048,577 values")
+def a_gguf_of_too_many_values(box):
+    path = box.root / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, (1 << 20) + 1) + bytes(100))
+    return [path]
+
+
+@case("an array of its header has the unknown type 9")
+def a_gguf_of_arrays_in_arrays(box):
+    path = box.root / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + text("a") + struct.pack("<IIQ", 9, 9, 1) * 50)
+    return [path]
+
+
+@case("its alignment is 0")
+def a_gguf_aligned_to_nothing(box):
+    return [box.gguf(metadata={"general.alignment": 0})]
+
+
+@case("has 4294967295 dimensions")
+def a_gguf_tensor_of_too_many_dimensions(box):
+    data = gguf_bytes()
+    at = data.index(text("token_embd.weight")) + len(text("token_embd.weight"))
+    path = box.root / "model.gguf"
+    path.write_bytes(data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :])
+    return [path]
+
+
+@case("has the shape \\[4294967296, 4294967296\\]")
+def a_gguf_tensor_whose_size_overflows(box):
+    return [box.gguf(shapes={"token_embd.weight": (1 << 32, 1 << 32)})]
+
+
+@case("token_embd.weight ends at byte 9,223,")
+def a_gguf_tensor_beyond_the_file(box):
+    return [box.gguf(offset=2**63 - 2**20)]
+
+
+@case("the tensor model.* overlaps another one")
+def gguf_tensors_in_one_place(box):
+    return [box.gguf(offset=0)]
+
+
+@case("has the type 999")
+def a_gguf_tensor_of_an_unknown_type(box):
+    return [box.gguf(kind=999)]
+
+
+@case("its header has the tensor 'token_embd.weight' twice")
+def a_gguf_tensor_twice(box):
+    return [box.gguf(twice=True)]
+
+
+@case("model.embed_tokens.weight has NaN or infinite weights")
+def a_gguf_with_nan(box):
+    return [box.gguf(fill=float("nan"))]
+
+
+@case("has a token twice")
+def a_gguf_with_a_token_twice(box):
+    tokens = gguf_metadata()["tokenizer.ggml.tokens"]
+    return [box.gguf(metadata={"tokenizer.ggml.tokens": ["a", "a", *tokens[2:]]})]
+
+
+@case("a token of 4,000,000 characters")
+def a_gguf_token_of_megabytes(box):
+    tokens = gguf_metadata()["tokenizer.ggml.tokens"]
+    return [box.gguf(metadata={"tokenizer.ggml.tokens": [*tokens[:-1], "x" * 4_000_000]})]
+
+
+@case("num_hidden_layers is 'four'")
+def a_gguf_whose_size_is_text(box):
+    return [box.gguf(metadata={"gemma2.block_count": "four"})]
+
+
+@case("has eight heads for a width of 128")
+def a_gguf_whose_heads_are_text(box):
+    return [box.gguf(metadata={"gemma2.attention.head_count": "eight"})]
+
+
+@case("holds the architecture \"\\['gemma2'\\]\"")
+def a_gguf_whose_architecture_is_a_list(box):
+    return [box.gguf(metadata={"general.architecture": ["gemma2"]})]
+
+
+@case("no tokenizer.ggml.tokens, a list of str")
+def a_gguf_whose_tokens_are_numbers(box):
+    return [box.gguf(metadata={"tokenizer.ggml.tokens": list(range(1024))})]
+
+
+@case("a tokenizer 'gpt2'")
+def a_gguf_with_another_tokenizer(box):
+    return [box.gguf(metadata={"tokenizer.ggml.model": "gpt2"})]
+
+
+# recipes
+
+
+@case("cannot be read: Is a directory")
+def a_folder_for_a_recipe(box):
+    return [box.model, "--recipe", box.model]
+
+
+@case("aliases are not taken")
+def a_recipe_that_grows(box):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{at}: &a{at} [{', '.join([f'*a{at - 1}'] * 9)}]" for at in range(1, 12)]
+    return box.recipe("\n".join(lines))
+
+
+@case("nested over 32 deep")
+def a_recipe_nested_deeply(box):
+    return box.recipe("lora: " + "[" * 100_000)
+
+
+@case("could not determine a constructor")
+def a_recipe_with_code(box):
+    return box.recipe(f"output: !!python/object/apply:os.system ['touch {box.executed}']")
+
+
+@case("recipe.yaml: is not YAML: 'utf-8'")
+def a_recipe_in_latin_1(box):
+    return box.recipe("output: Müller".encode("latin-1"))
+
+
+@case("recipe.yaml: has more than 1 MiB")
+def a_recipe_of_megabytes(box):
+    return box.recipe("#" * (2 << 20))
+
+
+class Hung(BaseException):
+    """Raised by the alarm, past everything that catches errors."""
+
+
+def stop(*_: Any) -> None:
+    raise Hung
+
+
+def peak_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Make one case and give it to the command."""
+    words, make = CASES[name]
+    box, out = Box(folder / name), folder / name / "out"
+    out.mkdir(parents=True)
+    arguments = make(box)
+    arguments = [box.model, *(f"--lora={path}" for path in box.lora)] if arguments is None else arguments
+    Path("/proc/self/clear_refs").write_text("5")
+    before, said = peak_kib(), io.StringIO()
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            code = main(["convert", *map(str, arguments), "-q", "-o", str(out / "bundle")])
+    except Hung:
+        code = -1
+    finally:
+        signal.alarm(0)
+    return {
+        "name": name,
+        "words": words,
+        "code": code,
+        "said": said.getvalue().replace(str(folder / name), "..."),
+        "left": sorted(path.name for path in out.iterdir()),
+        "executed": box.executed.exists(),
+        "mib": (peak_kib() - before) >> 10,
+    }
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    # The hub is not asked for what looks like one of its names.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for at in sys.argv[2:] or CASES:
+        print(json.dumps(run(at, Path(sys.argv[1]))), flush=True)
