@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import os
 import threading
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from rkruntime import errors
-from rkruntime.abi import since, within
-from rkruntime.errors import (
-    ContextFullError,
-    LoadError,
-    ModelFileError,
-    RefusedError,
-    RKEdgeError,
-    RunError,
-    UsageError,
-    WorkerError,
-)
-from rkruntime.generation import (
-    ArrayEvent,
-    Event,
-    Finished,
-    FinishReason,
-    HiddenStates,
-    Logits,
-    Perf,
-    Request,
-    Token,
-)
+from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerError
+from rkruntime.generation import ArrayEvent, Event, Finished, HiddenStates, Logits, Request, Token
 from rkruntime.identify import Identity, identify
-from rkruntime.loading import LoadOptions, Lora, ModelInfo, facts_of, first_error
-from rkruntime.preflight import Finding, preflight
+from rkruntime.loading import LoadOptions, Lora, ModelInfo, check_readable, checked, environment_of, info_of
 from rkruntime.worker import protocol
+from rkruntime.worker.decode import add_log, array_of, error_of, finished_of
 from rkruntime.worker.encode import run_command
+from rkruntime.worker.events import AsyncRecords
 from rkruntime.worker.process import WorkerProcess
 from rkruntime.worker.protocol import Record
 
@@ -53,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
 
 _SHOWN_LINES: Final = 40
-_TICK: Final = 0.5
 
 
 class Engine:
@@ -66,16 +42,15 @@ class Engine:
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
         self._identity: Identity = identify(options.library, options.abi)
-        _check_readable(options.model)
-        self.options, self._findings = _checked(options, self._identity)
+        check_readable(options.model)
+        self.options, self._findings = checked(options, self._identity)
         self._run = 0
         self._active: int | None = None
         self._abandoned = False
         self._gone: WorkerError | None = None
         self._closed = True
         self._sending = threading.Lock()
-        environment = _environment(options)
-        self._worker = WorkerProcess(options.interpreter, environment, on_log)
+        self._worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
         self._closed = False
         try:
             self.info = self._load()
@@ -116,7 +91,7 @@ class Engine:
                 "machine": self._identity.machine,
                 "version": release.version,
                 "params": self.options.params(),
-                "loras": [_lora(item) for item in self.options.loras],
+                "loras": [item.as_dict() for item in self.options.loras],
                 "tokenizer": self.options.tokenizer is not None,
                 "embed": self.options.embed is not None,
             }
@@ -124,25 +99,7 @@ class Engine:
         reply = self._reply(self.options.load_timeout)
         seconds = time.perf_counter() - started
         self._worker.read_log()
-        if line := first_error(self._worker.log):
-            raise LoadError(f"The library reported success, and its log says: {line}")
-        facts = facts_of(self._worker.log)
-        return ModelInfo(
-            release=release.version,
-            layout=release.layout,
-            runtime_version=facts["runtime_version"],
-            driver_version=facts["driver_version"],
-            toolkit_version=facts["toolkit_version"],
-            platform=facts["platform"],
-            dtype=facts["dtype"],
-            max_context=reply["max_context"],
-            max_context_limit=int(facts["max_context_limit"]) if facts["max_context_limit"] else None,
-            npu_cores=int(facts["npu_cores"]) if facts["npu_cores"] else None,
-            emulated=self._identity.emulated,
-            load_seconds=seconds,
-            findings=self._findings,
-            log=tuple(self._worker.log),
-        )
+        return info_of(self._identity, reply["max_context"], seconds, self._findings, list(self._worker.log))
 
     def close(self) -> None:
         """Unload the model and end the worker; may be called twice. A worker that does not end is ended."""
@@ -229,7 +186,7 @@ class Engine:
             if record.kind == protocol.REPLY:
                 return json.loads(record.data)
             if record.kind == protocol.ERROR:
-                raise _error_of(record)
+                raise error_of(record)
 
     def _explain(self, error: RKEdgeError) -> None:
         """Add the last log lines and what they say went wrong."""
@@ -237,14 +194,7 @@ class Engine:
             self._worker.read_log()
         if isinstance(error, WorkerError):
             self._gone = error
-        lines = list(self._worker.log)[-_SHOWN_LINES:]
-        error.details.setdefault("log", lines)
-        if isinstance(error, errors.ModelError):
-            from rkruntime.diagnosis import diagnose
-
-            # What a shell would have printed under the log; a rule may need it.
-            ending = [error.details["description"]] if "description" in error.details else []
-            error.details.setdefault("diagnosis", diagnose("\n".join([*lines, *ending])).as_dict())
+        add_log(error, list(self._worker.log)[-_SHOWN_LINES:])
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -312,7 +262,7 @@ class Engine:
                     return event.values
         raise RunError(f"The run ended and the library gave no {mode}.")
 
-    def _start(self, requests: Sequence[Request], mode: str) -> int:
+    def _start(self, requests: Sequence[Request], mode: str) -> None:
         self._check()
         if self._abandoned:
             self._settle()
@@ -326,7 +276,6 @@ class Engine:
         self._run += 1
         self._active = self._run
         self._send({**header, "run": self._run}, data)
-        return self._run
 
     def _check_room(self, request: Request) -> None:
         if 0 < self.info.max_context <= len(request.tokens):
@@ -355,16 +304,14 @@ class Engine:
         self._worker.read_log()
         if record.kind == protocol.ERROR:
             self._active = None
-            raise _error_of(record)
+            raise error_of(record)
         if record.kind == protocol.FINISHED and record.batch == self.options.n_batch - 1:
             self._active = None
         if self._worker.alarm:
             raise RunError(f"The runtime gave an answer, and its log says: {self._worker.alarm}")
         if record.kind in (protocol.LOGITS, protocol.HIDDEN):
-            return _array(record)
-        plain = json.loads(record.data)
-        perf = Perf(**plain["perf"]) if plain["perf"] else None
-        return Finished(FinishReason(plain["reason"]), plain["prompt_tokens"], plain["generated"], perf)
+            return array_of(record)
+        return finished_of(record)
 
     def _settle(self) -> None:
         """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
@@ -404,7 +351,7 @@ class Engine:
         """`generate` for asyncio: nothing here blocks the loop while the library computes."""
         with self._explained():
             self._start([request], "generate")
-            records = _AsyncRecords(self)
+            records = AsyncRecords(self._worker, self._answered, self.options.token_timeout)
             try:
                 while self._active is not None:
                     record = records.waiting() or await records.next()
@@ -418,7 +365,7 @@ class Engine:
                 finally:
                     records.close()
 
-    async def _settle_async(self, records: _AsyncRecords) -> None:
+    async def _settle_async(self, records: AsyncRecords) -> None:
         run = self._active
         if run is None or self._closed or self._worker.ended:
             return
@@ -441,7 +388,7 @@ class Engine:
 
     def load_lora(self, lora: Lora) -> None:
         """Load an adapter, for requests that name it. Unloading one is not offered by any release."""
-        self._call("load_lora", *_lora(lora).values())
+        self._call("load_lora", *lora.as_dict().values())
 
     def load_prompt_cache(self, path: Path) -> None:
         """Take the KV cache from a file that a run saved; the next run reuses what its prompt shares with it."""
@@ -476,116 +423,3 @@ class Engine:
         parts.append(np.ascontiguousarray(positions, dtype=np.int32))
         header = {"call": "set_cross_attention", "num_tokens": int(parts[3].size)}
         self._command(header, [part.data.cast("B") for part in parts])
-
-
-class _AsyncRecords:
-    """Records for an event loop, while one run goes on."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._worker = engine, engine._worker
-        self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[None] | None = None
-        self._failed: WorkerError | None = None
-        self._last = time.monotonic()
-        self._loop.add_reader(self._worker.records_fd, self._readable)
-        self._loop.add_reader(self._worker.log_fd, self._worker.read_log)
-        self._timer = self._loop.call_later(_TICK, self._tick)
-
-    def waiting(self) -> Record | None:
-        """The next record, if it is here."""
-        record = self._worker.buffered()
-        while record is not None and self._engine._answered(record):
-            record = self._worker.buffered()
-        return record
-
-    async def next(self) -> Record:
-        """The next record, the library's questions answered on the way."""
-        while (record := self.waiting()) is None:
-            if self._failed is not None:
-                raise self._failed
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return record
-
-    def _readable(self) -> None:
-        self._last = time.monotonic()
-        self._look(self._worker.receive)
-
-    def _tick(self) -> None:
-        self._timer = self._loop.call_later(_TICK, self._tick)
-        self._look(self._check)
-
-    def _check(self) -> None:
-        self._worker.check_alive()
-        limit = self._engine.options.token_timeout
-        if self._waiter is not None and time.monotonic() - self._last > limit:
-            raise self._worker.hung(limit)
-
-    def _look(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except WorkerError as error:
-            self._failed = self._failed or error
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def close(self) -> None:
-        """Take the worker out of the loop."""
-        self._timer.cancel()
-        self._loop.remove_reader(self._worker.records_fd)
-        self._loop.remove_reader(self._worker.log_fd)
-
-
-def _checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
-    """The options as preflight has them, and what it found. Raises RefusedError for what is known not to work."""
-    assert identity.release is not None
-    if options.known is None:
-        return options, ()
-    version = identity.release.version
-    result = preflight(options.known, runtime=version, context=options.max_context, emulated=identity.emulated)
-    if result.errors and not options.force:
-        first = result.errors[0]
-        raise RefusedError(
-            first.message, hint=first.hint, details={"findings": [item.as_dict() for item in result.findings]}
-        )
-    cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
-    return replace(options, max_context=result.context, cpus=options.cpus or cpus), result.findings
-
-
-def _environment(options: LoadOptions) -> dict[str, str]:
-    """The worker's variables: librkllmrt.so needs libraries that may lie beside it (libomp.so)."""
-    paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
-    return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        if not path.is_file():
-            raise ModelFileError(f"There is no model file {path}.")
-        with path.open("rb"):
-            return
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _lora(lora: Lora) -> dict[str, Any]:
-    if not lora.path.is_file():
-        raise errors.AdapterError(f"There is no adapter file {lora.path}.")
-    return {"name": lora.name, "path": str(lora.path.resolve()), "scale": lora.scale}
-
-
-def _error_of(record: Record) -> RKEdgeError:
-    """The error that the worker sent, as the class of its name."""
-    plain = json.loads(record.data)
-    kind = getattr(errors, str(plain["error"]), RunError)
-    return cast(RKEdgeError, kind(plain["message"], hint=plain["hint"], details=plain["details"]))
-
-
-def _array(record: Record) -> Logits | HiddenStates:
-    import numpy as np
-
-    values = np.frombuffer(record.data, np.float32).reshape(-1, record.value)
-    return Logits(values) if record.kind == protocol.LOGITS else HiddenStates(values)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rkruntime.abi import since, within
+from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
 from rkruntime.generation import DEFAULT_SAMPLING, Sampling
-from rkruntime.preflight import Finding, Model
+from rkruntime.identify import Identity
+from rkruntime.preflight import Finding, Model, preflight
 from rkruntime.worker.process import python_command
 
 if TYPE_CHECKING:
@@ -24,6 +28,12 @@ class Lora:
     name: str
     path: Path
     scale: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the worker, in the order of rkllm_load_lora's fields. Raises AdapterError if there is no such file."""
+        if not self.path.is_file():
+            raise AdapterError(f"There is no adapter file {self.path}.")
+        return {"name": self.name, "path": str(self.path.resolve()), "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -179,3 +189,59 @@ def facts_of(log: Iterable[str]) -> dict[str, str]:
 def first_error(log: Iterable[str]) -> str:
     """The first line of a load that says it failed: 1.1.x returns 0 all the same (rknn-llm issues 129, 156)."""
     return next((line.strip() for line in log if _ERROR_LINE.match(line)), "")
+
+
+def info_of(
+    identity: Identity, max_context: int, seconds: float, findings: Sequence[Finding], log: Sequence[str]
+) -> ModelInfo:
+    """What is known of a model that was just loaded. Raises LoadError if the log says that it is not."""
+    assert identity.release is not None
+    if line := first_error(log):
+        raise LoadError(f"The library reported success, and its log says: {line}")
+    facts = facts_of(log)
+    limit, cores = facts.pop("max_context_limit"), facts.pop("npu_cores")
+    return ModelInfo(
+        release=identity.release.version,
+        layout=identity.release.layout,
+        max_context=max_context,
+        max_context_limit=int(limit) if limit else None,
+        npu_cores=int(cores) if cores else None,
+        emulated=identity.emulated,
+        load_seconds=seconds,
+        findings=tuple(findings),
+        log=tuple(log),
+        **facts,
+    )
+
+
+def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
+    """The options as preflight has them, and what it found. Raises RefusedError for what is known not to work."""
+    assert identity.release is not None
+    if options.known is None:
+        return options, ()
+    version = identity.release.version
+    result = preflight(options.known, runtime=version, context=options.max_context, emulated=identity.emulated)
+    if result.errors and not options.force:
+        first = result.errors[0]
+        raise RefusedError(
+            first.message, hint=first.hint, details={"findings": [item.as_dict() for item in result.findings]}
+        )
+    cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
+    return replace(options, max_context=result.context, cpus=options.cpus or cpus), result.findings
+
+
+def environment_of(options: LoadOptions) -> dict[str, str]:
+    """The worker's variables: librkllmrt.so needs libraries that may lie beside it (libomp.so)."""
+    paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
+
+
+def check_readable(path: Path) -> None:
+    """Raise ModelFileError if there is no such file, or it may not be read."""
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"There is no model file {path}.")
+        with path.open("rb"):
+            return
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error

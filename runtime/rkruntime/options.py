@@ -181,7 +181,7 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         show("")
 
 
-def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, **timeouts: float) -> Engine:
+def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, **timeouts: Any) -> Engine:
     """Check the bundle's files, find the library, start the worker and load the model; say what is worth knowing.
 
     Args:

@@ -69,7 +69,8 @@ class Worker:
 
     def _answer(self, call: str, header: dict[str, Any], data: list[memoryview]) -> None:
         """Carry out one command and send what came of it: of a run, one record per batch."""
-        kind, results = protocol.FINISHED if call == "run" else protocol.REPLY, []
+        kind = protocol.FINISHED if call == "run" else protocol.REPLY
+        results: list[Any]
         try:
             result = getattr(self, f"_do_{call}")(header, data)
             results = result if kind == protocol.FINISHED else [result]

@@ -1,0 +1,79 @@
+"""Records for an event loop: a descriptor is watched, and nothing blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from rkruntime.errors import WorkerError
+from rkruntime.worker.process import WorkerProcess
+from rkruntime.worker.protocol import Record
+
+_TICK: Final = 0.5
+
+
+class AsyncRecords:
+    """The records of one run.
+
+    Args:
+        answered: takes the library's questions (see protocol.TOKENIZE) and says whether a record was one.
+        timeout: seconds without a record until the worker counts as hung.
+    """
+
+    def __init__(self, worker: WorkerProcess, answered: Callable[[Record], bool], timeout: float) -> None:
+        self._worker, self._answered, self._timeout = worker, answered, timeout
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._failed: WorkerError | None = None
+        self._last = time.monotonic()
+        self._loop.add_reader(worker.records_fd, self._readable)
+        self._loop.add_reader(worker.log_fd, worker.read_log)
+        self._timer = self._loop.call_later(_TICK, self._tick)
+
+    def waiting(self) -> Record | None:
+        """The next record, if it is here."""
+        record = self._worker.buffered()
+        while record is not None and self._answered(record):
+            record = self._worker.buffered()
+        return record
+
+    async def next(self) -> Record:
+        """The next record. Raises WorkerCrashedError or WorkerHungError."""
+        while (record := self.waiting()) is None:
+            if self._failed is not None:
+                raise self._failed
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return record
+
+    def _readable(self) -> None:
+        self._last = time.monotonic()
+        self._look(self._worker.receive)
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(_TICK, self._tick)
+        self._look(self._check)
+
+    def _check(self) -> None:
+        self._worker.check_alive()
+        if self._waiter is not None and time.monotonic() - self._last > self._timeout:
+            raise self._worker.hung(self._timeout)
+
+    def _look(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except WorkerError as error:
+            self._failed = self._failed or error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def close(self) -> None:
+        """Take the worker out of the loop."""
+        self._timer.cancel()
+        self._loop.remove_reader(self._worker.records_fd)
+        self._loop.remove_reader(self._worker.log_fd)
