@@ -1,4 +1,4 @@
-"""On an RK3588 board with the vendor's library: `RKEDGE_BUNDLE=DIR pytest -m board -s`. Never run by CI, which has none.
+"""On an RK3588 board with the vendor's library: `RKEDGE_BUNDLE=DIR pytest -m board -s`. CI has no board.
 
 What these print is what this kit calls "measured on a board"; nothing else is.
 """
