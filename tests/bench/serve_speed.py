@@ -5,9 +5,10 @@ same run, with the same library behind them:
 
     python -m tests.bench.serve_speed --prepare FOLDER      makes FOLDER/librkllmrt.so (RKLLM 1.3.0) and FOLDER/script
     (start the other server with that library and RKCANNED=FOLDER/script in its environment)
-    RKEDGE_BENCH_FOLDER=FOLDER RKEDGE_BENCH_PEERS='NAME=URL,PID ...' python -m tests.bench.serve_speed
+    RKEDGE_BENCH_FOLDER=FOLDER RKEDGE_BENCH_PEERS='NAME=URL,MODEL,PID ...' python -m tests.bench.serve_speed
 
-URL is where it takes chats in OpenAI's form; CPU time and memory are those of process PID and its children.
+URL is where it takes chats in OpenAI's form; CPU time and memory are those of process PID and its children. An answer
+that is an error ends the benchmark: there is no figure for it.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ ANSWERS = 100
 
 @dataclass(frozen=True)
 class Server:
-    """A server to measure: where it takes chats, and its process."""
+    """A server to measure: where it takes chats, its model's name, and its process."""
 
     name: str
     url: str
+    model: str
     pid: int
 
     def _tree(self) -> list[int]:
@@ -68,7 +70,7 @@ class Server:
         """Seconds to the first text and to the end, and the text, of one streamed answer."""
         parts = urlsplit(self.url)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
-        body = {"model": "canned", "messages": [{"role": "user", "content": "Go."}], "stream": True}
+        body = {"model": self.model, "messages": [{"role": "user", "content": "Go."}], "stream": True}
         connection.connect()
         start = time.perf_counter()
         connection.request("POST", parts.path, json.dumps(body), {"Content-Type": "application/json"})
@@ -81,7 +83,10 @@ class Server:
                 first = time.perf_counter() - start
         total = time.perf_counter() - start
         connection.close()
-        return first, total, _text(b"".join(chunks))
+        text = _text(b"".join(chunks))
+        if response.status != 200 or not text:
+            raise SystemExit(f"{self.name} answered {response.status}: {b''.join(chunks)[:500]!r}")
+        return first, total, text
 
 
 def _text(stream: bytes) -> str:
@@ -138,7 +143,7 @@ def our_daemon(folder: Path) -> Iterator[Server]:
                     raise SystemExit((here / "log").read_text())
                 time.sleep(0.05)
             url = (here / "log").read_text().partition(", http://")[2].split()[0]
-            yield Server("rkedge serve", f"http://{url}/v1/chat/completions", process.pid)
+            yield Server("rkedge serve", f"http://{url}/v1/chat/completions", "canned", process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
@@ -178,8 +183,8 @@ def main() -> None:
     peers = []
     for peer in os.environ.get("RKEDGE_BENCH_PEERS", "").split():
         name, _, rest = peer.partition("=")
-        url, _, pid = rest.rpartition(",")
-        peers.append(Server(name, url, int(pid)))
+        url, model, pid = rest.split(",")
+        peers.append(Server(name, url, model, int(pid)))
     with our_daemon(folder) as ours:
         rows = {server.name: measure(server, folder) for server in (ours, *peers)}
     width = max(map(len, next(iter(rows.values()))))
