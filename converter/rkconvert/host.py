@@ -1,13 +1,13 @@
-"""The memory of this machine, or of the container that it looks like one from inside."""
+"""The memory of this machine with its swap, which a conversion may use and a board's NPU may not."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-# Limits of control groups, version 2 and 1, as a container sees its own; a limit beyond the RAM is none.
-_LIMITS: Final = ("memory.max", "memory/memory.limit_in_bytes")
+from rkruntime import machine
+from rkruntime.errors import HostError
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,13 @@ class Memory:
     """In bytes.
 
     Attributes:
-        ram: of the machine, or the container's limit if that is less.
-        swap: of the machine.
+        ram: of the machine, or a container's limit if that is less.
         available: RAM that a program can get without swapping.
-        limited: a container's limit is in force.
     """
 
     ram: int
     swap: int
     available: int
-    limited: bool
 
     @property
     def total(self) -> int:
@@ -32,23 +29,13 @@ class Memory:
         return self.ram + self.swap
 
     def __str__(self) -> str:
-        where = ", by the limit of this container," if self.limited else ""
-        return f"{self.ram / 1e9:.1f} GB of RAM{where} and {self.swap / 1e9:.1f} GB of swap"
+        return f"{self.ram / 1e9:.1f} GB of RAM and {self.swap / 1e9:.1f} GB of swap"
 
 
-def read_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """As /proc/meminfo and the control group say it."""
-    fields = {}
-    for line in (proc / "meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        fields[name] = int(value.split()[0]) * 1024
-    ram = fields["MemTotal"]
-    limit = min([ram, *filter(None, (_read_limit(cgroup / name) for name in _LIMITS))])
-    return Memory(limit, fields["SwapTotal"], min(fields["MemAvailable"], limit), limit < ram)
-
-
-def _read_limit(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None  # no such file, or the word "max"
+def read_memory(root: Path = machine.ROOT) -> Memory:
+    """As the kernel says it. Raises HostError where it does not."""
+    found = machine.memory(root)
+    if found is None:
+        raise HostError("This machine does not say how much memory it has.", hint="Mount /proc and try again.")
+    swap = re.search(r"^SwapTotal:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    return Memory(found.total, int(swap[1]) * 1024 if swap else 0, found.available)

@@ -116,10 +116,10 @@ def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pyte
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkconvert.calibrate.targets.read_memory", lambda: Memory(1 << 30, 0, 1000, False))
+    monkeypatch.setattr("rkconvert.calibrate.targets.read_memory", lambda: Memory(1 << 30, 0, 1000))
     with pytest.raises(HostError, match="GB of memory are free"):
         rkedge(BASE, "-o", tmp_path / "data.json", "--targets", "model")
-    monkeypatch.setattr(command, "read_memory", lambda: Memory(1 << 30, 0, 1000, False))
+    monkeypatch.setattr(command, "read_memory", lambda: Memory(1 << 30, 0, 1000))
     assert rkedge(BASE, "-o", tmp_path / "data.json")["targets"] == "given"
 
 

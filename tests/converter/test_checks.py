@@ -29,7 +29,7 @@ GEMMA2 = {
     "9B": dict(zip(NAMES, (3584, 14336, 42, 16, 8, 256), strict=True)),
     "27B": dict(zip(NAMES, (4608, 36864, 46, 32, 16, 128), strict=True)),
 }
-PLENTY = Memory(1 << 40, 0, 1 << 40, False)
+PLENTY = Memory(1 << 40, 0, 1 << 40)
 TOKENS = {"<bos>": 2, "<eos>": 1, "<start_of_turn>": 106, "<end_of_turn>": 107}
 
 
@@ -101,12 +101,12 @@ MEMORY = [
 
 @pytest.mark.parametrize(("ram", "swap", "load_dtype", "expected"), MEMORY)
 def test_memory(case: Any, ram: int, swap: int, load_dtype: str, expected: list[str]) -> None:
-    assert broken(case(memory=Memory(ram, swap, ram, False), load_dtype=load_dtype)) == expected
+    assert broken(case(memory=Memory(ram, swap, ram), load_dtype=load_dtype)) == expected
 
 
 def test_a_27b_on_a_laptop_is_told_its_numbers(case: Any) -> None:
     with pytest.raises(HostError, match=r"108\.9 GB as float32 alone.*32\.0 GB of RAM and 8\.0 GB of swap") as caught:
-        checks.require(case("27B", memory=Memory(32 * GB, 8 * GB, GB, False)))
+        checks.require(case("27B", memory=Memory(32 * GB, 8 * GB, GB)))
     assert "Add 69 GB of swap" in caught.value.hint
 
 
@@ -151,19 +151,19 @@ def test_pointers(case: Any, tmp_path: Path) -> None:
     assert broken(case()) == []
 
 
-def test_memory_is_the_container_s(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text(
-        "MemTotal: 1000 kB\nMemAvailable:    900 kB\nSwapTotal: 50 kB\nHugePages_Total: 0\n"
-    )
-    assert read_memory(tmp_path, tmp_path / "none") == Memory(1_024_000, 51_200, 921_600, False)
-    (tmp_path / "memory.max").write_text("512000\n")
-    assert read_memory(tmp_path, tmp_path) == Memory(512_000, 51_200, 512_000, True)
-    assert "limit of this container" in str(read_memory(tmp_path, tmp_path))
-    (tmp_path / "memory.max").write_text("max\n")
-    assert not read_memory(tmp_path, tmp_path).limited
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert not read_memory(tmp_path, tmp_path).limited
+def test_memory_is_the_container_s_and_has_swap(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    text = "MemTotal: 1000 kB\nMemAvailable:    900 kB\nSwapTotal: 50 kB\nHugePages_Total: 0\n"
+    (tmp_path / "proc" / "meminfo").write_text(text)
+    assert read_memory(tmp_path) == Memory(1_024_000, 51_200, 921_600)
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("512000\n")
+    (group / "memory.current").write_text("12000\n")
+    assert read_memory(tmp_path) == Memory(512_000, 51_200, 500_000)
+    (tmp_path / "proc" / "meminfo").unlink()
+    with pytest.raises(HostError, match="does not say"):
+        read_memory(tmp_path)
 
 
 def test_memory_of_this_machine() -> None:

@@ -76,8 +76,7 @@ def explain(facts: Facts) -> RKEdgeError:
             ToolkitError,
             facts,
             f"gave no sign of life for {facts.hung_after:,.0f} s while {_STAGES[facts.stage]}, and was ended",
-            hint="Look whether the disk or the GPU works, then try again; `toolkit.patience` in the configuration"
-            " file sets another number of seconds.",
+            hint="Look whether the disk or the GPU works, then try again; --toolkit-patience sets another limit.",
         )
     if facts.killed:
         return _out_of_memory(facts)

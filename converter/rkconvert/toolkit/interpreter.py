@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from rkconvert.dtypes import version_key
 from rkconvert.toolkit.versions import Release, release
 from rkruntime.errors import HostError, UsageError
+from rkruntime.schema import build
+from rkruntime.yamltext import read_mapping
 
 VARIABLE: Final = "RKEDGE_TOOLKIT_PYTHON"
 WORKER: Final = Path(__file__).with_name("worker.py")
@@ -103,19 +103,27 @@ def _candidates(named: Path | None) -> Iterator[tuple[Path, str]]:
         yield marker.parent / "bin" / "python", "rkedge toolkit setup"
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The part `toolkit` of the configuration file."""
+
+    python: Path | None = None
+
+
 def _configured() -> Path | None:
     path = config_file()
     if not path.is_file():
         return None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        settings = content.get("toolkit") or {}
-        python = settings.get("python")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read as settings: {error}.") from error
-    if python is not None and not isinstance(python, str):
-        raise UsageError(f"{path}: toolkit.python must be a path, and is {python!r}.")
-    return Path(python).expanduser() if python else None
+
+    def fail(text: str) -> UsageError:
+        return UsageError(f"{path}: {text}.", hint="Write it as docs/toolkit.md shows, or remove it.")
+
+    # Other parts of the file are others' business.
+    settings = read_mapping(path, fail).get("toolkit") or {}
+    if not isinstance(settings, dict):
+        raise fail(f"toolkit is {type(settings).__name__}; it must be a mapping")
+    found = build(_Settings, settings, lambda text: fail(f"toolkit: {text}"))
+    return found.python.expanduser() if found.python else None
 
 
 def inspect_toolkit(python: Path, origin: str) -> Toolkit:

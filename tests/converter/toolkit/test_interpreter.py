@@ -45,7 +45,12 @@ def test_the_order(environments: Environments, home: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("toolkit: [", "cannot be read"), ("toolkit: 3", "cannot be read"), ("toolkit: {python: [1]}", "must be a path")],
+    [
+        ("toolkit: [", "YAML"),
+        ("toolkit: 3", "must be a mapping"),
+        ("toolkit: {python: [1]}", "must be a path"),
+        ("toolkit: {pyhton: /usr/bin/python3}", "did you mean python"),
+    ],
 )
 def test_a_wrong_configuration(home: Path, text: str, words: str) -> None:
     configure(home, text)
@@ -53,7 +58,7 @@ def test_a_wrong_configuration(home: Path, text: str, words: str) -> None:
         find_toolkit()
 
 
-@pytest.mark.parametrize("text", ["", "board: {}", "toolkit:", "toolkit: {patience: 5}"])
+@pytest.mark.parametrize("text", ["", "board: {}", "toolkit:", "toolkit: {python: null}"])
 def test_a_configuration_that_names_none(home: Path, text: str) -> None:
     configure(home, text)
     with pytest.raises(HostError, match="none is set up"):
