@@ -28,7 +28,7 @@ COMMANDS: dict[str, Entry] = {
     "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
     "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
     "calibrate": Entry("rkconvert.commands.calibrate", "Make the texts that the toolkit quantizes a model with."),
-    "push": Entry("rkconvert.commands.push", "Upload a bundle to the Hugging Face hub, private unless asked otherwise."),
+    "push": Entry("rkconvert.commands.push", "Upload a bundle to the Hugging Face hub, private by default."),
     "toolkit": Entry("rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."),
     "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
     "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
