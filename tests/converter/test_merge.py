@@ -59,6 +59,8 @@ SETTINGS = {
     "some layers": {"target_modules": ["v_proj"], "layers_to_transform": [0, 2]},
     "fan_in_fan_out, which peft drops for linear layers": {"fan_in_fan_out": True, "target_modules": ["q_proj"]},
     "bias, of which Gemma has none": {"bias": "lora_only"},
+    "gaussian beginning": {"init_lora_weights": "gaussian"},
+    "orthogonal beginning": {"init_lora_weights": "orthogonal"},
 }
 
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from rkconvert import demo
 from rkconvert.checkpoint import open_checkpoint
 from rkconvert.formats import to_float32
+from rkconvert.job import Lora, merged_model
 from rkconvert.sources.names import plain_name
 from rkconvert.sources.open import open_source
 from rkconvert.weights import row_blocks
@@ -171,8 +172,6 @@ def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, bi
     for file in floats.glob("*.safetensors*"):
         file.unlink()
     save_file(quantize(base, "nf4", nested=True), floats / "model.safetensors")
-    from rkconvert.job import Lora, merged_model
-
     mine, theirs = merged_model(open_checkpoint(base), [Lora(str(adapter))]), peft_merge(floats, {adapter: 1.0})
     for name, info in mine.weights.tensors.items():
         np.testing.assert_array_equal(mine.weights.read(name, 0, info.shape[0]), bits(theirs[name]), err_msg=name)
@@ -440,6 +439,17 @@ def test_a_hub_model_is_downloaded_and_its_commit_kept(hub, make_model, bits):
     state = state_of(base)
     for name, values in everything(checkpoint).items():
         np.testing.assert_array_equal(values, bits(state[name]))
+
+
+def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, bits):
+    base = make_model()
+    adapter = make_adapter(base)
+    serve(hub, adapter, "someone/pirate")
+    model = merged_model(open_checkpoint(base), [Lora("someone/pirate", 0.5)])
+    assert [(item.name, item.revision) for item in model.adapters] == [("someone/pirate", COMMIT)]
+    theirs = peft_merge(base, {adapter: 0.5})
+    for name, info in model.weights.tensors.items():
+        np.testing.assert_array_equal(model.weights.read(name, 0, info.shape[0]), bits(theirs[name]), err_msg=name)
 
 
 def test_hub_answers(hub):
