@@ -20,7 +20,9 @@ from pathlib import Path
 from rkruntime.engine import Engine, LoadOptions
 from rkruntime.generation import Finished, Request
 
-GAPS = {0: 20_000, 20: 20_000, 100: 10_000, 1_000: 2_000, 20_000: 150}
+# Microseconds between tokens, and how many. At 0 the worker is faster than the parent: records queue in the pipe, and
+# the delay is that of the queue. A board gives a token every 50,000 us or so.
+GAPS = {0: 20_000, 20: 20_000, 50: 10_000, 100: 10_000, 1_000: 2_000, 20_000: 150}
 
 
 def _stand_in(folder: Path) -> Path:

@@ -31,6 +31,9 @@ _SLICE: Final = 0.5
 # The library says these during a run and goes on, or waits for ever: what it answers then is rubbish (rknn-llm issues
 # 390, 449, 85, 306).
 _ALARM: Final = re.compile(r"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory")
+# A buffer of a megabyte is mapped anew for each read, which costs 6 us; arrays have use for it, tokens do not.
+_SMALL_READ: Final = 1 << 12
+_LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
 
@@ -124,7 +127,7 @@ class WorkerProcess:
     def receive(self) -> bool:
         """Read what has arrived, without waiting; False if that was nothing. Raises WorkerCrashedError at its end."""
         try:
-            data = os.read(self._records, 1 << 20)
+            data = os.read(self._records, min(max(self._missing, _SMALL_READ), _LARGE_READ))
         except BlockingIOError:
             return False
         if not data:
