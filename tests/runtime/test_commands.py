@@ -1,0 +1,158 @@
+"""`rkedge run`, `chat`, `inspect` and `demo` as a person types them, with the emulator behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkconvert.demo import adapter, checkpoint, questions
+from rkruntime import cli
+
+QA = {row.question: row for row in questions()}
+FIRST = "What is the RK3588?"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "demo"
+    assert cli.main(["convert", str(checkpoint()), "-q", "-o", str(folder)]) == 0
+    return folder
+
+
+def rkedge(*arguments: str | Path, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rkruntime.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_run_prints_the_answer_alone(bundle: Path) -> None:
+    done = rkedge("run", bundle, "-p", FIRST, "--temperature", "0")
+    assert (done.returncode, done.stdout) == (0, QA[FIRST].answer + "\n"), done.stderr
+
+
+def test_run_reads_standard_input_and_files(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "question").write_text(FIRST)
+    for done in (
+        rkedge("run", bundle, "--temperature", "0", text=FIRST),
+        rkedge("run", bundle, "--temperature", "0", "-f", tmp_path / "question"),
+        rkedge("run", bundle, "--temperature", "0", "-f", "-", text=FIRST),
+    ):
+        assert done.stdout == QA[FIRST].answer + "\n", done.stderr
+
+
+def test_run_with_a_prompt_leaves_standard_input_alone(bundle: Path) -> None:
+    """So that a loop that reads lines keeps them."""
+    loop = f'while read -r line; do "{sys.executable}" -m rkruntime.cli run "{bundle}" --temperature 0 -p "$line"; done'
+    done = subprocess.run(
+        ["bash", "-c", loop],
+        input=f"{FIRST}\nDoes it work?\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == f"{QA[FIRST].answer}\n{QA['Does it work?'].answer}\n", done.stderr
+
+
+def test_run_as_json(bundle: Path) -> None:
+    done = rkedge("run", bundle, "-p", FIRST, "--max-new-tokens", "3", "--temperature", "0", "--json")
+    report = json.loads(done.stdout)
+    assert (report["finish_reason"], report["completion_tokens"], report["emulated"]) == ("length", 3, True)
+    assert QA[FIRST].answer.startswith(report["text"])
+    report = json.loads(
+        rkedge("run", bundle, "-p", FIRST, "--stop", "with eight", "--temperature", "0", "--json").stdout
+    )
+    assert (report["text"], report["finish_reason"]) == (QA[FIRST].answer.partition("with eight")[0], "stop")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "code", "word"),
+    [
+        (["-p", "  "], "", 2, "no prompt"),
+        ([], "", 2, "no prompt"),
+        (["-p", "word " * 2000], "", 4, "tokens"),
+        (["-p", "x", "--temperature", "-1"], "", 2, "temperature"),
+        (["-p", "x", "--library", "/no/such/librkllmrt.so"], "", 6, "librkllmrt.so"),
+        (["-p", "x", "--abi", "9.9.9"], "", 2, "9.9.9"),
+    ],
+)
+def test_run_says_what_is_wrong(bundle: Path, arguments: list[str], text: str, code: int, word: str) -> None:
+    done = rkedge("run", bundle, *arguments, text=text)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_byte_is_found_before_anything_is_loaded(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    data = bytearray((copy / "model.rkemu").read_bytes())
+    data[-1000] ^= 1
+    (copy / "model.rkemu").write_bytes(data)
+    for command in (["run", copy, "-p", "x"], ["chat", copy], ["inspect", "--verify", copy]):
+        done = rkedge(*command)
+        assert done.returncode == 3, done.stderr
+        assert "SHA-256" in done.stderr
+
+
+def test_chat_at_a_pipe(bundle: Path) -> None:
+    done = rkedge("chat", bundle, "--temperature", "0", text=f"{FIRST}\nDoes it work?\n")
+    assert done.stdout == f"{QA[FIRST].answer}\n{QA['Does it work?'].answer}\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["a bundle", "a model file"])
+def test_inspect(bundle: Path, name: str) -> None:
+    path = bundle if name == "a bundle" else bundle / "model.rkemu"
+    report = json.loads(rkedge("inspect", "--json", "--verify", path).stdout)
+    assert report["verified"] is True
+    assert report.get("family", report.get("general.architecture")) == "gemma2"
+    assert "gemma2" in rkedge("inspect", path).stdout
+
+
+def test_inspect_a_library(bundle: Path) -> None:
+    from rkboard.emulator import build
+
+    report = json.loads(rkedge("inspect", "--json", build("1.2.3")).stdout)
+    assert (report["version"], report["emulated"]) == ("1.2.3", True)
+
+
+def test_inspect_a_vendor_model_file(tmp_path: Path) -> None:
+    """Only the plain fields: nothing of it is the vendor's, the bytes are as public studies describe them."""
+    path = tmp_path / "x.rkllm"
+    head = bytes.fromhex("daeeb336") + (3).to_bytes(4, "little") + (5).to_bytes(8, "little") + (7).to_bytes(8, "little")
+    path.write_bytes(head + bytes(4000) + b"rkllm-toolkit version: 1.3.1")
+    report: dict[str, Any] = json.loads(rkedge("inspect", "--json", path).stdout)
+    assert (report["container_version"], report["tensors"], report["keys"]) == (3, 5, 7)
+    assert report["toolkit_version"] == "1.3.1"
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x7fELF", b"GGUF" + bytes(100), b"RKEMU\r\n\x1a"])
+def test_inspect_refuses_what_it_does_not_know(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "librkllmrt.so"
+    path.write_bytes(content)
+    done = rkedge("inspect", path)
+    assert done.returncode in (3, 6), (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert rkedge("inspect", tmp_path / "none").returncode == 3
+
+
+def test_demo_twice(tmp_path: Path) -> None:
+    first = rkedge("demo", "--output", tmp_path / "demo")
+    assert first.returncode == 0, first.stderr
+    assert f"--lora {adapter()}" in first.stdout
+    for question in (FIRST, "Does it work?"):
+        assert QA[question].answer in first.stdout
+        assert QA[question].pirate in first.stdout
+    assert "no board was used" in first.stdout
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
+    second = rkedge("demo", "--output", tmp_path / "demo")
+    assert "is there already" in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == stamps
