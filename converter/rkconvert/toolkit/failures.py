@@ -125,6 +125,7 @@ def cannot_start(python: Path, error: OSError) -> HostError:
 
 def _out_of_memory(facts: Facts) -> RKEdgeError:
     seen = "its out-of-memory killer struck" if facts.out_of_memory_kills else "which it does when memory runs out"
+    held = f", with {facts.peak_memory / 1e9:.1f} GB in memory" if facts.peak_memory else ""
     needs = ""
     if facts.parameters:
         size = facts.parameters * _BYTES.get(facts.load_dtype, 4)
@@ -132,8 +133,7 @@ def _out_of_memory(facts: Facts) -> RKEdgeError:
     return _error(
         HostError,
         facts,
-        f"was ended by the kernel ({seen}) while {_STAGES[facts.stage]}, with {facts.peak_memory / 1e9:.1f} GB in"
-        f" memory; this machine has {read_memory()}.{needs}",
+        f"was ended by the kernel ({seen}) while {_STAGES[facts.stage]}{held}; this machine has {read_memory()}.{needs}",
         hint="Add swap (4 bytes for each weight of the model, and some more), close other programs, raise the limit of"
         " the container or of WSL, or load the weights in 16 bits: --toolkit-load-dtype bfloat16.",
     )
