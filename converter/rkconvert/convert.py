@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,17 +25,17 @@ from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
 from rkconvert.emulator_lora import plain_pairs, write_emulator_lora
 from rkconvert.hub import is_hub_id
-from rkconvert.job import Lora, MergedModel, merged_model
+from rkconvert.job import Lora, MergedModel
+from rkconvert.loaded import Loaded
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
 from rkconvert.plan.report import as_dict
-from rkconvert.progress import QUIET, Advance, Reporter
-from rkconvert.sources.open import open_source
+from rkconvert.progress import QUIET, Reporter
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.toolkit import Toolkit, find_toolkit
 from rkconvert.work_folder import work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import UsageError
-from rkruntime.files import refuse_existing, sha256_file
+from rkruntime.files import refuse_existing
 from rkruntime.rkemu import read_container
 from rkruntime.template import END_OF_TURN
 
@@ -95,6 +94,11 @@ class Job:
     npu_cores: int
     notes: tuple[str, ...]
 
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Those that are merged, and the one that is not."""
+        return (*self.model.adapters, *([self.lora] if self.lora else []))
+
 
 def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
     """Convert; the bundle is complete when this returns, and nothing is left when it raises.
@@ -104,36 +108,42 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
         CheckpointError, AdapterError: what was given cannot be used.
         OutputError, HostError: no place to write to, or the toolkit is missing.
     """
-    job = check(options, reporter)
-    started = time.monotonic()
+    loaded = Loaded()
+    return make(check(options, reporter, loaded), reporter, loaded)
+
+
+def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
+    """The work itself, for a job that `check` gave; see `convert`."""
+    started, options = time.monotonic(), job.options
     checkpoint = job.model.checkpoint
     with work_folder(options.output, job.model.job(**asdict(options))) as folder:
         made = _write_model(folder, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
-        with reporter.bar("hashing the sources", checkpoint.nbytes) as advance:
-            source = _source(checkpoint, advance)
-        report = {"options": _plain(options), "notes": job.notes, "seconds": round(time.monotonic() - started, 3)}
+        source = loaded.source(checkpoint, reporter)
+        adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
+        seconds = round(time.monotonic() - started, 3)
+        report = {"options": plain_options(options), "notes": job.notes, "seconds": seconds}
         bundle_folder.write_report(folder, "convert", report)
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
-        manifest = bundle_folder.write_manifest(folder, _manifest(job, source, made))
+        manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
     return Bundle(options.output, manifest)
 
 
-def check(options: Options, reporter: Reporter = QUIET) -> Job:
+def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     """Every check that needs no work; see `convert` for what it raises."""
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     refuse_existing(options.output)
     toolkit = find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
     release = _release(options, toolkit)
-    checkpoint = open_source(str(options.checkpoint), options.revision)
+    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
     plan = _plan(options, checkpoint, release)
     notes = (*checkpoint.notes, *_notes(plan))
     max_context = (
         plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
     )
-    model, lora = _model(options, checkpoint)
+    model, lora = _model(options, checkpoint, loaded)
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
     template = read_template(model.tokenizer_folder, bos)
@@ -157,18 +167,18 @@ def _release(options: Options, toolkit: Toolkit | None) -> str:
     return toolkit.version
 
 
-def _model(options: Options, checkpoint: Checkpoint) -> tuple[MergedModel, Adapter | None]:
+def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
     """The weights, and the adapter that stays apart from them."""
     if options.lora_mode not in LORA_MODES:
         raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
     if options.lora_mode == "merge":
-        return merged_model(checkpoint, options.loras), None
+        return loaded.model(checkpoint, options.loras), None
     if len(options.loras) != 1 or options.loras[0].weight != 1:
         raise UsageError(
             "--lora-mode runtime takes one adapter, whose weight is chosen when it is loaded.",
             hint="Convert several one after another, or merge them: --lora-mode merge.",
         )
-    return merged_model(checkpoint, ()), merged_model(checkpoint, options.loras).adapters[0]
+    return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
 
 
 def _check_model_file(job: Job) -> tuple[str, ...]:
@@ -269,13 +279,7 @@ def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
     return ModelFile(EMULATOR_FILE, (LORA_NOTE.format(name=job.lora.name, file=EMULATOR_LORA_FILE),))
 
 
-def _source(item: Checkpoint | Adapter, advance: Advance | None = None) -> Source:
-    """Name and revision, and one hash over the hashes of the weight files in the order of their names."""
-    hashes = "".join(sha256_file(file, advance) for file in sorted(item.weight_files))
-    return Source(item.name, item.revision, hashlib.sha256(hashes.encode()).hexdigest())
-
-
-def _manifest(job: Job, source: Source, made: ModelFile) -> Manifest:
+def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:
     config, options = job.model.weights.config, job.options
     return Manifest(
         name=options.output.resolve().name,
@@ -283,7 +287,7 @@ def _manifest(job: Job, source: Source, made: ModelFile) -> Manifest:
         size=config.size_name,
         parameters=config.parameters,
         source=source,
-        adapters=tuple(_source(adapter) for adapter in (*job.model.adapters, *filter(None, [job.lora]))),
+        adapters=adapters,
         target=options.target,
         platform=options.platform,
         dtype=options.dtype,
@@ -297,7 +301,7 @@ def _manifest(job: Job, source: Source, made: ModelFile) -> Manifest:
         created_by=bundle_folder.created_by(),
         licence=bundle_folder.LICENCE,
         notes=(*job.notes, *made.notes),
-        options=_plain(options),
+        options=plain_options(options),
         files={},
     )
 
@@ -309,7 +313,7 @@ def _stop_tokens(job: Job) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *end_of_turn]))
 
 
-def _plain(options: Options) -> dict[str, Any]:
+def plain_options(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them."""
     plain = asdict(options)
     plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), options.output.name

@@ -17,6 +17,7 @@ from rkconvert.quantize import group_size, quantize_rows
 from rkconvert.tokenizer import Tokenizer
 from rkconvert.weights import Weights, read_finite, row_blocks
 from rkruntime import rkemu
+from rkruntime.errors import ModelFileError
 from rkruntime.template import END_OF_TURN
 
 if TYPE_CHECKING:
@@ -131,12 +132,25 @@ def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, adva
 
     Raises:
         CheckpointError, AdapterError: NaN or infinite weights.
+        ModelFileError: the file, read back, is not what was written.
     """
     with rkemu.Writer(path, metadata(model), tensor_specs(model)) as writer:
         for name in model.config.tensors():
             _write_tensor(writer, name, model, weights, advance)
         for name, array in model.tokenizer.arrays.items():
             writer.write(name, array)
+    _read_back(path, model)
+
+
+def _read_back(path: Path, model: EmulatorModel) -> None:
+    """Compare what stands on the disk with what was meant: sizes, checksums of the header, metadata, directory."""
+    found = rkemu.read_container(path)
+    directory = {name: entry.spec for name, entry in found.tensors.items()}
+    if (
+        directory != {spec.name: spec for spec in tensor_specs(model)}
+        or found.metadata.keys() != metadata(model).keys()
+    ):
+        raise ModelFileError(f"{path} does not hold what was written to it: the disk or its memory is at fault.")
 
 
 def _write_tensor(writer: rkemu.Writer, name: str, model: EmulatorModel, weights: Weights, advance: Advance) -> None:

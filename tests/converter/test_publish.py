@@ -250,3 +250,46 @@ def test_the_command(hub, bundle, capsys):
     said = capsys.readouterr()
     assert "Gemma Terms of Use" in said.err
     assert TOKEN not in said.err + said.out
+
+
+def convert_and_push(folder, *more):
+    options = ["--push-to-hub", "me/gemma-demo", "-q", "-o", str(folder / "bundle")]
+    return cli.main(["convert", str(demo.checkpoint()), *options, *more])
+
+
+def test_convert_pushes_what_it_made(hub, tmp_path, capsys):
+    assert convert_and_push(tmp_path, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["name"] == "bundle"
+    assert f"{hub.url}/me/gemma-demo" in said.err
+    assert set(open_bundle(tmp_path / "bundle").manifest.files) < set(hub.repos["me/gemma-demo"]["files"])
+
+
+def test_convert_asks_first_whether_it_may(hub, tmp_path, capsys):
+    hub.person["name"] = "somebody"
+    assert convert_and_push(tmp_path) == 2
+    assert "knows you as somebody" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_bundle_stays_when_the_upload_fails(hub, tmp_path, capsys):
+    hub.refuses = ("/commit/", 500)
+    assert convert_and_push(tmp_path) == 5
+    assert "rkedge push" in capsys.readouterr().err
+    open_bundle(tmp_path / "bundle").verify()
+
+
+def test_public_without_an_upload(tmp_path, capsys):
+    assert cli.main(["convert", str(demo.checkpoint()), "--public", "-o", str(tmp_path / "bundle")]) == 2
+    assert "Say --push-to-hub" in capsys.readouterr().err
+
+
+def test_a_matrix_gives_each_bundle_a_repository(hub, tmp_path, capsys):
+    grid = [{"dtype": [dtype], "push_to_hub": [f"me/{dtype}"]} for dtype in ("w8a8", "fp32")]
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump({"checkpoint": str(demo.checkpoint()), "output": ".", "matrix": grid}))
+    assert cli.main(["convert", "--matrix", str(path), "-q"]) == 0
+    assert set(hub.repos) == {"me/w8a8", "me/fp32"}
+    path.write_text(path.read_text().replace("me/fp32", "me/w8a8"))
+    assert cli.main(["convert", "--matrix", str(path), "-q"]) == 2
+    assert "several conversions of the matrix are for one repository" in capsys.readouterr().err

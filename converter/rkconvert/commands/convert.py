@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import shorten
+from typing import Any, Final
 
 import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from rkconvert import matrix as matrices
 from rkconvert import recipes
 from rkconvert.board_file import LORA_MODES, ToolkitOptions
 from rkconvert.convert import DEFAULT_RELEASE, TARGETS, Options, convert
 from rkconvert.dtypes import EMULATOR_ONLY, known_types, platforms
 from rkconvert.job import Lora
 from rkconvert.progress import Reporter
+from rkconvert.publish import Destination, check_destination, push
 from rkconvert.toolkit import find_toolkit
 from rkconvert.toolkit.job import DEVICES
 from rkconvert.toolkit.runner import PATIENCE
+from rkruntime.bundle import Bundle
+from rkruntime.errors import UsageError
+from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
+# Parameters that say what is done with a conversion, not what is converted.
+_NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 
 
 @click.command("convert")
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
 @recipes.option()
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
@@ -56,10 +70,111 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to make [default: NAME-PLATFORM-DTYPE-RELEASE]."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, private.")
+@click.option("--public", is_flag=True, help="Let everybody see what is uploaded.")
+@click.option("--matrix", type=_PATH, help="Recipe whose key `matrix` lists values: every combination is converted.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; with --matrix, what became of each.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
 def run(
-    checkpoint: str,
+    context: click.Context,
+    /,
+    push_to_hub: str | None,
+    public: bool,
+    matrix: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
+) -> None:
+    """Turn a Gemma 2 (or Gemma 1) CHECKPOINT into a bundle that `rkedge chat` loads.
+
+    CHECKPOINT is a folder in Hugging Face layout, a .gguf file or a hub id such as google/gemma-2-2b-it.
+    """
+    reporter = Reporter(quiet)
+    if matrix is not None:
+        context.exit(_run_matrix(context, matrix, reporter, as_json))
+    options, to = options_of(**values), _destination(push_to_hub, public)
+    if to:
+        check_destination(to)
+    bundle = convert(options, reporter)
+    if as_json:
+        click.echo(json.dumps(asdict(bundle.manifest), ensure_ascii=False, indent=2))
+    else:
+        size = sum(record.size for record in bundle.manifest.files.values())
+        click.echo(
+            f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights"
+        )
+    if to:
+        click.echo(push(bundle, to, reporter), err=as_json)
+
+
+def _destination(repo: str | None, public: bool) -> Destination | None:
+    if public and not repo:
+        raise UsageError("--public says how a bundle is uploaded, and none is.", hint="Say --push-to-hub OWNER/NAME.")
+    return Destination(repo, public) if repo else None
+
+
+def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json: bool) -> int:
+    """Convert every cell, print what became of each, and return the exit code."""
+    fail = recipes.failure(path)
+    content = read_mapping(path, fail)
+    found = matrices.combinations(content.pop(matrices.KEY, None), fail)
+    pairs = [_cell(context, {**content, **combination}, combination, path) for combination in found]
+    cells = matrices.distinct([cell for cell, _ in pairs])
+    destinations = {cell.options.output: to for cell, (_, to) in zip(cells, pairs, strict=True) if to}
+    if len({to.repo for to in destinations.values()}) < len(destinations):
+        raise UsageError(
+            f"{path}: several conversions of the matrix are for one repository.", hint="Give each its own."
+        )
+    for to in destinations.values():
+        check_destination(to)
+
+    def upload(cell: matrices.Cell, bundle: Bundle) -> None:
+        if to := destinations.get(cell.options.output):
+            push(bundle, to, reporter)
+
+    outcomes = matrices.run(cells, reporter, upload)
+    if as_json:
+        click.echo(json.dumps([asdict(outcome) for outcome in outcomes], ensure_ascii=False, indent=2))
+    else:
+        _show(outcomes)
+    return matrices.exit_code(outcomes)
+
+
+def _cell(
+    context: click.Context, content: dict[str, Any], combination: dict[str, Any], path: Path
+) -> tuple[matrices.Cell, Destination | None]:
+    """A cell's options: those of the matrix file, then a recipe's; what stands on the command line wins."""
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    varied = [name for name in recipes.resolve(combination, context.command, path) if name in given]
+    if varied:
+        raise UsageError(f"The matrix in {path} varies what stands on the command line: {varied[0]}.")
+    values = {**(context.default_map or {}), **recipes.resolve(content, context.command, path), **given}
+    with context.command.make_context("convert", [], parent=context.parent, default_map=values) as filled:
+        options = {name: value for name, value in filled.params.items() if name not in _NOT_OPTIONS}
+        to = _destination(filled.params["push_to_hub"], filled.params["public"])
+    output = options.pop("output")
+    made = options_of(**options, output=None)
+    # In a matrix `output` is where all bundles go.
+    made = replace(made, output=(output or Path()) / made.output)
+    return matrices.Cell(matrices.label_of(combination), made), to
+
+
+def _show(outcomes: Sequence[matrices.Outcome]) -> None:
+    table = Table("conversion", "outcome", "MB", "seconds", "folder, or why not")
+    for item in outcomes:
+        size = f"{item.nbytes / 1e6:,.1f}" if item.nbytes else ""
+        seconds = f"{item.seconds:,.1f}" if item.status == "made" else ""
+        table.add_row(item.cell, item.status, size, seconds, escape(shorten(item.message, 100, placeholder=" ...") or item.output))
+    Console().print(table)
+
+
+def options_of(
+    checkpoint: str | None,
     revision: str | None,
     loras: tuple[str, ...],
     target: str,
@@ -71,8 +186,6 @@ def run(
     release: str | None,
     lora_mode: str,
     output: Path | None,
-    as_json: bool,
-    quiet: bool,
     toolkit_python: Path | None,
     calibration: Path | None,
     algorithm: str,
@@ -82,16 +195,15 @@ def run(
     toolkit_device: str,
     toolkit_load_dtype: str,
     toolkit_patience: float,
-) -> None:
-    """Turn a Gemma 2 (or Gemma 1) CHECKPOINT into a bundle that `rkedge chat` loads.
-
-    CHECKPOINT is a folder in Hugging Face layout, a .gguf file or a hub id such as google/gemma-2-2b-it.
-    """
+) -> Options:
+    """The options of a conversion from the command's own. Raises UsageError."""
+    if checkpoint is None:
+        raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
     adapters = tuple(Lora.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
     if release is None:
         release = find_toolkit(toolkit_python).version if target == "toolkit" else DEFAULT_RELEASE
-    options = Options(
+    return Options(
         checkpoint=checkpoint,
         revision=revision,
         output=output or Path(f"{name}-{platform}-{dtype}-{release}"),
@@ -116,11 +228,3 @@ def run(
             patience=toolkit_patience,
         ),
     )
-    bundle = convert(options, Reporter(quiet))
-    if as_json:
-        click.echo(json.dumps(asdict(bundle.manifest), ensure_ascii=False, indent=2))
-    else:
-        size = sum(record.size for record in bundle.manifest.files.values())
-        click.echo(
-            f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights"
-        )

@@ -1,0 +1,252 @@
+"""Matrices: which conversions there are, what became of each, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from rkconvert import demo, matrix
+from rkconvert.sources.open import open_source
+from rkruntime import cli
+from rkruntime.bundle import open_bundle
+from rkruntime.errors import BundleError, CheckpointError, UsageError
+from rkruntime.files import sha256_file
+from rkruntime.rkemu import Writer
+
+REAL_OPEN, REAL_HASH = open_source, sha256_file
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "out").mkdir()
+
+    def write(grid, **options) -> Path:
+        path = tmp_path / "matrix.yaml"
+        path.write_text(
+            yaml.safe_dump({"checkpoint": str(demo.checkpoint()), "output": "out", **options, "matrix": grid})
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def convert(capsys):
+    """Exit code, the outcomes, and what was said on stderr."""
+
+    def convert(path, *more):
+        code = cli.main(["convert", "--matrix", str(path), "--json", *map(str, more)])
+        said = capsys.readouterr()
+        return code, json.loads(said.out), said.err
+
+    return convert
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_combinations_are_products_one_after_another():
+    grids = [{"dtype": ["a", "b"], "lora": [[], ["x"]]}, {"dtype": ["c"]}]
+    found = matrix.combinations(grids, UsageError)
+    assert [(item["dtype"], item.get("lora")) for item in found] == [
+        ("a", []), ("a", ["x"]), ("b", []), ("b", ["x"]), ("c", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (None, "matrix is NoneType; it must be a mapping"),
+        ({}, "matrix is dict"),
+        (["dtype"], "matrix is str"),
+        ({"dtype": "w8a8"}, "matrix.dtype is str; it must be a list of values"),
+        ({"dtype": []}, "matrix.dtype is list"),
+        ({key: list(range(10)) for key in "abcd"}, "more than 1000 conversions"),
+        ({"dtpye": ["w8a8"]}, r"unknown key dtpye \(did you mean dtype\?\)"),
+        ({"dtype": ["w8a8", "w9a9"]}, "dtype is 'w9a9'; it must be one of"),
+        ({"max_context": [64, 64]}, "Two conversions of the matrix are the same"),
+    ],
+)
+def test_wrong_matrices(write, tmp_path, capsys, grid, message):
+    assert cli.main(["convert", "--matrix", str(write(grid))]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert names(tmp_path / "out") == []
+
+
+def test_types_and_adapters(write, convert, tmp_path):
+    path = write(
+        {"dtype": ["w8a8", "fp32"], "lora": [[], [str(demo.adapter())], [f"{demo.adapter()}=0.5"]]}, max_context=64
+    )
+    code, outcomes, _ = convert(path)
+    assert code == 0
+    assert [item["status"] for item in outcomes] == ["made"] * 6
+    assert len(names(tmp_path / "out")) == 6
+    made = [open_bundle(Path(item["output"])) for item in outcomes]
+    for bundle in made:
+        bundle.verify(trust_stamps=False)
+        assert bundle.manifest.max_context == 64
+    assert [bundle.manifest.dtype for bundle in made] == ["w8a8"] * 3 + ["fp32"] * 3
+    assert [bundle.manifest.options["loras"] for bundle in made[:3]] == [[], ["pirate=1"], ["pirate=0.5"]]
+    assert outcomes[2]["cell"] == "dtype=w8a8 lora=pirate=0.5"
+
+
+def test_a_cell_is_what_the_command_alone_makes(write, convert, tmp_path):
+    convert(write({"lora": [[str(demo.adapter())]], "max_context": [64]}))
+    [name] = names(tmp_path / "out")
+    alone = tmp_path / "alone" / name
+    alone.parent.mkdir()
+    line = ["convert", demo.checkpoint(), "--lora", demo.adapter(), "--max-context", 64, "-o", alone, "-q"]
+    assert cli.main(list(map(str, line))) == 0
+    first, second = open_bundle(tmp_path / "out" / name).manifest, open_bundle(alone).manifest
+    # The report tells how long it took.
+    changing = {"report/convert.json"}
+    assert {key: first.files[key] for key in first.files.keys() - changing} == {
+        key: second.files[key] for key in second.files.keys() - changing
+    }
+    assert first.options == second.options
+
+
+def test_the_model_is_opened_and_hashed_once(write, convert, monkeypatch):
+    opened, hashed = [], []
+    monkeypatch.setattr("rkconvert.loaded.open_source", lambda *args: opened.append(args) or REAL_OPEN(*args))
+    monkeypatch.setattr("rkconvert.loaded.sha256_file", lambda *args: hashed.append(args[0]) or REAL_HASH(*args))
+    code, _, _ = convert(write({"dtype": ["w8a8", "fp32"], "max_context": [64, 128]}))
+    assert code == 0
+    assert len(opened) == 1
+    assert len(hashed) == len(set(hashed)) == 3
+
+
+def test_refused_cells_are_told_before_work_begins(write, convert, tmp_path):
+    code, outcomes, said = convert(write({"dtype": ["w8a8", "w4a16", "w8a8_g128"]}))
+    assert code == 4
+    assert [item["status"] for item in outcomes] == ["made", "refused", "refused"]
+    assert said.index("dtype=w4a16: refused: w4a16 on rk3588: the toolkit accepts no 4-bit type") < said.index("1 of 3")
+    assert len(names(tmp_path / "out")) == 1
+
+
+def test_a_failure_does_not_keep_the_others_back(write, convert, tmp_path, monkeypatch):
+    rows = Writer.write_rows
+
+    def breaks(self, name, first, array):
+        if array.ndim == 2 and array.dtype == np.float32 and not name.endswith(".scale"):
+            raise OSError(28, "No space left on device")
+        rows(self, name, first, array)
+
+    monkeypatch.setattr(Writer, "write_rows", breaks)
+    grid = [
+        {"checkpoint": [str(tmp_path / "none"), str(demo.checkpoint())]},
+        {"dtype": ["fp32", "w8a8"], "max_context": [96]},
+    ]
+    code, outcomes, said = convert(write(grid))
+    assert [item["status"] for item in outcomes] == ["failed", "made", "failed", "made"]
+    assert code == CheckpointError.exit_code
+    assert "There is no folder" in outcomes[0]["message"]
+    assert "disk is full" in outcomes[2]["message"]
+    assert "disk is full" in said
+    assert len(names(tmp_path / "out")) == 2
+
+
+def test_a_second_run_keeps_what_is_there(write, convert, tmp_path):
+    convert(write({"dtype": ["w8a8"]}))
+    [name] = names(tmp_path / "out")
+    before = (tmp_path / "out" / name / "rkedge.yaml").stat().st_mtime_ns
+    code, outcomes, _ = convert(write({"dtype": ["w8a8", "fp32"]}))
+    assert (code, [item["status"] for item in outcomes]) == (0, ["there", "made"])
+    assert (tmp_path / "out" / name / "rkedge.yaml").stat().st_mtime_ns == before
+
+
+def test_a_bundle_of_other_options_is_not_taken_for_done(write, convert, tmp_path):
+    convert(write({"dtype": ["w8a8"]}))
+    code, [outcome], _ = convert(write({"dtype": ["w8a8"]}, max_context=64))
+    assert (code, outcome["status"]) == (3, "failed")
+    assert "exists already" in outcome["message"]
+
+
+def test_a_damaged_bundle_is_not_taken_for_done(write, convert, tmp_path):
+    _, [outcome], _ = convert(write({"dtype": ["w8a8"]}))
+    os.truncate(Path(outcome["output"]) / "model.rkemu", 1000)
+    code, [outcome], _ = convert(write({"dtype": ["w8a8"]}))
+    assert (code, outcome["status"]) == (BundleError.exit_code, "failed")
+
+
+def test_the_command_line_wins_over_the_file(write, convert):
+    path = write({"dtype": ["w8a8", "fp32"]}, max_context=64)
+    _, outcomes, _ = convert(path, "--max-context", 128)
+    assert {open_bundle(Path(item["output"])).manifest.max_context for item in outcomes} == {128}
+
+
+def test_the_command_line_and_the_matrix_contradict(write, capsys):
+    assert cli.main(["convert", "--matrix", str(write({"dtype": ["w8a8"]})), "--dtype", "fp32"]) == 2
+    assert "varies what stands on the command line: dtype" in capsys.readouterr().err
+
+
+def test_a_recipe_beneath_a_matrix(write, convert, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_context: 96\ndtype: fp32\n")
+    _, [outcome], _ = convert(write({"dtype": ["w8a8"]}), "--recipe", recipe)
+    manifest = open_bundle(Path(outcome["output"])).manifest
+    assert (manifest.max_context, manifest.dtype) == (96, "w8a8")
+
+
+def test_the_table(write, capsys):
+    assert cli.main(["convert", "--matrix", str(write({"dtype": ["w8a8", "w4a16"]})), "-q"]) == 4
+    said = capsys.readouterr().out
+    for word in ("dtype=w8a8", "made", "dtype=w4a16", "refused"):
+        assert word in said
+
+
+def digest(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("convert.json", "rkedge.yaml")
+    }
+
+
+def kills(tmp_path, path, rounds):
+    """Kill a matrix at random moments; every bundle that is there is whole, and the last run makes all of them."""
+    command = [sys.executable, "-c", "import sys; from rkruntime.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["convert", "--matrix", str(path), "-q", "--json"]
+    out = tmp_path / "out"
+    began = time.monotonic()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    seconds, whole = time.monotonic() - began, digest(out)
+    seen = set()
+    for at in range(rounds):
+        for folder in out.iterdir():
+            subprocess.run(["rm", "-rf", str(folder)], check=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(random.Random(at).uniform(0.3, 1.0) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for folder in out.iterdir():
+            if not folder.name.startswith("."):
+                open_bundle(folder).verify(trust_stamps=False)
+        seen.add(len([folder for folder in out.iterdir() if not folder.name.startswith(".")]))
+        done = subprocess.run(command, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert digest(out) == whole
+    return seen
+
+
+def test_a_kill_at_any_moment(write, tmp_path):
+    path = write({"dtype": ["w8a8", "fp32"], "lora": [[], [str(demo.adapter())]]})
+    assert kills(tmp_path, path, 2)
+
+
+@pytest.mark.long
+def test_many_kills(write, tmp_path):
+    path = write({"dtype": ["w8a8", "fp32"], "lora": [[], [str(demo.adapter())]], "max_context": [64, 128]})
+    assert len(kills(tmp_path, path, 60)) > 2
