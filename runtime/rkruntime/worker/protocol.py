@@ -7,9 +7,9 @@ one record, also between threads.
 Why pipes: measured on 2 cores (x86-64 guest, Linux 6.18), one 20-byte record from one process to another, the reader
 asleep: pipe 38 us median, socketpair (stream or seqpacket) 40, eventfd with a ring in shared memory 40. All of it is
 the wake-up of the other process, so the reader looks for SPIN seconds before it sleeps. From the library's callback to
-the event in the parent (`python -m tests.bench worker_events` under `chrt -f 5`, both cores busy with other work): 3.6 us
-median and 7.1 us at the 99th percentile with a token every 20 us; with one every 100 us the wake-up comes on top, 27 us
-in all, and 170 us with one every 20 ms. Without any time between them 780,000 tokens/s pass. Not measured on a board.
+the event in the parent (`python -m tests.bench worker_events` under `chrt -f 5`, both cores busy with other work): 3.6
+us median and 7.1 us at the 99th percentile with a token every 20 us; with one every 100 us the wake-up comes on top, 27
+us in all, and 170 us with one every 20 ms. Without time between them 780,000 tokens/s pass. Not measured on a board.
 """
 
 from __future__ import annotations
