@@ -4,9 +4,9 @@
 
 #include "abi.h"
 #include "convert.h"
+#include "faults.h"
 #include "handles.h"
 #include "log.h"
-#include "npu.h"
 #include "session.h"
 
 namespace {
@@ -64,18 +64,20 @@ int on_idle(LLMHandle key, const Work& work) {
 }
 
 std::shared_ptr<Handle> load(const RKLLMParam& param, RKLLMInitCallback callback) {
-  const rkemu::Faults faults = rkemu::Faults::from_environment();
-  rkemu::warn_of_old_driver();
-  rkemu::info(std::string("rkllm-runtime version: ") + rkemu::rules().release +
-              ", rknpu driver version: " + rkemu::driver_version() +
-              ", platform: " + rkemu::platform());
+  rkemu::Faults faults = rkemu::Faults::from_environment();
   rkemu::Settings settings = rkemu::settings_of(param);
+  settings.device = faults.device();
+  faults.strike(rkemu::Stage::device, settings.model_path);
+  settings.device.warn_if_old();
+  rkemu::info(std::string("rkllm-runtime version: ") + rkemu::rules().release +
+              ", rknpu driver version: " + settings.device.driver +
+              ", platform: " + settings.device.platform);
   rkemu::Client client = rkemu::client_of(callback, settings);
   rkemu::info("loading rkllm model from " + settings.model_path);
   if (!Registry::get().empty()) faults.strike(rkemu::Stage::second_init, settings.model_path);
   const bool pretend = faults.strike(rkemu::Stage::open, settings.model_path);
   return std::make_shared<Handle>(
-      std::make_unique<Session>(rkemu::rules(), settings, faults, pretend),
+      std::make_unique<Session>(rkemu::rules(), settings, std::move(faults), pretend),
       std::move(client.deliver), client.userdata);
 }
 

@@ -5,6 +5,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
+#include <memory>
+#include <sstream>
 #include <vector>
 
 namespace rkemu {
@@ -27,6 +30,31 @@ void raw(const std::string& lines) {
   const std::string whole = lines + "\n";
   std::fwrite(whole.data(), 1, whole.size(), stderr);
   std::fflush(stderr);
+}
+
+std::string time_of_day() {
+  struct timespec now {};
+  ::clock_gettime(CLOCK_REALTIME, &now);
+  struct tm local {};
+  ::localtime_r(&now.tv_sec, &local);
+  return format("[%02d:%02d:%02d.%03d]", local.tm_hour, local.tm_min, local.tm_sec,
+                static_cast<int>(now.tv_nsec / 1'000'000));
+}
+
+bool kernel_log(const std::string& lines) {
+  const std::string path = env_text("RKEMU_KERNEL_LOG");
+  if (path.empty()) return false;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "a"),
+                                                             std::fclose);
+  if (!file) return false;
+  struct timespec now {};
+  ::clock_gettime(CLOCK_MONOTONIC, &now);
+  std::istringstream all(lines);
+  for (std::string line; std::getline(all, line);) {
+    std::fprintf(file.get(), "[%5lld.%06ld] %s\n", static_cast<long long>(now.tv_sec),
+                 now.tv_nsec / 1000, line.c_str());
+  }
+  return true;
 }
 
 void info(const std::string& line) {

@@ -22,6 +22,11 @@ void info(const std::string& line);
 void warn(const std::string& line);
 void error(const std::string& line);
 void raw(const std::string& lines);  // without a prefix, for lines of other parts of the runtime
+// "[14:28:07.010]", as RKNN lines begin.
+std::string time_of_day();
+// Appends the driver's lines to the file that RKEMU_KERNEL_LOG names, as dmesg shows them; false if
+// there is none.
+bool kernel_log(const std::string& lines);
 
 // An "E rkllm: ..." line as a Failure.
 Failure failure(const std::string& line);

@@ -74,11 +74,18 @@ void Session::prefill(Sequence& sequence, Mode mode) {
   } else {
     engine().forward.logits(x.data() + x.size() - width, 1, sequence.logits.data());
   }
+  complain();
+}
+
+// What an NPU says of each step whose jobs fail.
+void Session::complain() const {
+  if (rubbish_) raw(rubbish_);
 }
 
 bool Session::ends(int32_t token) const {
   const auto& eos = engine().tokenizer.eos();
   if (settings_.ignore_eos_token || eos.empty()) return false;
+  if (faults_.with(Act::endless) || faults_.with(Act::padding)) return false;
   return rules_.all_eos ? std::find(eos.begin(), eos.end(), token) != eos.end()
                         : token == eos.front();
 }
@@ -94,7 +101,7 @@ bool Session::choose(Sequence& sequence) {
   const bool hidden =
       settings_.skip_special_token && engine().tokenizer.kind(sequence.token) == TokenKind::control;
   sequence.bytes += hidden ? "" : engine().tokenizer.decode(sequence.token);
-  const size_t unfinished = faults_.has(Act::cut_text) ? 0 : utf8_unfinished(sequence.bytes);
+  const size_t unfinished = faults_.with(Act::cut_text) ? 0 : utf8_unfinished(sequence.bytes);
   const size_t complete = sequence.bytes.size() - unfinished;
   sequence.text = sequence.bytes.substr(0, complete);
   sequence.bytes.erase(0, complete);
@@ -102,7 +109,7 @@ bool Session::choose(Sequence& sequence) {
 }
 
 bool Session::tell(const Sink& sink, std::vector<Result> results, State state) const {
-  if (faults_.has(Act::null_text)) {
+  if (faults_.with(Act::null_text)) {
     for (Result& result : results) result.text = nullptr;
   }
   return sink(results, state);
@@ -110,6 +117,7 @@ bool Session::tell(const Sink& sink, std::vector<Result> results, State state) c
 
 // Tells the client of the tokens just chosen; true if it wants a pause.
 bool Session::report_tokens(const Sink& sink, Mode mode, bool first) {
+  const Fault* padding = faults_.with(Act::padding);
   std::vector<Result> results;
   bool any = false, waiting = true;
   for (Sequence& sequence : sequences_) {
@@ -119,7 +127,7 @@ bool Session::report_tokens(const Sink& sink, Mode mode, bool first) {
     } else {
       any = true;
       waiting = waiting && sequence.text.empty() && !sequence.bytes.empty();
-      result.text = sequence.text.c_str();
+      result.text = padding ? padding->lines : sequence.text.c_str();
       result.token = sequence.token;
     }
     // The prompt's logits come also where the answer is empty.
@@ -154,6 +162,7 @@ void Session::step() {
   engine().forward.run(rows, x.data(), adapter_);
   std::vector<float> logits(rows.size() * vocab);
   engine().forward.logits(x.data(), static_cast<int>(rows.size()), logits.data());
+  complain();
   const float* from = logits.data();
   for (Sequence& sequence : sequences_) {
     if (sequence.done) continue;
@@ -229,7 +238,7 @@ void Session::compute(const Request& request, const Sink& sink) {
   auto began = Clock::now();
   for (Sequence& sequence : sequences_) prefill(sequence, request.mode);
   perf_.prefill_ms = milliseconds(Clock::now() - began);
-  if (request.save_prompt_cache && !abort_) {
+  if (request.save_prompt_cache && !abort_ && !faults_.strike(Stage::save, settings_.model_path)) {
     save_prompt_cache(*request.save_prompt_cache, file_.fingerprint(), sequences_[0].cache,
                       card_.config, sequences_[0].prompt_length);
   }
@@ -272,7 +281,7 @@ void Session::finish(const Sink& sink) {
     row("Generate", perf_.generate_ms, perf_.generated_tokens);
     info(format(" Peak Memory Usage (GB): %.2f (emulator)", perf_.memory_mb / 1024));
   }
-  if (!faults_.has(Act::lose_finish)) tell(sink, std::move(results), State::finish);
+  if (!faults_.with(Act::lose_finish)) tell(sink, std::move(results), State::finish);
 }
 
 void Session::pace(Clock::time_point since, long microseconds) const {

@@ -40,11 +40,10 @@ Engine::Engine(const File& file, const Config& config, int threads)
       pool(threads),
       forward(model, pool, choose_kernels()) {}
 
-Session::Session(const Rules& rules, const Settings& settings, const Faults& faults, bool pretend)
+Session::Session(const Rules& rules, const Settings& settings, Faults faults, bool pretend)
     : rules_(rules),
       settings_(settings),
-      faults_(faults),
-      rubbish_(faults.has(Act::rubbish) || driver_runs_nothing()),
+      faults_(std::move(faults)),
       token_us_(env_number("RKEMU_TOKEN_US", 0, 0, kMaxPause)),
       prompt_token_us_(env_number("RKEMU_PROMPT_TOKEN_US", 0, 0, kMaxPause)) {
   if (!pretend) {
@@ -54,7 +53,8 @@ Session::Session(const Rules& rules, const Settings& settings, const Faults& fau
     report_load();
     check_load();
     faults_.strike(Stage::memory, settings_.model_path);
-    npu_ = NpuMemory(plan_blocks(file_, card_.dtype, settings_.domain));
+    memory_ = Reservation(blocks_of(file_, card_, settings_.max_context, settings_.n_batch),
+                          settings_.domain, settings_.device, rules_.release);
     if (!file_.sizes_only()) {
       engine_ = std::make_unique<Engine>(file_, card_.config, threads_for(settings_.cpus));
     }
@@ -65,6 +65,10 @@ Session::Session(const Rules& rules, const Settings& settings, const Faults& fau
     sequences_.emplace_back(Cache(card_.config, engine_ ? settings_.max_context : 1, half),
                             Sampler(seed + static_cast<uint64_t>(i)));
   }
+  if (!settings_.device.runs_jobs()) rubbish_ = "E rkllm: matmul(w8a8) run failed";
+  if (const Fault* fault = faults_.with(Act::rubbish)) rubbish_ = fault->lines;
+  if (faults_.with(Act::no_template)) template_ = {};
+  faults_.strike(Stage::loaded, settings_.model_path);
 }
 
 void Session::report_load() const {
@@ -84,9 +88,9 @@ void Session::check_load() {
     throw failure(format("max_context[%d] must be less than the model's max_context_limit[%d]",
                          settings_.max_context, card_.max_context));
   }
-  if (card_.target_platform != platform()) {
+  if (card_.target_platform != settings_.device.platform) {
     throw failure("model's target_platform does not match the real platform (" +
-                  card_.target_platform + ", " + platform() + ")");
+                  card_.target_platform + ", " + settings_.device.platform + ")");
   }
   if (version_number(card_.toolkit_version) > version_number(rules_.release)) {
     warn("runtime version is lower than the toolkit version, update to " + card_.toolkit_version);

@@ -15,6 +15,7 @@
 #include "file.h"
 #include "forward.h"
 #include "kernels.h"
+#include "memory.h"
 #include "model.h"
 #include "npu.h"
 #include "sampler.h"
@@ -43,6 +44,7 @@ struct Settings {
   int n_batch = 1;
   int cpus = 4;
   int domain = 0;
+  Device device;
   bool skip_special_token = false;
   bool ignore_eos_token = false;
   Sampling sampling;
@@ -104,10 +106,10 @@ struct Engine {
 class Session {
  public:
   // Failure: the model cannot be loaded. With `pretend`, nothing is loaded and no run works.
-  Session(const Rules& rules, const Settings& settings, const Faults& faults, bool pretend);
+  Session(const Rules& rules, const Settings& settings, Faults faults, bool pretend);
 
   // The fault that an asynchronous run never begins.
-  bool loses_runs() const { return faults_.has(Act::lose_run); }
+  bool loses_runs() const { return faults_.with(Act::lose_run) != nullptr; }
   int hidden_size() const { return card_.config.hidden_size; }
   int batches() const { return static_cast<int>(sequences_.size()); }
 
@@ -169,6 +171,7 @@ class Session {
   bool choose(Sequence& sequence);
   bool tell(const Sink& sink, std::vector<Result> results, State state) const;
   bool report_tokens(const Sink& sink, Mode mode, bool first);
+  void complain() const;
   void step();
   bool ends(int32_t token) const;
   void pace(Clock::time_point since, long microseconds) const;
@@ -179,7 +182,7 @@ class Session {
   Faults faults_;
   File file_;
   ModelCard card_{};
-  NpuMemory npu_;
+  Reservation memory_;
   std::unique_ptr<Engine> engine_;  // nullptr: there are no weights to compute with
   ChatTemplate template_;
   std::string tool_tag_ = "tool_response";
@@ -189,7 +192,7 @@ class Session {
   std::atomic<bool> abort_{false};
   bool paused_ = false;
   bool prompt_cache_loaded_ = false;
-  bool rubbish_ = false;
+  const char* rubbish_ = nullptr;  // what an NPU says whose jobs fail
   long token_us_, prompt_token_us_;
   Perf perf_;
 };

@@ -318,7 +318,7 @@ class Client:
 @pytest.fixture(autouse=True)
 def npu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test sees the NPU memory that another process on this machine holds."""
-    monkeypatch.setenv("RKEMU_NPU", str(tmp_path / "npu"))
+    monkeypatch.setenv("RKEMU_NPU_STATE", str(tmp_path / "npu"))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from rkconvert.dtypes import Verdict, judge
+from rkconvert.plan.domains import place
+from rkconvert.plan.sizes import parse_type
+from rkconvert.shapes import parse_shape
 from rkruntime.diagnosis import diagnose
 from rkruntime.rkemu import TensorSpec, Writer
 
@@ -22,6 +26,10 @@ SHAPES = {
     "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936),
     "gemma2-2b": (2304, 9216, 26, 8, 4, 256, 256000),
     "gemma2-9b": (3584, 14336, 42, 16, 8, 256, 256000),
+    "gemma2-27b": (4608, 36864, 46, 32, 16, 128, 256000),
+    "chatglm3-6b": (4096, 13696, 28, 32, 2, 128, 65024),
+    "qwen2.5-vl-3b": (2048, 11008, 36, 16, 2, 128, 151936),
+    "a 1.4 GB model": (2048, 6144, 22, 16, 8, 128, 151936),
 }
 
 
@@ -55,7 +63,7 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> Any:
         }  # fmt: skip
         metadata = {
             "general.kind": "model", "general.architecture": "gemma", "rkllm.target_platform": "RK3588",
-            "rkllm.model_dtype": f"W8A8_G{group}" if group else "W8A8", "rkllm.max_context": 4096,
+            "rkllm.model_dtype": f"W8A8_G{group}" if group else "W8A8", "rkllm.max_context": 8192,
             "rkllm.npu_core_num": 3, "model.layer_types": [0] * layers,
             **{f"model.{key}": value for key, value in (keys | floats).items()},
         }  # fmt: skip
@@ -87,12 +95,99 @@ def test_six_0_6b_models_share_a_domain_and_a_seventh_does_not(load: Any, shaped
     load(model)
 
 
-def test_a_4b_model_fits_alone_with_a_block_of_the_reported_size(load: Any, shaped: Any, capfd: Any) -> None:
-    load(shaped("qwen3-4b"))
+def refused_size(log: str) -> int:
+    return int(log.partition("malloc npu memory, size: ")[2].partition(",")[0])
+
+
+def held() -> dict[int, int]:
+    """Bytes by domain, as the file of the NPU's memory says."""
+    rows = [line.split() for line in Path(os.environ["RKEMU_NPU_STATE"]).read_text().splitlines()[1:-1]]
+    return {domain: sum(int(row[4]) for row in rows if int(row[3]) == domain) for domain in {int(r[3]) for r in rows}}
+
+
+@pytest.mark.parametrize("context", [512, 2048, 4096])
+def test_two_4b_models_need_two_domains(context: int, load: Any, shaped: Any, capfd: Any) -> None:
+    """rknn-llm issue 437; the size of the block is reported to be the same with any context."""
+    load(shaped("qwen3-4b"), max_context_len=context)
     capfd.readouterr()
+    load(shaped("qwen3-4b"), max_context_len=context, expect=-1)
+    assert refused_size(capfd.readouterr().err) == 4022272000
+    load(shaped("qwen3-4b"), base_domain_id=2)
+
+
+def test_a_second_model_of_1_4_gb_needs_another_domain(load: Any, shaped: Any, capfd: Any) -> None:
+    """rknn-llm issue 195: the language model has 3.5 GB, and 1.4 GB more do not fit beside it."""
+    load(shaped("qwen2.5-vl-3b"), max_context_len=4096)
+    capfd.readouterr()
+    second = shaped("a 1.4 GB model")
+    load(second, expect=-1)
+    log = capfd.readouterr().err
+    assert "errno: 14, errstr: Bad address" in log
+    assert refused_size(log) == 1418461184
+    load(second, base_domain_id=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("qwen3-4b", 4022272000), ("chatglm3-6b", 4022861824), ("gemma2-9b", 4059037696)]
+)
+def test_the_first_block_of_weights_has_the_size_that_was_reported(
+    model: str, size: int, load: Any, shaped: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    """Drivers before 0.9.7 refuse it; of the last one the report does not name the model."""
+    monkeypatch.setenv("RKEMU_DRIVER", "0.9.6")
+    load(shaped(model), "1.1.4", expect=-1)
+    log = capfd.readouterr().err
+    assert refused_size(log) == size
+    assert log.endswith("load model file error!\nrknn_init fail! ret=-1\nE rkllm: rkllm_init failed\n")
+    assert diagnose(log).class_ == "npu-memory-old-driver"
+
+
+def test_a_driver_of_one_domain(load: Any, shaped: Any, monkeypatch: Any, capfd: Any) -> None:
+    """rknn-llm issue 62: 0.8.2 cannot make domain 1."""
+    monkeypatch.setenv("RKEMU_DRIVER", "0.8.2")
+    load(shaped("qwen3-0.6b"), base_domain_id=1, expect=-1)
+    log = capfd.readouterr().err
+    assert "errno: 12, errstr: Cannot allocate memory\ncan not create weight memory for domain1" in log
+    load(shaped("qwen3-0.6b"))
+
+
+def test_the_kernel_log_tells_too(load: Any, shaped: Any, monkeypatch: Any, capfd: Any, tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel.log"
+    monkeypatch.setenv("RKEMU_KERNEL_LOG", str(kernel))
+    load(shaped("qwen3-4b"))
     load(shaped("qwen3-4b"), expect=-1)
-    size = int(capfd.readouterr().err.partition("malloc npu memory, size: ")[2].partition(",")[0])
-    assert abs(size - 4022272000) < 4022272000 * 0.003
+    log = kernel.read_text()
+    assert "rknpu_gem_get_pages: dma map 4022272000 fail" in log
+    assert diagnose(log).class_ == "npu-address-space-exhausted"
+    assert "RKNPU" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("context", [512, 4096, 8192])
+@pytest.mark.parametrize("model", ["gemma2-2b", "gemma2-9b", "gemma2-27b"])
+def test_it_agrees_with_what_plan_predicts(model: str, context: int, load: Any, shaped: Any) -> None:
+    """`rkedge plan` fills domains to the brim, the emulator leaves room in each: at most one domain more."""
+    hidden, inner, layers, heads, kv_heads, dim, vocab = SHAPES[model]
+    config = {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": hidden, "vocab_size": vocab,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": dim, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    planned = place(parse_shape(config), parse_type("w8a8"), context)
+    load(shaped(model), max_context_len=context)
+    domains = held()
+    assert set(domains) == set(range(len(domains)))
+    assert len(planned) <= len(domains) <= len(planned) + 1
+    total = sum(domain.used for domain in planned)
+    assert sum(domains.values()) == pytest.approx(total, rel=0.02)
+    assert max(domains.values()) <= 4 * GIB
+
+
+def test_what_a_handle_held_is_given_back(load: Any, shaped: Any) -> None:
+    client = load(shaped("gemma2-9b"))
+    assert sum(held().values()) > 9e9
+    client.destroy()
+    client.handle = None
+    assert held() == {}
 
 
 @pytest.mark.parametrize(("driver", "fits"), [("0.9.2", False), ("0.9.6", False), ("0.9.7", True), ("0.9.8", True)])
@@ -108,8 +203,14 @@ def test_old_drivers_refuse_a_large_block(
 
 @pytest.mark.parametrize("group", [128, 256, 512])
 def test_grouped_9b_does_not_load_and_grouped_2b_does(group: int, load: Any, shaped: Any, capfd: Any) -> None:
-    load(shaped("gemma2-9b", group), expect=-1)
+    """As was reported with RKLLM 1.1.1; the rule that refuses to convert it quotes the same lines."""
+    load(shaped("gemma2-9b", group), "1.1.1", expect=-1)
     log = capfd.readouterr().err
+    judged = judge(f"w8a8_g{group}", platform="rk3588", toolkit="1.1.1", name="Gemma 2 9B", parameters=9_241_705_984)
+    if group == 128:
+        assert refused_size(log) == 232128512
+        assert all(line in log for line in judged.rule.log)
+    assert judged.verdict is Verdict.REFUSE
     assert "errno: 14" in log
     assert diagnose(log).class_ == "npu-address-space-exhausted"
     load(shaped("gemma2-2b", group))
@@ -166,7 +267,27 @@ def test_other_processes_count_until_they_are_gone(library: Any, load: Any, shap
 def test_a_ledger_that_is_rubbish_is_no_obstacle(load: Any, small: Any, monkeypatch: Any, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     ledger.write_bytes(os.urandom(100_001))
-    monkeypatch.setenv("RKEMU_NPU", str(ledger))
+    monkeypatch.setenv("RKEMU_NPU_STATE", str(ledger))
     load(small.path)
-    monkeypatch.setenv("RKEMU_NPU", str(tmp_path / "no" / "such" / "folder"))
+    monkeypatch.setenv("RKEMU_NPU_STATE", str(tmp_path / "no" / "such" / "folder"))
     load(small.path)
+
+
+def test_a_list_that_was_longer_before_counts_no_line_twice(load: Any, shaped: Any) -> None:
+    """What stands behind the end mark is left over from a process that was killed while it wrote."""
+    load(shaped("qwen3-1.7b"))
+    state = Path(os.environ["RKEMU_NPU_STATE"])
+    lines = state.read_text()
+    state.write_text(lines + "".join(lines.splitlines(keepends=True)[1:-1]) * 3)
+    load(shaped("qwen3-1.7b"))
+    load(shaped("qwen3-1.7b"), expect=-1)
+
+
+def test_a_file_of_someone_elses_kind_is_left_alone(load: Any, small: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link = tmp_path / "link"
+    link.symlink_to(victim)
+    monkeypatch.setenv("RKEMU_NPU_STATE", str(link))
+    load(small.path)
+    assert victim.read_text() == "precious"

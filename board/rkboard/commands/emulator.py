@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import click
 from rich.console import Console
 
-from rkboard import emulator
+from rkboard import emulator, faults
 
 _RELEASE = click.option(
     "--release",
@@ -63,9 +64,13 @@ def env(release: str) -> None:
 
 
 @run.command("info")
+@click.option("--faults", "list_faults", is_flag=True, help="List the failures that RKEMU_FAULT brings about.")
 @_JSON
-def info(as_json: bool) -> None:
+def info(list_faults: bool, as_json: bool) -> None:
     """Say which releases there are, what is built, and with which compiler."""
+    if list_faults:
+        _show_faults(as_json)
+        return
     compiler = emulator.find_compiler()
     releases = []
     for name, layout in emulator.RELEASES.items():
@@ -84,3 +89,13 @@ def info(as_json: bool) -> None:
     for row in releases:
         state = row["library"] if row["built"] else "not built"
         click.echo(f"{row['release']:8}  {row['layout']}  {state}")
+
+
+def _show_faults(as_json: bool) -> None:
+    rows = faults.faults(Path(_build(emulator.DEFAULT_RELEASE, None)))
+    if as_json:
+        click.echo(json.dumps([row.as_dict() for row in rows], indent=2))
+        return
+    for row in rows:
+        name = f"{row.name}={row.value.upper()}" if row.value else row.name
+        click.echo(f"{name:24} {row.class_ or '-':34} {row.summary.replace('`', '')}")

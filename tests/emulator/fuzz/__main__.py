@@ -12,8 +12,8 @@ import numpy as np
 from rkruntime.resources import resource
 from rkruntime.rkemu import TensorSpec, Writer
 
-SOURCES = ("cache", "faults", "file", "forward", "kernels", "kernels_plain", "log", "model", "npu", "sampler",
-           "threads", "tokenizer")  # fmt: skip
+SOURCES = ("cache", "file", "forward", "kernels", "kernels_plain", "ledger", "log", "memory", "model", "npu",
+           "sampler", "threads", "tokenizer")  # fmt: skip
 FLAGS = ("-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-sanitize-recover=all",
          "-fsanitize=fuzzer,address,undefined", "-DFUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION")  # fmt: skip
 RUNS = 1_000_000

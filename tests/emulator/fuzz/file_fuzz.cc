@@ -10,8 +10,8 @@
 #include "forward.h"
 #include "kernels.h"
 #include "log.h"
+#include "memory.h"
 #include "model.h"
-#include "npu.h"
 #include "sampler.h"
 #include "threads.h"
 #include "tokenizer.h"
@@ -61,7 +61,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const auto file = rkemu::File::parse(reinterpret_cast<const uint8_t*>(aligned.data()), size);
     const rkemu::ModelCard card = rkemu::read_card(file);
-    rkemu::plan_blocks(file, card.dtype, 0);
+    rkemu::blocks_of(file, card, card.max_context, 16);
     if (file.sizes_only()) return 0;
     const rkemu::Model model(file, card.config);
     rkemu::Tokenizer tokenizer(file, static_cast<size_t>(card.config.vocab_size));
