@@ -110,8 +110,6 @@ class WorkerProcess:
         """The next record that has arrived whole, without a system call."""
         if self._parts:  # of a long record: `receive` joins them when the last one is here
             return None
-        if self._parts:
-            return None
         start = self._at + _HEAD
         if start > len(self._buffer):
             self._missing = start - len(self._buffer)
