@@ -17,11 +17,11 @@ from rkconvert.host import Memory
 from rkconvert.plan.sizes import file_bytes, parse_type
 from rkconvert.shapes import ModelShape
 from rkconvert.shards import is_lfs_pointer
+from rkconvert.toolkit.job import LOADED_BYTES
 from rkruntime.errors import CheckpointError, HostError, RefusedError, RKEdgeError
 from rkruntime.template import BOS, END_OF_TURN, START_OF_TURN
 
 LEAST_WIDTH: Final = 96
-_LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _GROUP: Final = re.compile(r"_g(\d+)$")
 _GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
 _SMALL_FILE: Final = 1024
@@ -106,7 +106,7 @@ def _divides(shape: ModelShape, size: int) -> bool:
 
 
 def _loaded(case: Case) -> int:
-    return case.shape.parameters * _LOADED_BYTES[case.load_dtype]
+    return case.shape.parameters * LOADED_BYTES[case.load_dtype]
 
 
 def _too_large(case: Case) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Final
 
 from rkconvert.host import read_memory
 from rkconvert.toolkit.events import Failure
+from rkconvert.toolkit.job import LOADED_BYTES
 from rkruntime.diagnosis import Diagnosis, diagnose
 from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
 
@@ -34,7 +35,6 @@ _KINDS: Final[Mapping[str, type[RKEdgeError]]] = {
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
 _SHOWN_LINES: Final = 6
-_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,13 @@ def _out_of_memory(facts: Facts) -> RKEdgeError:
     held = f", with {facts.peak_memory / 1e9:.1f} GB in memory" if facts.peak_memory else ""
     needs = ""
     if facts.parameters:
-        size = facts.parameters * _BYTES.get(facts.load_dtype, 4)
+        size = facts.parameters * LOADED_BYTES.get(facts.load_dtype, 4)
         needs = f" The weights alone are {size / 1e9:.1f} GB in {facts.load_dtype}."
     return _error(
         HostError,
         facts,
-        f"was ended by the kernel ({seen}) while {_STAGES[facts.stage]}{held}; this machine has {read_memory()}.{needs}",
+        f"was ended by the kernel ({seen}) while {_STAGES[facts.stage]}{held};"
+        f" this machine has {read_memory()}.{needs}",
         hint="Add swap (4 bytes for each weight of the model, and some more), close other programs, raise the limit of"
         " the container or of WSL, or load the weights in 16 bits: --toolkit-load-dtype bfloat16.",
     )

@@ -15,6 +15,8 @@ from rkruntime.errors import RefusedError, UsageError
 SCHEMA: Final = "rkedge-toolkit-job/1"
 UNQUANTIZED: Final = "fp16"
 DEVICES: Final = ("cpu", "cuda")
+# Of one weight, as the toolkit holds it in memory.
+LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LOW_RANK: Final = re.compile(r"(?P<algorithm>[a-z]+)_r(?P<rank>\d{1,3})")
 _MOST_RANK: Final = 64
 _BITS: Final = re.compile(r"w(\d+)a")
