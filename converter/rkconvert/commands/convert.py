@@ -169,7 +169,8 @@ def _show(outcomes: Sequence[matrices.Outcome]) -> None:
     for item in outcomes:
         size = f"{item.nbytes / 1e6:,.1f}" if item.nbytes else ""
         seconds = f"{item.seconds:,.1f}" if item.status == "made" else ""
-        table.add_row(item.cell, item.status, size, seconds, escape(shorten(item.message, 100, placeholder=" ...") or item.output))
+        last = shorten(item.message, 100, placeholder=" ...") or item.output
+        table.add_row(escape(item.cell), item.status, size, seconds, escape(last))
     Console().print(table)
 
 
