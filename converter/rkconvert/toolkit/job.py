@@ -129,6 +129,7 @@ def _check_values(job: ToolkitJob) -> None:
         "optimization level": (job.optimization_level, job.optimization_level in (0, 1), "0 or 1"),
         "hybrid rate": (job.hybrid_rate, 0 <= job.hybrid_rate < 1, "at least 0 and below 1"),
         "device": (job.device, job.device in DEVICES, " or ".join(DEVICES)),
+        "load type": (job.load_dtype, job.load_dtype in LOADED_BYTES, "one of " + ", ".join(LOADED_BYTES)),
     }
     for name, (value, right, words) in ranges.items():
         if not right:
@@ -220,8 +221,6 @@ def _load_notes(job: ToolkitJob, installed: Release) -> list[str]:
         if job.load_dtype != "float32":
             return [f"rkllm-toolkit {installed.version} cannot be told to load {job.load_dtype}; it decides by itself"]
         return []
-    if job.load_dtype not in installed.load_dtypes:
-        raise UsageError(f"The load type is {job.load_dtype!r}; it must be one of {', '.join(installed.load_dtypes)}.")
     if job.load_dtype != "float32" and job.device == "cpu" and not installed.half_on_cpu:
         return [
             f"rkllm-toolkit {installed.version} is reported to load float32 on the CPU whatever it is told"

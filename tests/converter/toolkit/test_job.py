@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rkconvert.toolkit import ToolkitJob, versions
-from rkconvert.toolkit.job import calls
+from rkconvert.toolkit.job import LOADED_BYTES, calls
 from rkruntime.errors import HostError, RefusedError, UsageError
 
 RELEASES = versions.known_releases()
@@ -25,6 +25,10 @@ BUILD_1_1 = {
 def arguments(job: ToolkitJob, version: str) -> dict[str, dict[str, Any]]:
     made = calls(job, versions.release(version), Path("/scratch/model.rkllm"))
     return {step["method"]: dict(step["arguments"]) for step in made.steps}
+
+
+def test_every_release_with_load_types_has_all_of_them() -> None:
+    assert {versions.release(version).load_dtypes for version in RELEASES} == {(), tuple(LOADED_BYTES)}
 
 
 def test_each_thing_that_a_generation_names_has_a_source() -> None:
@@ -120,6 +124,7 @@ def test_cores(job: Callable[..., ToolkitJob], platform: str, most: int) -> None
         ("1.2.3", "normal", {"optimization_level": 2}, UsageError, "0 or 1"),
         ("1.2.3", "normal", {"device": "npu"}, UsageError, "cpu or cuda"),
         ("1.2.3", "normal", {"load_dtype": "int8"}, UsageError, "float32, float16, bfloat16"),
+        ("1.1.4", "normal", {"load_dtype": "int8"}, UsageError, "float32, float16, bfloat16"),
         ("1.2.3", "normal", {"max_context": 16416}, RefusedError, "16,384 at most"),
         ("1.1.4", "normal", {"max_context": 4128}, RefusedError, "4,096 at most"),
         ("1.2.3", "normal", {"max_context": 4000}, None, ""),
