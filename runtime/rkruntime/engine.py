@@ -304,11 +304,14 @@ class Engine:
         self._worker.read_log()
         if record.kind == protocol.ERROR:
             self._active = None
-            raise error_of(record)
+            error = error_of(record)
+            # The log tells more than "it returned -1", whichever of the two is read first.
+            if not (self._worker.alarm and type(error) is RunError):
+                raise error
         if record.kind == protocol.FINISHED and record.batch == self.options.n_batch - 1:
             self._active = None
         if self._worker.alarm:
-            raise RunError(f"The runtime gave an answer, and its log says: {self._worker.alarm}")
+            raise RunError(f"The run is worth nothing: its log says: {self._worker.alarm}")
         if record.kind in (protocol.LOGITS, protocol.HIDDEN):
             return array_of(record)
         return finished_of(record)
