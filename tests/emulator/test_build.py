@@ -113,6 +113,7 @@ def test_unknown_releases(release: str) -> None:
         emulator.build(release)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
 def test_clang_has_no_warnings_either() -> None:
     """The tests' own builds, by the first compiler that is there, have warnings as errors too."""
