@@ -241,12 +241,7 @@ def kills(tmp_path, path, rounds):
     return seen
 
 
-def test_a_kill_at_any_moment(write, tmp_path):
-    path = write({"dtype": ["w8a8", "fp32"], "lora": [[], [str(demo.adapter())]]})
-    assert kills(tmp_path, path, 2)
-
-
 @pytest.mark.long
-def test_many_kills(write, tmp_path):
+def test_kills_at_random_moments(write, tmp_path):
     path = write({"dtype": ["w8a8", "fp32"], "lora": [[], [str(demo.adapter())]], "max_context": [64, 128]})
     assert len(kills(tmp_path, path, 60)) > 2
