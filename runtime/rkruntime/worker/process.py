@@ -30,7 +30,9 @@ _LONGEST_LINE: Final = 16384
 _SLICE: Final = 0.5
 # The library says these during a run and goes on, or waits for ever: what it answers then is rubbish (rknn-llm issues
 # 390, 449, 85, 306).
-_ALARM: Final = re.compile(r"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory")
+_ALARM: Final = re.compile(
+    r"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
+)
 # A buffer of a megabyte is mapped anew for each read, which costs 6 us; arrays have use for it, tokens do not.
 _SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20

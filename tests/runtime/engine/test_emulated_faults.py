@@ -51,7 +51,7 @@ FAULTS = {
     "assert": Expected(WorkerCrashedError, "model-runtime-version-mismatch"),
     "context": Expected(LoadError, "context-limit"),
     "long-prompt": Expected(RunError, "context-limit", "run"),
-    "unknown-shape": Expected(None),  # strikes beyond its context only
+    "unknown-shape": Expected(RunError, "context-limit", "run"),
     "no-prompt-cache": Expected(None),  # nothing is saved here
     "no-template": Expected(None),  # the template is ours
     "few-cpus": Expected(LoadError, "cpu-cores-below-npu-cores"),
