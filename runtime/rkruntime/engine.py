@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerError
+from rkruntime.errors import ContextFullError, HostError, RKEdgeError, RunError, UsageError, WorkerError
 from rkruntime.generation import ArrayEvent, Event, Finished, HiddenStates, Logits, Request, Token
 from rkruntime.identify import Identity, identify
 from rkruntime.loading import LoadOptions, Lora, ModelInfo, check_readable, checked, environment_of, info_of
@@ -243,6 +244,7 @@ class Engine:
         """A run with `mode` "logits" or "hidden": arrays between the tokens. See Logits and HiddenStates."""
         if mode not in ("logits", "hidden"):
             raise UsageError(f"There is no mode {mode!r}: it is 'logits' or 'hidden'.")
+        _need_numpy()
         with contextlib.closing(self._events([request], mode)) as events:
             for _, event in events:
                 yield event
@@ -256,6 +258,7 @@ class Engine:
         return self._first_array(request, "hidden")
 
     def _first_array(self, request: Request, mode: str) -> NDArray[np.float32]:
+        _need_numpy()
         with contextlib.closing(self._events([request], mode)) as events:
             for _, event in events:
                 if isinstance(event, (Logits, HiddenStates)):
@@ -426,3 +429,9 @@ class Engine:
         parts.append(np.ascontiguousarray(positions, dtype=np.int32))
         header = {"call": "set_cross_attention", "num_tokens": int(parts[3].size)}
         self._command(header, [part.data.cast("B") for part in parts])
+
+
+def _need_numpy() -> None:
+    """Raise HostError where numpy is missing: a board's installation leaves it out."""
+    if importlib.util.find_spec("numpy") is None:
+        raise HostError("Arrays need numpy, which is not installed here.", hint="Install it: pip install numpy")
