@@ -92,6 +92,8 @@ struct Run {
     const int status = guarded([&] {
       handle->session().run(request,
                             [&](const std::vector<rkemu::Result>& results, rkemu::State state) {
+                              using rkemu::State;
+                              if (state == State::finish || state == State::error) handle->ending();
                               return handle->deliver()(userdata, results, state);
                             });
     });

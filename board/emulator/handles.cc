@@ -1,6 +1,15 @@
 #include "handles.h"
 
+#include <chrono>
+
 namespace rkemu {
+
+namespace {
+
+// A client's last callback may itself wait for the thread that starts the next run.
+constexpr auto kLastCallback = std::chrono::seconds(1);
+
+}  // namespace
 
 Handle::Handle(std::unique_ptr<Session> session, Deliver deliver, void* userdata)
     : session_(std::move(session)), deliver_(std::move(deliver)), userdata_(userdata) {}
@@ -10,7 +19,10 @@ Handle::~Handle() {
 }
 
 bool Handle::begin() {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
+  if (running_ && ending_ && runner_ != std::this_thread::get_id()) {
+    idle_.wait_for(lock, kLastCallback, [this] { return !running_; });
+  }
   if (running_ || closed_) return false;
   running_ = true;
   runner_ = std::this_thread::get_id();
@@ -18,9 +30,15 @@ bool Handle::begin() {
   return true;
 }
 
+void Handle::ending() {
+  const std::lock_guard lock(mutex_);
+  ending_ = true;
+}
+
 void Handle::end() {
   const std::lock_guard lock(mutex_);
   running_ = false;
+  ending_ = false;
   runner_ = {};
   idle_.notify_all();
 }

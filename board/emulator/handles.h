@@ -29,8 +29,11 @@ class Handle {
   void* userdata() const { return userdata_; }
   const Deliver& deliver() const { return deliver_; }
 
-  // Marks the handle as running; false if it is already, or closed.
+  // Marks the handle as running; false if it is already, or closed. A run that reports its end in
+  // another thread is waited for: clients start the next one as soon as they hear of it.
   bool begin();
+  // The run is about to report its end.
+  void ending();
   void end();
   // Calls `work`, which calls end(), in a thread of the handle. begin() was called.
   void start(std::function<void()> work);
@@ -48,6 +51,7 @@ class Handle {
   std::mutex mutex_;
   std::condition_variable idle_;
   bool running_ = false;
+  bool ending_ = false;
   bool closed_ = false;
   std::thread::id runner_;
   std::thread worker_;

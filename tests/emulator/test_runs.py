@@ -699,3 +699,30 @@ def test_exports_are_those_of_the_header_and_no_more(release: str, library: Any)
     text = f"RKLLM SDK (version: {release} | target: Linux | build: emulator".encode()
     assert text in library(release).read_bytes()
     assert emulator.RELEASES[release] == LAYOUTS[release]
+
+
+def test_the_next_run_may_start_when_the_last_callback_comes(load: Any, talker: Any, prompt: list[int]) -> None:
+    """Clients wake another thread in that callback, which calls before rkllm_run has returned."""
+    client = load(talker.path)
+    expected = client.answer(prompt)
+    second = load(talker.path)
+    called, status = threading.Event(), []
+
+    def next_run() -> None:
+        called.set()
+        status.append(second.run(prompt))
+
+    thread = threading.Thread(target=next_run)
+
+    def on_event(event: Any) -> int:
+        if event.state == FINISH and not called.is_set():
+            thread.start()
+            called.wait(10)
+            time.sleep(0.05)
+        return 0
+
+    second.on_event = on_event
+    assert second.run(prompt) == 0
+    thread.join(20)
+    assert status == [0]
+    assert second.tokens()[-len(expected) :] == expected
