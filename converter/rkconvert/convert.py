@@ -32,10 +32,9 @@ from rkconvert.plan.report import as_dict
 from rkconvert.progress import QUIET, Reporter
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.toolkit import Toolkit, find_toolkit
-from rkconvert.work_folder import work_folder
+from rkconvert.work_folder import refuse_made, work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import UsageError
-from rkruntime.files import refuse_existing
 from rkruntime.rkemu import read_container
 from rkruntime.template import END_OF_TURN
 
@@ -134,7 +133,7 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     """Every check that needs no work; see `convert` for what it raises."""
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
-    refuse_existing(options.output)
+    refuse_made(options.output)
     toolkit = find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
     release = _release(options, toolkit)
     checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from rkconvert.convert import Job, Options, check, make, plain_options
 from rkconvert.loaded import Loaded
 from rkconvert.progress import Reporter
+from rkconvert.work_folder import forget_kill
 from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.errors import RefusedError, RKEdgeError, UsageError
 from rkruntime.files import write_error
@@ -126,8 +127,10 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
+    output = cell.options.output
     try:
-        if cell.options.output.is_dir() and (found := _there(cell)):
+        if output.is_dir() and (found := _there(cell)):
+            forget_kill(output)
             return found
         return check(cell.options, reporter, loaded)
     except RKEdgeError as error:

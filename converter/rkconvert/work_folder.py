@@ -24,8 +24,8 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
         OutputError: `final` exists or cannot be written, or another run is making it at this moment.
         HostError: the disk is full.
     """
-    refuse_existing(final)
-    partial, note = final.parent / f".{final.name}.partial", final.parent / f".{final.name}.job"
+    refuse_made(final)
+    partial, note = final.parent / f".{final.name}.partial", _note(final)
     try:
         with note.open("a+", encoding="utf-8") as held:
             _lock(held, final)
@@ -41,6 +41,22 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
                     note.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(final, error) from error
+
+
+def _note(final: Path) -> Path:
+    return final.parent / f".{final.name}.job"
+
+
+def forget_kill(final: Path) -> None:
+    """Remove what a kill behind the last step of a run left beside its finished folder."""
+    if final.is_dir():
+        _note(final).unlink(missing_ok=True)
+
+
+def refuse_made(final: Path) -> None:
+    """Raise OutputError if there is something at `final` already, or no folder to put it into."""
+    forget_kill(final)
+    refuse_existing(final)
 
 
 def _lock(file: IO[str], final: Path) -> None:

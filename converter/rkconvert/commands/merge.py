@@ -12,8 +12,7 @@ from rkconvert.hf_folder import copy_side_files, write_json, write_weights
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
-from rkconvert.work_folder import work_folder
-from rkruntime.files import refuse_existing
+from rkconvert.work_folder import refuse_made, work_folder
 
 
 def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
@@ -42,7 +41,7 @@ def run(
 
     A run that was killed goes on where it was when the same command is given again.
     """
-    refuse_existing(output)
+    refuse_made(output)
     model = merged_model(open_source(checkpoint, revision), [Lora.parse(text) for text in loras])
     merge(model, output, Reporter(quiet))
     if as_json:
