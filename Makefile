@@ -29,8 +29,8 @@ lint: $(VENV)/dev.stamp ## ruff, mypy --strict and the rule of who may import wh
 bench: $(VENV)/dev.stamp ## Measure speed and memory, as ratios side by side
 	$(BIN)/python -m tests.bench
 
-# VENDOR, RKLLAMA: checkouts. LLM_DEMO: RELEASE=PROGRAM, one or more, in place of the demo that is compiled from VENDOR.
-conformance: $(VENV)/dev.stamp ## Ask programs of others the demo questions (VENDOR=, RKLLAMA=)
+# VENDOR, RKLLAMA: checkouts. LLM_DEMO: RELEASE=PROGRAM, one or more: the vendor's demo, built after its own instructions.
+conformance: $(VENV)/dev.stamp ## Ask programs of others the demo questions (VENDOR=, RKLLAMA=, LLM_DEMO=)
 	$(BIN)/python -m tests.conformance $(if $(VENDOR),--vendor "$(VENDOR)") $(if $(RKLLAMA),--rkllama "$(RKLLAMA)") $(foreach demo,$(LLM_DEMO),--llm-demo "$(demo)")
 
 fuzz: $(VENV)/dev.stamp ## A million inputs for the emulator's reader of model files (needs clang++)

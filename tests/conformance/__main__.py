@@ -1,7 +1,7 @@
 """Asks programs of other people the demo questions: `python -m tests.conformance --vendor DIR --rkllama DIR ...`.
 
-Nothing of theirs is in this repository. Programs are taken out of the checkouts, at the tags of their releases, and the
-C++ demo is compiled against the header of its release; --llm-demo RELEASE=PROGRAM gives one that was built elsewhere.
+Nothing of theirs is in this repository, and nothing here builds it. Servers are taken out of the checkouts, at the tags
+of their releases; --llm-demo RELEASE=PROGRAM gives the vendor's C++ demo, built beforehand after its own instructions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from rkconvert.demo import Question, checkpoint, questions
 
 _HERE = Path(__file__).parent
 _RELEASES = ("1.2.3", "1.3.0")
-_LLM_DEMO = "examples/rkllm_api_demo/deploy/src/llm_demo.cpp"
-_HEADER = "rkllm-runtime/Linux/librkllm_api/include/rkllm.h"
 _FLASK = "examples/rkllm_server_demo/rkllm_server/flask_server.py"
 # The programs ask for a context of 4096, whatever the model has.
 _CONTEXT = 4096
@@ -92,20 +90,6 @@ def _from_git(repository: Path, tag: str, path: str) -> bytes:
     return shown.stdout
 
 
-def _llm_demo(repository: Path, release: str, folder: Path) -> Path:
-    """The vendor's C++ demo of a release, compiled as its CMakeLists.txt does it."""
-    home = folder / f"llm_demo-{release}"
-    home.mkdir()
-    for path in (_LLM_DEMO, _HEADER):
-        (home / Path(path).name).write_bytes(_from_git(repository, f"release-v{release}", path))
-    program = home / "llm_demo"
-    command = [*emulator.find_compiler().command, "-std=c++11", home / "llm_demo.cpp", emulator.build(release)]
-    done = subprocess.run([*map(str, command), "-o", str(program)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"llm_demo.cpp of {release} does not compile:\n{done.stderr[-2000:]}")
-    return program
-
-
 def _rkllama_package(repository: Path, folder: Path) -> Path:
     """src/rkllama of the commit that is checked out, without libraries and wheels."""
     without = [f":(exclude,glob)**/*.{kind}" for kind in ("so", "whl")]
@@ -122,10 +106,8 @@ def _clients(arguments: argparse.Namespace, folder: Path) -> Iterator[clients.Cl
     for release in _RELEASES:
         if release in demos:
             yield clients.LlmDemo(release, Path(demos[release]).resolve())
-        elif arguments.vendor:
-            yield clients.LlmDemo(release, _llm_demo(arguments.vendor, release, folder))
         else:
-            yield Row("vendor's llm_demo", release, skipped=f"give --vendor, or --llm-demo {release}=PROGRAM")
+            yield Row("vendor's llm_demo", release, skipped=f"give --llm-demo {release}=PROGRAM")
     python = _python(arguments.cache) if arguments.vendor or arguments.rkllama else None
     if arguments.vendor and python:
         for release in _RELEASES:
