@@ -353,11 +353,16 @@ class Engine:
 
     # asyncio
 
-    async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio: nothing here blocks the loop while the library computes."""
+    async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
+        """`generate` for asyncio: nothing here blocks the loop while the library computes.
+
+        Args:
+            gather: seconds for which tokens that follow others closely may wait for each other, to save CPU time; the
+                first one, and each that comes later than that after the one before, comes at once.
+        """
         with self._explained():
             self._start([request], "generate")
-            records = AsyncRecords(self._worker, self._answered, self.options.token_timeout)
+            records = AsyncRecords(self._worker, self._answered, self.options.token_timeout, gather)
             try:
                 while self._active is not None:
                     record = records.waiting() or await records.next()

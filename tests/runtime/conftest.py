@@ -120,7 +120,7 @@ class FakeEngine:
             self.aborted += 1
             raise
 
-    async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
+    async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
         for event in self.generate(request):
             yield event
 

@@ -28,10 +28,8 @@ log = logging.getLogger("rkedge")
 # The first release whose run takes sampling and a limit of its own.
 PER_RUN_SAMPLING: Final = (1, 3, 0)
 # Tokens that follow each other more closely go out together: less than a frame of a screen, and each wake-up costs the
-# board's CPU. Those of a board are ten times as far apart, and go out one by one.
-_GATHER_S: Final = 0.010
-# An event that comes later than this after the one before was not there yet: it was waited for.
-_AWAITED_S: Final = 0.0005
+# board's CPU. Those of a board are further apart, and go out one by one.
+_GATHER_S: Final = 0.016
 _FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 
@@ -191,20 +189,15 @@ class Service:
         began, first = time.monotonic(), 0.0
         try:
             request = await self.caches.prepare(model, request)
-            async with aclosing(model.engine.agenerate(request)) as events:
-                seen = 0.0
+            async with aclosing(model.engine.agenerate(request, _GATHER_S)) as events:
                 async for event in events:
-                    awaited, seen = time.monotonic() - seen > _AWAITED_S, time.monotonic()
                     if not first:
-                        first = seen
+                        first = time.monotonic()
                         run.put(begin)
                     if text := reader.feed(event):
                         run.put(text)
                     if reader.done:
                         break
-                    if awaited:
-                        await asyncio.sleep(_GATHER_S)
-                        seen = time.monotonic()
         except BaseException as error:
             _keep_broken(ask, reader)
             if isinstance(error, WorkerError):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from rkruntime.errors import WorkerError
-from rkruntime.worker.process import WorkerProcess
+from rkruntime.worker.process import SMALL_READ, WorkerProcess
 from rkruntime.worker.protocol import Record
 
 _TICK: Final = 0.5
@@ -20,15 +20,18 @@ class AsyncRecords:
     Args:
         answered: takes the library's questions (see protocol.TOKENIZE) and says whether a record was one.
         timeout: seconds without a record until the worker counts as hung.
+        gather: seconds after records were taken in which no other wakes the loop; they are there together then.
     """
 
-    def __init__(self, worker: WorkerProcess, answered: Callable[[Record], bool], timeout: float) -> None:
-        self._worker, self._answered, self._timeout = worker, answered, timeout
+    def __init__(
+        self, worker: WorkerProcess, answered: Callable[[Record], bool], timeout: float, gather: float = 0.0
+    ) -> None:
+        self._worker, self._answered, self._timeout, self._gather = worker, answered, timeout, gather
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._failed: WorkerError | None = None
         self._last = time.monotonic()
-        self._loop.add_reader(worker.records_fd, self._readable)
+        self._received = 0
         self._loop.add_reader(worker.log_fd, worker.read_log)
         self._timer = self._loop.call_later(_TICK, self._tick)
 
@@ -44,16 +47,33 @@ class AsyncRecords:
         while (record := self.waiting()) is None:
             if self._failed is not None:
                 raise self._failed
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            if self._received >= SMALL_READ:  # there is more, and others have their turn in between
+                await asyncio.sleep(0)
+            elif self._received and self._gather:
+                await asyncio.sleep(self._gather)
+            else:
+                await self._readable()
+            self._look(self._receive)
         return record
 
-    def _readable(self) -> None:
-        self._last = time.monotonic()
-        self._look(self._worker.receive)
+    async def _readable(self) -> None:
+        """Until there may be something to read. The descriptor is watched here only: each event of it costs CPU."""
+        self._waiter = self._loop.create_future()
+        self._loop.add_reader(self._worker.records_fd, self._wake)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._loop.remove_reader(self._worker.records_fd)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _receive(self) -> None:
+        self._received = self._worker.receive()
+        if self._received:
+            self._last = time.monotonic()
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TICK, self._tick)
@@ -69,11 +89,9 @@ class AsyncRecords:
             work()
         except WorkerError as error:
             self._failed = self._failed or error
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._wake()
 
     def close(self) -> None:
         """Take the worker out of the loop."""
         self._timer.cancel()
-        self._loop.remove_reader(self._worker.records_fd)
         self._loop.remove_reader(self._worker.log_fd)

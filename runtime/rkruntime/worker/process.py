@@ -34,7 +34,7 @@ _ALARM: Final = re.compile(
     r"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
 )
 # A buffer of a megabyte is mapped anew for each read, which costs 6 us; arrays have use for it, tokens do not.
-_SMALL_READ: Final = 1 << 12
+SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
@@ -124,12 +124,16 @@ class WorkerProcess:
         self._at = end
         return Record(kind, batch, run, value, self._buffer[start:end])
 
-    def receive(self) -> bool:
-        """Read what has arrived, without waiting; False if that was nothing. Raises WorkerCrashedError at its end."""
+    def receive(self) -> int:
+        """Read what has arrived, without waiting, SMALL_READ bytes or what a record lacks at the most.
+
+        Returns:
+            The number of bytes. Raises WorkerCrashedError at the worker's end.
+        """
         try:
-            data = os.read(self._records, min(max(self._missing, _SMALL_READ), _LARGE_READ))
+            data = os.read(self._records, min(max(self._missing, SMALL_READ), _LARGE_READ))
         except BlockingIOError:
-            return False
+            return 0
         if not data:
             raise self.crashed()
         self._parts.append(data)
@@ -138,7 +142,7 @@ class WorkerProcess:
             self._buffer = b"".join([self._buffer[self._at :], *self._parts])
             self._parts.clear()
             self._at = 0
-        return True
+        return len(data)
 
     def next_record(self, timeout: float) -> Record:
         """Wait for a record.
