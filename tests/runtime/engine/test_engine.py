@@ -147,7 +147,7 @@ def test_closing_an_iterator_aborts(
 
 
 def test_abort_from_another_thread(load: Load, release: str, question: list[int]) -> None:
-    engine = load(release, environment={"RKEMU_TOKEN_US": "2000"})
+    engine = load(release, environment={"RKEMU_TOKEN_US": "20000"})
     events = engine.generate(Request(question))
     next(events)
     threading.Timer(0.02, engine.abort).start()
