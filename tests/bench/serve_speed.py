@@ -126,15 +126,18 @@ def script(folder: Path, pace: tuple[int, int]) -> str:
 
 
 @contextmanager
-def our_daemon(folder: Path) -> Iterator[Server]:
-    """`rkedge serve` with the library of `folder`."""
+def our_daemon(folder: Path | None = None) -> Iterator[Server]:
+    """`rkedge serve` with the library of `folder`, or else with the emulator."""
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         cli.main(["convert", str(checkpoint()), "-q", "-o", str(here / "canned")])
         log = (here / "log").open("wb")
         command = [sys.executable, "-m", "rkruntime.cli", "serve", str(here / "canned"), "--port", "0"]
-        command += ["--socket", str(here / "socket"), "--library", str(folder / "librkllmrt.so"), "--force"]
-        state = {"STATE_DIRECTORY": place, "CACHE_DIRECTORY": place, "RKCANNED": str(folder / "script")}
+        command += ["--socket", str(here / "socket")]
+        state = {"STATE_DIRECTORY": place, "CACHE_DIRECTORY": place}
+        if folder:
+            command += ["--library", str(folder / "librkllmrt.so"), "--force"]
+            state["RKCANNED"] = str(folder / "script")
         process = subprocess.Popen(command, env={**os.environ, **state}, stderr=log)
         try:
             end = time.monotonic() + 30
