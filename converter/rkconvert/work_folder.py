@@ -33,7 +33,7 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
                 _prepare(partial, held, job)
                 yield partial
                 partial.rename(final)
-            except Exception:
+            except Exception:  # Whatever it was, nothing half-made stays; Ctrl-C and a kill leave it for the next run.
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             finally:

@@ -222,7 +222,7 @@ class Model:
     def _result(self, result: Any, _userdata: Any, state: int) -> int:
         try:
             return self._on_result(result, state)
-        except BaseException as error:
+        except BaseException as error:  # C has no use for it; `raise_failure` raises it.
             self.failure = self.failure or error
             return CONTINUE
 
@@ -234,7 +234,7 @@ class Model:
                 return -1
             ctypes.memmove(tokens, (ctypes.c_int32 * len(ids))(*ids), len(ids) * 4)
             return len(ids)
-        except BaseException as error:
+        except BaseException as error:  # C has no use for it; `raise_failure` raises it.
             self.failure = self.failure or error
             return -1
 
@@ -246,7 +246,7 @@ class Model:
                 raise UsageError(f"The embedding callback gave {len(data):,} bytes, and the runtime wants {size:,}.")
             ctypes.memmove(embed, data, size)
             return 0
-        except BaseException as error:
+        except BaseException as error:  # C has no use for it; `raise_failure` raises it.
             self.failure = self.failure or error
             return -1
 

@@ -135,7 +135,7 @@ class GgufWeights:
     def _floats(self, tensor: GgufTensor, stored: NDArray[Any]) -> NDArray[np.float32]:
         try:
             values: NDArray[np.float32] = self._dequantize(stored, self._types(tensor.kind))
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # What the gguf package raises for a type that it only knows by name.
             kind = self._types(tensor.kind).name
             raise CheckpointError(f"The gguf package cannot dequantize {kind}.", hint="Use another GGUF.") from error
         return values

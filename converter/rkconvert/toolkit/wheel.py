@@ -79,6 +79,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, str], str]:
             texts = [_read_text(archive, parts[name]) for name in ("METADATA", "WHEEL")]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.", hint=_DOWNLOAD) from error
+    # zipfile's own: NotImplementedError for an unknown compression, RuntimeError for an encrypted file.
     except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(
             f"{path} is not a wheel, or was not downloaded whole: {error}.",

@@ -99,7 +99,7 @@ def guarded(kind: str, stage: str, work: Callable[[], Any]) -> Any:
         raise
     except SystemExit as error:
         raise JobError("exit", stage, "The toolkit ended the program with exit(" + repr(error.code) + ").") from error
-    except Exception as error:
+    except Exception as error:  # The toolkit is closed, and raises whatever it likes.
         text = type(error).__name__ + ": " + str(error)
         raise JobError(kind, stage, text, traceback.format_exc()[-8000:]) from error
 
