@@ -97,7 +97,7 @@ class LocalChat:
         return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
 
     def _running_engine(self) -> Engine:
-        if self._engine is None:
+        if self._engine is None or not self._engine.alive:
             self._engine = self._load()
         return self._engine
 

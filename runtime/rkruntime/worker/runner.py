@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,6 +19,7 @@ from rkruntime.errors import RKEdgeError, RunError, UnsupportedCallError
 from rkruntime.worker import protocol
 
 _ABORT_WAIT: Final = 0.05
+_SMALL: Final = select.PIPE_BUF - protocol.RECORD.size
 _MODES: Final = {
     "generate": "RKLLM_INFER_GENERATE",
     "hidden": "RKLLM_INFER_GET_LAST_HIDDEN_LAYER",
@@ -146,13 +148,16 @@ class Runner:
         return CONTINUE
 
     def _on_token(self, result: Any) -> int:
-        # One small write per token, below PIPE_BUF, needs no lock.
         if self._ended[0] is not None:
             return CONTINUE
         token = result.token_id
         if token in self._stops:
             return self._end(0, "stop")
         text = result.text or b""
+        if len(text) > _SMALL:
+            self._send(protocol.TOKEN, self._number, token, text)
+            return self._count(0, token)
+        # One small write per token, below PIPE_BUF, needs no lock.
         try:
             os.write(self._records, protocol.RECORD.pack(protocol.TOKEN, 0, self._number, token, len(text)) + text)
         except OSError:
@@ -161,7 +166,7 @@ class Runner:
 
     def _count(self, batch: int, token: int) -> int:
         self._counts[batch] += 1
-        if self._counts[batch] == self._limit:
+        if self._counts[batch] >= self._limit > 0:
             return self._end(batch, "length")
         if token in self._pauses:
             self._ended[batch] = "pause"
@@ -253,7 +258,7 @@ class Runner:
         """As given; of a text the runtime's own count, where it has one."""
         if prompt["n_tokens"] is not None:
             return int(prompt["n_tokens"])
-        return int(self._perf["prefill_tokens"]) if self._perf else 0
+        return max(0, int(self._perf["prefill_tokens"])) if self._perf else 0
 
     def _reason(self, prompt_tokens: int, count: int) -> str:
         """Why the library ended by itself: an EOS, the limit of the load, or a full context."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -109,10 +110,29 @@ def test_other_calls_that_hang(misbehaving: Misbehaving) -> None:
     events = engine.generate(REQUEST)
     next(events)
     time.sleep(0.05)
-    with pytest.raises(WorkerHungError):
-        events.close()
+    events.close()
+    assert not engine.alive
+    for _ in range(2):
+        with pytest.raises(WorkerHungError, match=r"^The worker is gone: The runtime library gave no sign"):
+            engine.cache_sizes()
     engine.close()
     works(misbehaving)
+
+
+@pytest.mark.parametrize("end", ["close", "collect"])
+def test_an_iterator_that_nobody_wants_does_not_raise(misbehaving: Misbehaving, end: str) -> None:
+    """Also where the worker is killed in the middle: an exception within __del__ would only be printed."""
+    with Engine.load(misbehaving("", us=10_000, tokens=1000)) as engine:
+        events = engine.generate(REQUEST)
+        next(events)
+        engine._worker.process.kill()
+        if end == "close":
+            events.close()
+        else:
+            del events  # warnings are errors in these tests, and so is an exception that nobody catches
+            gc.collect()
+        with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+            list(engine.generate(REQUEST))
 
 
 def test_crashes_and_hangs_in_asyncio(misbehaving: Misbehaving) -> None:
