@@ -132,6 +132,22 @@ def misbehaving(double: Callable[..., Path], tmp_path: Path) -> Callable[..., Lo
     return make
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process of one thread has started, and those that it has inherited."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.fixture
+def worker_of() -> Callable[[Engine], int]:
+    """The pid of the process that holds the library; `engine._worker.process` is its keeper."""
+
+    def pid(engine: Engine) -> int:
+        (worker,) = children_of(engine._worker.process.pid)
+        return worker
+
+    return pid
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """No test leaves a process, a thread or a descriptor behind."""

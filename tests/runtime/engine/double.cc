@@ -67,6 +67,20 @@ void misbehave(const std::string& where) {
     }
     std::abort();
   }
+  if (is("daemon")) {  // processes in sessions of their own, a child and its child among them
+    for (int i = 0; i < 2; ++i) {
+      if (fork() == 0) {
+        setsid();
+        if (i == 1) fork();
+        for (;;) pause();
+      }
+    }
+    usleep(50000);
+  }
+  if (is("flood-for-ever")) {  // lines that cost their reader more than their writer
+    const std::string lines(4096, '\n');
+    for (;;) (void)!write(1, lines.data(), lines.size());
+  }
   if (is("flood")) {
     const std::string line(200, 'x');
     for (int i = 0; i < 300000; ++i) std::printf("%s %d\n", line.c_str(), i);

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from rkruntime.errors import (
     LoadError,
     RunError,
     WorkerCrashedError,
+    WorkerError,
     WorkerHungError,
 )
 from rkruntime.generation import FinishReason, Request
@@ -261,7 +266,7 @@ def test_a_flood_of_output(misbehaving: Misbehaving, where: str) -> None:
 
 
 def test_the_worker_is_small_and_knows_nothing_of_ours(
-    misbehaving: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    misbehaving: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_of: Callable[[Engine], int]
 ) -> None:
     """Neither PYTHONPATH nor the working folder have a say in it, and it loads no array package."""
     for name in ("json", "numpy", "sitecustomize"):
@@ -271,7 +276,7 @@ def test_the_worker_is_small_and_knows_nothing_of_ours(
     options.library.resolve()
     monkeypatch.chdir(tmp_path)
     with Engine.load(options) as engine:
-        pid = engine._worker.process.pid
+        pid = worker_of(engine)
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert not any(name in maps for name in ("numpy", "torch", "tokenizers"))
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -287,12 +292,12 @@ def test_the_worker_is_small_and_knows_nothing_of_ours(
         assert sum(name.startswith("pipe:") for name in opened) == 3
 
 
-def test_ctrl_c_is_the_parents(misbehaving: Misbehaving) -> None:
+def test_ctrl_c_is_the_parents(misbehaving: Misbehaving, worker_of: Callable[[Engine], int]) -> None:
     with Engine.load(misbehaving("", us=2000, tokens=30)) as engine:
         events = engine.generate(REQUEST)
         next(events)
-        os.kill(engine._worker.process.pid, signal.SIGINT)
-        assert os.getpgid(engine._worker.process.pid) != os.getpgid(0)
+        os.kill(worker_of(engine), signal.SIGINT)
+        assert os.getpgid(worker_of(engine)) != os.getpgid(0)
         assert len(list(events)) == 30
 
 
@@ -309,17 +314,78 @@ def test_the_worker_ends_with_its_parent(misbehaving: Misbehaving) -> None:
     engine.close()
 
 
-def test_a_killed_worker(misbehaving: Misbehaving) -> None:
+def running(marker: str) -> list[int]:
+    """The processes with this word in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if marker.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("end", ["close", "crash", "hang", "kill", "abandon"])
+def test_what_the_library_starts_does_not_outlive_it(
+    misbehaving: Misbehaving, worker_of: Callable[[Engine], int], tmp_path: Path, end: str
+) -> None:
+    """Processes in sessions of their own, and theirs, however the worker ends."""
+    behaviour = {"crash": "init-daemon,token-segv", "hang": "init-daemon,token-hang"}.get(end, "init-daemon")
+    options = misbehaving(behaviour, token_timeout=0.5)
+    marker = f"RKMARK={tmp_path}"
+    options = replace(options, environment={**options.environment, "RKMARK": str(tmp_path)})
+    engine = Engine.load(options)
+    assert len(running(marker)) == 5  # keeper, worker, three daemons
+    if end == "kill":
+        os.kill(worker_of(engine), signal.SIGKILL)
+    if end in ("crash", "hang", "kill"):
+        with pytest.raises(WorkerError):
+            list(engine.generate(REQUEST))
+    elif end == "close":
+        engine.close()
+    del engine
+    gc.collect()
+    assert running(marker) == []
+
+
+def test_a_killed_parent_takes_all_along(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    options = misbehaving("init-daemon,token-hang")
+    program = (
+        "import sys, threading\nfrom pathlib import Path\n"
+        "from rkruntime.engine import Engine, LoadOptions\nfrom rkruntime.generation import Request\n"
+        "def load():\n"
+        "    global engine\n"
+        "    engine = Engine.load(LoadOptions(library=Path(sys.argv[1]), model=Path(sys.argv[2])))\n"
+        # The thread that loaded the model is gone, which is not the parent's end.
+        "thread = threading.Thread(target=load)\nthread.start()\nthread.join()\n"
+        "for event in engine.generate(Request([1])):\n"
+        "    print(event.token_id, flush=True)\n"
+    )
+    environment = {**os.environ, **options.environment, "RKMARK": str(tmp_path)}
+    command = [sys.executable, "-c", program, str(options.library), str(options.model)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(3)] == [b"100\n", b"101\n", b"102\n"]
+        assert len(running(f"RKMARK={tmp_path}")) == 6
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while running(f"RKMARK={tmp_path}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(f"RKMARK={tmp_path}") == []
+
+
+@pytest.mark.parametrize("who", ["worker", "keeper"])
+def test_a_killed_worker(misbehaving: Misbehaving, worker_of: Callable[[Engine], int], who: str) -> None:
     engine = Engine.load(misbehaving("", us=100_000, tokens=1000))
     events = engine.generate(REQUEST)
     next(events)
-    threading.Timer(0.05, engine._worker.process.kill).start()
+    victim = worker_of(engine) if who == "worker" else engine._worker.process.pid
+    threading.Timer(0.05, os.kill, (victim, signal.SIGKILL)).start()
     with pytest.raises(WorkerCrashedError, match="SIGKILL"):
         list(events)
     engine.close()
     # Killed between runs: the next call says so.
     with Engine.load(misbehaving("")) as engine:
-        engine._worker.process.kill()
+        os.kill(worker_of(engine), signal.SIGKILL)
         with pytest.raises(WorkerCrashedError, match="SIGKILL"):
             engine.cache_sizes()
 
@@ -334,16 +400,12 @@ def test_no_interpreter(misbehaving: Misbehaving, tmp_path: Path) -> None:
 
 
 def test_a_library_that_needs_another(misbehaving: Misbehaving, tmp_path: Path) -> None:
-    import subprocess
-
     source, other, library = tmp_path / "x.cc", tmp_path / "libother.so", tmp_path / "librkllmrt.so"
     options = misbehaving("")
     source.write_text('extern "C" int other() { return 1; }')
     subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-soname,libother.so", "-o", other, source], check=True)
     base = ["g++", "-shared", "-fPIC", "-o", library, "-Iboard/emulator", "-DRKEMU_LAYOUT=6", '-DRELEASE="1.2.3"']
     subprocess.run([*base, str(Path(__file__).with_name("double.cc")), "-Wl,--no-as-needed", other], check=True)
-    from dataclasses import replace
-
     # Beside the library it is found, as with libomp.so.
     Engine.load(replace(options, library=library)).close()
     other.unlink()
