@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,11 @@ import pytest
 from rkboard import emulator
 from rkconvert import demo
 from rkruntime import cli
-from rkruntime.abi import RELEASES
 from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.engine import Engine, LoadOptions
 from rkruntime.generation import GREEDY, Token
 from rkruntime.rkemu import Container, Writer, read_container
 from rkruntime.tokenizer import Tokenizer
-
-DOUBLE = Path(__file__).with_name("double.cc")
 
 # One release of each layout that the emulator has.
 LAYOUT_RELEASES = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")
@@ -92,22 +87,6 @@ def load(options: Callable[..., LoadOptions]) -> Iterator[Callable[..., Engine]]
     yield make
     for engine in engines:
         engine.close()
-
-
-@pytest.fixture(scope="session")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds the misbehaving library of a release, for this machine or another."""
-
-    @functools.cache
-    def build(release: str, arch: str | None = None) -> Path:
-        library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
-        layout = RELEASES[release].layout.removeprefix("L")
-        defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
-        command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
-        subprocess.run([*command, "-o", library, DOUBLE], check=True)
-        return library
-
-    return build
 
 
 @pytest.fixture

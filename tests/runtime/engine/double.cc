@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "abi.h"
 
@@ -47,6 +48,14 @@ int call(RKLLMResult* result, void* userdata, LLMCallState state) {
 #endif
 }
 
+// RKDOUBLE_LINE without end.
+void flood() {
+  const char* line = std::getenv("RKDOUBLE_LINE");
+  std::string block;
+  while (block.size() < 4096) block += line ? line : "\n";
+  for (;;) (void)!write(1, block.data(), block.size());
+}
+
 void misbehave(const std::string& where) {
   const auto is = [&](const char* what) { return wants((where + "-" + what).c_str()); };
   if (is("segv")) *reinterpret_cast<volatile int*>(8) = 1;
@@ -77,9 +86,11 @@ void misbehave(const std::string& where) {
     }
     usleep(50000);
   }
-  if (is("flood-for-ever")) {  // lines that cost their reader more than their writer
-    const std::string lines(4096, '\n');
-    for (;;) (void)!write(1, lines.data(), lines.size());
+  if (is("flood-for-ever")) flood();
+  if (is("flood-beside")) std::thread(flood).detach();
+  if (is("close-output")) {
+    close(1);
+    close(2);
   }
   if (is("flood")) {
     const std::string line(200, 'x');
