@@ -13,7 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from rkruntime.errors import ContextFullError, HostError, RKEdgeError, RunError, UsageError, WorkerError
+from rkruntime.errors import (
+    ContextFullError,
+    HostError,
+    RKEdgeError,
+    RunError,
+    UsageError,
+    WorkerError,
+    WorkerProtocolError,
+)
 from rkruntime.generation import ArrayEvent, Event, Finished, HiddenStates, Logits, Request, Token
 from rkruntime.identify import Identity, identify
 from rkruntime.loading import LoadOptions, Lora, ModelInfo, check_readable, checked, environment_of, info_of
@@ -329,6 +337,9 @@ class Engine:
             except GeneratorExit:
                 self._settle_quietly()
                 raise
+            except WorkerProtocolError:
+                self._worker.end(grace=0)  # nothing more is asked of it
+                raise
             finally:
                 self._settle(timeout)
 
@@ -417,6 +428,9 @@ class Engine:
                             yield Token(record.value, record.data)
                         else:
                             yield cast(Finished, self._event(record))
+                except WorkerProtocolError:
+                    self._worker.end(grace=0)  # nothing more is asked of it
+                    raise
                 finally:
                     await self._settle_async(records)
             finally:
