@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import yaml
 
 from rkruntime.errors import BundleError
-from rkruntime.files import sha256_file
+from rkruntime.files import read_regular, sha256_file
 from rkruntime.preflight import Model
-from rkruntime.schema import build
-from rkruntime.yamltext import load_yaml
+from rkruntime.schema import Between, build
+from rkruntime.yamltext import MAX_FILE, load_yaml
 
 SCHEMA: Final = "rkedge-bundle/1"
 MANIFEST: Final = "rkedge.yaml"
 TOKENIZER: Final = "tokenizer.json"
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
-_MAX_MANIFEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ class Source:
 class FileRecord:
     """Size in bytes and SHA-256 (hex) of a file of the bundle."""
 
-    size: int
+    size: Annotated[int, Between(0, 1 << 48)]
     sha256: str
+
+
+_TokenId = Annotated[int, Between(0, (1 << 31) - 1)]
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,17 @@ class Manifest:
     name: str
     family: str
     size: str
-    parameters: int
+    parameters: Annotated[int, Between(0, 1 << 48)]
     source: Source
     target: str
     platform: str
     dtype: str
-    npu_cores: int
-    max_context: int
+    npu_cores: Annotated[int, Between(1, 16)]
+    max_context: Annotated[int, Between(1, 1 << 20)]
     toolkit_version: str
     model_file: str
-    bos_token_id: int
-    stop_token_ids: tuple[int, ...]
+    bos_token_id: _TokenId
+    stop_token_ids: tuple[_TokenId, ...]
     files: dict[str, FileRecord]
     adapters: tuple[Source, ...] = ()
     system_role: str = "fold"
@@ -101,8 +104,10 @@ class Manifest:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise BundleError(f"{MANIFEST} has the schema {found!r}; this release reads {SCHEMA!r}.")
         manifest = build(cls, data, lambda what: BundleError(f"{MANIFEST}: {what}."))
-        for name in manifest.files:
+        for name, record in manifest.files.items():
             _check_name(name)
+            if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+                raise BundleError(f"{MANIFEST}: the SHA-256 of {name} is {record.sha256[:80]!r}, which is none.")
         if manifest.model_file not in manifest.files:
             raise BundleError(f"{MANIFEST}: model_file {manifest.model_file!r} is not one of its files.")
         return manifest
@@ -146,8 +151,8 @@ class Bundle:
     def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
         """Compare files with the manifest: size always, SHA-256 once per state of a file.
 
-        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, time of change
-        and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
+        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, both times of
+        change and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
 
         Raises:
             BundleError: a file is missing, cut or changed.
@@ -167,7 +172,11 @@ class Bundle:
         stamp = _Stamp(path, state, record.sha256)
         if trust_stamps and stamp.known():
             return
-        if sha256_file(path) != record.sha256:
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if found != record.sha256:
             raise BundleError(f"{path} does not have the SHA-256 of the manifest: it was changed or damaged.")
         stamp.remember()
 
@@ -176,7 +185,9 @@ class _Stamp:
     """A note in the cache folder that a file in this very state had this hash."""
 
     def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
-        self._text = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino, sha256])
+        # The time of change is the kernel's own: what has write access to a file can put back the others.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_ino, sha256])
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._file = cache / "rkedge" / "verified" / f"{sha256[:32]}-{state.st_ino}"
 
@@ -207,9 +218,8 @@ def open_bundle(path: Path) -> Bundle:
     if not manifest.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
     try:
-        data = manifest.read_bytes()
-        if len(data) > _MAX_MANIFEST:
-            raise BundleError(f"{manifest} has {len(data):,} bytes; a manifest has a few thousand.")
-        return Bundle(path, Manifest.from_yaml(data.decode()))
-    except (OSError, UnicodeDecodeError) as error:
+        return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))
+    except OSError as error:
+        raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
         raise BundleError(f"{manifest} cannot be read: {error}.") from error
