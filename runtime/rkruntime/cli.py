@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import NamedTuple
 
 import click
 
 from rkruntime.errors import RKEdgeError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
 
 
 class Entry(NamedTuple):
@@ -79,10 +82,14 @@ def cli(debug: bool) -> None:
 
 def _report(error: RKEdgeError, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(error.as_dict(), ensure_ascii=False, indent=2))
-    click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+        say_json(error.as_dict())
+    say(one_line(error.message), lead=click.style("error: ", fg="red", bold=True), err=True)
     if error.hint:
-        click.echo(click.style("hint:  ", fg="cyan", bold=True) + error.hint, err=True)
+        say(one_line(error.hint), lead=click.style("hint:  ", fg="cyan", bold=True), err=True)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)), err=True, nl=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,14 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes are those of the error tree, 130 for Ctrl-C, 141 when the reader of the output has gone.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    sys.excepthook = _print_traceback  # for --debug
     try:
         status = cli.main(args, prog_name="rkedge", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
+        error.message = one_line(error.message)  # type: ignore[misc]  # it may hold a file's name
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nstopped", err=True)
+        say("\nstopped", err=True)
         return 130
     except RKEdgeError as error:
         if "--debug" in args:

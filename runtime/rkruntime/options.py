@@ -18,6 +18,8 @@ import click
 from rkruntime.bundle import GENERATION_CONFIG, Bundle
 from rkruntime.errors import BundleError, HostError, LibraryError
 from rkruntime.generation import GREEDY, Sampling
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
@@ -173,7 +175,7 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if watched:
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            say(one_line(text), lead="\r\x1b[K", nl=False, err=True)
 
     try:
         yield show
@@ -204,5 +206,5 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptio
     )
     for finding in engine.info.findings:
         color = "yellow" if finding.level == "warning" else "cyan"
-        click.echo(f"{click.style(f'{finding.level}:', fg=color)} {finding.message} {finding.hint}", err=True)
+        say(f"{finding.message} {finding.hint}", lead=click.style(f"{finding.level}: ", fg=color), err=True)
     return engine

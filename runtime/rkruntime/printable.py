@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+def escaped(document: str) -> str:
+    """A JSON document with control characters as `\\uXXXX`: json.dumps leaves most of them, half surrogates too."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", document)
+
+
 def one_line(text: str) -> str:
     """`text` with control characters and line feeds spelled out (`\\x1b`). For messages, names and log lines."""
     return _BREAK.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

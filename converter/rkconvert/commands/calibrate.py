@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from rkconvert.toolkit.versions import known_releases, release
 from rkruntime.bundle import TOKENIZER
 from rkruntime.files import refuse_existing
 from rkruntime.template import BOS, END_OF_TURN
+from rkruntime.terminal import say, say_json
 from rkruntime.tokenizer import Tokenizer
 
 _PATH = click.Path(path_type=Path)
@@ -150,4 +150,7 @@ def _report(built: Built, output: Path, whose: str, as_json: bool, reporter: Rep
 
 
 def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else text)
+    if as_json:
+        say_json(facts)
+    else:
+        say(text)

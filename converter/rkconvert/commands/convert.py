@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, Final
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,6 +26,7 @@ from rkconvert.toolkit.job import DEVICES
 from rkconvert.toolkit.runner import PATIENCE
 from rkruntime.bundle import Bundle
 from rkruntime.errors import UsageError
+from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
@@ -98,14 +97,12 @@ def run(
         check_destination(to)
     bundle = convert(options, reporter)
     if as_json:
-        click.echo(json.dumps(asdict(bundle.manifest), ensure_ascii=False, indent=2))
+        say_json(asdict(bundle.manifest))
     else:
         size = sum(record.size for record in bundle.manifest.files.values())
-        click.echo(
-            f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights"
-        )
+        say(f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights")
     if to:
-        click.echo(push(bundle, to, reporter), err=as_json)
+        say(push(bundle, to, reporter), err=as_json)
 
 
 def _destination(repo: str | None, public: bool) -> Destination | None:
@@ -135,7 +132,7 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
 
     outcomes = matrices.run(cells, reporter, upload)
     if as_json:
-        click.echo(json.dumps([asdict(outcome) for outcome in outcomes], ensure_ascii=False, indent=2))
+        say_json([asdict(outcome) for outcome in outcomes])
     else:
         _show(outcomes)
     return matrices.exit_code(outcomes)
@@ -171,7 +168,7 @@ def _show(outcomes: Sequence[matrices.Outcome]) -> None:
         seconds = f"{item.seconds:,.1f}" if item.status == "made" else ""
         last = shorten(item.message, 100, placeholder=" ...") or item.output
         table.add_row(escape(item.cell), item.status, size, seconds, escape(last))
-    Console().print(table)
+    console().print(table)
 
 
 def options_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -13,6 +12,7 @@ from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.work_folder import refuse_made, work_folder
+from rkruntime.terminal import say, say_json
 
 
 def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
@@ -45,6 +45,6 @@ def run(
     model = merged_model(open_source(checkpoint, revision), [Lora.parse(text) for text in loras])
     merge(model, output, Reporter(quiet))
     if as_json:
-        click.echo(json.dumps({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}))
+        say_json({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}, indent=None)
     else:
-        click.echo(f"{output}: {len(model.weights.tensors)} tensors, {model.nbytes / 1e6:,.1f} MB")
+        say(f"{output}: {len(model.weights.tensors)} tensors, {model.nbytes / 1e6:,.1f} MB")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from rkconvert.dtypes import known_types
 from rkconvert.plan.boards import DEFAULT_BOARD
 from rkconvert.plan.planner import DEFAULT_TOOLKIT, Request, make_plan
+from rkruntime.terminal import console, say_json
 
 
 @click.command("plan")
@@ -65,6 +64,6 @@ def run(
     if html is not None:
         page.write(plan, html)
     if as_json:
-        click.echo(json.dumps(report.as_dict(plan), ensure_ascii=False, indent=2))
+        say_json(report.as_dict(plan))
     else:
-        report.show(plan, Console())
+        report.show(plan, console())

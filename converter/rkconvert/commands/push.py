@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from rkconvert.progress import Reporter
 from rkconvert.publish import Destination, push
 from rkruntime.bundle import open_bundle
+from rkruntime.terminal import say, say_json
 
 
 @click.command("push")
@@ -25,4 +25,7 @@ def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool)
     """
     found = open_bundle(bundle)
     url = push(found, Destination(repository, public), Reporter(quiet))
-    click.echo(json.dumps({"url": url, "public": public, "files": [*found.manifest.files]}) if as_json else url)
+    if as_json:
+        say_json({"url": url, "public": public, "files": [*found.manifest.files]}, indent=None)
+    else:
+        say(url)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any, Final
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, RenderableType  # noqa: TID251 - the name of a type
 from rich.table import Table
 from rich.text import Text
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from rkruntime.errors import RefusedError, UsageError
+from rkruntime.terminal import say
 
 
 def _user(given: str | None) -> str:
@@ -59,5 +60,5 @@ def run(socket: Path | None, user: str | None) -> None:
 
     _check_forced()
     if sys.stdin.isatty():
-        click.echo("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
+        say("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
     Bridge(socket or default_socket(), _user(user), sys.stdin.buffer, sys.stdout.buffer).run()

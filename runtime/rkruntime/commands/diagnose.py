@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 from rkruntime import logtext
 from rkruntime.diagnosis import UNEXPLAINED, Diagnosis, diagnose
 from rkruntime.errors import InputError
+from rkruntime.terminal import say, say_json
 
 _MEANING = {
     "high": "the text names this fault",
@@ -37,10 +37,10 @@ def _read(name: str) -> str:
 def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
     if not entries:
         return
-    click.secho(f"\n{title}", bold=True)
+    say(f"\n{title}", bold=True)
     for number, entry in enumerate(entries, 1):
         first = bullet.replace("#", str(number))
-        click.echo(
+        say(
             textwrap.fill(
                 entry, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False
             )
@@ -48,9 +48,9 @@ def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
 
 
 def _print(found: Diagnosis) -> None:
-    click.secho(f"{found.class_}: {found.title}", bold=True, fg="yellow" if found.class_ == UNEXPLAINED else "red")
+    say(f"{found.class_}: {found.title}", bold=True, fg="yellow" if found.class_ == UNEXPLAINED else "red")
     if found.confidence in _MEANING:
-        click.echo(f"confidence: {found.confidence} ({_MEANING[found.confidence]})")
+        say(f"confidence: {found.confidence} ({_MEANING[found.confidence]})")
     _section("In the log" if found.explained else "Lines that look like trouble", found.lines)
     _section("What it means", (found.cause,))
     _section("What to do", found.next_steps, "  #. ")
@@ -71,6 +71,6 @@ def run(log: str, as_json: bool) -> None:
     """
     found = diagnose(_read(log))
     if as_json:
-        click.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+        say_json(found.as_dict())
     else:
         _print(found)

@@ -11,6 +11,9 @@ from typing import Any, Final
 import click
 
 from rkruntime.errors import InputError, UsageError
+from rkruntime.files import open_regular
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
 
 _ELF: Final = b"\x7fELF"
 
@@ -61,10 +64,10 @@ def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
     if path.is_dir():
         return _bundle
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(8)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     readers = {rkemu.MAGIC: _rkemu, _ELF: _library}
     # The reader of .rkllm files has a word for what is none of them.
     return next((reader for magic, reader in readers.items() if head.startswith(magic)), _rkllm)
@@ -75,9 +78,9 @@ def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{one_line(name)}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:{width}}  {_text(value)}")
+            lines.append(f"{indent}{one_line(name):{width}}  {_text(value)}")
     return lines
 
 
@@ -88,7 +91,7 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "\n" in value else str(value)
+    return one_line(str(value))
 
 
 @click.command("inspect")
@@ -100,13 +103,11 @@ def run(path: Path, verify: bool, as_json: bool) -> None:
 
     Nothing is executed. Of a .rkllm file only the plain fields are read, and a checksum it has none.
     """
-    from rkruntime.terminal import printable
-
     reader = _reader(path)
     if verify and reader in (_rkllm, _library):
         raise UsageError(f"{path} has no checksum of its own.", hint="Verify the bundle that it belongs to.")
     values = reader(path, verify)
     if as_json:
-        click.echo(json.dumps({"path": str(path), **values}, ensure_ascii=False, indent=2))
+        say_json({"path": str(path), **values})
     else:
-        click.echo(printable("\n".join(_lines(values))))
+        say("\n".join(_lines(values)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -13,6 +12,7 @@ import click
 
 from rkruntime.errors import UsageError
 from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
+from rkruntime.terminal import Terminal, say, say_json
 
 if TYPE_CHECKING:
     from rkruntime.answer import Answer
@@ -26,7 +26,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
     """
     if text is None and file is None:
         if sys.stdin.isatty():
-            click.echo("Type the prompt; Ctrl-D ends it.", err=True)
+            say("Type the prompt; Ctrl-D ends it.", err=True)
         file = sys.stdin.buffer
     try:
         parts = [text or "", file.read().decode() if file else ""]
@@ -65,7 +65,6 @@ def run(
     from rkruntime.conversation import Conversation
     from rkruntime.generation import Request
     from rkruntime.template import load_template
-    from rkruntime.terminal import Terminal
     from rkruntime.tokenizer import Tokenizer
 
     opened = open_bundle(bundle)
@@ -86,8 +85,9 @@ def run(
             elif not as_json:
                 terminal.write(piece)
     if as_json:
-        terminal.write(json.dumps(report, ensure_ascii=False, indent=2))
-    terminal.write("\n")
+        say_json(report)
+    else:
+        terminal.write("\n")
 
 
 def _report(answer: Answer, info: ModelInfo) -> dict[str, Any]:
