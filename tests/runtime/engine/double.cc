@@ -87,6 +87,9 @@ void misbehave(const std::string& where) {
     usleep(50000);
   }
   if (is("flood-for-ever")) flood();
+  if (is("say")) {
+    std::fputs(std::getenv("RKDOUBLE_LINE"), stderr);
+  }
   if (is("flood-beside")) std::thread(flood).detach();
   if (is("close-output")) {
     close(1);
