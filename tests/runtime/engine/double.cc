@@ -87,8 +87,16 @@ void misbehave(const std::string& where) {
     usleep(50000);
   }
   if (is("flood-for-ever")) flood();
-  if (is("say")) {
-    std::fputs(std::getenv("RKDOUBLE_LINE"), stderr);
+  if (is("say")) std::fputs(std::getenv("RKDOUBLE_LINE"), stderr);
+  if (is("lie")) {  // the end of a run, without its JSON, into the pipe whose number is the worker's last argument
+    char line[4096];
+    FILE* file = std::fopen("/proc/self/cmdline", "r");
+    const size_t size = std::fread(line, 1, sizeof line, file);
+    std::fclose(file);
+    size_t start = size - 1;
+    while (start > 0 && line[start - 1] != 0) --start;
+    const char record[] = "\x03\x00\x02\x00\x00\x00\x00\x00\x01\x00\x00\x00{";
+    (void)!write(std::atoi(line + start), record, sizeof record - 1);
   }
   if (is("flood-beside")) std::thread(flood).detach();
   if (is("close-output")) {

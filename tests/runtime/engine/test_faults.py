@@ -27,6 +27,7 @@ from rkruntime.errors import (
     WorkerCrashedError,
     WorkerError,
     WorkerHungError,
+    WorkerProtocolError,
 )
 from rkruntime.generation import FinishReason, Request
 
@@ -327,6 +328,16 @@ def test_a_library_that_closes_its_output(misbehaving: Misbehaving) -> None:
 
 async def collected(engine: Engine) -> list[Any]:
     return [event async for event in engine.agenerate(REQUEST)]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_library_that_writes_records(misbehaving: Misbehaving, loop: bool) -> None:
+    """See test_lies.py for all that it may write."""
+    with Engine.load(misbehaving("token-lie", us=1000)) as engine:
+        for _ in range(2):
+            with pytest.raises(WorkerProtocolError):
+                asyncio.run(collected(engine)) if loop else list(engine.generate(REQUEST))
+    works(misbehaving)
 
 
 # --- around the process ------------------------------------------------------------------------------------------
