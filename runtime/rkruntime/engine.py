@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -305,15 +305,11 @@ class Engine:
         limits = {
             "batches": self.options.n_batch,
             "most_tokens": requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else -1,
-            "most_rows": self._most_rows(header["prompts"]),
+            # What a release gives rows for, the prompt or more, is its own affair; not more than there is room for.
+            "most_rows": self.info.max_context or _LONGEST_CONTEXT,
         }
         self._active, self._abandoned = self._number + 1, False
         self._begin(header, data, mode=mode, **limits)
-
-    def _most_rows(self, prompts: Sequence[Mapping[str, Any]]) -> int:
-        """Rows of an array: one per token of a prompt, as many as the context holds where the library counts them."""
-        counts = [prompt["n_tokens"] for prompt in prompts]
-        return max((self.info.max_context or _LONGEST_CONTEXT) if count is None else count for count in counts)
 
     def _check_room(self, request: Request) -> None:
         if 0 < self.info.max_context <= len(request.tokens):

@@ -172,7 +172,7 @@ def test_arrays_have_the_expected_size(fake: Fake, mode: str, kind: int) -> None
         array, _ = engine.generate_arrays(REQUEST, mode)
         assert array.values.shape == (3, 4)
     wrong = {
-        "a row more than the prompt has": record(kind, bytes(4 * 4 * 4), value=4),
+        "a row more than the context has": record(kind, bytes(513 * 4 * 4), value=4),
         "half a row": record(kind, bytes(4 * 3), value=2),
         "no columns": record(kind, bytes(4), value=0),
         "negative columns": record(kind, bytes(4), value=-1),
