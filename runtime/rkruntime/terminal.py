@@ -29,7 +29,8 @@ def say(text: str = "", *, lead: str = "", err: bool = False, nl: bool = True, *
         lead: our own text in front of it, styled or not.
         style: of click.style.
     """
-    click.echo(lead + click.style(printable(text), **style), err=err, nl=nl)
+    text = printable(text)
+    click.echo(lead + (click.style(text, **style) if any(style.values()) else text), err=err, nl=nl)
 
 
 def say_json(value: Any, indent: int | None = 2) -> None:
@@ -122,7 +123,7 @@ class Terminal:
 
     def note(self, text: str = "") -> None:
         """A line about the chat, not of it; without a person it goes to standard error."""
-        say(text, err=not self.interactive, dim=self._colour or None)
+        say(text, err=not self.interactive, dim=self._colour)
 
     def error(self, text: str) -> None:
         """A line that says what went wrong."""
