@@ -112,7 +112,7 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """A piece of an answer, at once; as it is, if it goes to a file or a program."""
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.write(printable(text) if self.interactive or sys.stdout.isatty() else text)
         sys.stdout.flush()
         self._within_line = not text.endswith("\n")
 
