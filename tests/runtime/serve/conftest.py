@@ -34,6 +34,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("base", "pirate")}
 
 
+def _children(pid: int) -> list[int]:
+    # Each thread has children of its own, and the model is loaded in one.
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
 @dataclass
 class Daemon:
     """A running `rkedge serve`.
@@ -85,10 +91,8 @@ class Daemon:
         return content
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
-        # Each thread has children of its own, and the model is loaded in one.
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(child) for task in tasks for child in task.read_text().split()]
+        """Process ids of the workers: the daemon starts a keeper, and that the worker."""
+        return [worker for keeper in _children(self.process.pid) for worker in _children(keeper)]
 
     def metric(self, name: str) -> float:
         _, _, text = self.request("GET", "/metrics")
