@@ -21,6 +21,7 @@ from rkruntime.generation import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
+    from rkruntime.preflight import Finding
 
 LIBRARY: Final = "librkllmrt.so"
 LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
@@ -181,10 +182,23 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         show("")
 
 
-def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, **timeouts: Any) -> Engine:
+def show_finding(finding: Finding) -> None:
+    """A preflight finding on standard error, for a person."""
+    color = "yellow" if finding.level == "warning" else "cyan"
+    click.echo(f"{click.style(f'{finding.level}:', fg=color)} {finding.message} {finding.hint}", err=True)
+
+
+def load_engine(
+    bundle: Bundle,
+    options: RuntimeOptions,
+    sampling: SamplingOptions,
+    show: Callable[[Finding], None] = show_finding,
+    **timeouts: Any,
+) -> Engine:
     """Check the bundle's files, find the library, start the worker and load the model; say what is worth knowing.
 
     Args:
+        show: gets each preflight finding.
         timeouts: of LoadOptions, in seconds.
     """
     from rkruntime.engine import Engine, LoadOptions
@@ -203,6 +217,5 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptio
         )
     )
     for finding in engine.info.findings:
-        color = "yellow" if finding.level == "warning" else "cyan"
-        click.echo(f"{click.style(f'{finding.level}:', fg=color)} {finding.message} {finding.hint}", err=True)
+        show(finding)
     return engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import shlex
@@ -14,15 +13,9 @@ import click
 from rkruntime.errors import RefusedError, UsageError
 
 
-def _user(given: str | None) -> str:
-    """The name under which sessions are kept: --user, else the login name."""
-    try:
-        name = given or getpass.getuser()
-    except (KeyError, OSError):
-        name = "local"
+def _check_user(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise UsageError(f"{name[:80]!r} cannot be a user: letters, digits, dot, dash and underscore, at most 64.")
-    return name
 
 
 def _check_forced() -> None:
@@ -32,7 +25,7 @@ def _check_forced() -> None:
         RefusedError: it was.
     """
     asked = os.environ.get("SSH_ORIGINAL_COMMAND")
-    if asked is None:
+    if not asked:
         return
     try:
         words = shlex.split(asked)
@@ -48,7 +41,7 @@ def _check_forced() -> None:
 
 @click.command("attach")
 @click.option("--socket", type=click.Path(path_type=Path, dir_okay=False), help="The daemon's socket.")
-@click.option("--user", metavar="NAME", help="Whose conversations these are.  [default: the login name]")
+@click.option("--user", metavar="NAME", help="One of several people behind this account.  [default: the account]")
 def run(socket: Path | None, user: str | None) -> None:
     """Connect standard input and output to the daemon, for `rkedge chat user@board`.
 
@@ -58,6 +51,8 @@ def run(socket: Path | None, user: str | None) -> None:
     from rkruntime.serve.settings import default_socket
 
     _check_forced()
+    if user is not None:
+        _check_user(user)
     if sys.stdin.isatty():
         click.echo("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
-    Bridge(socket or default_socket(), _user(user), sys.stdin.buffer, sys.stdout.buffer).run()
+    Bridge(socket or default_socket(), user, sys.stdin.buffer, sys.stdout.buffer).run()

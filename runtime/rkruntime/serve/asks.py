@@ -12,6 +12,7 @@ from rkruntime.answer import Answer
 from rkruntime.conversation import Conversation
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import while_connected
+from rkruntime.serve.queue import Client
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
 from rkruntime.template import Message
 
@@ -41,6 +42,11 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
+def client_of(request: Request, body: Mapping[str, Any]) -> Client:
+    """Whose turn a request takes; its `user` field tells turns of one client apart, and nobody else's."""
+    return (*request.scope["rkedge.user"].path, str(body.get("user") or ""))
+
+
 def ask_of(
     request: Request,
     prompt: Callable[[Model], Prompt],
@@ -50,10 +56,9 @@ def ask_of(
 ) -> Ask:
     """An Ask with the fields that all interfaces name alike."""
     stop = body.get("stop") or ()
-    client = f"{request.scope['rkedge.client']}/{body.get('user') or ''}"
     return Ask(
         prompt=prompt,
-        client=client,
+        client=client_of(request, body),
         request_id=request.scope["rkedge.id"],
         max_new_tokens=max_new_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(filter(None, stop)),

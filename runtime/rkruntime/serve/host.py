@@ -22,6 +22,7 @@ from rkruntime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
+    from rkruntime.preflight import Finding
 
 log = logging.getLogger("rkedge")
 
@@ -60,7 +61,7 @@ def load_model(settings: Settings) -> Model:
     sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
     runtime = RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
     timeouts = {"load_timeout": settings.limits.load_s, "token_timeout": settings.limits.token_s}
-    engine = load_engine(bundle, runtime, sampling, **timeouts)
+    engine = load_engine(bundle, runtime, sampling, _log_finding, **timeouts)
     return Model(
         bundle=bundle,
         engine=engine,
@@ -69,6 +70,11 @@ def load_model(settings: Settings) -> Model:
         sampling=sampling.over(default_sampling(bundle)),
         stop_tokens=frozenset(bundle.manifest.stop_token_ids),
     )
+
+
+def _log_finding(finding: Finding) -> None:
+    level = logging.WARNING if finding.level == "warning" else logging.INFO
+    log.log(level, "preflight: %s %s", finding.message, finding.hint)
 
 
 class Host:

@@ -24,7 +24,7 @@ from rkruntime.serve.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
-from rkruntime.serve.sessions import check_name
+from rkruntime.serve.users import User, check_name
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _OPTIONS = (
@@ -47,7 +47,7 @@ def _line(kind: str, **values: Any) -> bytes:
 class _Place:
     """A session: whose, and its name."""
 
-    user: str
+    user: User
     name: str
 
     @classmethod

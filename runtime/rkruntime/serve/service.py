@@ -18,7 +18,7 @@ from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
 from rkruntime.serve.prompt_cache import PromptCaches
-from rkruntime.serve.queue import FairQueue
+from rkruntime.serve.queue import DAEMON, Client, FairQueue
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings, state_folder
 from rkruntime.serve.threads import in_thread
@@ -64,7 +64,7 @@ class Ask:
     """
 
     prompt: Callable[[Model], Prompt]
-    client: str
+    client: Client
     request_id: str
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -142,7 +142,9 @@ class Service:
         self.queue = FairQueue(settings.limits.queue, settings.limits.wait_s)
         self.memory = AnswerMemory()
         self.sessions = SessionStore(
-            settings.sessions.folder or state_folder("state") / "sessions", int(settings.sessions.max_mb * 1e6)
+            settings.sessions.folder or state_folder("state") / "sessions",
+            int(settings.sessions.max_mb * 1e6),
+            settings.sessions.max_number,
         )
         self.caches = PromptCaches(
             settings.prompt_cache.folder or state_folder("cache") / "prompts",
@@ -271,33 +273,41 @@ class Service:
             return model.bundle.manifest.name
         return self.settings.bundle.resolve().name if self.settings.bundle else "none"
 
-    async def embed(self, texts: Sequence[str], client: str) -> tuple[list[list[float]], int]:
+    async def embed(self, texts: Sequence[str], client: Client) -> tuple[list[list[float]], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
 
+        Each text has a turn of its own, so that others wait for one at most.
+
         Raises:
-            BusyError, ContextFullError, UnsupportedCallError, RKEdgeError.
+            BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
         """
-        vectors, total = [], 0
-        async with self.queue.turn(client):
-            model = await self.host.model()
-            for text in texts:
-                tokens = [model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)]
-                total += len(tokens)
-                try:
-                    states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
-                except WorkerError as error:
-                    await self.host.lost(error)
-                    raise
-                mean = states.mean(axis=0)
-                length = float((mean * mean).sum()) ** 0.5
-                vectors.append((mean / length if length else mean).tolist())
-            self.caches.forget_position()
+        vectors, total, left = [], 0, self.settings.limits.request_s
+        for text in texts:
+            async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
+                start = time.monotonic()
+                vector, tokens = await self._embed_one(text)
+            left -= time.monotonic() - start
+            vectors.append(vector)
+            total += tokens
         self.last_used = time.monotonic()
         return vectors, total
 
+    async def _embed_one(self, text: str) -> tuple[list[float], int]:
+        model = await self.host.model()
+        tokens = [model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)]
+        self.caches.forget_position()
+        try:
+            states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
+        except WorkerError as error:
+            await self.host.lost(error)
+            raise
+        mean = states.mean(axis=0)
+        length = float((mean * mean).sum()) ** 0.5
+        return (mean / length if length else mean).tolist(), len(tokens)
+
     async def change(self, settings: Settings) -> None:
         """Take other settings between two answers. Raises RKEdgeError; then the old ones stay."""
-        async with self.queue.turn("daemon"):
+        async with self.queue.turn(DAEMON):
             if self.host.needs_load(settings):
                 await self.host.change(settings)
                 self.memory.clear()
@@ -311,7 +321,7 @@ class Service:
         """Free the NPU if nobody has asked for long enough."""
         limit = self.settings.idle_unload_s
         if limit and self.host.current and not self.queue.busy and time.monotonic() - self.last_used > limit:
-            async with self.queue.turn("daemon"):
+            async with self.queue.turn(DAEMON):
                 await self.host.unload()
                 self.caches.forget()
 
@@ -332,8 +342,8 @@ def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
 
 
 @asynccontextmanager
-async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """Raise TimeLimitError in the block after so long.
+async def _time_limit(seconds: float, whole: float | None = None) -> AsyncIterator[None]:
+    """Raise TimeLimitError in the block after so long, which is what is left of `whole`.
 
     asyncio.wait_for would run the block in a task of its own, and a cancel loses what that task ends with.
     """
@@ -351,7 +361,7 @@ async def _time_limit(seconds: float) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         if not expired.is_set():
             raise
-        raise TimeLimitError(f"The answer took longer than {seconds:g} seconds and was stopped.") from None
+        raise TimeLimitError(f"The answer took longer than {whole or seconds:g} seconds and was stopped.") from None
     finally:
         timer.cancel()
 

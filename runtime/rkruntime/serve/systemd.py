@@ -68,4 +68,6 @@ def log_to_stderr(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # It warns of each request that is not HTTP, which anybody can send without end.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("rkedge").setLevel(level.upper())
