@@ -173,7 +173,13 @@ def closed_after(one: socket.socket) -> tuple[float, bytes]:
 
 @pytest.mark.parametrize(
     "begin",
-    [b"", b"P", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n", b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost"],
+    [
+        b"",
+        b"P",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n",
+        b"\x16\x03\x01",
+        b"GET / HTTP/1.1\r\nHost",
+    ],
     ids=["silent", "letter", "head", "tls", "header"],
 )
 def test_a_slow_head_is_not_waited_for(target: Any, begin: bytes) -> None:
@@ -207,7 +213,9 @@ def test_half_closed_connections_leave_nothing_behind(target: Any) -> None:
     for cut in (10, 60, len(body) + 70):
         with socket.socket(socket.AF_UNIX) as one:
             one.connect(str(target.socket))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            )
             one.sendall((head + body)[:cut])
             one.shutdown(socket.SHUT_WR)
             _, seen = closed_after(one)

@@ -152,7 +152,9 @@ def test_a_waiting_client_that_goes_away_leaves_the_queue(slow: Any) -> None:
     two = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     two.connect(str(slow.socket))
     data = json.dumps(body).encode()
-    two.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    two.sendall(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    )
     slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 1)
     two.close()
     slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 0)

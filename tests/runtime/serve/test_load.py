@@ -26,9 +26,8 @@ async def ask(path: Path, question: str, leave_after: int | None) -> str:
     reader, writer = await asyncio.open_unix_connection(str(path))
     try:
         body = json.dumps({"messages": [{"role": "user", "content": question}], "stream": True}).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        head += "Connection: close\r\n\r\n"
         writer.write(head.encode() + body)
         status = int((await reader.readline()).split()[1])
         data = b""

@@ -99,7 +99,10 @@ def test_keys_are_kept_from_others(keys: Path) -> None:
         (f"ann {KEY}\nbob {KEY}\n", "line 2: the key has two users"),
         (f"{KEY}\nbob {KEY}\n", "line 2: the key has two users"),
         (f"ann bob {KEY}\n", "write NAME KEY"),
-        *((f"{name} {KEY}\n", "write NAME KEY") for name in ("../bob", "network", "local", "uid-0", "key-1", "é", "a+b")),
+        *(
+            (f"{name} {KEY}\n", "write NAME KEY")
+            for name in ("../bob", "network", "local", "uid-0", "key-1", "é", "a+b")
+        ),
     ],
 )
 def test_keys_that_keep_nobody_out(keys: Path, text: str, message: str) -> None:
