@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -48,6 +49,21 @@ class Requests:
             self._open += Counter()
 
 
+class _Counted:
+    """A transport that counts the bytes it is given."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.written = 0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Connection(H11Protocol):
     """uvicorn's, with limits. It keeps its place while a request of a known user is answered over it.
 
@@ -69,7 +85,7 @@ class Connection(H11Protocol):
     peer: Hashable = None
     answering = 0
     _idle_since = 0.0
-    _unsent = 0
+    _taken = 0
     _moved = 0.0
     _deadline: Any = None
 
@@ -81,7 +97,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
-        super().connection_made(transport)
+        self._counted = _Counted(transport)
+        super().connection_made(cast("asyncio.Transport", self._counted))
         self.peer = self.door.peer(transport.get_extra_info("socket"))
         self.app_state = {**self.app_state, CONNECTION: self}
         self._idle_since = self._moved = time.monotonic()
@@ -114,9 +131,10 @@ class Connection(H11Protocol):
     def check_writing(self) -> None:
         """Break it off if its client has taken nothing for too long; to be called every second or so."""
         now, unsent = time.monotonic(), self.transport.get_write_buffer_size()
-        if not unsent or unsent < self._unsent:
+        taken = self._counted.written - unsent
+        if not unsent or taken > self._taken:
             self._moved = now
-        self._unsent = unsent
+        self._taken = taken
         if now - self._moved > self.write_s:
             self.transport.abort()
 

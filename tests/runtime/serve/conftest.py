@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,15 @@ def read_response(one: socket.socket) -> http.client.HTTPResponse:
     response = http.client.HTTPResponse(one)
     response.begin()
     return response
+
+
+@contextmanager
+def acting_as(uid: int | None) -> Iterator[None]:
+    """As which user the daemon sees connections that are made meanwhile; others than oneself are for root."""
+    before = os.geteuid()
+    if uid is not None:
+        os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before)

@@ -20,7 +20,7 @@ from rkruntime.attach import UnixConnection
 from rkruntime.errors import UsageError
 from rkruntime.serve.doors import door_of
 
-from .conftest import read_response
+from .conftest import acting_as, read_response
 
 KEYS = {"ann": "a" * 32, "bob": "b" * 32}
 RESET = struct.pack("ii", 1, 0)
@@ -205,16 +205,6 @@ def test_answers_are_for_no_other_page(daemon: Any) -> None:
 
 
 # --- names
-
-
-@contextmanager
-def acting_as(uid: int) -> Iterator[None]:
-    """What SO_PEERCRED sees of a connection that is made meanwhile."""
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def asked_as(uid: int, daemon: Any, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
