@@ -194,4 +194,7 @@ def make_app(service: Service) -> Starlette:
     bodies = Bodies(Validator(document), int(limits.body_mb * 1e6), limits.header_s)
     interfaces = (OpenAI(service, bodies), Ollama(service, bodies), Sessions(service, bodies), About(service, document))
     routes = [route for interface in interfaces for route in interface.routes()]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    # There is one spelling of a path; a session without a name is not the list of them.
+    app.router.redirect_slashes = False
+    return app
