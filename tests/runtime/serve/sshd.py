@@ -60,7 +60,9 @@ def make_key(path: Path) -> str:
 def running_board(daemon: Any, folder: Path) -> Iterator[Board]:
     """An sshd with its keys and configuration in `folder`, in front of a daemon."""
     folder.chmod(0o700)
-    attach = f"{sys.executable} -m rkruntime.cli attach --socket {daemon.socket}"
+    # As docs/serve.md has it.
+    asked = 'SSH_ORIGINAL_COMMAND=\\"$SSH_ORIGINAL_COMMAND\\"'
+    attach = f"/usr/bin/env -i {asked} {sys.executable} -I -m rkruntime.cli attach --socket {daemon.socket}"
     make_key(folder / "host")
     lines = [make_key(folder / "open"), f'restrict,command="{attach} --user ann" {make_key(folder / "chat")}']
     (folder / "authorized_keys").write_text("\n".join(lines) + "\n")
@@ -77,6 +79,7 @@ def running_board(daemon: Any, folder: Path) -> Iterator[Board]:
         StrictModes no
         UsePAM no
         PidFile none
+        AcceptEnv *
         Subsystem sftp internal-sftp
         """)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -298,6 +299,40 @@ def test_another_bundle_without_a_restart(start_daemon: Callable[..., Any], bund
     (daemon.state / "daemon.yaml").write_text("nonsense: 1")
     daemon.process.send_signal(signal.SIGHUP)
     daemon.wait_until(lambda: "unknown key nonsense" in daemon.log)
+
+
+def test_what_preflight_finds_is_in_the_log_with_its_level(start_daemon: Callable[..., Any], bundles: Any) -> None:
+    daemon = start_daemon("max_context: 99999", port=False, JOURNAL_STREAM="1:1")
+    lines = daemon.log.splitlines()
+    assert any(line.startswith("<6>preflight: A context of 99999 tokens was asked for") for line in lines), lines
+    assert all(line.startswith("<") for line in lines), lines
+
+
+def test_keys_can_be_changed_without_a_restart(start_daemon: Callable[..., Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann {'a' * 32}\n")
+    keys.chmod(0o600)
+    daemon = start_daemon(f"listen: {{api_keys: {keys}}}")
+
+    def statuses() -> list[int]:
+        found = []
+        for key in "ab":
+            one = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=20)
+            one.request("GET", "/sessions", headers={"Authorization": f"Bearer {key * 32}"})
+            found.append(one.getresponse().status)
+            one.close()
+        return found
+
+    assert statuses() == [200, 401]
+    keys.write_text(f"ann {'b' * 32}\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: "settings read again" in daemon.log)
+    assert statuses() == [401, 200]
+    # What cannot be taken leaves what there is.
+    keys.write_text("ann short\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: "the settings were not taken" in daemon.log)
+    assert statuses() == [401, 200]
 
 
 def test_a_model_that_is_gone_is_said_to_be(start_daemon: Callable[..., Any], bundles: Any, tmp_path: Path) -> None:

@@ -149,6 +149,25 @@ def test_a_chat_key_runs_no_command(board: Board, command: list[str]) -> None:
     assert "root:" not in done.stdout
 
 
+@pytest.mark.parametrize("name", ["PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT", "LD_PRELOAD"])
+def test_a_chat_key_hands_no_environment_on(board: Board, tmp_path: Path, name: str) -> None:
+    """Even where sshd takes every variable (AcceptEnv *), which is nobody's default."""
+    mark = tmp_path / "ran"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(mark)!r}, 'w')")
+    environment = {**os.environ, name: str(tmp_path)}
+    command = [*board.ssh, "-o", f"SendEnv={name}", "chat"]
+    done = subprocess.run(
+        command, env=environment, input=b'{"op": "hello"}\n', capture_output=True, timeout=30, check=False
+    )
+    assert b'"type": "end"' in done.stdout, done
+    assert not mark.exists()
+    if name == "PYTHONPATH":
+        # The variable does arrive.
+        command = [*board.ssh, "-o", f"SendEnv={name}", "open", sys.executable, "-c", "pass"]
+        subprocess.run(command, env=environment, timeout=30, check=True)
+        assert mark.exists()
+
+
 def test_a_chat_key_gets_no_shell(board: Board) -> None:
     done = ssh(board, "chat", text="id\n")
     assert "uid=" not in done.stdout
