@@ -45,7 +45,7 @@ def _check_forced() -> None:
 def run(socket: Path | None, user: str | None) -> None:
     """Connect standard input and output to the daemon, for `rkedge chat user@board`.
 
-    Fit for a forced command: restrict,command="rkedge attach --user ann" ssh-ed25519 AAAA...
+    Fit for a forced command; docs/serve.md has the line.
     """
     from rkruntime.attach import Bridge
     from rkruntime.serve.settings import default_socket

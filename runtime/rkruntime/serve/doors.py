@@ -6,6 +6,7 @@ listener knows for sure: the kernel's word for a Unix socket, a key for TCP. Not
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import re
@@ -14,7 +15,6 @@ import struct
 from collections.abc import Hashable, Mapping
 from typing import Final, Protocol
 
-import anyio.to_thread
 from starlette.datastructures import Headers
 
 from rkruntime.errors import BodyError, UsageError
@@ -74,7 +74,7 @@ class UnixDoor:
     async def user(self, peer: Hashable, headers: Headers) -> User:
         """The login name; or, for root and the daemon's own user, whom they name."""
         assert isinstance(peer, int)
-        account = await anyio.to_thread.run_sync(login_name, peer)
+        account = await asyncio.to_thread(login_name, peer)
         return named(account, _name(headers), trusted=may_name(peer))
 
     def check(self, keys: Mapping[str, str]) -> None:
