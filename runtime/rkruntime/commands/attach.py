@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from rkruntime.errors import RefusedError, UsageError
-
-
-def _check_user(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise UsageError(f"{name[:80]!r} cannot be a user: letters, digits, dot, dash and underscore, at most 64.")
+from rkruntime.errors import BodyError, RefusedError, UsageError
 
 
 def _check_forced() -> None:
@@ -49,10 +43,14 @@ def run(socket: Path | None, user: str | None) -> None:
     """
     from rkruntime.attach import Bridge
     from rkruntime.serve.settings import default_socket
+    from rkruntime.serve.users import check_name
 
     _check_forced()
     if user is not None:
-        _check_user(user)
+        try:
+            check_name(user, "user")
+        except BodyError as error:
+            raise UsageError(error.message) from error
     if sys.stdin.isatty():
         click.echo("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
     Bridge(socket or default_socket(), user, sys.stdin.buffer, sys.stdout.buffer).run()

@@ -87,6 +87,7 @@ class Connection(H11Protocol):
     _idle_since = 0.0
     _taken = 0
     _moved = 0.0
+    _broken = False
     _deadline: Any = None
 
     @classmethod
@@ -136,11 +137,16 @@ class Connection(H11Protocol):
             self._moved = now
         self._taken = taken
         if now - self._moved > self.write_s:
-            self.transport.abort()
+            self._break_off()
+
+    def _break_off(self) -> None:
+        self._broken = True
+        self.transport.abort()
 
     def _make_room(self) -> None:
         others = cast("set[Connection]", self.connections)
-        living = [one for one in others if not one.transport.is_closing()]
+        # One that is being closed may still wait for its client to take the rest of an answer.
+        living = [one for one in others if not one._broken]
         if len(living) <= self.limit:
             return
         idle = [one for one in living if not one.answering]
@@ -150,7 +156,7 @@ class Connection(H11Protocol):
             self.transport.write(_FULL)
             self.transport.close()
         else:
-            oldest.transport.abort()
+            oldest._break_off()
 
     def _expect(self) -> None:
         self._deadline = self.loop.call_later(self.header_s, self.transport.close)

@@ -1,7 +1,8 @@
 """The listeners, and who comes in by each.
 
 What a request may do is decided by the listener that its connection came through, and who sends it by what that
-listener knows for sure: the kernel's word for a Unix socket, a key for TCP. Nothing is concluded from addresses.
+listener knows for sure: the kernel's word for a Unix socket, a key for TCP. An address decides at most whose idle
+connection gives way first.
 """
 
 from __future__ import annotations

@@ -12,7 +12,15 @@ from typing import Any, Final
 
 from rkruntime.answer import Answer, AnswerReader
 from rkruntime.conversation import RESERVED
-from rkruntime.errors import BodyError, ContextFullError, RKEdgeError, ServiceError, TimeLimitError, WorkerError
+from rkruntime.errors import (
+    BodyError,
+    BusyError,
+    ContextFullError,
+    RKEdgeError,
+    ServiceError,
+    TimeLimitError,
+    WorkerError,
+)
 from rkruntime.generation import GREEDY, FinishReason, Request, Sampling
 from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
@@ -168,7 +176,9 @@ class Service:
             run.end(None)
         except RKEdgeError as error:
             outcome = type(error).__name__
-            log.warning("request %s: %s: %s", ask.request_id, outcome, error.message)
+            # Refusals are counted; a client that never stops to ask would fill the log with them.
+            level = logging.DEBUG if isinstance(error, BusyError) else logging.WARNING
+            log.log(level, "request %s: %s: %s", ask.request_id, outcome, error.message)
             run.end(error)
         except asyncio.CancelledError:
             run.end(stopped())

@@ -175,4 +175,4 @@ def test_filling_the_store_costs_nobody_else(open_daemon: Any) -> None:
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a+b", "x" * 65, "é", "-x"])
 def test_a_user_is_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["attach", f"--user={name}"]) == 2
-    assert "cannot be a user" in capsys.readouterr().err
+    assert "cannot be the name of a user" in capsys.readouterr().err
