@@ -121,22 +121,24 @@ def test_who_does_not_read_is_not_waited_for(
     assert small.request("PUT", "/sessions/long", put)[0] == 200
     assert small.request("PUT", "/sessions/long", put, {"X-RKEdge-User": "ann"})[0] == 200
     request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    held = [hold(kind, request * 400) for _ in range(12)]
+    held = [hold(kind, request * 400) for _ in range(8)]
     assert small.request("GET", "/health")[0] == 200
     assert small.request("GET", "/status", headers={"X-RKEdge-User": "ann"})[0] == 200
     assert tcp_status(small) == 200
-    assert len(held) == 12
-    small.wait_until(lambda: sockets(small) <= small.idle, 15)
+    assert len(held) == 8
+    small.wait_until(lambda: sockets(small) <= small.idle, 60)
 
 
 def test_connections_that_wait_to_be_closed_are_counted(small: Any, hold: Callable[..., socket.socket]) -> None:
     """An answer that is complete, and of which the client takes nothing, keeps its connection open a while."""
+    small.wait_until(lambda: sockets(small) <= small.idle)
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n"
     for number in range(120):
         # With the right number of requests the last answer is handed over, and what the kernel does not take stays.
-        hold("unix", (request + b"\r\n") * (number // 12 + 4) + request + b"Connection: close\r\n\r\n")
+        hold("unix", (request + b"\r\n") * (number // 24 + 8) + request + b"Connection: close\r\n\r\n")
         time.sleep(0.03)
-    assert sockets(small) <= small.idle + 17
+    # The one that asks is closed a moment after its answer.
+    small.wait_until(lambda: sockets(small) <= small.idle + 16, 1)
 
 
 def test_a_slow_reader_that_reads_gets_everything(small: Any, hold: Callable[..., socket.socket]) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not (DRIVER and BROWSER), reason="chromium or it
 
 @pytest.fixture(scope="module")
 def page_daemon(start_daemon: Callable[..., Any]) -> Any:
-    return start_daemon("max_context: 256", RKEMU_TOKEN_US="15000")
+    return start_daemon("max_context: 256", RKEMU_TOKEN_US="60000")
 
 
 @pytest.fixture(scope="module")
