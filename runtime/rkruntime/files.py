@@ -1,4 +1,4 @@
-"""Files that exist are complete: write beside the final name, then rename."""
+"""Files: read bounded, whatever stands at the path; written beside the final name, then renamed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,49 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from rkruntime.errors import HostError, OutputError
 
 _BLOCK = 4 << 20
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: it cannot be read, or is something else: a FIFO would let the reader wait, a device has no end.
+    """
+    # O_NONBLOCK: a FIFO opens without its writer. What was opened is asked; the path may lead elsewhere by then.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """All bytes of a regular file that has at most `limit`; more are never in memory, whatever its size says.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is larger (EFBIG); `strerror` says which.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return data
+
+
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file as hex; `progress` gets the bytes of each block read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if progress:
