@@ -16,6 +16,7 @@ from rkruntime.answer import Answer, stream_answer
 from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.engine import Engine, LoadOptions
 from rkruntime.generation import GREEDY, FinishReason, Request
+from rkruntime.prompts import PromptMaker
 from rkruntime.template import GemmaTemplate, Message
 from rkruntime.tokenizer import Tokenizer
 
@@ -52,7 +53,8 @@ def answering(
 
 
 def prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
-    return GemmaTemplate(tokenizer).render([Message("user", question.question)])
+    maker = PromptMaker(tokenizer, GemmaTemplate(tokenizer))
+    return maker.prompt([Message("user", question.question)], 1024)[0]
 
 
 def test_every_answer_is_exact_after_w8a8(answering: tuple[str, Engine, Tokenizer]) -> None:

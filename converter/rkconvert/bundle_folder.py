@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from jinja2 import Environment
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.checkpoint import Checkpoint
 from rkconvert.hub import is_hub_id
+from rkconvert.tokenizer import tokenizer_bytes
 from rkruntime.bundle import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOKENIZER, FileRecord, Manifest
 from rkruntime.files import sha256_file
 
@@ -35,7 +35,7 @@ def created_by() -> str:
 
 def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Path, template: ChatTemplate) -> None:
     """tokenizer.json (from the folder `tokenizer`), chat_template.jinja and generation_config.json."""
-    shutil.copyfile(tokenizer / TOKENIZER, folder / TOKENIZER)
+    (folder / TOKENIZER).write_bytes(tokenizer_bytes(tokenizer / TOKENIZER))
     (folder / TEMPLATE).write_text(template.source, encoding="utf-8")
     settings = {
         **checkpoint.generation_config,

@@ -36,7 +36,7 @@ from rkconvert.work_folder import refuse_made, work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import UsageError
 from rkruntime.rkemu import read_container
-from rkruntime.template import END_OF_TURN
+from rkruntime.template import END_OF_TURN, SPECIAL_TOKENS
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
@@ -149,7 +149,7 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     job = Job(
         options, release, toolkit, model, lora, tokenizer, template, plan, max_context, _npu_cores(options), notes
     )
-    job = replace(job, notes=(*notes, *_check_model_file(job)))
+    job = replace(job, notes=(*notes, *template.notes, *_check_model_file(job)))
     for note in job.notes:
         reporter.note(f"note: {note}")
     return job
@@ -297,6 +297,7 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
         bos_token_id=config.bos_token_id,
         stop_token_ids=_stop_tokens(job),
         system_role=job.template.system_role,
+        special_tokens=_special_tokens(job.template),
         created_by=bundle_folder.created_by(),
         licence=bundle_folder.LICENCE,
         notes=(*job.notes, *made.notes),
@@ -310,6 +311,11 @@ def _stop_tokens(job: Job) -> tuple[int, ...]:
     added = job.tokenizer.added
     end_of_turn = [added[END_OF_TURN]] if END_OF_TURN in added else []
     return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *end_of_turn]))
+
+
+def _special_tokens(template: ChatTemplate) -> dict[str, str]:
+    """Those that are not Gemma's."""
+    return {name: text for name, text in template.special_tokens.items() if SPECIAL_TOKENS.get(name) != text}
 
 
 def plain_options(options: Options) -> dict[str, Any]:

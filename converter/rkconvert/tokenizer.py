@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from rkconvert.shards import read_json
+from rkruntime.bundle import MAX_TOKENIZER
 from rkruntime.errors import CheckpointError
-from rkruntime.tokenizer import TEXT_TOKEN
+from rkruntime.tokenizer import TEXT_TOKEN, unlike_gemma
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Gemma's own has 17 MB (transformers 4 layout of the merges) to 34 MB.
-_MAX_FILE: Final = 128 << 20
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -73,12 +73,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises:
         CheckpointError: no such file, or a tokenizer that works otherwise than Gemma's.
     """
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.",
-            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
-        )
-    content = read_json(path, CheckpointError, limit=_MAX_FILE)
+    content = _read(path)
     try:
         return _parse(content, vocab_size)
     except CheckpointError as error:
@@ -87,9 +82,31 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
 
 
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}.",
+            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
+        )
+    return read_json(path, CheckpointError, limit=MAX_TOKENIZER)
+
+
+def tokenizer_bytes(path: Path) -> bytes:
+    """tokenizer.json as a bundle has it: without the truncation and padding that trainers leave in it.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not JSON.
+    """
+    content = _read(path)
+    if content.get("truncation") is None and content.get("padding") is None:
+        return path.read_bytes()
+    return json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False).encode()
+
+
 def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     model = content["model"]
-    _check_kind(content, model)
+    if unlike := unlike_gemma(content):
+        raise CheckpointError(f"{unlike}.")
     vocab: dict[str, int] = dict(model["vocab"])
     added = {str(token["content"]): token for token in content.get("added_tokens") or []}
     ids = vocab | {text: token["id"] for text, token in added.items()}
@@ -104,18 +121,6 @@ def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     if sum(kind is Kind.BYTE for kind in kinds) != 256:
         raise CheckpointError("it has no token for every byte, so some characters could not be written.")
     return Tokenizer(tuple(texts), tuple(kinds), _merges(model["merges"], vocab), ids[model["unk_token"]])
-
-
-def _check_kind(content: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise CheckpointError(f"it is a {model['type']} tokenizer; Gemma's is BPE with byte fallback.")
-    normalizer = content.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    if [(step.get("type"), step.get("pattern"), step.get("content")) for step in steps] != [
-        ("Replace", {"String": " "}, "▁")
-    ]:
-        kinds = ", ".join(str(step.get("type")) for step in steps)
-        raise CheckpointError(f"its normalizer is {kinds}; Gemma's replaces spaces by ▁ and does nothing else.")
 
 
 def _kind(text: str, added: Mapping[str, Any] | None) -> Kind:

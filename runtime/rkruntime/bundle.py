@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -12,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from rkruntime.errors import BundleError
-from rkruntime.files import sha256_file
+from rkruntime.files import read_regular, sha256_file
 from rkruntime.preflight import Model
 from rkruntime.schema import build
 from rkruntime.yamltext import load_yaml
@@ -22,7 +24,11 @@ MANIFEST: Final = "rkedge.yaml"
 TOKENIZER: Final = "tokenizer.json"
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
-_MAX_MANIFEST = 1 << 20
+# Bytes. Gemma's tokenizer.json has 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
+MAX_MANIFEST: Final = 1 << 20
+MAX_TOKENIZER: Final = 128 << 20
+MAX_TEMPLATE: Final = 1 << 20
+_MAX_SETTINGS: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Manifest:
         model_file: name of the model file in the folder.
         stop_token_ids: each of these ends an answer.
         system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
+        special_tokens: what the chat template may name, such as `eos_token`, where it is not Gemma's.
         files: every file but the manifest, by its path in the folder.
         options: the conversion's exact options, for a person and for a repeat.
     """
@@ -79,6 +86,7 @@ class Manifest:
     files: dict[str, FileRecord]
     adapters: tuple[Source, ...] = ()
     system_role: str = "fold"
+    special_tokens: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
     licence: str = ""
     notes: tuple[str, ...] = ()
@@ -143,10 +151,58 @@ class Bundle:
         record = made.files[made.model_file]
         return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
 
+    def read_tokenizer(self) -> bytes:
+        """tokenizer.json. Raises BundleError as `verify` does."""
+        return self._read(TOKENIZER, MAX_TOKENIZER)
+
+    def read_template(self) -> str | None:
+        """chat_template.jinja, None if the bundle has none. Raises BundleError as `verify` does."""
+        if TEMPLATE not in self.manifest.files:
+            return None
+        try:
+            return self._read(TEMPLATE, MAX_TEMPLATE).decode()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{self.template} is not UTF-8: {error}.") from error
+
+    def read_generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json, empty if the bundle has none. Raises BundleError as `verify` does."""
+        if GENERATION_CONFIG not in self.manifest.files:
+            return {}
+        try:
+            config = json.loads(self._read(GENERATION_CONFIG, _MAX_SETTINGS))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{self.path / GENERATION_CONFIG} is not JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise BundleError(f"{self.path / GENERATION_CONFIG} is not a JSON object.")
+        return config
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """The very bytes that the manifest's hash is of: read once, then compared."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{MANIFEST} does not list {name}.")
+        record, path = self.manifest.files[name], self._place(name)
+        if record.size > limit:
+            raise BundleError(f"{path} has over {limit >> 20} MiB by the manifest; such files have far fewer.")
+        try:
+            data = read_regular(path, record.size)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise _changed(path) from error
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+            raise _changed(path)
+        return data
+
+    def _place(self, name: str) -> Path:
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
+            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
+        return path
+
     def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
         """Compare files with the manifest: size always, SHA-256 once per state of a file.
 
-        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, time of change
+        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, times of change
         and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
 
         Raises:
@@ -156,9 +212,7 @@ class Bundle:
             self._verify_file(name, trust_stamps)
 
     def _verify_file(self, name: str, trust_stamps: bool) -> None:
-        record, path = self.manifest.files[name], self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
-            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
+        record, path = self.manifest.files[name], self._place(name)
         state = path.stat()
         if state.st_size != record.size:
             raise BundleError(
@@ -167,16 +221,26 @@ class Bundle:
         stamp = _Stamp(path, state, record.sha256)
         if trust_stamps and stamp.known():
             return
-        if sha256_file(path) != record.sha256:
-            raise BundleError(f"{path} does not have the SHA-256 of the manifest: it was changed or damaged.")
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if found != record.sha256:
+            raise _changed(path)
         stamp.remember()
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(f"{path} does not have the size and SHA-256 of the manifest: it was changed or damaged.")
 
 
 class _Stamp:
     """A note in the cache folder that a file in this very state had this hash."""
 
     def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
-        self._text = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino, sha256])
+        # The time of change of the inode is the one that nobody can put back.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_dev, state.st_ino, sha256])
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._file = cache / "rkedge" / "verified" / f"{sha256[:32]}-{state.st_ino}"
 
@@ -207,9 +271,8 @@ def open_bundle(path: Path) -> Bundle:
     if not manifest.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
     try:
-        data = manifest.read_bytes()
-        if len(data) > _MAX_MANIFEST:
-            raise BundleError(f"{manifest} has {len(data):,} bytes; a manifest has a few thousand.")
-        return Bundle(path, Manifest.from_yaml(data.decode()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{manifest} cannot be read: {error}.") from error
+        return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_MANIFEST).decode()))
+    except OSError as error:
+        raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{manifest} is not UTF-8: {error}.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,8 @@ LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
 # What provides the library for a bundle's target: "module:function", called with the release. Named, not imported: the
 # runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator:build"}
+# No temperature and no vocabulary is as large.
+_MOST_SAMPLING: Final = 1 << 24
 SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 Command: TypeAlias = Callable[..., None]
@@ -114,22 +115,15 @@ sampling_options = _packed(
 
 def default_sampling(bundle: Bundle) -> Sampling:
     """What the bundle's generation_config.json asks for, on top of RKLLM's defaults. Raises BundleError."""
-    path = bundle.path / GENERATION_CONFIG
-    if not path.is_file():
-        return Sampling()
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"{path} is not a JSON object.")
+    config = bundle.read_generation_config()
     if config.get("do_sample") is False:
         return GREEDY
     wanted = {"temperature": float, "top_k": int, "top_p": float}
-    return replace(
-        Sampling(),
-        **{name: kind(config[name]) for name, kind in wanted.items() if isinstance(config.get(name), (int, float))},
-    )
+    given = {name: config[name] for name in wanted if isinstance(config.get(name), (int, float))}
+    for name, value in given.items():
+        if not 0 <= value <= _MOST_SAMPLING:
+            raise BundleError(f"{bundle.path / GENERATION_CONFIG}: {name} is not between 0 and {_MOST_SAMPLING:,}.")
+    return replace(Sampling(), **{name: wanted[name](value) for name, value in given.items()})
 
 
 def find_library(bundle: Bundle, options: RuntimeOptions) -> Path:

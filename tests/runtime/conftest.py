@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +135,19 @@ class FakeEngine:
 def fake_engine(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
     """Makes a FakeEngine from the answers it shall give."""
     return lambda *answers, **facts: FakeEngine(tokenizer, list(answers), **facts)
+
+
+def with_file(bundle: Bundle, name: str, content: str | bytes | None) -> Bundle:
+    """The bundle with another content of a file, or without it, and a manifest that says so."""
+    files = {key: record for key, record in bundle.manifest.files.items() if key != name}
+    path = bundle.path / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        files[name] = FileRecord(path.stat().st_size, sha256_file(path))
+    manifest = replace(bundle.manifest, files=files)
+    (bundle.path / "rkedge.yaml").write_text(manifest.to_yaml())
+    return Bundle(bundle.path, manifest)
 
 
 @pytest.fixture

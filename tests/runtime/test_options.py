@@ -18,6 +18,8 @@ from rkruntime.errors import BundleError, HostError, LibraryError
 from rkruntime.generation import GREEDY, Sampling
 from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, find_library
 
+from .conftest import with_file
+
 
 def test_options_arrive_as_two_values() -> None:
     seen: dict[str, Any] = {}
@@ -47,15 +49,30 @@ def test_options_arrive_as_two_values() -> None:
     ],
 )
 def test_a_bundle_has_its_own_sampling(fake_bundle: Bundle, config: Any, expected: Sampling) -> None:
-    path = fake_bundle.path / "generation_config.json"
-    path.unlink() if config is None else path.write_text(json.dumps(config))
-    assert default_sampling(fake_bundle) == expected
+    content = None if config is None else json.dumps(config)
+    assert default_sampling(with_file(fake_bundle, "generation_config.json", content)) == expected
+
+
+@pytest.mark.parametrize("value", ["1e400", "-1", "9" * 4000, "NaN", "-Infinity", "1e300"])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+def test_sampling_that_no_model_has_is_refused(fake_bundle: Bundle, name: str, value: str) -> None:
+    changed = with_file(fake_bundle, "generation_config.json", f'{{"{name}": {value}}}')
+    with pytest.raises(BundleError, match=rf"generation_config\.json: {name}"):
+        default_sampling(changed)
+
+
+def test_sampling_that_the_manifest_does_not_list_is_not_read(fake_bundle: Bundle) -> None:
+    without = with_file(fake_bundle, "generation_config.json", None)
+    (fake_bundle.path / "generation_config.json").write_text('{"temperature": 9}')
+    assert default_sampling(without) == Sampling()
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
 def test_a_broken_generation_config_is_said_to_be(fake_bundle: Bundle, content: str) -> None:
-    (fake_bundle.path / "generation_config.json").write_text(content)
     with pytest.raises(BundleError, match=r"generation_config\.json"):
+        default_sampling(with_file(fake_bundle, "generation_config.json", content))
+    (fake_bundle.path / "generation_config.json").write_text("{}")
+    with pytest.raises(BundleError, match="SHA-256"):
         default_sampling(fake_bundle)
 
 

@@ -64,23 +64,20 @@ def run(
     from rkruntime.bundle import open_bundle
     from rkruntime.conversation import Conversation
     from rkruntime.generation import Request
-    from rkruntime.template import load_template
+    from rkruntime.prompt_process import PromptProcess
     from rkruntime.terminal import Terminal
-    from rkruntime.tokenizer import Tokenizer
 
     opened = open_bundle(bundle)
     text = _prompt(prompt, file)
-    tokenizer = Tokenizer.load(opened.tokenizer)
-    conversation = Conversation(load_template(opened, tokenizer), system)
     terminal = Terminal()
-    with closing(load_engine(opened, runtime, sampling)) as engine:
-        tokens, _ = conversation.fitting_prompt(text, engine.info.max_context)
+    with closing(PromptProcess(opened)) as prompts, closing(load_engine(opened, runtime, sampling)) as engine:
+        tokens, _ = Conversation(prompts, system).prompt(text, engine.info.max_context)
         request = Request(
             tokens,
             max_new_tokens=sampling.max_new_tokens or -1,
             stop_tokens=frozenset(opened.manifest.stop_token_ids),
         )
-        for piece in stream_answer(engine, request, tokenizer, stop):
+        for piece in stream_answer(engine, request, prompts.vocabulary, stop):
             if isinstance(piece, Answer):
                 report = _report(piece, engine.info)
             elif not as_json:

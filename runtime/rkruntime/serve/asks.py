@@ -13,7 +13,7 @@ from rkruntime.conversation import Conversation
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import while_connected
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
-from rkruntime.template import Message
+from rkruntime.template import Message, no_question
 
 IGNORED_HEADER: Final = "X-RKEdge-Ignored"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
@@ -67,11 +67,11 @@ def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = F
 
     def build(model: Model) -> Prompt:
         if not messages or messages[-1].role != "user":
-            return Prompt(model.template.render(messages))
+            raise no_question(messages)
         system = messages[0].content if messages[0].role == "system" else ""
         turns = service.memory.recall(messages)[1 if messages[0].role == "system" else 0 : -1]
-        conversation = Conversation(model.template, system, turns)
-        tokens, dropped = conversation.fitting_prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
+        conversation = Conversation(model.prompts, system, turns)
+        tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
         return Prompt(tokens, notes=(f"{dropped} oldest turns were dropped",) if dropped else ())
 
     return build
@@ -91,7 +91,8 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
     """The prompt of a plain text: `<bos>` and its tokens, no template."""
 
     def build(model: Model) -> Prompt:
-        return Prompt([model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)])
+        tokens = model.prompts.encode(text, model.engine.info.max_context)
+        return Prompt([model.bundle.manifest.bos_token_id, *tokens])
 
     return build
 

@@ -15,10 +15,9 @@ from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.generation import Sampling
 from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.prompt_process import PromptProcess
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
-from rkruntime.template import Template, load_template
-from rkruntime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
@@ -37,8 +36,7 @@ class Model:
 
     bundle: Bundle
     engine: Engine
-    tokenizer: Tokenizer
-    template: Template
+    prompts: PromptProcess
     sampling: Sampling
     stop_tokens: frozenset[int]
     loaded_at: float = field(default_factory=time.time)
@@ -55,17 +53,19 @@ def load_model(settings: Settings) -> Model:
             "No bundle was named.", hint="Give the folder: rkedge serve BUNDLE, or bundle: in the settings."
         )
     bundle = open_bundle(settings.bundle)
-    tokenizer = Tokenizer.load(bundle.tokenizer)
-    template = load_template(bundle, tokenizer)
     sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
     runtime = RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
     timeouts = {"load_timeout": settings.limits.load_s, "token_timeout": settings.limits.token_s}
-    engine = load_engine(bundle, runtime, sampling, **timeouts)
+    prompts = PromptProcess(bundle)
+    try:
+        engine = load_engine(bundle, runtime, sampling, **timeouts)
+    except BaseException:
+        prompts.close()
+        raise
     return Model(
         bundle=bundle,
         engine=engine,
-        tokenizer=tokenizer,
-        template=template,
+        prompts=prompts,
         sampling=sampling.over(default_sampling(bundle)),
         stop_tokens=frozenset(bundle.manifest.stop_token_ids),
     )
@@ -165,6 +165,7 @@ class Host:
         model, self._model = self._model, None
         if model is not None:
             await in_thread(model.engine.close)
+            await in_thread(model.prompts.close)
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:

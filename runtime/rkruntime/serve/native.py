@@ -76,11 +76,11 @@ class _Turn:
     model: str = ""
 
     def prompt(self, model: Model) -> Prompt:
-        conversation = Conversation(model.template)
-        conversation.restore(self.data if self.begun else _with_broken(self.data), model.tokenizer)
+        conversation = Conversation(model.prompts)
+        conversation.restore(self.data if self.begun else _with_broken(self.data))
         self.model = model.bundle.manifest.name
         room = model.engine.info.max_context - len(self.begun)
-        tokens, dropped = conversation.fitting_prompt(self.question, room, drop=self.drop)
+        tokens, dropped = conversation.prompt(self.question, room, drop=self.drop)
         self.conversation = conversation
         notes = (f"The context was full: the {dropped} oldest turns were dropped.",) if dropped else ()
         return Prompt([*tokens, *self.begun], self.begun, notes)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from rkruntime.answer import Answer, AnswerReader
-from rkruntime.conversation import RESERVED
 from rkruntime.errors import BodyError, ContextFullError, RKEdgeError, ServiceError, TimeLimitError, WorkerError
 from rkruntime.generation import GREEDY, FinishReason, Request, Sampling
+from rkruntime.prompts import RESERVED
 from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
@@ -56,7 +56,7 @@ class Ask:
     """A request, whatever interface it came by.
 
     Attributes:
-        prompt: makes the prompt once the model is there.
+        prompt: makes the prompt once the model is there; called in a thread.
         client: whose turn it is.
         sampling: names of Sampling's fields and what they shall be; None is the model's own.
         keep: is told of the answer and whether it is whole, when it ends in whatever way. What it raises for a whole
@@ -182,9 +182,9 @@ class Service:
     async def _generate(self, ask: Ask, run: Run, queue_s: float) -> None:
         start = time.monotonic()
         model = await self.host.model()
-        prompt = ask.prompt(model)
+        prompt = await in_thread(ask.prompt, model, stop=model.prompts.hurry)
         request, ignored = self._request(ask, model, prompt)
-        reader = AnswerReader(model.tokenizer, len(prompt.tokens), ask.stop, prompt.begun)
+        reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
         begin = Begin(ignored, prompt.notes, reader.text)
         began, first = time.monotonic(), 0.0
         try:
@@ -281,7 +281,8 @@ class Service:
         async with self.queue.turn(client):
             model = await self.host.model()
             for text in texts:
-                tokens = [model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)]
+                encoded = in_thread(model.prompts.encode, text, model.engine.info.max_context, stop=model.prompts.hurry)
+                tokens = [model.bundle.manifest.bos_token_id, *await encoded]
                 total += len(tokens)
                 try:
                     states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
