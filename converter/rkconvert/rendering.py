@@ -13,7 +13,8 @@ from rkruntime.errors import BundleError, CheckpointError
 
 _MAX_TEXT: Final = 1 << 20
 _HINT: Final = "Use the chat_template.jinja of the model that this one was made from."
-_child: Final = Confined(prompt_process.__name__, "The chat template", Limits(cpu_s=2))
+_child: Final = Confined(prompt_process.__name__, "The chat template")
+_LIMITS: Final = Limits(cpu_s=2)
 
 
 def rendered(
@@ -33,7 +34,7 @@ def rendered(
         raise CheckpointError(f"The chat template has over {MAX_TEMPLATE:,} characters.", hint=_HINT)
     try:
         outcomes = prompt_process.render(
-            _child, source, conversations, special_tokens, add_generation_prompt=add_generation_prompt
+            _child, source, conversations, special_tokens, _LIMITS, add_generation_prompt=add_generation_prompt
         )
     except BundleError as error:
         raise CheckpointError(error.message, hint=_HINT) from error

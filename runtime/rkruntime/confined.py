@@ -44,17 +44,19 @@ _GRACE: Final = 2.0
 Answer: TypeAlias = tuple[dict[str, Any], bytes]
 
 
+# Address space of a child, in bytes. A tokenizer of 256,000 tokens takes a quarter of it.
+MEMORY: Final = 1 << 30
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one call may take.
 
     Attributes:
-        memory: of the process, in bytes of address space.
         cpu_s: seconds of computing.
         wall_s: seconds until its answer, on a machine that does other things too.
     """
 
-    memory: int = 1 << 30
     cpu_s: int = 10
     wall_s: float = 60.0
 
@@ -67,8 +69,8 @@ class Confined:
         what: the work, in a message, as in "The chat template".
     """
 
-    def __init__(self, module: str, what: str, limits: Limits) -> None:
-        self._module, self._what, self._limits = module, what, limits
+    def __init__(self, module: str, what: str) -> None:
+        self._module, self._what = module, what
         self._lock = threading.Lock()
         self._deadline = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,7 +80,7 @@ class Confined:
         """Of the child, if there is one, with what earlier calls left in it."""
         return self._process.pid if self._process else None
 
-    def call(self, name: str, data: bytes = b"", **values: Any) -> Answer:
+    def call(self, name: str, limits: Limits, data: bytes = b"", **values: Any) -> Answer:
         """Have the child's function `name` called; a child is started if there is none.
 
         Raises:
@@ -87,17 +89,17 @@ class Confined:
             RKEdgeError: what the function raised.
         """
         with self._lock:
-            self._deadline = time.monotonic() + self._limits.wall_s
+            self._deadline = time.monotonic() + limits.wall_s
             if self._process is None:
                 self._start()
             try:
-                _send(self._socket, {**values, "call": name}, data, self._left)
+                _send(self._socket, {**values, "call": name, "cpu_s": limits.cpu_s}, data, self._left)
                 header, data = _receive(self._socket, self._left)
             except TimeoutError:
                 self._end()
-                raise self._over(f"did not come to an end in {self._limits.wall_s:g} seconds") from None
+                raise self._over(f"did not come to an end in {limits.wall_s:g} seconds") from None
             except (OSError, EOFError, ValueError):
-                raise self._gone() from None
+                raise self._gone(limits) from None
         if "error" in header:
             kind = _ERRORS.get(str(header["error"]), BundleError)
             raise kind(str(header.get("message")), hint=str(header.get("hint")), details=header.get("details"))
@@ -125,7 +127,7 @@ class Confined:
         log = os.memfd_create("rkedge")
         paths = [path for path in sys.path if path.startswith("/")]
         command = [sys.executable, "-I", "-S", "-B", "-c", _START, json.dumps(paths), self._module]
-        command += [str(self._limits.memory), str(self._limits.cpu_s), self._what]
+        command += [self._what]
         environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         # One thread: each further one takes address space of its own.
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
@@ -152,7 +154,7 @@ class Confined:
         process, self._process = self._process, None
         return (process and self._killed()) or (0, "")
 
-    def _gone(self) -> RKEdgeError:
+    def _gone(self, limits: Limits) -> RKEdgeError:
         """Why the child has closed its socket."""
         process = self._process
         assert process is not None
@@ -165,9 +167,9 @@ class Confined:
         lines = [line for line in printed.splitlines() if line.strip()]
         said = "".join(character for character in lines[-1] if character.isprintable())[:300] if lines else ""
         if code == -signal.SIGXCPU:
-            return self._over(f"took more than {self._limits.cpu_s} seconds of computing")
+            return self._over(f"took more than {limits.cpu_s} seconds of computing")
         if code == -signal.SIGABRT and "memory allocation" in printed:
-            return self._over(f"took more than {self._limits.memory >> 20} MiB of memory")
+            return self._over(f"took more than {MEMORY >> 20} MiB of memory")
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return HostError(
             f"The process for {self._what.lower()} {how}{f': {said}' if said else ''}.",
@@ -229,10 +231,10 @@ def _read(one: socket.socket, size: int, left: Callable[[], float | None]) -> by
 
 def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) -> None:
     """In the child: answer calls until the parent is gone."""
-    memory, cpu_s, what = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    what = sys.argv[3]
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, _MAX_LOG)
-    _limit(resource.RLIMIT_AS, memory)
+    _limit(resource.RLIMIT_AS, MEMORY)
     _die_first()
     parent = socket.socket(fileno=0)
     while True:
@@ -241,13 +243,13 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
         except EOFError:
             return
         # The limit is on the whole process, so it moves on with each call.
-        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + cpu_s)
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + int(header["cpu_s"]))
         try:
             answer, data = functions[header["call"]](header, data)
         except RKEdgeError as error:
             answer, data = error.as_dict(), b""
         except MemoryError:
-            answer, data = _failed(f"{what} took more than {memory >> 20} MiB of memory"), b""
+            answer, data = _failed(f"{what} took more than {MEMORY >> 20} MiB of memory"), b""
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # A panic of tokenizers' is no Exception. Its text may quote a conversation.

@@ -17,6 +17,8 @@ from rkruntime.template import Message
 from rkruntime.vocabulary import Vocabulary
 
 _LIMITS: Final = Limits()
+# A tokenizer of 256,000 tokens takes 2 s of computing on a PC, and a board's small cores are ten times slower.
+_LOAD: Final = Limits(cpu_s=120, wall_s=300)
 
 
 class PromptProcess:
@@ -29,7 +31,7 @@ class PromptProcess:
 
     def __init__(self, bundle: Bundle, limits: Limits = _LIMITS) -> None:
         self._bundle = bundle
-        self._child = Confined(__name__, "The bundle's tokenizer or chat template", limits)
+        self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self.vocabulary = self._open()
 
     def _open(self) -> Vocabulary:
@@ -46,7 +48,7 @@ class PromptProcess:
     def _call(self, name: str, **values: Any) -> dict[str, Any]:
         if self._child.pid is None:
             self._open()
-        return self._child.call(name, **values)[0]
+        return self._child.call(name, self._limits, **values)[0]
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """See `Prompts`."""
@@ -99,8 +101,9 @@ def open_in(
         BundleError: they cannot be used.
         HostError: there is no process.
     """
+    answer, packed = child.call("load", _LOAD, tokenizer, path=str(where))
     facts = {"template": template, "system_role": system_role, "special_tokens": dict(special_tokens)}
-    answer, packed = child.call("open", tokenizer, path=str(where), **facts)
+    child.call("open", _LIMITS, b"", **facts)
     return Vocabulary.unpack(packed, {str(name): int(index) for name, index in answer["control"].items()})
 
 
@@ -109,6 +112,7 @@ def render(
     source: str,
     conversations: Sequence[Sequence[Mapping[str, str]]],
     special_tokens: Mapping[str, str],
+    limits: Limits,
     *,
     add_generation_prompt: bool = True,
 ) -> list[dict[str, str]]:
@@ -123,6 +127,7 @@ def render(
     """
     answer, _ = child.call(
         "render",
+        limits,
         template=source,
         conversations=conversations,
         special_tokens=dict(special_tokens),
@@ -136,19 +141,25 @@ class _Served:
     """The child's side."""
 
     def __init__(self) -> None:
+        self._tokenizer: Any = None
         self._maker: Any = None
 
-    def open(self, given: dict[str, Any], data: bytes) -> Answer:
-        """Make a PromptMaker of tokenizer and template, and try it out."""
-        from rkruntime.prompts import PromptMaker
-        from rkruntime.template import load_template
+    def load(self, given: dict[str, Any], data: bytes) -> Answer:
+        """Read tokenizer.json; its vocabulary."""
         from rkruntime.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.parse(data, Path(given["path"]))
-        template = load_template(given["template"], given["system_role"], given["special_tokens"], tokenizer)
-        self._maker = PromptMaker(tokenizer, template)
+        self._tokenizer = Tokenizer.parse(data, Path(given["path"]))
+        return {"control": self._tokenizer.control}, self._tokenizer.pack()
+
+    def open(self, given: dict[str, Any], data: bytes) -> Answer:
+        """Try out a template with the tokenizer."""
+        from rkruntime.prompts import PromptMaker
+        from rkruntime.template import load_template
+
+        template = load_template(given["template"], given["system_role"], given["special_tokens"], self._tokenizer)
+        self._maker = PromptMaker(self._tokenizer, template)
         self._maker.try_out()
-        return {"control": tokenizer.control}, tokenizer.pack()
+        return {}, b""
 
     def prompt(self, given: dict[str, Any], data: bytes) -> Answer:
         """See `PromptProcess.prompt`."""
@@ -198,5 +209,5 @@ def _messages(given: dict[str, Any]) -> list[Message]:
 def main() -> None:
     """The child."""
     served = _Served()
-    functions = (served.open, served.prompt, served.check, served.encode, served.render)
+    functions = (served.load, served.open, served.prompt, served.check, served.encode, served.render)
     serve({function.__name__: function for function in functions})

@@ -127,11 +127,9 @@ class Tokenizer(Vocabulary):
         size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_IDS:
             raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
-        super().__init__([self._text(index) for index in range(size)], control)
-        self.longest = max(
-            (len(backend.id_to_token(index) or "") for index in range(size) if index not in self._control_ids),
-            default=1,
-        )
+        texts = ["" if at in self._control_ids else backend.id_to_token(at) or "" for at in range(size)]
+        super().__init__([*map(_bytes, texts)], control)
+        self.longest = max(1, *map(len, texts))
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
     @classmethod
@@ -164,11 +162,6 @@ class Tokenizer(Vocabulary):
                 f"{where}: {unlike}.", hint="Convert the model again from the tokenizer.json of its Gemma checkpoint."
             )
         return cls(backend)
-
-    def _text(self, token_id: int) -> bytes:
-        text = "" if token_id in self._control_ids else self._backend.id_to_token(token_id) or ""
-        byte = _BYTE_TOKEN.fullmatch(text)
-        return bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without `<bos>`, and never one of a control token."""
@@ -206,6 +199,11 @@ class Tokenizer(Vocabulary):
         for part in parts:
             ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
         return ids
+
+
+def _bytes(text: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(text)
+    return bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
 
 
 def _well_formed(text: str) -> str:

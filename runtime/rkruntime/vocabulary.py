@@ -24,15 +24,15 @@ class Vocabulary:
         self._joined = b"".join(texts)
         self._ends = array("I", accumulate(map(len, texts), initial=0))
 
-    @classmethod
-    def unpack(cls, packed: bytes, control: Mapping[str, int]) -> Vocabulary:
+    @staticmethod
+    def unpack(packed: bytes, control: Mapping[str, int]) -> Vocabulary:
         """What `pack` gave. Raises ValueError."""
         size = int.from_bytes(packed[:4], "little")
         ends = array("I", packed[4 : 4 + 4 * (size + 1)])
         joined = packed[4 + 4 * (size + 1) :]
         if len(ends) != size + 1 or ends[0] or ends[-1] != len(joined) or any(a > b for a, b in pairwise(ends)):
             raise ValueError("not a packed vocabulary")
-        made = cls((), control)
+        made = Vocabulary((), control)
         made._joined, made._ends = joined, ends
         return made
 

@@ -88,7 +88,8 @@ class Daemon:
         """Process ids of the workers."""
         # Each thread has children of its own, and the model is loaded in one.
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(child) for task in tasks for child in task.read_text().split()]
+        children = [int(child) for task in tasks for child in task.read_text().split()]
+        return [child for child in children if b"rkruntime.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
     def metric(self, name: str) -> float:
         _, _, text = self.request("GET", "/metrics")
