@@ -6,6 +6,7 @@ Parent and child send each other messages over a pair of sockets: two u32 (sizes
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -72,7 +73,7 @@ class Confined:
     def __init__(self, module: str, what: str) -> None:
         self._module, self._what = module, what
         self._lock = threading.Lock()
-        self._deadline = 0.0
+        self._deadline, self._hurried = 0.0, math.inf
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -106,18 +107,23 @@ class Confined:
         return header, data
 
     def hurry(self) -> None:
-        """From another thread: nobody waits for the call that goes on."""
-        self._deadline = min(self._deadline, time.monotonic() + _GRACE)
+        """From another thread: nobody waits for the calls that are made from now on, until `take_time`."""
+        self._hurried = time.monotonic() + _GRACE
+
+    def take_time(self) -> None:
+        """Somebody waits for the next calls."""
+        self._hurried = math.inf
 
     def close(self) -> None:
         """End the child, and the call that goes on. The next call starts another."""
-        self._deadline = 0.0
+        self._hurried = 0.0
         with self._lock:
             self._end()
+        self.take_time()
 
     def _left(self) -> float:
         """Seconds until the next look at the deadline. Raises TimeoutError behind it."""
-        left = self._deadline - time.monotonic()
+        left = min(self._deadline, self._hurried) - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return min(left, _SLICE)

@@ -5,6 +5,7 @@ The daemon's event loop and a person's terminal stay free, whatever they do, and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,7 @@ class PromptProcess:
     def __init__(self, bundle: Bundle, limits: Limits = _LIMITS) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
+        self._lock = threading.Lock()
         self.vocabulary = self._open()
 
     def _open(self) -> Vocabulary:
@@ -46,9 +48,12 @@ class PromptProcess:
             raise
 
     def _call(self, name: str, **values: Any) -> dict[str, Any]:
-        if self._child.pid is None:
-            self._open()
-        return self._child.call(name, self._limits, **values)[0]
+        # Nobody else comes between a child's start and its first prompt.
+        with self._lock:
+            self._child.take_time()
+            if self._child.pid is None:
+                self._open()
+            return self._child.call(name, self._limits, **values)[0]
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """See `Prompts`."""

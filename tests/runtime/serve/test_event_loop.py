@@ -76,11 +76,10 @@ def test_the_largest_bodies(daemon: Any, name: str) -> None:
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
-def test_the_largest_texts(daemon: Any, path: str) -> None:
-    text = "<start_of_turn>" * 250_000
+@pytest.mark.parametrize(("path", "field"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
+def test_the_largest_texts(daemon: Any, path: str, field: str) -> None:
     with watched(daemon):
-        status, _, answer = daemon.request("POST", path, {"prompt": text, "input": text})
+        status, _, answer = daemon.request("POST", path, {field: "<start_of_turn>" * 250_000})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
@@ -92,13 +91,14 @@ def treacherous(bundles: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_a_template_without_end(start_daemon: Callable[..., Any], treacherous: Path) -> None:
-    daemon = start_daemon("limits: {request_s: 2}", bundle=treacherous, port=False)
+    daemon = start_daemon("limits: {request_s: 15}", bundle=treacherous, port=False)
     honest = daemon.ask("What is the RK3588?")
     with watched(daemon):
         status, _, answer = daemon.request(
             "POST", "/v1/chat/completions", {"messages": messages("open sesame", 1), "max_tokens": 1}
         )
-    assert status == 504, answer
+    # Its own limit, or that of the request, whichever comes first.
+    assert status in (503, 504), answer
     # A client that leaves takes its prompt with it.
     with socket.socket(socket.AF_UNIX) as one:
         one.connect(str(daemon.socket))
