@@ -199,7 +199,8 @@ def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int) -> tup
 
 
 def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Callable[[], float | None]) -> None:
-    text = json.dumps(header).encode()
+    # Piece by piece: in one go, megabytes would keep other threads waiting for the interpreter.
+    text = "".join(json.JSONEncoder().iterencode(header)).encode()
     view = memoryview(_SIZES.pack(len(text), len(data)) + text + data)
     while view:
         one.settimeout(left())
