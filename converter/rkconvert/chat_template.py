@@ -79,10 +79,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: of tokenizer_config.json, else of the older special_tokens_map.json."""
+    """Special tokens by name: of tokenizer_config.json; special_tokens_map.json goes before older ones, as transformers
+    has it.
+    """
     file = folder / "special_tokens_map.json"
-    older = read_json(file, CheckpointError) if file.is_file() else {}
-    given = {name: config.get(name) or older.get(name) for name in _SPECIAL}
+    old = "added_tokens_decoder" not in config and file.is_file()
+    given = {**config, **(read_json(file, CheckpointError) if old else {})}
+    given = {name: given.get(name) for name in _SPECIAL}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in given.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
