@@ -87,12 +87,9 @@ def test_a_missing_bos_is_said(folder: Path) -> None:
 @pytest.mark.parametrize("older", [{}, {"eos_token": "<unused8>", "pad_token": {"content": "<eos>"}}])
 def test_special_tokens_are_those_of_transformers(folder: Path, config: Any, older: Any) -> None:
     transformers = pytest.importorskip("transformers")
-    wrapped = {
-        key: {"__type": "AddedToken", "special": True, **value}
-        if key == "eos_token" and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
+    wrapped = dict(config)
+    if isinstance(config.get("eos_token"), dict):
+        wrapped["eos_token"] = {"__type": "AddedToken", "special": True, **config["eos_token"]}
     configure(folder, **wrapped)
     (folder / "special_tokens_map.json").write_text(json.dumps(older))
     (folder / "chat_template.jinja").write_text(

@@ -1,6 +1,7 @@
 """The manifest: what it refuses, and that a changed byte shows."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,15 @@ def test_not_a_bundle(tmp_path: Path) -> None:
         open_bundle(tmp_path / "nothing")
     with pytest.raises(BundleError, match="not a bundle"):
         open_bundle(tmp_path)
+
+
+def test_a_changed_byte_shows_with_its_time_put_back(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    bundle.verify()
+    state = bundle.model.stat()
+    with bundle.model.open("r+b") as file:
+        file.write(b"W")
+    os.utime(bundle.model, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(BundleError, match="SHA-256"):
+        bundle.verify()
