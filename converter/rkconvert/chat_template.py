@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.rendering import rendered_apart
 from rkconvert.shards import read_json
+from rkconvert.sources.memory_folder import Place
 from rkruntime.errors import CheckpointError
 
 # Gemma 2's own template, for base models, which have none. It knows no system role.
@@ -41,7 +41,7 @@ class ChatTemplate:
     system_role: str
 
 
-def read_template(folder: Path, bos_token: str) -> ChatTemplate:
+def read_template(folder: Place, bos_token: str) -> ChatTemplate:
     """The template of a checkpoint folder, or Gemma's own.
 
     Raises:
@@ -58,7 +58,7 @@ def read_template(folder: Path, bos_token: str) -> ChatTemplate:
     return ChatTemplate(source, found is not None, prefix.removeprefix(bos_token), suffix, role)
 
 
-def _find(folder: Path) -> str | None:
+def _find(folder: Place) -> str | None:
     """chat_template.jinja (transformers since 4.50), else the key of tokenizer_config.json: a text or a named list."""
     file = folder / "chat_template.jinja"
     if file.is_file():

@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from rkconvert.formats import FLOATS
 from rkconvert.gemma import HEAD, GemmaConfig, parse_config, token_ids
+from rkconvert.inputs import Inputs, folder_states
 from rkconvert.shards import read_json
 from rkconvert.sources.bitsandbytes import Dequantized, is_bitsandbytes
+from rkconvert.sources.memory_folder import Place
 from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES, open_tensor_files
 from rkconvert.weights import Weights
@@ -25,23 +27,28 @@ class Checkpoint:
     """A checked model.
 
     Attributes:
-        path: folder of config.json, tokenizer and template.
+        path: folder of config.json, tokenizer and template; of a GGUF file it exists in memory only.
         config: its settings; `raw_config` is config.json as it stands.
         weights: every tensor of the model as floats, with the right name and shape.
-        weight_files: the files that hold them, for hashes.
+        inputs: the files that it was read from, as they were before.
         name: what people call it: the folder's name, or the hub id.
         revision: commit of a hub model.
         notes: what a person must know of it.
     """
 
-    path: Path
+    path: Place
     config: GemmaConfig
     raw_config: Mapping[str, Any]
     weights: Weights
-    weight_files: tuple[Path, ...]
+    inputs: Inputs
     name: str
     revision: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(self.inputs.weights)
 
     @property
     def short_name(self) -> str:
@@ -74,6 +81,7 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
     Raises:
         CheckpointError: one message for each thing that can be wrong.
     """
+    before = folder_states(path)
     raw = read_config(path)
     config = parse_config(raw)
     files, found = open_tensor_files(path, MODEL_FILES, CheckpointError)
@@ -89,7 +97,8 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
             hint="Start from the original 16-bit checkpoint.",
         )
     check_weights(weights, config)
-    return Checkpoint(path, config, raw, weights, files, name or path.resolve().name, revision, notes)
+    inputs = Inputs.of_folder(CheckpointError, path, before, files)
+    return Checkpoint(path, config, raw, weights, inputs, name or path.resolve().name, revision, notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:

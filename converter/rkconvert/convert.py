@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,8 @@ from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
 from rkconvert.emulator_lora import plain_pairs, write_emulator_lora
 from rkconvert.hub import is_hub_id
-from rkconvert.job import Lora, MergedModel
+from rkconvert.inputs import Inputs, states_of
+from rkconvert.job import Lora, MergedModel, resume_key
 from rkconvert.loaded import Loaded
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
 from rkconvert.plan.report import as_dict
@@ -34,7 +36,7 @@ from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.toolkit import Toolkit, find_toolkit
 from rkconvert.work_folder import refuse_made, work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
-from rkruntime.errors import UsageError
+from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.rkemu import read_container
 from rkruntime.template import END_OF_TURN
 
@@ -79,6 +81,7 @@ class Job:
     Attributes:
         lora: the adapter that becomes a file of its own.
         toolkit: None for the emulator.
+        inputs: every file that is read, as it was before.
     """
 
     options: Options
@@ -86,6 +89,7 @@ class Job:
     toolkit: Toolkit | None
     model: MergedModel
     lora: Adapter | None
+    inputs: tuple[Inputs, ...]
     tokenizer: Tokenizer
     template: ChatTemplate
     plan: Plan | None
@@ -115,17 +119,32 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
     """The work itself, for a job that `check` gave; see `convert`."""
     started, options = time.monotonic(), job.options
     checkpoint = job.model.checkpoint
-    with work_folder(options.output, job.model.job(**asdict(options))) as folder:
+    key = resume_key(
+        job.inputs,
+        options=asdict(options),
+        release=job.release,
+        toolkit=_parts(job.toolkit),
+        limits=[job.max_context, job.npu_cores],
+    )
+    with work_folder(options.output, key) as folder:
         made = _write_model(folder, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         source = loaded.source(checkpoint, reporter)
         adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
         seconds = round(time.monotonic() - started, 3)
-        report = {"options": plain_options(options), "notes": job.notes, "seconds": seconds}
+        report = {
+            "options": plain_options(options),
+            "made_of": made_of(options, job.release, job.toolkit, job.inputs, (source, *adapters)),
+            "notes": job.notes,
+            "seconds": seconds,
+        }
         bundle_folder.write_report(folder, "convert", report)
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
+        # What was hashed now is what was read before only if nothing has changed since.
+        for files in job.inputs:
+            files.check()
     return Bundle(options.output, manifest)
 
 
@@ -134,7 +153,7 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     refuse_made(options.output)
-    toolkit = find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+    toolkit = _toolkit(options)
     release = _release(options, toolkit)
     checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
     plan = _plan(options, checkpoint, release)
@@ -143,12 +162,12 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
         plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
     )
     model, lora = _model(options, checkpoint, loaded)
+    inputs = inputs_of(options, checkpoint, loaded)
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
     template = read_template(model.tokenizer_folder, bos)
-    job = Job(
-        options, release, toolkit, model, lora, tokenizer, template, plan, max_context, _npu_cores(options), notes
-    )
+    cores = _npu_cores(options)
+    job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
     job = replace(job, notes=(*notes, *_check_model_file(job)))
     for note in job.notes:
         reporter.note(f"note: {note}")
@@ -164,6 +183,57 @@ def _release(options: Options, toolkit: Toolkit | None) -> str:
             hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
         )
     return toolkit.version
+
+
+def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
+    """The files of the checkpoint, of each adapter and of other options, in this order."""
+    others = [path for path in (options.toolkit.calibration, options.toolkit.qparams) if path]
+    return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
+
+
+def identify(options: Options, loaded: Loaded, reporter: Reporter) -> dict[str, Any]:
+    """`made_of` a bundle that these options would give now: every source is read for its hash."""
+    toolkit = _toolkit(options)
+    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
+    inputs = inputs_of(options, checkpoint, loaded)
+    sources: list[Checkpoint | Adapter] = [checkpoint, *loaded.model(checkpoint, options.loras).adapters]
+    hashed = [loaded.source(item, reporter) for item in sources]
+    for files in inputs:
+        files.check()
+    return made_of(options, _release(options, toolkit), toolkit, inputs, hashed)
+
+
+def made_of(
+    options: Options, release: str, toolkit: Toolkit | None, inputs: Sequence[Inputs], sources: Sequence[Source]
+) -> dict[str, Any]:
+    """Everything that decides a bundle, without paths, as it stands in its report: two that are equal here are equal.
+
+    Args:
+        sources: with the hashes of the weights of the first of `inputs`.
+    """
+    plain = {key: value for key, value in plain_options(options).items() if key not in ("output", "release")}
+    # The last of `inputs` has no weights.
+    weights = [*(source.sha256 for source in sources), ""]
+    return {
+        "made_by": bundle_folder.created_by(),
+        "options": plain,
+        "release": release,
+        "toolkit": _parts(toolkit),
+        "files": [
+            {"weights": sha256, "small": [list(pair) for pair in item.digests]}
+            for sha256, item in zip(weights, inputs, strict=True)
+        ],
+    }
+
+
+def _parts(toolkit: Toolkit | None) -> dict[str, Any] | None:
+    if toolkit is None:
+        return None
+    return {"version": toolkit.version, "python": toolkit.python_version, "packages": dict(toolkit.parts)}
+
+
+def _toolkit(options: Options) -> Toolkit | None:
+    return find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
 
 
 def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
@@ -316,11 +386,16 @@ def plain_options(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them."""
     plain = asdict(options)
     plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), options.output.name
-    plain["loras"] = [f"{_public(lora.source)}={lora.weight:g}" for lora in options.loras]
+    plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
     plain["toolkit"] = {
         key: value.name if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
     }
     return plain
+
+
+def _exact(number: float) -> str:
+    """The shortest text that is read as this very number: 1, 0.5, 0.1234567."""
+    return repr(number).removesuffix(".0")
 
 
 def _public(source: str) -> str:

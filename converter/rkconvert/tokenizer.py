@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from rkconvert.shards import read_json
+from rkconvert.sources.memory_folder import Place
 from rkruntime.errors import CheckpointError
 from rkruntime.tokenizer import TEXT_TOKEN
 
@@ -67,7 +67,7 @@ class Tokenizer:
         }
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
     """Read tokenizer.json of a model with `vocab_size` rows of embeddings.
 
     Raises:

@@ -61,7 +61,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         raise write_error(final, error) from error
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~umask())
         partial.rename(final)
     except OSError as error:
         raise write_error(final, error) from error
@@ -80,7 +80,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())
+        partial.chmod(0o666 & ~umask())
         partial.replace(final)
     except OSError as error:
         raise write_error(final, error) from error
@@ -88,7 +88,8 @@ def atomic_file(final: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Permissions that new files and folders do without."""
     # The only way to read it is to set it.
     mask = os.umask(0o022)
     os.umask(mask)

@@ -86,7 +86,7 @@ class Tokenizer:
             BundleError: the file is none, or of a kind that Gemma's models do not have.
         """
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # The library raises nothing narrower.
             raise BundleError(f"{path} is not a tokenizer.json: {error}") from error
         unknown = _decoder_names(backend) - _DECODERS

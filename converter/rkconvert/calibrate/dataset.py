@@ -15,6 +15,7 @@ from typing import Any, Final
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.rendering import render
 from rkconvert.shards import refuse_lfs_pointer
+from rkconvert.sources.memory_folder import Place
 from rkruntime.errors import CalibrationError
 from rkruntime.files import atomic_file
 from rkruntime.template import BOS
@@ -35,11 +36,11 @@ class Row:
 class TokenCounter:
     """Counts tokens of text that has its template, control tokens included."""
 
-    def __init__(self, tokenizer_file: Path) -> None:
+    def __init__(self, tokenizer_file: Place) -> None:
         import tokenizers
 
         try:
-            self._backend = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+            self._backend = tokenizers.Tokenizer.from_buffer(tokenizer_file.read_bytes())
         except Exception as error:  # The library raises nothing narrower.
             raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens with: {error}.") from error
 

@@ -84,7 +84,8 @@ def run(
         return
     refuse_existing(output)
     chats = _collect(texts, chat_files, with_default, system, limit)
-    tokenizer = Tokenizer.load(model.tokenizer_folder / TOKENIZER)
+    # It is one of a folder: this command takes no GGUF file.
+    tokenizer = Tokenizer.load(Path(str(model.tokenizer_folder / TOKENIZER)))
     with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, whose):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from rkconvert.disk import require_space
 from rkconvert.hf_folder import copy_side_files, write_json, write_weights
-from rkconvert.job import Lora, MergedModel, merged_model
+from rkconvert.job import Lora, MergedModel, merged_model, resume_key
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.work_folder import refuse_made, work_folder
 
 
-def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
+def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Reporter) -> None:
     """Write the merged model into the new folder `output`; a run that was killed is taken up again."""
     require_space(output, model.nbytes)
-    with work_folder(output, model.job(output="merge")) as folder:
+    key = resume_key(model.inputs, command="merge", weights=[lora.weight for lora in loras])
+    with work_folder(output, key) as folder:
         with reporter.bar("merging", model.nbytes) as advance:
             write_weights(folder, model.weights, advance)
         write_json(folder / "config.json", model.hf_config())
         copy_side_files([model.tokenizer_folder, model.checkpoint.path], folder)
+        for files in model.inputs:
+            files.check()
 
 
 @click.command("merge")
@@ -42,8 +46,9 @@ def run(
     A run that was killed goes on where it was when the same command is given again.
     """
     refuse_made(output)
-    model = merged_model(open_source(checkpoint, revision), [Lora.parse(text) for text in loras])
-    merge(model, output, Reporter(quiet))
+    adapters = [Lora.parse(text) for text in loras]
+    model = merged_model(open_source(checkpoint, revision), adapters)
+    merge(model, adapters, output, Reporter(quiet))
     if as_json:
         click.echo(json.dumps({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}))
     else:
