@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from rkconvert.toolkit.runner import PATIENCE
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkruntime.bundle import TOKENIZER
 from rkruntime.errors import AdapterError, CalibrationError, ModelFileError
-from rkruntime.files import sha256_file
+from rkruntime.files import readable, sha256_file
 from rkruntime.rkllm_file import read_rkllm
 
 RKLLM_FILE: Final = "model.rkllm"
@@ -221,7 +222,7 @@ def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str,
     (folder / REPORT).mkdir(exist_ok=True)
     log = result.log.read_bytes()
     for path in (str(folder.resolve()), str(folder), str(Path.home())):
-        log = log.replace(path.encode(), b"...")
+        log = log.replace(os.fsencode(path), b"...")
     (folder / REPORT / f"{_DONE}.log").write_bytes(log)
     result.log.unlink()
     calibration = board.options.calibration
@@ -251,7 +252,7 @@ def _lora_notes(result: ToolkitResult, board: BoardModel) -> list[str]:
 def _public(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call with names in the place of paths: where files were is the user's own business."""
     arguments = {
-        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        name: readable(Path(value).name) if isinstance(value, str) and value.startswith("/") else value
         for name, value in call["arguments"].items()
     }
     return {**call, "arguments": arguments}

@@ -18,6 +18,7 @@ from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES, open_tensor_files
 from rkconvert.weights import Weights
 from rkruntime.errors import CheckpointError
+from rkruntime.files import readable
 
 CONFIG: Final = "config.json"
 
@@ -98,7 +99,7 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
         )
     check_weights(weights, config)
     inputs = Inputs.of_folder(CheckpointError, path, before, files)
-    return Checkpoint(path, config, raw, weights, inputs, name or path.resolve().name, revision, notes)
+    return Checkpoint(path, config, raw, weights, inputs, name or readable(path.resolve().name), revision, notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:

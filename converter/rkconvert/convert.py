@@ -37,6 +37,7 @@ from rkconvert.toolkit import Toolkit, find_toolkit
 from rkconvert.work_folder import refuse_made, work_folder
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import CalibrationError, UsageError
+from rkruntime.files import readable
 from rkruntime.rkemu import read_container
 from rkruntime.template import END_OF_TURN
 
@@ -154,6 +155,8 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     refuse_made(options.output)
     toolkit = _toolkit(options)
+    if toolkit:
+        _refuse_bytes(options)
     release = _release(options, toolkit)
     checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
     plan = _plan(options, checkpoint, release)
@@ -224,6 +227,17 @@ def made_of(
             for sha256, item in zip(weights, inputs, strict=True)
         ],
     }
+
+
+def _refuse_bytes(options: Options) -> None:
+    """The toolkit reads and writes through libraries that take paths as Unicode (tokenizers is one)."""
+    given = {"output": options.output, "calibration": options.toolkit.calibration, "qparams": options.toolkit.qparams}
+    for name, path in given.items():
+        if path and (text := readable(path.absolute())) != str(path.absolute()):
+            raise UsageError(
+                f"--{name}: the toolkit cannot use the path {text}, which is not UTF-8.",
+                hint="Rename that folder or file.",
+            )
 
 
 def _parts(toolkit: Toolkit | None) -> dict[str, Any] | None:
@@ -351,7 +365,7 @@ def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
 def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:
     config, options = job.model.weights.config, job.options
     return Manifest(
-        name=options.output.resolve().name,
+        name=readable(options.output.resolve().name),
         family=config.family,
         size=config.size_name,
         parameters=config.parameters,
@@ -385,10 +399,10 @@ def _stop_tokens(job: Job) -> tuple[int, ...]:
 def plain_options(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them."""
     plain = asdict(options)
-    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), options.output.name
+    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), readable(options.output.name)
     plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
     plain["toolkit"] = {
-        key: value.name if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
+        key: readable(value.name) if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
     }
     return plain
 
@@ -400,4 +414,4 @@ def _exact(number: float) -> str:
 
 def _public(source: str) -> str:
     """A hub id as it is; of a path the name only, for where it was is the user's own business."""
-    return source if is_hub_id(source) and not Path(source).exists() else Path(source).name
+    return source if is_hub_id(source) and not Path(source).exists() else readable(Path(source).name)

@@ -18,6 +18,7 @@ from rkconvert.merge import MergedWeights
 from rkconvert.sources.memory_folder import Place
 from rkruntime.bundle import TOKENIZER
 from rkruntime.errors import AdapterError, UsageError
+from rkruntime.files import readable
 
 # Of `resume_key`, and of what an unfinished folder holds: one higher whenever either means something else.
 KEY_FORMAT: Final = 2
@@ -37,7 +38,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """`FOLDER=WEIGHT`, or `FOLDER`, also where that has a = in its name. Raises UsageError if WEIGHT is no number."""
+        """`FOLDER=WEIGHT`, or a `FOLDER` that may have = in its name. Raises UsageError if WEIGHT is no number."""
         source, equals, weight = text.rpartition("=")
         if not equals or Path(text).exists():
             return cls(text)
@@ -103,7 +104,8 @@ def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
 
 
 def _open_adapter(lora: Lora, base: Checkpoint) -> tuple[Adapter, Inputs]:
-    folder, name, commit = Path(lora.source), None, ""
+    folder, commit = Path(lora.source), ""
+    name = readable(folder.resolve().name)
     if not folder.exists() and is_hub_id(lora.source):
         name = lora.source
         folder, commit = download(name, weights="adapter_model")

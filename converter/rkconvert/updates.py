@@ -2,8 +2,12 @@
 
 peft (release 0.21; tuners/lora/layer.py and variants.py) holds adapters in float32, multiplies the two matrices in
 float32 and scales the product. For a linear layer it adds that to the weight in float32 and rounds once to the
-weight's format; for an embedding it rounds the product first. Blocks of rows give the same bits as the whole matrix,
-because each element is a sum over the rank alone.
+weight's format; for an embedding it rounds the product first.
+
+Each element is a sum over the rank alone, so blocks of rows give what the whole matrix gives, as long as both libraries
+(numpy's BLAS here, torch's there) add up in the same order. Against release 0.21 they do in 16-bit formats up to rank
+128 at the shapes of Gemma 2, but for [2304, 9216] (the 2B model's down_proj), where 2 of 21 million elements differ at
+rank 64; above that rank, in float32 and with DoRA some elements differ by the rounding of the sum, about 1e-7 of it.
 """
 
 from __future__ import annotations
@@ -71,8 +75,8 @@ class LowRank:
 class Dora:
     """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
 
-    The norms are summed in float64 here and in float32 by torch, in an order of its own, so that a result can be one
-    step of the weight's format away from peft's.
+    The norms are summed in float64 here and in float32 by torch, in an order of its own: a float32 result can be a few
+    steps away from peft's.
     """
 
     low_rank: LowRank

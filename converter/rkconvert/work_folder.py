@@ -10,6 +10,8 @@ import fcntl
 import os
 import shutil
 import stat
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from rkruntime.errors import OutputError
 from rkruntime.files import refuse_existing, umask, write_error
 
 _OTHERS_WRITE: Final = 0o022
+_NEW_SECONDS: Final = 10.0
 _KINDS: Final = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -58,6 +61,38 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
                     _note(final).unlink(missing_ok=True)
     except OSError as error:
         raise write_error(final, error) from error
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A new temporary folder that goes with the block; what killed runs left under this `prefix` goes first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        _remove_dead(left)
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(handle)
+
+
+def _remove_dead(folder: Path) -> None:
+    """Remove a scratch folder of this user that no process holds."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        found = os.fstat(handle)
+        # A new one is not locked for a moment.
+        if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _NEW_SECONDS:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def _note(final: Path) -> Path:

@@ -38,6 +38,11 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
     return OutputError(f"Cannot write {path}: {error.strerror or error}.")
 
 
+def readable(path: str | os.PathLike[str]) -> str:
+    """A path as a text that YAML, JSON and a terminal can hold: bytes that are not UTF-8 become `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def refuse_existing(final: Path) -> None:
     """Raise OutputError if there is something at `final` already, or no folder to put it into."""
     if final.exists() or final.is_symlink():

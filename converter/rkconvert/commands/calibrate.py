@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
 from rkconvert.toolkit.staging import stage
 from rkconvert.toolkit.versions import known_releases, release
+from rkconvert.work_folder import scratch_folder
 from rkruntime.bundle import TOKENIZER
 from rkruntime.files import refuse_existing
 from rkruntime.template import BOS, END_OF_TURN
@@ -89,6 +89,8 @@ def run(
     with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, whose):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)
+    for files in model.inputs:
+        files.check()
     write_dataset(output, built.rows)
     validate_dataset(output, template, count, context)
     _report(built, output, whose, as_json, reporter)
@@ -119,11 +121,11 @@ def _answers(
         return
     # The newest release's folder is what this transformers reads too.
     newest = release(known_releases()[-1])
-    with tempfile.TemporaryDirectory(prefix="rkedge-calibrate-") as name:
+    with scratch_folder("rkedge-calibrate-") as folder:
         with reporter.bar("reading the model", model.nbytes) as advance:
-            stage(model, template, newest, Path(name), advance)
+            stage(model, template, newest, folder, advance)
         stop = [*model.checkpoint.eos_token_ids, *filter(None, [tokenizer.control.get(END_OF_TURN)])]
-        float_model = FloatModel(Path(name), model.nbytes, tokenizer, list(dict.fromkeys(stop)))
+        float_model = FloatModel(folder, model.nbytes, tokenizer, list(dict.fromkeys(stop)))
         yield lambda prompt: float_model.answer(prompt, new_tokens), "model"
 
 

@@ -24,6 +24,7 @@ from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.sources.memory_folder import MemoryFolder
 from rkconvert.weights import TensorInfo
 from rkruntime.errors import CheckpointError, HostError
+from rkruntime.files import readable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raw_config=raw,
         weights=weights,
         inputs=inputs,
-        name=path.stem,
+        name=readable(path.stem),
         notes=weights.notes(),
     )
 
