@@ -45,6 +45,8 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
     """
     refuse_made(final)
     partial = final.parent / f".{final.name}.partial"
+    _refuse_planted(partial, stat.S_IFDIR)
+    _refuse_planted(_note(final), stat.S_IFREG)
     try:
         with _hold(final) as note:
             refuse_existing(final)
@@ -117,8 +119,7 @@ def _hold(final: Path) -> Iterator[IO[str]]:
     """The note beside `final`, open and locked: one run at a time."""
     path = _note(final)
     while True:
-        _refuse_planted(path, stat.S_IFREG)
-        # A link that is put there in this moment is refused by the open, a FIFO by what was opened.
+        # A link that is put there in this moment is refused by the open, anything else by what was opened.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "r+", encoding="utf-8") as note:
             _refuse(path, os.fstat(handle), stat.S_IFREG)
@@ -139,7 +140,6 @@ def _lock(file: IO[str], final: Path) -> None:
 
 
 def _prepare(partial: Path, note: IO[str], job: str) -> None:
-    _refuse_planted(partial, stat.S_IFDIR)
     kept = os.path.lexists(partial) and not partial.lstat().st_mode & _OTHERS_WRITE
     if not kept or _read(note) != job:
         # In this order: a kill between any two of these steps leaves nothing that counts as work on `job`.

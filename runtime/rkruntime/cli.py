@@ -92,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes are those of the error tree, 130 for Ctrl-C, 141 when the reader of the output has gone.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path may hold bytes that are not UTF-8; what is written for one is JSON's own form of it, too.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path may hold bytes that are not UTF-8; what is written for one is JSON's own form of it, too.
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(args, prog_name="rkedge", standalone_mode=False)
         return status if isinstance(status, int) else 0

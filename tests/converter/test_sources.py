@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import random
 import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 
 import gguf
 import numpy as np
@@ -17,13 +20,15 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from rkconvert import demo
+from rkconvert import demo, hf_folder
 from rkconvert.checkpoint import open_checkpoint
 from rkconvert.formats import to_float32
 from rkconvert.job import Lora, merged_model
 from rkconvert.sources.names import plain_name
 from rkconvert.sources.open import open_source
 from rkconvert.weights import row_blocks
+from rkruntime import rkemu
+from rkruntime.cli import main
 from rkruntime.errors import CheckpointError, HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -476,3 +481,94 @@ def test_offline(hub, monkeypatch):
 def test_a_folder_has_no_revision(make_model):
     with pytest.raises(CheckpointError, match="no hub model"):
         open_source(str(make_model()), "main")
+
+
+# a source that changes while it is read
+
+
+def overwritten(path):
+    """Other bytes, with size and time of change as they were."""
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-10, 2)
+        file.write(b"0123456789")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def replaced(path):
+    shutil.copy2(path, path.with_name("other"))
+    path.with_name("other").replace(path)
+
+
+def away_and_back(path):
+    path.rename(path.with_name("other"))
+    path.with_name("other").rename(path)
+
+
+CHANGES = {
+    "overwritten": overwritten,
+    "replaced": replaced,
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "touched": lambda path: path.touch(),
+    "away and back": away_and_back,
+    "gone": lambda path: path.unlink(),
+    "new": lambda path: path.write_text("{}"),
+}
+
+
+def change_at(monkeypatch, moment, path, change):
+    """Change a file when the `moment`th block of a result is written."""
+    calls = count(1)
+
+    def announced(real):
+        def write(*arguments):
+            if next(calls) == moment:
+                CHANGES[change](path)
+            return real(*arguments)
+
+        return write
+
+    for owner, name in ((hf_folder, "_write"), (rkemu.Writer, "write_rows")):
+        monkeypatch.setattr(owner, name, announced(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "file", "change"),
+    [
+        *[("merge", "folder", "model-00002-of-00003.safetensors", change) for change in CHANGES if change != "new"],
+        ("convert", "folder", "model-00003-of-00003.safetensors", "overwritten"),
+        ("convert", "folder", "model-00003-of-00003.safetensors", "replaced"),
+        ("convert", "folder", "config.json", "longer"),
+        ("convert", "folder", "tokenizer.json", "replaced"),
+        ("convert", "folder", "generation_config.json", "gone"),
+        ("merge", "folder", "added_tokens.json", "new"),
+        ("merge", "folder", "../lora/adapter_model.safetensors", "overwritten"),
+        ("convert", "folder", "../lora/adapter_config.json", "touched"),
+        ("merge", "bin", "pytorch_model-0.bin", "overwritten"),
+        ("convert", "gguf", "model.gguf", "overwritten"),
+        ("convert", "gguf", "model.gguf", "replaced"),
+        ("convert", "nf4", "model.safetensors", "overwritten"),
+        ("merge", "nf4", "model.safetensors", "cut"),
+    ],
+)
+def test_a_source_that_changes_while_it_is_read(
+    make_model, make_adapter, tmp_path, monkeypatch, capsys, command, kind, file, change
+):
+    if kind in ("nf4", "bin"):
+        base = make_model(intermediate_size=128)
+        lora = make_adapter(base)
+        quantize(base, "nf4") if kind == "nf4" else as_bin(base, 1)
+    else:
+        base = shutil.copytree(demo.checkpoint(), tmp_path / "base")
+        lora = shutil.copytree(demo.adapter(), tmp_path / "lora")
+    path = (base / file).absolute()
+    if kind == "gguf":
+        base = path = tmp_path / file
+        write_gguf(path, demo.checkpoint(), TYPES.F16)
+    (tmp_path / "out").mkdir()
+    change_at(monkeypatch, random.randint(1, 20), path, change)
+    assert main([command, str(base), "--lora", str(lora), "-o", str(tmp_path / "out" / "made"), "-q"]) == 3
+    said = capsys.readouterr().err
+    assert f"{path.resolve()} changed while it was read" in said or (change == "cut" and "became shorter" in said)
+    assert list((tmp_path / "out").iterdir()) == []
