@@ -136,6 +136,8 @@ def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
         return check(cell.options, reporter, loaded)
     except RKEdgeError as error:
         return _lost(cell, error)
+    except OSError as error:
+        return _lost(cell, write_error(output, error))
 
 
 def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> Outcome:

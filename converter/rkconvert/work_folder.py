@@ -45,9 +45,9 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
     """
     refuse_made(final)
     partial = final.parent / f".{final.name}.partial"
-    _refuse_planted(partial, stat.S_IFDIR)
-    _refuse_planted(_note(final), stat.S_IFREG)
     try:
+        _refuse_planted(partial, stat.S_IFDIR)
+        _refuse_planted(_note(final), stat.S_IFREG)
         with _hold(final) as note:
             refuse_existing(final)
             try:
@@ -103,8 +103,8 @@ def _note(final: Path) -> Path:
 
 def forget_kill(final: Path) -> None:
     """Remove what a kill behind the last step of a run left beside its finished folder."""
-    if final.is_dir():
-        with suppress(OSError):
+    with suppress(OSError):
+        if final.is_dir():
             _note(final).unlink(missing_ok=True)
 
 

@@ -40,12 +40,23 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
 
 def readable(path: str | os.PathLike[str]) -> str:
     """A path as a text that YAML, JSON and a terminal can hold: bytes that are not UTF-8 become `\\xe9`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # Half of a surrogate pair, as YAML can say it: no path at all.
+        return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def refuse_existing(final: Path) -> None:
     """Raise OutputError if there is something at `final` already, or no folder to put it into."""
-    if final.exists() or final.is_symlink():
+    try:
+        final.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise write_error(final, error) from error
+    except ValueError as error:  # A NUL, or what no file name can be.
+        raise OutputError(f"{readable(final)!r} cannot be a file's name: {error}.") from error
+    else:
         raise OutputError(f"{final} exists already, and is not overwritten.")
     if not final.parent.is_dir():
         raise OutputError(f"There is no folder {final.parent} to write into.", hint=f"Make it: mkdir -p {final.parent}")

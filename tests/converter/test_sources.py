@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import tempfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -339,6 +340,22 @@ def test_gguf_tokenizer(make_model, tmp_path):
             assert mine.decode(mine.encode(text).ids) == text
             assert mine.encode(text).ids == theirs.encode(text).ids
     assert (checkpoint.path / "chat_template.jinja").read_text() == demo.tokenizer.CHAT_TEMPLATE
+
+
+def test_a_gguf_leaves_nothing_among_the_temporary_files(tmp_path, monkeypatch):
+    """Nor while it works: what is never written needs no removal after a kill."""
+    write_gguf(tmp_path / "demo.gguf", demo.checkpoint(), TYPES.F16)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    real = rkemu.Writer.write_rows
+
+    def write(*arguments):
+        assert list((tmp_path / "temporary").iterdir()) == []
+        return real(*arguments)
+
+    monkeypatch.setattr(rkemu.Writer, "write_rows", write)
+    assert main(["convert", str(tmp_path / "demo.gguf"), "-o", str(tmp_path / "made"), "-q"]) == 0
+    assert (tmp_path / "made" / "tokenizer.json").is_file()
 
 
 def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monkeypatch):

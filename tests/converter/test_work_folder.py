@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import random
@@ -186,5 +185,4 @@ def test_paths_that_are_not_utf8(tmp_path, monkeypatch, capsys, name):
     rkedge("convert", Path(base).name, "--lora", Path(lora).name, "-q")
     assert (root / os.fsdecode(b"base" + name + b"-lora" + name + b"-rk3588-w8a8-1.2.3")).is_dir()
     # The library has the path as the bytes that it is.
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there"))
-    assert rkedge("run", out)
+    assert rkedge("run", out, "-p", "Hello there")

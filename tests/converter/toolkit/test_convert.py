@@ -238,7 +238,7 @@ EDITS: dict[str, Callable[[Path, Path, Path], object]] = {
     "nothing": lambda base, lora, texts: None,
     "config": lambda base, lora, texts: edit(base / "config.json", rms_norm_eps=1e-5),
     "generation": lambda base, lora, texts: edit(base / "generation_config.json", eos_token_id=[1]),
-    "tokenizer": lambda base, lora, texts: edit(base / "tokenizer.json", own=1),
+    "tokenizer": lambda base, lora, texts: edit(base / "tokenizer.json"),
     "tokenizer's settings": lambda base, lora, texts: edit(base / "tokenizer_config.json", model_max_length=77),
     "template": lambda base, lora, texts: (base / "chat_template.jinja").write_text(
         (base / "chat_template.jinja").read_text().replace("trim", "trim | trim")
@@ -250,8 +250,9 @@ EDITS: dict[str, Callable[[Path, Path, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", EDITS)
-@pytest.mark.parametrize("lora_mode", ["merge", "runtime"])
+@pytest.mark.parametrize(
+    ("change", "lora_mode"), [*((change, "merge") for change in EDITS), ("alpha", "runtime"), ("adapter", "runtime")]
+)
 def test_a_finished_file_is_kept_only_if_it_would_be_the_same(
     options: Callable[..., Options], base: Path, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     change: str, lora_mode: str,
@@ -310,7 +311,7 @@ def test_paths_that_are_not_utf8(
     # Its own libraries take no such path.
     for fields in ({"output": tmp_path / os.fsdecode(b"out\xff")}, {"calibration": tmp_path / os.fsdecode(b"\xff")}):
         with pytest.raises(UsageError, match=r"not UTF-8"):
-            convert(options(**{"checkpoint": str(odd), **fields}))
+            convert(options(**{"output": tmp_path / "bundles" / "other", "checkpoint": str(odd), **fields}))
 
 
 def rkedge(options: Options, **environment: str) -> subprocess.Popen[bytes]:
