@@ -53,7 +53,8 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
             try:
                 _prepare(partial, note, job)
                 yield partial
-                partial.chmod(0o777 & ~umask())
+                # As any new folder here: what it inherited from its parent (setgid) stays.
+                partial.chmod(stat.S_IMODE(partial.stat().st_mode) | 0o777 & ~umask())
                 partial.rename(final)
             except Exception:  # Whatever it was, nothing half-made stays; Ctrl-C and a kill leave it for the next run.
                 shutil.rmtree(partial, ignore_errors=True)

@@ -40,10 +40,7 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
 
 def readable(path: str | os.PathLike[str]) -> str:
     """A path as a text that YAML, JSON and a terminal can hold: bytes that are not UTF-8 become `\\xe9`."""
-    try:
-        return os.fsencode(path).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # Half of a surrogate pair, as YAML can say it: no path at all.
-        return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def refuse_existing(final: Path) -> None:
@@ -54,8 +51,6 @@ def refuse_existing(final: Path) -> None:
         pass
     except OSError as error:
         raise write_error(final, error) from error
-    except ValueError as error:  # A NUL, or what no file name can be.
-        raise OutputError(f"{readable(final)!r} cannot be a file's name: {error}.") from error
     else:
         raise OutputError(f"{final} exists already, and is not overwritten.")
     if not final.parent.is_dir():

@@ -75,11 +75,22 @@ def test_what_another_user_left_is_not_taken_up(tmp_path, monkeypatch):
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_result_has_the_permissions_of_any_folder(tmp_path):
+@pytest.mark.parametrize("mode", [0o755, 0o2775])
+def test_the_result_has_the_permissions_of_any_folder(tmp_path, mode):
+    tmp_path.chmod(mode)
     (tmp_path / "any").mkdir()
     with work_folder.work_folder(tmp_path / "out", "job"):
         pass
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "x" * 256, "x/" * 3000 + "x"])
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_names_that_no_folder_can_have(tmp_path, monkeypatch, capsys, command, name):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, str(demo.checkpoint()), "--lora", str(demo.adapter()), "-o", name, "-q"]) == 3
+    assert "defect" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_on_a_note_that_is_gone_keeps_nobody_out(tmp_path, monkeypatch):

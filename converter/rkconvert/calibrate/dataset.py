@@ -104,9 +104,8 @@ def _read(path: Path) -> Any:
                 f"{path} has over {_MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
             )
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name.
-        why = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"{path} cannot be read: {why}.") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
     refuse_lfs_pointer(path, data[:64], CalibrationError)
     try:
         return json.loads(data)
