@@ -339,7 +339,7 @@ def test_gguf_tokenizer(make_model, tmp_path):
         for text in (row.question, row.answer, row.pirate, "new words: Übermut, 12 ≠ 13 \n\n 🙂"):
             assert mine.decode(mine.encode(text).ids) == text
             assert mine.encode(text).ids == theirs.encode(text).ids
-    assert (checkpoint.path / "chat_template.jinja").read_text() == demo.tokenizer.CHAT_TEMPLATE
+    assert (checkpoint.path / "chat_template.jinja").read_bytes().decode() == demo.tokenizer.CHAT_TEMPLATE
 
 
 def test_a_gguf_leaves_nothing_among_the_temporary_files(tmp_path, monkeypatch):
