@@ -105,7 +105,8 @@ class RowReader:
             return self._descriptor
 
     def rows(self, entry: Entry, first: int, count: int) -> NDArray[Any]:
-        """Rows of the tensor at `entry`; safe to call from several threads."""
+        """Rows of the tensor at `entry`, and never a byte beside it; safe to call from several threads."""
+        entry.info.require_rows(first, count, self._path, self._kind)
         shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
         block = np.empty(shape, STORAGE[entry.info.dtype])
         offset = entry.offset + first * (block.nbytes // max(1, count))

@@ -16,6 +16,7 @@ import torch
 from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from rkconvert import demo
 from rkconvert.checkpoint import open_checkpoint
@@ -23,8 +24,9 @@ from rkconvert.formats import to_float32
 from rkconvert.job import Lora, merged_model
 from rkconvert.sources.names import plain_name
 from rkconvert.sources.open import open_source
+from rkconvert.tensor_files import ADAPTER_FILES, open_tensor_files
 from rkconvert.weights import row_blocks
-from rkruntime.errors import CheckpointError, HostError
+from rkruntime.errors import AdapterError, CheckpointError, HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -53,7 +55,7 @@ def as_bin(folder, shards=2):
     index = {name: f"pytorch_model-{at % shards}.bin" for at, name in enumerate(names)}
     for file in set(index.values()):
         torch.save({name: state[name] for name in names if index[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return state
 
 
@@ -207,6 +209,7 @@ def test_other_quantizers_are_named(make_model, edit_json):
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
+    "lm_head": "output",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -474,3 +477,126 @@ def test_offline(hub, monkeypatch):
 def test_a_folder_has_no_revision(make_model):
     with pytest.raises(CheckpointError, match="no hub model"):
         open_source(str(make_model()), "main")
+
+
+# No reader leaves its tensor.
+
+
+def as_gguf(base, kind):
+    write_gguf(base.parent / "model.gguf", base, kind)
+    return base.parent / "model.gguf"
+
+
+READERS = {
+    "safetensors": lambda base: base,
+    "bin": lambda base: as_bin(base) and base,
+    "nf4": lambda base: quantize(base, "nf4", nested=True) and base,
+    "int8": lambda base: quantize(base, "int8") and base,
+    "gguf, plain": lambda base: as_gguf(base, TYPES.F16),
+    "gguf, quantized": lambda base: as_gguf(base, TYPES.Q8_0),
+}
+
+
+def outside(rows):
+    """Blocks that are not within a tensor of so many rows, near its ends and far from them."""
+    yield from [(rows, 1), (rows - 1, 2), (-1, 1), (-1, 2), (-rows, rows), (0, rows + 1), (rows + 1, 0), (1, -1)]
+    yield from ((int(first), rows) for first in np.random.default_rng(0).integers(1, 1 << 40, 5))
+
+
+@pytest.mark.parametrize("make", READERS.values(), ids=READERS)
+def test_rows_beyond_a_tensor(make_model, make):
+    base = make_model(num_hidden_layers=1, intermediate_size=128)
+    weights = open_source(str(make(base))).weights
+    for name, info in weights.tensors.items():
+        rows = info.shape[0]
+        assert len(weights.read(name, rows - 1, 1)) == 1
+        assert len(weights.read(name, rows, 0)) == 0
+        for first, count in outside(rows):
+            with pytest.raises(CheckpointError, match="were to be read of a tensor that has"):
+                weights.read(name, first, count)
+
+
+def test_rows_beyond_an_adapters_tensor(make_model, make_adapter):
+    _, weights = open_tensor_files(make_adapter(make_model()), ADAPTER_FILES, AdapterError)
+    for name, info in weights.tensors.items():
+        for first, count in outside(info.shape[0]):
+            with pytest.raises(AdapterError, match="were to be read of a tensor that has"):
+                weights.read(name, first, count)
+
+
+# A head that is stored beside the embedding that config.json ties it to.
+
+
+def add_head(base, head):
+    state = state_of(base) | {"lm_head.weight": head}
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+def in_shards(base):
+    """The same tensors in a file each, the head in a file before the embedding's."""
+    state, index = state_of(base), {}
+    (base / "model.safetensors").unlink()
+    for at, name in enumerate(sorted(state), 1):
+        index[name] = f"model-{at:05}-of-{len(state):05}.safetensors"
+        save_file({name: state[name].contiguous()}, base / index[name], {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return base
+
+
+LAYOUTS = {
+    "one file": lambda base: base,
+    "shards": in_shards,
+    "bin": lambda base: as_bin(base, 2) and base,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("change", ["all", "first", "last", "none"])
+def test_a_stored_head_of_a_tied_model(make_model, bits, layout, change):
+    base = make_model()
+    embedding = state_of(base)["model.embed_tokens.weight"]
+    head = torch.randn_like(embedding) if change == "all" else embedding.clone()
+    if change in ("first", "last"):
+        head.view(-1)[0 if change == "first" else -1] += 1
+    add_head(base, head)
+    layout(base)
+    checkpoint = open_checkpoint(base)
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    tied = theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
+    assert tied == (change == "none")
+    assert (checkpoint.config.tie_word_embeddings, checkpoint.own_head) == (tied, not tied)
+    assert any("the stored one is kept" in note for note in checkpoint.notes) == (not tied)
+    model = merged_model(checkpoint, [])
+    assert model.hf_config()["tie_word_embeddings"] == tied
+    assert ("lm_head.weight" in model.weights.tensors) == (not tied)
+    if not tied:
+        mine = model.weights.read("lm_head.weight", 0, len(head))
+        np.testing.assert_array_equal(mine, bits(theirs.lm_head.weight))
+
+
+def test_a_stored_head_of_a_tied_quantized_model(make_model, bits):
+    base = make_model(intermediate_size=128)
+    head = torch.randn_like(state_of(base)["model.embed_tokens.weight"])
+    add_head(base, head)
+    quantize(base, "nf4", nested=True)
+    checkpoint = open_checkpoint(base)
+    assert checkpoint.own_head
+    np.testing.assert_array_equal(checkpoint.weights.read("lm_head.weight", 0, len(head)), bits(head))
+
+
+def test_the_head_of_a_gguf(make_model, tmp_path):
+    untied = make_model(tie_word_embeddings=False)
+    expected = write_gguf(tmp_path / "model.gguf", untied, TYPES.Q8_0)
+    checkpoint = open_source(str(tmp_path / "model.gguf"))
+    assert not checkpoint.config.tie_word_embeddings
+    np.testing.assert_array_equal(checkpoint.weights.read("lm_head.weight", 0, 1024), expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize("rows", [1023, 1025])
+def test_a_stored_head_of_another_size(make_model, rows):
+    base = make_model()
+    add_head(base, torch.zeros(rows, 64, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match=rf"lm_head.weight has the shape \[{rows}, 64\]"):
+        open_checkpoint(base)

@@ -118,6 +118,8 @@ class Dequantized:
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, dequantized."""
+        # A row of 4-bit numbers can end inside a byte, so the bytes' own bounds are not enough.
+        self.tensors[name].require_rows(first, count, name)
         packed = self._packed.get(name)
         return packed.rows(self._weights, first, count) if packed else self._weights.read(name, first, count)
 

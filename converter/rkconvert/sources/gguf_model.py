@@ -123,6 +123,7 @@ class GgufWeights:
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, dequantized, norms as Hugging Face stores them."""
         tensor, entry = self._places[name]
+        self.tensors[name].require_rows(first, count, name)
         if _is_norm(name):
             # Rows of a vector are single numbers, which a block of a quantized type is not.
             whole = self._rows.rows(entry, 0, entry.info.shape[0])
