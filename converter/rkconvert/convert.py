@@ -149,7 +149,8 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     job = Job(
         options, release, toolkit, model, lora, tokenizer, template, plan, max_context, _npu_cores(options), notes
     )
-    job = replace(job, notes=(*notes, *_check_model_file(job)))
+    of_adapters = loaded.model(checkpoint, options.loras).notes
+    job = replace(job, notes=(*notes, *of_adapters, *_check_model_file(job)))
     for note in job.notes:
         reporter.note(f"note: {note}")
     return job

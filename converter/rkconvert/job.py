@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rkconvert.adapter import Adapter, open_adapter
+from rkconvert.adapter_notes import adapter_notes
 from rkconvert.checkpoint import Checkpoint
+from rkconvert.gemma import EMBEDDING
 from rkconvert.hub import download, is_hub_id
 from rkconvert.merge import MergedWeights
+from rkconvert.updates import TensorUpdate, TokenRows
 from rkruntime.bundle import TOKENIZER
-from rkruntime.errors import UsageError
+from rkruntime.errors import AdapterError, UsageError
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,15 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """`FOLDER` or `FOLDER=WEIGHT`. Raises UsageError if the weight is no number."""
+        """`FOLDER` or `FOLDER=WEIGHT`; a folder of that whole name comes first. Raises UsageError for a bad weight."""
         source, equals, weight = text.rpartition("=")
-        if not equals:
+        if not equals or Path(text).exists():
             return cls(text)
         try:
             number = float(weight)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            if Path(text).exists():
-                return cls(text)
             raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5")
         return cls(source, number)
 
@@ -52,12 +53,14 @@ class MergedModel:
 
     Attributes:
         tokenizer_folder: where the tokenizer is: an adapter that made the vocabulary grow was saved with its own.
+        notes: what a person must know of the adapters.
     """
 
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
     weights: MergedWeights
     tokenizer_folder: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +91,19 @@ def _states(files: Iterable[Path]) -> list[list[str | int]]:
 def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
     """Open adapters and put them on a checkpoint. Raises AdapterError if one cannot be used, or does not fit."""
     adapters = tuple(_open_adapter(lora, base) for lora in loras)
+    for adapter in adapters:
+        changes = adapter.updates.get(EMBEDDING, TensorUpdate()).changes
+        if base.own_head and any(isinstance(change, TokenRows) for change in changes):
+            raise AdapterError(
+                f"{adapter.name} has trained tokens in the embedding, to which {base.name} ties its head, while it"
+                " stores another: peft changes both sides, and a model with two sides has one of them changed.",
+                hint="Make the model's config.json and files agree, and train on that: tie_word_embeddings false, or no"
+                " lm_head.weight.",
+            )
     weights = MergedWeights(base.weights, base.config, adapters)
-    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
-    return MergedModel(base, adapters, weights, own[0] if own else base.path)
+    own = [adapter.path for adapter in adapters if adapter.own_tokens and (adapter.path / TOKENIZER).is_file()]
+    notes = [note for adapter in adapters for note in adapter_notes(adapter, base)]
+    return MergedModel(base, adapters, weights, own[0] if own else base.path, (*notes, *weights.notes))
 
 
 def _open_adapter(lora: Lora, base: Checkpoint) -> Adapter:

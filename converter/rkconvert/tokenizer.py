@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Gemma's own has 17 MB (transformers 4 layout of the merges) to 34 MB.
-_MAX_FILE: Final = 128 << 20
+MAX_FILE: Final = 128 << 20
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -78,7 +78,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             f"{path.parent} has no {path.name}.",
             hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
         )
-    content = read_json(path, CheckpointError, limit=_MAX_FILE)
+    content = read_json(path, CheckpointError, limit=MAX_FILE)
     try:
         return _parse(content, vocab_size)
     except CheckpointError as error:

@@ -29,8 +29,13 @@ class Change(Protocol):
         """Rows from row `first` on, held in the format `dtype`, after the change."""
         ...
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can change a tensor of this shape."""
+        ...
 
-@dataclass(frozen=True)
+
+# Changes and replacements are equal only to themselves: what two tied tensors share is one object.
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """weight + scaling * (b @ a) with a [rank, in] and b [out, rank], float32.
 
@@ -47,6 +52,10 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix that it changes."""
         return self.b.shape[0], self.a.shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return self.shape == shape
 
     def delta(self, first: int, count: int) -> NDArray[np.float32]:
         """Rows of scaling * (b @ a)."""
@@ -67,7 +76,7 @@ class LowRank:
         return merged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dora:
     """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
 
@@ -83,6 +92,10 @@ class Dora:
         """Shape of the matrix that it changes."""
         return self.low_rank.shape
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return self.shape == shape
+
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
         rows = self.low_rank.delta(first, len(block))
@@ -94,11 +107,20 @@ class Dora:
         return from_float32(rows, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenRows:
     """Single rows of an embedding that are put in place of the base's (trainable_token_indices)."""
 
     rows: Mapping[int, NDArray[np.float32]]
+
+    def same_as(self, other: TokenRows) -> bool:
+        """Whether the same tokens get the same rows."""
+        rows = other.rows
+        return self.rows.keys() == rows.keys() and all(np.array_equal(row, rows[at]) for at, row in self.rows.items())
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return all(0 <= index < shape[0] and row.shape == shape[1:] for index, row in self.rows.items())
 
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
@@ -109,12 +131,18 @@ class TokenRows:
         return block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replacement:
-    """A whole tensor that was trained (modules_to_save) or grew, read from the adapter's own file."""
+    """A whole tensor of the adapter's own file, which stands in place of the base's.
+
+    Attributes:
+        trained: by the adapter (modules_to_save). Else it is the base's own tensor as the training saw it, which peft
+            saves beside a LoRA on an embedding and when the vocabulary grew.
+    """
 
     source: Weights = field(repr=False)
     name: str
+    trained: bool
 
     @property
     def info(self) -> TensorInfo:

@@ -531,7 +531,9 @@ def add_head(base, head):
     state = state_of(base) | {"lm_head.weight": head}
     for file in base.glob("*.safetensors*"):
         file.unlink()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"}
+    )
 
 
 def in_shards(base):

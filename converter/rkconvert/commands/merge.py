@@ -43,8 +43,12 @@ def run(
     """
     refuse_made(output)
     model = merged_model(open_source(checkpoint, revision), [Lora.parse(text) for text in loras])
-    merge(model, output, Reporter(quiet))
+    reporter, notes = Reporter(quiet), (*model.checkpoint.notes, *model.notes)
+    for note in notes:
+        reporter.note(f"note: {note}")
+    merge(model, output, reporter)
     if as_json:
-        click.echo(json.dumps({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}))
+        made = {"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors), "notes": notes}
+        click.echo(json.dumps(made))
     else:
         click.echo(f"{output}: {len(model.weights.tensors)} tensors, {model.nbytes / 1e6:,.1f} MB")
