@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from rkconvert.adapter import Adapter
 from rkconvert.base_names import is_other_base
 from rkconvert.checkpoint import Checkpoint
+from rkconvert.hub import is_hub_id
 from rkconvert.shards import read_json
 from rkconvert.tokenizer import MAX_FILE
 from rkruntime.bundle import TOKENIZER
 from rkruntime.errors import AdapterError
+from rkruntime.terminal import printable
 
 
 def adapter_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
@@ -20,7 +23,7 @@ def adapter_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
     config, names = base.config, (base.name, base.path.name, str(base.raw_config.get("_name_or_path") or ""))
     if is_other_base(adapter.base_name, config.family, config.size_name, names):
         yield (
-            f"the adapter {adapter.name} names {adapter.base_name} as its base, and this is {base.name}"
+            f"the adapter {adapter.name} names {_public(adapter.base_name)} as its base, and this is {base.name}"
             f" ({config.family} {config.size_name}): on another model than its own it gives other answers"
         )
     path = adapter.path / TOKENIZER
@@ -29,6 +32,11 @@ def adapter_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
             f"the adapter {adapter.name} has a tokenizer of {count:,} tokens, and neither it nor the model has rows for"
             f" more than {config.vocab_size:,}: the tokens beyond them are lost, and the model's own tokenizer is used"
         )
+
+
+def _public(name: str) -> str:
+    """A base's name to show; of a path the last part only, for where it was is its owner's business."""
+    return printable(name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1])
 
 
 def _token_count(path: Path) -> int:
