@@ -105,8 +105,9 @@ def _tied_shapes(
     if HEAD in base:
         return {}
     found = [parts.get(side.removesuffix(".weight"), {}) for side in _EMBEDDINGS]
-    rows = [weights.tensors[side[part]].shape[:1] for side in found for part in _WHOLE_TENSORS if part in side]
-    return dict.fromkeys(_EMBEDDINGS, (*(rows or [base[EMBEDDING]])[0][:1], *base[EMBEDDING][1:]))
+    shapes = [weights.tensors[side[part]].shape for side in found for part in _WHOLE_TENSORS if part in side]
+    rows, width = base[EMBEDDING]
+    return dict.fromkeys(_EMBEDDINGS, (shapes[0][0] if shapes and len(shapes[0]) == 2 else rows, width))
 
 
 def _group(weights: Weights) -> dict[str, dict[str, str]]:
@@ -199,7 +200,8 @@ class _Reader:
     def _replacement(self, module: str, shape: tuple[int, ...], name: str, alone: bool) -> Replacement:
         info = self.weights.tensors[name]
         embedding = f"{module}.weight" in _EMBEDDINGS
-        if info.dtype not in FLOATS or info.shape[1:] != shape[1:] or (info.shape != shape and not embedding):
+        wrong = len(info.shape) != len(shape) or info.shape[embedding:] != shape[embedding:]
+        if info.dtype not in FLOATS or wrong:
             raise AdapterError(
                 f"The adapter's own {module} is {info.dtype} {list(info.shape)}; the base model's is {list(shape)}."
             )
@@ -274,7 +276,7 @@ class _Reader:
                 f"The adapter has {rows.shape[0]} trained tokens of width {rows.shape[1]} for {module}; its settings"
                 f" name {len(set(indices))}, and the model has {shape[0]} tokens of width {shape[1]}."
             )
-        self._refuse_lost_rows(module, max(shape[0], *(index + 1 for index in indices)), shape)
+        self._refuse_lost_rows(module, max([shape[0], *(index + 1 for index in indices)]), shape)
         return TokenRows(dict(zip(indices, rows, strict=True)))
 
     def _matrix(self, name: str, rank: int) -> NDArray[np.float32]:

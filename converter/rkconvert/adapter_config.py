@@ -34,6 +34,9 @@ _CHANGED_BASE: Final = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
+# A list of every matrix of 27B by its full name has 322 entries.
+_MAX_NAMES: Final = 10_000
+_MAX_NAME: Final = 300
 _MERGE_FIRST: Final = "Merge it with peft (merge_and_unload, then save_pretrained), and convert the merged checkpoint."
 # peft's types that add to what a model is given or computes, not to its weights: peft cannot merge them either.
 _NOT_WEIGHTS: Final = (
@@ -86,7 +89,7 @@ class AdapterConfig:
     @property
     def base_name(self) -> str:
         """The base model that it was trained on, empty if it names none."""
-        return str(self.raw.get("base_model_name_or_path") or "")
+        return str(self.raw.get("base_model_name_or_path") or "")[:_MAX_NAME]
 
     @property
     def base_hint(self) -> str:
@@ -105,11 +108,16 @@ class AdapterConfig:
 
     def saves_module(self, module: str) -> bool:
         """Whether a module was trained as a whole (modules_to_save), itself or as a part of another."""
-        saved = self.raw.get("modules_to_save") or []
-        if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-            raise AdapterError(f"{self.path}: modules_to_save is {str(saved)[:80]}; it must list names of modules.")
         parts = module.split(".")
-        return any(".".join(parts[:end]).endswith(name) for name in saved for end in range(1, len(parts) + 1))
+        wholes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(whole.endswith(name) for name in self._list("modules_to_save") for whole in wholes)
+
+    def _list(self, key: str) -> list[str]:
+        """Names of modules under a key, empty if there are none."""
+        names = self.raw.get(key) or []
+        if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(n, str) and n for n in names):
+            raise AdapterError(f"{self.path}: {key} is {str(names)[:80]}; it must list names of modules.")
+        return names
 
     def rank(self, module: str) -> int:
         """Rank of a module's matrices."""
@@ -180,7 +188,7 @@ class AdapterConfig:
         targets = self.raw.get("target_modules")
         if isinstance(targets, list) and targets and not any(matrices.values()):
             raise AdapterError(
-                f"The adapter targets {', '.join(map(str, targets))[:200]}, and the base model has no such module.",
+                f"The adapter targets {', '.join(targets)[:200]}, and the base model has no such module.",
                 hint=f"It was trained on another architecture: give its own base{self.base_hint}.",
             )
         pairs = {module for module in modules if any(side in found.get(module, ()) for side in _PAIR_SIDES)}
@@ -202,26 +210,45 @@ class AdapterConfig:
 
     def _targets(self, module: str) -> bool | None:
         """Whether the settings ask for matrices for a module, by peft's rules; None where that is not known."""
-        targets, layers = self.raw.get("target_modules"), self.raw.get("layers_to_transform")
-        excluded = self.raw.get("exclude_modules") or []
-        if self.saves_module(module) or (isinstance(excluded, list) and _names(excluded, module)):
-            return False
-        if isinstance(targets, str) and targets != "all-linear" and _is_simple(targets) and not excluded:
-            try:
-                return re.fullmatch(targets, module) is not None
-            except re.error:
-                return None
-        if not isinstance(targets, list) or isinstance(excluded, str) or self.raw.get("layers_pattern"):
+        targets, excluded = self.raw.get("target_modules"), self.raw.get("exclude_modules")
+        if isinstance(excluded, str) or self.raw.get("layers_pattern"):
             return None
-        if module in targets or not _names(targets, module) or layers is None or layers == []:
-            return _names(targets, module)
+        if self.saves_module(module) or _names(self._list("exclude_modules"), module):
+            return False
+        if isinstance(targets, str):
+            return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
+        names = self._list("target_modules")
+        if not names or module in names or not _names(names, module):
+            return _names(names, module) if names else None
         layer = re.search(r"\.layers\.(\d+)\.", module)
-        return layer is not None and int(layer[1]) in (layers if isinstance(layers, list) else [layers])
+        layers = self._layers()
+        return layers is None or (layer is not None and int(layer[1]) in layers)
+
+    def _layers(self) -> Container[int] | None:
+        """Indices of the layers that are changed; None for all."""
+        layers = self.raw.get("layers_to_transform")
+        if type(layers) is int:
+            return {layers}
+        if layers is None or layers == []:
+            return None
+        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+            raise AdapterError(
+                f"{self.path}: layers_to_transform is {str(layers)[:80]}; it must list indices of layers."
+            )
+        return set(layers)
 
 
-def _names(names: list[Any], module: str) -> bool:
+def _names(names: list[str], module: str) -> bool:
     """Whether a module is one of those that a list names by the ends of their names."""
     return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _is_plain_pattern(pattern: str) -> bool:
+    """Whether it is a regular expression that can be searched for safely, and no word of peft's for many modules."""
+    try:
+        return pattern != "all-linear" and _is_simple(pattern) and bool(re.compile(pattern))
+    except re.error:
+        return False
 
 
 def _is_simple(pattern: str) -> bool:

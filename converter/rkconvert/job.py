@@ -101,6 +101,11 @@ def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
                 " lm_head.weight.",
             )
     weights = MergedWeights(base.weights, base.config, adapters)
+    size = weights.config.vocab_size
+    if size < base.config.vocab_size and max(base.eos_token_ids) >= size:
+        raise AdapterError(
+            f"The adapters leave {size:,} tokens, and answers end with the token {max(base.eos_token_ids)}."
+        )
     own = [adapter.path for adapter in adapters if adapter.own_tokens and (adapter.path / TOKENIZER).is_file()]
     notes = [note for adapter in adapters for note in adapter_notes(adapter, base)]
     return MergedModel(base, adapters, weights, own[0] if own else base.path, (*notes, *weights.notes))
