@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rkruntime import machine, resources
-from rkruntime.conditions import fits, version_key
+from rkruntime.conditions import fits
 from rkruntime.preflight import LEVELS, Finding, Model, clamp_context, preflight
+from rkruntime.versions import version
 
 ROCK_5B = ("radxa,rock-5b", "rockchip,rk3588")
 GB = 10**9
@@ -319,4 +320,4 @@ def test_conditions(facts: dict[str, str], wanted: dict[str, str], meets: bool) 
 
 def test_versions_are_ordered() -> None:
     order = ["0.9.8", "1.0.2b6", "1.0.2", "1.2.0", "1.2.1b1", "1.2.1", "1.2.10", "1.3.0"]
-    assert sorted(sorted(order, reverse=True), key=version_key) == order
+    assert sorted(sorted(order, reverse=True), key=version) == order

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkruntime.abi import sort_key
 from rkruntime.engine import Engine, LoadOptions, Lora
 from rkruntime.errors import (
     AdapterError,
@@ -40,6 +39,7 @@ from rkruntime.generation import (
 from rkruntime.preflight import Model
 from rkruntime.rkemu import TensorSpec, Writer, read_container
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.versions import version as order
 
 Load = Callable[..., Engine]
 QUESTION = "<bos><start_of_turn>user\nWhat is the RK3588?<end_of_turn>\n<start_of_turn>model\n"
@@ -47,7 +47,7 @@ ANSWER = "A Rockchip chip with eight Arm cores and an NPU of 6 TOPS."
 
 
 def newer(release: str, than: str) -> bool:
-    return sort_key(release) >= sort_key(than)
+    return order(release) >= order(than)
 
 
 @pytest.fixture(scope="module")
