@@ -33,15 +33,18 @@ from rkconvert.progress import QUIET, Reporter
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.toolkit import Toolkit, find_toolkit
 from rkconvert.work_folder import refuse_made, work_folder
+from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import UsageError
 from rkruntime.rkemu import read_container
 from rkruntime.template import END_OF_TURN
+from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
 EMULATOR_LORA_FILE: Final = "model_lora.rkemu"
-DEFAULT_RELEASE: Final = "1.2.3"
+# The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
+_EMULATED_PLATFORM: Final = "rk3588"
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,10 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     """Every check that needs no work; see `convert` for what it raises."""
-    if options.target not in TARGETS:
-        raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
-    refuse_made(options.output)
+    _check_target(options)
     toolkit = find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
     release = _release(options, toolkit)
+    refuse_made(options.output)
     checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
     plan = _plan(options, checkpoint, release)
     notes = (*checkpoint.notes, *_notes(plan))
@@ -147,7 +149,17 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
     template = read_template(model.tokenizer_folder, bos)
     job = Job(
-        options, release, toolkit, model, lora, tokenizer, template, plan, max_context, _npu_cores(options), notes
+        options,
+        release,
+        toolkit,
+        model,
+        lora,
+        tokenizer,
+        template,
+        plan,
+        max_context,
+        _npu_cores(options, release),
+        notes,
     )
     job = replace(job, notes=(*notes, *_check_model_file(job)))
     for note in job.notes:
@@ -155,15 +167,31 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     return job
 
 
+def _check_target(options: Options) -> None:
+    """That there is something that runs the result."""
+    if options.target not in TARGETS:
+        raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
+    if options.target == "emulator" and options.platform != _EMULATED_PLATFORM:
+        raise UsageError(
+            f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
+            hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
+        )
+
+
 def _release(options: Options, toolkit: Toolkit | None) -> str:
     if toolkit is None:
-        return options.release or DEFAULT_RELEASE
-    if options.release and dtypes.version_key(options.release) != dtypes.version_key(toolkit.version):
+        return check_release(options.release or DEFAULT_RELEASE, EMULATED, "The emulator").version
+    if options.release and not _same_release(options.release, toolkit.version):
         raise UsageError(
             f"--release {options.release}: the toolkit is {toolkit.version} ({toolkit.python}).",
             hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
         )
     return toolkit.version
+
+
+def _same_release(named: str, installed: str) -> bool:
+    """Whether a release that a person named is the installed one, which may have a local part such as `+cpu`."""
+    return named == installed or (named in CALLABLE and version(named) == version(installed))
 
 
 def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
@@ -226,8 +254,8 @@ def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plan.items() if key != "host"}
 
 
-def _npu_cores(options: Options) -> int:
-    most = int(dtypes.platforms()[options.platform]["cores"])
+def _npu_cores(options: Options, release: str) -> int:
+    most = dtypes.cores(options.platform, release)
     cores = most if options.npu_cores is None else options.npu_cores
     if not 1 <= cores <= most:
         raise UsageError(f"--npu-cores {cores}: the {options.platform} has {most}.", hint=f"Use 1 to {most}.")

@@ -18,16 +18,18 @@ from rich.table import Table
 from rkconvert import matrix as matrices
 from rkconvert import recipes
 from rkconvert.board_file import LORA_MODES, ToolkitOptions
-from rkconvert.convert import DEFAULT_RELEASE, TARGETS, Options, convert
-from rkconvert.dtypes import EMULATOR_ONLY, known_types, platforms
+from rkconvert.convert import TARGETS, Options, convert
+from rkconvert.dtypes import EMULATOR_ONLY, PLATFORMS, known_types
 from rkconvert.job import Lora
 from rkconvert.progress import Reporter
 from rkconvert.publish import Destination, check_destination, push
 from rkconvert.toolkit import find_toolkit
 from rkconvert.toolkit.job import DEVICES
 from rkconvert.toolkit.runner import PATIENCE
+from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle import Bundle
 from rkruntime.errors import UsageError
+from rkruntime.flags import json_option
 from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
@@ -42,7 +44,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
 @click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
 @click.option(
-    "--platform", type=click.Choice(sorted(platforms())), default="rk3588", show_default=True, help="SoC of the board."
+    "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="SoC of the board."
 )
 @click.option(
     "--dtype",
@@ -73,7 +75,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, private.")
 @click.option("--public", is_flag=True, help="Let everybody see what is uploaded.")
 @click.option("--matrix", type=_PATH, help="Recipe whose key `matrix` lists values: every combination is converted.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; with --matrix, what became of each.")
+@json_option("Print the manifest as JSON; with --matrix, what became of each.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.pass_context
 def run(
