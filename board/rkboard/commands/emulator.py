@@ -10,16 +10,18 @@ import click
 from rich.console import Console
 
 from rkboard import emulator, faults
+from rkruntime.abi import DEFAULT_RELEASE
+from rkruntime.flags import json_option
 
 _RELEASE = click.option(
     "--release",
     type=click.Choice(list(emulator.RELEASES)),
-    default=emulator.DEFAULT_RELEASE,
+    default=DEFAULT_RELEASE,
     show_default=True,
     help="The librkllmrt.so that it stands for.",
 )
 _ARCH = click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Build for another machine.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_JSON = json_option("Print one JSON document.")
 
 
 def _build(release: str, arch: str | None, sanitize: str | None = None) -> str:
@@ -92,7 +94,7 @@ def info(list_faults: bool, as_json: bool) -> None:
 
 
 def _show_faults(as_json: bool) -> None:
-    rows = faults.faults(Path(_build(emulator.DEFAULT_RELEASE, None)))
+    rows = faults.faults(Path(_build(DEFAULT_RELEASE, None)))
     if as_json:
         click.echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return

@@ -10,13 +10,14 @@ import click
 from rkconvert.progress import Reporter
 from rkconvert.publish import Destination, push
 from rkruntime.bundle import open_bundle
+from rkruntime.flags import json_option
 
 
 @click.command("push")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Let everybody see it [default: private].")
-@click.option("--json", "as_json", is_flag=True, help="Say as JSON where it is.")
+@json_option("Say as JSON where it is.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool) -> None:
     """Upload a BUNDLE to the REPOSITORY, OWNER/NAME, on the Hugging Face hub.

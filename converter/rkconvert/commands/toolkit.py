@@ -11,6 +11,7 @@ import click
 from rkconvert.toolkit.environment import setup
 from rkconvert.toolkit.interpreter import VARIABLE, Toolkit, find_toolkit
 from rkconvert.toolkit.wheel import read_wheel
+from rkruntime.flags import json_option
 
 _PYTHON = click.Path(path_type=Path)
 
@@ -24,7 +25,7 @@ def run() -> None:
 @click.option("--wheel", "wheel_file", type=_PYTHON, required=True, help="The vendor's wheel, as downloaded.")
 @click.option("--python", type=_PYTHON, help="A Python of the wheel's release [default: looked for].")
 @click.option("--replace", is_flag=True, help="Make an environment anew that exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+@json_option("Print what was made as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show what pip prints.")
 def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
     """Make an environment from a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
@@ -38,7 +39,7 @@ def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: boo
 
 @run.command("info")
 @click.option("--toolkit-python", type=_PYTHON, help=f"Interpreter that has the toolkit [default: {VARIABLE}, ...].")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@json_option("Print it as JSON.")
 def run_info(toolkit_python: Path | None, as_json: bool) -> None:
     """Say which toolkit `rkedge convert` will use, and what this release takes. Nothing of it is run."""
     toolkit = find_toolkit(toolkit_python)

@@ -12,6 +12,7 @@ import click
 from rkruntime import logtext
 from rkruntime.diagnosis import UNEXPLAINED, Diagnosis, diagnose
 from rkruntime.errors import InputError
+from rkruntime.flags import json_option
 
 _MEANING = {
     "high": "the text names this fault",
@@ -62,7 +63,7 @@ def _print(found: Diagnosis) -> None:
 
 @click.command("diagnose")
 @click.argument("log", metavar="FILE|-")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option("Print one JSON document.")
 def run(log: str, as_json: bool) -> None:
     """Explain a log of RKLLM, RKNN, the NPU driver or rkllm-toolkit.
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from rkruntime.errors import InputError, UsageError
+from rkruntime.flags import json_option
 
 _ELF: Final = b"\x7fELF"
 
@@ -94,7 +95,7 @@ def _text(value: Any) -> str:
 @click.command("inspect")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option("Print one JSON document.")
 def run(path: Path, verify: bool, as_json: bool) -> None:
     """Say what PATH is: a bundle, a model file (.rkemu, .rkllm) or a librkllmrt.so.
 

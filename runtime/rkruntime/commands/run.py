@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from rkruntime.errors import UsageError
+from rkruntime.flags import json_option
 from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 @click.option("-f", "--file", type=click.File("rb"), help="A text to put behind the prompt; - is standard input.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the text.")
+@json_option("Print one JSON document instead of the text.")
 @sampling_options
 @runtime_options
 def run(
