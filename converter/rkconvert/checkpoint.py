@@ -16,6 +16,7 @@ from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES, open_tensor_files
 from rkconvert.weights import Weights
 from rkruntime.errors import CheckpointError
+from rkruntime.words import counted
 
 CONFIG: Final = "config.json"
 
@@ -114,14 +115,14 @@ def check_weights(weights: Weights, config: GemmaConfig) -> None:
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(
-            f"The checkpoint lacks the tensor {missing[0]} ({len(missing)} of {len(expected)} tensors are missing)."
+            f"The checkpoint lacks the tensor {missing[0]} ({len(missing)} of {len(expected)} tensors missing)."
         )
     # A tied head may be stored all the same.
     surplus = [name for name in found if name not in expected and name != HEAD]
     if surplus:
         raise CheckpointError(
             f"The checkpoint has the tensor {surplus[0]}, which a model of this config.json has not"
-            f" ({len(surplus)} such tensors).",
+            f" ({counted(len(surplus), 'such tensor')}).",
             hint="If it holds an adapter's own tensors, give the base model and the adapter with --lora.",
         )
     for name, shape in expected.items():

@@ -15,6 +15,7 @@ from rkruntime.errors import BundleError
 from rkruntime.files import sha256_file
 from rkruntime.preflight import Model
 from rkruntime.schema import build
+from rkruntime.words import counted
 from rkruntime.yamltext import load_yaml
 
 SCHEMA: Final = "rkedge-bundle/1"
@@ -162,7 +163,8 @@ class Bundle:
         state = path.stat()
         if state.st_size != record.size:
             raise BundleError(
-                f"{path} has {state.st_size:,} bytes; the manifest says {record.size:,}. The copy is cut or changed."
+                f"{path} has {counted(state.st_size, 'byte')}; the manifest says {record.size:,}."
+                " The copy is cut or changed."
             )
         stamp = _Stamp(path, state, record.sha256)
         if trust_stamps and stamp.known():

@@ -16,6 +16,7 @@ from rkruntime.generation import Request
 from rkruntime.repl import Note, Turn, rate
 from rkruntime.template import load_template
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted, dropped_turns
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
@@ -72,7 +73,7 @@ class LocalChat:
         engine = self._running_engine()
         tokens, dropped = self._conversation.fitting_prompt(text, engine.info.max_context, drop=self._drop_oldest)
         if dropped:
-            yield Note(f"The context was full: the {dropped} oldest turn{'s were' if dropped > 1 else ' was'} dropped.")
+            yield Note(f"The context was full: {dropped_turns(dropped)}.")
         reader = AnswerReader(self._tokenizer, len(tokens))
         start = time.monotonic()
         first = 0.0
@@ -131,8 +132,8 @@ class LocalChat:
         limit = f" of {self._engine.info.max_context:,}" if self._engine else ""
         return {
             "model": self.title,
-            "answers": f"{self._answered}, {self._generated:,} tokens generated",
-            "context": f"{used:,}{limit} tokens used, {len(self._conversation.messages) // 2} turns",
+            "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
+            "context": f"{used:,}{limit} tokens used, {counted(len(self._conversation.messages) // 2, 'turn')}",
             "last answer": self.last.summary(self.emulated) if self.last else "(none)",
         }
 

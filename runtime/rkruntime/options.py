@@ -53,13 +53,9 @@ class SamplingOptions:
     max_new_tokens: int | None = None
 
     def over(self, base: Sampling) -> Sampling:
-        """`base` with what was asked for put over it; a temperature of 0 is greedy in every respect."""
-        if self.temperature == 0:
-            base = GREEDY
-        elif self.temperature is not None and base == GREEDY:
-            base = Sampling()
+        """`base` with what was asked for put over it."""
         names = ("temperature", "top_k", "top_p", "repeat_penalty")
-        return replace(base, **{name: value for name in names if (value := getattr(self, name)) is not None})
+        return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
 
 
 def _packed(

@@ -22,6 +22,7 @@ from rkruntime.conversation import read_conversation, write_conversation
 from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError
 from rkruntime.generation import FinishReason
 from rkruntime.repl import Note, Turn
+from rkruntime.words import counted
 
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 # A dead connection shows after 15 seconds, not after TCP's quarter of an hour.
@@ -268,7 +269,7 @@ class RemoteChat:
         return {
             "model": self.title,
             "session": self._session,
-            "answers": f"{self._answered}, {self._generated:,} tokens generated",
+            "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
             "last answer": self.last.summary(self.emulated) if self.last else "(none)",
             "board": f"{status.get('state')}, {queue.get('waiting', 0)} waiting, hottest zone {hottest}",
         }

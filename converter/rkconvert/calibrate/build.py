@@ -14,6 +14,7 @@ from rkconvert.rendering import render
 from rkruntime.errors import CalibrationError, CheckpointError
 from rkruntime.template import BOS, fold_system
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted
 
 # Fewer rows than the vendor's own example has (19) say little about the range of activations.
 FEW_ROWS: Final = 16
@@ -64,7 +65,7 @@ class Builder:
         if not rows:
             reasons = ", ".join(f"{many} {reason}" for reason, many in left_out.items())
             raise CalibrationError(
-                f"Nothing is left of {len(chats)} conversations: {reasons}.",
+                f"Nothing is left of {counted(len(chats), 'conversation')}: {reasons}.",
                 hint="Give chats with answers (--chats), or install torch and transformers so that the model answers.",
             )
         return Built(tuple(rows), left_out)

@@ -13,6 +13,8 @@ from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.work_folder import refuse_made, work_folder
+from rkruntime.flags import json_option
+from rkruntime.words import counted
 
 
 def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
@@ -30,7 +32,7 @@ def merge(model: MergedModel, output: Path, reporter: Reporter) -> None:
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--lora", "loras", multiple=True, required=True, help="Adapter, or FOLDER=WEIGHT; may be repeated.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@click.option("--json", "as_json", is_flag=True, help="Say as JSON what was made.")
+@json_option("Say as JSON what was made.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(
     checkpoint: str, revision: str | None, loras: tuple[str, ...], output: Path, as_json: bool, quiet: bool
@@ -47,4 +49,4 @@ def run(
     if as_json:
         click.echo(json.dumps({"output": str(output), "bytes": model.nbytes, "tensors": len(model.weights.tensors)}))
     else:
-        click.echo(f"{output}: {len(model.weights.tensors)} tensors, {model.nbytes / 1e6:,.1f} MB")
+        click.echo(f"{output}: {counted(len(model.weights.tensors), 'tensor')}, {model.nbytes / 1e6:,.1f} MB")

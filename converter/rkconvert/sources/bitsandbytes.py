@@ -19,6 +19,7 @@ import numpy as np
 from rkconvert.formats import from_float32
 from rkconvert.weights import TensorInfo, Weights
 from rkruntime.errors import CheckpointError
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -170,5 +171,7 @@ class Dequantized:
         shape = self._weights.tensors[name].shape
         scales = self._floats(name.removesuffix("weight") + "SCB")
         if len(shape) != 2 or len(scales) != shape[0]:
-            raise CheckpointError(f"The int8 tensor {name} {list(shape)} has {len(scales)} scales; it needs one a row.")
+            raise CheckpointError(
+                f"The int8 tensor {name} {list(shape)} has {counted(len(scales), 'scale')}; it needs one a row."
+            )
         return _EightBit(name, self._dtype, shape, scales)

@@ -14,6 +14,7 @@ from rkruntime.serve.host import Model
 from rkruntime.serve.http import while_connected
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
 from rkruntime.template import Message
+from rkruntime.words import dropped_turns
 
 IGNORED_HEADER: Final = "X-RKEdge-Ignored"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
@@ -72,7 +73,7 @@ def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = F
         turns = service.memory.recall(messages)[1 if messages[0].role == "system" else 0 : -1]
         conversation = Conversation(model.template, system, turns)
         tokens, dropped = conversation.fitting_prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
-        return Prompt(tokens, notes=(f"{dropped} oldest turns were dropped",) if dropped else ())
+        return Prompt(tokens, notes=(dropped_turns(dropped),) if dropped else ())
 
     return build
 

@@ -19,6 +19,7 @@ from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
 from rkruntime.template import Template, load_template
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
@@ -124,7 +125,8 @@ class Host:
         if wait > _PATIENCE:
             reason = f" The last error: {self.error.message}" if self.error else ""
             raise ServiceError(
-                f"The model failed {self._failures} times; the next try is in {wait:.0f} seconds.{reason}",
+                f"The model failed {counted(self._failures, 'time')}; the next try is in"
+                f" {counted(round(wait), 'second')}.{reason}",
                 hint=self.error.hint if self.error else None,
                 details={"retry_after_s": max(1, round(wait))},
             )

@@ -25,6 +25,7 @@ from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.sessions import check_name
+from rkruntime.words import dropped_turns
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _OPTIONS = (
@@ -82,7 +83,7 @@ class _Turn:
         room = model.engine.info.max_context - len(self.begun)
         tokens, dropped = conversation.fitting_prompt(self.question, room, drop=self.drop)
         self.conversation = conversation
-        notes = (f"The context was full: the {dropped} oldest turns were dropped.",) if dropped else ()
+        notes = (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
         return Prompt([*tokens, *self.begun], self.begun, notes)
 
     def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from rkruntime.errors import BusyError
+from rkruntime.words import counted
 
 # Weight of the last run in the estimate of how long the next one takes.
 _RECENT = 0.2
@@ -59,14 +60,16 @@ class FairQueue:
 
     async def _wait(self, client: str) -> None:
         if len(self) >= self.length:
-            raise self._refusal(f"{len(self)} requests wait for the NPU already, which is the limit.")
+            raise self._refusal(f"The queue for the NPU is full: {counted(len(self), 'request')}.")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(future)
         try:
             await asyncio.wait_for(asyncio.shield(future), self.wait_s)
         except asyncio.TimeoutError:
             if self._given_up(client, future):
-                raise self._refusal(f"The NPU was busy for {self.wait_s:g} seconds, which is the limit.") from None
+                raise self._refusal(
+                    f"The NPU was busy for {counted(self.wait_s, 'second')}, which is the limit."
+                ) from None
         except asyncio.CancelledError:
             if not self._given_up(client, future):
                 self._pass_on()

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from rkruntime.abi import within
 from rkruntime.answer import Answer, AnswerReader
 from rkruntime.conversation import RESERVED
 from rkruntime.errors import BodyError, ContextFullError, RKEdgeError, ServiceError, TimeLimitError, WorkerError
-from rkruntime.generation import GREEDY, FinishReason, Request, Sampling
+from rkruntime.generation import FinishReason, Request, Sampling
 from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
@@ -22,11 +23,11 @@ from rkruntime.serve.queue import FairQueue
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings, state_folder
 from rkruntime.serve.threads import in_thread
+from rkruntime.words import counted
+from rkruntime.worker.encode import PER_RUN_SAMPLING
 
 log = logging.getLogger("rkedge")
 
-# The first release whose run takes sampling and a limit of its own.
-PER_RUN_SAMPLING: Final = (1, 3, 0)
 # Tokens that follow each other more closely go out together: less than a frame of a screen, and each wake-up costs the
 # board's CPU. Those of a board are further apart, and go out one by one.
 _GATHER_S: Final = 0.016
@@ -231,10 +232,10 @@ class Service:
     def _sampling(self, ask: Ask, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
         """The run's sampling where the runtime takes one; else what of it must be ignored."""
         wanted = {name: ask.sampling[name] for name in _FIELDS if ask.sampling.get(name) is not None}
-        changed = resolve_sampling(model.sampling, wanted)
+        changed = model.sampling.changed(wanted)
         if changed == model.sampling:
             return None, ()
-        if tuple(map(int, model.engine.info.release.split("b")[0].split("."))) >= PER_RUN_SAMPLING:
+        if within(model.engine.info.release, PER_RUN_SAMPLING, ""):
             return changed, ()
         names = tuple(wanted)
         if self.settings.per_request_sampling == "refuse":
@@ -351,15 +352,6 @@ async def _time_limit(seconds: float) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         if not expired.is_set():
             raise
-        raise TimeLimitError(f"The answer took longer than {seconds:g} seconds and was stopped.") from None
+        raise TimeLimitError(f"The answer took longer than {counted(seconds, 'second')} and was stopped.") from None
     finally:
         timer.cancel()
-
-
-def resolve_sampling(base: Sampling, wanted: Mapping[str, Any]) -> Sampling:
-    """`base` with a request's wishes put over it; a temperature or top_p of 0 is greedy in every respect."""
-    if wanted.get("temperature") == 0 or wanted.get("top_p") == 0:
-        return GREEDY
-    if base == GREEDY and wanted.get("temperature") is not None:
-        base = Sampling()
-    return replace(base, **wanted)

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import rkruntime
 from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
+from rkruntime.words import counted
 from rkruntime.worker import protocol
 from rkruntime.worker.protocol import Record
 
@@ -246,7 +247,7 @@ class WorkerProcess:
         """The error of a worker that gave no sign in time; the process is gone afterwards."""
         self.end(grace=0)
         return WorkerHungError(
-            f"The runtime library gave no sign of life for {seconds:g} seconds and was ended.",
+            f"The runtime library gave no sign of life for {counted(seconds, 'second')} and was killed.",
             details={"seconds": seconds},
         )
 
