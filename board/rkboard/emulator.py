@@ -62,8 +62,10 @@ EXPORTS: Final = "exports.map"
 _COMPILE: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 _WARN: Final = ("-Wall", "-Wextra", "-Wpedantic")
 _OPTIMIZE: Final = ("-O3", "-DNDEBUG")
-_LINK: Final = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,nodelete")
-_STATIC: Final = ("-static-libstdc++", "-static-libgcc")
+_LINK: Final = ("-shared", "-pthread", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,nodelete")
+# An interpreter may bring a libstdc++ that is older than the compiler's (conda's does). The unwinder must be the
+# process's own: two of them abort at the first exception that a client's callback throws.
+_STATIC: Final = ("-static-libstdc++",)
 _CROSS: Final = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
 _ERROR_LINES: Final = 12
 
