@@ -103,7 +103,8 @@ class Request:
         lora: name of an adapter that was loaded before.
         save_prompt_cache: file that the runtime writes after the run.
         pause_tokens: each of these ends the run with PAUSE; it is part of the answer, and the KV cache is kept
-            as it is for a run that goes on (1.2.1 on).
+            as it is for a run that goes on (1.2.1 on). One board is reported to ignore the next run's prompt and to go
+            on with this answer: that run ends with a RunError.
     """
 
     tokens: Sequence[int] = ()

@@ -65,11 +65,14 @@ def env(release: str) -> None:
 
 @run.command("info")
 @click.option("--faults", "list_faults", is_flag=True, help="List the failures that RKEMU_FAULT brings about.")
+@click.option(
+    "--guesses", "list_guesses", is_flag=True, help="List what RKEMU_GUESS chooses where boards are not known."
+)
 @_JSON
-def info(list_faults: bool, as_json: bool) -> None:
+def info(list_faults: bool, list_guesses: bool, as_json: bool) -> None:
     """Say which releases there are, what is built, and with which compiler."""
-    if list_faults:
-        _show_faults(as_json)
+    if list_faults or list_guesses:
+        (_show_faults if list_faults else _show_guesses)(as_json)
         return
     compiler = emulator.find_compiler()
     releases = []
@@ -99,3 +102,12 @@ def _show_faults(as_json: bool) -> None:
     for row in rows:
         name = f"{row.name}={row.value.upper()}" if row.value else row.name
         click.echo(f"{name:24} {row.class_ or '-':34} {row.summary.replace('`', '')}")
+
+
+def _show_guesses(as_json: bool) -> None:
+    rows = faults.guesses(Path(_build(emulator.DEFAULT_RELEASE, None)))
+    if as_json:
+        click.echo(json.dumps([vars(row) for row in rows], indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row.name}\n    usual: {row.usual.replace('`', '')}\n    other: {row.other.replace('`', '')}")

@@ -45,6 +45,7 @@ class Runner:
         self._can_pause = library.abi.functions and "perf" in dict(library.abi.structs["RKLLMResult"]._fields_)
         self._running = threading.Lock()
         self._run: int | None = None
+        self._paused = False  # the run before
         self._model: Model | None = None
 
     def attach(self, model: Model) -> None:
@@ -74,7 +75,7 @@ class Runner:
                 self.model.run_async(prompts, infer)
                 self._done.wait()
             else:
-                self.model.run(prompts, infer)
+                self._run_here(prompts, infer)
         finally:
             with self._running:
                 self._run = None
@@ -83,7 +84,24 @@ class Runner:
         self.model.raise_failure()
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
+        self._check_prompt_was_read()
         return self._results(header)
+
+    def _run_here(self, prompts: list[dict[str, Any]], infer: dict[str, Any]) -> None:
+        try:
+            self.model.run(prompts, infer)
+        except RunError:
+            # Whether a run that rkllm_abort ended is a failure is not known: the answer is whole if all batches ended.
+            if self._failed or None in self._ended:
+                raise
+
+    def _check_prompt_was_read(self) -> None:
+        after_pause, self._paused = self._paused, "pause" in self._ended
+        if after_pause and self._perf and self._perf["prefill_tokens"] == 0:
+            raise RunError(
+                "The runtime went on with the run that was paused before and did not read this prompt.",
+                hint="Clear the cache after a pause, or use stop tokens instead of pause tokens.",
+            )
 
     def _begin(self, header: dict[str, Any]) -> None:
         self._number = header["run"] & 0xFFFF
@@ -97,7 +115,7 @@ class Runner:
         self._ended: list[str | None] = [None] * len(header["prompts"])
         self._aborting: threading.Thread | None = None
         self._done = threading.Event()
-        self._failed = False
+        self._failed = self._has_arrays = False
         self._perf: dict[str, float] | None = None
 
     def _input(self, prompt: dict[str, Any], data: list[memoryview]) -> dict[str, Any]:
@@ -133,6 +151,13 @@ class Runner:
 
     def on_result(self, results: Any, state: int) -> int:
         """The library's callback."""
+        try:
+            return self._on_state(results, state)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _on_state(self, results: Any, state: int) -> int:
         if state <= self._waiting:
             if self._mode == "generate" and len(self._counts) == 1:
                 return self._on_token(results[0])
@@ -140,6 +165,8 @@ class Runner:
         if state == self._hidden:
             return self._on_results(results)
         if state == self._finish:
+            if self._mode == "hidden" and not self._has_arrays:  # some boards are said to give them here
+                self._on_results(results)
             self._perf = self._read_perf(results)
         self._failed = self._failed or state == self._error
         self._done.set()
@@ -200,6 +227,7 @@ class Runner:
             if rows * columns * 4 > protocol.MAX_DATA:
                 raise RunError(f"The runtime gave an array of {rows:,} x {columns:,} numbers, which is impossible.")
             address = ctypes.addressof(pointer.contents)
+            self._has_arrays = True
             values = (ctypes.c_float * (rows * columns)).from_address(address)
             self._send(kind, self._number, columns, memoryview(values).cast("B"), batch)
 
