@@ -91,7 +91,7 @@ def test_the_demo_bundle(tmp_path):
         "gemma2",
         "w8a8",
         "rk3588",
-        1024,
+        4096,
     )
     assert manifest.stop_token_ids == (demo_tokenizer.EOS, demo_tokenizer.END_OF_TURN)
     assert manifest.parameters == sum(p.numel() for p in _state(demo.checkpoint()).values())

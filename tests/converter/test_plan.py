@@ -147,7 +147,7 @@ def test_toolkit_and_model_limit_the_context():
 def test_the_demo_checkpoint_needs_next_to_nothing():
     plan = make_plan(Request(str(checkpoint())))
     assert plan.fits
-    assert plan.context == 1024
+    assert plan.context == 4096
     shards = sum(path.stat().st_size for path in checkpoint().glob("*.safetensors"))
     assert plan.source.stored_bytes == pytest.approx(shards, rel=0.01)
 

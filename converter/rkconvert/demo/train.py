@@ -55,7 +55,7 @@ CONFIG: dict[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
     "sliding_window": 32,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 4096,
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-06,

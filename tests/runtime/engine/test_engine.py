@@ -90,7 +90,7 @@ def test_what_is_known_of_a_loaded_model(load: Load, release: str) -> None:
     info = load(release).info
     assert (info.release, info.runtime_version, info.driver_version) == (release, release, "0.9.8")
     assert (info.platform, info.npu_cores, info.toolkit_version) == ("RK3588", 3, "1.2.3")
-    assert (info.max_context, info.max_context_limit) == (512, 1024)
+    assert (info.max_context, info.max_context_limit) == (512, 4096)
     assert info.dtype == ("W8A8" if newer(release, "1.2.1") else "")
     assert info.emulated
     assert info.load_seconds > 0
@@ -638,7 +638,7 @@ def _untied(container: Any, path: Path, table: Any) -> Path:
 
 def test_loads_that_the_library_refuses(load: Load, release: str, tmp_path: Path, bundle: Any) -> None:
     with pytest.raises(LoadError, match="rkllm_init returned -1") as caught:
-        load(release, max_context=2048)
+        load(release, max_context=8192)
     assert caught.value.details["diagnosis"]["class"] == "context-limit"
     damaged = tmp_path / "model.rkllm"
     damaged.write_bytes(b"no model" * 1000)
@@ -657,7 +657,7 @@ def test_files_that_are_not_there(load: Load, tmp_path: Path) -> None:
 
 def test_preflight_is_asked(load: Load, bundle: Any) -> None:
     known = bundle.known
-    engine = load(known=known, max_context=4096)
+    engine = load(known=known, max_context=8192)
     assert engine.info.max_context == known.max_context
     assert [finding.code for finding in engine.info.findings] == ["context-clamped"]
     assert isinstance(known, Model)
