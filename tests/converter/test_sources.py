@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -21,6 +23,7 @@ from rkconvert import demo
 from rkconvert.checkpoint import open_checkpoint
 from rkconvert.formats import to_float32
 from rkconvert.job import Lora, merged_model
+from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.sources.names import plain_name
 from rkconvert.sources.open import open_source
 from rkconvert.weights import row_blocks
@@ -332,6 +335,50 @@ def test_gguf_tokenizer(make_model, tmp_path):
             assert mine.decode(mine.encode(text).ids) == text
             assert mine.encode(text).ids == theirs.encode(text).ids
     assert (checkpoint.path / "chat_template.jinja").read_text() == demo.tokenizer.CHAT_TEMPLATE
+
+
+RUNS = [" " * count for count in range(2, 9)]
+
+
+def tokenizer_with_runs_of_spaces():
+    """The demo's, with runs of spaces as Gemma's own tokenizer.json has them, in the place of unused tokens."""
+    content = json.loads((demo.checkpoint() / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    for at, run in enumerate(RUNS):
+        marks = run.replace(" ", "▁")
+        vocab[marks] = vocab.pop(f"<unused{at}>")
+        token = next(token for token in content["added_tokens"] if token["content"] == f"<unused{at}>")
+        token |= {"content": marks, "special": False}
+    pairs = [["▁" * left, "▁" * (length - left)] for length in range(2, 9) for left in range(1, length)]
+    content["model"]["merges"] = (
+        sorted(pairs, key=lambda pair: (-len(pair[0]), -len(pair[1]))) + content["model"]["merges"]
+    )
+    return content
+
+
+@pytest.mark.parametrize(("as_stored", "kind"), [("▁", 4), (" ", 4), ("▁", 1)], ids=["marks", "spaces", "normal"])
+def test_gguf_runs_of_spaces(tmp_path, as_stored, kind):
+    """Converters stored Gemma's runs of spaces in three ways; each is the original's tokenizer."""
+    original = tokenizer_with_runs_of_spaces()
+    vocab = sorted(original["model"]["vocab"], key=original["model"]["vocab"].__getitem__)
+    special = {token["content"] for token in original["added_tokens"]}
+    runs = {run.replace(" ", "▁") for run in RUNS}
+    kinds = [kind if text in runs else 3 if text in special else 6 if text.startswith("<0x") else 1 for text in vocab]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text.replace("▁", as_stored) if text in runs else text for text in vocab],
+        "tokenizer.ggml.scores": [0.0 if text in runs else -float(at) for at, text in enumerate(vocab)],
+        "tokenizer.ggml.token_type": kinds,
+    }
+    made = tokenizer_json(SimpleNamespace(path=tmp_path / "x.gguf", metadata=metadata))
+    mine, theirs = (Tokenizer.from_str(json.dumps(content)) for content in (made, original))
+    assert len(theirs.encode("    return").ids) < len(theirs.encode("return").ids) + 2
+    rng = random.Random(1)
+    pieces = [*RUNS, " ", " " * 20, "return", "What", "\n", "\t", ".", "🙂", "<start_of_turn>", "é"]
+    for _ in range(500):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+        assert mine.encode(text).ids == theirs.encode(text).ids, repr(text)
+        assert mine.decode(mine.encode(text).ids) == theirs.decode(theirs.encode(text).ids)
 
 
 def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monkeypatch):
