@@ -38,7 +38,7 @@ _FEWEST_ANCHOR: Final = 3
 _FEWEST_CUT: Final = 12
 _NEAR: Final = 40
 """Lines within which a line of RKLLM tells that a text which others print, too, belongs to it."""
-_LONG_FOREIGN: Final = 40
+_LONG_FOREIGN: Final = 4
 """Lines after which a log without a single line of RKLLM is not one of it, whatever else it says."""
 
 _QUOTES = str.maketrans(
@@ -169,9 +169,10 @@ class Signature:
             return None
         fewest = max(_FEWEST_CUT, len(self.plain) * 2 // 3)
         for size in range(len(self.plain) - 1, fewest - 1, -1):
-            if log.last.endswith(self.plain[:size]):
+            # Half a number is another number.
+            if not self.plain[size - 1].isdigit() and log.last.endswith(self.plain[:size]):
                 return log.last_start
-            if log.first.startswith(self.plain[-size:]):
+            if not self.plain[-size].isdigit() and log.first.startswith(self.plain[-size:]):
                 return 0
         return None
 
@@ -404,18 +405,21 @@ class _Citations:
         return f"https://github.com/{self._repositories[name]}/issues/{issue}" if number else self._sources[name]
 
 
-def diagnose(text: str | Iterable[str], *, context: Mapping[str, object] | None = None) -> Diagnosis:
+def diagnose(
+    text: str | Iterable[str], *, context: Mapping[str, object] | None = None, rows: Table | None = None
+) -> Diagnosis:
     """Explain a log.
 
     Args:
         text: the log as one text, or its lines; of a very long one the head and the tail are read.
         context: what the caller knows and the log need not say, such as `{"stage": "load", "signal": "SIGSEGV",
             "driver": "0.9.6", "runtime": "1.2.3"}`. Values of None are ignored.
+        rows: another table than that of data/diagnosis.yaml.
     """
     whole = text if isinstance(text, str) else "\n".join(text)
     known = {key: str(value) for key, value in (context or {}).items() if value is not None}
     log = Log(logtext.clean_lines(logtext.shorten(whole)), known)
-    rows = table()
+    rows = rows or table()
     facts = _facts(log, rows) | known
     hits = _hits(log, rows, facts)
     if _is_foreign(log, rows, hits, known):
