@@ -35,9 +35,11 @@ _MOST_HITS: Final = 3
 _MOST_LINES: Final = 8
 _WIDEST_LINE: Final = 300
 _FEWEST_ANCHOR: Final = 3
-_FEWEST_CUT: Final = 12
-_NEAR: Final = 40
+_FEWEST_CUT: Final = 14
+_NEAR: Final = 10
 """Lines within which a line of RKLLM tells that a text which others print, too, belongs to it."""
+_SHORT: Final = 40
+"""Lines of a log that is about one thing: its lines are all near each other."""
 _LONG_FOREIGN: Final = 4
 """Lines after which a log without a single line of RKLLM is not one of it, whatever else it says."""
 
@@ -465,7 +467,8 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str]) -> list[Hit]:
 
 def _near(own: set[int], numbers: Iterable[int], count: int) -> bool:
     """Whether a line of RKLLM is near one of these lines; the context's line (`count`) is the caller's word for it."""
-    return any(number == count or any(abs(number - other) <= _NEAR for other in own) for number in set(numbers))
+    reach = count if count <= _SHORT else _NEAR
+    return any(number == count or any(abs(number - other) <= reach for other in own) for number in set(numbers))
 
 
 def _is_foreign(log: Log, rows: Table, hits: list[Hit], known: Mapping[str, str]) -> bool:
