@@ -159,7 +159,7 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
             "cpu-cores-below-npu-cores",
             f"The model was built for {model.npu_cores} NPU cores; this process may use {len(cores.cpus)} CPU cores.",
             f"Give it {model.npu_cores} or more (taskset, the unit's CPUAffinity, the container's --cpuset-cpus).",
-            "text in librkllmrt; github-file-index:69457407247 (reported; the reporter confirmed it)",
+            "text in librkllmrt; user report, public address not known (reported; the reporter confirmed it)",
         )
 
 
