@@ -1,4 +1,4 @@
-"""The collected logs, and the messages that programs can print, as the tests and the benchmark of the diagnosis read them."""
+"""The collected logs, and the messages that programs can print, for the tests and the benchmark of the diagnosis."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DATA = Path(__file__).parent / "data"
 
 # Cases of the first collection whose log holds no line on the cause: bare crashes, versions and healthy lines.
 SILENT = {
-    "rknn-llm-99", "rknn-llm-284", "rknn-llm-278", "rknn-llm-277", "rknn-toolkit2-287", "rknn-toolkit2-447", "rknn-toolkit2-506",
-    "rkllama-86", "rkllama-22", "file-69457407247b",
+    "rknn-llm-99", "rknn-llm-277", "rknn-llm-278", "rknn-llm-284", "rknn-toolkit2-287", "rknn-toolkit2-447",
+    "rknn-toolkit2-506", "rkllama-22", "rkllama-86", "file-69457407247b",
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ confidence `none`.
 """
 
 _GAP: Final = 160
+_SPAN: Final = 240
+"""Characters around the first text of `a & b` in which the others stand."""
 _MOST_HITS: Final = 3
 _MOST_LINES: Final = 8
 _WIDEST_LINE: Final = 300
@@ -154,22 +156,25 @@ class Signature:
     def matches(self, log: Log) -> Iterator[int]:
         """Positions in `log.text`, at most three."""
         if self.possible(log):
-            yield from islice(self._on_one_line(log.text) if self._rest else _starts(self.pattern, log.text), _MOST_HITS)
+            yield from islice(
+                self._on_one_line(log.text) if self._rest else _starts(self.pattern, log.text), _MOST_HITS
+            )
 
     def _on_one_line(self, text: str) -> Iterator[int]:
-        at = 0
-        while match := self.pattern.search(text, at):
-            start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.start())
-            line = text[start : len(text) if end < 0 else end]
-            if all(other.search(line) for other in self._others):
+        for match in self.pattern.finditer(text):
+            start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - _SPAN)
+            end = text.find("\n", match.end(), match.end() + _SPAN)
+            around = text[start : match.end() + _SPAN if end < 0 else end]
+            if all(other.search(around) for other in self._others):
                 yield match.start()
-            at = start + len(line) + 1
 
     def cut_off(self, log: Log) -> int | None:
         """Where the log's first line begins in the middle of this text, or its last line ends there."""
         if self._rest or _TOKEN.search(self.plain) or len(self.plain) < _FEWEST_CUT:
             return None
         fewest = max(_FEWEST_CUT, len(self.plain) * 2 // 3)
+        if self.plain[:fewest] not in log.last and self.plain[-fewest:] not in log.first:
+            return None
         for size in range(len(self.plain) - 1, fewest - 1, -1):
             # Half a number is another number.
             if not self.plain[size - 1].isdigit() and log.last.endswith(self.plain[:size]):
@@ -186,7 +191,9 @@ def _starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:
 def _expanded(part: str, words: Mapping[str, Sequence[str]]) -> str:
     """A part of a signature with the words it names spelled out."""
     return re.sub(
-        r"\{(\w+)\}", lambda match: "{" + "|".join(map(_plain, words[match[1]])) + "}" if match[1] in words else match[0], _plain(part)
+        r"\{(\w+)\}",
+        lambda match: "{" + "|".join(map(_plain, words[match[1]])) + "}" if match[1] in words else match[0],
+        _plain(part),
     )
 
 
@@ -328,7 +335,7 @@ class ClassText:
 
 @dataclass(frozen=True)
 class Table:
-    """The rules in their order, the classes' texts, where facts such as versions stand in a log, and whose log it is."""
+    """The rules in their order, the classes' texts, where facts stand in a log, and whose log it is."""
 
     rules: tuple[Rule, ...]
     classes: Mapping[str, ClassText]
@@ -423,7 +430,7 @@ def diagnose(
     log = Log(logtext.clean_lines(logtext.shorten(whole)), known)
     rows = rows or table()
     facts = _facts(log, rows) | known
-    hits = _hits(log, rows, facts)
+    hits = _hits(log, rows, facts, sure=bool(known))
     if _is_foreign(log, rows, hits, known):
         return _nothing(FOREIGN, log, rows, others=tuple(dict.fromkeys(hit.rule.class_ for hit in hits)))
     if not hits:
@@ -443,8 +450,12 @@ def diagnose(
     )
 
 
-def _hits(log: Log, rows: Table, facts: Mapping[str, str]) -> list[Hit]:
-    """The best rule of each class that fits, best first: by confidence, then in the table's order."""
+def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> list[Hit]:
+    """The best rule of each class that fits, best first: by confidence, then in the table's order.
+
+    Args:
+        sure: the caller knows that it is a log of RKLLM.
+    """
     own = set(map(log.number_at, _starts(rows.own, log.text)))
     hits: list[Hit] = []
     # Texts that only RKLLM prints come first: generic ones count fully near them.
@@ -454,7 +465,7 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str]) -> list[Hit]:
         confidence = rule.confidence
         if not rule.generic:
             own.update(map(log.number_at, places))
-        elif not _near(own, map(log.number_at, places), len(log.lines)):
+        elif not sure and not _near(own, set(map(log.number_at, places)), len(log.lines)):
             confidence = CONFIDENCES[-1]
         hits.append(Hit(rule, confidence, places))
     order = {id(rule): number for number, rule in enumerate(rows.rules)}
@@ -465,10 +476,10 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str]) -> list[Hit]:
     return list(best.values())
 
 
-def _near(own: set[int], numbers: Iterable[int], count: int) -> bool:
-    """Whether a line of RKLLM is near one of these lines; the context's line (`count`) is the caller's word for it."""
+def _near(own: set[int], numbers: set[int], count: int) -> bool:
+    """Whether a line of RKLLM is near one of these lines of a log of `count` lines."""
     reach = count if count <= _SHORT else _NEAR
-    return any(number == count or any(abs(number - other) <= reach for other in own) for number in set(numbers))
+    return any(abs(number - other) <= reach for number in numbers for other in own)
 
 
 def _is_foreign(log: Log, rows: Table, hits: list[Hit], known: Mapping[str, str]) -> bool:

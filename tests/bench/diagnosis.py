@@ -1,8 +1,8 @@
-"""How often `rkedge diagnose` is right: on the logs its rules were written from, without them, and on logs it never saw.
+"""How often `rkedge diagnose` is right: on the logs its rules were written from, and on logs that they do not know.
 
-The middle figure is a cross-validation: all cases of one repository are hidden, and a signature counts only if it is also
-found outside of that repository, in a case of another one or among the messages of programs (tests/data/messages.yaml).
-Signatures found nowhere count in no fold.
+The second figure is a cross-validation: all cases of one repository are hidden, and a signature counts only if it is
+also found outside of that repository, in a case of another one or among the messages of programs
+(tests/data/messages.yaml). Signatures found nowhere count in no fold.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from rkruntime import diagnosis
-from rkruntime.diagnosis import Diagnosis, Log, Rule, Signature, Table
 from tests import diagnosis_corpus as corpus
 from tests.diagnosis_corpus import Case
 
+from rkruntime import diagnosis
+from rkruntime.diagnosis import Diagnosis, Log, Rule, Signature, Table
+
 # Whose repository the messages of a source belong to; those of the others are in several, or in none of the cases'.
-_HOMES = {"rknn-llm-examples": "airockchip/rknn-llm", "rkllama": "NotPunchnox/rkllama", "rkllm-gradio": "c0zaut/RKLLM-Gradio",
-          "rknn-toolkit2-examples": "airockchip/rknn-toolkit2", "rk3588_npu_llm_server": "av1d/rk3588_npu_llm_server"}  # fmt: skip
+_HOMES = {
+    "rknn-llm-examples": "airockchip/rknn-llm",
+    "rknn-toolkit2-examples": "airockchip/rknn-toolkit2",
+    "rkllama": "NotPunchnox/rkllama",
+    "rkllm-gradio": "c0zaut/RKLLM-Gradio",
+    "rk3588_npu_llm_server": "av1d/rk3588_npu_llm_server",
+}
 
 
 @dataclass

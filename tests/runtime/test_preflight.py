@@ -252,6 +252,17 @@ def test_the_mainline_driver_is_named(board: Board) -> None:
     assert _codes(preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8))) == ["driver-mainline"]
 
 
+@pytest.mark.parametrize("shown", ["sys/module/rocket/version", "sys/bus/platform/drivers/rocket/uevent"])
+def test_the_mainline_driver_is_named_where_debugfs_is_closed(
+    board: Board, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """To users debugfs is closed with every driver."""
+    root = board(driver={shown: "1.0.0"}, nodes=False)
+    attempt = machine._attempt
+    monkeypatch.setattr(machine, "_attempt", lambda path: PermissionError() if "debug" in path.parts else attempt(path))
+    assert _codes(preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8))) == ["driver-mainline"]
+
+
 def test_nodes_that_are_not_there(board: Board) -> None:
     root = board()
     for name in ("card1", "renderD129"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from rkruntime import logtext
-from rkruntime.diagnosis import UNEXPLAINED, Diagnosis, diagnose
+from rkruntime.diagnosis import Diagnosis, diagnose
 from rkruntime.errors import InputError
 
 _MEANING = {
@@ -48,11 +48,12 @@ def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
 
 
 def _print(found: Diagnosis) -> None:
-    click.secho(f"{found.class_}: {found.title}", bold=True, fg="yellow" if found.class_ == UNEXPLAINED else "red")
+    click.secho(f"{found.class_}: {found.title}", bold=True, fg="red" if found.explained else "yellow")
     if found.confidence in _MEANING:
         click.echo(f"confidence: {found.confidence} ({_MEANING[found.confidence]})")
     _section("In the log" if found.explained else "Lines that look like trouble", found.lines)
     _section("What it means", (found.cause,))
+    _section("What the log rules out", found.rules_out)
     _section("What to do", found.next_steps, "  #. ")
     _section("Also in this log", found.others)
     rest = len(found.evidence) - _MOST_SOURCES
