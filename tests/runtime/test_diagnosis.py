@@ -327,8 +327,8 @@ def test_every_signature_stands_its_own_text_repeated() -> None:
         for signature in group
     }
     diagnose("\n".join((start + " ") * 40 for start in sorted(starts)))
-    for start in random.Random(3).sample(sorted(starts), 6):
-        diagnose((start + " ") * (200_000 // max(1, len(start))))
+    for start in random.Random(3).sample(sorted(starts), 3):
+        diagnose((start + " ") * (100_000 // max(1, len(start))))
 
 
 def test_texts_in_any_order_stay_linear() -> None:
@@ -337,11 +337,11 @@ def test_texts_in_any_order_stay_linear() -> None:
         for signature in (item for group in rule.all for item in group if " & " in item.source):
             parts = re.sub(r"\{[^{}]*\}|\*", "x", signature.source).split(" & ")
             line = " ".join(parts[:-1]) + "\n"
-            log = diagnosis.Log([line.strip()] * 2000, {})
+            log = diagnosis.Log([line.strip()] * 200, {})
             assert len(list(signature.matches(log))) <= 3
-    diagnose(("npu memory " * 300 + "\n") * 300)
-    diagnose("robot:" + " x" * 500_000)
-    diagnose("robot: " + "a" * 1_000_000)
+    diagnose(("npu memory " * 300 + "\n") * 60)
+    diagnose("robot:" + " x" * 100_000)
+    diagnose("robot: " + "a" * 1_300_000)
 
 
 def test_signatures_are_bounded() -> None:
