@@ -28,7 +28,8 @@ def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
 
         # What a shell would have printed under the log; a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
-        error.details.setdefault("diagnosis", diagnose("\n".join([*lines, *ending])).as_dict())
+        found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
+        error.details.setdefault("diagnosis", found.as_dict())
 
 
 def array_of(record: Record) -> Logits | HiddenStates:
