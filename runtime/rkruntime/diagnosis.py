@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
 from typing import Any, Final
@@ -168,6 +168,10 @@ class Signature:
             if all(other.search(around) for other in self._others):
                 yield match.start()
 
+    def sure(self, place: int, log: Log) -> bool:
+        """Whether the texts of `a & b` are on one line of the log, not on lines that were joined on suspicion."""
+        return not self._rest or not log.joined[0] <= place < log.joined[1]
+
     def cut_off(self, log: Log) -> int | None:
         """Where the log's first line begins in the middle of this text, or its last line ends there."""
         if self._rest or _TOKEN.search(self.plain) or len(self.plain) < _FEWEST_CUT:
@@ -248,12 +252,16 @@ class Log:
         length = 0
         # The context's facts are lines like any other, but never shown.
         extra = [(len(lines), f"{key}: {value}") for key, value in context.items()]
-        for number, line in (*enumerate(lines), *logtext.unwrapped(lines), *extra):
+        whole = list(logtext.unwrapped(lines))
+        for number, line in (*enumerate(lines), *whole, *extra):
             plain.append(_plain(line))
             self._starts.append(length)
             self._line_of.append(number)
             length += len(plain[-1]) + 1
         self.text = "\n".join(plain)
+        # Where joined lines stand; two of them may have nothing to do with each other.
+        starts = [*self._starts, length]
+        self.joined = (starts[len(lines)], starts[len(lines) + len(whole)])
         self.flat = self.text.replace("\n", " ")
         self.first, self.last = (plain[0], plain[len(lines) - 1]) if lines else ("", "")
         self.last_start = self._starts[len(lines) - 1] if lines else 0
@@ -285,19 +293,25 @@ class Rule:
     next_steps: tuple[str, ...]
     evidence: tuple[str, ...]
 
-    def hit(self, log: Log, facts: Mapping[str, str]) -> list[int] | None:
-        """Positions in the log's text that fit, or None."""
+    def hit(self, log: Log, facts: Mapping[str, str]) -> Hit | None:
+        """Where the log fits, or None."""
         if not fits(facts, self.where):
             return None
         found: list[int] = []
+        confidence = self.confidence
         for group in self.all:
-            places = sorted(place for signature in group for place in signature.matches(log))
+            matches = [(place, signature) for signature in group for place in signature.matches(log)]
+            places = sorted(place for place, _ in matches)
             if not places and not self.generic:
                 places = [place for signature in group if (place := signature.cut_off(log)) is not None][:1]
             if not places:
                 return None
+            if matches and not any(signature.sure(place, log) for place, signature in matches):
+                confidence = CONFIDENCES[-1]
             found += places
-        return None if any(True for signature in self.none for _ in signature.matches(log)) else found
+        if any(True for signature in self.none for _ in signature.matches(log)):
+            return None
+        return Hit(self, confidence, found)
 
 
 @dataclass(frozen=True)
@@ -460,14 +474,14 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> lis
     hits: list[Hit] = []
     # Texts that only RKLLM prints come first: generic ones count fully near them.
     for rule in sorted(rows.rules, key=lambda rule: rule.generic):
-        if (places := rule.hit(log, facts)) is None:
+        if (hit := rule.hit(log, facts)) is None:
             continue
-        confidence = rule.confidence
+        numbers = set(map(log.number_at, hit.places))
         if not rule.generic:
-            own.update(map(log.number_at, places))
-        elif not sure and not _near(own, set(map(log.number_at, places)), len(log.lines)):
-            confidence = CONFIDENCES[-1]
-        hits.append(Hit(rule, confidence, places))
+            own |= numbers
+        elif not sure and not _near(own, numbers, len(log.lines)):
+            hit = replace(hit, confidence=CONFIDENCES[-1])
+        hits.append(hit)
     order = {id(rule): number for number, rule in enumerate(rows.rules)}
     hits.sort(key=lambda hit: (CONFIDENCES.index(hit.confidence), order[id(hit.rule)]))
     best: dict[str, Hit] = {}

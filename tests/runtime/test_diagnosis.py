@@ -126,6 +126,18 @@ WAYS: dict[str, Callable[[Lines], Lines]] = {
 }
 
 
+BROKEN = ("80 columns", "97 columns", "words wrapped at 60", "compose in 90 columns")
+
+
+def test_joined_lines_do_not_make_a_fault_of_two() -> None:
+    found = diagnose(
+        "I rkllm: loading rkllm model from /srv/models/gemma-2-2b-it-rk3588-w8a8-1.2.3/a/rather/long/path/model.rkllm\n"
+        "robot:I rkllm: prompt cache saved to /srv/models/gemma-2-2b-it/another/long/path/prompt_cache.bin\n"
+        "'utf-8' codec can't decode byte 0xc3 in position 0: unexpected end of data\n"
+    )
+    assert (found.class_, found.confidence) == ("utf8-split", "high")
+
+
 def test_score() -> None:
     """docs/diagnose.md states what `make bench` prints; these are floors."""
     known, unseen = bench.score(corpus.known()), bench.score(UNSEEN)
@@ -207,7 +219,9 @@ def test_what_happens_to_a_log_changes_nothing(way: str) -> None:
         # A line that says whose log it is; else a prefix with a program's name, or more lines, would say it.
         log = ["(RKNN)", *case.log]
         plain, changed = diagnose(log), diagnose("\n".join(WAYS[way](log)))
-        assert (case.id, changed.class_, changed.confidence) == (case.id, plain.class_, plain.confidence)
+        assert (case.id, changed.class_) == (case.id, plain.class_)
+        # Texts on one line in any order are less sure where the line had to be put together.
+        assert changed.confidence == plain.confidence or (changed.confidence == "low" and way in BROKEN)
 
 
 @given(st.sampled_from(EXPLAINED), st.lists(st.sampled_from(NOISE), max_size=30), st.randoms(use_true_random=False))
