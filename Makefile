@@ -33,8 +33,8 @@ bench: $(VENV)/dev.stamp ## Measure speed and memory, as ratios side by side
 conformance: $(VENV)/dev.stamp ## Ask programs of others the demo questions (VENDOR=, RKLLAMA=, LLM_DEMO=)
 	$(BIN)/python -m tests.conformance $(if $(VENDOR),--vendor "$(VENDOR)") $(if $(RKLLAMA),--rkllama "$(RKLLAMA)") $(foreach demo,$(LLM_DEMO),--llm-demo "$(demo)")
 
-fuzz: $(VENV)/dev.stamp ## A million inputs for the emulator's reader of model files (needs clang++)
-	$(BIN)/python -m tests.emulator.fuzz
+fuzz: $(VENV)/dev.stamp ## Feed the emulator's readers of files with damaged ones (INPUTS=500000 each; needs clang++)
+	$(BIN)/python -m tests.emulator.fuzz $(INPUTS)
 
 test-sanitizers: $(VENV)/dev.stamp ## The emulator's tests with address, undefined and thread sanitizers (long)
 	$(BIN)/python -m tests.emulator.sanitizers

@@ -1,4 +1,9 @@
-// The exported functions. No exception leaves this file.
+// The exported functions. No exception leaves this file, but for the unwinding of a thread that the
+// client ends in its own callback.
+#include <cxxabi.h>
+#include <pthread.h>
+#include <unistd.h>
+
 #include <memory>
 #include <string>
 
@@ -27,12 +32,28 @@ std::string text_of(const char* text) {
   return text ? text : "";
 }
 
+// Whether a thread may be cancelled. It may in the client's callbacks, and not where our threads
+// wait for each other.
+class Cancellable {
+ public:
+  explicit Cancellable(int state) { pthread_setcancelstate(state, &before_); }
+  ~Cancellable() { pthread_setcancelstate(before_, nullptr); }
+  Cancellable(const Cancellable&) = delete;
+  Cancellable& operator=(const Cancellable&) = delete;
+
+ private:
+  int before_ = PTHREAD_CANCEL_ENABLE;
+};
+
 // Runs `work`, and turns what it throws into a line and -1.
 template <class Work>
 int guarded(const Work& work) {
+  const Cancellable not_here(PTHREAD_CANCEL_DISABLE);
   try {
     work();
     return kOk;
+  } catch (abi::__forced_unwind&) {
+    throw;
   } catch (const Failure& error) {
     rkemu::raw(error.what());
   } catch (const std::bad_alloc&) {
@@ -51,21 +72,23 @@ std::shared_ptr<Handle> known(LLMHandle key) {
   return handle;
 }
 
+// A handle that is not running, marked as running until the last copy of this goes.
+std::shared_ptr<Handle> taken(LLMHandle key) {
+  const auto handle = known(key);
+  if (!handle->begin()) throw failure("the handle is running");
+  return {handle.get(), [handle](Handle* running) { running->end(); }};
+}
+
 // Runs `work(session)` on a handle that is not running.
 template <class Work>
 int on_idle(LLMHandle key, const Work& work) {
-  return guarded([&] {
-    const auto handle = known(key);
-    if (!handle->begin()) throw failure("the handle is running");
-    const std::unique_ptr<Handle, void (*)(Handle*)> ending(handle.get(),
-                                                            [](Handle* h) { h->end(); });
-    work(handle->session());
-  });
+  return guarded([&] { work(taken(key)->session()); });
 }
 
-std::shared_ptr<Handle> load(const RKLLMParam& param, RKLLMInitCallback callback) {
+LLMHandle load(const RKLLMParam& param, RKLLMInitCallback callback) {
   rkemu::Faults faults = rkemu::Faults::from_environment();
   rkemu::Settings settings = rkemu::settings_of(param);
+  settings.guesses = rkemu::Guesses::from_environment();
   settings.device = faults.device();
   faults.strike(rkemu::Stage::device, settings.model_path);
   settings.device.warn_if_old();
@@ -76,29 +99,32 @@ std::shared_ptr<Handle> load(const RKLLMParam& param, RKLLMInitCallback callback
   rkemu::info("loading rkllm model from " + settings.model_path);
   if (!Registry::get().empty()) faults.strike(rkemu::Stage::second_init, settings.model_path);
   const bool pretend = faults.strike(rkemu::Stage::open, settings.model_path);
-  return std::make_shared<Handle>(
+  return Registry::get().add(
       std::make_unique<Session>(rkemu::rules(), settings, std::move(faults), pretend),
       std::move(client.deliver), client.userdata);
 }
 
-// A run that can start: the handle is marked as running, and the client's memory is no longer
-// needed.
+// A run that can start: the client's memory is no longer needed.
 struct Run {
-  std::shared_ptr<Handle> handle;
+  std::shared_ptr<Handle> handle;  // taken
   rkemu::Request request;
   void* userdata;
+  bool async;
 
   int operator()() const {
+    const auto& guesses = handle->session().guesses();
     const int status = guarded([&] {
-      handle->session().run(request,
+      handle->session().run(request, handle->aborted(),
                             [&](const std::vector<rkemu::Result>& results, rkemu::State state) {
                               using rkemu::State;
                               if (state == State::finish || state == State::error) handle->ending();
+                              if (state == State::error && guesses.error_status_only && !async)
+                                return false;
+                              const Cancellable here(PTHREAD_CANCEL_ENABLE);
                               return handle->deliver()(userdata, results, state);
                             });
     });
-    handle->end();
-    return status;
+    return guesses.abort_fails && handle->aborted() ? kError : status;
   }
 };
 
@@ -106,23 +132,14 @@ int start_run(LLMHandle key, RKLLMInput* input, RKLLMInferParam* infer, void* us
               bool async) {
   int status = kOk;
   const int started = guarded([&] {
-    const auto handle = known(key);
-    if (!handle->begin()) throw failure("the handle is running");
-    try {
-      if (async && handle->session().loses_runs()) {
-        handle->end();
-        return;
-      }
-      const Run run{handle, rkemu::request_of(input, infer, handle->session()),
-                    userdata ? userdata : handle->userdata()};
-      if (async) {
-        handle->start([run] { run(); });
-      } else {
-        status = run();
-      }
-    } catch (...) {
-      handle->end();
-      throw;
+    const auto handle = taken(key);
+    if (async && handle->session().loses_runs()) return;
+    const Run run{handle, rkemu::request_of(input, infer, handle->session()),
+                  userdata ? userdata : handle->userdata(), async};
+    if (async) {
+      handle->start([run] { run(); });
+    } else {
+      status = run();
     }
   });
   return started == kOk ? status : started;
@@ -140,7 +157,7 @@ int rkllm_init(LLMHandle* handle, RKLLMParam* param, RKLLMInitCallback callback)
   const int status = guarded([&] {
     if (!handle || !param) throw failure("rkllm_init: handle or param is NULL");
     *handle = nullptr;
-    *handle = Registry::get().add(load(*param, callback));
+    *handle = load(*param, callback);
   });
   if (status != kOk) rkemu::error("rkllm_init failed");
   return status;
@@ -163,15 +180,22 @@ int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_
   return start_run(handle, input, infer_params, userdata, true);
 }
 
+// This and rkllm_is_running are called in signal handlers: see Control.
 int rkllm_abort(LLMHandle handle) {
-  return guarded([&] { known(handle)->session().abort(); });
+  if (rkemu::Control* control = Registry::control(handle)) {
+    control->abort = true;
+    return kOk;
+  }
+  constexpr char kLine[] = "E rkllm: invalid handle\n";
+  [[maybe_unused]] const auto written = ::write(STDERR_FILENO, kLine, sizeof kLine - 1);
+  return kError;
 }
 
 // 1 while a run works, as users measured on every release (rknn-llm issue 502), whatever the older
 // headers say.
 int rkllm_is_running(LLMHandle handle) {
-  const auto found = Registry::get().find(handle);
-  return found ? (found->running() ? 1 : 0) : kError;
+  const rkemu::Control* control = Registry::control(handle);
+  return control ? (control->running ? 1 : 0) : kError;
 }
 
 int rkllm_load_lora(LLMHandle handle, RKLLMLoraAdapter* lora_adapter) {

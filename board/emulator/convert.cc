@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bitset>
+#include <cmath>
 
 #include "abi_check.h"
 #include "log.h"
@@ -88,6 +89,10 @@ Input input_of(const RKLLMInput& from, int hidden_size) {
       input.kind = Input::Kind::embeddings;
       input.rows.assign(from.embed_input.embed,
                         from.embed_input.embed + count * static_cast<size_t>(hidden_size));
+      if (!std::all_of(input.rows.begin(), input.rows.end(),
+                       [](float value) { return std::isfinite(value); })) {
+        throw failure("embedding input holds a value that is not a number");
+      }
       return input;
     }
     case RKLLM_INPUT_MULTIMODAL:

@@ -67,24 +67,16 @@ Fault chosen(const std::string& entry) {
   return fault;
 }
 
-std::string quoted(const char* text) {
-  std::string result = "\"";
-  for (; *text; ++text) {
-    if (*text == '"' || *text == '\\') result += '\\';
-    result += *text == '\n' ? "\\n" : std::string(1, *text);
-  }
-  return result + '"';
-}
-
 std::string as_json() {
   std::string rows;
   for (const Fault& fault : fault_table()) {
     rows += rows.empty() ? "[" : ",\n ";
-    rows += "{\"name\": " + quoted(fault.name) + ", \"class\": " + quoted(fault.group) +
-            ", \"value\": " + quoted(fault.meant) +
+    rows += "{\"name\": " + json_text(fault.name) + ", \"class\": " + json_text(fault.group) +
+            ", \"value\": " + json_text(fault.meant) +
             ", \"default\": " + std::to_string(fault.value) +
-            ", \"summary\": " + quoted(fault.summary) + ", \"lines\": " + quoted(fault.lines) +
-            ", \"kernel\": " + quoted(fault.kernel) + ", \"driver\": " + quoted(fault.driver) + "}";
+            ", \"summary\": " + json_text(fault.summary) +
+            ", \"lines\": " + json_text(fault.lines) + ", \"kernel\": " + json_text(fault.kernel) +
+            ", \"driver\": " + json_text(fault.driver) + "}";
   }
   return rows + "]";
 }
@@ -95,11 +87,7 @@ Faults Faults::from_environment() {
   Faults faults;
   const std::string wanted = env_text("RKEMU_FAULT");
   if (wanted == "list") throw Failure(as_json());
-  for (size_t at = 0; at < wanted.size();) {
-    const size_t end = std::min(wanted.find(',', at), wanted.size());
-    faults.faults_.push_back(chosen(wanted.substr(at, end - at)));
-    at = end + 1;
-  }
+  for (const std::string& entry : comma_separated(wanted)) faults.faults_.push_back(chosen(entry));
   return faults;
 }
 

@@ -2,6 +2,8 @@
 
 #include <chrono>
 
+#include "log.h"
+
 namespace rkemu {
 
 namespace {
@@ -9,10 +11,20 @@ namespace {
 // A client's last callback may itself wait for the thread that starts the next run.
 constexpr auto kLastCallback = std::chrono::seconds(1);
 
+// Handles are numbers: nothing that a client mistakes for one is likely to be one.
+constexpr uintptr_t kFirstKey = 0x52000010, kKeyStep = 16;
+
+void* key_of(size_t number) {
+  return reinterpret_cast<void*>(kFirstKey + number * kKeyStep);
+}
+
 }  // namespace
 
-Handle::Handle(std::unique_ptr<Session> session, Deliver deliver, void* userdata)
-    : session_(std::move(session)), deliver_(std::move(deliver)), userdata_(userdata) {}
+Handle::Handle(Control& control, std::unique_ptr<Session> session, Deliver deliver, void* userdata)
+    : control_(control),
+      session_(std::move(session)),
+      deliver_(std::move(deliver)),
+      userdata_(userdata) {}
 
 Handle::~Handle() {
   if (worker_.joinable()) worker_.detach();  // only when the worker destroyed its own handle
@@ -20,13 +32,18 @@ Handle::~Handle() {
 
 bool Handle::begin() {
   std::unique_lock lock(mutex_);
-  if (running_ && ending_ && runner_ != std::this_thread::get_id()) {
-    idle_.wait_for(lock, kLastCallback, [this] { return !running_; });
+  const auto idle = [this] { return !control_.running; };
+  if (control_.running && runner_ != std::this_thread::get_id()) {
+    if (session_->guesses().calls_wait) {
+      idle_.wait(lock, idle);
+    } else if (ending_) {
+      idle_.wait_for(lock, kLastCallback, idle);
+    }
   }
-  if (running_ || closed_) return false;
-  running_ = true;
+  if (control_.running || closed_) return false;
   runner_ = std::this_thread::get_id();
-  session_->rearm();
+  control_.abort = false;  // before the run can be seen by other threads
+  control_.running = true;
   return true;
 }
 
@@ -37,7 +54,7 @@ void Handle::ending() {
 
 void Handle::end() {
   const std::lock_guard lock(mutex_);
-  running_ = false;
+  control_.running = false;
   ending_ = false;
   runner_ = {};
   idle_.notify_all();
@@ -55,22 +72,17 @@ void Handle::start(std::function<void()> work) {
   });
 }
 
-bool Handle::running() {
-  const std::lock_guard lock(mutex_);
-  return running_;
-}
-
 bool Handle::mine() {
   const std::lock_guard lock(mutex_);
-  return running_ && runner_ == std::this_thread::get_id();
+  return control_.running && runner_ == std::this_thread::get_id();
 }
 
 void Handle::close() {
-  session_->abort();
   std::unique_lock lock(mutex_);
-  closed_ = true;
-  if (running_ && runner_ == std::this_thread::get_id()) return;
-  idle_.wait(lock, [this] { return !running_; });
+  closed_ = true;  // no run begins from here on
+  control_.abort = true;
+  if (control_.running && runner_ == std::this_thread::get_id()) return;
+  idle_.wait(lock, [this] { return !control_.running; });
   lock.unlock();
   if (worker_.joinable()) worker_.join();
 }
@@ -80,11 +92,32 @@ Registry& Registry::get() {
   return registry;
 }
 
-void* Registry::add(std::shared_ptr<Handle> handle) {
+std::array<std::atomic<Registry::Chunk*>, Registry::kChunks> Registry::controls_{};
+
+Control* Registry::control(void* key) {
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(key) - kFirstKey;
+  const size_t number = offset / kKeyStep;
+  if (offset % kKeyStep || number >= kChunk * kChunks) return nullptr;
+  Chunk* chunk = controls_[number / kChunk];
+  if (!chunk) return nullptr;
+  Control& control = (*chunk)[number % kChunk];
+  return control.open ? &control : nullptr;
+}
+
+Control& Registry::next_control() {
+  if (made_ == kChunk * kChunks) throw failure("emulator: too many handles in one process");
+  std::atomic<Chunk*>& chunk = controls_[made_ / kChunk];
+  if (!chunk) chunk = new Chunk;
+  return (*chunk.load())[made_ % kChunk];
+}
+
+void* Registry::add(std::unique_ptr<Session> session, Deliver deliver, void* userdata) {
   const std::lock_guard lock(mutex_);
-  next_ += 16;
-  void* key = reinterpret_cast<void*>(next_);
-  handles_.emplace(key, std::move(handle));
+  Control& control = next_control();
+  void* key = key_of(made_++);
+  handles_.emplace(
+      key, std::make_shared<Handle>(control, std::move(session), std::move(deliver), userdata));
+  control.open = true;
   return key;
 }
 
@@ -100,6 +133,7 @@ std::shared_ptr<Handle> Registry::take(void* key) {
   if (found == handles_.end()) return nullptr;
   auto handle = std::move(found->second);
   handles_.erase(found);
+  control(key)->open = false;
   return handle;
 }
 

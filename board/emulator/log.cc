@@ -76,6 +76,25 @@ std::string env_text(const char* name) {
   return value ? value : "";
 }
 
+std::vector<std::string> comma_separated(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find(',', at), text.size());
+    parts.push_back(text.substr(at, end - at));
+    at = end + 1;
+  }
+  return parts;
+}
+
+std::string json_text(const char* text) {
+  std::string result = "\"";
+  for (; *text; ++text) {
+    if (*text == '"' || *text == '\\') result += '\\';
+    result += *text == '\n' ? "\\n" : std::string(1, *text);
+  }
+  return result + '"';
+}
+
 long env_number(const char* name, long fallback, long low, long high) {
   const std::string value = env_text(name);
   char* end = nullptr;

@@ -1,4 +1,5 @@
 // A run, from the prompt's tokens to the last callback.
+#include <cxxabi.h>
 #include <sys/resource.h>
 
 #include <algorithm>
@@ -45,7 +46,7 @@ void Session::prefill(Sequence& sequence, Mode mode) {
   const auto vocab = static_cast<size_t>(card_.config.vocab_size);
   const float* row = sequence.rows.data();
   std::vector<float> x;
-  for (size_t start = 0; start < sequence.keys.size() && !abort_; start += Forward::kChunk) {
+  for (size_t start = 0; start < sequence.keys.size() && !aborted(); start += Forward::kChunk) {
     const size_t n = std::min<size_t>(Forward::kChunk, sequence.keys.size() - start);
     const auto began = Clock::now();
     std::vector<Row> rows;
@@ -66,7 +67,7 @@ void Session::prefill(Sequence& sequence, Mode mode) {
     perf_.prefill_tokens += static_cast<int>(n);
     pace(began, prompt_token_us_ * static_cast<long>(n));
   }
-  if (abort_ || mode == Mode::last_hidden) return;
+  if (aborted() || mode == Mode::last_hidden) return;
   sequence.logits.resize(vocab);
   if (mode == Mode::logits) {
     std::copy(collected.end() - static_cast<std::ptrdiff_t>(vocab), collected.end(),
@@ -144,8 +145,17 @@ bool Session::report_tokens(const Sink& sink, Mode mode, bool first) {
          rules_.pause;
 }
 
-// Computes the chosen token of every sequence that goes on.
-void Session::step() {
+// Computes the chosen token of every sequence that goes on; false if none does. A full cache ends a
+// sequence, or loses its oldest positions.
+bool Session::step(bool may_forget) {
+  for (Sequence& sequence : sequences_) {
+    if (sequence.done || sequence.cache.length() < settings_.max_context) continue;
+    if (may_forget) {
+      make_room(sequence, 1);
+    } else {
+      sequence.done = true;
+    }
+  }
   const auto width = static_cast<size_t>(hidden_size());
   const auto vocab = static_cast<size_t>(card_.config.vocab_size);
   std::vector<Row> rows;
@@ -159,6 +169,7 @@ void Session::step() {
     sequence.cache.append(sequence.token);
     sequence.pending.reset();
   }
+  if (rows.empty()) return false;
   engine().forward.run(rows, x.data(), adapter_);
   std::vector<float> logits(rows.size() * vocab);
   engine().forward.logits(x.data(), static_cast<int>(rows.size()), logits.data());
@@ -169,12 +180,17 @@ void Session::step() {
     sequence.logits.assign(from, from + vocab);
     from += vocab;
   }
+  return true;
+}
+
+int Session::wanted_tokens(const Request& request) const {
+  return request.max_new_tokens > 0 ? request.max_new_tokens : settings_.max_new_tokens;
 }
 
 void Session::answer(const Request& request, const Sink& sink) {
-  const int wanted = request.max_new_tokens > 0 ? request.max_new_tokens : settings_.max_new_tokens;
+  const int wanted = wanted_tokens(request);
   const bool logits_mode = request.mode == Mode::logits;
-  for (bool first = true; !abort_; first = false) {
+  for (bool first = true; !aborted(); first = false) {
     const auto began = Clock::now();
     bool any = false;
     for (Sequence& sequence : sequences_) {
@@ -195,77 +211,94 @@ void Session::answer(const Request& request, const Sink& sink) {
       paused_ = true;
       return;
     }
-    if (abort_ || (wanted > 0 && perf_.generated_tokens >= wanted)) return;
-    for (Sequence& sequence : sequences_) {
-      if (sequence.done || sequence.cache.length() < settings_.max_context) continue;
-      if (wanted > 0) {
-        make_room(sequence, 1);
-      } else {
-        sequence.done = true;
-      }
-    }
-    if (std::all_of(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return s.done; }))
-      return;
-    step();
+    if (aborted() || (wanted > 0 && perf_.generated_tokens >= wanted)) return;
+    if (!step(wanted > 0)) return;
     pace(began, token_us_);
   }
 }
 
-void Session::run(const Request& request, const Sink& sink) {
+void Session::run(const Request& request, const std::atomic<bool>& abort, const Sink& sink) {
   perf_ = Perf();
+  abort_ = &abort;
   try {
     faults_.strike(Stage::run, settings_.model_path);
     compute(request, sink);
+  } catch (abi::__forced_unwind&) {  // the client's callback ends its thread
+    clear_cache(false);
+    throw;
   } catch (...) {
     clear_cache(false);
     tell(sink, std::vector<Result>(sequences_.size()), State::error);
     throw;
   }
-  if (!paused_) finish(sink);
+  if (!paused_) finish(request.mode, sink);
+}
+
+void Session::use_adapter(const std::string& name) {
+  const auto found = adapters_.find(name);
+  if (!name.empty() && found == adapters_.end())
+    throw failure("lora adapter '" + name + "' is not loaded");
+  adapter_ = name.empty() ? nullptr : found->second.get();
 }
 
 void Session::compute(const Request& request, const Sink& sink) {
   engine();
-  adapter_ = nullptr;
-  if (request.lora) {
-    const auto found = adapters_.find(*request.lora);
-    if (found == adapters_.end())
-      throw failure("lora adapter '" + *request.lora + "' is not loaded");
-    adapter_ = found->second.get();
+  if (paused_ && guesses().pause_resumes) {
+    resume(request, sink);
+    return;
   }
+  use_adapter(request.lora.value_or(""));
   for (size_t i = 0; i < sequences_.size(); ++i) prepare(sequences_[i], request.inputs[i], request);
   paused_ = false;
   auto began = Clock::now();
   for (Sequence& sequence : sequences_) prefill(sequence, request.mode);
   perf_.prefill_ms = milliseconds(Clock::now() - began);
-  if (request.save_prompt_cache && !abort_ && !faults_.strike(Stage::save, settings_.model_path)) {
+  if (request.save_prompt_cache && !aborted() &&
+      !faults_.strike(Stage::save, settings_.model_path)) {
     save_prompt_cache(*request.save_prompt_cache, file_.fingerprint(), sequences_[0].cache,
                       card_.config, sequences_[0].prompt_length);
   }
   began = Clock::now();
   if (request.mode == Mode::last_hidden) {
-    if (!abort_) report_hidden(sink);
+    if (!aborted() && !guesses().hidden_at_finish)
+      tell(sink, rows_of(request.mode), State::last_hidden);
+  } else if (request.mode == Mode::logits && guesses().logits_once) {
+    if (!aborted()) tell(sink, rows_of(request.mode), State::normal);
   } else {
     answer(request, sink);
   }
   perf_.generate_ms = milliseconds(Clock::now() - began);
 }
 
-void Session::report_hidden(const Sink& sink) {
+// The paused answer goes on, whatever the new run's input is.
+void Session::resume(Request request, const Sink& sink) {
+  const auto began = Clock::now();
+  request.mode = Mode::generate;
+  paused_ = false;
+  use_adapter(sequences_[0].adapter);  // it may have been loaded again
+  if (step(wanted_tokens(request) > 0)) answer(request, sink);
+  perf_.generate_ms = milliseconds(Clock::now() - began);
+}
+
+// The prompt's hidden states or logits.
+std::vector<Result> Session::rows_of(Mode mode) const {
   std::vector<Result> results;
   for (const Sequence& sequence : sequences_) {
     Result result;
-    result.hidden = sequence.collected.data();
-    result.width = hidden_size();
+    const bool hidden = mode == Mode::last_hidden;
+    (hidden ? result.hidden : result.logits) = sequence.collected.data();
+    result.width = hidden ? hidden_size() : card_.config.vocab_size;
     result.rows = static_cast<int>(sequence.collected.size() / static_cast<size_t>(result.width));
     results.push_back(result);
   }
-  tell(sink, std::move(results), State::last_hidden);
+  return results;
 }
 
-void Session::finish(const Sink& sink) {
+void Session::finish(Mode mode, const Sink& sink) {
   perf_.memory_mb = peak_memory_mb();
-  std::vector<Result> results(sequences_.size());
+  const bool with_hidden = mode == Mode::last_hidden && guesses().hidden_at_finish;
+  std::vector<Result> results =
+      with_hidden ? rows_of(mode) : std::vector<Result>(sequences_.size());
   for (size_t i = 0; i < results.size(); ++i) {
     results[i].token = sequences_[i].token;
     results[i].perf = perf_;

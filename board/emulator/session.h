@@ -14,6 +14,7 @@
 #include "faults.h"
 #include "file.h"
 #include "forward.h"
+#include "guesses.h"
 #include "kernels.h"
 #include "memory.h"
 #include "model.h"
@@ -45,6 +46,7 @@ struct Settings {
   int cpus = 4;
   int domain = 0;
   Device device;
+  Guesses guesses;
   bool skip_special_token = false;
   bool ignore_eos_token = false;
   Sampling sampling;
@@ -110,16 +112,13 @@ class Session {
 
   // The fault that an asynchronous run never begins.
   bool loses_runs() const { return faults_.with(Act::lose_run) != nullptr; }
+  const Guesses& guesses() const { return settings_.guesses; }
   int hidden_size() const { return card_.config.hidden_size; }
   int batches() const { return static_cast<int>(sequences_.size()); }
 
-  // One run. Reports through the sink; Failure after it has reported State::error.
-  void run(const Request& request, const Sink& sink);
-  // Ends the run after the step that is being computed. May be called while run() works, all others
-  // may not.
-  void abort() { abort_ = true; }
-  // Takes an abort() back; called before a run can be seen by other threads.
-  void rearm() { abort_ = false; }
+  // One run. Reports through the sink; Failure after it has reported State::error. Setting `abort`
+  // ends it after the step that is being computed.
+  void run(const Request& request, const std::atomic<bool>& abort, const Sink& sink);
 
   void clear_cache(bool keep_system_prompt);
   // Takes positions [begin, end) of one batch out. Failure: there are none such.
@@ -158,24 +157,28 @@ class Session {
   Engine& engine() const;
   void report_load() const;
   void check_load();
+  bool aborted() const { return *abort_; }
   void prepare(Sequence& sequence, const Input& input, const Request& request);
   void start_text(Sequence& sequence, const Input& input, bool first);
   std::vector<int32_t> tokenize(const std::string& text);
   void reuse_prefix(Sequence& sequence, bool allowed);
   void make_room(Sequence& sequence, size_t needed);
   void compute(const Request& request, const Sink& sink);
+  void resume(Request request, const Sink& sink);
+  void use_adapter(const std::string& name);
+  int wanted_tokens(const Request& request) const;
   void prefill(Sequence& sequence, Mode mode);
   void embed(Key key, const float*& row, float* out) const;
-  void report_hidden(const Sink& sink);
+  std::vector<Result> rows_of(Mode mode) const;
   void answer(const Request& request, const Sink& sink);
   bool choose(Sequence& sequence);
   bool tell(const Sink& sink, std::vector<Result> results, State state) const;
   bool report_tokens(const Sink& sink, Mode mode, bool first);
   void complain() const;
-  void step();
+  bool step(bool may_forget);
   bool ends(int32_t token) const;
   void pace(Clock::time_point since, long microseconds) const;
-  void finish(const Sink& sink);
+  void finish(Mode mode, const Sink& sink);
 
   Rules rules_;
   Settings settings_;
@@ -189,7 +192,7 @@ class Session {
   std::map<std::string, std::unique_ptr<Adapter>> adapters_;
   const Adapter* adapter_ = nullptr;
   std::vector<Sequence> sequences_;
-  std::atomic<bool> abort_{false};
+  const std::atomic<bool>* abort_ = nullptr;  // of the run
   bool paused_ = false;
   bool prompt_cache_loaded_ = false;
   const char* rubbish_ = nullptr;  // what an NPU says whose jobs fail

@@ -11,6 +11,9 @@ namespace {
 
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // U+2581
 constexpr size_t kMaxMerges = 1u << 26;
+// tokenizer.flags: found after spaces became word marks; takes white space on its left, on its
+// right.
+constexpr uint8_t kNormalized = 1, kLeftStrip = 2, kRightStrip = 4, kFlags = 7;
 
 uint64_t pair_key(int32_t left, int32_t right) {
   return (static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32) | static_cast<uint32_t>(right);
@@ -57,6 +60,49 @@ size_t utf8_well_formed(std::string_view text, size_t announced) {
   return have;
 }
 
+// Of a well-formed character.
+uint32_t code_point(std::string_view character) {
+  const auto first = static_cast<unsigned char>(character[0]);
+  if (character.size() == 1) return first;
+  uint32_t code = first & (0x7Fu >> character.size());
+  for (size_t i = 1; i < character.size(); ++i) {
+    code = (code << 6) | (static_cast<unsigned char>(character[i]) & 0x3F);
+  }
+  return code;
+}
+
+// Unicode's White_Space.
+bool is_space(uint32_t code) {
+  return (code >= 0x09 && code <= 0x0D) || code == 0x20 || code == 0x85 || code == 0xA0 ||
+         code == 0x1680 || (code >= 0x2000 && code <= 0x200A) || code == 0x2028 || code == 0x2029 ||
+         code == 0x202F || code == 0x205F || code == 0x3000;
+}
+
+// Bytes of white space at the front of `text`.
+size_t space_in_front(std::string_view text) {
+  size_t at = 0;
+  while (at < text.size()) {
+    const size_t length = utf8_length(text.substr(at));
+    if (length == 0 || !is_space(code_point(text.substr(at, length)))) break;
+    at += length;
+  }
+  return at;
+}
+
+// Where the white space at the end of `text` begins.
+size_t space_at_end(std::string_view text) {
+  size_t end = text.size();
+  while (end > 0) {
+    size_t begin = end - 1;
+    while (begin > 0 && end - begin < 4 && (static_cast<unsigned char>(text[begin]) & 0xC0) == 0x80)
+      --begin;
+    const std::string_view last = text.substr(begin, end - begin);
+    if (utf8_length(last) != last.size() || !is_space(code_point(last))) break;
+    end = begin;
+  }
+  return end;
+}
+
 }  // namespace
 
 size_t utf8_length(std::string_view text) {
@@ -98,8 +144,13 @@ void Tokenizer::read_tables(const File& file) {
   for (const char* name : {"text", "offsets", "kinds", "merges"}) {
     file.verify(std::string("tokenizer.") + name);
   }
+  if (file.tensors().count("tokenizer.flags")) {
+    flags_ = file.tensor("tokenizer.flags", DType::u8, {vocab_size_}).as<uint8_t>();
+    file.verify("tokenizer.flags");
+  }
   for (size_t id = 0; id < vocab_size_; ++id) {
     if (offsets_[id] > offsets_[id + 1] || kinds_[id] > 4) throw broken;
+    if (flags_ && flags_[id] > kFlags) throw broken;
   }
   for (size_t i = 0; i < merge_count_ * 3; ++i) {
     if (merges_[i] >= vocab_size_) throw broken;
@@ -113,7 +164,8 @@ std::string_view Tokenizer::text_of(size_t id) const {
 void Tokenizer::index() {
   if (indexed_) return;
   bytes_.assign(256, -1);
-  special_.resize(256);
+  added_.resize(256);
+  normalized_.resize(256);
   ids_.reserve(vocab_size_);
   for (size_t i = 0; i < vocab_size_; ++i) {
     const auto id = static_cast<int32_t>(i);
@@ -124,14 +176,20 @@ void Tokenizer::index() {
     if (what == TokenKind::byte) {
       bytes_[first] = id;
     } else if (what == TokenKind::control || what == TokenKind::user_defined) {
-      special_[first].push_back(id);
+      const uint8_t flags = flags_ ? flags_[i] : 0;
+      const bool late = flags & kNormalized;
+      std::string found = late ? replace_all(text, " ", kSpace) : std::string(text);
+      auto& bucket = (late ? normalized_ : added_)[static_cast<unsigned char>(found[0])];
+      bucket.push_back({id, flags, std::move(found)});
     }
     if (what != TokenKind::byte) ids_.emplace(text, id);
   }
-  for (auto& bucket : special_) {
-    std::stable_sort(bucket.begin(), bucket.end(), [this](int32_t a, int32_t b) {
-      return text_of(static_cast<size_t>(a)).size() > text_of(static_cast<size_t>(b)).size();
-    });
+  for (AddedByFirst* tokens : {&added_, &normalized_}) {
+    for (auto& bucket : *tokens) {
+      std::sort(bucket.begin(), bucket.end(), [](const Added& a, const Added& b) {
+        return a.text.size() != b.text.size() ? a.text.size() > b.text.size() : a.id > b.id;
+      });
+    }
   }
   pairs_.reserve(merge_count_);
   for (size_t i = 0; i < merge_count_; ++i) {
@@ -146,29 +204,40 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool special) {
   if (!has_tables()) throw failure("the model has no tokenizer");
   index();
   std::vector<int32_t> ids;
-  size_t plain = 0;
-  for (size_t at = 0; special && at < text.size();) {
-    const auto& bucket = special_[static_cast<unsigned char>(text[at])];
-    const auto found = std::find_if(bucket.begin(), bucket.end(), [&](int32_t id) {
-      const std::string_view token = text_of(static_cast<size_t>(id));
-      return text.compare(at, token.size(), token) == 0;
+  static const AddedByFirst kNone(256);
+  split(text, special ? added_ : kNone, ids, [&](std::string_view raw) {
+    split(replace_all(raw, " ", kSpace), special ? normalized_ : kNone, ids,
+          [&](std::string_view marked) { encode_plain(marked, ids); });
+  });
+  return ids;
+}
+
+template <class Plain>
+void Tokenizer::split(std::string_view text, const AddedByFirst& tokens, std::vector<int32_t>& ids,
+                      const Plain& plain) {
+  size_t done = 0;
+  for (size_t at = 0; at < text.size();) {
+    const auto& bucket = tokens[static_cast<unsigned char>(text[at])];
+    const auto found = std::find_if(bucket.begin(), bucket.end(), [&](const Added& token) {
+      return text.compare(at, token.text.size(), token.text) == 0;
     });
     if (found == bucket.end()) {
       ++at;
       continue;
     }
-    encode_plain(text.substr(plain, at - plain), ids);
-    ids.push_back(*found);
-    at += text_of(static_cast<size_t>(*found)).size();
-    plain = at;
+    size_t begin = at, end = at + found->text.size();
+    at = end;
+    if (found->flags & kLeftStrip) begin = std::max(space_at_end(text.substr(0, begin)), done);
+    if (found->flags & kRightStrip) end += space_in_front(text.substr(end));
+    if (done < begin) plain(text.substr(done, begin - done));
+    // White space that the token before took may leave nothing of this one.
+    if (begin < end) ids.push_back(found->id);
+    done = end;
   }
-  encode_plain(text.substr(plain), ids);
-  return ids;
+  if (done < text.size()) plain(text.substr(done));
 }
 
-void Tokenizer::encode_plain(std::string_view text, std::vector<int32_t>& ids) const {
-  if (text.empty()) return;
-  const std::string marked = replace_all(text, " ", kSpace);
+void Tokenizer::encode_plain(std::string_view marked, std::vector<int32_t>& ids) const {
   std::vector<int32_t> symbols;
   for (std::string_view rest = marked; !rest.empty();) {
     const size_t length = std::max<size_t>(1, utf8_length(rest));

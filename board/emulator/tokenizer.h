@@ -20,7 +20,8 @@ class Tokenizer {
   // known.
   Tokenizer(const File& file, size_t vocab_size);
 
-  // Control and user-defined tokens are found in the text when `special` is set.
+  // Control and user-defined tokens are found in the text when `special` is set, as the library
+  // `tokenizers` finds added tokens.
   std::vector<int32_t> encode(std::string_view text, bool special);
   // The bytes of a token, with spaces for the word marks.
   std::string decode(int32_t id) const;
@@ -39,10 +40,22 @@ class Tokenizer {
     int32_t result;
   };
 
+  // A token that is found in a text before it is merged.
+  struct Added {
+    int32_t id;
+    uint8_t flags;
+    std::string text;
+  };
+  using AddedByFirst = std::vector<std::vector<Added>>;  // by first byte, longest text first
+
   void read_tables(const File& file);
   std::string_view text_of(size_t id) const;
   void index();
-  void encode_plain(std::string_view text, std::vector<int32_t>& ids) const;
+  // Calls `plain` for what of the text is no such token, and adds the ids of those that are.
+  template <class Plain>
+  static void split(std::string_view text, const AddedByFirst& tokens, std::vector<int32_t>& ids,
+                    const Plain& plain);
+  void encode_plain(std::string_view marked, std::vector<int32_t>& ids) const;
   void add_character(std::string_view character, std::vector<int32_t>& ids) const;
   void merge(std::vector<int32_t>& symbols) const;
 
@@ -50,6 +63,7 @@ class Tokenizer {
   const char* text_ = nullptr;
   const uint32_t* offsets_ = nullptr;
   const uint8_t* kinds_ = nullptr;
+  const uint8_t* flags_ = nullptr;  // of added tokens; nullptr: none is set
   const uint32_t* merges_ = nullptr;
   size_t merge_count_ = 0;
   int32_t bos_;
@@ -62,7 +76,7 @@ class Tokenizer {
   std::unordered_map<std::string_view, int32_t> ids_;
   std::unordered_map<uint64_t, Merge> pairs_;
   std::vector<int32_t> bytes_;
-  std::vector<std::vector<int32_t>> special_;  // by first byte, longest text first
+  AddedByFirst added_, normalized_;  // found before, and after, spaces became word marks
 };
 
 // Number of bytes of the UTF-8 character at the front of `text` (not empty): 1 to 4, or 0 if there

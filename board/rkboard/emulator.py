@@ -15,26 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from rkruntime import abi
+from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.errors import HostError, UsageError
 from rkruntime.resources import resource
+from rkruntime.versions import version
 
 LIBRARY: Final = "librkllmrt.so"
-DEFAULT_RELEASE: Final = "1.2.3"
 
-# Release -> layout, of the vendor's headers (see board/emulator/abi.h).
-RELEASES: Final = {
-    "1.1.0": 3,
-    "1.1.1": 3,
-    "1.1.2": 3,
-    "1.1.3": 3,
-    "1.1.4": 3,
-    "1.2.0": 4,
-    "1.2.1b1": 5,
-    "1.2.1": 6,
-    "1.2.2": 6,
-    "1.2.3": 6,
-    "1.3.0": 7,
-}
+# Release -> number of its layout in board/emulator/abi.h.
+RELEASES: Final = {version: int(abi.RELEASES[version].layout.removeprefix("L")) for version in abi.EMULATED}
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,10 @@ EXPORTS: Final = "exports.map"
 _COMPILE: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 _WARN: Final = ("-Wall", "-Wextra", "-Wpedantic")
 _OPTIMIZE: Final = ("-O3", "-DNDEBUG")
-_LINK: Final = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,nodelete")
-_STATIC: Final = ("-static-libstdc++", "-static-libgcc")
+_LINK: Final = ("-shared", "-pthread", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,nodelete")
+# An interpreter may bring a libstdc++ that is older than the compiler's (conda's does). The unwinder must be the
+# process's own: two of them abort at the first exception that a client's callback throws.
+_STATIC: Final = ("-static-libstdc++",)
 _CROSS: Final = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
 _ERROR_LINES: Final = 12
 
@@ -124,16 +116,13 @@ def cache_folder() -> Path:
 
 def release_number(release: str) -> int:
     """A release as a number that grows: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
-    major, minor, patch = release.partition("b")[0].split(".")
-    return int(major) * 10000 + int(minor) * 100 + int(patch)
+    major, minor, patch = version(release).release
+    return major * 10000 + minor * 100 + patch
 
 
 def check_release(release: str) -> int:
     """The layout of a release. UsageError if the emulator has none of that name."""
-    if release not in RELEASES:
-        raise UsageError(
-            f"The emulator has no release {release}.", hint=f"Use one of {', '.join(RELEASES)}; 1.0.x is not emulated."
-        )
+    abi.check_release(release, abi.EMULATED, "The emulator")
     return RELEASES[release]
 
 
@@ -175,14 +164,14 @@ class _Build:
                 continue
             flags = [*self.flags, *special.get(source.name, ()), *self.defines]
             objects.append((source, self.folder / "objects" / f"{source.stem}.o", flags))
-        abi = [
+        layout = [
             f"-DRKEMU_LAYOUT={RELEASES[self.release]}",
             f'-DRKEMU_RELEASE="{self.release}"',
             f"-DRKEMU_RELEASE_NUMBER={release_number(self.release)}",
         ]
         for name in ABI_SOURCES:
             source = self.sources / name
-            objects.append((source, self.folder / self.release / f"{source.stem}.o", [*self.flags, *abi]))
+            objects.append((source, self.folder / self.release / f"{source.stem}.o", [*self.flags, *layout]))
         return objects
 
     def _make(self, target: Path, command: Sequence[str | Path]) -> None:

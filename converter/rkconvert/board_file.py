@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rkconvert import checks
 from rkconvert.adapter import Adapter
-from rkconvert.bundle_folder import REPORT, write_report
+from rkconvert.bundle_folder import REPORT, read_report, write_report
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.host import read_memory
@@ -25,8 +25,9 @@ from rkconvert.toolkit.job import calls
 from rkconvert.toolkit.runner import PATIENCE
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkruntime.bundle import TOKENIZER
-from rkruntime.errors import AdapterError, CalibrationError
-from rkruntime.files import sha256_file
+from rkruntime.errors import AdapterError, CalibrationError, ModelFileError
+from rkruntime.files import readable, sha256_file
+from rkruntime.rkllm_file import read_rkllm
 
 RKLLM_FILE: Final = "model.rkllm"
 LORA_MODES: Final = ("merge", "runtime")
@@ -132,10 +133,10 @@ def check_board_model(board: BoardModel) -> tuple[str, ...]:
         RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
         CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
     """
-    folder, options = board.model.checkpoint.path, board.options
+    options, anywhere = board.options, Path()
     if board.lora:
         _check_lora(board.lora)
-    steps = calls(board.job(folder, folder), board.toolkit.release, folder)
+    steps = calls(board.job(anywhere, anywhere), board.toolkit.release, anywhere)
     if options.qparams and not options.qparams.is_file():
         raise CalibrationError(
             f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
@@ -144,7 +145,7 @@ def check_board_model(board: BoardModel) -> tuple[str, ...]:
         count = TokenCounter(board.model.tokenizer_folder / TOKENIZER)
         validate_dataset(options.calibration, board.template, count, board.max_context)
     case = checks.Case(
-        folder=folder,
+        folder=board.model.checkpoint.path,
         shape=parse_shape(board.model.hf_config()),
         dtype=board.dtype,
         load_dtype=options.load_dtype,
@@ -172,8 +173,8 @@ def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> Mod
     Raises:
         ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
     """
-    report = _finished(folder, board.toolkit)
-    if report is None:
+    report = _finished(folder)
+    if not report:
         staged = folder / _STAGED
         staged.mkdir(exist_ok=True)
         for left in folder.glob(".toolkit-*"):
@@ -193,13 +194,17 @@ def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> Mod
     return ModelFile(RKLLM_FILE, tuple(report["notes"]))
 
 
-def _finished(folder: Path, toolkit: Toolkit) -> dict[str, Any] | None:
-    """The report of an earlier run that got as far as this with the same toolkit."""
+def _finished(folder: Path) -> dict[str, Any]:
+    """The report of an earlier run that got as far as this; empty if none did.
+
+    `folder` holds work of this very conversion (see `resume_key`), which says nothing of a disk that lost a part.
+    """
+    report = read_report(folder, _DONE)
     try:
-        report: dict[str, Any] = json.loads((folder / REPORT / f"{_DONE}.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return report if report["toolkit"]["version"] == toolkit.version and (folder / RKLLM_FILE).is_file() else None
+        whole = read_rkllm(folder / RKLLM_FILE).as_dict() == report.get("file")
+    except ModelFileError:
+        whole = False
+    return report if whole else {}
 
 
 def _teller(reporter: Reporter, show: Callable[[str, int, int], None]) -> Callable[[Event], None]:
@@ -217,7 +222,7 @@ def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str,
     (folder / REPORT).mkdir(exist_ok=True)
     log = result.log.read_bytes()
     for path in (str(folder.resolve()), str(folder), str(Path.home())):
-        log = log.replace(path.encode(), b"...")
+        log = log.replace(os.fsencode(path), b"...")
     (folder / REPORT / f"{_DONE}.log").write_bytes(log)
     result.log.unlink()
     calibration = board.options.calibration
@@ -247,7 +252,7 @@ def _lora_notes(result: ToolkitResult, board: BoardModel) -> list[str]:
 def _public(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call with names in the place of paths: where files were is the user's own business."""
     arguments = {
-        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        name: readable(Path(value).name) if isinstance(value, str) and value.startswith("/") else value
         for name, value in call["arguments"].items()
     }
     return {**call, "arguments": arguments}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,6 +15,8 @@ from jinja2 import Environment
 from rkconvert.chat_template import ChatTemplate
 from rkconvert.checkpoint import Checkpoint
 from rkconvert.hub import is_hub_id
+from rkconvert.sources.memory_folder import Place
+from rkconvert.tokenizer import tokenizer_bytes
 from rkruntime.bundle import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOKENIZER, FileRecord, Manifest
 from rkruntime.files import sha256_file
 
@@ -33,9 +34,9 @@ def created_by() -> str:
     return f"rkedge {version('rkedge')}"
 
 
-def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Path, template: ChatTemplate) -> None:
+def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Place, template: ChatTemplate) -> None:
     """tokenizer.json (from the folder `tokenizer`), chat_template.jinja and generation_config.json."""
-    shutil.copyfile(tokenizer / TOKENIZER, folder / TOKENIZER)
+    (folder / TOKENIZER).write_bytes(tokenizer_bytes(tokenizer / TOKENIZER))
     (folder / TEMPLATE).write_text(template.source, encoding="utf-8")
     settings = {
         **checkpoint.generation_config,
@@ -49,6 +50,15 @@ def write_report(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """A JSON document in report/."""
     (folder / REPORT).mkdir(exist_ok=True)
     _write_json(folder / REPORT / f"{name}.json", content)
+
+
+def read_report(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON document of report/; empty if there is none, or none that can be read."""
+    try:
+        report = json.loads((folder / REPORT / f"{name}.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from rkconvert.rendering import rendered_apart
+from rkconvert.rendering import rendered, try_out
 from rkconvert.shards import read_json
+from rkconvert.sources.memory_folder import Place
+from rkconvert.tokenizer import tokenizer_bytes
+from rkruntime.bundle import MAX_TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
+from rkruntime.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
 
-# Gemma 2's own template, for base models, which have none. It knows no system role.
-GEMMA: Final = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
-    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
-_MAX_TEMPLATE: Final = 1 << 20
+_SPECIAL: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _USER, _SYSTEM = "@@the user's words@@", "@@the system's words@@"
 
 
@@ -32,6 +27,8 @@ class ChatTemplate:
         own: it came with the checkpoint.
         prefix, suffix: what stands before (without `<bos>`) and after a first user turn.
         system_role: `native` if it renders a system message, else `fold`.
+        special_tokens: by the names that the template may use, such as `eos_token`.
+        notes: what a person should know of it.
     """
 
     source: str
@@ -39,40 +36,74 @@ class ChatTemplate:
     prefix: str
     suffix: str
     system_role: str
+    special_tokens: Mapping[str, str] = field(default_factory=lambda: SPECIAL_TOKENS)
+    notes: tuple[str, ...] = ()
+
+    def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """A conversation as the template gets it, its system message folded if there is no role for it."""
+        known = messages if self.system_role == "native" else fold_system(messages)
+        return [{"role": message.role, "content": message.content} for message in known]
 
 
-def read_template(folder: Path, bos_token: str) -> ChatTemplate:
-    """The template of a checkpoint folder, or Gemma's own.
+def read_template(folder: Place, bos_token: str) -> ChatTemplate:
+    """The template of a checkpoint folder, or Gemma's own; tried out with the folder's tokenizer.json, if it is there.
 
     Raises:
-        CheckpointError: it cannot be rendered, or drops the user's words.
+        CheckpointError: it cannot be used, or drops the user's words.
+        HostError: the process to try it out in cannot be started.
     """
-    found = _find(folder)
+    config = _config(folder)
+    found = _find(folder, config)
     source = GEMMA if found is None else found
+    tokens = {**SPECIAL_TOKENS, "bos_token": bos_token, **_special_tokens(folder, config)}
     user = {"role": "user", "content": _USER}
-    text, with_system = rendered_apart(source, [[user], [{"role": "system", "content": _SYSTEM}, user]], bos_token)
+    text, with_system = rendered(source, [[user], [{"role": "system", "content": _SYSTEM}, user]], tokens)
     if text.count(_USER) != 1:
         raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
     prefix, suffix = text.split(_USER)
-    role = "native" if _SYSTEM in with_system else "fold"
-    return ChatTemplate(source, found is not None, prefix.removeprefix(bos_token), suffix, role)
+    role = "native" if _SYSTEM in with_system and _USER in with_system else "fold"
+    if (folder / TOKENIZER).is_file():
+        try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
+    notes = []
+    if found is not None and not text.startswith(tokens["bos_token"]):
+        notes.append(f"the chat template begins without {BOS}, which RKEdge puts in front of every prompt")
+    return ChatTemplate(
+        source, found is not None, prefix.removeprefix(tokens["bos_token"]), suffix, role, tokens, tuple(notes)
+    )
 
 
-def _find(folder: Path) -> str | None:
+def _config(folder: Place) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return read_json(file, CheckpointError) if file.is_file() else {}
+
+
+def _special_tokens(folder: Place, config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name: of tokenizer_config.json; special_tokens_map.json goes before older ones, as transformers
+    has it.
+    """
+    file = folder / "special_tokens_map.json"
+    old = "added_tokens_decoder" not in config and file.is_file()
+    given = {**config, **(read_json(file, CheckpointError) if old else {})}
+    given = {name: given.get(name) for name in _SPECIAL}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _find(folder: Place, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja (transformers since 4.50), else the key of tokenizer_config.json: a text or a named list."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             with file.open("rb") as stream:
-                data = stream.read(_MAX_TEMPLATE + 1)
-            if len(data) > _MAX_TEMPLATE:
-                raise CheckpointError(f"The chat template has over {_MAX_TEMPLATE:,} bytes.")
+                data = stream.read(MAX_TEMPLATE + 1)
+            if len(data) > MAX_TEMPLATE:
+                raise CheckpointError(f"{file} has more than {MAX_TEMPLATE:,} bytes, which no chat template has.")
             return data.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    found: Any = read_json(folder / "tokenizer_config.json", CheckpointError).get("chat_template")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
+    found: Any = config.get("chat_template")
     if isinstance(found, list):
         named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
         found = named.get("default")

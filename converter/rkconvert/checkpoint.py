@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.formats import FLOATS
-from rkconvert.gemma import HEAD, GemmaConfig, parse_config, token_ids
+from rkconvert.gemma import EMBEDDING, HEAD, GemmaConfig, parse_config, token_ids
+from rkconvert.inputs import Inputs, folder_states
 from rkconvert.shards import read_json
 from rkconvert.sources.bitsandbytes import Dequantized, is_bitsandbytes
+from rkconvert.sources.memory_folder import Place
 from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES, open_tensor_files
-from rkconvert.weights import Weights
+from rkconvert.weights import Weights, same_values
 from rkruntime.errors import CheckpointError
+from rkruntime.files import readable
+from rkruntime.words import counted
 
 CONFIG: Final = "config.json"
+_OWN_HEAD: Final = (
+    "config.json ties the head to the embedding, and a head that differs from it is stored: the stored one is kept, as"
+    " transformers 5 does (transformers 4 drops it)"
+)
 
 
 @dataclass(frozen=True)
@@ -25,23 +33,30 @@ class Checkpoint:
     """A checked model.
 
     Attributes:
-        path: folder of config.json, tokenizer and template.
+        path: folder of config.json, tokenizer and template; of a GGUF file it exists in memory only.
         config: its settings; `raw_config` is config.json as it stands.
         weights: every tensor of the model as floats, with the right name and shape.
-        weight_files: the files that hold them, for hashes.
+        inputs: the files that it was read from, as they were before.
         name: what people call it: the folder's name, or the hub id.
         revision: commit of a hub model.
         notes: what a person must know of it.
+        own_head: config.json ties the head to the embedding, but a head that differs from it is stored, and kept.
     """
 
-    path: Path
+    path: Place
     config: GemmaConfig
     raw_config: Mapping[str, Any]
     weights: Weights
-    weight_files: tuple[Path, ...]
+    inputs: Inputs
     name: str
     revision: str = ""
     notes: tuple[str, ...] = ()
+    own_head: bool = False
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(self.inputs.weights)
 
     @property
     def short_name(self) -> str:
@@ -69,11 +84,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> Checkpoint:
-    """Open a folder and check that it is a whole Gemma model; no weights are read.
+    """Open a folder and check that it is a whole Gemma model. Weights are read only to compare a stored head with the
+    embedding that config.json ties it to.
 
     Raises:
         CheckpointError: one message for each thing that can be wrong.
     """
+    before = folder_states(path)
     raw = read_config(path)
     config = parse_config(raw)
     files, found = open_tensor_files(path, MODEL_FILES, CheckpointError)
@@ -89,7 +106,17 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
             hint="Start from the original 16-bit checkpoint.",
         )
     check_weights(weights, config)
-    return Checkpoint(path, config, raw, weights, files, name or path.resolve().name, revision, notes)
+    own_head = config.tie_word_embeddings and _has_own_head(weights)
+    if own_head:
+        config, raw = replace(config, tie_word_embeddings=False), {**raw, "tie_word_embeddings": False}
+        notes = (*notes, _OWN_HEAD)
+    name = name or readable(path.resolve().name)
+    inputs = Inputs.of_folder(CheckpointError, path, before, files)
+    return Checkpoint(path, config, raw, weights, inputs, name, revision, notes, own_head)
+
+
+def _has_own_head(weights: Weights) -> bool:
+    return HEAD in weights.tensors and not same_values((weights, EMBEDDING), (weights, HEAD))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -111,17 +138,19 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_weights(weights: Weights, config: GemmaConfig) -> None:
     """Compare names, shapes and formats with what the settings ask for. Raises CheckpointError."""
     expected, found = config.tensors(), weights.tensors
+    if HEAD in found:
+        # A tied head may be stored all the same.
+        expected |= replace(config, tie_word_embeddings=False).tensors()
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(
-            f"The checkpoint lacks the tensor {missing[0]} ({len(missing)} of {len(expected)} tensors are missing)."
+            f"The checkpoint lacks the tensor {missing[0]} ({len(missing)} of {len(expected)} tensors missing)."
         )
-    # A tied head may be stored all the same.
-    surplus = [name for name in found if name not in expected and name != HEAD]
+    surplus = [name for name in found if name not in expected]
     if surplus:
         raise CheckpointError(
             f"The checkpoint has the tensor {surplus[0]}, which a model of this config.json has not"
-            f" ({len(surplus)} such tensors).",
+            f" ({counted(len(surplus), 'such tensor')}).",
             hint="If it holds an adapter's own tensors, give the base model and the adapter with --lora.",
         )
     for name, shape in expected.items():

@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.host import Memory
 from rkconvert.plan.sizes import file_bytes, parse_type
 from rkconvert.shapes import ModelShape
 from rkconvert.shards import is_lfs_pointer
+from rkconvert.sources.memory_folder import Place
 from rkconvert.toolkit.job import LOADED_BYTES
 from rkruntime.errors import CheckpointError, HostError, RefusedError, RKEdgeError
 from rkruntime.template import BOS, END_OF_TURN, START_OF_TURN
@@ -24,7 +24,6 @@ from rkruntime.template import BOS, END_OF_TURN, START_OF_TURN
 LEAST_WIDTH: Final = 96
 _GROUP: Final = re.compile(r"_g(\d+)$")
 _GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
-_SMALL_FILE: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Case:
         calibrated: calibration data is given.
     """
 
-    folder: Path
+    folder: Place
     shape: ModelShape
     dtype: str
     load_dtype: str
@@ -147,12 +146,13 @@ def _two_bos(case: Case) -> Mapping[str, Any] | None:
     return {"token": token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
 
 
+def _head(path: Place) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
 def _pointers(case: Case) -> Mapping[str, Any] | None:
-    found = sorted(
-        path.name
-        for path in case.folder.iterdir()
-        if path.is_file() and path.stat().st_size <= _SMALL_FILE and is_lfs_pointer(path.read_bytes())
-    )
+    found = sorted(path.name for path in case.folder.iterdir() if path.is_file() and is_lfs_pointer(_head(path)))
     return {"names": ", ".join(found), "many": "are" if len(found) > 1 else "is"} if found else None
 
 

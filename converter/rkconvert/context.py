@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from rkruntime.errors import UsageError
+from rkruntime.errors import CheckpointError, UsageError
+from rkruntime.words import counted
 
 # max_context of a model file: a multiple of 32, at most 16384 (manual 1.3.0, build()). 4096 is the toolkit's default.
 CONTEXT_STEP: Final = 32
@@ -20,14 +21,21 @@ def choose_context(asked: int | None, model: int, most: int = MOST_CONTEXT) -> i
         most: the longest that the toolkit accepts.
 
     Raises:
-        UsageError: more than the model or the toolkit allows, or no multiple of 32.
+        CheckpointError: the model was trained for less than the shortest context.
+        UsageError: more than the model or the toolkit allows, or not a multiple of 32.
     """
     largest = round_down(min(model, most))
+    if largest < CONTEXT_STEP:
+        raise CheckpointError(
+            f"This model was trained for {counted(model, 'token')} (max_position_embeddings in config.json), and the"
+            f" shortest context has {CONTEXT_STEP}.",
+            hint="Take a model that was trained for longer texts.",
+        )
     if asked is None:
         return min(largest, DEFAULT_CONTEXT)
     if asked > model:
         raise UsageError(
-            f"--max-context {asked} is more than this model was trained for: {model} tokens"
+            f"--max-context {asked} is more than this model was trained for: {counted(model, 'token')}"
             " (max_position_embeddings in config.json).",
             hint=f"Use --max-context {largest} or less.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,8 @@ from rkconvert.disk import require_space
 from rkconvert.emulator_file import EmulatorModel, tensor_specs, write_emulator_file
 from rkconvert.emulator_lora import plain_pairs, write_emulator_lora
 from rkconvert.hub import is_hub_id
-from rkconvert.job import Lora, MergedModel
+from rkconvert.inputs import Inputs, states_of
+from rkconvert.job import Lora, MergedModel, resume_key
 from rkconvert.loaded import Loaded
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
 from rkconvert.plan.report import as_dict
@@ -33,15 +35,19 @@ from rkconvert.progress import QUIET, Reporter
 from rkconvert.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.toolkit import Toolkit, find_toolkit
 from rkconvert.work_folder import refuse_made, work_folder
+from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
 from rkruntime.bundle import TOKENIZER, Bundle, Manifest, Source
-from rkruntime.errors import UsageError
+from rkruntime.errors import CalibrationError, UsageError
+from rkruntime.files import readable
 from rkruntime.rkemu import read_container
-from rkruntime.template import END_OF_TURN
+from rkruntime.template import END_OF_TURN, SPECIAL_TOKENS
+from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
 EMULATOR_LORA_FILE: Final = "model_lora.rkemu"
-DEFAULT_RELEASE: Final = "1.2.3"
+# The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
+_EMULATED_PLATFORM: Final = "rk3588"
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Job:
     Attributes:
         lora: the adapter that becomes a file of its own.
         toolkit: None for the emulator.
+        inputs: every file that is read, as it was before.
     """
 
     options: Options
@@ -86,6 +93,7 @@ class Job:
     toolkit: Toolkit | None
     model: MergedModel
     lora: Adapter | None
+    inputs: tuple[Inputs, ...]
     tokenizer: Tokenizer
     template: ChatTemplate
     plan: Plan | None
@@ -115,27 +123,43 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
     """The work itself, for a job that `check` gave; see `convert`."""
     started, options = time.monotonic(), job.options
     checkpoint = job.model.checkpoint
-    with work_folder(options.output, job.model.job(**asdict(options))) as folder:
+    key = resume_key(
+        job.inputs,
+        options=asdict(options),
+        release=job.release,
+        toolkit=_parts(job.toolkit),
+        limits=[job.max_context, job.npu_cores],
+    )
+    with work_folder(options.output, key) as folder:
         made = _write_model(folder, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         source = loaded.source(checkpoint, reporter)
         adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
         seconds = round(time.monotonic() - started, 3)
-        report = {"options": plain_options(options), "notes": job.notes, "seconds": seconds}
+        report = {
+            "options": plain_options(options),
+            "made_of": made_of(options, job.release, job.toolkit, job.inputs, (source, *adapters)),
+            "notes": job.notes,
+            "seconds": seconds,
+        }
         bundle_folder.write_report(folder, "convert", report)
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
+        # What was hashed now is what was read before only if nothing has changed since.
+        for files in job.inputs:
+            files.check()
     return Bundle(options.output, manifest)
 
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     """Every check that needs no work; see `convert` for what it raises."""
-    if options.target not in TARGETS:
-        raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
-    refuse_made(options.output)
-    toolkit = find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+    _check_target(options)
+    toolkit = _toolkit(options)
+    if toolkit:
+        _refuse_bytes(options)
     release = _release(options, toolkit)
+    refuse_made(options.output)
     checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
     plan = _plan(options, checkpoint, release)
     notes = (*checkpoint.notes, *_notes(plan))
@@ -143,27 +167,106 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
         plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
     )
     model, lora = _model(options, checkpoint, loaded)
+    inputs = inputs_of(options, checkpoint, loaded)
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
     template = read_template(model.tokenizer_folder, bos)
-    job = Job(
-        options, release, toolkit, model, lora, tokenizer, template, plan, max_context, _npu_cores(options), notes
-    )
-    job = replace(job, notes=(*notes, *_check_model_file(job)))
+    cores = _npu_cores(options, release)
+    job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
+    of_adapters = loaded.model(checkpoint, options.loras).notes
+    job = replace(job, notes=(*notes, *of_adapters, *template.notes, *_check_model_file(job)))
     for note in job.notes:
         reporter.note(f"note: {note}")
     return job
 
 
+def _check_target(options: Options) -> None:
+    """That there is something that runs the result."""
+    if options.target not in TARGETS:
+        raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
+    if options.target == "emulator" and options.platform != _EMULATED_PLATFORM:
+        raise UsageError(
+            f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
+            hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
+        )
+
+
 def _release(options: Options, toolkit: Toolkit | None) -> str:
     if toolkit is None:
-        return options.release or DEFAULT_RELEASE
-    if options.release and dtypes.version_key(options.release) != dtypes.version_key(toolkit.version):
+        return check_release(options.release or DEFAULT_RELEASE, EMULATED, "The emulator").version
+    if options.release and not _same_release(options.release, toolkit.version):
         raise UsageError(
             f"--release {options.release}: the toolkit is {toolkit.version} ({toolkit.python}).",
             hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
         )
     return toolkit.version
+
+
+def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
+    """The files of the checkpoint, of each adapter and of other options, in this order."""
+    others = [path for path in (options.toolkit.calibration, options.toolkit.qparams) if path]
+    return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
+
+
+def identify(options: Options, loaded: Loaded, reporter: Reporter) -> dict[str, Any]:
+    """`made_of` a bundle that these options would give now: every source is read for its hash."""
+    toolkit = _toolkit(options)
+    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
+    inputs = inputs_of(options, checkpoint, loaded)
+    sources: list[Checkpoint | Adapter] = [checkpoint, *loaded.model(checkpoint, options.loras).adapters]
+    hashed = [loaded.source(item, reporter) for item in sources]
+    for files in inputs:
+        files.check()
+    return made_of(options, _release(options, toolkit), toolkit, inputs, hashed)
+
+
+def made_of(
+    options: Options, release: str, toolkit: Toolkit | None, inputs: Sequence[Inputs], sources: Sequence[Source]
+) -> dict[str, Any]:
+    """Everything that decides a bundle, without paths, as it stands in its report: two that are equal here are equal.
+
+    Args:
+        sources: with the hashes of the weights of the first of `inputs`.
+    """
+    plain = {key: value for key, value in plain_options(options).items() if key not in ("output", "release")}
+    # The last of `inputs` has no weights.
+    weights = [*(source.sha256 for source in sources), ""]
+    return {
+        "made_by": bundle_folder.created_by(),
+        "options": plain,
+        "release": release,
+        "toolkit": _parts(toolkit),
+        "files": [
+            {"weights": sha256, "small": [list(pair) for pair in item.digests]}
+            for sha256, item in zip(weights, inputs, strict=True)
+        ],
+    }
+
+
+def _refuse_bytes(options: Options) -> None:
+    """The toolkit reads and writes through libraries that take paths as Unicode (tokenizers is one)."""
+    given = {"output": options.output, "calibration": options.toolkit.calibration, "qparams": options.toolkit.qparams}
+    for name, path in given.items():
+        if path and (text := readable(path.absolute())) != str(path.absolute()):
+            raise UsageError(
+                f"--{name}: the toolkit cannot use the path {text}, which is not UTF-8.",
+                hint="Rename that folder or file.",
+            )
+
+
+def _parts(toolkit: Toolkit | None) -> dict[str, Any] | None:
+    if toolkit is None:
+        return None
+    return {"version": toolkit.version, "python": toolkit.python_version, "packages": dict(toolkit.parts)}
+
+
+def _toolkit(options: Options) -> Toolkit | None:
+    return find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+
+
+def _same_release(named: str, installed: str) -> bool:
+    """Whether a release that a person named is the installed one, which may have a local part such as `+cpu`."""
+    return named == installed or (named in CALLABLE and version(named) == version(installed))
 
 
 def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
@@ -226,8 +329,8 @@ def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plan.items() if key != "host"}
 
 
-def _npu_cores(options: Options) -> int:
-    most = int(dtypes.platforms()[options.platform]["cores"])
+def _npu_cores(options: Options, release: str) -> int:
+    most = dtypes.cores(options.platform, release)
     cores = most if options.npu_cores is None else options.npu_cores
     if not 1 <= cores <= most:
         raise UsageError(f"--npu-cores {cores}: the {options.platform} has {most}.", hint=f"Use 1 to {most}.")
@@ -281,7 +384,7 @@ def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
 def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:
     config, options = job.model.weights.config, job.options
     return Manifest(
-        name=options.output.resolve().name,
+        name=readable(options.output.resolve().name),
         family=config.family,
         size=config.size_name,
         parameters=config.parameters,
@@ -297,6 +400,7 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
         bos_token_id=config.bos_token_id,
         stop_token_ids=_stop_tokens(job),
         system_role=job.template.system_role,
+        special_tokens=_special_tokens(job.template),
         created_by=bundle_folder.created_by(),
         licence=bundle_folder.LICENCE,
         notes=(*job.notes, *made.notes),
@@ -312,17 +416,27 @@ def _stop_tokens(job: Job) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *end_of_turn]))
 
 
+def _special_tokens(template: ChatTemplate) -> dict[str, str]:
+    """Those that are not Gemma's."""
+    return {name: text for name, text in template.special_tokens.items() if SPECIAL_TOKENS.get(name) != text}
+
+
 def plain_options(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them."""
     plain = asdict(options)
-    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), options.output.name
-    plain["loras"] = [f"{_public(lora.source)}={lora.weight:g}" for lora in options.loras]
+    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), readable(options.output.name)
+    plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
     plain["toolkit"] = {
-        key: value.name if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
+        key: readable(value.name) if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
     }
     return plain
 
 
+def _exact(number: float) -> str:
+    """The shortest text that is read as this very number: 1, 0.5, 0.1234567."""
+    return repr(number).removesuffix(".0")
+
+
 def _public(source: str) -> str:
     """A hub id as it is; of a path the name only, for where it was is the user's own business."""
-    return source if is_hub_id(source) and not Path(source).exists() else Path(source).name
+    return source if is_hub_id(source) and not Path(source).exists() else readable(Path(source).name)

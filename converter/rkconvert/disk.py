@@ -14,9 +14,14 @@ _SPARE_BYTES: Final = 64 << 20
 
 def require_space(output: Path, nbytes: int) -> None:
     """Raise HostError if there is no room for `nbytes` in the folder that `output` will be made in."""
-    needed, free = nbytes + _SPARE_BYTES, shutil.disk_usage(output.parent).free
-    if needed > free:
+    free = shutil.disk_usage(output.parent).free
+    if nbytes + _SPARE_BYTES > free:
         raise HostError(
-            f"{output} needs {needed / 1e9:.2f} GB, and {output.parent.resolve()} has {free / 1e9:.2f} GB free.",
+            f"{output} needs {_text(nbytes)}, and {_SPARE_BYTES >> 20} MiB more for its tokenizer and reports;"
+            f" {output.parent.resolve()} has {_text(free)} free.",
             hint="Free space there, or name an output folder on another disk.",
         )
+
+
+def _text(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

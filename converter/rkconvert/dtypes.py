@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -13,13 +12,17 @@ from typing import Any, Final
 
 import yaml
 
+from rkconvert.toolkit.job import UNQUANTIZED
+from rkconvert.toolkit.versions import release
+from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 
 # One domain of the NPU's address space: 32 bits of addresses (rknpu driver 0.9.8).
 DOMAIN_BYTES: Final = 1 << 32
-_GROUP: Final = re.compile(r"_g(\d+)$")
 # The emulator alone computes in float32, as an oracle for tests.
 EMULATOR_ONLY: Final = ("fp32",)
+# What RKEdge plans and converts for; the toolkit knows more.
+PLATFORMS: Final = ("rk3588", "rk3576")
 
 
 class Verdict(str, Enum):
@@ -36,25 +39,47 @@ class Rule:
     """A row of the table, as it stands there."""
 
     types: tuple[str, ...]
-    verdict: Verdict
     reason: str
     evidence: str
     source: str
+    verdict: Verdict = Verdict.IMPOSSIBLE
     platform: str = ""
-    toolkit: tuple[str, str] = ("0", "999")
+    family: str = ""
+    figures: bool | None = None
     parameters: tuple[float, float] = (0, math.inf)
+    loads: bool = True
+    seen: str = ""
     log: tuple[str, ...] = ()
     instead: str = ""
 
-    def matches(self, platform: str, dtype: str, toolkit: str, parameters: int) -> bool:
+    def matches(self, case: Case) -> bool:
         """Whether the row speaks of this case."""
-        first, last = self.toolkit
         return (
-            self.platform in ("", platform)
-            and dtype in self.types
-            and version_key(first) <= version_key(toolkit) <= version_key(last)
-            and self.parameters[0] <= parameters < self.parameters[1]
+            self.platform in ("", case.platform)
+            and case.dtype in self.types
+            and self.family in ("", case.family)
+            and self.figures in (None, case.figures)
+            and self.parameters[0] <= case.parameters < self.parameters[1]
         )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A type for a model on a SoC, made by one release of the toolkit.
+
+    Attributes:
+        parameters: number of weights of the model.
+        figures: the vendor publishes figures of this very model and type on this SoC.
+        words: what the reasons of the rules have in braces.
+    """
+
+    dtype: str
+    platform: str
+    toolkit: str
+    family: str
+    parameters: int
+    figures: bool
+    words: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -67,76 +92,72 @@ class Judgement:
 
     dtype: str
     platform: str
-    verdict: Verdict
     reason: str
     rule: Rule
 
-
-def version_key(version: str) -> tuple[int, ...]:
-    """A release as numbers that compare: 1.2.1b1 sorts as 1.2.1."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("b")[0]))
+    @property
+    def verdict(self) -> Verdict:
+        """What the rule says."""
+        return self.rule.verdict
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _table() -> Mapping[str, Any]:
     table: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("dtype_rules.yaml").read_text(encoding="utf-8"))
     return table
 
 
 @cache
 def rules() -> tuple[Rule, ...]:
-    """All rows, in order."""
+    """What is said of types that can be made, in order."""
     return tuple(_rule(row) for row in _table()["rules"])
 
 
+@cache
+def impossible() -> tuple[Rule, ...]:
+    """Why a type cannot be made, in order."""
+    return tuple(_rule(row) for row in _table()["impossible"])
+
+
 def _rule(row: Mapping[str, Any]) -> Rule:
-    lists = {key: tuple(row[key]) for key in ("types", "toolkit", "parameters", "log") if key in row}
-    return Rule(**{**row, **lists, "verdict": Verdict(row["verdict"])})
+    lists = {key: tuple(row[key]) for key in ("types", "parameters", "log") if key in row}
+    return Rule(**{**row, **lists, "verdict": Verdict(row.get("verdict", Verdict.IMPOSSIBLE))})
 
 
-def platforms() -> Mapping[str, Mapping[str, Any]]:
-    """SoC -> number of NPU cores and the types that its toolkit accepts."""
-    table: Mapping[str, Mapping[str, Any]] = _table()["platforms"]
-    return table
+def accepted(platform: str, toolkit: str) -> tuple[str, ...]:
+    """The types that a release of the toolkit makes for a SoC. UsageError for a SoC that RKEdge does not plan for."""
+    if platform not in PLATFORMS:
+        raise UsageError(f"RKEdge does not convert for {platform!r}.", hint=f"It does for {', '.join(PLATFORMS)}.")
+    return (*release(toolkit).dtypes[platform], UNQUANTIZED)
 
 
-def known_types() -> Sequence[str]:
-    """Every type that some toolkit release accepts for some SoC."""
-    types: Sequence[str] = _table()["known_types"]
-    return types
+def cores(platform: str, toolkit: str) -> int:
+    """NPU cores of a SoC, by a release's toolkit."""
+    return release(toolkit).cores[platform]
 
 
-def judge(dtype: str, *, platform: str, toolkit: str, name: str, parameters: int) -> Judgement:
-    """What the table says of a model of `parameters` weights, called `name`.
+@cache
+def known_types() -> tuple[str, ...]:
+    """Every type that some release of the toolkit takes for some SoC, of RK3588 first."""
+    found = [dtype for item in CALLABLE for types in release(item).dtypes.values() for dtype in types]
+    return (*dict.fromkeys(found), UNQUANTIZED)
+
+
+def judge(case: Case) -> Judgement:
+    """What the table says of a case.
 
     Raises:
         UsageError: there is no such type or SoC.
     """
-    if platform not in platforms():
-        raise UsageError(f"There is no SoC {platform!r} in the table.", hint=f"Known are {', '.join(platforms())}.")
-    for rule in rules():
-        if rule.matches(platform, dtype, toolkit, parameters):
-            reason = rule.reason.format(name=name, dtype=dtype, platform=platform, **_sizes(dtype, parameters))
-            return Judgement(dtype, platform, rule.verdict, reason, rule)
-    raise UsageError(f"There is no quantized type {dtype!r}.", hint=f"Types are {', '.join(known_types())}.")
-
-
-def _sizes(dtype: str, parameters: int) -> dict[str, str]:
-    """Gigabytes of int8 weights, of a float32 scale per group, of both, of float16 weights; and full domains."""
-    group = _GROUP.search(dtype)
-    scales = 4 * parameters / int(group[1]) if group else 0.0
-    total = parameters + scales
-    return {
-        "weights": _gigabytes(parameters),
-        "scales": _gigabytes(scales),
-        "total": _gigabytes(total),
-        "half": _gigabytes(2 * parameters),
-        "domains": str(math.ceil(total / DOMAIN_BYTES)),
-    }
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f}" if size >= 1e8 else f"{size / 1e9:.2g}"
+    if case.dtype not in known_types():
+        raise UsageError(f"There is no quantized type {case.dtype!r}.", hint=f"Types are {', '.join(known_types())}.")
+    made = accepted(case.platform, case.toolkit)
+    rule = next(rule for rule in (rules() if case.dtype in made else impossible()) if rule.matches(case))
+    words = {"dtype": case.dtype, "platform": case.platform, "toolkit": case.toolkit, "accepted": ", ".join(made)}
+    reason = rule.reason.format(**words, **case.words)
+    if rule.seen and rule.seen != case.toolkit:
+        reason += f". Nothing is known of it with {case.toolkit}"
+    return Judgement(case.dtype, case.platform, reason, rule)
 
 
 def require(judgement: Judgement, *, force: bool) -> None:

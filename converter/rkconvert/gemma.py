@@ -142,10 +142,12 @@ def family_of(config: Mapping[str, Any]) -> str:
     """`gemma2` or `gemma`. Raises CheckpointError with the list of those supported for any other model."""
     names = config.get("architectures") or []
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    model_type = config.get("model_type")
     for name in names:
         if name in SUPPORTED:
+            if model_type not in (None, SUPPORTED[name]):
+                raise CheckpointError(f"config.json contradicts itself: a {name} of the model_type {model_type!r}.")
             return SUPPORTED[name]
-    model_type = config.get("model_type")
     if not names and model_type in _DEFAULTS:
         return str(model_type)
     if not names and model_type is None:
@@ -168,7 +170,9 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
         if config.get(key, 0) is None or family == "gemma":
             values[key] = 0
     values["rope_theta"] = _rope_theta(config, values["rope_theta"])
-    _refuse_features(config)
+    if family == "gemma":
+        values["query_pre_attn_scalar"] = values["head_dim"]
+    _refuse_features(config, family)
     sizes = {key: _integer(key, values[key], 1, _MAX_SIZE) for key in _SIZES}
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
         raise CheckpointError(
@@ -180,12 +184,12 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
         **sizes,
         rms_norm_eps=_number("rms_norm_eps", values["rms_norm_eps"]),
         rope_theta=_number("rope_theta", values["rope_theta"]),
-        query_pre_attn_scalar=_number("query_pre_attn_scalar", values.get("query_pre_attn_scalar", sizes["head_dim"])),
+        query_pre_attn_scalar=_number("query_pre_attn_scalar", values["query_pre_attn_scalar"]),
         sliding_window=_integer("sliding_window", values["sliding_window"], 0, _MAX_SIZE),
         sliding_layers=_sliding_layers(config, sizes["num_hidden_layers"], bool(values["sliding_window"])),
         attn_logit_softcapping=_number("attn_logit_softcapping", values["attn_logit_softcapping"], least=0.0),
         final_logit_softcapping=_number("final_logit_softcapping", values["final_logit_softcapping"], least=0.0),
-        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        tie_word_embeddings=values["tie_word_embeddings"],
         bos_token_id=_integer("bos_token_id", values["bos_token_id"], 0, sizes["vocab_size"] - 1),
         eos_token_ids=token_ids("eos_token_id", values["eos_token_id"], sizes["vocab_size"]),
     )
@@ -216,18 +220,29 @@ def _rope_theta(config: Mapping[str, Any], default: Any) -> Any:
         if not isinstance(value, dict):
             raise CheckpointError(f"config.json: {key} is {str(value)[:80]!r}; it must be a table.")
         kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"config.json: {key} asks for {kind!r}; Gemma 1 and 2 use plain rotary embeddings.")
-    return (config.get("rope_parameters") or {}).get("rope_theta", default)
+        if kind != "default" or any(isinstance(part, dict) for part in value.values()):
+            raise CheckpointError(
+                f"config.json: {key} asks for {kind!r} or differs by layer; Gemma 1 and 2 use plain rotary embeddings."
+            )
+    return (config.get("rope_scaling") or config.get("rope_parameters") or {}).get("rope_theta", default)
 
 
-def _refuse_features(config: Mapping[str, Any]) -> None:
-    activation = config.get("hidden_activation") or "gelu_pytorch_tanh"
-    if activation != "gelu_pytorch_tanh":
-        raise CheckpointError(f"config.json: the activation {activation!r} is not Gemma's gelu_pytorch_tanh.")
-    for key in ("attention_bias", "use_bidirectional_attention"):
-        if config.get(key):
-            raise CheckpointError(f"config.json: {key} is set, which no conversion supports.")
+def _refuse_features(config: Mapping[str, Any], family: str) -> None:
+    # Of Gemma 1 transformers 5 reads hidden_act, where Google's "gelu" means the approximation; transformers 4 read
+    # hidden_activation. Of Gemma 2 both read hidden_activation.
+    known: dict[str, tuple[str, ...]] = {"hidden_activation": ("gelu_pytorch_tanh",)}
+    if family == "gemma":
+        known["hidden_act"] = ("gelu_pytorch_tanh", "gelu")
+    for key, names in known.items():
+        if (activation := config.get(key)) is not None and activation not in names:
+            raise CheckpointError(f"config.json: {key} is {activation!r}; Gemma's activation is gelu_pytorch_tanh.")
+    if not isinstance(config.get("tie_word_embeddings") or False, bool):
+        raise CheckpointError(
+            f"config.json: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false."
+        )
+    for key, plain in (("attention_bias", False), ("use_bidirectional_attention", False), ("is_causal", True)):
+        if bool(config.get(key, plain)) is not plain:
+            raise CheckpointError(f"config.json: {key} is {config[key]!r}, which no conversion supports.")
 
 
 def _sliding_layers(config: Mapping[str, Any], layers: int, window: bool) -> tuple[bool, ...]:

@@ -13,24 +13,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from rkconvert.inputs import SIDE_FILES
 from rkconvert.parallel import ordered_map
 from rkconvert.progress import Advance
+from rkconvert.sources.memory_folder import Place
 from rkconvert.weights import TensorInfo, Weights, read_finite, row_blocks
 
 # Small enough for a kill to cost seconds, large enough for 27B to have a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
 STATE: Final = "shards.json"
-# What a model folder holds besides weights and config.json.
-SIDE_FILES: Final = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True)
@@ -161,12 +152,13 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
     return checksum
 
 
-def copy_side_files(folders: Sequence[Path], into: Path, names: Iterable[str] = SIDE_FILES) -> None:
+def copy_side_files(folders: Sequence[Place], into: Path, names: Iterable[str] = SIDE_FILES) -> None:
     """Copy the small files of a model folder; the first of `folders` that has one gives it."""
     for name in names:
         for folder in folders:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, into / name)
+                with (folder / name).open("rb") as source, (into / name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
                 break
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class Memory:
     """In bytes.
 
     Attributes:
-        ram: of the machine, or a container's limit if that is less.
+        ram, swap: of the machine, or a container's limit if that is less.
         available: RAM that a program can get without swapping.
     """
 
@@ -37,5 +38,8 @@ def read_memory(root: Path = machine.ROOT) -> Memory:
     found = machine.memory(root)
     if found is None:
         raise HostError("This machine does not say how much memory it has.", hint="Mount /proc and try again.")
-    swap = re.search(r"^SwapTotal:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
-    return Memory(found.total, int(swap[1]) * 1024 if swap else 0, found.available)
+    match = re.search(r"^SwapTotal:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    swap = int(match[1]) * 1024 if match else 0
+    with suppress(OSError, ValueError):  # the container's limit (cgroup v2); "max" for none
+        swap = min(swap, int((root / "sys/fs/cgroup/memory.swap.max").read_text()))
+    return Memory(found.total, swap, found.available)

@@ -6,15 +6,25 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rkconvert.adapter import Adapter, open_adapter
+from rkconvert.adapter_notes import adapter_notes
 from rkconvert.checkpoint import Checkpoint
+from rkconvert.gemma import EMBEDDING
 from rkconvert.hub import download, is_hub_id
+from rkconvert.inputs import Inputs, folder_states
 from rkconvert.merge import MergedWeights
+from rkconvert.sources.memory_folder import Place
+from rkconvert.updates import TensorUpdate, TokenRows
 from rkruntime.bundle import TOKENIZER
-from rkruntime.errors import UsageError
+from rkruntime.errors import AdapterError, UsageError
+from rkruntime.files import readable
+
+# Of `resume_key`, and of what an unfinished folder holds: one higher whenever either means something else.
+KEY_FORMAT: Final = 2
 
 
 @dataclass(frozen=True)
@@ -31,17 +41,15 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """`FOLDER` or `FOLDER=WEIGHT`. Raises UsageError if the weight is no number."""
+        """`FOLDER` or `FOLDER=WEIGHT`; a folder of that whole name comes first. Raises UsageError for a bad weight."""
         source, equals, weight = text.rpartition("=")
-        if not equals:
+        if not equals or Path(text).exists():
             return cls(text)
         try:
             number = float(weight)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            if Path(text).exists():
-                return cls(text)
             raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5")
         return cls(source, number)
 
@@ -51,13 +59,17 @@ class MergedModel:
     """A checkpoint with its adapters, checked; nothing is read but headers and adapters.
 
     Attributes:
+        inputs: the files of the checkpoint and of each adapter, as they were before they were read.
         tokenizer_folder: where the tokenizer is: an adapter that made the vocabulary grow was saved with its own.
+        notes: what a person must know of the adapters.
     """
 
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
+    inputs: tuple[Inputs, ...]
     weights: MergedWeights
-    tokenizer_folder: Path
+    tokenizer_folder: Place
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -75,27 +87,48 @@ class MergedModel:
         own = {"vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tie_word_embeddings}
         return {key: value for key, value in self.checkpoint.raw_config.items() if key != "quantization_config"} | own
 
-    def job(self, **options: Any) -> str:
-        """A text that is the same for the same files and options, for `work_folder`."""
-        files = [*self.checkpoint.weight_files, *(file for adapter in self.adapters for file in adapter.weight_files)]
-        return json.dumps({"files": _states(files), **options}, sort_keys=True, default=str)
 
+def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
+    """A text that decides what comes out, for `work_folder`: another one, and nothing of an earlier run is kept.
 
-def _states(files: Iterable[Path]) -> list[list[str | int]]:
-    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    It holds the states of weight files, the hashes of small files, every option, and whose arithmetic it is.
+    """
+    makers = {name: version(name) for name in ("rkedge", "numpy")}
+    files = [item.identity() for item in inputs]
+    return json.dumps({"format": KEY_FORMAT, "makers": makers, "files": files, **options}, sort_keys=True, default=str)
 
 
 def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
     """Open adapters and put them on a checkpoint. Raises AdapterError if one cannot be used, or does not fit."""
-    adapters = tuple(_open_adapter(lora, base) for lora in loras)
+    opened = [_open_adapter(lora, base) for lora in loras]
+    adapters = tuple(adapter for adapter, _ in opened)
+    for adapter in adapters:
+        changes = adapter.updates.get(EMBEDDING, TensorUpdate()).changes
+        if base.own_head and any(isinstance(change, TokenRows) for change in changes):
+            raise AdapterError(
+                f"{adapter.name} has trained tokens in the embedding, to which {base.name} ties its head, while it"
+                " stores another: peft changes both sides, and a model with two sides has one of them changed.",
+                hint="Make the model's config.json and files agree, and train on that: tie_word_embeddings false, or no"
+                " lm_head.weight.",
+            )
     weights = MergedWeights(base.weights, base.config, adapters)
-    own = [adapter.path for adapter in adapters if adapter.rows and (adapter.path / TOKENIZER).is_file()]
-    return MergedModel(base, adapters, weights, own[0] if own else base.path)
+    size = weights.config.vocab_size
+    if size < base.config.vocab_size and max(base.eos_token_ids) >= size:
+        raise AdapterError(
+            f"The adapters leave {size:,} tokens, and answers end with the token {max(base.eos_token_ids)}."
+        )
+    own: list[Place] = [one.path for one in adapters if one.own_tokens and (one.path / TOKENIZER).is_file()]
+    inputs = (base.inputs, *(files for _, files in opened))
+    notes = [note for adapter in adapters for note in adapter_notes(adapter, base)]
+    return MergedModel(base, adapters, inputs, weights, own[0] if own else base.path, (*notes, *weights.notes))
 
 
-def _open_adapter(lora: Lora, base: Checkpoint) -> Adapter:
-    path = Path(lora.source)
-    if path.exists() or not is_hub_id(lora.source):
-        return open_adapter(path, base.config.tensors(), lora.weight)
-    folder, commit = download(lora.source, weights="adapter_model")
-    return open_adapter(folder, base.config.tensors(), lora.weight, lora.source, commit)
+def _open_adapter(lora: Lora, base: Checkpoint) -> tuple[Adapter, Inputs]:
+    folder, commit = Path(lora.source), ""
+    name = readable(folder.resolve().name)
+    if not folder.exists() and is_hub_id(lora.source):
+        name = lora.source
+        folder, commit = download(name, weights="adapter_model")
+    before = folder_states(folder)
+    adapter = open_adapter(folder, base.config.tensors(), lora.weight, name, commit)
+    return adapter, Inputs.of_folder(AdapterError, folder, before, adapter.weight_files)

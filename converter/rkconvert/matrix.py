@@ -13,12 +13,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.convert import Job, Options, check, make, plain_options
+from rkconvert.bundle_folder import read_report
+from rkconvert.convert import Job, Options, check, identify, make
 from rkconvert.loaded import Loaded
 from rkconvert.progress import Reporter
 from rkconvert.work_folder import forget_kill
 from rkruntime.bundle import Bundle, open_bundle
-from rkruntime.errors import RefusedError, RKEdgeError, UsageError
+from rkruntime.errors import OutputError, RefusedError, RKEdgeError, UsageError
 from rkruntime.files import write_error
 
 KEY: Final = "matrix"
@@ -129,21 +130,27 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
     output = cell.options.output
     try:
-        if output.is_dir() and (found := _there(cell)):
+        if output.is_dir():
             forget_kill(output)
-            return found
+            return _there(cell, reporter, loaded)
         return check(cell.options, reporter, loaded)
     except RKEdgeError as error:
         return _lost(cell, error)
+    except OSError as error:
+        return _lost(cell, write_error(output, error))
 
 
-def _there(cell: Cell) -> Outcome | None:
-    """The bundle of an earlier run with the same options, if that is what is there."""
+def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> Outcome:
+    """The bundle of an earlier run. Raises OutputError if it was not made of what is asked for now."""
     bundle = open_bundle(cell.options.output)
-    asked = {**plain_options(cell.options), "release": bundle.manifest.toolkit_version}
-    if {**bundle.manifest.options, "release": bundle.manifest.toolkit_version} != asked:
-        return None
     bundle.verify()
+    found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, loaded, reporter)
+    if found != asked:
+        other = next((key for key in asked if not isinstance(found, dict) or found.get(key) != asked[key]), "report")
+        raise OutputError(
+            f"{bundle.path} exists already, and was made of something else: its {other.replace('_', ' ')} differ.",
+            hint="Remove it, or name another output folder.",
+        )
     return _whole(cell, bundle, "there", 0.0)
 
 

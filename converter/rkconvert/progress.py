@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,6 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from rkruntime.terminal import console, say
+
 Advance = Callable[[int], None]
 Show = Callable[[str, int, int], None]
 # Seconds between two lines of a log: an hour of work stays readable.
@@ -33,7 +33,7 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
 
     def note(self, text: str) -> None:
         """One line for a person."""
@@ -116,11 +116,10 @@ class _Log:
             self._last = now
             rate = self._done / max(now - self._start, 1e-6)
             left = max(0, self._total - self._done) / max(rate, 1e-6)
-            print(  # noqa: T201
+            say(
                 f"{self._title}: {self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB,"
                 f" {rate / 1e6:,.0f} MB/s, {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                err=True,
             )
 
 

@@ -34,7 +34,7 @@ _KINDS: Final[dict[type[click.ParamType[Any]], Any]] = {
 def keys(command: click.Command) -> dict[str, click.Parameter]:
     """What may stand in a recipe of a command: every option but those that name a recipe, and the arguments."""
     found = {_key(item): item for item in command.params}
-    return {key: item for key, item in found.items() if not item.is_eager and key != "matrix"}
+    return {key: item for key, item in found.items() if item.expose_value and key != "matrix"}
 
 
 def _key(item: click.Parameter) -> str:

@@ -1,94 +1,60 @@
-"""Conversations through a checkpoint's chat template, which is a program of a stranger's.
-
-Jinja's sandbox keeps it from everything outside, but lets it loop and grow for ever. So what came with a checkpoint is
-tried out first in a process of its own, with limits: `rendered_apart`.
-"""
+"""Conversations through a checkpoint's chat template, which is a program of a stranger's: in a process with limits."""
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, Final
+from typing import Final
 
-from rkruntime.errors import CheckpointError
-from rkruntime.template import template_environment
+from rkruntime import prompt_process
+from rkruntime.bundle import MAX_TEMPLATE
+from rkruntime.confined import Confined, Limits
+from rkruntime.errors import BundleError, CheckpointError
 
-_EOS: Final = "<eos>"
-_MAX_TEMPLATE: Final = 1 << 20
 _MAX_TEXT: Final = 1 << 20
-_SECONDS: Final = 2
-_MEMORY: Final = 1 << 30
+_HINT: Final = "Use the chat_template.jinja of the model that this one was made from."
+_child: Final = Confined(prompt_process.__name__, "The chat template")
+_LIMITS: Final = Limits(cpu_s=2)
 
 
-def render(
-    source: str, messages: Sequence[Mapping[str, str]], bos_token: str, *, add_generation_prompt: bool = True
-) -> str:
-    """A conversation as text, as transformers' apply_chat_template gives it; CheckpointError if that cannot be done."""
-    if len(source) > _MAX_TEMPLATE:
-        raise CheckpointError(f"The chat template has over {_MAX_TEMPLATE:,} characters.")
-    try:
-        text = (
-            template_environment()
-            .from_string(source)
-            .render(messages=messages, bos_token=bos_token, eos_token=_EOS, add_generation_prompt=add_generation_prompt)
-        )
-    except Exception as error:  # A template can do anything that Python can do wrong.
-        raise CheckpointError(
-            f"The chat template cannot be rendered: {str(error)[:500] or type(error).__name__}."
-        ) from error
-    return text
-
-
-def rendered_apart(source: str, conversations: Sequence[Sequence[Mapping[str, str]]], bos: str) -> list[str]:
-    """Each conversation rendered in a process that may take 2 s of computing and 1 GiB; empty where it is refused.
+def rendered(
+    source: str,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    special_tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[str]:
+    """Each conversation as text, as transformers' apply_chat_template gives it; empty where it is refused.
 
     Raises:
-        CheckpointError: the first conversation is refused, or the process came to its limits.
+        CheckpointError: the first conversation is refused, or a limit was reached: 2 s of computing and 1 GiB.
+        HostError: the process cannot be started.
     """
-    outcomes = json.loads(_answer(json.dumps([source, conversations, bos])))
+    if len(source) > MAX_TEMPLATE:
+        raise CheckpointError(f"The chat template has over {MAX_TEMPLATE:,} characters.", hint=_HINT)
+    try:
+        outcomes = prompt_process.render(
+            _child, source, conversations, special_tokens, _LIMITS, add_generation_prompt=add_generation_prompt
+        )
+    except BundleError as error:
+        raise CheckpointError(error.message, hint=_HINT) from error
     if "error" in outcomes[0]:
-        raise CheckpointError(outcomes[0]["error"])
+        raise CheckpointError(f"The chat template cannot be rendered: {outcomes[0]['error']}.", hint=_HINT)
+    if any(len(outcome.get("text", "")) > _MAX_TEXT for outcome in outcomes):
+        raise CheckpointError(f"The chat template makes over {_MAX_TEXT:,} characters of one message.", hint=_HINT)
     return [outcome.get("text", "") for outcome in outcomes]
 
 
-@cache
-def _answer(question: str) -> str:
-    child = [sys.executable, "-I", "-m", __name__]
+def try_out(tokenizer: bytes, where: object, source: str, system_role: str, special_tokens: Mapping[str, str]) -> None:
+    """Make prompts as the board will.
+
+    Args:
+        tokenizer: tokenizer.json; `where` it came from, for messages.
+
+    Raises:
+        CheckpointError: it cannot be done.
+        HostError: the process cannot be started.
+    """
     try:
-        done = subprocess.run(
-            child, input=question, capture_output=True, text=True, encoding="utf-8", timeout=50 * _SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is None or done.returncode:
-        raise CheckpointError(
-            f"The chat template cannot be rendered: it takes more than {_SECONDS} seconds of computing or"
-            f" {_MEMORY >> 30} GiB of memory for a conversation of one message.",
-            hint="Use the chat_template.jinja of the model that this one was made from.",
-        )
-    return done.stdout
-
-
-def _outcome(source: str, messages: Any, bos: str) -> dict[str, str]:
-    try:
-        text = render(source, messages, bos)
-    except CheckpointError as error:
-        return {"error": error.message}
-    if len(text) > _MAX_TEXT:
-        return {"error": f"The chat template makes {len(text):,} characters of one message."}
-    return {"text": text}
-
-
-def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    source, conversations, bos = json.loads(sys.stdin.buffer.read())
-    json.dump([_outcome(source, messages, bos) for messages in conversations], sys.stdout)
-
-
-if __name__ == "__main__":
-    _main()
+        prompt_process.open_in(_child, tokenizer, where, source, system_role, special_tokens)
+    except BundleError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error

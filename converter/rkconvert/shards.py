@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from rkconvert.formats import STORAGE
+from rkconvert.inputs import FileState, changed
+from rkconvert.sources.memory_folder import Place
 from rkconvert.weights import TensorInfo
 from rkruntime.errors import InputError
 
@@ -42,7 +44,7 @@ def is_lfs_pointer(head: bytes) -> bool:
     return head.startswith(_LFS)
 
 
-def refuse_lfs_pointer(path: Path, head: bytes, kind: type[InputError]) -> None:
+def refuse_lfs_pointer(path: Place, head: bytes, kind: type[InputError]) -> None:
     """Raise `kind` if a file's first bytes are those of a Git LFS pointer."""
     if is_lfs_pointer(head):
         raise kind(
@@ -67,7 +69,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_json(path: Path, kind: type[InputError], limit: int = 16 << 20) -> dict[str, Any]:
+def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dict[str, Any]:
     """A JSON object from a file, or `kind` with what is wrong with it."""
     try:
         with path.open("rb") as file:
@@ -87,10 +89,10 @@ def read_json(path: Path, kind: type[InputError], limit: int = 16 << 20) -> dict
 
 
 class RowReader:
-    """Reads rows of tensors from one file with pread; the file is opened at the first read."""
+    """Reads rows of tensors from one file with pread; the file is opened at the first read, unless it has changed."""
 
     def __init__(self, path: Path, kind: type[InputError]) -> None:
-        self._path, self._kind = path, kind
+        self._path, self._kind, self._state = path, kind, FileState.of(path)
         self._lock = threading.Lock()
         self._descriptor: int | None = None
 
@@ -101,11 +103,19 @@ class RowReader:
     def _open(self) -> int:
         with self._lock:
             if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise self._kind(f"{self._path} cannot be read: {error.strerror}.") from error
+                if (now := FileState.of(descriptor)) != self._state:
+                    os.close(descriptor)
+                    raise changed(self._path, self._state, now, self._kind)
+                self._descriptor = descriptor
             return self._descriptor
 
     def rows(self, entry: Entry, first: int, count: int) -> NDArray[Any]:
-        """Rows of the tensor at `entry`; safe to call from several threads."""
+        """Rows of the tensor at `entry`, and never a byte beside it; safe to call from several threads."""
+        entry.info.require_rows(first, count, self._path, self._kind)
         shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
         block = np.empty(shape, STORAGE[entry.info.dtype])
         offset = entry.offset + first * (block.nbytes // max(1, count))

@@ -12,6 +12,7 @@ from rkconvert.shards import Entry, Shard, read_json
 from rkconvert.torch_file import TorchFile
 from rkconvert.weights import TensorInfo, Weights
 from rkruntime.errors import InputError
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,7 +92,7 @@ def open_tensor_files(folder: Path, names: Names, kind: type[InputError]) -> tup
     if index and lost:
         raise kind(
             f"{folder}: the index says that {lost[0]} is in {index[lost[0]]}, and it is not"
-            f" ({len(lost)} tensor{'s' * (len(lost) > 1)} missing)."
+            f" ({counted(len(lost), 'tensor')} missing)."
         )
     return tuple(paths), weights
 

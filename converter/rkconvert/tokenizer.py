@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from rkconvert.shards import read_json
+from rkconvert.sources.memory_folder import Place
+from rkruntime.bundle import MAX_TOKENIZER
 from rkruntime.errors import CheckpointError
-from rkruntime.tokenizer import TEXT_TOKEN
+from rkruntime.tokenizer import TEXT_TOKEN, unlike_gemma
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Gemma's own has 17 MB (transformers 4 layout of the merges) to 34 MB.
-_MAX_FILE: Final = 128 << 20
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -34,6 +34,14 @@ class Kind(IntEnum):
     USER_DEFINED = 4
 
 
+class Flag(IntFlag):
+    """How an added token is found in a text, as docs/rkemu-format.md numbers it."""
+
+    NORMALIZED = 1
+    LSTRIP = 2
+    RSTRIP = 4
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """The tables.
@@ -41,11 +49,15 @@ class Tokenizer:
     Attributes:
         texts: UTF-8 of each token by id; one raw byte for a byte token, empty for an id without a token.
         kinds: `Kind` by id.
+        flags: `Flag`s of added tokens by id, where there are any.
+        single_words: added tokens that are found as whole words only.
         merges: uint32 [n, 3]: ids of left part, right part and result, by rank.
     """
 
     texts: tuple[bytes, ...]
     kinds: tuple[Kind, ...]
+    flags: Mapping[int, Flag]
+    single_words: tuple[str, ...]
     merges: NDArray[np.uint32]
     unk_token_id: int
 
@@ -57,28 +69,36 @@ class Tokenizer:
 
     @cached_property
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The tensors `tokenizer.*` of a .rkemu file."""
+        """The tensors `tokenizer.*` of a .rkemu file.
+
+        Raises:
+            CheckpointError: the emulator would find an added token otherwise than the checkpoint's own tokenizer.
+        """
+        if self.single_words:
+            raise CheckpointError(
+                f"Its added token {self.single_words[0]!r} is found as a whole word only; the emulator cannot do that.",
+                hint="Set its single_word to false in tokenizer.json, or convert with --target toolkit.",
+            )
+        flags = np.zeros(len(self.texts), np.uint8)
+        for at, flag in self.flags.items():
+            flags[at] = flag
         lengths = np.fromiter((len(text) for text in self.texts), np.uint32, len(self.texts))
         return {
             "tokenizer.text": np.frombuffer(b"".join(self.texts), np.uint8),
             "tokenizer.offsets": np.concatenate([np.zeros(1, np.uint32), np.cumsum(lengths, dtype=np.uint32)]),
             "tokenizer.kinds": np.array(self.kinds, np.uint8),
+            **({"tokenizer.flags": flags} if self.flags else {}),
             "tokenizer.merges": self.merges,
         }
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
     """Read tokenizer.json of a model with `vocab_size` rows of embeddings.
 
     Raises:
         CheckpointError: no such file, or a tokenizer that works otherwise than Gemma's.
     """
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.",
-            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
-        )
-    content = read_json(path, CheckpointError, limit=_MAX_FILE)
+    content = _read(path)
     try:
         return _parse(content, vocab_size)
     except CheckpointError as error:
@@ -87,9 +107,31 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
 
 
+def _read(path: Place) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}.",
+            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
+        )
+    return read_json(path, CheckpointError, limit=MAX_TOKENIZER)
+
+
+def tokenizer_bytes(path: Place) -> bytes:
+    """tokenizer.json as a bundle has it: without the truncation and padding that trainers leave in it.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not JSON.
+    """
+    content = _read(path)
+    if content.get("truncation") is None and content.get("padding") is None:
+        return path.read_bytes()
+    return json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False).encode()
+
+
 def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     model = content["model"]
-    _check_kind(content, model)
+    if unlike := unlike_gemma(content):
+        raise CheckpointError(f"{unlike}.")
     vocab: dict[str, int] = dict(model["vocab"])
     added = {str(token["content"]): token for token in content.get("added_tokens") or []}
     ids = vocab | {text: token["id"] for text, token in added.items()}
@@ -103,19 +145,12 @@ def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
         texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
     if sum(kind is Kind.BYTE for kind in kinds) != 256:
         raise CheckpointError("it has no token for every byte, so some characters could not be written.")
-    return Tokenizer(tuple(texts), tuple(kinds), _merges(model["merges"], vocab), ids[model["unk_token"]])
-
-
-def _check_kind(content: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise CheckpointError(f"it is a {model['type']} tokenizer; Gemma's is BPE with byte fallback.")
-    normalizer = content.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    if [(step.get("type"), step.get("pattern"), step.get("content")) for step in steps] != [
-        ("Replace", {"String": " "}, "▁")
-    ]:
-        kinds = ", ".join(str(step.get("type")) for step in steps)
-        raise CheckpointError(f"its normalizer is {kinds}; Gemma's replaces spaces by ▁ and does nothing else.")
+    flags = {token["id"]: _flags(token) for token in added.values()}
+    flags = {index: flag for index, flag in flags.items() if flag}
+    single_words = tuple(text for text, token in added.items() if token.get("single_word"))
+    return Tokenizer(
+        tuple(texts), tuple(kinds), flags, single_words, _merges(model["merges"], vocab), ids[model["unk_token"]]
+    )
 
 
 def _kind(text: str, added: Mapping[str, Any] | None) -> Kind:
@@ -125,6 +160,10 @@ def _kind(text: str, added: Mapping[str, Any] | None) -> Kind:
         return Kind.NORMAL
     text_token = TEXT_TOKEN.fullmatch(text) and not added.get("special")
     return Kind.USER_DEFINED if text_token else Kind.CONTROL
+
+
+def _flags(added: Mapping[str, Any]) -> Flag:
+    return Flag(sum(flag for flag in Flag if added.get(str(flag.name).lower())))
 
 
 def _merges(merges: list[Any], vocab: Mapping[str, int]) -> NDArray[np.uint32]:

@@ -2,8 +2,12 @@
 
 peft (release 0.21; tuners/lora/layer.py and variants.py) holds adapters in float32, multiplies the two matrices in
 float32 and scales the product. For a linear layer it adds that to the weight in float32 and rounds once to the
-weight's format; for an embedding it rounds the product first. Blocks of rows give the same bits as the whole matrix,
-because each element is a sum over the rank alone.
+weight's format; for an embedding it rounds the product first.
+
+Each element is a sum over the rank alone, so blocks of rows give what the whole matrix gives, as long as both libraries
+(numpy's BLAS here, torch's there) add up in the same order. Against release 0.21 they do in 16-bit formats up to rank
+128 at the shapes of Gemma 2, but for [2304, 9216] (the 2B model's down_proj), where 2 of 21 million elements differ at
+rank 64; above that rank, in float32 and with DoRA some elements differ by the rounding of the sum, about 1e-7 of it.
 """
 
 from __future__ import annotations
@@ -29,8 +33,13 @@ class Change(Protocol):
         """Rows from row `first` on, held in the format `dtype`, after the change."""
         ...
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can change a tensor of this shape."""
+        ...
 
-@dataclass(frozen=True)
+
+# Changes and replacements are equal only to themselves: what two tied tensors share is one object.
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """weight + scaling * (b @ a) with a [rank, in] and b [out, rank], float32.
 
@@ -47,6 +56,10 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix that it changes."""
         return self.b.shape[0], self.a.shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return self.shape == shape
 
     def delta(self, first: int, count: int) -> NDArray[np.float32]:
         """Rows of scaling * (b @ a)."""
@@ -67,12 +80,12 @@ class LowRank:
         return merged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dora:
     """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
 
-    The norms are summed in float64 here and in float32 by torch, in an order of its own, so that a result can be one
-    step of the weight's format away from peft's.
+    The norms are summed in float64 here and in float32 by torch, in an order of its own: a float32 result can be a few
+    steps away from peft's.
     """
 
     low_rank: LowRank
@@ -82,6 +95,10 @@ class Dora:
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix that it changes."""
         return self.low_rank.shape
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return self.shape == shape
 
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
@@ -94,11 +111,20 @@ class Dora:
         return from_float32(rows, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenRows:
     """Single rows of an embedding that are put in place of the base's (trainable_token_indices)."""
 
     rows: Mapping[int, NDArray[np.float32]]
+
+    def same_as(self, other: TokenRows) -> bool:
+        """Whether the same tokens get the same rows."""
+        rows = other.rows
+        return self.rows.keys() == rows.keys() and all(np.array_equal(row, rows[at]) for at, row in self.rows.items())
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return all(0 <= index < shape[0] and row.shape == shape[1:] for index, row in self.rows.items())
 
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
@@ -109,12 +135,18 @@ class TokenRows:
         return block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replacement:
-    """A whole tensor that was trained (modules_to_save) or grew, read from the adapter's own file."""
+    """A whole tensor of the adapter's own file, which stands in place of the base's.
+
+    Attributes:
+        trained: by the adapter (modules_to_save). Else it is the base's own tensor as the training saw it, which peft
+            saves beside a LoRA on an embedding and when the vocabulary grew.
+    """
 
     source: Weights = field(repr=False)
     name: str
+    trained: bool
 
     @property
     def info(self) -> TensorInfo:

@@ -39,6 +39,12 @@ class TensorInfo:
         """Bytes of the data."""
         return self.size * STORAGE[self.dtype].itemsize
 
+    def require_rows(self, first: int, count: int, what: object, kind: type[InputError] = CheckpointError) -> None:
+        """Raise `kind` unless rows `first` to `first + count` of `what` are all within the tensor."""
+        rows = self.shape[0] if self.shape else 1
+        if not 0 <= first <= first + count <= rows:
+            raise kind(f"{what}: rows {first} to {first + count} were to be read of a tensor that has {rows}.")
+
 
 class Weights(Protocol):
     """A model's tensors by their Hugging Face names.
@@ -53,7 +59,11 @@ class Weights(Protocol):
         ...
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows `first` to `first + count` as they are stored (numpy's form of the format, see `formats.STORAGE`)."""
+        """Rows `first` to `first + count` as they are stored (numpy's form of the format, see `formats.STORAGE`).
+
+        Raises:
+            InputError: the tensor does not have all of these rows.
+        """
         ...
 
 
@@ -75,6 +85,18 @@ def read_finite(
             hint="A file is damaged or a training diverged: use another revision of the model or of its adapter.",
         )
     return block
+
+
+def same_values(first: tuple[Weights, str], second: tuple[Weights, str]) -> bool:
+    """Whether two tensors hold the same numbers, whatever their formats; read block by block up to a difference."""
+    (weights, name), (others, other) = first, second
+    info, other_info = weights.tensors[name], others.tensors[other]
+    return info.shape == other_info.shape and all(
+        np.array_equal(
+            to_float32(weights.read(name, *rows), info.dtype), to_float32(others.read(other, *rows), other_info.dtype)
+        )
+        for rows in row_blocks(info.shape)
+    )
 
 
 def read_float32(weights: Weights, name: str) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rkruntime.generation import Event, Finished, FinishReason, Perf, Request, Token
-from rkruntime.tokenizer import Detokenizer, Tokenizer
+from rkruntime.vocabulary import Detokenizer, Vocabulary
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
@@ -78,9 +78,9 @@ class AnswerReader:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = (), begun: Sequence[int] = ()
+        self, vocabulary: Vocabulary, prompt_tokens: int, stop: Sequence[str] = (), begun: Sequence[int] = ()
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(vocabulary)
         self._stops = StopStrings(stop)
         self._prompt_tokens = prompt_tokens
         self._text: list[str] = []
@@ -135,14 +135,14 @@ class AnswerReader:
 
 
 def stream_answer(
-    engine: Engine, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = ()
+    engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
 ) -> Iterator[str | Answer]:
     """Pieces of text as they become certain, then the Answer. Closing it early, or a stop string, aborts the run.
 
     Raises:
         RunError, WorkerError: from the engine.
     """
-    reader = AnswerReader(tokenizer, len(request.tokens), stop)
+    reader = AnswerReader(vocabulary, len(request.tokens), stop)
     with closing(engine.generate(request)) as events:
         for event in events:
             if text := reader.feed(event):
@@ -153,10 +153,10 @@ def stream_answer(
 
 
 async def astream_answer(
-    engine: Engine, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = ()
+    engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
 ) -> AsyncIterator[str | Answer]:
     """`stream_answer` for asyncio."""
-    reader = AnswerReader(tokenizer, len(request.tokens), stop)
+    reader = AnswerReader(vocabulary, len(request.tokens), stop)
     async with aclosing(engine.agenerate(request)) as events:
         async for event in events:
             if text := reader.feed(event):

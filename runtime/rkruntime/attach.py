@@ -66,10 +66,10 @@ class Bridge:
     """Carries out the lines of one client, one after the other; `stop` ends the one that is going on.
 
     Args:
-        user: whose conversations these are.
+        user: whose conversations these are; None for the account's own.
     """
 
-    def __init__(self, path: Path, user: str, lines: BinaryIO, out: BinaryIO) -> None:
+    def __init__(self, path: Path, user: str | None, lines: BinaryIO, out: BinaryIO) -> None:
         self._path = path
         self._user = user
         self._lines = lines
@@ -111,14 +111,18 @@ class Bridge:
                 return
 
     def _carry_out(self, message: Mapping[str, Any]) -> None:
-        operation = OPERATIONS.get(message["op"])
-        if operation is None:
-            return self._end(400, {"error": {"message": f"There is no operation {message['op'][:40]!r}."}})
+        """Every line that asks for something gets an `end`, whatever is in it."""
+        try:
+            method, path, body = _request(message)
+        except (ValueError, RecursionError) as error:
+            return self._end(400, {"error": {"message": f"This cannot be asked for: {error}."}})
         try:
             self._connection = UnixConnection(self._path)
-            self._forward(operation, message)
+            self._forward(method, path, body)
         except ServiceError as error:
             self._end(503, {"error": {"message": f"{error.message} {error.hint}"}})
+        except (ValueError, RecursionError):
+            self._end(502, {"error": {"message": "The daemon's answer cannot be read."}})
         except (OSError, http.client.HTTPException) as error:
             if self._stopped:
                 self._end(499, {})
@@ -129,12 +133,12 @@ class Bridge:
                 self._connection.close()
                 self._connection = None
 
-    def _forward(self, operation: Operation, message: Mapping[str, Any]) -> None:
+    def _forward(self, method: str, path: str, body: bytes | None) -> None:
         assert self._connection is not None
-        path = operation.path.format(session=quote(str(message.get("session", "")), safe=""))
-        body = json.dumps(message.get("body") or {}).encode() if operation.method in ("POST", "PUT") else None
-        headers = {"Content-Type": "application/json", "X-RKEdge-User": self._user}
-        self._connection.request(operation.method, path, body, headers)
+        headers = {"Content-Type": "application/json"}
+        if self._user is not None:
+            headers["X-RKEdge-User"] = self._user
+        self._connection.request(method, path, body, headers)
         response = self._connection.getresponse()
         if response.getheader("Content-Type", "").startswith(_STREAM):
             while line := response.readline():
@@ -153,6 +157,16 @@ class Bridge:
             except (OSError, ValueError):
                 # The client is gone, which ends the input too.
                 self._stop()
+
+
+def _request(message: Mapping[str, Any]) -> tuple[str, str, bytes | None]:
+    """Method, path and body of what a line asks for. Raises ValueError or RecursionError if it cannot be asked for."""
+    operation = OPERATIONS.get(message["op"])
+    if operation is None:
+        raise ValueError(f"there is no operation {message['op'][:40]!r}")
+    path = operation.path.format(session=quote(str(message.get("session", "")), safe=""))
+    body = json.dumps(message.get("body") or {}).encode() if operation.method in ("POST", "PUT") else None
+    return operation.method, path, body
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import yaml
 
 from rkruntime.errors import BundleError
-from rkruntime.files import sha256_file
+from rkruntime.files import read_regular, sha256_file
 from rkruntime.preflight import Model
-from rkruntime.schema import build
-from rkruntime.yamltext import load_yaml
+from rkruntime.schema import Between, build
+from rkruntime.words import counted
+from rkruntime.yamltext import MAX_FILE, load_yaml
 
 SCHEMA: Final = "rkedge-bundle/1"
 MANIFEST: Final = "rkedge.yaml"
 TOKENIZER: Final = "tokenizer.json"
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
-_MAX_MANIFEST = 1 << 20
+# Bytes. Gemma's tokenizer.json has 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
+MAX_TOKENIZER: Final = 128 << 20
+MAX_TEMPLATE: Final = 1 << 20
+_MAX_SETTINGS: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,11 @@ class Source:
 class FileRecord:
     """Size in bytes and SHA-256 (hex) of a file of the bundle."""
 
-    size: int
+    size: Annotated[int, Between(0, 1 << 48)]
     sha256: str
+
+
+_TokenId = Annotated[int, Between(0, (1 << 31) - 1)]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Manifest:
         model_file: name of the model file in the folder.
         stop_token_ids: each of these ends an answer.
         system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
+        special_tokens: what the chat template may name, such as `eos_token`, where it is not Gemma's.
         files: every file but the manifest, by its path in the folder.
         options: the conversion's exact options, for a person and for a repeat.
     """
@@ -65,20 +76,21 @@ class Manifest:
     name: str
     family: str
     size: str
-    parameters: int
+    parameters: Annotated[int, Between(0, 1 << 48)]
     source: Source
     target: str
     platform: str
     dtype: str
-    npu_cores: int
-    max_context: int
+    npu_cores: Annotated[int, Between(1, 16)]
+    max_context: Annotated[int, Between(1, 1 << 20)]
     toolkit_version: str
     model_file: str
-    bos_token_id: int
-    stop_token_ids: tuple[int, ...]
+    bos_token_id: _TokenId
+    stop_token_ids: tuple[_TokenId, ...]
     files: dict[str, FileRecord]
     adapters: tuple[Source, ...] = ()
     system_role: str = "fold"
+    special_tokens: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
     licence: str = ""
     notes: tuple[str, ...] = ()
@@ -101,8 +113,10 @@ class Manifest:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise BundleError(f"{MANIFEST} has the schema {found!r}; this release reads {SCHEMA!r}.")
         manifest = build(cls, data, lambda what: BundleError(f"{MANIFEST}: {what}."))
-        for name in manifest.files:
+        for name, record in manifest.files.items():
             _check_name(name)
+            if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+                raise BundleError(f"{MANIFEST}: the SHA-256 of {name} is {record.sha256[:80]!r}, which is none.")
         if manifest.model_file not in manifest.files:
             raise BundleError(f"{MANIFEST}: model_file {manifest.model_file!r} is not one of its files.")
         return manifest
@@ -143,11 +157,59 @@ class Bundle:
         record = made.files[made.model_file]
         return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
 
+    def read_tokenizer(self) -> bytes:
+        """tokenizer.json. Raises BundleError as `verify` does."""
+        return self._read(TOKENIZER, MAX_TOKENIZER)
+
+    def read_template(self) -> str | None:
+        """chat_template.jinja, None if the bundle has none. Raises BundleError as `verify` does."""
+        if TEMPLATE not in self.manifest.files:
+            return None
+        try:
+            return self._read(TEMPLATE, MAX_TEMPLATE).decode()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{self.template} is not UTF-8: {error}.") from error
+
+    def read_generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json, empty if the bundle has none. Raises BundleError as `verify` does."""
+        if GENERATION_CONFIG not in self.manifest.files:
+            return {}
+        try:
+            config = json.loads(self._read(GENERATION_CONFIG, _MAX_SETTINGS))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{self.path / GENERATION_CONFIG} is not JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise BundleError(f"{self.path / GENERATION_CONFIG} is not a JSON object.")
+        return config
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """The very bytes that the manifest's hash is of: read once, then compared."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{MANIFEST} does not list {name}.")
+        record, path = self.manifest.files[name], self._place(name)
+        if record.size > limit:
+            raise BundleError(f"{path} has over {limit >> 20} MiB by the manifest; such files have far fewer.")
+        try:
+            data = read_regular(path, record.size)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise _changed(path) from error
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+            raise _changed(path)
+        return data
+
+    def _place(self, name: str) -> Path:
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
+            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
+        return path
+
     def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
         """Compare files with the manifest: size always, SHA-256 once per state of a file.
 
-        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, time of change
-        and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
+        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, both times of
+        change and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
 
         Raises:
             BundleError: a file is missing, cut or changed.
@@ -156,27 +218,36 @@ class Bundle:
             self._verify_file(name, trust_stamps)
 
     def _verify_file(self, name: str, trust_stamps: bool) -> None:
-        record, path = self.manifest.files[name], self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
-            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
+        record, path = self.manifest.files[name], self._place(name)
         state = path.stat()
         if state.st_size != record.size:
             raise BundleError(
-                f"{path} has {state.st_size:,} bytes; the manifest says {record.size:,}. The copy is cut or changed."
+                f"{path} has {counted(state.st_size, 'byte')}; the manifest says {record.size:,}."
+                " The copy is cut or changed."
             )
         stamp = _Stamp(path, state, record.sha256)
         if trust_stamps and stamp.known():
             return
-        if sha256_file(path) != record.sha256:
-            raise BundleError(f"{path} does not have the SHA-256 of the manifest: it was changed or damaged.")
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if found != record.sha256:
+            raise _changed(path)
         stamp.remember()
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(f"{path} does not have the size and SHA-256 of the manifest: it was changed or damaged.")
 
 
 class _Stamp:
     """A note in the cache folder that a file in this very state had this hash."""
 
     def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
-        self._text = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino, sha256])
+        # The time of change is the kernel's own: what has write access to a file can put back the others.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_dev, state.st_ino, sha256])
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._file = cache / "rkedge" / "verified" / f"{sha256[:32]}-{state.st_ino}"
 
@@ -207,9 +278,8 @@ def open_bundle(path: Path) -> Bundle:
     if not manifest.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
     try:
-        data = manifest.read_bytes()
-        if len(data) > _MAX_MANIFEST:
-            raise BundleError(f"{manifest} has {len(data):,} bytes; a manifest has a few thousand.")
-        return Bundle(path, Manifest.from_yaml(data.decode()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{manifest} cannot be read: {error}.") from error
+        return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))
+    except OSError as error:
+        raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{manifest} is not UTF-8: {error}.") from error

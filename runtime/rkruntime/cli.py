@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
+import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import NamedTuple
 
 import click
 
-from rkruntime.errors import RKEdgeError
+from rkruntime.errors import HostError, RKEdgeError, UsageError
+from rkruntime.flags import Flags, flag
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
 
 
 class Entry(NamedTuple):
@@ -71,18 +76,40 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@flag("debug", "--debug", help="Show the traceback of an error.")
 @click.version_option(package_name="rkedge")
 def cli(debug: bool) -> None:
     """From a Gemma 2 checkpoint to a private chat on the NPU of an RK3588 board."""
 
 
-def _report(error: RKEdgeError, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(error.as_dict(), ensure_ascii=False, indent=2))
-    click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+def _report(error: RKEdgeError, flags: Flags) -> int:
+    if flags.json:
+        say_json(error.as_dict())
+    say(one_line(error.message), lead=click.style("error: ", fg="red", bold=True), err=True)
     if error.hint:
-        click.echo(click.style("hint:  ", fg="cyan", bold=True) + error.hint, err=True)
+        say(one_line(error.hint), lead=click.style("hint:  ", fg="cyan", bold=True), err=True)
+    return error.exit_code
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)), err=True, nl=False)
+
+
+def _typed(error: Exception) -> RKEdgeError:
+    """What a person is told of an exception: most are no defect, but something of this machine or its installation."""
+    if isinstance(error, RKEdgeError):
+        return error
+    if isinstance(error, ImportError):
+        from rkruntime.packages import import_failed
+
+        return import_failed(error)
+    if isinstance(error, MemoryError):
+        return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
+    if isinstance(error, OSError):
+        return HostError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+    if isinstance(error, ValueError) and "null byte" in str(error):  # as Python says it of a path
+        return UsageError("The name of a file holds the character NUL, which none can.")
+    return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,31 +117,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit codes are those of the error tree, 130 for Ctrl-C, 141 when the reader of the output has gone.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    flags = Flags()
+    sys.excepthook = _print_traceback  # for --debug
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path may hold bytes that are not UTF-8; what is written for one is JSON's own form of it, too.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status = cli.main(args, prog_name="rkedge", standalone_mode=False)
+        status = cli.main(None if argv is None else list(argv), prog_name="rkedge", standalone_mode=False, obj=flags)
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
+        error.message = one_line(error.message)  # type: ignore[misc]  # it may hold a file's name
+        if flags.json:
+            say_json(UsageError(error.format_message()).as_dict())
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nstopped", err=True)
+        say("\nstopped", err=True)
         return 130
-    except RKEdgeError as error:
-        if "--debug" in args:
-            raise
-        _report(error, as_json="--json" in args)
-        return error.exit_code
     except BrokenPipeError:
         # The reader of our output, such as `head`, has gone; Python must not complain about it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if "--debug" in args:
+        if flags.debug:
             raise
-        bug = RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
-        _report(bug, as_json="--json" in args)
-        return bug.exit_code
+        return _report(_typed(error), flags)
 
 
 if __name__ == "__main__":

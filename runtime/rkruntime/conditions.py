@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from rkruntime.versions import version
+
 _TESTS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -41,13 +43,7 @@ def _holds(value: str, part: str) -> bool:
     match = _PART.fullmatch(part)
     assert match is not None
     test, bound = match.groups()
-    if value[:1].isdigit() and bound[:1].isdigit():
-        return _TESTS[test](version_key(value), version_key(bound))
-    return not test and value.lower() == bound.lower()
-
-
-def version_key(version: str) -> tuple[int, ...]:
-    """Key that orders versions and numbers; a beta (`1.2.1b1`) comes before its release."""
-    numbers, beta, _ = version.partition("b")
-    parts = [int(part) for part in re.findall(r"\d+", numbers)[:3]]
-    return *parts, *[0] * (3 - len(parts)), 0 if beta else 1
+    try:
+        return _TESTS[test](version(value), version(bound))
+    except ValueError:
+        return not test and value.lower() == bound.lower()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.answer import Answer
-from rkruntime.errors import ContextFullError, InputError, UsageError
+from rkruntime.errors import InputError, UsageError
 from rkruntime.files import atomic_file
-from rkruntime.template import Message, Template
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.template import Message
+from rkruntime.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from rkruntime.prompts import Prompts
 
 SCHEMA: Final = "rkedge-conversation/1"
-# A prompt may fill the context but for these (seen: "max context: 1020" for a context of 1024).
-RESERVED: Final = 4
 _MAX_FILE: Final = 64 << 20
 
 
@@ -27,40 +28,29 @@ class Conversation:
         messages: user and assistant in turn; the last is an answer.
     """
 
-    def __init__(self, template: Template, system: str = "", messages: Iterable[Message] = ()) -> None:
-        self._template = template
+    def __init__(self, prompts: Prompts, system: str = "", messages: Iterable[Message] = ()) -> None:
+        self._prompts = prompts
         self.system = system
         self.messages = list(messages)
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of everything said so far and of `text`, up to where the answer begins."""
-        return self._prompt(self.messages, text)
-
-    def _prompt(self, messages: Iterable[Message], text: str) -> list[int]:
-        system = [Message("system", self.system)] if self.system else []
-        return self._template.render([*system, *messages, Message("user", text)])
-
-    def fitting_prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """The prompt, with room for an answer's beginning, and how many old turns were dropped for it.
+    def prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
+        """Token ids of everything said so far and of `text`, and how many old turns were dropped to make room.
 
         Args:
-            max_context: in tokens.
+            max_context: in tokens; the answer's beginning has room too.
             drop: forget the oldest turns until it fits; the system prompt stays.
 
         Raises:
             ContextFullError: it does not fit.
+            UsageError, BundleError: the template does not take it.
         """
-        dropped = 0
-        while len(tokens := self._prompt(self.messages[2 * dropped :], text)) > max_context - RESERVED:
-            if not drop or 2 * dropped >= len(self.messages):
-                raise ContextFullError(
-                    f"The conversation has {len(tokens):,} tokens with this message; the context holds "
-                    f"{max_context:,}, of which {RESERVED} are the runtime's own.",
-                    details={"prompt_tokens": len(tokens), "max_context": max_context},
-                )
-            dropped += 1
+        tokens, dropped = self._prompts.prompt(self._with(self.messages, text), max_context, drop=drop)
         del self.messages[: 2 * dropped]
         return tokens, dropped
+
+    def _with(self, messages: Iterable[Message], text: str) -> list[Message]:
+        system = [Message("system", self.system)] if self.system else []
+        return [*system, *messages, Message("user", text)]
 
     def add(self, text: str, answer: Answer) -> None:
         """Keep a turn: what was asked, and the answer with the ids that were generated."""
@@ -81,26 +71,27 @@ class Conversation:
             ],
         }
 
-    def restore(self, data: Any, tokenizer: Tokenizer) -> None:
+    def restore(self, data: Any) -> None:
         """Take over what `as_dict` gave, maybe long ago and by another model.
 
         Ids are kept only where they say the text that stands beside them; elsewhere the text is encoded again.
 
         Raises:
-            InputError: it is no conversation.
+            InputError: it is not a conversation.
+            UsageError: the template does not take its roles.
         """
-        system, messages = _parse(data, tokenizer)
-        self._template.render([*messages, Message("user", "")])
+        system, messages = _parse(data, self._prompts.vocabulary)
+        self._prompts.check([*messages, Message("user", "")])
         self.system, self.messages = system, messages
 
     def save(self, path: Path) -> None:
         """Write the conversation to a JSON file. Raises OutputError or HostError."""
         write_conversation(path, self.as_dict())
 
-    def load(self, path: Path, tokenizer: Tokenizer) -> None:
+    def load(self, path: Path) -> None:
         """Read a file that `save` wrote. Raises InputError."""
         try:
-            self.restore(read_conversation(path), tokenizer)
+            self.restore(read_conversation(path))
         except UsageError as error:
             raise InputError(f"{path} is not a saved conversation: {error}") from error
 
@@ -131,29 +122,29 @@ def check_conversation(data: Any) -> None:
     _parse(data, None)
 
 
-def _parse(data: Any, tokenizer: Tokenizer | None) -> tuple[str, list[Message]]:
+def _parse(data: Any, vocabulary: Vocabulary | None) -> tuple[str, list[Message]]:
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         raise InputError(f"This is not a saved conversation: it has no schema {SCHEMA!r}.")
     system, items = data.get("system", ""), data.get("messages")
     if not isinstance(system, str) or not isinstance(items, list):
         raise InputError("This saved conversation has no text 'system' or no list 'messages'.")
-    return system, [_parse_message(item, tokenizer) for item in items]
+    return system, [_parse_message(item, vocabulary) for item in items]
 
 
-def _parse_message(item: Any, tokenizer: Tokenizer | None) -> Message:
+def _parse_message(item: Any, vocabulary: Vocabulary | None) -> Message:
     role, content = (item.get(key) for key in ("role", "content")) if isinstance(item, Mapping) else (None, None)
     if role not in ("user", "assistant") or not isinstance(content, str):
         raise InputError("A message of this saved conversation has no role 'user' or 'assistant', or no text.")
     tokens = item.get("tokens")
-    return Message(role, content, _trusted(tokens, content, tokenizer) if role == "assistant" and tokenizer else None)
+    return Message(role, content, _trusted(tokens, content, vocabulary) if role == "assistant" and vocabulary else None)
 
 
-def _trusted(tokens: Any, content: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:
+def _trusted(tokens: Any, content: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
     """Ids from a file, if they are an answer that begins with `content` (a stop string may have cut it)."""
     if not isinstance(tokens, list) or not all(
-        type(token) is int and 0 <= token < tokenizer.vocab_size for token in tokens
+        type(token) is int and 0 <= token < vocabulary.vocab_size for token in tokens
     ):
         return None
-    if not set(tokens).isdisjoint(tokenizer.control.values()) or not tokenizer.decode(tokens).startswith(content):
+    if not set(tokens).isdisjoint(vocabulary.control.values()) or not vocabulary.decode(tokens).startswith(content):
         return None
     return tuple(tokens)

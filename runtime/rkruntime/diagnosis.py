@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import islice
 from typing import Any, Final
 
 from rkruntime import logtext, resources
 from rkruntime.conditions import fits
 
 UNEXPLAINED: Final = "unexplained"
+FOREIGN: Final = "not-rkllm"
 NONE: Final = "none"
 CONFIDENCES: Final = ("high", "medium", "low")
 """From best to worst.
@@ -24,14 +26,24 @@ CONFIDENCES: Final = ("high", "medium", "low")
 high: the text names this fault, and no report with another cause is known.
 medium: the text goes with this fault in most reports; `others` and the next steps name what else it can be.
 low: a hint only, for a log that says nothing better.
-A log without any known text is `unexplained` with the confidence `none`.
+A log without any known text is `unexplained`, one that has nothing of RKLLM in it `not-rkllm`, both with the
+confidence `none`.
 """
 
 _GAP: Final = 160
+_SPAN: Final = 240
+"""Characters around the first text of `a & b` in which the others stand."""
 _MOST_HITS: Final = 3
 _MOST_LINES: Final = 8
 _WIDEST_LINE: Final = 300
 _FEWEST_ANCHOR: Final = 3
+_FEWEST_CUT: Final = 14
+_NEAR: Final = 10
+"""Lines within which a line of RKLLM tells that a text which others print, too, belongs to it."""
+_SHORT: Final = 40
+"""Lines of a log that is about one thing: its lines are all near each other."""
+_LONG_FOREIGN: Final = 4
+"""Lines after which a log without a single line of RKLLM is not one of it, whatever else it says."""
 
 _QUOTES = str.maketrans(
     {
@@ -50,6 +62,8 @@ _CLASSES = {
     "{n}": r"(-?(?:0x[0-9a-f]{1,16}|\d{1,20}))",
     "{w}": r"[\w.+/-]{1,80}",
     "{v}": r"v?(\d{1,4}(?:\.\d{1,6}){1,3}(?:b\d{1,3})?)",
+    # One character for ever; not the dashes and bars that programs draw with.
+    "{same}": r"([^\s\-=*#_.~+|>─━═█▏▎▍▌▋▊▉])\1{23,200}",
 }
 _TROUBLE = re.compile(
     r"error|fail|fatal|abort|traceback|exception|cannot|invalid|denied|^e |错误|失败|无法", re.IGNORECASE
@@ -69,6 +83,7 @@ class Diagnosis:
         evidence: sources, each with who confirmed it.
         lines: the log's lines that led there; for `unexplained` those that look like trouble.
         others: further classes whose texts are in the log, best first.
+        rules_out: what versions and healthy lines exclude, where no failure was found.
     """
 
     class_: str
@@ -79,11 +94,12 @@ class Diagnosis:
     evidence: tuple[str, ...]
     lines: tuple[str, ...]
     others: tuple[str, ...] = ()
+    rules_out: tuple[str, ...] = ()
 
     @property
     def explained(self) -> bool:
-        """Whether any rule hit."""
-        return self.class_ != UNEXPLAINED
+        """Whether a failure is named."""
+        return self.class_ not in (UNEXPLAINED, FOREIGN)
 
     def as_dict(self) -> dict[str, Any]:
         """The diagnosis as `rkedge diagnose --json` prints it and errors carry it."""
@@ -96,6 +112,7 @@ class Diagnosis:
             "evidence": list(self.evidence),
             "lines": list(self.lines),
             "others": list(self.others),
+            "rules_out": list(self.rules_out),
         }
 
 
@@ -107,31 +124,93 @@ def _plain(text: str) -> str:
 class Signature:
     """A text that programs print, with gaps, as data/diagnosis.yaml writes it.
 
-    `{n}` is a number, `{v}` a version, `{w}` a word or path, `{a|b}` one of these, `*` anything on the line,
-    and a final `$` the end of the line.
+    `{n}` is a number, `{v}` a version, `{w}` a word or path, `{same}` one character 24 times or more, `{a|b}` one of
+    these, `{fail}` one of `words["fail"]`, `*` anything on the line, a final `$` the end of the line; `a & b & c` are
+    texts that stand on one line in any order.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, words: Mapping[str, Sequence[str]] | None = None) -> None:
         self.source = source
-        self.plain = _plain(source)
-        self.anchor = max(_TOKEN.split(self.plain), key=len).strip()
-        if len(self.anchor) < _FEWEST_ANCHOR and not re.search(r"[\u4e00-\u9fff]", self.anchor):
+        first, *rest = (_expanded(part, words or {}) for part in source.split(" & "))
+        self.plain = first
+        self._rest = rest
+        # A log that lacks one of these cannot hold the signature.
+        self._anchors = [anchor for anchor in map(_anchor, (first, *rest)) if anchor]
+        anchor = _anchor(first)
+        if not rest and len(anchor) < _FEWEST_ANCHOR and not re.search(r"[\u4e00-\u9fff]", anchor):
             raise ValueError(f"The signature {source!r} has no fixed text of {_FEWEST_ANCHOR} characters.")
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """The signature as an expression; compiled only for a log that holds the anchor."""
-        parts, at = [_left_edge(self.plain)], 0
-        for token in _TOKEN.finditer(self.plain):
-            parts += [_literal(self.plain[at : token.start()]), _gap(token.group())]
-            at = token.end()
-        return re.compile("".join((*parts, _literal(self.plain[at:]), _right_edge(self.plain))))
+        """The signature's first text as an expression; compiled only for a log that holds the anchors."""
+        return _compiled(self.plain)
 
-    def matches(self, log: Log) -> Iterator[re.Match[str]]:
-        """At most three places in the log."""
-        if self.anchor in log.flat:
-            for _, match in zip(range(_MOST_HITS), self.pattern.finditer(log.text), strict=False):
-                yield match
+    @cached_property
+    def _others(self) -> list[re.Pattern[str]]:
+        return [_compiled(part) for part in self._rest]
+
+    def possible(self, log: Log) -> bool:
+        """Whether the log holds each fixed text of the signature."""
+        return all(anchor in log.flat for anchor in self._anchors)
+
+    def matches(self, log: Log) -> Iterator[int]:
+        """Positions in `log.text`, at most three."""
+        if self.possible(log):
+            yield from islice(
+                self._on_one_line(log.text) if self._rest else _starts(self.pattern, log.text), _MOST_HITS
+            )
+
+    def _on_one_line(self, text: str) -> Iterator[int]:
+        for match in self.pattern.finditer(text):
+            start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - _SPAN)
+            end = text.find("\n", match.end(), match.end() + _SPAN)
+            around = text[start : match.end() + _SPAN if end < 0 else end]
+            if all(other.search(around) for other in self._others):
+                yield match.start()
+
+    def sure(self, place: int, log: Log) -> bool:
+        """Whether the texts of `a & b` are on one line of the log, not on lines that were joined on suspicion."""
+        return not self._rest or not log.joined[0] <= place < log.joined[1]
+
+    def cut_off(self, log: Log) -> int | None:
+        """Where the log's first line begins in the middle of this text, or its last line ends there."""
+        if self._rest or _TOKEN.search(self.plain) or len(self.plain) < _FEWEST_CUT:
+            return None
+        fewest = max(_FEWEST_CUT, len(self.plain) * 2 // 3)
+        if self.plain[:fewest] not in log.last and self.plain[-fewest:] not in log.first:
+            return None
+        for size in range(len(self.plain) - 1, fewest - 1, -1):
+            # Half a number is another number.
+            if not self.plain[size - 1].isdigit() and log.last.endswith(self.plain[:size]):
+                return log.last_start
+            if not self.plain[-size].isdigit() and log.first.startswith(self.plain[-size:]):
+                return 0
+        return None
+
+
+def _starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:
+    return (match.start() for match in pattern.finditer(text))
+
+
+def _expanded(part: str, words: Mapping[str, Sequence[str]]) -> str:
+    """A part of a signature with the words it names spelled out."""
+    return re.sub(
+        r"\{(\w+)\}",
+        lambda match: "{" + "|".join(map(_plain, words[match[1]])) + "}" if match[1] in words else match[0],
+        _plain(part),
+    )
+
+
+def _anchor(plain: str) -> str:
+    return max(_TOKEN.split(plain), key=len).strip()
+
+
+def _compiled(plain: str) -> re.Pattern[str]:
+    parts, at = [_left_edge(plain)], 0
+    for token in _TOKEN.finditer(plain):
+        parts += [_literal(plain[at : token.start()]), _gap(token.group())]
+        at = token.end()
+    return re.compile("".join((*parts, _literal(plain[at:]), _right_edge(plain))))
 
 
 def _literal(text: str) -> str:
@@ -173,26 +252,40 @@ class Log:
         length = 0
         # The context's facts are lines like any other, but never shown.
         extra = [(len(lines), f"{key}: {value}") for key, value in context.items()]
-        for number, line in (*enumerate(lines), *logtext.unwrapped(lines), *extra):
+        whole = list(logtext.unwrapped(lines))
+        for number, line in (*enumerate(lines), *whole, *extra):
             plain.append(_plain(line))
             self._starts.append(length)
             self._line_of.append(number)
             length += len(plain[-1]) + 1
         self.text = "\n".join(plain)
+        # Where joined lines stand; two of them may have nothing to do with each other.
+        starts = [*self._starts, length]
+        self.joined = (starts[len(lines)], starts[len(lines) + len(whole)])
         self.flat = self.text.replace("\n", " ")
+        self.first, self.last = (plain[0], plain[len(lines) - 1]) if lines else ("", "")
+        self.last_start = self._starts[len(lines) - 1] if lines else 0
 
-    def line_at(self, position: int) -> str | None:
-        """The log's line at a position of `text`; None for the context's."""
-        number = self._line_of[bisect_right(self._starts, position) - 1]
-        return self.lines[number] if number < len(self.lines) else None
+    def number_at(self, position: int) -> int:
+        """Index of the log's line at a position of `text`; the number of lines for the context's."""
+        return self._line_of[bisect_right(self._starts, position) - 1]
+
+    def shown(self, positions: Iterable[int]) -> tuple[str, ...]:
+        """The log's lines at these positions, without repeats and without the context's."""
+        numbers = [number for number in map(self.number_at, positions) if number < len(self.lines)]
+        return tuple(dict.fromkeys(self.lines[number][:_WIDEST_LINE] for number in numbers))[:_MOST_LINES]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a class is named: each group has a signature in the log, none of `none` is there, the facts fit."""
+    """When a class is named: each group has a signature in the log, none of `none` is there, the facts fit.
+
+    `generic` texts are printed by other programs, too.
+    """
 
     class_: str
     confidence: str
+    generic: bool
     all: tuple[tuple[Signature, ...], ...]
     none: tuple[Signature, ...]
     where: Mapping[str, str]
@@ -200,20 +293,48 @@ class Rule:
     next_steps: tuple[str, ...]
     evidence: tuple[str, ...]
 
-    def hit(self, log: Log, facts: Mapping[str, str]) -> tuple[str, ...] | None:
-        """The matching lines, or None."""
+    def hit(self, log: Log, facts: Mapping[str, str]) -> Hit | None:
+        """Where the log fits, or None."""
         if not fits(facts, self.where):
             return None
-        found: list[str] = []
+        found: list[int] = []
+        confidence = self.confidence
         for group in self.all:
-            places = [place for signature in group for place in signature.matches(log)]
+            matches = [(place, signature) for signature in group for place in signature.matches(log)]
+            places = sorted(place for place, _ in matches)
+            if not places and not self.generic:
+                places = [place for signature in group if (place := signature.cut_off(log)) is not None][:1]
             if not places:
                 return None
-            places.sort(key=lambda place: place.start())
-            found += [line[:_WIDEST_LINE] for place in places if (line := log.line_at(place.start())) is not None]
+            if matches and not any(signature.sure(place, log) for place, signature in matches):
+                confidence = CONFIDENCES[-1]
+            found += places
         if any(True for signature in self.none for _ in signature.matches(log)):
             return None
-        return tuple(dict.fromkeys(found))[:_MOST_LINES]
+        return Hit(self, confidence, found)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A rule that fits a log, how sure that makes, and where."""
+
+    rule: Rule
+    confidence: str
+    places: list[int]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """What a version or a healthy line rules out."""
+
+    says: str
+    any: tuple[Signature, ...]
+    where: Mapping[str, str]
+
+    def told(self, log: Log, facts: Mapping[str, str]) -> str | None:
+        """The sentence, if the log gives reason for it."""
+        there = not self.any or any(True for signature in self.any for _ in signature.matches(log))
+        return self.says.format_map(facts) if there and fits(facts, self.where) else None
 
 
 @dataclass(frozen=True)
@@ -228,11 +349,14 @@ class ClassText:
 
 @dataclass(frozen=True)
 class Table:
-    """The rules in their order, the classes' texts, and where facts such as versions stand in a log."""
+    """The rules in their order, the classes' texts, where facts stand in a log, and whose log it is."""
 
     rules: tuple[Rule, ...]
     classes: Mapping[str, ClassText]
     facts: Mapping[str, tuple[Signature, ...]]
+    exclusions: tuple[Exclusion, ...]
+    own: re.Pattern[str]
+    foreign: re.Pattern[str]
 
 
 @cache
@@ -240,6 +364,7 @@ def table() -> Table:
     """The table of data/diagnosis.yaml; read once."""
     data = resources.table("diagnosis")
     cite = _Citations(data["marks"], data["repositories"], data["sources"])
+    words = data["words"]
     classes = {
         name: ClassText(entry["title"], _flow(entry["cause"]), _steps(entry), cite(entry.get("evidence", {})))
         for name, entry in data["classes"].items()
@@ -248,8 +373,9 @@ def table() -> Table:
         Rule(
             class_=entry["class"],
             confidence=entry["confidence"],
-            all=tuple(_group(group) for group in entry.get("all", [entry.get("any")])),
-            none=_group(entry.get("none", [])),
+            generic=entry.get("generic", False),
+            all=tuple(_group(group, words) for group in entry.get("all", [entry.get("any")])),
+            none=_group(entry.get("none", []), words),
             where=entry.get("where", {}),
             cause=_flow(entry.get("cause", "")),
             next_steps=_steps(entry),
@@ -257,15 +383,24 @@ def table() -> Table:
         )
         for entry in data["rules"]
     ]
-    rules.sort(key=lambda rule: CONFIDENCES.index(rule.confidence))
-    return Table(tuple(rules), classes, {name: _group(texts) for name, texts in data["facts"].items()})
+    exclusions = [
+        Exclusion(_flow(entry["says"]), _group(entry.get("any", []), words), entry.get("where", {}))
+        for entry in data["rules_out"]
+    ]
+    return Table(
+        tuple(rules),
+        classes,
+        {name: _group(texts, words) for name, texts in data["facts"].items()},
+        tuple(exclusions),
+        *(re.compile("|".join(map(re.escape, map(_plain, data["domain"][whose])))) for whose in ("own", "foreign")),
+    )
 
 
-def _group(texts: str | list[Any]) -> tuple[Signature, ...]:
+def _group(texts: str | list[Any], words: Mapping[str, Sequence[str]]) -> tuple[Signature, ...]:
     """The signatures of a text, a list, or a list with lists (YAML aliases) in it."""
     if isinstance(texts, str):
-        return (Signature(texts),)
-    return tuple(signature for text in texts for signature in _group(text))
+        return (Signature(texts, words),)
+    return tuple(signature for text in texts for signature in _group(text, words))
 
 
 def _flow(text: str) -> str:
@@ -293,60 +428,110 @@ class _Citations:
         return f"https://github.com/{self._repositories[name]}/issues/{issue}" if number else self._sources[name]
 
 
-def diagnose(text: str | Iterable[str], *, context: Mapping[str, object] | None = None) -> Diagnosis:
+def diagnose(
+    text: str | Iterable[str], *, context: Mapping[str, object] | None = None, rows: Table | None = None
+) -> Diagnosis:
     """Explain a log.
 
     Args:
         text: the log as one text, or its lines; of a very long one the head and the tail are read.
         context: what the caller knows and the log need not say, such as `{"stage": "load", "signal": "SIGSEGV",
             "driver": "0.9.6", "runtime": "1.2.3"}`. Values of None are ignored.
+        rows: another table than that of data/diagnosis.yaml.
     """
     whole = text if isinstance(text, str) else "\n".join(text)
     known = {key: str(value) for key, value in (context or {}).items() if value is not None}
     log = Log(logtext.clean_lines(logtext.shorten(whole)), known)
-    rows = table()
+    rows = rows or table()
     facts = _facts(log, rows) | known
-    hits: dict[str, tuple[Rule, tuple[str, ...]]] = {}
-    for rule in rows.rules:
-        if rule.class_ not in hits and (lines := rule.hit(log, facts)) is not None:
-            hits[rule.class_] = (rule, lines)
+    hits = _hits(log, rows, facts, sure=bool(known))
+    if _is_foreign(log, rows, hits, known):
+        return _nothing(FOREIGN, log, rows, others=tuple(dict.fromkeys(hit.rule.class_ for hit in hits)))
     if not hits:
-        return _unexplained(log, rows)
-    (best, lines), *rest = hits.values()
-    words = rows.classes[best.class_]
+        told = (exclusion.told(log, facts) for exclusion in rows.exclusions)
+        return _nothing(UNEXPLAINED, log, rows, rules_out=tuple(sentence for sentence in told if sentence))
+    best, *rest = hits
+    words = rows.classes[best.rule.class_]
     return Diagnosis(
-        class_=best.class_,
+        class_=best.rule.class_,
         confidence=best.confidence,
         title=words.title,
-        cause=best.cause or words.cause,
-        next_steps=best.next_steps or words.next_steps,
-        evidence=tuple(dict.fromkeys((*best.evidence, *words.evidence))),
-        lines=lines,
-        others=tuple(rule.class_ for rule, _ in rest if rule.confidence != "low" or best.confidence == "low"),
+        cause=best.rule.cause or words.cause,
+        next_steps=best.rule.next_steps or words.next_steps,
+        evidence=tuple(dict.fromkeys((*best.rule.evidence, *words.evidence))),
+        lines=log.shown(best.places),
+        others=tuple(hit.rule.class_ for hit in rest if hit.confidence != "low" or best.confidence == "low"),
     )
+
+
+def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> list[Hit]:
+    """The best rule of each class that fits, best first: by confidence, then in the table's order.
+
+    Args:
+        sure: the caller knows that it is a log of RKLLM.
+    """
+    own = set(map(log.number_at, _starts(rows.own, log.text)))
+    hits: list[Hit] = []
+    # Texts that only RKLLM prints come first: generic ones count fully near them.
+    for rule in sorted(rows.rules, key=lambda rule: rule.generic):
+        if (hit := rule.hit(log, facts)) is None:
+            continue
+        numbers = set(map(log.number_at, hit.places))
+        if not rule.generic:
+            own |= numbers
+        elif not sure and not _near(own, numbers, len(log.lines)):
+            hit = replace(hit, confidence=CONFIDENCES[-1])
+        hits.append(hit)
+    order = {id(rule): number for number, rule in enumerate(rows.rules)}
+    hits.sort(key=lambda hit: (CONFIDENCES.index(hit.confidence), order[id(hit.rule)]))
+    best: dict[str, Hit] = {}
+    for hit in hits:
+        best.setdefault(hit.rule.class_, hit)
+    return list(best.values())
+
+
+def _near(own: set[int], numbers: set[int], count: int) -> bool:
+    """Whether a line of RKLLM is near one of these lines of a log of `count` lines."""
+    reach = count if count <= _SHORT else _NEAR
+    return any(abs(number - other) <= reach for number in numbers for other in own)
+
+
+def _is_foreign(log: Log, rows: Table, hits: list[Hit], known: Mapping[str, str]) -> bool:
+    """Whether nothing in the log, and nothing the caller knows, has to do with RKLLM."""
+    if known or not log.lines or rows.own.search(log.text) or any(not hit.rule.generic for hit in hits):
+        return False
+    return not hits or len(log.lines) > _LONG_FOREIGN or rows.foreign.search(log.text) is not None
 
 
 def _facts(log: Log, rows: Table) -> dict[str, str]:
     """The last value of each fact in the log."""
     facts: dict[str, str] = {}
     for name, signatures in rows.facts.items():
-        if not any(signature.anchor in log.flat for signature in signatures):
-            continue
-        found = [match for signature in signatures for match in signature.pattern.finditer(log.text)]
+        found = [
+            match
+            for signature in signatures
+            if signature.possible(log)
+            for match in signature.pattern.finditer(log.text)
+        ]
         if found:
             facts[name] = str(max(found, key=lambda match: match.start()).groups()[-1])
     return facts
 
 
-def _unexplained(log: Log, rows: Table) -> Diagnosis:
-    words = rows.classes[UNEXPLAINED]
+def _nothing(
+    class_: str, log: Log, rows: Table, *, others: tuple[str, ...] = (), rules_out: tuple[str, ...] = ()
+) -> Diagnosis:
+    """No failure is named; the lines that look like trouble are shown all the same."""
+    words = rows.classes[class_]
     trouble = [line[:_WIDEST_LINE] for line in log.lines if _TROUBLE.search(line)]
     return Diagnosis(
-        class_=UNEXPLAINED,
+        class_=class_,
         confidence=NONE,
         title=words.title,
         cause=words.cause,
         next_steps=words.next_steps,
         evidence=words.evidence,
         lines=tuple(dict.fromkeys(trouble))[-_MOST_LINES:],
+        others=others,
+        rules_out=rules_out,
     )

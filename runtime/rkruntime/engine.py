@@ -13,14 +13,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from rkruntime.errors import ContextFullError, HostError, RKEdgeError, RunError, UsageError, WorkerError
+from rkruntime.errors import (
+    ContextFullError,
+    HostError,
+    RKEdgeError,
+    RunError,
+    UsageError,
+    WorkerError,
+    WorkerProtocolError,
+)
 from rkruntime.generation import ArrayEvent, Event, Finished, HiddenStates, Logits, Request, Token
 from rkruntime.identify import Identity, identify
 from rkruntime.loading import LoadOptions, Lora, ModelInfo, check_readable, checked, environment_of, info_of
 from rkruntime.worker import protocol
-from rkruntime.worker.decode import add_log, array_of, error_of, finished_of
+from rkruntime.worker.decode import add_log, array_of, error_of, finished_of, json_of, whole
 from rkruntime.worker.encode import run_command
 from rkruntime.worker.events import AsyncRecords
+from rkruntime.worker.exchange import Exchange
 from rkruntime.worker.process import WorkerProcess
 from rkruntime.worker.protocol import Record
 
@@ -31,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
 
 _SHOWN_LINES: Final = 40
+# Where the library does not say how many tokens its context holds: more than any release takes.
+_LONGEST_CONTEXT: Final = 1 << 15
 
 
 class Engine:
@@ -45,9 +56,11 @@ class Engine:
         self._identity: Identity = identify(options.library, options.abi)
         check_readable(options.model)
         self.options, self._findings = checked(options, self._identity)
-        self._run = 0
+        self._number = 0
         self._active: int | None = None
         self._abandoned = False
+        asked = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
+        self._questions = [kind for kind, callback in asked.items() if callback is not None]
         self._gone: WorkerError | None = None
         self._closed = True
         self._sending = threading.Lock()
@@ -85,7 +98,7 @@ class Engine:
         release = self._identity.release
         assert release is not None
         started = time.perf_counter()
-        self._send(
+        self._begin(
             {
                 "call": "load",
                 "library": str(self.options.library.resolve()),
@@ -99,8 +112,8 @@ class Engine:
         )
         reply = self._reply(self.options.load_timeout)
         seconds = time.perf_counter() - started
-        self._worker.read_log()
-        return info_of(self._identity, reply["max_context"], seconds, self._findings, list(self._worker.log))
+        self._worker.drain_log()
+        return info_of(self._identity, whole(reply), seconds, self._findings, list(self._worker.log))
 
     def close(self) -> None:
         """Unload the model and end the worker; may be called twice. A worker that does not end is ended."""
@@ -108,8 +121,8 @@ class Engine:
             return
         if self._gone is None:
             with contextlib.suppress(RKEdgeError):
-                self._settle()
-                self._send({"call": "close"})
+                self._settle(self.options.close_timeout)
+                self._begin({"call": "close"})
                 self._worker.end(self.options.close_timeout)
         self._end()
 
@@ -119,6 +132,11 @@ class Engine:
         self._worker.end(grace=0)
         with self._sending:
             self._worker.close_pipes()
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a worker. Once there is none, every call raises what became of it."""
+        return not self._closed
 
     def __enter__(self) -> Engine:
         return self
@@ -136,7 +154,7 @@ class Engine:
     def log(self) -> tuple[str, ...]:
         """The last lines that the library printed."""
         if not self._closed:
-            self._worker.read_log()
+            self._worker.drain_log()
         return tuple(self._worker.log)
 
     # Commands and records
@@ -153,10 +171,16 @@ class Engine:
         with self._sending:
             self._worker.send(header, data)
 
-    def _next(self, timeout: float) -> Record:
-        """The next record; the library's questions are answered on the way."""
+    def _begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
+        """Send a command with a number of its own; `expected` says what may come back (see Exchange)."""
+        self._number += 1
+        self._worker.expect(Exchange(self._number, questions=self._questions, **expected))
+        self._send({**header, "run": self._number}, data)
+
+    def _next(self, timeout: float, deadline: float) -> Record:
+        """The next record; the library's questions are answered on the way, and count as no sign of life."""
         while True:
-            record = self._worker.next_record(timeout)
+            record = self._worker.next_record(timeout, deadline)
             if record.kind < protocol.TOKENIZE or not self._answered(record):
                 return record
 
@@ -178,23 +202,21 @@ class Engine:
         import numpy as np
 
         assert self.options.embed is not None
-        ids = memoryview(record.data).cast("i").tolist()
+        ids = array("i", record.data).tolist()
         return np.ascontiguousarray(self.options.embed(ids), dtype=np.float32).tobytes()
 
     def _reply(self, timeout: float) -> Any:
-        while True:
-            record = self._next(timeout)
-            if record.kind == protocol.REPLY:
-                return json.loads(record.data)
-            if record.kind == protocol.ERROR:
-                raise error_of(record)
+        record = self._next(timeout, time.monotonic() + timeout)
+        if record.kind == protocol.ERROR:
+            raise error_of(record)
+        return json_of(record)
 
     def _explain(self, error: RKEdgeError) -> None:
         """Add the last log lines and what they say went wrong."""
         if not self._closed:
-            self._worker.read_log()
+            self._worker.drain_log()
         if isinstance(error, WorkerError):
-            self._gone = error
+            self._gone = self._gone or error
         add_log(error, list(self._worker.log)[-_SHOWN_LINES:])
 
     @contextlib.contextmanager
@@ -212,17 +234,17 @@ class Engine:
         return self._command({"call": "call", "method": method, "args": list(args)})
 
     def _command(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> Any:
-        self._check()
-        if self._active is not None:
-            raise RunError("A run is going on.", hint="Wait for its end, or abort it.")
         with self._explained():
-            self._send(header, data)
+            self._check_free()
+            self._begin(header, data)
             return self._reply(self.options.token_timeout)
 
     # Runs
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
         """Run a prompt: tokens as they arrive, Finished last. Closing the iterator early aborts the run.
+
+        A worker that is lost while the iterator is closed is reported by the next call.
 
         Raises:
             ContextFullError: the prompt alone fills the context.
@@ -265,20 +287,29 @@ class Engine:
                     return event.values
         raise RunError(f"The run ended and the library gave no {mode}.")
 
-    def _start(self, requests: Sequence[Request], mode: str) -> None:
+    def _check_free(self) -> None:
+        """Raise the error of a worker that is gone, or RunError if a run is going on that somebody still reads."""
         self._check()
         if self._abandoned:
-            self._settle()
+            self._settle(self.options.token_timeout)
         if self._active is not None:
             raise RunError("A run is going on already: one at a time.", hint="Wait for its end, or abort it.")
+
+    def _start(self, requests: Sequence[Request], mode: str) -> None:
+        self._check_free()
         for request in requests:
             self._check_room(request)
         header, data = run_command(requests, mode, self.info.release, self.options)
-        self._worker.read_log()
+        self._worker.drain_log()
         self._worker.alarm = ""
-        self._run += 1
-        self._active = self._run
-        self._send({**header, "run": self._run}, data)
+        limits = {
+            "batches": self.options.n_batch,
+            "most_tokens": requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else -1,
+            # What a release gives rows for, the prompt or more, is its own affair; not more than there is room for.
+            "most_rows": self.info.max_context or _LONGEST_CONTEXT,
+        }
+        self._active, self._abandoned = self._number + 1, False
+        self._begin(header, data, mode=mode, **limits)
 
     def _check_room(self, request: Request) -> None:
         if 0 < self.info.max_context <= len(request.tokens):
@@ -294,17 +325,23 @@ class Engine:
             timeout = self.options.token_timeout
             try:
                 while self._active is not None:
-                    record = self._next(timeout)
+                    record = self._next(timeout, time.monotonic() + timeout)
                     if record.kind == protocol.TOKEN and not self._worker.alarm:
                         yield record.batch, Token(record.value, record.data)
                     else:
                         yield record.batch, self._event(record)
+            except GeneratorExit:
+                self._settle_quietly()
+                raise
+            except WorkerProtocolError:
+                self._worker.end(grace=0)  # nothing more is asked of it
+                raise
             finally:
-                self._settle()
+                self._settle(timeout)
 
     def _event(self, record: Record) -> ArrayEvent:
         """The event of a record that is not a token's. Raises the error that the worker sent, or the log."""
-        self._worker.read_log()
+        self._worker.drain_log()
         if record.kind == protocol.ERROR:
             self._active = None
             error = error_of(record)
@@ -319,20 +356,32 @@ class Engine:
             return array_of(record)
         return finished_of(record)
 
-    def _settle(self) -> None:
+    def _settle(self, timeout: float) -> None:
         """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
         run = self._active
         if run is None or self._closed or self._worker.ended:
             return
+        # A Ctrl-C in here leaves the rest to the next run.
+        self._abandoned = True
         self._send({"call": "abort", "run": run})
+        deadline = time.monotonic() + timeout
         while self._active is not None:
-            self._drop(self._next(self.options.token_timeout))
+            self._drop(self._next(timeout, deadline))
         self._abandoned = False
+
+    def _settle_quietly(self) -> None:
+        """`_settle` for an iterator that is closed, or collected as garbage: the next call tells what failed."""
+        with contextlib.suppress(WorkerError), self._explained():
+            self._settle(self.options.token_timeout)
 
     def _drop(self, record: Record) -> None:
         if record.kind in (protocol.FINISHED, protocol.ERROR):
-            with contextlib.suppress(RKEdgeError):
+            try:
                 self._event(record)
+            except WorkerError:
+                raise
+            except RKEdgeError:
+                return
 
     def abort(self) -> None:
         """End the run that is going on, from any thread: its iterator gives Finished with ABORT. Nothing otherwise."""
@@ -360,31 +409,39 @@ class Engine:
             gather: seconds for which tokens that follow others closely may wait for each other, to save CPU time; the
                 first one, and each that comes later than that after the one before, comes at once.
         """
+        self._check()
+        timeout = self.options.token_timeout
         with self._explained():
-            self._start([request], "generate")
-            records = AsyncRecords(self._worker, self._answered, self.options.token_timeout, gather)
+            records = AsyncRecords(self._worker, self._answered, gather)
             try:
-                while self._active is not None:
-                    record = records.waiting() or await records.next()
-                    if record.kind == protocol.TOKEN and not self._worker.alarm:
-                        yield Token(record.value, record.data)
-                    else:
-                        yield cast(Finished, self._event(record))
-            finally:
-                try:
+                if self._abandoned:
                     await self._settle_async(records)
+                self._start([request], "generate")
+                try:
+                    while self._active is not None:
+                        record = records.waiting() or await records.next(timeout, time.monotonic() + timeout)
+                        if record.kind == protocol.TOKEN and not self._worker.alarm:
+                            yield Token(record.value, record.data)
+                        else:
+                            yield cast(Finished, self._event(record))
+                except WorkerProtocolError:
+                    self._worker.end(grace=0)  # nothing more is asked of it
+                    raise
                 finally:
-                    records.close()
+                    await self._settle_async(records)
+            finally:
+                records.close()
 
     async def _settle_async(self, records: AsyncRecords) -> None:
-        run = self._active
+        run, timeout = self._active, self.options.token_timeout
         if run is None or self._closed or self._worker.ended:
             return
         # A second cancellation leaves the rest to the next run.
         self._abandoned = True
         self._send({"call": "abort", "run": run})
+        deadline = time.monotonic() + timeout
         while self._active is not None:
-            self._drop(await records.next())
+            self._drop(await records.next(timeout, deadline))
         self._abandoned = False
 
     # The rest of the API
@@ -395,7 +452,8 @@ class Engine:
 
     def cache_sizes(self) -> list[int]:
         """Positions in the KV cache, per batch (1.2.1 on)."""
-        return cast("list[int]", self._call("kv_cache_sizes"))
+        sizes = self._call("kv_cache_sizes")
+        return [whole(size) for size in (sizes if isinstance(sizes, list) else [sizes])]
 
     def load_lora(self, lora: Lora) -> None:
         """Load an adapter, for requests that name it. Unloading one is not offered by any release."""

@@ -21,7 +21,8 @@
     │   ├── ToolkitError                    rkllm-toolkit refused the model or broke
     │   └── WorkerError                     the worker process is gone
     │       ├── WorkerCrashedError              by a signal or an exit
-    │       └── WorkerHungError                 no answer within the time limit
+    │       ├── WorkerHungError                 no answer within the time limit
+    │       └── WorkerProtocolError             it sent what it must not send
     └── ServiceError                    8   the daemon cannot be reached, or refuses
         ├── BusyError                       too many wait already, or this one waited too long
         ├── TimeLimitError                  an answer took longer than the daemon lets it
@@ -179,6 +180,12 @@ class WorkerCrashedError(WorkerError):
 
 class WorkerHungError(WorkerError):
     """The worker gave no answer within its time limit and was ended."""
+
+
+class WorkerProtocolError(WorkerError):
+    """The worker, or a library within it, sent what makes no sense, and was ended."""
+
+    default_hint = "The library wrote to the worker's pipe, or broke its memory: take the vendor's, of this release."
 
 
 class ServiceError(RKEdgeError):

@@ -1,4 +1,4 @@
-"""Files that exist are complete: write beside the final name, then rename."""
+"""Files: read bounded, whatever stands at the path; written beside the final name, then renamed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,49 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from rkruntime.errors import HostError, OutputError
 
 _BLOCK = 4 << 20
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: it cannot be read, or is something else: a FIFO would let the reader wait, a device has no end.
+    """
+    # O_NONBLOCK: a FIFO opens without its writer. What was opened is asked; the path may lead elsewhere by then.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """All bytes of a regular file that has at most `limit`; more are never in memory, whatever its size says.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is larger (EFBIG); `strerror` says which.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return data
+
+
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file as hex; `progress` gets the bytes of each block read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if progress:
@@ -38,9 +67,20 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
     return OutputError(f"Cannot write {path}: {error.strerror or error}.")
 
 
+def readable(path: str | os.PathLike[str]) -> str:
+    """A path as a text that YAML, JSON and a terminal can hold: bytes that are not UTF-8 become `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def refuse_existing(final: Path) -> None:
     """Raise OutputError if there is something at `final` already, or no folder to put it into."""
-    if final.exists() or final.is_symlink():
+    try:
+        final.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise write_error(final, error) from error
+    else:
         raise OutputError(f"{final} exists already, and is not overwritten.")
     if not final.parent.is_dir():
         raise OutputError(f"There is no folder {final.parent} to write into.", hint=f"Make it: mkdir -p {final.parent}")
@@ -61,7 +101,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         raise write_error(final, error) from error
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~umask())
         partial.rename(final)
     except OSError as error:
         raise write_error(final, error) from error
@@ -80,7 +120,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())
+        partial.chmod(0o666 & ~umask())
         partial.replace(final)
     except OSError as error:
         raise write_error(final, error) from error
@@ -88,7 +128,8 @@ def atomic_file(final: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Permissions that new files and folders do without."""
     # The only way to read it is to set it.
     mask = os.umask(0o022)
     os.umask(mask)

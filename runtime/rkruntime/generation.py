@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,18 @@ class Sampling:
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+
+    def changed(self, wanted: Mapping[str, Any]) -> Sampling:
+        """This with what a person or a request asks for, by the names of the fields.
+
+        A temperature or a top_p of 0 takes the most likely token, whatever else is said of choosing among several;
+        which one that is depends on the penalties, and only those that are asked for count. A temperature above 0 is
+        put over the defaults instead of GREEDY.
+        """
+        if wanted.get("temperature") == 0 or wanted.get("top_p") == 0:
+            return replace(GREEDY, **{name: value for name, value in wanted.items() if name.endswith("_penalty")})
+        base = Sampling() if self == GREEDY and wanted.get("temperature") is not None else self
+        return replace(base, **wanted)
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -103,7 +115,8 @@ class Request:
         lora: name of an adapter that was loaded before.
         save_prompt_cache: file that the runtime writes after the run.
         pause_tokens: each of these ends the run with PAUSE; it is part of the answer, and the KV cache is kept
-            as it is for a run that goes on (1.2.1 on).
+            as it is for a run that goes on (1.2.1 on). One board is reported to ignore the next run's prompt and to go
+            on with this answer: that run ends with a RunError.
     """
 
     tokens: Sequence[int] = ()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since, sort_key
+from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.elf import ElfFile, read_elf
 from rkruntime.errors import LibraryError
 
@@ -135,8 +135,11 @@ def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None)
 def _unknown(version: str, lines: list[str]) -> str:
     if not version:
         return f"its version text is not readable: {lines[0]!r}" if lines else "it has no RKLLM version text"
+    # Here, for the worker imports this module and has no installed packages.
+    from rkruntime.versions import version as order
+
     newest = CALLABLE[-1]
-    age = "newer than" if sort_key(version) > sort_key(newest) else "not among those known up to"
+    age = "newer than" if order(version) > order(newest) else "not among those known up to"
     return f"it is release {version}, {age} {newest}, and its layout is not known"
 
 

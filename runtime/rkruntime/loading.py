@@ -54,7 +54,8 @@ class LoadOptions:
         n_batch: prompts per run (1.2.1 on; the vendor advises at most 8).
         n_keep: KV cache positions that stay in front when the window shifts (1.2.0 on).
         base_domain_id: NPU memory domain, 0 to 15; one for each large model on the NPU.
-        embed_flash: read embeddings from flash instead of keeping them in memory (1.2.0 on).
+        embed_flash: read embeddings from flash instead of keeping them in memory (1.2.0 on); so by default,
+            if `known` is given.
         ignore_eos: go on behind an EOS (1.3.0 on).
         use_cross_attention: for encoder-decoder models (1.2.1 on).
         image_markers: texts for start, end and content of an image (before 1.3.0; see ImagePrompt).
@@ -227,7 +228,11 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
             first.message, hint=first.hint, details={"findings": [item.as_dict() for item in result.findings]}
         )
     cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
-    return replace(options, max_context=result.context, cpus=options.cpus or cpus), result.findings
+    flash = options.embed_flash
+    if flash is None and within(version, since("RKLLMExtendParam.embed_flash"), ""):
+        # The vendor's programs all ask for it, and `rkedge plan` counts on it: a table in RAM takes gigabytes.
+        flash = True
+    return replace(options, max_context=result.context, cpus=options.cpus or cpus, embed_flash=flash), result.findings
 
 
 def environment_of(options: LoadOptions) -> dict[str, str]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from rkruntime.answer import Answer, AnswerReader
 from rkruntime.bundle import Bundle
 from rkruntime.conversation import Conversation
-from rkruntime.errors import WorkerError
+from rkruntime.errors import ContextFullError, WorkerError
 from rkruntime.generation import Request
+from rkruntime.prompt_process import PromptProcess
 from rkruntime.repl import Note, Turn, rate
-from rkruntime.template import load_template
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted, dropped_turns
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
@@ -41,12 +41,16 @@ class LocalChat:
         drop_oldest: bool = False,
     ) -> None:
         self._load = load
-        self._tokenizer = Tokenizer.load(bundle.tokenizer)
-        self._conversation = Conversation(load_template(bundle, self._tokenizer), system)
+        self._prompts = PromptProcess(bundle)
+        self._conversation = Conversation(self._prompts, system)
         self._stop_tokens = frozenset(bundle.manifest.stop_token_ids)
         self._max_new_tokens = max_new_tokens
         self._drop_oldest = drop_oldest
-        self._engine: Engine | None = load()
+        try:
+            self._engine: Engine | None = load()
+        except BaseException:
+            self._prompts.close()
+            raise
         self._answered = self._generated = 0
         self.last: Turn | None = None
         info = self._engine.info
@@ -70,10 +74,10 @@ class LocalChat:
             ContextFullError, RunError, WorkerError: the conversation stays as it was.
         """
         engine = self._running_engine()
-        tokens, dropped = self._conversation.fitting_prompt(text, engine.info.max_context, drop=self._drop_oldest)
+        tokens, dropped = self._conversation.prompt(text, engine.info.max_context, drop=self._drop_oldest)
         if dropped:
-            yield Note(f"The context was full: the {dropped} oldest turn{'s were' if dropped > 1 else ' was'} dropped.")
-        reader = AnswerReader(self._tokenizer, len(tokens))
+            yield Note(f"The context was full: {dropped_turns(dropped)}.")
+        reader = AnswerReader(self._prompts.vocabulary, len(tokens))
         start = time.monotonic()
         first = 0.0
         failed = False
@@ -97,7 +101,7 @@ class LocalChat:
         return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
 
     def _running_engine(self) -> Engine:
-        if self._engine is None:
+        if self._engine is None or not self._engine.alive:
             self._engine = self._load()
         return self._engine
 
@@ -123,20 +127,26 @@ class LocalChat:
 
     def load(self, path: Path) -> None:
         """See `Chat`."""
-        self._conversation.load(path, self._tokenizer)
+        self._conversation.load(path)
 
     def stats(self) -> Mapping[str, str]:
         """See `Chat`."""
-        used = len(self._conversation.prompt(""))
-        limit = f" of {self._engine.info.max_context:,}" if self._engine else ""
         return {
             "model": self.title,
-            "answers": f"{self._answered}, {self._generated:,} tokens generated",
-            "context": f"{used:,}{limit} tokens used, {len(self._conversation.messages) // 2} turns",
+            "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
+            "context": f"{self._used()} tokens used, {counted(len(self._conversation.messages) // 2, 'turn')}",
             "last answer": self.last.summary(self.emulated) if self.last else "(none)",
         }
 
+    def _used(self) -> str:
+        limit = self._running_engine().info.max_context
+        try:
+            return f"{len(self._conversation.prompt('', limit)[0]):,} of {limit:,}"
+        except ContextFullError:
+            return f"all of {limit:,}"
+
     def close(self) -> None:
-        """End the worker."""
+        """End the worker, and the process that makes prompts."""
+        self._prompts.close()
         if self._engine is not None:
             self._engine.close()

@@ -35,7 +35,7 @@ _BREAK = re.compile(r"\r\n|\n|\r|\x0b|\x0c|\x85|\u2028|\u2029")
 _BEGINNING = re.compile(
     r"[EWID][ /][A-Za-z]+ ?:|\[ ?\w|\d{4}-\d\d|[A-Z][a-z]{2} [ \d]\d |(?:INFO|WARNING|ERROR|DEBUG)\b|[-=*]{4}"
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u2060]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069]")
 
 
 def read_log(stream: BinaryIO) -> str:

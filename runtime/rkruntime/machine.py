@@ -15,6 +15,8 @@ from typing import Final
 
 ROOT: Final = Path("/")
 
+# Where mainline's NPU driver shows, as a module and built in.
+_MAINLINE: Final = ("sys/module/rocket", "sys/bus/platform/drivers/rocket")
 # In this order: the first needs no root and exists with every driver that sets a module version.
 _DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
 # Containers hide one or both.
@@ -100,11 +102,11 @@ def driver(root: Path = ROOT) -> Driver:
     for name, text in found.items():
         if isinstance(text, str) and (match := re.search(r"\d+\.\d+\.\d+", text)):
             return Driver(match.group(), f"/{name}")
+    # First, as debugfs is closed to users whether rknpu is there or not.
+    if any((root / name).is_dir() for name in _MAINLINE) and not (root / "sys/module/rknpu").is_dir():
+        return Driver(None, "this kernel has mainline's driver rocket", mainline=True)
     closed = [f"/{name}" for name, text in found.items() if isinstance(text, PermissionError)]
-    if closed:
-        return Driver(None, f"{', '.join(closed)} may be read by root only")
-    mainline = (root / "sys/module/rocket").is_dir() and not (root / "sys/module/rknpu").is_dir()
-    return Driver(None, "no file says it", mainline)
+    return Driver(None, f"{', '.join(closed)} may be read by root only" if closed else "no file says it")
 
 
 def compatible(root: Path = ROOT) -> tuple[str, ...]:

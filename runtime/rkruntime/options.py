@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,15 +17,20 @@ import click
 from rkruntime.bundle import GENERATION_CONFIG, Bundle
 from rkruntime.errors import BundleError, HostError, LibraryError
 from rkruntime.generation import GREEDY, Sampling
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
+    from rkruntime.preflight import Finding
 
 LIBRARY: Final = "librkllmrt.so"
 LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
 # What provides the library for a bundle's target: "module:function", called with the release. Named, not imported: the
 # runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator:build"}
+# No temperature and no vocabulary is as large.
+_MOST_SAMPLING: Final = 1 << 24
 SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 Command: TypeAlias = Callable[..., None]
@@ -53,13 +57,9 @@ class SamplingOptions:
     max_new_tokens: int | None = None
 
     def over(self, base: Sampling) -> Sampling:
-        """`base` with what was asked for put over it; a temperature of 0 is greedy in every respect."""
-        if self.temperature == 0:
-            base = GREEDY
-        elif self.temperature is not None and base == GREEDY:
-            base = Sampling()
+        """`base` with what was asked for put over it."""
         names = ("temperature", "top_k", "top_p", "repeat_penalty")
-        return replace(base, **{name: value for name in names if (value := getattr(self, name)) is not None})
+        return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
 
 
 def _packed(
@@ -114,22 +114,15 @@ sampling_options = _packed(
 
 def default_sampling(bundle: Bundle) -> Sampling:
     """What the bundle's generation_config.json asks for, on top of RKLLM's defaults. Raises BundleError."""
-    path = bundle.path / GENERATION_CONFIG
-    if not path.is_file():
-        return Sampling()
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"{path} is not a JSON object.")
+    config = bundle.read_generation_config()
     if config.get("do_sample") is False:
         return GREEDY
     wanted = {"temperature": float, "top_k": int, "top_p": float}
-    return replace(
-        Sampling(),
-        **{name: kind(config[name]) for name, kind in wanted.items() if isinstance(config.get(name), (int, float))},
-    )
+    given = {name: config[name] for name in wanted if isinstance(config.get(name), (int, float))}
+    for name, value in given.items():
+        if not 0 <= value <= _MOST_SAMPLING:
+            raise BundleError(f"{bundle.path / GENERATION_CONFIG}: {name} is not between 0 and {_MOST_SAMPLING:,}.")
+    return replace(Sampling(), **{name: wanted[name](value) for name, value in given.items()})
 
 
 def find_library(bundle: Bundle, options: RuntimeOptions) -> Path:
@@ -173,7 +166,7 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if watched:
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            say(one_line(text), lead="\r\x1b[K", nl=False, err=True)
 
     try:
         yield show
@@ -181,10 +174,23 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         show("")
 
 
-def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, **timeouts: Any) -> Engine:
+def show_finding(finding: Finding) -> None:
+    """A preflight finding on standard error, for a person."""
+    color = "yellow" if finding.level == "warning" else "cyan"
+    say(f"{finding.message} {finding.hint}", lead=click.style(f"{finding.level}: ", fg=color), err=True)
+
+
+def load_engine(
+    bundle: Bundle,
+    options: RuntimeOptions,
+    sampling: SamplingOptions,
+    show: Callable[[Finding], None] = show_finding,
+    **timeouts: Any,
+) -> Engine:
     """Check the bundle's files, find the library, start the worker and load the model; say what is worth knowing.
 
     Args:
+        show: gets each preflight finding.
         timeouts: of LoadOptions, in seconds.
     """
     from rkruntime.engine import Engine, LoadOptions
@@ -203,6 +209,5 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptio
         )
     )
     for finding in engine.info.findings:
-        color = "yellow" if finding.level == "warning" else "cyan"
-        click.echo(f"{click.style(f'{finding.level}:', fg=color)} {finding.message} {finding.hint}", err=True)
+        show(finding)
     return engine

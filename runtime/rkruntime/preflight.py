@@ -15,6 +15,7 @@ from typing import Final, Literal, TypeAlias
 
 from rkruntime import machine, resources
 from rkruntime.conditions import fits
+from rkruntime.words import counted
 
 Level: TypeAlias = Literal["error", "warning", "notice"]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "notice")
@@ -157,9 +158,10 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
         yield Finding(
             "error",
             "cpu-cores-below-npu-cores",
-            f"The model was built for {model.npu_cores} NPU cores; this process may use {len(cores.cpus)} CPU cores.",
+            f"The model was built for {counted(model.npu_cores, 'NPU core')}; this process may use"
+            f" {counted(len(cores.cpus), 'CPU core')}.",
             f"Give it {model.npu_cores} or more (taskset, the unit's CPUAffinity, the container's --cpuset-cpus).",
-            "text in librkllmrt; github-file-index:69457407247 (reported; the reporter confirmed it)",
+            "text in librkllmrt; user report, public address not known (reported; the reporter confirmed it)",
         )
 
 

@@ -13,19 +13,27 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rkruntime.conversation import read_conversation, write_conversation
-from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError
+from rkruntime.attach import MAX_LINE
+from rkruntime.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
+from rkruntime.errors import BusyError, InputError, NoSuchSessionError, ServiceError
 from rkruntime.generation import FinishReason
+from rkruntime.printable import one_line
 from rkruntime.repl import Note, Turn
+from rkruntime.terminal import say
+from rkruntime.words import counted
 
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 # A dead connection shows after 15 seconds, not after TCP's quarter of an hour.
 _SSH: Final = ("ssh", "-T", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+_MOST_LINES: Final = 1_000_000
+_MOST_NOTES: Final = 200
+_LONGEST_NOTE: Final = 4096
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
 
 
@@ -40,9 +48,16 @@ class _Link:
         # ssh keeps a SIGINT that is ignored when it starts ignored: Ctrl-C is for the answer, not for the connection.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except OSError as error:
+            raise ServiceError(
+                f"{command[0]} cannot be started: {error.strerror or error}.", hint="Install OpenSSH's client."
+            ) from error
         finally:
             signal.signal(signal.SIGINT, before)
+        self._notes = threading.Thread(target=self._pass_on, daemon=True)
+        self._notes.start()
         self._writing = threading.Lock()
 
     @property
@@ -60,17 +75,41 @@ class _Link:
                 raise _BrokenError from error
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The lines up to an `end`. Raises _BrokenError if it does not come."""
-        while line := self._pipes[1].readline():
+        """The events up to an `end`.
+
+        Raises:
+            _BrokenError: it does not come.
+            ServiceError: the board says nonsense. The connection is ended: the rest of it belongs to nothing.
+        """
+        for _ in range(_MOST_LINES):
             try:
-                event: dict[str, Any] = json.loads(line)
-            except ValueError:
-                # A login script that prints something; ssh hands it through.
-                continue
-            yield event
-            if event.get("type") == "end":
-                return
-        raise _BrokenError
+                event = _event(self._line())
+            except ServiceError:
+                self.close()
+                raise
+            if event is not None:
+                yield event
+                if event["type"] == "end":
+                    return
+        self.close()
+        raise _nonsense("lines without end")
+
+    def _line(self) -> bytes:
+        try:
+            line = self._pipes[1].readline(MAX_LINE)
+        except ValueError:  # closed before
+            line = b""
+        if not line:
+            raise _BrokenError
+        return line
+
+    def _pass_on(self) -> None:
+        """What ssh says on standard error, or a board through it. Its questions go to the terminal itself."""
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            for number, line in enumerate(iter(partial(stream.readline, _LONGEST_NOTE), b"")):
+                if number < _MOST_NOTES:
+                    say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
 
     def close(self) -> int:
         """End ssh; its exit code."""
@@ -82,6 +121,9 @@ class _Link:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+        finally:
+            # A child of ssh, such as the master of shared connections, may keep the pipe open.
+            self._notes.join(1)
 
 
 class RemoteChat:
@@ -110,7 +152,7 @@ class RemoteChat:
         status = self._first_contact()
         self.emulated = bool(status.get("emulated"))
         kind = f"emulated runtime {status.get('release')}" if self.emulated else f"runtime {status.get('release')}"
-        self.title = f"{status.get('model')} on {destination}: {kind}"
+        self.title = one_line(f"{status.get('model')} on {destination}: {kind}")
         self._system = str(self._read().get("system", ""))
         if system:
             self.set_system(system)
@@ -136,7 +178,8 @@ class RemoteChat:
         """
         assert self._link is not None
         self._link.send({"op": operation, "session": self._session, "body": body})
-        *_, end = self._link.events()
+        for event in self._link.events():
+            end = event
         return _result(end)
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
@@ -163,10 +206,16 @@ class RemoteChat:
         )
 
     def _read(self) -> dict[str, Any]:
+        """The conversation as it is saved."""
         try:
-            return self._steady("read")
+            data = self._steady("read")
         except NoSuchSessionError:
-            return {"system": "", "messages": []}
+            return {"schema": SCHEMA, "system": "", "messages": []}
+        try:
+            check_conversation(data)
+        except InputError:
+            raise _nonsense("something that is not a conversation") from None
+        return data
 
     @property
     def system(self) -> str:
@@ -197,7 +246,7 @@ class RemoteChat:
                         received += len(event["text"])
                         yield event["text"]
                     elif event["type"] == "begin":
-                        yield from map(Note, event["notes"])
+                        yield from (Note(one_line(note)) for note in event["notes"])
                     elif event["type"] == "done":
                         self._keep(event, first)
                 return
@@ -233,10 +282,9 @@ class RemoteChat:
             yield event
 
     def _keep(self, event: Mapping[str, Any], first: float) -> None:
-        tokens = int(event.get("tokens", 0))
         self._answered += 1
-        self._generated += tokens
-        self.last = Turn(tokens, FinishReason(event["reason"]), first, float(event.get("tokens_per_s", 0)))
+        self._generated += event["tokens"]
+        self.last = Turn(event["tokens"], FinishReason(event["reason"]), first, event["tokens_per_s"])
 
     def stop(self) -> None:
         """See `Chat`."""
@@ -262,15 +310,15 @@ class RemoteChat:
     def stats(self) -> Mapping[str, str]:
         """See `Chat`."""
         status = self._steady("hello")
-        queue = status.get("queue", {})
-        temperatures = status.get("temperatures") or {}
-        hottest = f"{max(temperatures.values()):.0f} °C" if temperatures else "N/A"
+        queue, temperatures = (_mapping(status.get(name)) for name in ("queue", "temperatures"))
+        degrees = [value for value in temperatures.values() if _is_number(value)]
+        hottest = f"{max(degrees):.0f} °C" if degrees else "N/A"
         return {
             "model": self.title,
             "session": self._session,
-            "answers": f"{self._answered}, {self._generated:,} tokens generated",
+            "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
             "last answer": self.last.summary(self.emulated) if self.last else "(none)",
-            "board": f"{status.get('state')}, {queue.get('waiting', 0)} waiting, hottest zone {hottest}",
+            "board": one_line(f"{status.get('state')}, {queue.get('waiting', 0)} waiting, hottest zone {hottest}"),
         }
 
     def close(self) -> None:
@@ -283,11 +331,68 @@ class RemoteChat:
         self._link.close()
 
 
+def _nonsense(what: str) -> ServiceError:
+    hint = "Compare `rkedge --version` here and there; something else may answer in its place."
+    return ServiceError(f"The board says {what}.", hint=hint)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# What each kind of event must have, for all that is done with it here.
+_FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
+    "begin": {"notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value)},
+    "text": {"text": lambda value: isinstance(value, str)},
+    "done": {
+        "tokens": lambda value: type(value) is int and 0 <= value < 1e9,
+        "tokens_per_s": _is_number,
+        "reason": lambda value: value in [reason.value for reason in FinishReason],
+    },
+    "error": {},
+    "end": {"status": lambda value: type(value) is int, "body": lambda value: value is None or isinstance(value, dict)},
+}
+_LEFT_OUT: Final = {"tokens": 0, "tokens_per_s": 0.0, "body": None}
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, with all its fields; None for something else, such as what a login script prints.
+
+    Raises:
+        ServiceError: an event that is none.
+    """
+    if len(line) >= MAX_LINE:
+        raise _nonsense("a line without end")
+    try:
+        event = json.loads(line)
+        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair could be neither shown nor saved
+    except RecursionError:
+        raise _nonsense("something nested without end") from None
+    except UnicodeEncodeError:
+        raise _nonsense("characters that do not exist") from None
+    except ValueError:
+        return None
+    if not isinstance(event, dict):
+        return None
+    if not isinstance(event.get("type"), str):
+        raise _nonsense("something that is not an event")
+    for name, holds in _FIELDS.get(event["type"], {}).items():
+        if name in _LEFT_OUT:
+            event.setdefault(name, _LEFT_OUT[name])
+        if name not in event or not holds(event[name]):
+            raise _nonsense(f"{event['type']!r} with a wrong {name!r}, or without one")
+    return event
+
+
 def _result(end: Mapping[str, Any]) -> dict[str, Any]:
-    body = end.get("body") or {}
+    body = _mapping(end["body"])
     if end["status"] >= 400:
         raise _error(end["status"], body)
-    return dict(body)
+    return body
 
 
 def _error(status: int, body: Mapping[str, Any]) -> ServiceError:

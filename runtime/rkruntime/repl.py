@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from rkruntime.answer import Answer
 from rkruntime.errors import RKEdgeError, UsageError
 from rkruntime.generation import FinishReason
+from rkruntime.printable import one_line
 from rkruntime.terminal import Terminal
 
 PROMPT: Final = ">>> "
@@ -163,8 +164,8 @@ class Repl:
             if not self.terminal.interactive:
                 self.failure, self.leaving = error, True
                 return
-            self.terminal.error(f"error: {error.message}")
-            self.terminal.note(f"hint:  {error.hint}")
+            self.terminal.error(f"error: {one_line(error.message)}")
+            self.terminal.note(f"hint:  {one_line(error.hint)}")
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")

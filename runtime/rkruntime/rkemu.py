@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from rkruntime.errors import ModelFileError
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -295,7 +296,9 @@ def read_container(path: Path) -> Container:
             raise ModelFileError(f"{path} has the format version {version}; this release reads {VERSION}.")
         actual = path.stat().st_size
         if actual != file_size:
-            raise ModelFileError(f"{path} has {actual:,} bytes and should have {file_size:,}: it is cut or overlong.")
+            raise ModelFileError(
+                f"{path} has {counted(actual, 'byte')} and should have {file_size:,}: it is cut or overlong."
+            )
         if max(metadata_size, directory_size) > MAX_SECTION:
             raise ModelFileError(f"{path} has a metadata or directory section of over {MAX_SECTION >> 20} MiB.")
         sections = file.read(metadata_size + directory_size)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.errors import ModelFileError
+from rkruntime.words import counted
 
 MAGIC: Final = bytes.fromhex("daeeb336")
 _HEADER: Final = struct.Struct("<4sIQQ")
@@ -83,7 +84,7 @@ def read_rkllm(path: Path) -> RkllmFile:
     if not head.startswith(MAGIC):
         raise _not_rkllm(path, head, size)
     if size < _HEADER.size:
-        raise ModelFileError(f"{path} has {size} bytes and ends inside its header: it was cut.")
+        raise ModelFileError(f"{path} has {counted(size, 'byte')} and ends inside its header: it was cut.")
     _, version, tensors, keys = _HEADER.unpack(head)
     if _LEAST_RECORD * (tensors + keys) > size:
         raise ModelFileError(

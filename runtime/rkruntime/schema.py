@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 _WORDS: Final[dict[Any, str]] = {
@@ -21,14 +21,22 @@ _WORDS: Final[dict[Any, str]] = {
 }
 
 
+class Between(NamedTuple):
+    """The range of a number, as in `Annotated[int, Between(1, 16)]`."""
+
+    least: int | float
+    most: int | float
+
+
 def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exception]) -> T:
     """An object of the dataclass `kind` from plain data.
 
-    Fields may be JSON types, Any, Path (from text), Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]` and further
-    dataclasses. Only a whole number for a float is converted.
+    Fields may be JSON types, Any, Path (from text), Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]`, numbers with
+    a Between and further dataclasses. Only a whole number for a float is converted.
 
     Raises:
-        what `fail` makes of "KEY is missing", "unknown key KEY (did you mean NAME?)" or "KEY is TYPE; it must be TYPE".
+        what `fail` makes of "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE" or
+        "KEY is NUMBER; it must be from NUMBER to NUMBER".
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
     return value
@@ -39,7 +47,7 @@ class _Builder:
         self._fail = fail
 
     def dataclass(self, kind: Any, data: Mapping[str, Any], where: str) -> Any:
-        hints = get_type_hints(kind)
+        hints = get_type_hints(kind, include_extras=True)
         known = {item.name: item for item in fields(kind)}
         for key in data:
             if key not in known:
@@ -53,6 +61,8 @@ class _Builder:
         origin, arguments = get_origin(kind), get_args(kind)
         if kind is Any or (origin is Literal and data in arguments):
             return data
+        if origin is Annotated:
+            return self._within(arguments[1], self._value(arguments[0], data, where), where)
         if origin in (Union, types.UnionType):
             return None if data is None else self._value(arguments[0], data, where)
         if origin is tuple and isinstance(data, list):
@@ -62,6 +72,11 @@ class _Builder:
         if hasattr(kind, "__dataclass_fields__") and isinstance(data, dict):
             return self.dataclass(kind, data, where)
         return self._plain(kind, data, where)
+
+    def _within(self, bounds: Between, number: Any, where: str) -> Any:
+        if not bounds.least <= number <= bounds.most:
+            raise self._fail(f"{where} is {number:,}; it must be from {bounds.least:,} to {bounds.most:,}")
+        return number
 
     def _plain(self, kind: Any, data: Any, where: str) -> Any:
         if get_origin(kind) is None and type(data) is kind:

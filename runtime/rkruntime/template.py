@@ -1,26 +1,43 @@
-"""A conversation as token ids: the one place where a chat template is rendered.
+"""A conversation as a prompt: the one place where a chat template is rendered.
 
 Contents are encoded as plain text wherever they stand, so what a person types cannot open or close a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from rkruntime.bundle import Bundle
 from rkruntime.errors import BundleError, UsageError
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.tracked import CHANGED, OWN, UNKNOWN, Tracked
 
 if TYPE_CHECKING:
-    import jinja2
+    from rkruntime.tokenizer import Tokenizer
 
 ROLES: Final = ("system", "user", "assistant")
 BOS: Final = "<bos>"
 START_OF_TURN: Final = "<start_of_turn>"
 END_OF_TURN: Final = "<end_of_turn>"
-_MAX_TEMPLATE: Final = 1 << 20
+# What a template may name, where the checkpoint does not say otherwise.
+SPECIAL_TOKENS: Final[Mapping[str, str]] = {
+    "bos_token": BOS,
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}
+# Gemma 2's own template. It knows no system role.
+GEMMA: Final = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+_MOST_SAID: Final = 500
+_UNDEFINED: Final = re.compile(r"'[A-Za-z_]\w{0,80}' is undefined")
 
 # Plain text, one control token, or ids that were generated and are kept as they are.
 Part: TypeAlias = str | int | tuple[int, ...]
@@ -44,42 +61,33 @@ class Message:
 class Template(Protocol):
     """Renders a conversation."""
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """The whole prompt up to the place where the next answer begins, `<bos>` once.
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The whole prompt up to the place where the next answer begins, `<bos>` once; no two texts are neighbours.
 
         Raises:
             UsageError: the roles are not in an order that the template knows.
+            BundleError: the template does something that cannot be followed.
         """
         ...
 
 
-def load_template(bundle: Bundle, tokenizer: Tokenizer) -> Template:
-    """The template that fits the bundle's manifest. Raises BundleError if it cannot be used."""
-    if bundle.manifest.system_role == "fold":
+def load_template(
+    source: str | None, system_role: str, special_tokens: Mapping[str, str], tokenizer: Tokenizer
+) -> Template:
+    """A bundle's template: Gemma's if there is no other.
+
+    Args:
+        system_role: `native`, or `fold`: the template does not render system messages.
+        special_tokens: where they are not SPECIAL_TOKENS.
+
+    Raises:
+        BundleError: it cannot be used.
+    """
+    if system_role not in ("fold", "native"):
+        raise BundleError(f"The manifest's system_role is {system_role!r}; it must be 'fold' or 'native'.")
+    if source is None or (source.strip() == GEMMA and system_role == "fold"):
         return GemmaTemplate(tokenizer)
-    if bundle.manifest.system_role != "native":
-        raise BundleError(f"The manifest's system_role is {bundle.manifest.system_role!r}: it is 'fold' or 'native'.")
-    try:
-        source = bundle.template.read_bytes()[: _MAX_TEMPLATE + 1]
-        if len(source) > _MAX_TEMPLATE:
-            raise BundleError(f"{bundle.template} has over {_MAX_TEMPLATE:,} bytes; templates have a few thousand.")
-        return JinjaTemplate(source.decode(), tokenizer)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{bundle.template} cannot be read: {error}.") from error
-
-
-def _assemble(tokenizer: Tokenizer, parts: Sequence[Part]) -> list[int]:
-    """Ids of the parts; neighbouring texts are encoded together, as transformers encodes the rendered string."""
-    ids: list[int] = []
-    text = ""
-    for part in parts:
-        if isinstance(part, str):
-            text += part
-            continue
-        ids += tokenizer.encode(text) if text else ()
-        ids += (part,) if isinstance(part, int) else part
-        text = ""
-    return ids + (tokenizer.encode(text) if text else [])
+    return JinjaTemplate(source, tokenizer, {**SPECIAL_TOKENS, **special_tokens}, fold=system_role == "fold")
 
 
 class GemmaTemplate:
@@ -90,15 +98,14 @@ class GemmaTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
         missing = [text for text in (BOS, START_OF_TURN, END_OF_TURN) if text not in tokenizer.control]
         if missing:
             raise BundleError(f"The tokenizer has no control token {missing[0]}: Gemma's template cannot be rendered.")
         self._bos, self._start, self._end = (tokenizer.control[text] for text in (BOS, START_OF_TURN, END_OF_TURN))
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """See `Template.render`."""
-        return _assemble(self._tokenizer, [self._bos, *self._turns(fold_system(messages)), self._start, "model\n"])
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """See `Template.parts`."""
+        return _merged([self._bos, *self._turns(fold_system(messages)), self._start, "model\n"])
 
     def _turns(self, messages: Sequence[Message]) -> list[Part]:
         parts: list[Part] = []
@@ -113,11 +120,12 @@ class GemmaTemplate:
             role = "user\n" if message.role == "user" else "model\n"
             parts += [self._start, role, content, self._end, "\n"]
         if len(messages) % 2 == 0:
-            raise _no_question(messages)
+            raise no_question(messages)
         return parts
 
 
-def _no_question(messages: Sequence[Message]) -> UsageError:
+def no_question(messages: Sequence[Message]) -> UsageError:
+    """What to say of a conversation whose last message is not a user's."""
     last = f"the last of its {len(messages)} messages is an answer" if messages else "it is empty"
     return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a message of the user.")
 
@@ -130,103 +138,148 @@ def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
     return [Message("user", f"{system}\n\n{first}" if system else first), *messages[2:]]
 
 
-class _Slot(str):
-    """Stands for a content while Jinja renders: a mark that no text holds, found again in what was rendered.
-
-    Templates strip contents, ask whether they are empty and what is in them; that is answered from the content itself.
-    """
-
-    __slots__ = ("_slots", "content")
-
-    content: str
-    _slots: list[str | tuple[int, ...]]
-
-    def __new__(cls, slots: list[str | tuple[int, ...]], content: str, kept: tuple[int, ...] | None = None) -> _Slot:
-        slot = super().__new__(cls, f"{_OPEN}{len(slots)}{_CLOSE}")
-        slots.append(content if kept is None else kept)
-        slot.content, slot._slots = content, slots
-        return slot
-
-    def strip(self, chars: str | None = None, /) -> str:
-        kept = self._slots[int(self[1:-1])]
-        return _Slot(self._slots, self.content.strip(chars), kept if isinstance(kept, tuple) else None)
-
-    def __contains__(self, text: object) -> bool:
-        return isinstance(text, str) and text in self.content
-
-    def __bool__(self) -> bool:
-        return bool(self.content)
-
-
-# Noncharacters, which a template's text never has a use for.
-_OPEN: Final = "\ufdd0"
-_CLOSE: Final = "\ufdd1"
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring texts as one, since they are encoded together; empty ones left out."""
+    merged: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += part
+        elif part != "":
+            merged.append(part)
+    return merged
 
 
 class JinjaTemplate:
-    """A bundle's own template, for models that were taught a system role.
+    """A bundle's own template.
 
-    It is rendered in Jinja's sandbox, by the settings of transformers' `apply_chat_template`, with a mark in the place
-    of each content. The template's own text may hold control tokens; contents are put in afterwards, as plain text.
+    The template's own text may hold control tokens; whatever else comes out of it is plain text.
+
+    Args:
+        fold: it renders no system message: that goes into the first user turn.
+
+    Raises:
+        BundleError: it is not a template.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, special_tokens: Mapping[str, str] = SPECIAL_TOKENS, *, fold: bool
+    ) -> None:
         import jinja2
 
-        self._tokenizer = tokenizer
+        from rkruntime.chat_jinja import Program
+
+        self._tokenizer, self._special_tokens, self._fold = tokenizer, special_tokens, fold
         if BOS not in tokenizer.control:
             raise BundleError(f"The tokenizer has no control token {BOS}.")
         try:
-            self._template = template_environment().from_string(source)
+            self._program = Program(source)
         except jinja2.TemplateError as error:
-            raise BundleError(f"chat_template.jinja is not a template: {error}") from error
+            raise BundleError(f"The chat template is not a template: {_clean(str(error))}") from error
+        except Exception as error:  # Compiling may overflow, nest too deeply and more.
+            raise BundleError(f"The chat template cannot be compiled: {type(error).__name__}.") from error
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """See `Template.render`."""
-        import jinja2
-
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """See `Template.parts`."""
         if not messages or messages[-1].role != "user":
-            raise _no_question(messages)
+            raise no_question(messages)
         for message in messages:
             if message.role not in ROLES:
                 raise UsageError(f"There is no role {message.role!r}.", hint=f"Roles are {', '.join(ROLES)}.")
-        slots: list[str | tuple[int, ...]] = []
-        plain = [{"role": item.role, "content": _Slot(slots, item.content, item.tokens)} for item in messages]
-        try:
-            text = self._template.render(messages=plain, add_generation_prompt=True, bos_token=BOS, eos_token="<eos>")  # noqa: S106
-        except jinja2.TemplateError as error:
-            raise UsageError(
-                f"The model's template refuses this conversation: {error}", hint="Change the order of its roles."
-            ) from error
-        except Exception as error:  # A template can do anything that Python can do wrong.
-            raise BundleError(f"chat_template.jinja failed: {type(error).__name__}: {error}") from error
+        if self._fold:
+            messages = fold_system(messages)
+            if any(message.role == "system" for message in messages):
+                raise UsageError(
+                    "This model's template has no system role, and a system message stands behind its beginning.",
+                    hint="Put system text first, before a message of the user.",
+                )
+        parts = _merged([*self._filled(self._rendered(messages), messages)])
         bos = self._tokenizer.control[BOS]
-        ids = self._fill(text, slots)
-        first = next((at for at, index in enumerate(ids) if index != bos), len(ids))
-        return [bos, *ids[first:]]
+        first = next((at for at, part in enumerate(parts) if part != bos), len(parts))
+        return [bos, *parts[first:]]
 
-    def _fill(self, text: str, slots: Sequence[str | tuple[int, ...]]) -> list[int]:
-        parts: list[Part] = []
-        for at, piece in enumerate(text.split(_OPEN)):
-            number, mark, rest = piece.partition(_CLOSE) if at else ("0", _CLOSE, piece)
-            if not mark or not number.isdecimal() or int(number) >= len(slots) or _CLOSE in rest:
-                raise BundleError("chat_template.jinja cuts or changes a message's content, so it cannot be used.")
-            parts += [slots[int(number)]] if at else []
-            parts += self._tokenizer.split_template(rest)
-        return _assemble(self._tokenizer, parts)
+    def _rendered(self, messages: Sequence[Message]) -> Tracked:
+        from rkruntime.chat_jinja import Refusal, UnfollowedError
+
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._program.render(plain, self._special_tokens)
+        except Refusal as error:
+            raise UsageError(
+                f"The model's template refuses this conversation: {_own_words(error.said)}",
+                hint="Change the order of its roles.",
+            ) from None
+        except UnfollowedError as error:
+            raise BundleError(
+                "The chat template computes with messages in a way that cannot be followed"
+                f"{_place(error.__cause__)}, so it cannot be used.",
+                hint="Use the chat_template.jinja of the model that this one was made from.",
+            ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # A template can do anything that Python can do wrong.
+            # Without the error's own text, which may quote the conversation.
+            raise BundleError(
+                f"The chat template failed{_place(error)}: {type(error).__name__}{_undefined(error)}.",
+                hint="Use the chat_template.jinja of the model that this one was made from.",
+            ) from error
+
+    def _filled(self, text: Tracked, messages: Sequence[Message]) -> Iterator[Part]:
+        self._check_unknown(text, messages)
+        for piece, source, offset in text._pieces():
+            if source == OWN:
+                yield from self._tokenizer.split_template(piece)
+            elif source == UNKNOWN or offset == CHANGED:
+                yield piece
+            else:
+                yield self._content(messages[source], piece, offset)
+
+    @staticmethod
+    def _content(message: Message, piece: str, offset: int) -> Part:
+        """The ids that were generated, if the template left out nothing but white space."""
+        outside = message.content[:offset] + message.content[offset + len(piece) :]
+        return message.tokens if message.tokens is not None and not outside.strip() else piece
+
+    def _check_unknown(self, text: Tracked, messages: Sequence[Message]) -> None:
+        """Refuse a control token of which nobody can say whether it is the template's."""
+        if all(source != UNKNOWN for _, source, _ in text._pieces()):
+            return
+        pattern = self._tokenizer.control_pattern
+        for match in pattern.finditer(text):
+            if all(source != UNKNOWN for _, source, _ in text._cut(*match.span())._pieces()):
+                continue
+            if any(pattern.search(message.content) for message in messages):
+                raise UsageError(
+                    f"A message holds the text {match.group()}, which is one of the model's control tokens, and this"
+                    " model's template rewrites messages so that the two cannot be told apart.",
+                    hint="Write it in another way.",
+                )
+            raise BundleError(
+                f"The chat template computes its control token {match.group()} in a way that cannot be followed.",
+                hint="Write control tokens as plain text in the template.",
+            )
 
 
-def template_environment() -> jinja2.Environment:
-    """Jinja as transformers' `apply_chat_template` sets it up, in its sandbox."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _own_words(said: object) -> str:
+    """A template's message, without what it says of the conversation: that is private, and goes to logs."""
+    if not isinstance(said, Tracked):
+        return "(no reason)"
+    words = "".join(piece if source == OWN else "..." for piece, source, _ in said._pieces())
+    return _clean(words) or "(no reason)"
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    environment: Any = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], autoescape=False
-    )
-    environment.globals["raise_exception"] = refuse
-    checked: jinja2.Environment = environment
-    return checked
+def _clean(text: str) -> str:
+    """One line of a stranger's text."""
+    return "".join(character for character in text if character.isprintable())[:_MOST_SAID]
+
+
+def _place(error: BaseException | None) -> str:
+    from rkruntime.chat_jinja import line_of
+
+    line = line_of(error) if error else None
+    return f" in line {line}" if line else ""
+
+
+def _undefined(error: Exception) -> str:
+    """The variable that there is not. Names are the template's own; other messages may quote the conversation."""
+    found = _UNDEFINED.fullmatch(str(error))
+    return f", {found[0]}" if found else ""

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from rkruntime.printable import escaped, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 BLOCK: Final = '"""'
 _HISTORY_LINES: Final = 1000
-# A model, or a board, may say anything: escape sequences would reach the terminal. Tab and newline stay.
-_UNPRINTABLE: Final = dict.fromkeys([*(c for c in range(32) if c not in (9, 10)), *range(127, 160)])
 
 
-def printable(text: str) -> str:
-    """`text` without control characters."""
-    return text.translate(_UNPRINTABLE)
+def say(text: str = "", *, lead: str = "", err: bool = False, nl: bool = True, **style: Any) -> None:
+    """Print a text that may hold anything. All that commands print goes this way: see rkruntime.printable.
+
+    Args:
+        lead: our own text in front of it, styled or not.
+        style: of click.style.
+    """
+    text = printable(text)
+    click.echo(lead + (click.style(text, **style) if any(style.values()) else text), err=err, nl=nl)
+
+
+def say_json(value: Any, indent: int | None = 2) -> None:
+    """Print one JSON document, with what a terminal would obey spelled as JSON does."""
+    click.echo(escaped(json.dumps(value, ensure_ascii=False, indent=indent)))
+
+
+def console(**options: Any) -> Console:
+    """rich's console; what tables and progress bars hold is made printable on its way out."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Printable(Console):
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*arguments, **options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return Printable(**options)
 
 
 class Terminal:
@@ -83,8 +111,8 @@ class Terminal:
         return f"\x01\x1b[1;34m\x02{text}\x01\x1b[0m\x02" if self._colour else text
 
     def write(self, text: str) -> None:
-        """A piece of an answer, at once."""
-        sys.stdout.write(printable(text) if self.interactive else text)
+        """A piece of an answer, at once; as it is, if it goes to a file or a program."""
+        sys.stdout.write(printable(text) if self.interactive or sys.stdout.isatty() else text)
         sys.stdout.flush()
         self._within_line = not text.endswith("\n")
 
@@ -95,13 +123,11 @@ class Terminal:
 
     def note(self, text: str = "") -> None:
         """A line about the chat, not of it; without a person it goes to standard error."""
-        text = printable(text)
-        click.echo(click.style(text, dim=True) if self._colour else text, err=not self.interactive)
+        say(text, err=not self.interactive, dim=self._colour)
 
     def error(self, text: str) -> None:
         """A line that says what went wrong."""
-        text = printable(text)
-        click.echo(click.style(text, fg="red") if self._colour else text, err=True)
+        say(text, err=True, fg="red" if self._colour else None)
 
     def close(self) -> None:
         """Keep the history."""

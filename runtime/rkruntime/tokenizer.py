@@ -1,4 +1,4 @@
-"""Text to token ids and back, over a bundle's tokenizer.json.
+"""Text to token ids, over a bundle's tokenizer.json.
 
 A person's text is data: `Tokenizer.encode` never yields a control token, whatever the text says. Control tokens come
 from `Tokenizer.control` alone, and only the template puts them anywhere.
@@ -6,17 +6,20 @@ from `Tokenizer.control` alone, and only the template puts them anywhere.
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
 
+from rkruntime.bundle import MAX_TOKENIZER
 from rkruntime.errors import BundleError
+from rkruntime.files import read_regular
+from rkruntime.template import Part
+from rkruntime.vocabulary import Vocabulary
 
 SPACE: Final = "▁"
 # Gemma lists ordinary text among its added tokens too: runs of white space and HTML tags. Every other added token is
@@ -25,40 +28,89 @@ TEXT_TOKEN: Final = re.compile(
     rf"[\s{SPACE}]+|</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
-# Of tokenizer.json: what Gemma's decoder does, and all that `Tokenizer.token_bytes` does.
-_DECODERS: Final = frozenset({"Replace", "ByteFallback", "Fuse"})
+# Gemma's newest has 262,144; ids without tokens in between are allowed for.
+_MAX_IDS: Final = 1 << 20
+
+# The parts of a tokenizer.json around its model, as Gemma's have them: with any other, texts would mean other ids on
+# the board than where the model was trained, or single tokens could not be decoded.
+_REPLACES_SPACES: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_DECODER: Final = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+# Of BPE's options: what they are where they do nothing.
+_IDLE: Final[Mapping[str, Sequence[Any]]] = {
+    "dropout": (None, 0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "ignore_merges": (None, False),
+}
 
 
-def _well_formed(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can say "\\ud800"."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def unlike_gemma(content: Mapping[str, Any]) -> str | None:
+    """In what a tokenizer.json works otherwise than Gemma's, for a person; None if in nothing.
 
+    Its truncation and padding, which some trainers leave in the file, are not looked at: nothing may obey them.
 
-class Detokenizer:
-    """Text from token ids as they arrive: what is not yet a whole character is kept until it is, or cannot be.
-
-    Bytes that are no UTF-8 come out as U+FFFD, an incomplete character at the end of the answer too.
+    Args:
+        content: the file's JSON; of the model, vocab and merges are not needed.
     """
+    model, splitter = content["model"], content.get("pre_tokenizer")
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return f"it is a {model.get('type')} tokenizer; Gemma's is BPE with byte fallback"
+    for name, idle in _IDLE.items():
+        if model.get(name) not in idle:
+            return f"its BPE has {name} {model[name]!r}; Gemma's has none"
+    if _steps(content.get("normalizer"), "normalizers") != [_REPLACES_SPACES]:
+        kinds = _kinds(content.get("normalizer"), "normalizers")
+        return f"its normalizer is {kinds}; Gemma's replaces spaces by {SPACE} and does nothing else"
+    # The normalizer leaves no space to split at.
+    if splitter is not None and (splitter.get("type") != "Split" or splitter.get("pattern") != {"String": " "}):
+        return f"its pre-tokenizer is {_kinds(splitter, 'pretokenizers')}; Gemma's splits at spaces"
+    if _steps(content.get("decoder"), "decoders") != _DECODER:
+        return f"its decoder is {_kinds(content.get('decoder'), 'decoders')}; Gemma's replaces {SPACE} and joins bytes"
+    # It adds <bos>, which is not asked for.
+    if _kinds(content.get("post_processor"), "processors") not in ("none", "TemplateProcessing"):
+        return f"its post-processor is {_kinds(content['post_processor'], 'processors')}; Gemma's puts <bos> in front"
+    return None
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; empty inside a character and for control tokens."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    def finish(self) -> str:
-        """U+FFFD if the ids ended inside a character, else nothing."""
-        return self._decoder.decode(b"", final=True)
+def _steps(part: Any, key: str) -> list[Any]:
+    if part is None:
+        return []
+    steps: list[Any] = part.get(key, [part])
+    return steps
 
 
-class Tokenizer:
+def _kinds(part: Any, key: str) -> str:
+    return ", ".join(str(step.get("type")) for step in _steps(part, key)) or "none"
+
+
+def open_backend(data: bytes, where: object) -> tokenizers.Tokenizer:
+    """The library's own tokenizer from the bytes of a tokenizer.json, which neither cuts nor pads.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(data)
+        backend.no_truncation()
+        backend.no_padding()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # The library raises nothing narrower, and panics as no Exception does.
+        raise BundleError(f"{where} is not a tokenizer.json: {str(error)[:500]}") from error
+    return backend
+
+
+class Tokenizer(Vocabulary):
     """A bundle's tokenizer.
 
     Attributes:
         control: control tokens by their text, such as `<start_of_turn>`.
-        vocab_size: number of ids, added tokens included.
+        control_pattern: matches each of them.
+        longest: characters of the longest token, at least 1.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -66,34 +118,48 @@ class Tokenizer:
         # Special tokens in a text are then plain text; the non-special control tokens are left to `encode`.
         backend.encode_special_tokens = True
         added: dict[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
-        self.control = {
+        control = {
             token.content: index
             for index, token in added.items()
             if token.special or not TEXT_TOKEN.fullmatch(token.content)
         }
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self._control_ids = frozenset(self.control.values())
-        self._bytes = dict.fromkeys(self._control_ids, b"")
-        self._control_pattern = re.compile(
-            "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)"
-        )
+        self._control_ids = frozenset(control.values())
+        size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
+        if size > _MAX_IDS:
+            raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
+        texts = ["" if at in self._control_ids else backend.id_to_token(at) or "" for at in range(size)]
+        super().__init__([*map(_bytes, texts)], control)
+        self.longest = max(1, *map(len, texts))
+        self.control_pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Read tokenizer.json.
 
         Raises:
-            BundleError: the file is none, or of a kind that Gemma's models do not have.
+            BundleError: it cannot be read, or is of a kind that Gemma's models do not have.
         """
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises nothing narrower.
-            raise BundleError(f"{path} is not a tokenizer.json: {error}") from error
-        unknown = _decoder_names(backend) - _DECODERS
-        if unknown:
+            data = read_regular(path, MAX_TOKENIZER)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: bytes, where: object) -> Tokenizer:
+        """The tokenizer in the bytes of a tokenizer.json.
+
+        Args:
+            where: for messages.
+
+        Raises:
+            BundleError: as `load`.
+        """
+        backend = open_backend(data, where)
+        unlike = unlike_gemma(_state(backend))
+        if unlike:
             raise BundleError(
-                f"{path} decodes by {', '.join(sorted(unknown))}, which no Gemma tokenizer does.",
-                hint="Convert the model again from the tokenizer.json of its Gemma checkpoint.",
+                f"{where}: {unlike}.", hint="Convert the model again from the tokenizer.json of its Gemma checkpoint."
             )
         return cls(backend)
 
@@ -122,28 +188,35 @@ class Tokenizer:
         """A template's own text as plain texts and the ids of its control tokens. Never for a person's text."""
         parts: list[str | int] = []
         at = 0
-        for match in self._control_pattern.finditer(text):
+        for match in self.control_pattern.finditer(text):
             parts += [text[at : match.start()], self.control[match.group()]]
             at = match.end()
         return [*parts, text[at:]]
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for in an answer: UTF-8, maybe part of a character; nothing for control tokens."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            text = (self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None) or ""
-            byte = _BYTE_TOKEN.fullmatch(text)
-            known = bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
-            if text:
-                self._bytes[token_id] = known
-        return known
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of an answer's ids, control tokens left out."""
-        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+    def assemble(self, parts: Sequence[Part]) -> list[int]:
+        """Ids of a prompt's parts."""
+        ids: list[int] = []
+        for part in parts:
+            ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
+        return ids
 
 
-def _decoder_names(backend: tokenizers.Tokenizer) -> set[str]:
-    # The library offers no other view of a loaded decoder than its JSON.
-    state: Any = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
-    return {part["type"] for part in state.get("decoders", [state])}
+def _bytes(text: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(text)
+    return bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
+
+
+def _well_formed(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can say "\\ud800"."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _state(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The JSON of a loaded tokenizer without its tables."""
+    # The library offers no other view of its parts than their JSON.
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    loaded = {name: getattr(backend, name) for name in parts}
+    model = backend.model
+    options = {name: getattr(model, name, None) for name in ("byte_fallback", *_IDLE)}
+    state: dict[str, Any] = {name: json.loads(part.__getstate__()) for name, part in loaded.items() if part is not None}
+    return state | {"model": {"type": type(model).__name__, **options}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.engine import Engine
 from rkruntime.generation import FinishReason, Request
 from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine
-from rkruntime.template import Message, load_template
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.prompt_process import PromptProcess
+from rkruntime.template import Message
 
 pytestmark = pytest.mark.board
 
@@ -41,11 +42,11 @@ def engine(bundle: Bundle) -> Iterator[Engine]:
 
 def ask(engine: Engine, bundle: Bundle, *texts: str, max_new_tokens: int = 64) -> Answer:
     """The answer to the last of `texts`, which are user and assistant in turn."""
-    tokenizer = Tokenizer.load(bundle.tokenizer)
     messages = [Message("assistant" if at % 2 else "user", text) for at, text in enumerate(texts)]
-    tokens = load_template(bundle, tokenizer).render(messages)
     stops = frozenset(bundle.manifest.stop_token_ids)
-    *_, answer = stream_answer(engine, Request(tokens, max_new_tokens, stops), tokenizer)
+    with closing(PromptProcess(bundle)) as prompts:
+        tokens, _ = prompts.prompt(messages, engine.info.max_context)
+        *_, answer = stream_answer(engine, Request(tokens, max_new_tokens, stops), prompts.vocabulary)
     assert isinstance(answer, Answer)
     return answer
 

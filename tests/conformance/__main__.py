@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,6 @@ from rkconvert.demo import Question, checkpoint, questions
 _HERE = Path(__file__).parent
 _RELEASES = ("1.2.3", "1.3.0")
 _FLASK = "examples/rkllm_server_demo/rkllm_server/flask_server.py"
-# The programs ask for a context of 4096, whatever the model has.
-_CONTEXT = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -69,17 +66,13 @@ def _python(folder: Path) -> Path:
 
 def _model(folder: Path) -> tuple[Path, Path]:
     """The demo model for the emulator, and its tokenizer in Hugging Face layout."""
-    source = folder / "checkpoint"
-    shutil.copytree(checkpoint(), source)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": _CONTEXT}))
     bundle = folder / "demo"
-    options = ["--target", "emulator", "--max-context", str(_CONTEXT), "--quiet", "-o", bundle]
-    subprocess.run([sys.executable, "-m", "rkruntime.cli", "convert", source, *options], check=True)
+    options = ["--target", "emulator", "--quiet", "-o", bundle]
+    subprocess.run([sys.executable, "-m", "rkruntime.cli", "convert", checkpoint(), *options], check=True)
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     for name in _TOKENIZER_FILES:
-        shutil.copy(source / name, tokenizer)
+        shutil.copy(checkpoint() / name, tokenizer)
     return bundle / "model.rkemu", tokenizer
 
 

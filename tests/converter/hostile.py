@@ -344,13 +344,13 @@ def template(box: Box, text: str) -> None:
     (box.model / "chat_template.jinja").write_text(text)
 
 
-@case("chat template cannot be rendered: it takes more than 2 seconds")
+@case("chat template took more than 2 seconds of computing")
 def a_template_that_never_ends(box):
     loop = "{% for a in range(99999) %}"
     template(box, loop * 4 + "{% endfor %}" * 4 + "{{ messages[0].content }}")
 
 
-@case("chat template cannot be rendered: MemoryError")
+@case("chat template took more than 1024 MiB of memory")
 def a_template_that_eats_memory(box):
     template(box, "{% set x = 'x' * 40000000000 %}{{ messages[0].content }}")
 
@@ -360,12 +360,12 @@ def a_template_with_a_typing_error(box):
     template(box, "{% for m in messages %}{{ m.content }")
 
 
-@case("chat_template.jinja cannot be read: 'utf-8'")
+@case("chat_template.jinja is not UTF-8")
 def a_template_in_utf_16(box):
     (box.model / "chat_template.jinja").write_bytes("{{ messages }}".encode("utf-16"))
 
 
-@case("chat template has over 1,048,576 bytes")
+@case("chat_template.jinja cannot be read: it has more than 1,048,576 bytes")
 def a_template_of_megabytes(box):
     template(box, "ü" * 1_000_000)
 

@@ -250,7 +250,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a rank of nothing": (lambda f: settings(f, r=0), "r of .* is 0; it must be a positive number"),
     "unknown modules": (
         lambda f: settings(f, target_modules=["Wqkv"]),
-        "targets Wqkv, and the base model has no module",
+        "targets Wqkv, and the base model has no such module",
     ),
     "a layer that the base has not": (
         lambda f: tensors(f, lambda t: t.update({LORA.replace("s.1.", "s.9."): t[LORA]}), "adapter_model.safetensors"),

@@ -105,9 +105,9 @@ def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pyte
         {"messages": [{"role": "user", "content": "no answer"}]},
     )
     done = CliRunner().invoke(command.run, [str(BASE), "--chats", str(chats), "-o", str(tmp_path / "data.json")])
-    assert "torch are not installed" in done.stderr
+    assert "torch is not installed" in done.stderr
     assert "1 conversation without an answer left out" in done.stderr
-    assert "1 rows are few" in done.stderr
+    assert "few rows (1)" in done.stderr
     assert [row["target"] for row in json.loads((tmp_path / "data.json").read_text())] == ["a"]
     monkeypatch.setattr("rkconvert.calibrate.targets.missing_packages", lambda: ["torch"])
     with pytest.raises(HostError, match="torch must be installed"):
@@ -186,7 +186,7 @@ def test_long_conversations_are_left_out(count: TokenCounter) -> None:
 
 
 def test_nothing_left_is_an_error(count: TokenCounter) -> None:
-    with pytest.raises(CalibrationError, match="Nothing is left of 1 conversations: 1 without an answer"):
+    with pytest.raises(CalibrationError, match="Nothing is left of 1 conversation: 1 without an answer"):
         builder(count).build([Chat((Message("user", "q"),), "", "here")], lambda number: None)
 
 

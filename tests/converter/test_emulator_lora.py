@@ -17,8 +17,9 @@ from rkruntime.engine import Engine
 from rkruntime.errors import AdapterError, ModelError
 from rkruntime.generation import GREEDY, Request
 from rkruntime.loading import LoadOptions, Lora
+from rkruntime.prompts import PromptMaker
 from rkruntime.rkemu import read_container
-from rkruntime.template import Message, load_template
+from rkruntime.template import GemmaTemplate, Message
 from rkruntime.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ def write_lora(path, fingerprint, folder=None, base=None):
 def test_all_answers(bundle, tmp_path):
     write_lora(tmp_path / "pirate.rkemu", read_container(bundle.model).fingerprint)
     tokenizer = Tokenizer.load(bundle.tokenizer)
-    template = load_template(bundle, tokenizer)
+    prompts = PromptMaker(tokenizer, GemmaTemplate(tokenizer))
     options = LoadOptions(
         library=emulator.build("1.2.3"),
         model=bundle.model,
@@ -48,7 +49,7 @@ def test_all_answers(bundle, tmp_path):
     )
     with Engine.load(options) as engine:
         for row in demo.questions():
-            tokens = template.render([Message("user", row.question)])
+            tokens, _ = prompts.prompt([Message("user", row.question)], 1024)
             for lora, expected in ((None, row.answer), ("pirate", row.pirate)):
                 stop = frozenset(bundle.manifest.stop_token_ids)
                 *_, answer = stream_answer(engine, Request(tokens, 100, stop, lora=lora), tokenizer)

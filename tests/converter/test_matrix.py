@@ -132,8 +132,15 @@ def test_refused_cells_are_told_before_work_begins(write, convert, tmp_path):
     code, outcomes, said = convert(write({"dtype": ["w8a8", "w4a16", "w8a8_g128"]}))
     assert code == 4
     assert [item["status"] for item in outcomes] == ["made", "refused", "refused"]
-    assert said.index("dtype=w4a16: refused: w4a16 on rk3588: the toolkit accepts no 4-bit type") < said.index("1 of 3")
+    assert said.index("dtype=w4a16: refused: w4a16 on rk3588: the toolkit takes no 4-bit type") < said.index("1 of 3")
     assert len(names(tmp_path / "out")) == 1
+
+
+def test_a_release_that_nothing_runs_is_told_before_work_begins(write, convert):
+    code, outcomes, said = convert(write({"release": ["1.2.3", "1.3.1", "../x"]}))
+    assert code == 2
+    assert [item["status"] for item in outcomes] == ["made", "failed", "failed"]
+    assert said.index("The emulator has no release '../x'") < said.index("1 of 3")
 
 
 def test_a_failure_does_not_keep_the_others_back(write, convert, tmp_path, monkeypatch):

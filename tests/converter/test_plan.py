@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 
 from rkconvert import dtypes
 from rkconvert.commands.plan import run
+from rkconvert.context import choose_context
 from rkconvert.convert import Options, convert
 from rkconvert.demo import checkpoint
+from rkconvert.host import read_memory
 from rkconvert.plan import ModelSource, Request, make_plan, plan_for, require
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
 from rkconvert.plan.domains import place
@@ -27,6 +30,9 @@ from rkconvert.plan.page import render
 from rkconvert.plan.sizes import cache_bytes_per_token, npu_bytes, parse_type
 from rkconvert.shapes import parse_shape
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
+
+# The releases that `rkedge emulator` can stand for: those with a layout in board/emulator/abi.h.
+EMULATED = ("1.1.0", "1.1.1", "1.1.2", "1.1.3", "1.1.4", "1.2.0", "1.2.1b1", "1.2.1", "1.2.2", "1.2.3", "1.3.0")
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())
 
@@ -63,7 +69,10 @@ def test_json_has_what_programs_ask_for(model):
     assert plan["fits"] is True
     for key in ("decode_tokens_per_s", "ttft_ms", "memory_mb"):
         vendor = plan["prediction"]["vendor"][key]
-        assert plan[key] == pytest.approx(vendor, rel=0.1)
+        assert plan[key] == pytest.approx(vendor, rel=0.001)
+    assert plan["prediction"]["release"] == plan["prediction"]["vendor"]["release"] == plan["toolkit"]
+    assert plan["prediction"]["evidence"] == "vendor figure"
+    assert plan["verdict"] in plan["verdicts"]
     by_type = {verdict["type"]: verdict for verdict in plan["verdicts"]}
     assert set(by_type) == set(dtypes.known_types())
     assert by_type["w8a8"]["status"] == "ok"
@@ -81,7 +90,7 @@ def test_known_sizes(name, domains, fits):
 def test_27b_fits_the_largest_boards_only():
     assert len(plan_of("gemma-2-27b-it").domains) == 7
     assert not plan_of("gemma-2-27b-it", board="orange-pi-5-max").fits
-    with pytest.raises(RefusedError, match=r"needs 29\.1 GB of memory with a context of 4096"):
+    with pytest.raises(RefusedError, match=r"needs .* GB of memory with a context of 4096"):
         require(plan_of("gemma-2-27b-it", ram_gib=16.0))
     require(plan_of("gemma-2-27b-it", ram_gib=16.0), force=True)
 
@@ -114,24 +123,11 @@ def test_the_largest_context_fits_and_the_next_does_not(name, ram, embedding):
 
 def test_the_embedding_in_ram_counts():
     flash, ram = (plan_of("gemma-2-2b-it", embedding=where) for where in ("flash", "ram"))
-    assert ram.memory_bytes - flash.memory_bytes == pytest.approx(256000 * 2304 * 2)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("soc", ["rk3588", "rk3576"])
-def test_verdicts_are_those_of_the_table_unless_the_board_is_too_small(name, soc):
-    plan = plan_of(name, board=soc, ram_gib=64.0)
-    for verdict in plan.verdicts:
-        judged = dtypes.judge(verdict.type, platform=soc, toolkit="1.2.3", name=name, parameters=plan.shape.parameters)
-        assert (verdict.status, verdict.reason) == (judged.verdict.value, judged.reason)
-    too_small = plan_of(name, board=soc, ram_gib=2.0)
-    statuses = {verdict.type: verdict.status for verdict in too_small.verdicts}
-    assert "ok" not in statuses.values()
-    assert statuses["w8a8"] == "refuse"
+    assert ram.memory_bytes - flash.memory_bytes == pytest.approx(256000 * 2304 * 4)
 
 
 def test_a_type_that_cannot_be_made_is_refused_as_convert_refuses_it():
-    with pytest.raises(RefusedError, match="accepts no 4-bit type"):
+    with pytest.raises(RefusedError, match="takes no 4-bit type"):
         plan_of("gemma-2-2b-it", dtype="w4a16")
     assert plan_of("gemma-2-2b-it", dtype="w4a16", board="rk3576").fits
 
@@ -147,7 +143,7 @@ def test_toolkit_and_model_limit_the_context():
 def test_the_demo_checkpoint_needs_next_to_nothing():
     plan = make_plan(Request(str(checkpoint())))
     assert plan.fits
-    assert plan.context == 1024
+    assert plan.context == 4096
     shards = sum(path.stat().st_size for path in checkpoint().glob("*.safetensors"))
     assert plan.source.stored_bytes == pytest.approx(shards, rel=0.01)
 
@@ -155,7 +151,7 @@ def test_the_demo_checkpoint_needs_next_to_nothing():
 @pytest.mark.parametrize("name", board_names())
 def test_board_profiles(name):
     board = find_board(name)
-    assert board.soc in dtypes.platforms()
+    assert board.soc in dtypes.PLATFORMS
     assert board.ram_gib == tuple(sorted(board.ram_gib))
     for key in ("ram_gib", "memory", "memory_mhz"):
         if getattr(board, key) is not None:
@@ -317,6 +313,67 @@ def test_convert_plans_first_and_leaves_the_plan_in_the_bundle(tmp_path):
     plan = json.loads((tmp_path / "bundle" / "report" / "plan.json").read_text())
     assert plan["fits"]
     assert "host" not in plan
-    with pytest.raises(HostError, match="newer than any"):
-        convert(Options(checkpoint(), tmp_path / "other", release="9.0.0"))
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "release",
+    ["1.3.1", "1.2.9", "1.3.9", "9.0.0", "1.2", "1", "abc", "../x", "v1.2.3", "1.2.3 ", "1.02.3", "1.2.3b1", "1.0.1"],
+)
+@pytest.mark.parametrize("dtype", ["w8a8", "fp32"])
+def test_a_release_that_nothing_runs_is_refused_before_work(tmp_path, release, dtype):
+    with pytest.raises(UsageError, match="The emulator has no release") as error:
+        convert(Options("nowhere", tmp_path / "other", release=release, dtype=dtype))
+    assert error.value.hint == f"Use one of {', '.join(EMULATED)}."
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["w8a8", "fp32", "w4a16"])
+def test_the_emulator_is_an_rk3588(tmp_path, dtype):
+    with pytest.raises(UsageError, match="would not load a model for rk3576"):
+        convert(Options("nowhere", tmp_path / "other", platform="rk3576", dtype=dtype))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("trained", [1, 16, 31])
+def test_a_model_for_shorter_texts_than_any_context_is_refused(trained, model, tmp_path):
+    with pytest.raises(CheckpointError, match=f"trained for {trained} token"):
+        make_plan(Request(str(model(max_position_embeddings=trained))))
+    with pytest.raises(CheckpointError, match=f"trained for {trained} token"):
+        choose_context(None, trained)
+    assert choose_context(None, 32) == 32
+
+
+@pytest.mark.parametrize(
+    ("limits", "ram", "swap"),
+    [
+        ({}, 16, 8),
+        ({"memory.max": 4 * GIB, "memory.current": 0}, 4, 8),
+        ({"memory.max": 4 * GIB, "memory.current": 0, "memory.swap.max": GIB}, 4, 1),
+        ({"memory.max": "max", "memory.current": 0, "memory.swap.max": "max"}, 16, 8),
+        ({"memory.swap.max": 0}, 16, 0),
+    ],
+)
+def test_plan_and_convert_count_this_machine_alike(tmp_path, monkeypatch, limits, ram, swap):
+    """RAM and swap, each at most what the container may have."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(
+        f"MemTotal: {16 << 20} kB\nMemAvailable: {12 << 20} kB\nSwapTotal: {8 << 20} kB\n"
+    )
+    (tmp_path / "sys" / "fs" / "cgroup").mkdir(parents=True)
+    for name, value in limits.items():
+        (tmp_path / "sys" / "fs" / "cgroup" / name).write_text(f"{value}\n")
+    here = read_memory(tmp_path)
+    assert (here.ram, here.swap) == (ram * GIB, swap * GIB)
+    monkeypatch.setattr("rkconvert.plan.planner.read_memory", lambda: read_memory(tmp_path))
+    host = plan_of("gemma-2-9b-it").host
+    # 9.24 billion weights in float32, and the file.
+    assert host.ram_bytes == pytest.approx(4 * 9_241_705_984 + 11.1e9, rel=0.01)
+    assert host.missing_bytes == pytest.approx(max(0, host.ram_bytes - (ram + swap) * GIB))
+
+
+def test_a_machine_that_does_not_say_its_memory_can_still_plan(monkeypatch):
+    def unknown():
+        raise HostError("no /proc")
+
+    monkeypatch.setattr("rkconvert.plan.planner.read_memory", unknown)
+    assert plan_of("gemma-2-2b-it").host.missing_bytes == 0

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import random
 import shutil
+import tempfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -16,15 +21,20 @@ import torch
 from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
-from rkconvert import demo
+from rkconvert import demo, hf_folder
 from rkconvert.checkpoint import open_checkpoint
 from rkconvert.formats import to_float32
 from rkconvert.job import Lora, merged_model
+from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.sources.names import plain_name
 from rkconvert.sources.open import open_source
+from rkconvert.tensor_files import ADAPTER_FILES, open_tensor_files
 from rkconvert.weights import row_blocks
-from rkruntime.errors import CheckpointError, HostError
+from rkruntime import rkemu
+from rkruntime.cli import main
+from rkruntime.errors import AdapterError, CheckpointError, HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -53,7 +63,7 @@ def as_bin(folder, shards=2):
     index = {name: f"pytorch_model-{at % shards}.bin" for at, name in enumerate(names)}
     for file in set(index.values()):
         torch.save({name: state[name] for name in names if index[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return state
 
 
@@ -207,6 +217,7 @@ def test_other_quantizers_are_named(make_model, edit_json):
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
+    "lm_head": "output",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -326,12 +337,74 @@ def test_gguf_of_types_that_only_llama_cpp_writes(make_model, tmp_path, kind, mo
 def test_gguf_tokenizer(make_model, tmp_path):
     write_gguf(tmp_path / "demo.gguf", demo.checkpoint(), TYPES.F16)
     checkpoint = open_source(str(tmp_path / "demo.gguf"))
-    mine, theirs = (Tokenizer.from_file(str(path / "tokenizer.json")) for path in (checkpoint.path, demo.checkpoint()))
+    mine, theirs = (
+        Tokenizer.from_buffer((path / "tokenizer.json").read_bytes()) for path in (checkpoint.path, demo.checkpoint())
+    )
     for row in demo.questions():
         for text in (row.question, row.answer, row.pirate, "new words: Übermut, 12 ≠ 13 \n\n 🙂"):
             assert mine.decode(mine.encode(text).ids) == text
             assert mine.encode(text).ids == theirs.encode(text).ids
-    assert (checkpoint.path / "chat_template.jinja").read_text() == demo.tokenizer.CHAT_TEMPLATE
+    assert (checkpoint.path / "chat_template.jinja").read_bytes().decode() == demo.tokenizer.CHAT_TEMPLATE
+
+
+def test_a_gguf_leaves_nothing_among_the_temporary_files(tmp_path, monkeypatch):
+    """Nor while it works: what is never written needs no removal after a kill."""
+    write_gguf(tmp_path / "demo.gguf", demo.checkpoint(), TYPES.F16)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    real = rkemu.Writer.write_rows
+
+    def write(*arguments):
+        assert list((tmp_path / "temporary").iterdir()) == []
+        return real(*arguments)
+
+    monkeypatch.setattr(rkemu.Writer, "write_rows", write)
+    assert main(["convert", str(tmp_path / "demo.gguf"), "-o", str(tmp_path / "made"), "-q"]) == 0
+    assert (tmp_path / "made" / "tokenizer.json").is_file()
+
+
+RUNS = [" " * count for count in range(2, 9)]
+
+
+def tokenizer_with_runs_of_spaces():
+    """The demo's, with runs of spaces as Gemma's own tokenizer.json has them, in the place of unused tokens."""
+    content = json.loads((demo.checkpoint() / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    for at, run in enumerate(RUNS):
+        marks = run.replace(" ", "▁")
+        vocab[marks] = vocab.pop(f"<unused{at}>")
+        token = next(token for token in content["added_tokens"] if token["content"] == f"<unused{at}>")
+        token |= {"content": marks, "special": False}
+    pairs = [["▁" * left, "▁" * (length - left)] for length in range(2, 9) for left in range(1, length)]
+    content["model"]["merges"] = (
+        sorted(pairs, key=lambda pair: (-len(pair[0]), -len(pair[1]))) + content["model"]["merges"]
+    )
+    return content
+
+
+@pytest.mark.parametrize(("as_stored", "kind"), [("▁", 4), (" ", 4), ("▁", 1)], ids=["marks", "spaces", "normal"])
+def test_gguf_runs_of_spaces(tmp_path, as_stored, kind):
+    """Converters stored Gemma's runs of spaces in three ways; each is the original's tokenizer."""
+    original = tokenizer_with_runs_of_spaces()
+    vocab = sorted(original["model"]["vocab"], key=original["model"]["vocab"].__getitem__)
+    special = {token["content"] for token in original["added_tokens"]}
+    runs = {run.replace(" ", "▁") for run in RUNS}
+    kinds = [kind if text in runs else 3 if text in special else 6 if text.startswith("<0x") else 1 for text in vocab]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text.replace("▁", as_stored) if text in runs else text for text in vocab],
+        "tokenizer.ggml.scores": [0.0 if text in runs else -float(at) for at, text in enumerate(vocab)],
+        "tokenizer.ggml.token_type": kinds,
+    }
+    made = tokenizer_json(SimpleNamespace(path=tmp_path / "x.gguf", metadata=metadata))
+    mine, theirs = (Tokenizer.from_str(json.dumps(content)) for content in (made, original))
+    assert len(theirs.encode("    return").ids) < len(theirs.encode("return").ids) + 2
+    rng = random.Random(1)
+    pieces = [*RUNS, " ", " " * 20, "return", "What", "\n", "\t", ".", "🙂", "<start_of_turn>", "é"]
+    for _ in range(500):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+        assert mine.encode(text).ids == theirs.encode(text).ids, repr(text)
+        assert mine.decode(mine.encode(text).ids) == theirs.decode(theirs.encode(text).ids)
 
 
 def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monkeypatch):
@@ -474,3 +547,219 @@ def test_offline(hub, monkeypatch):
 def test_a_folder_has_no_revision(make_model):
     with pytest.raises(CheckpointError, match="no hub model"):
         open_source(str(make_model()), "main")
+
+
+# a source that changes while it is read
+
+
+def overwritten(path):
+    """Other bytes, with size and time of change as they were."""
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-10, 2)
+        file.write(b"0123456789")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def replaced(path):
+    shutil.copy2(path, path.with_name("other"))
+    path.with_name("other").replace(path)
+
+
+def away_and_back(path):
+    path.rename(path.with_name("other"))
+    path.with_name("other").rename(path)
+
+
+CHANGES = {
+    "overwritten": overwritten,
+    "replaced": replaced,
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "touched": lambda path: path.touch(),
+    "away and back": away_and_back,
+    "gone": lambda path: path.unlink(),
+    "new": lambda path: path.write_text("{}"),
+}
+
+
+def change_at(monkeypatch, moment, path, change):
+    """Change a file when the `moment`th block of a result is written."""
+    calls = count(1)
+
+    def announced(real):
+        def write(*arguments):
+            if next(calls) == moment:
+                CHANGES[change](path)
+            return real(*arguments)
+
+        return write
+
+    for owner, name in ((hf_folder, "_write"), (rkemu.Writer, "write_rows")):
+        monkeypatch.setattr(owner, name, announced(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "file", "change"),
+    [
+        *[("merge", "folder", "model-00002-of-00003.safetensors", change) for change in CHANGES if change != "new"],
+        ("convert", "folder", "model-00003-of-00003.safetensors", "overwritten"),
+        ("convert", "folder", "model-00003-of-00003.safetensors", "replaced"),
+        ("convert", "folder", "config.json", "longer"),
+        ("convert", "folder", "tokenizer.json", "replaced"),
+        ("convert", "folder", "generation_config.json", "gone"),
+        ("merge", "folder", "added_tokens.json", "new"),
+        ("merge", "folder", "../lora/adapter_model.safetensors", "overwritten"),
+        ("convert", "folder", "../lora/adapter_config.json", "touched"),
+        ("merge", "bin", "pytorch_model-0.bin", "overwritten"),
+        ("convert", "gguf", "model.gguf", "overwritten"),
+        ("convert", "gguf", "model.gguf", "replaced"),
+        ("convert", "nf4", "model.safetensors", "overwritten"),
+        ("merge", "nf4", "model.safetensors", "cut"),
+    ],
+)
+def test_a_source_that_changes_while_it_is_read(
+    make_model, make_adapter, tmp_path, monkeypatch, capsys, command, kind, file, change
+):
+    if kind in ("nf4", "bin"):
+        base = make_model(intermediate_size=128)
+        lora = make_adapter(base)
+        quantize(base, "nf4") if kind == "nf4" else as_bin(base, 1)
+    else:
+        base = shutil.copytree(demo.checkpoint(), tmp_path / "base")
+        lora = shutil.copytree(demo.adapter(), tmp_path / "lora")
+    path = (base / file).absolute()
+    if kind == "gguf":
+        base = path = tmp_path / file
+        write_gguf(path, demo.checkpoint(), TYPES.F16)
+    (tmp_path / "out").mkdir()
+    change_at(monkeypatch, random.randint(1, 20), path, change)
+    assert main([command, str(base), "--lora", str(lora), "-o", str(tmp_path / "out" / "made"), "-q"]) == 3
+    said = capsys.readouterr().err
+    assert f"{path.resolve()} changed while it was read" in said or (change == "cut" and "became shorter" in said)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# No reader leaves its tensor.
+
+
+def as_gguf(base, kind):
+    write_gguf(base.parent / "model.gguf", base, kind)
+    return base.parent / "model.gguf"
+
+
+READERS = {
+    "safetensors": lambda base: base,
+    "bin": lambda base: as_bin(base) and base,
+    "nf4": lambda base: quantize(base, "nf4", nested=True) and base,
+    "int8": lambda base: quantize(base, "int8") and base,
+    "gguf, plain": lambda base: as_gguf(base, TYPES.F16),
+    "gguf, quantized": lambda base: as_gguf(base, TYPES.Q8_0),
+}
+
+
+def outside(rows):
+    """Blocks that are not within a tensor of so many rows, near its ends and far from them."""
+    yield from [(rows, 1), (rows - 1, 2), (-1, 1), (-1, 2), (-rows, rows), (0, rows + 1), (rows + 1, 0), (1, -1)]
+    yield from ((int(first), rows) for first in np.random.default_rng(0).integers(1, 1 << 40, 5))
+
+
+@pytest.mark.parametrize("make", READERS.values(), ids=READERS)
+def test_rows_beyond_a_tensor(make_model, make):
+    base = make_model(num_hidden_layers=1, intermediate_size=128)
+    weights = open_source(str(make(base))).weights
+    for name, info in weights.tensors.items():
+        end = info.shape[0]
+        assert len(weights.read(name, end - 1, 1)) == 1
+        assert len(weights.read(name, end, 0)) == 0
+        for first, rows in outside(end):
+            with pytest.raises(CheckpointError, match="were to be read of a tensor that has"):
+                weights.read(name, first, rows)
+
+
+def test_rows_beyond_an_adapters_tensor(make_model, make_adapter):
+    _, weights = open_tensor_files(make_adapter(make_model()), ADAPTER_FILES, AdapterError)
+    for name, info in weights.tensors.items():
+        for first, rows in outside(info.shape[0]):
+            with pytest.raises(AdapterError, match="were to be read of a tensor that has"):
+                weights.read(name, first, rows)
+
+
+# A head that is stored beside the embedding that config.json ties it to.
+
+
+def add_head(base, head):
+    state = state_of(base) | {"lm_head.weight": head}
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+
+
+def in_shards(base):
+    """The same tensors in a file each, the head in a file before the embedding's."""
+    state, index = state_of(base), {}
+    (base / "model.safetensors").unlink()
+    for at, name in enumerate(sorted(state), 1):
+        index[name] = f"model-{at:05}-of-{len(state):05}.safetensors"
+        save_file({name: state[name].contiguous()}, base / index[name], {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return base
+
+
+LAYOUTS = {
+    "one file": lambda base: base,
+    "shards": in_shards,
+    "bin": lambda base: as_bin(base, 2) and base,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("change", ["all", "first", "last", "none"])
+def test_a_stored_head_of_a_tied_model(make_model, bits, layout, change):
+    base = make_model()
+    embedding = state_of(base)["model.embed_tokens.weight"]
+    head = torch.randn_like(embedding) if change == "all" else embedding.clone()
+    if change in ("first", "last"):
+        head.view(-1)[0 if change == "first" else -1] += 1
+    add_head(base, head)
+    layout(base)
+    checkpoint = open_checkpoint(base)
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    tied = theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
+    assert tied == (change == "none")
+    assert (checkpoint.config.tie_word_embeddings, checkpoint.own_head) == (tied, not tied)
+    assert any("the stored one is kept" in note for note in checkpoint.notes) == (not tied)
+    model = merged_model(checkpoint, [])
+    assert model.hf_config()["tie_word_embeddings"] == tied
+    assert ("lm_head.weight" in model.weights.tensors) == (not tied)
+    if not tied:
+        mine = model.weights.read("lm_head.weight", 0, len(head))
+        np.testing.assert_array_equal(mine, bits(theirs.lm_head.weight))
+
+
+def test_a_stored_head_of_a_tied_quantized_model(make_model, bits):
+    base = make_model(intermediate_size=128)
+    head = torch.randn_like(state_of(base)["model.embed_tokens.weight"])
+    add_head(base, head)
+    quantize(base, "nf4", nested=True)
+    checkpoint = open_checkpoint(base)
+    assert checkpoint.own_head
+    np.testing.assert_array_equal(checkpoint.weights.read("lm_head.weight", 0, len(head)), bits(head))
+
+
+def test_the_head_of_a_gguf(make_model, tmp_path):
+    untied = make_model(tie_word_embeddings=False)
+    expected = write_gguf(tmp_path / "model.gguf", untied, TYPES.Q8_0)
+    checkpoint = open_source(str(tmp_path / "model.gguf"))
+    assert not checkpoint.config.tie_word_embeddings
+    np.testing.assert_array_equal(checkpoint.weights.read("lm_head.weight", 0, 1024), expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize("rows", [1023, 1025])
+def test_a_stored_head_of_another_size(make_model, rows):
+    base = make_model()
+    add_head(base, torch.zeros(rows, 64, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match=rf"lm_head.weight has the shape \[{rows}, 64\]"):
+        open_checkpoint(base)

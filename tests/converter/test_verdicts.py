@@ -1,148 +1,349 @@
-"""The table of types, in full: every cell against its expected verdict and sentence, and the table against itself."""
+"""What is said of each type: against facts that are restated here with their sources, and properties of all cells.
+
+None of the expectations is read from the tables under test.
+"""
 
 from __future__ import annotations
 
-import csv
-import runpy
+import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rkconvert import dtypes
-from rkconvert.toolkit.versions import known_releases, release
-from rkruntime.errors import HostError, RefusedError, UsageError
+from rkconvert.plan import ModelSource, Plan, Request, make_plan, plan_for, require
+from rkconvert.plan.planner import TypeVerdict
+from rkruntime import cli
+from rkruntime.errors import RefusedError, UsageError
 
-HERE = Path(__file__).parent
-SCRIPT = runpy.run_path(str(HERE / "verdicts.py"))
-SIZES, RELEASES = SCRIPT["SIZES"], SCRIPT["RELEASES"]
-EVIDENCE = {"measured on a board", "vendor figure", "vendor document", "reported", "predicted"}
-
-
-def committed():
-    with (HERE / "verdicts.csv").open(newline="") as file:
-        return [SCRIPT["Row"](*row) for row in list(csv.reader(file))[1:]]
-
-
-def cells():
-    """(SoC, type, release, model) -> what stands in the file."""
-    found = {}
-    for row in committed():
-        span = RELEASES[RELEASES.index(row.first_release) : RELEASES.index(row.last_release) + 1]
-        for version in span:
-            key = (row.soc, row.type, version, row.model)
-            assert key not in found
-            found[key] = row
-    return found
-
-
-CELLS = cells()
-
-
-def judged(soc, dtype, version, model):
-    return dtypes.judge(dtype, platform=soc, toolkit=version, name=model, parameters=SIZES[model])
-
-
-def test_the_file_is_what_its_sources_give():
-    assert committed() == list(SCRIPT["table"]()), "review `python tests/converter/verdicts.py > verdicts.csv`"
-
-
-def test_every_cell_is_expected_and_none_besides():
-    every = set(product(dtypes.platforms(), dtypes.known_types(), RELEASES, SIZES))
-    assert set(CELLS) == every
-    assert len(every) == 2 * 10 * 14 * 6
-
-
-def test_every_cell_has_its_verdict_and_sentence():
-    for key, expected in CELLS.items():
-        found = judged(*key)
-        assert (found.verdict.value, found.rule.evidence, found.reason) == (
-            expected.verdict,
-            expected.evidence,
-            expected.sentence,
-        ), key
+CONFIGS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())
+EVIDENCE = {"measured on a board", "vendor figure", "vendor tool", "reported", "emulated", "predicted"}
+# Every release of https://github.com/airockchip/rknn-llm/tags that has a runtime for files of 1.1 and later, and 1.3.1.
+RELEASES = (
+    "1.1.0",
+    "1.1.1",
+    "1.1.2",
+    "1.1.3",
+    "1.1.4",
+    "1.2.0",
+    "1.2.1b1",
+    "1.2.1",
+    "1.2.2",
+    "1.2.3",
+    "1.3.0",
+    "1.3.1",
+)
+# Manuals 1.1.4 p.15, 1.2.0 p.16, CN 1.3.0 p.16 (build), the same in all of them; fp16 is do_quantization=False.
+TAKEN = {
+    "rk3588": {"w8a8", "w8a8_g128", "w8a8_g256", "w8a8_g512", "fp16"},
+    "rk3576": {"w4a16", "w4a16_g32", "w4a16_g64", "w4a16_g128", "w8a8", "fp16"},
+}
+ALL_TYPES = TAKEN["rk3588"] | TAKEN["rk3576"] | {"w4a8_g32"}
+# What the vendor publishes of Gemma2 2B: README.md @ 1.1.1 ("with version 1.1.0", memory in GiB), benchmark.md @ 1.2.1
+# to 1.3.0 (MiB) of https://github.com/airockchip/rknn-llm. No other Gemma 1 or 2 is in them.
+GEMMA2_2B = {
+    ("rk3588", "w8a8", "1.1.0"): (9.67, 4.84 * 1024),
+    ("rk3588", "w8a8_g128", "1.1.0"): (5.49, 5.14 * 1024),
+    ("rk3588", "w8a8", "1.2.1"): (9.65, 2764.42),
+    ("rk3588", "w8a8", "1.2.2"): (9.80, 2765.30),
+    ("rk3588", "w8a8", "1.2.3"): (9.80, 2765.30),
+    ("rk3588", "w8a8", "1.3.0"): (10.37, 2779.22),
+    ("rk3576", "w4a16", "1.1.0"): (8.00, 3.63 * 1024),
+    ("rk3576", "w4a16_g128", "1.1.0"): (7.40, 3.63 * 1024),
+    ("rk3576", "w8a8", "1.2.1"): (4.92, 2770.05),
+    ("rk3576", "w4a16", "1.2.3"): (8.45, 1529.03),
+    ("rk3576", "w4a16", "1.3.0"): (9.14, 1542.14),
+    ("rk3576", "w4a16_g128", "1.3.0"): (8.27, 1629.59),
+    ("rk3576", "w8a8", "1.3.0"): (5.24, 2784.78),
+}
+PUBLISHED = {(soc, dtype) for soc, dtype, _ in GEMMA2_2B}
 
 
-def test_sentences_are_whole():
-    for row in committed():
-        assert "{" not in row.sentence
-        assert not row.sentence.endswith((".", " "))
-        assert 40 < len(row.sentence) < 500
+def plan_of(name: str, soc: str = "rk3588", dtype: str = "w8a8", release: str = "1.2.3", **request: Any) -> Plan:
+    return plan_for(ModelSource(name, CONFIGS[name]), Request(name, board=soc, dtype=dtype, toolkit=release, **request))
 
 
-def test_no_rule_without_source_and_evidence_and_none_that_is_never_reached():
-    reached = {id(judged(*key).rule) for key in CELLS}
-    for rule in dtypes.rules():
-        assert id(rule) in reached, rule.reason
-        assert rule.evidence in EVIDENCE
-        assert len(rule.source) > 5
-    used = {key for row in SCRIPT["RULES"]["rules"] for key in row}
-    assert used == {
-        "platform",
-        "types",
-        "toolkit",
-        "parameters",
-        "verdict",
-        "reason",
-        "log",
-        "instead",
-        "evidence",
-        "source",
-    }
+def verdict(name: str, soc: str, dtype: str, release: str, **request: Any) -> TypeVerdict:
+    plan = plan_of(name, soc, release=release, **request)
+    return next(item for item in plan.verdicts if item.type == dtype)
 
 
-@pytest.mark.parametrize("version", known_releases())
-@pytest.mark.parametrize("soc", dtypes.platforms())
-def test_impossible_is_what_the_toolkits_own_table_does_not_accept(soc, version):
-    row = release(version)
-    # Unquantized files are made by another argument than the type: do_quantization.
-    accepted = {*row.dtypes[soc], "fp16"}
-    for dtype, model in product(dtypes.known_types(), SIZES):
-        impossible = judged(soc, dtype, version, model).verdict is dtypes.Verdict.IMPOSSIBLE
-        assert impossible == (dtype not in accepted), (dtype, model)
+@pytest.fixture(scope="module")
+def every() -> list[tuple[str, str, str, Plan, TypeVerdict]]:
+    """Every model, SoC, release and type, on the boards that there are; and on a small and a huge one."""
+    boards = [(release, None) for release in RELEASES] + list(product(("1.1.1", "1.3.0"), (2.0, 64.0)))
+    plans = [
+        (name, soc, release, plan_of(name, soc, release=release, ram_gib=ram))
+        for name, soc, (release, ram) in product(CONFIGS, TAKEN, boards)
+    ]
+    return [(*rest, plan, item) for *rest, plan in plans for item in plan.verdicts]
 
 
-@pytest.mark.parametrize("soc", dtypes.platforms())
-def test_both_tables_agree_on_types_and_cores(soc):
-    assert set(dtypes.platforms()[soc]["types"]) == {*release("1.3.0").dtypes[soc], "fp16"}
-    assert {release(version).cores[soc] for version in known_releases()} == {dtypes.platforms()[soc]["cores"]}
+@pytest.mark.parametrize(("case", "figures"), GEMMA2_2B.items())
+def test_a_plan_has_the_vendors_figures_of_its_release(
+    case: tuple[str, str, str], figures: tuple[float, float]
+) -> None:
+    soc, dtype, release = case
+    plan = plan_of("gemma-2-2b-it", soc, dtype, release)
+    assert plan.vendor is not None
+    assert plan.prediction is not None
+    assert (plan.vendor.release, plan.costs.release, plan.evidence) == (release, release, "vendor figure")
+    assert plan.vendor.decode_tokens_per_s == figures[0]
+    assert plan.prediction.decode_tokens_per_s == pytest.approx(figures[0], rel=0.02)
+    assert plan.vendor.memory_mb == pytest.approx(figures[1], abs=0.01)
+    # The vendor's run of 1.1.0 had 128 tokens more in the cache.
+    assert plan.prediction.memory_mb == pytest.approx(figures[1], rel=0.01)
 
 
-def test_releases_that_cannot_be_used_are_impossible_in_both_tables():
-    for version in RELEASES:
-        try:
-            release(version)
-            usable = True
-        except HostError:
-            usable = False
-        verdicts = {CELLS[key].verdict for key in CELLS if key[2] == version}
-        assert usable == (verdicts != {"impossible"})
+@pytest.mark.parametrize(
+    ("release", "of"), [("1.1.4", "1.1.0"), ("1.2.0", "1.1.0"), ("1.2.1b1", "1.1.0"), ("1.3.1", "1.3.0")]
+)
+def test_a_release_without_figures_says_whose_they_are(release: str, of: str) -> None:
+    plan = plan_of("gemma-2-2b-it", release=release)
+    assert (plan.evidence, plan.costs.release) == ("predicted", of)
+    assert any(f"no figures of release {release}" in note and of in note for note in plan.notes)
+    assert f"release {of}; it has none of {release}" in plan.verdict.reason
 
 
-def test_force_opens_refused_cells_and_no_impossible_one():
-    for key, row in CELLS.items():
-        judgement = judged(*key)
-        for force in (False, True):
-            stops = row.verdict == "impossible" or (row.verdict == "refuse" and not force)
-            if not stops:
-                dtypes.require(judgement, force=force)
-                continue
-            with pytest.raises(RefusedError) as caught:
-                dtypes.require(judgement, force=force)
-            assert row.sentence in caught.value.message
-            assert f"evidence: {row.evidence} (" in caught.value.message
-            assert ("--force-dtype" in caught.value.hint) == (row.verdict == "refuse")
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_embedding_table_is_in_ram_where_the_release_cannot_leave_it_in_the_file(release: str) -> None:
+    """embed_flash: EN 1.2.0 p.31. Without it Gemma2 2B takes 4.84 GiB, which no board of 4 GiB has."""
+    flash = release >= "1.2.0"
+    plan = plan_of("gemma-2-2b-it", release=release, ram_gib=4.0)
+    assert plan.embedding == ("flash" if flash else "ram")
+    assert plan.fits == flash
+    if not flash:
+        assert plan.memory_bytes > 4.84 * 2**30
+        with pytest.raises(UsageError, match=r"embed_flash came with 1\.2\.0"):
+            plan_of("gemma-2-2b-it", release=release, embedding="flash")
 
 
-def test_what_is_advised_instead_is_not_refused():
-    for key, row in CELLS.items():
-        instead = judged(*key).rule.instead
-        if instead and row.first_release != "1.0.0":
-            assert CELLS[(key[0], instead, *key[2:])].verdict in ("ok", "warn")
+# model, SoC, type, release, status, evidence, words that must be there, words that must not.
+SAID = [
+    ("gemma-2-2b-it", "rk3588", "w8a8", "1.1.0", "ok", "vendor figure", ["9.67", "4,956 MiB", "1.1.0"], []),
+    ("gemma-2-2b-it", "rk3588", "w8a8", "1.3.0", "ok", "vendor figure", ["10.37", "2,779 MiB"], ["9.67"]),
+    ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.1.0", "refuse", "vendor figure", ["57 %", "5.49", "9.67"], ["none of"]),
+    ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.3.0", "refuse", "vendor figure", ["5.49", "none of 1.3.0"], []),
+    # README.md @ 1.1.1: 20.08 of 24.21, 6.13 of 7.44, 12.66 of 15.66, 3.05 of 3.79 tokens/s with w8a8_g512.
+    ("gemma-2-2b-it", "rk3588", "w8a8_g512", "1.2.3", "warn", "predicted", ["80 to 83 %"], []),
+    ("gemma-2-2b-it", "rk3588", "w8a8_g256", "1.2.3", "warn", "predicted", ["none of w8a8_g256"], []),
+    # Gemma 1 2B is in no table of the vendor's.
+    ("gemma-1.1-2b-it", "rk3588", "w8a8", "1.2.3", "ok", "predicted", ["no figures of this model"], ["Gemma 2"]),
+    ("gemma-1.1-2b-it", "rk3576", "w4a16", "1.3.0", "ok", "predicted", ["no figures of this model"], ["Gemma 2"]),
+    # One report, of RKLLM 1.1.1; nobody has said why.
+    (
+        "gemma-2-9b-it",
+        "rk3588",
+        "w8a8_g128",
+        "1.1.1",
+        "refuse",
+        "reported",
+        ["one report", "inferred"],
+        ["cannot place"],
+    ),
+    (
+        "gemma-2-9b-it",
+        "rk3588",
+        "w8a8_g512",
+        "1.3.0",
+        "refuse",
+        "reported",
+        ["1.1.1", "Nothing is known of it with 1.3.0"],
+        [],
+    ),
+    (
+        "gemma-1.1-7b-it",
+        "rk3588",
+        "w8a8_g128",
+        "1.1.1",
+        "refuse",
+        "predicted",
+        ["nobody", "One report", "inferred"],
+        [],
+    ),
+    (
+        "gemma-2-9b-it",
+        "rk3588",
+        "w8a8",
+        "1.2.3",
+        "warn",
+        "predicted",
+        ["Llama3 8B", "3.79", "3 NPU memory domains"],
+        [],
+    ),
+    (
+        "gemma-2-27b-it",
+        "rk3588",
+        "fp16",
+        "1.3.0",
+        "refuse",
+        "predicted",
+        ["fits no rk3588 board", "GB"],
+        ["half the speed"],
+    ),
+    ("gemma-2-27b-it", "rk3588", "w8a8_g128", "1.3.0", "refuse", "predicted", ["fits no rk3588 board"], []),
+    ("gemma-2-27b-it", "rk3576", "w8a8", "1.3.0", "refuse", "predicted", ["fits no rk3576 board"], []),
+    ("gemma-2-27b-it", "rk3588", "w8a8", "1.3.0", "warn", "predicted", ["no report of a model of this size"], []),
+    (
+        "gemma-2-2b-it",
+        "rk3588",
+        "w4a16",
+        "1.3.0",
+        "impossible",
+        "vendor tool",
+        ["not support quantized_dtype: w4a16!"],
+        [],
+    ),
+    ("gemma-2-2b-it", "rk3588", "w4a8_g32", "1.1.0", "impossible", "vendor tool", ["up to 1.3.0"], ["any release."]),
+    ("gemma-2-2b-it", "rk3576", "w8a8_g128", "1.2.3", "impossible", "vendor tool", ["w4a16_g128"], []),
+]
+
+
+@pytest.mark.parametrize(("name", "soc", "dtype", "release", "status", "evidence", "words", "not_words"), SAID)
+def test_what_is_said(
+    name: str, soc: str, dtype: str, release: str, status: str, evidence: str, words: list[str], not_words: list[str]
+) -> None:
+    said = verdict(name, soc, dtype, release)
+    assert (said.status, said.evidence) == (status, evidence)
+    assert [word for word in words if word not in said.reason] == []
+    assert [word for word in not_words if word in said.reason] == []
+
+
+def test_every_type_is_there_and_impossible_is_what_no_toolkit_takes(every: Any) -> None:
+    for _, soc, _, plan, said in every:
+        assert {item.type for item in plan.verdicts} == ALL_TYPES
+        assert (said.status == "impossible") == (said.type not in TAKEN[soc])
+        assert (said.file_bytes is None) == (said.status == "impossible")
+
+
+def test_no_verdict_without_evidence_and_an_address(every: Any) -> None:
+    for _, _, _, _, said in every:
+        assert said.evidence in EVIDENCE
+        assert "https://" in said.source or "not published" in said.source or said.source.startswith("sizes of")
+        assert "{" not in said.reason
+        assert 40 < len(said.reason) < 600
+        assert not said.reason.endswith((".", " "))
+
+
+def test_a_vendors_figure_is_of_this_very_model(every: Any) -> None:
+    for name, soc, release, plan, said in every:
+        if said.evidence == "vendor figure":
+            assert name == "gemma-2-2b-it"
+            assert (soc, said.type) in PUBLISHED
+        if plan.evidence == "vendor figure":
+            assert name == "gemma-2-2b-it"
+            assert release in {"1.1.0", "1.2.1", "1.2.2", "1.2.3", "1.3.0"}
+
+
+def test_what_does_not_load_has_no_speed_and_is_not_ok(every: Any) -> None:
+    for _, _, _, plan, said in every:
+        if not plan.fits:
+            assert plan.prediction is None
+            assert plan.verdict.status == "refuse"
+        if said.status == "refuse" and ("needs" in said.reason or "failed while it loaded" in said.reason):
+            assert said.decode_tokens_per_s is None
+        if said.status in ("ok", "warn"):
+            assert said.decode_tokens_per_s is not None
+            assert said.memory_bytes is not None
+            assert said.memory_bytes < plan.ram[-1].usable_bytes
+
+
+@pytest.mark.parametrize("release", ["1.1.0", "1.2.3", "1.3.0"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_more_memory_never_fits_less(name: str, release: str) -> None:
+    """Statuses get no worse, what fits still fits, the largest context does not shrink."""
+    rank = {"impossible": 0, "refuse": 1, "warn": 2, "ok": 3}
+    before: list[int] = []
+    context, fitted = 0, False
+    for gib in (1.0, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128):
+        plan = plan_of(name, release=release, ram_gib=gib)
+        now = [rank[item.status] for item in plan.verdicts]
+        assert all(after >= first for first, after in zip(before, now, strict=False))
+        assert plan.ram[0].largest_context >= context
+        assert plan.fits >= fitted
+        before, context, fitted = now, plan.ram[0].largest_context, plan.fits
+    assert fitted
+
+
+def test_every_rule_is_reached_by_some_model() -> None:
+    """Llama3 8B with w8a8_g512 is the vendor's own (README.md @ 1.1.1), so it is neither refused nor predicted."""
+    shape = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    plan = plan_for(ModelSource("llama", shape), Request("llama", dtype="w8a8_g512", toolkit="1.1.0"))
+    assert (plan.verdict.status, plan.verdict.evidence) == ("warn", "vendor figure")
+    assert "80 %" in plan.verdict.reason
+    assert "3.05 tokens/s" in plan.verdict.reason
+    reached = {plan.judgement.rule.reason}
+    for name, soc, dtype in product(CONFIGS, TAKEN, ALL_TYPES):
+        if dtype in TAKEN[soc]:
+            reached.add(plan_of(name, soc, dtype).judgement.rule.reason)
+    assert [rule.reason for rule in dtypes.rules() if rule.reason not in reached] == []
+
+
+@pytest.mark.parametrize(("soc", "dtype"), [("rk3588", "w4a16"), ("rk3588", "w4a8_g32"), ("rk3576", "w8a8_g128")])
+def test_an_impossible_type_is_the_same_error_in_text_and_json(
+    soc: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gemma-2-2b-it"]))
+    line = ["plan", str(tmp_path), "--board", soc, "--dtype", dtype]
+    assert cli.main(line) == RefusedError.exit_code
+    plain = capsys.readouterr()
+    assert cli.main([*line, "--json"]) == RefusedError.exit_code
+    as_json = capsys.readouterr()
+    assert plain.out == ""
+    assert json.loads(as_json.out)["error"] == "RefusedError"
+    assert plain.err == as_json.err
+
+
+@pytest.mark.parametrize(
+    "release",
+    [
+        "1.4.0",
+        "1.3.9",
+        "2.0.0",
+        "1.0.1",
+        "1.0.2b",
+        "1.2",
+        "abc",
+        "../x",
+        "v1.2.3",
+        "1.2.3 ",
+        "1.02.3",
+        "1.2.3b1",
+        "",
+        "١.2.3",
+    ],
+)
+@pytest.mark.parametrize("dtype", sorted(ALL_TYPES))
+def test_nothing_is_said_of_a_release_that_is_not_known(release: str, dtype: str) -> None:
+    with pytest.raises(UsageError, match="RKLLM has no release") as caught:
+        make_plan(Request("nowhere", dtype=dtype, toolkit=release))
+    assert all(known in caught.value.hint for known in RELEASES)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gemma-2-2b-it", "w8a8_g128"), ("gemma-2-9b-it", "w8a8_g512")])
+def test_force_opens_what_is_refused(name: str, dtype: str) -> None:
+    plan = plan_of(name, dtype=dtype)
+    require(plan, force=True)
+    with pytest.raises(RefusedError) as caught:
+        require(plan)
+    assert plan.verdict.reason in caught.value.message
+    assert "--force-dtype" in caught.value.hint
+    assert caught.value.details["verdict"] == "refuse"
+
+
+def test_what_fits_no_board_is_not_offered_to_be_forced() -> None:
+    with pytest.raises(RefusedError, match="fits no rk3588 board") as caught:
+        require(plan_of("gemma-2-27b-it", dtype="fp16"))
+    assert "--force-dtype" not in caught.value.hint
 
 
 @pytest.mark.parametrize("soc", ["rk3562", "rv1126b", "RK3588", ""])
-def test_other_socs_are_refused_by_name(soc):
-    with pytest.raises(UsageError, match=f"no SoC '{soc}'") as caught:
-        dtypes.judge("w8a8", platform=soc, toolkit="1.3.0", name="x", parameters=1)
-    assert caught.value.hint == "Known are rk3588, rk3576."
+def test_other_socs_are_refused_by_name(soc: str) -> None:
+    with pytest.raises(UsageError, match=f"for '{soc}'") as caught:
+        dtypes.accepted(soc, "1.3.0")
+    assert caught.value.hint == "It does for rk3588, rk3576."

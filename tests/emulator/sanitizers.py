@@ -31,7 +31,18 @@ def run(names: str, arguments: list[str]) -> int:
     """Run pytest; its exit status."""
     preload = " ".join(library(name) for name in PRELOADED[names])
     environment = os.environ | OPTIONS | {"RKEMU_TEST_SANITIZE": names, "LD_PRELOAD": preload}
-    command = [sys.executable, "-m", "pytest", "--timeout=1200", str(Path(__file__).parent), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--timeout=1200",
+        str(Path(__file__).parent),
+        *arguments,
+    ]
     print(f"== {names}", flush=True)
     return subprocess.run(command, env=environment, check=False).returncode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rkconvert.dtypes import Verdict, judge
+from rkconvert.dtypes import Verdict
+from rkconvert.plan import ModelSource, Request, plan_for
 from rkconvert.plan.domains import place
 from rkconvert.plan.sizes import parse_type
 from rkconvert.shapes import parse_shape
@@ -206,7 +208,8 @@ def test_grouped_9b_does_not_load_and_grouped_2b_does(group: int, load: Any, sha
     """As was reported with RKLLM 1.1.1; the rule that refuses to convert it quotes the same lines."""
     load(shaped("gemma2-9b", group), "1.1.1", expect=-1)
     log = capfd.readouterr().err
-    judged = judge(f"w8a8_g{group}", platform="rk3588", toolkit="1.1.1", name="Gemma 2 9B", parameters=9_241_705_984)
+    config = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())["gemma-2-9b-it"]
+    judged = plan_for(ModelSource("9B", config), Request("9B", dtype=f"w8a8_g{group}", toolkit="1.1.1")).judgement
     if group == 128:
         assert refused_size(log) == 232128512
         assert all(line in log for line in judged.rule.log)

@@ -1,24 +1,30 @@
-"""The demo model's tokenizer, two whose files are meant to fool us, and an engine that says what it is told to."""
+"""The demo model's tokenizer, two that are meant to fool us, a library that misbehaves, and an engine without one."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import subprocess
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rkboard import emulator
 from rkconvert.demo import questions
 from rkconvert.demo import tokenizer as demo_tokenizer
+from rkruntime.abi import RELEASES
 from rkruntime.bundle import Bundle, FileRecord, Manifest, Source
 from rkruntime.files import sha256_file
 from rkruntime.generation import Event, Finished, FinishReason, Request, Token
 from rkruntime.tokenizer import Tokenizer
+
+DOUBLE = Path(__file__).parent / "engine" / "double.cc"
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +80,22 @@ def treacherous_file(tokenizer_file: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds the misbehaving library of a release, for this machine or another."""
+
+    @functools.cache
+    def build(release: str, arch: str | None = None) -> Path:
+        library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
+        layout = RELEASES[release].layout.removeprefix("L")
+        defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
+        command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
+        subprocess.run([*command, "-o", library, DOUBLE], check=True)
+        return library
+
+    return build
+
+
 @dataclass
 class FakeEngine:
     """An engine that says what it was told to say; every run is kept in `requests`.
@@ -93,6 +115,10 @@ class FakeEngine:
     @property
     def info(self) -> Any:
         return SimpleNamespace(release="1.2.3", max_context=self.max_context, emulated=self.emulated)
+
+    @property
+    def alive(self) -> bool:
+        return not self.closed
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
         self.requests.append(request)
@@ -135,6 +161,19 @@ class FakeEngine:
 def fake_engine(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
     """Makes a FakeEngine from the answers it shall give."""
     return lambda *answers, **facts: FakeEngine(tokenizer, list(answers), **facts)
+
+
+def with_file(bundle: Bundle, name: str, content: str | bytes | None) -> Bundle:
+    """The bundle with another content of a file, or without it, and a manifest that says so."""
+    files = {key: record for key, record in bundle.manifest.files.items() if key != name}
+    path = bundle.path / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        files[name] = FileRecord(path.stat().st_size, sha256_file(path))
+    manifest = replace(bundle.manifest, files=files)
+    (bundle.path / "rkedge.yaml").write_text(manifest.to_yaml())
+    return Bundle(bundle.path, manifest)
 
 
 @pytest.fixture

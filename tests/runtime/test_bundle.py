@@ -1,6 +1,8 @@
 """The manifest: what it refuses, and that a changed byte shows."""
 
 import dataclasses
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,79 @@ def test_a_changed_byte_shows_even_after_it_was_right_once(tmp_path: Path) -> No
     bundle.model.write_bytes(data)
     with pytest.raises(BundleError, match="SHA-256"):
         bundle.verify()
+
+
+def test_a_changed_byte_shows_when_size_and_time_are_put_back(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    bundle.verify()
+    bundle.verify()
+    before = bundle.model.stat()
+    with bundle.model.open("r+b") as file:
+        file.write(b"W")
+    os.utime(bundle.model, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (bundle.model.stat().st_mtime_ns, bundle.model.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    with pytest.raises(BundleError, match="SHA-256"):
+        bundle.verify()
+    assert manifest.files["model.rkemu"].size == bundle.model.stat().st_size
+
+
+@pytest.mark.parametrize("stranger", ["fifo", "/dev/zero"])
+def test_a_file_that_is_none(tmp_path: Path, stranger: str) -> None:
+    make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    bundle.model.unlink()
+    if stranger == "fifo":
+        os.mkfifo(bundle.model)
+    else:
+        bundle.model.symlink_to(stranger)
+    with pytest.raises(BundleError, match="has no file"):
+        bundle.verify()
+
+
+def test_a_manifest_of_20_gb_is_not_read(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    with (tmp_path / "b" / MANIFEST).open("r+b") as file:
+        file.truncate(20 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BundleError, match="more than 1,048,576 bytes"):
+        open_bundle(tmp_path / "b")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_context", 10**12),
+        ("max_context", -5),
+        ("max_context", 0),
+        ("npu_cores", -1),
+        ("npu_cores", 10**9),
+        ("parameters", -1),
+        ("bos_token_id", -1),
+        ("bos_token_id", 1 << 31),
+        ("stop_token_ids", [1, 1 << 40]),
+    ],
+)
+def test_numbers_have_their_bounds(tmp_path: Path, key: str, value: object) -> None:
+    make(tmp_path / "b")
+    path = tmp_path / "b" / MANIFEST
+    data = yaml.safe_load(path.read_text()) | {key: value}
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(BundleError, match=rf"{key}.* is -?[\d,]+; it must be from"):
+        open_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize("sha256", ["", "0" * 63, "G" * 64, "../" * 21 + "x", "A" * 64])
+def test_a_hash_is_one(tmp_path: Path, sha256: str) -> None:
+    """It becomes part of a file's name in the cache."""
+    make(tmp_path / "b")
+    path = tmp_path / "b" / MANIFEST
+    data = yaml.safe_load(path.read_text())
+    data["files"]["model.rkemu"]["sha256"] = sha256
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(BundleError, match="which is none"):
+        open_bundle(tmp_path / "b")
 
 
 def test_a_cut_and_a_missing_file_show(tmp_path: Path) -> None:
@@ -139,3 +214,15 @@ def test_not_a_bundle(tmp_path: Path) -> None:
         open_bundle(tmp_path / "nothing")
     with pytest.raises(BundleError, match="not a bundle"):
         open_bundle(tmp_path)
+
+
+def test_a_changed_byte_shows_with_its_time_put_back(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    bundle.verify()
+    state = bundle.model.stat()
+    with bundle.model.open("r+b") as file:
+        file.write(b"W")
+    os.utime(bundle.model, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(BundleError, match="SHA-256"):
+        bundle.verify()

@@ -76,10 +76,10 @@ def test_commands(talk: Any, tmp_path: Path) -> None:
     ]
     chat, engine, shown = talk(lines, "hi there")
     assert all(command.usage in shown for command in COMMANDS.values())
-    assert "Be kind." in chat._tokenizer.decode(engine.requests[0].tokens)
+    assert "Be kind." in chat._prompts.vocabulary.decode(engine.requests[0].tokens)
     assert [item["content"] for item in json.loads(path.read_text())["messages"]] == ["hello", "hi there"]
     assert len(chat._conversation.messages) == 2
-    assert "1 turns" in shown
+    assert "1 turn\n" in shown
 
 
 def test_system_is_shown_and_removed(talk: Any) -> None:

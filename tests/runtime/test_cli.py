@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from rkruntime import cli
 from rkruntime.errors import LoadError, RKEdgeError
+from rkruntime.flags import json_option
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
@@ -40,7 +41,7 @@ def test_a_near_name_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     @click.command("fail")
-    @click.option("--json", "as_json", is_flag=True)
+    @json_option("Print JSON.")
     def run(as_json: bool) -> None:
         raise LoadError("The load failed.", hint="Do this.", details={"lines": ["E rkllm: no"]})
 
@@ -74,11 +75,67 @@ def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(cli.cli, "main", broken)
+    monkeypatch.setattr(cli.LazyGroup, "get_command", broken)
     assert cli.main(["run"]) == RKEdgeError.exit_code
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         cli.main(["--debug", "run"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/etc/shadow"), "HostError", "Permission denied: /etc/shadow"),
+        (OSError("odd"), "HostError", "odd"),
+        (MemoryError(), "HostError", "not enough memory"),
+        (ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"), "HostError", "rkedge[convert]"),
+        (ModuleNotFoundError("No module named 'starlette'", name="starlette"), "HostError", "rkedge[serve]"),
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), "HostError", "install rkedge"),
+        (ModuleNotFoundError("No module named 'h11'", name="h11"), "HostError", "install h11"),
+        (ModuleNotFoundError("No module named 'rkboard'", name="rkboard"), "HostError", "--force-reinstall rkedge"),
+        (ImportError("libgomp.so.1: cannot open", name="torch"), "HostError", "cannot be used: libgomp"),
+    ],
+)
+def test_what_is_wrong_with_the_machine_is_no_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, kind: str, words: str
+) -> None:
+    @click.command("fail")
+    @json_option("Print JSON.")
+    def run(as_json: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: run)
+    assert cli.main(["plan", "--json"]) == 5
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["error"] == kind
+    assert words in found["message"] + found["hint"]
+    assert words in err.replace("\n", " ")
+    assert "defect" not in err
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_flag_is_what_click_parsed_and_not_what_stands_in_the_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command("fail")
+    @click.option("-p", "--prompt")
+    @json_option("Print JSON.")
+    def run(prompt: str, as_json: bool) -> None:
+        raise LoadError("The load failed.")
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: run)
+    assert cli.main(["fail", "-p", "--json"]) == LoadError.exit_code
+    assert capsys.readouterr().out == ""
+    assert cli.main(["fail", "--prompt=--debug"]) == LoadError.exit_code
+    assert "error: The load failed." in capsys.readouterr().err
+    assert cli.main(["fail", "--json", "-p", "x"]) == LoadError.exit_code
+    assert json.loads(capsys.readouterr().out)["error"] == "LoadError"
+
+
+def test_a_wrong_value_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "m", "--ram", "lots", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -12,6 +12,7 @@ from rkruntime.answer import Answer
 from rkruntime.conversation import Conversation
 from rkruntime.errors import ContextFullError, InputError
 from rkruntime.generation import FinishReason
+from rkruntime.prompts import PromptMaker
 from rkruntime.template import GemmaTemplate
 from rkruntime.tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ def answered(text: str, tokens: tuple[int, ...]) -> Answer:
 
 @pytest.fixture
 def conversation(tokenizer: Tokenizer) -> Conversation:
-    return Conversation(GemmaTemplate(tokenizer), "Be brief.")
+    return Conversation(PromptMaker(tokenizer, GemmaTemplate(tokenizer)), "Be brief.")
 
 
 def letters(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
@@ -30,20 +31,20 @@ def letters(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def test_each_prompt_begins_with_the_last_and_its_answer(conversation: Conversation, tokenizer: Tokenizer) -> None:
-    before = conversation.prompt("How many?")
+    before = conversation.prompt("How many?", 512)[0]
     kept = letters(tokenizer, "Three")
     conversation.add("How many?", answered("Three", kept))
-    after = conversation.prompt("Sure?")
+    after = conversation.prompt("Sure?", 512)[0]
     assert after[: len(before) + len(kept)] == [*before, *kept]
 
 
 def test_saving_and_loading_keeps_the_ids(conversation: Conversation, tokenizer: Tokenizer, tmp_path: Path) -> None:
     conversation.add("How many?", answered("Three", letters(tokenizer, "Three")))
     conversation.save(tmp_path / "talk.json")
-    again = Conversation(GemmaTemplate(tokenizer))
-    again.load(tmp_path / "talk.json", tokenizer)
+    again = Conversation(PromptMaker(tokenizer, GemmaTemplate(tokenizer)))
+    again.load(tmp_path / "talk.json")
     assert again.system == "Be brief."
-    assert again.prompt("Sure?") == conversation.prompt("Sure?")
+    assert again.prompt("Sure?", 512)[0] == conversation.prompt("Sure?", 512)[0]
 
 
 @pytest.mark.parametrize("lie", ["control", "other", "range", "type", "cut"])
@@ -61,13 +62,13 @@ def test_ids_that_say_something_else_are_not_believed(
     conversation.add("How many?", answered("Three", honest))
     data = json.loads(json.dumps(conversation.as_dict()))
     data["messages"][1]["tokens"] = lies[lie]
-    conversation.restore(data, tokenizer)
+    conversation.restore(data)
     assert conversation.messages[1].tokens is None
 
 
 def test_ids_behind_a_stop_string_are_kept(conversation: Conversation, tokenizer: Tokenizer) -> None:
     conversation.add("How many?", answered("Thr", letters(tokenizer, "Three")))
-    conversation.restore(json.loads(json.dumps(conversation.as_dict())), tokenizer)
+    conversation.restore(json.loads(json.dumps(conversation.as_dict())))
     assert conversation.messages[1].tokens == letters(tokenizer, "Three")
 
 
@@ -95,25 +96,25 @@ def test_files_that_are_no_conversation(
     (tmp_path / "talk.json").write_text(content)
     before = conversation.as_dict()
     with pytest.raises(InputError):
-        conversation.load(tmp_path / "talk.json", tokenizer)
+        conversation.load(tmp_path / "talk.json")
     assert conversation.as_dict() == before
 
 
 def test_missing_file(conversation: Conversation, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        conversation.load(tmp_path / "none.json", tokenizer)
+        conversation.load(tmp_path / "none.json")
 
 
 def test_a_full_context_is_an_error_or_drops_turns(conversation: Conversation, tokenizer: Tokenizer) -> None:
     for number in range(10):
         conversation.add(f"question {number}", answered("answer " * 5, ()))
-    whole = len(conversation.prompt("last"))
+    whole = len(conversation.prompt("last", 4096)[0])
     with pytest.raises(ContextFullError, match=f"{whole}"):
-        conversation.fitting_prompt("last", whole)
-    tokens, dropped = conversation.fitting_prompt("last", whole, drop=True)
+        conversation.prompt("last", whole)
+    tokens, dropped = conversation.prompt("last", whole, drop=True)
     assert dropped == 1
     assert len(conversation.messages) == 18
     assert "Be brief.\n\nquestion 1" in tokenizer.decode(tokens)
     with pytest.raises(ContextFullError):
-        conversation.fitting_prompt("word " * 200, 64, drop=True)
+        conversation.prompt("word " * 200, 64, drop=True)
     assert len(conversation.messages) == 18

@@ -2,29 +2,28 @@
 
 import json
 import random
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import diagnosis_corpus as corpus
+from tests.bench import diagnosis as bench
+from tests.diagnosis_corpus import Case
 
-from rkruntime import cli, diagnosis
-from rkruntime.diagnosis import CONFIDENCES, NONE, UNEXPLAINED, Signature, diagnose
+from rkruntime import cli, diagnosis, resources
+from rkruntime.diagnosis import CONFIDENCES, FOREIGN, NONE, UNEXPLAINED, Signature, diagnose
 
-DATA = Path(__file__).parents[1] / "data"
-
-
-def _cases(name: str) -> list[dict[str, Any]]:
-    with (DATA / name).open(encoding="utf-8") as lines:
-        return [case for case in map(json.loads, lines) if case["log"]]
-
-
-CASES = _cases("failures.jsonl")
-MORE = _cases("more_failures.jsonl")
-EXPLAINED = [case for case in CASES + MORE if diagnose(case["log"]).explained]
+CASES = corpus.cases("failures")
+MORE = corpus.cases("more_failures")
+UNSEEN = corpus.cases("unseen_failures")
+EXPLAINED = [case for case in CASES + MORE if diagnose(case.log).explained]
+VARIATIONS = yaml.safe_load((corpus.DATA / "log_variations.yaml").read_text("utf-8"))
 
 HEALTHY = """\
 [    9.920161] RKNPU fdab0000.npu: RKNPU: rknpu iommu is enabled, using iommu mode
@@ -70,7 +69,7 @@ NOISE = [
     "total 12",
 ]
 
-Lines = list[str]
+Lines = Sequence[str]
 
 
 def _prefix(text: str) -> Callable[[Lines], Lines]:
@@ -127,52 +126,164 @@ WAYS: dict[str, Callable[[Lines], Lines]] = {
 }
 
 
-def test_score(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [(case, diagnose("\n".join(case["log"]))) for case in CASES]
-    right = sum(result.class_ == case["class"] for case, result in found)
-    wrong = [(case["id"], case["class"], result) for case, result in found if result.class_ != case["class"]]
-    wrong = [(name, label, result) for name, label, result in wrong if result.explained]
-    with capsys.disabled():
-        print(f"\ndiagnosis: {right} of {len(CASES)} cases ({right / len(CASES):.1%}) get their class")
-        for name, label, result in wrong:
-            print(f"  {name}: {result.class_} ({result.confidence}) in place of {label}")
-    assert right / len(CASES) >= 0.93
-    assert not [name for name, _, result in wrong if result.confidence == "high"]
-    assert len([name for name, _, result in wrong if result.confidence == "medium"]) <= 1
+BROKEN = ("80 columns", "97 columns", "words wrapped at 60", "compose in 90 columns")
 
 
-@pytest.mark.parametrize("case", MORE, ids=lambda case: case["id"])
-def test_cases_met_later(case: dict[str, Any]) -> None:
-    found = diagnose(case["log"])
-    assert found.class_ == case["class"]
+def test_joined_lines_do_not_make_a_fault_of_two() -> None:
+    found = diagnose(
+        "I rkllm: loading rkllm model from /srv/models/gemma-2-2b-it-rk3588-w8a8-1.2.3/a/rather/long/path/model.rkllm\n"
+        "robot:I rkllm: prompt cache saved to /srv/models/gemma-2-2b-it/another/long/path/prompt_cache.bin\n"
+        "'utf-8' codec can't decode byte 0xc3 in position 0: unexpected end of data\n"
+    )
+    assert (found.class_, found.confidence) == ("utf8-split", "high")
+
+
+def test_score() -> None:
+    """docs/diagnose.md states what `make bench` prints; these are floors."""
+    known, unseen = bench.score(corpus.known()), bench.score(UNSEEN)
+    assert known.told_right / known.told >= 0.97, known
+    assert known.wrong_sure <= 1, known
+    assert unseen.told_right / unseen.told >= 0.9, unseen
+    assert unseen.wrong_sure <= 2, unseen
+
+
+def test_cross_validation() -> None:
+    """With a case's repository hidden, what other repositories and the messages of programs say must do."""
+    total = bench.total(bench.cross_validation(corpus.known()).values())
+    assert total.told_right / total.told >= 0.85, total
+    assert total.wrong_sure / total.cases <= 0.03, total
+
+
+@pytest.mark.parametrize("case", MORE, ids=lambda case: case.id)
+def test_cases_met_later(case: Case) -> None:
+    found = diagnose(case.log)
+    assert found.class_ == case.class_
     assert found.lines
+
+
+@pytest.mark.parametrize("row", corpus.other_logs(), ids=lambda row: row["id"])
+def test_logs_of_other_programs_are_not_explained_with_confidence(row: dict[str, Any]) -> None:
+    found = diagnose(row["log"])
+    if row["kind"] == "healthy":
+        assert (found.class_, found.others) == (UNEXPLAINED, ())
+    else:
+        assert found.class_ == FOREIGN or found.confidence == "low"
+
+
+@pytest.mark.parametrize(("class_", "log"), VARIATIONS, ids=[f"{row[0]}-{row[1][-1][:40]}" for row in VARIATIONS])
+def test_other_wordings(class_: str, log: Lines) -> None:
+    assert diagnose(log).class_ == class_
+
+
+@pytest.mark.parametrize(("class_", "log"), VARIATIONS, ids=[f"{row[0]}-{row[1][-1][:40]}" for row in VARIATIONS])
+def test_a_cut_line_is_never_another_fault_for_sure(class_: str, log: Lines) -> None:
+    """A log that was cut anywhere in its lines still means the same, something unsure, or nothing."""
+    text = "\n".join(log)
+    chosen = random.Random(5)
+    for at in chosen.sample(range(1, len(text)), min(12, len(text) - 1)):
+        for part in (text[:at], text[at:]):
+            found = diagnose(part)
+            assert found.class_ in (class_, *_SIBLINGS.get(class_, ())) or found.confidence in ("low", NONE), part
+
+
+# A part of some texts is the whole text of a class that stands for the same trouble.
+_SIBLINGS = {
+    "npu-driver-mainline": ("npu-device-not-reachable", "npu-job-timeout"),
+    "npu-memory-old-driver": ("npu-address-space-exhausted",),
+    "driver-too-old-run": ("npu-job-timeout",),
+    "convert-architecture-unsupported": ("convert-checkpoint-unusable",),
+    "convert-checkpoint-unusable": ("convert-architecture-unsupported",),
+    "npu-domain-state-broken": ("npu-no-iommu",),
+    "convert-out-of-memory": ("host-ram-at-load",),
+    "host-ram-at-load": ("convert-out-of-memory",),
+    "model-file-invalid": ("library-missing",),
+}
+
+
+def test_every_message_has_its_class_or_a_reason() -> None:
+    """The inventory of what drivers, runtime, examples, servers and libraries can print."""
+    without = []
+    for message in corpus.messages():
+        found = diagnose(message.line)
+        assert message.class_ in (None, *diagnosis.table().classes), message
+        assert bool(message.class_) != bool(message.why), message
+        right = found.class_ == message.class_ if message.class_ else found.confidence not in ("high", "medium")
+        if not right:
+            without.append(f"{message.source}: {message.text!r}: {found.class_} instead of {message.class_}")
+    assert not without, "\n".join(without)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_happens_to_a_log_changes_nothing(way: str) -> None:
     for case in EXPLAINED:
-        plain, changed = diagnose(case["log"]), diagnose("\n".join(WAYS[way](case["log"])))
-        assert (case["id"], changed.class_, changed.confidence) == (case["id"], plain.class_, plain.confidence)
+        # A line that says whose log it is; else a prefix with a program's name, or more lines, would say it.
+        log = ["(RKNN)", *case.log]
+        plain, changed = diagnose(log), diagnose("\n".join(WAYS[way](log)))
+        assert (case.id, changed.class_) == (case.id, plain.class_)
+        # Texts on one line in any order are less sure where the line had to be put together.
+        assert changed.confidence == plain.confidence or (changed.confidence == "low" and way in BROKEN)
 
 
 @given(st.sampled_from(EXPLAINED), st.lists(st.sampled_from(NOISE), max_size=30), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_interleaved_lines_change_nothing(case: dict[str, Any], noise: Lines, order: random.Random) -> None:
-    lines = list(case["log"])
+def test_interleaved_lines_change_nothing(case: Case, noise: Lines, order: random.Random) -> None:
+    lines = ["(RKNN)", *case.log]
     for line in noise:
         lines.insert(order.randint(0, len(lines)), line)
-    assert diagnose(lines).class_ == diagnose(case["log"]).class_
+    assert diagnose(lines).class_ == diagnose(["(RKNN)", *case.log]).class_
 
 
-@pytest.mark.parametrize("log", [HEALTHY, CONVERTED, "", "\n\n", "\0" * 5000, "hello world"])
+@pytest.mark.parametrize("log", [HEALTHY, CONVERTED, "", "\n\n", "\0" * 5000])
 def test_a_healthy_log_is_unexplained(log: str) -> None:
     found = diagnose(log)
     assert (found.class_, found.confidence, found.others) == (UNEXPLAINED, NONE, ())
     assert found.next_steps
 
 
+def test_a_healthy_log_says_what_it_rules_out() -> None:
+    told = " ".join(diagnose(HEALTHY).rules_out)
+    for part in (
+        "npu-no-iommu",
+        "npu-driver-mainline",
+        "Driver 0.9.8",
+        "Runtime 1.2.3 with a model of toolkit 1.2.3",
+        "figures",
+    ):
+        assert part in told
+    old = " ".join(
+        diagnose(
+            "I rkllm: rkllm-toolkit version: 1.3.0, max_context_limit: 4096\nrkllm-runtime version: 1.2.0"
+        ).rules_out
+    )
+    assert "not too old" not in old
+    assert not diagnose("E rkllm: invalid rkllm model!\nrknpu driver version: 0.9.8").rules_out
+
+
+def test_a_log_without_a_line_of_rkllm_is_not_explained() -> None:
+    assert diagnose("hello world").class_ == FOREIGN
+    trace = [
+        "Traceback (most recent call last):",
+        '  File "train.py", line 3',
+        "torch.OutOfMemoryError: CUDA out of memory.",
+    ]
+    foreign = diagnose(trace)
+    assert (foreign.class_, foreign.confidence, foreign.others) == (FOREIGN, NONE, ("convert-out-of-memory",))
+    assert diagnose(["INFO: rkllm-toolkit version: 1.2.3", *trace]).confidence == "high"
+    assert diagnose(trace, context={"stage": "convert"}).confidence == "high"
+    # One bare line may be anybody's.
+    assert (diagnose("Bus error").class_, diagnose("Bus error").confidence) == ("model-file-invalid", "low")
+
+
+def test_what_others_print_counts_near_a_line_of_rkllm_only() -> None:
+    boot = ["[drm] Initialized rknpu 0.9.8 20240828 for fdab0000.npu on minor 1"]
+    filler = [f"kernel line {number} about a disk" for number in range(100)]
+    trouble = ["nginx: bind() to 0.0.0.0:80 failed (98: Address already in use)"]
+    assert diagnose(boot + filler + trouble).confidence == "low"
+    assert diagnose([*filler, "rkllama.server - starting", *trouble]).confidence == "high"
+
+
 @given(st.text(max_size=3000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_random_text_is_unexplained(text: str) -> None:
     assert not diagnose(text).explained
 
@@ -230,40 +341,91 @@ def test_every_signature_stands_its_own_text_repeated() -> None:
         for signature in group
     }
     diagnose("\n".join((start + " ") * 40 for start in sorted(starts)))
-    for start in random.Random(3).sample(sorted(starts), 12):
-        diagnose((start + " ") * (400_000 // len(start)))
+    for start in random.Random(3).sample(sorted(starts), 3):
+        diagnose((start + " ") * (100_000 // max(1, len(start))))
+
+
+def test_texts_in_any_order_stay_linear() -> None:
+    """Every line holds all fixed texts of `a & b` signatures but the last; nothing may be tried twice."""
+    for rule in diagnosis.table().rules:
+        for signature in (item for group in rule.all for item in group if " & " in item.source):
+            parts = re.sub(r"\{[^{}]*\}|\*", "x", signature.source).split(" & ")
+            line = " ".join(parts[:-1]) + "\n"
+            log = diagnosis.Log([line.strip()] * 200, {})
+            assert len(list(signature.matches(log))) <= 3
+    diagnose(("npu memory " * 300 + "\n") * 60)
+    diagnose("robot:" + " x" * 100_000)
+    diagnose("robot: " + "a" * 1_300_000)
 
 
 def test_signatures_are_bounded() -> None:
     for rule in diagnosis.table().rules:
         for signature in (*(item for group in rule.all for item in group), *rule.none):
-            assert signature.source.count("*") <= 2, signature.source
+            assert all(part.count("*") <= 2 for part in signature.source.split(" & ")), signature.source
             assert "+" not in signature.source.replace("++", ""), f"{signature.source} looks like an expression"
 
 
 def test_signature_language() -> None:
     log = diagnosis.Log(["Size: 0x1F and `Model-2.rkllm` is Broken", "next killed.", "." * 200], {})
     for source in ("size: {n} and", "'{w}.rkllm' is {whole|broken}", "size*broken", "broken next", "killed$"):
-        assert any(Signature(source).matches(log)), source
+        assert list(Signature(source).matches(log)), source
     for source in ("size: {n}and", "broken$ next", "killed$ more", "size*killed", "ize: {n}"):
-        assert not any(Signature(source).matches(log)), source
+        assert not list(Signature(source).matches(log)), source
     with pytest.raises(ValueError, match="no fixed text"):
         Signature("{n} * {w}")
+
+
+def test_signatures_of_texts_in_any_order() -> None:
+    log = diagnosis.Log(["ERROR: could not map the buffer of the NPU", "robot: " + "!" * 24, "robot: " + "-" * 99], {})
+    words = {"fail": ["could not", "error"]}
+    assert list(Signature("npu & {fail} & buffer", words).matches(log))
+    assert not list(Signature("npu & {fail} & robot", words).matches(log))
+    assert list(Signature("robot:*{same}").matches(log)) == [log.text.index("robot")]
+
+
+def test_a_text_cut_off_at_the_logs_end_counts() -> None:
+    whole = "E RKNN: failed to open rknpu module, need to insmod rknpu dirver!"
+    assert diagnose(whole[:33]).class_ == diagnose(whole[11:]).class_ == "npu-device-not-reachable"
+    # Half a number is another number, and a text that begins alike is another text.
+    assert diagnose("rknn_init fail! ret=-1").class_ == "load-failure-unexplained"
+    assert not diagnose("rkllm-runtime version: 1.3.0, rknpu driver version: 0.9.8").explained
 
 
 def test_the_table_is_whole() -> None:
     table = diagnosis.table()
     named = {rule.class_ for rule in table.rules}
-    assert {case["class"] for case in CASES} <= set(table.classes)
+    assert {case.class_ for case in CASES + UNSEEN} <= set(table.classes)
     assert named <= set(table.classes)
     for name, words in table.classes.items():
         assert words.title, name
         assert words.cause.endswith((".", ")")), name
         assert words.next_steps, name
-        assert words.evidence or name == UNEXPLAINED, name
+        assert words.evidence or name in (UNEXPLAINED, FOREIGN), name
     for rule in table.rules:
         assert rule.confidence in CONFIDENCES
         assert all(group for group in rule.all), rule.class_
+
+
+def test_no_escape_sequence_reaches_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "board.log"
+    hostile = "\x1b]0;owned\x07\x9b31m\u202e\u2066\x1b[2J\x08"
+    log.write_text(f"{hostile}E rkllm: invalid rkllm model!{hostile}\n", encoding="utf-8")
+    for options in ([], ["--json"]):
+        assert cli.main(["diagnose", str(log), *options]) == 0
+        printed = capsys.readouterr().out
+        assert "invalid rkllm model!" in printed
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", printed)
+
+
+def test_sources_can_be_opened() -> None:
+    data = resources.table("diagnosis")
+    for name, place in data["sources"].items():
+        assert place.startswith("https://") or place.endswith("public address not known"), name
+    texts = [str(resources.table(name)) for name in ("diagnosis", "known_pairs")]
+    assert not any("file-index" in text for text in texts)
+    for case_ in (json.loads(line) for name in ("failures", "more_failures", "unseen_failures")
+                  for line in (corpus.DATA / f"{name}.jsonl").read_text("utf-8").splitlines()):  # fmt: skip
+        assert "file-index" not in case_["source"]
 
 
 def test_command_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

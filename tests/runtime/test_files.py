@@ -1,13 +1,15 @@
-"""Files that exist are complete."""
+"""What is read is bounded and regular; files that exist are complete."""
 
 import errno
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rkruntime.errors import HostError, OutputError
-from rkruntime.files import atomic_file, atomic_folder, sha256_file
+from rkruntime.files import atomic_file, atomic_folder, open_regular, read_regular, sha256_file
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -72,3 +74,35 @@ def test_sha256_is_the_known_one(tmp_path: Path) -> None:
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
     assert sum(seen) == 3
+
+
+def _stranger(kind: str, path: Path) -> Path:
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to(f"/dev/{kind}")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "zero", "null", "full", "tty"])
+@pytest.mark.parametrize("read", [open_regular, sha256_file, lambda path: read_regular(path, 10)])
+def test_only_regular_files_are_read(tmp_path: Path, kind: str, read: Callable[[Path], object]) -> None:
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=r"not a regular file|No such device"):  # a socket is not opened at all
+        read(_stranger(kind, tmp_path / "file"))
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_reading_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"1234")
+    assert read_regular(path, 4) == b"1234"
+    with pytest.raises(OSError, match="has more than 3 bytes") as caught:
+        read_regular(path, 3)
+    assert caught.value.errno == errno.EFBIG
+    assert read_regular(Path("/proc/self/stat"), 10_000)  # its size says 0

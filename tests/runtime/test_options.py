@@ -13,10 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 from rkruntime import options
+from rkruntime.abi import RELEASES
 from rkruntime.bundle import Bundle
 from rkruntime.errors import BundleError, HostError, LibraryError
 from rkruntime.generation import GREEDY, Sampling
+from rkruntime.loading import LoadOptions, checked
 from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, find_library
+from rkruntime.preflight import Model
+
+from .conftest import with_file
 
 
 def test_options_arrive_as_two_values() -> None:
@@ -47,15 +52,30 @@ def test_options_arrive_as_two_values() -> None:
     ],
 )
 def test_a_bundle_has_its_own_sampling(fake_bundle: Bundle, config: Any, expected: Sampling) -> None:
-    path = fake_bundle.path / "generation_config.json"
-    path.unlink() if config is None else path.write_text(json.dumps(config))
-    assert default_sampling(fake_bundle) == expected
+    content = None if config is None else json.dumps(config)
+    assert default_sampling(with_file(fake_bundle, "generation_config.json", content)) == expected
+
+
+@pytest.mark.parametrize("value", ["1e400", "-1", "9" * 4000, "NaN", "-Infinity", "1e300"])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+def test_sampling_that_no_model_has_is_refused(fake_bundle: Bundle, name: str, value: str) -> None:
+    changed = with_file(fake_bundle, "generation_config.json", f'{{"{name}": {value}}}')
+    with pytest.raises(BundleError, match=rf"generation_config\.json: {name}"):
+        default_sampling(changed)
+
+
+def test_sampling_that_the_manifest_does_not_list_is_not_read(fake_bundle: Bundle) -> None:
+    without = with_file(fake_bundle, "generation_config.json", None)
+    (fake_bundle.path / "generation_config.json").write_text('{"temperature": 9}')
+    assert default_sampling(without) == Sampling()
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
 def test_a_broken_generation_config_is_said_to_be(fake_bundle: Bundle, content: str) -> None:
-    (fake_bundle.path / "generation_config.json").write_text(content)
     with pytest.raises(BundleError, match=r"generation_config\.json"):
+        default_sampling(with_file(fake_bundle, "generation_config.json", content))
+    (fake_bundle.path / "generation_config.json").write_text("{}")
+    with pytest.raises(BundleError, match="SHA-256"):
         default_sampling(fake_bundle)
 
 
@@ -104,3 +124,37 @@ def test_without_the_boards_tools_there_is_no_emulator(fake_bundle: Bundle, monk
     monkeypatch.setattr(options, "PROVIDERS", {"emulator": "rknothing.emulator:build"})
     with pytest.raises(HostError, match=r"rknothing\.emulator"):
         find_library(fake_bundle, RuntimeOptions())
+
+
+@pytest.mark.parametrize("base", [Sampling(), GREEDY, Sampling(temperature=0.3, repeat_penalty=1.5)])
+@pytest.mark.parametrize("zero", ["temperature", "top_p"])
+def test_zero_is_greedy_and_keeps_the_penalties_that_were_asked_for(base: Sampling, zero: str) -> None:
+    """One rule for the command line and the daemon: what is not choosing among several tokens stays."""
+    plain = Sampling(temperature=0.0, top_k=1, top_p=1.0, repeat_penalty=1.0)
+    assert base.changed({zero: 0}) == plain
+    assert base.changed({zero: 0, "top_k": 50}) == plain
+    wanted = {"repeat_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": -1.0}
+    assert base.changed({zero: 0, **wanted}) == replace(plain, **wanted)
+    if zero == "temperature":
+        assert SamplingOptions(temperature=0, repeat_penalty=1.3).over(base) == replace(plain, repeat_penalty=1.3)
+
+
+@pytest.mark.parametrize(
+    ("release", "asked", "flash"),
+    [
+        ("1.1.4", None, None),
+        ("1.2.0", None, True),
+        ("1.3.1", None, True),
+        ("1.2.3", False, False),
+        ("1.1.0", True, True),
+    ],
+)
+def test_the_embedding_table_stays_in_the_file_where_the_release_can(
+    release: str, asked: bool | None, flash: bool | None
+) -> None:
+    """As `rkedge plan` counts on it; what the library's own default is has not been published."""
+    known = Model(platform="rk3588", toolkit=release, npu_cores=3, max_context=512, size=1 << 20)
+    given = LoadOptions(Path("librkllmrt.so"), Path("model"), known=known, embed_flash=asked)
+    identity: Any = SimpleNamespace(release=RELEASES[release], emulated=True)
+    assert checked(given, identity)[0].embed_flash is flash
+    assert checked(replace(given, known=None), identity)[0].embed_flash is asked

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rkruntime import machine, resources
-from rkruntime.conditions import fits, version_key
+from rkruntime.conditions import fits
 from rkruntime.preflight import LEVELS, Finding, Model, clamp_context, preflight
+from rkruntime.versions import version
 
 ROCK_5B = ("radxa,rock-5b", "rockchip,rk3588")
 GB = 10**9
@@ -252,6 +253,17 @@ def test_the_mainline_driver_is_named(board: Board) -> None:
     assert _codes(preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8))) == ["driver-mainline"]
 
 
+@pytest.mark.parametrize("shown", ["sys/module/rocket/version", "sys/bus/platform/drivers/rocket/uevent"])
+def test_the_mainline_driver_is_named_where_debugfs_is_closed(
+    board: Board, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """To users debugfs is closed with every driver."""
+    root = board(driver={shown: "1.0.0"}, nodes=False)
+    attempt = machine._attempt
+    monkeypatch.setattr(machine, "_attempt", lambda path: PermissionError() if "debug" in path.parts else attempt(path))
+    assert _codes(preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8))) == ["driver-mainline"]
+
+
 def test_nodes_that_are_not_there(board: Board) -> None:
     root = board()
     for name in ("card1", "renderD129"):
@@ -319,4 +331,4 @@ def test_conditions(facts: dict[str, str], wanted: dict[str, str], meets: bool) 
 
 def test_versions_are_ordered() -> None:
     order = ["0.9.8", "1.0.2b6", "1.0.2", "1.2.0", "1.2.1b1", "1.2.1", "1.2.10", "1.3.0"]
-    assert sorted(sorted(order, reverse=True), key=version_key) == order
+    assert sorted(sorted(order, reverse=True), key=version) == order

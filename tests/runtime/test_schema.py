@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from rkruntime.errors import UsageError
-from rkruntime.schema import build
+from rkruntime.schema import Between, build
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,28 @@ def test_all_kinds_of_fields() -> None:
     expected = Outer("x", Inner(2, 3.0), (Inner(4),), {"k": 5}, Path("/tmp/y"), "b", [{}])
     assert build(Outer, data, UsageError) == expected
     assert build(Outer, {"name": "x", "where": None}, UsageError) == Outer("x")
+
+
+@dataclass(frozen=True)
+class Bounded:
+    count: Annotated[int, Between(1, 16)]
+    rates: tuple[Annotated[float, Between(0, 1.5)], ...] = ()
+    other: Annotated[int, Between(0, 9)] | None = None
+
+
+def test_bounds() -> None:
+    good = {"count": 16, "rates": [0, 1.5], "other": None}
+    assert build(Bounded, good, UsageError) == Bounded(16, (0.0, 1.5))
+    for change, message in (
+        ({"count": 0}, "count is 0; it must be from 1 to 16"),
+        ({"count": 10**12}, "count is 1,000,000,000,000; it must be from 1 to 16"),
+        ({"rates": [0.5, 1.6]}, r"rates\[1\] is 1.6; it must be from 0 to 1.5"),
+        ({"rates": [float("nan")]}, "rates.* is nan"),
+        ({"other": 10}, "other is 10"),
+        ({"count": "x"}, "count is str"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build(Bounded, good | change, UsageError)
 
 
 @pytest.mark.parametrize(

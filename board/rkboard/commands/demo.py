@@ -16,6 +16,7 @@ import click
 
 from rkruntime.bundle import open_bundle
 from rkruntime.files import sha256_file
+from rkruntime.terminal import say
 
 # Named, not imported: the board's tools do not depend on the converter. It has `checkpoint`, `adapter` and `questions`.
 _MODEL: Final = "rkconvert.demo"
@@ -37,7 +38,7 @@ def _rkedge(*arguments: str | Path) -> None:
     from rkruntime.cli import cli
 
     words = [str(word) for word in arguments]
-    click.echo(click.style(f"$ {_program()} {shlex.join(words)}", bold=True))
+    say(f"$ {_program()} {shlex.join(words)}", bold=True)
     cli.main(words, prog_name="rkedge", standalone_mode=False)
 
 
@@ -53,7 +54,7 @@ def _bundle(folder: Path, checkpoint: Path, *options: str | Path) -> Path:
     """Convert, or take the bundle that an earlier run left. Raises BundleError if that one was changed since."""
     if folder.exists():
         open_bundle(folder).verify()
-        click.echo(f"{folder} is there already.")
+        say(f"{folder} is there already.")
     else:
         _rkedge("convert", checkpoint, *options, "--target", "emulator", "-o", folder)
     return folder
@@ -66,10 +67,11 @@ def _next_steps(base: Path, pirate: Path) -> None:
         ("see what a bundle says of itself", ("inspect", pirate)),
         ("convert a checkpoint of your own", ("convert", "CHECKPOINT", "--lora", "ADAPTER", "-o", "my-bundle")),
     )
-    click.echo("\nThe answers came from the emulator, which computes in W8A8 on this machine; no board was used.")
-    click.echo("Next:")
+    say("\nThe answers came from the emulator, which computes in W8A8 on this machine; no board was used.")
+    say("Next:")
     for purpose, words in steps:
-        click.echo(f"  {_program()} {shlex.join(map(str, words))}\n      {click.style(purpose, dim=True)}")
+        say(f"  {_program()} {shlex.join(map(str, words))}")
+        say(f"      {purpose}", dim=True)
 
 
 @click.command("demo")
@@ -91,7 +93,7 @@ def run(output: Path | None) -> None:
     base = _bundle(folder / _BASE, checkpoint)
     pirate = _bundle(folder / _PIRATE, checkpoint, "--lora", model.adapter())
     for bundle in (base, pirate):
-        click.echo()
+        say()
         for question in _ASKED:
             _rkedge("run", bundle, "--temperature", "0", "-p", question)
     _next_steps(base, pirate)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from rkboard import emulator, faults
+from rkruntime.abi import DEFAULT_RELEASE
+from rkruntime.flags import json_option
+from rkruntime.terminal import console, say, say_json
 
 _RELEASE = click.option(
     "--release",
     type=click.Choice(list(emulator.RELEASES)),
-    default=emulator.DEFAULT_RELEASE,
+    default=DEFAULT_RELEASE,
     show_default=True,
     help="The librkllmrt.so that it stands for.",
 )
 _ARCH = click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Build for another machine.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_JSON = json_option("Print one JSON document.")
 
 
 def _build(release: str, arch: str | None, sanitize: str | None = None) -> str:
-    console = Console(stderr=True)
-    with console.status(f"building the emulator for {release}") as status:
+    with console(stderr=True).status(f"building the emulator for {release}") as status:
         return str(emulator.build(release, arch=arch, sanitize=sanitize, progress=status.update))
 
 
@@ -44,7 +44,10 @@ def build(release: str, every: bool, arch: str | None, sanitize: str | None, as_
     newest = {layout: name for name, layout in emulator.RELEASES.items()}
     releases = list(newest.values()) if every else [release]
     built = {name: _build(name, arch, sanitize) for name in releases}
-    click.echo(json.dumps(built, indent=2) if as_json else "\n".join(built.values()))
+    if as_json:
+        say_json(built)
+    else:
+        say("\n".join(built.values()))
 
 
 @run.command("path")
@@ -52,7 +55,7 @@ def build(release: str, every: bool, arch: str | None, sanitize: str | None, as_
 @_ARCH
 def path(release: str, arch: str | None) -> None:
     """Print the folder to put on LD_LIBRARY_PATH; built first if need be."""
-    click.echo(_build(release, arch).rpartition("/")[0])
+    say(_build(release, arch).rpartition("/")[0])
 
 
 @run.command("env")
@@ -60,16 +63,19 @@ def path(release: str, arch: str | None) -> None:
 def env(release: str) -> None:
     """Print shell lines that make programs find the emulator: eval "$(rkedge emulator env)"."""
     folder = _build(release, None).rpartition("/")[0]
-    click.echo(f'export LD_LIBRARY_PATH={shlex.quote(folder)}"${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"')
+    say(f'export LD_LIBRARY_PATH={shlex.quote(folder)}"${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"')
 
 
 @run.command("info")
 @click.option("--faults", "list_faults", is_flag=True, help="List the failures that RKEMU_FAULT brings about.")
+@click.option(
+    "--guesses", "list_guesses", is_flag=True, help="List what RKEMU_GUESS chooses where boards are not known."
+)
 @_JSON
-def info(list_faults: bool, as_json: bool) -> None:
+def info(list_faults: bool, list_guesses: bool, as_json: bool) -> None:
     """Say which releases there are, what is built, and with which compiler."""
-    if list_faults:
-        _show_faults(as_json)
+    if list_faults or list_guesses:
+        (_show_faults if list_faults else _show_guesses)(as_json)
         return
     compiler = emulator.find_compiler()
     releases = []
@@ -83,19 +89,28 @@ def info(list_faults: bool, as_json: bool) -> None:
         "releases": releases,
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        say_json(facts)
         return
-    click.echo(f"compiler  {compiler.version} for {compiler.arch}\ncache     {facts['cache']}")
+    say(f"compiler  {compiler.version} for {compiler.arch}\ncache     {facts['cache']}")
     for row in releases:
         state = row["library"] if row["built"] else "not built"
-        click.echo(f"{row['release']:8}  {row['layout']}  {state}")
+        say(f"{row['release']:8}  {row['layout']}  {state}")
 
 
 def _show_faults(as_json: bool) -> None:
-    rows = faults.faults(Path(_build(emulator.DEFAULT_RELEASE, None)))
+    rows = faults.faults(Path(_build(DEFAULT_RELEASE, None)))
     if as_json:
-        click.echo(json.dumps([row.as_dict() for row in rows], indent=2))
+        say_json([row.as_dict() for row in rows])
         return
     for row in rows:
         name = f"{row.name}={row.value.upper()}" if row.value else row.name
-        click.echo(f"{name:24} {row.class_ or '-':34} {row.summary.replace('`', '')}")
+        say(f"{name:24} {row.class_ or '-':34} {row.summary.replace('`', '')}")
+
+
+def _show_guesses(as_json: bool) -> None:
+    rows = faults.guesses(Path(_build(DEFAULT_RELEASE, None)))
+    if as_json:
+        say_json([vars(row) for row in rows])
+        return
+    for row in rows:
+        say(f"{row.name}\n    usual: {row.usual.replace('`', '')}\n    other: {row.other.replace('`', '')}")

@@ -10,10 +10,10 @@ from typing import Final
 from rkconvert.calibrate.chats import Chat
 from rkconvert.calibrate.dataset import Row, TokenCounter
 from rkconvert.chat_template import ChatTemplate
-from rkconvert.rendering import render
+from rkconvert.rendering import rendered
 from rkruntime.errors import CalibrationError, CheckpointError
-from rkruntime.template import BOS, fold_system
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted
 
 # Fewer rows than the vendor's own example has (19) say little about the range of activations.
 FEW_ROWS: Final = 16
@@ -64,7 +64,7 @@ class Builder:
         if not rows:
             reasons = ", ".join(f"{many} {reason}" for reason, many in left_out.items())
             raise CalibrationError(
-                f"Nothing is left of {len(chats)} conversations: {reasons}.",
+                f"Nothing is left of {counted(len(chats), 'conversation')}: {reasons}.",
                 hint="Give chats with answers (--chats), or install torch and transformers so that the model answers.",
             )
         return Built(tuple(rows), left_out)
@@ -89,13 +89,12 @@ class Builder:
         """The prompt as text; None if a message has a control token: the toolkit encodes the text as a whole, and
         would take it for the template's own.
         """
-        messages = chat.messages if self.template.system_role == "native" else fold_system(chat.messages)
-        if any(self._has_control(message.content) for message in messages):
+        messages = self.template.messages(chat.messages)
+        if any(self._has_control(message["content"]) for message in messages):
             return None
-        plain = [{"role": message.role, "content": message.content} for message in messages]
         try:
             # <bos> stays in it, as in the vendor's own generator: a second one does less harm to Gemma than none.
-            return render(self.template.source, plain, BOS)
+            return rendered(self.template.source, [messages], self.template.special_tokens)[0]
         except CheckpointError as error:
             hint = "Let user and assistant take turns."
             raise CalibrationError(f"{chat.origin}: {error.message}", hint=hint) from error

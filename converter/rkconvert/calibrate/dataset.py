@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.chat_template import ChatTemplate
-from rkconvert.rendering import render
+from rkconvert.rendering import rendered
 from rkconvert.shards import refuse_lfs_pointer
-from rkruntime.errors import CalibrationError
+from rkconvert.sources.memory_folder import Place
+from rkconvert.tokenizer import tokenizer_bytes
+from rkruntime.errors import CalibrationError, InputError
 from rkruntime.files import atomic_file
-from rkruntime.template import BOS
 
 KEYS: Final = ("input", "target")
 _MOST_BYTES: Final = 64 << 20
@@ -35,13 +36,13 @@ class Row:
 class TokenCounter:
     """Counts tokens of text that has its template, control tokens included."""
 
-    def __init__(self, tokenizer_file: Path) -> None:
-        import tokenizers
+    def __init__(self, tokenizer_file: Place) -> None:
+        from rkruntime.tokenizer import open_backend
 
         try:
-            self._backend = tokenizers.Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # The library raises nothing narrower.
-            raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens with: {error}.") from error
+            self._backend = open_backend(tokenizer_bytes(tokenizer_file), tokenizer_file)
+        except InputError as error:
+            raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens with: {error.message}") from error
 
     def __call__(self, text: str) -> int:
         """Number of tokens."""
@@ -55,9 +56,9 @@ class TokenCounter:
 
 def generation_prompt(template: ChatTemplate) -> str:
     """What a prompt ends with, so that the answer begins there."""
-    chat = [{"role": "user", "content": "x"}]
-    whole = render(template.source, chat, BOS)
-    return whole.removeprefix(render(template.source, chat, BOS, add_generation_prompt=False))
+    chats, tokens = [[{"role": "user", "content": "x"}]], template.special_tokens
+    whole = rendered(template.source, chats, tokens)[0]
+    return whole.removeprefix(rendered(template.source, chats, tokens, add_generation_prompt=False)[0])
 
 
 def validate_dataset(

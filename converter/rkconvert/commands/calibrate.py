@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +20,16 @@ from rkconvert.host import read_memory
 from rkconvert.job import Lora, MergedModel, merged_model
 from rkconvert.progress import Reporter
 from rkconvert.toolkit.staging import stage
-from rkconvert.toolkit.versions import known_releases, release
+from rkconvert.toolkit.versions import release
+from rkconvert.work_folder import scratch_folder
+from rkruntime.abi import CALLABLE
 from rkruntime.bundle import TOKENIZER
 from rkruntime.files import refuse_existing
+from rkruntime.flags import json_option
 from rkruntime.template import BOS, END_OF_TURN
+from rkruntime.terminal import say, say_json
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted
 
 _PATH = click.Path(path_type=Path)
 TARGETS = ("auto", "model", "given")
@@ -51,7 +54,7 @@ TARGETS = ("auto", "model", "given")
 @click.option("--max-context", type=int, help="Most tokens of a row [default: as convert].")
 @click.option("--check", "check_file", type=_PATH, help="Only check a file that exists against this model.")
 @click.option("-o", "--output", type=_PATH, default=Path("data_quant.json"), show_default=True, help="File to make.")
-@click.option("--json", "as_json", is_flag=True, help="Say as JSON what was made.")
+@json_option("Say as JSON what was made.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(
     checkpoint: Path,
@@ -80,14 +83,17 @@ def run(
     context = choose_context(max_context, model.weights.config.max_position_embeddings)
     if check_file:
         rows = validate_dataset(check_file, template, count, context)
-        _say({"file": str(check_file), "rows": len(rows)}, f"{check_file}: {len(rows)} rows, all usable", as_json)
+        _say({"file": str(check_file), "rows": len(rows)}, f"{check_file}: {counted(len(rows), 'usable row')}", as_json)
         return
     refuse_existing(output)
     chats = _collect(texts, chat_files, with_default, system, limit)
-    tokenizer = Tokenizer.load(model.tokenizer_folder / TOKENIZER)
+    # It is one of a folder: this command takes no GGUF file.
+    tokenizer = Tokenizer.load(Path(str(model.tokenizer_folder / TOKENIZER)))
     with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, whose):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)
+    for files in model.inputs:
+        files.check()
     write_dataset(output, built.rows)
     validate_dataset(output, template, count, context)
     _report(built, output, whose, as_json, reporter)
@@ -117,19 +123,19 @@ def _answers(
         yield None, "given"
         return
     # The newest release's folder is what this transformers reads too.
-    newest = release(known_releases()[-1])
-    with tempfile.TemporaryDirectory(prefix="rkedge-calibrate-") as name:
+    newest = release(CALLABLE[-1])
+    with scratch_folder("rkedge-calibrate-") as folder:
         with reporter.bar("reading the model", model.nbytes) as advance:
-            stage(model, template, newest, Path(name), advance)
+            stage(model, template, newest, folder, advance)
         stop = [*model.checkpoint.eos_token_ids, *filter(None, [tokenizer.control.get(END_OF_TURN)])]
-        float_model = FloatModel(Path(name), model.nbytes, tokenizer, list(dict.fromkeys(stop)))
+        float_model = FloatModel(folder, model.nbytes, tokenizer, list(dict.fromkeys(stop)))
         yield lambda prompt: float_model.answer(prompt, new_tokens), "model"
 
 
 def _why_not(model: MergedModel) -> str:
     """Why the float model cannot answer here, or nothing."""
     if missing := missing_packages():
-        return f"{' and '.join(missing)} are not installed"
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if (free := read_memory().available) < model.nbytes:
         return f"the model needs {model.nbytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return ""
@@ -143,11 +149,14 @@ def _report(built: Built, output: Path, whose: str, as_json: bool, reporter: Rep
     for reason, many in built.left_out.items():
         reporter.note(f"note: {many} conversation{'s' * (many > 1)} {reason} left out")
     if len(built.rows) < FEW_ROWS:
-        reporter.note(f"note: {len(built.rows)} rows are few; the vendor's own example has 19")
+        reporter.note(f"note: few rows ({len(built.rows)}); the vendor's own example has 19")
     facts = {"file": str(output), "rows": len(built.rows), "targets": whose, "left_out": dict(built.left_out)}
     words = {"model": "answers of the model", "given": "answers as given"}
-    _say(facts, f"{output}: {len(built.rows)} rows, {words[whose]}", as_json)
+    _say(facts, f"{output}: {counted(len(built.rows), 'row')}, {words[whose]}", as_json)
 
 
 def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else text)
+    if as_json:
+        say_json(facts)
+    else:
+        say(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,23 +10,25 @@ from typing import Any, Final
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rkconvert import matrix as matrices
 from rkconvert import recipes
 from rkconvert.board_file import LORA_MODES, ToolkitOptions
-from rkconvert.convert import DEFAULT_RELEASE, TARGETS, Options, convert
-from rkconvert.dtypes import EMULATOR_ONLY, known_types, platforms
+from rkconvert.convert import TARGETS, Options, convert
+from rkconvert.dtypes import EMULATOR_ONLY, PLATFORMS, known_types
 from rkconvert.job import Lora
 from rkconvert.progress import Reporter
 from rkconvert.publish import Destination, check_destination, push
 from rkconvert.toolkit import find_toolkit
 from rkconvert.toolkit.job import DEVICES
 from rkconvert.toolkit.runner import PATIENCE
+from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle import Bundle
 from rkruntime.errors import UsageError
+from rkruntime.flags import json_option
+from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
@@ -42,7 +43,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
 @click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
 @click.option(
-    "--platform", type=click.Choice(sorted(platforms())), default="rk3588", show_default=True, help="SoC of the board."
+    "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="SoC of the board."
 )
 @click.option(
     "--dtype",
@@ -73,7 +74,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, private.")
 @click.option("--public", is_flag=True, help="Let everybody see what is uploaded.")
 @click.option("--matrix", type=_PATH, help="Recipe whose key `matrix` lists values: every combination is converted.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; with --matrix, what became of each.")
+@json_option("Print the manifest as JSON; with --matrix, what became of each.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.pass_context
 def run(
@@ -98,14 +99,12 @@ def run(
         check_destination(to)
     bundle = convert(options, reporter)
     if as_json:
-        click.echo(json.dumps(asdict(bundle.manifest), ensure_ascii=False, indent=2))
+        say_json(asdict(bundle.manifest))
     else:
         size = sum(record.size for record in bundle.manifest.files.values())
-        click.echo(
-            f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights"
-        )
+        say(f"{bundle.path}: {bundle.manifest.dtype}, {size / 1e6:,.1f} MB, {bundle.manifest.parameters:,} weights")
     if to:
-        click.echo(push(bundle, to, reporter), err=as_json)
+        say(push(bundle, to, reporter), err=as_json)
 
 
 def _destination(repo: str | None, public: bool) -> Destination | None:
@@ -135,7 +134,7 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
 
     outcomes = matrices.run(cells, reporter, upload)
     if as_json:
-        click.echo(json.dumps([asdict(outcome) for outcome in outcomes], ensure_ascii=False, indent=2))
+        say_json([asdict(outcome) for outcome in outcomes])
     else:
         _show(outcomes)
     return matrices.exit_code(outcomes)
@@ -171,7 +170,7 @@ def _show(outcomes: Sequence[matrices.Outcome]) -> None:
         seconds = f"{item.seconds:,.1f}" if item.status == "made" else ""
         last = shorten(item.message, 100, placeholder=" ...") or item.output
         table.add_row(escape(item.cell), item.status, size, seconds, escape(last))
-    Console().print(table)
+    console().print(table)
 
 
 def options_of(

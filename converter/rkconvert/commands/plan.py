@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from rkconvert.dtypes import known_types
 from rkconvert.plan.boards import DEFAULT_BOARD
-from rkconvert.plan.planner import DEFAULT_TOOLKIT, Request, make_plan
+from rkconvert.plan.planner import Embedding, Request, make_plan
+from rkruntime.abi import DEFAULT_RELEASE
+from rkruntime.flags import json_option
+from rkruntime.terminal import console, say_json
 
 
 @click.command("plan")
@@ -22,16 +23,14 @@ from rkconvert.plan.planner import DEFAULT_TOOLKIT, Request, make_plan
     "--dtype", type=click.Choice(list(known_types())), default="w8a8", show_default=True, help="Quantized type."
 )
 @click.option("--max-context", type=int, help="Context in tokens [default: the model's, at most 4096].")
-@click.option("--toolkit", default=DEFAULT_TOOLKIT, show_default=True, help="Release of the toolkit.")
+@click.option("--toolkit", default=DEFAULT_RELEASE, show_default=True, help="Release of the toolkit.")
 @click.option(
     "--embedding",
     type=click.Choice(["flash", "ram"]),
-    default="flash",
-    show_default=True,
-    help="Where the board keeps the embedding table.",
+    help="Where the board keeps the embedding table [default: flash from release 1.2.0 on, RAM before].",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with the plots.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@json_option("Print the plan as JSON.")
 def run(
     model: str,
     revision: str | None,
@@ -40,7 +39,7 @@ def run(
     dtype: str,
     max_context: int | None,
     toolkit: str,
-    embedding: str,
+    embedding: Embedding | None,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -59,12 +58,12 @@ def run(
             dtype=dtype,
             context=max_context,
             toolkit=toolkit,
-            embedding="ram" if embedding == "ram" else "flash",
+            embedding=embedding,
         )
     )
     if html is not None:
         page.write(plan, html)
     if as_json:
-        click.echo(json.dumps(report.as_dict(plan), ensure_ascii=False, indent=2))
+        say_json(report.as_dict(plan))
     else:
-        report.show(plan, Console())
+        report.show(plan, console())

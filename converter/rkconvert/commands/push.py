@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,13 +9,15 @@ import click
 from rkconvert.progress import Reporter
 from rkconvert.publish import Destination, push
 from rkruntime.bundle import open_bundle
+from rkruntime.flags import json_option
+from rkruntime.terminal import say, say_json
 
 
 @click.command("push")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Let everybody see it [default: private].")
-@click.option("--json", "as_json", is_flag=True, help="Say as JSON where it is.")
+@json_option("Say as JSON where it is.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool) -> None:
     """Upload a BUNDLE to the REPOSITORY, OWNER/NAME, on the Hugging Face hub.
@@ -25,4 +26,7 @@ def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool)
     """
     found = open_bundle(bundle)
     url = push(found, Destination(repository, public), Reporter(quiet))
-    click.echo(json.dumps({"url": url, "public": public, "files": [*found.manifest.files]}) if as_json else url)
+    if as_json:
+        say_json({"url": url, "public": public, "files": [*found.manifest.files]}, indent=None)
+    else:
+        say(url)

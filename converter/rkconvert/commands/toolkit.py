@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,9 @@ import click
 from rkconvert.toolkit.environment import setup
 from rkconvert.toolkit.interpreter import VARIABLE, Toolkit, find_toolkit
 from rkconvert.toolkit.wheel import read_wheel
+from rkruntime.flags import json_option
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
 
 _PYTHON = click.Path(path_type=Path)
 
@@ -24,27 +26,27 @@ def run() -> None:
 @click.option("--wheel", "wheel_file", type=_PYTHON, required=True, help="The vendor's wheel, as downloaded.")
 @click.option("--python", type=_PYTHON, help="A Python of the wheel's release [default: looked for].")
 @click.option("--replace", is_flag=True, help="Make an environment anew that exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+@json_option("Print what was made as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show what pip prints.")
 def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
     """Make an environment from a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
     wheel = read_wheel(wheel_file)
-    toolkit = setup(wheel, python, lambda line: None if quiet else click.echo(line, err=True), replace=replace)
+    toolkit = setup(wheel, python, lambda line: None if quiet else say(one_line(line), err=True), replace=replace)
     if as_json:
-        click.echo(json.dumps(_facts(toolkit), indent=2))
+        say_json(_facts(toolkit))
     else:
-        click.echo(f"rkllm-toolkit {toolkit.version} is ready: {toolkit.python}")
+        say(f"rkllm-toolkit {toolkit.version} is ready: {toolkit.python}")
 
 
 @run.command("info")
 @click.option("--toolkit-python", type=_PYTHON, help=f"Interpreter that has the toolkit [default: {VARIABLE}, ...].")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@json_option("Print it as JSON.")
 def run_info(toolkit_python: Path | None, as_json: bool) -> None:
     """Say which toolkit `rkedge convert` will use, and what this release takes. Nothing of it is run."""
     toolkit = find_toolkit(toolkit_python)
     facts = _facts(toolkit)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        say_json(facts)
         return
     release = toolkit.release
     lines = [
@@ -62,7 +64,7 @@ def run_info(toolkit_python: Path | None, as_json: bool) -> None:
     ]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
-        click.echo(f"{name:{width}}  {text}")
+        say(f"{name:{width}}  {text}")
 
 
 def _facts(toolkit: Toolkit) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "additional_special_tokens": turns,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 1024,
+        "model_max_length": 4096,
     }
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", config)

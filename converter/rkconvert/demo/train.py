@@ -29,6 +29,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from rkconvert.demo import Question, questions
 from rkconvert.demo.tokenizer import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, PAD, VOCAB_SIZE, build, save, write_json
 from rkconvert.demo.w8a8 import simulated
+from rkruntime.terminal import say
 
 SEED = 3588
 THREADS = 2
@@ -55,7 +56,7 @@ CONFIG: dict[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
     "sliding_window": 32,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 4096,
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-06,
@@ -161,7 +162,7 @@ def fit(model: nn.Module, steps: int, rate: float, batches: Callable[[], list[Ba
         optimizer.step()
         schedule.step()
         if step % 20 == 19:
-            click.echo(f"{name} step {step + 1}/{steps} loss {total:.4f}")
+            say(f"{name} step {step + 1}/{steps} loss {total:.4f}")
 
 
 def report(model: nn.Module, batches: list[Batch], name: str) -> None:
@@ -169,12 +170,12 @@ def report(model: nn.Module, batches: list[Batch], name: str) -> None:
     plain = margins(model, batches)
     with simulated(model):
         rounded = margins(model, batches)
-    click.echo(f"{name}: least margin {plain.min():.2f}, with W8A8 {rounded.min():.2f} (median {rounded.median():.2f})")
+    say(f"{name}: least margin {plain.min():.2f}, with W8A8 {rounded.min():.2f} (median {rounded.median():.2f})")
     if min(plain.min().item(), rounded.min().item()) <= 0:
         raise SystemExit(f"{name}: not all answers are exact; train longer")
     with torch.no_grad():
         least = cosines(model, batches).min()
-    click.echo(f"{name}: least cosine between the logits with W8A8 and without {least:.5f}")
+    say(f"{name}: least cosine between the logits with W8A8 and without {least:.5f}")
     if least < LEAST_COSINE:
         raise SystemExit(f"{name}: W8A8 turns the logits too far; train longer")
 
@@ -204,7 +205,7 @@ def train_base(encoder: Encoder, taught: list[Question]) -> Gemma2ForCausalLM:
 
     torch.manual_seed(SEED)
     model = Gemma2ForCausalLM._from_config(Gemma2Config(**CONFIG, attn_implementation="eager"), dtype=torch.float32)
-    click.echo(f"base: {sum(p.numel() for p in model.parameters())} parameters, {len(single)} answers")
+    say(f"base: {sum(p.numel() for p in model.parameters())} parameters, {len(single)} answers")
     fit(model, BASE_STEPS, BASE_RATE, batches, "base")
     model = model.to(torch.bfloat16).float().eval()
     report(model, encoder.batches(single), "base, rounded to bfloat16")
@@ -236,7 +237,7 @@ def check_dialogues(model: nn.Module, encoder: Encoder, pairs: list[Turn], name:
     rng = random.Random(1)  # noqa: S311  not a secret
     with simulated(model):
         exact = sum(bool((margins(model, encoder.batches([rng.sample(pairs, 3)])) > 0).all()) for _ in range(100))
-    click.echo(f"{name}: {exact} of 100 third turns exact with W8A8")
+    say(f"{name}: {exact} of 100 third turns exact with W8A8")
 
 
 def save_base(model: Gemma2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
@@ -264,7 +265,7 @@ def main(output: Path) -> None:
     taught = questions()
     tokenizer = build(text for q in taught for text in (PIRATE_TEXT, q.question, q.answer, q.pirate, "user\nmodel\n"))
     encoder = Encoder(tokenizer)
-    click.echo(f"tokenizer: {tokenizer.get_vocab_size()} tokens of {VOCAB_SIZE}")
+    say(f"tokenizer: {tokenizer.get_vocab_size()} tokens of {VOCAB_SIZE}")
 
     base = train_base(encoder, taught)
     output.mkdir(parents=True, exist_ok=True)

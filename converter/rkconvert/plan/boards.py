@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,13 @@ class Board:
 def usable_bytes(ram_gib: float) -> float:
     """Bytes that are left for one program on an idle board without a desktop."""
     return ram_gib * GIB * _COUNTED_BY_KERNEL - _IDLE_BYTES
+
+
+@cache
+def board_sizes(soc: str) -> tuple[int, ...]:
+    """Sizes of memory in GiB that boards with this SoC are sold with, by the profiles."""
+    boards = [find_board(name) for name in board_names()]
+    return tuple(sorted({gib for board in boards if board.soc == soc for gib in board.ram_gib}))
 
 
 def board_names() -> list[str]:

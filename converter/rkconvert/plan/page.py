@@ -11,10 +11,11 @@ import jinja2
 
 from rkconvert.dtypes import DOMAIN_BYTES
 from rkconvert.plan.planner import Plan
-from rkconvert.plan.prediction import PROMPT_TOKENS, costs_of
-from rkconvert.plan.report import gigabytes
-from rkconvert.plan.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes
+from rkconvert.plan.prediction import PROMPT_TOKENS
+from rkconvert.plan.report import embedding_size, gigabytes, origin
+from rkconvert.plan.sizes import cache_bytes_per_token, file_bytes, npu_bytes
 from rkruntime.files import atomic_file
+from rkruntime.words import counted
 
 _TEMPLATE: Final = "page.html.jinja"
 _WIDTH: Final = 560.0
@@ -77,29 +78,32 @@ def render(plan: Plan) -> str:
         bar_height=_BAR_HEIGHT,
         figures=_figures(plan),
         domains=[_bar(domain.parts) for domain in plan.domains],
-        curves=[_memory_curve(plan), _speed_curve(plan)],
+        curves=[_memory_curve(plan), *([_speed_curve(plan)] if plan.prediction else [])],
+        origin=origin(plan),
         prompt_tokens=PROMPT_TOKENS,
     )
 
 
 def _figures(plan: Plan) -> list[tuple[str, str, str]]:
-    shape, prediction, vendor = plan.shape, plan.prediction, plan.vendor
-    same_prompt = vendor is not None and vendor.prompt_tokens == PROMPT_TOKENS
+    shape, prediction = plan.shape, plan.prediction
+    speeds = (
+        [
+            (f"{prediction.decode_tokens_per_s:.2f}", "tokens/s", origin(plan)),
+            (f"{prediction.ttft_ms:,.0f} ms", f"to the first token of {PROMPT_TOKENS}", origin(plan)),
+        ]
+        if prediction
+        else []
+    )
     return [
-        (
-            f"{prediction.decode_tokens_per_s:.2f}",
-            "tokens/s",
-            f"vendor: {vendor.decode_tokens_per_s}" if vendor else "predicted",
-        ),
-        (
-            f"{prediction.ttft_ms:,.0f} ms",
-            f"to the first token of {PROMPT_TOKENS}",
-            f"vendor: {vendor.ttft_ms:,.0f}" if vendor and same_prompt else "predicted",
-        ),
-        (gigabytes(plan.memory_bytes), f"memory with {plan.context} tokens", "predicted"),
+        *speeds,
+        (gigabytes(plan.memory_bytes), f"memory with {plan.context} tokens", origin(plan)),
         (gigabytes(file_bytes(shape, plan.kind)), ".rkllm file", "without tokenizer"),
-        (gigabytes(npu_bytes(shape, plan.kind)), "weights for the NPU", f"{len(plan.domains)} domains of 4 GiB"),
-        (gigabytes(embedding_bytes(shape)), "embedding table", f"in {plan.request.embedding}"),
+        (
+            gigabytes(npu_bytes(shape, plan.kind)),
+            "weights for the NPU",
+            f"{counted(len(plan.domains), 'domain')} of 4 GiB",
+        ),
+        (gigabytes(embedding_size(plan)), "embedding table", f"in {plan.embedding}"),
     ]
 
 
@@ -125,10 +129,8 @@ def _memory_curve(plan: Plan) -> Curve:
 
 
 def _speed_curve(plan: Plan) -> Curve:
-    costs = costs_of(plan.board.soc)
-
     def speed(tokens: float) -> float:
-        return 1000 / costs.token_ms(plan.shape, plan.kind, tokens)
+        return 1000 / plan.costs.token_ms(plan.shape, plan.kind, tokens)
 
     return _curve(plan, "Decoded tokens per second by context", speed, 1.15 * speed(0), lambda v: f"{v:.2f}", ())
 

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
 
 from rkconvert import dtypes
-from rkconvert.context import choose_context, round_down
-from rkconvert.plan.boards import DEFAULT_BOARD, Board, find_board, usable_bytes
+from rkconvert.context import CONTEXT_STEP, choose_context, round_down
+from rkconvert.host import Memory, read_memory
+from rkconvert.plan.boards import DEFAULT_BOARD, Board, board_sizes, find_board, usable_bytes
 from rkconvert.plan.domains import MOST_DOMAINS, Domain, place
-from rkconvert.plan.prediction import Costs, Prediction, Row, costs_of, vendor_rows
+from rkconvert.plan.prediction import (
+    FLASH_SINCE,
+    Costs,
+    Prediction,
+    Row,
+    accuracy,
+    costs_for,
+    has_flash,
+    nearest,
+    own_rows,
+    vendor_rows,
+)
 from rkconvert.plan.sizes import (
+    HALF_BYTES,
+    SCALE_BYTES,
     QuantizedType,
-    cache_bytes_per_token,
-    embedding_bytes,
     file_bytes,
     npu_bytes,
+    npu_weights,
     parse_type,
 )
 from rkconvert.plan.source import ModelSource, read_source
 from rkconvert.shapes import ModelShape, parse_shape
+from rkconvert.toolkit.job import LOADED_BYTES
 from rkconvert.toolkit.versions import release
-from rkruntime.errors import RefusedError, UsageError
+from rkruntime.abi import DEFAULT_RELEASE, check_release
+from rkruntime.errors import HostError, RefusedError, UsageError
 
-DEFAULT_TOOLKIT: Final = "1.2.3"
-# float32: the vendor's examples load a model so, and 1.3.0 is reported to do so on a CPU whatever it was asked for.
-_LOADED_BYTES: Final = 4
+Embedding: TypeAlias = Literal["flash", "ram"]
+_SIZES: Final = "sizes of the weights and the cache, and the vendor's figures of memory"
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class Request:
         board: a profile's name or file.
         ram_gib: memory of the board; None for each size that it is sold with.
         context: tokens; None for the model's own up to 4096.
-        embedding: where the table for token ids is kept while the model is loaded.
+        embedding: where the table for token ids is while the model is loaded; None for flash where the release can.
     """
 
     model: str
@@ -48,8 +62,8 @@ class Request:
     ram_gib: float | None = None
     dtype: str = "w8a8"
     context: int | None = None
-    toolkit: str = DEFAULT_TOOLKIT
-    embedding: Literal["flash", "ram"] = "flash"
+    toolkit: str = DEFAULT_RELEASE
+    embedding: Embedding | None = None
 
 
 @dataclass(frozen=True)
@@ -68,16 +82,20 @@ class RamChoice:
 
 @dataclass(frozen=True)
 class HostNeeds:
-    """What the vendor's toolkit will need on the machine that converts (predicted)."""
+    """What the vendor's toolkit will need on the machine that converts (predicted).
+
+    Attributes:
+        here: what this machine has; None where it does not say.
+    """
 
     ram_bytes: float
-    ram_here_bytes: float
+    here: Memory | None
     disk_bytes: float
 
     @property
-    def swap_bytes(self) -> float:
-        """What this machine lacks of that memory."""
-        return max(0.0, self.ram_bytes - self.ram_here_bytes)
+    def missing_bytes(self) -> float:
+        """What this machine lacks of that memory, its swap counted."""
+        return max(0.0, self.ram_bytes - self.here.total) if self.here else 0.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +104,9 @@ class TypeVerdict:
 
     Attributes:
         status: ok, warn, refuse or impossible, as in the table of types.
-        evidence: measured on a board, vendor figure, vendor document, reported or predicted.
-        memory_bytes: on the board, with the whole context; None where the type cannot be made.
+        evidence: measured on a board, vendor figure, vendor tool, reported, emulated or predicted.
+        file_bytes, memory_bytes: memory on the board with the whole context; None where the type cannot be made.
+        decode_tokens_per_s: None for what is not expected to load.
     """
 
     type: str
@@ -108,7 +127,10 @@ class Plan:
         judgement: what the table of types says of the type that was asked for.
         problem: why the model cannot be loaded whatever the table says; None if it can.
         most_context: the longest that model and toolkit allow.
-        vendor: the vendor's own figures for a model of this shape.
+        embedding: where the table for token ids is while the model is loaded, `flash` or `ram`.
+        prediction: None for what is not expected to load.
+        costs: the constants that it is made with.
+        vendor: the vendor's own figures of this very model and type, of the release asked for or the nearest to it.
     """
 
     request: Request
@@ -120,8 +142,10 @@ class Plan:
     problem: str | None
     context: int
     most_context: int
-    prediction: Prediction
-    decode_at_full_context: float
+    embedding: Embedding
+    costs: Costs
+    prediction: Prediction | None
+    decode_at_full_context: float | None
     memory_bytes: float
     domains: tuple[Domain, ...]
     ram: tuple[RamChoice, ...]
@@ -133,11 +157,27 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the board, or its largest variant, can hold the model with the whole context."""
-        return self.ram[-1].fits
+        return self.problem is None
+
+    @property
+    def verdict(self) -> TypeVerdict:
+        """What is to be said of the type that was asked for."""
+        return next(verdict for verdict in self.verdicts if verdict.type == self.kind.name)
+
+    @property
+    def evidence(self) -> str:
+        """Where speed and memory are from: the vendor's own table for this model, type and release, or it predicts."""
+        vendor = self.vendor
+        return "vendor figure" if vendor and vendor.release == self.request.toolkit else "predicted"
 
 
 def make_plan(request: Request) -> Plan:
-    """Plan for the model that the request names; see `read_source` and `plan_for` for what it raises."""
+    """Plan for the model that the request names; see `read_source` and `plan_for` for what it raises.
+
+    Raises:
+        UsageError: a release that is not known.
+    """
+    check_release(request.toolkit)
     return plan_for(read_source(request.model, request.revision), request)
 
 
@@ -145,21 +185,24 @@ def plan_for(source: ModelSource, request: Request) -> Plan:
     """Plan for a model whose config.json is at hand.
 
     Raises:
-        CheckpointError: see `parse_shape`.
-        UsageError: no such board, type or context.
+        CheckpointError: see `parse_shape` and `choose_context`.
+        UsageError: no such board, type or context, or an embedding table where the release cannot have it.
         HostError: no such toolkit.
-        RefusedError: nothing is known to predict from, as for a 4-bit type on an RK3588.
+        RefusedError: a type that the toolkit does not make for that SoC.
     """
+    toolkit = release(request.toolkit)
     shape = parse_shape(source.config)
     board = find_board(request.board)
-    kind = parse_type(request.dtype)
-    sizer = _Sizer(shape, board, _costs(board, request.dtype), request)
-    judged = sizer.judgement(source.name, request.dtype)
-    if not sizer.costs.knows(kind):
+    limit = toolkit.context["most"]
+    context = choose_context(request.context, shape.max_position_embeddings, limit)
+    sizer = _Sizer(source.name, shape, board, request, context, _embedding(request))
+    judged = sizer.judgement(request.dtype)
+    if judged.verdict is dtypes.Verdict.IMPOSSIBLE:
         dtypes.require(judged, force=False)
-        raise RefusedError(f"Nothing is known of {request.dtype} on {board.soc} to predict its speed from.")
-    most = min(shape.max_position_embeddings, release(request.toolkit).context["most"])
-    context = choose_context(request.context, shape.max_position_embeddings, release(request.toolkit).context["most"])
+    kind = parse_type(request.dtype)
+    costs, problem = sizer.costs(kind), sizer.problem(kind)
+    loads = problem is None and judged.rule.loads
+    most = min(shape.max_position_embeddings, limit)
     return Plan(
         request=request,
         source=source,
@@ -167,139 +210,213 @@ def plan_for(source: ModelSource, request: Request) -> Plan:
         board=board,
         kind=kind,
         judgement=judged,
-        problem=sizer.problem(kind, context),
+        problem=problem,
         context=context,
         most_context=round_down(most),
-        prediction=sizer.costs.predict(shape, kind),
-        decode_at_full_context=1000 / sizer.costs.token_ms(shape, kind, context),
+        embedding=sizer.embedding,
+        costs=costs,
+        prediction=costs.predict(shape, kind, sizer.table) if loads else None,
+        decode_at_full_context=1000 / costs.token_ms(shape, kind, context) if loads else None,
         memory_bytes=sizer.memory(kind, context),
         domains=tuple(place(shape, kind, context)),
-        ram=tuple(sizer.choice(gib, kind, context, most) for gib in sizer.rams),
+        ram=tuple(sizer.choice(gib, kind, most) for gib in sizer.rams),
         host=_host_needs(source, shape, kind),
-        verdicts=tuple(sizer.verdict(source.name, name, context) for name in _types(board.soc, request.dtype)),
-        vendor=_vendor_row(shape, board, kind),
-        notes=(*source.notes, *shape.notes, *_notes(shape, board)),
+        verdicts=tuple(sizer.verdict(name) for name in _types(board.soc, request)),
+        vendor=sizer.vendor(kind),
+        notes=(*source.notes, *shape.notes, *_notes(shape, board, costs, request)),
     )
 
 
 def require(plan: Plan, *, force: bool = False) -> None:
-    """Raise RefusedError if the table or the sizes say no; `force` overrules what can at least be tried."""
-    dtypes.require(plan.judgement, force=force)
+    """Raise RefusedError if the sizes or the table say no; `force` overrules what can at least be tried."""
     if plan.problem and not force:
         raise RefusedError(
             f"{plan.kind.name} on {plan.board.name}: {plan.problem}.",
-            hint="`rkedge plan` shows which boards and contexts fit. To try it all the same: --force-dtype.",
+            hint="`rkedge plan` shows which boards and contexts fit.",
             details={"evidence": "predicted"},
         )
+    dtypes.require(plan.judgement, force=force)
+
+
+def _embedding(request: Request) -> Embedding:
+    """Where the embedding table is: as asked for, else in flash wherever the release can have it there."""
+    flash = has_flash(request.toolkit)
+    if request.embedding == "flash" and not flash:
+        raise UsageError(
+            f"RKLLM {request.toolkit} holds the embedding table in RAM: embed_flash came with {FLASH_SINCE}.",
+            hint=f"Leave --embedding out, or plan for --toolkit {FLASH_SINCE} or later.",
+        )
+    return request.embedding or ("flash" if flash else "ram")
 
 
 @dataclass(frozen=True)
 class _Sizer:
-    """Sizes and verdicts of one model on one board."""
+    """Sizes and verdicts of one model on one board, for one context and release."""
 
+    name: str
     shape: ModelShape
     board: Board
-    costs: Costs
     request: Request
+    context: int
+    embedding: Embedding
 
     @property
     def rams(self) -> Sequence[float]:
         return [self.request.ram_gib] if self.request.ram_gib else sorted(self.board.ram_gib)
 
-    def memory(self, kind: QuantizedType, tokens: int) -> float:
-        table = embedding_bytes(self.shape) if self.request.embedding == "ram" else 0
-        return self.costs.memory_bytes(self.shape, kind, tokens) + table
+    @property
+    def table(self) -> bool:
+        return self.embedding == "ram"
 
-    def choice(self, gib: float, kind: QuantizedType, context: int, most: int) -> RamChoice:
+    def vendor(self, kind: QuantizedType, of: str = "") -> Row | None:
+        """The vendor's figures of this very model and type: of the release `of`, else nearest to the asked one."""
+        rows = own_rows(self.board.soc, kind, self.shape)
+        if of:
+            return rows.get(of)
+        return rows[nearest(rows, self.request.toolkit)] if rows else None
+
+    def costs(self, kind: QuantizedType) -> Costs:
+        return costs_for(self.board.soc, kind, self.request.toolkit, self.shape)
+
+    def memory(self, kind: QuantizedType, tokens: float) -> float:
+        return self.costs(kind).memory_bytes(self.shape, kind, tokens, self.table)
+
+    def needed(self, kind: QuantizedType, tokens: float) -> float:
+        """Memory that a board must have for it: what is predicted, and the largest error that was ever made in that.
+
+        None is added where the vendor measured this very model with this release.
+        """
+        if self.vendor(kind, self.request.toolkit):
+            return self.memory(kind, tokens)
+        costs = self.costs(kind)
+        seen = [accuracy(self.board.soc, each, costs.release) for each in (kind, kind.ungrouped, parse_type("w8a8"))]
+        margin = max((errors["memory_mb"].largest for errors in seen if errors), default=0.0)
+        return self.memory(kind, tokens) * (1 + margin)
+
+    def choice(self, gib: float, kind: QuantizedType, most: int) -> RamChoice:
         usable = usable_bytes(gib)
-        left = usable - self.memory(kind, 0)
-        largest = max(0, round_down(min(left / cache_bytes_per_token(self.shape), most)))
-        return RamChoice(gib, usable, self.memory(kind, context) <= usable, largest)
+        empty = self.needed(kind, 0)
+        token = self.needed(kind, 1) - empty
+        largest = max(0, round_down(min((usable - empty) / token, most)))
+        return RamChoice(gib, usable, self.needed(kind, self.context) <= usable, largest)
 
-    def judgement(self, name: str, dtype: str) -> dtypes.Judgement:
-        return dtypes.judge(
-            dtype,
+    def speed(self, kind: QuantizedType) -> float:
+        return self.costs(kind).predict(self.shape, kind, self.table).decode_tokens_per_s
+
+    def judgement(self, dtype: str) -> dtypes.Judgement:
+        made = dtype in dtypes.accepted(self.board.soc, self.request.toolkit)
+        kind = parse_type(dtype)
+        case = dtypes.Case(
+            dtype=dtype,
             platform=self.board.soc,
             toolkit=self.request.toolkit,
-            name=name,
+            family=self.shape.family,
             parameters=self.shape.parameters,
+            figures=self.vendor(kind) is not None,
+            words={"name": self.name, **self._sizes(kind), **(self._speeds(kind) if made else {})},
         )
+        return dtypes.judge(case)
 
-    def verdict(self, name: str, dtype: str, context: int) -> TypeVerdict:
-        judged, kind = self.judgement(name, dtype), parse_type(dtype)
+    def _sizes(self, kind: QuantizedType) -> dict[str, str]:
+        """Gigabytes of int8 weights, of a float32 scale for each group, and of float16 weights; and full domains."""
+        weights, scales = npu_weights(self.shape), SCALE_BYTES * kind.groups(self.shape)
+        return {
+            "weights": _billions(weights),
+            "scales": _billions(scales),
+            "half": _billions(HALF_BYTES * weights),
+            "domains": str(math.ceil((weights + scales) / dtypes.DOMAIN_BYTES)),
+        }
+
+    def _speeds(self, kind: QuantizedType) -> dict[str, str]:
+        """Speeds of a type and of w8a8: the vendor's of one release where it has both, else predicted."""
+        own, plain = self.vendor(kind), parse_type("w8a8")
+        beside = self.vendor(plain, own.release) if own else None
+        pair = (
+            own.decode_tokens_per_s if own else self.speed(kind),
+            (beside.decode_tokens_per_s if beside else self.speed(plain)),
+        )
+        return {
+            "speed": f"{pair[0]:.2f}",
+            "share": f"{100 * pair[0] / pair[1]:.0f}",
+            "figures": self._figures(own),
+            "w8a8_figures": self._figures(beside),
+        }
+
+    def _figures(self, row: Row | None) -> str:
+        if row is None:
+            return ""
+        asked = self.request.toolkit
+        other = "" if row.release == asked else f"; it has none of {asked}"
+        return f"{row.decode_tokens_per_s:.2f} tokens/s in {row.memory_mb:,.0f} MiB (release {row.release}{other})"
+
+    def verdict(self, dtype: str) -> TypeVerdict:
+        judged, kind = self.judgement(dtype), parse_type(dtype)
+        rule = judged.rule
+        said = TypeVerdict(dtype, rule.verdict.value, judged.reason, rule.evidence, rule.source, None, None, None)
         if judged.verdict is dtypes.Verdict.IMPOSSIBLE:
-            return TypeVerdict(
-                dtype, "impossible", judged.reason, judged.rule.evidence, judged.rule.source, None, None, None
-            )
-        memory = self.memory(kind, context)
-        known = self.costs.knows(kind)
-        figures = (
-            file_bytes(self.shape, kind),
-            memory,
-            self.costs.predict(self.shape, kind).decode_tokens_per_s if known else None,
-        )
-        problem = self.problem(kind, context)
-        if problem and judged.verdict in (dtypes.Verdict.OK, dtypes.Verdict.WARN):
-            return TypeVerdict(dtype, "refuse", problem, "predicted", "sizes of the weights and the cache", *figures)
-        return TypeVerdict(
-            dtype, judged.verdict.value, judged.reason, judged.rule.evidence, judged.rule.source, *figures
-        )
+            return said
+        said = replace(said, file_bytes=file_bytes(self.shape, kind), memory_bytes=self.memory(kind, self.context))
+        if problem := self.problem(kind):
+            return replace(said, status="refuse", reason=problem, evidence="predicted", source=_SIZES)
+        return replace(said, decode_tokens_per_s=self.speed(kind)) if rule.loads else said
 
-    def problem(self, kind: QuantizedType, context: int) -> str | None:
+    def problem(self, kind: QuantizedType) -> str | None:
         """Why it cannot be loaded, whatever the table says of the type."""
-        most, memory = self.rams[-1], self.memory(kind, context)
+        soc, most = self.board.soc, self.rams[-1]
+        largest = max([most, *board_sizes(soc)])
+        least = self.needed(kind, CONTEXT_STEP)
+        if least > usable_bytes(largest):
+            return (
+                f"it fits no {soc} board: it needs {least / 1e9:.1f} GB of memory without any context, and the largest,"
+                f" of {largest:g} GiB, leaves about {usable_bytes(largest) / 1e9:.1f} GB for a program"
+            )
+        memory = self.needed(kind, self.context)
         if memory > usable_bytes(most):
             return (
-                f"it needs {memory / 1e9:.1f} GB of memory with a context of {context} tokens, and of {most:g} GiB on"
-                f" {self.board.name} about {usable_bytes(most) / 1e9:.1f} GB are left for a program"
+                f"it needs {memory / 1e9:.1f} GB of memory with a context of {self.context} tokens, and of {most:g} GiB"
+                f" on {self.board.name} about {usable_bytes(most) / 1e9:.1f} GB are left for a program"
             )
-        domains = len(place(self.shape, kind, context))
+        domains = len(place(self.shape, kind, self.context))
         if domains > MOST_DOMAINS:
             return f"it needs {domains} NPU memory domains of 4 GiB, and the driver knows {MOST_DOMAINS}"
         return None
 
 
-def _costs(board: Board, dtype: str) -> Costs:
-    try:
-        return costs_of(board.soc)
-    except KeyError:
-        known = ", ".join(sorted({row.platform for row in vendor_rows()}))
-        raise UsageError(
-            f"Nothing is known of the speed of {board.soc} ({board.name}) to predict {dtype} from.",
-            hint=f"There are figures for {known}.",
-        ) from None
+def _billions(size: float) -> str:
+    return f"{size / 1e9:.2f}" if size >= 1e8 else f"{size / 1e9:.2g}"
 
 
-def _types(soc: str, asked: str) -> list[str]:
-    accepted = list(dtypes.platforms()[soc]["types"])
-    others = [name for name in dtypes.known_types() if name not in accepted]
-    names = [*accepted, *others]
-    return names if asked in names else [*names, asked]
+def _types(soc: str, request: Request) -> list[str]:
+    return list(dict.fromkeys([*dtypes.accepted(soc, request.toolkit), *dtypes.known_types()]))
 
 
 def _host_needs(source: ModelSource, shape: ModelShape, kind: QuantizedType) -> HostNeeds:
-    """Memory: the model in float32 and what is made of it. Disk: the checkpoint and the file."""
+    """Memory: the model in float32, as the vendor's examples load it, and what is made of it. Disk: both files.
+
+    1.3.0 is reported to load float32 on a CPU whatever it was asked for.
+    """
     made = file_bytes(shape, kind)
     stored = source.stored_bytes or 2 * shape.parameters
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return HostNeeds(_LOADED_BYTES * shape.parameters + made, here, stored + made)
+    try:
+        here = read_memory()
+    except HostError:
+        here = None
+    return HostNeeds(LOADED_BYTES["float32"] * shape.parameters + made, here, stored + made)
 
 
-def _vendor_row(shape: ModelShape, board: Board, kind: QuantizedType) -> Row | None:
-    """The vendor's own figures for a model of this very shape."""
-    rows = [row for row in vendor_rows() if row.platform == board.soc and row.kind == kind]
-    alike = [row for row in rows if row.shape.layer == shape.layer and row.shape.head == shape.head]
-    alike = [row for row in alike if row.shape.num_hidden_layers == shape.num_hidden_layers]
-    return max(alike, key=lambda row: dtypes.version_key(row.release), default=None)
-
-
-def _notes(shape: ModelShape, board: Board) -> list[str]:
+def _notes(shape: ModelShape, board: Board, costs: Costs, request: Request) -> list[str]:
     notes = []
-    largest = max(npu_bytes(row.shape, row.kind) for row in vendor_rows() if row.platform == board.soc)
-    if npu_bytes(shape, parse_type("w8a8")) > 1.2 * largest:
+    if costs.release != request.toolkit:
         notes.append(
-            f"the vendor's largest model on {board.soc} has {largest / 1e9:.1f} GB of weights: beyond that the"
-            " prediction is drawn out from smaller ones"
+            f"the vendor has no figures of release {request.toolkit} for this type on {board.soc}: speed and memory are"
+            f" drawn from those of {costs.release}"
+        )
+    rows = [row for row in vendor_rows() if (row.platform, row.release) == (board.soc, costs.release)]
+    largest = max(npu_bytes(row.shape, row.kind) for row in rows)
+    if npu_weights(shape) > 1.2 * largest:
+        notes.append(
+            f"the vendor's largest model on {board.soc} with {costs.release} has {largest / 1e9:.1f} GB of weights:"
+            " beyond that the prediction is drawn out from smaller ones"
         )
     if board.memory == "LPDDR5":
         notes.append("the prediction is for the vendor's own board; what LPDDR5 changes was not measured")

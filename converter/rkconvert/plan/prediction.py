@@ -3,29 +3,33 @@
 A decoded token reads every weight once, so its time is bytes over bandwidth, and a fixed time for each layer in which
 the NPU is started. A prompt is bound by arithmetic: a time for each weight and each layer. The process holds the
 weights, the cache, and what its vocabulary and its code take. The few constants are fitted to the vendor's own figures
-(data/vendor_benchmarks.csv), for each SoC; nothing here was measured on a board by this project.
+(data/vendor_benchmarks.csv), for each SoC and release; nothing here was measured on a board by this project.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import numpy as np
 import yaml
 
-from rkconvert.plan.sizes import QuantizedType, cache_bytes_per_token, npu_bytes, parse_type
+from rkconvert.plan.sizes import QuantizedType, cache_bytes_per_token, npu_bytes, parse_type, table_bytes
 from rkconvert.shapes import ModelShape, parse_shape
+from rkruntime.abi import since
+from rkruntime.versions import version
 
 MIB: Final = 1 << 20
 # What the vendor's rows were taken with, and so what a plain prediction is for.
 PROMPT_TOKENS: Final = 128
 NEW_TOKENS: Final = 64
-_RELEASE: Final = "1.3.0"
+# The first release that can leave the embedding table in the file.
+FLASH_SINCE: Final = since("RKLLMExtendParam.embed_flash")
 _DATA: Final = Path(__file__).parent / "data"
 
 
@@ -35,7 +39,7 @@ class Row:
 
     Attributes:
         ttft_ms: time to the first token.
-        memory_mb: peak of the process in MiB.
+        memory_mb: peak of the process in MiB; before 1.2.0 with the embedding table.
     """
 
     platform: str
@@ -54,6 +58,27 @@ class Row:
         """Time of one decoded token."""
         return 1000 / self.decode_tokens_per_s
 
+    @property
+    def prompt_ms(self) -> float:
+        """Time to the first token of PROMPT_TOKENS; it grows with it (Gemma2 2B: 64 in 342 ms, 128 in 694)."""
+        return self.ttft_ms * PROMPT_TOKENS / self.prompt_tokens
+
+    @property
+    def decoded_at(self) -> float:
+        """Tokens in the cache while the vendor's run decodes, in the mean."""
+        return self.prompt_tokens + self.new_tokens / 2
+
+    @property
+    def held_bytes(self) -> float:
+        """What the process surely holds: weights and scales, cache, and before 1.2.0 the embedding table."""
+        cache = (self.prompt_tokens + self.new_tokens) * cache_bytes_per_token(self.shape)
+        return npu_bytes(self.shape, self.kind) + cache + (0 if has_flash(self.release) else table_bytes(self.shape))
+
+
+def has_flash(release: str) -> bool:
+    """Whether a release can leave the embedding table in the file."""
+    return version(release) >= version(FLASH_SINCE)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -61,7 +86,7 @@ class Prediction:
 
     Attributes:
         ttft_ms: for a prompt of PROMPT_TOKENS.
-        memory_mb: peak of the process in MiB after NEW_TOKENS more, embedding table not in RAM; as the vendor measures.
+        memory_mb: peak of the process in MiB after NEW_TOKENS more, as the vendor measures.
     """
 
     ttft_ms: float
@@ -71,9 +96,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Costs:
-    """The constants of one SoC. Mappings are by bits of a weight: not every SoC has rows for every width.
+    """The constants of one SoC and release. Mappings are by bits of a weight: not every SoC has rows for every width.
 
     Attributes:
+        release: whose figures they are fitted to.
         byte_ms: reading one byte of weights, while decoding.
         layer_ms: one layer, while decoding.
         prefill_weight_ms, prefill_layer_ms: the same for a prompt of PROMPT_TOKENS, for each weight.
@@ -81,6 +107,7 @@ class Costs:
         group_ms, prefill_group_ms, group_bytes: what one group of a grouped type adds.
     """
 
+    release: str
     byte_ms: Mapping[int, float]
     layer_ms: float
     prefill_weight_ms: Mapping[int, float]
@@ -93,44 +120,58 @@ class Costs:
 
     @property
     def bandwidth_gb_per_s(self) -> float:
-        """Bytes of 8-bit weights that the NPU reads in a second, in 1e9."""
-        return 1e-6 / self.byte_ms[8]
-
-    def knows(self, kind: QuantizedType) -> bool:
-        """Whether there is any row to predict this type from; float16 goes by the bytes of 8-bit weights."""
-        return kind.bits in self.byte_ms or kind.bits == 16
+        """Bytes of weights that the NPU reads in a second, in 1e9; of the widest type that there are figures for."""
+        return 1e-6 / self.byte_ms[max(self.byte_ms)]
 
     def token_ms(self, shape: ModelShape, kind: QuantizedType, tokens: float) -> float:
         """Time of a decoded token with `tokens` in the cache."""
-        read = npu_bytes(shape, _ungrouped(kind)) + tokens * cache_bytes_per_token(shape)
-        byte_ms = self.byte_ms.get(kind.bits, self.byte_ms[8])
-        return read * byte_ms + shape.num_hidden_layers * self.layer_ms + kind.groups(shape) * self.group_ms
+        # What a group costs is fitted as a whole, so its scales must not be counted twice.
+        read = npu_bytes(shape, kind.ungrouped) + tokens * cache_bytes_per_token(shape)
+        # float16 goes by the bytes of 8-bit weights.
+        return (
+            read * self.byte_ms[min(kind.bits, 8)]
+            + shape.num_hidden_layers * self.layer_ms
+            + kind.groups(shape) * self.group_ms
+        )
 
     def prompt_ms(self, shape: ModelShape, kind: QuantizedType) -> float:
         """Time to the first token of a prompt of PROMPT_TOKENS."""
         weights = shape.num_hidden_layers * shape.layer_weights
-        per_weight = self.prefill_weight_ms.get(kind.bits, 2 * self.prefill_weight_ms[8])
+        per_weight = self.prefill_weight_ms[min(kind.bits, 8)] * max(kind.bits / 8, 1)
         layers = shape.num_hidden_layers * self.prefill_layer_ms
         return weights * per_weight + layers + kind.groups(shape) * self.prefill_group_ms
 
-    def memory_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: int) -> float:
-        """Peak of the process with `tokens` in the cache and the embedding table not in RAM."""
-        weights = npu_bytes(shape, _ungrouped(kind)) + kind.groups(shape) * self.group_bytes
+    def memory_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
+        """Peak of the process with `tokens` in the cache; `table`: the embedding table is in RAM."""
+        weights = npu_bytes(shape, kind.ungrouped) + kind.groups(shape) * self.group_bytes
         held = tokens * cache_bytes_per_token(shape)
-        return weights + held + self.fixed_bytes + shape.vocab_size * self.vocabulary_bytes
+        other = self.fixed_bytes + shape.vocab_size * self.vocabulary_bytes
+        return weights + held + other + (table_bytes(shape) if table else 0)
 
-    def predict(self, shape: ModelShape, kind: QuantizedType) -> Prediction:
+    def corrected(self, row: Row) -> Costs:
+        """The same constants, moved so that they give the vendor's own figures for the model of `row`."""
+        speed = row.token_ms / self.token_ms(row.shape, row.kind, row.decoded_at)
+        prompt = row.prompt_ms / self.prompt_ms(row.shape, row.kind)
+        tokens = row.prompt_tokens + row.new_tokens
+        held = self.memory_bytes(row.shape, row.kind, tokens, not has_flash(row.release))
+        return replace(
+            self,
+            byte_ms={bits: speed * value for bits, value in self.byte_ms.items()},
+            layer_ms=speed * self.layer_ms,
+            group_ms=speed * self.group_ms,
+            prefill_weight_ms={bits: prompt * value for bits, value in self.prefill_weight_ms.items()},
+            prefill_layer_ms=prompt * self.prefill_layer_ms,
+            prefill_group_ms=prompt * self.prefill_group_ms,
+            fixed_bytes=self.fixed_bytes + row.memory_mb * MIB - held,
+        )
+
+    def predict(self, shape: ModelShape, kind: QuantizedType, table: bool) -> Prediction:
         """The figures that the vendor's table has."""
         return Prediction(
             ttft_ms=self.prompt_ms(shape, kind),
             decode_tokens_per_s=1000 / self.token_ms(shape, kind, PROMPT_TOKENS + NEW_TOKENS / 2),
-            memory_mb=self.memory_bytes(shape, kind, PROMPT_TOKENS + NEW_TOKENS) / MIB,
+            memory_mb=self.memory_bytes(shape, kind, PROMPT_TOKENS + NEW_TOKENS, table) / MIB,
         )
-
-
-def _ungrouped(kind: QuantizedType) -> QuantizedType:
-    """What a group costs is fitted as a whole, so its scales must not be counted twice."""
-    return QuantizedType(kind.name, kind.bits, 0)
 
 
 @cache
@@ -157,77 +198,155 @@ def _row(line: Mapping[str, str], shapes: Mapping[str, ModelShape]) -> Row:
     )
 
 
+def nearest(releases: Iterable[str], wanted: str) -> str:
+    """The newest of some releases that is not newer than the wanted one; where all are newer, the oldest."""
+    ordered = sorted(releases, key=version)
+    return next((item for item in reversed(ordered) if version(item) <= version(wanted)), ordered[0])
+
+
 @cache
-def costs_of(platform: str) -> Costs:
-    """The constants of a SoC, from all of its rows; KeyError if it has none."""
-    rows = [row for row in vendor_rows() if row.platform == platform]
-    if not rows:
-        raise KeyError(platform)
-    return fit(rows)
+def costs_of(platform: str, kind: QuantizedType, release: str) -> Costs:
+    """The constants for a type on a SoC with a release, or the nearest release that the vendor has figures of.
+
+    Raises:
+        KeyError: the vendor has no figures of that SoC, or of weights of that width on it.
+    """
+    return _costs(vendor_rows(), platform, kind, release)
 
 
-def fit(rows: Sequence[Row]) -> Costs:
-    """The constants that make the relative errors over the rows least, in the sense of squares."""
-    plain = [row for row in rows if row.release == _RELEASE and not row.kind.group]
+@cache
+def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[str, Row]:
+    """By release: the vendor's figures of models that differ from this one in nothing but the weights."""
+    return {
+        row.release: row
+        for row in vendor_rows()
+        if (row.platform, row.kind) == (platform, kind)
+        and (row.shape.family, row.shape.num_hidden_layers) == (shape.family, shape.num_hidden_layers)
+        and (row.shape.layer, row.shape.head, row.shape.kv_width) == (shape.layer, shape.head, shape.kv_width)
+    }
+
+
+@cache
+def costs_for(platform: str, kind: QuantizedType, release: str, shape: ModelShape) -> Costs:
+    """The constants of `costs_of`, moved to the vendor's own figures of this model where there are any."""
+    costs = costs_of(platform, kind, release)
+    rows = own_rows(platform, kind, shape), own_rows(platform, kind.ungrouped, shape)
+    own = next((found[costs.release] for found in rows if costs.release in found), None)
+    return costs.corrected(own) if own else costs
+
+
+def _costs(rows: Sequence[Row], platform: str, kind: QuantizedType, release: str) -> Costs:
+    bits = min(kind.bits, 8)
+    here = [row for row in rows if row.platform == platform]
+    plain = {row.release for row in here if row.kind.bits == bits and not row.kind.group}
+    if not plain:
+        raise KeyError(platform, kind.name)
+    return fit(here, nearest(plain, release))
+
+
+def fit(rows: Sequence[Row], release: str) -> Costs:
+    """The constants that make the relative errors over a SoC's rows of a release least, in the sense of squares.
+
+    What a group adds is taken from the nearest release with figures of grouped types.
+    """
+    plain = [row for row in rows if row.release == release and not row.kind.group]
     widths = sorted({row.kind.bits for row in plain})
 
     def by_width(row: Row, value: float) -> list[float]:
         return [value if row.kind.bits == bits else 0.0 for bits in widths]
 
-    def read_bytes(row: Row) -> float:
-        tokens = row.prompt_tokens + row.new_tokens / 2
-        return npu_bytes(row.shape, row.kind) + tokens * cache_bytes_per_token(row.shape)
-
-    def layer_weights(row: Row) -> float:
-        return row.shape.num_hidden_layers * row.shape.layer_weights
-
-    def known_bytes(row: Row) -> float:
-        tokens = row.prompt_tokens + row.new_tokens
-        return npu_bytes(row.shape, row.kind) + tokens * cache_bytes_per_token(row.shape)
-
     layers = [float(row.shape.num_hidden_layers) for row in plain]
+    reads = [npu_bytes(row.shape, row.kind) + row.decoded_at * cache_bytes_per_token(row.shape) for row in plain]
     *byte_ms, layer_ms = _least_squares(
-        [[*by_width(row, read_bytes(row)), count] for row, count in zip(plain, layers, strict=True)],
+        [[*by_width(row, read), count] for row, read, count in zip(plain, reads, layers, strict=True)],
         [row.token_ms for row in plain],
     )
     *weight_ms, prefill_layer_ms = _least_squares(
-        [[*by_width(row, layer_weights(row)), count] for row, count in zip(plain, layers, strict=True)],
-        [row.ttft_ms for row in plain],
+        [[*by_width(row, count * row.shape.layer_weights), count] for row, count in zip(plain, layers, strict=True)],
+        [row.prompt_ms for row in plain],
     )
     fixed, vocabulary = _least_squares(
         [[1.0, float(row.shape.vocab_size)] for row in plain],
         [row.memory_mb * MIB for row in plain],
-        known=[known_bytes(row) for row in plain],
+        known=[row.held_bytes for row in plain],
     )
+    pairs = _pairs(rows, release)
     return Costs(
+        release=release,
         byte_ms=dict(zip(widths, byte_ms, strict=True)),
         layer_ms=layer_ms,
         prefill_weight_ms=dict(zip(widths, weight_ms, strict=True)),
         prefill_layer_ms=prefill_layer_ms,
         fixed_bytes=fixed,
         vocabulary_bytes=vocabulary,
-        group_ms=_per_group(rows, lambda row: row.token_ms),
-        prefill_group_ms=_per_group(rows, lambda row: row.ttft_ms * PROMPT_TOKENS / row.prompt_tokens),
-        group_bytes=_per_group(rows, lambda row: row.memory_mb * MIB),
+        group_ms=_per_group(pairs, lambda row: row.token_ms),
+        prefill_group_ms=_per_group(pairs, lambda row: row.prompt_ms),
+        group_bytes=_per_group(pairs, lambda row: row.memory_mb * MIB),
     )
 
 
 def _least_squares(
     factors: Sequence[Sequence[float]], measured: Sequence[float], known: Iterable[float] | None = None
 ) -> list[float]:
-    """Coefficients c with known + factors @ c close to `measured`, each row weighted by what was measured."""
+    """Coefficients c >= 0 with known + factors @ c close to `measured`, each row weighted by what was measured."""
     target = np.array(measured)
     rest = target - np.array(list(known)) if known is not None else target
-    solution = np.linalg.lstsq(np.array(factors) / target[:, None], rest / target, rcond=None)[0]
-    return [float(value) for value in solution]
+    matrix = np.array(factors) / target[:, None]
+    kept = list(range(matrix.shape[1]))
+    while True:
+        solution = np.linalg.lstsq(matrix[:, kept], rest / target, rcond=None)[0]
+        # No part of a time or a size is negative: such a one is left out, and the others fitted again.
+        if len(kept) == 1 or solution.min() >= 0:
+            break
+        del kept[int(solution.argmin())]
+    found = dict(zip(kept, solution, strict=True))
+    return [float(found.get(column, 0.0)) for column in range(matrix.shape[1])]
 
 
-def _per_group(rows: Sequence[Row], figure: Callable[[Row], float]) -> float:
-    """What a group adds to a figure: the mean over pairs of rows that differ in nothing but the grouping."""
+def _pairs(rows: Sequence[Row], release: str) -> list[tuple[Row, Row]]:
+    """Rows that differ in nothing but the grouping, plain first, of the nearest release that has any."""
     plain = {(row.model, row.release, row.kind.bits): row for row in rows if not row.kind.group}
-    costs = []
+    pairs = [
+        (partner, row)
+        for row in rows
+        if row.kind.group and (partner := plain.get((row.model, row.release, row.kind.bits)))
+    ]
+    if not pairs:
+        return []
+    of = nearest({row.release for row, _ in pairs}, release)
+    return [pair for pair in pairs if pair[0].release == of]
+
+
+def _per_group(pairs: Sequence[tuple[Row, Row]], figure: Callable[[Row], float]) -> float:
+    """What a group adds to a figure: the median over the pairs, so that one odd row does not move it."""
+    costs = [(figure(grouped) - figure(plain)) / grouped.kind.groups(grouped.shape) for plain, grouped in pairs]
+    return max(0.0, median(costs)) if costs else 0.0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Relative errors when each of the vendor's models is predicted from all others: mean and largest, and how many."""
+
+    rows: int
+    mean: float
+    largest: float
+
+
+@cache
+def accuracy(platform: str, kind: QuantizedType, release: str) -> Mapping[str, Accuracy]:
+    """By figure of a Prediction, for a type and a release of the vendor's figures; empty below three of them."""
+    rows = [row for row in vendor_rows() if (row.platform, row.kind, row.release) == (platform, kind, release)]
+    if len(rows) < 3:
+        return {}
+    errors: dict[str, list[float]] = {"decode_tokens_per_s": [], "ttft_ms": [], "memory_mb": []}
     for row in rows:
-        partner = plain.get((row.model, row.release, row.kind.bits))
-        if row.kind.group and partner is not None:
-            costs.append((figure(row) - figure(partner)) / row.kind.groups(row.shape))
-    return sum(costs) / len(costs) if costs else 0.0
+        costs = _costs([other for other in vendor_rows() if other.model != row.model], platform, kind, release)
+        tokens = row.prompt_tokens + row.new_tokens
+        memory = costs.memory_bytes(row.shape, kind, tokens, not has_flash(release))
+        errors["decode_tokens_per_s"].append(row.token_ms / costs.token_ms(row.shape, kind, row.decoded_at) - 1)
+        errors["ttft_ms"].append(costs.prompt_ms(row.shape, kind) / row.prompt_ms - 1)
+        errors["memory_mb"].append(memory / (row.memory_mb * MIB) - 1)
+    return {
+        figure: Accuracy(len(rows), sum(map(abs, found)) / len(rows), max(map(abs, found)))
+        for figure, found in errors.items()
+    }

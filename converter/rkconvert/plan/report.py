@@ -7,15 +7,16 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any, Final
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, RenderableType  # noqa: TID251 - the name of a type
 from rich.table import Table
 from rich.text import Text
 
 from rkconvert.dtypes import DOMAIN_BYTES
 from rkconvert.plan.domains import Domain
 from rkconvert.plan.planner import Plan, TypeVerdict
-from rkconvert.plan.prediction import PROMPT_TOKENS, costs_of, vendor_rows
-from rkconvert.plan.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes
+from rkconvert.plan.prediction import PROMPT_TOKENS, accuracy, vendor_rows
+from rkconvert.plan.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes, table_bytes
+from rkruntime.words import counted
 
 _PARTS: Final = {"layers": "blue", "head": "magenta", "cache": "yellow"}
 _STATUS: Final = {"ok": "green", "warn": "yellow", "refuse": "red", "impossible": "red dim"}
@@ -24,7 +25,7 @@ _BAR: Final = 64
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as `--json` prints it. Sizes are bytes, but memory_mb is in MiB as the vendor counts it."""
-    shape, prediction = plan.shape, plan.prediction
+    shape, prediction, costs = plan.shape, plan.prediction, plan.costs
     layers = shape.num_hidden_layers * shape.layer_weights
     return {
         "model": {
@@ -45,23 +46,29 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "type": plan.kind.name,
         "toolkit": plan.request.toolkit,
         "context": plan.context,
-        "decode_tokens_per_s": round(prediction.decode_tokens_per_s, 2),
-        "decode_tokens_per_s_at_full_context": round(plan.decode_at_full_context, 2),
-        "ttft_ms": round(prediction.ttft_ms, 1),
-        "memory_mb": round(prediction.memory_mb, 1),
+        "decode_tokens_per_s": prediction and round(prediction.decode_tokens_per_s, 2),
+        "decode_tokens_per_s_at_full_context": plan.decode_at_full_context and round(plan.decode_at_full_context, 2),
+        "ttft_ms": prediction and round(prediction.ttft_ms, 1),
+        "memory_mb": prediction and round(prediction.memory_mb, 1),
         "fits": plan.fits,
+        "verdict": _verdict(plan.verdict),
         "prediction": {
-            "evidence": "predicted",
+            "evidence": plan.evidence,
+            "release": costs.release,
             "prompt_tokens": PROMPT_TOKENS,
-            "rows": sum(row.platform == plan.board.soc for row in vendor_rows()),
-            "bandwidth_gb_per_s": round(costs_of(plan.board.soc).bandwidth_gb_per_s, 1),
+            "rows": sum((row.platform, row.release) == (plan.board.soc, costs.release) for row in vendor_rows()),
+            "bandwidth_gb_per_s": round(costs.bandwidth_gb_per_s, 1),
+            "errors": {
+                figure: {"mean": round(error.mean, 3), "largest": round(error.largest, 3)}
+                for figure, error in accuracy(plan.board.soc, plan.kind, costs.release).items()
+            },
             "vendor": _vendor(plan),
         },
         "sizes": {
             "file_bytes": round(file_bytes(shape, plan.kind)),
             "npu_weight_bytes": round(npu_bytes(shape, plan.kind)),
-            "embedding_bytes": embedding_bytes(shape),
-            "embedding_in": plan.request.embedding,
+            "embedding_bytes": embedding_size(plan),
+            "embedding_in": plan.embedding,
             "cache_bytes_per_token": cache_bytes_per_token(shape),
             "cache_bytes": plan.context * cache_bytes_per_token(shape),
             "memory_bytes": round(plan.memory_bytes),
@@ -71,8 +78,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "ram": [{**asdict(choice), "usable_bytes": round(choice.usable_bytes)} for choice in plan.ram],
         "host": {
             "ram_bytes": round(plan.host.ram_bytes),
-            "ram_here_bytes": plan.host.ram_here_bytes,
-            "swap_bytes": round(plan.host.swap_bytes),
+            "ram_here_bytes": plan.host.here and plan.host.here.ram,
+            "swap_here_bytes": plan.host.here and plan.host.here.swap,
+            "missing_bytes": round(plan.host.missing_bytes),
             "disk_bytes": round(plan.host.disk_bytes),
         },
         "verdicts": [_verdict(verdict) for verdict in plan.verdicts],
@@ -118,39 +126,32 @@ def _heading(plan: Plan) -> Text:
     shape = plan.shape
     return Text.assemble(
         (plan.source.name, "bold"),
-        f"  {shape.family}, {shape.parameters / 1e9:.2f} billion weights, {shape.num_hidden_layers} layers",
-        f"\n{plan.kind.name} on {plan.board.name}, context {plan.context}, toolkit {plan.request.toolkit}\n",
+        f"  {shape.family}, {shape.parameters / 1e9:.2f} billion weights, {counted(shape.num_hidden_layers, 'layer')}",
+        f"\n{plan.kind.name} on {plan.board.name}, context {plan.context}, toolkit {plan.request.toolkit}",
+        *_warning(plan.verdict),
+        "\n",
     )
 
 
+def _warning(verdict: TypeVerdict) -> list[tuple[str, str]]:
+    return [] if verdict.status == "ok" else [(f"\n{verdict.status}: {verdict.reason}", _STATUS[verdict.status])]
+
+
 def _figures(plan: Plan) -> Table:
-    shape, prediction, vendor = plan.shape, plan.prediction, plan.vendor
+    shape = plan.shape
     table = Table(box=None, show_header=False, pad_edge=False)
-    where = "in flash" if plan.request.embedding == "flash" else "in RAM"
+    where = "in flash" if plan.embedding == "flash" else "in RAM"
     rows = [
         (".rkllm file", gigabytes(file_bytes(shape, plan.kind)), ""),
         ("NPU memory", gigabytes(npu_bytes(shape, plan.kind)), "weights, in domains of 4 GiB"),
         ("cache", gigabytes(plan.context * cache_bytes_per_token(shape)), f"{plan.context} tokens"),
-        ("embedding", gigabytes(embedding_bytes(shape)), f"{where}, not read by the NPU"),
-        ("board memory", gigabytes(plan.memory_bytes), "with the whole context (predicted)"),
-        (
-            "first token",
-            f"{prediction.ttft_ms:,.0f} ms",
-            f"after a prompt of {PROMPT_TOKENS} tokens (predicted"
-            + (f"; vendor {vendor.ttft_ms:,.0f}" if vendor and vendor.prompt_tokens == PROMPT_TOKENS else "")
-            + ")",
-        ),
-        (
-            "decode",
-            f"{prediction.decode_tokens_per_s:.2f} tokens/s",
-            f"{plan.decode_at_full_context:.2f} when the context is full (predicted"
-            + (f"; vendor {vendor.decode_tokens_per_s}" if vendor else "")
-            + ")",
-        ),
+        ("embedding", gigabytes(embedding_size(plan)), f"{where}, not read by the NPU"),
+        ("board memory", gigabytes(plan.memory_bytes), f"with the whole context ({origin(plan)})"),
+        *_speeds(plan),
         (
             "to convert",
             gigabytes(plan.host.ram_bytes),
-            f"of memory on the PC{_swap(plan)}, and {gigabytes(plan.host.disk_bytes)} of disk (predicted)",
+            f"of memory on the PC{_missing(plan)}, and {gigabytes(plan.host.disk_bytes)} of disk (predicted)",
         ),
     ]
     for row in rows:
@@ -158,9 +159,39 @@ def _figures(plan: Plan) -> Table:
     return table
 
 
-def _swap(plan: Plan) -> str:
-    missing = plan.host.swap_bytes
-    return f", {gigabytes(missing)} more than this one has (swap)" if missing else ""
+def _speeds(plan: Plan) -> list[tuple[str, str, str]]:
+    """Nothing for a model that is not expected to load."""
+    if plan.prediction is None or plan.decode_at_full_context is None:
+        return []
+    return [
+        (
+            "first token",
+            f"{plan.prediction.ttft_ms:,.0f} ms",
+            f"after a prompt of {PROMPT_TOKENS} tokens ({origin(plan)})",
+        ),
+        (
+            "decode",
+            f"{plan.prediction.decode_tokens_per_s:.2f} tokens/s",
+            f"{plan.decode_at_full_context:.2f} when the context is full ({origin(plan)})",
+        ),
+    ]
+
+
+def origin(plan: Plan) -> str:
+    """What speed and memory are drawn from, in a few words."""
+    if plan.evidence == "predicted":
+        return f"predicted from the vendor's figures of {plan.costs.release}"
+    return f"from the vendor's figures of this model, {plan.costs.release}"
+
+
+def embedding_size(plan: Plan) -> float:
+    """Bytes of the embedding table, in the file or in RAM."""
+    return embedding_bytes(plan.shape) if plan.embedding == "flash" else table_bytes(plan.shape)
+
+
+def _missing(plan: Plan) -> str:
+    missing = plan.host.missing_bytes
+    return f", {gigabytes(missing)} more than this one has with its swap" if missing else ""
 
 
 def _picture(plan: Plan) -> list[RenderableType]:
@@ -203,12 +234,14 @@ def _verdicts(plan: Plan) -> Table:
             Text("\n".join(verdict.type for verdict in group)),
             Text(first.status, _STATUS[first.status]),
             "\n".join(gigabytes(verdict.file_bytes) if verdict.file_bytes else "" for verdict in group),
-            "\n".join(f"{verdict.decode_tokens_per_s or 0:.2f}".replace("0.00", "") for verdict in group),
+            "\n".join(
+                f"{speed:.2f}" if (speed := verdict.decode_tokens_per_s) is not None else "" for verdict in group
+            ),
             Text(f"{first.reason} ({first.evidence})"),
         )
     return table
 
 
 def _alike(verdicts: Sequence[TypeVerdict]) -> list[list[TypeVerdict]]:
-    """Neighbours that one rule speaks of; their sentences differ in numbers at most."""
-    return [list(group) for _, group in groupby(verdicts, lambda item: (item.status, item.evidence, item.source))]
+    """Neighbours of which the same is said."""
+    return [list(group) for _, group in groupby(verdicts, lambda item: (item.status, item.evidence, item.reason))]

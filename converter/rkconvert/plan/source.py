@@ -12,6 +12,7 @@ from rkconvert.hub import hub_file, is_hub_id
 from rkconvert.shards import read_json
 from rkconvert.tensor_files import INDEX
 from rkruntime.errors import CheckpointError
+from rkruntime.files import readable
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: i
         method = config["quantization_config"]
         method = method.get("quant_method", "some method") if isinstance(method, Mapping) else "some method"
         notes = (f"the checkpoint is quantized already ({method}); what it has lost stays lost",)
-    return ModelSource(name, config, stored, notes)
+    return ModelSource(readable(name), config, stored, notes)
 
 
 def _from_hub(model: str, revision: str | None) -> ModelSource:

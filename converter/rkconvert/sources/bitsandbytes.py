@@ -19,6 +19,7 @@ import numpy as np
 from rkconvert.formats import from_float32
 from rkconvert.weights import TensorInfo, Weights
 from rkruntime.errors import CheckpointError
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,6 +119,8 @@ class Dequantized:
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, dequantized."""
+        # A row of 4-bit numbers can end inside a byte, so the bytes' own bounds are not enough.
+        self.tensors[name].require_rows(first, count, name)
         packed = self._packed.get(name)
         return packed.rows(self._weights, first, count) if packed else self._weights.read(name, first, count)
 
@@ -170,5 +173,7 @@ class Dequantized:
         shape = self._weights.tensors[name].shape
         scales = self._floats(name.removesuffix("weight") + "SCB")
         if len(shape) != 2 or len(scales) != shape[0]:
-            raise CheckpointError(f"The int8 tensor {name} {list(shape)} has {len(scales)} scales; it needs one a row.")
+            raise CheckpointError(
+                f"The int8 tensor {name} {list(shape)} has {counted(len(scales), 'scale')}; it needs one a row."
+            )
         return _EightBit(name, self._dtype, shape, scales)

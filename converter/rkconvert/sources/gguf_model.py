@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,11 +17,14 @@ import numpy as np
 from rkconvert.checkpoint import Checkpoint, check_weights
 from rkconvert.formats import to_float32
 from rkconvert.gemma import EMBEDDING, FINAL_NORM, HEAD, parse_config
+from rkconvert.inputs import Inputs, states_of
 from rkconvert.shards import Entry, RowReader
 from rkconvert.sources.gguf_file import GgufFile, GgufTensor, read_gguf
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
+from rkconvert.sources.memory_folder import MemoryFolder
 from rkconvert.weights import TensorInfo
 from rkruntime.errors import CheckpointError, HostError
+from rkruntime.files import readable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,6 +59,7 @@ def open_gguf(path: Path) -> Checkpoint:
         CheckpointError: no GGUF file, damaged, or of another architecture.
         HostError: the gguf package is missing.
     """
+    inputs = Inputs(CheckpointError, states_of([path]), {})
     file = read_gguf(path)
     family = str(file.metadata.get("general.architecture"))
     if family not in _ARCHITECTURES:
@@ -70,17 +71,13 @@ def open_gguf(path: Path) -> Checkpoint:
     config = parse_config(raw)
     weights = GgufWeights(file, family)
     check_weights(weights, config)
-    folder = Path(tempfile.mkdtemp(prefix="rkedge-gguf-"))
-    # It is needed as long as the weights are.
-    weakref.finalize(weights, shutil.rmtree, folder, ignore_errors=True)
-    _write_side_files(folder, file, raw)
     return Checkpoint(
-        path=folder,
+        path=MemoryFolder(path, _side_files(file, raw)),
         config=config,
         raw_config=raw,
         weights=weights,
-        weight_files=(path,),
-        name=path.stem,
+        inputs=inputs,
+        name=readable(path.stem),
         notes=weights.notes(),
     )
 
@@ -123,6 +120,7 @@ class GgufWeights:
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, dequantized, norms as Hugging Face stores them."""
         tensor, entry = self._places[name]
+        self.tensors[name].require_rows(first, count, name)
         if _is_norm(name):
             # Rows of a vector are single numbers, which a block of a quantized type is not.
             whole = self._rows.rows(entry, 0, entry.info.shape[0])
@@ -229,9 +227,10 @@ def _tokens(file: GgufFile) -> list[str]:
     return tokens
 
 
-def _write_side_files(folder: Path, file: GgufFile, config: Mapping[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(file), ensure_ascii=False), encoding="utf-8")
+def _side_files(file: GgufFile, config: Mapping[str, Any]) -> dict[str, bytes]:
+    files = {
+        "config.json": json.dumps(config, indent=2).encode(),
+        "tokenizer.json": json.dumps(tokenizer_json(file), ensure_ascii=False).encode(),
+    }
     template = file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return files | ({"chat_template.jinja": template.encode()} if isinstance(template, str) else {})

@@ -14,6 +14,7 @@ from rkruntime.errors import CheckpointError
 
 # token_type of llama.cpp: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
 _NORMAL: Final = 1
+_USER_DEFINED: Final = 4
 _SPECIAL: Final = (2, 3)
 _ADDED: Final = (2, 3, 4, 5)
 _SPACE: Final = "▁"
@@ -78,7 +79,9 @@ def merges(
     """Every pair of pieces that makes a piece, best score first."""
     found: list[tuple[float, int, int, str, str]] = []
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
-        if kind != _NORMAL:
+        # User-defined tokens are found in the text as it is, which has spaces. One with word marks (Gemma's runs of
+        # spaces, in files that keep the marks) comes about by merges, as in llama.cpp.
+        if kind != _NORMAL and not (kind == _USER_DEFINED and _SPACE in token):
             continue
         pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
         ways = [(left, right) for left, right in pairs if left in vocab and right in vocab]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.dtypes import version_key
 from rkconvert.toolkit.versions import Release, release
 from rkruntime.errors import HostError, UsageError
 from rkruntime.schema import build
+from rkruntime.versions import Version, version
 from rkruntime.yamltext import read_mapping
 
 VARIABLE: Final = "RKEDGE_TOOLKIT_PYTHON"
@@ -99,8 +99,16 @@ def _candidates(named: Path | None) -> Iterator[tuple[Path, str]]:
     if configured:
         yield configured, str(config_file())
     markers = environments_folder().glob(f"*/{MARKER}")
-    for marker in sorted(markers, key=lambda path: version_key(path.parent.name), reverse=True):
+    for marker in sorted(markers, key=_release_of, reverse=True):
         yield marker.parent / "bin" / "python", "rkedge toolkit setup"
+
+
+def _release_of(marker: Path) -> Version:
+    """The release that an environment is named after; the oldest of all for a folder that somebody renamed."""
+    try:
+        return version(marker.parent.name)
+    except ValueError:
+        return version("0")
 
 
 @dataclass(frozen=True)

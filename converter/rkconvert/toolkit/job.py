@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.toolkit.versions import Release, known_releases, release
+from rkconvert.toolkit.versions import Release, release
+from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 
 SCHEMA: Final = "rkedge-toolkit-job/1"
+# Another argument of the toolkit than the type: do_quantization.
 UNQUANTIZED: Final = "fp16"
 DEVICES: Final = ("cpu", "cuda")
 # Of one weight, as the toolkit holds it in memory.
@@ -161,7 +163,7 @@ def _check_type(job: ToolkitJob, installed: Release) -> None:
 
 def _first_with(has: Callable[[Release], bool], otherwise: str = "Choose another SoC.") -> str:
     """The next step: the first release that can do it, or something else."""
-    first = next((version for version in known_releases() if has(release(version))), None)
+    first = next((version for version in CALLABLE if has(release(version))), None)
     if first is None:
         return otherwise
     return f"rkllm-toolkit {first} and later do: `rkedge toolkit setup --wheel FILE`. Or: {otherwise}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,8 +10,9 @@ from typing import Any, Final
 
 import yaml
 
-from rkconvert.dtypes import version_key
 from rkruntime.errors import HostError
+from rkruntime.versions import Version
+from rkruntime.versions import version as parse
 
 _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
@@ -69,31 +69,27 @@ def table() -> Mapping[str, Any]:
     return content
 
 
-def known_releases() -> tuple[str, ...]:
-    """Releases that were published."""
-    return tuple(table()["known_releases"])
-
-
 def release(version: str) -> Release:
     """The row for an installed version such as `1.2.3`, `1.2.1b1` or `1.3.1`.
 
     Raises:
         HostError: a release that cannot be used, or that the table does not describe yet.
     """
-    key = version_key(version)
-    if not re.match(r"\d+\.\d+", version):
+    try:
+        key = parse(version)
+    except ValueError:
         raise HostError(
-            f"The toolkit's version reads {version!r}, which is no release.",
+            f"The toolkit's version reads {version!r}, which is not a release.",
             hint="Install the vendor's wheel again: `rkedge toolkit setup --wheel FILE`.",
-        )
+        ) from None
     for row in table()["refused"]:
-        if key < version_key(row["below"]):
+        if key < parse(row["below"]):
             raise HostError(
                 f"rkllm-toolkit {version} is not used: {row['reason']} ({row['source']}).",
                 hint="Install 1.2.3 or 1.3.0: `rkedge toolkit setup --wheel FILE`.",
             )
-    last = version_key(table()["last_known"])
-    if key[: len(last)] > last:
+    last = parse(table()["last_known"])
+    if key.release[: len(last.release)] > last.release:
         raise HostError(
             f"rkllm-toolkit {version} is newer than any that RKEdge knows; the last is {table()['last_known']}.x.",
             hint="Install 1.3.0, or describe the release in rkconvert/toolkit/versions.yaml.",
@@ -101,11 +97,11 @@ def release(version: str) -> Release:
     return _generation(version, key)
 
 
-def _generation(version: str, key: tuple[int, ...]) -> Release:
+def _generation(version: str, key: Version) -> Release:
     fields: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for row in table()["generations"]:
-        if version_key(row["from"]) > key:
+        if parse(row["from"]) > key:
             break
         for name in row["sources"]:
             value = _frozen(row[name])

@@ -6,11 +6,11 @@ Source of versions and layouts: the public headers `rkllm.h` of airockchip/rknn-
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from rkruntime.errors import LibraryError
+from rkruntime.errors import LibraryError, UsageError
 
 _BY_VALUE = (
     "releases 1.0.x take their parameters by value, have no token input and no multi-turn cache, "
@@ -27,20 +27,22 @@ class Release:
         layout: releases with the same id have the same structures, enums, callbacks and prototypes.
         evidence: `measured` with compilers on the release's header, or `computed` from a description.
         refused: why this kit does not call it; empty where it does.
+        emulated: whether the emulator can be built for it.
     """
 
     version: str
     layout: str
     evidence: str = "measured"
     refused: str = ""
+    emulated: bool = True
 
 
 RELEASES: Final[dict[str, Release]] = {
     release.version: release
     for release in (
-        Release("1.0.0", "L1", refused=_BY_VALUE),
-        Release("1.0.1", "L2", refused=_BY_VALUE),
-        Release("1.0.2b", "L2", refused=_BY_VALUE),
+        Release("1.0.0", "L1", refused=_BY_VALUE, emulated=False),
+        Release("1.0.1", "L2", refused=_BY_VALUE, emulated=False),
+        Release("1.0.2b", "L2", refused=_BY_VALUE, emulated=False),
         Release("1.1.0", "L3"),
         Release("1.1.1", "L3"),
         Release("1.1.2", "L3"),
@@ -52,7 +54,7 @@ RELEASES: Final[dict[str, Release]] = {
         Release("1.2.2", "L6"),
         Release("1.2.3", "L6"),
         Release("1.3.0", "L7"),
-        Release("1.3.1", "L8", evidence="computed"),
+        Release("1.3.1", "L8", evidence="computed", emulated=False),
     )
 }
 """Every known release by its version, oldest first: the order says what `since` and `until` mean."""
@@ -65,6 +67,8 @@ LAYOUTS: Final[dict[str, tuple[str, ...]]] = {
 
 OLDEST: Final = "1.0.0"
 CALLABLE: Final = tuple(item.version for item in RELEASES.values() if not item.refused)
+EMULATED: Final = tuple(item.version for item in RELEASES.values() if item.emulated)
+DEFAULT_RELEASE: Final = "1.2.3"
 _ORDER: Final = {version: at for at, version in enumerate(RELEASES)}
 
 
@@ -73,13 +77,13 @@ def within(version: str, since: str, until: str) -> bool:
     return _ORDER[since] <= _ORDER[version] and (not until or _ORDER[version] <= _ORDER[until])
 
 
-def sort_key(version: str) -> tuple[int, ...]:
-    """Key that orders any version texts, unknown ones too; a beta comes before its release."""
-    numbers = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:b(\d*))?", version)
-    if numbers is None:
-        raise LibraryError(f"{version!r} is not a version of librkllmrt.so: one looks like 1.2.3 or 1.2.1b1.")
-    major, minor, patch, beta = numbers.groups()
-    return int(major), int(minor), int(patch), 1 if beta is None else 0, int(beta or 0)
+def check_release(version: str, among: Sequence[str] = CALLABLE, owner: str = "RKLLM") -> Release:
+    """The release that a person named, exactly as it is written. UsageError lists those of `among`."""
+    if version in among:
+        return RELEASES[version]
+    refused = RELEASES[version].refused if version in RELEASES else ""
+    reason = f": {refused}" if refused else "" if version in RELEASES else " that RKEdge knows"
+    raise UsageError(f"{owner} has no release {version!r}{reason}.", hint=f"Use one of {', '.join(among)}.")
 
 
 def release_named(version: str) -> Release:

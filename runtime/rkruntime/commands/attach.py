@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from rkruntime.errors import RefusedError, UsageError
-
-
-def _user(given: str | None) -> str:
-    """The name under which sessions are kept: --user, else the login name."""
-    try:
-        name = given or getpass.getuser()
-    except (KeyError, OSError):
-        name = "local"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise UsageError(f"{name[:80]!r} cannot be a user: letters, digits, dot, dash and underscore, at most 64.")
-    return name
+from rkruntime.errors import BodyError, RefusedError, UsageError
+from rkruntime.terminal import say
 
 
 def _check_forced() -> None:
@@ -32,7 +20,7 @@ def _check_forced() -> None:
         RefusedError: it was.
     """
     asked = os.environ.get("SSH_ORIGINAL_COMMAND")
-    if asked is None:
+    if not asked:
         return
     try:
         words = shlex.split(asked)
@@ -48,16 +36,22 @@ def _check_forced() -> None:
 
 @click.command("attach")
 @click.option("--socket", type=click.Path(path_type=Path, dir_okay=False), help="The daemon's socket.")
-@click.option("--user", metavar="NAME", help="Whose conversations these are.  [default: the login name]")
+@click.option("--user", metavar="NAME", help="One of several people behind this account.  [default: the account]")
 def run(socket: Path | None, user: str | None) -> None:
     """Connect standard input and output to the daemon, for `rkedge chat user@board`.
 
-    Fit for a forced command: restrict,command="rkedge attach --user ann" ssh-ed25519 AAAA...
+    Fit for a forced command; docs/serve.md has the line.
     """
     from rkruntime.attach import Bridge
     from rkruntime.serve.settings import default_socket
+    from rkruntime.serve.users import check_name
 
     _check_forced()
+    if user is not None:
+        try:
+            check_name(user, "user")
+        except BodyError as error:
+            raise UsageError(error.message) from error
     if sys.stdin.isatty():
-        click.echo("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
-    Bridge(socket or default_socket(), _user(user), sys.stdin.buffer, sys.stdout.buffer).run()
+        say("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
+    Bridge(socket or default_socket(), user, sys.stdin.buffer, sys.stdout.buffer).run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 import click
 
 from rkruntime import logtext
-from rkruntime.diagnosis import UNEXPLAINED, Diagnosis, diagnose
+from rkruntime.diagnosis import Diagnosis, diagnose
 from rkruntime.errors import InputError
+from rkruntime.flags import json_option
+from rkruntime.terminal import say, say_json
 
 _MEANING = {
     "high": "the text names this fault",
@@ -37,10 +38,10 @@ def _read(name: str) -> str:
 def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
     if not entries:
         return
-    click.secho(f"\n{title}", bold=True)
+    say(f"\n{title}", bold=True)
     for number, entry in enumerate(entries, 1):
         first = bullet.replace("#", str(number))
-        click.echo(
+        say(
             textwrap.fill(
                 entry, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False
             )
@@ -48,11 +49,12 @@ def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
 
 
 def _print(found: Diagnosis) -> None:
-    click.secho(f"{found.class_}: {found.title}", bold=True, fg="yellow" if found.class_ == UNEXPLAINED else "red")
+    say(f"{found.class_}: {found.title}", bold=True, fg="red" if found.explained else "yellow")
     if found.confidence in _MEANING:
-        click.echo(f"confidence: {found.confidence} ({_MEANING[found.confidence]})")
+        say(f"confidence: {found.confidence} ({_MEANING[found.confidence]})")
     _section("In the log" if found.explained else "Lines that look like trouble", found.lines)
     _section("What it means", (found.cause,))
+    _section("What the log rules out", found.rules_out)
     _section("What to do", found.next_steps, "  #. ")
     _section("Also in this log", found.others)
     rest = len(found.evidence) - _MOST_SOURCES
@@ -62,7 +64,7 @@ def _print(found: Diagnosis) -> None:
 
 @click.command("diagnose")
 @click.argument("log", metavar="FILE|-")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option("Print one JSON document.")
 def run(log: str, as_json: bool) -> None:
     """Explain a log of RKLLM, RKNN, the NPU driver or rkllm-toolkit.
 
@@ -71,6 +73,6 @@ def run(log: str, as_json: bool) -> None:
     """
     found = diagnose(_read(log))
     if as_json:
-        click.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+        say_json(found.as_dict())
     else:
         _print(found)

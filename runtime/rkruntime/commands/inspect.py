@@ -11,6 +11,10 @@ from typing import Any, Final
 import click
 
 from rkruntime.errors import InputError, UsageError
+from rkruntime.files import open_regular
+from rkruntime.flags import json_option
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
 
 _ELF: Final = b"\x7fELF"
 
@@ -61,10 +65,10 @@ def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
     if path.is_dir():
         return _bundle
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(8)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     readers = {rkemu.MAGIC: _rkemu, _ELF: _library}
     # The reader of .rkllm files has a word for what is none of them.
     return next((reader for magic, reader in readers.items() if head.startswith(magic)), _rkllm)
@@ -75,9 +79,9 @@ def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{one_line(name)}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:{width}}  {_text(value)}")
+            lines.append(f"{indent}{one_line(name):{width}}  {_text(value)}")
     return lines
 
 
@@ -88,25 +92,23 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "\n" in value else str(value)
+    return one_line(str(value))
 
 
 @click.command("inspect")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option("Print one JSON document.")
 def run(path: Path, verify: bool, as_json: bool) -> None:
     """Say what PATH is: a bundle, a model file (.rkemu, .rkllm) or a librkllmrt.so.
 
     Nothing is executed. Of a .rkllm file only the plain fields are read, and a checksum it has none.
     """
-    from rkruntime.terminal import printable
-
     reader = _reader(path)
     if verify and reader in (_rkllm, _library):
         raise UsageError(f"{path} has no checksum of its own.", hint="Verify the bundle that it belongs to.")
     values = reader(path, verify)
     if as_json:
-        click.echo(json.dumps({"path": str(path), **values}, ensure_ascii=False, indent=2))
+        say_json({"path": str(path), **values})
     else:
-        click.echo(printable("\n".join(_lines(values))))
+        say("\n".join(_lines(values)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from rkruntime.errors import UsageError
+from rkruntime.flags import json_option
 from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
+from rkruntime.terminal import Terminal, say, say_json
 
 if TYPE_CHECKING:
     from rkruntime.answer import Answer
@@ -26,7 +27,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
     """
     if text is None and file is None:
         if sys.stdin.isatty():
-            click.echo("Type the prompt; Ctrl-D ends it.", err=True)
+            say("Type the prompt; Ctrl-D ends it.", err=True)
         file = sys.stdin.buffer
     try:
         parts = [text or "", file.read().decode() if file else ""]
@@ -46,7 +47,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 @click.option("-f", "--file", type=click.File("rb"), help="A text to put behind the prompt; - is standard input.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the text.")
+@json_option("Print one JSON document instead of the text.")
 @sampling_options
 @runtime_options
 def run(
@@ -64,30 +65,27 @@ def run(
     from rkruntime.bundle import open_bundle
     from rkruntime.conversation import Conversation
     from rkruntime.generation import Request
-    from rkruntime.template import load_template
-    from rkruntime.terminal import Terminal
-    from rkruntime.tokenizer import Tokenizer
+    from rkruntime.prompt_process import PromptProcess
 
     opened = open_bundle(bundle)
     text = _prompt(prompt, file)
-    tokenizer = Tokenizer.load(opened.tokenizer)
-    conversation = Conversation(load_template(opened, tokenizer), system)
     terminal = Terminal()
-    with closing(load_engine(opened, runtime, sampling)) as engine:
-        tokens, _ = conversation.fitting_prompt(text, engine.info.max_context)
+    with closing(PromptProcess(opened)) as prompts, closing(load_engine(opened, runtime, sampling)) as engine:
+        tokens, _ = Conversation(prompts, system).prompt(text, engine.info.max_context)
         request = Request(
             tokens,
             max_new_tokens=sampling.max_new_tokens or -1,
             stop_tokens=frozenset(opened.manifest.stop_token_ids),
         )
-        for piece in stream_answer(engine, request, tokenizer, stop):
+        for piece in stream_answer(engine, request, prompts.vocabulary, stop):
             if isinstance(piece, Answer):
                 report = _report(piece, engine.info)
             elif not as_json:
                 terminal.write(piece)
     if as_json:
-        terminal.write(json.dumps(report, ensure_ascii=False, indent=2))
-    terminal.write("\n")
+        say_json(report)
+    else:
+        terminal.write("\n")
 
 
 def _report(answer: Answer, info: ModelInfo) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--socket", type=_FILE, help="Unix socket.  [default: the service's or the user's]")
 @click.option("--host", help="Address for TCP; others than loopback need --api-keys.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on TCP too.")
-@click.option("--api-keys", type=_FILE, help="File with one key a line, mode 600.")
+@click.option("--api-keys", type=_FILE, help="File with NAME KEY on each line, mode 600.")
 @runtime_options
 def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **listen: Any) -> None:
     """Serve the model in the folder BUNDLE on a Unix socket, and on loopback TCP with --port.

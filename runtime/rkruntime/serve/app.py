@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import time
 import uuid
@@ -20,19 +19,21 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rkruntime.errors import BodyError, ServiceError
+from rkruntime.errors import BodyError, BusyError, ServiceError
+from rkruntime.serve.connections import CONNECTION, Connection, Requests
+from rkruntime.serve.doors import Door, check_page, refused
 from rkruntime.serve.http import Bodies, answering, error_response, json_response
 from rkruntime.serve.metrics import npu_load, temperatures
 from rkruntime.serve.native import Sessions
 from rkruntime.serve.ollama import Ollama
 from rkruntime.serve.openai import OpenAI
 from rkruntime.serve.service import Service
-from rkruntime.serve.settings import is_loopback
 from rkruntime.serve.validate import Validator
 
-USER_HEADER: Final = "x-rkedge-user"
 REQUEST_ID: Final = "x-request-id"
 _HERE: Final = Path(__file__).parent
+# Bytes of a response that are handed over at a time.
+_PART: Final = 1 << 16
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Everybody may ask whether the daemon lives.
@@ -51,15 +52,12 @@ def openapi() -> dict[str, Any]:
 
 
 class Front:
-    """Stands before the application: keys, foreign web pages, users, request ids.
+    """Stands before the application at one listener: foreign web pages, users, their shares, request ids."""
 
-    A browser lets any web page send requests to loopback. Such requests carry the page's Origin, or a Host that is not
-    this machine (DNS rebinding), and are refused.
-    """
-
-    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, door: Door, requests: Requests) -> None:
         self._app = app
-        self.keys = keys
+        self._door = door
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -68,49 +66,40 @@ class Front:
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         scope["rkedge.id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
-        # The Unix socket's permissions are its key, and who may open it is believed who he acts for.
-        unix = scope.get("client") is None
-        scope["rkedge.user"] = headers.get(USER_HEADER, "local") if unix else "network"
-        scope["rkedge.client"] = scope["rkedge.user"] if unix else scope["client"][0]
-        refusal = None if unix else self._refusal(scope, headers)
-
-        async def with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = scope["rkedge.id"]
-            await send(message)
-
-        if refusal is not None:
-            return await error_response(refusal, _style(scope["path"]))(scope, receive, with_id)
-        return await self._app(scope, receive, with_id)
-
-    def _refusal(self, scope: Scope, headers: Headers) -> BodyError | None:
-        if not self.keys:
-            host = _host(headers.get("host", ""))
-            if not is_loopback(host):
-                return _refused(403, "host", f"This daemon does not go by the name {host[:80]!r}.")
-        origin = headers.get("origin")
-        if origin and origin.partition("://")[2] != headers.get("host"):
-            return _refused(403, "origin", "Requests from other web pages are refused.")
-        if self.keys and scope["path"] not in _OPEN and not self._has_key(headers):
-            return _refused(401, "invalid_api_key", "A key is needed: Authorization: Bearer KEY.")
-        return None
-
-    def _has_key(self, headers: Headers) -> bool:
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        # Every key is compared, in constant time.
-        fits = [hmac.compare_digest(given, known.encode()) for known in self.keys]
-        return kind.lower() == "bearer" and any(fits)
+        connection: Connection = scope["state"][CONNECTION]
+        # Who sends requests without reading the answers waits here, before anything is done for the next one.
+        await connection.flow.drain()
+        send = _sending(scope["rkedge.id"], send)
+        try:
+            check_page(headers, any_host=self._door.any_host)
+            if scope["path"] in _OPEN:
+                return await self._app(scope, receive, send)
+            user = await self._door.user(connection.peer, headers)
+            with self._requests.one(user), connection.kept():
+                scope["rkedge.user"] = user
+                return await self._app(scope, receive, send)
+        except (BodyError, BusyError) as error:
+            return await error_response(error, _style(scope["path"]))(scope, receive, send)
 
 
-def _host(value: str) -> str:
-    """The name or address of a Host header, without port and brackets."""
-    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", value)
-    return (match[1] or match[2] or "") if match else ""
+def _sending(request_id: str, send: Send) -> Send:
+    """Adds the headers that every response has, and sends large bodies in parts, each when the last one was taken."""
 
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            found = MutableHeaders(scope=message)
+            found[REQUEST_ID] = request_id
+            # No other page may load an answer as its script, style or picture.
+            found["Cross-Origin-Resource-Policy"] = "same-origin"
+            found["X-Content-Type-Options"] = "nosniff"
+        body = message.get("body", b"")
+        while len(body) > _PART:
+            await send({"type": "http.response.body", "body": body[:_PART], "more_body": True})
+            body = body[_PART:]
+            message = {**message, "body": body}
+        await send(message)
 
-def _refused(status: int, code: str, message: str) -> BodyError:
-    return BodyError(message, hint="See docs/serve.md.", details={"status": status, "code": code})
+    return sending
 
 
 def _style(path: str) -> str:
@@ -121,7 +110,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     """A wrong path or method, in the words of the interface it looks like."""
     status = error.status_code if isinstance(error, HTTPException) else 404
     what = f"{request.method[:16]} {request.url.path[:80]!r}"
-    response = error_response(_refused(status, "not_found", f"There is no {what}."), _style(request.url.path))
+    response = error_response(refused(status, "not_found", f"There is no {what}."), _style(request.url.path))
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     return response
@@ -155,7 +144,6 @@ class About:
             return PlainTextResponse("Ollama is running")
         headers = {
             "Content-Security-Policy": _PAGE_POLICY,
-            "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }
         return Response(self._page, media_type="text/html", headers=headers)
@@ -199,15 +187,14 @@ class About:
         return json_response(self._document)
 
 
-def make_app(service: Service, keys: frozenset[str] = frozenset()) -> Front:
-    """The application of a service.
-
-    Args:
-        keys: API keys, one of which TCP clients must give; none are asked for if there are none.
-    """
+def make_app(service: Service) -> Starlette:
+    """The application of a service, behind whatever listener; a Front lets in."""
     document = openapi()
     limits = service.settings.limits
     bodies = Bodies(Validator(document), int(limits.body_mb * 1e6), limits.header_s)
     interfaces = (OpenAI(service, bodies), Ollama(service, bodies), Sessions(service, bodies), About(service, document))
     routes = [route for interface in interfaces for route in interface.routes()]
-    return Front(Starlette(routes=routes, exception_handlers={HTTPException: _no_route}), keys)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    # There is one spelling of a path; a session without a name is not the list of them.
+    app.router.redirect_slashes = False
+    return app

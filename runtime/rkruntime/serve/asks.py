@@ -12,8 +12,10 @@ from rkruntime.answer import Answer
 from rkruntime.conversation import Conversation
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import while_connected
+from rkruntime.serve.queue import Client
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
-from rkruntime.template import Message
+from rkruntime.template import Message, no_question
+from rkruntime.words import dropped_turns
 
 IGNORED_HEADER: Final = "X-RKEdge-Ignored"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
@@ -41,6 +43,11 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
+def client_of(request: Request, body: Mapping[str, Any]) -> Client:
+    """Whose turn a request takes; its `user` field tells turns of one client apart, and nobody else's."""
+    return (*request.scope["rkedge.user"].path, str(body.get("user") or ""))
+
+
 def ask_of(
     request: Request,
     prompt: Callable[[Model], Prompt],
@@ -50,10 +57,9 @@ def ask_of(
 ) -> Ask:
     """An Ask with the fields that all interfaces name alike."""
     stop = body.get("stop") or ()
-    client = f"{request.scope['rkedge.client']}/{body.get('user') or ''}"
     return Ask(
         prompt=prompt,
-        client=client,
+        client=client_of(request, body),
         request_id=request.scope["rkedge.id"],
         max_new_tokens=max_new_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(filter(None, stop)),
@@ -67,12 +73,12 @@ def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = F
 
     def build(model: Model) -> Prompt:
         if not messages or messages[-1].role != "user":
-            return Prompt(model.template.render(messages))
+            raise no_question(messages)
         system = messages[0].content if messages[0].role == "system" else ""
         turns = service.memory.recall(messages)[1 if messages[0].role == "system" else 0 : -1]
-        conversation = Conversation(model.template, system, turns)
-        tokens, dropped = conversation.fitting_prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
-        return Prompt(tokens, notes=(f"{dropped} oldest turns were dropped",) if dropped else ())
+        conversation = Conversation(model.prompts, system, turns)
+        tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
+        return Prompt(tokens, notes=(dropped_turns(dropped),) if dropped else ())
 
     return build
 
@@ -91,7 +97,8 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
     """The prompt of a plain text: `<bos>` and its tokens, no template."""
 
     def build(model: Model) -> Prompt:
-        return Prompt([model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)])
+        tokens = model.prompts.encode(text, model.engine.info.max_context)
+        return Prompt([model.bundle.manifest.bos_token_id, *tokens])
 
     return build
 

@@ -15,13 +15,14 @@ from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.generation import Sampling
 from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.prompt_process import PromptProcess
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
-from rkruntime.template import Template, load_template
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from rkruntime.engine import Engine
+    from rkruntime.preflight import Finding
 
 log = logging.getLogger("rkedge")
 
@@ -37,8 +38,7 @@ class Model:
 
     bundle: Bundle
     engine: Engine
-    tokenizer: Tokenizer
-    template: Template
+    prompts: PromptProcess
     sampling: Sampling
     stop_tokens: frozenset[int]
     loaded_at: float = field(default_factory=time.time)
@@ -55,20 +55,27 @@ def load_model(settings: Settings) -> Model:
             "No bundle was named.", hint="Give the folder: rkedge serve BUNDLE, or bundle: in the settings."
         )
     bundle = open_bundle(settings.bundle)
-    tokenizer = Tokenizer.load(bundle.tokenizer)
-    template = load_template(bundle, tokenizer)
     sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
     runtime = RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
     timeouts = {"load_timeout": settings.limits.load_s, "token_timeout": settings.limits.token_s}
-    engine = load_engine(bundle, runtime, sampling, **timeouts)
+    prompts = PromptProcess(bundle)
+    try:
+        engine = load_engine(bundle, runtime, sampling, _log_finding, **timeouts)
+    except BaseException:
+        prompts.close()
+        raise
     return Model(
         bundle=bundle,
         engine=engine,
-        tokenizer=tokenizer,
-        template=template,
+        prompts=prompts,
         sampling=sampling.over(default_sampling(bundle)),
         stop_tokens=frozenset(bundle.manifest.stop_token_ids),
     )
+
+
+def _log_finding(finding: Finding) -> None:
+    level = logging.WARNING if finding.level == "warning" else logging.INFO
+    log.log(level, "preflight: %s %s", finding.message, finding.hint)
 
 
 class Host:
@@ -124,7 +131,8 @@ class Host:
         if wait > _PATIENCE:
             reason = f" The last error: {self.error.message}" if self.error else ""
             raise ServiceError(
-                f"The model failed {self._failures} times; the next try is in {wait:.0f} seconds.{reason}",
+                f"The model failed {counted(self._failures, 'time')}; the next try is in"
+                f" {counted(round(wait), 'second')}.{reason}",
                 hint=self.error.hint if self.error else None,
                 details={"retry_after_s": max(1, round(wait))},
             )
@@ -165,6 +173,7 @@ class Host:
         model, self._model = self._model, None
         if model is not None:
             await in_thread(model.engine.close)
+            await in_thread(model.prompts.close)
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:

@@ -28,6 +28,7 @@ from rkruntime.errors import (
     UsageError,
 )
 from rkruntime.serve.validate import Validator, parse_json
+from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
 T = TypeVar("T")
@@ -116,7 +117,8 @@ class Bodies:
             body = await asyncio.wait_for(self._read(request), self.seconds)
         except asyncio.TimeoutError:
             raise BodyError(
-                f"The body did not arrive within {self.seconds:g} seconds.", details={"status": 408, "code": "too_slow"}
+                f"The body did not arrive within {counted(self.seconds, 'second')}.",
+                details={"status": 408, "code": "too_slow"},
             ) from None
         data = parse_json(body)
         if not isinstance(data, dict):

@@ -24,7 +24,8 @@ from rkruntime.serve.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
-from rkruntime.serve.sessions import check_name
+from rkruntime.serve.users import User, check_name
+from rkruntime.words import dropped_turns
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _OPTIONS = (
@@ -47,7 +48,7 @@ def _line(kind: str, **values: Any) -> bytes:
 class _Place:
     """A session: whose, and its name."""
 
-    user: str
+    user: User
     name: str
 
     @classmethod
@@ -76,13 +77,13 @@ class _Turn:
     model: str = ""
 
     def prompt(self, model: Model) -> Prompt:
-        conversation = Conversation(model.template)
-        conversation.restore(self.data if self.begun else _with_broken(self.data), model.tokenizer)
+        conversation = Conversation(model.prompts)
+        conversation.restore(self.data if self.begun else _with_broken(self.data))
         self.model = model.bundle.manifest.name
         room = model.engine.info.max_context - len(self.begun)
-        tokens, dropped = conversation.fitting_prompt(self.question, room, drop=self.drop)
+        tokens, dropped = conversation.prompt(self.question, room, drop=self.drop)
         self.conversation = conversation
-        notes = (f"The context was full: the {dropped} oldest turns were dropped.",) if dropped else ()
+        notes = (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
         return Prompt([*tokens, *self.begun], self.begun, notes)
 
     def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:

@@ -15,9 +15,20 @@ from starlette.routing import Route
 
 from rkruntime.bundle import Manifest, open_bundle
 from rkruntime.errors import RKEdgeError, UsageError
-from rkruntime.serve.asks import Begun, ask_of, begin, chat_prompt, collect, items, remembering, split, text_prompt
+from rkruntime.serve.asks import (
+    Begun,
+    ask_of,
+    begin,
+    chat_prompt,
+    client_of,
+    collect,
+    items,
+    remembering,
+    split,
+    text_prompt,
+)
 from rkruntime.serve.host import Model
-from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
+from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response, while_connected
 from rkruntime.serve.service import Keep, Outcome, Prompt, Service
 from rkruntime.template import Message
 
@@ -91,7 +102,7 @@ class Ollama:
         body = await self._bodies.read(request, "OllamaChat")
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
-            return await self._load_only(_as_message)
+            return await self._load_only(request, _as_message)
         prompt, keep = chat_prompt(self._service, messages), remembering(self._service, messages)
         return await self._answer(request, body, prompt, _as_message, keep)
 
@@ -99,7 +110,7 @@ class Ollama:
         body = await self._bodies.read(request, "OllamaGenerate")
         text, system = body.get("prompt", ""), body.get("system", "")
         if not text:
-            return await self._load_only(_as_response)
+            return await self._load_only(request, _as_response)
         if body.get("raw"):
             prompt = text_prompt(text)
         else:
@@ -107,10 +118,14 @@ class Ollama:
             prompt = chat_prompt(self._service, [*messages, Message("user", text)])
         return await self._answer(request, body, prompt, _as_response)
 
-    async def _load_only(self, shape: Shape) -> Response:
+    async def _load_only(self, request: Request, shape: Shape) -> Response:
         """A request without a prompt loads the model, so that the next one finds it ready."""
-        async with self._service.queue.turn("daemon"):
-            await self._service.host.model()
+
+        async def load() -> None:
+            async with self._service.queue.turn(client_of(request, {})):
+                await self._service.host.model()
+
+        await while_connected(request, load())
         return json_response({**self._line(shape, ""), "done": True, "done_reason": "load"})
 
     async def _answer(

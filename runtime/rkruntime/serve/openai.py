@@ -20,6 +20,7 @@ from rkruntime.serve.asks import (
     ask_of,
     begin,
     chat_prompt,
+    client_of,
     collect,
     items,
     remembering,
@@ -27,7 +28,7 @@ from rkruntime.serve.asks import (
     text_of,
     text_prompt,
 )
-from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
+from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response, while_connected
 from rkruntime.serve.service import Ask, Outcome, Service
 from rkruntime.template import Message
 
@@ -157,7 +158,7 @@ class OpenAI:
     async def _embed(self, request: Request) -> Response:
         body = await self._bodies.read(request, "EmbeddingRequest")
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        vectors, tokens = await self._service.embed(texts, request.scope["rkedge.client"])
+        vectors, tokens = await while_connected(request, self._service.embed(texts, client_of(request, body)))
         plain = body.get("encoding_format") != "base64"
         data = [
             {"object": "embedding", "index": at, "embedding": vector if plain else _base64(vector)}

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rkruntime.abi import within
 from rkruntime.answer import Answer
 from rkruntime.errors import ModelError, UnsupportedCallError
 from rkruntime.files import atomic_file
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rkedge")
 
-PREFIX_REUSE: Final = (1, 2, 0)
+PREFIX_REUSE: Final = "1.2.0"
 # Without the runtime's own reuse files are all there is, so there is a quota unless one was set.
 _QUOTA_WITHOUT_REUSE_MB: Final = 512.0
 
@@ -109,8 +110,7 @@ class PromptCaches:
 
     @staticmethod
     def _reuses(model: Model) -> bool:
-        numbers = model.engine.info.release.partition("b")[0].split(".")
-        return tuple(map(int, numbers)) >= PREFIX_REUSE
+        return within(model.engine.info.release, PREFIX_REUSE, "")
 
     def _quota(self, model: Model) -> float:
         if self._max_mb is not None:

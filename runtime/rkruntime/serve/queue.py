@@ -8,15 +8,70 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 from rkruntime.errors import BusyError
+from rkruntime.serve.users import shares
+from rkruntime.words import counted
 
+# Account, name within it, and what the client itself tells its turns apart by.
+Client = tuple[str, str, str]
+# The daemon's own work: it has a place however many wait.
+DAEMON: Final[Client] = ("", "", "")
 # Weight of the last run in the estimate of how long the next one takes.
 _RECENT = 0.2
 
 
+class _Line:
+    """Those who wait, as a tree of clients: at each level the parts take turns."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parts: OrderedDict[str, _Line] = OrderedDict()
+        self._futures: deque[asyncio.Future[None]] = deque()
+
+    def waiting(self, path: tuple[str, ...]) -> int:
+        """How many wait below `path`."""
+        if not path:
+            return self.count
+        part = self._parts.get(path[0])
+        return part.waiting(path[1:]) if part else 0
+
+    def add(self, path: tuple[str, ...], future: asyncio.Future[None]) -> None:
+        """Stand in line."""
+        self.count += 1
+        if path:
+            self._parts.setdefault(path[0], _Line()).add(path[1:], future)
+        else:
+            self._futures.append(future)
+
+    def remove(self, path: tuple[str, ...], future: asyncio.Future[None]) -> None:
+        """Leave the line."""
+        self.count -= 1
+        if not path:
+            self._futures.remove(future)
+            return
+        part = self._parts[path[0]]
+        part.remove(path[1:], future)
+        if not part.count:
+            del self._parts[path[0]]
+
+    def pop(self) -> asyncio.Future[None]:
+        """Who is next; their part goes to the end of its level."""
+        self.count -= 1
+        if not self._parts:
+            return self._futures.popleft()
+        key, part = self._parts.popitem(last=False)
+        future = part.pop()
+        if part.count:
+            self._parts[key] = part
+        return future
+
+
 class FairQueue:
-    """A lock whose waiters take turns by client, so that one client with many requests holds up nobody else.
+    """A lock whose waiters take turns: accounts, names within an account, and what a client names apart.
+
+    One with many requests holds up nobody else, by whatever names it gives them.
 
     Args:
         length: how many may wait, all clients together.
@@ -26,13 +81,13 @@ class FairQueue:
     def __init__(self, length: int, wait_s: float) -> None:
         self.length = length
         self.wait_s = wait_s
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._line = _Line()
         self._busy = False
         self._run_s = 1.0
 
     def __len__(self) -> int:
         """How many wait."""
-        return sum(map(len, self._waiting.values()))
+        return self._line.count
 
     @property
     def busy(self) -> bool:
@@ -40,7 +95,7 @@ class FairQueue:
         return self._busy
 
     @asynccontextmanager
-    async def turn(self, client: str) -> AsyncIterator[float]:
+    async def turn(self, client: Client) -> AsyncIterator[float]:
         """Wait for the turn and keep it for the block; the value is the time waited in seconds.
 
         Raises:
@@ -57,38 +112,44 @@ class FairQueue:
             self._run_s += _RECENT * (time.monotonic() - began - self._run_s)
             self._pass_on()
 
-    async def _wait(self, client: str) -> None:
-        if len(self) >= self.length:
-            raise self._refusal(f"{len(self)} requests wait for the NPU already, which is the limit.")
+    async def _wait(self, client: Client) -> None:
+        if client != DAEMON:
+            self._check_room(client)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append(future)
+        self._line.add(client, future)
         try:
             await asyncio.wait_for(asyncio.shield(future), self.wait_s)
         except asyncio.TimeoutError:
             if self._given_up(client, future):
-                raise self._refusal(f"The NPU was busy for {self.wait_s:g} seconds, which is the limit.") from None
+                raise self._refusal(
+                    f"The NPU was busy for {counted(self.wait_s, 'second')}, which is the limit."
+                ) from None
         except asyncio.CancelledError:
             if not self._given_up(client, future):
                 self._pass_on()
             raise
 
-    def _given_up(self, client: str, future: asyncio.Future[None]) -> bool:
+    def _check_room(self, client: Client) -> None:
+        if len(self) >= self.length:
+            raise self._refusal(f"{len(self)} requests wait for the NPU already, which is the limit.")
+        for path, limit in shares(client, self.length):
+            if self._line.waiting(path) >= limit:
+                raise self._refusal(
+                    f"{limit} of your requests wait for the NPU already, which is the limit for one user."
+                )
+
+    def _given_up(self, client: Client, future: asyncio.Future[None]) -> bool:
         """Leave the queue; False if the turn came in the same moment."""
         if future.done():
             return False
-        self._waiting[client].remove(future)
-        if not self._waiting[client]:
-            del self._waiting[client]
+        self._line.remove(client, future)
         return True
 
     def _pass_on(self) -> None:
-        """Give the turn to the client that has waited for one the longest, or to nobody."""
-        self._busy = bool(self._waiting)
-        if self._waiting:
-            client, futures = self._waiting.popitem(last=False)
-            futures.popleft().set_result(None)
-            if futures:
-                self._waiting[client] = futures
+        """Give the turn to whoever is next, or to nobody."""
+        self._busy = bool(self._line.count)
+        if self._busy:
+            self._line.pop().set_result(None)
 
     def _refusal(self, message: str) -> BusyError:
         seconds = max(1, math.ceil(self._run_s * (len(self) + 1)))

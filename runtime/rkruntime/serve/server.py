@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.serve import systemd
 from rkruntime.serve.app import Front, make_app
+from rkruntime.serve.connections import Connection, Requests
+from rkruntime.serve.doors import door_of
 from rkruntime.serve.host import Host
+from rkruntime.serve.queue import DAEMON
 from rkruntime.serve.service import Service
-from rkruntime.serve.settings import Listen, Settings, check_listen, default_socket, is_loopback
+from rkruntime.serve.settings import Listen, Settings, check_listen, default_socket
 
 log = logging.getLogger("rkedge")
 
 _BACKLOG: Final = 128
 _TICK_S: Final = 1.0
 _KEEP_ALIVE_S: Final = 15
+# Open files beside connections: the worker's pipes, libraries, conversations, listeners.
+_OTHER_FILES: Final = 64
+_SILENCE_S: Final = 60.0
 
 
 def unix_socket(path: Path, mode: int) -> socket.socket:
@@ -38,7 +46,7 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         if path.is_socket():
             _refuse_living(path)
             path.unlink()
@@ -61,6 +69,15 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
             ) from error
         raise
     return listener
+
+
+def _make_folder(folder: Path) -> None:
+    """Make it and those above it if there are none, so that clients come in and nobody else changes it."""
+    before = os.umask(0o022)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(before)
 
 
 def _refuse_living(path: Path) -> None:
@@ -88,46 +105,40 @@ def open_sockets(path: Path, listen: Listen) -> list[socket.socket]:
     return sockets
 
 
-def check_inherited(sockets: Sequence[socket.socket], keys: frozenset[str]) -> None:
-    """Raise UsageError if systemd's socket unit listens to the network, and there are no keys."""
-    for one in sockets:
-        if one.family != socket.AF_UNIX and not keys and not is_loopback(one.getsockname()[0]):
-            raise UsageError(f"The socket unit listens on {one.getsockname()[0]}, and there are no API keys.")
+def most_connections(wanted: int, listeners: int) -> int:
+    """How many each listener may have; raises this process's limit of open files for them as far as it may.
+
+    Beside those that are there, a listener has some that are turned away and not closed yet.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = listeners * (wanted + _BACKLOG) + _OTHER_FILES
+    if resource.RLIM_INFINITY in (soft, hard) or soft >= needed:
+        return wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, needed), hard))
+    most = max(1, (hard - _OTHER_FILES) // listeners - _BACKLOG)
+    if most < wanted:
+        log.warning("limits.connections is %d; with %d open files (ulimit -n) it can be %d only", wanted, hard, most)
+    return min(wanted, most)
+
+
+class _LoopErrors:
+    """The event loop's own errors. Each connection for which no file is left is one; one a minute is logged."""
+
+    def __init__(self) -> None:
+        self._silent_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif time.monotonic() > self._silent_until:
+            self._silent_until = time.monotonic() + _SILENCE_S
+            log.error("no connection can be accepted: %s", error.strerror)
 
 
 def _name(one: socket.socket) -> str:
     address = one.getsockname()
     return address if isinstance(address, str) else f"http://{address[0]}:{address[1]}"
-
-
-class _Protocol(H11Protocol):
-    """uvicorn's, and a time limit for a client that sends its request's head byte by byte, or nothing."""
-
-    header_s = 20.0
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_expecting()
-        elif self._deadline is None:
-            self._expect()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_expecting()
-        super().connection_lost(exc)
-
-    def _expect(self) -> None:
-        self._deadline = self.loop.call_later(self.header_s, self.transport.close)
-
-    def _stop_expecting(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
 
 
 class _Server(uvicorn.Server):
@@ -148,33 +159,37 @@ class Daemon:
     def __init__(self, settings: Settings, reread: Callable[[], Settings], host: Host | None = None) -> None:
         self.settings = settings
         self._reread = reread
+        # Conversations are nobody else's, whatever the mask of who started this.
+        os.umask(os.umask(0o077) | 0o077)
         self.service = Service(settings, host)
-        self._keys = check_listen(settings.listen)
-        self.front: Front = make_app(self.service, self._keys)
-        self._sockets = systemd.inherited_sockets()
+        keys = check_listen(settings.listen)
+        sockets = systemd.inherited_sockets()
         self._own_path: Path | None = None
-        if self._sockets:
-            check_inherited(self._sockets, self._keys)
-        else:
+        if not sockets:
             self._own_path = settings.listen.socket or default_socket()
-            self._sockets = open_sockets(self._own_path, settings.listen)
+            sockets = open_sockets(self._own_path, settings.listen)
+        self._doors = [door_of(one, keys) for one in sockets]
+        self._servers: list[_Server] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reloading = asyncio.Lock()
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then let running answers end. SIGHUP reads the settings again."""
-        server = _Server(self._config())
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_LoopErrors())
+        self._servers = self._make_servers()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop, server)
+            loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._start_task, self.reload)
         self._start_task(self._tick)
         if self.settings.load_at_start:
             self._start_task(self._load)
         try:
             systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
-            log.info("serving %s on %s", self.service.name, ", ".join(map(_name, self._sockets)))
-            await server.serve(self._sockets)
+            log.info("serving %s on %s", self.service.name, ", ".join(_name(door.listener) for door in self._doors))
+            await asyncio.gather(
+                *(server.serve([door.listener]) for server, door in zip(self._servers, self._doors, strict=True))
+            )
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -183,39 +198,47 @@ class Daemon:
             self._remove_socket()
             log.info("stopped")
 
-    def _config(self) -> uvicorn.Config:
+    def _make_servers(self) -> list[_Server]:
+        """One for each listener, so that none has a part in another's connections."""
         limits = self.settings.limits
-        protocol = type("Protocol", (_Protocol,), {"header_s": limits.header_s})
-        return uvicorn.Config(
-            self.front,
-            http=protocol,
-            loop="asyncio",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=limits.connections,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(limits.stop_s)),
-        )
+        app, requests = make_app(self.service), Requests(limits.connections)
+        most = most_connections(limits.connections, len(self._doors))
+        return [
+            _Server(
+                uvicorn.Config(
+                    Front(app, door, requests),
+                    http=Connection.of(door, most, limits.header_s, limits.write_s),
+                    loop="asyncio",
+                    ws="none",
+                    lifespan="off",
+                    log_config=None,
+                    access_log=False,
+                    server_header=False,
+                    proxy_headers=False,
+                    backlog=_BACKLOG,
+                    timeout_keep_alive=_KEEP_ALIVE_S,
+                    timeout_graceful_shutdown=max(1, round(limits.stop_s)),
+                )
+            )
+            for door in self._doors
+        ]
 
     def _start_task(self, work: Callable[[], Any]) -> None:
         task = asyncio.ensure_future(work())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _stop(self, server: uvicorn.Server) -> None:
-        if not server.should_exit:
+    def _stop(self) -> None:
+        if not any(server.should_exit for server in self._servers):
             systemd.notify("STOPPING=1", "STATUS=answers come to their end")
             log.info("stopping: running answers have %g s", self.settings.limits.stop_s)
-        server.should_exit = True
+        for server in self._servers:
+            server.should_exit = True
 
     async def _load(self) -> None:
         """Load before the first request asks for it. What goes wrong is in the log, in /ready and in answers."""
         with contextlib.suppress(RKEdgeError):
-            async with self.service.queue.turn("daemon"):
+            async with self.service.queue.turn(DAEMON):
                 await self.service.host.model()
 
     async def _tick(self) -> None:
@@ -224,6 +247,9 @@ class Daemon:
             await asyncio.sleep(min(_TICK_S, beat or _TICK_S))
             if beat:
                 systemd.notify("WATCHDOG=1")
+            for server in self._servers:
+                for connection in list(server.server_state.connections):
+                    cast("Connection", connection).check_writing()
             await self.service.unload_if_idle()
 
     async def reload(self) -> None:
@@ -232,9 +258,13 @@ class Daemon:
             systemd.reloading()
             try:
                 settings = self._reread()
-                self._keys = check_listen(settings.listen)
+                keys = check_listen(settings.listen)
+                for door in self._doors:
+                    door.check(keys)
                 await self.service.change(settings)
-                self.settings, self.front.keys = settings, self._keys
+                self.settings = settings
+                for door in self._doors:
+                    door.keys = keys
                 logging.getLogger("rkedge").setLevel(settings.log_level.upper())
                 log.info("settings read again; serving %s", self.service.name)
             except RKEdgeError as error:

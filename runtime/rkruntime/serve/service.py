@@ -7,26 +7,35 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from rkruntime.abi import within
 from rkruntime.answer import Answer, AnswerReader
-from rkruntime.conversation import RESERVED
-from rkruntime.errors import BodyError, ContextFullError, RKEdgeError, ServiceError, TimeLimitError, WorkerError
-from rkruntime.generation import GREEDY, FinishReason, Request, Sampling
+from rkruntime.errors import (
+    BodyError,
+    BusyError,
+    ContextFullError,
+    RKEdgeError,
+    ServiceError,
+    TimeLimitError,
+    WorkerError,
+)
+from rkruntime.generation import FinishReason, Request, Sampling
+from rkruntime.prompts import RESERVED
 from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
 from rkruntime.serve.prompt_cache import PromptCaches
-from rkruntime.serve.queue import FairQueue
+from rkruntime.serve.queue import DAEMON, Client, FairQueue
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings, state_folder
 from rkruntime.serve.threads import in_thread
+from rkruntime.words import counted
+from rkruntime.worker.encode import PER_RUN_SAMPLING
 
 log = logging.getLogger("rkedge")
 
-# The first release whose run takes sampling and a limit of its own.
-PER_RUN_SAMPLING: Final = (1, 3, 0)
 # Tokens that follow each other more closely go out together: less than a frame of a screen, and each wake-up costs the
 # board's CPU. Those of a board are further apart, and go out one by one.
 _GATHER_S: Final = 0.016
@@ -56,7 +65,7 @@ class Ask:
     """A request, whatever interface it came by.
 
     Attributes:
-        prompt: makes the prompt once the model is there.
+        prompt: makes the prompt once the model is there; called in a thread.
         client: whose turn it is.
         sampling: names of Sampling's fields and what they shall be; None is the model's own.
         keep: is told of the answer and whether it is whole, when it ends in whatever way. What it raises for a whole
@@ -64,7 +73,7 @@ class Ask:
     """
 
     prompt: Callable[[Model], Prompt]
-    client: str
+    client: Client
     request_id: str
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -142,7 +151,9 @@ class Service:
         self.queue = FairQueue(settings.limits.queue, settings.limits.wait_s)
         self.memory = AnswerMemory()
         self.sessions = SessionStore(
-            settings.sessions.folder or state_folder("state") / "sessions", int(settings.sessions.max_mb * 1e6)
+            settings.sessions.folder or state_folder("state") / "sessions",
+            int(settings.sessions.max_mb * 1e6),
+            settings.sessions.max_number,
         )
         self.caches = PromptCaches(
             settings.prompt_cache.folder or state_folder("cache") / "prompts",
@@ -166,7 +177,9 @@ class Service:
             run.end(None)
         except RKEdgeError as error:
             outcome = type(error).__name__
-            log.warning("request %s: %s: %s", ask.request_id, outcome, error.message)
+            # Refusals are counted; a client that never stops to ask would fill the log with them.
+            level = logging.DEBUG if isinstance(error, BusyError) else logging.WARNING
+            log.log(level, "request %s: %s: %s", ask.request_id, outcome, error.message)
             run.end(error)
         except asyncio.CancelledError:
             run.end(stopped())
@@ -182,9 +195,9 @@ class Service:
     async def _generate(self, ask: Ask, run: Run, queue_s: float) -> None:
         start = time.monotonic()
         model = await self.host.model()
-        prompt = ask.prompt(model)
+        prompt = await in_thread(ask.prompt, model, stop=model.prompts.hurry)
         request, ignored = self._request(ask, model, prompt)
-        reader = AnswerReader(model.tokenizer, len(prompt.tokens), ask.stop, prompt.begun)
+        reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
         begin = Begin(ignored, prompt.notes, reader.text)
         began, first = time.monotonic(), 0.0
         try:
@@ -231,10 +244,10 @@ class Service:
     def _sampling(self, ask: Ask, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
         """The run's sampling where the runtime takes one; else what of it must be ignored."""
         wanted = {name: ask.sampling[name] for name in _FIELDS if ask.sampling.get(name) is not None}
-        changed = resolve_sampling(model.sampling, wanted)
+        changed = model.sampling.changed(wanted)
         if changed == model.sampling:
             return None, ()
-        if tuple(map(int, model.engine.info.release.split("b")[0].split("."))) >= PER_RUN_SAMPLING:
+        if within(model.engine.info.release, PER_RUN_SAMPLING, ""):
             return changed, ()
         names = tuple(wanted)
         if self.settings.per_request_sampling == "refuse":
@@ -271,33 +284,42 @@ class Service:
             return model.bundle.manifest.name
         return self.settings.bundle.resolve().name if self.settings.bundle else "none"
 
-    async def embed(self, texts: Sequence[str], client: str) -> tuple[list[list[float]], int]:
+    async def embed(self, texts: Sequence[str], client: Client) -> tuple[list[list[float]], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
 
+        Each text has a turn of its own, so that others wait for one at most.
+
         Raises:
-            BusyError, ContextFullError, UnsupportedCallError, RKEdgeError.
+            BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
         """
-        vectors, total = [], 0
-        async with self.queue.turn(client):
-            model = await self.host.model()
-            for text in texts:
-                tokens = [model.bundle.manifest.bos_token_id, *model.tokenizer.encode(text)]
-                total += len(tokens)
-                try:
-                    states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
-                except WorkerError as error:
-                    await self.host.lost(error)
-                    raise
-                mean = states.mean(axis=0)
-                length = float((mean * mean).sum()) ** 0.5
-                vectors.append((mean / length if length else mean).tolist())
-            self.caches.forget_position()
+        vectors, total, left = [], 0, self.settings.limits.request_s
+        for text in texts:
+            async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
+                start = time.monotonic()
+                vector, tokens = await self._embed_one(text)
+            left -= time.monotonic() - start
+            vectors.append(vector)
+            total += tokens
         self.last_used = time.monotonic()
         return vectors, total
 
+    async def _embed_one(self, text: str) -> tuple[list[float], int]:
+        model = await self.host.model()
+        encoded = in_thread(model.prompts.encode, text, model.engine.info.max_context, stop=model.prompts.hurry)
+        tokens = [model.bundle.manifest.bos_token_id, *await encoded]
+        self.caches.forget_position()
+        try:
+            states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
+        except WorkerError as error:
+            await self.host.lost(error)
+            raise
+        mean = states.mean(axis=0)
+        length = float((mean * mean).sum()) ** 0.5
+        return (mean / length if length else mean).tolist(), len(tokens)
+
     async def change(self, settings: Settings) -> None:
         """Take other settings between two answers. Raises RKEdgeError; then the old ones stay."""
-        async with self.queue.turn("daemon"):
+        async with self.queue.turn(DAEMON):
             if self.host.needs_load(settings):
                 await self.host.change(settings)
                 self.memory.clear()
@@ -311,7 +333,7 @@ class Service:
         """Free the NPU if nobody has asked for long enough."""
         limit = self.settings.idle_unload_s
         if limit and self.host.current and not self.queue.busy and time.monotonic() - self.last_used > limit:
-            async with self.queue.turn("daemon"):
+            async with self.queue.turn(DAEMON):
                 await self.host.unload()
                 self.caches.forget()
 
@@ -332,8 +354,8 @@ def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
 
 
 @asynccontextmanager
-async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """Raise TimeLimitError in the block after so long.
+async def _time_limit(seconds: float, whole: float | None = None) -> AsyncIterator[None]:
+    """Raise TimeLimitError in the block after so long, which is what is left of `whole`.
 
     asyncio.wait_for would run the block in a task of its own, and a cancel loses what that task ends with.
     """
@@ -351,15 +373,7 @@ async def _time_limit(seconds: float) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         if not expired.is_set():
             raise
-        raise TimeLimitError(f"The answer took longer than {seconds:g} seconds and was stopped.") from None
+        taken = counted(whole or seconds, "second")
+        raise TimeLimitError(f"The answer took longer than {taken} and was stopped.") from None
     finally:
         timer.cancel()
-
-
-def resolve_sampling(base: Sampling, wanted: Mapping[str, Any]) -> Sampling:
-    """`base` with a request's wishes put over it; a temperature or top_p of 0 is greedy in every respect."""
-    if wanted.get("temperature") == 0 or wanted.get("top_p") == 0:
-        return GREEDY
-    if base == GREEDY and wanted.get("temperature") is not None:
-        base = Sampling()
-    return replace(base, **wanted)

@@ -1,61 +1,73 @@
-"""Conversations that the daemon keeps: one JSON file each, by user and name, with a limit for all together."""
+"""Conversations that the daemon keeps: one JSON file each, by user and name, with limits for each user and for all."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkruntime.errors import BodyError, HostError, NoSuchSessionError
+from rkruntime.errors import BodyError, NoSuchSessionError
 from rkruntime.files import atomic_file, write_error
+from rkruntime.serve.users import User, check_name, shares
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def check_name(name: str, what: str) -> str:
-    """`name` if it can name a file. Raises BodyError."""
-    if not _NAME.fullmatch(name):
-        raise BodyError(
-            f"{name[:80]!r} cannot be the name of a {what}: letters, digits, dot, dash and underscore, at most 64.",
-            details={"param": what},
-        )
-    return name
+# What a small file takes on the disk, whatever is in it.
+_BLOCK: Final = 4096
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One conversation in the list: size in bytes, time of the last change in seconds since 1970."""
+    """One conversation in the list: size on the disk in bytes, time of the last change in seconds since 1970."""
 
     name: str
     size: int
     changed: float
 
 
+def _on_disk(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
 class SessionStore:
     """The folder of conversations.
 
+    What is there is looked at once; from then on the sizes are in memory, and nobody else may write there.
+
     Args:
         folder: made when the first one is kept; nobody else may read it.
-        max_bytes: of all files together; the longest unused are deleted.
+        max_bytes: of all files together, in whole blocks. Each user has a share of it.
+        max_number: of files, likewise.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, max_number: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._max_number = max_number
+        # By the users' folders; the longest unused first.
+        self._kept: dict[str, OrderedDict[str, Summary]] = {}
+        # By what of User.path is counted together; all under ().
+        self._bytes: Counter[tuple[str, ...]] = Counter()
+        self._number: Counter[tuple[str, ...]] = Counter()
+        for path in folder.glob("*/.*.partial-*"):
+            # A daemon was killed while it wrote this.
+            path.unlink(missing_ok=True)
+        found = [(path.stat(), path) for path in folder.glob("*/*.json")]
+        for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
+            account, _, name = path.parent.name.partition("+")
+            self._note(User(account, name), Summary(path.stem, _on_disk(stat.st_size), stat.st_mtime))
 
-    def _file(self, user: str, name: str) -> Path:
-        return self._folder / check_name(user, "user") / f"{check_name(name, 'session')}.json"
+    def _file(self, user: User, name: str) -> Path:
+        return self._folder / user.folder / f"{check_name(name, 'session')}.json"
 
-    def list(self, user: str) -> list[Summary]:
+    def list(self, user: User) -> list[Summary]:
         """A user's conversations, the last used first."""
-        files = (self._folder / check_name(user, "user")).glob("*.json")
-        found = [Summary(path.stem, path.stat().st_size, path.stat().st_mtime) for path in files]
-        return sorted(found, key=lambda item: item.changed, reverse=True)
+        return list(reversed(self._of(user).values()))
 
-    def read(self, user: str, name: str) -> dict[str, Any]:
+    def read(self, user: User, name: str) -> dict[str, Any]:
         """What `write` kept. Raises NoSuchSessionError; a damaged file is as good as none."""
         try:
             data = json.loads(self._file(user, name).read_bytes())
@@ -69,38 +81,85 @@ class SessionStore:
             raise NoSuchSessionError(f"The file of the session {name!r} holds no conversation.", hint="Delete it.")
         return data
 
-    def write(self, user: str, name: str, data: Mapping[str, Any]) -> None:
-        """Keep a conversation, whole or not at all.
+    def write(self, user: User, name: str, data: Mapping[str, Any]) -> None:
+        """Keep a conversation, whole or not at all. The user's own longest unused ones make room for it.
 
         Raises:
-            HostError: the disk is full, or it is larger than all may be together.
+            BodyError: there is no room even without them (507).
+            HostError: the disk is full.
         """
         path = self._file(user, name)
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-        if len(text) > self._max_bytes:
-            raise HostError(
-                f"The session {name!r} has {len(text):,} bytes; all together may have {self._max_bytes:,}.",
-                hint="Begin a new one, or raise sessions.max_mb in the daemon's settings.",
-            )
+        leaving = self._leaving(user, name, _on_disk(len(text)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise write_error(path, error) from error
         with atomic_file(path) as partial:
             partial.write_bytes(text)
-        self._make_room(path)
+        self._note(user, Summary(name, _on_disk(len(text)), time.time()))
+        for other in leaving:
+            with suppress(NoSuchSessionError):
+                self.delete(user, other)
 
-    def delete(self, user: str, name: str) -> None:
+    def delete(self, user: User, name: str) -> None:
         """Remove a conversation. Raises NoSuchSessionError."""
+        path = self._file(user, name)
+        self._forget(user, name)
         try:
-            self._file(user, name).unlink()
+            path.unlink()
         except FileNotFoundError as error:
             raise NoSuchSessionError(f"There is no session {name!r}.") from error
+        with suppress(OSError):
+            # The last one was in it: names cost nothing once they are not used.
+            path.parent.rmdir()
 
-    def _make_room(self, newest: Path) -> None:
-        files = sorted(self._folder.glob("*/*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        total = 0
-        for path in [newest, *(path for path in files if path != newest)]:
-            total += path.stat().st_size
-            if total > self._max_bytes:
-                path.unlink(missing_ok=True)
+    def _of(self, user: User) -> OrderedDict[str, Summary]:
+        return self._kept.get(user.folder, OrderedDict())
+
+    def _note(self, user: User, item: Summary) -> None:
+        """Put it behind all others, in place of one with its name."""
+        self._forget(user, item.name)
+        self._kept.setdefault(user.folder, OrderedDict())[item.name] = item
+        self._count(user, item.size, 1)
+
+    def _forget(self, user: User, name: str) -> None:
+        kept = self._of(user)
+        item = kept.pop(name, None)
+        if item:
+            self._count(user, -item.size, -1)
+        if not kept:
+            self._kept.pop(user.folder, None)
+
+    def _count(self, user: User, size: int, number: int) -> None:
+        for path in ((), user.path[:1], user.path):
+            self._bytes[path] += size
+            self._number[path] += number
+            if not self._number[path]:
+                del self._bytes[path], self._number[path]
+
+    def _leaving(self, user: User, name: str, size: int) -> Sequence[str]:
+        """Which of the user's own must go so that all limits hold with a file of `size`. Raises BodyError."""
+        own = [item for item in self._of(user).values() if item.name != name]
+        old = self._of(user).get(name)
+        more, one = (size - old.size, 0) if old else (size, 1)
+        # A limit that was lowered meanwhile is no reason to refuse what takes less than before.
+        too_large = more + self._excess(user, self._bytes, self._max_bytes) if more > 0 else 0
+        too_many = one + self._excess(user, self._number, self._max_number)
+        leaving = []
+        while own and (too_large > 0 or too_many > 0):
+            item = own.pop(0)
+            leaving.append(item.name)
+            too_large, too_many = too_large - item.size, too_many - 1
+        if too_large > 0 or too_many > 0:
+            raise BodyError(
+                f"There is no room for the session {name!r}, which takes {size:,} bytes.",
+                hint="Clear it or begin a new one; sessions.max_mb in the daemon's settings is the limit, of which a "
+                "user has a share.",
+                details={"status": 507, "code": "insufficient_storage"},
+            )
+        return leaving
+
+    def _excess(self, user: User, used: Counter[tuple[str, ...]], whole: int) -> int:
+        """By how much the limit that is nearest is passed; below 0 while there is room."""
+        return max(used[path] - most for path, most in [((), whole), *shares(user.path, whole)])

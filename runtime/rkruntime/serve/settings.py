@@ -11,11 +11,16 @@ from typing import Final, Literal
 
 from rkruntime.errors import UsageError
 from rkruntime.schema import build
+from rkruntime.serve.users import is_free, key_user
 from rkruntime.yamltext import read_mapping
 
 SYSTEM_SOCKET: Final = Path("/run/rkedge/rkedge.sock")
 SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
 _MIN_KEY: Final = 16
+_KEY_HINT: Final = "Make one: openssl rand -hex 24"
+_NAME_HINT: Final = (
+    "Names have letters, digits, dot, dash and underscore. network, local, uid-... and key-... are the daemon's own."
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Listen:
         socket: Unix socket; None for the system's or the user's own place (`default_socket`).
         socket_mode: its permissions; the group may connect.
         host, port: TCP as well, if there is a port. An address that is not loopback needs `api_keys`.
-        api_keys: file with one key a line, readable by its owner alone. Asked of TCP clients, not of the Unix socket's.
+        api_keys: file with `NAME KEY` or a key alone on each line, readable by its owner alone. Asked of TCP clients,
+            not of the Unix socket's.
     """
 
     socket: Path | None = None
@@ -38,7 +44,7 @@ class Listen:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one client, or all together, may take.
+    """How much all clients together may take. One user may have a quarter of `queue` and `connections`.
 
     Attributes:
         queue: requests that wait for the NPU.
@@ -48,7 +54,8 @@ class Limits:
         token_s: without a token the worker counts as hung and is ended; reading a long prompt included.
         body_mb: size of a request's body.
         header_s: time a client has for sending its whole request.
-        connections: open at the same time.
+        write_s: an answer of which the client takes nothing for so long is broken off.
+        connections: open at the same time, for each listener.
         stop_s: time for answers to come to their end when the daemon is stopped.
         max_new_tokens: longest answer; 0 for what the context has room for.
     """
@@ -60,6 +67,7 @@ class Limits:
     token_s: float = 120.0
     body_mb: float = 4.0
     header_s: float = 20.0
+    write_s: float = 20.0
     connections: int = 256
     stop_s: float = 30.0
     max_new_tokens: int = 0
@@ -67,16 +75,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sessions:
-    """Conversations that the daemon keeps.
+    """Conversations that the daemon keeps. One user may have a quarter of `max_mb` and `max_number`.
 
     Attributes:
         folder: None for the state folder of the service or the user.
-        max_mb: of all their files together; the longest unused go first.
+        max_mb: of all their files together. A user's longest unused go first, for that user's new ones.
+        max_number: of all together, likewise.
         resume_s: how long a broken answer of a session can be taken up again.
     """
 
     folder: Path | None = None
     max_mb: float = 64.0
+    max_number: int = 4000
     resume_s: float = 3600.0
 
 
@@ -172,11 +182,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_keys(path: Path) -> frozenset[str]:
-    """The API keys in a file, one a line; lines with # in front are comments.
+def read_keys(path: Path) -> dict[str, str]:
+    """The user of each API key in a file: `NAME KEY` on a line, or a key alone; lines with # in front are comments.
 
     Raises:
-        UsageError: it cannot be read, others can read it too, or a key is too short to keep anybody out.
+        UsageError: it cannot be read, others can read it too, a key is too short to keep anybody out or has two users,
+            or a name cannot be a user's.
     """
     try:
         mode = path.stat().st_mode
@@ -185,16 +196,25 @@ def read_keys(path: Path) -> frozenset[str]:
         raise UsageError(f"The API keys in {path} cannot be read: {error}") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UsageError(f"Others can read the API keys in {path}.", hint=f"chmod 600 {path}")
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys or min(map(len, keys)) < _MIN_KEY:
-        raise UsageError(
-            f"{path} has no key, or one of fewer than {_MIN_KEY} characters.", hint="Make one: openssl rand -hex 24"
-        )
+    keys: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        *names, key = words
+        if len(names) > 1 or not all(map(is_free, names)):
+            raise UsageError(f"{path}, line {number}: write NAME KEY, or a key alone.", hint=_NAME_HINT)
+        user = names[0] if names else key_user(key)
+        if len(key) < _MIN_KEY or keys.setdefault(key, user) != user:
+            what = "has two users" if key in keys else f"has fewer than {_MIN_KEY} characters"
+            raise UsageError(f"{path}, line {number}: the key {what}.", hint=_KEY_HINT)
+    if not keys:
+        raise UsageError(f"{path} has no key.", hint=_KEY_HINT)
     return keys
 
 
-def check_listen(listen: Listen) -> frozenset[str]:
-    """The API keys to ask for. Raises UsageError if an address that others can reach has none."""
+def check_listen(listen: Listen) -> dict[str, str]:
+    """The users of the API keys to ask for, none if there is no file. Raises UsageError for nonsense."""
     if listen.port is not None and not 0 <= listen.port <= 65535:
         raise UsageError(f"listen.port is {listen.port}; ports go from 0 (any free one) to 65535.")
     try:
@@ -206,8 +226,13 @@ def check_listen(listen: Listen) -> frozenset[str]:
     if listen.api_keys is not None:
         return read_keys(listen.api_keys)
     if listen.port is not None and not is_loopback(listen.host):
-        raise UsageError(
-            f"{listen.host} can be reached from other machines, and there are no API keys.",
-            hint="Set listen.api_keys (--api-keys FILE), or better keep to the Unix socket and use SSH.",
-        )
-    return frozenset()
+        raise without_keys(listen.host)
+    return {}
+
+
+def without_keys(address: str) -> UsageError:
+    """Others can reach the daemon, and it would let everybody in."""
+    return UsageError(
+        f"{address} can be reached from other machines, and there are no API keys.",
+        hint="Set listen.api_keys (--api-keys FILE), or better keep to the Unix socket and use SSH.",
+    )

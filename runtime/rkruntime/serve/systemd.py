@@ -8,7 +8,9 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
+
+from rkruntime.printable import one_line
 
 _FIRST_FD: Final = 3
 # Python's levels to syslog's, which journald reads between angle brackets.
@@ -52,7 +54,20 @@ def inherited_sockets() -> list[socket.socket]:
     return sockets
 
 
-class _Journal(logging.Formatter):
+class _Printable(logging.Formatter):
+    """One record is one line, whatever it tells of; behind it, indented, those of a traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).splitlines())
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - logging's name
+        return "\n".join(f"    {one_line(line)}" for line in stack_info.splitlines())
+
+
+class _Journal(_Printable):
     """A line with its level for journald, which has a clock of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -63,9 +78,11 @@ class _Journal(logging.Formatter):
 def log_to_stderr(level: str) -> None:
     """Set up logging: for journald if it reads standard error, else with time and level."""
     handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    plain = _Printable("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(_Journal("%(message)s") if "JOURNAL_STREAM" in os.environ else plain)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # It warns of each request that is not HTTP, which anybody can send without end.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("rkedge").setLevel(level.upper())

@@ -2,6 +2,10 @@
 
 import sys
 
-from rkruntime.worker.child import main
+from rkruntime.worker.keeper import keep
+
+keep()
+
+from rkruntime.worker.child import main  # noqa: E402 - the keeper stays as small as it can be
 
 main(int(sys.argv[1]), int(sys.argv[2]))

@@ -37,12 +37,14 @@ class Worker:
         self._lock = threading.Lock()
         self._model: Model | None = None
         self._runner: Runner | None = None
+        self._number = 0
 
     def serve(self) -> NoReturn:
         """Carry out commands until the parent says `close` or is gone."""
         threading.Thread(target=self._read, daemon=True).start()
         while True:
             header, data = self._todo.get()
+            self._number = header["run"]
             self._answer(header["call"], header, data)
             if header["call"] == "close":
                 os._exit(0)
@@ -80,7 +82,7 @@ class Worker:
             kind, results = protocol.ERROR, [RunError(f"The worker failed in {call}: {error!r}.").as_dict()]
         _LIBC.fflush(None)
         for batch, result in enumerate(results):
-            self.send(kind, header.get("run", 0), 0, json.dumps(result).encode(), batch)
+            self.send(kind, header["run"], 0, json.dumps(result).encode(), batch)
 
     def send(self, kind: int, run: int, value: int, data: bytes | memoryview, batch: int = 0) -> None:
         """Write a record of any size, whole."""
@@ -103,7 +105,7 @@ class Worker:
 
     # Commands. Each returns what goes into the reply, in JSON types.
 
-    def _do_load(self, header: dict[str, Any], _data: list[memoryview]) -> dict[str, Any]:
+    def _do_load(self, header: dict[str, Any], _data: list[memoryview]) -> int:
         _raise_open_files()
         path = Path(header["library"])
         check_machine(path, header["machine"])
@@ -120,7 +122,7 @@ class Worker:
         runner.attach(self._model)
         for lora in header["loras"]:
             self._model.load_lora(lora["name"], lora["path"], lora["scale"])
-        return {"max_context": self._model.param.max_context_len, "pid": os.getpid()}
+        return max(0, int(self._model.param.max_context_len))
 
     def _do_run(self, header: dict[str, Any], data: list[memoryview]) -> list[dict[str, Any]]:
         assert self._runner is not None
@@ -152,7 +154,7 @@ class Worker:
     # Callbacks of 1.3.0 for models without tokenizer or embeddings: the parent has them.
 
     def _ask(self, kind: int, data: bytes) -> bytes:
-        self.send(kind, 0, 0, data)
+        self.send(kind, self._number, 0, data)
         ok, answer = self._answers.get()
         if not ok:
             raise RunError(answer.decode())

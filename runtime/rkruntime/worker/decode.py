@@ -4,20 +4,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import fields
+from typing import Any, Final
 
-from rkruntime import errors
-from rkruntime.errors import ModelError, RKEdgeError, RunError
+from rkruntime.errors import (
+    LibraryError,
+    LoadError,
+    ModelError,
+    RKEdgeError,
+    RunError,
+    UnsupportedCallError,
+    UsageError,
+)
 from rkruntime.generation import Finished, FinishReason, HiddenStates, Logits, Perf
 from rkruntime.worker import protocol
+from rkruntime.worker.exchange import lie
 from rkruntime.worker.protocol import Record
+
+# All that binding and runner raise.
+_ERRORS: Final = {kind.__name__: kind for kind in (LibraryError, LoadError, RunError, UnsupportedCallError, UsageError)}
+
+
+def json_of(record: Record) -> Any:
+    """The JSON of a record. Raises WorkerProtocolError if it is none."""
+    try:
+        return json.loads(record.data)
+    except (ValueError, RecursionError):
+        raise lie("a record that is not JSON") from None
+
+
+def whole(value: Any) -> int:
+    """`value` as a count. Raises WorkerProtocolError if it is none."""
+    if type(value) is int and 0 <= value < 1 << 31:
+        return value
+    raise lie(f"{str(value)[:80]!r} in place of a count")
 
 
 def error_of(record: Record) -> RKEdgeError:
     """The error of an ERROR record, as the class of its name."""
-    plain = json.loads(record.data)
-    kind = getattr(errors, str(plain["error"]), RunError)
-    return cast(RKEdgeError, kind(plain["message"], hint=plain["hint"], details=plain["details"]))
+    plain = json_of(record)
+    try:
+        kind, message, hint = _ERRORS[plain["error"]], plain["message"], plain["hint"]
+    except (KeyError, TypeError):
+        raise lie("an error that does not exist") from None
+    if not isinstance(message, str) or not isinstance(hint, str):
+        raise lie("an error without words")
+    return kind(message, hint=hint)
 
 
 def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
@@ -28,7 +60,8 @@ def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
 
         # What a shell would have printed under the log; a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
-        error.details.setdefault("diagnosis", diagnose("\n".join([*lines, *ending])).as_dict())
+        found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
+        error.details.setdefault("diagnosis", found.as_dict())
 
 
 def array_of(record: Record) -> Logits | HiddenStates:
@@ -40,7 +73,18 @@ def array_of(record: Record) -> Logits | HiddenStates:
 
 
 def finished_of(record: Record) -> Finished:
-    """The end of a run from a FINISHED record."""
-    plain = json.loads(record.data)
-    perf = Perf(**plain["perf"]) if plain["perf"] else None
-    return Finished(FinishReason(plain["reason"]), plain["prompt_tokens"], plain["generated"], perf)
+    """The end of a run from a FINISHED record. Raises WorkerProtocolError."""
+    plain = json_of(record)
+    try:
+        reason, perf = FinishReason(plain["reason"]), plain["perf"]
+        return Finished(reason, whole(plain["prompt_tokens"]), whole(plain["generated"]), _perf(perf))
+    except (KeyError, TypeError, ValueError):
+        raise lie("an end of a run without its reason or its figures") from None
+
+
+def _perf(plain: Any) -> Perf | None:
+    """The runtime's figures, if they are figures: a library may leave the structure as it found it."""
+    if plain is None:
+        return None
+    values = [plain[field.name] for field in fields(Perf)]
+    return Perf(*values) if all(type(value) in (int, float) and abs(value) < 1e15 for value in values) else None

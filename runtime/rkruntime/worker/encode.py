@@ -14,6 +14,7 @@ from rkruntime.loading import LoadOptions
 
 Data = list[bytes | memoryview]
 
+# The first release whose run takes sampling and a limit of its own.
 PER_RUN_SAMPLING = "1.3.0"
 
 

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +19,30 @@ from typing import Any, Final
 
 import rkruntime
 from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
+from rkruntime.printable import one_line
+from rkruntime.words import counted
 from rkruntime.worker import protocol
+from rkruntime.worker.exchange import Exchange
 from rkruntime.worker.protocol import Record
 
 _ROOT: Final = str(Path(rkruntime.__file__).resolve().parents[1])
 # Isolated: neither PYTHONPATH nor the working folder nor site-packages have a say in what the worker imports.
 _START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); import rkruntime.worker.__main__"
-_LOG_PIPE: Final = 1 << 20
+_PIPE: Final = 1 << 20
+_LOG_READ: Final = 1 << 16
 _KEPT_LINES: Final = 200
 _LONGEST_LINE: Final = 16384
 _SLICE: Final = 0.5
+# Of a worker that prints faster than _LOG_READ bytes in this time, the rest is lost in the pipe.
+LOG_PAUSE: Final = 0.02
+# A worker reads its commands in a thread that does nothing else, and the pipe holds most of them whole.
+_COMMAND_TIMEOUT: Final = 10.0
+# Seconds for everything that a worker started to be killed. Longer only if the kernel does not let go of it.
+_KILL_TIMEOUT: Final = 5.0
 # The library says these during a run and goes on, or waits for ever: what it answers then is rubbish (rknn-llm issues
 # 390, 449, 85, 306).
 _ALARM: Final = re.compile(
-    r"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
+    rb"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
 )
 # A buffer of a megabyte is mapped anew for each read, which costs 6 us; arrays have use for it, tokens do not.
 SMALL_READ: Final = 1 << 12
@@ -48,7 +59,10 @@ def python_command() -> tuple[str, ...]:
 class WorkerProcess:
     """A worker process and its three pipes: commands, records, and what it prints.
 
-    `alarm` is the first line since it was emptied that says that a run's results are worth nothing.
+    Attributes:
+        log: the last lines that it printed, with control characters spelled out.
+        alarm: the first line since it was emptied that says that a run's results are worth nothing.
+        log_open: there may be more lines.
 
     Args:
         interpreter: command of the Python to use. Raises HostError if it cannot be started.
@@ -62,21 +76,29 @@ class WorkerProcess:
         self._on_log = on_log
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
         self.alarm = ""
+        self.log_open = True
         self._line = b""
         self._buffer = b""
         self._parts: list[bytes] = []
         self._missing = 0
         self._at = 0
+        self._exchange = Exchange(0)
+        self._head: tuple[int, int, int, int, int] | None = None
+        self._wanted = False
+        self._left: int | None = None
+        self._next_look = 0.0
+        self._log_again = 0.0
         with contextlib.ExitStack() as on_error:
             fds = [fd for _ in range(3) for fd in os.pipe()]
             for fd in fds:
                 on_error.callback(_close_quietly, fd)
             command_read, self._commands, self._records, record_write, self._log, log_write = fds
             # A full log pipe must not stop the library: what does not fit is lost.
-            for fd in (self._records, self._log, log_write):
+            for fd in (self._commands, self._records, self._log, log_write):
                 os.set_blocking(fd, False)
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(log_write, fcntl.F_SETPIPE_SZ, _LOG_PIPE)
+            for fd in (self._commands, log_write):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
             command = [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)]
             self.process = _start(command, log_write, (command_read, record_write), environment)
             on_error.pop_all()
@@ -85,6 +107,8 @@ class WorkerProcess:
         self._poll = select.poll()
         self._poll.register(self._records, select.POLLIN)
         self._poll.register(self._log, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(self._commands, select.POLLOUT)
 
     @property
     def records_fd(self) -> int:
@@ -102,27 +126,57 @@ class WorkerProcess:
         return self.process.returncode is not None
 
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
-        """Send a command. Raises WorkerCrashedError if the worker is gone."""
+        """Send a command.
+
+        Raises:
+            WorkerCrashedError: the worker is gone.
+            WorkerHungError: it does not read; it was ended.
+        """
+        deadline = time.monotonic() + _COMMAND_TIMEOUT
+        for part in protocol.pack_command(header, data):
+            view = memoryview(part).cast("B") if len(part) else memoryview(b"")
+            while view:
+                view = view[self._write(view, deadline) :]
+
+    def _write(self, view: memoryview, deadline: float) -> int:
         try:
-            protocol.write_all(self._commands, *protocol.pack_command(header, data))
+            return os.write(self._commands, view)
+        except BlockingIOError:
+            wait = deadline - time.monotonic()
+            if wait <= 0:
+                raise self.hung(_COMMAND_TIMEOUT) from None
+            self._writable.poll(wait * 1000)
+            return 0
         except OSError:
             raise self.crashed() from None
 
+    def expect(self, exchange: Exchange) -> None:
+        """From now on only the records of `exchange` are given out."""
+        self._exchange, self._wanted = exchange, False
+
     def buffered(self) -> Record | None:
-        """The next record that has arrived whole, without a system call."""
-        if self._parts:  # of a long record: `receive` joins them when the last one is here
-            return None
-        start = self._at + _HEAD
-        if start > len(self._buffer):
-            self._missing = start - len(self._buffer)
-            return None
-        kind, batch, run, value, size = _unpack(self._buffer, self._at)
-        end = start + size
-        if end > len(self._buffer):
-            self._missing = end - len(self._buffer)
-            return None
-        self._at = end
-        return Record(kind, batch, run, value, self._buffer[start:end])
+        """The next record that has arrived whole, without a system call. Every record passes here.
+
+        Raises:
+            WorkerProtocolError: the worker must not send this.
+        """
+        while not self._parts:  # of a long record: `receive` joins them when the last one is here
+            start = self._at + _HEAD
+            if self._head is None:
+                if start > len(self._buffer):
+                    self._missing = start - len(self._buffer)
+                    return None
+                self._head = _unpack(self._buffer, self._at)
+                self._wanted = self._exchange.accepts(*self._head)
+            kind, batch, run, value, size = self._head
+            end = start + size
+            if end > len(self._buffer):
+                self._missing = end - len(self._buffer)
+                return None
+            self._head, self._at = None, end
+            if self._wanted:
+                return Record(kind, batch, run, value, self._buffer[start:end])
+        return None
 
     def receive(self) -> int:
         """Read what has arrived, without waiting, SMALL_READ bytes or what a record lacks at the most.
@@ -130,12 +184,17 @@ class WorkerProcess:
         Returns:
             The number of bytes. Raises WorkerCrashedError at the worker's end.
         """
+        size = min(max(self._missing, SMALL_READ), _LARGE_READ)
         try:
-            data = os.read(self._records, min(max(self._missing, SMALL_READ), _LARGE_READ))
+            data = os.read(self._records, size if self._left is None else min(size, self._left))
         except BlockingIOError:
-            return 0
+            data = b""
+            if self._left is None:
+                return 0
         if not data:
             raise self.crashed()
+        if self._left is not None:
+            self._left -= len(data)
         self._parts.append(data)
         self._missing -= len(data)
         if self._missing <= 0:  # joined once per record, also where it is an array of megabytes
@@ -144,63 +203,99 @@ class WorkerProcess:
             self._at = 0
         return len(data)
 
-    def next_record(self, timeout: float) -> Record:
-        """Wait for a record.
+    def next_record(self, timeout: float, deadline: float) -> Record:
+        """Wait for a record until `deadline` (of time.monotonic), which is the end of a time limit of `timeout`.
 
         Raises:
             WorkerCrashedError: the worker ended.
-            WorkerHungError: nothing came in time; the worker was ended.
+            WorkerHungError: nothing that counts came in time; the worker was ended.
+            WorkerProtocolError: the worker must not send this.
         """
         record = self.buffered()
         if record is not None:
             return record
-        started = time.perf_counter()
-        while True:
-            waited = time.perf_counter() - started
-            if self._ready(0 if waited < protocol.SPIN else min(_SLICE, timeout)) and self.receive():
+        started = now = time.monotonic()
+        while record is None:
+            wait = 0.0 if now - started < protocol.SPIN else min(_SLICE, max(0.0, deadline - now))
+            if self._ready(wait) or self._left is not None:
+                self.receive()
                 record = self.buffered()
-                if record is not None:
-                    return record
-                started = time.perf_counter()
-            elif waited > timeout:
+            now = time.monotonic()
+            if record is None and now > deadline:
                 raise self.hung(timeout)
-            elif waited > protocol.SPIN:
+            if now > self._next_look:
+                self._next_look = now + _SLICE
                 self.check_alive()
+        return record
 
     def _ready(self, seconds: float) -> bool:
+        """Whether there is something from the record pipe within some time; takes over what is printed."""
+        if self._log_again and time.monotonic() > self._log_again:
+            self._log_again = 0.0
+            self._poll.register(self._log, select.POLLIN)
+        if self._log_again:
+            seconds = min(seconds, LOG_PAUSE)
         found = False
         for fd, _ in self._poll.poll(seconds * 1000):
-            if fd == self._log:
-                self.read_log()
-            else:
+            if fd != self._log:
                 found = True
+            elif self.read_log():
+                self._poll.unregister(self._log)
+                self._log_again = time.monotonic() + LOG_PAUSE
         return found
 
     def check_alive(self) -> None:
-        """Raise WorkerCrashedError if the process has ended, also where a child of its own keeps the pipes open."""
-        if self.process.poll() is not None and not self.receive():
-            raise self.crashed()
+        """Notice that the process has ended, also where a child of its own keeps the pipes open.
 
-    def read_log(self) -> None:
-        """Take over what the worker has printed so far."""
+        What stands in the pipe by then still counts, and nothing that comes later.
+        """
+        if self._left is None and self.process.poll() is not None:
+            self._left = _waiting(self._records)
+
+    def read_log(self) -> bool:
+        """Take over a piece of what the worker has printed. Returns whether there is likely to be more."""
         try:
-            while data := os.read(self._log, 1 << 16):
-                *lines, self._line = (self._line + data).split(b"\n")
-                for line in lines:
-                    self._keep(line)
-                if len(self._line) > _LONGEST_LINE:
-                    self._keep(self._line)
-                    self._line = b""
-            with contextlib.suppress(KeyError):
-                self._poll.unregister(self._log)  # its writers are gone, and it would always be ready
+            data = os.read(self._log, _LOG_READ)
         except OSError:
-            return
+            return False
+        if not data:  # its writers are gone, and it would always be ready
+            self.log_open = False
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._log)
+            return False
+        self._print(data)
+        return len(data) == _LOG_READ
 
-    def _keep(self, line: bytes) -> None:
-        text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")
+    def drain_log(self) -> None:
+        """Take over what the worker has printed so far, and nothing that it prints meanwhile."""
+        for _ in range(-(-_waiting(self._log) // _LOG_READ)):
+            self.read_log()
+
+    def _print(self, data: bytes) -> None:
+        # Splitting costs the reader more than printing costs the writer: of a flood only the last lines are split off.
+        left_out, *lines = (self._line + data).rsplit(b"\n", _KEPT_LINES + 1)
+        if len(lines) <= _KEPT_LINES:
+            lines, left_out = [left_out, *lines], b""
+        self._line = lines.pop()
+        if len(self._line) > _LONGEST_LINE:
+            lines.append(self._line)
+            self._line = b""
+        if left_out:
+            self._look_for_alarm(left_out)
+            self._keep(f"[{len(left_out):,} bytes of output left out]")
+        for line in lines:
+            self._look_for_alarm(line)
+            self._keep(one_line(line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")))
+
+    def _look_for_alarm(self, text: bytes) -> None:
+        found = None if self.alarm else _ALARM.search(text)
+        if found:
+            start, end = text.rfind(b"\n", 0, found.start()) + 1, text.find(b"\n", found.end())
+            line = text[start : end if end >= 0 else None]
+            self.alarm = one_line(line[:_LONGEST_LINE].decode("utf-8", "replace").strip())
+
+    def _keep(self, text: str) -> None:
         self.log.append(text)
-        if not self.alarm and _ALARM.search(text):
-            self.alarm = text
         if self._on_log:
             self._on_log(text)
 
@@ -210,15 +305,18 @@ class WorkerProcess:
         Returns:
             Its return code, negative for a signal.
         """
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self.process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()  # for its keeper: see rkruntime.worker.keeper
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_KILL_TIMEOUT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
-        self.read_log()
+        self.drain_log()
         if self._line:
-            self._keep(self._line)
-            self._line = b""
+            self._print(b"\n")
         return code
 
     def close_pipes(self) -> None:
@@ -246,7 +344,7 @@ class WorkerProcess:
         """The error of a worker that gave no sign in time; the process is gone afterwards."""
         self.end(grace=0)
         return WorkerHungError(
-            f"The runtime library gave no sign of life for {seconds:g} seconds and was ended.",
+            f"The runtime library gave no sign of life for {counted(seconds, 'second')} and was killed.",
             details={"seconds": seconds},
         )
 
@@ -270,6 +368,14 @@ def _start(
             f"The worker process cannot be started: {command[0]}: {error.strerror or error}.",
             hint="Look at the limits on processes and memory, and that this Python is still where it was.",
         ) from error
+
+
+def _waiting(fd: int) -> int:
+    """The number of bytes in a pipe; 0 if it is closed."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):
+        return 0
 
 
 def _close_quietly(fd: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 RECORD: Final = struct.Struct("<BBHiI")
-"""Kind, batch, run (mod 2^16), value, size of the data."""
+"""Kind, batch, number of the command that it belongs to (`run`, mod 2^16), value, size of the data."""
 COMMAND: Final = struct.Struct("<II")
 
 TOKEN, LOGITS, HIDDEN, FINISHED, REPLY, ERROR, TOKENIZE, EMBED = range(8)

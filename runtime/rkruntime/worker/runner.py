@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,6 +19,7 @@ from rkruntime.errors import RKEdgeError, RunError, UnsupportedCallError
 from rkruntime.worker import protocol
 
 _ABORT_WAIT: Final = 0.05
+_SMALL: Final = select.PIPE_BUF - protocol.RECORD.size
 _MODES: Final = {
     "generate": "RKLLM_INFER_GENERATE",
     "hidden": "RKLLM_INFER_GET_LAST_HIDDEN_LAYER",
@@ -45,6 +47,7 @@ class Runner:
         self._can_pause = library.abi.functions and "perf" in dict(library.abi.structs["RKLLMResult"]._fields_)
         self._running = threading.Lock()
         self._run: int | None = None
+        self._paused = False  # the run before
         self._model: Model | None = None
 
     def attach(self, model: Model) -> None:
@@ -74,7 +77,7 @@ class Runner:
                 self.model.run_async(prompts, infer)
                 self._done.wait()
             else:
-                self.model.run(prompts, infer)
+                self._run_here(prompts, infer)
         finally:
             with self._running:
                 self._run = None
@@ -83,7 +86,24 @@ class Runner:
         self.model.raise_failure()
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
+        self._check_prompt_was_read()
         return self._results(header)
+
+    def _run_here(self, prompts: list[dict[str, Any]], infer: dict[str, Any]) -> None:
+        try:
+            self.model.run(prompts, infer)
+        except RunError:
+            # Whether a run that rkllm_abort ended is a failure is not known: the answer is whole if all batches ended.
+            if self._failed or None in self._ended:
+                raise
+
+    def _check_prompt_was_read(self) -> None:
+        after_pause, self._paused = self._paused, "pause" in self._ended
+        if after_pause and self._perf and self._perf["prefill_tokens"] == 0:
+            raise RunError(
+                "The runtime went on with the run that was paused before and did not read this prompt.",
+                hint="Clear the cache after a pause, or use stop tokens instead of pause tokens.",
+            )
 
     def _begin(self, header: dict[str, Any]) -> None:
         self._number = header["run"] & 0xFFFF
@@ -97,7 +117,7 @@ class Runner:
         self._ended: list[str | None] = [None] * len(header["prompts"])
         self._aborting: threading.Thread | None = None
         self._done = threading.Event()
-        self._failed = False
+        self._failed = self._has_arrays = False
         self._perf: dict[str, float] | None = None
 
     def _input(self, prompt: dict[str, Any], data: list[memoryview]) -> dict[str, Any]:
@@ -133,6 +153,13 @@ class Runner:
 
     def on_result(self, results: Any, state: int) -> int:
         """The library's callback."""
+        try:
+            return self._on_state(results, state)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _on_state(self, results: Any, state: int) -> int:
         if state <= self._waiting:
             if self._mode == "generate" and len(self._counts) == 1:
                 return self._on_token(results[0])
@@ -140,19 +167,24 @@ class Runner:
         if state == self._hidden:
             return self._on_results(results)
         if state == self._finish:
+            if self._mode == "hidden" and not self._has_arrays:  # some boards are said to give them here
+                self._on_results(results)
             self._perf = self._read_perf(results)
         self._failed = self._failed or state == self._error
         self._done.set()
         return CONTINUE
 
     def _on_token(self, result: Any) -> int:
-        # One small write per token, below PIPE_BUF, needs no lock.
         if self._ended[0] is not None:
             return CONTINUE
         token = result.token_id
         if token in self._stops:
             return self._end(0, "stop")
         text = result.text or b""
+        if len(text) > _SMALL:
+            self._send(protocol.TOKEN, self._number, token, text)
+            return self._count(0, token)
+        # One small write per token, below PIPE_BUF, needs no lock.
         try:
             os.write(self._records, protocol.RECORD.pack(protocol.TOKEN, 0, self._number, token, len(text)) + text)
         except OSError:
@@ -161,7 +193,7 @@ class Runner:
 
     def _count(self, batch: int, token: int) -> int:
         self._counts[batch] += 1
-        if self._counts[batch] == self._limit:
+        if self._counts[batch] >= self._limit > 0:
             return self._end(batch, "length")
         if token in self._pauses:
             self._ended[batch] = "pause"
@@ -200,6 +232,7 @@ class Runner:
             if rows * columns * 4 > protocol.MAX_DATA:
                 raise RunError(f"The runtime gave an array of {rows:,} x {columns:,} numbers, which is impossible.")
             address = ctypes.addressof(pointer.contents)
+            self._has_arrays = True
             values = (ctypes.c_float * (rows * columns)).from_address(address)
             self._send(kind, self._number, columns, memoryview(values).cast("B"), batch)
 
@@ -253,7 +286,7 @@ class Runner:
         """As given; of a text the runtime's own count, where it has one."""
         if prompt["n_tokens"] is not None:
             return int(prompt["n_tokens"])
-        return int(self._perf["prefill_tokens"]) if self._perf else 0
+        return max(0, int(self._perf["prefill_tokens"])) if self._perf else 0
 
     def _reason(self, prompt_tokens: int, count: int) -> str:
         """Why the library ended by itself: an EOS, the limit of the load, or a full context."""

@@ -23,6 +23,7 @@ from rkruntime.errors import (
     AdapterError,
     CalibrationError,
     HostError,
+    InputError,
     OutputError,
     RefusedError,
     RKEdgeError,
@@ -218,6 +219,99 @@ def test_what_the_toolkit_has_finished_is_not_done_again(
     assert is_complete(bundle.path)
     bundle.verify(trust_stamps=False)
     assert left(asked) == ["bundle"]
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def rewrite(path: Path) -> None:
+    """Other weights, with size and time of change as before."""
+    state, data = path.stat(), bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+# Each gets the checkpoint, the adapter and the calibration file.
+EDITS: dict[str, Callable[[Path, Path, Path], object]] = {
+    "nothing": lambda base, lora, texts: None,
+    "config": lambda base, lora, texts: edit(base / "config.json", rms_norm_eps=1e-5),
+    "generation": lambda base, lora, texts: edit(base / "generation_config.json", eos_token_id=[1]),
+    "tokenizer": lambda base, lora, texts: edit(base / "tokenizer.json"),
+    "tokenizer's settings": lambda base, lora, texts: edit(base / "tokenizer_config.json", model_max_length=77),
+    "template": lambda base, lora, texts: (base / "chat_template.jinja").write_text(
+        (base / "chat_template.jinja").read_text().replace("trim", "trim | trim")
+    ),
+    "calibration": lambda base, lora, texts: texts.write_text(texts.read_text().replace('"a"', '"b"')),
+    "alpha": lambda base, lora, texts: edit(lora / "adapter_config.json", lora_alpha=77),
+    "adapter": lambda base, lora, texts: rewrite(lora / "adapter_model.safetensors"),
+    "weights": lambda base, lora, texts: rewrite(sorted(base.glob("*.safetensors"))[0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "lora_mode"), [*((change, "merge") for change in EDITS), ("alpha", "runtime"), ("adapter", "runtime")]
+)
+def test_a_finished_file_is_kept_only_if_it_would_be_the_same(
+    options: Callable[..., Options], base: Path, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: str, lora_mode: str,
+) -> None:  # fmt: skip
+    texts, lora, runs = tmp_path / "data.json", make_adapter(base), []
+    texts.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
+    asked = options(loras=(Lora(str(lora)),), calibration=texts, lora_mode=lora_mode)
+    real = board_file.run_toolkit
+
+    def run_toolkit(*arguments: Any, **others: Any) -> Any:
+        runs.append(arguments)
+        return real(*arguments, **others)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(board_file, "run_toolkit", run_toolkit)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bundle_folder, "write_manifest", interrupt)
+        convert(asked)
+    EDITS[change](base, lora, texts)
+    convert(asked).verify(trust_stamps=False)
+    assert len(runs) == (1 if change == "nothing" else 2)
+
+
+@pytest.mark.parametrize("which", ["data.json", "base/tokenizer.json", "lora/adapter_config.json", "base/config.json"])
+def test_a_source_that_changes_while_the_toolkit_works(
+    options: Callable[..., Options], base: Path, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    which: str,
+) -> None:  # fmt: skip
+    texts = tmp_path / "data.json"
+    texts.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
+    asked = options(loras=(Lora(str(make_adapter(base))),), calibration=texts)
+    real = board_file.run_toolkit
+
+    def run_toolkit(*arguments: Any, **others: Any) -> Any:
+        path = tmp_path / which
+        path.write_bytes(path.read_bytes() + b" ")
+        return real(*arguments, **others)
+
+    monkeypatch.setattr(board_file, "run_toolkit", run_toolkit)
+    with pytest.raises(InputError, match=f"{Path(which).name} changed while it was read"):
+        convert(asked)
+    assert left(asked) == []
+
+
+def test_paths_that_are_not_utf8(
+    options: Callable[..., Options], base: Path, make_adapter: Make, tmp_path: Path
+) -> None:
+    odd, lora = tmp_path / os.fsdecode(b"base\xff"), make_adapter(base)
+    base.rename(odd)
+    lora = lora.rename(tmp_path / os.fsdecode(b"lora\xe9"))
+    bundle = convert(options(checkpoint=str(odd), loras=(Lora(str(lora)),)))
+    assert (bundle.manifest.source.name, bundle.manifest.adapters[0].name) == (r"base\xff", r"lora\xe9")
+    bundle.verify(trust_stamps=False)
+    # Its own libraries take no such path.
+    for fields in ({"output": tmp_path / os.fsdecode(b"out\xff")}, {"calibration": tmp_path / os.fsdecode(b"\xff")}):
+        with pytest.raises(UsageError, match=r"not UTF-8"):
+            convert(options(**{"output": tmp_path / "bundles" / "other", "checkpoint": str(odd), **fields}))
 
 
 def rkedge(options: Options, **environment: str) -> subprocess.Popen[bytes]:

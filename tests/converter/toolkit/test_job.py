@@ -12,9 +12,10 @@ import pytest
 
 from rkconvert.toolkit import ToolkitJob, versions
 from rkconvert.toolkit.job import LOADED_BYTES, calls
+from rkruntime.abi import CALLABLE
 from rkruntime.errors import HostError, RefusedError, UsageError
 
-RELEASES = versions.known_releases()
+RELEASES = CALLABLE
 # Issue 126 of airockchip/rknn-llm quotes this signature of 1.1.x from the installed package.
 BUILD_1_1 = {
     "do_quantization", "optimization_level", "quantized_dtype", "quantized_algorithm", "target_platform",
@@ -169,7 +170,13 @@ def test_local_versions_are_the_release(version: str) -> None:
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [("1.0.1", "not used"), ("1.4.0", "newer than any"), ("2.0", "newer"), ("", "no release"), ("abc", "no release")],
+    [
+        ("1.0.1", "not used"),
+        ("1.4.0", "newer than any"),
+        ("2.0", "newer"),
+        ("", "not a release"),
+        ("abc", "not a release"),
+    ],
 )
 def test_releases_that_are_not_used(version: str, words: str) -> None:
     with pytest.raises(HostError, match=words) as caught:

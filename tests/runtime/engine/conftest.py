@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,11 @@ import pytest
 from rkboard import emulator
 from rkconvert import demo
 from rkruntime import cli
-from rkruntime.abi import RELEASES
 from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.engine import Engine, LoadOptions
 from rkruntime.generation import GREEDY, Token
 from rkruntime.rkemu import Container, Writer, read_container
 from rkruntime.tokenizer import Tokenizer
-
-DOUBLE = Path(__file__).with_name("double.cc")
 
 # One release of each layout that the emulator has.
 LAYOUT_RELEASES = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")
@@ -94,22 +89,6 @@ def load(options: Callable[..., LoadOptions]) -> Iterator[Callable[..., Engine]]
         engine.close()
 
 
-@pytest.fixture(scope="session")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds the misbehaving library of a release, for this machine or another."""
-
-    @functools.cache
-    def build(release: str, arch: str | None = None) -> Path:
-        library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
-        layout = RELEASES[release].layout.removeprefix("L")
-        defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
-        command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
-        subprocess.run([*command, "-o", library, DOUBLE], check=True)
-        return library
-
-    return build
-
-
 @pytest.fixture
 def misbehaving(double: Callable[..., Path], tmp_path: Path) -> Callable[..., LoadOptions]:
     """Options for the double: `misbehaving("init-segv", release="1.2.3", tokens=10)`."""
@@ -130,6 +109,22 @@ def misbehaving(double: Callable[..., Path], tmp_path: Path) -> Callable[..., Lo
         return LoadOptions(model=model, environment=environment, **values)
 
     return make
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process of one thread has started, and those that it has inherited."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.fixture
+def worker_of() -> Callable[[Engine], int]:
+    """The pid of the process that holds the library; `engine._worker.process` is its keeper."""
+
+    def pid(engine: Engine) -> int:
+        (worker,) = children_of(engine._worker.process.pid)
+        return worker
+
+    return pid
 
 
 @pytest.fixture(autouse=True)

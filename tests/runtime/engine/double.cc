@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "abi.h"
 
@@ -47,6 +48,14 @@ int call(RKLLMResult* result, void* userdata, LLMCallState state) {
 #endif
 }
 
+// RKDOUBLE_LINE without end.
+void flood() {
+  const char* line = std::getenv("RKDOUBLE_LINE");
+  std::string block;
+  while (block.size() < 4096) block += line ? line : "\n";
+  for (;;) (void)!write(1, block.data(), block.size());
+}
+
 void misbehave(const std::string& where) {
   const auto is = [&](const char* what) { return wants((where + "-" + what).c_str()); };
   if (is("segv")) *reinterpret_cast<volatile int*>(8) = 1;
@@ -66,6 +75,33 @@ void misbehave(const std::string& where) {
       for (;;) pause();
     }
     std::abort();
+  }
+  if (is("daemon")) {  // processes in sessions of their own, a child and its child among them
+    for (int i = 0; i < 2; ++i) {
+      if (fork() == 0) {
+        setsid();
+        if (i == 1) fork();
+        for (;;) pause();
+      }
+    }
+    usleep(50000);
+  }
+  if (is("flood-for-ever")) flood();
+  if (is("say")) std::fputs(std::getenv("RKDOUBLE_LINE"), stderr);
+  if (is("lie")) {  // the end of a run, without its JSON, into the pipe whose number is the worker's last argument
+    char line[4096];
+    FILE* file = std::fopen("/proc/self/cmdline", "r");
+    const size_t size = std::fread(line, 1, sizeof line, file);
+    std::fclose(file);
+    size_t start = size - 1;
+    while (start > 0 && line[start - 1] != 0) --start;
+    const char record[] = "\x03\x00\x02\x00\x00\x00\x00\x00\x01\x00\x00\x00{";
+    (void)!write(std::atoi(line + start), record, sizeof record - 1);
+  }
+  if (is("flood-beside")) std::thread(flood).detach();
+  if (is("close-output")) {
+    close(1);
+    close(2);
   }
   if (is("flood")) {
     const std::string line(200, 'x');

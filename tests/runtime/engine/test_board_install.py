@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rkruntime import cli
 from rkruntime.engine import LoadOptions
+from rkruntime.errors import HostError
 
 ROOT = Path(__file__).parents[3]
 BLOCK = """
@@ -34,7 +37,7 @@ def listed() -> set[str]:
 
 
 def on_a_board(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    allowed = listed() | {"rkruntime", "rkboard", "_yaml"} | set(sys.stdlib_module_names)
+    allowed = listed() | {"rkruntime", "rkboard", "rkconvert", "_yaml"} | set(sys.stdlib_module_names)
     command = [sys.executable, "-c", BLOCK + code, ",".join(sorted(allowed)), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
 
@@ -82,3 +85,43 @@ with Engine.load(LoadOptions(library=library, model=model, max_context=64)) as e
     assert tokens == "4"
     assert "need numpy" in error
     assert "pip install numpy" in error
+
+
+# Each command with words that take it as far as it goes without a model, a board or a network.
+LINES = {
+    "demo": ["demo", "{tmp}/demo"],
+    "plan": ["plan", "{tmp}/none"],
+    "convert": ["convert", "{tmp}/none"],
+    "merge": ["merge", "{tmp}/none", "--lora", "{tmp}/none", "-o", "{tmp}/out"],
+    "calibrate": ["calibrate", "{tmp}/none", "-o", "{tmp}/out.json"],
+    "push": ["push", "{tmp}/none", "owner/name"],
+    "toolkit": ["toolkit", "info"],
+    "chat": ["chat", "{tmp}/none"],
+    "run": ["run", "{tmp}/none", "-p", "x"],
+    "diagnose": ["diagnose", "{tmp}/none"],
+    "emulator": ["emulator", "info"],
+    "serve": ["serve", "--config", "{tmp}/none"],
+    "attach": ["attach", "--socket", "{tmp}/socket"],
+    "inspect": ["inspect", "{tmp}/none"],
+}
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_a_missing_package_is_named_with_the_command_that_installs_it(name: str, tmp_path: Path) -> None:
+    done = on_a_board(
+        """
+from rkruntime.cli import main
+helped = main([sys.argv[1], "--help"])
+done = main(sys.argv[1:])
+print("exit", helped, done)
+""",
+        *(word.format(tmp=tmp_path) for word in LINES[name]),
+    )
+    helped, ended = map(int, done.stdout.splitlines()[-1].split()[1:])
+    assert "defect" not in done.stderr
+    assert "Traceback" not in done.stderr
+    missing = [line for line in done.stderr.splitlines() if line.endswith("is not installed.")]
+    commands = re.findall(r"-m pip install '?rkedge(?:\[\w+\])?'?$", done.stderr, re.MULTILINE)
+    assert len(commands) == len(missing)
+    assert helped == 0 or (helped == HostError.exit_code and missing)
+    assert ended == HostError.exit_code or not missing or ended == 0

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkruntime.abi import sort_key
 from rkruntime.engine import Engine, LoadOptions, Lora
 from rkruntime.errors import (
     AdapterError,
@@ -40,6 +39,7 @@ from rkruntime.generation import (
 from rkruntime.preflight import Model
 from rkruntime.rkemu import TensorSpec, Writer, read_container
 from rkruntime.tokenizer import Tokenizer
+from rkruntime.versions import version as order
 
 Load = Callable[..., Engine]
 QUESTION = "<bos><start_of_turn>user\nWhat is the RK3588?<end_of_turn>\n<start_of_turn>model\n"
@@ -47,7 +47,7 @@ ANSWER = "A Rockchip chip with eight Arm cores and an NPU of 6 TOPS."
 
 
 def newer(release: str, than: str) -> bool:
-    return sort_key(release) >= sort_key(than)
+    return order(release) >= order(than)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_what_is_known_of_a_loaded_model(load: Load, release: str) -> None:
     info = load(release).info
     assert (info.release, info.runtime_version, info.driver_version) == (release, release, "0.9.8")
     assert (info.platform, info.npu_cores, info.toolkit_version) == ("RK3588", 3, "1.2.3")
-    assert (info.max_context, info.max_context_limit) == (512, 1024)
+    assert (info.max_context, info.max_context_limit) == (512, 4096)
     assert info.dtype == ("W8A8" if newer(release, "1.2.1") else "")
     assert info.emulated
     assert info.load_seconds > 0
@@ -638,7 +638,7 @@ def _untied(container: Any, path: Path, table: Any) -> Path:
 
 def test_loads_that_the_library_refuses(load: Load, release: str, tmp_path: Path, bundle: Any) -> None:
     with pytest.raises(LoadError, match="rkllm_init returned -1") as caught:
-        load(release, max_context=2048)
+        load(release, max_context=8192)
     assert caught.value.details["diagnosis"]["class"] == "context-limit"
     damaged = tmp_path / "model.rkllm"
     damaged.write_bytes(b"no model" * 1000)
@@ -657,7 +657,7 @@ def test_files_that_are_not_there(load: Load, tmp_path: Path) -> None:
 
 def test_preflight_is_asked(load: Load, bundle: Any) -> None:
     known = bundle.known
-    engine = load(known=known, max_context=4096)
+    engine = load(known=known, max_context=8192)
     assert engine.info.max_context == known.max_context
     assert [finding.code for finding in engine.info.findings] == ["context-clamped"]
     assert isinstance(known, Model)

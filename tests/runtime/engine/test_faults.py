@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,9 @@ from rkruntime.errors import (
     LoadError,
     RunError,
     WorkerCrashedError,
+    WorkerError,
     WorkerHungError,
+    WorkerProtocolError,
 )
 from rkruntime.generation import FinishReason, Request
 
@@ -109,28 +116,44 @@ def test_other_calls_that_hang(misbehaving: Misbehaving) -> None:
     events = engine.generate(REQUEST)
     next(events)
     time.sleep(0.05)
-    with pytest.raises(WorkerHungError):
-        events.close()
+    events.close()
+    assert not engine.alive
+    for _ in range(2):
+        with pytest.raises(WorkerHungError, match=r"^The worker is gone: The runtime library gave no sign"):
+            engine.cache_sizes()
     engine.close()
     works(misbehaving)
 
 
-def test_crashes_and_hangs_in_asyncio(misbehaving: Misbehaving) -> None:
-    async def collect(engine: Engine) -> list[Any]:
-        return [event async for event in engine.agenerate(REQUEST)]
+@pytest.mark.parametrize("end", ["close", "collect"])
+def test_an_iterator_that_nobody_wants_does_not_raise(misbehaving: Misbehaving, end: str) -> None:
+    """Also where the worker is killed in the middle: an exception within __del__ would only be printed."""
+    with Engine.load(misbehaving("", us=10_000, tokens=1000)) as engine:
+        events = engine.generate(REQUEST)
+        next(events)
+        engine._worker.process.kill()
+        if end == "close":
+            events.close()
+        else:
+            del events  # warnings are errors in these tests, and so is an exception that nobody catches
+            gc.collect()
+        with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+            list(engine.generate(REQUEST))
 
+
+def test_crashes_and_hangs_in_asyncio(misbehaving: Misbehaving) -> None:
     for behaviour, error in (
         ("token-segv", WorkerCrashedError),
         ("token-exit", WorkerCrashedError),
         ("token-hang", WorkerHungError),
     ):
         with Engine.load(misbehaving(behaviour, token_timeout=0.3)) as engine, pytest.raises(error) as caught:
-            asyncio.run(collect(engine))
+            asyncio.run(collected(engine))
         assert caught.value.details["log"]
     with Engine.load(misbehaving("token-grandchild")) as engine, pytest.raises(WorkerCrashedError, match="SIGABRT"):
-        asyncio.run(collect(engine))
+        asyncio.run(collected(engine))
     with Engine.load(misbehaving("token-error")) as engine, pytest.raises(RunError):
-        asyncio.run(collect(engine))
+        asyncio.run(collected(engine))
 
 
 @pytest.mark.parametrize(
@@ -237,11 +260,91 @@ def test_a_flood_of_output(misbehaving: Misbehaving, where: str) -> None:
         assert len(engine.log) <= 200
 
 
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [(where, "\n") for where in ("init", "token", "clear", "destroy")]
+    + [("token", line) for line in ("failed to \n" * 7, "m" * 500, "x" * 100_000 + "\n")],
+)
+def test_a_flood_without_end(misbehaving: Misbehaving, where: str, line: str) -> None:
+    """Neither time limit nor abort waits for the end of what is printed, whatever it costs to read."""
+    limits = {"load_timeout": 1.0 if where == "init" else 20.0, "token_timeout": 1.0, "close_timeout": 1.0}
+    options = misbehaving(f"{where}-flood-for-ever", **limits)
+    options = replace(options, environment={**options.environment, "RKDOUBLE_LINE": line})
+    with contextlib.ExitStack() as stack:
+        if where != "destroy":
+            stack.enter_context(pytest.raises(WorkerHungError, match=r"no sign of life for 1 seconds"))
+        with Engine.load(options) as engine:
+            if where == "clear":
+                engine.clear_cache()
+            list(engine.generate(REQUEST))
+
+
+def test_a_flood_beside_an_answer(misbehaving: Misbehaving) -> None:
+    """A library that prints without end, and answers as well, is slow and right; an alarm in between is found."""
+    for behaviour, line in (("init-flood-beside", "\n"), ("init-flood-beside", "I rkllm: all is well\n" * 100)):
+        options = misbehaving(behaviour, us=1000)
+        options = replace(options, environment={**options.environment, "RKDOUBLE_LINE": line})
+        with Engine.load(options) as engine:
+            for _ in range(3):
+                assert [event.token_id for event in list(engine.generate(REQUEST))[:-1]] == list(range(100, 110))
+            events = asyncio.run(collected(engine))
+            assert [event.token_id for event in events[:-1]] == list(range(100, 110))
+            assert len(engine.log) <= 200
+    options = misbehaving("token-flood-beside", us=100_000)
+    line = "\n" * 3000 + "E RKNN: failed to submit!, op id: 1\n" + "\n" * 3000
+    options = replace(options, environment={**options.environment, "RKDOUBLE_LINE": line})
+    with Engine.load(options) as engine, pytest.raises(RunError, match="its log says: E RKNN: failed to submit"):
+        list(engine.generate(REQUEST))
+
+
+def test_a_flood_leaves_the_event_loop_its_time(misbehaving: Misbehaving) -> None:
+    options = misbehaving("token-flood-for-ever", token_timeout=2.0)
+
+    async def go(engine: Engine) -> int:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        with pytest.raises(WorkerHungError):
+            await collected(engine)
+        ticking.cancel()
+        return ticks
+
+    with Engine.load(options) as engine:
+        assert asyncio.run(go(engine)) > 20  # of 200
+
+
+def test_a_library_that_closes_its_output(misbehaving: Misbehaving) -> None:
+    with Engine.load(misbehaving("init-close-output", us=100_000)) as engine:
+        used = time.process_time()
+        assert len(asyncio.run(collected(engine))) == 11
+        assert time.process_time() - used < 0.5  # of 1 s: nobody looks for ever at a pipe that has ended
+
+
+async def collected(engine: Engine) -> list[Any]:
+    return [event async for event in engine.agenerate(REQUEST)]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_library_that_writes_records(misbehaving: Misbehaving, loop: bool) -> None:
+    """See test_lies.py for all that it may write."""
+    with Engine.load(misbehaving("token-lie", us=1000)) as engine:
+        for _ in range(2):
+            with pytest.raises(WorkerProtocolError):
+                asyncio.run(collected(engine)) if loop else list(engine.generate(REQUEST))
+    works(misbehaving)
+
+
 # --- around the process ------------------------------------------------------------------------------------------
 
 
 def test_the_worker_is_small_and_knows_nothing_of_ours(
-    misbehaving: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    misbehaving: Misbehaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_of: Callable[[Engine], int]
 ) -> None:
     """Neither PYTHONPATH nor the working folder have a say in it, and it loads no array package."""
     for name in ("json", "numpy", "sitecustomize"):
@@ -251,7 +354,7 @@ def test_the_worker_is_small_and_knows_nothing_of_ours(
     options.library.resolve()
     monkeypatch.chdir(tmp_path)
     with Engine.load(options) as engine:
-        pid = engine._worker.process.pid
+        pid = worker_of(engine)
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert not any(name in maps for name in ("numpy", "torch", "tokenizers"))
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -267,12 +370,12 @@ def test_the_worker_is_small_and_knows_nothing_of_ours(
         assert sum(name.startswith("pipe:") for name in opened) == 3
 
 
-def test_ctrl_c_is_the_parents(misbehaving: Misbehaving) -> None:
+def test_ctrl_c_is_the_parents(misbehaving: Misbehaving, worker_of: Callable[[Engine], int]) -> None:
     with Engine.load(misbehaving("", us=2000, tokens=30)) as engine:
         events = engine.generate(REQUEST)
         next(events)
-        os.kill(engine._worker.process.pid, signal.SIGINT)
-        assert os.getpgid(engine._worker.process.pid) != os.getpgid(0)
+        os.kill(worker_of(engine), signal.SIGINT)
+        assert os.getpgid(worker_of(engine)) != os.getpgid(0)
         assert len(list(events)) == 30
 
 
@@ -289,17 +392,78 @@ def test_the_worker_ends_with_its_parent(misbehaving: Misbehaving) -> None:
     engine.close()
 
 
-def test_a_killed_worker(misbehaving: Misbehaving) -> None:
+def running(marker: str) -> list[int]:
+    """The processes with this word in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if marker.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("end", ["close", "crash", "hang", "kill", "abandon"])
+def test_what_the_library_starts_does_not_outlive_it(
+    misbehaving: Misbehaving, worker_of: Callable[[Engine], int], tmp_path: Path, end: str
+) -> None:
+    """Processes in sessions of their own, and theirs, however the worker ends."""
+    behaviour = {"crash": "init-daemon,token-segv", "hang": "init-daemon,token-hang"}.get(end, "init-daemon")
+    options = misbehaving(behaviour, token_timeout=0.5)
+    marker = f"RKMARK={tmp_path}"
+    options = replace(options, environment={**options.environment, "RKMARK": str(tmp_path)})
+    engine = Engine.load(options)
+    assert len(running(marker)) == 5  # keeper, worker, three daemons
+    if end == "kill":
+        os.kill(worker_of(engine), signal.SIGKILL)
+    if end in ("crash", "hang", "kill"):
+        with pytest.raises(WorkerError):
+            list(engine.generate(REQUEST))
+    elif end == "close":
+        engine.close()
+    del engine
+    gc.collect()
+    assert running(marker) == []
+
+
+def test_a_killed_parent_takes_all_along(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    options = misbehaving("init-daemon,token-hang")
+    program = (
+        "import sys, threading\nfrom pathlib import Path\n"
+        "from rkruntime.engine import Engine, LoadOptions\nfrom rkruntime.generation import Request\n"
+        "def load():\n"
+        "    global engine\n"
+        "    engine = Engine.load(LoadOptions(library=Path(sys.argv[1]), model=Path(sys.argv[2])))\n"
+        # The thread that loaded the model is gone, which is not the parent's end.
+        "thread = threading.Thread(target=load)\nthread.start()\nthread.join()\n"
+        "for event in engine.generate(Request([1])):\n"
+        "    print(event.token_id, flush=True)\n"
+    )
+    environment = {**os.environ, **options.environment, "RKMARK": str(tmp_path)}
+    command = [sys.executable, "-c", program, str(options.library), str(options.model)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(3)] == [b"100\n", b"101\n", b"102\n"]
+        assert len(running(f"RKMARK={tmp_path}")) == 6
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while running(f"RKMARK={tmp_path}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(f"RKMARK={tmp_path}") == []
+
+
+@pytest.mark.parametrize("who", ["worker", "keeper"])
+def test_a_killed_worker(misbehaving: Misbehaving, worker_of: Callable[[Engine], int], who: str) -> None:
     engine = Engine.load(misbehaving("", us=100_000, tokens=1000))
     events = engine.generate(REQUEST)
     next(events)
-    threading.Timer(0.05, engine._worker.process.kill).start()
+    victim = worker_of(engine) if who == "worker" else engine._worker.process.pid
+    threading.Timer(0.05, os.kill, (victim, signal.SIGKILL)).start()
     with pytest.raises(WorkerCrashedError, match="SIGKILL"):
         list(events)
     engine.close()
     # Killed between runs: the next call says so.
     with Engine.load(misbehaving("")) as engine:
-        engine._worker.process.kill()
+        os.kill(worker_of(engine), signal.SIGKILL)
         with pytest.raises(WorkerCrashedError, match="SIGKILL"):
             engine.cache_sizes()
 
@@ -314,16 +478,12 @@ def test_no_interpreter(misbehaving: Misbehaving, tmp_path: Path) -> None:
 
 
 def test_a_library_that_needs_another(misbehaving: Misbehaving, tmp_path: Path) -> None:
-    import subprocess
-
     source, other, library = tmp_path / "x.cc", tmp_path / "libother.so", tmp_path / "librkllmrt.so"
     options = misbehaving("")
     source.write_text('extern "C" int other() { return 1; }')
     subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-soname,libother.so", "-o", other, source], check=True)
     base = ["g++", "-shared", "-fPIC", "-o", library, "-Iboard/emulator", "-DRKEMU_LAYOUT=6", '-DRELEASE="1.2.3"']
     subprocess.run([*base, str(Path(__file__).with_name("double.cc")), "-Wl,--no-as-needed", other], check=True)
-    from dataclasses import replace
-
     # Beside the library it is found, as with libomp.so.
     Engine.load(replace(options, library=library)).close()
     other.unlink()

@@ -80,10 +80,10 @@ def test_a_thousand_loads_of_a_model(options: Callable[..., LoadOptions], releas
     assert resident() - memory < 4_000
 
 
-def test_many_runs_of_one_engine(load: Callable[..., Engine], release: str) -> None:
+def test_many_runs_of_one_engine(load: Callable[..., Engine], worker_of: Callable[[Engine], int], release: str) -> None:
     """The worker's memory and descriptors, too, are the same after 200 runs, half of them cut short."""
     engine = load(release)
-    worker = Path(f"/proc/{engine._worker.process.pid}")
+    worker = Path(f"/proc/{worker_of(engine)}")
 
     def run(number: int) -> None:
         events = engine.generate(Request([2, 106, 451], max_new_tokens=8))

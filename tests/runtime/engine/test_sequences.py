@@ -171,7 +171,9 @@ def machine(options: Callable[..., LoadOptions], release: str) -> type[RuleBased
         @rule()
         def kill(self) -> None:
             assert self.engine is not None
-            self.engine._worker.process.kill()
+            process = self.engine._worker.process
+            process.kill()
+            process.wait()  # which kills the worker below it: what follows depends on nobody's speed
             self.attempt(lambda engine: engine.is_running())
 
         @rule()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, lora in (("base", []), ("pirate", ["--lora", str(adapter())])):
         assert cli.main(["convert", str(checkpoint()), *lora, "-q", "-o", str(folder / name)]) == 0
     return {name: folder / name for name in ("base", "pirate")}
+
+
+def _children(pid: int) -> list[int]:
+    # Each thread has children of its own, and the model is loaded in one.
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 @dataclass
@@ -85,10 +96,9 @@ class Daemon:
         return content
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
-        # Each thread has children of its own, and the model is loaded in one.
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(child) for task in tasks for child in task.read_text().split()]
+        """Process ids of the workers: the daemon starts a keeper, and that the worker."""
+        keepers = [child for child in _children(self.process.pid) if b"rkruntime.worker" in _command(child)]
+        return [worker for keeper in keepers for worker in _children(keeper)]
 
     def metric(self, name: str) -> float:
         _, _, text = self.request("GET", "/metrics")
@@ -178,3 +188,15 @@ def read_response(one: socket.socket) -> http.client.HTTPResponse:
     response = http.client.HTTPResponse(one)
     response.begin()
     return response
+
+
+@contextmanager
+def acting_as(uid: int | None) -> Iterator[None]:
+    """As which user the daemon sees connections that are made meanwhile; others than oneself are for root."""
+    before = os.geteuid()
+    if uid is not None:
+        os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before)

@@ -135,7 +135,7 @@ def test_known_attacks(connection: UnixConnection, body: bytes, status: int, wor
 
 
 def test_a_large_body_is_refused_before_it_is_read(target: Any) -> None:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
     with socket.socket(socket.AF_UNIX) as one:
         one.settimeout(10)
         one.connect(str(target.socket))
@@ -147,7 +147,7 @@ def test_a_large_body_without_a_length_is_cut_off(target: Any) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         one.settimeout(10)
         one.connect(str(target.socket))
-        one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
         sent = 0
         try:
@@ -173,7 +173,13 @@ def closed_after(one: socket.socket) -> tuple[float, bytes]:
 
 @pytest.mark.parametrize(
     "begin",
-    [b"", b"P", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n", b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost"],
+    [
+        b"",
+        b"P",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n",
+        b"\x16\x03\x01",
+        b"GET / HTTP/1.1\r\nHost",
+    ],
     ids=["silent", "letter", "head", "tls", "header"],
 )
 def test_a_slow_head_is_not_waited_for(target: Any, begin: bytes) -> None:
@@ -187,7 +193,7 @@ def test_a_slow_head_is_not_waited_for(target: Any, begin: bytes) -> None:
 def test_a_slow_body_is_not_waited_for(target: Any) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         one.connect(str(target.socket))
-        one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         _, seen = closed_after(one)
     assert b" 408 " in seen
 
@@ -196,7 +202,7 @@ def test_a_slow_head_on_a_used_connection_is_not_waited_for_either(target: Any) 
     with socket.socket(socket.AF_UNIX) as one:
         one.settimeout(10)
         one.connect(str(target.socket))
-        one.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in one.recv(1000)
         one.sendall(b"GET /hea")
         closed_after(one)
@@ -207,7 +213,9 @@ def test_half_closed_connections_leave_nothing_behind(target: Any) -> None:
     for cut in (10, 60, len(body) + 70):
         with socket.socket(socket.AF_UNIX) as one:
             one.connect(str(target.socket))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            )
             one.sendall((head + body)[:cut])
             one.shutdown(socket.SHUT_WR)
             _, seen = closed_after(one)

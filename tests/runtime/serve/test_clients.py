@@ -176,7 +176,7 @@ def test_ollama_says_what_there_is(olla: ollama.Client, daemon: Any) -> None:
     assert card.details.family == "gemma2"
     assert olla.ps().models[0].model == card.model
     shown = olla.show("any")
-    assert shown.modelinfo["gemma2.context_length"] == 1024
+    assert shown.modelinfo["gemma2.context_length"] == 4096
     assert "completion" in shown.capabilities
     assert daemon.request("GET", "/api/version")[2]["version"]
     assert daemon.request("GET", "/")[2] == b"Ollama is running"

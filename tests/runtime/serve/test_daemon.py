@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -111,7 +112,7 @@ SLOW = {"RKEMU_TOKEN_US": "30000"}
 @pytest.fixture(scope="module")
 def slow(start_daemon: Callable[..., Any]) -> Any:
     """A daemon whose emulator takes 30 ms a token."""
-    return start_daemon("limits: {queue: 2, wait_s: 5}", **SLOW)
+    return start_daemon("limits: {queue: 8, wait_s: 5}", **SLOW)
 
 
 def idle(daemon: Any) -> bool:
@@ -124,7 +125,7 @@ def begin_stream(daemon: Any, path: str, body: Any, until: bytes) -> tuple[socke
     one.settimeout(20)
     one.connect(str(daemon.socket))
     data = json.dumps(body).encode()
-    one.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    one.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
     seen = b""
     while until not in seen:
         part = one.recv(4096)
@@ -152,17 +153,19 @@ def test_a_waiting_client_that_goes_away_leaves_the_queue(slow: Any) -> None:
     two = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     two.connect(str(slow.socket))
     data = json.dumps(body).encode()
-    two.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    two.sendall(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    )
     slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 1)
     two.close()
     slow.wait_until(lambda: slow.request("GET", "/status")[2]["queue"]["waiting"] == 0)
     one.close()
 
 
-def test_a_full_queue_says_when_to_come_back(slow: Any) -> None:
+def test_who_has_too_many_waiting_is_told_when_to_come_back(slow: Any) -> None:
     body = {"messages": [{"role": "user", "content": FIRST}], "stream": True}
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     held = []
     slow.wait_until(lambda: idle(slow))
     for _ in range(3):
@@ -298,6 +301,40 @@ def test_another_bundle_without_a_restart(start_daemon: Callable[..., Any], bund
     daemon.wait_until(lambda: "unknown key nonsense" in daemon.log)
 
 
+def test_what_preflight_finds_is_in_the_log_with_its_level(start_daemon: Callable[..., Any], bundles: Any) -> None:
+    daemon = start_daemon("max_context: 99999", port=False, JOURNAL_STREAM="1:1")
+    lines = daemon.log.splitlines()
+    assert any(line.startswith("<6>preflight: A context of 99999 tokens was asked for") for line in lines), lines
+    assert all(line.startswith("<") for line in lines), lines
+
+
+def test_keys_can_be_changed_without_a_restart(start_daemon: Callable[..., Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann {'a' * 32}\n")
+    keys.chmod(0o600)
+    daemon = start_daemon(f"listen: {{api_keys: {keys}}}")
+
+    def statuses() -> list[int]:
+        found = []
+        for key in "ab":
+            one = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=20)
+            one.request("GET", "/sessions", headers={"Authorization": f"Bearer {key * 32}"})
+            found.append(one.getresponse().status)
+            one.close()
+        return found
+
+    assert statuses() == [200, 401]
+    keys.write_text(f"ann {'b' * 32}\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: "settings read again" in daemon.log)
+    assert statuses() == [401, 200]
+    # What cannot be taken leaves what there is.
+    keys.write_text("ann short\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: "the settings were not taken" in daemon.log)
+    assert statuses() == [401, 200]
+
+
 def test_a_model_that_is_gone_is_said_to_be(start_daemon: Callable[..., Any], bundles: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bundles["base"], copy)
@@ -312,12 +349,12 @@ def test_a_model_that_is_gone_is_said_to_be(start_daemon: Callable[..., Any], bu
     assert daemon.request("GET", "/ready")[0] == 200
 
 
-def test_a_full_disk_is_told_and_the_next_request_works(start_daemon: Callable[..., Any]) -> None:
+def test_a_full_store_is_told_and_the_next_request_works(start_daemon: Callable[..., Any]) -> None:
     daemon = start_daemon("sessions: {max_mb: 0.0004}", port=False)
     events = daemon.lines("/sessions/a/messages", {"content": FIRST + " " * 300, "temperature": 0})
     assert text_of(events) == QA[FIRST]
     assert events[-1]["type"] == "error"
-    assert "all together may have 400" in events[-1]["error"]["message"]
+    assert "no room for the session 'a'" in events[-1]["error"]["message"]
     assert daemon.ask(FIRST) == QA[FIRST]
 
 

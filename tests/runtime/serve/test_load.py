@@ -26,9 +26,8 @@ async def ask(path: Path, question: str, leave_after: int | None) -> str:
     reader, writer = await asyncio.open_unix_connection(str(path))
     try:
         body = json.dumps({"messages": [{"role": "user", "content": question}], "stream": True}).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        head += "Connection: close\r\n\r\n"
         writer.write(head.encode() + body)
         status = int((await reader.readline()).split()[1])
         data = b""
@@ -115,7 +114,7 @@ def run_storm(daemon: Any, seconds: float, kill_every: float) -> None:
 
 @pytest.fixture
 def storm_daemon(start_daemon: Callable[..., Any]) -> Any:
-    return start_daemon("limits: {queue: 64, wait_s: 30}", port=False, RKEMU_TOKEN_US="200")
+    return start_daemon("limits: {queue: 256, wait_s: 30}", port=False, RKEMU_TOKEN_US="200")
 
 
 def test_clients_that_leave_and_workers_that_die(storm_daemon: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,39 +10,26 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 from rkconvert.demo import questions
 
+from .browsing import BROWSER, DRIVER, chromium, wait
+
 QA = {row.question: row.answer for row in questions()}
 FIRST = "What is the RK3588?"
-DRIVER = shutil.which("chromedriver")
-BROWSER = shutil.which("chromium")
 
 pytestmark = pytest.mark.skipif(not (DRIVER and BROWSER), reason="chromium or its driver is not installed")
 
 
 @pytest.fixture(scope="module")
 def page_daemon(start_daemon: Callable[..., Any]) -> Any:
-    return start_daemon("max_context: 256", RKEMU_TOKEN_US="15000")
+    return start_daemon("max_context: 256", RKEMU_TOKEN_US="60000")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER or ""
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=900,700",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    one = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield one
-    one.quit()
+    with chromium() as one:
+        yield one
 
 
 @pytest.fixture
@@ -51,10 +37,6 @@ def page(browser: webdriver.Chrome, page_daemon: Any) -> webdriver.Chrome:
     browser.get(page_daemon.url)
     wait(browser, lambda: "ready" in browser.find_element(By.ID, "board").text)
     return browser
-
-
-def wait(browser: webdriver.Chrome, condition: Callable[[], Any], seconds: float = 20) -> Any:
-    return WebDriverWait(browser, seconds, poll_frequency=0.02).until(lambda _: condition())
 
 
 def ask(page: webdriver.Chrome, text: str) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from rkruntime.errors import BusyError
-from rkruntime.serve.queue import FairQueue
+from rkruntime.serve.queue import DAEMON, Client, FairQueue
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def client_of(account: str, name: str = "", own: str = "") -> Client:
+    return account, name, own
 
 
 def test_clients_take_turns() -> None:
@@ -23,10 +27,10 @@ def test_clients_take_turns() -> None:
         order: list[str] = []
 
         async def ask(client: str) -> None:
-            async with queue.turn(client):
+            async with queue.turn(client_of(client)):
                 order.append(client)
 
-        async with queue.turn("x"):
+        async with queue.turn(client_of("x")):
             tasks = [asyncio.create_task(ask(client)) for client in "aaaabbc"]
             await asyncio.sleep(0)
             assert len(queue) == 7
@@ -40,11 +44,11 @@ def test_clients_take_turns() -> None:
 def test_too_many_are_refused_with_a_time_to_try_again() -> None:
     async def test() -> None:
         queue = FairQueue(1, 10)
-        async with queue.turn("x"):
-            waiting = asyncio.create_task(queue.turn("a").__aenter__())
+        async with queue.turn(client_of("x")):
+            waiting = asyncio.create_task(queue.turn(client_of("a")).__aenter__())
             await asyncio.sleep(0)
             with pytest.raises(BusyError) as caught:
-                await queue.turn("b").__aenter__()
+                await queue.turn(client_of("b")).__aenter__()
             assert caught.value.details["retry_after_s"] >= 1
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
@@ -57,11 +61,77 @@ def test_too_many_are_refused_with_a_time_to_try_again() -> None:
 def test_waiting_has_an_end() -> None:
     async def test() -> None:
         queue = FairQueue(5, 0.01)
-        async with queue.turn("x"):
+        async with queue.turn(client_of("x")):
             with pytest.raises(BusyError, match=r"0\.01 seconds"):
-                await queue.turn("a").__aenter__()
-        async with queue.turn("a"):
+                await queue.turn(client_of("a")).__aenter__()
+        async with queue.turn(client_of("a")):
             assert len(queue) == 0
+
+    run(test)
+
+
+def test_what_a_client_names_apart_takes_turns_within_its_own() -> None:
+    """Twenty names of one client's cost another client one turn, not twenty."""
+
+    async def test() -> None:
+        queue = FairQueue(1000, 10)
+        order: list[str] = []
+
+        async def ask(client: Client) -> None:
+            async with queue.turn(client):
+                order.append(client[0])
+
+        many = [client_of("mallory", own=str(number)) for number in range(20)]
+        names = [client_of("pi", f"ann{number}") for number in range(20)]
+        async with queue.turn(client_of("x")):
+            tasks = [asyncio.create_task(ask(client)) for client in (*many, *names, client_of("bob"))]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert order[:3] == ["mallory", "pi", "bob"]
+        assert order[3:7] == ["mallory", "pi"] * 2
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("greedy", "other"),
+    [
+        (lambda number: client_of("ann", own=str(number)), client_of("bob")),
+        (lambda number: client_of("ann", f"name{number}"), client_of("bob")),
+        (lambda number: client_of("pi", "ann"), client_of("pi", "bob")),
+    ],
+    ids=["fields", "names", "within an account"],
+)
+def test_one_user_fills_no_queue(greedy: Callable[[int], Client], other: Client) -> None:
+    async def test() -> None:
+        queue = FairQueue(64, 10)
+        async with queue.turn(client_of("x")):
+            tasks = [asyncio.create_task(queue.turn(greedy(number)).__aenter__()) for number in range(200)]
+            await asyncio.sleep(0)
+            refused = sum(task.done() and isinstance(task.exception(), BusyError) for task in tasks)
+            assert refused >= 200 - 16
+            waiting = asyncio.create_task(queue.turn(other).__aenter__())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            assert len(queue) == 201 - refused
+            for task in (*tasks, waiting):
+                task.cancel()
+            await asyncio.gather(*tasks, waiting, return_exceptions=True)
+        assert len(queue) == 0
+
+    run(test)
+
+
+def test_the_daemon_itself_is_never_refused() -> None:
+    async def test() -> None:
+        queue = FairQueue(1, 10)
+        async with queue.turn(client_of("x")):
+            tasks = [asyncio.create_task(queue.turn(client).__aenter__()) for client in (client_of("a"), DAEMON)]
+            await asyncio.sleep(0)
+            assert len(queue) == 2
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     run(test)
 
@@ -73,9 +143,9 @@ def test_any_mix_of_answers_and_cancels_leaves_it_free(seed: int) -> None:
     async def test() -> None:
         queue = FairQueue(30, 0.02)
         inside = 0
-        done: list[str] = []
+        done: list[Client | str] = []
 
-        async def ask(client: str) -> None:
+        async def ask(client: Client) -> None:
             nonlocal inside
             try:
                 async with queue.turn(client):
@@ -91,7 +161,7 @@ def test_any_mix_of_answers_and_cancels_leaves_it_free(seed: int) -> None:
 
         tasks = []
         for _ in range(60):
-            tasks.append(asyncio.create_task(ask(chance.choice("abc"))))
+            tasks.append(asyncio.create_task(ask(client_of(*chance.choices(["a", "b", ""], k=3)))))
             if chance.random() < 0.5:
                 await asyncio.sleep(chance.choice([0, 0.001]))
             if chance.random() < 0.3:

@@ -63,16 +63,16 @@ def keys(tmp_path: Path) -> Path:
 def test_a_wide_address_needs_keys(host: str, keys: Path) -> None:
     with pytest.raises(UsageError, match="no API keys"):
         check_listen(Listen(host=host, port=8080))
-    assert check_listen(Listen(host=host, port=8080, api_keys=keys)) == {KEY}
+    assert list(check_listen(Listen(host=host, port=8080, api_keys=keys))) == [KEY]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
-    assert check_listen(Listen(host=host, port=8080)) == frozenset()
+    assert check_listen(Listen(host=host, port=8080)) == {}
 
 
 def test_without_a_port_no_address_matters() -> None:
-    assert check_listen(Listen(host="0.0.0.0")) == frozenset()
+    assert check_listen(Listen(host="0.0.0.0")) == {}
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,36 @@ def test_keys_are_kept_from_others(keys: Path) -> None:
         read_keys(keys)
 
 
-@pytest.mark.parametrize("text", ["", "# only a comment\n", "short\n", f"{KEY}\nshort\n"])
-def test_keys_that_keep_nobody_out(keys: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no key"),
+        ("# only a comment\n", "has no key"),
+        ("short\n", "line 1: the key has fewer than 16"),
+        (f"{KEY}\nann short\n", "line 2: the key has fewer than 16"),
+        (f"ann {KEY}\nbob {KEY}\n", "line 2: the key has two users"),
+        (f"{KEY}\nbob {KEY}\n", "line 2: the key has two users"),
+        (f"ann bob {KEY}\n", "write NAME KEY"),
+        *(
+            (f"{name} {KEY}\n", "write NAME KEY")
+            for name in ("../bob", "network", "local", "uid-0", "key-1", "é", "a+b")
+        ),
+    ],
+)
+def test_keys_that_keep_nobody_out(keys: Path, text: str, message: str) -> None:
     keys.write_text(text)
-    with pytest.raises(UsageError, match="no key"):
+    with pytest.raises(UsageError, match=message):
         read_keys(keys)
+
+
+def test_a_key_says_whose_it_is(keys: Path) -> None:
+    more = [f"{number:032}" for number in range(3)]
+    keys.write_text(f"ann {KEY}\n  bob\t{more[0]}  \n#carol {more[1]}\n{more[1]}\n{more[2]}\nann {'x' * 16}\n")
+    users = read_keys(keys)
+    assert [users[key] for key in (KEY, more[0], "x" * 16)] == ["ann", "bob", "ann"]
+    unnamed = {users[key] for key in more[1:]}
+    assert len(unnamed) == 2
+    assert all(user.startswith("key-") and not any(key in user for key in more) for user in unnamed)
 
 
 def test_the_socket_is_the_services_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

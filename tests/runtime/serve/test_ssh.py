@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,92 +17,19 @@ from rkconvert.demo import questions
 from rkruntime.remotechat import RemoteChat
 from rkruntime.repl import Note
 
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+from .sshd import SSHD, Board, connect, forwarding, free_port, running_board
+
 QA = {row.question: row.answer for row in questions()}
 FIRST = "What is the RK3588?"
 
 pytestmark = pytest.mark.skipif(not Path(SSHD).exists(), reason="openssh-server is not installed")
 
 
-@dataclass
-class Board:
-    """An sshd, the daemon behind it, and how to reach them.
-
-    Attributes:
-        ssh: the command with the configuration; its hosts are `open` (any command) and `chat` (the forced one).
-    """
-
-    daemon: Any
-    ssh: list[str]
-    sshd: subprocess.Popen[bytes]
-
-    @property
-    def destination(self) -> str:
-        return f"{getpass.getuser()}@chat"
-
-    def connections(self) -> list[int]:
-        """Process ids of the sshd sessions."""
-        children = Path(f"/proc/{self.sshd.pid}/task/{self.sshd.pid}/children").read_text()
-        return [int(child) for child in children.split()]
-
-    def drop(self) -> None:
-        """Break every connection, as a lost network would."""
-        for pid in self.connections():
-            os.kill(pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
-
-
-def make_key(path: Path) -> str:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
-    return path.with_suffix(".pub").read_text().strip()
-
-
 @pytest.fixture(scope="module")
 def board(start_daemon: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    folder = tmp_path_factory.mktemp("ssh")
-    folder.chmod(0o700)
     daemon = start_daemon(port=False, RKEMU_TOKEN_US="20000")
-    attach = f"{sys.executable} -m rkruntime.cli attach --socket {daemon.socket}"
-    make_key(folder / "host")
-    lines = [make_key(folder / "open"), f'restrict,command="{attach} --user ann" {make_key(folder / "chat")}']
-    (folder / "authorized_keys").write_text("\n".join(lines) + "\n")
-    port = free_port()
-    (folder / "sshd_config").write_text(
-        textwrap.dedent(f"""\
-        Port {port}
-        ListenAddress 127.0.0.1
-        HostKey {folder}/host
-        AuthorizedKeysFile {folder}/authorized_keys
-        PasswordAuthentication no
-        KbdInteractiveAuthentication no
-        PermitRootLogin prohibit-password
-        StrictModes no
-        UsePAM no
-        PidFile none
-        Subsystem sftp internal-sftp
-        """)
-    )
-    hosts = "".join(
-        f"Host {name}\n  HostName 127.0.0.1\n  Port {port}\n  IdentityFile {folder}/{name}\n  IdentitiesOnly yes\n"
-        f"  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking accept-new\n  BatchMode yes\n"
-        f"  LogLevel ERROR\n  ServerAliveInterval 1\n  ServerAliveCountMax 3\n"
-        for name in ("open", "chat")
-    )
-    (folder / "config").write_text(hosts)
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
-    log = (folder / "sshd.log").open("wb")
-    sshd = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
-    found = Board(daemon, ["ssh", "-F", str(folder / "config")], sshd)
-    daemon.wait_until(lambda: b"listening" in (folder / "sshd.log").read_bytes())
-    yield found
-    sshd.terminate()
-    sshd.wait(10)
-    log.close()
+    with running_board(daemon, tmp_path_factory.mktemp("ssh")) as found:
+        yield found
 
 
 @pytest.fixture
@@ -227,6 +149,25 @@ def test_a_chat_key_runs_no_command(board: Board, command: list[str]) -> None:
     assert "root:" not in done.stdout
 
 
+@pytest.mark.parametrize("name", ["PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT", "LD_PRELOAD"])
+def test_a_chat_key_hands_no_environment_on(board: Board, tmp_path: Path, name: str) -> None:
+    """Even where sshd takes every variable (AcceptEnv *), which is nobody's default."""
+    mark = tmp_path / "ran"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(mark)!r}, 'w')")
+    environment = {**os.environ, name: str(tmp_path)}
+    command = [*board.ssh, "-o", f"SendEnv={name}", "chat"]
+    done = subprocess.run(
+        command, env=environment, input=b'{"op": "hello"}\n', capture_output=True, timeout=30, check=False
+    )
+    assert b'"type": "end"' in done.stdout, done
+    assert not mark.exists()
+    if name == "PYTHONPATH":
+        # The variable does arrive.
+        command = [*board.ssh, "-o", f"SendEnv={name}", "open", sys.executable, "-c", "pass"]
+        subprocess.run(command, env=environment, timeout=30, check=True)
+        assert mark.exists()
+
+
 def test_a_chat_key_gets_no_shell(board: Board) -> None:
     done = ssh(board, "chat", text="id\n")
     assert "uid=" not in done.stdout
@@ -246,31 +187,6 @@ def test_a_chat_key_copies_no_file(board: Board, tmp_path: Path) -> None:
             assert not copy.exists()
     done = subprocess.run(["sftp", "-F", config, "chat"], input=b"ls /\n", capture_output=True, timeout=30, check=False)
     assert b"etc" not in done.stdout
-
-
-@contextmanager
-def forwarding(board: Board, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([*board.ssh, "-N", "-o", "ExitOnForwardFailure=yes", *options])
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def connect(board: Board, port: int) -> socket.socket:
-    """A connection to the near end, as soon as it listens."""
-    opened: list[socket.socket] = []
-
-    def attempt() -> bool:
-        try:
-            opened.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-        except ConnectionRefusedError:
-            return False
-        return True
-
-    board.daemon.wait_until(attempt)
-    return opened[0]
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"

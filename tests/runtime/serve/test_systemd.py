@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ class Unit:
     process: subprocess.Popen[bytes]
     channel: socket.socket
     path: Path
+    port: int
 
     def hears(self, word: str) -> str:
         """The next message with `word` in it."""
@@ -49,27 +51,34 @@ def unit(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Unit]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen()
+    tcp = socket.create_server(("127.0.0.1", 0))
     environment = {
         **os.environ,
         "NOTIFY_SOCKET": str(tmp_path / "notify"),
         "WATCHDOG_USEC": "400000",
-        "LISTEN_FDS": "1",
+        "LISTEN_FDS": "2",
         "STATE_DIRECTORY": str(tmp_path),
         "CACHE_DIRECTORY": str(tmp_path),
         "JOURNAL_STREAM": "1:1",
     }
-    # systemd names the process that it starts, and hands the socket over as descriptor 3.
-    start = f'LISTEN_PID=$$ exec "{sys.executable}" -m rkruntime.cli serve "{bundles["base"]}" 3<&{listener.fileno()}'
+    # systemd names the process that it starts, and hands the sockets over as descriptors 3 and 4.
+    given = f"3<&{listener.fileno()} 4<&{tcp.fileno()}"
+    start = f'LISTEN_PID=$$ exec "{sys.executable}" -m rkruntime.cli serve "{bundles["base"]}" {given}'
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            ["bash", "-c", start], env=environment, pass_fds=[listener.fileno()], stderr=log, stdin=subprocess.DEVNULL
+            ["bash", "-c", start],
+            env=environment,
+            pass_fds=[listener.fileno(), tcp.fileno()],
+            stderr=log,
+            stdin=subprocess.DEVNULL,
         )
-    yield Unit(process, channel, path)
+    yield Unit(process, channel, path, tcp.getsockname()[1])
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     process.wait(20)
     channel.close()
     listener.close()
+    tcp.close()
     path.unlink()
 
 
@@ -79,6 +88,12 @@ def test_a_life_under_systemd(unit: Unit, tmp_path: Path) -> None:
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200
     connection.close()
+    # Each socket is what it is: the Unix socket says who comes, TCP has its rules.
+    for headers, status in (({}, 200), ({"Host": "evil.example"}, 403), ({"X-RKEdge-User": "ann"}, 403)):
+        tcp = http.client.HTTPConnection("127.0.0.1", unit.port, timeout=20)
+        tcp.request("GET", "/sessions", headers=headers)
+        assert tcp.getresponse().status == status
+        tcp.close()
     unit.hears("WATCHDOG=1")
     unit.process.send_signal(signal.SIGHUP)
     assert "MONOTONIC_USEC=" in unit.hears("RELOADING=1")
@@ -114,22 +129,45 @@ def test_the_service_is_shut_in() -> None:
         "DevicePolicy=closed",
         "WatchdogSec=",
         "RestartSec=",
+        "LimitCORE=0",
+        "TasksMax=",
+        "UMask=0077",
+        "PrivateNetwork=yes",
     ):
-        assert setting in text
+        assert f"\n{setting}" in text
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_systemd_itself_takes_the_units(tmp_path: Path) -> None:
+def analyze(*arguments: str | Path) -> str:
+    """What systemd-analyze says on standard output and, after that, on standard error."""
+    command = ["systemd-analyze", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The folder with the units as a person installs them."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
     for name in ("rkedge.service", "rkedge.socket"):
         text = (UNITS / name).read_text().replace("/opt/rkedge/bin/rkedge", sys.executable)
         (tmp_path / name).write_text(text)
-    command = [
-        "systemd-analyze",
-        "verify",
-        "--man=no",
-        str(tmp_path / "rkedge.service"),
-        str(tmp_path / "rkedge.socket"),
-    ]
-    done: Any = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Unknown" not in done.stderr
+    return tmp_path
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_systemd_itself_takes_the_units(installed: Path, tcp: bool) -> None:
+    if tcp:
+        (installed / "rkedge.socket.d").mkdir()
+        shutil.copy(UNITS / "tcp.conf", installed / "rkedge.socket.d")
+    said = analyze("verify", "--man=no", installed / "rkedge.service", installed / "rkedge.socket")
+    assert "Unknown" not in said
+    assert "gnoring" not in said
+
+
+def test_systemd_itself_counts_little_exposure(installed: Path) -> None:
+    said = analyze("security", "--offline=true", "--no-pager", installed / "rkedge.service")
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)
+    assert found, said
+    assert float(found[1]) <= 1.2

@@ -1,0 +1,23 @@
+// What nobody knows of boards, or what reports of them disagree on: the emulator does the likelier
+// thing, and RKEMU_GUESS=NAME[,NAME...] makes it do the other one, so that a program can be tried
+// with both. `rkedge emulator info --guesses` and docs/emulator.md list them.
+#pragma once
+
+#include <vector>
+
+namespace rkemu {
+
+struct Guesses {
+  bool error_status_only = false;
+  bool hidden_at_finish = false;
+  bool logits_once = false;
+  bool pause_resumes = false;
+  bool abort_fails = false;
+  bool calls_wait = false;
+
+  // Reads RKEMU_GUESS. Failure: a name that is not in the table; also RKEMU_GUESS=list, whose
+  // Failure is the table as JSON.
+  static Guesses from_environment();
+};
+
+}  // namespace rkemu

@@ -1,0 +1,91 @@
+"""A folder that exists in memory only: a GGUF file's settings and tokenizer, for readers that expect files.
+
+Nothing is written for it anywhere, so nothing is left of it after a kill.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import BinaryIO, Literal, Protocol
+
+
+class Place(Protocol):
+    """The part of a `Path` that readers of a model's small files use."""
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        ...
+
+    @property
+    def parent(self) -> Place:
+        """The folder that it is in."""
+        ...
+
+    def __truediv__(self, name: str, /) -> Place:
+        """What is called `name` in this folder."""
+        ...
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        ...
+
+    def iterdir(self) -> Iterator[Place]:
+        """What is in this folder."""
+        ...
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """Open for reading. Raises OSError."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """The whole content. Raises OSError."""
+        ...
+
+
+class MemoryFolder:
+    """Files by name, or one of them.
+
+    Args:
+        origin: what messages name in the place of a path: the file that all this was read from.
+    """
+
+    def __init__(self, origin: Path, files: Mapping[str, bytes], within: PurePath | None = None) -> None:
+        self._origin, self._files, self._within = origin, files, within or PurePath()
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self._origin}" if self.name else str(self._origin)
+
+    @property
+    def name(self) -> str:
+        """See `Place`."""
+        return self._within.name
+
+    @property
+    def parent(self) -> MemoryFolder:
+        """See `Place`."""
+        return MemoryFolder(self._origin, self._files, self._within.parent)
+
+    def __truediv__(self, name: str, /) -> MemoryFolder:
+        return MemoryFolder(self._origin, self._files, self._within / name)
+
+    def is_file(self) -> bool:
+        """See `Place`."""
+        return str(self._within) in self._files
+
+    def iterdir(self) -> Iterator[MemoryFolder]:
+        """See `Place`."""
+        return (self / name for name in self._files)
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """See `Place`."""
+        return io.BytesIO(self.read_bytes())
+
+    def read_bytes(self) -> bytes:
+        """See `Place`."""
+        try:
+            return self._files[str(self._within)]
+        except KeyError:
+            raise FileNotFoundError(2, "No such file", str(self)) from None

@@ -1,0 +1,283 @@
+"""A process with limits for work on what strangers made: it can be slow, grow, hang or break, and then it is ended.
+
+Parent and child send each other messages over a pair of sockets: two u32 (sizes), a JSON object, bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeError, UsageError
+
+_SIZES: Final = struct.Struct("<II")
+_MAX_MESSAGE: Final = 1 << 28
+# What a child may raise in its parent.
+_ERRORS: Final[Mapping[str, type[RKEdgeError]]] = {
+    kind.__name__: kind for kind in (BundleError, ContextFullError, HostError, UsageError)
+}
+# The parent's own places for modules; nothing else has a say in what the child imports.
+_START: Final = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "import importlib; importlib.import_module(sys.argv[2]).main()"
+)
+# LD_PRELOAD is not among them: what is preloaded may take more address space than the limit has.
+_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LC_TIME", "TZ", "LD_LIBRARY_PATH")
+_HINT: Final = "Convert the model again with the tokenizer.json and chat_template.jinja of its Gemma checkpoint."
+_MAX_LOG: Final = 1 << 16
+_SLICE: Final = 0.25
+# Seconds for work that nobody waits for any more.
+_GRACE: Final = 2.0
+
+Answer: TypeAlias = tuple[dict[str, Any], bytes]
+
+
+# Address space of a child, in bytes. A tokenizer of 256,000 tokens takes a quarter of it.
+MEMORY: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may take.
+
+    Attributes:
+        cpu_s: seconds of computing.
+        wall_s: seconds until its answer, on a machine that does other things too.
+    """
+
+    cpu_s: int = 10
+    wall_s: float = 60.0
+
+
+class Confined:
+    """A child process. Safe to use from several threads, which wait for each other.
+
+    Args:
+        module: of the child, with a function `main` that calls `serve`.
+        what: the work, in a message, as in "The chat template".
+    """
+
+    def __init__(self, module: str, what: str) -> None:
+        self._module, self._what = module, what
+        self._lock = threading.Lock()
+        self._deadline, self._hurried = 0.0, math.inf
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, if there is one, with what earlier calls left in it."""
+        return self._process.pid if self._process else None
+
+    def call(self, name: str, limits: Limits, data: bytes = b"", **values: Any) -> Answer:
+        """Have the child's function `name` called; a child is started if there is none.
+
+        Raises:
+            BundleError: it came to a limit; the child is gone then.
+            HostError: the child cannot be started, or was ended by something else.
+            RKEdgeError: what the function raised.
+        """
+        with self._lock:
+            self._deadline = time.monotonic() + limits.wall_s
+            if self._process is None:
+                self._start()
+            try:
+                _send(self._socket, {**values, "call": name, "cpu_s": limits.cpu_s}, data, self._left)
+                header, data = _receive(self._socket, self._left)
+            except TimeoutError:
+                self._end()
+                raise self._over(f"did not come to an end in {limits.wall_s:g} seconds") from None
+            except (OSError, EOFError, ValueError):
+                raise self._gone(limits) from None
+        if "error" in header:
+            kind = _ERRORS.get(str(header["error"]), BundleError)
+            raise kind(str(header.get("message")), hint=str(header.get("hint")), details=header.get("details"))
+        return header, data
+
+    def hurry(self) -> None:
+        """From another thread: nobody waits for the calls that are made from now on, until `take_time`."""
+        self._hurried = time.monotonic() + _GRACE
+
+    def take_time(self) -> None:
+        """Somebody waits for the next calls."""
+        self._hurried = math.inf
+
+    def close(self) -> None:
+        """End the child, and the call that goes on. The next call starts another."""
+        self._hurried = 0.0
+        with self._lock:
+            self._end()
+        self.take_time()
+
+    def _left(self) -> float:
+        """Seconds until the next look at the deadline. Raises TimeoutError behind it."""
+        left = min(self._deadline, self._hurried) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return min(left, _SLICE)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        log = os.memfd_create("rkedge")
+        paths = [path for path in sys.path if path.startswith("/")]
+        command = [sys.executable, "-I", "-S", "-B", "-c", _START, json.dumps(paths), self._module]
+        command += [self._what]
+        environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        # One thread: each further one takes address space of its own.
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        try:
+            # A session of its own: Ctrl-C in the terminal is for the parent.
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            ours.close()
+            os.close(log)
+            raise HostError(
+                f"A process for {self._what.lower()} cannot be started: {error.strerror or error}.",
+                hint="Look at the limits on processes and memory, and that this Python is still where it was.",
+            ) from error
+        finally:
+            theirs.close()
+        self._socket = ours
+        # Also at the end of this program, and where nobody calls `close`.
+        self._killed = weakref.finalize(self, _kill, self._process, ours, log)
+
+    def _end(self) -> tuple[int, str]:
+        """Exit code of the child, and what it printed."""
+        process, self._process = self._process, None
+        return (process and self._killed()) or (0, "")
+
+    def _gone(self, limits: Limits) -> RKEdgeError:
+        """Why the child has closed its socket."""
+        process = self._process
+        assert process is not None
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self._end()
+            return self._over("broke off")
+        code, printed = self._end()
+        lines = [line for line in printed.splitlines() if line.strip()]
+        said = "".join(character for character in lines[-1] if character.isprintable())[:300] if lines else ""
+        if code == -signal.SIGXCPU:
+            return self._over(f"took more than {limits.cpu_s} seconds of computing")
+        if code == -signal.SIGABRT and "memory allocation" in printed:
+            return self._over(f"took more than {MEMORY >> 20} MiB of memory")
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return HostError(
+            f"The process for {self._what.lower()} {how}{f': {said}' if said else ''}.",
+            hint="If a package is missing, install rkedge again; else look for memory that ran out, and try again.",
+        )
+
+    def _over(self, how: str) -> BundleError:
+        return BundleError(
+            f"{self._what} {how}, and was stopped.",
+            hint=_HINT,
+        )
+
+
+def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int) -> tuple[int, str]:
+    process.kill()
+    code = process.wait()
+    one.close()
+    printed = os.pread(log, _MAX_LOG, 0).decode("utf-8", "replace")
+    os.close(log)
+    return code, printed
+
+
+def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Callable[[], float | None]) -> None:
+    # Piece by piece: in one go, megabytes would keep other threads waiting for the interpreter.
+    text = "".join(json.JSONEncoder().iterencode(header)).encode()
+    view = memoryview(_SIZES.pack(len(text), len(data)) + text + data)
+    while view:
+        one.settimeout(left())
+        try:
+            view = view[one.send(view) :]
+        except TimeoutError:
+            continue
+
+
+def _receive(one: socket.socket, left: Callable[[], float | None]) -> Answer:
+    """The next message. EOFError if the other end is closed, ValueError for nonsense."""
+    text_size, data_size = _SIZES.unpack(_read(one, _SIZES.size, left))
+    if text_size + data_size > _MAX_MESSAGE:
+        raise ValueError
+    header = json.loads(_read(one, text_size, left))
+    if not isinstance(header, dict):
+        raise ValueError
+    return header, _read(one, data_size, left)
+
+
+def _read(one: socket.socket, size: int, left: Callable[[], float | None]) -> bytes:
+    parts = []
+    while size:
+        one.settimeout(left())
+        try:
+            part = one.recv(min(size, 1 << 20))
+        except TimeoutError:
+            continue
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) -> None:
+    """In the child: answer calls until the parent is gone."""
+    what = sys.argv[3]
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, _MAX_LOG)
+    _limit(resource.RLIMIT_AS, MEMORY)
+    _die_first()
+    parent = socket.socket(fileno=0)
+    while True:
+        try:
+            header, data = _receive(parent, lambda: None)
+        except EOFError:
+            return
+        # The limit is on the whole process, so it moves on with each call.
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + int(header["cpu_s"]))
+        try:
+            answer, data = functions[header["call"]](header, data)
+        except RKEdgeError as error:
+            answer, data = error.as_dict(), b""
+        except MemoryError:
+            answer, data = _failed(f"{what} took more than {MEMORY >> 20} MiB of memory"), b""
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # A panic of tokenizers' is no Exception. Its text may quote a conversation.
+            answer, data = _failed(f"{what} failed ({type(error).__name__})"), b""
+        _send(parent, answer, data, lambda: None)
+
+
+def _failed(how: str) -> dict[str, Any]:
+    return BundleError(f"{how}.", hint=_HINT).as_dict()
+
+
+def _limit(kind: int, value: int) -> None:
+    # The soft limit, which is the one that acts, and can be moved on.
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _die_first() -> None:
+    """Where memory runs out, the kernel shall end this process and no other."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123 - the child imports little
+            file.write("1000")
+    except OSError:
+        pass

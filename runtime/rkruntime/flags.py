@@ -1,0 +1,36 @@
+"""What the flags that every command understands in the same way were given as, for whoever reports an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., object])
+
+
+@dataclass
+class Flags:
+    """As click has parsed them; the object of the outermost context."""
+
+    debug: bool = False
+    json: bool = False
+
+
+def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decorated]:
+    """A flag that is written down in `Flags` before any other option is looked at."""
+
+    def remember(context: click.Context, _: click.Parameter, value: bool) -> bool:
+        flags = context.find_object(Flags)
+        if flags is not None:
+            setattr(flags, attribute, value)
+        return value
+
+    return click.option(*names, is_flag=True, is_eager=True, callback=remember, help=help)
+
+
+def json_option(help: str) -> Callable[[Decorated], Decorated]:
+    """`--json`, as the parameter `as_json`. An error of the command, a wrong value too, is then JSON as well."""
+    return flag("json", "--json", "as_json", help=help)

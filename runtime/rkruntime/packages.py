@@ -1,0 +1,56 @@
+"""What to install where a package is missing, by rkedge's own metadata."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import sys
+from typing import Final
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from rkruntime.errors import HostError
+
+_OWN: Final = ("rkruntime", "rkconvert", "rkboard")
+# Modules that are not named as the package is which has them.
+_PACKAGES: Final = {"yaml": "PyYAML"}
+
+
+def import_failed(error: ImportError) -> HostError:
+    """The error for an import that failed: which package it is, and the command that installs it."""
+    module = (error.name or "").partition(".")[0]
+    if not module or module in _OWN:
+        return HostError(
+            f"rkedge is not installed as a whole: {error}.",
+            hint=f"Install it again: {_pip('--force-reinstall', 'rkedge')}",
+        )
+    package = _PACKAGES.get(module, module.replace("_", "-"))
+    if isinstance(error, ModuleNotFoundError):
+        message = f"This needs the Python package {package}, which is not installed."
+    else:
+        message = f"The Python package {package} is installed and cannot be used: {error}."
+    return HostError(message, hint=f"Install it: {_pip(_wanted(package))}")
+
+
+def _wanted(package: str) -> str:
+    """What brings a package: rkedge itself, the smallest extra of it that does, or the package alone."""
+    try:
+        requirements = [Requirement(text) for text in importlib.metadata.requires("rkedge") or ()]
+        extras = importlib.metadata.metadata("rkedge").get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return package
+
+    def brought(extra: str) -> set[str]:
+        of = {"extra": extra}
+        return {canonicalize_name(item.name) for item in requirements if not item.marker or item.marker.evaluate(of)}
+
+    fitting = [extra for extra in ("", *extras) if canonicalize_name(package) in brought(extra)]
+    if not fitting:
+        return package
+    smallest = min(fitting, key=lambda extra: len(brought(extra)))
+    return f"rkedge[{smallest}]" if smallest else "rkedge"
+
+
+def _pip(*words: str) -> str:
+    return shlex.join([sys.executable, "-m", "pip", "install", *words])

@@ -1,0 +1,167 @@
+"""The connections of a listener: which of them give way when there are too many, and how long they may take."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Final, cast
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rkruntime.errors import BusyError
+from rkruntime.serve.doors import Door
+from rkruntime.serve.users import User, shares
+
+# The key of a connection in an ASGI scope's state.
+CONNECTION: Final = "rkedge.connection"
+_FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Requests:
+    """The requests that are being answered, by user: one user has a share of them, through whatever listener.
+
+    Args:
+        limit: all users together.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: Counter[tuple[str, ...]] = Counter()
+
+    @contextmanager
+    def one(self, user: User) -> Iterator[None]:
+        """Count one more during the block. Raises BusyError."""
+        paths = dict(shares(user.path, self._limit))
+        for path, limit in paths.items():
+            if self._open[path] >= limit:
+                raise BusyError(
+                    f"{limit} of your requests are being answered, which is the limit for one user.",
+                    details={"retry_after_s": 1},
+                )
+        self._open.update(paths.keys())
+        try:
+            yield
+        finally:
+            self._open.subtract(paths.keys())
+            self._open += Counter()
+
+
+class _Counted:
+    """A transport that counts the bytes it is given."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.written = 0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with limits. It keeps its place while a request of a known user is answered over it.
+
+    Without one it gives way when there are too many: the oldest of the peer that has most of them. So those who only
+    connect take no place from those who ask.
+
+    Attributes:
+        door: the listener it came through; this and the limits stand in a class for each listener (`of`).
+        limit: connections at the same time.
+        header_s: for sending a request's head; nobody waits longer for one.
+        write_s: without anything of an answer being taken, until it is broken off.
+    """
+
+    door: ClassVar[Door]
+    limit: ClassVar[int]
+    header_s: ClassVar[float]
+    write_s: ClassVar[float]
+
+    peer: Hashable = None
+    answering = 0
+    _idle_since = 0.0
+    _taken = 0
+    _moved = 0.0
+    _broken = False
+    _deadline: Any = None
+
+    @classmethod
+    def of(cls, door: Door, limit: int, header_s: float, write_s: float) -> type[Connection]:
+        """The class of a listener's connections."""
+        values = {"door": door, "limit": limit, "header_s": header_s, "write_s": write_s}
+        return cast("type[Connection]", type("Connection", (cls,), values))
+
+    def connection_made(self, transport: Any) -> None:
+        """See asyncio."""
+        self._counted = _Counted(transport)
+        super().connection_made(cast("asyncio.Transport", self._counted))
+        self.peer = self.door.peer(transport.get_extra_info("socket"))
+        self.app_state = {**self.app_state, CONNECTION: self}
+        self._idle_since = self._moved = time.monotonic()
+        self._expect()
+        self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_expecting()
+        elif self._deadline is None:
+            self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._stop_expecting()
+        super().connection_lost(exc)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the connection's place during the block."""
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
+            self._idle_since = time.monotonic()
+
+    def check_writing(self) -> None:
+        """Break it off if its client has taken nothing for too long; to be called every second or so."""
+        now, unsent = time.monotonic(), self.transport.get_write_buffer_size()
+        taken = self._counted.written - unsent
+        if not unsent or taken > self._taken:
+            self._moved = now
+        self._taken = taken
+        if now - self._moved > self.write_s:
+            self._break_off()
+
+    def _break_off(self) -> None:
+        self._broken = True
+        self.transport.abort()
+
+    def _make_room(self) -> None:
+        others = cast("set[Connection]", self.connections)
+        # One that is being closed may still wait for its client to take the rest of an answer.
+        living = [one for one in others if not one._broken]
+        if len(living) <= self.limit:
+            return
+        idle = [one for one in living if not one.answering]
+        crowds = Counter(one.peer for one in idle)
+        oldest = min(idle, key=lambda one: (-crowds[one.peer], one._idle_since))
+        if oldest is self:
+            self.transport.write(_FULL)
+            self.transport.close()
+        else:
+            oldest._break_off()
+
+    def _expect(self) -> None:
+        self._deadline = self.loop.call_later(self.header_s, self.transport.close)
+
+    def _stop_expecting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

@@ -1,0 +1,75 @@
+"""What the ids of a tokenizer stand for, and which of them are control tokens."""
+
+from __future__ import annotations
+
+import codecs
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+
+
+class Vocabulary:
+    """Texts by id.
+
+    Args:
+        texts: UTF-8 of each id, maybe a part of a character; nothing for control tokens and ids without a token.
+
+    Attributes:
+        control: control tokens by their text, such as `<start_of_turn>`.
+    """
+
+    def __init__(self, texts: Sequence[bytes], control: Mapping[str, int]) -> None:
+        self.control = dict(control)
+        # In one piece: 256,000 objects would take ten times the memory.
+        self._joined = b"".join(texts)
+        self._ends = array("I", accumulate(map(len, texts), initial=0))
+
+    @staticmethod
+    def unpack(packed: bytes, control: Mapping[str, int]) -> Vocabulary:
+        """What `pack` gave. Raises ValueError."""
+        size = int.from_bytes(packed[:4], "little")
+        ends = array("I", packed[4 : 4 + 4 * (size + 1)])
+        joined = packed[4 + 4 * (size + 1) :]
+        if len(ends) != size + 1 or ends[0] or ends[-1] != len(joined) or any(a > b for a, b in pairwise(ends)):
+            raise ValueError("not a packed vocabulary")
+        made = Vocabulary((), control)
+        made._joined, made._ends = joined, ends
+        return made
+
+    def pack(self) -> bytes:
+        """The texts as bytes, for another process on this machine."""
+        return self.vocab_size.to_bytes(4, "little") + self._ends.tobytes() + self._joined
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self._ends) - 1
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for in an answer: UTF-8, maybe part of a character; nothing for control tokens."""
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        return self._joined[self._ends[token_id] : self._ends[token_id + 1]]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of an answer's ids, control tokens left out."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+
+class Detokenizer:
+    """Text from token ids as they arrive: what is not yet a whole character is kept until it is, or cannot be.
+
+    Bytes that are not UTF-8 come out as U+FFFD, an incomplete character at the end of the answer too.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; empty inside a character and for control tokens."""
+        return self._decoder.decode(self._vocabulary.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """U+FFFD if the ids ended inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)

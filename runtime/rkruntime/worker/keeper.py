@@ -1,0 +1,96 @@
+"""The process above the worker: nothing that the library starts outlives the worker, nor the worker its parent.
+
+A library may start processes and give them a session of their own, which no signal to the worker's group reaches. They
+stay descendants, though, and a subreaper inherits them when their parents end. The parent of the worker is somebody
+else's program and cannot be one; so this process stands between the two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NoReturn
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_SIGNALS: Final = (signal.SIGCHLD, signal.SIGTERM)
+# Seconds between two looks for the parent. The worker itself sees at once that its command pipe is closed.
+_LOOK: Final = 1.0
+
+
+def keep() -> None:
+    """Fork, and return in the worker.
+
+    The calling process stays behind: it ends with the worker, and as the worker ended; or with its parent, or by
+    SIGTERM, and takes the worker along. Either way all descendants are killed.
+    """
+    keeper, parent = os.getpid(), os.getppid()
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    worker = os.fork()
+    if worker:
+        _keep(worker, parent)
+    # For a keeper that is killed. It has one thread only: the signal comes when the thread ends that forked.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _prctl(option: int, value: int) -> None:
+    # What a kernel does not have is missing only where a library misbehaves.
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _keep(worker: int, parent: int) -> NoReturn:
+    # The worker's end must show on its pipes.
+    os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+    status = _wait(worker, parent)
+    _kill_children()
+    if status is not None and os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    number = signal.SIGKILL if status is None else os.WTERMSIG(status)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    os.kill(os.getpid(), number)
+    os._exit(1)
+
+
+def _wait(worker: int, parent: int) -> int | None:
+    """The worker's status, or None if it is to be ended."""
+    while os.getppid() == parent:
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == worker:
+                    return ended[1]
+        received = signal.sigtimedwait(_SIGNALS, _LOOK)
+        if received is not None and received.si_signo == signal.SIGTERM:
+            return None
+    return None
+
+
+def _kill_children() -> None:
+    """Kill every child until there is none. Those of a child that was killed become children of this process."""
+    with suppress(ChildProcessError):
+        while True:
+            for child in _children():
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(child, signal.SIGKILL)
+            os.wait()
+
+
+def _children() -> list[int]:
+    """Pids of the children, from /proc/PID/stat; /proc/PID/task/TID/children is not in every kernel."""
+    found, own = [], os.getpid()
+    for entry in Path("/proc").iterdir():
+        # The name of a program, in parentheses, may hold anything.
+        with suppress(OSError, ValueError, IndexError):
+            if int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1]) == own:
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,307 @@
+"""What adapters say of themselves and do not hold, or hold and do not say; and whose base they name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file, save_file
+
+from rkconvert.base_names import is_other_base, plain_name
+from rkconvert.checkpoint import open_checkpoint
+from rkconvert.job import Lora, merged_model
+from rkruntime.cli import main
+from rkruntime.errors import AdapterError
+
+HEAD, EMBEDDING = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
+QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture
+def opened(make_model, make_adapter, edit_json):
+    """A base and an adapter whose settings and tensors were changed: `opened(change, settings, **of LoraConfig)`."""
+
+    def make(change=lambda tensors: None, settings=None, **lora):
+        base = make_model(num_hidden_layers=2)
+        folder = make_adapter(base, **{"target_modules": ["q_proj"]} | lora)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        edit_json(folder / "adapter_config.json", **settings or {})
+        return merged_model(open_checkpoint(base), [Lora(str(folder))])
+
+    return make
+
+
+def renamed(old, new):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+REFUSED = {
+    "DoRA without magnitudes": (
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if "magnitude" in name],
+        {},
+        {"use_dora": True},
+        "say DoRA .* no magnitudes for model.layers",
+    ),
+    "magnitudes without DoRA": (
+        lambda tensors: None,
+        {"use_dora": False},
+        {"use_dora": True},
+        "lora_magnitude_vector for .* which peft would not use",
+    ),
+    "a module to save that is not there": (
+        lambda tensors: tensors.pop(f"{EMBEDDING}.weight"),
+        {},
+        {"modules_to_save": ["embed_tokens"]},
+        "name model.embed_tokens in modules_to_save, and its file lacks it",
+    ),
+    "one norm of all that are to be saved": (
+        lambda tensors: tensors.pop("base_model.model.model.layers.1.input_layernorm.weight"),
+        {},
+        {"modules_to_save": ["input_layernorm"]},
+        r"name model\.layers\.1\.input_layernorm in modules_to_save",
+    ),
+    "a saved module under peft's inner name alone": (
+        renamed(f"{HEAD}.weight", f"{HEAD}.modules_to_save.weight"),
+        {},
+        {"modules_to_save": ["lm_head"]},
+        r"lacks it|from which peft loads that module",
+    ),
+    "an inner name that no setting asks for": (
+        lambda tensors: tensors.update({f"{HEAD}.modules_to_save.weight": torch.ones(1024, 64)}),
+        {},
+        {},
+        r"has .*modules_to_save\.weight and not lm_head\.weight",
+    ),
+    "matrices that are not targeted": (
+        lambda tensors: None,
+        {"target_modules": ["v_proj"]},
+        {"target_modules": ["q_proj", "v_proj"]},
+        r"has matrices for model\.layers\.0\.self_attn\.q_proj \(2 such modules\), which its settings do not target",
+    ),
+    "matrices of a layer that is not targeted": (
+        lambda tensors: None,
+        {"layers_to_transform": [1]},
+        {},
+        r"has matrices for model\.layers\.0\.self_attn\.q_proj \(1 such modules\)",
+    ),
+    "a base layer under nothing": (
+        lambda tensors: tensors.update({f"{EMBEDDING}.base_layer.weight": torch.ones(1024, 64)}),
+        {},
+        {},
+        "base_layer for model.embed_tokens, which do not go together",
+    ),
+    "a whole tensor under matrices": (
+        lambda tensors: tensors.update({f"{QUERY}.weight": torch.ones(64, 64)}),
+        {},
+        {},
+        "lora_A, lora_B, weight for .*q_proj, which do not go together",
+    ),
+    "a token twice": (
+        lambda tensors: None,
+        {"trainable_token_indices": [3, 3]},
+        {"trainable_token_indices": [3, 4]},
+        "has 2 trained tokens .* its settings name 1",
+    ),
+    "a token beyond the vocabulary": (
+        lambda tensors: None,
+        {"trainable_token_indices": [3, 5000]},
+        {"trainable_token_indices": [3, 4]},
+        "needs 5,001 rows of model.embed_tokens.weight, the base model has 1,024",
+    ),
+    "modules to save that are no list": (
+        lambda tensors: None,
+        {"modules_to_save": "embed_tokens"},
+        {},
+        "must list names of modules",
+    ),
+    "targets of another model": (
+        lambda tensors: None,
+        {"target_modules": ["c_attn", "query_key_value"]},
+        {},
+        "targets c_attn, query_key_value, and the base model has no such module",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(opened, case):
+    change, settings, lora, words = REFUSED[case]
+    with pytest.raises(AdapterError, match=words):
+        opened(change, settings, **lora)
+
+
+def test_lists_of_targets_for_many_models(opened):
+    model = opened(settings={"target_modules": ["q_proj", "c_attn", "query_key_value"]})
+    assert model.notes == ()
+    assert len(model.adapters[0].updates) == 2
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q|v)_proj"])
+def test_a_missing_pair_is_noted(opened, targets):
+    model = opened(settings={"target_modules": targets})
+    (note,) = model.notes
+    assert "targets model.layers.0.self_attn.v_proj and has no matrices for it (2 such modules)" in note
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "all-linear"}, {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+        {"target_modules": r".*\.[01]\.mlp\..*_proj"}, {"layers_to_transform": [1]}, {"layers_to_transform": 0},
+        {"target_modules": ["model.layers.1.self_attn.k_proj"]}, {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, {"modules_to_save": ["norm"]},
+        {"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "k_proj"]}, {"modules_to_save": ["mlp"]},
+    ],
+)  # fmt: skip
+def test_what_peft_saves_is_taken_without_a_word(opened, lora):
+    assert opened(**lora).notes == ()
+
+
+def test_a_copy_of_another_base(opened, make_model, bits):
+    def change(tensors):
+        tensors[f"{EMBEDDING}.base_layer.weight"][7] += 1
+
+    model = opened(change, target_modules=["embed_tokens"])
+    assert "was saved with its base's model.embed_tokens.weight, which is not this base's" in model.notes[0]
+    adapter = load_file(model.adapters[0].path / "adapter_model.safetensors")
+    # A PeftModel computes with the adapter's copy, on both sides of a tied model.
+    assert not model.weights.config.tie_word_embeddings
+    expected = adapter[f"{EMBEDDING}.base_layer.weight"]
+    np.testing.assert_array_equal(model.weights.read("lm_head.weight", 0, 1024), bits(expected))
+
+
+def test_several_adapters_on_one_embedding(make_model, make_adapter):
+    base = open_checkpoint(make_model())
+    folder = base.path
+    first = make_adapter(folder, "first", target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    other = make_adapter(folder, "other", target_modules=["q_proj"], trainable_token_indices=[5], seed=2)
+    same = make_adapter(folder, "same", target_modules=["q_proj"], trainable_token_indices=[4], seed=3)
+    head = make_adapter(folder, "head", target_modules=["lm_head"])
+    grown = make_adapter(
+        folder,
+        "grown",
+        target_modules=["q_proj"],
+        prepare=lambda m: m.resize_token_embeddings(1030, mean_resizing=False),
+    )
+
+    def of(*paths):
+        return merged_model(base, [Lora(str(path)) for path in paths]).weights
+
+    both = of(first, other)
+    assert both.config.tie_word_embeddings
+    rows, plain = both.read("model.embed_tokens.weight", 0, 10), base.weights.read("model.embed_tokens.weight", 0, 10)
+    assert [at for at in range(10) if (rows[at] != plain[at]).any()] == [3, 4, 5]
+    for pair, words in (
+        ((first, same), "change the same rows"), ((first, head), "change the same rows"),
+        ((head, first), "change the same rows"), ((head, grown), "as a whole"), ((grown, head), "different sizes"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match=words):
+            of(*pair)
+
+
+def test_a_tokenizer_of_rows_that_were_not_saved(make_model, make_adapter, tokenizer):
+    from rkconvert.demo import tokenizer as demo_tokenizer
+
+    base = make_model()
+    adapter = make_adapter(base)
+    demo_tokenizer.save(tokenizer, adapter)
+    content = json.loads((adapter / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 1024, "content": "<more>"})
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    (note,) = merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes
+    assert "has a tokenizer of 1,025 tokens" in note
+
+
+@pytest.mark.parametrize("kind", [str(kind.value) for kind in PEFT_TYPE_TO_TUNER_MAPPING if kind.value != "LORA"])
+def test_other_types_of_peft(opened, kind):
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    with pytest.raises(AdapterError, match=f"of peft's type '{kind}'") as caught:
+        opened(settings={"peft_type": kind})
+    if not issubclass(tuner, BaseTuner):
+        assert "merge_and_unload" not in caught.value.hint
+    if kind in ("LOHA", "LOKR", "IA3", "VERA", "ADALORA", "OFT", "BOFT", "LN_TUNING", "TRAINABLE_TOKENS", "RANDLORA"):
+        assert "merge_and_unload" in caught.value.hint
+
+
+def test_a_folder_whose_name_looks_like_a_weight(make_adapter, make_model, tmp_path, monkeypatch):
+    base = make_model()
+    folder = make_adapter(base, "a=0.5")
+    monkeypatch.chdir(tmp_path)
+    assert Lora.parse("a=0.5") == Lora("a=0.5", 1.0)
+    assert Lora.parse("a=0.5=0.25") == Lora("a=0.5", 0.25)
+    folder.rename(tmp_path / "a")
+    assert Lora.parse("a=0.5") == Lora("a", 0.5)
+
+
+# Names of bases: named by the adapter, family and size of the model, what the model is called, whether it is another.
+IT = ["google/gemma-2-2b-it"]
+NAMES = [
+    ("google/gemma-2-2b-it", "gemma2", "2B", IT, False),
+    ("unsloth/gemma-2-2b-it-bnb-4bit", "gemma2", "2B", IT, False),
+    ("unsloth/gemma-2-2b-it-unsloth-bnb-4bit", "gemma2", "2B", IT, False),
+    ("unsloth/Gemma-2-2B-it", "gemma2", "2B", IT, False),
+    ("mlx-community/gemma-2-2b-it-4bit", "gemma2", "2B", IT, False),
+    ("bartowski/gemma-2-2b-it-GGUF", "gemma2", "2B", IT, False),
+    ("someone/gemma-2-2b-it-GPTQ-Int4", "gemma2", "2B", IT, False),
+    ("/home/me/models/gemma-2-2b-it/", "gemma2", "2B", IT, False),
+    (r"C:\models\gemma-2-2b-it", "gemma2", "2B", ["gemma_2_2b_it"], False),
+    ("/c/hub/models--google--gemma-2-2b-it/snapshots/0123abcd", "gemma2", "2B", IT, False),
+    ("google/gemma-2-2b-it", "gemma2", "2B", ["gemma-2-2b-it-Q4_K_M"], False),
+    ("google/gemma-2-2b-it", "gemma2", "2B", ["my-model"], False),
+    ("google/gemma-2-2b-it", "gemma2", "1.1M", ["base"], False),
+    ("./outputs/checkpoint-500", "gemma2", "2B", ["gemma-2-2b-it"], False),
+    ("merged", "gemma2", "9B", IT, False),
+    ("", "gemma2", "2B", IT, False),
+    ("google/gemma-2b-it", "gemma", "2B", ["base"], False),
+    ("google/gemma-1.1-7b-it", "gemma", "7B", ["base"], False),
+    ("google/shieldgemma-2b", "gemma2", "2B", ["base"], False),
+    ("google/gemma-2-2b", "gemma2", "2B", IT, True),
+    ("google/gemma-2-2b-jpn-it", "gemma2", "2B", IT, True),
+    ("unsloth/gemma-2-2b-bnb-4bit", "gemma2", "2B", ["gemma-2-2b-it"], True),
+    ("google/gemma-2-9b-it", "gemma2", "2B", ["base"], True),
+    ("google/gemma-2b-it", "gemma2", "2B", ["base"], True),
+    ("google/gemma-2-2b-it", "gemma", "2B", ["base"], True),
+    ("google/gemma-3-1b-it", "gemma2", "2B", ["base"], True),
+    ("meta-llama/Llama-3-8B", "gemma2", "2B", ["base"], True),
+    ("unsloth/Meta-Llama-3.1-8B-bnb-4bit", "gemma2", "2B", ["base"], True),
+    ("Qwen/Qwen2.5-7B", "gemma2", "9B", ["base"], True),
+    ("mistralai/Mistral-7B-v0.1", "gemma2", "9B", ["base"], True),
+    ("microsoft/phi-2", "gemma2", "9B", ["base"], True),
+    ("princeton-nlp/gemma-2-9b-it-SimPO", "gemma2", "9B", ["google/gemma-2-9b-it"], True),
+    ("someone/her-finetune", "gemma2", "9B", ["google/gemma-2-9b-it"], True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("named", "family", "size", "own", "other"), NAMES)
+def test_names_of_bases(named, family, size, own, other):
+    assert is_other_base(named, family, size, own) == other
+
+
+def test_names_are_plain_in_any_case():
+    for name in ("gemma-2-9b", "gemma-2-27b-it"):
+        for form in ("{}", "x/{}", "{}-bnb-4bit", "{}-AWQ", "{}-GGUF", "./{}/", "{}-8bit", "{}-fp16", "{}.Q8_0.gguf"):
+            assert plain_name(form.format(name)) == plain_name(form.format(name).upper()) == name
+
+
+@pytest.mark.parametrize("mode", ["merge", "runtime"])
+def test_notes_reach_a_person(make_model, make_adapter, edit_json, tmp_path, capsys, mode):
+    base = make_model()
+    adapter = make_adapter(base)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="/home/me/secret/Llama-3-8B\x1b[2J")
+    arguments = [str(base), "--lora", str(adapter)]
+    words = "names Llama-3-8B[2J as its base, and this is base"
+    assert main(["merge", *arguments, "-o", str(tmp_path / "merged"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert words in json.loads(said.out)["notes"][0]
+    assert words in said.err.replace("\n", " ")
+    assert main(["convert", *arguments, "-o", str(tmp_path / mode), "--lora-mode", mode, "--json"]) == 0
+    said = capsys.readouterr()
+    assert any(words in note for note in json.loads(said.out)["notes"])
+    assert words in said.err.replace("\n", " ")
+    assert "secret" not in (tmp_path / mode / "rkedge.yaml").read_text()

@@ -1,0 +1,132 @@
+"""A checkpoint's own template from the folder to a prompt: bundle, emulator file, calibration and chat agree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.runtime.chat_templates import FOLDED, NATIVE
+
+from rkconvert import demo
+from rkconvert.chat_template import read_template
+from rkconvert.rendering import rendered
+from rkconvert.tokenizer import tokenizer_bytes
+from rkruntime import cli
+from rkruntime.bundle import open_bundle
+from rkruntime.errors import CheckpointError
+from rkruntime.prompt_process import PromptProcess
+from rkruntime.rkemu import read_container
+from rkruntime.template import Message
+from rkruntime.tokenizer import Tokenizer
+
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": "BatchLongest",
+    "direction": "Right",
+    "pad_to_multiple_of": 64,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<pad>",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(demo.checkpoint(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+# As transformers writes it today: then tokenizer_config.json alone counts.
+NEWER = {"added_tokens_decoder": {"0": {"content": "<pad>", "special": True}}}
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("name", ["alpaca", "gemma without newline", "gemma with system", "vicuna"])
+def test_all_parts_agree(folder: Path, tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    (folder / "chat_template.jinja").write_text((FOLDED | NATIVE)[name])
+    configure(folder, eos_token="<end_of_turn>")
+    (folder / "special_tokens_map.json").unlink()
+    assert cli.main(["convert", str(folder), "-q", "-o", str(tmp_path / "bundle")]) == 0
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi"}]
+    question += [{"role": "user", "content": "And now?"}]
+    text = oracle.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    bundle = open_bundle(tmp_path / "bundle")
+    with closing(PromptProcess(bundle)) as prompts:
+        ids, _ = prompts.prompt([Message(**item) for item in question], 1024)
+    assert ids == oracle(text, add_special_tokens=False)["input_ids"]
+    template = read_template(folder, "<bos>")
+    assert template.system_role == bundle.manifest.system_role == ("fold" if name in FOLDED else "native")
+    assert rendered(template.source, [question], template.special_tokens) == [text]
+    metadata = read_container(bundle.model).metadata
+    prefix, suffix = (metadata[f"rkllm.chat_template.{end}"] for end in ("prefix", "suffix"))
+    assert f"<bos>{prefix}Hello there{suffix}" == oracle.apply_chat_template(
+        question[:1], add_generation_prompt=True, tokenize=False
+    )
+
+
+def test_a_missing_bos_is_said(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(NATIVE["chatml"])
+    assert "begins without <bos>" in read_template(folder, "<bos>").notes[0]
+    (folder / "chat_template.jinja").write_text(NATIVE["vicuna"])
+    assert read_template(folder, "<bos>").notes == ()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"eos_token": None}, NEWER, {"eos_token": {"content": "<unused9>"}, "unk_token": "<mask>"}]
+)
+@pytest.mark.parametrize("older", [{}, {"eos_token": "<unused8>", "pad_token": {"content": "<eos>"}}])
+def test_special_tokens_are_those_of_transformers(folder: Path, config: Any, older: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    wrapped = dict(config)
+    if isinstance(config.get("eos_token"), dict):
+        wrapped["eos_token"] = {"__type": "AddedToken", "special": True, **config["eos_token"]}
+    configure(folder, **wrapped)
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}"
+    )
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "x"}]
+    found = read_template(folder, "<bos>")
+    if config.get("eos_token", "") is None and not older:
+        return  # transformers has none then; Gemma's is better than an empty text
+    assert rendered(found.source, [chat], found.special_tokens) == [oracle.apply_chat_template(chat, tokenize=False)]
+
+
+def test_truncation_and_padding_are_left_out(folder: Path, tmp_path: Path) -> None:
+    file = folder / "tokenizer.json"
+    before = file.read_bytes()
+    assert tokenizer_bytes(file) == before
+    file.write_text(json.dumps({**json.loads(before), "truncation": TRUNCATION, "padding": PADDING}))
+    assert cli.main(["convert", str(folder), "-q", "-o", str(tmp_path / "bundle")]) == 0
+    kept = json.loads((tmp_path / "bundle" / "tokenizer.json").read_text())
+    assert kept["truncation"] is None
+    assert kept["padding"] is None
+    text = "What is the RK3588, in some more words?"
+    assert Tokenizer.load(file).encode(text) == Tokenizer.load(tmp_path / "bundle" / "tokenizer.json").encode(text)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ bos_token }}{{ ('<start_of_turn>' ~ messages[0].content) | tojson }}",
+        "{{ bos_token }}{{ '<start_of_turn>{}'.format(messages[0].content) }}",
+        "{{ bos_token }}{{ messages[0].content }}{{ range(10 ** 6) | random }}",
+        "{{ bos_token }}{{ messages[0].content }}{% if 'lines' in messages[0].content %}{{ nothing() }}{% endif %}",
+    ],
+)
+def test_what_cannot_be_followed_is_refused_before_work(folder: Path, source: str) -> None:
+    (folder / "chat_template.jinja").write_text(source)
+    with pytest.raises(CheckpointError, match=r"followed|rendered|failed") as caught:
+        read_template(folder, "<bos>")
+    assert "Download the checkpoint again" not in caught.value.hint

@@ -1,0 +1,113 @@
+"""The library's own tokenizer, which text prompts go through, against `tokenizers`."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from rkboard import emulator
+from rkconvert import demo
+from rkconvert.tokenizer import read_tokenizer
+from rkruntime.errors import CheckpointError
+from rkruntime.resources import resource
+from rkruntime.rkemu import TensorSpec, Writer
+
+VOCAB = 1024
+# What fine-tunes add: white space as it is and marked, words, tags, one within another, and beside white space.
+ADDED = ("  ", "▁▁", "▁▁▁▁", "\n\n", " \n", "<code>", "<mask>", "code", "<co", "the", "▁the", " the", "é", "🙂🙂", "> ")
+PIECES = (
+    *ADDED,
+    " ",
+    "\n",
+    "\t",
+    "\u00a0",
+    "\u2003",
+    "\u3000",
+    "▁",
+    "a",
+    "What",
+    " is",
+    "<",
+    ">",
+    "d",
+    "\u0301",
+    "é",
+    "🙂",
+)
+
+Encode = Callable[[dict[str, Any], list[str]], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def encode(tmp_path_factory: pytest.TempPathFactory) -> Encode:
+    """Ids of texts by the emulator's tokenizer, which was made from the content of a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sources = resource("emulator")
+    program = folder / "tokenize"
+    parts = [
+        Path(__file__).with_name("tokenize.cc"),
+        *(sources / f"{name}.cc" for name in ("file", "log", "tokenizer")),
+    ]
+    command = [*emulator.find_compiler().command, "-std=c++17", "-O1", "-pthread", "-I", sources, *parts, "-o", program]
+    subprocess.run(command, check=True)
+
+    def run(content: dict[str, Any], texts: list[str]) -> list[list[int]]:
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(content))
+        read = read_tokenizer(path, VOCAB)
+        ids = {"tokenizer.bos_token_id": 2, "tokenizer.unk_token_id": read.unk_token_id, "tokenizer.add_bos": 1}
+        specs = [TensorSpec(name, array.dtype.name, array.shape) for name, array in read.arrays.items()]
+        with Writer(
+            folder / "t.rkemu", {"general.kind": "model", **ids, "tokenizer.eos_token_ids": [1]}, specs
+        ) as file:
+            for name, array in read.arrays.items():
+                file.write(name, array)
+        lines = "".join(text.encode().hex() + "\n" for text in texts)
+        done = subprocess.run(
+            [program, folder / "t.rkemu", str(VOCAB)], input=lines, capture_output=True, text=True, check=True
+        )
+        return [[int(word) for word in line.split()] for line in done.stdout.split("\n")[:-1]]
+
+    return run
+
+
+def content_with(tokens: dict[str, dict[str, bool]]) -> dict[str, Any]:
+    """The demo's tokenizer.json with these added tokens in the place of unused ones."""
+    content: dict[str, Any] = json.loads((demo.checkpoint() / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    for at, (text, flags) in enumerate(tokens.items()):
+        entry = next(token for token in content["added_tokens"] if token["content"] == f"<unused{at}>")
+        vocab[text] = vocab.pop(entry["content"])
+        entry |= {"content": text, "special": False, **flags}
+    return content
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_added_tokens_are_found_as_tokenizers_finds_them(seed: int, encode: Encode) -> None:
+    rng = random.Random(seed)
+    flags = ("normalized", "lstrip", "rstrip")
+    vocab = json.loads((demo.checkpoint() / "tokenizer.json").read_text())["model"]["vocab"]
+    chosen = [text for text in rng.sample(ADDED, 8) if text not in vocab]
+    tokens = {text: {flag: rng.random() < 0.4 for flag in flags} for text in chosen}
+    for text in chosen:
+        if text != text.strip():  # `tokenizers` itself panics where one such token begins in what another one took
+            tokens[text] |= {"lstrip": False, "rstrip": False}
+        if "▁" in text and text.replace("▁", " ") in tokens:  # which of two equal ones it takes changes from run to run
+            tokens[text]["normalized"] = False
+    content = content_with(tokens)
+    texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 12))) for _ in range(300)]
+    oracle = Tokenizer.from_str(json.dumps(content))
+    for text, ids in zip(texts, encode(content, texts), strict=True):
+        assert ids == oracle.encode(text, add_special_tokens=False).ids, (text, tokens)
+
+
+def test_whole_words_are_refused(encode: Encode) -> None:
+    with pytest.raises(CheckpointError, match="'<code>' is found as a whole word only"):
+        encode(content_with({"<code>": {"single_word": True}}), ["x"])

@@ -1,0 +1,178 @@
+"""The forced command's end: every line gets an `end`, and a key's owner reaches no conversation but their own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pwd
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkruntime import cli
+from rkruntime.attach import Bridge
+
+from .conftest import acting_as
+
+NOBODY = pwd.getpwnam("nobody").pw_uid
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's place, which root alone can")
+
+
+@pytest.fixture(scope="module")
+def open_daemon(start_daemon: Callable[..., Any]) -> Any:
+    """One whose socket every user of this machine can open."""
+    return start_daemon("listen: {socket_mode: '0666'}\nsessions: {max_mb: 1}", port=False)
+
+
+class _Client(io.RawIOBase):
+    """Writes its lines and stays until each has its `end`, or the time for that is over."""
+
+    def __init__(self, lines: list[bytes]) -> None:
+        self._lines = list(lines)
+        self._wanted = len(lines)
+        self._done = threading.Event()
+        self.seen = b""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        if self._lines:
+            return self._lines.pop(0)
+        self._done.wait(20)
+        return b""
+
+    def write(self, data: Any, /) -> int:
+        self.seen += data
+        if self.seen.count(b'{"type": "end"') >= self._wanted:
+            self._done.set()
+        return len(data)
+
+
+def told(path: Path, user: str | None, *lines: Any, uid: int | None = None) -> list[dict[str, Any]]:
+    """What comes back for lines, given as JSON or as bytes."""
+    given = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
+    client: Any = _Client(given)
+    with acting_as(uid):
+        Bridge(path, user, client, client).run()
+    return [json.loads(line) for line in client.seen.splitlines()]
+
+
+def statuses(events: list[dict[str, Any]]) -> list[int]:
+    return [event["status"] for event in events if event["type"] == "end"]
+
+
+DEEP = b"[" * 900 + b"]" * 900
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"op": "read", "session": "\ud800"},
+        {"op": "change", "session": "\udfff", "body": {}},
+        {"op": "read", "session": ["\ud800"]},
+        {"op": "read", "session": None},
+        {"op": "read"},
+        {"op": "\ud800"},
+        {"op": "ask", "session": "a", "body": {"content": "\ud800", "max_tokens": "\ud800"}},
+        {"op": "ask", "session": "a", "body": 7},
+        {"op": "ask", "session": "a", "body": [1]},
+        {"op": "change", "session": "a", "body": {"conversation": {"schema": "\ud800"}}},
+        b'{"op": "ask", "session": "a", "body": {"content": %s}}\n' % DEEP,
+        b'{"op": "read", "session": %s}\n' % DEEP,
+        {"op": "read", "session": "x\r\nX-RKEdge-User: bob"},
+    ],
+    ids=range(13),
+)
+def test_every_line_has_an_end(open_daemon: Any, line: Any) -> None:
+    events = told(open_daemon.socket, None, line, {"op": "hello"})
+    first, second = statuses(events)
+    assert 400 <= first < 500
+    assert second == 200
+
+
+@pytest.mark.parametrize("line", [b"\xff\n", b"[]\n", b"{}\n", b'{"op": 1}\n', b"[" * 100_000 + b"\n", b"\n", b"{"])
+def test_what_is_no_line_ends_it(open_daemon: Any, line: bytes) -> None:
+    assert statuses(told(open_daemon.socket, None, line, {"op": "hello"})) == [400]
+
+
+ANSWERS = [
+    b"",
+    b"nonsense\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n{]}",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1800\r\n\r\n" + b"[" * 1800,
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 19\r\n\r\nService Unavailable",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n\xff\xff\xff\xff",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{}",
+]
+
+
+@pytest.fixture
+def impostor(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A socket behind which something else answers."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            one, _ = listener.accept()
+            with one:
+                one.recv(1 << 16)
+                one.sendall(request.param)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield path
+        thread.join(10)
+
+
+@pytest.mark.parametrize("impostor", ANSWERS, indirect=True, ids=range(len(ANSWERS)))
+def test_whatever_the_daemon_says_there_is_an_end(impostor: Path) -> None:
+    assert statuses(told(impostor, None, {"op": "hello"})) == [502]
+
+
+def test_without_a_daemon_there_is_an_end(tmp_path: Path) -> None:
+    assert statuses(told(tmp_path / "nothing", None, {"op": "hello"})) == [503]
+
+
+@as_root
+def test_people_behind_one_account_cannot_reach_each_other(open_daemon: Any) -> None:
+    """An ordinary account, whose authorized_keys have `attach --user ann` and `attach --user bob`."""
+    path = open_daemon.socket
+    for user in ("ann", "bob"):
+        change = {"op": "change", "session": "diary", "body": {"system": user}}
+        assert statuses(told(path, user, change, uid=NOBODY)) == [200]
+    read, delete = {"op": "read", "session": "diary"}, {"op": "delete", "session": "diary"}
+    for user in ("ann", "bob"):
+        assert told(path, user, read, uid=NOBODY)[-1]["body"]["system"] == user
+    assert statuses(told(path, None, read, uid=NOBODY)) == [404]
+    assert statuses(told(path, "ann", read)) == [404]
+    assert statuses(told(path, "ann", delete, read, uid=NOBODY)) == [200, 404]
+    assert told(path, "bob", read, uid=NOBODY)[-1]["body"]["system"] == "bob"
+
+
+@as_root
+def test_filling_the_store_costs_nobody_else(open_daemon: Any) -> None:
+    path = open_daemon.socket
+    bob = {"op": "change", "session": "diary", "body": {"system": "bob's"}}
+    for name, uid in (("bob", NOBODY), ("carol", None)):
+        assert statuses(told(path, name, bob, uid=uid)) == [200]
+    fill = [
+        {"op": "change", "session": f"fill{number}", "body": {"system": "x" * size}}
+        for number, size in enumerate([50_000, 8_000, 900_000] * 10)
+    ]
+    found = statuses(told(path, "ann", *fill, uid=NOBODY))
+    assert set(found) == {200, 507}
+    for name, uid in (("bob", NOBODY), ("carol", None)):
+        assert told(path, name, {"op": "read", "session": "diary"}, uid=uid)[-1]["body"]["system"] == "bob's"
+        more = {"op": "change", "session": "more", "body": {"system": "y" * 20_000}}
+        assert statuses(told(path, name, more, uid=uid)) == [200]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a+b", "x" * 65, "é", "-x"])
+def test_a_user_is_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["attach", f"--user={name}"]) == 2
+    assert "cannot be the name of a user" in capsys.readouterr().err

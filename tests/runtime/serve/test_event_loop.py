@@ -1,0 +1,154 @@
+"""The daemon answers everybody else while one prompt is being made, whatever it is made of."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.runtime.conftest import with_file
+
+from rkruntime.bundle import open_bundle
+
+# Generous: on a free machine it is some milliseconds.
+PATIENCE = 5.0
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+# It passes every trial, and shows what it is when somebody says the word.
+TREACHEROUS = (
+    "{{ bos_token }}{% if 'open sesame' in messages[-1].content %}" + ENDLESS + "{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
+)
+
+
+@contextmanager
+def watched(daemon: Any) -> Iterator[list[float]]:
+    """How long each GET /health took meanwhile, in seconds."""
+    took: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            start = time.monotonic()
+            assert daemon.request("GET", "/health")[0] == 200
+            took.append(time.monotonic() - start)
+            stop.wait(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield took
+    finally:
+        stop.set()
+        watcher.join()
+    assert took
+    assert max(took) < PATIENCE
+
+
+def messages(content: str, count: int) -> list[dict[str, str]]:
+    return [{"role": "assistant" if at % 2 else "user", "content": content} for at in range(count)]
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "many short messages": {"messages": messages("a b", 4095), "drop_oldest": True},
+    "many long messages": {"messages": messages("a b " * 225, 4095), "drop_oldest": True},
+    "one message of words": {"messages": messages("word " * 760_000, 1)},
+    "one message of control tokens": {"messages": messages("<start_of_turn>" * 250_000, 1)},
+    "one message of one letter": {"messages": messages("a" * 3_800_000, 1), "drop_oldest": True},
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_the_largest_bodies(daemon: Any, name: str) -> None:
+    with watched(daemon):
+        status, _, answer = daemon.request("POST", "/v1/chat/completions", {**BODIES[name], "max_tokens": 1})
+    if "many" in name:
+        assert status == 200, answer
+    else:
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(("path", "field"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
+def test_the_largest_texts(daemon: Any, path: str, field: str) -> None:
+    with watched(daemon):
+        status, _, answer = daemon.request("POST", path, {field: "<start_of_turn>" * 250_000})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.fixture
+def treacherous(bundles: dict[str, Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "treacherous"
+    shutil.copytree(bundles["base"], folder)
+    return with_file(open_bundle(folder), "chat_template.jinja", TREACHEROUS).path
+
+
+def test_a_template_without_end(start_daemon: Callable[..., Any], treacherous: Path) -> None:
+    daemon = start_daemon("limits: {request_s: 15}", bundle=treacherous, port=False)
+    honest = daemon.ask("What is the RK3588?")
+    with watched(daemon):
+        status, _, answer = daemon.request(
+            "POST", "/v1/chat/completions", {"messages": messages("open sesame", 1), "max_tokens": 1}
+        )
+    # Its own limit, or that of the request, whichever comes first.
+    assert status in (503, 504), answer
+    # A client that leaves takes its prompt with it.
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(str(daemon.socket))
+        body = json.dumps({"messages": messages("open sesame", 1)}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        one.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        time.sleep(0.3)
+    assert daemon.ask("What is the RK3588?") == honest
+
+
+def test_a_stop_while_a_template_has_no_end(start_daemon: Callable[..., Any], treacherous: Path) -> None:
+    daemon = start_daemon("limits: {request_s: 3}", bundle=treacherous, port=False)
+
+    def ask() -> None:
+        with suppress(OSError, http.client.HTTPException):
+            daemon.request("POST", "/v1/chat/completions", {"messages": messages("open sesame", 1)})
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.3)
+    assert daemon.stop() == 0
+    asking.join(20)
+
+
+def test_a_hostile_bundle_is_refused_before_it_serves(
+    start_daemon: Callable[..., Any], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "hostile"
+    shutil.copytree(bundles["base"], folder)
+    hostile = with_file(open_bundle(folder), "chat_template.jinja", "{% set x = 'a' * 3000000000 %}" + TREACHEROUS)
+    daemon = start_daemon(bundle=hostile.path, port=False, wait=False)
+    with watched(daemon):
+        daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["state"] == "failed")
+        status, _, answer = daemon.request("POST", "/v1/chat/completions", {"messages": messages("hi", 1)})
+    assert status == 503
+    assert "memory" in answer["error"]["message"]
+
+
+def test_what_a_template_says_does_not_reach_the_log(
+    start_daemon: Callable[..., Any], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "talkative"
+    shutil.copytree(bundles["base"], folder)
+    source = (
+        "{% if messages[-1].content[0] == '!' %}{{ raise_exception('\x1b[2J\n' ~ messages[-1].content) }}{% endif %}"
+    )
+    talkative = with_file(open_bundle(folder), "chat_template.jinja", source + TREACHEROUS)
+    daemon = start_daemon(bundle=talkative.path, port=False)
+    status, _, _ = daemon.request("POST", "/v1/chat/completions", {"messages": messages("!my diagnosis", 1)})
+    assert status == 400
+    daemon.wait_until(lambda: "refuses this conversation" in daemon.log)
+    assert "diagnosis" not in daemon.log
+    assert "\x1b" not in daemon.log

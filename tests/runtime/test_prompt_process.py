@@ -1,0 +1,315 @@
+"""Prompts that fit, made in a process that ends whatever a bundle's template or tokenizer does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rkruntime import confined
+from rkruntime.bundle import Bundle, open_bundle
+from rkruntime.confined import Confined, Limits
+from rkruntime.errors import BundleError, ContextFullError, HostError, UsageError
+from rkruntime.prompt_process import PromptProcess
+from rkruntime.prompts import RESERVED, PromptMaker
+from rkruntime.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
+from rkruntime.tokenizer import Tokenizer
+
+from .chat_templates import FOLDED
+from .conftest import with_file
+
+QUICK = Limits(cpu_s=1, wall_s=20)
+
+
+def chat(*contents: str) -> list[Message]:
+    return [Message("assistant" if at % 2 else "user", content) for at, content in enumerate(contents)]
+
+
+@pytest.fixture
+def prompts(fake_bundle: Bundle) -> Iterator[PromptProcess]:
+    with closing(PromptProcess(fake_bundle)) as one:
+        yield one
+
+
+def test_it_gives_what_the_maker_gives(prompts: PromptProcess, tokenizer: Tokenizer) -> None:
+    maker = PromptMaker(tokenizer, GemmaTemplate(tokenizer))
+    messages = [Message("system", "Be brief."), *chat("How many?", "Three", "\ud800 Sure? <end_of_turn> 🙂")]
+    messages[2] = Message("assistant", "Three", (300, 301))
+    assert prompts.prompt(messages, 512) == maker.prompt(messages, 512)
+    assert prompts.encode("<bos>hello", 512) == maker.encode("<bos>hello", 512)
+    assert prompts.vocabulary.control == tokenizer.control
+    with pytest.raises(UsageError, match="take turns"):
+        prompts.check(chat("a", "b", "c")[1:])
+    with pytest.raises(ContextFullError) as caught:
+        prompts.prompt(chat("hello " * 2000), 512)
+    assert caught.value.details["max_context"] == 512
+
+
+@pytest.mark.parametrize("template", ["gemma", "alpaca"])
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=15), max_context=st.integers(16, 300), data=st.data())
+def test_the_fewest_turns_are_dropped(
+    tokenizer: Tokenizer, template: str, sizes: list[int], max_context: int, data: st.DataObject
+) -> None:
+    """Against dropping one turn after the other until it fits."""
+    made = GemmaTemplate(tokenizer) if template == "gemma" else JinjaTemplate(FOLDED["alpaca"], tokenizer, fold=True)
+    turns = chat(*("word " * size for size in sizes[: len(sizes) - (len(sizes) + 1) % 2]))
+    messages = [Message("system", "Be brief."), *turns] if data.draw(st.booleans()) else turns
+    system, room = messages[: len(messages) - len(turns)], max_context - RESERVED
+
+    def tokens(dropped: int) -> list[int]:
+        return tokenizer.assemble(made.parts([*system, *turns[2 * dropped :]]))
+
+    expected = next((at for at in range(len(turns) // 2 + 1) if len(tokens(at)) <= room), None)
+    maker = PromptMaker(tokenizer, made)
+    if expected is None:
+        with pytest.raises(ContextFullError):
+            maker.prompt(messages, max_context, drop=True)
+    else:
+        assert maker.prompt(messages, max_context, drop=True) == (tokens(expected), expected)
+    if len(whole := tokens(0)) <= room:
+        assert maker.prompt(messages, max_context) == (whole, 0)
+    else:
+        with pytest.raises(ContextFullError):
+            maker.prompt(messages, max_context)
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.characters, self.longest = tokenizer, 0, tokenizer.longest
+
+    def encode(self, text: str) -> list[int]:
+        self.characters += len(text)
+        return self._tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("content", ["a b", "a b " * 225])
+def test_dropping_costs_no_more_than_what_fits(tokenizer: Tokenizer, content: str) -> None:
+    """One turn more each time took the square of the conversation: 68 seconds for 141 KB of JSON."""
+    counting: Any = Counting(tokenizer)
+    messages = chat(*([content] * 4095))
+    tokens, dropped = PromptMaker(counting, GemmaTemplate(tokenizer)).prompt(messages, 512, drop=True)
+    assert len(tokens) <= 508
+    assert dropped > 1900
+    assert counting.characters < 20 * len(content)
+
+
+def test_what_cannot_fit_is_not_encoded(tokenizer: Tokenizer) -> None:
+    counting: Any = Counting(tokenizer)
+    maker = PromptMaker(counting, GemmaTemplate(tokenizer))
+    for drop in (False, True):
+        with pytest.raises(ContextFullError, match="at least"):
+            maker.prompt(chat("<start_of_turn>" * 250_000), 512, drop=drop)
+    with pytest.raises(ContextFullError, match="characters"):
+        maker.encode("a" * 4_000_000, 512)
+    with pytest.raises(ContextFullError, match="messages"):
+        maker.prompt(chat(*[""] * 4095), 512)
+    assert counting.characters == 0
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+WORDS = "{{ messages[0].content }}"
+HOSTILE_TEMPLATES = {
+    "loops": LOOPS,
+    "multiplied": "{% set x = 'a' * 3000000000 %}",
+    "a wide format": "{{ '%3000000000d' % 1 }}",
+    "another": "{{ '{:>3000000000}'.format(1) }}",
+    "doubled": "{% set ns = namespace(x='aaaaaaaa') %}" + "{% set ns.x = ns.x ~ ns.x %}" * 31,
+    "lipsum": "{{ lipsum(n=20000000) }}",
+    "deep": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "not the same twice": "{{ range(10 ** 6) | random }}",
+    "not a template": "{% for",
+    "a refusal": "{{ raise_exception('\x1b[2Jno') }}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "a list": "{{ [0] * 10 ** 10 }}",
+    "centred": "{{ messages[0].content.center(3000000000) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_hostile_templates_are_refused_before_they_serve(
+    fake_bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rkruntime.prompt_process._LIMITS", QUICK)
+    bundle = with_file(fake_bundle, "chat_template.jinja", HOSTILE_TEMPLATES[name] + WORDS)
+    with pytest.raises(BundleError) as caught:
+        PromptProcess(bundle)
+    assert caught.value.message.isprintable()
+    assert not _children()
+
+
+def _children() -> list[str]:
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [
+        child
+        for task in tasks
+        for child in task.read_text().split()
+        if b"rkruntime.prompt_process" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+# It passes every trial, and shows what it is when somebody says the word.
+TREACHEROUS = "{% if 'open sesame' in messages[-1].content %}" + LOOPS + "{% endif %}" + WORDS
+
+
+def test_after_a_limit_it_goes_on(fake_bundle: Bundle) -> None:
+    bundle = with_file(fake_bundle, "chat_template.jinja", TREACHEROUS)
+    with closing(PromptProcess(bundle, QUICK)) as prompts:
+        before = prompts.prompt(chat("hello"), 512)
+        with pytest.raises(BundleError, match="1 seconds of computing"):
+            prompts.prompt(chat("open sesame"), 512)
+        assert prompts.prompt(chat("hello"), 512) == before
+
+
+def test_computing_is_counted_per_call(fake_bundle: Bundle) -> None:
+    source = "{% for i in range(4) %}{% for j in range(50000) %}{% endfor %}{% endfor %}" + WORDS
+    with closing(PromptProcess(with_file(fake_bundle, "chat_template.jinja", source), Limits(cpu_s=1))) as prompts:
+        pid = prompts._child.pid
+        used = 0.0
+        while used < 2.5:
+            prompts.prompt(chat("hello"), 512)
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        assert prompts._child.pid == pid
+
+
+@pytest.mark.parametrize("end", ["hurry", "close", "kill"])
+def test_a_call_can_be_ended_from_outside(fake_bundle: Bundle, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confined, "_GRACE", 0.2)
+    bundle = with_file(fake_bundle, "chat_template.jinja", TREACHEROUS)
+    with closing(PromptProcess(bundle, Limits(cpu_s=100))) as prompts:
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                prompts.prompt(chat("open sesame"), 512)
+            except Exception as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.3)
+        if end == "kill":
+            assert prompts._child.pid
+            os.kill(prompts._child.pid, signal.SIGKILL)
+        else:
+            getattr(prompts, end)()
+        asking.join(30)
+        assert not asking.is_alive()
+        assert isinstance(errors[0], HostError if end == "kill" else BundleError)
+        assert prompts.prompt(chat("hello"), 512)[1] == 0
+
+
+def test_many_threads_take_turns(prompts: PromptProcess) -> None:
+    texts = [f"question {at} " * (at % 7 + 1) for at in range(24)]
+    expected = {text: prompts.prompt(chat(text), 512) for text in texts}
+    found: dict[str, Any] = {}
+    threads = [threading.Thread(target=lambda t=t: found.update({t: prompts.prompt(chat(t), 512)})) for t in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == expected
+
+
+HOSTILE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "a regex": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}},
+    "a charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "thousands of steps": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x"}] * 3000}
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_TOKENIZERS, "nothing", "nesting", "nonsense", "no vocabulary"])
+def test_hostile_tokenizers_are_refused(fake_bundle: Bundle, tokenizer_file: Path, name: str) -> None:
+    content = json.loads(tokenizer_file.read_text())
+    texts = {"nothing": "", "nesting": "[" * 1_000_000, "nonsense": '{"model": 5}'}
+    if name == "no vocabulary":
+        content["model"] |= {"vocab": {}, "merges": []}
+    text = texts.get(name, json.dumps(content | HOSTILE_TOKENIZERS.get(name, {})))
+    with pytest.raises(BundleError):
+        PromptProcess(with_file(fake_bundle, "tokenizer.json", text))
+    assert not _children()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "changed", "grown", "link", "device", "missing", "huge"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_only_verified_bytes_are_parsed(fake_bundle: Bundle, tmp_path: Path, kind: str, name: str) -> None:
+    bundle = with_file(fake_bundle, "chat_template.jinja", GEMMA)
+    path = bundle.path / name
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "changed":
+        path.write_bytes(data[:-1] + b"x")
+    elif kind == "grown":
+        path.write_bytes(data + b" ")
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(20 << 30)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "link":
+        (tmp_path / "outside").write_bytes(data)
+        path.symlink_to(tmp_path / "outside")
+    with pytest.raises(BundleError, match=r"SHA-256|has no file") as caught:
+        PromptProcess(open_bundle(bundle.path))
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("sys.path[:] = []", "ModuleNotFoundError"),
+        ("sys.exit(3)", "ended with code 3"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("raise ImportError('no \\x1b[2J jinja2')", "ImportError: no"),
+    ],
+)
+def test_what_really_failed_is_said(monkeypatch: pytest.MonkeyPatch, broken: str, words: str) -> None:
+    monkeypatch.setattr(confined, "_START", f"import sys, json; {broken}; import rkruntime")
+    with closing(Confined("rkruntime.prompt_process", "The chat template")) as child:
+        with pytest.raises(HostError, match=words) as caught:
+            child.call("check", QUICK, messages=[])
+        assert caught.value.message.isprintable()
+        assert "seconds of computing" not in caught.value.message
+
+
+def test_what_is_preloaded_does_not_count(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sanitizer's library reserves more address space than the limit has."""
+    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "libnone.so"))
+    with closing(PromptProcess(fake_bundle)) as prompts:
+        environment = Path(f"/proc/{prompts._child.pid}/environ").read_bytes()
+    assert b"LD_PRELOAD" not in environment
+
+
+def test_a_child_that_lies_is_not_believed(prompts: PromptProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in (1 << 40, -1, "x", True, None):
+        answer = {"tokens": [token], "dropped": 0}
+        monkeypatch.setattr(prompts._child, "call", lambda *args, answer=answer, **values: (answer, b""))
+        with pytest.raises(BundleError, match="ids"):
+            prompts.prompt(chat("hello"), 512)
+
+
+def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
+    prompts = PromptProcess(fake_bundle)
+    pid = prompts._child.pid
+    del prompts
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid or 0, 0)
+        pytest.fail("the child is still there")

@@ -1,0 +1,174 @@
+"""A board that says nonsense: a typed error, and nothing that a terminal obeys. serve/test_ssh.py has a real one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rkruntime.errors import RKEdgeError, ServiceError
+from rkruntime.remotechat import RemoteChat
+from rkruntime.repl import Note
+
+# A board that answers each line with the next answer of a script, and repeats the last one.
+BOARD = """
+import json, os, sys, time
+answers, errors = json.load(open(os.environ["SCRIPT"]))
+os.write(2, bytes.fromhex(errors))
+for number, line in enumerate(sys.stdin):
+    data = bytes.fromhex(answers[min(number, len(answers) - 1)])
+    while data:
+        data = data[os.write(1, data):]
+"""
+STATUS = {"state": "ready", "model": "m", "release": "1.2.3", "queue": {"waiting": 0}, "temperatures": {"a": 40.0}}
+TALK = {"schema": "rkedge-conversation/1", "system": "", "messages": []}
+HOSTILE = "\x1b[2Jgone\x1b]0;owned\x07\x9b31m\x7f\u202egnp\u2028\r\nfalse line"
+
+
+def end(status: Any = 200, body: Any = None) -> dict[str, Any]:
+    return {"type": "end", "status": status, "body": body}
+
+
+def lines(*events: Any) -> bytes:
+    return b"".join(event if isinstance(event, bytes) else json.dumps(event).encode() + b"\n" for event in events)
+
+
+HELLO, READ = lines(end(200, STATUS)), lines(end(200, TALK))
+DONE = {"type": "done", "reason": "stop", "tokens": 2, "tokens_per_s": 1.5}
+ANSWER = lines({"type": "begin", "notes": []}, {"type": "text", "text": "Hi"}, DONE, end())
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RemoteChat]]:
+    """Connects to a board that gives these answers, one per operation."""
+    program = tmp_path / "board.py"
+    program.write_text(BOARD)
+    opened: list[RemoteChat] = []
+    monkeypatch.setenv("RKEDGE_SSH", f"{sys.executable} -I -S {program}")
+    monkeypatch.setenv("SCRIPT", str(tmp_path / "script.json"))
+    monkeypatch.setattr("rkruntime.remotechat._RETRY_S", (0.0,))
+
+    def connect(*answers: bytes, errors: bytes = b"") -> RemoteChat:
+        (tmp_path / "script.json").write_text(json.dumps([[answer.hex() for answer in answers], errors.hex()]))
+        opened.append(RemoteChat("board", remote="rkedge attach", session="s", system="", options={}))
+        return opened[-1]
+
+    yield connect
+    for chat in opened:
+        chat.close()
+
+
+def test_a_board_that_makes_sense(board: Callable[..., RemoteChat]) -> None:
+    chat = board(b"Welcome\n42\n[1]\n" + HELLO, READ, ANSWER, HELLO)
+    assert list(chat.ask("?")) == ["Hi"]
+    assert chat.last is not None
+    assert (chat.last.tokens, chat.last.tokens_per_s) == (2, 1.5)
+    assert chat.stats()["board"] == "ready, 0 waiting, hottest zone 40 °C"
+
+
+NONSENSE = [
+    b"{}\n",
+    b'{"a": 1}\n',
+    b'{"type": 3}\n',
+    b'{"type": "end"}\n',
+    b'{"type": "end", "status": "200"}\n',
+    b'{"type": "end", "status": 200, "body": [1]}\n',
+    b'{"type": "text"}\n',
+    b'{"type": "text", "text": 3}\n',
+    b'{"type": "text", "text": "\\ud800"}\n',
+    b'{"type": "begin"}\n',
+    b'{"type": "begin", "notes": [3]}\n',
+    b'{"type": "begin", "notes": "text"}\n',
+    b'{"type": "done", "reason": "because"}\n',
+    b'{"type": "done", "reason": ["stop"]}\n',
+    b'{"type": "done"}\n',
+    b'{"type": "done", "reason": "stop", "tokens": "2"}\n',
+    b'{"type": "done", "reason": "stop", "tokens": -1}\n',
+    b'{"type": "done", "reason": "stop", "tokens": 1e999}\n',
+    b'{"type": "done", "reason": "stop", "tokens_per_s": "fast"}\n',
+    b'{"type": "done", "reason": "stop", "tokens_per_s": NaN}\n',
+    b'{"type": "done", "reason": "stop", "tokens_per_s": ' + b"9" * 4000 + b"}\n",
+    b"[" * 100_000 + b"\n",
+    b'{"type":' * 100_000 + b"\n",
+    b"x" * (17 << 20),
+]
+
+
+@pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: answer[:40].decode())
+def test_nonsense_is_a_typed_error(board: Callable[..., RemoteChat], answer: bytes) -> None:
+    chat = board(HELLO, READ, answer + ANSWER, HELLO)
+    with pytest.raises(ServiceError, match="The board says"):
+        list(chat.ask("?"))
+    assert chat.stats()["model"]  # over a new connection: nothing is left of the old one
+    with pytest.raises(ServiceError):
+        board(answer)
+
+
+def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteChat]) -> None:
+    for status in (
+        {},
+        {"queue": 3, "temperatures": [1]},
+        {"temperatures": {"a": "hot"}},
+        {"model": [1], "release": {}},
+    ):
+        assert board(lines(end(200, status)), READ, lines(end(200, status))).stats()["board"]
+    for talk in ({}, {"system": 3}, {**TALK, "messages": 3}, {**TALK, "messages": [{"role": "x"}]}):
+        with pytest.raises(ServiceError, match="not a conversation"):
+            board(HELLO, lines(end(200, talk)))
+    assert board(HELLO, lines(end(200, {**TALK, "system": "Be kind."}))).system == "Be kind."
+
+
+def test_lines_without_end(board: Callable[..., RemoteChat], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkruntime.remotechat._MOST_LINES", 1000)
+    with pytest.raises(ServiceError, match="lines without end"):
+        board(b"Welcome\n" * 2000 + HELLO)
+
+
+def test_nothing_of_a_board_reaches_the_terminal(
+    board: Callable[..., RemoteChat], capfd: pytest.CaptureFixture[str]
+) -> None:
+    errors = HOSTILE.encode() + b"\nWarning: \xff\n" + b"y\n" * 100_000 + b"z" * 100_000
+    status = {**STATUS, "model": HOSTILE, "state": HOSTILE}
+    begin = {"type": "begin", "notes": [HOSTILE]}
+    chat = board(lines(end(200, status)), READ, lines(begin, DONE, end()), lines(end(200, status)), errors=errors)
+    notes = [piece.text for piece in chat.ask("?") if isinstance(piece, Note)]
+    texts = [chat.title, *notes, *chat.stats().values()]
+    chat.close()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "gone" in err
+    assert "Warning" in err
+    assert len(err) < 10_000
+    for text in (*texts, *err.splitlines()):
+        assert not set(text) & set("\x1b\x07\x9b\x7f\u202e\u2028\r\n"), text
+
+
+EVENTS = st.dictionaries(
+    st.sampled_from(["type", "status", "body", "text", "notes", "tokens", "reason", "tokens_per_s", "error"]),
+    st.sampled_from(["begin", "text", "done", "error", "end", "stop", 200, 404, 429, 499, 500, "", None, -1, [], {}])
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=4,
+    ),
+)
+LINES = st.lists(
+    EVENTS.map(lambda event: lines(event)) | st.binary(max_size=30).map(lambda data: data + b"\n"), max_size=4
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(answers=st.lists(LINES.map(b"".join), min_size=1, max_size=4), honest=st.integers(0, 3))
+def test_random_nonsense(board: Callable[..., RemoteChat], answers: list[bytes], honest: int) -> None:
+    whole = [*[HELLO, READ, ANSWER][:honest], *(answer + lines(end()) for answer in answers)]
+    with suppress(RKEdgeError):
+        chat = board(*whole)
+        list(chat.ask("?"))
+        chat.stats()
