@@ -5,9 +5,8 @@ float32 and scales the product. For a linear layer it adds that to the weight in
 weight's format; for an embedding it rounds the product first.
 
 Each element is a sum over the rank alone, so blocks of rows give what the whole matrix gives, as long as both libraries
-(numpy's BLAS here, torch's there) add up in the same order. Against release 0.21 they do in 16-bit formats up to rank
-128 at the shapes of Gemma 2, but for [2304, 9216] (the 2B model's down_proj), where 2 of 21 million elements differ at
-rank 64; above that rank, in float32 and with DoRA some elements differ by the rounding of the sum, about 1e-7 of it.
+(numpy's BLAS here, torch's there) add up in the same order. Whether they do depends on shape, rank and processor; where
+they do not, elements differ by the rounding of the sum, about 1e-7 of it. docs/convert.md says what was measured.
 """
 
 from __future__ import annotations

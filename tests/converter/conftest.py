@@ -16,6 +16,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from rkconvert.demo import tokenizer as demo_tokenizer
+from rkconvert.formats import to_float32
+
+FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 SIZES = {
     "vocab_size": 1024,
@@ -132,6 +135,26 @@ def bits() -> Callable[[torch.Tensor], np.ndarray]:
         return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
     return to_bits
+
+
+@pytest.fixture
+def assert_merged(bits: Any) -> Callable[[str, np.ndarray, torch.Tensor], None]:
+    """That a merged tensor is another library's, but for float32 sums that are rounded otherwise.
+
+    How a BLAS adds up a product's terms depends on the processor, so torch's and numpy's may differ by a step of the
+    format, in few elements. Anything else that is wrong differs in many, or by more.
+    """
+
+    def check(name: str, mine: np.ndarray, theirs: torch.Tensor) -> None:
+        expected = bits(theirs)
+        assert (mine.dtype, mine.shape) == (expected.dtype, expected.shape), name
+        other = np.nonzero(mine != expected)
+        assert len(other[0]) <= max(1, mine.size // 500), name
+        a, b = (to_float32(values[other], FORMATS[theirs.dtype]) for values in (mine, expected))
+        step = np.maximum(np.abs(a), np.abs(b)) * torch.finfo(theirs.dtype).eps
+        np.testing.assert_array_less(np.abs(a - b), step + 1e-6 * float(theirs.abs().max()) + 1e-30, err_msg=name)
+
+    return check
 
 
 @pytest.fixture

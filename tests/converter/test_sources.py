@@ -170,11 +170,13 @@ def test_bitsandbytes(make_model, bits, kind, nested, dtype):
     expected = quantize(base, kind, nested, dtype)
     checkpoint = open_checkpoint(base)
     for name, values in everything(checkpoint).items():
-        np.testing.assert_array_equal(values, bits(expected[name]), err_msg=name)
+        # Some of its kernels, by processor, give a negative zero for fp4's; only the sign of that may differ.
+        theirs, kind = bits(expected[name]), checkpoint.weights.tensors[name].dtype
+        np.testing.assert_array_equal(to_float32(values, kind), to_float32(theirs, kind), err_msg=name)
     assert "bitsandbytes" in checkpoint.notes[0]
 
 
-def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, bits, tmp_path):
+def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, assert_merged, tmp_path):
     base = make_model(intermediate_size=128)
     adapter = make_adapter(base)
     floats = tmp_path / "floats"
@@ -184,7 +186,7 @@ def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, bi
     save_file(quantize(base, "nf4", nested=True), floats / "model.safetensors")
     mine, theirs = merged_model(open_checkpoint(base), [Lora(str(adapter))]), peft_merge(floats, {adapter: 1.0})
     for name, info in mine.weights.tensors.items():
-        np.testing.assert_array_equal(mine.weights.read(name, 0, info.shape[0]), bits(theirs[name]), err_msg=name)
+        assert_merged(name, mine.weights.read(name, 0, info.shape[0]), theirs[name])
 
 
 def test_scales_that_do_not_fit(make_model):
@@ -514,7 +516,7 @@ def test_a_hub_model_is_downloaded_and_its_commit_kept(hub, make_model, bits):
         np.testing.assert_array_equal(values, bits(state[name]))
 
 
-def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, bits):
+def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, assert_merged):
     base = make_model()
     adapter = make_adapter(base)
     serve(hub, adapter, "someone/pirate")
@@ -522,7 +524,7 @@ def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, bits):
     assert [(item.name, item.revision) for item in model.adapters] == [("someone/pirate", COMMIT)]
     theirs = peft_merge(base, {adapter: 0.5})
     for name, info in model.weights.tensors.items():
-        np.testing.assert_array_equal(model.weights.read(name, 0, info.shape[0]), bits(theirs[name]), err_msg=name)
+        assert_merged(name, model.weights.read(name, 0, info.shape[0]), theirs[name])
 
 
 def test_hub_answers(hub):

@@ -43,8 +43,8 @@ def run(
 ) -> None:
     """Merge LoRA adapters into a CHECKPOINT as peft does, in little memory.
 
-    In 16-bit formats the result is peft's bit for bit, for ranks up to 128 and the usual shapes; otherwise it is the
-    same within the rounding of float32 sums.
+    The result is peft's within the rounding of float32 sums. In 16-bit formats that is bit for bit for nearly all
+    elements; docs/convert.md has the exceptions that were measured.
 
     CHECKPOINT is a folder, a .gguf file or a hub id.
 
