@@ -234,11 +234,12 @@ void Session::run(const Request& request, const std::atomic<bool>& abort, const 
   if (!paused_) finish(request.mode, sink);
 }
 
-void Session::use_adapter(const std::string& name) {
-  const auto found = adapters_.find(name);
-  if (!name.empty() && found == adapters_.end())
-    throw failure("lora adapter '" + name + "' is not loaded");
-  adapter_ = name.empty() ? nullptr : found->second.get();
+void Session::use_adapter(const std::optional<std::string>& name) {
+  adapter_ = nullptr;
+  if (!name) return;
+  const auto found = adapters_.find(*name);
+  if (found == adapters_.end()) throw failure("lora adapter '" + *name + "' is not loaded");
+  adapter_ = found->second.get();
 }
 
 void Session::compute(const Request& request, const Sink& sink) {
@@ -247,7 +248,7 @@ void Session::compute(const Request& request, const Sink& sink) {
     resume(request, sink);
     return;
   }
-  use_adapter(request.lora.value_or(""));
+  use_adapter(request.lora);
   for (size_t i = 0; i < sequences_.size(); ++i) prepare(sequences_[i], request.inputs[i], request);
   paused_ = false;
   auto began = Clock::now();
@@ -275,7 +276,9 @@ void Session::resume(Request request, const Sink& sink) {
   const auto began = Clock::now();
   request.mode = Mode::generate;
   paused_ = false;
-  use_adapter(sequences_[0].adapter);  // it may have been loaded again
+  const std::string& adapter = sequences_[0].adapter;  // it may have been loaded again
+  use_adapter(adapter.empty() ? std::nullopt : std::optional(adapter));
+  for (Sequence& sequence : sequences_) sequence.collected.clear();
   if (step(wanted_tokens(request) > 0)) answer(request, sink);
   perf_.generate_ms = milliseconds(Clock::now() - began);
 }
@@ -296,7 +299,7 @@ std::vector<Result> Session::rows_of(Mode mode) const {
 
 void Session::finish(Mode mode, const Sink& sink) {
   perf_.memory_mb = peak_memory_mb();
-  const bool with_hidden = mode == Mode::last_hidden && guesses().hidden_at_finish;
+  const bool with_hidden = mode == Mode::last_hidden && guesses().hidden_at_finish && !aborted();
   std::vector<Result> results =
       with_hidden ? rows_of(mode) : std::vector<Result>(sequences_.size());
   for (size_t i = 0; i < results.size(); ++i) {

@@ -165,7 +165,7 @@ class Session {
   void make_room(Sequence& sequence, size_t needed);
   void compute(const Request& request, const Sink& sink);
   void resume(Request request, const Sink& sink);
-  void use_adapter(const std::string& name);
+  void use_adapter(const std::optional<std::string>& name);
   int wanted_tokens(const Request& request) const;
   void prefill(Sequence& sequence, Mode mode);
   void embed(Key key, const float*& row, float* out) const;
