@@ -47,6 +47,8 @@ _ERRORS: Final[tuple[tuple[type[RKEdgeError], int, str, str | None], ...]] = (
     (RefusedError, 400, "invalid_request_error", None),
     (RKEdgeError, 503, "server_error", "model_unavailable"),
 )
+# Bytes of a body whose checks would be noticed by others if they were made in the event loop.
+_LARGE: Final = 1 << 16
 _INTERNAL: Final = (500, "server_error", "internal")
 
 
@@ -120,9 +122,14 @@ class Bodies:
                 f"The body did not arrive within {counted(self.seconds, 'second')}.",
                 details={"status": 408, "code": "too_slow"},
             ) from None
+        if len(body) < _LARGE:
+            return self._checked(body, schema)
+        return await asyncio.to_thread(self._checked, body, schema)
+
+    def _checked(self, body: bytes, schema: str) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
-            raise BodyError(f"The body is no JSON object: {type(data).__name__}.")
+            raise BodyError(f"The body is not a JSON object but a {type(data).__name__}.")
         self._validator.check(schema, data)
         return {name: value for name, value in data.items() if value is not None}
 
