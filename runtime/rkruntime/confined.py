@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeError, UsageError
+from rkruntime.printable import one_line
 
 _SIZES: Final = struct.Struct("<II")
 _MAX_MESSAGE: Final = 1 << 28
@@ -170,8 +172,9 @@ class Confined:
             self._end()
             return self._over("broke off")
         code, printed = self._end()
-        lines = [line for line in printed.splitlines() if line.strip()]
-        said = "".join(character for character in lines[-1] if character.isprintable())[:300] if lines else ""
+        # Nothing else that it printed: a library that breaks quotes the text that it broke on, and that is private.
+        missing = re.findall(r"^(?:Import|ModuleNotFound)Error: .*", printed, re.MULTILINE)
+        said = one_line(missing[-1])[:300] if missing else ""
         if code == -signal.SIGXCPU:
             return self._over(f"took more than {limits.cpu_s} seconds of computing")
         if code == -signal.SIGABRT and "memory allocation" in printed:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from rkruntime.bundle import Bundle
 from rkruntime.confined import Answer, Confined, Limits, serve
 from rkruntime.errors import BundleError
+from rkruntime.printable import one_line
 from rkruntime.template import Message
 from rkruntime.vocabulary import Vocabulary
 
@@ -194,8 +195,7 @@ def _outcome(given: dict[str, Any], messages: Any) -> dict[str, str]:
     except MemoryError:
         raise
     except Exception as error:  # A template can do anything that Python can do wrong.
-        said = "".join(character for character in str(error) if character.isprintable())
-        return {"error": f"{type(error).__name__}: {said[:500]}"}
+        return {"error": f"{type(error).__name__}: {one_line(str(error))[:500]}"}
 
 
 @lru_cache(maxsize=2)

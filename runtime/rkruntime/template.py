@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from rkruntime.errors import BundleError, UsageError
+from rkruntime.printable import one_line
 from rkruntime.tracked import CHANGED, OWN, UNKNOWN, Tracked
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class JinjaTemplate:
         try:
             self._program = Program(source)
         except jinja2.TemplateError as error:
-            raise BundleError(f"The chat template is not a template: {_clean(str(error))}") from error
+            raise BundleError(f"The chat template is not a template: {one_line(str(error))[:_MOST_SAID]}") from error
         except Exception as error:  # Compiling may overflow, nest too deeply and more.
             raise BundleError(f"The chat template cannot be compiled: {type(error).__name__}.") from error
 
@@ -264,12 +265,7 @@ def _own_words(said: object) -> str:
     if not isinstance(said, Tracked):
         return "(no reason)"
     words = "".join(piece if source == OWN else "..." for piece, source, _ in said._pieces())
-    return _clean(words) or "(no reason)"
-
-
-def _clean(text: str) -> str:
-    """One line of a stranger's text."""
-    return "".join(character for character in text if character.isprintable())[:_MOST_SAID]
+    return one_line(words)[:_MOST_SAID] or "(no reason)"
 
 
 def _place(error: BaseException | None) -> str:

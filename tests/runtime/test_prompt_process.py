@@ -277,6 +277,7 @@ def test_only_verified_bytes_are_parsed(fake_bundle: Bundle, tmp_path: Path, kin
     [
         ("sys.path[:] = []", "ModuleNotFoundError"),
         ("sys.exit(3)", "ended with code 3"),
+        ("print('it broke on the private words'); sys.exit(3)", "ended with code 3"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("raise ImportError('no \\x1b[2J jinja2')", "ImportError: no"),
     ],
@@ -288,6 +289,7 @@ def test_what_really_failed_is_said(monkeypatch: pytest.MonkeyPatch, broken: str
             child.call("check", QUICK, messages=[])
         assert caught.value.message.isprintable()
         assert "seconds of computing" not in caught.value.message
+        assert "private" not in caught.value.message
 
 
 def test_what_is_preloaded_does_not_count(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
