@@ -30,7 +30,7 @@ const Row kTable[] = {
     {"logits-once", &Guesses::logits_once,
      "`RKLLM_INFER_GET_LOGITS` gives the prompt's logits, and an answer with a row for each token",
      "`RKLLM_INFER_GET_LOGITS` gives the prompt's logits once, and no answer"},
-    // github.com/noc7c9/rkllm-eos-repro, on an RK3588 with 1.2.3 and 1.3.0
+    // github.com/noc7c9/rkllm-eos-repro, on an RK3588
     {"pause-resumes", &Guesses::pause_resumes, "a run after a paused one reads its prompt",
      "a run after a paused one goes on with the paused answer and ignores its prompt"},
     {"abort-fails", &Guesses::abort_fails, "`rkllm_run` returns 0 after `rkllm_abort`",

@@ -272,7 +272,7 @@ def test_a_flood_without_end(misbehaving: Misbehaving, where: str, line: str) ->
     options = replace(options, environment={**options.environment, "RKDOUBLE_LINE": line})
     with contextlib.ExitStack() as stack:
         if where != "destroy":
-            stack.enter_context(pytest.raises(WorkerHungError, match=r"no sign of life for 1 seconds"))
+            stack.enter_context(pytest.raises(WorkerHungError, match=r"no sign of life for 1 second"))
         with Engine.load(options) as engine:
             if where == "clear":
                 engine.clear_cache()
