@@ -14,8 +14,8 @@ from rkruntime.bundle import MAX_TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
 from rkruntime.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
 
-_SPECIAL: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_USER, _SYSTEM = "@@the user's words@@", "@@the system's words@@"
+_USER = "@@the words of the user@@"
+_SYSTEMS: Final = ("@@the words of the system@@", "@@other words@@")
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,15 @@ def read_template(folder: Place, bos_token: str) -> ChatTemplate:
     config = _config(folder)
     found = _find(folder, config)
     source = GEMMA if found is None else found
-    tokens = {**SPECIAL_TOKENS, "bos_token": bos_token, **_special_tokens(folder, config)}
+    tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder, config)}
     user = {"role": "user", "content": _USER}
-    text, with_system = rendered(source, [[user], [{"role": "system", "content": _SYSTEM}, user]], tokens)
+    systems = ([{"role": "system", "content": content}, user] for content in _SYSTEMS)
+    text, one, other = rendered(source, [[user], *systems], tokens)
     if text.count(_USER) != 1:
         raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
     prefix, suffix = text.split(_USER)
-    role = "native" if _SYSTEM in with_system and _USER in with_system else "fold"
+    # It may render a system message otherwise than to the letter; what it drops or refuses is folded.
+    role = "native" if one != other and _USER in one and _USER in other else "fold"
     if (folder / TOKENIZER).is_file():
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
     notes = []
@@ -84,9 +86,17 @@ def _special_tokens(folder: Place, config: Mapping[str, Any]) -> dict[str, str]:
     file = folder / "special_tokens_map.json"
     old = "added_tokens_decoder" not in config and file.is_file()
     given = {**config, **(read_json(file, CheckpointError) if old else {})}
-    given = {name: given.get(name) for name in _SPECIAL}
+    more = config.get("extra_special_tokens")
+    given.update(more if isinstance(more, dict) else {})
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in given.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Those that a file need not name: Gemma's for transformers' class of Gemma, none for any other."""
+    if "Gemma" in str(config.get("tokenizer_class", "Gemma")):
+        return SPECIAL_TOKENS
+    return dict.fromkeys(SPECIAL_TOKENS, "")
 
 
 def _find(folder: Place, config: Mapping[str, Any]) -> str | None:
@@ -105,6 +115,12 @@ def _find(folder: Place, config: Mapping[str, Any]) -> str | None:
             raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
     found: Any = config.get("chat_template")
     if isinstance(found, list):
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
+        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise CheckpointError(
+                "tokenizer_config.json has several chat templates, and none of them is called 'default'.",
+                hint="Save the one to use as chat_template.jinja in the checkpoint's folder.",
+            )
+        found = found["default"]
     return found if isinstance(found, str) else None

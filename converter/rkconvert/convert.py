@@ -410,10 +410,10 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
 
 
 def _stop_tokens(job: Job) -> tuple[int, ...]:
-    """The checkpoint's own, and the end of a turn: generation_config.json of many fine-tunes knows `<eos>` only."""
+    """The checkpoint's own, and the ends of a turn: generation_config.json of many fine-tunes knows `<eos>` only."""
     added = job.tokenizer.added
-    end_of_turn = [added[END_OF_TURN]] if END_OF_TURN in added else []
-    return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *end_of_turn]))
+    ends = [added[text] for text in (END_OF_TURN, job.template.special_tokens.get("eos_token")) if text in added]
+    return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *ends]))
 
 
 def _special_tokens(template: ChatTemplate) -> dict[str, str]:

@@ -16,7 +16,7 @@ from rkconvert.shards import read_json
 from rkconvert.sources.memory_folder import Place
 from rkruntime.bundle import MAX_TOKENIZER
 from rkruntime.errors import CheckpointError
-from rkruntime.tokenizer import TEXT_TOKEN, unlike_gemma
+from rkruntime.tokenizer import is_control, unlike_gemma
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,8 +158,7 @@ def _kind(text: str, added: Mapping[str, Any] | None) -> Kind:
         return Kind.BYTE
     if added is None:
         return Kind.NORMAL
-    text_token = TEXT_TOKEN.fullmatch(text) and not added.get("special")
-    return Kind.USER_DEFINED if text_token else Kind.CONTROL
+    return Kind.CONTROL if is_control(text, special=bool(added.get("special"))) else Kind.USER_DEFINED
 
 
 def _flags(added: Mapping[str, Any]) -> Flag:

@@ -22,10 +22,11 @@ from rkruntime.template import Part
 from rkruntime.vocabulary import Vocabulary
 
 SPACE: Final = "▁"
-# Gemma lists ordinary text among its added tokens too: runs of white space and HTML tags. Every other added token is
-# taken for a control token, also where the file does not call it special (<unused7>, <mask>, [toxicity=0]).
-TEXT_TOKEN: Final = re.compile(
-    rf"[\s{SPACE}]+|</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
+# Added tokens are text (runs of white space, HTML tags, words that a fine-tune added) or control tokens, which Gemma's
+# file does not always call special: <unused7>, <mask>, [toxicity=0].
+_MARKER: Final = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
+_HTML: Final = re.compile(
+    r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 # Gemma's newest has 262,144; ids without tokens in between are allowed for.
@@ -46,6 +47,11 @@ _IDLE: Final[Mapping[str, Sequence[Any]]] = {
     "end_of_word_suffix": (None, ""),
     "ignore_merges": (None, False),
 }
+
+
+def is_control(text: str, *, special: bool) -> bool:
+    """Whether an added token is a control token: never of a person's text, and not shown in an answer."""
+    return special or bool(_MARKER.fullmatch(text) and not _HTML.fullmatch(text))
 
 
 def unlike_gemma(content: Mapping[str, Any]) -> str | None:
@@ -119,10 +125,11 @@ class Tokenizer(Vocabulary):
         backend.encode_special_tokens = True
         added: dict[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
         control = {
-            token.content: index
-            for index, token in added.items()
-            if token.special or not TEXT_TOKEN.fullmatch(token.content)
+            token.content: index for index, token in added.items() if is_control(token.content, special=token.special)
         }
+        self._greedy = frozenset(
+            token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word
+        )
         self._control_ids = frozenset(control.values())
         size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_IDS:
@@ -185,10 +192,20 @@ class Tokenizer(Vocabulary):
         return [index for index in ids if index is not None and index not in self._control_ids]
 
     def split_template(self, text: str) -> list[str | int]:
-        """A template's own text as plain texts and the ids of its control tokens. Never for a person's text."""
+        """A template's own text as plain texts and the ids of its control tokens. Never for a person's text.
+
+        Raises:
+            BundleError: it uses a token that takes white space beside it along, or is one between spaces only.
+        """
         parts: list[str | int] = []
         at = 0
         for match in self.control_pattern.finditer(text):
+            if match.group() in self._greedy:
+                raise BundleError(
+                    f"The chat template uses {match.group()}, and tokenizer.json has lstrip, rstrip or single_word for"
+                    " it, which are not followed here.",
+                    hint="Set them to false in tokenizer.json, if the model was trained so.",
+                )
             parts += [text[at : match.start()], self.control[match.group()]]
             at = match.end()
         return [*parts, text[at:]]

@@ -130,3 +130,90 @@ def test_what_cannot_be_followed_is_refused_before_work(folder: Path, source: st
     with pytest.raises(CheckpointError, match=r"followed|rendered|failed") as caught:
         read_template(folder, "<bos>")
     assert "Download the checkpoint again" not in caught.value.hint
+
+
+def prompts_of(folder: Path, text: str) -> tuple[list[int], list[int]]:
+    """Ids of a question: ours, and those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    shutil.rmtree(folder.parent / "bundle", ignore_errors=True)
+    assert cli.main(["convert", str(folder), "-q", "-o", str(folder.parent / "bundle")]) == 0
+    question = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": text}]
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    rendered_text = oracle.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    with closing(PromptProcess(open_bundle(folder.parent / "bundle"))) as prompts:
+        ids, _ = prompts.prompt([Message(**item) for item in question], 1024)
+    return ids, oracle(rendered_text, add_special_tokens=False)["input_ids"]
+
+
+NAMED = (
+    "{{ bos_token }}{% for m in messages %}{{ sot_token }}{{ m.role }}{{ '\n' }}{{ m.content | trim }}{{ eot_token }}"
+    "{{ '\n' }}{% endfor %}{{ sot_token }}{{ 'model\n' }}"
+)
+NAMES = {"sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>"}
+
+
+@pytest.mark.parametrize("place", ["extra_special_tokens", "tokenizer_config", "special_tokens_map"])
+def test_special_tokens_of_any_name(folder: Path, place: str) -> None:
+    (folder / "chat_template.jinja").write_text(NAMED)
+    if place == "special_tokens_map":
+        file = folder / "special_tokens_map.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | NAMES))
+    else:
+        configure(folder, **({place: NAMES} if place == "extra_special_tokens" else NAMES))
+    ours, theirs = prompts_of(folder, "Hello")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("change", ["m.content | upper", "m.content | wordwrap(6)", "m.content | replace('e', '3')"])
+def test_a_system_role_that_rewrites_its_text(folder: Path, change: str) -> None:
+    source = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ CHANGED if m.role == 'system' else m.content }}"
+        "{{ '\n' }}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(source.replace("CHANGED", f"({change})"))
+    ours, theirs = prompts_of(folder, "Hello")
+    assert ours == theirs
+
+
+def test_words_that_a_fine_tune_added_are_text(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    oracle.add_tokens(["Rockchip"])
+    oracle.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(NATIVE["gemma with system"])
+    ours, theirs = prompts_of(folder, "What is a Rockchip, and what Rockchips?")
+    assert ours == theirs
+    word = oracle.convert_tokens_to_ids("Rockchip")
+    assert word in ours
+    with closing(PromptProcess(open_bundle(folder.parent / "bundle"))) as prompts:
+        assert prompts.vocabulary.decode([word]) == "Rockchip"
+
+
+def test_a_control_token_that_takes_white_space_along_is_refused(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    next(token for token in content["added_tokens"] if token["content"] == "<end_of_turn>")["rstrip"] = True
+    file.write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text(NATIVE["gemma with system"])
+    with pytest.raises(CheckpointError, match="<end_of_turn>, and tokenizer"):
+        read_template(folder, "<bos>")
+
+
+def test_templates_by_name(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    configure(folder, chat_template={"default": NATIVE["vicuna"]})
+    assert read_template(folder, "<bos>").source == NATIVE["vicuna"]
+    configure(folder, chat_template=[{"name": "tools", "template": NATIVE["vicuna"]}])
+    with pytest.raises(CheckpointError, match="none of them is called 'default'"):
+        read_template(folder, "<bos>")
+
+
+def test_another_class_of_tokenizer_has_no_tokens_of_gemmas(folder: Path) -> None:
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    configure(folder, tokenizer_class="PreTrainedTokenizerFast", eos_token=None, pad_token=None)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{{ pad_token }}"
+        "{{ '\n' }}{% endfor %}"
+    )
+    ours, theirs = prompts_of(folder, "Hello")
+    assert ours == theirs
