@@ -116,7 +116,7 @@ def test_a_conversation_that_fills_the_context(bundles: dict[str, Bundle]) -> No
     messages: list[Message] = []
     asked: list[int] = []
     for question in questions() * 4:
-        asked = GemmaTemplate(tokenizer).render([*messages, Message("user", question.question)])
+        asked = tokenizer.assemble(GemmaTemplate(tokenizer).parts([*messages, Message("user", question.question)]))
         if len(asked) > 3900:
             break
         messages += [Message("user", question.question), Message("assistant", question.answer)]

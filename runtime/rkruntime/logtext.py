@@ -153,9 +153,9 @@ def unwrapped(lines: Sequence[str]) -> Iterable[tuple[int, str]]:
 
 
 def _joint(line: str, following: str, width: int) -> str | None:
-    if len(line) == width:
-        return ""
     if _BEGINNING.match(following):
         return None
+    if len(line) == width:
+        return ""
     first_word = following.lstrip().partition(" ")[0]
     return " " if len(line) + 1 + len(first_word) > width else None

@@ -78,7 +78,7 @@ def test_run_as_json(bundle: Path) -> None:
     [
         (["-p", "  "], "", 2, "no prompt"),
         ([], "", 2, "no prompt"),
-        (["-p", "word " * 2000], "", 4, "tokens"),
+        (["-p", "word " * 9000], "", 4, "tokens"),
         (["-p", "x", "--temperature", "-1"], "", 2, "temperature"),
         (["-p", "x", "--library", "/no/such/librkllmrt.so"], "", 6, "librkllmrt.so"),
         (["-p", "x", "--abi", "9.9.9"], "", 2, "9.9.9"),

@@ -145,20 +145,21 @@ def test_hostile_templates_are_refused_before_they_serve(
 ) -> None:
     monkeypatch.setattr("rkruntime.prompt_process._LIMITS", QUICK)
     bundle = with_file(fake_bundle, "chat_template.jinja", HOSTILE_TEMPLATES[name] + WORDS)
+    before = _children()
     with pytest.raises(BundleError) as caught:
         PromptProcess(bundle)
     assert caught.value.message.isprintable()
-    assert not _children()
+    assert _children() <= before
 
 
-def _children() -> list[str]:
+def _children() -> set[str]:
     tasks = Path("/proc/self/task").glob("*/children")
-    return [
+    return {
         child
         for task in tasks
         for child in task.read_text().split()
         if b"rkruntime.prompt_process" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
+    }
 
 
 # It passes every trial, and shows what it is when somebody says the word.
@@ -241,9 +242,10 @@ def test_hostile_tokenizers_are_refused(fake_bundle: Bundle, tokenizer_file: Pat
     if name == "no vocabulary":
         content["model"] |= {"vocab": {}, "merges": []}
     text = texts.get(name, json.dumps(content | HOSTILE_TOKENIZERS.get(name, {})))
+    before = _children()
     with pytest.raises(BundleError):
         PromptProcess(with_file(fake_bundle, "tokenizer.json", text))
-    assert not _children()
+    assert _children() <= before
 
 
 @pytest.mark.parametrize("kind", ["fifo", "changed", "grown", "link", "device", "missing", "huge"])

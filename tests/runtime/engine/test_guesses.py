@@ -23,7 +23,7 @@ def newer(release: str, than: str) -> bool:
 
 @pytest.fixture(scope="module")
 def prompt(demo_tokenizer: Tokenizer) -> list[int]:
-    return GemmaTemplate(demo_tokenizer).render([Message("user", "What is the RK3588?")])
+    return demo_tokenizer.assemble(GemmaTemplate(demo_tokenizer).parts([Message("user", "What is the RK3588?")]))
 
 
 @pytest.mark.parametrize("release", ["1.1.4", "1.2.3", "1.3.0"])
