@@ -43,7 +43,7 @@ class Adapter:
         base_name: what it says its base model is (may be empty).
         updates: what it does, by the base model's tensor name. Of a base that ties its head to the embedding both
             sides are named; where one and the same update stands for both, they stay tied.
-        own_tokens: it has embeddings of its own, trained or of another size, so that its tokenizer belongs to them.
+        own_tokens: it changes the embedding or the head, or their size, so that its tokenizer belongs to it.
         notes: what a person must know of it.
         weight_files: for the hash in the manifest.
     """
@@ -83,9 +83,14 @@ def open_adapter(
     if HEAD not in base:
         updates |= _tied(*(updates.get(side, TensorUpdate()) for side in _EMBEDDINGS))
     updates = {name: update for name, update in updates.items() if update != TensorUpdate()}
-    starts = [updates[side].replacement for side in _EMBEDDINGS if side in updates]
-    own_tokens = any(start and (start.trained or start.info.shape != base[EMBEDDING]) for start in starts)
+    own_tokens = any(_is_change(updates[side], base[EMBEDDING]) for side in _EMBEDDINGS if side in updates)
     return Adapter(path, config.base_name, updates, own_tokens, notes, files, name or path.resolve().name, revision)
+
+
+def _is_change(update: TensorUpdate, shape: tuple[int, ...]) -> bool:
+    """Whether it does more than to bring a copy of the base's tensor, which has this shape."""
+    start = update.replacement
+    return bool(update.changes) or (start is not None and (start.trained or start.info.shape != shape))
 
 
 def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
@@ -271,13 +276,16 @@ class _Reader:
             raise AdapterError(
                 f"The adapter replaces tokens of {module}, so it cannot have the weight {self.weight:g}."
             )
-        if rows.shape != (len(indices), shape[1]) or len(set(indices)) < len(indices) or min(indices, default=0) < 0:
+        tokens = TokenRows(dict(zip(indices, rows, strict=False)))
+        # A token that is named twice is one if its rows are.
+        same = all(np.array_equal(tokens.rows[index], row) for index, row in zip(indices, rows, strict=False))
+        if rows.shape != (len(indices), shape[1]) or not same or min(indices, default=0) < 0:
             raise AdapterError(
                 f"The adapter has {rows.shape[0]} trained tokens of width {rows.shape[1]} for {module}; its settings"
                 f" name {len(set(indices))}, and the model has {shape[0]} tokens of width {shape[1]}."
             )
         self._refuse_lost_rows(module, max([shape[0], *(index + 1 for index in indices)]), shape)
-        return TokenRows(dict(zip(indices, rows, strict=True)))
+        return tokens
 
     def _matrix(self, name: str, rank: int) -> NDArray[np.float32]:
         info = self.weights.tensors[name]

@@ -186,7 +186,7 @@ class AdapterConfig:
                 raise AdapterError(f"The adapter's settings name {module} in modules_to_save, and its file lacks it.")
         matrices = {module: self._targets(module) for module, shape in modules.items() if len(shape) == 2}
         targets = self.raw.get("target_modules")
-        if isinstance(targets, list) and targets and not any(matrices.values()):
+        if isinstance(targets, list) and targets and all(wanted is False for wanted in matrices.values()):
             raise AdapterError(
                 f"The adapter targets {', '.join(targets)[:200]}, and the base model has no such module.",
                 hint=f"It was trained on another architecture: give its own base{self.base_hint}.",
@@ -210,16 +210,22 @@ class AdapterConfig:
 
     def _targets(self, module: str) -> bool | None:
         """Whether the settings ask for matrices for a module, by peft's rules; None where that is not known."""
-        targets, excluded = self.raw.get("target_modules"), self.raw.get("exclude_modules")
-        if isinstance(excluded, str) or self.raw.get("layers_pattern"):
-            return None
-        if self.saves_module(module) or _names(self._list("exclude_modules"), module):
+        pattern = isinstance(self.raw.get("exclude_modules"), str)
+        if self.saves_module(module) or (not pattern and _names(self._list("exclude_modules"), module)):
             return False
+        named = self._names_target(module)
+        return None if named and (pattern or self.raw.get("layers_pattern")) else named
+
+    def _names_target(self, module: str) -> bool | None:
+        """`_targets` before anything is excluded."""
+        targets = self.raw.get("target_modules")
         if isinstance(targets, str):
             return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
         names = self._list("target_modules")
         if not names or module in names or not _names(names, module):
             return _names(names, module) if names else None
+        if self.raw.get("layers_pattern"):
+            return True
         layer = re.search(r"\.layers\.(\d+)\.", module)
         layers = self._layers()
         return layers is None or (layer is not None and int(layer[1]) in layers)

@@ -53,7 +53,7 @@ def read_template(folder: Place, bos_token: str) -> ChatTemplate:
         HostError: the process to try it out in cannot be started.
     """
     config = _config(folder)
-    found = _find(folder, config)
+    found = find_template(folder)
     source = GEMMA if found is None else found
     tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder, config)}
     user = {"role": "user", "content": _USER}
@@ -99,8 +99,12 @@ def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:
     return dict.fromkeys(SPECIAL_TOKENS, "")
 
 
-def _find(folder: Place, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja (transformers since 4.50), else the key of tokenizer_config.json: a text or a named list."""
+def find_template(folder: Place) -> str | None:
+    """chat_template.jinja (transformers since 4.50), else the key of tokenizer_config.json: a text or a named list.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -113,7 +117,7 @@ def _find(folder: Place, config: Mapping[str, Any]) -> str | None:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
-    found: Any = config.get("chat_template")
+    found: Any = _config(folder).get("chat_template")
     if isinstance(found, list):
         found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
     if isinstance(found, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from rkconvert.inputs import SIDE_FILES
 from rkconvert.parallel import ordered_map
 from rkconvert.progress import Advance
+from rkconvert.shards import parse_json
 from rkconvert.sources.memory_folder import Place
 from rkconvert.weights import TensorInfo, Weights, read_finite, row_blocks
 
@@ -96,11 +96,12 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
 
 
 def _read_state(folder: Path) -> dict[str, int]:
+    """Checksums of finished shards by name; none if a crash left something else there."""
     try:
-        state: dict[str, int] = json.loads((folder / STATE).read_text())
+        state = parse_json((folder / STATE).read_bytes())
     except (OSError, ValueError):
         return {}
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance) -> int:
@@ -152,14 +153,12 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
     return checksum
 
 
-def copy_side_files(folders: Sequence[Place], into: Path, names: Iterable[str] = SIDE_FILES) -> None:
-    """Copy the small files of a model folder; the first of `folders` that has one gives it."""
+def copy_side_files(folder: Place, into: Path, names: Iterable[str]) -> None:
+    """Copy those small files of a model folder that it has."""
     for name in names:
-        for folder in folders:
-            if (folder / name).is_file():
-                with (folder / name).open("rb") as source, (into / name).open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
-                break
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as source, (into / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

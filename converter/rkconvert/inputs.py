@@ -17,9 +17,8 @@ from rkruntime.files import sha256_file
 # A file system counts time in the kernel's ticks (10 ms at most): a second change within one leaves no trace.
 _TICK_NS: Final = 20_000_000
 _TRIES: Final = 5
-# What a model folder holds besides weights and config.json.
-SIDE_FILES: Final = (
-    "generation_config.json",
+# What a tokenizer and its chat template are saved in; they belong together.
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -28,6 +27,8 @@ SIDE_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What a model folder holds besides weights and config.json.
+_SIDE_FILES: Final = ("generation_config.json", *TOKENIZER_FILES)
 # What decides a result besides these and the weights: settings of a model or an adapter, and their indices.
 _SETTINGS: Final = (
     "config.json",
@@ -123,7 +124,7 @@ class Inputs:
     @classmethod
     def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
         """Those of a model's or an adapter's folder, by the `folder_states` from before it was opened."""
-        small = {folder / name: before.get(folder / name) for name in (*_SETTINGS, *SIDE_FILES)}
+        small = {folder / name: before.get(folder / name) for name in (*_SETTINGS, *_SIDE_FILES)}
         return cls(kind, {file: before.get(file) for file in weights}, small)
 
     @cached_property

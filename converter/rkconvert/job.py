@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.adapter import Adapter, open_adapter
-from rkconvert.adapter_notes import adapter_notes
+from rkconvert.adapter_notes import adapter_notes, token_count
 from rkconvert.checkpoint import Checkpoint
 from rkconvert.gemma import EMBEDDING
 from rkconvert.hub import download, is_hub_id
@@ -24,7 +24,7 @@ from rkruntime.errors import AdapterError, UsageError
 from rkruntime.files import readable
 
 # Of `resume_key`, and of what an unfinished folder holds: one higher whenever either means something else.
-KEY_FORMAT: Final = 2
+KEY_FORMAT: Final = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Lora:
         if not equals or Path(text).exists():
             return cls(text)
         try:
-            number = float(weight)
+            # Python's float takes 1_0 for 10.
+            number = math.nan if "_" in weight else float(weight)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
@@ -60,7 +61,7 @@ class MergedModel:
 
     Attributes:
         inputs: the files of the checkpoint and of each adapter, as they were before they were read.
-        tokenizer_folder: where the tokenizer is: an adapter that made the vocabulary grow was saved with its own.
+        tokenizer_folder: where the tokenizer is: an adapter that changes the embeddings was saved with its own.
         notes: what a person must know of the adapters.
     """
 
@@ -117,10 +118,29 @@ def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
         raise AdapterError(
             f"The adapters leave {size:,} tokens, and answers end with the token {max(base.eos_token_ids)}."
         )
-    own: list[Place] = [one.path for one in adapters if one.own_tokens and (one.path / TOKENIZER).is_file()]
+    tokenizer = _tokenizer_folder(base, adapters, size)
     inputs = (base.inputs, *(files for _, files in opened))
-    notes = [note for adapter in adapters for note in adapter_notes(adapter, base)]
-    return MergedModel(base, adapters, inputs, weights, own[0] if own else base.path, (*notes, *weights.notes))
+    notes = [note for adapter in adapters for note in adapter_notes(adapter, base, tokenizer, size)]
+    return MergedModel(base, adapters, inputs, weights, tokenizer, (*notes, *weights.notes))
+
+
+def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) -> Place:
+    """The first adapter's that changes the embeddings and has a tokenizer that fits their `size` rows, else the base's.
+
+    Raises:
+        AdapterError: an adapter's rows are of a vocabulary that is neither the base's nor that of its own tokenizer.
+    """
+    for adapter in adapters:
+        if adapter.own_tokens and (adapter.path / TOKENIZER).is_file():
+            count = token_count(adapter.path / TOKENIZER)
+            if count <= size:
+                return adapter.path
+            if size != base.config.vocab_size:
+                raise AdapterError(
+                    f"{adapter.name} has a tokenizer of {count:,} tokens, and its embeddings have {size:,} rows.",
+                    hint="One of the two is of another training: use those that were saved together.",
+                )
+    return base.path
 
 
 def _open_adapter(lora: Lora, base: Checkpoint) -> tuple[Adapter, Inputs]:

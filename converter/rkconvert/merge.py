@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from rkconvert.adapter import Adapter, lost_rows
 from rkconvert.gemma import EMBEDDING, HEAD, GemmaConfig
 from rkconvert.updates import Dora, Replacement, TensorUpdate, TokenRows
@@ -63,8 +65,10 @@ class MergedWeights:
             block = update.replacement.read(first, count, dtype)
         else:
             block = self._base.read(self._from.get(name, name), first, count)
-        for change in update.changes:
-            block = change.apply(block, dtype, first)
+        # What is too large for float32 becomes infinite, which whoever writes it refuses.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for change in update.changes:
+                block = change.apply(block, dtype, first)
         return block
 
     def _base_info(self, name: str) -> TensorInfo:

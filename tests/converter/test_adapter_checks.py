@@ -10,13 +10,17 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from rkconvert import demo
 from rkconvert.base_names import is_other_base, plain_name
 from rkconvert.checkpoint import open_checkpoint
+from rkconvert.demo import tokenizer as demo_tokenizer
 from rkconvert.job import Lora, merged_model
 from rkruntime.cli import main
-from rkruntime.errors import AdapterError
+from rkruntime.errors import AdapterError, UsageError
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 HEAD, EMBEDDING = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
 QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
 
@@ -120,6 +124,12 @@ REFUSED = {
         {},
         "must list names of modules",
     ),
+    "targets of another model, with a pattern": (
+        lambda tensors: None,
+        {"target_modules": ["c_attn"], "exclude_modules": ".*vision.*", "layers_pattern": "layers"},
+        {},
+        "targets c_attn, and the base model has no such module",
+    ),
     "targets of another model": (
         lambda tensors: None,
         {"target_modules": ["c_attn", "query_key_value"]},
@@ -157,6 +167,7 @@ def test_a_missing_pair_is_noted(opened, targets):
         {"target_modules": ["model.layers.1.self_attn.k_proj"]}, {"target_modules": ["embed_tokens", "lm_head"]},
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, {"modules_to_save": ["norm"]},
         {"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "k_proj"]}, {"modules_to_save": ["mlp"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers"}, {"exclude_modules": ".*vision.*"},
     ],
 )  # fmt: skip
 def test_what_peft_saves_is_taken_without_a_word(opened, lora):
@@ -206,8 +217,6 @@ def test_several_adapters_on_one_embedding(make_model, make_adapter):
 
 
 def test_a_tokenizer_of_rows_that_were_not_saved(make_model, make_adapter, tokenizer):
-    from rkconvert.demo import tokenizer as demo_tokenizer
-
     base = make_model()
     adapter = make_adapter(base)
     demo_tokenizer.save(tokenizer, adapter)
@@ -216,6 +225,80 @@ def test_a_tokenizer_of_rows_that_were_not_saved(make_model, make_adapter, token
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     (note,) = merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes
     assert "has a tokenizer of 1,025 tokens" in note
+
+
+OWN_TOKENS = {
+    "single tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    "LoRA on the embedding": {"target_modules": ["embed_tokens"]},
+    "LoRA on the head": {"target_modules": ["lm_head"]},
+    "a head trained as a whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "nothing of these": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", OWN_TOKENS)
+def test_whose_tokenizer_is_used(make_model, make_adapter, tokenizer, edit_json, tmp_path, kind):
+    base = make_model()
+    adapter = make_adapter(base, **OWN_TOKENS[kind])
+    demo_tokenizer.save(tokenizer, adapter)
+    (adapter / "chat_template.jinja").unlink()
+    edit_json(adapter / "tokenizer_config.json", chat_template=TEMPLATE)
+    (adapter / "special_tokens_map.json").unlink(missing_ok=True)
+    (base / "special_tokens_map.json").write_text('{"pad_token": "<base>"}')
+    content = json.loads((adapter / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["content"] = "<mine>"
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    notes = merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes
+    assert main(["merge", str(base), "--lora", str(adapter), "-o", str(tmp_path / "merged"), "-q"]) == 0
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    own = kind != "nothing of these"
+    for mine in (False, True):
+        source = AutoTokenizer.from_pretrained(adapter if mine else base)
+        assert (merged.chat_template == source.chat_template) == (mine == own)
+        assert (merged.get_vocab() == source.get_vocab()) == (mine == own)
+    assert (tmp_path / "merged" / "special_tokens_map.json").exists() != own
+    said = [word for word in ("another tokenizer.json", "another chat template") if any(word in note for note in notes)]
+    assert len(said) == len(notes) == (0 if own else 2)
+    assert (tmp_path / "merged" / "generation_config.json").read_bytes() == (
+        base / "generation_config.json"
+    ).read_bytes()
+
+
+def test_the_same_tokenizer_in_another_form(make_model, make_adapter, tokenizer):
+    base = make_model()
+    adapter = make_adapter(base)
+    demo_tokenizer.save(tokenizer, adapter)
+    content = json.loads((adapter / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    content["model"]["merges"] = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]
+    ]
+    (adapter / "tokenizer.json").write_text(json.dumps(content, indent=1))
+    assert merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes == ()
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [3]}])
+@pytest.mark.parametrize("grow_to", [0, 1030])
+def test_an_adapters_tokenizer_that_its_rows_do_not_suffice_for(make_model, make_adapter, tokenizer, lora, grow_to):
+    base = make_model()
+
+    def grow(model):
+        if grow_to:
+            model.resize_token_embeddings(grow_to, mean_resizing=False)
+
+    adapter = make_adapter(base, prepare=grow, target_modules=["q_proj"], **lora)
+    demo_tokenizer.save(tokenizer, adapter)
+    content = json.loads((adapter / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 1030, "content": "<more>"})
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    checkpoint = open_checkpoint(base)
+    if grow_to:
+        with pytest.raises(AdapterError, match="tokenizer of 1,031 tokens, and its embeddings have 1,030 rows"):
+            merged_model(checkpoint, [Lora(str(adapter))])
+    else:
+        model = merged_model(checkpoint, [Lora(str(adapter))])
+        assert model.tokenizer_folder == base
+        assert any("has a tokenizer of 1,031 tokens" in note for note in model.notes)
 
 
 @pytest.mark.parametrize("kind", [str(kind.value) for kind in PEFT_TYPE_TO_TUNER_MAPPING if kind.value != "LORA"])
@@ -237,6 +320,20 @@ def test_a_folder_whose_name_looks_like_a_weight(make_adapter, make_model, tmp_p
     assert Lora.parse("a=0.5=0.25") == Lora("a=0.5", 0.25)
     folder.rename(tmp_path / "a")
     assert Lora.parse("a=0.5") == Lora("a", 0.5)
+
+
+@pytest.mark.parametrize("weight", ["1_0", "nan", "inf", "", "0x1", "x"])
+def test_weights_that_are_no_numbers(weight):
+    with pytest.raises(UsageError, match="is not a number"):
+        Lora.parse(f"folder={weight}")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weight", ["1e300", "-1e39"])
+def test_a_weight_beyond_float32(tmp_path, capsys, weight):
+    arguments = [str(demo.checkpoint()), "--lora", f"{demo.adapter()}={weight}", "-o", str(tmp_path / "merged"), "-q"]
+    assert main(["merge", *arguments]) == 3
+    assert capsys.readouterr().err.startswith("error: The tensor")
 
 
 # Names of bases: named by the adapter, family and size of the model, what the model is called, whether it is another.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rkconvert import demo
@@ -101,6 +102,17 @@ def test_embeddings_and_whole_modules(make_model, make_adapter, peft_merge, asse
     assert_same(mine, theirs)
     tied = "lm_head.weight" not in mine
     assert tied == torch.equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
+
+
+def test_a_token_named_twice(make_model, make_adapter, peft_merge, assert_same, edit_json):
+    base = make_model()
+    adapter = make_adapter(base, target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    [rows] = [tensor for name, tensor in tensors.items() if "trainable_tokens_delta" in name]
+    rows[1] = rows[0]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    edit_json(adapter / "adapter_config.json", trainable_token_indices=[5, 5])
+    assert_same(merged(base, {adapter: 1.0}), peft_merge(base, {adapter: 1.0}))
 
 
 def test_growth_alone(make_model, make_adapter, peft_merge, assert_same):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from rkconvert import demo
+from rkconvert.checkpoint import open_checkpoint
+from rkconvert.hf_folder import write_weights
 from rkconvert.job import Lora
 from rkruntime.cli import main
 
@@ -39,6 +41,20 @@ def test_many_changes(tmp_path):
     rows = trials(tmp_path, int.from_bytes(os.urandom(4), "little"), 130)
     # A test of what begins anew says nothing where nothing is ever kept.
     assert any(row["change"] == "nothing" and row["steps"][0] < row["steps"][1] for row in rows)
+
+
+@pytest.mark.parametrize("state", ["[]", "null", "7", '{"model.safetensors": []}', "[" * 100_000, "\x00\xff", ""])
+def test_a_damaged_list_of_finished_shards_begins_anew(tmp_path, state):
+    weights = open_checkpoint(demo.checkpoint()).weights
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+        if name == "resumed":
+            (tmp_path / name / "shards.json").write_bytes(state.encode("latin-1"))
+            (tmp_path / name / "model.safetensors").write_bytes(b"half")
+        write_weights(tmp_path / name, weights, lambda done: None)
+    assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["model.safetensors"]
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def edit(path, **values):

@@ -9,10 +9,12 @@ import click
 
 from rkconvert.disk import require_space
 from rkconvert.hf_folder import copy_side_files, write_json, write_weights
+from rkconvert.inputs import TOKENIZER_FILES
 from rkconvert.job import Lora, MergedModel, merged_model, resume_key
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.work_folder import refuse_made, work_folder
+from rkruntime.bundle import GENERATION_CONFIG
 from rkruntime.flags import json_option
 from rkruntime.terminal import say, say_json
 from rkruntime.words import counted
@@ -26,7 +28,8 @@ def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Rep
         with reporter.bar("merging", model.nbytes) as advance:
             write_weights(folder, model.weights, advance)
         write_json(folder / "config.json", model.hf_config())
-        copy_side_files([model.tokenizer_folder, model.checkpoint.path], folder)
+        copy_side_files(model.tokenizer_folder, folder, TOKENIZER_FILES)
+        copy_side_files(model.checkpoint.path, folder, [GENERATION_CONFIG])
         for files in model.inputs:
             files.check()
 

@@ -55,7 +55,7 @@ def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: 
         write_weights(folder, model.weights, advance)
     eos = model.checkpoint.eos_token_ids
     write_json(folder / CONFIG, config(model.hf_config(), model.weights.config, release, eos))
-    copy_side_files([model.tokenizer_folder, model.checkpoint.path], folder, _TOKENIZER_FILES)
+    copy_side_files(model.tokenizer_folder, folder, _TOKENIZER_FILES)
     found = model.tokenizer_folder / _TOKENIZER_CONFIG
     raw = read_json(found, CheckpointError) if found.is_file() else {}
     write_json(folder / _TOKENIZER_CONFIG, tokenizer_config(raw, template))
