@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from rkruntime.answer import Answer
 from rkruntime.conversation import SCHEMA, Conversation, check_conversation
-from rkruntime.errors import BodyError, InputError, NoSuchSessionError, RKEdgeError
+from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.repl import rate
 from rkruntime.serve.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.host import Model
@@ -156,13 +156,13 @@ class Sessions:
         await self._take_over(place)
         data = body.get("conversation", self._data(place))
         try:
-            check_conversation(data)
+            kept = check_conversation(data)
         except InputError as error:
             raise BodyError(error.message, details={"param": "conversation"}) from error
         # What the daemon notes for itself is not taken from a client, and goes with the turns.
         own = () if "conversation" in body or body.get("clear") else ("number", "broken")
-        kept = {key: data[key] for key in ("schema", "messages", *own) if key in data}
-        kept["system"] = body.get("system", data.get("system", ""))
+        kept |= {key: data[key] for key in own if key in data}
+        kept["system"] = body.get("system", kept["system"])
         if body.get("clear"):
             kept["messages"] = []
         self._store.write(place.user, place.name, kept)
@@ -200,7 +200,7 @@ class Sessions:
             )
         received, broken = body.get("received", 0), data.get("broken")
         if broken is None:
-            return Stream(_whole(data, received), "application/x-ndjson")
+            return Stream(_whole(data, received), "application/x-ndjson", failed=_failed)
         too_old = time.time() - broken["at"] > self._service.settings.sessions.resume_s
         if too_old or broken["model"] != self._service.name:
             reason = "too long ago" if too_old else "by another model"
@@ -213,18 +213,27 @@ class Sessions:
             self._store.write(place.user, place.name, turn.kept(answer, whole))
 
         ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
-        begun = await begin(request, self._service, ask, lambda run: self._runs.__setitem__(place, run))
-        return Stream(_lines(begun, received, self._forget(place, begun.run)), "application/x-ndjson", begun.headers)
+        # Known while it still waits for its turn.
+        run = self._runs[place] = self._service.start(ask)
 
-    def _forget(self, place: _Place, run: Run) -> Callable[[], None]:
-        def forget() -> None:
+        async def close() -> None:
             if self._runs.get(place) is run:
                 del self._runs[place]
+            await run.close()
 
-        return forget
+        try:
+            begun = await begin(request, self._service, run)
+        except BaseException:
+            await close()
+            raise
+        return Stream(_lines(begun, received), "application/x-ndjson", begun.headers, failed=_failed, close=close)
 
 
-async def _lines(begun: Begun, received: int, done: Callable[[], None]) -> AsyncGenerator[bytes, None]:
+def _failed(error: Exception) -> bytes:
+    return _line("error", **error_body(error, "openai"))
+
+
+async def _lines(begun: Begun, received: int) -> AsyncGenerator[bytes, None]:
     """The events of an answer, without what the client has of it already."""
     info = begun.model.engine.info
     yield _line(
@@ -236,20 +245,15 @@ async def _lines(begun: Begun, received: int, done: Callable[[], None]) -> Async
     )
     late = begun.begin.text[received:]
     skip = max(0, received - len(begun.begin.text))
-    try:
-        if late:
-            yield _line("text", text=late)
-        async for batch in items(begun):
-            text, outcome = split(batch)
-            text, skip = text[skip:], max(0, skip - len(text))
-            if text:
-                yield _line("text", text=text)
-            if outcome:
-                yield _done(outcome)
-    except RKEdgeError as error:
-        yield _line("error", **error_body(error, "openai"))
-    finally:
-        done()
+    if late:
+        yield _line("text", text=late)
+    async for batch in items(begun):
+        text, outcome = split(batch)
+        text, skip = text[skip:], max(0, skip - len(text))
+        if text:
+            yield _line("text", text=text)
+        if outcome:
+            yield _done(outcome)
 
 
 def _done(outcome: Outcome) -> bytes:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rkruntime.bundle import Manifest, open_bundle
-from rkruntime.errors import RKEdgeError, UsageError
+from rkruntime.errors import UsageError
 from rkruntime.serve.asks import (
     Begun,
     ask_of,
@@ -52,6 +52,10 @@ def _time(seconds: float | None = None) -> str:
 
 def _nanoseconds(seconds: float) -> int:
     return max(0, int(seconds * 1e9))
+
+
+def _failed(error: Exception) -> bytes:
+    return (_encode(error_body(error, "ollama")) + "\n").encode("utf-8", "replace")
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
@@ -140,9 +144,10 @@ class Ollama:
         # -1 and -2 are without limit and to the end of the context, which is the same here.
         limit = options.get("num_predict", -1)
         ask = ask_of(request, prompt, options, int(limit) if limit > 0 else None, keep)
-        begun = await begin(request, self._service, ask)
+        begun = await begin(request, self._service, self._service.start(ask))
         if body.get("stream", True):
-            return Stream(self._lines(begun, shape), "application/x-ndjson", begun.headers)
+            lines = self._lines(begun, shape)
+            return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=begun.run.close)
         outcome = await collect(request, begun)
         return json_response({**self._line(shape, outcome.answer.text), **_figures(outcome)}, headers=begun.headers)
 
@@ -150,15 +155,12 @@ class Ollama:
         return {"model": self._service.name, "created_at": _time(), **shape(text), "done": False}
 
     async def _lines(self, begun: Begun, shape: Shape) -> AsyncGenerator[bytes, None]:
-        try:
-            async for batch in items(begun):
-                text, outcome = split(batch)
-                if text:
-                    yield (_encode(self._line(shape, text)) + "\n").encode("utf-8", "replace")
-                if outcome:
-                    yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
-        except RKEdgeError as error:
-            yield (_encode(error_body(error, "ollama")) + "\n").encode("utf-8", "replace")
+        async for batch in items(begun):
+            text, outcome = split(batch)
+            if text:
+                yield (_encode(self._line(shape, text)) + "\n").encode("utf-8", "replace")
+            if outcome:
+                yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
 
     def _manifest(self) -> Manifest:
         model = self._service.host.current

@@ -122,6 +122,10 @@ class Run:
 
     def end(self, error: BaseException | None) -> None:
         """From the run: nothing follows, or an error."""
+        if error is not None:
+            # The frames hold the prompt, and would for as long as anybody holds the run.
+            error.__cause__ = error.__context__ = None
+            error = error.with_traceback(None)
         self._error, self._ended = error, True
         self._wake.set()
 
