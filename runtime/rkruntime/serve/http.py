@@ -27,6 +27,7 @@ from rkruntime.errors import (
     UnsupportedCallError,
     UsageError,
 )
+from rkruntime.serve.threads import with_data
 from rkruntime.serve.validate import Validator, parse_json
 from rkruntime.words import counted
 
@@ -47,8 +48,6 @@ _ERRORS: Final[tuple[tuple[type[RKEdgeError], int, str, str | None], ...]] = (
     (RefusedError, 400, "invalid_request_error", None),
     (RKEdgeError, 503, "server_error", "model_unavailable"),
 )
-# Bytes of a body whose checks would be noticed by others if they were made in the event loop.
-_LARGE: Final = 1 << 16
 _INTERNAL: Final = (500, "server_error", "internal")
 
 
@@ -122,9 +121,7 @@ class Bodies:
                 f"The body did not arrive within {counted(self.seconds, 'second')}.",
                 details={"status": 408, "code": "too_slow"},
             ) from None
-        if len(body) < _LARGE:
-            return self._checked(body, schema)
-        return await asyncio.to_thread(self._checked, body, schema)
+        return await with_data(len(body), self._checked, body, schema)
 
     def _checked(self, body: bytes, schema: str) -> dict[str, Any]:
         data = parse_json(body)

@@ -6,14 +6,16 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.bundle import Manifest, open_bundle
+from rkruntime.bundle import MANIFEST, Manifest, open_bundle
 from rkruntime.errors import UsageError
 from rkruntime.serve.asks import (
     Begun,
@@ -30,6 +32,7 @@ from rkruntime.serve.asks import (
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response, while_connected
 from rkruntime.serve.service import Keep, Outcome, Prompt, Service
+from rkruntime.serve.threads import LARGE, with_data
 from rkruntime.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -81,6 +84,20 @@ def _details(manifest: Manifest) -> dict[str, Any]:
         "parameter_size": manifest.size,
         "quantization_level": manifest.dtype,
     }
+
+
+def _read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle, parsed again only when its file has changed. Raises BundleError."""
+    try:
+        found = (bundle / MANIFEST).stat()
+    except OSError:
+        return open_bundle(bundle).manifest
+    return _parsed(bundle, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=1)
+def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
+    return open_bundle(bundle).manifest
 
 
 class Ollama:
@@ -162,16 +179,17 @@ class Ollama:
             if outcome:
                 yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
 
-    def _manifest(self) -> Manifest:
+    async def _manifest(self) -> Manifest:
         model = self._service.host.current
         if model is not None:
             return model.bundle.manifest
         if self._service.settings.bundle is None:
             raise UsageError("No bundle is configured.")
-        return open_bundle(self._service.settings.bundle).manifest
+        # Without a model, each look at the file may have to parse it.
+        return await with_data(LARGE, _read_manifest, self._service.settings.bundle)
 
-    def _card(self) -> dict[str, Any]:
-        manifest = self._manifest()
+    async def _card(self) -> dict[str, Any]:
+        manifest = await self._manifest()
         record = manifest.files[manifest.model_file]
         model = self._service.host.current
         return {
@@ -184,18 +202,18 @@ class Ollama:
         }
 
     async def _tags(self, request: Request) -> Response:
-        return json_response({"models": [self._card()]})
+        return json_response({"models": [await self._card()]})
 
     async def _ps(self, request: Request) -> Response:
         if self._service.host.current is None:
             return json_response({"models": []})
         idle = self._service.settings.idle_unload_s
         until = _time(time.time() + idle) if idle else "9999-12-31T23:59:59Z"
-        return json_response({"models": [{**self._card(), "expires_at": until, "size_vram": 0}]})
+        return json_response({"models": [{**await self._card(), "expires_at": until, "size_vram": 0}]})
 
     async def _show(self, request: Request) -> Response:
         await self._bodies.read(request, "OllamaShow")
-        manifest = self._manifest()
+        manifest = await self._manifest()
         info = {
             "general.architecture": manifest.family,
             "general.parameter_count": manifest.parameters,

@@ -142,13 +142,17 @@ def test_what_a_template_says_does_not_reach_the_log(
 ) -> None:
     folder = tmp_path / "talkative"
     shutil.copytree(bundles["base"], folder)
+    # It spells what somebody said letter by letter, so that nothing it says is of the conversation.
     source = (
-        "{% if messages[-1].content[0] == '!' %}{{ raise_exception('\x1b[2J\n' ~ messages[-1].content) }}{% endif %}"
+        "{% if messages[-1].content[0] == '!' %}{% set said = namespace(words='\x1b[2J\n') %}"
+        "{% for letter in messages[-1].content %}{% for known in 'adginos ' %}{% if letter == known %}"
+        "{% set said.words = said.words ~ known %}{% endif %}{% endfor %}{% endfor %}"
+        "{{ raise_exception(said.words) }}{% endif %}"
     )
     talkative = with_file(open_bundle(folder), "chat_template.jinja", source + TREACHEROUS)
     daemon = start_daemon(bundle=talkative.path, port=False)
-    status, _, _ = daemon.request("POST", "/v1/chat/completions", {"messages": messages("!my diagnosis", 1)})
-    assert status == 400
-    daemon.wait_until(lambda: "refuses this conversation" in daemon.log)
+    status, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": messages("!my diagnosis", 1)})
+    assert (status, "diagnosis" in body["error"]["message"]) == (400, True)
+    daemon.wait_until(lambda: "UsageError" in daemon.log)
     assert "diagnosis" not in daemon.log
     assert "\x1b" not in daemon.log
