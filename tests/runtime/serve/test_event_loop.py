@@ -83,6 +83,20 @@ def test_the_largest_texts(daemon: Any, path: str, field: str) -> None:
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_a_body_in_chunks_of_one_byte(daemon: Any) -> None:
+    body = json.dumps({"messages": messages("a" * 50_000, 1), "drop_oldest": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with watched(daemon), socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(60)
+        one.connect(str(daemon.socket))
+        # Another request comes right behind it.
+        one.sendall(head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        seen = b"".join(iter(lambda: one.recv(65536), b""))
+    assert b"context_length_exceeded" in seen
+    assert b'{"status":"ok"}' in seen
+
+
 @pytest.fixture
 def treacherous(bundles: dict[str, Path], tmp_path: Path) -> Path:
     folder = tmp_path / "treacherous"
