@@ -62,14 +62,7 @@ class Conversation:
 
     def as_dict(self) -> dict[str, Any]:
         """The conversation in JSON types, as `save` writes it."""
-        return {
-            "schema": SCHEMA,
-            "system": self.system,
-            "messages": [
-                {"role": item.role, "content": item.content, **({"tokens": item.tokens} if item.tokens else {})}
-                for item in self.messages
-            ],
-        }
+        return _as_dict(self.system, self.messages)
 
     def restore(self, data: Any) -> None:
         """Take over what `as_dict` gave, maybe long ago and by another model.
@@ -112,14 +105,23 @@ def read_conversation(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a saved conversation: {error}") from error
-    check_conversation(data)
-    checked: dict[str, Any] = data
-    return checked
+    return check_conversation(data)
 
 
-def check_conversation(data: Any) -> None:
-    """Raise InputError if `data` is not what `Conversation.as_dict` gives."""
-    _parse(data, None)
+def check_conversation(data: Any) -> dict[str, Any]:
+    """What in `data` is of a conversation, as `Conversation.as_dict` gives it. Raises InputError if it is none."""
+    return _as_dict(*_parse(data, None))
+
+
+def _as_dict(system: str, messages: Iterable[Message]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "system": system,
+        "messages": [
+            {"role": item.role, "content": item.content, **({"tokens": item.tokens} if item.tokens else {})}
+            for item in messages
+        ],
+    }
 
 
 def _parse(data: Any, vocabulary: Vocabulary | None) -> tuple[str, list[Message]]:
@@ -136,15 +138,19 @@ def _parse_message(item: Any, vocabulary: Vocabulary | None) -> Message:
     if role not in ("user", "assistant") or not isinstance(content, str):
         raise InputError("A message of this saved conversation has no role 'user' or 'assistant', or no text.")
     tokens = item.get("tokens")
-    return Message(role, content, _trusted(tokens, content, vocabulary) if role == "assistant" and vocabulary else None)
+    return Message(role, content, _trusted(tokens, content, vocabulary) if role == "assistant" else None)
 
 
-def _trusted(tokens: Any, content: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
-    """Ids from a file, if they are an answer that begins with `content` (a stop string may have cut it)."""
-    if not isinstance(tokens, list) or not all(
-        type(token) is int and 0 <= token < vocabulary.vocab_size for token in tokens
-    ):
+def _trusted(tokens: Any, content: str, vocabulary: Vocabulary | None) -> tuple[int, ...] | None:
+    """Ids from a file, if they are an answer that begins with `content` (a stop string may have cut it).
+
+    Without a vocabulary, any numbers are.
+    """
+    size = vocabulary.vocab_size if vocabulary else 1 << 31
+    if not isinstance(tokens, (list, tuple)) or not all(type(token) is int and 0 <= token < size for token in tokens):
         return None
+    if vocabulary is None:
+        return tuple(tokens)
     if not set(tokens).isdisjoint(vocabulary.control.values()) or not vocabulary.decode(tokens).startswith(content):
         return None
     return tuple(tokens)

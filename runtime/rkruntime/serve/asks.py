@@ -103,19 +103,13 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
     return build
 
 
-async def begin(request: Request, service: Service, ask: Ask, started: Callable[[Run], None] | None = None) -> Begun:
-    """Wait for the first items.
-
-    Args:
-        started: gets the run while it still waits for its turn.
+async def begin(request: Request, service: Service, run: Run) -> Begun:
+    """Wait for the first items of a run that was just started; who takes them closes it.
 
     Raises:
         RKEdgeError: the request is refused, or failed before it said anything.
         ClientDisconnect: the client is gone; the run is stopped.
     """
-    run = service.start(ask)
-    if started:
-        started(run)
     try:
         first = await while_connected(request, run.take())
         model = service.host.current
@@ -128,13 +122,10 @@ async def begin(request: Request, service: Service, ask: Ask, started: Callable[
 
 
 async def items(begun: Begun) -> AsyncGenerator[list[Item], None]:
-    """All items behind the Begin. Closing it early stops the run."""
-    try:
-        yield begun.first
-        while batch := await begun.run.take():
-            yield batch
-    finally:
-        await begun.run.close()
+    """All items behind the Begin."""
+    yield begun.first
+    while batch := await begun.run.take():
+        yield batch
 
 
 async def collect(request: Request, begun: Begun) -> Outcome:

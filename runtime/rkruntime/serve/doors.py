@@ -13,6 +13,7 @@ import ipaddress
 import re
 import socket
 import struct
+import time
 from collections.abc import Hashable, Mapping
 from typing import Final, Protocol
 
@@ -24,6 +25,8 @@ from rkruntime.serve.users import NETWORK, User, login_name, may_name, named
 
 USER_HEADER: Final = "x-rkedge-user"
 _CREDENTIALS: Final = struct.Struct("3i")
+# Seconds for which a user id keeps its login name.
+_KNOWN_S: Final = 60.0
 # What a browser adds to a request, and no page can take away.
 _FETCH: Final = "sec-fetch-"
 
@@ -61,6 +64,7 @@ class UnixDoor:
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.keys: Mapping[str, str] = {}
+        self._accounts: dict[int, tuple[float, asyncio.Future[str]]] = {}
 
     @property
     def any_host(self) -> bool:
@@ -75,8 +79,15 @@ class UnixDoor:
     async def user(self, peer: Hashable, headers: Headers) -> User:
         """The login name; or, for root and the daemon's own user, whom they name."""
         assert isinstance(peer, int)
-        account = await asyncio.to_thread(login_name, peer)
-        return named(account, _name(headers), trusted=may_name(peer))
+        return named(await self._account(peer), _name(headers), trusted=may_name(peer))
+
+    async def _account(self, uid: int) -> str:
+        """The login name, looked up once a minute; everybody of the same user waits for the same look-up."""
+        until, name = self._accounts.get(uid, (0.0, None))
+        if name is None or time.monotonic() > until:
+            name = asyncio.ensure_future(asyncio.to_thread(login_name, uid))
+            self._accounts[uid] = time.monotonic() + _KNOWN_S, name
+        return await asyncio.shield(name)
 
     def check(self, keys: Mapping[str, str]) -> None:
         """Keys are for TCP."""

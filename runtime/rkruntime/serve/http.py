@@ -27,6 +27,7 @@ from rkruntime.errors import (
     UnsupportedCallError,
     UsageError,
 )
+from rkruntime.serve.threads import with_data
 from rkruntime.serve.validate import Validator, parse_json
 from rkruntime.words import counted
 
@@ -47,8 +48,6 @@ _ERRORS: Final[tuple[tuple[type[RKEdgeError], int, str, str | None], ...]] = (
     (RefusedError, 400, "invalid_request_error", None),
     (RKEdgeError, 503, "server_error", "model_unavailable"),
 )
-# Bytes of a body whose checks would be noticed by others if they were made in the event loop.
-_LARGE: Final = 1 << 16
 _INTERNAL: Final = (500, "server_error", "internal")
 
 
@@ -110,7 +109,7 @@ class Bodies:
         self.seconds = seconds
 
     async def read(self, request: Request, schema: str) -> dict[str, Any]:
-        """The body as a JSON object that fits the schema, without its nulls.
+        """The body as a JSON object that fits the schema, as `Validator.read` gives it.
 
         Raises:
             BodyError: too large, too slow, no JSON, or not of the schema.
@@ -122,16 +121,14 @@ class Bodies:
                 f"The body did not arrive within {counted(self.seconds, 'second')}.",
                 details={"status": 408, "code": "too_slow"},
             ) from None
-        if len(body) < _LARGE:
-            return self._checked(body, schema)
-        return await asyncio.to_thread(self._checked, body, schema)
+        return await with_data(len(body), self._checked, body, schema)
 
     def _checked(self, body: bytes, schema: str) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
             raise BodyError(f"The body is not a JSON object but a {type(data).__name__}.")
-        self._validator.check(schema, data)
-        return {name: value for name, value in data.items() if value is not None}
+        read: dict[str, Any] = self._validator.read(schema, data)
+        return read
 
     async def _read(self, request: Request) -> bytes:
         declared = request.headers.get("content-length", "")
@@ -175,21 +172,31 @@ class Stream(Response):
     """Sends chunks as they come, and closes their source as soon as the client is gone.
 
     Args:
-        chunks: whole events; an exception in it is the source's own affair, which must end with an error event.
+        chunks: whole events.
+        failed: the event that ends them after an exception.
+        close: called at the end, however it comes, and even if nothing was ever taken from `chunks`.
     """
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str] | None = None
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        failed: Callable[[Exception], bytes],
+        close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(
             None, 200, {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})}, media_type
         )
         del self.headers["content-length"]
         self._chunks = chunks
+        self._failed = failed
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        sending = asyncio.ensure_future(self._send(send))
+        sending = asyncio.ensure_future(self._send(scope["rkedge.id"], send))
         watch = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({sending, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -200,9 +207,22 @@ class Stream(Response):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
+            if self._close:
+                await self._close()
 
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self._chunks) as chunks:
+    async def _events(self, request_id: str) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except RKEdgeError as error:
+            yield self._failed(error)
+        except Exception as error:
+            log.exception("request %s", request_id)
+            yield self._failed(error)
+
+    async def _send(self, request_id: str, send: Send) -> None:
+        async with aclosing(self._events(request_id)) as chunks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -6,11 +6,13 @@ ask something else, and then what there is of it stays as it is.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,12 +20,14 @@ from starlette.routing import Route
 
 from rkruntime.answer import Answer
 from rkruntime.conversation import SCHEMA, Conversation, check_conversation
-from rkruntime.errors import BodyError, InputError, NoSuchSessionError, RKEdgeError
+from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.repl import rate
 from rkruntime.serve.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
+from rkruntime.serve.sessions import as_text
+from rkruntime.serve.threads import LARGE, with_data
 from rkruntime.serve.users import User, check_name
 from rkruntime.words import dropped_turns
 
@@ -121,6 +125,7 @@ class Sessions:
         self._store = service.sessions
         self._bodies = bodies
         self._runs: dict[_Place, Run] = {}
+        self._locks: WeakValueDictionary[_Place, asyncio.Lock] = WeakValueDictionary()
 
     def routes(self) -> list[Route]:
         """For the application."""
@@ -140,33 +145,49 @@ class Sessions:
             {"sessions": [{"name": item.name, "size": item.size, "changed": item.changed} for item in found]}
         )
 
+    def _order(self, place: _Place) -> asyncio.Lock:
+        """Held while a session is read and changed, as large ones are read in a thread."""
+        return self._locks.setdefault(place, asyncio.Lock())
+
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
-        return json_response(self._store.read(place.user, place.name))
+
+        def respond() -> Response:
+            return json_response(self._store.read(place.user, place.name))
+
+        return await with_data(self._store.size(place.user, place.name), respond)
 
     async def _delete(self, request: Request) -> Response:
         place = _Place.of(request)
-        await self._take_over(place)
-        self._store.delete(place.user, place.name)
+        async with self._order(place):
+            await self._take_over(place)
+            self._store.delete(place.user, place.name)
         return json_response({"deleted": place.name})
 
     async def _change(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionUpdate")
-        await self._take_over(place)
-        data = body.get("conversation", self._data(place))
+        async with self._order(place):
+            await self._take_over(place)
+            size = max(self._store.size(place.user, place.name), int(request.headers.get("content-length", LARGE)))
+            text = await with_data(size, self._changed, place, body)
+            self._store.write_text(place.user, place.name, text)
+        return json_response({"changed": place.name})
+
+    def _changed(self, place: _Place, body: Mapping[str, Any]) -> bytes:
+        """What a session is after the change, as a file."""
+        data = body["conversation"] if "conversation" in body else self._data(place)
         try:
-            check_conversation(data)
+            kept = check_conversation(data)
         except InputError as error:
             raise BodyError(error.message, details={"param": "conversation"}) from error
         # What the daemon notes for itself is not taken from a client, and goes with the turns.
         own = () if "conversation" in body or body.get("clear") else ("number", "broken")
-        kept = {key: data[key] for key in ("schema", "messages", *own) if key in data}
-        kept["system"] = body.get("system", data.get("system", ""))
+        kept |= {key: data[key] for key in own if key in data}
+        kept["system"] = body.get("system", kept["system"])
         if body.get("clear"):
             kept["messages"] = []
-        self._store.write(place.user, place.name, kept)
-        return json_response({"changed": place.name})
+        return as_text(kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
         try:
@@ -183,48 +204,71 @@ class Sessions:
     async def _ask(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionMessage")
-        await self._take_over(place)
         options = {name: body[name] for name in _OPTIONS if name in body}
         drop = bool(body.get("drop_oldest"))
-        turn = _Turn(self._data(place), body["content"], body.get("id", ""), options, drop)
-        return await self._answer(request, place, turn, 0)
+        async with self._order(place):
+            await self._take_over(place)
+            data = await with_data(self._store.size(place.user, place.name), self._data, place)
+            run = self._start(request, place, _Turn(data, body["content"], body.get("id", ""), options, drop))
+        return await self._answer(request, place, run, 0)
 
     async def _resume(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionResume")
-        await self._take_over(place)
-        data = self._store.read(place.user, place.name)
-        if not body["id"] or data.get("number") != body["id"]:
+        received = body.get("received", 0)
+        async with self._order(place):
+            await self._take_over(place)
+            size = self._store.size(place.user, place.name)
+            data = await with_data(size, self._store.read, place.user, place.name)
+            turn = self._broken(place, data, body["id"])
+            run = self._start(request, place, turn) if turn else None
+        if run is None:
+            return Stream(_whole(data, received), "application/x-ndjson", failed=_failed)
+        return await self._answer(request, place, run, received)
+
+    def _broken(self, place: _Place, data: Mapping[str, Any], number: str) -> _Turn | None:
+        """The turn that goes on with an answer; none if it came to its end. Raises NoSuchSessionError."""
+        if not number or data.get("number") != number:
             raise NoSuchSessionError(
-                f"The session {place.name!r} has no answer {body['id']!r} to go on with.", hint="Ask again."
+                f"The session {place.name!r} has no answer {number!r} to go on with.", hint="Ask again."
             )
-        received, broken = body.get("received", 0), data.get("broken")
+        broken = data.get("broken")
         if broken is None:
-            return Stream(_whole(data, received), "application/x-ndjson")
+            return None
         too_old = time.time() - broken["at"] > self._service.settings.sessions.resume_s
         if too_old or broken["model"] != self._service.name:
             reason = "too long ago" if too_old else "by another model"
             raise NoSuchSessionError(f"That answer was broken off {reason} to go on.", hint="Ask again.")
-        turn = _Turn(data, broken["question"], body["id"], broken["options"], begun=tuple(broken["tokens"]))
-        return await self._answer(request, place, turn, received)
+        return _Turn(data, broken["question"], number, broken["options"], begun=tuple(broken["tokens"]))
 
-    async def _answer(self, request: Request, place: _Place, turn: _Turn, received: int) -> Response:
+    def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
         def keep(answer: Answer, whole: bool) -> None:
             self._store.write(place.user, place.name, turn.kept(answer, whole))
 
         ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
-        begun = await begin(request, self._service, ask, lambda run: self._runs.__setitem__(place, run))
-        return Stream(_lines(begun, received, self._forget(place, begun.run)), "application/x-ndjson", begun.headers)
+        # Known while it still waits for its turn.
+        run = self._runs[place] = self._service.start(ask)
+        return run
 
-    def _forget(self, place: _Place, run: Run) -> Callable[[], None]:
-        def forget() -> None:
+    async def _answer(self, request: Request, place: _Place, run: Run, received: int) -> Response:
+        async def close() -> None:
             if self._runs.get(place) is run:
                 del self._runs[place]
+            await run.close()
 
-        return forget
+        try:
+            begun = await begin(request, self._service, run)
+        except BaseException:
+            await close()
+            raise
+        return Stream(_lines(begun, received), "application/x-ndjson", begun.headers, failed=_failed, close=close)
 
 
-async def _lines(begun: Begun, received: int, done: Callable[[], None]) -> AsyncGenerator[bytes, None]:
+def _failed(error: Exception) -> bytes:
+    return _line("error", **error_body(error, "openai"))
+
+
+async def _lines(begun: Begun, received: int) -> AsyncGenerator[bytes, None]:
     """The events of an answer, without what the client has of it already."""
     info = begun.model.engine.info
     yield _line(
@@ -236,20 +280,15 @@ async def _lines(begun: Begun, received: int, done: Callable[[], None]) -> Async
     )
     late = begun.begin.text[received:]
     skip = max(0, received - len(begun.begin.text))
-    try:
-        if late:
-            yield _line("text", text=late)
-        async for batch in items(begun):
-            text, outcome = split(batch)
-            text, skip = text[skip:], max(0, skip - len(text))
-            if text:
-                yield _line("text", text=text)
-            if outcome:
-                yield _done(outcome)
-    except RKEdgeError as error:
-        yield _line("error", **error_body(error, "openai"))
-    finally:
-        done()
+    if late:
+        yield _line("text", text=late)
+    async for batch in items(begun):
+        text, outcome = split(batch)
+        text, skip = text[skip:], max(0, skip - len(text))
+        if text:
+            yield _line("text", text=text)
+        if outcome:
+            yield _done(outcome)
 
 
 def _done(outcome: Outcome) -> bytes:

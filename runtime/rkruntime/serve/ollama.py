@@ -6,15 +6,17 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.bundle import Manifest, open_bundle
-from rkruntime.errors import RKEdgeError, UsageError
+from rkruntime.bundle import MANIFEST, Manifest, open_bundle
+from rkruntime.errors import UsageError
 from rkruntime.serve.asks import (
     Begun,
     ask_of,
@@ -30,6 +32,7 @@ from rkruntime.serve.asks import (
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response, while_connected
 from rkruntime.serve.service import Keep, Outcome, Prompt, Service
+from rkruntime.serve.threads import LARGE, with_data
 from rkruntime.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -52,6 +55,10 @@ def _time(seconds: float | None = None) -> str:
 
 def _nanoseconds(seconds: float) -> int:
     return max(0, int(seconds * 1e9))
+
+
+def _failed(error: Exception) -> bytes:
+    return (_encode(error_body(error, "ollama")) + "\n").encode("utf-8", "replace")
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
@@ -77,6 +84,20 @@ def _details(manifest: Manifest) -> dict[str, Any]:
         "parameter_size": manifest.size,
         "quantization_level": manifest.dtype,
     }
+
+
+def _read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle, parsed again only when its file has changed. Raises BundleError."""
+    try:
+        found = (bundle / MANIFEST).stat()
+    except OSError:
+        return open_bundle(bundle).manifest
+    return _parsed(bundle, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=1)
+def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
+    return open_bundle(bundle).manifest
 
 
 class Ollama:
@@ -140,9 +161,10 @@ class Ollama:
         # -1 and -2 are without limit and to the end of the context, which is the same here.
         limit = options.get("num_predict", -1)
         ask = ask_of(request, prompt, options, int(limit) if limit > 0 else None, keep)
-        begun = await begin(request, self._service, ask)
+        begun = await begin(request, self._service, self._service.start(ask))
         if body.get("stream", True):
-            return Stream(self._lines(begun, shape), "application/x-ndjson", begun.headers)
+            lines = self._lines(begun, shape)
+            return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=begun.run.close)
         outcome = await collect(request, begun)
         return json_response({**self._line(shape, outcome.answer.text), **_figures(outcome)}, headers=begun.headers)
 
@@ -150,26 +172,24 @@ class Ollama:
         return {"model": self._service.name, "created_at": _time(), **shape(text), "done": False}
 
     async def _lines(self, begun: Begun, shape: Shape) -> AsyncGenerator[bytes, None]:
-        try:
-            async for batch in items(begun):
-                text, outcome = split(batch)
-                if text:
-                    yield (_encode(self._line(shape, text)) + "\n").encode("utf-8", "replace")
-                if outcome:
-                    yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
-        except RKEdgeError as error:
-            yield (_encode(error_body(error, "ollama")) + "\n").encode("utf-8", "replace")
+        async for batch in items(begun):
+            text, outcome = split(batch)
+            if text:
+                yield (_encode(self._line(shape, text)) + "\n").encode("utf-8", "replace")
+            if outcome:
+                yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
 
-    def _manifest(self) -> Manifest:
+    async def _manifest(self) -> Manifest:
         model = self._service.host.current
         if model is not None:
             return model.bundle.manifest
         if self._service.settings.bundle is None:
             raise UsageError("No bundle is configured.")
-        return open_bundle(self._service.settings.bundle).manifest
+        # Without a model, each look at the file may have to parse it.
+        return await with_data(LARGE, _read_manifest, self._service.settings.bundle)
 
-    def _card(self) -> dict[str, Any]:
-        manifest = self._manifest()
+    async def _card(self) -> dict[str, Any]:
+        manifest = await self._manifest()
         record = manifest.files[manifest.model_file]
         model = self._service.host.current
         return {
@@ -182,18 +202,18 @@ class Ollama:
         }
 
     async def _tags(self, request: Request) -> Response:
-        return json_response({"models": [self._card()]})
+        return json_response({"models": [await self._card()]})
 
     async def _ps(self, request: Request) -> Response:
         if self._service.host.current is None:
             return json_response({"models": []})
         idle = self._service.settings.idle_unload_s
         until = _time(time.time() + idle) if idle else "9999-12-31T23:59:59Z"
-        return json_response({"models": [{**self._card(), "expires_at": until, "size_vram": 0}]})
+        return json_response({"models": [{**await self._card(), "expires_at": until, "size_vram": 0}]})
 
     async def _show(self, request: Request) -> Response:
         await self._bodies.read(request, "OllamaShow")
-        manifest = self._manifest()
+        manifest = await self._manifest()
         info = {
             "general.architecture": manifest.family,
             "general.parameter_count": manifest.parameters,

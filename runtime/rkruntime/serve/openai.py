@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.errors import BodyError, RKEdgeError
+from rkruntime.errors import BodyError
 from rkruntime.serve.asks import (
     Begun,
     ask_of,
@@ -38,6 +38,10 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def _event(data: str) -> bytes:
     return f"data: {data}\n\n".encode("utf-8", "replace")
+
+
+def _failed(error: Exception) -> bytes:
+    return _event(_encode(error_body(error, "openai")))
 
 
 def _usage(outcome: Outcome) -> dict[str, Any]:
@@ -81,15 +85,12 @@ class _Chunks:
     async def events(self) -> AsyncGenerator[bytes, None]:
         if self._chat:
             yield _event(_encode(self._with([self._choice("", None, role="assistant")])))
-        try:
-            async for batch in items(self._begun):
-                text, outcome = split(batch)
-                if text:
-                    yield f"{self._before}{_encode(text)}{self._after}".encode("utf-8", "replace")
-                if outcome:
-                    yield self._end(outcome)
-        except RKEdgeError as error:
-            yield _event(_encode(error_body(error, "openai")))
+        async for batch in items(self._begun):
+            text, outcome = split(batch)
+            if text:
+                yield f"{self._before}{_encode(text)}{self._after}".encode("utf-8", "replace")
+            if outcome:
+                yield self._end(outcome)
 
     def _end(self, outcome: Outcome) -> bytes:
         last = _event(_encode(self._with([self._choice(None, outcome.answer.reason.value)])))
@@ -148,11 +149,11 @@ class OpenAI:
         return await self._answer(request, body, ask, chat=False)
 
     async def _answer(self, request: Request, body: Any, ask: Ask, *, chat: bool) -> Response:
-        begun = await begin(request, self._service, ask)
+        begun = await begin(request, self._service, self._service.start(ask))
         usage = bool(body.get("stream_options", {}).get("include_usage"))
         chunks = _Chunks(begun, chat=chat, usage=usage)
         if body.get("stream"):
-            return Stream(chunks.events(), "text/event-stream", begun.headers)
+            return Stream(chunks.events(), "text/event-stream", begun.headers, failed=_failed, close=begun.run.close)
         return json_response(chunks.whole(await collect(request, begun)), headers=begun.headers)
 
     async def _embed(self, request: Request) -> Response:

@@ -14,11 +14,13 @@ from rkruntime.abi import within
 from rkruntime.answer import Answer, AnswerReader
 from rkruntime.errors import (
     BodyError,
+    BundleError,
     BusyError,
     ContextFullError,
     RKEdgeError,
     ServiceError,
     TimeLimitError,
+    UsageError,
     WorkerError,
 )
 from rkruntime.generation import FinishReason, Request, Sampling
@@ -122,6 +124,10 @@ class Run:
 
     def end(self, error: BaseException | None) -> None:
         """From the run: nothing follows, or an error."""
+        if error is not None:
+            # The frames hold the prompt, and would for as long as anybody holds the run.
+            error.__cause__ = error.__context__ = None
+            error = error.with_traceback(None)
         self._error, self._ended = error, True
         self._wake.set()
 
@@ -179,7 +185,9 @@ class Service:
             outcome = type(error).__name__
             # Refusals are counted; a client that never stops to ask would fill the log with them.
             level = logging.DEBUG if isinstance(error, BusyError) else logging.WARNING
-            log.log(level, "request %s: %s: %s", ask.request_id, outcome, error.message)
+            # A template can spell a person's words in what it says, so that is for the client alone.
+            said = "" if isinstance(error, (UsageError, BundleError)) else f": {error.message}"
+            log.log(level, "request %s: %s%s", ask.request_id, outcome, said)
             run.end(error)
         except asyncio.CancelledError:
             run.end(stopped())

@@ -32,6 +32,11 @@ def _on_disk(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
+def as_text(data: Mapping[str, Any]) -> bytes:
+    """A conversation as a file holds it."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
 class SessionStore:
     """The folder of conversations.
 
@@ -67,8 +72,17 @@ class SessionStore:
         """A user's conversations, the last used first."""
         return list(reversed(self._of(user).values()))
 
+    def size(self, user: User, name: str) -> int:
+        """Of a conversation on the disk, in bytes; 0 if there is none."""
+        kept = self._of(user).get(name)
+        return kept.size if kept else 0
+
     def read(self, user: User, name: str) -> dict[str, Any]:
-        """What `write` kept. Raises NoSuchSessionError; a damaged file is as good as none."""
+        """What `write` kept; may be called in a thread.
+
+        Raises:
+            NoSuchSessionError: there is none; a damaged file is as good as none.
+        """
         try:
             data = json.loads(self._file(user, name).read_bytes())
         except FileNotFoundError as error:
@@ -88,8 +102,11 @@ class SessionStore:
             BodyError: there is no room even without them (507).
             HostError: the disk is full.
         """
+        self.write_text(user, name, as_text(data))
+
+    def write_text(self, user: User, name: str, text: bytes) -> None:
+        """`write` for what `as_text` gave."""
         path = self._file(user, name)
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
         leaving = self._leaving(user, name, _on_disk(len(text)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from rkruntime.errors import BodyError
@@ -22,26 +24,48 @@ _TYPES: Final[Mapping[str, Callable[[Any], bool]]] = {
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
 }
+# Far more than any client sends, and far less than Python's own limit, which hits whoever reads the values later.
+_MAX_DEPTH: Final = 64
 
 
 def parse_json(body: bytes) -> Any:
-    """A JSON text as values. Raises BodyError; NaN and infinity are no JSON."""
+    """A JSON text as values. Raises BodyError; NaN, infinity and what rounds to it are no JSON."""
 
     def refuse(name: str) -> Any:
-        raise BodyError(f"The body is not JSON: {name} is no number.")
+        raise BodyError(f"The body is not JSON: {name[:20]} is no number.")
+
+    def finite(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text)
 
     try:
-        return json.loads(body.decode(), parse_constant=refuse)
+        data = json.loads(body.decode(), parse_constant=refuse, parse_float=finite)
     except UnicodeDecodeError as error:
         raise BodyError(f"The body is not UTF-8: {error}.") from error
     except RecursionError as error:
-        raise BodyError("The body is nested too deeply.") from error
+        raise _too_deep() from error
     except ValueError as error:
         raise BodyError(f"The body is not JSON: {error}.") from error
+    _check_depth(data)
+    return data
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> BodyError:
+    return BodyError(f"The body is nested more than {_MAX_DEPTH} levels deep.")
 
 
 class Validator:
-    """Checks values against one document's schemas.
+    """Reads values by one document's schemas.
 
     Args:
         document: of OpenAPI 3.1, with `components.schemas`.
@@ -50,45 +74,50 @@ class Validator:
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._schemas: Mapping[str, Schema] = document["components"]["schemas"]
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise BodyError, with the field, if `value` is not as the schema `name` has it."""
-        self._check(self._schemas[name], value, "")
+    def read(self, name: str, value: Any) -> Any:
+        """What the schema `name` knows of `value`: no other properties, no nulls in objects, integers as int.
 
-    def _check(self, schema: Schema, value: Any, where: str) -> None:
+        Raises:
+            BodyError: `value` is not as the schema has it; with the field.
+        """
+        return self._read(self._schemas[name], value, "")
+
+    def _read(self, schema: Schema, value: Any, where: str) -> Any:
         if "$ref" in schema:
             schema = self._schemas[schema["$ref"].rpartition("/")[2]]
         if "anyOf" in schema:
-            self._check_any(schema, value, where)
+            return self._read_any(schema, value, where)
         for word, rule in _RULES.items():
             if word in schema and not rule(schema[word], value):
                 raise _error(schema, word, value, where)
         if isinstance(value, dict):
-            self._check_object(schema, value, where)
-        elif isinstance(value, list) and "items" in schema:
-            for at, item in enumerate(value):
-                self._check(schema["items"], item, f"{where}[{at}]")
+            return self._read_object(schema, value, where)
+        if isinstance(value, list) and "items" in schema:
+            return [self._read(schema["items"], item, f"{where}[{at}]") for at, item in enumerate(value)]
+        if isinstance(value, float) and "integer" in schema.get("type", ()):
+            return int(value)
+        return value
 
-    def _check_any(self, schema: Schema, value: Any, where: str) -> None:
+    def _read_any(self, schema: Schema, value: Any, where: str) -> Any:
         """One of the alternatives must fit; the error is that of the last one, where the fullest forms stand."""
         *others, last = schema["anyOf"]
-        if not any(self._fits(alternative, value) for alternative in others):
-            self._check(last, value, where)
+        for alternative in others:
+            with suppress(BodyError):
+                return self._read(alternative, value, where)
+        return self._read(last, value, where)
 
-    def _fits(self, schema: Schema, value: Any) -> bool:
-        try:
-            self._check(schema, value, "")
-        except BodyError:
-            return False
-        return True
-
-    def _check_object(self, schema: Schema, value: Mapping[str, Any], where: str) -> None:
+    def _read_object(self, schema: Schema, value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         for name in schema.get("required", ()):
             if name not in value:
                 raise BodyError(f"{_name(where, name)} is missing.", details={"param": _name(where, name)})
-        properties = schema.get("properties", {})
-        for name, item in value.items():
-            if name in properties:
-                self._check(properties[name], item, _name(where, name))
+        if "properties" not in schema:
+            return value
+        known = {
+            name: self._read(schema["properties"][name], item, _name(where, name))
+            for name, item in value.items()
+            if name in schema["properties"]
+        }
+        return {name: item for name, item in known.items() if item is not None}
 
 
 def _is_type(wanted: str | list[str], value: Any) -> bool:

@@ -116,7 +116,11 @@ def test_by_the_openapi_file(case: Any, target: Any) -> None:
         (b'{"messages": NaN}', 400, "NaN"),
         (b"[" * 200_000, 400, "nested"),
         (b'{"a":' * 100_000, 400, "nested"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400, "temperature"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400, "1e999"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "foreign": -1e999}', 400, "1e999"),
+        (b'{"foreign": ' + b"[" * 64 + b"]" * 64 + b"}", 400, "nested"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "a": ' + b"[" * 63 + b"]" * 63 + b"}", 200, ""),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2.0, "stop": null}', 200, ""),
         (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", 400, ""),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 200, ""),
         (b'{"messages": [{"role": "user\\u0000", "content": "x"}]}', 400, "role"),
@@ -124,7 +128,7 @@ def test_by_the_openapi_file(case: Any, target: Any) -> None:
         (b'{"messages": {"role": "user"}}', 400, "messages"),
         (b'{"messages": [{"role": "user", "content": "x"}], "stream": 1}', 400, "stream"),
     ],
-    ids=range(15),
+    ids=range(19),
 )
 def test_known_attacks(connection: UnixConnection, body: bytes, status: int, word: str) -> None:
     found, answer = post(connection, "/v1/chat/completions", body)
@@ -272,3 +276,28 @@ def test_control_tokens_in_every_field_stay_text(target: Any, bundles: dict[str,
     else:
         status, _, body = target.request("POST", "/v1/chat/completions", {**plain, where: CONTROL})
         assert (status, body["usage"]["prompt_tokens"]) == (200, base)
+
+
+def test_a_session_takes_whole_numbers_and_keeps_nothing_foreign(target: Any) -> None:
+    assert len(target.lines("/sessions/w/messages", {"content": "hi", "id": "1", "max_tokens": 2.0})) > 1
+    assert target.lines("/sessions/w/resume", {"id": "1", "received": 1.0})[-1]["type"] == "done"
+    message = {"role": "user", "content": "a", "foreign": 1}
+    answer = {"role": "assistant", "content": "b", "tokens": [1, 2], "foreign": 1}
+    conversation = {"schema": "rkedge-conversation/1", "messages": [message, answer], "foreign": "x" * 100_000}
+    assert target.request("PUT", "/sessions/w", {"conversation": conversation})[0] == 200
+    kept = target.request("GET", "/sessions/w")[2]
+    assert kept == {
+        "schema": "rkedge-conversation/1",
+        "system": "",
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tokens": [1, 2]}],
+    }
+    deep = b"[" * 970 + b"]" * 970
+    conversation = json.dumps({**conversation, "foreign": "x" * 100_000}).encode()[:-1] + b', "deep": ' + deep + b"}"
+    status, _, body = target.request("PUT", "/sessions/w", b'{"conversation": ' + conversation + b"}")
+    assert (status, "nested" in body["error"]["message"]) == (400, True)
+    assert target.request("DELETE", "/sessions/w")[0] == 200
+
+
+def test_nulls_within_options_are_as_good_as_nothing(connection: UnixConnection) -> None:
+    body = {"model": "x", "prompt": "hi", "stream": False, "options": {"num_predict": None, "temperature": None}}
+    assert post(connection, "/api/generate", json.dumps(body).encode())[0] == 200

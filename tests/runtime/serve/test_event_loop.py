@@ -83,6 +83,20 @@ def test_the_largest_texts(daemon: Any, path: str, field: str) -> None:
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_a_body_in_chunks_of_one_byte(daemon: Any) -> None:
+    body = json.dumps({"messages": messages("a" * 50_000, 1), "drop_oldest": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with watched(daemon), socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(60)
+        one.connect(str(daemon.socket))
+        # Another request comes right behind it.
+        one.sendall(head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        seen = b"".join(iter(lambda: one.recv(65536), b""))
+    assert b"context_length_exceeded" in seen
+    assert b'{"status":"ok"}' in seen
+
+
 @pytest.fixture
 def treacherous(bundles: dict[str, Path], tmp_path: Path) -> Path:
     folder = tmp_path / "treacherous"
@@ -142,13 +156,17 @@ def test_what_a_template_says_does_not_reach_the_log(
 ) -> None:
     folder = tmp_path / "talkative"
     shutil.copytree(bundles["base"], folder)
+    # It spells what somebody said letter by letter, so that nothing it says is of the conversation.
     source = (
-        "{% if messages[-1].content[0] == '!' %}{{ raise_exception('\x1b[2J\n' ~ messages[-1].content) }}{% endif %}"
+        "{% if messages[-1].content[0] == '!' %}{% set said = namespace(words='\x1b[2J\n') %}"
+        "{% for letter in messages[-1].content %}{% for known in 'adginos ' %}{% if letter == known %}"
+        "{% set said.words = said.words ~ known %}{% endif %}{% endfor %}{% endfor %}"
+        "{{ raise_exception(said.words) }}{% endif %}"
     )
     talkative = with_file(open_bundle(folder), "chat_template.jinja", source + TREACHEROUS)
     daemon = start_daemon(bundle=talkative.path, port=False)
-    status, _, _ = daemon.request("POST", "/v1/chat/completions", {"messages": messages("!my diagnosis", 1)})
-    assert status == 400
-    daemon.wait_until(lambda: "refuses this conversation" in daemon.log)
+    status, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": messages("!my diagnosis", 1)})
+    assert (status, "diagnosis" in body["error"]["message"]) == (400, True)
+    daemon.wait_until(lambda: "UsageError" in daemon.log)
     assert "diagnosis" not in daemon.log
     assert "\x1b" not in daemon.log

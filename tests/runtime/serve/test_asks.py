@@ -1,0 +1,236 @@
+"""What a request leaves behind when it fails, and what its client hears."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp
+
+from rkruntime.errors import BundleError, ContextFullError
+from rkruntime.serve import doors, native
+from rkruntime.serve.app import openapi
+from rkruntime.serve.http import Bodies, Stream
+from rkruntime.serve.native import Sessions
+from rkruntime.serve.ollama import _read_manifest
+from rkruntime.serve.service import Run
+from rkruntime.serve.sessions import SessionStore
+from rkruntime.serve.threads import LARGE, with_data
+from rkruntime.serve.users import User
+from rkruntime.serve.validate import Validator
+
+LOOP: list[int] = []
+
+
+class Words(str):
+    """A long prompt of which somebody can ask whether it is still there."""
+
+    __slots__ = ("__weakref__",)
+
+
+def known(app: ASGIApp) -> ASGIApp:
+    async def asked(scope: Any, receive: Any, send: Any) -> None:
+        LOOP[:] = [threading.get_ident()]
+        await app({**scope, "rkedge.user": User("ann"), "rkedge.id": "1"}, receive, send)
+
+    return asked
+
+
+def sessions_of(store: SessionStore, work: Any = None) -> Sessions:
+    service: Any = SimpleNamespace(sessions=store, start=lambda _: Run(work))
+    return Sessions(service, Bodies(Validator(openapi()), 1 << 20, 5))
+
+
+def test_a_refused_question_to_a_session_is_forgotten(tmp_path: Path) -> None:
+    async def refuse(run: Run) -> None:
+        run.end(ContextFullError("too long"))
+
+    store = SessionStore(tmp_path / "sessions", 1 << 20, 100)
+    sessions = sessions_of(store, refuse)
+    with TestClient(known(Starlette(routes=sessions.routes()))) as client:
+        answer = client.post("/sessions/a/messages", json={"content": "word"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert not sessions._runs
+
+
+def test_an_error_that_is_kept_holds_no_prompt() -> None:
+    held: list[weakref.ref[Words]] = []
+
+    async def fail(run: Run) -> None:
+        prompt = Words("word " * 1000)
+        held.append(weakref.ref(prompt))
+        try:
+            try:
+                raise ValueError(prompt)
+            except ValueError as error:
+                raise ContextFullError("too long") from error
+        except ContextFullError as error:
+            run.end(error)
+
+    async def main() -> None:
+        run = Run(fail)
+        await asyncio.sleep(0.01)
+        assert run._ended
+        assert held[0]() is None
+
+    asyncio.run(main())
+
+
+def test_a_stream_ends_with_an_event_and_is_closed_whatever_goes_wrong() -> None:
+    closed = []
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield b"first\n"
+        raise ZeroDivisionError
+
+    async def close() -> None:
+        closed.append(True)
+
+    def failed(error: Exception) -> bytes:
+        return f"{type(error).__name__}\n".encode()
+
+    client = TestClient(known(Stream(chunks(), "text/plain", failed=failed, close=close)))
+    assert client.get("/").text == "first\nZeroDivisionError\n"
+    assert closed == [True]
+
+
+def test_only_what_the_schema_knows_is_kept() -> None:
+    schemas = {
+        "Thing": {
+            "type": "object",
+            "properties": {
+                "count": {"type": ["integer", "null"]},
+                "share": {"type": "number"},
+                "parts": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"$ref": "#/x/Part"}}]},
+                "free": {"type": "object"},
+            },
+        },
+        "Part": {"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}},
+    }
+    body = {
+        "count": 3.0,
+        "share": 2.0,
+        "parts": [{"text": "a", "foreign": [[]]}],
+        "free": {"any": None},
+        "foreign": {"count": 1},
+    }
+    read = Validator({"components": {"schemas": schemas}}).read("Thing", body)
+    expected = {"count": 3, "share": 2.0, "parts": [{"text": "a"}], "free": {"any": None}}
+    # As JSON, which tells 3 from 3.0.
+    assert json.dumps(read) == json.dumps(expected)
+    assert Validator({"components": {"schemas": schemas}}).read("Thing", {"count": None}) == {}
+
+
+@pytest.mark.parametrize("size", [10, 2 * LARGE])
+def test_only_small_sessions_are_read_in_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    store = SessionStore(tmp_path / "sessions", 1 << 22, 100)
+    threads = []
+
+    def noting(work: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            threads.append(threading.get_ident())
+            return work(*args)
+
+        return noted
+
+    monkeypatch.setattr(store, "read", noting(store.read))
+    for name in ("check_conversation", "as_text", "json_response"):
+        monkeypatch.setattr(native, name, noting(getattr(native, name)))
+    message = {"role": "user", "content": "a" * size}
+    body = {"conversation": {"schema": "rkedge-conversation/1", "messages": [message]}}
+    with TestClient(known(Starlette(routes=sessions_of(store).routes()))) as client:
+        assert client.put("/sessions/a", json=body).status_code == 200
+        # What says that it was changed is small.
+        threads.pop()
+        assert client.get("/sessions/a").json()["messages"] == [message]
+    assert len(threads) == 4
+    assert all((thread in LOOP) == (size < LARGE) for thread in threads)
+
+
+def test_changes_of_a_session_do_not_overtake_each_other(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path / "sessions", 1 << 22, 100)
+    user, sessions = User("ann"), sessions_of(store)
+    store.write(user, "a", {"schema": "rkedge-conversation/1", "system": "", "messages": []})
+    slow, read = threading.Event(), store.read
+
+    def reading(*args: Any) -> dict[str, Any]:
+        data = read(*args)
+        slow.wait(0.3)
+        return data
+
+    store.read = reading  # type: ignore[method-assign]
+    store.size = lambda *_: LARGE  # type: ignore[method-assign]
+    with TestClient(known(Starlette(routes=sessions.routes()))) as client:
+        first = threading.Thread(target=client.put, args=("/sessions/a",), kwargs={"json": {"system": "old"}})
+        first.start()
+        time.sleep(0.1)
+        assert client.delete("/sessions/a").status_code == 200
+        first.join()
+    assert store.list(user) == []
+
+
+def test_two_at_a_time_work_on_large_data() -> None:
+    running, most = [0], [0]
+    lock = threading.Lock()
+
+    def work() -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+
+    async def main() -> None:
+        await asyncio.gather(*(with_data(LARGE, work) for _ in range(12)))
+
+    asyncio.run(main())
+    assert most == [2]
+
+
+def test_a_login_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def look_up(uid: int) -> str:
+        asked.append(uid)
+        time.sleep(0.05)
+        return f"user{uid}"
+
+    monkeypatch.setattr(doors, "login_name", look_up)
+    with socket.socket(socket.AF_UNIX) as listener:
+        door = doors.UnixDoor(listener)
+
+        async def main() -> list[User]:
+            users = [door.user(uid, Headers()) for uid in (1, 2) * 20]
+            return [*await asyncio.gather(*users), await door.user(1, Headers())]
+
+        assert {user.account for user in asyncio.run(main())} == {"user1", "user2"}
+    assert sorted(asked) == [1, 2]
+
+
+def test_a_manifest_is_parsed_again_when_it_has_changed(bundles: dict[str, Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundles["base"], bundle)
+    first = _read_manifest(bundle)
+    assert _read_manifest(bundle) is first
+    manifest = bundle / "rkedge.yaml"
+    manifest.write_text(manifest.read_text().replace(f"name: {first.name}", "name: other"))
+    assert _read_manifest(bundle).name == "other"
+    manifest.unlink()
+    with pytest.raises(BundleError):
+        _read_manifest(bundle)
