@@ -149,7 +149,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def _is_gemma(config: Mapping[str, Any]) -> bool:
     names = config.get("architectures")
-    known = isinstance(names, list) and any(name in SUPPORTED for name in names)
+    known = isinstance(names, list) and any(isinstance(name, str) and name in SUPPORTED for name in names)
     return known or (not names and config.get("model_type") in SUPPORTED.values())
 
 

@@ -201,6 +201,7 @@ def test_a_board_nobody_has_figures_for(tmp_path):
         ("{", CheckpointError),
         ("version https://git-lfs.github.com/spec/v1\n", CheckpointError),
         ('{"architectures": ["Gemma2ForCausalLM"], "hidden_size": -1}', CheckpointError),
+        ('{"architectures": [{}], "model_type": "gemma2"}', CheckpointError),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, content, kind):
@@ -263,6 +264,17 @@ def test_what_the_hub_refuses(hub, failure, kind, hint):
 def test_a_quantized_checkpoint_is_noted(model):
     plan = as_json(model(quantization_config={"quant_method": "bitsandbytes"}))
     assert any("quantized already (bitsandbytes)" in note for note in plan["notes"])
+
+
+def test_a_checkpoint_that_convert_refuses_is_said(model):
+    plan = as_json(model(quantization_config={"quant_method": "gptq"}))
+    assert any("`rkedge convert` refuses it" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize("ram", [float("nan"), float("inf"), 0.5, 1e300])
+def test_memory_that_no_board_has(model, ram):
+    with pytest.raises(UsageError, match="1 to 1024 GiB"):
+        make_plan(Request(str(model()), ram_gib=ram))
 
 
 def test_the_picture(model, monkeypatch):

@@ -40,6 +40,7 @@ from rkconvert.toolkit.versions import release
 from rkruntime.abi import DEFAULT_RELEASE, check_release
 from rkruntime.errors import HostError, RefusedError, UsageError
 
+_MOST_RAM: Final = 1024
 Embedding: TypeAlias = Literal["flash", "ram"]
 _SIZES: Final = "sizes of the weights and the cache, and the vendor's figures of memory"
 
@@ -64,6 +65,10 @@ class Request:
     context: int | None = None
     toolkit: str = DEFAULT_RELEASE
     embedding: Embedding | None = None
+
+    def __post_init__(self) -> None:
+        if self.ram_gib is not None and not 1 <= self.ram_gib <= _MOST_RAM:  # neither for NaN
+            raise UsageError(f"--ram {self.ram_gib:g}: a board has 1 to {_MOST_RAM} GiB of memory.")
 
 
 @dataclass(frozen=True)

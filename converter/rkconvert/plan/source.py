@@ -69,7 +69,10 @@ def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: i
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "some method") if isinstance(method, Mapping) else "some method"
-        notes = (f"the checkpoint is quantized already ({method}); what it has lost stays lost",)
+        refused = (
+            "" if method == "bitsandbytes" else ", and `rkedge convert` refuses it: start from the 16-bit checkpoint"
+        )
+        notes = (f"the checkpoint is quantized already ({method}); what it has lost stays lost{refused}",)
     return ModelSource(readable(name), config, stored, notes)
 
 
