@@ -109,6 +109,6 @@ def find_template(folder: Place) -> str | None:
             raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
     found: Any = _config(folder).get("chat_template")
     if isinstance(found, list):
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
