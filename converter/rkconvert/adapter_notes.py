@@ -54,7 +54,7 @@ def adapter_notes(adapter: Adapter, base: Checkpoint, tokenizer: Place, rows: in
     if own is not None and own.removesuffix("\n") != (GEMMA if template is None else template).removesuffix("\n"):
         yield (
             f"the adapter {adapter.name} has another chat template, which is not used: {used} is. If it was trained"
-            " with its own, it answers worse"
+            " with its own, it may answer worse"
         )
 
 

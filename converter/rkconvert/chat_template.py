@@ -45,15 +45,20 @@ class ChatTemplate:
         return [{"role": message.role, "content": message.content} for message in known]
 
 
-def read_template(folder: Place, bos_token: str) -> ChatTemplate:
+def read_template(folder: Place, bos_token: str, base: Place | None = None) -> ChatTemplate:
     """The template of a checkpoint folder, or Gemma's own; tried out with the folder's tokenizer.json, if it is there.
+
+    Args:
+        base: the folder whose template is taken if this one, an adapter's, has none.
 
     Raises:
         CheckpointError: it cannot be used, or drops the user's words.
         HostError: the process to try it out in cannot be started.
     """
     config = _config(folder)
-    found = find_template(folder)
+    found, notes = find_template(folder), []
+    if found is None and base is not None and (found := find_template(base)) is not None:
+        notes.append("the adapter's folder has a tokenizer and no chat template: the base model's is used")
     source = GEMMA if found is None else found
     tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder, config)}
     user = {"role": "user", "content": _USER}
@@ -66,7 +71,6 @@ def read_template(folder: Place, bos_token: str) -> ChatTemplate:
     role = "native" if one != other and _USER in one and _USER in other else "fold"
     if (folder / TOKENIZER).is_file():
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
-    notes = []
     if found is not None and not text.startswith(tokens["bos_token"]):
         notes.append(f"the chat template begins without {BOS}, which RKEdge puts in front of every prompt")
     return ChatTemplate(
@@ -119,7 +123,7 @@ def find_template(folder: Place) -> str | None:
             raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
     found: Any = _config(folder).get("chat_template")
     if isinstance(found, list):
-        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
     if isinstance(found, dict):
         if "default" not in found:
             raise CheckpointError(

@@ -170,7 +170,7 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     inputs = inputs_of(options, checkpoint, loaded)
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
-    template = read_template(model.tokenizer_folder, bos)
+    template = read_template(model.tokenizer_folder, bos, checkpoint.path)
     cores = _npu_cores(options, release)
     job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
     of_adapters = loaded.model(checkpoint, options.loras).notes

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from rkconvert import demo
 from rkconvert.base_names import is_other_base, plain_name
+from rkconvert.chat_template import read_template
 from rkconvert.checkpoint import open_checkpoint
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkconvert.job import Lora, merged_model
@@ -262,6 +263,22 @@ def test_whose_tokenizer_is_used(make_model, make_adapter, tokenizer, edit_json,
     assert (tmp_path / "merged" / "generation_config.json").read_bytes() == (
         base / "generation_config.json"
     ).read_bytes()
+
+
+def test_an_adapter_without_a_template_leaves_the_bases(make_model, make_adapter, tokenizer, edit_json, tmp_path):
+    base = make_model()
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    adapter = make_adapter(base, modules_to_save=["embed_tokens"])
+    demo_tokenizer.save(tokenizer, adapter)
+    (adapter / "chat_template.jinja").unlink()
+    edit_json(adapter / "tokenizer_config.json", chat_template=None)
+    model = merged_model(open_checkpoint(base), [Lora(str(adapter))])
+    assert model.tokenizer_folder == adapter
+    template = read_template(model.tokenizer_folder, "<bos>", base)
+    assert template.source == TEMPLATE
+    assert any("the base model's is used" in note for note in template.notes)
+    assert main(["merge", str(base), "--lora", str(adapter), "-o", str(tmp_path / "merged"), "-q"]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
 
 
 def test_the_same_tokenizer_in_another_form(make_model, make_adapter, tokenizer):

@@ -81,6 +81,12 @@ def test_a_missing_bos_is_said(folder: Path) -> None:
     assert read_template(folder, "<bos>").notes == ()
 
 
+def test_named_templates_whose_names_are_none(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    configure(folder, chat_template=[{"name": []}, {"name": "default", "template": "{{ messages[0].content }}"}])
+    assert read_template(folder, "<bos>").source == "{{ messages[0].content }}"
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"eos_token": None}, NEWER, {"eos_token": {"content": "<unused9>"}, "unk_token": "<mask>"}]
 )

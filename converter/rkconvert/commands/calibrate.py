@@ -78,7 +78,7 @@ def run(
     """
     reporter = Reporter(quiet)
     model = merged_model(open_checkpoint(checkpoint), [Lora.parse(text) for text in loras])
-    template = read_template(model.tokenizer_folder, BOS)
+    template = read_template(model.tokenizer_folder, BOS, model.checkpoint.path)
     count = TokenCounter(model.tokenizer_folder / TOKENIZER)
     context = choose_context(max_context, model.weights.config.max_position_embeddings)
     if check_file:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from rkconvert.chat_template import find_template
 from rkconvert.disk import require_space
 from rkconvert.hf_folder import copy_side_files, write_json, write_weights
 from rkconvert.inputs import TOKENIZER_FILES
@@ -14,7 +15,7 @@ from rkconvert.job import Lora, MergedModel, merged_model, resume_key
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.work_folder import refuse_made, work_folder
-from rkruntime.bundle import GENERATION_CONFIG
+from rkruntime.bundle import GENERATION_CONFIG, TEMPLATE
 from rkruntime.flags import json_option
 from rkruntime.terminal import say, say_json
 from rkruntime.words import counted
@@ -29,6 +30,8 @@ def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Rep
             write_weights(folder, model.weights, advance)
         write_json(folder / "config.json", model.hf_config())
         copy_side_files(model.tokenizer_folder, folder, TOKENIZER_FILES)
+        if find_template(model.tokenizer_folder) is None and (template := find_template(model.checkpoint.path)):
+            (folder / TEMPLATE).write_text(template, encoding="utf-8")
         copy_side_files(model.checkpoint.path, folder, [GENERATION_CONFIG])
         for files in model.inputs:
             files.check()
