@@ -81,7 +81,7 @@ class Program:
             followed: Any = self._tracking.render(messages=tracked, **own, **given)
         except (Refusal, MemoryError):
             raise
-        except Exception as error:
+        except Exception as error:  # A template can do anything that Python can do wrong.
             raise UnfollowedError(f"{type(error).__name__}: {error}") from error
         if text is None or str.__ne__(followed, text):
             raise UnfollowedError("it does not say the same twice")

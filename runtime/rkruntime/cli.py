@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output, such as `head`, has gone; Python must not complain about it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
+    except Exception as error:  # A person meets no traceback, whatever it was.
         if flags.debug:
             raise
         return _report(_typed(error), flags)

@@ -68,7 +68,7 @@ class Engine:
         self._closed = False
         try:
             self.info = self._load()
-        except BaseException as error:
+        except BaseException as error:  # The worker ends with it, after Ctrl-C too.
             self._end()
             if isinstance(error, RKEdgeError):
                 self._explain(error)
@@ -190,7 +190,7 @@ class Engine:
             return False
         try:
             ok, answer = True, self._ask(record)
-        except Exception as error:
+        except Exception as error:  # It is the caller's function, and the worker waits for an answer.
             ok, answer = False, f"{type(error).__name__}: {error}".encode()
         self._send({"call": "answer", "ok": ok}, [answer])
         return True

@@ -48,7 +48,7 @@ class LocalChat:
         self._drop_oldest = drop_oldest
         try:
             self._engine: Engine | None = load()
-        except BaseException:
+        except BaseException:  # Their process ends with it, after Ctrl-C too.
             self._prompts.close()
             raise
         self._answered = self._generated = 0
@@ -90,7 +90,7 @@ class LocalChat:
         except WorkerError:
             failed, self._engine = True, None
             raise
-        except Exception:
+        except Exception:  # Whatever it was, the turn is not kept; Ctrl-C keeps what there is.
             failed = True
             raise
         finally:

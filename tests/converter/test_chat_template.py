@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tests.runtime.chat_templates import FOLDED, NATIVE
 
 from rkconvert import demo
@@ -51,7 +52,6 @@ def configure(folder: Path, **settings: Any) -> None:
 
 @pytest.mark.parametrize("name", ["alpaca", "gemma without newline", "gemma with system", "vicuna"])
 def test_all_parts_agree(folder: Path, tmp_path: Path, name: str) -> None:
-    transformers = pytest.importorskip("transformers")
     (folder / "chat_template.jinja").write_text((FOLDED | NATIVE)[name])
     configure(folder, eos_token="<end_of_turn>")
     (folder / "special_tokens_map.json").unlink()
@@ -92,7 +92,6 @@ def test_named_templates_whose_names_are_none(folder: Path) -> None:
 )
 @pytest.mark.parametrize("older", [{}, {"eos_token": "<unused8>", "pad_token": {"content": "<eos>"}}])
 def test_special_tokens_are_those_of_transformers(folder: Path, config: Any, older: Any) -> None:
-    transformers = pytest.importorskip("transformers")
     wrapped = dict(config)
     if isinstance(config.get("eos_token"), dict):
         wrapped["eos_token"] = {"__type": "AddedToken", "special": True, **config["eos_token"]}
@@ -140,7 +139,6 @@ def test_what_cannot_be_followed_is_refused_before_work(folder: Path, source: st
 
 def prompts_of(folder: Path, text: str) -> tuple[list[int], list[int]]:
     """Ids of a question: ours, and those of transformers."""
-    transformers = pytest.importorskip("transformers")
     shutil.rmtree(folder.parent / "bundle", ignore_errors=True)
     assert cli.main(["convert", str(folder), "-q", "-o", str(folder.parent / "bundle")]) == 0
     question = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": text}]
@@ -182,7 +180,6 @@ def test_a_system_role_that_rewrites_its_text(folder: Path, change: str) -> None
 
 
 def test_words_that_a_fine_tune_added_are_text(folder: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     oracle = transformers.AutoTokenizer.from_pretrained(folder)
     oracle.add_tokens(["Rockchip"])
     oracle.save_pretrained(folder)
