@@ -18,7 +18,7 @@ test: lint ## Lint, type check and test
 	$(PYTEST)
 
 test-long: $(VENV)/dev.stamp ## The tests that take longer than make test may
-	$(PYTEST) -m long
+	$(BIN)/pytest -n 2 -m long
 
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict and the rule of who may import whom
 	$(BIN)/ruff check

@@ -22,6 +22,10 @@ from rkruntime import rkemu
 
 SHARD = 300_000
 COMMANDS = ("merge", "convert")
+PADDING = {
+    "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None,
+    "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+}  # fmt: skip
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -66,7 +70,7 @@ CHANGES: dict[str, Callable[[Path, list[str]], object]] = {
     "base exchanged": lambda at, line: exchange(weights(at / "base")),
     "config": lambda at, line: edit(at / "base" / "config.json", rms_norm_eps=1e-5),
     "generation": lambda at, line: (at / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 107, 5]}'),
-    "tokenizer": lambda at, line: edit(at / "base" / "tokenizer.json", version="1.0", truncation=None, own=1),
+    "tokenizer": lambda at, line: edit(at / "base" / "tokenizer.json", padding=PADDING),
     "template": lambda at, line: (at / "base" / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
     ),

@@ -32,6 +32,7 @@ def test_some_steps(tmp_path, command, step):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("command", ["convert", "merge", "matrix"])
 def test_every_step(tmp_path, command):
     rows = killed(command, tmp_path, 1)

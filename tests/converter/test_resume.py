@@ -37,6 +37,7 @@ def test_something_changed_between_a_kill_and_the_next_run(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_many_changes(tmp_path):
     rows = trials(tmp_path, int.from_bytes(os.urandom(4), "little"), 130)
     # A test of what begins anew says nothing where nothing is ever kept.
