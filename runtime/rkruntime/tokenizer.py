@@ -31,6 +31,10 @@ _HTML: Final = re.compile(
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 # Gemma's newest has 262,144; ids without tokens in between are allowed for.
 _MAX_IDS: Final = 1 << 20
+# Characters. Gemma's longest tokens are runs of some dozens of spaces; what fine-tunes add are words and markers.
+_MAX_TOKEN: Final = 1024
+# Characters of all tokens. Gemma's have 2 million.
+_MAX_TEXT: Final = 1 << 24
 
 # The parts of a tokenizer.json around its model, as Gemma's have them: with any other, texts would mean other ids on
 # the board than where the model was trained, or single tokens could not be decoded.
@@ -67,7 +71,7 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
         return f"it is a {model.get('type')} tokenizer; Gemma's is BPE with byte fallback"
     for name, idle in _IDLE.items():
         if model.get(name) not in idle:
-            return f"its BPE has {name} {model[name]!r}; Gemma's has none"
+            return f"its BPE has {name} {str(model[name])[:80]!r}; Gemma's has none"
     if _steps(content.get("normalizer"), "normalizers") != [_REPLACES_SPACES]:
         kinds = _kinds(content.get("normalizer"), "normalizers")
         return f"its normalizer is {kinds}; Gemma's replaces spaces by {SPACE} and does nothing else"
@@ -134,7 +138,9 @@ class Tokenizer(Vocabulary):
         size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_IDS:
             raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
-        texts = ["" if at in self._control_ids else backend.id_to_token(at) or "" for at in range(size)]
+        tokens = [backend.id_to_token(at) or "" for at in range(size)]
+        _check_lengths(tokens)
+        texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
         super().__init__([*map(_bytes, texts)], control)
         self.longest = max(1, *map(len, texts))
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
@@ -216,6 +222,18 @@ class Tokenizer(Vocabulary):
         for part in parts:
             ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
         return ids
+
+
+def _check_lengths(tokens: Sequence[str]) -> None:
+    """Raise BundleError if a token, or all of them, are longer than any of Gemma's: answers are made of them."""
+    lengths = [*map(len, tokens)]
+    longest = max(lengths, default=0)
+    if longest > _MAX_TOKEN:
+        raise BundleError(
+            f"The tokenizer's token {lengths.index(longest)} has {longest:,} characters; {_MAX_TOKEN:,} are the most."
+        )
+    if sum(lengths) > _MAX_TEXT:
+        raise BundleError(f"The tokenizer's tokens have {sum(lengths):,} characters; {_MAX_TEXT:,} are the most.")
 
 
 def _bytes(text: str) -> bytes:

@@ -201,7 +201,7 @@ class Daemon:
     def _make_servers(self) -> list[_Server]:
         """One for each listener, so that none has a part in another's connections."""
         limits = self.settings.limits
-        app, requests = make_app(self.service), Requests(limits.connections)
+        app, requests = make_app(self.service), Requests(limits.connections, int(limits.memory_mb * 1e6))
         most = most_connections(limits.connections, len(self._doors))
         return [
             _Server(
