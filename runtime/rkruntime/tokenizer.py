@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -86,6 +86,15 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
     return None
 
 
+def too_long(tokens: Iterable[str]) -> str | None:
+    """What of a tokenizer's texts is longer than anything of Gemma's, for a person: answers are made of them."""
+    lengths = [*map(len, tokens)]
+    longest, all_ = max(lengths, default=0), sum(lengths)
+    if longest > _MAX_TOKEN:
+        return f"a token has {longest:,} characters; {_MAX_TOKEN:,} are the most"
+    return f"all tokens have {all_:,} characters; {_MAX_TEXT:,} are the most" if all_ > _MAX_TEXT else None
+
+
 def _steps(part: Any, key: str) -> list[Any]:
     if part is None:
         return []
@@ -139,7 +148,8 @@ class Tokenizer(Vocabulary):
         if size > _MAX_IDS:
             raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
         tokens = [backend.id_to_token(at) or "" for at in range(size)]
-        _check_lengths(tokens)
+        if long := too_long(tokens):
+            raise BundleError(f"In the tokenizer {long}.")
         texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
         super().__init__([*map(_bytes, texts)], control)
         self.longest = max(1, *map(len, texts))
@@ -222,18 +232,6 @@ class Tokenizer(Vocabulary):
         for part in parts:
             ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
         return ids
-
-
-def _check_lengths(tokens: Sequence[str]) -> None:
-    """Raise BundleError if a token, or all of them, are longer than any of Gemma's: answers are made of them."""
-    lengths = [*map(len, tokens)]
-    longest = max(lengths, default=0)
-    if longest > _MAX_TOKEN:
-        raise BundleError(
-            f"The tokenizer's token {lengths.index(longest)} has {longest:,} characters; {_MAX_TOKEN:,} are the most."
-        )
-    if sum(lengths) > _MAX_TEXT:
-        raise BundleError(f"The tokenizer's tokens have {sum(lengths):,} characters; {_MAX_TEXT:,} are the most.")
 
 
 def _bytes(text: str) -> bytes:

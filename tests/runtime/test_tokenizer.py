@@ -239,6 +239,8 @@ def test_tokens_of_any_length_are_refused(
     with pytest.raises(BundleError, match=r"characters; .* are the most") as caught:
         Tokenizer.load(path)
     assert len(caught.value.message) < 500
+    with pytest.raises(CheckpointError, match=r"characters; .* are the most"):
+        read_tokenizer(path, 1 << 20)
 
 
 def test_messages_quote_little_of_a_tokenizer(tmp_path: Path, tokenizer_file: Path) -> None:

@@ -93,12 +93,11 @@ def _sending(request_id: str, send: Send) -> Send:
             # No other page may load an answer as its script, style or picture.
             found["Cross-Origin-Resource-Policy"] = "same-origin"
             found["X-Content-Type-Options"] = "nosniff"
-        body = message.get("body", b"")
-        while len(body) > _PART:
-            await send({"type": "http.response.body", "body": body[:_PART], "more_body": True})
-            body = body[_PART:]
-            message = {**message, "body": body}
-        await send(message)
+        body, at = message.get("body", b""), 0
+        while len(body) - at > _PART:
+            await send({"type": "http.response.body", "body": body[at : at + _PART], "more_body": True})
+            at += _PART
+        await send({**message, "body": body[at:]} if at else message)
 
     return sending
 

@@ -23,7 +23,7 @@ _FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-L
 _SLICE: Final = 8192
 # Bytes that the pieces of a body must have on average, and how many may be smaller.
 _PIECE: Final = 64
-_SMALL_PIECES: Final = 4096
+_SMALL_PIECES: Final = 256
 
 
 class Requests:
@@ -179,7 +179,10 @@ class Connection(H11Protocol):
         self.conn = _Parser(h11.SERVER, self.conn._max_incomplete_event_size)
 
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn, which would send it into the middle of an answer, too."""
+        """See uvicorn. Whoever works on an answer hears that the client is gone, and sends nothing into this one."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
