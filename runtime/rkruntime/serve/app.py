@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -81,6 +82,9 @@ class Front:
                 return await self._app(scope, receive, send)
         except (BodyError, BusyError) as error:
             return await error_response(error, _style(scope["path"]))(scope, receive, send)
+        except asyncio.CancelledError:
+            # uvicorn would log it as an error of ours.
+            connection.give_up()
 
 
 def _sending(request_id: str, send: Send) -> Send:

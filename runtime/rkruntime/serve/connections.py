@@ -180,9 +180,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """See uvicorn. Whoever works on an answer hears that the client is gone, and sends nothing into this one."""
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._forget_client()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
@@ -244,6 +242,16 @@ class Connection(H11Protocol):
         finally:
             self.answering -= 1
             self._idle_since = time.monotonic()
+
+    def give_up(self) -> None:
+        """Leave the request that is being answered as it is: the daemon stops, and waits no longer."""
+        self._forget_client()
+        self._break_off()
+
+    def _forget_client(self) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def check_writing(self) -> None:
         """Break it off if its client has taken nothing for too long; to be called every second or so."""
