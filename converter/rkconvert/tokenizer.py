@@ -16,7 +16,7 @@ from rkconvert.shards import read_json
 from rkconvert.sources.memory_folder import Place
 from rkruntime.bundle import MAX_TOKENIZER
 from rkruntime.errors import CheckpointError
-from rkruntime.tokenizer import is_control, unlike_gemma
+from rkruntime.tokenizer import is_control, too_long, unlike_gemma
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,6 +135,8 @@ def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     vocab: dict[str, int] = dict(model["vocab"])
     added = {str(token["content"]): token for token in content.get("added_tokens") or []}
     ids = vocab | {text: token["id"] for text, token in added.items()}
+    if long := too_long(ids):
+        raise CheckpointError(f"{long}.")
     for text, index in ids.items():
         if type(index) is not int or not 0 <= index < vocab_size:
             raise CheckpointError(f"the token {text!r} has the id {index!r}; the model has {vocab_size} tokens.")

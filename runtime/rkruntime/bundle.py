@@ -17,7 +17,7 @@ import yaml
 from rkruntime.errors import BundleError
 from rkruntime.files import read_regular, sha256_file
 from rkruntime.preflight import Model
-from rkruntime.schema import Between, build
+from rkruntime.schema import Between, Length, build
 from rkruntime.words import counted
 from rkruntime.yamltext import MAX_FILE, load_yaml
 
@@ -32,13 +32,19 @@ MAX_TEMPLATE: Final = 1 << 20
 _MAX_SETTINGS: Final = 1 << 20
 
 
+# What converters write is far shorter. Names stand in each message and in each event of a stream; a path of 4,096 bytes
+# has 16,384 characters if none of its bytes is UTF-8.
+_Name = Annotated[str, Length(1024)]
+_Text = Annotated[str, Length(1 << 14)]
+
+
 @dataclass(frozen=True)
 class Source:
     """Where weights came from: `revision` is a commit of the hub, `sha256` the hash over its weight files' hashes."""
 
-    name: str
-    revision: str = ""
-    sha256: str = ""
+    name: _Text
+    revision: _Name = ""
+    sha256: _Name = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class FileRecord:
     """Size in bytes and SHA-256 (hex) of a file of the bundle."""
 
     size: Annotated[int, Between(0, 1 << 48)]
-    sha256: str
+    sha256: _Name
 
 
 _TokenId = Annotated[int, Between(0, (1 << 31) - 1)]
@@ -73,29 +79,29 @@ class Manifest:
         options: the conversion's exact options, for a person and for a repeat.
     """
 
-    name: str
-    family: str
-    size: str
+    name: _Name
+    family: _Name
+    size: _Name
     parameters: Annotated[int, Between(0, 1 << 48)]
     source: Source
-    target: str
-    platform: str
-    dtype: str
+    target: _Name
+    platform: _Name
+    dtype: _Name
     npu_cores: Annotated[int, Between(1, 16)]
     max_context: Annotated[int, Between(1, 1 << 20)]
-    toolkit_version: str
-    model_file: str
+    toolkit_version: _Name
+    model_file: _Name
     bos_token_id: _TokenId
     stop_token_ids: tuple[_TokenId, ...]
     files: dict[str, FileRecord]
     adapters: tuple[Source, ...] = ()
-    system_role: str = "fold"
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    created_by: str = ""
-    licence: str = ""
-    notes: tuple[str, ...] = ()
+    system_role: _Name = "fold"
+    special_tokens: dict[str, _Name] = field(default_factory=dict)
+    created_by: _Name = ""
+    licence: _Text = ""
+    notes: tuple[_Text, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    schema: str = SCHEMA
+    schema: _Name = SCHEMA
 
     def to_yaml(self) -> str:
         """The manifest's text, in the order of the fields."""
@@ -108,24 +114,24 @@ class Manifest:
         try:
             data = load_yaml(text)
         except yaml.YAMLError as error:
-            raise BundleError(f"{MANIFEST} is not YAML: {error}") from error
+            raise BundleError(f"{MANIFEST} is not YAML: {str(error)[:500]}") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise BundleError(f"{MANIFEST} has the schema {found!r}; this release reads {SCHEMA!r}.")
+            raise BundleError(f"{MANIFEST} has the schema {str(found)[:80]!r}; this release reads {SCHEMA!r}.")
         manifest = build(cls, data, lambda what: BundleError(f"{MANIFEST}: {what}."))
         for name, record in manifest.files.items():
             _check_name(name)
             if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
-                raise BundleError(f"{MANIFEST}: the SHA-256 of {name} is {record.sha256[:80]!r}, which is none.")
+                raise BundleError(f"{MANIFEST}: the SHA-256 of {name[:80]} is {record.sha256[:80]!r}, which is none.")
         if manifest.model_file not in manifest.files:
-            raise BundleError(f"{MANIFEST}: model_file {manifest.model_file!r} is not one of its files.")
+            raise BundleError(f"{MANIFEST}: model_file {manifest.model_file[:80]!r} is not one of its files.")
         return manifest
 
 
 def _check_name(name: str) -> None:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
-        raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}.")
+        raise BundleError(f"{MANIFEST} names a file outside the bundle: {name[:80]!r}.")
 
 
 @dataclass(frozen=True)

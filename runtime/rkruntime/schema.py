@@ -28,15 +28,21 @@ class Between(NamedTuple):
     most: int | float
 
 
+class Length(NamedTuple):
+    """The most characters of a text, as in `Annotated[str, Length(256)]`."""
+
+    most: int
+
+
 def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exception]) -> T:
     """An object of the dataclass `kind` from plain data.
 
     Fields may be JSON types, Any, Path (from text), Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]`, numbers with
-    a Between and further dataclasses. Only a whole number for a float is converted.
+    a Between, texts with a Length and further dataclasses. Only a whole number for a float is converted.
 
     Raises:
-        what `fail` makes of "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE" or
-        "KEY is NUMBER; it must be from NUMBER to NUMBER".
+        what `fail` makes of "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE",
+        "KEY is NUMBER; it must be from NUMBER to NUMBER" or "KEY has NUMBER characters; it may have NUMBER".
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
     return value
@@ -73,10 +79,17 @@ class _Builder:
             return self.dataclass(kind, data, where)
         return self._plain(kind, data, where)
 
-    def _within(self, bounds: Between, number: Any, where: str) -> Any:
-        if not bounds.least <= number <= bounds.most:
-            raise self._fail(f"{where} is {number:,}; it must be from {bounds.least:,} to {bounds.most:,}")
-        return number
+    def _within(self, bounds: Between | Length, value: Any, where: str) -> Any:
+        if isinstance(bounds, Length):
+            return self._short(bounds, value, where)
+        if not bounds.least <= value <= bounds.most:
+            raise self._fail(f"{where} is {value:,}; it must be from {bounds.least:,} to {bounds.most:,}")
+        return value
+
+    def _short(self, bounds: Length, text: str, where: str) -> str:
+        if len(text) > bounds.most:
+            raise self._fail(f"{where} has {len(text):,} characters; it may have {bounds.most:,}")
+        return text
 
     def _plain(self, kind: Any, data: Any, where: str) -> Any:
         if get_origin(kind) is None and type(data) is kind:
@@ -86,15 +99,17 @@ class _Builder:
         if kind is Path and isinstance(data, str):
             return Path(data)
         if get_origin(kind) is Literal:
-            raise self._fail(f"{where} is {data!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
+            raise self._fail(f"{where} is {str(data)[:80]!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
         wanted = _WORDS.get(get_origin(kind) or kind, _WORDS[dict])
         raise self._fail(f"{where} is {type(data).__name__}; it must be {wanted}")
 
 
 def _key(where: str, name: object) -> str:
-    return f"{where}.{name}" if where else str(name)
+    # A name that stands in no dataclass can be of any length.
+    shown = str(name)[:80]
+    return f"{where}.{shown}" if where else shown
 
 
 def _nearest(key: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(key), known, n=1)
+    near = difflib.get_close_matches(str(key)[:80], known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

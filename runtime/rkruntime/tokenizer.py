@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,10 @@ _HTML: Final = re.compile(
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 # Gemma's newest has 262,144; ids without tokens in between are allowed for.
 _MAX_IDS: Final = 1 << 20
+# Characters. Gemma's longest tokens are runs of some dozens of spaces; what fine-tunes add are words and markers.
+_MAX_TOKEN: Final = 1024
+# Characters of all tokens. Gemma's have 2 million.
+_MAX_TEXT: Final = 1 << 24
 
 # The parts of a tokenizer.json around its model, as Gemma's have them: with any other, texts would mean other ids on
 # the board than where the model was trained, or single tokens could not be decoded.
@@ -67,7 +71,7 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
         return f"it is a {model.get('type')} tokenizer; Gemma's is BPE with byte fallback"
     for name, idle in _IDLE.items():
         if model.get(name) not in idle:
-            return f"its BPE has {name} {model[name]!r}; Gemma's has none"
+            return f"its BPE has {name} {str(model[name])[:80]!r}; Gemma's has none"
     if _steps(content.get("normalizer"), "normalizers") != [_REPLACES_SPACES]:
         kinds = _kinds(content.get("normalizer"), "normalizers")
         return f"its normalizer is {kinds}; Gemma's replaces spaces by {SPACE} and does nothing else"
@@ -80,6 +84,15 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
     if _kinds(content.get("post_processor"), "processors") not in ("none", "TemplateProcessing"):
         return f"its post-processor is {_kinds(content['post_processor'], 'processors')}; Gemma's puts <bos> in front"
     return None
+
+
+def too_long(tokens: Iterable[str]) -> str | None:
+    """What of a tokenizer's texts is longer than anything of Gemma's, for a person: answers are made of them."""
+    lengths = [*map(len, tokens)]
+    longest, all_ = max(lengths, default=0), sum(lengths)
+    if longest > _MAX_TOKEN:
+        return f"a token has {longest:,} characters; {_MAX_TOKEN:,} are the most"
+    return f"all tokens have {all_:,} characters; {_MAX_TEXT:,} are the most" if all_ > _MAX_TEXT else None
 
 
 def _steps(part: Any, key: str) -> list[Any]:
@@ -134,7 +147,10 @@ class Tokenizer(Vocabulary):
         size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_IDS:
             raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
-        texts = ["" if at in self._control_ids else backend.id_to_token(at) or "" for at in range(size)]
+        tokens = [backend.id_to_token(at) or "" for at in range(size)]
+        if long := too_long(tokens):
+            raise BundleError(f"In the tokenizer {long}.")
+        texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
         super().__init__([*map(_bytes, texts)], control)
         self.longest = max(1, *map(len, texts))
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")

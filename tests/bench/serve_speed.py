@@ -129,15 +129,21 @@ def script(folder: Path, pace: tuple[int, int]) -> str:
 def our_daemon(folder: Path | None = None) -> Iterator[Server]:
     """`rkedge serve` with the library of `folder`, or else with the emulator."""
     with tempfile.TemporaryDirectory() as place:
-        here = Path(place)
-        cli.main(["convert", str(checkpoint()), "-q", "-o", str(here / "canned")])
-        log = (here / "log").open("wb")
+        cli.main(["convert", str(checkpoint()), "-q", "-o", f"{place}/canned"])
+        library = folder / "librkllmrt.so" if folder else None
+        with daemon_of(Path(place), library, RKCANNED=f"{folder}/script") as server:
+            yield server
+
+
+@contextmanager
+def daemon_of(here: Path, library: Path | None = None, **environment: str) -> Iterator[Server]:
+    """`rkedge serve` with the bundle `canned` in a folder, where its files go, too."""
+    with (here / "log").open("wb") as log:
         command = [sys.executable, "-m", "rkruntime.cli", "serve", str(here / "canned"), "--port", "0"]
         command += ["--socket", str(here / "socket")]
-        state = {"STATE_DIRECTORY": place, "CACHE_DIRECTORY": place}
-        if folder:
-            command += ["--library", str(folder / "librkllmrt.so"), "--force"]
-            state["RKCANNED"] = str(folder / "script")
+        state = {"STATE_DIRECTORY": str(here), "CACHE_DIRECTORY": str(here), **environment}
+        if library:
+            command += ["--library", str(library), "--force"]
         process = subprocess.Popen(command, env={**os.environ, **state}, stderr=log)
         try:
             end = time.monotonic() + 30

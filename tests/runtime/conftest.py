@@ -80,18 +80,23 @@ def treacherous_file(tokenizer_file: Path) -> Path:
     return path
 
 
+def build_double(release: str, folder: Path, arch: str | None = None) -> Path:
+    """The misbehaving library of a release, made in `folder`, for this machine or another."""
+    library = folder / "librkllmrt.so"
+    layout = RELEASES[release].layout.removeprefix("L")
+    defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
+    command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
+    subprocess.run([*command, "-o", library, DOUBLE], check=True)
+    return library
+
+
 @pytest.fixture(scope="session")
 def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds the misbehaving library of a release, for this machine or another."""
 
     @functools.cache
     def build(release: str, arch: str | None = None) -> Path:
-        library = tmp_path_factory.mktemp("double") / "librkllmrt.so"
-        layout = RELEASES[release].layout.removeprefix("L")
-        defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
-        command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
-        subprocess.run([*command, "-o", library, DOUBLE], check=True)
-        return library
+        return build_double(release, tmp_path_factory.mktemp("double"), arch)
 
     return build
 

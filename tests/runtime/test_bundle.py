@@ -126,6 +126,30 @@ def test_numbers_have_their_bounds(tmp_path: Path, key: str, value: object) -> N
         open_bundle(tmp_path / "b")
 
 
+TEXTS = [
+    *("name", "family", "size", "target", "platform", "dtype", "toolkit_version", "model_file", "system_role"),
+    *("created_by", "licence", "source.name", "source.revision", "source.sha256", "adapters.0.name", "notes.0"),
+    *("special_tokens.eos_token", "files.model|rkemu.sha256", "schema", "x" * 100_000, "files." + "x" * 100_000),
+]
+
+
+@pytest.mark.parametrize("key", TEXTS, ids=[key[:20] for key in TEXTS])
+def test_texts_have_their_bounds_and_so_do_messages(tmp_path: Path, key: str) -> None:
+    """A manifest's texts come back in messages, logs and answers."""
+    make(tmp_path / "b")
+    path = tmp_path / "b" / MANIFEST
+    data = yaml.safe_load(path.read_text())
+    data["notes"], data["special_tokens"] = ["x"], {"eos_token": "x"}
+    inner, (*folders, name) = data, [part.replace("|", ".") for part in key.split(".")]
+    for folder in folders:
+        inner = inner[int(folder)] if isinstance(inner, list) else inner[folder]
+    inner[int(name) if isinstance(inner, list) else name] = "x" * 100_000
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(BundleError) as caught:
+        open_bundle(tmp_path / "b")
+    assert len(caught.value.message) < 500
+
+
 @pytest.mark.parametrize("sha256", ["", "0" * 63, "G" * 64, "../" * 21 + "x", "A" * 64])
 def test_a_hash_is_one(tmp_path: Path, sha256: str) -> None:
     """It becomes part of a file's name in the cache."""

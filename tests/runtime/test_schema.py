@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from rkruntime.errors import UsageError
-from rkruntime.schema import Between, build
+from rkruntime.schema import Between, Length, build
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Bounded:
     count: Annotated[int, Between(1, 16)]
     rates: tuple[Annotated[float, Between(0, 1.5)], ...] = ()
     other: Annotated[int, Between(0, 9)] | None = None
+    text: Annotated[str, Length(3)] = ""
 
 
 def test_bounds() -> None:
-    good = {"count": 16, "rates": [0, 1.5], "other": None}
-    assert build(Bounded, good, UsageError) == Bounded(16, (0.0, 1.5))
+    good = {"count": 16, "rates": [0, 1.5], "other": None, "text": "abc"}
+    assert build(Bounded, good, UsageError) == Bounded(16, (0.0, 1.5), text="abc")
     for change, message in (
         ({"count": 0}, "count is 0; it must be from 1 to 16"),
         ({"count": 10**12}, "count is 1,000,000,000,000; it must be from 1 to 16"),
@@ -59,6 +60,8 @@ def test_bounds() -> None:
         ({"rates": [float("nan")]}, "rates.* is nan"),
         ({"other": 10}, "other is 10"),
         ({"count": "x"}, "count is str"),
+        ({"text": "abcd"}, "text has 4 characters; it may have 3"),
+        ({"text": 4}, "text is int"),
     ):
         with pytest.raises(UsageError, match=message):
             build(Bounded, good | change, UsageError)

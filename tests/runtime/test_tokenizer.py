@@ -221,6 +221,38 @@ def test_ids_without_end_are_refused(tmp_path: Path, tokenizer_file: Path) -> No
         assert "ids" in error.message
 
 
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize(("length", "count"), [(2_000, 1), (3_000_000, 1), (1_000, 20_000)])
+def test_tokens_of_any_length_are_refused(
+    tmp_path: Path, tokenizer_file: Path, added: bool, length: int, count: int
+) -> None:
+    """Answers, messages and the daemon's memory are made of them."""
+    content = json.loads(tokenizer_file.read_text())
+    first = 1 + max(content["model"]["vocab"].values())
+    words = [f"{at:06}".ljust(length, "x") for at in range(count)]
+    content["model"]["vocab"] |= {word: first + at for at, word in enumerate(words)}
+    if added:
+        flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"] += [{"id": first, "content": words[0], **flags}]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"characters; .* are the most") as caught:
+        Tokenizer.load(path)
+    assert len(caught.value.message) < 500
+    with pytest.raises(CheckpointError, match=r"characters; .* are the most"):
+        read_tokenizer(path, 1 << 20)
+
+
+def test_messages_quote_little_of_a_tokenizer(tmp_path: Path, tokenizer_file: Path) -> None:
+    content = json.loads(tokenizer_file.read_text())
+    content["model"]["end_of_word_suffix"] = "x" * 1_000_000
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="end_of_word_suffix") as caught:
+        Tokenizer.load(path)
+    assert len(caught.value.message) < 500
+
+
 def test_a_vocabulary_is_handed_on_whole(tokenizer: Tokenizer) -> None:
     packed = tokenizer.pack()
     again = Vocabulary.unpack(packed, tokenizer.control)

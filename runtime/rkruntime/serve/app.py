@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -28,6 +29,7 @@ from rkruntime.serve.native import Sessions
 from rkruntime.serve.ollama import Ollama
 from rkruntime.serve.openai import OpenAI
 from rkruntime.serve.service import Service
+from rkruntime.serve.threads import read_in_thread
 from rkruntime.serve.validate import Validator
 
 REQUEST_ID: Final = "x-request-id"
@@ -75,11 +77,14 @@ class Front:
             if scope["path"] in _OPEN:
                 return await self._app(scope, receive, send)
             user = await self._door.user(connection.peer, headers)
-            with self._requests.one(user), connection.kept():
-                scope["rkedge.user"] = user
+            with self._requests.one(user) as held, connection.kept():
+                scope["rkedge.user"], scope["rkedge.held"] = user, held
                 return await self._app(scope, receive, send)
         except (BodyError, BusyError) as error:
             return await error_response(error, _style(scope["path"]))(scope, receive, send)
+        except asyncio.CancelledError:
+            # uvicorn would log it as an error of ours.
+            connection.give_up()
 
 
 def _sending(request_id: str, send: Send) -> Send:
@@ -92,12 +97,11 @@ def _sending(request_id: str, send: Send) -> Send:
             # No other page may load an answer as its script, style or picture.
             found["Cross-Origin-Resource-Policy"] = "same-origin"
             found["X-Content-Type-Options"] = "nosniff"
-        body = message.get("body", b"")
-        while len(body) > _PART:
-            await send({"type": "http.response.body", "body": body[:_PART], "more_body": True})
-            body = body[_PART:]
-            message = {**message, "body": body}
-        await send(message)
+        body, at = message.get("body", b""), 0
+        while len(body) - at > _PART:
+            await send({"type": "http.response.body", "body": body[at : at + _PART], "more_body": True})
+            at += _PART
+        await send({**message, "body": body[at:]} if at else message)
 
     return sending
 
@@ -164,6 +168,7 @@ class About:
     async def _status(self, _: Request) -> Response:
         service, model = self._service, self._service.host.current
         info = model.engine.info if model else None
+        board = await read_in_thread(lambda: {"temperatures": temperatures(), "npu_load": npu_load()})
         return json_response(
             {
                 "version": version("rkedge"),
@@ -174,14 +179,14 @@ class About:
                 "release": info.release if info else None,
                 "max_context": info.max_context if info else None,
                 "queue": {"waiting": len(service.queue), "busy": service.queue.busy},
-                "temperatures": temperatures(),
-                "npu_load": npu_load(),
+                **board,
                 "uptime_s": time.monotonic() - self._started,
             }
         )
 
     async def _metrics(self, _: Request) -> Response:
-        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = await read_in_thread(self._service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _openapi(self, _: Request) -> Response:
         return json_response(self._document)

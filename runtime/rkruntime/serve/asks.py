@@ -14,6 +14,7 @@ from rkruntime.serve.host import Model
 from rkruntime.serve.http import while_connected
 from rkruntime.serve.queue import Client
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
+from rkruntime.serve.threads import read_in_thread
 from rkruntime.template import Message, no_question
 from rkruntime.words import dropped_turns
 
@@ -86,9 +87,9 @@ def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = F
 def remembering(service: Service, messages: Sequence[Message]) -> Keep:
     """Keeps the ids of a whole answer, for the time when the client sends it back as text."""
 
-    def keep(answer: Answer, whole: bool) -> None:
+    async def keep(answer: Answer, whole: bool) -> None:
         if whole:
-            service.memory.remember(messages, answer.text, answer.tokens)
+            await read_in_thread(service.memory.remember, messages, answer.text, answer.tokens)
 
     return keep
 

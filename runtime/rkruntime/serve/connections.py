@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkruntime.errors import BusyError
@@ -20,6 +21,9 @@ CONNECTION: Final = "rkedge.connection"
 _FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 # Bytes that are parsed before everybody else has a turn: a body in chunks of one byte costs thousands of events.
 _SLICE: Final = 8192
+# Bytes that the pieces of a body must have on average, and how many may be smaller.
+_PIECE: Final = 64
+_SMALL_PIECES: Final = 256
 
 
 class Requests:
@@ -27,15 +31,18 @@ class Requests:
 
     Args:
         limit: all users together.
+        max_bytes: what they may hold in memory, all together.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, max_bytes: int) -> None:
         self._limit = limit
+        self._max_bytes = max_bytes
         self._open: Counter[tuple[str, ...]] = Counter()
+        self._bytes: Counter[tuple[str, ...]] = Counter()
 
     @contextmanager
-    def one(self, user: User) -> Iterator[None]:
-        """Count one more during the block. Raises BusyError."""
+    def one(self, user: User) -> Iterator[Held]:
+        """Count one more during the block; what it holds in memory is counted by the value. Raises BusyError."""
         paths = dict(shares(user.path, self._limit))
         for path, limit in paths.items():
             if self._open[path] >= limit:
@@ -44,11 +51,57 @@ class Requests:
                     details={"retry_after_s": 1},
                 )
         self._open.update(paths.keys())
+        held = Held(self._bytes, {(): self._max_bytes, **dict(shares(user.path, self._max_bytes))})
         try:
-            yield
+            yield held
         finally:
+            held.release()
             self._open.subtract(paths.keys())
             self._open += Counter()
+
+
+class Held:
+    """Bytes that one request holds in memory: its body, and an answer that is there before it is sent.
+
+    Args:
+        used: by all requests together, this one included.
+        limits: of each of `used` that this request counts for.
+    """
+
+    def __init__(self, used: Counter[tuple[str, ...]], limits: Mapping[tuple[str, ...], int]) -> None:
+        self._used, self._limits = used, limits
+        self._size = 0
+
+    def at_least(self, size: int) -> None:
+        """Hold `size` bytes, if it is not more already. A request that is alone always may.
+
+        Raises:
+            BusyError: with what other requests hold it is too much.
+        """
+        more = size - self._size
+        if more <= 0:
+            return
+        for path, limit in self._limits.items():
+            others = self._used[path] - self._size
+            if others and others + size > limit:
+                whose = "your" if path else "all"
+                raise BusyError(
+                    f"This request's {size:,} bytes are too many beside those of {whose} other requests.",
+                    hint="Send large requests one after the other.",
+                    details={"retry_after_s": 1},
+                )
+        self._add(more)
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._add(-self._size)
+
+    def _add(self, size: int) -> None:
+        self._size += size
+        for path in self._limits:
+            self._used[path] += size
+            if not self._used[path]:
+                del self._used[path]
 
 
 class _Counted:
@@ -69,6 +122,23 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+class _Parser(h11.Connection):
+    """h11's, which refuses bodies that are cut so small that reading them is nothing but work."""
+
+    _pieces = 0.0
+
+    def next_event(self) -> Any:
+        """See h11. Each piece costs the same, whatever it holds."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = 0.0
+        elif isinstance(event, h11.Data):
+            self._pieces += 1 - len(event.data) / _PIECE
+            if self._pieces > _SMALL_PIECES:
+                raise h11.RemoteProtocolError("the body comes in too many small pieces")
+        return event
 
 
 class Connection(H11Protocol):
@@ -103,6 +173,18 @@ class Connection(H11Protocol):
         """The class of a listener's connections."""
         values = {"door": door, "limit": limit, "header_s": header_s, "write_s": write_s}
         return cast("type[Connection]", type("Connection", (cls,), values))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = _Parser(h11.SERVER, self.conn._max_incomplete_event_size)
+
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn. Whoever works on an answer hears that the client is gone, and sends nothing into this one."""
+        self._forget_client()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
@@ -160,6 +242,16 @@ class Connection(H11Protocol):
         finally:
             self.answering -= 1
             self._idle_since = time.monotonic()
+
+    def give_up(self) -> None:
+        """Leave the request that is being answered as it is: the daemon stops, and waits no longer."""
+        self._forget_client()
+        self._break_off()
+
+    def _forget_client(self) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def check_writing(self) -> None:
         """Break it off if its client has taken nothing for too long; to be called every second or so."""

@@ -147,6 +147,11 @@ class TcpDoor:
 
 def door_of(listener: socket.socket, keys: Mapping[str, str]) -> Door:
     """What a listening socket is. Raises UsageError if it cannot be one of the daemon's."""
+    if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise UsageError(
+            f"The daemon was given a socket ({listener.type!r}) that does not listen for streams.",
+            hint="The socket unit needs ListenStream= and Accept=no: see board/systemd/rkedge.socket.",
+        )
     if listener.family == socket.AF_UNIX:
         return UnixDoor(listener)
     if listener.family in (socket.AF_INET, socket.AF_INET6):

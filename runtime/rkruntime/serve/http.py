@@ -27,6 +27,7 @@ from rkruntime.errors import (
     UnsupportedCallError,
     UsageError,
 )
+from rkruntime.serve.connections import Held
 from rkruntime.serve.threads import with_data
 from rkruntime.serve.validate import Validator, parse_json
 from rkruntime.words import counted
@@ -108,11 +109,17 @@ class Bodies:
         self.max_bytes = max_bytes
         self.seconds = seconds
 
-    async def read(self, request: Request, schema: str) -> dict[str, Any]:
+    async def read(
+        self, request: Request, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """The body as a JSON object that fits the schema, as `Validator.read` gives it.
+
+        Args:
+            made: what becomes of the object at once, so that nothing else of it stays in memory.
 
         Raises:
             BodyError: too large, too slow, no JSON, or not of the schema.
+            BusyError: its user's other requests hold too much in memory.
         """
         try:
             body = await asyncio.wait_for(self._read(request), self.seconds)
@@ -121,30 +128,33 @@ class Bodies:
                 f"The body did not arrive within {counted(self.seconds, 'second')}.",
                 details={"status": 408, "code": "too_slow"},
             ) from None
-        return await with_data(len(body), self._checked, body, schema)
+        return await with_data(len(body), self._checked, body, schema, made)
 
-    def _checked(self, body: bytes, schema: str) -> dict[str, Any]:
+    def _checked(
+        self, body: bytes, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None
+    ) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
             raise BodyError(f"The body is not a JSON object but a {type(data).__name__}.")
         read: dict[str, Any] = self._validator.read(schema, data)
-        return read
+        return made(read) if made else read
 
     async def _read(self, request: Request) -> bytes:
+        held: Held = request.scope["rkedge.held"]
         declared = request.headers.get("content-length", "")
-        parts, size = [], int(declared) if declared.isdecimal() else 0
-        if size <= self.max_bytes:
-            size = 0
-            async for part in request.stream():
-                size += len(part)
-                if size > self.max_bytes:
-                    break
-                parts.append(part)
+        self._hold(held, int(declared) if declared.isdecimal() else 0)
+        body = bytearray()
+        async for part in request.stream():
+            self._hold(held, len(body) + len(part))
+            body += part
+        return bytes(body)
+
+    def _hold(self, held: Held, size: int) -> None:
         if size > self.max_bytes:
             raise BodyError(
                 f"The body has more than {self.max_bytes:,} bytes.", details={"status": 413, "code": "too_large"}
             )
-        return b"".join(parts)
+        held.at_least(size)
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

@@ -7,6 +7,7 @@ than were generated, and then the KV cache on the NPU no longer fits.
 from __future__ import annotations
 
 import hashlib
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from rkruntime.template import Message
 
 
 class AnswerMemory:
-    """Ids by the conversation that led to them, the longest unused forgotten first.
+    """Ids by the conversation that led to them, the longest unused forgotten first. For any thread.
 
     Args:
         capacity: tokens to keep, all answers together (4 bytes each).
@@ -26,32 +27,41 @@ class AnswerMemory:
         self._capacity = capacity
         self._kept: OrderedDict[bytes, array[int]] = OrderedDict()
         self._tokens = 0
+        self._lock = threading.Lock()
 
     def remember(self, messages: Sequence[Message], text: str, tokens: Sequence[int]) -> None:
         """Keep the ids of the answer to `messages`."""
         if not tokens or len(tokens) > self._capacity:
             return
         *_, key = _keys([*messages, Message("assistant", text)])
-        self._tokens += len(tokens) - len(self._kept.pop(key, ()))
-        self._kept[key] = array("i", tokens)
-        while self._tokens > self._capacity:
-            self._tokens -= len(self._kept.popitem(last=False)[1])
+        with self._lock:
+            self._tokens += len(tokens) - len(self._kept.pop(key, ()))
+            self._kept[key] = array("i", tokens)
+            while self._tokens > self._capacity:
+                self._tokens -= len(self._kept.popitem(last=False)[1])
 
     def recall(self, messages: Sequence[Message]) -> list[Message]:
         """`messages`, with the ids of those answers that are remembered."""
         recalled = []
         for message, key in zip(messages, _keys(messages), strict=True):
-            known = self._kept.get(key) if message.role == "assistant" else None
+            known = self._take(key) if message.role == "assistant" else None
             if known is not None:
-                self._kept.move_to_end(key)
                 message = replace(message, tokens=tuple(known))
             recalled.append(message)
         return recalled
 
+    def _take(self, key: bytes) -> array[int] | None:
+        with self._lock:
+            known = self._kept.get(key)
+            if known is not None:
+                self._kept.move_to_end(key)
+            return known
+
     def clear(self) -> None:
         """Forget all: another model has other ids."""
-        self._kept.clear()
-        self._tokens = 0
+        with self._lock:
+            self._kept.clear()
+            self._tokens = 0
 
 
 def _keys(messages: Sequence[Message]) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,7 @@ class Metrics:
     def __init__(self, service: Service, root: Path = Path("/")) -> None:
         self._registry = CollectorRegistry()
         self._root = root
+        self._reading = threading.Lock()
         self._requests = Counter(
             "rkedge_requests", "Requests for an answer, by how they ended.", ["outcome"], registry=self._registry
         )
@@ -87,12 +89,13 @@ class Metrics:
         self._duration.observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        for gauge, values in self._board():
-            gauge.clear()
-            for name, value in values.items():
-                gauge.labels(name).set(value)
-        return generate_latest(self._registry)
+        """All of it in Prometheus' text format. Reads files: for any thread."""
+        with self._reading:
+            for gauge, values in self._board():
+                gauge.clear()
+                for name, value in values.items():
+                    gauge.labels(name).set(value)
+            return generate_latest(self._registry)
 
     def _board(self) -> Iterator[tuple[Gauge, Mapping[str, float]]]:
         yield self._zones, temperatures(self._root)

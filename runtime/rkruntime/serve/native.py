@@ -26,8 +26,7 @@ from rkruntime.serve.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
-from rkruntime.serve.sessions import as_text
-from rkruntime.serve.threads import LARGE, with_data
+from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
 from rkruntime.words import dropped_turns
 
@@ -117,6 +116,18 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**data, "messages": [*data["messages"], {"role": "user", "content": broken["question"]}, answer]}
 
 
+def _update(body: dict[str, Any]) -> dict[str, Any]:
+    """The body of a change with nothing but a conversation in `conversation`. Raises BodyError."""
+    return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
+
+
+def _conversation(data: Any) -> dict[str, Any]:
+    try:
+        return check_conversation(data)
+    except InputError as error:
+        raise BodyError(error.message, details={"param": "conversation"}) from error
+
+
 class Sessions:
     """The endpoints of /sessions."""
 
@@ -140,7 +151,10 @@ class Sessions:
         ]
 
     async def _list(self, request: Request) -> Response:
-        found = self._store.list(request.scope["rkedge.user"])
+        return await read_in_thread(self._listed, request.scope["rkedge.user"])
+
+    def _listed(self, user: User) -> Response:
+        found = self._store.list(user)
         return json_response(
             {"sessions": [{"name": item.name, "size": item.size, "changed": item.changed} for item in found]}
         )
@@ -151,43 +165,34 @@ class Sessions:
 
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
-
-        def respond() -> Response:
-            return json_response(self._store.read(place.user, place.name))
-
-        return await with_data(self._store.size(place.user, place.name), respond)
+        request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
+        return await read_in_thread(lambda: json_response(self._store.read(place.user, place.name)))
 
     async def _delete(self, request: Request) -> Response:
         place = _Place.of(request)
         async with self._order(place):
             await self._take_over(place)
-            self._store.delete(place.user, place.name)
+            await on_disk(self._store.delete, place.user, place.name)
         return json_response({"deleted": place.name})
 
     async def _change(self, request: Request) -> Response:
         place = _Place.of(request)
-        body = await self._bodies.read(request, "SessionUpdate")
+        body = await self._bodies.read(request, "SessionUpdate", _update)
         async with self._order(place):
             await self._take_over(place)
-            size = max(self._store.size(place.user, place.name), int(request.headers.get("content-length", LARGE)))
-            text = await with_data(size, self._changed, place, body)
-            self._store.write_text(place.user, place.name, text)
+            await on_disk(self._write_changed, place, body)
         return json_response({"changed": place.name})
 
-    def _changed(self, place: _Place, body: Mapping[str, Any]) -> bytes:
-        """What a session is after the change, as a file."""
+    def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
         data = body["conversation"] if "conversation" in body else self._data(place)
-        try:
-            kept = check_conversation(data)
-        except InputError as error:
-            raise BodyError(error.message, details={"param": "conversation"}) from error
+        kept = _conversation(data)
         # What the daemon notes for itself is not taken from a client, and goes with the turns.
         own = () if "conversation" in body or body.get("clear") else ("number", "broken")
         kept |= {key: data[key] for key in own if key in data}
         kept["system"] = body.get("system", kept["system"])
         if body.get("clear"):
             kept["messages"] = []
-        return as_text(kept)
+        self._store.write(place.user, place.name, kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
         try:
@@ -208,7 +213,7 @@ class Sessions:
         drop = bool(body.get("drop_oldest"))
         async with self._order(place):
             await self._take_over(place)
-            data = await with_data(self._store.size(place.user, place.name), self._data, place)
+            data = await read_in_thread(self._data, place)
             run = self._start(request, place, _Turn(data, body["content"], body.get("id", ""), options, drop))
         return await self._answer(request, place, run, 0)
 
@@ -218,8 +223,7 @@ class Sessions:
         received = body.get("received", 0)
         async with self._order(place):
             await self._take_over(place)
-            size = self._store.size(place.user, place.name)
-            data = await with_data(size, self._store.read, place.user, place.name)
+            data = await read_in_thread(self._store.read, place.user, place.name)
             turn = self._broken(place, data, body["id"])
             run = self._start(request, place, turn) if turn else None
         if run is None:
@@ -242,8 +246,8 @@ class Sessions:
         return _Turn(data, broken["question"], number, broken["options"], begun=tuple(broken["tokens"]))
 
     def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
-        def keep(answer: Answer, whole: bool) -> None:
-            self._store.write(place.user, place.name, turn.kept(answer, whole))
+        async def keep(answer: Answer, whole: bool) -> None:
+            await on_disk(lambda: self._store.write(place.user, place.name, turn.kept(answer, whole)))
 
         ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
         # Known while it still waits for its turn.

@@ -32,7 +32,7 @@ from rkruntime.serve.asks import (
 from rkruntime.serve.host import Model
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response, while_connected
 from rkruntime.serve.service import Keep, Outcome, Prompt, Service
-from rkruntime.serve.threads import LARGE, with_data
+from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -166,7 +166,11 @@ class Ollama:
             lines = self._lines(begun, shape)
             return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=begun.run.close)
         outcome = await collect(request, begun)
-        return json_response({**self._line(shape, outcome.answer.text), **_figures(outcome)}, headers=begun.headers)
+        text = outcome.answer.text
+        return await with_data(
+            len(text),
+            lambda: json_response({**self._line(shape, text), **_figures(outcome)}, headers=begun.headers),
+        )
 
     def _line(self, shape: Shape, text: str) -> dict[str, Any]:
         return {"model": self._service.name, "created_at": _time(), **shape(text), "done": False}
@@ -186,7 +190,7 @@ class Ollama:
         if self._service.settings.bundle is None:
             raise UsageError("No bundle is configured.")
         # Without a model, each look at the file may have to parse it.
-        return await with_data(LARGE, _read_manifest, self._service.settings.bundle)
+        return await read_in_thread(_read_manifest, self._service.settings.bundle)
 
     async def _card(self) -> dict[str, Any]:
         manifest = await self._manifest()

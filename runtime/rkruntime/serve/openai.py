@@ -7,7 +7,7 @@ import json
 import struct
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -28,11 +28,15 @@ from rkruntime.serve.asks import (
     text_of,
     text_prompt,
 )
+from rkruntime.serve.connections import Held
 from rkruntime.serve.http import Bodies, Stream, answering, error_body, json_response, while_connected
 from rkruntime.serve.service import Ask, Outcome, Service
+from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.template import Message
 
 _DONE: Final = b"data: [DONE]\n\n"
+# Characters of a number for each byte that it has as a float, at most.
+_AS_TEXT: Final = 6
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -154,19 +158,24 @@ class OpenAI:
         chunks = _Chunks(begun, chat=chat, usage=usage)
         if body.get("stream"):
             return Stream(chunks.events(), "text/event-stream", begun.headers, failed=_failed, close=begun.run.close)
-        return json_response(chunks.whole(await collect(request, begun)), headers=begun.headers)
+        return await self._whole(chunks, await collect(request, begun), begun.headers)
+
+    async def _whole(self, chunks: _Chunks, outcome: Outcome, headers: Mapping[str, str]) -> Response:
+        size = len(outcome.answer.text)
+        return await with_data(size, lambda: json_response(chunks.whole(outcome), headers=headers))
 
     async def _embed(self, request: Request) -> Response:
         body = await self._bodies.read(request, "EmbeddingRequest")
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        vectors, tokens = await while_connected(request, self._service.embed(texts, client_of(request, body)))
-        plain = body.get("encoding_format") != "base64"
-        data = [
-            {"object": "embedding", "index": at, "embedding": vector if plain else _base64(vector)}
-            for at, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"object": "list", "data": data, "model": self._service.name, "usage": usage})
+        held: Held = request.scope["rkedge.held"]
+        vectors, tokens = await while_connected(
+            request,
+            self._service.embed(texts, client_of(request, body), lambda size: held.at_least(_AS_TEXT * size)),
+        )
+        shown = _base64 if body.get("encoding_format") == "base64" else _numbers
+        end = {"model": self._service.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        content = await read_in_thread(_embeddings, vectors, shown, end)
+        return Response(content, media_type="application/json")
 
     def _card(self) -> dict[str, Any]:
         model = self._service.host.current
@@ -185,8 +194,20 @@ class OpenAI:
         return json_response(self._card())
 
 
-def _base64(vector: Sequence[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def _embeddings(vectors: Sequence[bytes], shown: Callable[[bytes], Any], end: Mapping[str, Any]) -> bytes:
+    """The response; one vector at a time, as no other thread runs while a piece of JSON is made."""
+    data = ",".join(
+        _encode({"object": "embedding", "index": at, "embedding": shown(vector)}) for at, vector in enumerate(vectors)
+    )
+    return f'{{"object":"list","data":[{data}],{_encode(end)[1:]}'.encode()
+
+
+def _base64(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()
+
+
+def _numbers(vector: bytes) -> Sequence[float]:
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
 def _refuse_logprobs(body: Any) -> None:

@@ -69,23 +69,30 @@ class PromptCaches:
 
     async def prepare(self, model: Model, request: Request) -> Request:
         """Load the file that saves most, if any; the request, with a file to write if that is worth it."""
-        tokens = list(request.tokens)
-        held = common_prefix(self._on_npu, tokens) if self._reuses(model) else 0
         if not self._quota(model):
             return request
-        files = self._known(model)
-        best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
-        saved = common_prefix(files[best], tokens) if best else 0
+        tokens = list(request.tokens)
+        held, best, saved = await in_thread(self._found, model, tokens)
         if best and saved - held >= self._min_tokens and await self._load(model, best):
-            files.move_to_end(best)
+            self._known(model).move_to_end(best)
             held = saved
         if len(tokens) - max(held if not self._reuses(model) else 0, saved) < self._min_tokens:
             return request
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return replace(request, save_prompt_cache=self._file(model, tokens))
 
+    def _found(self, model: Model, tokens: list[int]) -> tuple[int, Path | None, int]:
+        """How many of the prompt's tokens are on the NPU, and the file that has most of them, with their number."""
+        held = common_prefix(self._on_npu, tokens) if self._reuses(model) else 0
+        files = self._known(model)
+        best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
+        return held, best, common_prefix(files[best], tokens) if best else 0
+
     def finished(self, model: Model, request: Request, answer: Answer) -> int:
-        """Note what is on the NPU now, and keep the quota; how many prompt tokens were not read again."""
+        """Note what is on the NPU now, and keep the quota; how many prompt tokens were not read again.
+
+        Reads and writes files: for a thread.
+        """
         held = common_prefix(self._on_npu, list(request.tokens))
         self._on_npu = [*request.tokens, *answer.tokens]
         path = request.save_prompt_cache

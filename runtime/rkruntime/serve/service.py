@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -44,7 +44,7 @@ _GATHER_S: Final = 0.016
 _FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 
-Keep = Callable[[Answer, bool], None]
+Keep = Callable[[Answer, bool], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,11 @@ class Service:
         start = time.monotonic()
         try:
             async with self.queue.turn(ask.client) as queue_s, _time_limit(self.settings.limits.request_s):
-                await self._generate(ask, run, queue_s)
+                result = await self._generate(ask, run, queue_s)
+            # Others have the NPU meanwhile.
+            if ask.keep:
+                await ask.keep(result.answer, True)
+            run.put(result)
             outcome = "ok"
             run.end(None)
         except RKEdgeError as error:
@@ -200,7 +204,7 @@ class Service:
             self.last_used = time.monotonic()
             self.metrics.ended(outcome, time.monotonic() - start)
 
-    async def _generate(self, ask: Ask, run: Run, queue_s: float) -> None:
+    async def _generate(self, ask: Ask, run: Run, queue_s: float) -> Outcome:
         start = time.monotonic()
         model = await self.host.model()
         prompt = await in_thread(ask.prompt, model, stop=model.prompts.hurry)
@@ -220,22 +224,20 @@ class Service:
                     if reader.done:
                         break
         except BaseException as error:
-            _keep_broken(ask, reader)
+            await _keep_broken(ask, reader)
             if isinstance(error, WorkerError):
                 await self.host.lost(error)
             raise
         answer = reader.answer()
         self.host.succeeded()
-        reused = self.caches.finished(model, request, answer)
+        reused = await in_thread(self.caches.finished, model, request, answer)
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
         self._report(ask, outcome)
         if answer.reason is FinishReason.ABORT:
-            _keep_broken(ask, reader)
+            await _keep_broken(ask, reader)
             raise stopped()
-        if ask.keep:
-            ask.keep(answer, True)
-        run.put(outcome)
+        return outcome
 
     def _request(self, ask: Ask, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
         room = model.engine.info.max_context - RESERVED
@@ -292,38 +294,42 @@ class Service:
             return model.bundle.manifest.name
         return self.settings.bundle.resolve().name if self.settings.bundle else "none"
 
-    async def embed(self, texts: Sequence[str], client: Client) -> tuple[list[list[float]], int]:
+    async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
 
-        Each text has a turn of its own, so that others wait for one at most.
+        Each text has a turn of its own, so that others wait for one at most. Vectors are float32, little-endian.
+
+        Args:
+            hold: is told, with the first vector, how many bytes they all have; may refuse that.
 
         Raises:
             BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
         """
-        vectors, total, left = [], 0, self.settings.limits.request_s
+        vectors: list[bytes] = []
+        total, left = 0, self.settings.limits.request_s
         for text in texts:
             async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
                 start = time.monotonic()
                 vector, tokens = await self._embed_one(text)
             left -= time.monotonic() - start
+            if not vectors:
+                hold(len(texts) * len(vector))
             vectors.append(vector)
             total += tokens
         self.last_used = time.monotonic()
         return vectors, total
 
-    async def _embed_one(self, text: str) -> tuple[list[float], int]:
+    async def _embed_one(self, text: str) -> tuple[bytes, int]:
         model = await self.host.model()
         encoded = in_thread(model.prompts.encode, text, model.engine.info.max_context, stop=model.prompts.hurry)
         tokens = [model.bundle.manifest.bos_token_id, *await encoded]
         self.caches.forget_position()
         try:
-            states = await in_thread(model.engine.hidden_states, Request(tokens), stop=model.engine.abort)
+            vector = await in_thread(_vector, model, tokens, stop=model.engine.abort)
         except WorkerError as error:
             await self.host.lost(error)
             raise
-        mean = states.mean(axis=0)
-        length = float((mean * mean).sum()) ** 0.5
-        return (mean / length if length else mean).tolist(), len(tokens)
+        return vector, len(tokens)
 
     async def change(self, settings: Settings) -> None:
         """Take other settings between two answers. Raises RKEdgeError; then the old ones stay."""
@@ -346,16 +352,24 @@ class Service:
                 self.caches.forget()
 
 
+def _vector(model: Model, tokens: list[int]) -> bytes:
+    """See `Service.embed`."""
+    mean = model.engine.hidden_states(Request(tokens)).mean(axis=0)
+    length = float((mean * mean).sum()) ** 0.5
+    vector: bytes = (mean / length if length else mean).astype("<f4").tobytes()
+    return vector
+
+
 def stopped() -> RKEdgeError:
     """An answer ended, and nobody who asked for it wanted that."""
     return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
 
 
-def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
+async def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
     if ask.keep is None:
         return
     try:
-        ask.keep(reader.answer(), False)
+        await ask.keep(reader.answer(), False)
     except RKEdgeError as error:
         # What broke the answer is what the client must hear of.
         log.error("request %s: the broken answer was not kept: %s", ask.request_id, error.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def _on_disk(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def as_text(data: Mapping[str, Any]) -> bytes:
+def _as_text(data: Mapping[str, Any]) -> bytes:
     """A conversation as a file holds it."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
@@ -40,7 +41,8 @@ def as_text(data: Mapping[str, Any]) -> bytes:
 class SessionStore:
     """The folder of conversations.
 
-    What is there is looked at once; from then on the sizes are in memory, and nobody else may write there.
+    What is there is looked at once; from then on the sizes are in memory, and nobody else may write there. Changes are
+    for one thread at a time; the rest may be called from others meanwhile.
 
     Args:
         folder: made when the first one is kept; nobody else may read it.
@@ -57,6 +59,8 @@ class SessionStore:
         # By what of User.path is counted together; all under ().
         self._bytes: Counter[tuple[str, ...]] = Counter()
         self._number: Counter[tuple[str, ...]] = Counter()
+        # Held while what is in memory changes, and never while something is read or written.
+        self._lock = threading.Lock()
         for path in folder.glob("*/.*.partial-*"):
             # A daemon was killed while it wrote this.
             path.unlink(missing_ok=True)
@@ -70,15 +74,17 @@ class SessionStore:
 
     def list(self, user: User) -> list[Summary]:
         """A user's conversations, the last used first."""
-        return list(reversed(self._of(user).values()))
+        with self._lock:
+            return list(reversed(self._of(user).values()))
 
     def size(self, user: User, name: str) -> int:
         """Of a conversation on the disk, in bytes; 0 if there is none."""
-        kept = self._of(user).get(name)
+        with self._lock:
+            kept = self._of(user).get(name)
         return kept.size if kept else 0
 
     def read(self, user: User, name: str) -> dict[str, Any]:
-        """What `write` kept; may be called in a thread.
+        """What `write` kept.
 
         Raises:
             NoSuchSessionError: there is none; a damaged file is as good as none.
@@ -102,11 +108,7 @@ class SessionStore:
             BodyError: there is no room even without them (507).
             HostError: the disk is full.
         """
-        self.write_text(user, name, as_text(data))
-
-    def write_text(self, user: User, name: str, text: bytes) -> None:
-        """`write` for what `as_text` gave."""
-        path = self._file(user, name)
+        path, text = self._file(user, name), _as_text(data)
         leaving = self._leaving(user, name, _on_disk(len(text)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -114,7 +116,8 @@ class SessionStore:
             raise write_error(path, error) from error
         with atomic_file(path) as partial:
             partial.write_bytes(text)
-        self._note(user, Summary(name, _on_disk(len(text)), time.time()))
+        with self._lock:
+            self._note(user, Summary(name, _on_disk(len(text)), time.time()))
         for other in leaving:
             with suppress(NoSuchSessionError):
                 self.delete(user, other)
@@ -122,7 +125,8 @@ class SessionStore:
     def delete(self, user: User, name: str) -> None:
         """Remove a conversation. Raises NoSuchSessionError."""
         path = self._file(user, name)
-        self._forget(user, name)
+        with self._lock:
+            self._forget(user, name)
         try:
             path.unlink()
         except FileNotFoundError as error:

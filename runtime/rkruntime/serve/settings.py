@@ -44,7 +44,8 @@ class Listen:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much all clients together may take. One user may have a quarter of `queue` and `connections`.
+    """How much all clients together may take. One user may have a quarter of `queue`, `memory_mb` and
+    `connections`.
 
     Attributes:
         queue: requests that wait for the NPU.
@@ -53,6 +54,8 @@ class Limits:
         load_s: how long a load may take.
         token_s: without a token the worker counts as hung and is ended; reading a long prompt included.
         body_mb: size of a request's body.
+        memory_mb: bodies and large answers of all requests that are being answered. A request that is alone may always
+            have what it needs.
         header_s: time a client has for sending its whole request.
         write_s: an answer of which the client takes nothing for so long is broken off.
         connections: open at the same time, for each listener.
@@ -66,6 +69,7 @@ class Limits:
     load_s: float = 600.0
     token_s: float = 120.0
     body_mb: float = 4.0
+    memory_mb: float = 64.0
     header_s: float = 20.0
     write_s: float = 20.0
     connections: int = 256

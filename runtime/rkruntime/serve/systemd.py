@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any, Final
 
+from rkruntime.errors import UsageError
 from rkruntime.printable import one_line
 
 _FIRST_FD: Final = 3
@@ -41,17 +42,24 @@ def watchdog_s() -> float | None:
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The listening sockets of a socket unit."""
+    """The sockets of a socket unit. Raises UsageError if it has something else."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
         return []
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
-    sockets = []
-    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+    return [_socket(fd) for fd in range(_FIRST_FD, _FIRST_FD + int(count))]
+
+
+def _socket(fd: int) -> socket.socket:
+    try:
         os.set_inheritable(fd, False)
-        sockets.append(socket.socket(fileno=fd))
-    return sockets
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        raise UsageError(
+            f"What systemd gave as file {fd} is not a socket: {error.strerror}.",
+            hint="The socket unit needs ListenStream=: see board/systemd/rkedge.socket.",
+        ) from error
 
 
 class _Printable(logging.Formatter):

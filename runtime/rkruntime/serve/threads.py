@@ -1,11 +1,10 @@
-"""Blocking calls beside the event loop: of the engine, and on large data."""
+"""Blocking calls beside the event loop: of the engine, on large data, and on the disk."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Final, TypeVar
 
 T = TypeVar("T")
@@ -13,27 +12,50 @@ T = TypeVar("T")
 LARGE: Final = 1 << 16
 # Not asyncio's own: calls of the engine shall not wait for a thread until everybody's data are read.
 _READERS: Final = ThreadPoolExecutor(2, "rkedge-data")
+# One thread: so a file has one writer, and changes come one after the other.
+_WRITER: Final = ThreadPoolExecutor(1, "rkedge-disk")
 
 
-async def in_thread(work: Callable[..., T], *args: object, stop: Callable[[], None] | None = None) -> T:
-    """`asyncio.to_thread`, but a cancel waits for the thread: an engine takes one call at a time.
+async def in_thread(
+    work: Callable[..., T],
+    *args: object,
+    stop: Callable[[], None] | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> T:
+    """The result of `work`, called in a thread. A cancel waits for the thread: an engine takes one call at a time.
 
     Args:
         stop: asks `work` to come to its end.
+        pool: whose threads; None for asyncio's own.
     """
-    task = asyncio.ensure_future(asyncio.to_thread(work, *args))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if stop is not None:
-            stop()
-        with suppress(Exception):
-            await task
-        raise
+    future = asyncio.get_running_loop().run_in_executor(pool, work, *args)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError as error:  # noqa: PERF203 - once for each cancel
+            cancelled = error
+            if stop is not None:
+                stop()
+    if cancelled is not None:
+        # Asked for, so that asyncio does not report an exception that nobody took.
+        future.exception()
+        raise cancelled
+    return future.result()
+
+
+async def on_disk(work: Callable[..., T], *args: object) -> T:
+    """The result of `work`, which changes files: one at a time, in order, and never cut short by a cancel."""
+    return await in_thread(work, *args, pool=_WRITER)
 
 
 async def with_data(size: int, work: Callable[..., T], *args: object) -> T:
     """The result of `work` on `size` bytes: in a thread where they are many, else at once."""
     if size < LARGE:
         return work(*args)
+    return await read_in_thread(work, *args)
+
+
+async def read_in_thread(work: Callable[..., T], *args: object) -> T:
+    """The result of `work`, which reads files or works on large data, and which nobody waits for after a cancel."""
     return await asyncio.get_running_loop().run_in_executor(_READERS, work, *args)

@@ -26,10 +26,18 @@ _TYPES: Final[Mapping[str, Callable[[Any], bool]]] = {
 }
 # Far more than any client sends, and far less than Python's own limit, which hits whoever reads the values later.
 _MAX_DEPTH: Final = 64
+# Of a body, each of which takes up to 150 bytes in memory however short it is. A context has 16,384 tokens at most, and
+# a request 4,096 messages of a few values.
+_MAX_VALUES: Final = 1 << 16
 
 
 def parse_json(body: bytes) -> Any:
-    """A JSON text as values. Raises BodyError; NaN, infinity and what rounds to it are no JSON."""
+    """A JSON text as values. Raises BodyError; NaN, infinity and what rounds to it are no JSON.
+
+    What it takes in memory, and the time for which no other thread runs, is bounded by the text's length and by the
+    number of values.
+    """
+    _check_number(body)
 
     def refuse(name: str) -> Any:
         raise BodyError(f"The body is not JSON: {name[:20]} is no number.")
@@ -48,6 +56,21 @@ def parse_json(body: bytes) -> Any:
         raise BodyError(f"The body is not JSON: {error}.") from error
     _check_depth(data)
     return data
+
+
+def _check_number(body: bytes) -> None:
+    """Raise BodyError if there are too many values: in front of each one but the first stands a comma or bracket."""
+    if len(body) <= _MAX_VALUES:
+        return
+    # What stands between quotes that no backslash precedes is not text.
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') <= 4 * _MAX_VALUES:
+        outside = b"".join(plain.split(b'"')[::2])
+        if sum(map(outside.count, (b",", b"[", b"{"))) <= _MAX_VALUES:
+            return
+    raise BodyError(
+        f"The body has more than {_MAX_VALUES:,} values.", details={"status": 413, "code": "too_many_values"}
+    )
 
 
 def _check_depth(value: Any) -> None:

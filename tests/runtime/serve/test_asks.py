@@ -21,14 +21,15 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from rkruntime.errors import BundleError, ContextFullError
-from rkruntime.serve import doors, native
+from rkruntime.serve import doors
 from rkruntime.serve.app import openapi
+from rkruntime.serve.connections import Requests
 from rkruntime.serve.http import Bodies, Stream
 from rkruntime.serve.native import Sessions
 from rkruntime.serve.ollama import _read_manifest
 from rkruntime.serve.service import Run
 from rkruntime.serve.sessions import SessionStore
-from rkruntime.serve.threads import LARGE, with_data
+from rkruntime.serve.threads import LARGE, on_disk, with_data
 from rkruntime.serve.users import User
 from rkruntime.serve.validate import Validator
 
@@ -44,7 +45,8 @@ class Words(str):
 def known(app: ASGIApp) -> ASGIApp:
     async def asked(scope: Any, receive: Any, send: Any) -> None:
         LOOP[:] = [threading.get_ident()]
-        await app({**scope, "rkedge.user": User("ann"), "rkedge.id": "1"}, receive, send)
+        with Requests(9, 1 << 24).one(User("ann")) as held:
+            await app({**scope, "rkedge.user": User("ann"), "rkedge.held": held, "rkedge.id": "1"}, receive, send)
 
     return asked
 
@@ -135,11 +137,12 @@ def test_only_what_the_schema_knows_is_kept() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 2 * LARGE])
-def test_only_small_sessions_are_read_in_the_event_loop(
+def test_no_session_is_read_or_written_in_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
+    """However small: a disk can take its time for a byte."""
     store = SessionStore(tmp_path / "sessions", 1 << 22, 100)
-    threads = []
+    threads: list[int] = []
 
     def noting(work: Any) -> Any:
         def noted(*args: Any) -> Any:
@@ -148,18 +151,54 @@ def test_only_small_sessions_are_read_in_the_event_loop(
 
         return noted
 
-    monkeypatch.setattr(store, "read", noting(store.read))
-    for name in ("check_conversation", "as_text", "json_response"):
-        monkeypatch.setattr(native, name, noting(getattr(native, name)))
+    for name in ("read", "write", "delete"):
+        monkeypatch.setattr(store, name, noting(getattr(store, name)))
     message = {"role": "user", "content": "a" * size}
     body = {"conversation": {"schema": "rkedge-conversation/1", "messages": [message]}}
     with TestClient(known(Starlette(routes=sessions_of(store).routes()))) as client:
         assert client.put("/sessions/a", json=body).status_code == 200
-        # What says that it was changed is small.
-        threads.pop()
         assert client.get("/sessions/a").json()["messages"] == [message]
-    assert len(threads) == 4
-    assert all((thread in LOOP) == (size < LARGE) for thread in threads)
+        assert client.delete("/sessions/a").status_code == 200
+    assert len(threads) == 3
+    assert LOOP[0] not in threads
+
+
+def test_files_have_one_writer_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    """A disk that takes its time, and clients of many sessions that come, go away and stop the daemon."""
+    store = SessionStore(tmp_path / "sessions", 1 << 24, 1000)
+    writing, most, done = [0], [0], []
+    write = store.write
+
+    def slowly(user: User, name: str, data: Any) -> None:
+        writing[0] += 1
+        most[0] = max(most[0], writing[0])
+        time.sleep(0.01)
+        write(user, name, data)
+        done.append((name, data["system"]))
+        writing[0] -= 1
+
+    async def change(name: str, number: int) -> None:
+        await on_disk(slowly, User("ann"), name, {"system": number})
+
+    async def main() -> float:
+        """How long the loop stood still at most."""
+        tasks = [asyncio.create_task(change(f"s{at % 5}", at)) for at in range(40)]
+        await asyncio.sleep(0.02)
+        longest, last = 0.0, time.monotonic()
+        for at, task in enumerate(tasks):
+            # Also more than once: a client that leaves, and then the daemon's end.
+            for _ in range(at % 4):
+                task.cancel()
+                await asyncio.sleep(0)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert [task.cancelled() for task in tasks] == [at % 4 > 0 for at in range(40)]
+        return longest
+
+    assert asyncio.run(main()) < 5
+    assert most == [1]
+    assert done == [(f"s{at % 5}", at) for at in range(40)]
+    assert {name: store.read(User("ann"), name)["system"] for name, _ in done} == {f"s{at % 5}": at for at in range(40)}
 
 
 def test_changes_of_a_session_do_not_overtake_each_other(tmp_path: Path) -> None:

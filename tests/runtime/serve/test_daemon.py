@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -423,3 +424,56 @@ def test_sampling_per_request_needs_a_new_runtime(start_daemon: Callable[..., An
     assert status == 200
     assert "x-rkedge-ignored" not in headers
     assert new.ask(FIRST) == QA[FIRST]
+
+
+def test_what_a_stop_breaks_off_is_kept(start_daemon: Callable[..., Any]) -> None:
+    """Answers of several sessions that do not come to their end in time are on the disk as far as they came."""
+    daemon = start_daemon("limits: {stop_s: 1}", port=False, RKEMU_TOKEN_US="150000")
+    asked = {"content": FIRST, "id": "1", "temperature": 0}
+    one, _ = begin_stream(daemon, "/sessions/s0/messages", asked, b'{"type":"text"')
+    waiting = [begin_stream(daemon, f"/sessions/s{number}/messages", asked, b"")[0] for number in (1, 2)]
+    daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["queue"]["waiting"] == 2)
+    connections = [one, *waiting]
+    assert daemon.stop() == 0
+    for one in connections:
+        one.close()
+    kept = [json.loads(path.read_bytes()) for path in daemon.state.rglob("s*.json")]
+    assert len(kept) == 1
+    assert kept[0]["broken"]["question"] == FIRST
+    assert 0 < len(kept[0]["broken"]["text"]) < len(QA[FIRST])
+    assert not list(daemon.state.rglob("*partial*"))
+
+
+def test_reloads_in_the_middle_of_answers(
+    start_daemon: Callable[..., Any], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each answer is whole and of one model, whichever; nobody is told anything else than to come back."""
+    link = tmp_path / "bundle"
+    link.symlink_to(bundles["base"])
+    daemon = start_daemon(bundle=link, port=False, RKEMU_TOKEN_US="2000")
+    pirate = {row.question: row.pirate for row in questions()}
+    seen: list[tuple[int, Any]] = []
+    stop = threading.Event()
+
+    def ask(question: str) -> None:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0}
+        while not stop.is_set():
+            status, _, answer = daemon.request("POST", "/v1/chat/completions", body)
+            text = answer["choices"][0]["message"]["content"] if status == 200 else ""
+            seen.append((status, text in (QA[question], pirate[question]) if status == 200 else answer))
+
+    threads = [threading.Thread(target=ask, args=(question,)) for question in [*QA][:6]]
+    for thread in threads:
+        thread.start()
+    for number in range(6):
+        new = tmp_path / f"new{number}"
+        new.symlink_to(bundles["base" if number % 2 else "pirate"])
+        new.rename(link)
+        daemon.process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert (200, True) in seen
+    assert (200, False) not in seen
+    assert {status for status, _ in seen} <= {200, 429, 503}

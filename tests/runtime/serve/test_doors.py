@@ -107,9 +107,13 @@ def test_what_listens_to_a_network_has_keys_for_ever() -> None:
 
     class Wide:
         family = socket.AF_INET
+        type = socket.SOCK_STREAM
 
         def getsockname(self) -> tuple[str, int]:
             return "0.0.0.0", 8080
+
+        def getsockopt(self, *_: int) -> int:
+            return 1
 
     listener: Any = Wide()
     with pytest.raises(UsageError, match="no API keys"):

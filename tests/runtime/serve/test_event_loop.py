@@ -83,18 +83,46 @@ def test_the_largest_texts(daemon: Any, path: str, field: str) -> None:
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_a_body_in_chunks_of_one_byte(daemon: Any) -> None:
-    body = json.dumps({"messages": messages("a" * 50_000, 1), "drop_oldest": True}).encode()
+def in_pieces(body: bytes, size: int) -> bytes:
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("length", "size"), [(150, 1), (300_000, 100), (300_000, 50_000)])
+def test_a_body_in_pieces(daemon: Any, length: int, size: int) -> None:
+    """Some pieces may be of one byte, and all may be small; another request comes right behind."""
+    body = json.dumps({"messages": messages("a" * length, 1), "drop_oldest": True}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with watched(daemon), socket.socket(socket.AF_UNIX) as one:
         one.settimeout(60)
         one.connect(str(daemon.socket))
-        # Another request comes right behind it.
-        one.sendall(head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        one.sendall(head + in_pieces(body, size))
         one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         seen = b"".join(iter(lambda: one.recv(65536), b""))
-    assert b"context_length_exceeded" in seen
+    assert (b"context_length_exceeded" if length > 10_000 else b"chat.completion") in seen
     assert b'{"status":"ok"}' in seen
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health", "/nothing"])
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_body_that_is_nothing_but_pieces_is_broken_off(daemon: Any, path: str, size: int) -> None:
+    """Whether somebody reads the body, or the answer has gone out long before."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    pieces, sent = in_pieces(b" " * 400_000, size), 0
+    with watched(daemon), socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(20)
+        one.connect(str(daemon.socket))
+        one.sendall(head)
+        with suppress(OSError):
+            for at in range(0, len(pieces), 1 << 14):
+                one.sendall(pieces[at : at + (1 << 14)])
+                sent += 1 << 14
+        seen = b""
+        with suppress(ConnectionResetError):
+            seen = b"".join(iter(lambda: one.recv(65536), b""))
+    assert sent < len(pieces)
+    if seen:
+        assert seen.split(b" ")[1] in (b"400", b"404", b"405", b"429")
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from rkruntime.attach import UnixConnection
+from rkruntime.errors import UsageError
 from rkruntime.serve import systemd
+from rkruntime.serve.doors import door_of
 
 UNITS = Path(__file__).parents[3] / "board" / "systemd"
 
@@ -111,6 +113,32 @@ def test_another_process_sockets_are_not_ours(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LISTEN_FDS", "1")
     monkeypatch.setenv("LISTEN_PID", str(os.getpid() + 1))
     assert systemd.inherited_sockets() == []
+
+
+@pytest.mark.parametrize("kind", ["datagrams", "packets", "a connection", "not listening", "udp"])
+def test_sockets_that_cannot_serve_are_refused(tmp_path: Path, kind: str) -> None:
+    """A unit with ListenDatagram=, ListenSequentialPacket= or Accept=yes."""
+    family = socket.AF_INET if kind == "udp" else socket.AF_UNIX
+    kinds = {"datagrams": socket.SOCK_DGRAM, "udp": socket.SOCK_DGRAM, "packets": socket.SOCK_SEQPACKET}
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(family, kinds.get(kind, socket.SOCK_STREAM)) as one:
+        if kind == "packets":
+            one.bind(str(tmp_path / "socket"))
+            one.listen()
+        with pytest.raises(UsageError, match="does not listen for streams"):
+            door_of(ours if kind == "a connection" else one, {})
+
+
+def test_files_that_are_no_sockets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    for fd in (read, 9999):
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        monkeypatch.setenv("LISTEN_FDS", "1")
+        monkeypatch.setattr(systemd, "_FIRST_FD", fd)
+        with pytest.raises(UsageError, match="is not a socket"):
+            systemd.inherited_sockets()
+    os.close(read)
+    os.close(write)
 
 
 def test_without_systemd_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
