@@ -26,6 +26,7 @@ CONFIDENCES: Final = ("high", "medium", "low")
 high: the text names this fault, and no report with another cause is known.
 medium: the text goes with this fault in most reports; `others` and the next steps name what else it can be.
 low: a hint only, for a log that says nothing better.
+A text that other programs print, too, counts in full on a line of RKLLM, and one step less near one.
 A log without any known text is `unexplained`, one that has nothing of RKLLM in it `not-rkllm`, both with the
 confidence `none`.
 """
@@ -169,8 +170,9 @@ class Signature:
                 yield match.start()
 
     def sure(self, place: int, log: Log) -> bool:
-        """Whether the texts of `a & b` are on one line of the log, not on lines that were joined on suspicion."""
-        return not self._rest or not log.joined[0] <= place < log.joined[1]
+        """Whether the texts of `a & b` and `a*b` are on one line of the log, not on lines joined on suspicion."""
+        loose = self._rest or "*" in self.plain
+        return not loose or bool(log.numbers((place,)))
 
     def cut_off(self, log: Log) -> int | None:
         """Where the log's first line begins in the middle of this text, or its last line ends there."""
@@ -270,6 +272,10 @@ class Log:
         """Index of the log's line at a position of `text`; the number of lines for the context's."""
         return self._line_of[bisect_right(self._starts, position) - 1]
 
+    def numbers(self, positions: Iterable[int]) -> set[int]:
+        """Indexes of the lines at these positions; lines that were joined on suspicion are left out."""
+        return {self.number_at(place) for place in positions if not self.joined[0] <= place < self.joined[1]}
+
     def shown(self, positions: Iterable[int]) -> tuple[str, ...]:
         """The log's lines at these positions, without repeats and without the context's."""
         numbers = [number for number in map(self.number_at, positions) if number < len(self.lines)]
@@ -306,7 +312,8 @@ class Rule:
                 places = [place for signature in group if (place := signature.cut_off(log)) is not None][:1]
             if not places:
                 return None
-            if matches and not any(signature.sure(place, log) for place, signature in matches):
+            # The rest of a text that was cut off, or of lines that were joined, may have been another.
+            if not any(signature.sure(place, log) for place, signature in matches):
                 confidence = CONFIDENCES[-1]
             found += places
         if any(True for signature in self.none for _ in signature.matches(log)):
@@ -470,17 +477,16 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> lis
     Args:
         sure: the caller knows that it is a log of RKLLM.
     """
-    own = set(map(log.number_at, _starts(rows.own, log.text)))
+    own = log.numbers(_starts(rows.own, log.text))
     hits: list[Hit] = []
     # Texts that only RKLLM prints come first: generic ones count fully near them.
     for rule in sorted(rows.rules, key=lambda rule: rule.generic):
         if (hit := rule.hit(log, facts)) is None:
             continue
-        numbers = set(map(log.number_at, hit.places))
         if not rule.generic:
-            own |= numbers
-        elif not sure and not _near(own, numbers, len(log.lines)):
-            hit = replace(hit, confidence=CONFIDENCES[-1])
+            own |= log.numbers(hit.places)
+        elif not sure:
+            hit = replace(hit, confidence=_shared(hit, own, log, rows))
         hits.append(hit)
     order = {id(rule): number for number, rule in enumerate(rows.rules)}
     hits.sort(key=lambda hit: (CONFIDENCES.index(hit.confidence), order[id(hit.rule)]))
@@ -488,6 +494,17 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> lis
     for hit in hits:
         best.setdefault(hit.rule.class_, hit)
     return list(best.values())
+
+
+def _shared(hit: Hit, own: set[int], log: Log, rows: Table) -> str:
+    """How sure a text that others print, too, makes of a fault of RKLLM; `own` are the numbers of RKLLM's lines."""
+    numbers = log.numbers(hit.places) or set(map(log.number_at, hit.places))
+    if numbers <= own:
+        return hit.confidence
+    texts = (_plain(log.lines[number]) for number in numbers - own if number < len(log.lines))
+    if not _near(own, numbers, len(log.lines)) or any(map(rows.foreign.search, texts)):
+        return CONFIDENCES[-1]
+    return CONFIDENCES[min(CONFIDENCES.index(hit.confidence) + 1, len(CONFIDENCES) - 1)]
 
 
 def _near(own: set[int], numbers: set[int], count: int) -> bool:

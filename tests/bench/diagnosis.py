@@ -1,8 +1,8 @@
 """How often `rkedge diagnose` is right: on the logs its rules were written from, and on logs that they do not know.
 
-The second figure is a cross-validation: all cases of one repository are hidden, and a signature counts only if it is
-also found outside of that repository, in a case of another one or among the messages of programs
-(tests/data/messages.yaml). Signatures found nowhere count in no fold.
+The cross-validation hides all cases of one repository, and a signature counts only if it is also found outside of that
+repository, in a case of another one or among the messages of programs (tests/data/messages.yaml). Signatures found
+nowhere count in no fold.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _without(table: Table, counts: Callable[[Signature], bool]) -> Table:
 def cross_validation(cases: list[Case]) -> dict[str, Score]:
     """The score of each repository's cases with that repository hidden."""
     table = diagnosis.table()
-    found = sources(table, cases)
+    found = sources(table, corpus.everything())
     scores: dict[str, Score] = {}
     for hidden in sorted({case.origin for case in cases}):
         rest = _without(table, lambda signature, hidden=hidden: bool(found[signature.source] - {hidden}))  # type: ignore[misc]
@@ -107,19 +107,21 @@ def total(scores: Iterable[Score]) -> Score:
 
 
 def main() -> None:
-    """Print the three figures, the largest folds, and what becomes of other programs' logs."""
-    cases = corpus.known()
-    print(f"known cases:       {score(cases)}")
-    folds = cross_validation(cases)
+    """Print the score of each collection, the largest folds, and what becomes of logs that have no failure."""
+    print(f"known cases:       {score(corpus.known())}")
+    folds = cross_validation(corpus.known())
     print(f"cross-validation:  {total(folds.values())}")
     for name, fold in sorted(folds.items(), key=lambda item: -item[1].cases)[:4]:
         print(f"    {name}: {fold}")
-    print(f"unseen logs:       {score(corpus.cases('unseen_failures'))}")
-    others = [diagnosis.diagnose(row["log"]) for row in corpus.other_logs()]
-    print(
-        f"other logs:        {sum(not found.explained for found in others)} of {len(others)} without a failure, "
-        f"{sum(found.confidence in ('high', 'medium') for found in others)} with one of medium or high confidence"
-    )
+    print(f"    with the two collections below: {total(cross_validation(corpus.everything()).values())}")
+    print(f"second collection: {score(corpus.cases('unseen_failures'))}")
+    print(f"third collection:  {score(corpus.cases('fresh_failures'))}")
+    for kind in ("foreign", "healthy", "other"):
+        found = [diagnosis.diagnose(row["log"]) for row in corpus.other_logs() if row["kind"] == kind]
+        print(
+            f"{kind + ' logs:':19}{sum(not one.explained for one in found)} of {len(found)} without a failure, "
+            f"{sum(one.confidence in ('high', 'medium') for one in found)} with one of medium or high confidence"
+        )
 
 
 if __name__ == "__main__":

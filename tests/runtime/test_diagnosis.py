@@ -1,6 +1,8 @@
 """The rule table against the collected cases, and against everything that happens to a log on its way to a person."""
 
+import errno
 import json
+import os
 import random
 import re
 import textwrap
@@ -22,6 +24,7 @@ from rkruntime.diagnosis import CONFIDENCES, FOREIGN, NONE, UNEXPLAINED, Signatu
 CASES = corpus.cases("failures")
 MORE = corpus.cases("more_failures")
 UNSEEN = corpus.cases("unseen_failures")
+FRESH = corpus.cases("fresh_failures")
 EXPLAINED = [case for case in CASES + MORE if diagnose(case.log).explained]
 VARIATIONS = yaml.safe_load((corpus.DATA / "log_variations.yaml").read_text("utf-8"))
 
@@ -126,6 +129,7 @@ WAYS: dict[str, Callable[[Lines], Lines]] = {
 }
 
 
+NAMING = ("docker compose", "logcat", "other level", "compose in 90 columns")
 BROKEN = ("80 columns", "97 columns", "words wrapped at 60", "compose in 90 columns")
 
 
@@ -135,22 +139,23 @@ def test_joined_lines_do_not_make_a_fault_of_two() -> None:
         "robot:I rkllm: prompt cache saved to /srv/models/gemma-2-2b-it/another/long/path/prompt_cache.bin\n"
         "'utf-8' codec can't decode byte 0xc3 in position 0: unexpected end of data\n"
     )
-    assert (found.class_, found.confidence) == ("utf8-split", "high")
+    assert (found.class_, found.confidence) == ("utf8-split", "medium")
 
 
 def test_score() -> None:
     """docs/diagnose.md states what `make bench` prints; these are floors."""
-    known, unseen = bench.score(corpus.known()), bench.score(UNSEEN)
+    known = bench.score(corpus.known())
     assert known.told_right / known.told >= 0.97, known
     assert known.wrong_sure <= 1, known
-    assert unseen.told_right / unseen.told >= 0.9, unseen
-    assert unseen.wrong_sure <= 2, unseen
+    for later in (bench.score(UNSEEN), bench.score(FRESH)):
+        assert later.told_right / later.told >= 0.95, later
+        assert later.wrong_sure == 0, later
 
 
 def test_cross_validation() -> None:
     """With a case's repository hidden, what other repositories and the messages of programs say must do."""
     total = bench.total(bench.cross_validation(corpus.known()).values())
-    assert total.told_right / total.told >= 0.85, total
+    assert total.told_right / total.told >= 0.9, total
     assert total.wrong_sure / total.cases <= 0.03, total
 
 
@@ -162,12 +167,12 @@ def test_cases_met_later(case: Case) -> None:
 
 
 @pytest.mark.parametrize("row", corpus.other_logs(), ids=lambda row: row["id"])
-def test_logs_of_other_programs_are_not_explained_with_confidence(row: dict[str, Any]) -> None:
+def test_logs_without_a_known_failure_are_not_explained_with_confidence(row: dict[str, Any]) -> None:
     found = diagnose(row["log"])
     if row["kind"] == "healthy":
         assert (found.class_, found.others) == (UNEXPLAINED, ())
     else:
-        assert found.class_ == FOREIGN or found.confidence == "low"
+        assert not found.explained or found.confidence == "low"
 
 
 @pytest.mark.parametrize(("class_", "log"), VARIATIONS, ids=[f"{row[0]}-{row[1][-1][:40]}" for row in VARIATIONS])
@@ -220,8 +225,9 @@ def test_what_happens_to_a_log_changes_nothing(way: str) -> None:
         log = ["(RKNN)", *case.log]
         plain, changed = diagnose(log), diagnose("\n".join(WAYS[way](log)))
         assert (case.id, changed.class_) == (case.id, plain.class_)
-        # Texts on one line in any order are less sure where the line had to be put together.
-        assert changed.confidence == plain.confidence or (changed.confidence == "low" and way in BROKEN)
+        # A text is less sure where its line had to be put together, and surer where each line names RKLLM.
+        ranks = [[*CONFIDENCES, NONE].index(found.confidence) for found in (plain, changed)]
+        assert ranks[0] == ranks[1] or (way in NAMING if ranks[1] < ranks[0] else way in BROKEN), case.id
 
 
 @given(st.sampled_from(EXPLAINED), st.lists(st.sampled_from(NOISE), max_size=30), st.randoms(use_true_random=False))
@@ -231,6 +237,69 @@ def test_interleaved_lines_change_nothing(case: Case, noise: Lines, order: rando
     for line in noise:
         lines.insert(order.randint(0, len(lines)), line)
     assert diagnose(lines).class_ == diagnose(["(RKNN)", *case.log]).class_
+
+
+FOREIGN_LOGS = [row["log"] for row in corpus.other_logs() if row["kind"] == "foreign"]
+# Numbers that say which fault it is: of errors, results and versions.
+_MEANING = re.compile(r"(?:errno:? |error |ret[ =:]+|code |signal |v|version:? )-?\d[\d.]*|\d+\.\d[\d.]*")
+
+
+def _other_numbers(text: str, order: random.Random) -> str:
+    """The text with other times, sizes, addresses and counts, each as long as it was."""
+    kept = [match.span() for match in _MEANING.finditer(text)]
+
+    def changed(match: re.Match[str]) -> str:
+        if any(start < match.end() and match.start() < end for start, end in kept):
+            return match[0]
+        return "".join(order.choice("123456789") for _ in match[0])
+
+    return re.sub(r"\d{2,}", changed, text)
+
+
+@given(
+    st.sampled_from(CASES + MORE + UNSEEN + FRESH),
+    st.sampled_from(["head", "tail", "both", "foreign", "numbers"]),
+    st.sampled_from(FOREIGN_LOGS),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_change_of_a_log_makes_another_fault_sure(
+    case: Case, way: str, foreign: Lines, order: random.Random
+) -> None:
+    """Cut anywhere, mixed with another program's log, with other numbers: high is only what the whole log has."""
+    text = "\n".join(case.log)
+    start, end = sorted(order.sample(range(len(text) + 1), 2))
+    lines = list(case.log)
+    for line in foreign:
+        lines.insert(order.randint(0, len(lines)), line)
+    changed = {
+        "head": text[:end],
+        "tail": text[start:],
+        "both": text[start:end],
+        "foreign": "\n".join(lines),
+        "numbers": _other_numbers(text, order),
+    }[way]
+    whole, found = diagnose(text), diagnose(changed)
+    known = (whole.class_, *whole.others, case.class_, *_SIBLINGS.get(case.class_, ()))
+    assert found.confidence != "high" or found.class_ in known, changed
+
+
+@pytest.mark.parametrize("foreign", FOREIGN_LOGS, ids=lambda log: log[-1][:40])
+def test_another_programs_trouble_beside_a_healthy_log_is_never_sure(foreign: Lines) -> None:
+    healthy = HEALTHY.splitlines()
+    for log in ([*healthy, *foreign], [*foreign, *healthy]):
+        assert diagnose(log).confidence != "high"
+
+
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_the_errno_of_another_program_is_not_explained(number: int) -> None:
+    text = os.strerror(number)
+    for line in (
+        f"OSError: [Errno {number}] {text}: '/srv/x'",
+        f"backupd[12]: cannot write /srv/x: {text}",
+        f"backupd[12]: sync of /srv/x failed, errno: {number} ({text})",
+    ):
+        assert diagnose(line).confidence in ("low", NONE), line
 
 
 @pytest.mark.parametrize("log", [HEALTHY, CONVERTED, "", "\n\n", "\0" * 5000])
@@ -268,18 +337,21 @@ def test_a_log_without_a_line_of_rkllm_is_not_explained() -> None:
     ]
     foreign = diagnose(trace)
     assert (foreign.class_, foreign.confidence, foreign.others) == (FOREIGN, NONE, ("convert-out-of-memory",))
-    assert diagnose(["INFO: rkllm-toolkit version: 1.2.3", *trace]).confidence == "high"
+    assert diagnose(["INFO: rkllm-toolkit version: 1.2.3", *trace]).confidence == "medium"
     assert diagnose(trace, context={"stage": "convert"}).confidence == "high"
     # One bare line may be anybody's.
     assert (diagnose("Bus error").class_, diagnose("Bus error").confidence) == ("model-file-invalid", "low")
 
 
-def test_what_others_print_counts_near_a_line_of_rkllm_only() -> None:
+def test_what_others_print_counts_less_the_farther_it_is_from_a_line_of_rkllm() -> None:
     boot = ["[drm] Initialized rknpu 0.9.8 20240828 for fdab0000.npu on minor 1"]
     filler = [f"kernel line {number} about a disk" for number in range(100)]
-    trouble = ["nginx: bind() to 0.0.0.0:80 failed (98: Address already in use)"]
-    assert diagnose(boot + filler + trouble).confidence == "low"
-    assert diagnose([*filler, "rkllama.server - starting", *trouble]).confidence == "high"
+    trouble = "OSError: [Errno 98] Address already in use"
+    assert diagnose([*boot, *filler, trouble]).confidence == "low"
+    assert diagnose([*filler, "rkllama.server - starting", trouble]).confidence == "medium"
+    assert diagnose([*filler, f"rkllama.server - {trouble}"]).confidence == "high"
+    # Another program's name on the line says whose it is.
+    assert diagnose([*filler, "rkllama.server - starting", f"nginx: {trouble}"]).confidence == "low"
 
 
 @given(st.text(max_size=3000))
@@ -394,7 +466,7 @@ def test_a_text_cut_off_at_the_logs_end_counts() -> None:
 def test_the_table_is_whole() -> None:
     table = diagnosis.table()
     named = {rule.class_ for rule in table.rules}
-    assert {case.class_ for case in CASES + UNSEEN} <= set(table.classes)
+    assert {case.class_ for case in CASES + UNSEEN + FRESH} <= set(table.classes)
     assert named <= set(table.classes)
     for name, words in table.classes.items():
         assert words.title, name
@@ -423,9 +495,9 @@ def test_sources_can_be_opened() -> None:
         assert place.startswith("https://") or place.endswith("public address not known"), name
     texts = [str(resources.table(name)) for name in ("diagnosis", "known_pairs")]
     assert not any("file-index" in text for text in texts)
-    for case_ in (json.loads(line) for name in ("failures", "more_failures", "unseen_failures")
-                  for line in (corpus.DATA / f"{name}.jsonl").read_text("utf-8").splitlines()):  # fmt: skip
-        assert "file-index" not in case_["source"]
+    for name in ("failures", "more_failures", "unseen_failures", "fresh_failures", "other_logs"):
+        for line in (corpus.DATA / f"{name}.jsonl").read_text("utf-8").splitlines():
+            assert "file-index" not in json.loads(line)["source"]
 
 
 def test_command_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
