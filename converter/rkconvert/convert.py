@@ -17,6 +17,7 @@ from rkconvert.board_file import (
     ModelFile,
     ToolkitOptions,
     check_board_model,
+    resumable_files,
     write_board_file,
 )
 from rkconvert.chat_template import ChatTemplate, read_template
@@ -130,7 +131,7 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         toolkit=_parts(job.toolkit),
         limits=[job.max_context, job.npu_cores],
     )
-    with work_folder(options.output, key) as folder:
+    with work_folder(options.output, key, _resumable(job)) as folder:
         made = _write_model(folder, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         source = loaded.source(checkpoint, reporter)
@@ -150,6 +151,11 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         for files in job.inputs:
             files.check()
     return Bundle(options.output, manifest)
+
+
+def _resumable(job: Job) -> Sequence[str]:
+    """What of an unfinished bundle is used again."""
+    return resumable_files(_board_model(job, job.toolkit)) if job.toolkit else ()
 
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:

@@ -71,6 +71,11 @@ def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> 
     ]
 
 
+def resumable(weights: Weights, limit: int = SHARD_BYTES) -> list[str]:
+    """The files that `write_weights` takes up where a run was killed; it compares each with its checksum."""
+    return [STATE, *(plan.name for plan in plan_shards(weights.tensors, limit))]
+
+
 def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int = SHARD_BYTES) -> None:
     """Write the shards and their index; shards that an earlier run finished here are compared with its checksums.
 
