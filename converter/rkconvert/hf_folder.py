@@ -159,9 +159,10 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
 
 
 def copy_side_files(folder: Place, into: Path, names: Iterable[str]) -> None:
-    """Copy those small files of a model folder that it has."""
+    """Copy those small files of a model folder that it has; they may be in a folder of it."""
     for name in names:
         if (folder / name).is_file():
+            (into / name).parent.mkdir(exist_ok=True)
             with (folder / name).open("rb") as source, (into / name).open("wb") as copy:
                 shutil.copyfileobj(source, copy)
 

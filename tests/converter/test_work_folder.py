@@ -62,7 +62,7 @@ def test_something_planted(tmp_path, monkeypatch, capsys, command, planted, name
 
 def plant(partial):
     """Files of every kind in a folder that a killed run left, under names that a result may have and others."""
-    for name in ("model.safetensors", "model_lora.rkemu", "additional_chat_templates/default.jinja", "report/more", "é"):
+    for name in ("model.safetensors", "model_lora.rkemu", "additional_chat_templates/x.jinja", "report/more", "é"):
         path = partial / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"foreign")
@@ -114,7 +114,8 @@ def test_a_shard_that_is_not_what_the_killed_run_wrote_is_written_again(tmp_path
     assert main([*line, str(tmp_path / "out")]) == 0
     result = tmp_path / "out" / "model.safetensors"
     assert result.read_bytes() == whole
-    assert not result.is_symlink() and result.stat().st_nlink == 1
+    assert not result.is_symlink()
+    assert result.stat().st_nlink == 1
 
 
 def test_what_another_user_left_is_not_taken_up(tmp_path, monkeypatch):
