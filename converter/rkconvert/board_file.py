@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,8 @@ LORA_NOTE: Final = "the adapter {name} is not in the model: load {file} beside i
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"
+# Fields of ToolkitOptions whose options have the toolkit's name in front.
+_PREFIXED: Final = ("python", "device", "load_dtype", "patience")
 # What is complete once the report is written: the model's file, an adapter's beside it, and the log.
 _MADE: Final = (RKLLM_FILE, LORA_FILE, f"{REPORT}/{_DONE}.log")
 _TITLES: Final = {
@@ -66,6 +68,11 @@ class ToolkitOptions:
     load_dtype: str = "float32"
     qparams: Path | None = None
     patience: float = PATIENCE
+
+    def given(self) -> list[str]:
+        """The command's options of those that are not the default."""
+        names = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        return [f"--{'toolkit-' * (name in _PREFIXED)}{name.replace('_', '-')}" for name in names]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class ChatTemplate:
     notes: tuple[str, ...] = ()
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """A conversation as the template gets it, its system message folded if there is no role for it."""
+        """A conversation as the template gets it; a system message is folded if the template does not render one."""
         known = messages if self.system_role == "native" else fold_system(messages)
         return [{"role": message.role, "content": message.content} for message in known]
 

@@ -195,6 +195,11 @@ def _check_target(options: Options) -> None:
             f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
             hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
         )
+    if options.target == "emulator" and (given := options.toolkit.given()):
+        raise UsageError(
+            f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
+            hint="Leave it out, or use --target toolkit.",
+        )
 
 
 def _release(options: Options, toolkit: Toolkit | None) -> str:
@@ -331,7 +336,7 @@ def _notes(plan: Plan | None) -> tuple[str, ...]:
 
 
 def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without what it says of this PC, which is no business of those who get the bundle."""
+    """A plan without what it says about this PC, which does not concern those who get the bundle."""
     return {key: value for key, value in plan.items() if key != "host"}
 
 

@@ -102,5 +102,5 @@ def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]
         raise fail(f"holds no keys: it is {type(content).__name__}")
     strange = next((key for key in content or () if not isinstance(key, str)), None)
     if strange is not None:
-        raise fail(f"has the key {strange!r}, which is no text")
+        raise fail(f"has the key {strange!r}, which is not text")
     return content or {}

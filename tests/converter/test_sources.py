@@ -547,7 +547,7 @@ def test_offline(hub, monkeypatch):
 
 
 def test_a_folder_has_no_revision(make_model):
-    with pytest.raises(CheckpointError, match="no hub model"):
+    with pytest.raises(CheckpointError, match="not a hub model"):
         open_source(str(make_model()), "main")
 
 

@@ -136,7 +136,7 @@ def test_depth_ends_in_an_error_and_not_in_a_crash():
     ("content", "message"),
     [
         (b"- 1", "holds no keys: it is list"),
-        (b"1: 2", "the key 1, which is no text"),
+        (b"1: 2", "the key 1, which is not text"),
         (b"a: \xff", "is not YAML"),
         (b"#" * (1 << 20) + b"##", "cannot be read: it has more than 1,048,576 bytes"),
     ],
