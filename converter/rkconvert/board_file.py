@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from rkconvert.adapter import Adapter
 from rkconvert.bundle_folder import REPORT, read_report, write_report
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.chat_template import ChatTemplate
+from rkconvert.hf_folder import resumable
 from rkconvert.host import read_memory
 from rkconvert.job import MergedModel
 from rkconvert.plan.sizes import file_bytes, parse_type
@@ -25,16 +26,20 @@ from rkconvert.toolkit.job import calls
 from rkconvert.toolkit.runner import PATIENCE
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkruntime.bundle import TOKENIZER
-from rkruntime.errors import AdapterError, CalibrationError, ModelFileError
+from rkruntime.errors import AdapterError, CalibrationError
 from rkruntime.files import readable, sha256_file
-from rkruntime.rkllm_file import read_rkllm
 
 RKLLM_FILE: Final = "model.rkllm"
+LORA_FILE: Final = "model_lora.rkllm"
 LORA_MODES: Final = ("merge", "runtime")
 LORA_NOTE: Final = "the adapter {name} is not in the model: load {file} beside it (rkllm_load_lora)"
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"
+# Fields of ToolkitOptions whose options have the toolkit's name in front.
+_PREFIXED: Final = ("python", "device", "load_dtype", "patience")
+# What is complete once the report is written: the model's file, an adapter's beside it, and the log.
+_MADE: Final = (RKLLM_FILE, LORA_FILE, f"{REPORT}/{_DONE}.log")
 _TITLES: Final = {
     "import": "starting the toolkit",
     "load": "loading the model",
@@ -63,6 +68,11 @@ class ToolkitOptions:
     load_dtype: str = "float32"
     qparams: Path | None = None
     patience: float = PATIENCE
+
+    def given(self) -> list[str]:
+        """The command's options of those that are not the default."""
+        names = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        return [f"--{'toolkit-' * (name in _PREFIXED)}{name.replace('_', '-')}" for name in names]
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,12 @@ def _check_lora(lora: Adapter) -> None:
         )
 
 
+def resumable_files(board: BoardModel) -> list[str]:
+    """What `write_board_file` takes up where a run was killed; it compares each with a checksum."""
+    staged = [] if is_linked(board.model) else [f"{_STAGED}/{name}" for name in resumable(board.model.weights)]
+    return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
+
+
 def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> ModelFile:
     """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
 
@@ -177,8 +193,6 @@ def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> Mod
     if not report:
         staged = folder / _STAGED
         staged.mkdir(exist_ok=True)
-        for left in folder.glob(".toolkit-*"):
-            shutil.rmtree(left, ignore_errors=True)
         with reporter.bar("writing the merged model", board.model.nbytes) as advance:
             stage(board.model, board.template, board.toolkit.release, staged, advance)
         if board.lora:
@@ -197,14 +211,20 @@ def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> Mod
 def _finished(folder: Path) -> dict[str, Any]:
     """The report of an earlier run that got as far as this; empty if none did.
 
-    `folder` holds work of this very conversion (see `resume_key`), which says nothing of a disk that lost a part.
+    `folder` holds work of this very conversion (see `resume_key`), which says nothing of a disk that lost a part, and
+    of files that came from elsewhere.
     """
     report = read_report(folder, _DONE)
-    try:
-        whole = read_rkllm(folder / RKLLM_FILE).as_dict() == report.get("file")
-    except ModelFileError:
-        whole = False
-    return report if whole else {}
+    if report and _sums(folder) == report.get("sha256"):
+        return report
+    for name in _MADE:
+        (folder / name).unlink(missing_ok=True)
+    return {}
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of those of the files that the toolkit made which are there."""
+    return {name: sha256_file(folder / name) for name in _MADE if (folder / name).is_file()}
 
 
 def _teller(reporter: Reporter, show: Callable[[str, int, int], None]) -> Callable[[Event], None]:
@@ -235,6 +255,7 @@ def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str,
         "calls": [_public(call) for call in result.calls],
         "calibration": {"sha256": sha256_file(calibration)} if calibration else None,
         "file": result.file.as_dict(),
+        "sha256": _sums(folder),
         "lora": result.lora.name if result.lora else None,
         "seconds": dict(result.seconds),
         "peak_memory_bytes": result.peak_memory,

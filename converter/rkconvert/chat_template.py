@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from rkconvert.inputs import templates
 from rkconvert.rendering import rendered, try_out
 from rkconvert.shards import read_json
 from rkconvert.sources.memory_folder import Place
 from rkconvert.tokenizer import tokenizer_bytes
-from rkruntime.bundle import MAX_TEMPLATE, TOKENIZER
+from rkruntime.bundle import MAX_TEMPLATE, TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
 from rkruntime.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
 
@@ -40,7 +41,7 @@ class ChatTemplate:
     notes: tuple[str, ...] = ()
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """A conversation as the template gets it, its system message folded if there is no role for it."""
+        """A conversation as the template gets it; a system message is folded if the template does not render one."""
         known = messages if self.system_role == "native" else fold_system(messages)
         return [{"role": message.role, "content": message.content} for message in known]
 
@@ -104,31 +105,39 @@ def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def find_template(folder: Place) -> str | None:
-    """chat_template.jinja (transformers since 4.50), else the key of tokenizer_config.json: a text or a named list.
+    """The template that transformers takes where none is named: of the files chat_template.jinja and
+    additional_chat_templates/*.jinja (since 4.50 and 4.52), else of the key of tokenizer_config.json: a text or a named
+    list.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or there are several and none is the default.
     """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            with file.open("rb") as stream:
-                data = stream.read(MAX_TEMPLATE + 1)
-            if len(data) > MAX_TEMPLATE:
-                raise CheckpointError(f"{file} has more than {MAX_TEMPLATE:,} bytes, which no chat template has.")
-            return data.decode()
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
-    found: Any = _config(folder).get("chat_template")
+    files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
+    files.update(templates(folder))
+    if "default" in files:
+        return _read(files["default"])
+    found: Any = files or _config(folder).get("chat_template")
     if isinstance(found, list):
         found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
     if isinstance(found, dict):
         if "default" not in found:
+            names = ", ".join(found)[:200] or "none"
             raise CheckpointError(
-                "tokenizer_config.json has several chat templates, and none of them is called 'default'.",
-                hint="Save the one to use as chat_template.jinja in the checkpoint's folder.",
+                f"{folder} has chat templates with names ({names}), and none of them is called default.",
+                hint=f"Save the one to use as {TEMPLATE} in that folder.",
             )
         found = found["default"]
     return found if isinstance(found, str) else None
+
+
+def _read(file: Place) -> str:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_TEMPLATE + 1)
+        if len(data) > MAX_TEMPLATE:
+            raise CheckpointError(f"{file} has more than {MAX_TEMPLATE:,} bytes, which no chat template has.")
+        return data.decode()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8: {error}.") from error

@@ -17,6 +17,7 @@ from rkconvert.board_file import (
     ModelFile,
     ToolkitOptions,
     check_board_model,
+    resumable_files,
     write_board_file,
 )
 from rkconvert.chat_template import ChatTemplate, read_template
@@ -130,7 +131,7 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         toolkit=_parts(job.toolkit),
         limits=[job.max_context, job.npu_cores],
     )
-    with work_folder(options.output, key) as folder:
+    with work_folder(options.output, key, _resumable(job)) as folder:
         made = _write_model(folder, job, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         source = loaded.source(checkpoint, reporter)
@@ -150,6 +151,11 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         for files in job.inputs:
             files.check()
     return Bundle(options.output, manifest)
+
+
+def _resumable(job: Job) -> Sequence[str]:
+    """What of an unfinished bundle is used again."""
+    return resumable_files(_board_model(job, job.toolkit)) if job.toolkit else ()
 
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
@@ -188,6 +194,11 @@ def _check_target(options: Options) -> None:
         raise UsageError(
             f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
             hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
+        )
+    if options.target == "emulator" and (given := options.toolkit.given()):
+        raise UsageError(
+            f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
+            hint="Leave it out, or use --target toolkit.",
         )
 
 
@@ -325,7 +336,7 @@ def _notes(plan: Plan | None) -> tuple[str, ...]:
 
 
 def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without what it says of this PC, which is no business of those who get the bundle."""
+    """A plan without what it says about this PC, which does not concern those who get the bundle."""
     return {key: value for key, value in plan.items() if key != "host"}
 
 

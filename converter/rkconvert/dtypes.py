@@ -165,11 +165,11 @@ def require(judgement: Judgement, *, force: bool) -> None:
     verdict, rule = judgement.verdict, judgement.rule
     if verdict in (Verdict.OK, Verdict.WARN) or (verdict is Verdict.REFUSE and force):
         return
-    log = "".join(f"\n    {line}" for line in rule.log)
+    log = " ".join(rule.log)
     advice = f"Use --dtype {rule.instead}." if rule.instead else "Choose another type or SoC."
     raise RefusedError(
-        f"{judgement.dtype} on {judgement.platform}: {judgement.reason}{':' if log else '.'}{log}"
-        f"\n  evidence: {rule.evidence} ({rule.source})",
+        f"{judgement.dtype} on {judgement.platform}: {judgement.reason}{': ' if log else ''}{log}."
+        f" Evidence: {rule.evidence} ({rule.source}).",
         hint=f"{advice} To try it all the same: --force-dtype." if verdict is Verdict.REFUSE else advice,
         details={"dtype": judgement.dtype, "verdict": verdict.value, "evidence": rule.evidence, "source": rule.source},
     )

@@ -71,6 +71,11 @@ def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> 
     ]
 
 
+def resumable(weights: Weights, limit: int = SHARD_BYTES) -> list[str]:
+    """The files that `write_weights` takes up where a run was killed; it compares each with its checksum."""
+    return [STATE, *(plan.name for plan in plan_shards(weights.tensors, limit))]
+
+
 def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int = SHARD_BYTES) -> None:
     """Write the shards and their index; shards that an earlier run finished here are compared with its checksums.
 
@@ -154,9 +159,10 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
 
 
 def copy_side_files(folder: Place, into: Path, names: Iterable[str]) -> None:
-    """Copy those small files of a model folder that it has."""
+    """Copy those small files of a model folder that it has; they may be in a folder of it."""
     for name in names:
         if (folder / name).is_file():
+            (into / name).parent.mkdir(exist_ok=True)
             with (folder / name).open("rb") as source, (into / name).open("wb") as copy:
                 shutil.copyfileobj(source, copy)
 

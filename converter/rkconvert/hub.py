@@ -20,6 +20,14 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def refuse_revision(model: str, revision: str | None) -> None:
+    """Raise CheckpointError if there is a revision of what is no hub model."""
+    if revision and (Path(model).exists() or not is_hub_id(model)):
+        raise CheckpointError(
+            f"{model} is not a hub model, so it does not have a revision {revision}.", hint="Leave --revision out."
+        )
+
+
 def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
     """The path of a file of a model in the local cache, fetched if need be; None if the model has no such file.
 
@@ -72,7 +80,7 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
         from huggingface_hub import errors
     except ImportError as error:
         raise HostError(
-            f"{model} is no folder here, and to fetch it from the hub huggingface_hub is missing.",
+            f"{model} is not a folder here, and to fetch it from the hub huggingface_hub is missing.",
             hint="pip install 'rkedge[convert]', or download it by hand and give that.",
         ) from error
     try:
@@ -90,6 +98,6 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise HostError(
-            f"{model} is no folder here, and its {what} cannot be fetched from the hub: {lines[0]}",
+            f"{model} is not a folder here, and its {what} cannot be fetched from the hub: {lines[0]}",
             hint="Check the network (and HF_HUB_OFFLINE); what was fetched before is kept, so a second try goes on.",
         ) from error

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from rkconvert.sources.memory_folder import Place
 from rkruntime.errors import InputError
 from rkruntime.files import sha256_file
 
@@ -18,7 +19,7 @@ from rkruntime.files import sha256_file
 _TICK_NS: Final = 20_000_000
 _TRIES: Final = 5
 # What a tokenizer and its chat template are saved in; they belong together.
-TOKENIZER_FILES: Final = (
+_TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -27,17 +28,31 @@ TOKENIZER_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# What a model folder holds besides weights and config.json.
-_SIDE_FILES: Final = ("generation_config.json", *TOKENIZER_FILES)
-# What decides a result besides these and the weights: settings of a model or an adapter, and their indices.
+# Where transformers keeps further chat templates, NAME.jinja each.
+_TEMPLATES: Final = "additional_chat_templates"
+# What decides a result besides these and the weights: settings of a model or an adapter, and the indices of both.
 _SETTINGS: Final = (
     "config.json",
+    "generation_config.json",
     "adapter_config.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "adapter_model.safetensors.index.json",
     "adapter_model.bin.index.json",
 )
+
+
+def templates(folder: Place) -> dict[str, Place]:
+    """Chat templates beside chat_template.jinja by their names; transformers takes the one called default for it."""
+    found = folder / _TEMPLATES
+    # A model that is one file has no such folder.
+    paths = sorted(found.glob("*.jinja")) if isinstance(found, Path) else []
+    return {path.name.removesuffix(".jinja"): path for path in paths}
+
+
+def tokenizer_files(folder: Place) -> list[str]:
+    """What the tokenizer and its chat templates may stand in, relative to the folder; most need not be there."""
+    return [*_TOKENIZER_FILES, *(f"{_TEMPLATES}/{path.name}" for path in templates(folder).values())]
 
 
 class FileState(NamedTuple):
@@ -77,9 +92,9 @@ def states_of(files: Iterable[Path]) -> dict[Path, FileState | None]:
 
 
 def folder_states(folder: Path) -> dict[Path, FileState | None]:
-    """States of all files in a folder, which need not exist."""
+    """States of all files in a folder, which need not exist, and of its chat templates."""
     try:
-        return states_of(sorted(folder.iterdir()))
+        return states_of([*sorted(folder.iterdir()), *(Path(str(path)) for path in templates(folder).values())])
     except OSError:
         return {}
 
@@ -124,7 +139,8 @@ class Inputs:
     @classmethod
     def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
         """Those of a model's or an adapter's folder, by the `folder_states` from before it was opened."""
-        small = {folder / name: before.get(folder / name) for name in (*_SETTINGS, *_SIDE_FILES)}
+        names = [*_SETTINGS, *tokenizer_files(folder)]
+        small = {path: before.get(path) for path in (folder / name for name in names)}
         return cls(kind, {file: before.get(file) for file in weights}, small)
 
     @cached_property

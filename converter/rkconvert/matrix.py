@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from rkconvert.bundle_folder import read_report
 from rkconvert.convert import Job, Options, check, identify, make
 from rkconvert.loaded import Loaded
 from rkconvert.progress import Reporter
+from rkconvert.toolkit.runner import PATIENCE
 from rkconvert.work_folder import forget_kill
 from rkruntime.bundle import Bundle, open_bundle
 from rkruntime.errors import OutputError, RefusedError, RKEdgeError, UsageError
@@ -62,6 +64,8 @@ def combinations(matrix: Any, fail: Fail) -> list[dict[str, Any]]:
         what `fail` makes of another form.
     """
     grids = matrix if isinstance(matrix, list) else [matrix]
+    if not grids:
+        raise fail(f"{KEY} is an empty list, which asks for nothing")
     found: list[dict[str, Any]] = []
     for grid in grids:
         if not isinstance(grid, Mapping) or not grid:
@@ -98,7 +102,37 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
     twice = [output for output, count in Counter(cell.options.output for cell in found).items() if count > 1]
     if twice:
         raise UsageError(f"Two conversions of the matrix are the same: both would make {twice[0]}.")
+    labels: dict[Options, str] = {}
+    for cell in found:
+        if (other := labels.setdefault(_deciding(cell.options), cell.label)) != cell.label:
+            raise UsageError(f"Two conversions of the matrix are the same: {other}, and {cell.label}.")
     return found
+
+
+def _deciding(options: Options) -> Options:
+    """What decides the bundle: not where it is made, nor how patiently, nor what would be forgiven."""
+    toolkit = replace(options.toolkit, patience=PATIENCE)
+    return replace(options, output=Path(), force_dtype=False, toolkit=toolkit)
+
+
+@contextmanager
+def folders(cells: Sequence[Cell]) -> Iterator[None]:
+    """Have the folders in which the bundles are made; one that was not there and stays empty is removed."""
+    made = []
+    for folder in {cell.options.output.parent for cell in cells}:
+        # One level only: a longer path that is not there is more likely a mistake, and each cell's check says so.
+        if not folder.exists() and folder.parent.is_dir():
+            try:
+                folder.mkdir()
+            except OSError as error:
+                raise write_error(folder, error) from error
+            made.append(folder)
+    try:
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle], None]) -> list[Outcome]:

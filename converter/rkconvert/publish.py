@@ -47,7 +47,7 @@ def check_destination(to: Destination) -> None:
         HostError: nobody is logged in, the token cannot write, or the hub cannot be reached.
     """
     if not is_hub_id(to.repo):
-        raise UsageError(f"{to.repo!r} is no repository of the hub.", hint="Write OWNER/NAME, such as me/my-gemma.")
+        raise UsageError(f"{to.repo!r} is not a repository of the hub.", hint="Write OWNER/NAME, such as me/my-gemma.")
     with _hub(to.repo) as api:
         person = api.whoami()
         _check_person(to, person)

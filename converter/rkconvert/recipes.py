@@ -48,7 +48,10 @@ def option(name: str = "--recipe") -> Callable[[Any], Any]:
     def use(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is not None:
             path = find(value)
-            values = resolve(read_mapping(path, failure(path)), context.command, path)
+            fail = failure(path)
+            values = resolve(read_mapping(path, fail), context.command, path)
+            if not values:
+                raise fail("it gives no option")
             context.default_map = {**(context.default_map or {}), **values}
 
     return click.option(

@@ -181,7 +181,7 @@ def _refuse_unusual(config: Mapping[str, Any]) -> None:
     keys = sorted(key for key, value in config.items() if value and _NOT_PLAIN.search(key))
     if other or keys:
         raise CheckpointError(
-            f"A {model_type} is no plain decoder: {', '.join([*other, *keys][:4])} in its config.json.",
+            f"A {model_type} is not a plain decoder: {', '.join([*other, *keys][:4])} in its config.json.",
             hint="Layers must be attention and a gated MLP of one size. Known are gemma, gemma2, "
             + ", ".join(FAMILIES)
             + ".",

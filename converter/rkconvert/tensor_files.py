@@ -17,6 +17,7 @@ from rkruntime.words import counted
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_TWO_SAVES: Final = "Files of two saves are in one folder: remove those that do not belong together."
 # Buffers that older transformers releases saved; they are computed, not learned.
 _IGNORED: Final = ("rotary_emb.inv_freq",)
 
@@ -61,14 +62,21 @@ class FileWeights:
         self._home: dict[str, TensorFile] = {}
         for file in files:
             for name in file.entries:
-                if name.endswith(_IGNORED) or (index is not None and index.get(name) != file.path.name):
+                if name.endswith(_IGNORED):
                     continue
                 if name in self._home:
                     raise kind(
                         f"The tensor {name} is both in {self._home[name].path.name} and in {file.path.name}.",
-                        hint="Files of two saves are in one folder: remove those that do not belong together.",
+                        hint=_TWO_SAVES,
                     )
+                # Other programs take what is in the files, whatever the index says of it.
+                if index is not None and name not in index:
+                    raise kind(f"{file.path} holds the tensor {name}, which the index does not name.", hint=_TWO_SAVES)
                 self._home[name] = file
+
+    def file_of(self, name: str) -> str | None:
+        """The name of the file that a tensor is in; None if there is no such tensor."""
+        return self._home[name].path.name if name in self._home else None
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -88,7 +96,8 @@ def open_tensor_files(folder: Path, names: Names, kind: type[InputError]) -> tup
     """
     paths, index = _find(folder, names, kind)
     weights = FileWeights([_open(path, kind) for path in paths], kind, index)
-    lost = [name for name in index or () if name not in weights.tensors and not name.endswith(_IGNORED)]
+    wrong = (name for name, file in (index or {}).items() if weights.file_of(name) != file)
+    lost = [name for name in wrong if not name.endswith(_IGNORED)]
     if index and lost:
         raise kind(
             f"{folder}: the index says that {lost[0]} is in {index[lost[0]]}, and it is not"
@@ -106,6 +115,12 @@ def _find(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path
     for single, index_name in names.pairs:
         if (folder / index_name).is_file():
             index = _read_index(folder / index_name, kind)
+            if (folder / single).is_file() and set(index.values()) != {single}:
+                raise kind(
+                    f"{folder} has weights twice: {single}, which other programs take first, and {index_name} with"
+                    f" {counted(len(set(index.values())), 'file')} of its own.",
+                    hint=_TWO_SAVES,
+                )
             return [_shard_path(folder / index_name, name, kind) for name in sorted(set(index.values()))], index
         if (folder / single).is_file():
             return [folder / single], None

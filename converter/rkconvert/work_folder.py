@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
@@ -32,11 +32,15 @@ _KINDS: Final = {
 
 
 @contextmanager
-def work_folder(final: Path, job: str) -> Iterator[Path]:
+def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[Path]:
     """`.NAME.partial` beside `final`, which takes that name when the block ends.
 
-    What an earlier run with the same `job` (a text that says what is made of what) left there after it was killed is
-    still there; anything else is removed. It is removed too when the block raises, but for Ctrl-C.
+    Of what an earlier run with the same `job` (a text that says what is made of what) left there after it was killed,
+    the files that `keep` names are still there; anything else is removed. All is removed when the block raises, but for
+    Ctrl-C.
+
+    Args:
+        keep: what the block compares with a record before it is used, relative to the folder, with `/`.
 
     Raises:
         OutputError: `final` exists or cannot be written, another run is making it at this moment, or something lies
@@ -51,7 +55,7 @@ def work_folder(final: Path, job: str) -> Iterator[Path]:
         with _hold(final) as note:
             refuse_existing(final)
             try:
-                _prepare(partial, note, job)
+                _prepare(partial, note, job, keep)
                 yield partial
                 # As any new folder here: what it inherited from its parent (setgid) stays.
                 partial.chmod(stat.S_IMODE(partial.stat().st_mode) | 0o777 & ~umask())
@@ -140,9 +144,11 @@ def _lock(file: IO[str], final: Path) -> None:
         ) from error
 
 
-def _prepare(partial: Path, note: IO[str], job: str) -> None:
+def _prepare(partial: Path, note: IO[str], job: str, keep: Collection[str]) -> None:
     kept = os.path.lexists(partial) and not partial.lstat().st_mode & _OTHERS_WRITE
-    if not kept or _read(note) != job:
+    if kept and _read(note) == job:
+        _clear(partial, keep)
+    else:
         # In this order: a kill between any two of these steps leaves nothing that counts as work on `job`.
         note.seek(0)
         note.truncate(0)
@@ -151,6 +157,20 @@ def _prepare(partial: Path, note: IO[str], job: str) -> None:
         partial.mkdir(0o700)
         note.write(job)
         note.flush()
+
+
+def _clear(folder: Path, keep: Collection[str]) -> None:
+    """Remove all but the regular files in `keep`."""
+    for path in folder.iterdir():
+        found = path.lstat()
+        below = [name.partition("/")[2] for name in keep if name.startswith(f"{path.name}/")]
+        if stat.S_ISDIR(found.st_mode):
+            if below:
+                _clear(path, below)
+            else:
+                shutil.rmtree(path)
+        elif path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            path.unlink()
 
 
 def _read(note: IO[str]) -> str:

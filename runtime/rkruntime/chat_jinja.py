@@ -40,7 +40,7 @@ class UnfollowedError(Exception):
 
 
 class Program:
-    """A compiled chat template. Raises jinja2.TemplateError if it is none."""
+    """A compiled chat template. Raises jinja2.TemplateError if it is not one."""
 
     def __init__(self, source: str) -> None:
         self._plain = _Environment().from_string(source)

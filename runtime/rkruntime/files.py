@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -129,8 +129,10 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 
 def umask() -> int:
-    """Permissions that new files and folders do without."""
-    # The only way to read it is to set it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    """Permissions that new files and folders do without; all of others and the group where the kernel does not say."""
+    # os.umask tells it only by setting another one, which then counts for files of other threads.
+    with suppress(OSError, ValueError), Path("/proc/self/status").open("rb") as file:
+        for line in file:
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077

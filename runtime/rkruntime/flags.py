@@ -1,12 +1,25 @@
-"""What the flags that every command understands in the same way were given as, for whoever reports an error."""
+"""Flags that every command understands in the same way, and a number that is one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
+
+
+class Number(click.FloatRange):
+    """A number within bounds; of NaN click says that it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See click."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
 
 Decorated = TypeVar("Decorated", bound=Callable[..., object])
 

@@ -145,15 +145,21 @@ def memory(root: Path = ROOT) -> Memory | None:
 
 
 def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
-    """The device nodes of the NPU: its DRM nodes by the driver's name, and /dev/rknpu of the older driver form."""
+    """The NPU's device nodes, which may be missing in /dev: its DRM nodes by the device's or the driver's name, and
+    /dev/rknpu of the older driver form.
+    """
     entries = sorted((root / "sys/class/drm").glob("*"))
     nodes = tuple(
         root / "dev/dri" / entry.name
         for entry in entries
-        if re.fullmatch(r"(card|renderD)\d+", entry.name) and (entry / "device").resolve().name.endswith(".npu")
+        if re.fullmatch(r"(card|renderD)\d+", entry.name) and _is_npu(entry / "device")
     )
     legacy = root / "dev/rknpu"
-    return (*nodes, legacy) if legacy.exists() else nodes
+    return (*nodes, legacy) if legacy.exists() or (root / "sys/class/misc/rknpu").exists() else nodes
+
+
+def _is_npu(device: Path) -> bool:
+    return device.resolve().name.endswith(".npu") or "DRIVER=RKNPU" in _read(device / "uevent").splitlines()
 
 
 def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None = None) -> Cores:

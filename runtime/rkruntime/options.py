@@ -16,6 +16,7 @@ import click
 
 from rkruntime.bundle import GENERATION_CONFIG, Bundle
 from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.flags import Number
 from rkruntime.generation import GREEDY, Sampling
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
@@ -99,10 +100,10 @@ runtime_options = _packed(
 sampling_options = _packed(
     "sampling",
     SamplingOptions,
-    click.option("--temperature", type=click.FloatRange(0, 10), help="0 takes the most likely token."),
+    click.option("--temperature", type=Number(0, 10), help="0 takes the most likely token."),
     click.option("--top-k", type=click.IntRange(min=1), help="Choose among this many tokens."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose among this share of probability."),
-    click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="1 is none."),
+    click.option("--top-p", type=Number(0, 1, min_open=True), help="Choose among this share of probability."),
+    click.option("--repeat-penalty", type=Number(0, 10, min_open=True), help="1 is none."),
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),

@@ -145,14 +145,14 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
         "platform": machine.platform_of(chip),
         "model_bytes": model.size,
     }
-    # A toolkit version that is no version ("unknown") is unknown.
+    # A toolkit version that is not a version ("unknown") is unknown.
     known = {
         name: str(value) for name, value in facts.items() if value and str(value)[0].isalnum() and value != "unknown"
     }
     yield from _platform(model, chip)
     yield from _dtype(model)
     yield from _driver(driver)
-    yield from _nodes(root)
+    yield from _nodes(root, driver, chip)
     yield from _pairs(known)
     if len(cores.cpus) < model.npu_cores:
         yield Finding(
@@ -225,8 +225,17 @@ def _driver(driver: machine.Driver) -> Iterator[Finding]:
         )
 
 
-def _nodes(root: Path) -> Iterator[Finding]:
+def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Finding]:
     nodes = machine.npu_nodes(root)
+    # On a machine that is not such a board, or in a container without /sys, this means nothing.
+    if not nodes and not driver.mainline and machine.platform_of(chip) and (root / "sys/class/misc").is_dir():
+        yield Finding(
+            "error",
+            "npu-absent",
+            "This kernel offers no device of the NPU: no DRM node of the driver rknpu, and no /dev/rknpu.",
+            "Boot the board's vendor kernel (5.10 or 6.1) with rknpu, whose device tree enables the NPU.",
+            "drivers/rknpu, rknpu_drv.c: the driver registers a DRM device, or the misc device rknpu",
+        )
     closed = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
     if nodes and len(closed) == len(nodes):
         names = ", ".join(str(node) for node in closed)

@@ -94,8 +94,8 @@ def load_template(
 class GemmaTemplate:
     """Gemma's template: user and model in turn; a system message goes into the first user turn.
 
-    The order is that of the `chat_template` in Gemma 2's tokenizer_config.json; the fold (system, empty line, user) is
-    that of Gemma 3's, which is the same text for Gemma 2.
+    The order is that of the `chat_template` in Gemma 2's tokenizer_config.json, which trims every message; the fold
+    (system, empty line, user) is that of Gemma 3's, and the user turn that comes of it is trimmed as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -132,11 +132,14 @@ def no_question(messages: Sequence[Message]) -> UsageError:
 
 
 def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
-    """The system message put before the first user's, for templates without a system role."""
+    """The system message put before the first user's, for templates without a system role.
+
+    Neither loses white space here: what is trimmed of the two together is the template's own business.
+    """
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return messages
-    system, first = messages[0].content.strip(), messages[1].content.strip()
-    return [Message("user", f"{system}\n\n{first}" if system else first), *messages[2:]]
+    system, first = messages[0].content, messages[1].content
+    return [Message("user", f"{system}\n\n{first}" if system.strip() else first), *messages[2:]]
 
 
 def _merged(parts: Sequence[Part]) -> list[Part]:

@@ -2,11 +2,13 @@
 
 PyYAML's safe loaders build no objects, and still have four faults here: libyaml's loader ends the process by a stack
 overflow when lists are nested deeply, aliases make a short text stand for gigabytes, of two equal keys the first is
-dropped silently, and `1:30` is a number to the base of 60, whose reading takes time with the square of its length.
+dropped silently, and they read YAML 1.1, where `1_0` is 10, `010` is 8, `1:30` is 90, `on` is true and `<<` merges.
+What YAML 1.1 and 1.2 read as different things is a text here.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from math import isfinite
@@ -34,10 +36,7 @@ class _Loader(_Base):  # type: ignore[misc]
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
 
-    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
-        """As PyYAML, but `1:30` is a text, and numbers are those of JSON and C."""
-        if ":" in node.value:
-            return str(node.value)
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
         whole = node.tag.endswith("int")
         value: int | float = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
         if not (abs(value) < 1 << 63 if whole else isfinite(value)):
@@ -45,25 +44,26 @@ class _Loader(_Base):  # type: ignore[misc]
         return value
 
 
-def _plain_types() -> None:
-    """JSON's types only: dates and times are texts, sets and bytes are refused."""
-    known = _Loader.yaml_constructors
-    text, undefined = known[_TAG + "str"], known[None]
-    numbers = dict.fromkeys(("int", "float"), _Loader.construct_number)
-    others = dict.fromkeys(("binary", "omap", "pairs", "set"), undefined)
-    for name, constructor in {**numbers, **others, "timestamp": text}.items():
-        _Loader.add_constructor(_TAG + name, constructor)
-
-
-_plain_types()
+# What a text without quotes may be but a text, with the characters that it begins with.
+_PLAIN: Final = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)", [*"-+0123456789"]),
+    "float": (r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?", [*"-+.0123456789"]),
+}
+_Loader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
+for _name in ("int", "float"):
+    _Loader.add_constructor(_TAG + _name, _Loader.construct_number)
 
 
 def load_yaml(text: str | bytes) -> Any:
     """The one document of a text (JSON is YAML too).
 
     Raises:
-        yaml.YAMLError: no YAML, or with aliases, a key that stands twice, something that JSON does not have, or lists
-            and mappings nested more than 32 deep.
+        yaml.YAMLError: no YAML, or with aliases, tags, a key that stands twice, a number beyond 64 bits, or lists and
+            mappings nested more than 32 deep.
     """
     try:
         _check(text)
@@ -78,6 +78,8 @@ def _check(text: str | bytes) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"the alias *{event.anchor}: aliases are not taken here")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if tag := getattr(event, "tag", None):
+            raise yaml.YAMLError(f"the tag {tag[:80]!r}: tags are not taken here")
         if depth > _MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested over {_MAX_DEPTH} deep")
 
@@ -100,5 +102,5 @@ def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]
         raise fail(f"holds no keys: it is {type(content).__name__}")
     strange = next((key for key in content or () if not isinstance(key, str)), None)
     if strange is not None:
-        raise fail(f"has the key {strange!r}, which is no text")
+        raise fail(f"has the key {strange!r}, which is not text")
     return content or {}

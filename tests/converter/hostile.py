@@ -662,7 +662,7 @@ def a_recipe_nested_deeply(box):
     return box.recipe("lora: " + "[" * 100_000)
 
 
-@case("could not determine a constructor")
+@case("tags are not taken")
 def a_recipe_with_code(box):
     return box.recipe(f"output: !!python/object/apply:os.system ['touch {box.executed}']")
 

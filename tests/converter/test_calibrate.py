@@ -208,7 +208,7 @@ def test_an_order_that_the_template_refuses(count: TokenCounter) -> None:
         ('{"messages": ["q"]}', "no text"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}', "no text"),
         ('{"prompt": "q"}', "neither a list 'messages'"),
-        ("[1]", "item 1 is no conversation"),
+        ("[1]", "item 1 is not a conversation"),
         ("[" * 100_000, "not JSON"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
         ('{"messages": [{"role": "user", "content": "q"}]}\n7', "line 2"),

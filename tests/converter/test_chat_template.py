@@ -87,6 +87,54 @@ def test_named_templates_whose_names_are_none(folder: Path) -> None:
     assert read_template(folder, "<bos>").source == "{{ messages[0].content }}"
 
 
+@pytest.mark.parametrize("config", [None, "text", "list", "list without default"])
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("more", [(), ("tool_use",), ("default",), ("default", "tool_use", "rag")])
+def test_the_template_is_the_one_that_transformers_takes(
+    folder: Path, tmp_path: Path, config: str | None, main: bool, more: tuple[str, ...]
+) -> None:
+    def template(where: str) -> str:
+        return f"{where}: {{{{ messages[0].content }}}}"
+
+    named = [{"name": name, "template": template(f"key {name}")} for name in ("tool_use", "default")]
+    values = {"text": template("key"), "list": named, "list without default": named[:1]}
+    configure(folder, chat_template=values.get(str(config)))
+    (folder / "chat_template.jinja").unlink()
+    if main:
+        (folder / "chat_template.jinja").write_text(template("main"))
+    for name in more:
+        (folder / "additional_chat_templates").mkdir(exist_ok=True)
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(template(f"more {name}"))
+    chat = [{"role": "user", "content": "x"}]
+    line = ["merge", str(folder), "--lora", str(demo.adapter()), "-q", "-o", str(tmp_path / "merged")]
+    try:
+        expected = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False)
+    except ValueError as error:
+        if "not set" in str(error):  # RKEdge has Gemma's then
+            assert not read_template(folder, "<bos>").own
+        else:
+            with pytest.raises(CheckpointError, match="none of them is called default"):
+                read_template(folder, "<bos>")
+            assert cli.main(line) == 3
+        return
+    found = read_template(folder, "<bos>")
+    assert rendered(found.source, [chat], found.special_tokens) == [expected]
+    assert cli.main(line) == 0
+    merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.chat_template == transformers.AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_an_additional_template_decides_what_is_kept(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    file = folder / "additional_chat_templates" / "default.jinja"
+    file.write_text((folder / "chat_template.jinja").read_text())
+    recipe = {"checkpoint": str(folder), "output": str(tmp_path), "matrix": {"dtype": ["w8a8"]}}
+    (tmp_path / "m.yaml").write_text(json.dumps(recipe))
+    codes = [cli.main(["convert", "--matrix", str(tmp_path / "m.yaml"), "-q"])]
+    file.write_text(file.read_text().replace("trim", "trim | trim"))
+    assert [*codes, cli.main(["convert", "--matrix", str(tmp_path / "m.yaml"), "-q"])] == [0, 3]
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"eos_token": None}, NEWER, {"eos_token": {"content": "<unused9>"}, "unk_token": "<mask>"}]
 )
@@ -207,7 +255,7 @@ def test_templates_by_name(folder: Path) -> None:
     configure(folder, chat_template={"default": NATIVE["vicuna"]})
     assert read_template(folder, "<bos>").source == NATIVE["vicuna"]
     configure(folder, chat_template=[{"name": "tools", "template": NATIVE["vicuna"]}])
-    with pytest.raises(CheckpointError, match="none of them is called 'default'"):
+    with pytest.raises(CheckpointError, match="none of them is called default"):
         read_template(folder, "<bos>")
 
 

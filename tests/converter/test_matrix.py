@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import pytest
 import yaml
 
 from rkconvert import demo, matrix
+from rkconvert.board_file import ToolkitOptions
+from rkconvert.commands.convert import run
 from rkconvert.sources.open import open_source
 from rkruntime import cli
 from rkruntime.bundle import open_bundle
@@ -70,6 +74,11 @@ def test_combinations_are_products_one_after_another():
     [
         (None, "matrix is NoneType; it must be a mapping"),
         ({}, "matrix is dict"),
+        ([], "matrix is an empty list"),
+        ([{}], "matrix is dict"),
+        ({"force_dtype": [False, True]}, "are the same: force_dtype=False, and force_dtype=True"),
+        ({"quiet": [False, True]}, "are the same"),
+        ({"lora": [[str(demo.adapter())], [f"{demo.adapter()}=1"]]}, "are the same"),
         (["dtype"], "matrix is str"),
         ({"dtype": "w8a8"}, "matrix.dtype is str; it must be a list of values"),
         ({"dtype": []}, "matrix.dtype is list"),
@@ -253,3 +262,56 @@ def kills(tmp_path, path, rounds):
 def test_kills_at_random_moments(write, tmp_path):
     path = write({"dtype": ["w8a8", "fp32"], "lora": [[], [str(demo.adapter())]], "max_context": [64, 128]})
     assert len(kills(tmp_path, path, 30)) > 2
+
+
+# A value other than the default for each option that only the toolkit can be asked for.
+TOOLKIT_ONLY = {
+    "toolkit_python": "/usr/bin/python3", "calibration": "data.json", "algorithm": "grq", "optimization_level": 0,
+    "hybrid_rate": 0.5, "qparams": "a.qparams", "toolkit_device": "cuda", "toolkit_load_dtype": "float16",
+    "toolkit_patience": 5.0,
+}  # fmt: skip
+
+
+def test_every_option_of_the_toolkit_is_known_here():
+    assert len(TOOLKIT_ONLY) == len(dataclasses.fields(ToolkitOptions))
+    assert {f"--{key.replace('_', '-')}" for key in TOOLKIT_ONLY} <= {name for item in run.params for name in item.opts}
+
+
+@pytest.mark.parametrize("key", TOOLKIT_ONLY)
+@pytest.mark.parametrize("how", ["line", "recipe", "matrix"])
+def test_an_option_that_the_emulator_cannot_follow_is_refused(write, convert, capsys, tmp_path, how, key):
+    option, value = f"--{key.replace('_', '-')}", TOOLKIT_ONLY[key]
+    line = ["convert", str(demo.checkpoint()), "-q", "-o", str(tmp_path / "out" / "bundle")]
+    if how == "matrix":
+        code, outcomes, _ = convert(write({key: [value]}))
+        said = outcomes[0]["message"]
+    else:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({key: value}))
+        more = ["--recipe", str(tmp_path / "recipe.yaml")] if how == "recipe" else [f"{option}={value}"]
+        code, said = cli.main([*line, *more]), capsys.readouterr().err
+    assert code == 2
+    assert f"{option}: only the vendor's toolkit can do that" in said
+    assert names(tmp_path / "out") == []
+
+
+def test_the_folder_of_a_matrix_is_made_and_goes_if_it_stays_empty(write, convert, tmp_path):
+    assert convert(write({"dtype": ["w4a16"]}, output="new"))[0] == 4
+    assert convert(write({"dtype": ["w8a8"]}, output="none/new"))[0] == 3
+    assert names(tmp_path) == ["matrix.yaml", "out"]
+    assert convert(write({"dtype": ["w8a8"]}, output="new"))[0] == 0
+    assert len(names(tmp_path / "new")) == 1
+    (tmp_path / "file").write_text("")
+    assert convert(write({"dtype": ["w8a8"]}, output="file"))[0] == 3
+
+
+def test_the_matrix_of_the_documentation_runs_as_it_is_written(tmp_path, convert):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    text = page.partition("## Matrix\n\n")[2].partition("\n\n")[0]
+    (tmp_path / "many.yaml").write_text(textwrap.dedent(text))
+    for name in ("gemma-2-2b-it", "gemma-2-9b-it"):
+        (tmp_path / name).symlink_to(demo.checkpoint())
+    for name in ("pirate", "polite"):
+        (tmp_path / name).symlink_to(demo.adapter())
+    code, outcomes, _ = convert(tmp_path / "many.yaml")
+    assert (code, [item["status"] for item in outcomes]) == (0, ["made"] * 7)
+    assert len(names(tmp_path / "bundles")) == 7

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkconvert.checkpoint import open_checkpoint
-from rkconvert.hf_folder import plan_shards, write_weights
+from rkconvert.hf_folder import plan_shards, resumable, write_weights
 from rkconvert.job import Lora, merged_model
 from rkconvert.weights import TensorInfo
 from rkconvert.work_folder import work_folder
@@ -97,7 +97,7 @@ def test_finished_shards_are_kept_and_verified(make_model, make_adapter, tmp_pat
     data[-5] ^= 1
     damaged.write_bytes(data)
     again, done = Counting(model.weights), []
-    with work_folder(output, "job") as folder:
+    with work_folder(output, "job", resumable(model.weights, LIMIT)) as folder:
         write_weights(folder, again, done.append, LIMIT)
     expected = [name for at, plan in enumerate(plans) for name in plan.tensors if at not in (0, 2, 3)]
     assert list(dict.fromkeys(again.reads)) == expected

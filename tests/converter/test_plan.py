@@ -29,6 +29,7 @@ from rkconvert.plan.domains import place
 from rkconvert.plan.page import render
 from rkconvert.plan.sizes import cache_bytes_per_token, npu_bytes, parse_type
 from rkconvert.shapes import parse_shape
+from rkruntime import cli
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
 
 # The releases that `rkedge emulator` can stand for: those with a layout in board/emulator/abi.h.
@@ -389,3 +390,34 @@ def test_a_machine_that_does_not_say_its_memory_can_still_plan(monkeypatch):
 
     monkeypatch.setattr("rkconvert.plan.planner.read_memory", unknown)
     assert plan_of("gemma-2-2b-it").host.missing_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "code"),
+    [([], "ok", 0), (["--dtype", "w8a8_g256"], "warn", 0), (["--dtype", "w8a8_g128"], "refuse", 4),
+     (["--ram", "2"], "refuse", 4)],
+)  # fmt: skip
+def test_the_exit_status_is_that_of_the_verdict(model, capsys, line, status, code):
+    line = ["plan", str(model()), *line]
+    assert cli.main([*line, "--json"]) == code
+    said = capsys.readouterr()
+    assert (said.err, json.loads(said.out)["verdict"]["status"]) == ("", status)
+    assert cli.main(line) == code
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "board memory" in said.out
+
+
+@pytest.mark.parametrize("ram", ["nan", "inf", "0", "-1", "1e300"])
+def test_a_memory_that_no_board_has(model, ram):
+    assert cli.main(["plan", str(model()), f"--ram={ram}"]) == 2
+
+
+@pytest.mark.parametrize("command", ["plan", "convert", "merge"])
+def test_a_revision_of_what_is_no_hub_model(model, tmp_path, capsys, command):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    more = ["--lora", "x", "-o", str(tmp_path / "out")] if command == "merge" else []
+    folder = model()
+    for source in (folder, folder / "config.json", tmp_path / "model.gguf"):
+        assert cli.main([command, str(source), "--revision", "main", *more]) == 3
+        assert "not have a revision main" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_checks_need_no_work_and_write_nothing(hub):
 
 @pytest.mark.parametrize("repo", ["gemma", "me/", "/x", "me/a/b", "../me/x", "me/x y", "https://huggingface.co/me/x"])
 def test_what_is_no_repository(hub, repo):
-    with pytest.raises(UsageError, match="no repository of the hub"):
+    with pytest.raises(UsageError, match="not a repository of the hub"):
         check_destination(Destination(repo))
     assert hub.calls == []
 

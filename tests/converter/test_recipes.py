@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rkconvert import recipes
 from rkconvert.commands.convert import run as convert
 from rkconvert.dtypes import Verdict
 from rkconvert.plan import ModelSource, Request, plan_for, require
+from rkruntime import cli
 from rkruntime.errors import UsageError
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())
@@ -34,6 +39,8 @@ def example(item):
     repeated = getattr(kind, "__origin__", None) is tuple
     kind = kind.__args__[0] if repeated else kind
     value = kind.__args__[-1] if hasattr(kind, "__args__") else VALUES[kind]
+    if isinstance(item.type, click.IntRange | click.FloatRange):
+        value = kind((item.type.min + item.type.max) / 2)
     return [value, value] if repeated else value
 
 
@@ -115,7 +122,16 @@ def test_paths_begin_at_the_recipe_and_hub_ids_stay(recipe, parse, tmp_path):
         ("dtype: w8a8\ndtype: fp32", "the key 'dtype' stands twice"),
         ("lora: &l [a]\ncheckpoint: *l", "aliases"),
         ("[w8a8]", "holds no keys: it is list"),
-        ("1: 2", "the key 1, which is no text"),
+        ("1: 2", "the key 1, which is not text"),
+        ("", "it gives no option"),
+        ("# checkpoint: here\n", "it gives no option"),
+        ("{}", "it gives no option"),
+        ("dtype:\nlora: ~", "it gives no option"),
+        ("npu_cores: 1_0", "npu_cores is str"),
+        ("npu_cores: [1_0]", "npu_cores is list"),
+        ("max_context: 0o100", "max_context is str"),
+        ("force_dtype: yes", "force_dtype is str"),
+        ("hybrid_rate: .inf", "hybrid_rate is str"),
     ],
 )
 def test_wrong_recipes_name_the_key(recipe, parse, content, message):
@@ -162,3 +178,43 @@ def test_shipped_recipes_are_conversions_that_are_not_refused(parse, name):
 def test_a_shipped_recipe_is_for_any_fine_tune_of_its_size(parse, tmp_path, name):
     given = parse("--recipe", name, tmp_path, "--lora", "mine=0.5", "--target", "emulator")
     assert (given["checkpoint"], given["loras"], given["target"]) == (str(tmp_path), ("mine=0.5",), "emulator")
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("--hybrid-rate", ["nan", "inf", "-0.1", "1"]), ("--toolkit-patience", ["nan", "inf", "0", "-5", "1e9"]),
+     ("--optimization-level", ["-1", "2"])],
+)  # fmt: skip
+def test_numbers_have_bounds(recipe, parse, option, values):
+    for value in values:
+        with pytest.raises(click.BadParameter, match=r"not in the range|not a number"):
+            parse("x", f"{option}={value}")
+        if value not in ("nan", "inf", "1e9"):
+            with pytest.raises(click.BadParameter, match="not in the range"):
+                parse("x", "--recipe", recipe(f"{option[2:].replace('-', '_')}: {value}"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_stands_in_a_recipe_ends_in_a_documented_way(tmp_path, data):
+    values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(
+        ["w8a8", "fp32", "toolkit", "emulator", "1.2.3", "a=0.5", "a=nan", "\0", "../..", "~", "me/none"]
+    )  # fmt: skip
+    values |= st.lists(values, max_size=3)
+    content = data.draw(
+        st.dictionaries(st.sampled_from([*recipes.keys(convert), "matrix", "x", ""]), values, max_size=4)
+    )
+    if data.draw(st.booleans()):
+        content["matrix"] = data.draw(
+            st.dictionaries(st.sampled_from([*recipes.keys(convert)]), st.lists(values, max_size=2), max_size=2)
+        )
+    content = {"checkpoint": "none", **content} | {"output": "no/such"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), errors="surrogatepass")
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("rkconvert.publish.check_destination", lambda to: None)
+        code = cli.main(["convert", "--matrix" if "matrix" in content else "--recipe", str(tmp_path / "r.yaml")])
+    assert code in (2, 3, 4, 5), (code, err.getvalue())
+    assert "defect" not in err.getvalue()
+    assert "Traceback" not in err.getvalue()

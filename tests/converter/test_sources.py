@@ -547,8 +547,34 @@ def test_offline(hub, monkeypatch):
 
 
 def test_a_folder_has_no_revision(make_model):
-    with pytest.raises(CheckpointError, match="no hub model"):
+    with pytest.raises(CheckpointError, match="not a hub model"):
         open_source(str(make_model()), "main")
+
+
+@pytest.mark.parametrize("which", ["single file", "twice", "not in the index", "index of one file"])
+def test_weights_of_two_saves_in_one_folder(make_model, which):
+    """What transformers reads differs from what the index says, so no answer is the right one."""
+    folder = make_model()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    name = next(iter(load_file(shards[0])))
+    if which == "single file":
+        shutil.copy(shards[0], folder / "model.safetensors")
+        match = "has weights twice"
+    elif which == "twice":
+        save_file({**load_file(shards[1]), name: load_file(shards[0])[name] * 2}, shards[1], {"format": "pt"})
+        match = f"{name} is both in"
+    elif which == "not in the index":
+        save_file({**load_file(shards[1]), "lm_head.weight": torch.ones(3)}, shards[1], {"format": "pt"})
+        match = "lm_head.weight, which the index does not name"
+    else:
+        merged = {key: value for file in shards for key, value in load_file(file).items()}
+        save_file(merged, folder / "model.safetensors", {"format": "pt"})
+        index = {"weight_map": dict.fromkeys(merged, "model.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert set(open_checkpoint(folder).weights.tensors) == set(merged)
+        return
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(folder)
 
 
 # a source that changes while it is read

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rkconvert import demo, disk, work_folder
+from rkconvert import bundle_folder, demo, disk, hf_folder, work_folder
+from rkconvert.commands import merge
 from rkruntime.cli import main
 from rkruntime.errors import HostError, OutputError
 
@@ -57,6 +58,64 @@ def test_something_planted(tmp_path, monkeypatch, capsys, command, planted, name
     assert main([command, str(demo.checkpoint()), "--lora", str(demo.adapter()), "-o", "made", "-q"]) == 3
     assert name in capsys.readouterr().err
     assert everything(tmp_path) == before
+
+
+def plant(partial):
+    """Files of every kind in a folder that a killed run left, under names that a result may have and others."""
+    for name in ("model.safetensors", "model_lora.rkemu", "additional_chat_templates/x.jinja", "report/more", "é"):
+        path = partial / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"foreign")
+    (partial / "tokenizer.model").symlink_to(partial.parent / "elsewhere")
+    (partial / "closed").mkdir()
+    os.mkfifo(partial / "closed" / "FIFO")
+
+
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_nothing_foreign_gets_from_an_unfinished_folder_into_the_result(tmp_path, monkeypatch, command):
+    line = [command, str(demo.checkpoint()), "--lora", str(demo.adapter()), "-q", "-o"]
+    monkeypatch.setattr(hf_folder.write_weights, "__defaults__", (1_000_000,))
+    monkeypatch.setattr(hf_folder.resumable, "__defaults__", (1_000_000,))
+    (tmp_path / "elsewhere").write_bytes(b"foreign")
+    assert main([*line, str(tmp_path / "whole")]) == 0
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "copy_side_files", interrupt)
+        patch.setattr(bundle_folder, "write_manifest", interrupt)
+        assert main([*line, str(tmp_path / "out")]) == 130
+    plant(tmp_path / ".out.partial")
+    assert main([*line, str(tmp_path / "out")]) == 0
+    found, expected = (
+        {path.relative_to(tmp_path / name): content for path, content in everything(tmp_path / name).items()}
+        for name in ("out", "whole")
+    )
+    assert found.keys() == expected.keys()
+    changing = {Path(name) for name in ("report/convert.json", "rkedge.yaml", "README.md")}  # they have times and names
+    assert all(found[path] == expected[path] for path in found.keys() - changing)
+    assert (tmp_path / "elsewhere").read_bytes() == b"foreign"
+
+
+@pytest.mark.parametrize("how", ["link", "second name", "other bytes"])
+def test_a_shard_that_is_not_what_the_killed_run_wrote_is_written_again(tmp_path, monkeypatch, how):
+    line = ["merge", str(demo.checkpoint()), "--lora", str(demo.adapter()), "-q", "-o"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*line, str(tmp_path / "out")]) == 130
+    shard, mine = tmp_path / ".out.partial" / "model.safetensors", tmp_path / "mine"
+    whole = shard.read_bytes()
+    if how == "other bytes":
+        shard.write_bytes(whole[:-2] + bytes(2))
+    else:
+        shard.replace(mine)
+        shard.symlink_to(mine) if how == "link" else shard.hardlink_to(mine)
+    assert main([*line, str(tmp_path / "out")]) == 0
+    result = tmp_path / "out" / "model.safetensors"
+    assert result.read_bytes() == whole
+    assert not result.is_symlink()
+    assert result.stat().st_nlink == 1
 
 
 def test_what_another_user_left_is_not_taken_up(tmp_path, monkeypatch):

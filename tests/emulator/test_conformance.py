@@ -49,10 +49,11 @@ def test_a_program_that_answers_passes(program: Any) -> None:
 
 
 def test_a_program_that_is_wrong_or_dies_fails(tmp_path: Path) -> None:
+    # Not in shell: a shell does not start with the thread sanitizer's library in it.
     wrong = tmp_path / "wrong"
-    wrong.write_text("#!/bin/sh\nprintf 'user: robot: Bananas.\\n\\nuser: '\n")
+    wrong.write_text(f"#!{sys.executable}\nprint('user: robot: Bananas.\\n\\nuser: ', end='')\n")
     dead = tmp_path / "dead"
-    dead.write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")
+    dead.write_text(f"#!{sys.executable}\nimport sys\nprint('no such model', file=sys.stderr)\nsys.exit(3)\n")
     for script in (wrong, dead):
         script.chmod(0o755)
     done = conformance(f"--llm-demo=1.2.3={wrong}", f"--llm-demo=1.3.0={dead}", "--questions", 1)
@@ -119,6 +120,9 @@ def test_what_the_page_tells_other_projects_works(program: Any, tmp_path: Path) 
     assert "RKEMU_FAULT" in steps
     (tmp_path / "your_program").symlink_to(program("1.3.0"))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # A sanitizer's library is for the programs that the shell starts: the shell itself dies of the thread sanitizer's.
+    preload = environment.pop("LD_PRELOAD", "")
+    steps = f"export LD_PRELOAD='{preload}'\n{steps}"
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", steps], cwd=tmp_path, env=environment, capture_output=True, text=True,
         timeout=240, check=False,

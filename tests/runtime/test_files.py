@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rkruntime.errors import HostError, OutputError
-from rkruntime.files import atomic_file, atomic_folder, open_regular, read_regular, sha256_file
+from rkruntime.files import atomic_file, atomic_folder, open_regular, read_regular, sha256_file, umask
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -106,3 +106,14 @@ def test_reading_is_bounded(tmp_path: Path) -> None:
         read_regular(path, 3)
     assert caught.value.errno == errno.EFBIG
     assert read_regular(Path("/proc/self/stat"), 10_000)  # its size says 0
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o027, 0o777])
+def test_the_umask_is_found_and_never_set(monkeypatch, mask):
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)
+            assert umask() == mask
+    finally:
+        os.umask(before)

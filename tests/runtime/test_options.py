@@ -37,7 +37,17 @@ def test_options_arrive_as_two_values() -> None:
     assert CliRunner().invoke(command, arguments.split()).exit_code == 0
     assert seen["sampling"] == SamplingOptions(0.5, 3, None, None, 7)
     assert seen["runtime"] == RuntimeOptions(Path("/x/librkllmrt.so"), "1.3.0", 64)
-    for wrong in ("--temperature -1", "--top-k 0", "--top-p 0", "--top-p 1.1", "--max-new-tokens 0", "--max-context 8"):
+    for wrong in (
+        "--temperature nan",
+        "--top-p nan",
+        "--repeat-penalty nan",
+        "--temperature -1",
+        "--top-k 0",
+        "--top-p 0",
+        "--top-p 1.1",
+        "--max-new-tokens 0",
+        "--max-context 8",
+    ):
         assert CliRunner().invoke(command, wrong.split()).exit_code == 2
 
 

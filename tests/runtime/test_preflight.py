@@ -332,3 +332,27 @@ def test_conditions(facts: dict[str, str], wanted: dict[str, str], meets: bool) 
 def test_versions_are_ordered() -> None:
     order = ["0.9.8", "1.0.2b6", "1.0.2", "1.2.0", "1.2.1b1", "1.2.1", "1.2.10", "1.3.0"]
     assert sorted(sorted(order, reverse=True), key=version) == order
+
+
+@pytest.mark.parametrize("version", ["0.9.8\n", None])
+def test_a_board_without_any_node_is_refused(board: Board, version: str | None) -> None:
+    root = board(driver={"sys/module/rknpu/version": version} if version else {}, nodes=False)
+    _drm(root, "card0", "display-subsystem")
+    assert "npu-absent" not in _codes(preflight(GEMMA, runtime="1.2.3", root=root))  # /sys may be hidden
+    (root / "sys/class/misc").mkdir()
+    found = preflight(GEMMA, runtime="1.2.3", root=root)
+    assert [item.level for item in found.findings if item.code == "npu-absent"] == ["error"]
+    assert "npu-absent" not in _codes(preflight(GEMMA, runtime="1.2.3", emulated=True, root=root))
+    (root / "proc/device-tree/compatible").write_text("dell,xps\0")
+    assert "npu-absent" not in _codes(preflight(GEMMA, runtime="1.2.3", root=root))
+
+
+def test_nodes_by_the_name_of_the_driver_and_of_the_misc_device(board: Board) -> None:
+    root = board(nodes=False)
+    (root / "sys/class/misc/rknpu").mkdir(parents=True)
+    assert (
+        _codes(preflight(GEMMA, runtime="1.2.3", root=root))[0] == "npu-device-closed"
+    )  # /dev/rknpu is not in the container
+    _drm(root, "card1", "npu@fdab0000")
+    _write(root / "sys/devices/platform/npu@fdab0000/uevent", "DRIVER=RKNPU\nOF_NAME=npu\n")
+    assert machine.npu_nodes(root) == (root / "dev/dri/card1", root / "dev/rknpu")

@@ -115,7 +115,7 @@ def _chat(item: Any, origin: str) -> Chat:
         found = [_message(part, "from", "value", origin) for part in item["conversations"]]
     else:
         raise CalibrationError(
-            f"{origin} is no conversation: it has neither a list 'messages' nor a list 'conversations'.",
+            f"{origin} is not a conversation: it has neither a list 'messages' nor a list 'conversations'.",
             hint='Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         )
     # What follows the last answer asks nothing that has one; what follows the last question does.
@@ -131,7 +131,7 @@ def _message(part: Any, role: str, content: str, origin: str) -> Message:
     if not isinstance(text, str) or not isinstance(name, str):
         raise CalibrationError(f"{origin}: a message has no text {role!r} and {content!r}.")
     if not is_unicode(text):
-        raise CalibrationError(f"{origin}: a message has half of a surrogate pair in it, which is no character.")
+        raise CalibrationError(f"{origin}: a message has half of a surrogate pair in it, which is not a character.")
     if name not in _ROLES:
         raise CalibrationError(f"{origin}: there is no role {name!r}; roles are {', '.join(_ROLES)}.")
     return Message(_ROLES[name], text)

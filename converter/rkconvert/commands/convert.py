@@ -27,7 +27,7 @@ from rkconvert.toolkit.runner import PATIENCE
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle import Bundle
 from rkruntime.errors import UsageError
-from rkruntime.flags import json_option
+from rkruntime.flags import Number, json_option
 from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
 
@@ -62,12 +62,25 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option("--toolkit-python", type=_PATH, help="Interpreter that has rkllm-toolkit [default: looked for].")
 @click.option("--calibration", type=_PATH, help="Texts for the quantizer, from `rkedge calibrate` (toolkit).")
 @click.option("--algorithm", default="normal", show_default=True, help="Of the quantizer (toolkit).")
-@click.option("--optimization-level", type=int, default=1, show_default=True, help="1: more exact, maybe slower.")
-@click.option("--hybrid-rate", type=float, default=0.0, show_default=True, help="Share of layers in the other kind.")
+@click.option(
+    "--optimization-level", type=click.IntRange(0, 1), default=1, show_default=True, help="1: more exact, maybe slower."
+)
+@click.option(
+    "--hybrid-rate",
+    type=Number(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of layers in the other kind.",
+)
 @click.option("--qparams", type=_PATH, help="A *.qparams file of an earlier run (toolkit).")
 @click.option("--toolkit-device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where it works.")
 @click.option("--toolkit-load-dtype", default="float32", show_default=True, help="How it holds weights in memory.")
-@click.option("--toolkit-patience", type=float, default=PATIENCE, help="Seconds of no life until it counts as hung.")
+@click.option(
+    "--toolkit-patience",
+    type=Number(1, 1_000_000),
+    default=PATIENCE,
+    help="Seconds of no life until it counts as hung.",
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to make [default: NAME-PLATFORM-DTYPE-RELEASE]."
 )
@@ -132,7 +145,8 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
         if to := destinations.get(cell.options.output):
             push(bundle, to, reporter)
 
-    outcomes = matrices.run(cells, reporter, upload)
+    with matrices.folders(cells):
+        outcomes = matrices.run(cells, reporter, upload)
     if as_json:
         say_json([asdict(outcome) for outcome in outcomes])
     else:

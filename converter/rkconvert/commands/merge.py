@@ -9,8 +9,8 @@ import click
 
 from rkconvert.chat_template import find_template
 from rkconvert.disk import require_space
-from rkconvert.hf_folder import copy_side_files, write_json, write_weights
-from rkconvert.inputs import TOKENIZER_FILES
+from rkconvert.hf_folder import copy_side_files, resumable, write_json, write_weights
+from rkconvert.inputs import tokenizer_files
 from rkconvert.job import Lora, MergedModel, merged_model, resume_key
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
@@ -25,11 +25,11 @@ def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Rep
     """Write the merged model into the new folder `output`; a run that was killed is taken up again."""
     require_space(output, model.nbytes)
     key = resume_key(model.inputs, command="merge", weights=[lora.weight for lora in loras])
-    with work_folder(output, key) as folder:
+    with work_folder(output, key, resumable(model.weights)) as folder:
         with reporter.bar("merging", model.nbytes) as advance:
             write_weights(folder, model.weights, advance)
         write_json(folder / "config.json", model.hf_config())
-        copy_side_files(model.tokenizer_folder, folder, TOKENIZER_FILES)
+        copy_side_files(model.tokenizer_folder, folder, tokenizer_files(model.tokenizer_folder))
         if find_template(model.tokenizer_folder) is None and (template := find_template(model.checkpoint.path)):
             (folder / TEMPLATE).write_text(template, encoding="utf-8")
         copy_side_files(model.checkpoint.path, folder, [GENERATION_CONFIG])

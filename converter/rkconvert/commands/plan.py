@@ -10,7 +10,8 @@ from rkconvert.dtypes import known_types
 from rkconvert.plan.boards import DEFAULT_BOARD
 from rkconvert.plan.planner import Embedding, Request, make_plan
 from rkruntime.abi import DEFAULT_RELEASE
-from rkruntime.flags import json_option
+from rkruntime.errors import RefusedError
+from rkruntime.flags import Number, json_option
 from rkruntime.terminal import console, say_json
 
 
@@ -18,7 +19,7 @@ from rkruntime.terminal import console, say_json
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--board", default=DEFAULT_BOARD, show_default=True, help="Board profile, or a profile's file.")
-@click.option("--ram", type=click.FloatRange(min=1), help="Memory of the board in GiB [default: each size it has].")
+@click.option("--ram", type=Number(1, 1 << 20), help="Memory of the board in GiB [default: each size it has].")
 @click.option(
     "--dtype", type=click.Choice(list(known_types())), default="w8a8", show_default=True, help="Quantized type."
 )
@@ -31,7 +32,9 @@ from rkruntime.terminal import console, say_json
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with the plots.")
 @json_option("Print the plan as JSON.")
+@click.pass_context
 def run(
+    context: click.Context,
     model: str,
     revision: str | None,
     board: str,
@@ -46,6 +49,8 @@ def run(
     """Say whether MODEL fits a board, and how fast it will be.
 
     MODEL is a folder, a config.json or a hub id such as google/gemma-2-2b-it. No weights are read or downloaded.
+
+    The exit status is 4 if the verdict is `refuse`: `rkedge convert` would refuse it, and exits so too.
     """
     from rkconvert.plan import page, report
 
@@ -67,3 +72,5 @@ def run(
         say_json(report.as_dict(plan))
     else:
         report.show(plan, console())
+    if plan.verdict.status == "refuse":
+        context.exit(RefusedError.exit_code)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rkconvert.checkpoint import CONFIG
-from rkconvert.hub import hub_file, is_hub_id
+from rkconvert.hub import hub_file, is_hub_id, refuse_revision
 from rkconvert.shards import read_json
 from rkconvert.tensor_files import INDEX
 from rkruntime.errors import CheckpointError
@@ -37,6 +37,7 @@ def read_source(model: str, revision: str | None = None) -> ModelSource:
         HostError: see `hub_file`.
     """
     path = Path(model)
+    refuse_revision(model, revision)
     if path.is_dir():
         return _from_folder(path, path.resolve().name)
     if path.is_file():

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rkconvert.checkpoint import Checkpoint, open_checkpoint
-from rkconvert.hub import download, is_hub_id
-from rkruntime.errors import CheckpointError
+from rkconvert.hub import download, is_hub_id, refuse_revision
 
 
 def open_source(model: str, revision: str | None = None) -> Checkpoint:
@@ -21,15 +20,12 @@ def open_source(model: str, revision: str | None = None) -> Checkpoint:
         HostError: something must be installed for it, or the hub cannot be reached.
     """
     path = Path(model)
+    refuse_revision(model, revision)
     if path.is_file() and path.suffix == ".gguf":
         from rkconvert.sources.gguf_model import open_gguf
 
         return open_gguf(path)
     if path.exists() or not is_hub_id(model):
-        if revision:
-            raise CheckpointError(
-                f"{model} is no hub model, so it has no revision {revision}.", hint="Leave --revision out."
-            )
         return open_checkpoint(path)
     folder, commit = download(model, revision)
     return open_checkpoint(folder, name=model, revision=commit)

@@ -169,7 +169,7 @@ def find_python(version: str, named: Path | None = None) -> Path:
             raise HostError(
                 f"{named} is Python {found}; the wheel is for {version}."
                 if found
-                else f"{named} is no Python that runs.",
+                else f"{named} is not a Python that runs.",
                 hint=f"Name a Python {version}, or take the vendor's wheel for another Python.",
             )
         return named.absolute()

@@ -89,6 +89,7 @@ def calls(job: ToolkitJob, installed: Release, export_path: Path) -> Calls:
         UsageError: a value that no release takes.
     """
     _check_values(job)
+    _check_unquantized(job)
     _check_type(job, installed)
     _check_algorithm(job, installed)
     notes = [*_context_notes(job, installed), *_load_notes(job, installed)]
@@ -136,6 +137,22 @@ def _check_values(job: ToolkitJob) -> None:
     for name, (value, right, words) in ranges.items():
         if not right:
             raise UsageError(f"The {name} is {value}; it must be {words}.")
+
+
+def _check_unquantized(job: ToolkitJob) -> None:
+    """Without quantization there is nothing that these could tell."""
+    told = {
+        "algorithm": job.algorithm != "normal",
+        "hybrid-rate": job.hybrid_rate != 0,
+        "calibration": job.dataset is not None,
+        "qparams": job.qparams is not None,
+    }
+    if job.dtype == UNQUANTIZED and any(told.values()):
+        names = " and ".join(f"--{name}" for name, given in told.items() if given)
+        raise UsageError(
+            f"{names}: {UNQUANTIZED} is not quantized, so this would have no effect.",
+            hint="Leave it out, or choose a quantized --dtype.",
+        )
 
 
 def _check_type(job: ToolkitJob, installed: Release) -> None:

@@ -21,14 +21,15 @@ from rkconvert.progress import Advance
 from rkconvert.shards import read_json
 from rkconvert.sources.names import Renamed
 from rkconvert.tensor_files import MODEL_FILES
+from rkconvert.tokenizer import tokenizer_bytes
 from rkconvert.toolkit.versions import Release
 from rkruntime.bundle import GENERATION_CONFIG, TOKENIZER
 from rkruntime.errors import AdapterError, CheckpointError
 from rkruntime.template import BOS
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
-# Files of the tokenizer that hold no code; tokenizer_config.json is written anew.
-_TOKENIZER_FILES: Final = (TOKENIZER, "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+# Files of the tokenizer that hold no code; tokenizer.json and tokenizer_config.json are written anew.
+_TOKENIZER_FILES: Final = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 # transformers 5 writes these; transformers 4 knows other names, which 5 reads too.
 _NEW_CLASSES: Final = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -56,6 +57,7 @@ def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: 
     eos = model.checkpoint.eos_token_ids
     write_json(folder / CONFIG, config(model.hf_config(), model.weights.config, release, eos))
     copy_side_files(model.tokenizer_folder, folder, _TOKENIZER_FILES)
+    (folder / TOKENIZER).write_bytes(tokenizer_bytes(model.tokenizer_folder / TOKENIZER))
     found = model.tokenizer_folder / _TOKENIZER_CONFIG
     raw = read_json(found, CheckpointError) if found.is_file() else {}
     write_json(folder / _TOKENIZER_CONFIG, tokenizer_config(raw, template))

@@ -7,10 +7,10 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from rkruntime.errors import UsageError
-from rkruntime.schema import build
+from rkruntime.schema import Between, build
 from rkruntime.serve.users import is_free, key_user
 from rkruntime.yamltext import read_mapping
 
@@ -21,6 +21,13 @@ _KEY_HINT: Final = "Make one: openssl rand -hex 24"
 _NAME_HINT: Final = (
     "Names have letters, digits, dot, dash and underscore. network, local, uid-... and key-... are the daemon's own."
 )
+
+# Ranges beyond which nobody means it; a time limit of 0 would end everything at once.
+_Seconds = Annotated[float, Between(0, 1_000_000_000)]
+_Time = Annotated[float, Between(0.001, 1_000_000_000)]
+_Megabytes = Annotated[float, Between(0, 1 << 30)]
+_Count = Annotated[int, Between(0, 1_000_000)]
+_Tokens = Annotated[int, Between(0, 1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,18 @@ class Limits:
         max_new_tokens: longest answer; 0 for what the context has room for.
     """
 
-    queue: int = 64
-    wait_s: float = 120.0
-    request_s: float = 600.0
-    load_s: float = 600.0
-    token_s: float = 120.0
-    body_mb: float = 4.0
-    memory_mb: float = 64.0
-    header_s: float = 20.0
-    write_s: float = 20.0
-    connections: int = 256
-    stop_s: float = 30.0
-    max_new_tokens: int = 0
+    queue: _Count = 64
+    wait_s: _Seconds = 120.0
+    request_s: _Time = 600.0
+    load_s: _Time = 600.0
+    token_s: _Time = 120.0
+    body_mb: Annotated[float, Between(0.001, 1024)] = 4.0
+    memory_mb: Annotated[float, Between(1, 1 << 16)] = 64.0
+    header_s: _Time = 20.0
+    write_s: _Time = 20.0
+    connections: Annotated[int, Between(1, 1_000_000)] = 256
+    stop_s: _Seconds = 30.0
+    max_new_tokens: _Tokens = 0
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,9 @@ class Sessions:
     """
 
     folder: Path | None = None
-    max_mb: float = 64.0
-    max_number: int = 4000
-    resume_s: float = 3600.0
+    max_mb: _Megabytes = 64.0
+    max_number: _Count = 4000
+    resume_s: _Seconds = 3600.0
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,8 @@ class PromptCache:
     """
 
     folder: Path | None = None
-    max_mb: float | None = None
-    min_tokens: int = 256
+    max_mb: _Megabytes | None = None
+    min_tokens: _Tokens = 256
 
 
 @dataclass(frozen=True)
@@ -128,14 +135,14 @@ class Settings:
     bundle: Path | None = None
     library: Path | None = None
     abi: str | None = None
-    max_context: int | None = None
+    max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repeat_penalty: float | None = None
+    temperature: Annotated[float, Between(0, 10)] | None = None
+    top_k: Annotated[int, Between(1, 1 << 24)] | None = None
+    top_p: Annotated[float, Between(0.000001, 1)] | None = None
+    repeat_penalty: Annotated[float, Between(0.000001, 10)] | None = None
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
-    idle_unload_s: float = 0.0
+    idle_unload_s: _Seconds = 0.0
     load_at_start: bool = True
     log_prompts: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

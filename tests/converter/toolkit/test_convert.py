@@ -221,6 +221,36 @@ def test_what_the_toolkit_has_finished_is_not_done_again(
     assert left(asked) == ["bundle"]
 
 
+@pytest.mark.parametrize(
+    ("name", "lora_mode"),
+    [("model.rkllm", "merge"), ("model_lora.rkllm", "merge"), ("model_lora.rkllm", "runtime"), ("report/more", "merge"),
+     ("report/toolkit.log", "merge")],
+)  # fmt: skip
+def test_nothing_foreign_gets_from_an_unfinished_folder_into_the_bundle(
+    options: Callable[..., Options], base: Path, make_adapter: Make, monkeypatch: pytest.MonkeyPatch, name: str,
+    lora_mode: str,
+) -> None:  # fmt: skip
+    asked = options(loras=(Lora(str(make_adapter(base))),), lora_mode=lora_mode)
+    expected = contents(convert(replace(asked, output=asked.output.with_name("other"))).path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bundle_folder, "write_manifest", interrupt)
+        convert(asked)
+    planted = asked.output.with_name(".bundle.partial") / name
+    planted.parent.mkdir(exist_ok=True)
+    # A file that looks like the real one from outside: its size, beginning and end.
+    data = bytearray(planted.read_bytes() if planted.is_file() else b"foreign " * 100)
+    data[len(data) // 2] ^= 1
+    planted.write_bytes(data)
+    bundle = convert(asked)
+    bundle.verify(trust_stamps=False)
+    assert contents(bundle.path) == expected
+    assert bytes(data) not in [path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()]
+
+
 def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 

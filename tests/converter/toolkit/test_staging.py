@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkconvert.chat_template import read_template
@@ -130,3 +131,16 @@ def test_the_template_is_where_every_release_looks(make_model: MakeModel, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template(chat, tokenize=False) == expected
     assert tokenizer("hello").input_ids[0] == 2
+
+
+def test_the_tokenizer_cuts_and_fills_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model()
+    file = base / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    texts = ["What is it? " * 50, "x"]
+    expected = [item.ids for item in backend.encode_batch(texts)]
+    backend.enable_truncation(3)
+    backend.enable_padding(length=70)
+    backend.save(str(file))
+    folder = staged(base, tmp_path / "staged")
+    assert [item.ids for item in Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts)] == expected

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import hypothesis
 import pytest
 import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
 from rkruntime.errors import UsageError
 from rkruntime.resources import resource
@@ -39,7 +44,7 @@ def test_the_example_file_shows_every_key_with_its_default() -> None:
         ("[]", "holds no keys"),
         ("a: [", "is not YAML"),
         ("{" * 5000, "nested over 32 deep"),
-        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("!!python/object/apply:os.system ['true']", "tags are not taken"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -47,6 +52,50 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> No
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         load_settings(path)
+
+
+def numbers(kind: Any, where: str = "") -> Iterator[tuple[str, bool]]:
+    """The key of every number in the settings, and whether it must be whole."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield from numbers(hint, f"{where}{name}.")
+        for part in get_args(hint) or (hint,):
+            if part in (int, float):
+                yield f"{where}{name}", part is int
+
+
+@pytest.mark.parametrize(("key", "whole"), [*numbers(Settings)])
+def test_every_number_has_a_range(tmp_path: Path, key: str, whole: bool) -> None:
+    """What nobody can mean is refused where it stands, and not met later as an overflow or a wait of years."""
+    path = tmp_path / "daemon.yaml"
+    for value in (-1, 1 << 62, *([] if whole else [-0.5, 1.0e300])):
+        content: Any = value
+        for name in reversed(key.split(".")):
+            content = {name: content}
+        path.write_text(yaml.safe_dump(content))
+        with pytest.raises(UsageError, match=key.replace(".", r"\.")):
+            check_listen(load_settings(path).listen)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["queue", "port", "max_mb", "socket", "x"]) | st.text(max_size=3), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.dictionaries(st.sampled_from(sorted(Settings.__dataclass_fields__)), JUNK) | JUNK)
+def test_whatever_stands_in_the_settings_is_settings_or_a_usage_error(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "daemon.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), errors="surrogatepass")
+    with suppress(UsageError):
+        check_listen(load_settings(path).listen)
 
 
 @pytest.fixture
