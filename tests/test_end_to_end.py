@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert.demo import Question, adapter, checkpoint, questions
-from rkruntime.answer import Answer, stream_answer
-from rkruntime.bundle import Bundle, open_bundle
-from rkruntime.engine import Engine, LoadOptions
-from rkruntime.generation import GREEDY, FinishReason, Request
-from rkruntime.prompts import PromptMaker
-from rkruntime.template import GemmaTemplate, Message
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import GREEDY, FinishReason, Request
+from rkruntime.text.answer import Answer, stream_answer
+from rkruntime.text.prompts import PromptMaker
+from rkruntime.text.template import GemmaTemplate, Message
+from rkruntime.text.tokenizer import Tokenizer
 
 
 def rkedge(*words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from tests import diagnosis_corpus as corpus
 from tests.diagnosis_corpus import Case
 
-from rkruntime import diagnosis
-from rkruntime.diagnosis import Diagnosis, Log, Rule, Signature, Table
+from rkruntime.checks import diagnosis
+from rkruntime.checks.diagnosis import Diagnosis, Log, Rule, Signature, Table
 
 # Whose repository the messages of a source belong to; those of the others are in several, or in none of the cases'.
 _HOMES = {

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from rkboard import emulator
-from rkruntime.rkemu import TensorSpec, Writer
+from rkboard.emulator import build as emulator
+from rkruntime.bundle.rkemu import TensorSpec, Writer
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 2304, 9216, 26, 8, 4, 256, 256000
 PROMPT, NEW, ROUNDS = 128, 24, 3

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rkconvert.gemma import parse_config
-from rkconvert.hf_folder import plan_shards
-from rkconvert.weights import TensorInfo
+from rkconvert.model.gemma import parse_config
+from rkconvert.output.hf_folder import plan_shards
+from rkconvert.tensors.weights import TensorInfo
 
 CONFIG = {
     "architectures": ["Gemma2ForCausalLM"],

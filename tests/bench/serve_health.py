@@ -27,7 +27,7 @@ from tests.runtime.conftest import build_double, with_file
 
 from rkconvert.demo import checkpoint
 from rkruntime import cli
-from rkruntime.bundle import open_bundle
+from rkruntime.bundle.manifest import open_bundle
 
 COUNT, PAUSE_S, PRESSING = 300, 0.02, 4
 CHAT = "/v1/chat/completions"

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from rkconvert.demo import checkpoint
 from rkruntime import cli
 from rkruntime.resources import resource
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 
 SENTENCE = "The RK3588 has an NPU of three cores. "
 FAST, SLOW, SHORT = (20_000, 0), (1_000, 2_000), (100, 200)

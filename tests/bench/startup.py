@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rkconvert.demo import checkpoint
 from rkruntime import cli
-from rkruntime.repl import PROMPT
+from rkruntime.chat.repl import PROMPT
 
 TIMES = 15
 _PATIENCE_S = 60

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from rkruntime.engine import Engine, LoadOptions
-from rkruntime.generation import Finished, Request
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Finished, Request
 
 # Microseconds between tokens, and how many. At 0 the worker is faster than the parent: records queue in the pipe, and
 # the delay is that of the queue. A board gives a token every 50,000 us or so.

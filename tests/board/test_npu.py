@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from rkruntime import machine
-from rkruntime.answer import Answer, stream_answer
-from rkruntime.bundle import Bundle, open_bundle
-from rkruntime.engine import Engine
-from rkruntime.generation import FinishReason, Request
-from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine
-from rkruntime.prompt_process import PromptProcess
-from rkruntime.template import Message
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.checks import machine
+from rkruntime.cli.options import RuntimeOptions, SamplingOptions, load_engine
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.generation import FinishReason, Request
+from rkruntime.text.answer import Answer, stream_answer
+from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.template import Message
 
 pytestmark = pytest.mark.board
 

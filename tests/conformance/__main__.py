@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.conformance import clients
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert.demo import Question, checkpoint, questions
 
 _HERE = Path(__file__).parent

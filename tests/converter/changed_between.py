@@ -17,8 +17,9 @@ from typing import Any
 
 from kill_points import announce, run, state
 
-from rkconvert import demo, hf_folder
-from rkruntime import rkemu
+from rkconvert import demo
+from rkconvert.output import hf_folder
+from rkruntime.bundle import rkemu
 
 SHARD = 300_000
 COMMANDS = ("merge", "convert")

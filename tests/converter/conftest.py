@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkconvert.formats import to_float32
+from rkconvert.tensors.formats import to_float32
 
 FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 

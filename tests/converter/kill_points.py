@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rkconvert import demo, hf_folder
+from rkconvert import demo
 from rkconvert.commands import convert, merge
-from rkruntime import cli, rkemu
+from rkconvert.output import hf_folder
+from rkruntime import cli
+from rkruntime.bundle import rkemu
 
 # Imported before the first fork, so that all runs begin alike.
 COMMANDS = (convert, merge)

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rkconvert import demo
-from rkconvert.base_names import is_other_base, plain_name
-from rkconvert.chat_template import read_template
-from rkconvert.checkpoint import open_checkpoint
+from rkconvert.adapters.base_names import is_other_base, plain_name
+from rkconvert.adapters.merged_model import Lora, merged_model
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkconvert.job import Lora, merged_model
+from rkconvert.model.chat_template import read_template
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.cli import main
 from rkruntime.errors import AdapterError, UsageError
 

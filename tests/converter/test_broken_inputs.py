@@ -329,7 +329,7 @@ GGUFS: dict[str, tuple[bytes, str]] = {
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint and an adapter for it, made once."""
     from rkconvert.demo import tokenizer as demo_tokenizer
-    from rkconvert.gemma import parse_config
+    from rkconvert.model.gemma import parse_config
 
     folder = tmp_path_factory.mktemp("good")
     base, lora = folder / "base", folder / "lora"

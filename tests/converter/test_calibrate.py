@@ -19,12 +19,12 @@ from rkconvert.calibrate import Row, validate_dataset, write_dataset
 from rkconvert.calibrate.build import Builder
 from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
-from rkconvert.chat_template import ChatTemplate, read_template
 from rkconvert.commands import calibrate as command
-from rkconvert.host import Memory
+from rkconvert.model.chat_template import ChatTemplate, read_template
+from rkconvert.output.host_memory import Memory
 from rkruntime.errors import CalibrationError, HostError, OutputError, RKEdgeError
-from rkruntime.template import Message
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.template import Message
+from rkruntime.text.tokenizer import Tokenizer
 
 BASE = demo.checkpoint()
 TEMPLATE = read_template(BASE, "<bos>")

@@ -13,16 +13,16 @@ import transformers
 from tests.runtime.chat_templates import FOLDED, NATIVE
 
 from rkconvert import demo
-from rkconvert.chat_template import read_template
-from rkconvert.rendering import rendered
-from rkconvert.tokenizer import tokenizer_bytes
+from rkconvert.model.chat_template import read_template
+from rkconvert.model.rendering import rendered
+from rkconvert.model.tokenizer import tokenizer_bytes
 from rkruntime import cli
-from rkruntime.bundle import open_bundle
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.bundle.rkemu import read_container
 from rkruntime.errors import CheckpointError
-from rkruntime.prompt_process import PromptProcess
-from rkruntime.rkemu import read_container
-from rkruntime.template import Message
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.template import Message
+from rkruntime.text.tokenizer import Tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
 PADDING = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rkconvert import checks
-from rkconvert.checks import Case
-from rkconvert.host import Memory, read_memory
-from rkconvert.shapes import parse_shape
+from rkconvert.model.shapes import parse_shape
+from rkconvert.output.host_memory import Memory, read_memory
+from rkconvert.toolkit import checks
+from rkconvert.toolkit.checks import Case
 from rkruntime.errors import CheckpointError, HostError, RefusedError
 
 # Settings of Google's own config.json files.

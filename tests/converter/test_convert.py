@@ -24,14 +24,14 @@ from tokenizers import Tokenizer
 
 from rkconvert import demo
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkconvert.emulator_file import emulator_name
-from rkconvert.gemma import parse_config
-from rkconvert.hf_folder import plan_shards
-from rkconvert.quantize import quantize_rows
-from rkconvert.weights import TensorInfo
-from rkruntime.bundle import open_bundle
+from rkconvert.emulated.model_file import emulator_name
+from rkconvert.emulated.quantize import quantize_rows
+from rkconvert.model.gemma import parse_config
+from rkconvert.output.hf_folder import plan_shards
+from rkconvert.tensors.weights import TensorInfo
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.bundle.rkemu import read_container
 from rkruntime.cli import main
-from rkruntime.rkemu import read_container
 
 
 def convert(*arguments: object) -> int:
@@ -269,8 +269,8 @@ def test_a_disk_that_fills_up(make_model, make_adapter, tmp_path, capsys, monkey
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("rkruntime.rkemu.Writer.write_rows", full)
-    monkeypatch.setattr("rkconvert.hf_folder._write", full)
+    monkeypatch.setattr("rkruntime.bundle.rkemu.Writer.write_rows", full)
+    monkeypatch.setattr("rkconvert.output.hf_folder._write", full)
     assert main([command, str(base), "--lora", str(adapter), "-o", str(tmp_path / "out"), "--quiet"]) == 5
     assert "disk is full" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

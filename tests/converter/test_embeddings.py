@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.job import Lora, merged_model
+from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.errors import AdapterError
 
 VOCAB, WIDTH, MORE = 40, 16, 3

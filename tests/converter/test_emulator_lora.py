@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert import demo
-from rkconvert.adapter import open_adapter
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.emulator_lora import write_emulator_lora
-from rkruntime.answer import stream_answer
-from rkruntime.bundle import open_bundle
+from rkconvert.adapters.reader import open_adapter
+from rkconvert.emulated.lora_file import write_emulator_lora
+from rkconvert.sources.checkpoint import open_checkpoint
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.bundle.rkemu import read_container
 from rkruntime.cli import main
-from rkruntime.engine import Engine
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.generation import GREEDY, Request
+from rkruntime.engine.loading import LoadOptions, Lora
 from rkruntime.errors import AdapterError, ModelError
-from rkruntime.generation import GREEDY, Request
-from rkruntime.loading import LoadOptions, Lora
-from rkruntime.prompts import PromptMaker
-from rkruntime.rkemu import read_container
-from rkruntime.template import GemmaTemplate, Message
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.answer import stream_answer
+from rkruntime.text.prompts import PromptMaker
+from rkruntime.text.template import GemmaTemplate, Message
+from rkruntime.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from rkconvert.formats import all_finite, from_float32, to_float32
+from rkconvert.tensors.formats import all_finite, from_float32, to_float32
 
 FLOAT32 = npst.arrays(np.uint32, st.integers(1, 40), elements=st.integers(0, 2**32 - 1))
 

@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import yaml
 
-from rkconvert import demo, matrix
-from rkconvert.board_file import ToolkitOptions
+from rkconvert import demo
 from rkconvert.commands.convert import run
+from rkconvert.conversion import matrix
 from rkconvert.sources.open import open_source
+from rkconvert.toolkit.board_file import ToolkitOptions
 from rkruntime import cli
-from rkruntime.bundle import open_bundle
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.bundle.rkemu import Writer
 from rkruntime.errors import BundleError, CheckpointError, UsageError
 from rkruntime.files import sha256_file
-from rkruntime.rkemu import Writer
 
 REAL_OPEN, REAL_HASH = open_source, sha256_file
 
@@ -129,8 +130,9 @@ def test_a_cell_is_what_the_command_alone_makes(write, convert, tmp_path):
 
 def test_the_model_is_opened_and_hashed_once(write, convert, monkeypatch):
     opened, hashed = [], []
-    monkeypatch.setattr("rkconvert.loaded.open_source", lambda *args: opened.append(args) or REAL_OPEN(*args))
-    monkeypatch.setattr("rkconvert.loaded.sha256_file", lambda *args: hashed.append(args[0]) or REAL_HASH(*args))
+    module = "rkconvert.conversion.opened"
+    monkeypatch.setattr(f"{module}.open_source", lambda *args: opened.append(args) or REAL_OPEN(*args))
+    monkeypatch.setattr(f"{module}.sha256_file", lambda *args: hashed.append(args[0]) or REAL_HASH(*args))
     code, _, _ = convert(write({"dtype": ["w8a8", "fp32"], "max_context": [64, 128]}))
     assert code == 0
     assert len(opened) == 1

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rkconvert import demo
-from rkconvert.adapter import open_adapter
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.merge import MergedWeights
-from rkconvert.weights import row_blocks
+from rkconvert.adapters.merge import MergedWeights
+from rkconvert.adapters.reader import open_adapter
+from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.tensors.weights import row_blocks
 
 
 def merged(base, adapters):

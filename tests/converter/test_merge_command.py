@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.hf_folder import plan_shards, resumable, write_weights
-from rkconvert.job import Lora, merged_model
-from rkconvert.weights import TensorInfo
-from rkconvert.work_folder import work_folder
+from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.output.hf_folder import plan_shards, resumable, write_weights
+from rkconvert.output.work_folder import work_folder
+from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.tensors.weights import TensorInfo
 from rkruntime.cli import main
 from rkruntime.errors import HostError, OutputError, UsageError
 
@@ -121,7 +121,7 @@ def test_another_job_begins_anew(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from rkconvert.work_folder import work_folder
+from rkconvert.output.work_folder import work_folder
 with work_folder(Path(sys.argv[1]), "job"):
     print("ready", flush=True)
     sys.stdin.read()

@@ -17,18 +17,18 @@ from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rkconvert import dtypes
 from rkconvert.commands.plan import run
-from rkconvert.context import choose_context
-from rkconvert.convert import Options, convert
+from rkconvert.conversion.convert import Options, convert
 from rkconvert.demo import checkpoint
-from rkconvert.host import read_memory
+from rkconvert.model.shapes import parse_shape
+from rkconvert.model.sizes import cache_bytes_per_token, npu_bytes, parse_type
+from rkconvert.output.host_memory import read_memory
 from rkconvert.plan import ModelSource, Request, make_plan, plan_for, require
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
 from rkconvert.plan.domains import place
 from rkconvert.plan.page import render
-from rkconvert.plan.sizes import cache_bytes_per_token, npu_bytes, parse_type
-from rkconvert.shapes import parse_shape
+from rkconvert.rules import quantized_types as dtypes
+from rkconvert.rules.context import choose_context
 from rkruntime import cli
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
 

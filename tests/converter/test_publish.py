@@ -14,11 +14,11 @@ import yaml
 from huggingface_hub import constants
 
 from rkconvert import demo
-from rkconvert.convert import Options, convert
+from rkconvert.conversion.convert import Options, convert
+from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import QUIET
-from rkconvert.publish import Destination, check_destination, push
 from rkruntime import cli
-from rkruntime.bundle import MANIFEST, open_bundle
+from rkruntime.bundle.manifest import MANIFEST, open_bundle
 from rkruntime.errors import BundleError, HostError, OutputError, UsageError
 
 # huggingface_hub hands its client bytes in a way that the client calls old; that is theirs to mend.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from rkconvert.demo.w8a8 import round_int8
-from rkconvert.quantize import group_size, quantize_rows
+from rkconvert.emulated.quantize import group_size, quantize_rows
 from rkruntime.errors import RefusedError
 
 ROWS = npst.arrays(

@@ -13,10 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rkconvert import recipes
 from rkconvert.commands.convert import run as convert
-from rkconvert.dtypes import Verdict
+from rkconvert.conversion import recipes
 from rkconvert.plan import ModelSource, Request, plan_for, require
+from rkconvert.rules.quantized_types import Verdict
 from rkruntime import cli
 from rkruntime.errors import UsageError
 
@@ -213,7 +213,7 @@ def test_whatever_stands_in_a_recipe_ends_in_a_documented_way(tmp_path, data):
     err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("rkconvert.publish.check_destination", lambda to: None)
+        patch.setattr("rkconvert.output.publish.check_destination", lambda to: None)
         code = cli.main(["convert", "--matrix" if "matrix" in content else "--recipe", str(tmp_path / "r.yaml")])
     assert code in (2, 3, 4, 5), (code, err.getvalue())
     assert "defect" not in err.getvalue()

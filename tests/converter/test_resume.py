@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rkconvert import demo
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.hf_folder import write_weights
-from rkconvert.job import Lora
+from rkconvert.adapters.merged_model import Lora
+from rkconvert.output.hf_folder import write_weights
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.cli import main
 
 SCRIPT = Path(__file__).with_name("changed_between.py")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rkconvert.model.shapes import FAMILIES, parse_shape
 from rkconvert.plan.prediction import vendor_rows
-from rkconvert.shapes import FAMILIES, parse_shape
 from rkruntime.errors import CheckpointError
 
 # Those of the table that transformers itself can build; the others come with code of their own.

@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from rkconvert import demo, hf_folder
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.formats import to_float32
-from rkconvert.job import Lora, merged_model
+from rkconvert import demo
+from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.output import hf_folder
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.sources.names import plain_name
 from rkconvert.sources.open import open_source
-from rkconvert.tensor_files import ADAPTER_FILES, open_tensor_files
-from rkconvert.weights import row_blocks
-from rkruntime import rkemu
+from rkconvert.tensors.formats import to_float32
+from rkconvert.tensors.tensor_files import ADAPTER_FILES, open_tensor_files
+from rkconvert.tensors.weights import row_blocks
+from rkruntime.bundle import rkemu
 from rkruntime.cli import main
 from rkruntime.errors import AdapterError, CheckpointError, HostError
 

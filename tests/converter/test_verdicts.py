@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rkconvert import dtypes
 from rkconvert.plan import ModelSource, Plan, Request, make_plan, plan_for, require
 from rkconvert.plan.planner import TypeVerdict
+from rkconvert.rules import quantized_types as dtypes
 from rkruntime import cli
 from rkruntime.errors import RefusedError, UsageError
 

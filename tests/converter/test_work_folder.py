@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from rkconvert import bundle_folder, demo, disk, hf_folder, work_folder
+from rkconvert import demo
 from rkconvert.commands import merge
+from rkconvert.output import bundle_folder, disk, hf_folder, work_folder
 from rkruntime.cli import main
 from rkruntime.errors import HostError, OutputError
 

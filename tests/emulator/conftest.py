@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkboard import emulator
-from rkruntime.rkemu import TensorSpec, Writer
+from rkboard.emulator import build as emulator
+from rkruntime.bundle.rkemu import TensorSpec, Writer
 
 # --- the C API ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkruntime import cli
 from rkruntime.errors import HostError, UsageError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkruntime.resources import resource
 
 HERE = Path(__file__).parent

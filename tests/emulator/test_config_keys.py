@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from rkconvert.chat_template import read_template
-from rkconvert.checkpoint import open_checkpoint
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkconvert.emulator_file import EmulatorModel, write_emulator_file
-from rkconvert.tokenizer import read_tokenizer
+from rkconvert.emulated.model_file import EmulatorModel, write_emulator_file
+from rkconvert.model.chat_template import read_template
+from rkconvert.model.tokenizer import read_tokenizer
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.errors import CheckpointError
 
 LOGITS = 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert.demo import questions
 from rkruntime.resources import resource
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from rkboard import emulator, faults
 from rkboard.commands.emulator import run as command
-from rkruntime.diagnosis import UNEXPLAINED, diagnose, table
+from rkboard.emulator import build as emulator
+from rkboard.emulator import faults
+from rkruntime.checks.diagnosis import UNEXPLAINED, diagnose, table
 
 NORMAL, WAITING, FINISH, ERROR = range(4)
 FIRST_BYTE = 6  # of the tokens of these models
@@ -73,7 +74,7 @@ EXPECTED = {
 CLIENT = """
 import ctypes, sys
 from pathlib import Path
-from rkruntime.binding import Library, Model
+from rkruntime.library.binding import Library, Model
 from rkruntime.errors import LoadError, RunError
 library, model, seen = Library(Path(sys.argv[1]), "1.2.3"), sys.argv[2], open(sys.argv[3], "w", buffering=1)
 params = {"model_path": model, "max_context_len": 64, "max_new_tokens": 3, "top_k": 1}

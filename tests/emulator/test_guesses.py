@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from rkboard import emulator, faults
 from rkboard.commands.emulator import run as command
+from rkboard.emulator import build as emulator
+from rkboard.emulator import faults
 
 NORMAL, FINISH, ERROR = 0, 2, 3
 HIDDEN, LOGITS = 1, 2

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
+from rkruntime.bundle.rkemu import Writer, read_container
 from rkruntime.resources import resource
-from rkruntime.rkemu import Writer, read_container
 
 LOGITS = 2
 KERNELS = {"x86_64": ["plain", "avx2", "avx512vnni"], "aarch64": ["plain", "neon-dotprod"]}

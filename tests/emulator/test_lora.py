@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkruntime.rkemu import TensorSpec, Writer, read_container
+from rkruntime.bundle.rkemu import TensorSpec, Writer, read_container
 
 LOGITS = 2
 NAMES = {

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from rkconvert.dtypes import Verdict
+from rkconvert.model.shapes import parse_shape
+from rkconvert.model.sizes import parse_type
 from rkconvert.plan import ModelSource, Request, plan_for
 from rkconvert.plan.domains import place
-from rkconvert.plan.sizes import parse_type
-from rkconvert.shapes import parse_shape
-from rkruntime.diagnosis import diagnose
-from rkruntime.rkemu import TensorSpec, Writer
+from rkconvert.rules.quantized_types import Verdict
+from rkruntime.bundle.rkemu import TensorSpec, Writer
+from rkruntime.checks.diagnosis import diagnose
 
 GIB = 1 << 30
 # hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 
 NORMAL, WAITING, FINISH, ERROR, LAST_HIDDEN = range(5)
 HIDDEN, LOGITS = 1, 2

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert import demo
-from rkconvert.tokenizer import read_tokenizer
+from rkconvert.model.tokenizer import read_tokenizer
+from rkruntime.bundle.rkemu import TensorSpec, Writer
 from rkruntime.errors import CheckpointError
 from rkruntime.resources import resource
-from rkruntime.rkemu import TensorSpec, Writer
 
 VOCAB = 1024
 # What fine-tunes add: white space as it is and marked, words, tags, one within another, and beside white space.

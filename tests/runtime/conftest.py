@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert.demo import questions
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkruntime.abi import RELEASES
-from rkruntime.bundle import Bundle, FileRecord, Manifest, Source
+from rkruntime.bundle.manifest import Bundle, FileRecord, Manifest, Source
+from rkruntime.engine.generation import Event, Finished, FinishReason, Request, Token
 from rkruntime.files import sha256_file
-from rkruntime.generation import Event, Finished, FinishReason, Request, Token
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 
 DOUBLE = Path(__file__).parent / "engine" / "double.cc"
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkruntime.answer import Answer, AnswerReader, StopStrings, astream_answer, stream_answer
+from rkruntime.engine.generation import Finished, FinishReason, Perf, Request, Token
 from rkruntime.errors import RunError
-from rkruntime.generation import Finished, FinishReason, Perf, Request, Token
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.answer import Answer, AnswerReader, StopStrings, astream_answer, stream_answer
+from rkruntime.text.tokenizer import Tokenizer
 
 small = st.text("ab", min_size=1, max_size=4)
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkruntime.bundle import MANIFEST, FileRecord, Manifest, Source, open_bundle
+from rkruntime.bundle.manifest import MANIFEST, FileRecord, Manifest, Source, open_bundle
 from rkruntime.errors import BundleError
 from rkruntime.files import sha256_file
 

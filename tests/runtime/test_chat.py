@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from rkruntime.bundle import Bundle
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.chat.localchat import LocalChat
+from rkruntime.chat.repl import COMMANDS, Repl
 from rkruntime.errors import RunError, WorkerCrashedError
-from rkruntime.localchat import LocalChat
-from rkruntime.repl import COMMANDS, Repl
 from rkruntime.terminal import Terminal, printable
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 
 
 class Typed(Terminal):

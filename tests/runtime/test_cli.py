@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from rkruntime import cli
+from rkruntime.cli.flags import json_option
 from rkruntime.errors import LoadError, RKEdgeError
-from rkruntime.flags import json_option
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

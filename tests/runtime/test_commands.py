@@ -118,7 +118,7 @@ def test_inspect(bundle: Path, name: str) -> None:
 
 
 def test_inspect_a_library(bundle: Path) -> None:
-    from rkboard.emulator import build
+    from rkboard.emulator.build import build
 
     report = json.loads(rkedge("inspect", "--json", build("1.2.3")).stdout)
     assert (report["version"], report["emulated"]) == ("1.2.3", True)

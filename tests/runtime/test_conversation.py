@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from rkruntime.answer import Answer
-from rkruntime.conversation import Conversation
+from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import ContextFullError, InputError
-from rkruntime.generation import FinishReason
-from rkruntime.prompts import PromptMaker
-from rkruntime.template import GemmaTemplate
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.answer import Answer
+from rkruntime.text.conversation import Conversation
+from rkruntime.text.prompts import PromptMaker
+from rkruntime.text.template import GemmaTemplate
+from rkruntime.text.tokenizer import Tokenizer
 
 
 def answered(text: str, tokens: tuple[int, ...]) -> Answer:

@@ -18,8 +18,9 @@ from tests import diagnosis_corpus as corpus
 from tests.bench import diagnosis as bench
 from tests.diagnosis_corpus import Case
 
-from rkruntime import cli, diagnosis, resources
-from rkruntime.diagnosis import CONFIDENCES, FOREIGN, NONE, UNEXPLAINED, Signature, diagnose
+from rkruntime import cli, resources
+from rkruntime.checks import diagnosis
+from rkruntime.checks.diagnosis import CONFIDENCES, FOREIGN, NONE, UNEXPLAINED, Signature, diagnose
 
 CASES = corpus.cases("failures")
 MORE = corpus.cases("more_failures")

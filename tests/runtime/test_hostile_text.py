@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkruntime import cli
-from rkruntime.bundle import MANIFEST, Bundle
-from rkruntime.engine import Engine, LoadOptions
+from rkruntime.bundle.manifest import MANIFEST, Bundle
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Request
 from rkruntime.errors import RKEdgeError, RunError
-from rkruntime.generation import Request
 from rkruntime.printable import escaped, one_line, printable
 from rkruntime.serve.systemd import log_to_stderr
 

@@ -15,11 +15,11 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkruntime.abi import CALLABLE, LAYOUTS, RELEASES, abi_of, release_named
-from rkruntime.elf import read_elf
 from rkruntime.errors import LibraryError
-from rkruntime.identify import check_machine, identify, inspect_library
+from rkruntime.library.elf import read_elf
+from rkruntime.library.identify import check_machine, identify, inspect_library
 
 MakeLibrary = Callable[..., Path]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkruntime import logtext
-from rkruntime.diagnosis import diagnose
+from rkruntime.checks import logtext
+from rkruntime.checks.diagnosis import diagnose
 
 LINE = "E rkllm: invalid rkllm model! 段错误"
 

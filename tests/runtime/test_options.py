@@ -12,14 +12,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from rkruntime import options
 from rkruntime.abi import RELEASES
-from rkruntime.bundle import Bundle
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.checks.preflight import Model
+from rkruntime.cli import options
+from rkruntime.cli.options import RuntimeOptions, SamplingOptions, default_sampling, find_library
+from rkruntime.engine.generation import GREEDY, Sampling
+from rkruntime.engine.loading import LoadOptions, checked
 from rkruntime.errors import BundleError, HostError, LibraryError
-from rkruntime.generation import GREEDY, Sampling
-from rkruntime.loading import LoadOptions, checked
-from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, find_library
-from rkruntime.preflight import Model
 
 from .conftest import with_file
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from rkruntime import machine, resources
-from rkruntime.conditions import fits
-from rkruntime.preflight import LEVELS, Finding, Model, clamp_context, preflight
+from rkruntime import resources
+from rkruntime.checks import machine
+from rkruntime.checks.conditions import fits
+from rkruntime.checks.preflight import LEVELS, Finding, Model, clamp_context, preflight
 from rkruntime.versions import version
 
 ROCK_5B = ("radxa,rock-5b", "rockchip,rk3588")

@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rkruntime import confined
-from rkruntime.bundle import Bundle, open_bundle
-from rkruntime.confined import Confined, Limits
+from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, UsageError
-from rkruntime.prompt_process import PromptProcess
-from rkruntime.prompts import RESERVED, PromptMaker
-from rkruntime.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text import confined
+from rkruntime.text.confined import Confined, Limits
+from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.prompts import RESERVED, PromptMaker
+from rkruntime.text.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
+from rkruntime.text.tokenizer import Tokenizer
 
 from .chat_templates import FOLDED
 from .conftest import with_file
@@ -143,7 +143,7 @@ HOSTILE_TEMPLATES = {
 def test_hostile_templates_are_refused_before_they_serve(
     fake_bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rkruntime.prompt_process._LIMITS", QUICK)
+    monkeypatch.setattr("rkruntime.text.prompt_process._LIMITS", QUICK)
     bundle = with_file(fake_bundle, "chat_template.jinja", HOSTILE_TEMPLATES[name] + WORDS)
     before = _children()
     with pytest.raises(BundleError) as caught:
@@ -158,7 +158,7 @@ def _children() -> set[str]:
         child
         for task in tasks
         for child in task.read_text().split()
-        if b"rkruntime.prompt_process" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"rkruntime.text.prompt_process" in Path(f"/proc/{child}/cmdline").read_bytes()
     }
 
 
@@ -286,7 +286,7 @@ def test_only_verified_bytes_are_parsed(fake_bundle: Bundle, tmp_path: Path, kin
 )
 def test_what_really_failed_is_said(monkeypatch: pytest.MonkeyPatch, broken: str, words: str) -> None:
     monkeypatch.setattr(confined, "_START", f"import sys, json; {broken}; import rkruntime")
-    with closing(Confined("rkruntime.prompt_process", "The chat template")) as child:
+    with closing(Confined("rkruntime.text.prompt_process", "The chat template")) as child:
         with pytest.raises(HostError, match=words) as caught:
             child.call("check", QUICK, messages=[])
         assert caught.value.message.isprintable()

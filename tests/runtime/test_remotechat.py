@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rkruntime.chat.remotechat import RemoteChat
+from rkruntime.chat.repl import Note
 from rkruntime.errors import RKEdgeError, ServiceError
-from rkruntime.remotechat import RemoteChat
-from rkruntime.repl import Note
 
 # A board that answers each line with the next answer of a script, and repeats the last one.
 BOARD = """
@@ -53,7 +53,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     opened: list[RemoteChat] = []
     monkeypatch.setenv("RKEDGE_SSH", f"{sys.executable} -I -S {program}")
     monkeypatch.setenv("SCRIPT", str(tmp_path / "script.json"))
-    monkeypatch.setattr("rkruntime.remotechat._RETRY_S", (0.0,))
+    monkeypatch.setattr("rkruntime.chat.remotechat._RETRY_S", (0.0,))
 
     def connect(*answers: bytes, errors: bytes = b"") -> RemoteChat:
         (tmp_path / "script.json").write_text(json.dumps([[answer.hex() for answer in answers], errors.hex()]))
@@ -126,7 +126,7 @@ def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteCh
 
 
 def test_lines_without_end(board: Callable[..., RemoteChat], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkruntime.remotechat._MOST_LINES", 1000)
+    monkeypatch.setattr("rkruntime.chat.remotechat._MOST_LINES", 1000)
     with pytest.raises(ServiceError, match="lines without end"):
         board(b"Welcome\n" * 2000 + HELLO)
 

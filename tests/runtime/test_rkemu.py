@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rkruntime.bundle.rkemu import ALIGNMENT, PAGE, TensorSpec, Writer, read_container
 from rkruntime.errors import ModelFileError
-from rkruntime.rkemu import ALIGNMENT, PAGE, TensorSpec, Writer, read_container
 
 METADATA = {"general.kind": "model", "a": 1, "b": -2.5, "c": [1, 2, 3], "leer": "", "text": "▁ü"}
 SPECS = [

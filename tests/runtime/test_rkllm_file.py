@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rkruntime.bundle.rkllm_file import MAGIC, RkllmFile, read_rkllm
 from rkruntime.errors import ModelFileError
-from rkruntime.rkllm_file import MAGIC, RkllmFile, read_rkllm
 
 
 def rkllm(tensors: int = 3, keys: int = 5, body: bytes = b"\x5a" * 4096, tail: bytes = b"") -> bytes:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rkconvert.demo.tokenizer import CHAT_TEMPLATE
 from rkruntime.errors import BundleError, UsageError
-from rkruntime.template import (
+from rkruntime.text.template import (
     GEMMA,
     SPECIAL_TOKENS,
     GemmaTemplate,
@@ -21,7 +21,7 @@ from rkruntime.template import (
     Template,
     load_template,
 )
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 
 from .chat_templates import FOLDED, GEMMA_WITH_SYSTEM, NATIVE
 

@@ -11,10 +11,10 @@ import tokenizers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rkconvert.tokenizer import read_tokenizer
+from rkconvert.model.tokenizer import read_tokenizer
 from rkruntime.errors import BundleError, CheckpointError
-from rkruntime.tokenizer import Tokenizer
-from rkruntime.vocabulary import Detokenizer, Vocabulary
+from rkruntime.text.tokenizer import Tokenizer
+from rkruntime.text.vocabulary import Detokenizer, Vocabulary
 
 CONTROL = ("<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<unused7>", "[@BOS@]")
 # Forms that a normalizer, a joiner or a case rule may turn into a control token.

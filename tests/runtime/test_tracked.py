@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rkruntime.chat_jinja import Program, Refusal, UnfollowedError
-from rkruntime.tracked import CHANGED, OWN, UNKNOWN, Tracked, joined
+from rkruntime.text.chat_jinja import Program, Refusal, UnfollowedError
+from rkruntime.text.tracked import CHANGED, OWN, UNKNOWN, Tracked, joined
 
 # Two alphabets: whatever is in Greek was said by somebody, and no template writes it.
 said = st.text("αβςΣΐ \n", max_size=12)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from rkboard import emulator, faults
+from rkboard.emulator import build as emulator
+from rkboard.emulator import faults
 from rkruntime.abi import DEFAULT_RELEASE
-from rkruntime.flags import json_option
+from rkruntime.cli.flags import json_option
 from rkruntime.terminal import console, say, say_json
 
 _RELEASE = click.option(

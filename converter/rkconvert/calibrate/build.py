@@ -9,10 +9,10 @@ from typing import Final
 
 from rkconvert.calibrate.chats import Chat
 from rkconvert.calibrate.dataset import Row, TokenCounter
-from rkconvert.chat_template import ChatTemplate
-from rkconvert.rendering import rendered
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.rendering import rendered
 from rkruntime.errors import CalibrationError, CheckpointError
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 from rkruntime.words import counted
 
 # Fewer rows than the vendor's own example has (19) say little about the range of activations.

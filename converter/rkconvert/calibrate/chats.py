@@ -12,7 +12,7 @@ import yaml
 
 from rkconvert.calibrate.dataset import is_unicode
 from rkruntime.errors import CalibrationError
-from rkruntime.template import ROLES, Message
+from rkruntime.text.template import ROLES, Message
 
 _DEFAULT: Final = Path(__file__).with_name("default.yaml")
 _MOST_BYTES: Final = 256 << 20

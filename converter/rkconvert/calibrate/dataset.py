@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.chat_template import ChatTemplate
-from rkconvert.rendering import rendered
-from rkconvert.shards import refuse_lfs_pointer
-from rkconvert.sources.memory_folder import Place
-from rkconvert.tokenizer import tokenizer_bytes
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.rendering import rendered
+from rkconvert.model.tokenizer import tokenizer_bytes
+from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CalibrationError, InputError
 from rkruntime.files import atomic_file
 
@@ -37,7 +37,7 @@ class TokenCounter:
     """Counts tokens of text that has its template, control tokens included."""
 
     def __init__(self, tokenizer_file: Place) -> None:
-        from rkruntime.tokenizer import open_backend
+        from rkruntime.text.tokenizer import open_backend
 
         try:
             self._backend = open_backend(tokenizer_bytes(tokenizer_file), tokenizer_file)

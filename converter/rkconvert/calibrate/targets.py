@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.host import read_memory
+from rkconvert.output.host_memory import read_memory
 from rkruntime.errors import CalibrationError, HostError
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 
 NEW_TOKENS: Final = 128
 _REPETITION_PENALTY: Final = 1.1

@@ -9,26 +9,26 @@ from typing import Any
 
 import click
 
+from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model
 from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
 from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
 from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, missing_packages
-from rkconvert.chat_template import ChatTemplate, read_template
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.context import choose_context
-from rkconvert.host import read_memory
-from rkconvert.job import Lora, MergedModel, merged_model
+from rkconvert.model.chat_template import ChatTemplate, read_template
+from rkconvert.output.host_memory import read_memory
+from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
+from rkconvert.rules.context import choose_context
+from rkconvert.rules.releases import release
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.toolkit.staging import stage
-from rkconvert.toolkit.versions import release
-from rkconvert.work_folder import scratch_folder
 from rkruntime.abi import CALLABLE
-from rkruntime.bundle import TOKENIZER
+from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.cli.flags import json_option
 from rkruntime.files import refuse_existing
-from rkruntime.flags import json_option
-from rkruntime.template import BOS, END_OF_TURN
 from rkruntime.terminal import say, say_json
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.template import BOS, END_OF_TURN
+from rkruntime.text.tokenizer import Tokenizer
 from rkruntime.words import counted
 
 _PATH = click.Path(path_type=Path)

@@ -13,21 +13,21 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from rkconvert import matrix as matrices
-from rkconvert import recipes
-from rkconvert.board_file import LORA_MODES, ToolkitOptions
-from rkconvert.convert import TARGETS, Options, convert
-from rkconvert.dtypes import EMULATOR_ONLY, PLATFORMS, known_types
-from rkconvert.job import Lora
+from rkconvert.adapters.merged_model import Lora
+from rkconvert.conversion import matrix as matrices
+from rkconvert.conversion import recipes
+from rkconvert.conversion.convert import TARGETS, Options, convert
+from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
-from rkconvert.publish import Destination, check_destination, push
+from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS, known_types
 from rkconvert.toolkit import find_toolkit
+from rkconvert.toolkit.board_file import LORA_MODES, ToolkitOptions
 from rkconvert.toolkit.job import DEVICES
 from rkconvert.toolkit.runner import PATIENCE
 from rkruntime.abi import DEFAULT_RELEASE
-from rkruntime.bundle import Bundle
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.cli.flags import Number, json_option
 from rkruntime.errors import UsageError
-from rkruntime.flags import Number, json_option
 from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import click
 
-from rkconvert.chat_template import find_template
-from rkconvert.disk import require_space
-from rkconvert.hf_folder import copy_side_files, resumable, write_json, write_weights
-from rkconvert.inputs import tokenizer_files
-from rkconvert.job import Lora, MergedModel, merged_model, resume_key
+from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model, resume_key
+from rkconvert.model.chat_template import find_template
+from rkconvert.output.disk import require_space
+from rkconvert.output.hf_folder import copy_side_files, resumable, write_json, write_weights
+from rkconvert.output.work_folder import refuse_made, work_folder
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
-from rkconvert.work_folder import refuse_made, work_folder
-from rkruntime.bundle import GENERATION_CONFIG, TEMPLATE
-from rkruntime.flags import json_option
+from rkconvert.tensors.inputs import tokenizer_files
+from rkruntime.bundle.manifest import GENERATION_CONFIG, TEMPLATE
+from rkruntime.cli.flags import json_option
 from rkruntime.terminal import say, say_json
 from rkruntime.words import counted
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from rkconvert.dtypes import known_types
 from rkconvert.plan.boards import DEFAULT_BOARD
 from rkconvert.plan.planner import Embedding, Request, make_plan
+from rkconvert.rules.quantized_types import known_types
 from rkruntime.abi import DEFAULT_RELEASE
+from rkruntime.cli.flags import Number, json_option
 from rkruntime.errors import RefusedError
-from rkruntime.flags import Number, json_option
 from rkruntime.terminal import console, say_json
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from rkconvert.output.publish import Destination, push
 from rkconvert.progress import Reporter
-from rkconvert.publish import Destination, push
-from rkruntime.bundle import open_bundle
-from rkruntime.flags import json_option
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.cli.flags import json_option
 from rkruntime.terminal import say, say_json
 
 

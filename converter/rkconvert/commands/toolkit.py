@@ -10,7 +10,7 @@ import click
 from rkconvert.toolkit.environment import setup
 from rkconvert.toolkit.interpreter import VARIABLE, Toolkit, find_toolkit
 from rkconvert.toolkit.wheel import read_wheel
-from rkruntime.flags import json_option
+from rkruntime.cli.flags import json_option
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 

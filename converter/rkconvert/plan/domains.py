@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from rkconvert.dtypes import DOMAIN_BYTES
-from rkconvert.plan.sizes import QuantizedType, cache_bytes_per_token
-from rkconvert.shapes import ModelShape
+from rkconvert.model.shapes import ModelShape
+from rkconvert.model.sizes import QuantizedType, cache_bytes_per_token
+from rkconvert.rules.quantized_types import DOMAIN_BYTES
 
 # The rknpu driver 0.9.8 knows domains 0 to 15.
 MOST_DOMAINS: Final = 16

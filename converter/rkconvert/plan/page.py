@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import jinja2
 
-from rkconvert.dtypes import DOMAIN_BYTES
+from rkconvert.model.sizes import cache_bytes_per_token, file_bytes, npu_bytes
 from rkconvert.plan.planner import Plan
 from rkconvert.plan.prediction import PROMPT_TOKENS
 from rkconvert.plan.report import embedding_size, gigabytes, origin
-from rkconvert.plan.sizes import cache_bytes_per_token, file_bytes, npu_bytes
+from rkconvert.rules.quantized_types import DOMAIN_BYTES
 from rkruntime.files import atomic_file
 from rkruntime.words import counted
 

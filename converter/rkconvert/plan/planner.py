@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
-from rkconvert import dtypes
-from rkconvert.context import CONTEXT_STEP, choose_context, round_down
-from rkconvert.host import Memory, read_memory
+from rkconvert.model.shapes import ModelShape, parse_shape
+from rkconvert.model.sizes import (
+    HALF_BYTES,
+    SCALE_BYTES,
+    QuantizedType,
+    file_bytes,
+    npu_bytes,
+    npu_weights,
+    parse_type,
+)
+from rkconvert.output.host_memory import Memory, read_memory
 from rkconvert.plan.boards import DEFAULT_BOARD, Board, board_sizes, find_board, usable_bytes
 from rkconvert.plan.domains import MOST_DOMAINS, Domain, place
 from rkconvert.plan.prediction import (
@@ -24,19 +32,11 @@ from rkconvert.plan.prediction import (
     own_rows,
     vendor_rows,
 )
-from rkconvert.plan.sizes import (
-    HALF_BYTES,
-    SCALE_BYTES,
-    QuantizedType,
-    file_bytes,
-    npu_bytes,
-    npu_weights,
-    parse_type,
-)
 from rkconvert.plan.source import ModelSource, read_source
-from rkconvert.shapes import ModelShape, parse_shape
+from rkconvert.rules import quantized_types as dtypes
+from rkconvert.rules.context import CONTEXT_STEP, choose_context, round_down
+from rkconvert.rules.releases import release
 from rkconvert.toolkit.job import LOADED_BYTES
-from rkconvert.toolkit.versions import release
 from rkruntime.abi import DEFAULT_RELEASE, check_release
 from rkruntime.errors import HostError, RefusedError, UsageError
 

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 import yaml
 
-from rkconvert.plan.sizes import QuantizedType, cache_bytes_per_token, npu_bytes, parse_type, table_bytes
-from rkconvert.shapes import ModelShape, parse_shape
+from rkconvert.model.shapes import ModelShape, parse_shape
+from rkconvert.model.sizes import QuantizedType, cache_bytes_per_token, npu_bytes, parse_type, table_bytes
 from rkruntime.abi import since
 from rkruntime.versions import version
 

@@ -11,11 +11,11 @@ from rich.console import Console, Group, RenderableType  # noqa: TID251 - the na
 from rich.table import Table
 from rich.text import Text
 
-from rkconvert.dtypes import DOMAIN_BYTES
+from rkconvert.model.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes, table_bytes
 from rkconvert.plan.domains import Domain
 from rkconvert.plan.planner import Plan, TypeVerdict
 from rkconvert.plan.prediction import PROMPT_TOKENS, accuracy, vendor_rows
-from rkconvert.plan.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes, table_bytes
+from rkconvert.rules.quantized_types import DOMAIN_BYTES
 from rkruntime.words import counted
 
 _PARTS: Final = {"layers": "blue", "head": "magenta", "cache": "yellow"}

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rkconvert.checkpoint import CONFIG
-from rkconvert.hub import hub_file, is_hub_id, refuse_revision
-from rkconvert.shards import read_json
-from rkconvert.tensor_files import INDEX
+from rkconvert.sources.checkpoint import CONFIG
+from rkconvert.sources.hub import hub_file, is_hub_id, refuse_revision
+from rkconvert.tensors.shards import read_json
+from rkconvert.tensors.tensor_files import INDEX
 from rkruntime.errors import CheckpointError
 from rkruntime.files import readable
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rkconvert.formats import from_float32
-from rkconvert.weights import TensorInfo, Weights
+from rkconvert.tensors.formats import from_float32
+from rkconvert.tensors.weights import TensorInfo, Weights
 from rkruntime.errors import CheckpointError
 from rkruntime.words import counted
 

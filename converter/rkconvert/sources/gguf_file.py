@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
-from rkconvert.shards import refuse_lfs_pointer
+from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CheckpointError
 
 T = TypeVar("T")

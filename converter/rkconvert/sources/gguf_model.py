@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rkconvert.checkpoint import Checkpoint, check_weights
-from rkconvert.formats import to_float32
-from rkconvert.gemma import EMBEDDING, FINAL_NORM, HEAD, parse_config
-from rkconvert.inputs import Inputs, states_of
-from rkconvert.shards import Entry, RowReader
+from rkconvert.model.gemma import EMBEDDING, FINAL_NORM, HEAD, parse_config
+from rkconvert.sources.checkpoint import Checkpoint, check_weights
 from rkconvert.sources.gguf_file import GgufFile, GgufTensor, read_gguf
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
-from rkconvert.sources.memory_folder import MemoryFolder
-from rkconvert.weights import TensorInfo
+from rkconvert.tensors.formats import to_float32
+from rkconvert.tensors.inputs import Inputs, states_of
+from rkconvert.tensors.memory_folder import MemoryFolder
+from rkconvert.tensors.shards import Entry, RowReader
+from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import CheckpointError, HostError
 from rkruntime.files import readable
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from rkconvert.weights import TensorInfo, Weights
+from rkconvert.tensors.weights import TensorInfo, Weights
 from rkruntime.errors import CheckpointError
 
 if TYPE_CHECKING:

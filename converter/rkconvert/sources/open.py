@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rkconvert.checkpoint import Checkpoint, open_checkpoint
-from rkconvert.hub import download, is_hub_id, refuse_revision
+from rkconvert.sources.checkpoint import Checkpoint, open_checkpoint
+from rkconvert.sources.hub import download, is_hub_id, refuse_revision
 
 
 def open_source(model: str, revision: str | None = None) -> Checkpoint:

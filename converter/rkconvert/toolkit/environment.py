@@ -20,7 +20,7 @@ from typing import Final
 from rkconvert.toolkit.interpreter import MARKER, Toolkit, clean_environment, environments_folder, inspect_toolkit
 from rkconvert.toolkit.session import end_session
 from rkconvert.toolkit.wheel import Wheel, check_host
-from rkruntime.diagnosis import diagnose
+from rkruntime.checks.diagnosis import diagnose
 from rkruntime.errors import HostError, OutputError
 from rkruntime.files import sha256_file, write_error
 

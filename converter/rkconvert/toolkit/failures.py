@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rkconvert.host import read_memory
+from rkconvert.output.host_memory import read_memory
 from rkconvert.toolkit.events import Failure
 from rkconvert.toolkit.job import LOADED_BYTES
-from rkruntime.diagnosis import Diagnosis, diagnose
+from rkruntime.checks.diagnosis import Diagnosis, diagnose
 from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
 
 _STAGES: Final = {

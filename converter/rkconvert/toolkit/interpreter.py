@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.toolkit.versions import Release, release
+from rkconvert.rules.releases import Release, release
 from rkruntime.errors import HostError, UsageError
 from rkruntime.schema import build
 from rkruntime.versions import Version, version

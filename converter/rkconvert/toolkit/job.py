@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.toolkit.versions import Release, release
+from rkconvert.rules.releases import Release, release
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 

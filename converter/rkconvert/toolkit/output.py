@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Final
 
 from rkconvert.toolkit.events import Notice, Progress
-from rkruntime import logtext
+from rkruntime.checks import logtext
 
 _BREAK: Final = re.compile(rb"[\r\n]+")
 # `Optimizing model:  88%|####4  | 28/32 [1:04:19<09:28, 142.23s/it]` (tqdm, whatever its blocks are drawn with)

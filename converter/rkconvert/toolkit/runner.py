@@ -21,9 +21,9 @@ from rkconvert.toolkit.interpreter import Toolkit
 from rkconvert.toolkit.job import ToolkitJob, calls
 from rkconvert.toolkit.output import Output
 from rkconvert.toolkit.session import OnEvent, Session
+from rkruntime.bundle.rkllm_file import RkllmFile, read_rkllm
 from rkruntime.errors import ModelFileError
 from rkruntime.files import write_error
-from rkruntime.rkllm_file import RkllmFile, read_rkllm
 
 PATIENCE: Final = 900.0
 """Seconds without output, processor time or paging after which the toolkit counts as hung."""

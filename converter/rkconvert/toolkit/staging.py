@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.adapter import Adapter
-from rkconvert.adapter_config import FILE as ADAPTER_CONFIG
-from rkconvert.chat_template import ChatTemplate
-from rkconvert.checkpoint import CONFIG
-from rkconvert.gemma import GemmaConfig
-from rkconvert.hf_folder import copy_side_files, write_json, write_weights
-from rkconvert.job import MergedModel
+from rkconvert.adapters.config import FILE as ADAPTER_CONFIG
+from rkconvert.adapters.merged_model import MergedModel
+from rkconvert.adapters.reader import Adapter
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.gemma import GemmaConfig
+from rkconvert.model.tokenizer import tokenizer_bytes
+from rkconvert.output.hf_folder import copy_side_files, write_json, write_weights
 from rkconvert.progress import Advance
-from rkconvert.shards import read_json
+from rkconvert.rules.releases import Release
+from rkconvert.sources.checkpoint import CONFIG
 from rkconvert.sources.names import Renamed
-from rkconvert.tensor_files import MODEL_FILES
-from rkconvert.tokenizer import tokenizer_bytes
-from rkconvert.toolkit.versions import Release
-from rkruntime.bundle import GENERATION_CONFIG, TOKENIZER
+from rkconvert.tensors.shards import read_json
+from rkconvert.tensors.tensor_files import MODEL_FILES
+from rkruntime.bundle.manifest import GENERATION_CONFIG, TOKENIZER
 from rkruntime.errors import AdapterError, CheckpointError
-from rkruntime.template import BOS
+from rkruntime.text.template import BOS
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
 # Files of the tokenizer that hold no code; tokenizer.json and tokenizer_config.json are written anew.

@@ -11,8 +11,8 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Final
 
-from rkconvert.shards import refuse_lfs_pointer
-from rkconvert.toolkit.versions import Release, release
+from rkconvert.rules.releases import Release, release
+from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import HostError, InputError
 
 # PEP 427: name-version[-build]-python-abi-platform.whl

@@ -42,7 +42,7 @@ def run(socket: Path | None, user: str | None) -> None:
 
     Fit for a forced command; docs/serve.md has the line.
     """
-    from rkruntime.attach import Bridge
+    from rkruntime.chat.attach import Bridge
     from rkruntime.serve.settings import default_socket
     from rkruntime.serve.users import check_name
 

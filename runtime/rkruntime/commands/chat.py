@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rkruntime.cli.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
 from rkruntime.errors import UsageError
-from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
 
 if TYPE_CHECKING:
-    from rkruntime.localchat import LocalChat
-    from rkruntime.remotechat import RemoteChat
+    from rkruntime.chat.localchat import LocalChat
+    from rkruntime.chat.remotechat import RemoteChat
 
 
 def _is_board(model: str) -> bool:
@@ -23,8 +23,8 @@ def _is_board(model: str) -> bool:
 
 
 def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, runtime: RuntimeOptions) -> LocalChat:
-    from rkruntime.bundle import open_bundle
-    from rkruntime.localchat import LocalChat
+    from rkruntime.bundle.manifest import open_bundle
+    from rkruntime.chat.localchat import LocalChat
 
     bundle = open_bundle(Path(model))
     return LocalChat(
@@ -37,7 +37,7 @@ def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions
 
 
 def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, session: str | None) -> RemoteChat:
-    from rkruntime.remotechat import RemoteChat
+    from rkruntime.chat.remotechat import RemoteChat
 
     wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
     del wishes["max_new_tokens"]
@@ -65,7 +65,7 @@ def run(
 
     Without a terminal each line of standard input is a message, and standard output has the answers alone.
     """
-    from rkruntime.repl import COMMANDS, Repl
+    from rkruntime.chat.repl import COMMANDS, Repl
     from rkruntime.terminal import Terminal, history_file
 
     terminal = Terminal(history_file(), list(COMMANDS))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from rkruntime import logtext
-from rkruntime.diagnosis import Diagnosis, diagnose
+from rkruntime.checks import logtext
+from rkruntime.checks.diagnosis import Diagnosis, diagnose
+from rkruntime.cli.flags import json_option
 from rkruntime.errors import InputError
-from rkruntime.flags import json_option
 from rkruntime.terminal import say, say_json
 
 _MEANING = {

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import click
 
+from rkruntime.cli.flags import json_option
 from rkruntime.errors import InputError, UsageError
 from rkruntime.files import open_regular
-from rkruntime.flags import json_option
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 
@@ -20,7 +20,7 @@ _ELF: Final = b"\x7fELF"
 
 
 def _bundle(path: Path, verify: bool) -> dict[str, Any]:
-    from rkruntime.bundle import open_bundle
+    from rkruntime.bundle.manifest import open_bundle
 
     bundle = open_bundle(path)
     if verify:
@@ -30,7 +30,7 @@ def _bundle(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _rkemu(path: Path, verify: bool) -> dict[str, Any]:
-    from rkruntime.rkemu import read_container
+    from rkruntime.bundle.rkemu import read_container
 
     container = read_container(path)
     if verify:
@@ -47,20 +47,20 @@ def _rkemu(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _rkllm(path: Path, _: bool) -> dict[str, Any]:
-    from rkruntime.rkllm_file import read_rkllm
+    from rkruntime.bundle.rkllm_file import read_rkllm
 
     return {"kind": "model file of the vendor's toolkit (.rkllm)", **read_rkllm(path).as_dict()}
 
 
 def _library(path: Path, _: bool) -> dict[str, Any]:
-    from rkruntime.identify import inspect_library
+    from rkruntime.library.identify import inspect_library
 
     return {"kind": "RKLLM runtime library", **inspect_library(path).as_dict()}
 
 
 def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
     """The reader for what stands at `path`, by its first bytes and not by its name."""
-    from rkruntime import rkemu
+    from rkruntime.bundle import rkemu
 
     if path.is_dir():
         return _bundle

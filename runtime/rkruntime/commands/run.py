@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from rkruntime.cli.flags import json_option
+from rkruntime.cli.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
 from rkruntime.errors import UsageError
-from rkruntime.flags import json_option
-from rkruntime.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
 from rkruntime.terminal import Terminal, say, say_json
 
 if TYPE_CHECKING:
-    from rkruntime.answer import Answer
-    from rkruntime.engine import ModelInfo
+    from rkruntime.engine.engine import ModelInfo
+    from rkruntime.text.answer import Answer
 
 
 def _prompt(text: str | None, file: BinaryIO | None) -> str:
@@ -61,11 +61,11 @@ def run(
     runtime: RuntimeOptions,
 ) -> None:
     """Answer one prompt with the model in the folder BUNDLE. The answer alone goes to standard output."""
-    from rkruntime.answer import Answer, stream_answer
-    from rkruntime.bundle import open_bundle
-    from rkruntime.conversation import Conversation
-    from rkruntime.generation import Request
-    from rkruntime.prompt_process import PromptProcess
+    from rkruntime.bundle.manifest import open_bundle
+    from rkruntime.engine.generation import Request
+    from rkruntime.text.answer import Answer, stream_answer
+    from rkruntime.text.conversation import Conversation
+    from rkruntime.text.prompt_process import PromptProcess
 
     opened = open_bundle(bundle)
     text = _prompt(prompt, file)

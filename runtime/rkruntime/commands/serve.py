@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from rkruntime.cli.options import RuntimeOptions, runtime_options
 from rkruntime.errors import HostError
-from rkruntime.options import RuntimeOptions, runtime_options
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 

@@ -21,16 +21,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkruntime.errors import BodyError, BusyError, ServiceError
+from rkruntime.serve.api.http import Bodies, answering, error_response, json_response
+from rkruntime.serve.api.native import Sessions
+from rkruntime.serve.api.ollama import Ollama
+from rkruntime.serve.api.openai import OpenAI
+from rkruntime.serve.api.validate import Validator
 from rkruntime.serve.connections import CONNECTION, Connection, Requests
 from rkruntime.serve.doors import Door, check_page, refused
-from rkruntime.serve.http import Bodies, answering, error_response, json_response
 from rkruntime.serve.metrics import npu_load, temperatures
-from rkruntime.serve.native import Sessions
-from rkruntime.serve.ollama import Ollama
-from rkruntime.serve.openai import OpenAI
 from rkruntime.serve.service import Service
 from rkruntime.serve.threads import read_in_thread
-from rkruntime.serve.validate import Validator
 
 REQUEST_ID: Final = "x-request-id"
 _HERE: Final = Path(__file__).parent

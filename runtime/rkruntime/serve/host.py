@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from rkruntime.bundle import Bundle, open_bundle
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.cli.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.engine.generation import Sampling
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
-from rkruntime.generation import Sampling
-from rkruntime.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
-from rkruntime.prompt_process import PromptProcess
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
+from rkruntime.text.prompt_process import PromptProcess
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
-    from rkruntime.engine import Engine
-    from rkruntime.preflight import Finding
+    from rkruntime.checks.preflight import Finding
+    from rkruntime.engine.engine import Engine
 
 log = logging.getLogger("rkedge")
 

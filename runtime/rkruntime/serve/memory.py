@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from rkruntime.template import Message
+from rkruntime.text.template import Message
 
 
 class AnswerMemory:

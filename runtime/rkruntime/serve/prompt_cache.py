@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.abi import within
-from rkruntime.answer import Answer
+from rkruntime.engine.generation import Request
 from rkruntime.errors import ModelError, UnsupportedCallError
 from rkruntime.files import atomic_file
-from rkruntime.generation import Request
 from rkruntime.serve.threads import in_thread
+from rkruntime.text.answer import Answer
 
 if TYPE_CHECKING:
     from rkruntime.serve.host import Model

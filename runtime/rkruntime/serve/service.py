@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from rkruntime.abi import within
-from rkruntime.answer import Answer, AnswerReader
+from rkruntime.engine.generation import FinishReason, Request, Sampling
+from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
 from rkruntime.errors import (
     BodyError,
     BundleError,
@@ -23,8 +24,6 @@ from rkruntime.errors import (
     UsageError,
     WorkerError,
 )
-from rkruntime.generation import FinishReason, Request, Sampling
-from rkruntime.prompts import RESERVED
 from rkruntime.serve.host import Host, Model
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
@@ -33,8 +32,9 @@ from rkruntime.serve.queue import DAEMON, Client, FairQueue
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings, state_folder
 from rkruntime.serve.threads import in_thread
+from rkruntime.text.answer import Answer, AnswerReader
+from rkruntime.text.prompts import RESERVED
 from rkruntime.words import counted
-from rkruntime.worker.encode import PER_RUN_SAMPLING
 
 log = logging.getLogger("rkedge")
 

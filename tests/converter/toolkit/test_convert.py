@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from rkconvert import board_file, bundle_folder
-from rkconvert.board_file import ToolkitOptions
-from rkconvert.convert import Options, convert
-from rkconvert.job import Lora
-from rkruntime.bundle import open_bundle
+from rkconvert.adapters.merged_model import Lora
+from rkconvert.conversion.convert import Options, convert
+from rkconvert.output import bundle_folder
+from rkconvert.toolkit import board_file
+from rkconvert.toolkit.board_file import ToolkitOptions
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.errors import (
     AdapterError,
     CalibrationError,
@@ -30,7 +32,6 @@ from rkruntime.errors import (
     ToolkitError,
     UsageError,
 )
-from rkruntime.rkllm_file import read_rkllm
 
 Make = Callable[..., Path]
 PROMPT = "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n"

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rkconvert.toolkit import ToolkitJob, versions
+from rkconvert.rules import releases as versions
+from rkconvert.toolkit import ToolkitJob
 from rkconvert.toolkit.job import LOADED_BYTES, calls
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import HostError, RefusedError, UsageError

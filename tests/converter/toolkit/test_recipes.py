@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rkruntime import cli
-from rkruntime.bundle import open_bundle
+from rkruntime.bundle.manifest import open_bundle
 
 
 @pytest.fixture

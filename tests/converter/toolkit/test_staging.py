@@ -13,11 +13,11 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rkconvert.chat_template import read_template
-from rkconvert.checkpoint import open_checkpoint
-from rkconvert.job import Lora, merged_model
+from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.model.chat_template import read_template
+from rkconvert.rules.releases import release
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.toolkit.staging import stage
-from rkconvert.toolkit.versions import release
 
 MakeModel = Callable[..., Path]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rkruntime.bundle.rkemu import TensorSpec, Writer
 from rkruntime.resources import resource
-from rkruntime.rkemu import TensorSpec, Writer
 
 SOURCES = ("cache", "file", "forward", "kernels", "kernels_plain", "ledger", "log", "memory", "model", "npu",
            "prompt_cache", "sampler", "threads", "tokenizer")  # fmt: skip

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkconvert import demo
 from rkruntime import cli
-from rkruntime.bundle import Bundle, open_bundle
-from rkruntime.engine import Engine, LoadOptions
-from rkruntime.generation import GREEDY, Token
-from rkruntime.rkemu import Container, Writer, read_container
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.bundle.rkemu import Container, Writer, read_container
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import GREEDY, Token
+from rkruntime.text.tokenizer import Tokenizer
 
 # One release of each layout that the emulator has.
 LAYOUT_RELEASES = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
-from rkruntime.engine import Engine, LoadOptions
+from rkboard.emulator import build as emulator
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Finished, Request, Token
 from rkruntime.errors import LibraryError, WorkerCrashedError, WorkerHungError
-from rkruntime.generation import Finished, Request, Token
 
 TOOLS = ("qemu-aarch64-static", "mmdebstrap", "aarch64-linux-gnu-g++")
 missing = [tool for tool in TOOLS if shutil.which(tool) is None]

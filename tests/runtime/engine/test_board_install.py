@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rkruntime import cli
-from rkruntime.engine import LoadOptions
+from rkruntime.engine.engine import LoadOptions
 from rkruntime.errors import HostError
 
 ROOT = Path(__file__).parents[3]
@@ -65,9 +65,9 @@ def test_a_model_answers_and_arrays_are_a_clear_error(options: Callable[..., Loa
     done = on_a_board(
         """
 from pathlib import Path
-from rkruntime.engine import Engine, LoadOptions
+from rkruntime.engine.engine import Engine, LoadOptions
 from rkruntime.errors import HostError
-from rkruntime.generation import Request
+from rkruntime.engine.generation import Request
 library, model = map(Path, sys.argv[1:])
 with Engine.load(LoadOptions(library=library, model=model, max_context=64)) as engine:
     print(len(list(engine.generate(Request([2, 106, 451], max_new_tokens=3)))))

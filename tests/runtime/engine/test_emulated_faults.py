@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rkboard import emulator
-from rkboard.faults import faults
-from rkruntime.engine import Engine, LoadOptions
+from rkboard.emulator import build as emulator
+from rkboard.emulator.faults import faults
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Request
 from rkruntime.errors import LoadError, RunError, WorkerCrashedError, WorkerHungError
-from rkruntime.generation import Request
 
 REQUEST = Request([2, 106, 451, 364, 472, 474], max_new_tokens=6)
 

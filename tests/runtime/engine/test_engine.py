@@ -13,18 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkruntime.engine import Engine, LoadOptions, Lora
-from rkruntime.errors import (
-    AdapterError,
-    ContextFullError,
-    LibraryError,
-    LoadError,
-    ModelFileError,
-    RunError,
-    UnsupportedCallError,
-    UsageError,
-)
-from rkruntime.generation import (
+from rkruntime.bundle.rkemu import TensorSpec, Writer, read_container
+from rkruntime.checks.preflight import Model
+from rkruntime.engine.engine import Engine, LoadOptions, Lora
+from rkruntime.engine.generation import (
     GREEDY,
     EmbeddingPrompt,
     Finished,
@@ -36,9 +28,17 @@ from rkruntime.generation import (
     TextPrompt,
     Token,
 )
-from rkruntime.preflight import Model
-from rkruntime.rkemu import TensorSpec, Writer, read_container
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.errors import (
+    AdapterError,
+    ContextFullError,
+    LibraryError,
+    LoadError,
+    ModelFileError,
+    RunError,
+    UnsupportedCallError,
+    UsageError,
+)
+from rkruntime.text.tokenizer import Tokenizer
 from rkruntime.versions import version as order
 
 Load = Callable[..., Engine]

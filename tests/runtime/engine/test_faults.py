@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from rkruntime.engine import Engine, LoadOptions, Lora
+from rkruntime.engine.engine import Engine, LoadOptions, Lora
+from rkruntime.engine.generation import FinishReason, Request
 from rkruntime.errors import (
     HostError,
     LibraryError,
@@ -29,7 +30,6 @@ from rkruntime.errors import (
     WorkerHungError,
     WorkerProtocolError,
 )
-from rkruntime.generation import FinishReason, Request
 
 Misbehaving = Callable[..., LoadOptions]
 REQUEST = Request([1, 2, 3])
@@ -430,7 +430,7 @@ def test_a_killed_parent_takes_all_along(misbehaving: Misbehaving, tmp_path: Pat
     options = misbehaving("init-daemon,token-hang")
     program = (
         "import sys, threading\nfrom pathlib import Path\n"
-        "from rkruntime.engine import Engine, LoadOptions\nfrom rkruntime.generation import Request\n"
+        "from rkruntime.engine.engine import Engine, LoadOptions\nfrom rkruntime.engine.generation import Request\n"
         "def load():\n"
         "    global engine\n"
         "    engine = Engine.load(LoadOptions(library=Path(sys.argv[1]), model=Path(sys.argv[2])))\n"

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkboard import emulator
-from rkboard.faults import guesses
+from rkboard.emulator import build as emulator
+from rkboard.emulator.faults import guesses
+from rkruntime.engine.generation import FinishReason, Request
 from rkruntime.errors import RunError
-from rkruntime.generation import FinishReason, Request
-from rkruntime.template import GemmaTemplate, Message
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.template import GemmaTemplate, Message
+from rkruntime.text.tokenizer import Tokenizer
 
 GUESSES = [guess.name for guess in guesses(emulator.build())]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rkboard import emulator
+from rkboard.emulator import build as emulator
 from rkruntime.abi import CALLABLE, RELEASES
-from rkruntime.engine import Engine, LoadOptions
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Request
 from rkruntime.errors import LibraryError, ModelError, RKEdgeError
-from rkruntime.generation import Request
-from rkruntime.identify import Identity, identify
+from rkruntime.library.identify import Identity, identify
 
 LIBRARIES = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")
 LAYOUTS = (*LIBRARIES, "1.3.1")
@@ -69,7 +69,7 @@ def test_a_wrong_layout_without_any_check_of_the_file(
 
     expected = answer(options(library))
     with monkeypatch.context() as patch:
-        patch.setattr("rkruntime.engine.identify", wrong)
+        patch.setattr("rkruntime.engine.engine.identify", wrong)
         if (library, layout) in SAME_FOR_TOKENS:
             assert answer(options(library)) == expected
         else:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rkruntime.engine import Engine, LoadOptions
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Request
 from rkruntime.errors import RKEdgeError
-from rkruntime.generation import Request
 
 Misbehaving = Callable[..., LoadOptions]
 

@@ -21,7 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rkruntime.engine import Engine, LoadOptions
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Finished, Request, Token
+from rkruntime.engine.worker.exchange import Exchange
+from rkruntime.engine.worker.process import WorkerProcess
 from rkruntime.errors import (
     LibraryError,
     RKEdgeError,
@@ -31,9 +34,6 @@ from rkruntime.errors import (
     WorkerHungError,
     WorkerProtocolError,
 )
-from rkruntime.generation import Finished, Request, Token
-from rkruntime.worker.exchange import Exchange
-from rkruntime.worker.process import WorkerProcess
 
 FAKE = str(Path(__file__).with_name("fake_worker.py"))
 REQUEST = Request([1, 2, 3], max_new_tokens=8)
@@ -203,7 +203,7 @@ def test_late_records_are_no_sign_of_life(fake: Fake) -> None:
 
 
 def test_questions_are_no_sign_of_life(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkruntime.worker.process._COMMAND_TIMEOUT", 0.5)  # nor does the fake read the answers
+    monkeypatch.setattr("rkruntime.engine.worker.process._COMMAND_TIMEOUT", 0.5)  # nor does the fake read the answers
     options = {"tokenizer": lambda text: [1], "load_timeout": 1.0}
     with pytest.raises(WorkerHungError):
         fake(loaded=["repeat", record(TOKENIZE, b"text")], **options)
@@ -248,7 +248,7 @@ def test_an_abort_that_is_not_heard_has_an_end(fake: Fake, loop: bool) -> None:
 
 
 def test_a_worker_that_reads_no_commands(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkruntime.worker.process._COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr("rkruntime.engine.worker.process._COMMAND_TIMEOUT", 0.5)
     with fake(["wait"], max_context=None) as engine:
         events = engine.generate(Request([1]))
         with pytest.raises(WorkerHungError):

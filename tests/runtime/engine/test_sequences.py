@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from rkruntime.engine import Engine, LoadOptions, Lora
+from rkruntime.engine.engine import Engine, LoadOptions, Lora
+from rkruntime.engine.generation import EmbeddingPrompt, Event, Finished, Request, TextPrompt, Token
 from rkruntime.errors import RKEdgeError, WorkerError
-from rkruntime.generation import EmbeddingPrompt, Event, Finished, Request, TextPrompt, Token
 
 PROMPT = (2, 106, 451, 364, 472, 474)
 TOKENS = st.lists(st.integers(0, 1100), min_size=0, max_size=12) | st.just(list(PROMPT)) | st.just(list(PROMPT) * 20)

@@ -21,7 +21,7 @@ import pytest
 
 from rkconvert.demo import adapter, checkpoint
 from rkruntime import cli
-from rkruntime.attach import UnixConnection
+from rkruntime.chat.attach import UnixConnection
 
 READY = re.compile(r"serving (\S+) on ([^\s,]+)(?:, http://127\.0\.0\.1:(\d+))?")
 
@@ -97,7 +97,7 @@ class Daemon:
 
     def workers(self) -> list[int]:
         """Process ids of the workers: the daemon starts a keeper, and that the worker."""
-        keepers = [child for child in _children(self.process.pid) if b"rkruntime.worker" in _command(child)]
+        keepers = [child for child in _children(self.process.pid) if b"rkruntime.engine.worker" in _command(child)]
         return [worker for keeper in keepers for worker in _children(keeper)]
 
     def metric(self, name: str) -> float:

@@ -22,16 +22,16 @@ from starlette.types import ASGIApp
 
 from rkruntime.errors import BundleError, ContextFullError
 from rkruntime.serve import doors
+from rkruntime.serve.api.http import Bodies, Stream
+from rkruntime.serve.api.native import Sessions
+from rkruntime.serve.api.ollama import _read_manifest
+from rkruntime.serve.api.validate import Validator
 from rkruntime.serve.app import openapi
 from rkruntime.serve.connections import Requests
-from rkruntime.serve.http import Bodies, Stream
-from rkruntime.serve.native import Sessions
-from rkruntime.serve.ollama import _read_manifest
 from rkruntime.serve.service import Run
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.threads import LARGE, on_disk, with_data
 from rkruntime.serve.users import User
-from rkruntime.serve.validate import Validator
 
 LOOP: list[int] = []
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rkruntime import cli
-from rkruntime.attach import Bridge
+from rkruntime.chat.attach import Bridge
 
 from .conftest import acting_as
 

@@ -15,9 +15,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rkruntime.attach import UnixConnection
+from rkruntime.chat.attach import UnixConnection
 from rkruntime.serve.app import openapi
-from rkruntime.tokenizer import Tokenizer
+from rkruntime.text.tokenizer import Tokenizer
 
 POSTS = (
     "/v1/chat/completions",

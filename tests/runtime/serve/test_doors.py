@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rkruntime.attach import UnixConnection
+from rkruntime.chat.attach import UnixConnection
 from rkruntime.errors import UsageError
 from rkruntime.serve.doors import door_of
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.runtime.conftest import with_file
 
-from rkruntime.bundle import open_bundle
+from rkruntime.bundle.manifest import open_bundle
 
 # Generous: on a free machine it is some milliseconds.
 PATIENCE = 5.0

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkruntime.errors import BodyError, BusyError
-from rkruntime.serve import validate
+from rkruntime.serve.api import validate
+from rkruntime.serve.api.validate import parse_json
 from rkruntime.serve.connections import Requests
 from rkruntime.serve.users import User
-from rkruntime.serve.validate import parse_json
 
 SIZE = 4_000_000
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rkconvert.demo import questions
-from rkruntime.attach import UnixConnection
+from rkruntime.chat.attach import UnixConnection
 
 from .conftest import acting_as, read_response
 

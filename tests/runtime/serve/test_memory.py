@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkruntime.serve.memory import AnswerMemory
-from rkruntime.template import Message
+from rkruntime.text.template import Message
 
 
 def ask(*texts: str) -> list[Message]:

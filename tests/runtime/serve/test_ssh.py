@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from rkconvert.demo import questions
-from rkruntime.remotechat import RemoteChat
-from rkruntime.repl import Note
+from rkruntime.chat.remotechat import RemoteChat
+from rkruntime.chat.repl import Note
 
 from .sshd import SSHD, Board, connect, forwarding, free_port, running_board
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from rkruntime.attach import UnixConnection
+from rkruntime.chat.attach import UnixConnection
 from rkruntime.errors import UsageError
 from rkruntime.serve import systemd
 from rkruntime.serve.doors import door_of

@@ -1,7 +1,7 @@
 """A stand-in for rkllm-toolkit, for the tests of RKEdge: NOT the vendor's toolkit, and it converts nothing.
 
 It checks its arguments, prints and returns as the vendor's manuals and public reports say that the real one does (see
-rkconvert/toolkit/versions.yaml for the pages; the texts are from issues of airockchip/rknn-llm), and writes a file with
+rkconvert/rules/versions.yaml for the pages; the texts are from issues of airockchip/rknn-llm), and writes a file with
 the plain header that such files have. RKLLM_STANDIN_FAULT="STAGE:WHAT" makes it fail as the real one was seen to.
 
 Python 3.8 and the standard library.

@@ -1,0 +1,1 @@
+"""LoRA adapters: config, reader, updates, and the model they are merged into."""

@@ -1,0 +1,262 @@
+"""adapter_config.json of a peft LoRA: what can be merged, and each module's rank and factor."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.model.gemma import HEAD
+from rkconvert.tensors.shards import read_json
+from rkruntime.errors import AdapterError
+
+FILE: Final = "adapter_config.json"
+# Settings under which the matrices mean something else than weight + factor * (B @ A).
+_REFUSED: Final = {
+    "lora_bias": "a bias of its own in each module (lora_bias), and Gemma has no bias to add it to",
+    "layer_replication": "repeated layers (layer_replication), a model of another shape",
+    "target_parameters": "parameters instead of modules (target_parameters)",
+    "alora_invocation_tokens": "aLoRA: it is active after certain tokens only, which no merged model can be",
+    "arrow_config": "Arrow: a router chooses adapters for each token, which no merged model can do",
+    "use_qalora": "QALoRA: its inputs are pooled in groups",
+    "use_bdlora": "BD-LoRA: its matrices are block-diagonal",
+    "kasa_config": "KaSA: it cuts singular values out of the base model",
+    "monteclora_config": "MonteCLoRA: its matrices are sampled",
+}
+# Ways to begin that changed the base model too, so that the adapter alone is not the whole difference to it.
+_CHANGED_BASE: Final = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+# A list of every matrix of 27B by its full name has 322 entries.
+_MAX_NAMES: Final = 10_000
+_MAX_NAME: Final = 300
+_MERGE_FIRST: Final = "Merge it with peft (merge_and_unload, then save_pretrained), and convert the merged checkpoint."
+# peft's types that add to what a model is given or computes, not to its weights: peft cannot merge them either.
+_NOT_WEIGHTS: Final = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "POLY", "XLORA",
+)  # fmt: skip
+_PAIR_SIDES: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A checked adapter_config.json."""
+
+    path: Path
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterConfig:
+        """Read an adapter folder's settings. Raises AdapterError if there are none, or of a kind that is refused."""
+        path = folder / FILE
+        if not path.is_file():
+            raise AdapterError(f"{folder} is not an adapter: it has no {FILE}.")
+        config = cls(path, read_json(path, AdapterError))
+        config._check_kind()
+        return config
+
+    def _check_kind(self) -> None:
+        kind = self.raw.get("peft_type")
+        if kind != "LORA":
+            raise AdapterError(
+                f"The adapter is of peft's type {str(kind)[:40]!r}; only LORA is merged here.",
+                hint="No merged model can do what it does; train a LoRA." if kind in _NOT_WEIGHTS else _MERGE_FIRST,
+            )
+        for key, meaning in _REFUSED.items():
+            if self.raw.get(key):
+                raise AdapterError(f"The adapter is not a plain LoRA. It has {meaning}.")
+        start = self.raw.get("init_lora_weights")
+        for prefix, name in _CHANGED_BASE.items():
+            if isinstance(start, str) and start.lower().startswith(prefix):
+                raise AdapterError(
+                    f"The adapter began as {name} (init_lora_weights={start!r}), which changed the base model as well:"
+                    " with the original base it gives another model.",
+                    hint="Save it as a plain LoRA (path_initial_model_for_weight_conversion of peft's save_pretrained),"
+                    " or use the changed base that was saved with it and set init_lora_weights to true.",
+                )
+        if start not in _PLAIN_STARTS:
+            raise AdapterError(f"{self.path}: init_lora_weights is {start!r}, which is not known.")
+
+    @property
+    def base_name(self) -> str:
+        """The base model that it was trained on, empty if it names none."""
+        return str(self.raw.get("base_model_name_or_path") or "")[:_MAX_NAME]
+
+    @property
+    def base_hint(self) -> str:
+        """The base model's name for a sentence."""
+        return f", {self.base_name}" if self.base_name else ""
+
+    @property
+    def dora(self) -> bool:
+        """Whether each pair of matrices has magnitudes."""
+        return bool(self.raw.get("use_dora"))
+
+    @property
+    def mica(self) -> bool:
+        """Began as MiCA, for which peft rounds the update before it adds it."""
+        return self.raw.get("init_lora_weights") == "mica"
+
+    def saves_module(self, module: str) -> bool:
+        """Whether a module was trained as a whole (modules_to_save), itself or as a part of another."""
+        parts = module.split(".")
+        wholes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(whole.endswith(name) for name in self._list("modules_to_save") for whole in wholes)
+
+    def _list(self, key: str) -> list[str]:
+        """Names of modules under a key, empty if there are none."""
+        names = self.raw.get(key) or []
+        if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(n, str) and n for n in names):
+            raise AdapterError(f"{self.path}: {key} is {str(names)[:80]}; it must list names of modules.")
+        return names
+
+    def rank(self, module: str) -> int:
+        """Rank of a module's matrices."""
+        value = self._setting("rank_pattern", "r", module)
+        if not value.is_integer():
+            raise AdapterError(f"{self.path}: the rank of {module} is {value:g}; it must be a whole number.")
+        return int(value)
+
+    def scaling(self, module: str) -> float:
+        """The factor of B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        rank, alpha = self.rank(module), self._setting("alpha_pattern", "lora_alpha", module)
+        return alpha / math.sqrt(rank) if self.raw.get("use_rslora") else alpha / rank
+
+    def _setting(self, patterns: str, default: str, module: str) -> float:
+        """A module's own rank or alpha: the first matching pattern, as peft's get_pattern_key does it."""
+        value, table = self.raw.get(default), self.raw.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise AdapterError(f"{self.path}: {patterns} is a {type(table).__name__}, not a table.")
+        for pattern, own in table.items():
+            if self._matches(pattern, module):
+                value = own
+                break
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise AdapterError(f"{self.path}: {default} of {module} is {value!r}; it must be a positive number.")
+        return float(value)
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        if not _is_simple(pattern):
+            raise AdapterError(f"{self.path}: the pattern {pattern[:80]!r} is too complex to be searched for safely.")
+        try:
+            return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        except re.error as error:
+            raise AdapterError(f"{self.path}: {pattern!r} is not a regular expression: {error}.") from error
+
+    def token_indices(self, module: str) -> list[int]:
+        """Ids of the tokens that were trained on their own: a list, or a table by module name."""
+        found = self.raw.get("trainable_token_indices") or []
+        if isinstance(found, dict):
+            own = [ids for name, ids in found.items() if f".{module}".endswith(f".{name}")]
+            # A tied head is saved with the embedding's tokens.
+            found = own[0] if own else found.get("embed_tokens", [])
+        if not isinstance(found, list) or any(type(index) is not int for index in found):
+            raise AdapterError(f"{self.path}: trainable_token_indices is {str(found)[:80]}; it must list token ids.")
+        return found
+
+    def check_modules(
+        self, base: Mapping[str, tuple[int, ...]], found: Mapping[str, Container[str]]
+    ) -> tuple[str, ...]:
+        """Compare what the settings name with what the file holds, as far as peft would say something or differ.
+
+        Args:
+            base: the base model's tensors.
+            found: the parts of each module in the adapter's file.
+
+        Returns:
+            Notes for a person.
+
+        Raises:
+            AdapterError: the settings fit no module of the base, or the file lacks what peft cannot do without, or has
+                what peft would not use.
+        """
+        modules = {name.removesuffix(".weight"): shape for name, shape in base.items()}
+        modules.setdefault(HEAD.removesuffix(".weight"), (0, 0))
+        for module in modules:
+            if self.saves_module(module) and "weight" not in found.get(module, ()):
+                raise AdapterError(f"The adapter's settings name {module} in modules_to_save, and its file lacks it.")
+        matrices = {module: self._targets(module) for module, shape in modules.items() if len(shape) == 2}
+        targets = self.raw.get("target_modules")
+        if isinstance(targets, list) and targets and all(wanted is False for wanted in matrices.values()):
+            raise AdapterError(
+                f"The adapter targets {', '.join(targets)[:200]}, and the base model has no such module.",
+                hint=f"It was trained on another architecture: give its own base{self.base_hint}.",
+            )
+        pairs = {module for module in modules if any(side in found.get(module, ()) for side in _PAIR_SIDES)}
+        tied = {HEAD.removesuffix(".weight")} if self.raw.get("ensure_weight_tying") else set()
+        unused = sorted(module for module in pairs - tied if matrices.get(module) is False)
+        if unused:
+            raise AdapterError(
+                f"The adapter has matrices for {unused[0]} ({len(unused)} such modules), which its settings do not"
+                " target: peft would leave them out.",
+                hint="Its adapter_config.json was edited, or is another adapter's: use the one that was saved with it.",
+            )
+        lacking = sorted(module for module, wanted in matrices.items() if wanted and module not in pairs | tied)
+        if not lacking:
+            return ()
+        return (
+            f"{self.path.parent.resolve().name} targets {lacking[0]} and has no matrices for it"
+            f" ({len(lacking)} such modules): they stay as the base's",
+        )
+
+    def _targets(self, module: str) -> bool | None:
+        """Whether the settings ask for matrices for a module, by peft's rules; None where that is not known."""
+        pattern = isinstance(self.raw.get("exclude_modules"), str)
+        if self.saves_module(module) or (not pattern and _names(self._list("exclude_modules"), module)):
+            return False
+        named = self._names_target(module)
+        return None if named and (pattern or self.raw.get("layers_pattern")) else named
+
+    def _names_target(self, module: str) -> bool | None:
+        """`_targets` before anything is excluded."""
+        targets = self.raw.get("target_modules")
+        if isinstance(targets, str):
+            return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
+        names = self._list("target_modules")
+        if not names or module in names or not _names(names, module):
+            return _names(names, module) if names else None
+        if self.raw.get("layers_pattern"):
+            return True
+        layer = re.search(r"\.layers\.(\d+)\.", module)
+        layers = self._layers()
+        return layers is None or (layer is not None and int(layer[1]) in layers)
+
+    def _layers(self) -> Container[int] | None:
+        """Indices of the layers that are changed; None for all."""
+        layers = self.raw.get("layers_to_transform")
+        if type(layers) is int:
+            return {layers}
+        if layers is None or layers == []:
+            return None
+        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+            raise AdapterError(
+                f"{self.path}: layers_to_transform is {str(layers)[:80]}; it must list indices of layers."
+            )
+        return set(layers)
+
+
+def _names(names: list[str], module: str) -> bool:
+    """Whether a module is one of those that a list names by the ends of their names."""
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _is_plain_pattern(pattern: str) -> bool:
+    """Whether it is a regular expression that can be searched for safely, and no word of peft's for many modules."""
+    try:
+        return pattern != "all-linear" and _is_simple(pattern) and bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a stranger's pattern can be searched for safely: a repeated group, or many repeats, can take for ever."""
+    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 4 and len(pattern) <= 1000

@@ -1,0 +1,154 @@
+"""What convert and merge begin with: the model, its adapters, and a text that names exactly this work."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.adapters.merge import MergedWeights
+from rkconvert.adapters.notes import adapter_notes, token_count
+from rkconvert.adapters.reader import Adapter, open_adapter
+from rkconvert.adapters.updates import TensorUpdate, TokenRows
+from rkconvert.model.gemma import EMBEDDING
+from rkconvert.sources.checkpoint import Checkpoint
+from rkconvert.sources.hub import download, is_hub_id
+from rkconvert.tensors.inputs import Inputs, folder_states
+from rkconvert.tensors.memory_folder import Place
+from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.errors import AdapterError, UsageError
+from rkruntime.files import readable
+
+# Of `resume_key`, and of what an unfinished folder holds: one higher whenever either means something else.
+KEY_FORMAT: Final = 3
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter on the command line: a folder or hub id, and the factor that its update is multiplied by."""
+
+    source: str
+    weight: float = 1.0
+
+    @property
+    def short_name(self) -> str:
+        """The folder's name, or a hub id's without the owner."""
+        return Path(self.source).resolve().name
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """`FOLDER` or `FOLDER=WEIGHT`; a folder of that whole name comes first. Raises UsageError for a bad weight."""
+        source, equals, weight = text.rpartition("=")
+        if not equals or Path(text).exists():
+            return cls(text)
+        try:
+            # Python's float takes 1_0 for 10.
+            number = math.nan if "_" in weight else float(weight)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5")
+        return cls(source, number)
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A checkpoint with its adapters, checked; nothing is read but headers and adapters.
+
+    Attributes:
+        inputs: the files of the checkpoint and of each adapter, as they were before they were read.
+        tokenizer_folder: where the tokenizer is: an adapter that changes the embeddings was saved with its own.
+        notes: what a person must know of the adapters.
+    """
+
+    checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...]
+    inputs: tuple[Inputs, ...]
+    weights: MergedWeights
+    tokenizer_folder: Place
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(info.nbytes for info in self.weights.tensors.values())
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, and the adapters'."""
+        return "+".join([self.checkpoint.short_name, *(item.name.rpartition("/")[2] for item in self.adapters)])
+
+    def hf_config(self) -> dict[str, Any]:
+        """config.json of the merged model, without what described a quantized base."""
+        merged = self.weights.config
+        own = {"vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tie_word_embeddings}
+        return {key: value for key, value in self.checkpoint.raw_config.items() if key != "quantization_config"} | own
+
+
+def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
+    """A text that decides what comes out, for `work_folder`: another one, and nothing of an earlier run is kept.
+
+    It holds the states of weight files, the hashes of small files, every option, and whose arithmetic it is.
+    """
+    makers = {name: version(name) for name in ("rkedge", "numpy")}
+    files = [item.identity() for item in inputs]
+    return json.dumps({"format": KEY_FORMAT, "makers": makers, "files": files, **options}, sort_keys=True, default=str)
+
+
+def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
+    """Open adapters and put them on a checkpoint. Raises AdapterError if one cannot be used, or does not fit."""
+    opened = [_open_adapter(lora, base) for lora in loras]
+    adapters = tuple(adapter for adapter, _ in opened)
+    for adapter in adapters:
+        changes = adapter.updates.get(EMBEDDING, TensorUpdate()).changes
+        if base.own_head and any(isinstance(change, TokenRows) for change in changes):
+            raise AdapterError(
+                f"{adapter.name} has trained tokens in the embedding, to which {base.name} ties its head, while it"
+                " stores another: peft changes both sides, and a model with two sides has one of them changed.",
+                hint="Make the model's config.json and files agree, and train on that: tie_word_embeddings false, or no"
+                " lm_head.weight.",
+            )
+    weights = MergedWeights(base.weights, base.config, adapters)
+    size = weights.config.vocab_size
+    if size < base.config.vocab_size and max(base.eos_token_ids) >= size:
+        raise AdapterError(
+            f"The adapters leave {size:,} tokens, and answers end with the token {max(base.eos_token_ids)}."
+        )
+    tokenizer = _tokenizer_folder(base, adapters, size)
+    inputs = (base.inputs, *(files for _, files in opened))
+    notes = [note for adapter in adapters for note in adapter_notes(adapter, base, tokenizer, size)]
+    return MergedModel(base, adapters, inputs, weights, tokenizer, (*notes, *weights.notes))
+
+
+def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) -> Place:
+    """The first adapter's that changes the embeddings and has a tokenizer that fits their `size` rows, else the base's.
+
+    Raises:
+        AdapterError: an adapter's rows are of a vocabulary that is neither the base's nor that of its own tokenizer.
+    """
+    for adapter in adapters:
+        if adapter.own_tokens and (adapter.path / TOKENIZER).is_file():
+            count = token_count(adapter.path / TOKENIZER)
+            if count <= size:
+                return adapter.path
+            if size != base.config.vocab_size:
+                raise AdapterError(
+                    f"{adapter.name} has a tokenizer of {count:,} tokens, and its embeddings have {size:,} rows.",
+                    hint="One of the two is of another training: use those that were saved together.",
+                )
+    return base.path
+
+
+def _open_adapter(lora: Lora, base: Checkpoint) -> tuple[Adapter, Inputs]:
+    folder, commit = Path(lora.source), ""
+    name = readable(folder.resolve().name)
+    if not folder.exists() and is_hub_id(lora.source):
+        name = lora.source
+        folder, commit = download(name, weights="adapter_model")
+    before = folder_states(folder)
+    adapter = open_adapter(folder, base.config.tensors(), lora.weight, name, commit)
+    return adapter, Inputs.of_folder(AdapterError, folder, before, adapter.weight_files)

@@ -1,0 +1,167 @@
+"""What an adapter does to one tensor, in the arithmetic of peft's merge_and_unload, on blocks of rows.
+
+peft (release 0.21; tuners/lora/layer.py and variants.py) holds adapters in float32, multiplies the two matrices in
+float32 and scales the product. For a linear layer it adds that to the weight in float32 and rounds once to the
+weight's format; for an embedding it rounds the product first.
+
+Each element is a sum over the rank alone, so blocks of rows give what the whole matrix gives, as long as both libraries
+(numpy's BLAS here, torch's there) add up in the same order. Whether they do depends on shape, rank and processor; where
+they do not, elements differ by the rounding of the sum, about 1e-7 of it. docs/convert.md says what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from rkconvert.tensors.formats import from_float32, to_float32
+from rkconvert.tensors.weights import CACHE_WEIGHTS, TensorInfo, Weights, row_blocks
+from rkruntime.errors import AdapterError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Change(Protocol):
+    """A change of a tensor's rows."""
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """Rows from row `first` on, held in the format `dtype`, after the change."""
+        ...
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can change a tensor of this shape."""
+        ...
+
+
+# Changes and replacements are equal only to themselves: what two tied tensors share is one object.
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """weight + scaling * (b @ a) with a [rank, in] and b [out, rank], float32.
+
+    Attributes:
+        round_delta: the product is rounded to the weight's format before it is added (embeddings and MiCA).
+    """
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    scaling: float
+    round_delta: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix that it changes."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return self.shape == shape
+
+    def delta(self, first: int, count: int) -> NDArray[np.float32]:
+        """Rows of scaling * (b @ a)."""
+        delta: NDArray[np.float32] = self.b[first : first + count] @ self.a
+        if self.scaling != 1:
+            delta *= np.float32(self.scaling)
+        return delta
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """See `Change.apply`."""
+        merged = np.empty_like(block)
+        for at, count in row_blocks(block.shape, CACHE_WEIGHTS):
+            delta = self.delta(first + at, count)
+            if self.round_delta:
+                delta = to_float32(from_float32(delta, dtype), dtype)
+            delta += to_float32(block[at : at + count], dtype)
+            from_float32(delta, dtype, merged[at : at + count])
+        return merged
+
+
+@dataclass(frozen=True, eq=False)
+class Dora:
+    """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
+
+    The norms are summed in float64 here and in float32 by torch, in an order of its own: a float32 result can be a few
+    steps away from peft's.
+    """
+
+    low_rank: LowRank
+    magnitude: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix that it changes."""
+        return self.low_rank.shape
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return self.shape == shape
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """See `Change.apply`."""
+        rows = self.low_rank.delta(first, len(block))
+        rows += to_float32(block, dtype)
+        norm = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)).astype(np.float32)
+        if not norm.all():
+            raise AdapterError("The adapter's DoRA norms have a row of zeros, which cannot be divided by.")
+        rows *= (self.magnitude[first : first + len(block)] / norm)[:, None]
+        return from_float32(rows, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Single rows of an embedding that are put in place of the base's (trainable_token_indices)."""
+
+    rows: Mapping[int, NDArray[np.float32]]
+
+    def same_as(self, other: TokenRows) -> bool:
+        """Whether the same tokens get the same rows."""
+        rows = other.rows
+        return self.rows.keys() == rows.keys() and all(np.array_equal(row, rows[at]) for at, row in self.rows.items())
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """See `Change.fits`."""
+        return all(0 <= index < shape[0] and row.shape == shape[1:] for index, row in self.rows.items())
+
+    def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
+        """See `Change.apply`."""
+        block = block.copy()
+        for index, row in self.rows.items():
+            if first <= index < first + len(block):
+                block[index - first] = from_float32(row, dtype)
+        return block
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A whole tensor of the adapter's own file, which stands in place of the base's.
+
+    Attributes:
+        trained: by the adapter (modules_to_save). Else it is the base's own tensor as the training saw it, which peft
+            saves beside a LoRA on an embedding and when the vocabulary grew.
+    """
+
+    source: Weights = field(repr=False)
+    name: str
+    trained: bool
+
+    @property
+    def info(self) -> TensorInfo:
+        """Format and shape as saved."""
+        return self.source.tensors[self.name]
+
+    def read(self, first: int, count: int, dtype: str) -> NDArray[Any]:
+        """Rows in the format `dtype`."""
+        own = self.source.read(self.name, first, count)
+        saved = self.info.dtype
+        return own if saved == dtype else from_float32(to_float32(own, saved), dtype)
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """All that happens to one tensor: first it is replaced, if at all, then changed."""
+
+    replacement: Replacement | None = None
+    changes: tuple[Change, ...] = ()

@@ -1,0 +1,99 @@
+"""`rkedge demo`: the whole way in one command, shown as the commands that a person would type."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.files import sha256_file
+from rkruntime.terminal import say
+
+# Named, not imported: the board's tools do not depend on the converter. It has `checkpoint`, `adapter` and `questions`.
+_MODEL: Final = "rkconvert.demo"
+_ASKED: Final = ("What is the RK3588?", "Can the RK3588 use w4a16?", "Does it work?")
+_BASE: Final = "demo-rk3588-w8a8-1.2.3"
+_PIRATE: Final = "demo-pirate-rk3588-w8a8-1.2.3"
+
+
+def _program() -> str:
+    """How a person starts this very rkedge: by its name, or by a path where the name is not on PATH."""
+    found, own = shutil.which("rkedge"), Path(sys.argv[0])
+    if own.name != "rkedge" or (found and Path(found).samefile(own)):
+        return "rkedge"
+    return shlex.quote(os.path.relpath(own))
+
+
+def _rkedge(*arguments: str | Path) -> None:
+    """Show a command line and run it, in this process."""
+    from rkruntime.cli import cli
+
+    words = [str(word) for word in arguments]
+    say(f"$ {_program()} {shlex.join(words)}", bold=True)
+    cli.main(words, prog_name="rkedge", standalone_mode=False)
+
+
+def _cache(model: Any) -> Path:
+    """A folder of the user's cache that belongs to exactly these weights."""
+    weights = sorted([*model.checkpoint().glob("*.safetensors"), *model.adapter().glob("*.safetensors")])
+    digest = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "rkedge" / f"demo-{digest[:12]}"
+
+
+def _bundle(folder: Path, checkpoint: Path, *options: str | Path) -> Path:
+    """Convert, or take the bundle that an earlier run left. Raises BundleError if that one was changed since."""
+    if folder.exists():
+        open_bundle(folder).verify()
+        say(f"{folder} is there already.")
+    else:
+        _rkedge("convert", checkpoint, *options, "--target", "emulator", "-o", folder)
+    return folder
+
+
+def _next_steps(base: Path, pirate: Path) -> None:
+    steps: Sequence[tuple[str, Sequence[str | Path]]] = (
+        ("talk to it", ("chat", pirate)),
+        ("use it in a script", ("run", base, "-p", _ASKED[0])),
+        ("see what a bundle says of itself", ("inspect", pirate)),
+        ("convert a checkpoint of your own", ("convert", "CHECKPOINT", "--lora", "ADAPTER", "-o", "my-bundle")),
+    )
+    say("\nThe answers came from the emulator, which computes in W8A8 on this machine; no board was used.")
+    say("Next:")
+    for purpose, words in steps:
+        say(f"  {_program()} {shlex.join(map(str, words))}")
+        say(f"      {purpose}", dim=True)
+
+
+@click.command("demo")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the two bundles.  [default: in the cache folder]",
+)
+def run(output: Path | None) -> None:
+    """Convert the demo model with and without its pirate LoRA, and let both answer.
+
+    The model is a real Gemma 2 of 1.1 million weights that comes with rkedge; no board and no download is needed. A
+    second run takes the bundles that the first one left.
+    """
+    model = importlib.import_module(_MODEL)
+    folder = output or _cache(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = model.checkpoint()
+    base = _bundle(folder / _BASE, checkpoint)
+    pirate = _bundle(folder / _PIRATE, checkpoint, "--lora", model.adapter())
+    for bundle in (base, pirate):
+        say()
+        for question in _ASKED:
+            _rkedge("run", bundle, "--temperature", "0", "-p", question)
+    _next_steps(base, pirate)

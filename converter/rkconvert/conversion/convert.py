@@ -1,0 +1,454 @@
+"""The conversion of a checkpoint, with or without adapters, into a bundle: everything is checked, then done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.adapters.merged_model import Lora, MergedModel, resume_key
+from rkconvert.adapters.reader import Adapter
+from rkconvert.conversion.opened import Loaded
+from rkconvert.emulated.lora_file import plain_pairs, write_emulator_lora
+from rkconvert.emulated.model_file import EmulatorModel, tensor_specs, write_emulator_file
+from rkconvert.model.chat_template import ChatTemplate, read_template
+from rkconvert.model.tokenizer import Tokenizer, read_tokenizer
+from rkconvert.output import bundle_folder
+from rkconvert.output.disk import require_space
+from rkconvert.output.work_folder import refuse_made, work_folder
+from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
+from rkconvert.plan.report import as_dict
+from rkconvert.progress import QUIET, Reporter
+from rkconvert.rules import quantized_types as dtypes
+from rkconvert.rules.context import choose_context
+from rkconvert.sources.checkpoint import Checkpoint
+from rkconvert.sources.hub import is_hub_id
+from rkconvert.tensors.inputs import Inputs, states_of
+from rkconvert.toolkit import Toolkit, find_toolkit
+from rkconvert.toolkit.board_file import (
+    LORA_MODES,
+    LORA_NOTE,
+    BoardModel,
+    ModelFile,
+    ToolkitOptions,
+    check_board_model,
+    resumable_files,
+    write_board_file,
+)
+from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
+from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
+from rkruntime.bundle.rkemu import read_container
+from rkruntime.errors import CalibrationError, UsageError
+from rkruntime.files import readable
+from rkruntime.text.template import END_OF_TURN, SPECIAL_TOKENS
+from rkruntime.versions import version
+
+TARGETS: Final = ("emulator", "toolkit")
+EMULATOR_FILE: Final = "model.rkemu"
+EMULATOR_LORA_FILE: Final = "model_lora.rkemu"
+# The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
+_EMULATED_PLATFORM: Final = "rk3588"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion is asked for; the defaults are those of the command.
+
+    Attributes:
+        checkpoint: a folder, a .gguf file or a hub id; `revision` is a hub model's branch, tag or commit.
+        max_context: None for the model's own limit, 4096 at most.
+        release: the RKLLM release that the bundle is for; None for that of the toolkit, or 1.2.3 for the emulator.
+        npu_cores: None for all that the SoC has.
+        lora_mode: `merge`, or `runtime`: the adapter becomes a file of its own, for rkllm_load_lora.
+        toolkit: what only the target `toolkit` can be asked for.
+    """
+
+    checkpoint: str
+    output: Path
+    revision: str | None = None
+    loras: tuple[Lora, ...] = ()
+    target: str = "emulator"
+    platform: str = "rk3588"
+    dtype: str = "w8a8"
+    force_dtype: bool = False
+    max_context: int | None = None
+    release: str | None = None
+    npu_cores: int | None = None
+    lora_mode: str = "merge"
+    toolkit: ToolkitOptions = field(default_factory=ToolkitOptions)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that passed every check.
+
+    Attributes:
+        lora: the adapter that becomes a file of its own.
+        toolkit: None for the emulator.
+        inputs: every file that is read, as it was before.
+    """
+
+    options: Options
+    release: str
+    toolkit: Toolkit | None
+    model: MergedModel
+    lora: Adapter | None
+    inputs: tuple[Inputs, ...]
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    plan: Plan | None
+    max_context: int
+    npu_cores: int
+    notes: tuple[str, ...]
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Those that are merged, and the one that is not."""
+        return (*self.model.adapters, *([self.lora] if self.lora else []))
+
+
+def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
+    """Convert; the bundle is complete when this returns, and nothing is left when it raises.
+
+    Raises:
+        RefusedError: the type, the context or the size is known not to work.
+        CheckpointError, AdapterError: what was given cannot be used.
+        OutputError, HostError: no place to write to, or the toolkit is missing.
+    """
+    loaded = Loaded()
+    return make(check(options, reporter, loaded), reporter, loaded)
+
+
+def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
+    """The work itself, for a job that `check` gave; see `convert`."""
+    started, options = time.monotonic(), job.options
+    checkpoint = job.model.checkpoint
+    key = resume_key(
+        job.inputs,
+        options=asdict(options),
+        release=job.release,
+        toolkit=_parts(job.toolkit),
+        limits=[job.max_context, job.npu_cores],
+    )
+    with work_folder(options.output, key, _resumable(job)) as folder:
+        made = _write_model(folder, job, reporter)
+        bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
+        source = loaded.source(checkpoint, reporter)
+        adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
+        seconds = round(time.monotonic() - started, 3)
+        report = {
+            "options": plain_options(options),
+            "made_of": made_of(options, job.release, job.toolkit, job.inputs, (source, *adapters)),
+            "notes": job.notes,
+            "seconds": seconds,
+        }
+        bundle_folder.write_report(folder, "convert", report)
+        if job.plan is not None:
+            bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
+        manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
+        # What was hashed now is what was read before only if nothing has changed since.
+        for files in job.inputs:
+            files.check()
+    return Bundle(options.output, manifest)
+
+
+def _resumable(job: Job) -> Sequence[str]:
+    """What of an unfinished bundle is used again."""
+    return resumable_files(_board_model(job, job.toolkit)) if job.toolkit else ()
+
+
+def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
+    """Every check that needs no work; see `convert` for what it raises."""
+    _check_target(options)
+    toolkit = _toolkit(options)
+    if toolkit:
+        _refuse_bytes(options)
+    release = _release(options, toolkit)
+    refuse_made(options.output)
+    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
+    plan = _plan(options, checkpoint, release)
+    notes = (*checkpoint.notes, *_notes(plan))
+    max_context = (
+        plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
+    )
+    model, lora = _model(options, checkpoint, loaded)
+    inputs = inputs_of(options, checkpoint, loaded)
+    tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
+    bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
+    template = read_template(model.tokenizer_folder, bos, checkpoint.path)
+    cores = _npu_cores(options, release)
+    job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
+    of_adapters = loaded.model(checkpoint, options.loras).notes
+    job = replace(job, notes=(*notes, *of_adapters, *template.notes, *_check_model_file(job)))
+    for note in job.notes:
+        reporter.note(f"note: {note}")
+    return job
+
+
+def _check_target(options: Options) -> None:
+    """That there is something that runs the result."""
+    if options.target not in TARGETS:
+        raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
+    if options.target == "emulator" and options.platform != _EMULATED_PLATFORM:
+        raise UsageError(
+            f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
+            hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
+        )
+    if options.target == "emulator" and (given := options.toolkit.given()):
+        raise UsageError(
+            f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
+            hint="Leave it out, or use --target toolkit.",
+        )
+
+
+def _release(options: Options, toolkit: Toolkit | None) -> str:
+    if toolkit is None:
+        return check_release(options.release or DEFAULT_RELEASE, EMULATED, "The emulator").version
+    if options.release and not _same_release(options.release, toolkit.version):
+        raise UsageError(
+            f"--release {options.release}: the toolkit is {toolkit.version} ({toolkit.python}).",
+            hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
+        )
+    return toolkit.version
+
+
+def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
+    """The files of the checkpoint, of each adapter and of other options, in this order."""
+    others = [path for path in (options.toolkit.calibration, options.toolkit.qparams) if path]
+    return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
+
+
+def identify(options: Options, loaded: Loaded, reporter: Reporter) -> dict[str, Any]:
+    """`made_of` a bundle that these options would give now: every source is read for its hash."""
+    toolkit = _toolkit(options)
+    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
+    inputs = inputs_of(options, checkpoint, loaded)
+    sources: list[Checkpoint | Adapter] = [checkpoint, *loaded.model(checkpoint, options.loras).adapters]
+    hashed = [loaded.source(item, reporter) for item in sources]
+    for files in inputs:
+        files.check()
+    return made_of(options, _release(options, toolkit), toolkit, inputs, hashed)
+
+
+def made_of(
+    options: Options, release: str, toolkit: Toolkit | None, inputs: Sequence[Inputs], sources: Sequence[Source]
+) -> dict[str, Any]:
+    """Everything that decides a bundle, without paths, as it stands in its report: two that are equal here are equal.
+
+    Args:
+        sources: with the hashes of the weights of the first of `inputs`.
+    """
+    plain = {key: value for key, value in plain_options(options).items() if key not in ("output", "release")}
+    # The last of `inputs` has no weights.
+    weights = [*(source.sha256 for source in sources), ""]
+    return {
+        "made_by": bundle_folder.created_by(),
+        "options": plain,
+        "release": release,
+        "toolkit": _parts(toolkit),
+        "files": [
+            {"weights": sha256, "small": [list(pair) for pair in item.digests]}
+            for sha256, item in zip(weights, inputs, strict=True)
+        ],
+    }
+
+
+def _refuse_bytes(options: Options) -> None:
+    """The toolkit reads and writes through libraries that take paths as Unicode (tokenizers is one)."""
+    given = {"output": options.output, "calibration": options.toolkit.calibration, "qparams": options.toolkit.qparams}
+    for name, path in given.items():
+        if path and (text := readable(path.absolute())) != str(path.absolute()):
+            raise UsageError(
+                f"--{name}: the toolkit cannot use the path {text}, which is not UTF-8.",
+                hint="Rename that folder or file.",
+            )
+
+
+def _parts(toolkit: Toolkit | None) -> dict[str, Any] | None:
+    if toolkit is None:
+        return None
+    return {"version": toolkit.version, "python": toolkit.python_version, "packages": dict(toolkit.parts)}
+
+
+def _toolkit(options: Options) -> Toolkit | None:
+    return find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+
+
+def _same_release(named: str, installed: str) -> bool:
+    """Whether a release that a person named is the installed one, which may have a local part such as `+cpu`."""
+    return named == installed or (named in CALLABLE and version(named) == version(installed))
+
+
+def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
+    """The weights, and the adapter that stays apart from them."""
+    if options.lora_mode not in LORA_MODES:
+        raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
+    if options.lora_mode == "merge":
+        return loaded.model(checkpoint, options.loras), None
+    if len(options.loras) != 1 or options.loras[0].weight != 1:
+        raise UsageError(
+            "--lora-mode runtime takes one adapter, whose weight is chosen when it is loaded.",
+            hint="Convert several one after another, or merge them: --lora-mode merge.",
+        )
+    return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
+
+
+def _check_model_file(job: Job) -> tuple[str, ...]:
+    """Checks of the file that will be made, and what a person should know of it."""
+    if job.lora:
+        plain_pairs(job.lora)
+    if job.toolkit is None:
+        require_space(job.options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
+        return ()
+    board = _board_model(job, job.toolkit)
+    notes = check_board_model(board)
+    require_space(job.options.output, board.needed_bytes)
+    return notes
+
+
+def _plan(options: Options, checkpoint: Checkpoint, release: str) -> Plan | None:
+    """The plan for this conversion, which stops here if it says no; None for a type that no board runs."""
+    if options.target == "emulator" and options.dtype in dtypes.EMULATOR_ONLY:
+        return None
+    source = ModelSource(checkpoint.short_name, checkpoint.raw_config, checkpoint.nbytes)
+    request = Request(
+        model=source.name,
+        board=options.platform,
+        dtype=options.dtype,
+        context=options.max_context,
+        toolkit=release,
+    )
+    plan = plan_for(source, request)
+    require(plan, force=options.force_dtype)
+    if options.target == "emulator" and not options.dtype.startswith("w8a8"):
+        raise UsageError(f"The emulator computes in w8a8 and its grouped kinds, not in {options.dtype}.")
+    return plan
+
+
+def _notes(plan: Plan | None) -> tuple[str, ...]:
+    if plan is None:
+        return ("float32 is an oracle for tests: no board runs it",)
+    judgement = plan.judgement
+    if judgement.verdict is dtypes.Verdict.OK:
+        return plan.notes
+    return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})", *plan.notes)
+
+
+def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what it says about this PC, which does not concern those who get the bundle."""
+    return {key: value for key, value in plan.items() if key != "host"}
+
+
+def _npu_cores(options: Options, release: str) -> int:
+    most = dtypes.cores(options.platform, release)
+    cores = most if options.npu_cores is None else options.npu_cores
+    if not 1 <= cores <= most:
+        raise UsageError(f"--npu-cores {cores}: the {options.platform} has {most}.", hint=f"Use 1 to {most}.")
+    return cores
+
+
+def _emulator_model(job: Job) -> EmulatorModel:
+    return EmulatorModel(
+        config=job.model.weights.config,
+        tokenizer=job.tokenizer,
+        template=job.template,
+        eos_token_ids=job.model.checkpoint.eos_token_ids,
+        name=job.model.name,
+        platform=job.options.platform,
+        dtype=job.options.dtype,
+        toolkit_version=job.release,
+        max_context=job.max_context,
+        npu_cores=job.npu_cores,
+    )
+
+
+def _board_model(job: Job, toolkit: Toolkit) -> BoardModel:
+    return BoardModel(
+        model=job.model,
+        lora=job.lora,
+        template=job.template,
+        tokens=job.tokenizer.added,
+        platform=job.options.platform,
+        dtype=job.options.dtype,
+        max_context=job.max_context,
+        npu_cores=job.npu_cores,
+        toolkit=toolkit,
+        options=job.options.toolkit,
+    )
+
+
+def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
+    """Write the model file; what the manifest says of it."""
+    if job.toolkit is not None:
+        return write_board_file(folder, _board_model(job, job.toolkit), reporter)
+    verb = "merging and quantizing" if job.model.adapters else "quantizing"
+    with reporter.bar(verb, job.model.nbytes) as advance:
+        write_emulator_file(folder / EMULATOR_FILE, _emulator_model(job), job.model.weights, advance)
+    if job.lora is None:
+        return ModelFile(EMULATOR_FILE, ())
+    fingerprint = read_container(folder / EMULATOR_FILE).fingerprint
+    write_emulator_lora(folder / EMULATOR_LORA_FILE, job.lora, job.model.weights.config.family, fingerprint)
+    return ModelFile(EMULATOR_FILE, (LORA_NOTE.format(name=job.lora.name, file=EMULATOR_LORA_FILE),))
+
+
+def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:
+    config, options = job.model.weights.config, job.options
+    return Manifest(
+        name=readable(options.output.resolve().name),
+        family=config.family,
+        size=config.size_name,
+        parameters=config.parameters,
+        source=source,
+        adapters=adapters,
+        target=options.target,
+        platform=options.platform,
+        dtype=options.dtype,
+        npu_cores=job.npu_cores,
+        max_context=job.max_context,
+        toolkit_version=job.release,
+        model_file=made.name,
+        bos_token_id=config.bos_token_id,
+        stop_token_ids=_stop_tokens(job),
+        system_role=job.template.system_role,
+        special_tokens=_special_tokens(job.template),
+        created_by=bundle_folder.created_by(),
+        licence=bundle_folder.LICENCE,
+        notes=(*job.notes, *made.notes),
+        options=plain_options(options),
+        files={},
+    )
+
+
+def _stop_tokens(job: Job) -> tuple[int, ...]:
+    """The checkpoint's own, and the ends of a turn: generation_config.json of many fine-tunes knows `<eos>` only."""
+    added = job.tokenizer.added
+    ends = [added[text] for text in (END_OF_TURN, job.template.special_tokens.get("eos_token")) if text in added]
+    return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *ends]))
+
+
+def _special_tokens(template: ChatTemplate) -> dict[str, str]:
+    """Those that are not Gemma's."""
+    return {name: text for name, text in template.special_tokens.items() if SPECIAL_TOKENS.get(name) != text}
+
+
+def plain_options(options: Options) -> dict[str, Any]:
+    """Options as YAML and JSON hold them."""
+    plain = asdict(options)
+    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), readable(options.output.name)
+    plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
+    plain["toolkit"] = {
+        key: readable(value.name) if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
+    }
+    return plain
+
+
+def _exact(number: float) -> str:
+    """The shortest text that is read as this very number: 1, 0.5, 0.1234567."""
+    return repr(number).removesuffix(".0")
+
+
+def _public(source: str) -> str:
+    """A hub id as it is; of a path the name only, for where it was is the user's own business."""
+    return source if is_hub_id(source) and not Path(source).exists() else readable(Path(source).name)

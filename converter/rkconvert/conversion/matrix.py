@@ -1,0 +1,212 @@
+"""Several conversions from one recipe: every combination of what its `matrix` lists.
+
+All are checked before the first begins, models are opened once, and one that fails does not keep the others back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.conversion.convert import Job, Options, check, identify, make
+from rkconvert.conversion.opened import Loaded
+from rkconvert.output.bundle_folder import read_report
+from rkconvert.output.work_folder import forget_kill
+from rkconvert.progress import Reporter
+from rkconvert.toolkit.runner import PATIENCE
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.errors import OutputError, RefusedError, RKEdgeError, UsageError
+from rkruntime.files import write_error
+
+KEY: Final = "matrix"
+_MAX_CELLS: Final = 1000
+
+Fail = Callable[[str], Exception]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One conversion: what it varies, as a person reads it, and its options."""
+
+    label: str
+    options: Options
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        status: `made`, `there` (a run before this one had made it), `refused` or `failed`.
+        message: why it was refused or failed.
+        exit_code: of that error, else 0.
+    """
+
+    cell: str
+    output: str
+    status: str
+    nbytes: int = 0
+    seconds: float = 0.0
+    message: str = ""
+    exit_code: int = 0
+
+
+def combinations(matrix: Any, fail: Fail) -> list[dict[str, Any]]:
+    """Every combination: of a mapping from keys to lists of values, or of each mapping of a list.
+
+    Raises:
+        what `fail` makes of another form.
+    """
+    grids = matrix if isinstance(matrix, list) else [matrix]
+    if not grids:
+        raise fail(f"{KEY} is an empty list, which asks for nothing")
+    found: list[dict[str, Any]] = []
+    for grid in grids:
+        if not isinstance(grid, Mapping) or not grid:
+            raise fail(f"{KEY} is {type(grid).__name__}; it must be a mapping from keys to lists, or a list of such")
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise fail(f"{KEY}.{key} is {type(values).__name__}; it must be a list of values for {key}")
+        found += [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        if len(found) > _MAX_CELLS:
+            raise fail(f"{KEY} asks for more than {_MAX_CELLS} conversions")
+    return found
+
+
+def label_of(combination: Mapping[str, Any]) -> str:
+    """`dtype=w8a8 lora=pirate`, with the names of folders only."""
+    return " ".join(f"{key}={_short(value)}" for key, value in combination.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_short, value)) or "none"
+    return str(value).rstrip("/").rpartition("/")[2]
+
+
+def distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """The same cells, with what they vary in the names of folders that would be the same."""
+    counts = Counter(cell.options.output for cell in cells)
+    found = []
+    for cell in cells:
+        output = cell.options.output
+        if counts[output] > 1:
+            output = output.with_name(f"{output.name}-{cell.label.replace(' ', '-').replace('=', '-')}")
+        found.append(replace(cell, options=replace(cell.options, output=output)))
+    twice = [output for output, count in Counter(cell.options.output for cell in found).items() if count > 1]
+    if twice:
+        raise UsageError(f"Two conversions of the matrix are the same: both would make {twice[0]}.")
+    labels: dict[Options, str] = {}
+    for cell in found:
+        if (other := labels.setdefault(_deciding(cell.options), cell.label)) != cell.label:
+            raise UsageError(f"Two conversions of the matrix are the same: {other}, and {cell.label}.")
+    return found
+
+
+def _deciding(options: Options) -> Options:
+    """What decides the bundle: not where it is made, nor how patiently, nor what would be forgiven."""
+    toolkit = replace(options.toolkit, patience=PATIENCE)
+    return replace(options, output=Path(), force_dtype=False, toolkit=toolkit)
+
+
+@contextmanager
+def folders(cells: Sequence[Cell]) -> Iterator[None]:
+    """Have the folders in which the bundles are made; one that was not there and stays empty is removed."""
+    made = []
+    for folder in {cell.options.output.parent for cell in cells}:
+        # One level only: a longer path that is not there is more likely a mistake, and each cell's check says so.
+        if not folder.exists() and folder.parent.is_dir():
+            try:
+                folder.mkdir()
+            except OSError as error:
+                raise write_error(folder, error) from error
+            made.append(folder)
+    try:
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle], None]) -> list[Outcome]:
+    """Check all, then make those that passed; outcomes in the order of the cells.
+
+    Args:
+        after: called with each bundle that was made; what it raises makes that cell one that failed.
+    """
+    loaded = Loaded()
+    checked = [(cell, _checked(cell, reporter, loaded)) for cell in cells]
+    for cell, found in checked:
+        if isinstance(found, Outcome):
+            reporter.note(f"{cell.label}: {found.status}{': ' * bool(found.message)}{found.message}")
+    outcomes = []
+    for at, (cell, found) in enumerate(checked, 1):
+        if isinstance(found, Job):
+            reporter.note(f"{at} of {len(checked)}: {cell.label}")
+            found = _made(cell, found, reporter, loaded, after)
+        outcomes.append(found)
+    return outcomes
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """That of the first that failed, else of the first that was refused, else 0."""
+    ordered = sorted(outcomes, key=lambda outcome: outcome.status != "failed")
+    return next((outcome.exit_code for outcome in ordered if outcome.exit_code), 0)
+
+
+def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
+    output = cell.options.output
+    try:
+        if output.is_dir():
+            forget_kill(output)
+            return _there(cell, reporter, loaded)
+        return check(cell.options, reporter, loaded)
+    except RKEdgeError as error:
+        return _lost(cell, error)
+    except OSError as error:
+        return _lost(cell, write_error(output, error))
+
+
+def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> Outcome:
+    """The bundle of an earlier run. Raises OutputError if it was not made of what is asked for now."""
+    bundle = open_bundle(cell.options.output)
+    bundle.verify()
+    found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, loaded, reporter)
+    if found != asked:
+        other = next((key for key in asked if not isinstance(found, dict) or found.get(key) != asked[key]), "report")
+        raise OutputError(
+            f"{bundle.path} exists already, and was made of something else: its {other.replace('_', ' ')} differ.",
+            hint="Remove it, or name another output folder.",
+        )
+    return _whole(cell, bundle, "there", 0.0)
+
+
+def _made(cell: Cell, job: Job, reporter: Reporter, loaded: Loaded, after: Callable[[Cell, Bundle], None]) -> Outcome:
+    started = time.monotonic()
+    try:
+        bundle = make(job, reporter, loaded)
+        after(cell, bundle)
+    except RKEdgeError as error:
+        reporter.note(f"{cell.label}: failed: {error.message}")
+        return _lost(cell, error)
+    except OSError as error:
+        return _lost(cell, write_error(cell.options.output, error))
+    return _whole(cell, bundle, "made", time.monotonic() - started)
+
+
+def _whole(cell: Cell, bundle: Bundle, status: str, seconds: float) -> Outcome:
+    nbytes = sum(record.size for record in bundle.manifest.files.values())
+    return Outcome(cell.label, str(bundle.path), status, nbytes, round(seconds, 3))
+
+
+def _lost(cell: Cell, error: RKEdgeError) -> Outcome:
+    status = "refused" if isinstance(error, RefusedError) else "failed"
+    output: Path = cell.options.output
+    return Outcome(cell.label, str(output), status, message=error.message, exit_code=error.exit_code)

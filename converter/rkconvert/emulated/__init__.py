@@ -1,0 +1,1 @@
+"""The emulator's target: .rkemu files for models and adapters."""

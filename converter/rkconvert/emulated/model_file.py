@@ -1,0 +1,169 @@
+"""model.rkemu from a model's weights: quantized row block by row block, never a whole matrix in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rkconvert.emulated.quantize import group_size, quantize_rows
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.gemma import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig
+from rkconvert.model.tokenizer import Tokenizer
+from rkconvert.progress import Advance
+from rkconvert.tensors.formats import STORAGE, to_float32
+from rkconvert.tensors.parallel import ordered_map
+from rkconvert.tensors.weights import Weights, read_finite, row_blocks
+from rkruntime.bundle import rkemu
+from rkruntime.errors import ModelFileError
+from rkruntime.text.template import END_OF_TURN
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_GEMMA2_PARTS: Final = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_o",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "attn_post_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "ffn_post_norm",
+}
+# Gemma 1 has two norms a layer, and calls the one before the MLP after the attention that it follows.
+_PARTS: Final = {"gemma2": _GEMMA2_PARTS, "gemma": _GEMMA2_PARTS | {"post_attention_layernorm": "ffn_norm"}}
+_WHOLE: Final = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+
+@dataclass(frozen=True)
+class EmulatorModel:
+    """What stands in the file besides the weights; fields as in docs/rkemu-format.md."""
+
+    config: GemmaConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    eos_token_ids: tuple[int, ...]
+    name: str
+    platform: str
+    dtype: str
+    toolkit_version: str
+    max_context: int
+    npu_cores: int
+
+
+def emulator_name(name: str, family: str) -> str:
+    """A Hugging Face tensor's name in the container."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        raise ValueError(f"no Gemma tensor is called {name}")
+    return f"blk.{match[1]}.{_PARTS[family][match[2]]}"
+
+
+def metadata(model: EmulatorModel) -> dict[str, rkemu.Value]:
+    """The container's keys and values."""
+    config = model.config
+    return {
+        "general.kind": "model",
+        "general.architecture": config.family,
+        "general.name": model.name,
+        "rkllm.target_platform": model.platform.upper(),
+        "rkllm.model_dtype": model.dtype.upper(),
+        "rkllm.toolkit_version": model.toolkit_version,
+        "rkllm.max_context": model.max_context,
+        "rkllm.npu_core_num": model.npu_cores,
+        "rkllm.chat_template.system": "",
+        "rkllm.chat_template.prefix": model.template.prefix,
+        "rkllm.chat_template.suffix": model.template.suffix,
+        "model.vocab_size": config.vocab_size,
+        "model.hidden_size": config.hidden_size,
+        "model.intermediate_size": config.intermediate_size,
+        "model.num_hidden_layers": config.num_hidden_layers,
+        "model.num_attention_heads": config.num_attention_heads,
+        "model.num_key_value_heads": config.num_key_value_heads,
+        "model.head_dim": config.head_dim,
+        "model.sliding_window": config.sliding_window,
+        "model.layer_types": [int(sliding) for sliding in config.sliding_layers],
+        "model.rms_norm_eps": config.rms_norm_eps,
+        "model.rope_theta": config.rope_theta,
+        "model.query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "model.attn_logit_softcapping": config.attn_logit_softcapping,
+        "model.final_logit_softcapping": config.final_logit_softcapping,
+        "tokenizer.bos_token_id": config.bos_token_id,
+        "tokenizer.unk_token_id": model.tokenizer.unk_token_id,
+        "tokenizer.add_bos": 1,
+        "tokenizer.eos_token_ids": _ends_of_answers(model),
+    }
+
+
+def _ends_of_answers(model: EmulatorModel) -> list[int]:
+    """The end of a turn first: runtimes before 1.3.0 know one id only, and that is the one which a chat needs."""
+    ids = list(model.eos_token_ids)
+    end_of_turn = model.tokenizer.added.get(END_OF_TURN)
+    return sorted(ids, key=lambda token: token != end_of_turn)
+
+
+def _specs(config: GemmaConfig, dtype: str) -> Iterator[rkemu.TensorSpec]:
+    for name, shape in config.tensors().items():
+        target = emulator_name(name, config.family)
+        if len(shape) == 1 or dtype == "fp32":
+            yield rkemu.TensorSpec(target, "float32", shape)
+        else:
+            yield rkemu.TensorSpec(target, "int8", shape)
+            yield rkemu.TensorSpec(f"{target}.scale", "float32", (shape[0], shape[1] // group_size(dtype, shape[1])))
+
+
+def tensor_specs(model: EmulatorModel) -> Sequence[rkemu.TensorSpec]:
+    """The container's directory. Raises RefusedError if the type's group size does not divide a row."""
+    tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in model.tokenizer.arrays.items()]
+    return [*_specs(model.config, model.dtype), *tables]
+
+
+def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, advance: Advance) -> None:
+    """Write model.rkemu; `advance` gets the bytes of each block read.
+
+    Raises:
+        CheckpointError, AdapterError: NaN or infinite weights.
+        ModelFileError: the file, read back, is not what was written.
+    """
+    with rkemu.Writer(path, metadata(model), tensor_specs(model)) as writer:
+        for name in model.config.tensors():
+            _write_tensor(writer, name, model, weights, advance)
+        for name, array in model.tokenizer.arrays.items():
+            writer.write(name, array)
+    _read_back(path, model)
+
+
+def _read_back(path: Path, model: EmulatorModel) -> None:
+    """Compare what stands on the disk with what was meant: sizes, checksums of the header, metadata, directory."""
+    found = rkemu.read_container(path)
+    directory = {name: entry.spec for name, entry in found.tensors.items()}
+    if (
+        directory != {spec.name: spec for spec in tensor_specs(model)}
+        or found.metadata.keys() != metadata(model).keys()
+    ):
+        raise ModelFileError(f"{path} does not hold what was written to it: the disk or its memory is at fault.")
+
+
+def _write_tensor(writer: rkemu.Writer, name: str, model: EmulatorModel, weights: Weights, advance: Advance) -> None:
+    info, target = weights.tensors[name], emulator_name(name, model.config.family)
+    plain = len(info.shape) == 1 or model.dtype == "fp32"
+    group = 0 if plain else group_size(model.dtype, info.shape[1])
+
+    def prepare(place: tuple[int, int]) -> tuple[int, list[NDArray[Any]]]:
+        rows = to_float32(read_finite(weights, name, *place), info.dtype)
+        return place[0], [rows] if plain else list(quantize_rows(rows, group))
+
+    targets = [target] if plain else [target, f"{target}.scale"]
+    for first, arrays in ordered_map(prepare, row_blocks(info.shape)):
+        for part, array in zip(targets, arrays, strict=True):
+            writer.write_rows(part, first, array)
+        advance(arrays[0].size * STORAGE[info.dtype].itemsize)

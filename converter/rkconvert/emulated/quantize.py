@@ -1,0 +1,57 @@
+"""Symmetric int8 quantization of weight rows, whole rows or groups along them.
+
+A row's (or group's) scale is its largest magnitude / 127; values round to nearest, ties to even. This is the scheme
+that the emulator computes with; what the vendor's toolkit does inside is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from rkconvert.tensors.weights import CACHE_WEIGHTS, row_blocks
+from rkruntime.errors import RefusedError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_GROUPED: Final = re.compile(r"w8a8_g(\d+)")
+
+
+def group_size(dtype: str, width: int) -> int:
+    """Number of weights that share a scale in rows of `width`: all of them for `w8a8`, N for `w8a8_gN`.
+
+    Raises:
+        RefusedError: the group size does not divide the row.
+    """
+    match = _GROUPED.fullmatch(dtype)
+    if not match:
+        return width
+    size = int(match[1])
+    if size == 0 or width % size:
+        raise RefusedError(
+            f"{dtype} needs rows of a multiple of {size} weights; this model has rows of {width}.",
+            hint="Use w8a8, or a smaller group.",
+        )
+    return size
+
+
+def quantize_rows(rows: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Int8 values and scales of rows [n, width] as int8 [n, width] and float32 [n, width / group].
+
+    A group of zeros has the scale 0.
+    """
+    values = np.empty(rows.shape, np.int8)
+    scales = np.empty((len(rows), rows.shape[1] // group), np.float32)
+    for first, count in row_blocks(rows.shape, CACHE_WEIGHTS):
+        groups = rows[first : first + count].reshape(count, -1, group)
+        scale = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)
+        # The smallest floats would divide to infinity; such a group is zero for every purpose.
+        divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
+        steps = groups / divisor[:, :, None]
+        np.rint(steps, out=steps)
+        values[first : first + count] = steps.reshape(count, -1)
+        scales[first : first + count] = scale
+    return values, scales

@@ -1,0 +1,1 @@
+"""The model's family, shapes and sizes, its tokenizer and its chat template."""

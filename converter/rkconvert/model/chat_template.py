@@ -1,0 +1,143 @@
+"""A checkpoint's chat template: found, tried out in a sandbox, and split as the runtime's text prompts need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rkconvert.model.rendering import rendered, try_out
+from rkconvert.model.tokenizer import tokenizer_bytes
+from rkconvert.tensors.inputs import templates
+from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.shards import read_json
+from rkruntime.bundle.manifest import MAX_TEMPLATE, TEMPLATE, TOKENIZER
+from rkruntime.errors import CheckpointError
+from rkruntime.text.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
+
+_USER = "@@the words of the user@@"
+_SYSTEMS: Final = ("@@the words of the system@@", "@@other words@@")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and what it does.
+
+    Attributes:
+        source: the Jinja text.
+        own: it came with the checkpoint.
+        prefix, suffix: what stands before (without `<bos>`) and after a first user turn.
+        system_role: `native` if it renders a system message, else `fold`.
+        special_tokens: by the names that the template may use, such as `eos_token`.
+        notes: what a person should know of it.
+    """
+
+    source: str
+    own: bool
+    prefix: str
+    suffix: str
+    system_role: str
+    special_tokens: Mapping[str, str] = field(default_factory=lambda: SPECIAL_TOKENS)
+    notes: tuple[str, ...] = ()
+
+    def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """A conversation as the template gets it; a system message is folded if the template does not render one."""
+        known = messages if self.system_role == "native" else fold_system(messages)
+        return [{"role": message.role, "content": message.content} for message in known]
+
+
+def read_template(folder: Place, bos_token: str, base: Place | None = None) -> ChatTemplate:
+    """The template of a checkpoint folder, or Gemma's own; tried out with the folder's tokenizer.json, if it is there.
+
+    Args:
+        base: the folder whose template is taken if this one, an adapter's, has none.
+
+    Raises:
+        CheckpointError: it cannot be used, or drops the user's words.
+        HostError: the process to try it out in cannot be started.
+    """
+    config = _config(folder)
+    found, notes = find_template(folder), []
+    if found is None and base is not None and (found := find_template(base)) is not None:
+        notes.append("the adapter's folder has a tokenizer and no chat template: the base model's is used")
+    source = GEMMA if found is None else found
+    tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder, config)}
+    user = {"role": "user", "content": _USER}
+    systems = ([{"role": "system", "content": content}, user] for content in _SYSTEMS)
+    text, one, other = rendered(source, [[user], *systems], tokens)
+    if text.count(_USER) != 1:
+        raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
+    prefix, suffix = text.split(_USER)
+    # It may render a system message otherwise than to the letter; what it drops or refuses is folded.
+    role = "native" if one != other and _USER in one and _USER in other else "fold"
+    if (folder / TOKENIZER).is_file():
+        try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
+    if found is not None and not text.startswith(tokens["bos_token"]):
+        notes.append(f"the chat template begins without {BOS}, which RKEdge puts in front of every prompt")
+    return ChatTemplate(
+        source, found is not None, prefix.removeprefix(tokens["bos_token"]), suffix, role, tokens, tuple(notes)
+    )
+
+
+def _config(folder: Place) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return read_json(file, CheckpointError) if file.is_file() else {}
+
+
+def _special_tokens(folder: Place, config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name: of tokenizer_config.json; special_tokens_map.json goes before older ones, as transformers
+    has it.
+    """
+    file = folder / "special_tokens_map.json"
+    old = "added_tokens_decoder" not in config and file.is_file()
+    given = {**config, **(read_json(file, CheckpointError) if old else {})}
+    more = config.get("extra_special_tokens")
+    given.update(more if isinstance(more, dict) else {})
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in given.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Those that a file need not name: Gemma's for transformers' class of Gemma, none for any other."""
+    if "Gemma" in str(config.get("tokenizer_class", "Gemma")):
+        return SPECIAL_TOKENS
+    return dict.fromkeys(SPECIAL_TOKENS, "")
+
+
+def find_template(folder: Place) -> str | None:
+    """The template that transformers takes where none is named: of the files chat_template.jinja and
+    additional_chat_templates/*.jinja (since 4.50 and 4.52), else of the key of tokenizer_config.json: a text or a named
+    list.
+
+    Raises:
+        CheckpointError: it cannot be read, or there are several and none is the default.
+    """
+    files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
+    files.update(templates(folder))
+    if "default" in files:
+        return _read(files["default"])
+    found: Any = files or _config(folder).get("chat_template")
+    if isinstance(found, list):
+        found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            names = ", ".join(found)[:200] or "none"
+            raise CheckpointError(
+                f"{folder} has chat templates with names ({names}), and none of them is called default.",
+                hint=f"Save the one to use as {TEMPLATE} in that folder.",
+            )
+        found = found["default"]
+    return found if isinstance(found, str) else None
+
+
+def _read(file: Place) -> str:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_TEMPLATE + 1)
+        if len(data) > MAX_TEMPLATE:
+            raise CheckpointError(f"{file} has more than {MAX_TEMPLATE:,} bytes, which no chat template has.")
+        return data.decode()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8: {error}.") from error

@@ -1,0 +1,270 @@
+"""The sizes of a decoder's matrices, read from its config.json alone: Gemma, and the families it is compared with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rkconvert.model.gemma import SUPPORTED, GemmaConfig, parse_config
+from rkruntime.errors import CheckpointError
+
+_MAX_SIZE: Final = 1 << 24
+# Features that make a layer something else than attention and a gated MLP of one size.
+_NOT_PLAIN: Final = re.compile(
+    r"expert|moe_|ssm|mamba|rwkv|conv_|linear_(num|key|value|attn)|altup|laurel|per_layer_input|recurrent|lru_"
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix: `rows` outputs of `columns` inputs."""
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder whose layers are all alike.
+
+    Attributes:
+        layer: the matrices of one layer.
+        kv_width: numbers that one layer keeps for one token, keys and values together.
+        vectors: weights that are no matrix (norms and biases), of the whole model.
+        notes: what a reader of the numbers must know.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    layer: tuple[Matrix, ...]
+    kv_width: int
+    vectors: int
+    tied: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> Matrix:
+        """The matrix that makes logits; its own or the embedding's."""
+        return Matrix("head", self.vocab_size, self.hidden_size)
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights in the matrices of one layer."""
+        return sum(matrix.weights for matrix in self.layer)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the checkpoint; a tied embedding counts once."""
+        tables = self.head.weights * (1 if self.tied else 2)
+        return self.num_hidden_layers * self.layer_weights + tables + self.vectors
+
+
+@dataclass(frozen=True)
+class Family:
+    """What config.json does not say of a model type.
+
+    A bias may be named by the key of config.json that switches it. `keys` gives the family's own names for ours.
+    """
+
+    norms: int = 2
+    qk_norm: bool = False
+    qkv_bias: bool | str = False
+    out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    tied: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+_LLAMA: Final = Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
+_QWEN2: Final = Family(qkv_bias=True)
+_QWEN3: Final = Family(qk_norm=True, qkv_bias="attention_bias", out_bias="attention_bias")
+_GLM_KEYS: Final = {
+    "num_hidden_layers": "num_layers",
+    "vocab_size": "padded_vocab_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "seq_length",
+}
+_TELECHAT_KEYS: Final = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "seq_length",
+}
+# model_type of config.json -> family; Gemma 1 and 2 have their own parser in gemma.py.
+FAMILIES: Final[Mapping[str, Family]] = {
+    "llama": _LLAMA,
+    "mistral": Family(),
+    "smollm3": Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
+    "qwen2": _QWEN2,
+    "qwen2_vl": _QWEN2,
+    "qwen2_vl_text": _QWEN2,
+    "qwen2_5_vl": _QWEN2,
+    "qwen2_5_vl_text": _QWEN2,
+    "qwen3": _QWEN3,
+    "qwen3_vl_text": _QWEN3,
+    "gemma3_text": Family(norms=4, qk_norm=True, tied=True),
+    "phi3": Family(),
+    "minicpm": Family(tied=True),
+    "minicpm3": Family(tied=True),
+    "internlm2": Family(qkv_bias="bias", out_bias="bias"),
+    "chatglm": Family(qkv_bias="add_qkv_bias", keys=_GLM_KEYS),
+    "telechat": Family(out_bias=True, keys=_TELECHAT_KEYS),
+}
+
+
+def parse_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Read the sizes from a config.json.
+
+    Raises:
+        CheckpointError: not a plain decoder, or a size is missing or impossible.
+    """
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping) and "hidden_size" not in config:
+        inherited = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+        shape = parse_shape({**inherited, **nested})
+        return _with_note(shape, "the language part alone; what reads pictures or sound is not counted")
+    if _is_gemma(config):
+        return _of_gemma(parse_config(config))
+    _refuse_unusual(config)
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        shape = _parse(config, str(model_type), _LLAMA)
+        return _with_note(shape, f"the model type {model_type!r} is not known and was read as if it were Llama's")
+    return _parse(config, str(model_type), family)
+
+
+def _is_gemma(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures")
+    known = isinstance(names, list) and any(isinstance(name, str) and name in SUPPORTED for name in names)
+    return known or (not names and config.get("model_type") in SUPPORTED.values())
+
+
+def _of_gemma(config: GemmaConfig) -> ModelShape:
+    tensors = config.tensors()
+    prefix = "model.layers.0."
+    layer = tuple(
+        Matrix(name.removeprefix(prefix).removesuffix(".weight").split(".")[-1], *shape)
+        for name, shape in tensors.items()
+        if name.startswith(prefix) and len(shape) == 2
+    )
+    return ModelShape(
+        family=config.family,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        max_position_embeddings=config.max_position_embeddings,
+        layer=layer,
+        kv_width=2 * config.num_key_value_heads * config.head_dim,
+        vectors=sum(shape[0] for shape in tensors.values() if len(shape) == 1),
+        tied=config.tie_word_embeddings,
+    )
+
+
+def _refuse_unusual(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type")
+    kinds = config.get("layer_types") or []
+    other = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}) if kinds else []
+    keys = sorted(key for key, value in config.items() if value and _NOT_PLAIN.search(key))
+    if other or keys:
+        raise CheckpointError(
+            f"A {model_type} is not a plain decoder: {', '.join([*other, *keys][:4])} in its config.json.",
+            hint="Layers must be attention and a gated MLP of one size. Known are gemma, gemma2, "
+            + ", ".join(FAMILIES)
+            + ".",
+        )
+
+
+def _parse(config: Mapping[str, Any], model_type: str, family: Family) -> ModelShape:
+    read = _Reader(config, family)
+    hidden, layers, vocab = read.size("hidden_size"), read.size("num_hidden_layers"), read.size("vocab_size")
+    heads, inner = read.size("num_attention_heads"), read.size("intermediate_size")
+    attention, kv_width, vectors = _attention(read, hidden, heads)
+    mlp = (Matrix("gate_proj", inner, hidden), Matrix("up_proj", inner, hidden), Matrix("down_proj", hidden, inner))
+    if read.flag(family.mlp_bias):
+        vectors += 2 * inner + hidden
+    tied = config.get("tie_word_embeddings")
+    return ModelShape(
+        family=model_type,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        max_position_embeddings=read.size("max_position_embeddings", default=2048),
+        layer=attention + mlp,
+        kv_width=kv_width,
+        vectors=layers * (vectors + family.norms * hidden) + hidden,
+        tied=family.tied if tied is None else bool(tied),
+    )
+
+
+def _attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
+    """The matrices of attention, the width of its cache, and the weights of its norms and biases."""
+    if read.config.get("kv_lora_rank"):
+        return _latent_attention(read, hidden, heads)
+    kv_heads = read.size("num_key_value_heads", default=heads)
+    head_dim = read.size("head_dim", default=hidden // heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads.")
+    query, key = heads * head_dim, kv_heads * head_dim
+    matrices = (
+        Matrix("q_proj", query, hidden),
+        Matrix("k_proj", key, hidden),
+        Matrix("v_proj", key, hidden),
+        Matrix("o_proj", hidden, query),
+    )
+    vectors = (query + 2 * key) * read.flag(read.family.qkv_bias) + hidden * read.flag(read.family.out_bias)
+    return matrices, 2 * key, vectors + 2 * head_dim * read.family.qk_norm
+
+
+def _latent_attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
+    """Keys and values from one compressed vector, as DeepSeek and MiniCPM3 have them.
+
+    The cache is counted expanded: there is no sign that RKLLM keeps the compressed form.
+    """
+    q_rank, kv_rank = read.size("q_lora_rank"), read.size("kv_lora_rank")
+    plain, rotary = read.size("qk_nope_head_dim"), read.size("qk_rope_head_dim")
+    value = read.size("v_head_dim", default=hidden // heads)
+    matrices = (
+        Matrix("q_a_proj", q_rank, hidden),
+        Matrix("q_b_proj", heads * (plain + rotary), q_rank),
+        Matrix("kv_a_proj", kv_rank + rotary, hidden),
+        Matrix("kv_b_proj", heads * (plain + value), kv_rank),
+        Matrix("o_proj", hidden, heads * value),
+    )
+    return matrices, heads * (plain + rotary + value), q_rank + kv_rank
+
+
+@dataclass(frozen=True)
+class _Reader:
+    config: Mapping[str, Any]
+    family: Family
+
+    def size(self, name: str, default: int | None = None) -> int:
+        key = self.family.keys.get(name, name)
+        value = self.config.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"config.json has no {key}, so the model's size is not known.")
+        if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+            raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_MAX_SIZE}.")
+        return value
+
+    def flag(self, bias: bool | str) -> bool:
+        return bool(self.config.get(bias)) if isinstance(bias, str) else bias
+
+
+def _with_note(shape: ModelShape, note: str) -> ModelShape:
+    return ModelShape(**{**vars(shape), "notes": (*shape.notes, note)})

@@ -1,0 +1,176 @@
+"""A Gemma tokenizer.json as the tables of a .rkemu file: texts, kinds and merges by id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.shards import read_json
+from rkruntime.bundle.manifest import MAX_TOKENIZER
+from rkruntime.errors import CheckpointError
+from rkruntime.text.tokenizer import is_control, too_long, unlike_gemma
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Kind(IntEnum):
+    """What a token is, as docs/rkemu-format.md numbers it."""
+
+    NORMAL = 0
+    CONTROL = 1
+    BYTE = 2
+    UNUSED = 3
+    USER_DEFINED = 4
+
+
+class Flag(IntFlag):
+    """How an added token is found in a text, as docs/rkemu-format.md numbers it."""
+
+    NORMALIZED = 1
+    LSTRIP = 2
+    RSTRIP = 4
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tables.
+
+    Attributes:
+        texts: UTF-8 of each token by id; one raw byte for a byte token, empty for an id without a token.
+        kinds: `Kind` by id.
+        flags: `Flag`s of added tokens by id, where there are any.
+        single_words: added tokens that are found as whole words only.
+        merges: uint32 [n, 3]: ids of left part, right part and result, by rank.
+    """
+
+    texts: tuple[bytes, ...]
+    kinds: tuple[Kind, ...]
+    flags: Mapping[int, Flag]
+    single_words: tuple[str, ...]
+    merges: NDArray[np.uint32]
+    unk_token_id: int
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Ids by text of control tokens and of those that stand beside the vocabulary."""
+        wanted = (Kind.CONTROL, Kind.USER_DEFINED)
+        return {self.texts[at].decode("utf-8", "replace"): at for at, kind in enumerate(self.kinds) if kind in wanted}
+
+    @cached_property
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """The tensors `tokenizer.*` of a .rkemu file.
+
+        Raises:
+            CheckpointError: the emulator would find an added token otherwise than the checkpoint's own tokenizer.
+        """
+        if self.single_words:
+            raise CheckpointError(
+                f"Its added token {self.single_words[0]!r} is found as a whole word only; the emulator cannot do that.",
+                hint="Set its single_word to false in tokenizer.json, or convert with --target toolkit.",
+            )
+        flags = np.zeros(len(self.texts), np.uint8)
+        for at, flag in self.flags.items():
+            flags[at] = flag
+        lengths = np.fromiter((len(text) for text in self.texts), np.uint32, len(self.texts))
+        return {
+            "tokenizer.text": np.frombuffer(b"".join(self.texts), np.uint8),
+            "tokenizer.offsets": np.concatenate([np.zeros(1, np.uint32), np.cumsum(lengths, dtype=np.uint32)]),
+            "tokenizer.kinds": np.array(self.kinds, np.uint8),
+            **({"tokenizer.flags": flags} if self.flags else {}),
+            "tokenizer.merges": self.merges,
+        }
+
+
+def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
+    """Read tokenizer.json of a model with `vocab_size` rows of embeddings.
+
+    Raises:
+        CheckpointError: no such file, or a tokenizer that works otherwise than Gemma's.
+    """
+    content = _read(path)
+    try:
+        return _parse(content, vocab_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
+
+
+def _read(path: Place) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}.",
+            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
+        )
+    return read_json(path, CheckpointError, limit=MAX_TOKENIZER)
+
+
+def tokenizer_bytes(path: Place) -> bytes:
+    """tokenizer.json as a bundle has it: without the truncation and padding that trainers leave in it.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not JSON.
+    """
+    content = _read(path)
+    if content.get("truncation") is None and content.get("padding") is None:
+        return path.read_bytes()
+    return json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False).encode()
+
+
+def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+    model = content["model"]
+    if unlike := unlike_gemma(content):
+        raise CheckpointError(f"{unlike}.")
+    vocab: dict[str, int] = dict(model["vocab"])
+    added = {str(token["content"]): token for token in content.get("added_tokens") or []}
+    ids = vocab | {text: token["id"] for text, token in added.items()}
+    if long := too_long(ids):
+        raise CheckpointError(f"{long}.")
+    for text, index in ids.items():
+        if type(index) is not int or not 0 <= index < vocab_size:
+            raise CheckpointError(f"the token {text!r} has the id {index!r}; the model has {vocab_size} tokens.")
+    texts, kinds = [b""] * vocab_size, [Kind.UNUSED] * vocab_size
+    for text, index in ids.items():
+        kinds[index] = _kind(text, added.get(text))
+        byte = _BYTE.fullmatch(text)
+        texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
+    if sum(kind is Kind.BYTE for kind in kinds) != 256:
+        raise CheckpointError("it has no token for every byte, so some characters could not be written.")
+    flags = {token["id"]: _flags(token) for token in added.values()}
+    flags = {index: flag for index, flag in flags.items() if flag}
+    single_words = tuple(text for text, token in added.items() if token.get("single_word"))
+    return Tokenizer(
+        tuple(texts), tuple(kinds), flags, single_words, _merges(model["merges"], vocab), ids[model["unk_token"]]
+    )
+
+
+def _kind(text: str, added: Mapping[str, Any] | None) -> Kind:
+    if _BYTE.fullmatch(text):
+        return Kind.BYTE
+    if added is None:
+        return Kind.NORMAL
+    return Kind.CONTROL if is_control(text, special=bool(added.get("special"))) else Kind.USER_DEFINED
+
+
+def _flags(added: Mapping[str, Any]) -> Flag:
+    return Flag(sum(flag for flag in Flag if added.get(str(flag.name).lower())))
+
+
+def _merges(merges: list[Any], vocab: Mapping[str, int]) -> NDArray[np.uint32]:
+    """Merges as ids; written as "a b" until 2024 and as ["a", "b"] since."""
+    table = np.empty((len(merges), 3), np.uint32)
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        table[rank] = vocab[left], vocab[right], vocab[left + right]
+    return table

@@ -1,0 +1,1 @@
+"""What is written, and where: folders, bundles, the hub, disk space."""

@@ -1,0 +1,95 @@
+"""The files of a bundle around its model file: tokenizer, template, model card, report and, last, the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from jinja2 import Environment
+
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.tokenizer import tokenizer_bytes
+from rkconvert.sources.checkpoint import Checkpoint
+from rkconvert.sources.hub import is_hub_id
+from rkconvert.tensors.memory_folder import Place
+from rkruntime.bundle.manifest import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOKENIZER, FileRecord, Manifest
+from rkruntime.files import sha256_file
+
+CARD: Final = "README.md"
+REPORT: Final = "report"
+NOTICE: Final = "NOTICE"
+LICENCE: Final = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
+_TAGS: Final = {"toolkit": ("rkllm", "rockchip", "npu"), "emulator": ("rkedge", "emulator")}
+# The sentence that section 3.1 of those terms asks for, in a file of this name.
+_NOTICE: Final = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+
+
+def created_by() -> str:
+    """What the manifest and the model card name as their maker."""
+    return f"rkedge {version('rkedge')}"
+
+
+def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Place, template: ChatTemplate) -> None:
+    """tokenizer.json (from the folder `tokenizer`), chat_template.jinja and generation_config.json."""
+    (folder / TOKENIZER).write_bytes(tokenizer_bytes(tokenizer / TOKENIZER))
+    (folder / TEMPLATE).write_text(template.source, encoding="utf-8")
+    settings = {
+        **checkpoint.generation_config,
+        "bos_token_id": checkpoint.config.bos_token_id,
+        "eos_token_id": list(checkpoint.eos_token_ids),
+    }
+    _write_json(folder / GENERATION_CONFIG, settings)
+
+
+def write_report(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """A JSON document in report/."""
+    (folder / REPORT).mkdir(exist_ok=True)
+    _write_json(folder / REPORT / f"{name}.json", content)
+
+
+def read_report(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON document of report/; empty if there is none, or none that can be read."""
+    try:
+        report = json.loads((folder / REPORT / f"{name}.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """The model card and the notice, then rkedge.yaml with the hash of every other file; the manifest as written."""
+    (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
+    (folder / NOTICE).write_text(_NOTICE, encoding="utf-8")
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    complete = replace(manifest, files=files)
+    (folder / MANIFEST).write_text(complete.to_yaml(), encoding="utf-8")
+    return complete
+
+
+def model_card(manifest: Manifest) -> str:
+    """README.md as model hubs show it: front matter for machines, then the text for people."""
+    # The hub links to these, so names of folders have no place here.
+    bases = [item.name for item in (manifest.source, *manifest.adapters) if is_hub_id(item.name)]
+    front = {
+        **({"base_model": bases, "base_model_relation": "quantized"} if bases else {}),
+        "license": "gemma",
+        "library_name": "rkllm" if manifest.target == "toolkit" else "rkedge",
+        "tags": [*_TAGS[manifest.target], manifest.platform, manifest.dtype, manifest.family],
+        "pipeline_tag": "text-generation",
+    }
+    text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    body = Environment(autoescape=False, keep_trailing_newline=True).from_string(text).render(asdict(manifest))  # noqa: S701 - Markdown
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

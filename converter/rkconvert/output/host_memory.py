@@ -1,0 +1,45 @@
+"""The memory of this machine with its swap, which a conversion may use and a board's NPU may not."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkruntime.checks import machine
+from rkruntime.errors import HostError
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes.
+
+    Attributes:
+        ram, swap: of the machine, or a container's limit if that is less.
+        available: RAM that a program can get without swapping.
+    """
+
+    ram: int
+    swap: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        """RAM and swap."""
+        return self.ram + self.swap
+
+    def __str__(self) -> str:
+        return f"{self.ram / 1e9:.1f} GB of RAM and {self.swap / 1e9:.1f} GB of swap"
+
+
+def read_memory(root: Path = machine.ROOT) -> Memory:
+    """As the kernel says it. Raises HostError where it does not."""
+    found = machine.memory(root)
+    if found is None:
+        raise HostError("This machine does not say how much memory it has.", hint="Mount /proc and try again.")
+    match = re.search(r"^SwapTotal:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    swap = int(match[1]) * 1024 if match else 0
+    with suppress(OSError, ValueError):  # the container's limit (cgroup v2); "max" for none
+        swap = min(swap, int((root / "sys/fs/cgroup/memory.swap.max").read_text()))
+    return Memory(found.total, swap, found.available)

@@ -1,0 +1,164 @@
+"""A finished bundle on the Hugging Face hub: private unless asked otherwise, and exactly what its manifest lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from rkconvert.output.bundle_folder import CARD, NOTICE
+from rkconvert.progress import QUIET, Reporter
+from rkconvert.sources.hub import is_hub_id
+from rkruntime.bundle.manifest import MANIFEST, Bundle
+from rkruntime.errors import BundleError, HostError, OutputError, RKEdgeError, UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# Made by the hub itself with a repository.
+_THE_HUBS_OWN: Final = (".gitattributes",)
+_LOGIN: Final = "Make a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`."
+LICENCE_NOTE: Final = (
+    "{name} is derived from Gemma: those who get it must get the Gemma Terms of Use too, and be bound by them"
+    " (https://ai.google.dev/gemma/terms). Its " + f"{CARD} and {NOTICE} say so."
+)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A model repository, `OWNER/NAME`, that is made if there is none."""
+
+    repo: str
+    public: bool = False
+
+    @property
+    def owner(self) -> str:
+        """The user or organization."""
+        return self.repo.partition("/")[0]
+
+
+def check_destination(to: Destination) -> None:
+    """Whether this person may write there, before any work is done for it.
+
+    Raises:
+        UsageError: no such form of name, another's name, or private where public was asked for and the reverse.
+        OutputError: the repository holds something already.
+        HostError: nobody is logged in, the token cannot write, or the hub cannot be reached.
+    """
+    if not is_hub_id(to.repo):
+        raise UsageError(f"{to.repo!r} is not a repository of the hub.", hint="Write OWNER/NAME, such as me/my-gemma.")
+    with _hub(to.repo) as api:
+        person = api.whoami()
+        _check_person(to, person)
+        _check_repository(to, api)
+
+
+def _check_person(to: Destination, person: dict[str, Any]) -> None:
+    name = str(person.get("name"))
+    names = [name, *(str(group.get("name")) for group in person.get("orgs") or ())]
+    if to.owner not in names:
+        raise UsageError(
+            f"The hub knows you as {name}, who cannot write to {to.repo}.",
+            hint=f"Name a repository of {' or '.join(names)}, or log in as another: hf auth login",
+        )
+    token = (person.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise HostError(f"The token that {name} is logged in with may only read.", hint=_LOGIN)
+
+
+def _check_repository(to: Destination, api: HfApi) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        found = api.model_info(to.repo)
+    except RepositoryNotFoundError:
+        return
+    if bool(found.private) == to.public:
+        there, asked = ("private", "public") if to.public else ("public", "private")
+        hint = "Leave --public out" if to.public else "Say --public"
+        raise UsageError(
+            f"{to.repo} exists and is {there}; {asked} was asked for.", hint=f"{hint}, or name a new repository."
+        )
+    there_already = [item.rfilename for item in found.siblings or () if item.rfilename not in _THE_HUBS_OWN]
+    if there_already:
+        raise OutputError(
+            f"{to.repo} holds files already ({there_already[0]}), and nothing is overwritten.",
+            hint="Name a new repository.",
+        )
+
+
+def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:
+    """Upload a bundle in one commit, and compare what the hub then lists with the manifest; the repository's address.
+
+    Raises:
+        BundleError: a file is not as the manifest says, or the licence's notes are not among the files.
+        UsageError, OutputError, HostError: see `check_destination`; or the upload failed.
+    """
+    check_destination(to)
+    _check_licence(bundle)
+    bundle.verify(trust_stamps=False)
+    reporter.note(f"note: {LICENCE_NOTE.format(name=bundle.manifest.name)}")
+    names = [*bundle.manifest.files, MANIFEST]
+    with _hub(to.repo) as api:
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        if reporter.quiet:
+            disable_progress_bars()
+        url = str(api.create_repo(to.repo, private=not to.public, exist_ok=True))
+        api.create_commit(
+            to.repo,
+            [CommitOperationAdd(name, bundle.path / name) for name in names],
+            commit_message=f"Upload {bundle.manifest.name} ({bundle.manifest.created_by})",
+        )
+        _compare(bundle, to, api)
+    return url
+
+
+def _check_licence(bundle: Bundle) -> None:
+    for name in (CARD, NOTICE):
+        if name not in bundle.manifest.files:
+            raise BundleError(
+                f"The bundle {bundle.path} has no {name}, which tells others of Gemma's terms of use.",
+                hint="Convert it again with this release of rkedge.",
+            )
+
+
+def _compare(bundle: Bundle, to: Destination, api: HfApi) -> None:
+    listed = api.model_info(to.repo, files_metadata=True).siblings or ()
+    sizes = {item.rfilename: item.size for item in listed if item.rfilename not in _THE_HUBS_OWN}
+    expected = {name: record.size for name, record in bundle.manifest.files.items()}
+    expected[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
+    wrong = sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name))
+    if wrong:
+        raise HostError(
+            f"{to.repo} is not what was uploaded: {wrong[0]} differs.",
+            hint="Look at it on the hub; delete the repository and push again.",
+        )
+
+
+@contextmanager
+def _hub(repo: str) -> Iterator[HfApi]:
+    """huggingface_hub's interface, whose errors come out as HostError and without the token."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise HostError(
+            f"To upload to {repo}, huggingface_hub is missing.", hint="pip install 'rkedge[convert]'"
+        ) from error
+    token = huggingface_hub.get_token()
+    if token is None:
+        raise HostError(f"To upload to {repo} you must be logged in to the hub, and are not.", hint=_LOGIN)
+    try:
+        yield huggingface_hub.HfApi(token=token)
+    except RKEdgeError:
+        raise
+    except Exception as error:  # The HTTP client below it has errors of its own, and was another one before 1.0.
+        said = [item for item in (error, error.__cause__) if item is not None]
+        answers = [getattr(item, "response", None) for item in said]
+        status = next((answer.status_code for answer in answers if answer is not None), 0)
+        what = ": ".join(str(item).strip().partition("\n")[0] or type(item).__name__ for item in said)
+        hints = {401: f"The token is no longer valid. {_LOGIN}", 403: f"The token may not do that. {_LOGIN}"}
+        hint = hints.get(status, "Check the network; what is converted is kept: `rkedge push BUNDLE OWNER/NAME`.")
+        raise HostError(f"The hub and {repo}: {what.replace(token, '(token)')}", hint=hint) from None

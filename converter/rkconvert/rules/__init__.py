@@ -1,0 +1,1 @@
+"""What works where: quantized types, the toolkit's releases, context lengths."""

@@ -1,0 +1,117 @@
+"""What each release of rkllm-toolkit takes and gives: the table in versions.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from rkruntime.errors import HostError
+from rkruntime.versions import Version
+from rkruntime.versions import version as parse
+
+_TABLE: Final = Path(__file__).with_name("versions.yaml")
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release of the toolkit.
+
+    Attributes:
+        version: as installed; `row` is the generation of the table that it belongs to.
+        python: Python releases that have a wheel which can be installed.
+        arguments: names by method, as the release takes them.
+        dtypes: quantized types by SoC, in lower case.
+        cores: NPU cores by SoC.
+        gpu_algorithms: those that need CUDA, and are for 4-bit types only.
+        low_rank: whether `normal_rN` and its like exist.
+        context: `most` tokens of a file, in steps of `step`.
+        load_dtypes: values of load_huggingface's dtype; empty where it has none.
+        half_on_cpu: whether half load types work on the CPU.
+        transformers: the major release that it brings, or empty.
+        sources: origin of each of these.
+    """
+
+    version: str
+    row: str
+    python: tuple[str, ...]
+    arguments: Mapping[str, tuple[str, ...]]
+    dtypes: Mapping[str, tuple[str, ...]]
+    cores: Mapping[str, int]
+    algorithms: tuple[str, ...]
+    gpu_algorithms: tuple[str, ...]
+    low_rank: bool
+    context: Mapping[str, int]
+    load_dtypes: tuple[str, ...]
+    half_on_cpu: bool
+    several_eos: bool
+    template_file: bool
+    transformers: str
+    sources: Mapping[str, str]
+
+    def takes(self, method: str, argument: str) -> bool:
+        """Whether a method has an argument of that name."""
+        return argument in self.arguments[method]
+
+    def source(self, key: str) -> str:
+        """Origin of a field, for messages."""
+        return self.sources[key]
+
+
+@cache
+def table() -> Mapping[str, Any]:
+    """versions.yaml as it stands."""
+    content: dict[str, Any] = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    return content
+
+
+def release(version: str) -> Release:
+    """The row for an installed version such as `1.2.3`, `1.2.1b1` or `1.3.1`.
+
+    Raises:
+        HostError: a release that cannot be used, or that the table does not describe yet.
+    """
+    try:
+        key = parse(version)
+    except ValueError:
+        raise HostError(
+            f"The toolkit's version reads {version!r}, which is not a release.",
+            hint="Install the vendor's wheel again: `rkedge toolkit setup --wheel FILE`.",
+        ) from None
+    for row in table()["refused"]:
+        if key < parse(row["below"]):
+            raise HostError(
+                f"rkllm-toolkit {version} is not used: {row['reason']} ({row['source']}).",
+                hint="Install 1.2.3 or 1.3.0: `rkedge toolkit setup --wheel FILE`.",
+            )
+    last = parse(table()["last_known"])
+    if key.release[: len(last.release)] > last.release:
+        raise HostError(
+            f"rkllm-toolkit {version} is newer than any that RKEdge knows; the last is {table()['last_known']}.x.",
+            hint="Install 1.3.0, or describe the release in rkconvert/rules/versions.yaml.",
+        )
+    return _generation(version, key)
+
+
+def _generation(version: str, key: Version) -> Release:
+    fields: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for row in table()["generations"]:
+        if parse(row["from"]) > key:
+            break
+        for name in row["sources"]:
+            value = _frozen(row[name])
+            fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
+        sources |= row["sources"]
+        fields["row"] = row["from"]
+    return Release(version=version, sources=sources, **fields)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,166 @@
+"""A model folder in Hugging Face layout: config.json, tokenizer.json and safetensors, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.model.gemma import EMBEDDING, HEAD, GemmaConfig, parse_config, token_ids
+from rkconvert.sources.bitsandbytes import Dequantized, is_bitsandbytes
+from rkconvert.sources.names import Renamed
+from rkconvert.tensors.formats import FLOATS
+from rkconvert.tensors.inputs import Inputs, folder_states
+from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.shards import read_json
+from rkconvert.tensors.tensor_files import MODEL_FILES, open_tensor_files
+from rkconvert.tensors.weights import Weights, same_values
+from rkruntime.errors import CheckpointError
+from rkruntime.files import readable
+from rkruntime.words import counted
+
+CONFIG: Final = "config.json"
+_OWN_HEAD: Final = (
+    "config.json ties the head to the embedding, and a head that differs from it is stored: the stored one is kept, as"
+    " transformers 5 does (transformers 4 drops it)"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model.
+
+    Attributes:
+        path: folder of config.json, tokenizer and template; of a GGUF file it exists in memory only.
+        config: its settings; `raw_config` is config.json as it stands.
+        weights: every tensor of the model as floats, with the right name and shape.
+        inputs: the files that it was read from, as they were before.
+        name: what people call it: the folder's name, or the hub id.
+        revision: commit of a hub model.
+        notes: what a person must know of it.
+        own_head: config.json ties the head to the embedding, but a head that differs from it is stored, and kept.
+    """
+
+    path: Place
+    config: GemmaConfig
+    raw_config: Mapping[str, Any]
+    weights: Weights
+    inputs: Inputs
+    name: str
+    revision: str = ""
+    notes: tuple[str, ...] = ()
+    own_head: bool = False
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(self.inputs.weights)
+
+    @property
+    def short_name(self) -> str:
+        """The name without a hub id's owner."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(info.nbytes for info in self.weights.tensors.values())
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json, empty if there is none."""
+        path = self.path / "generation_config.json"
+        return read_json(path, CheckpointError) if path.is_file() else {}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: those of generation_config.json, else of config.json."""
+        value = self.generation_config.get("eos_token_id")
+        if value is None:
+            return self.config.eos_token_ids
+        return token_ids("eos_token_id", value, self.config.vocab_size, "generation_config.json")
+
+
+def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> Checkpoint:
+    """Open a folder and check that it is a whole Gemma model. Weights are read only to compare a stored head with the
+    embedding that config.json ties it to.
+
+    Raises:
+        CheckpointError: one message for each thing that can be wrong.
+    """
+    before = folder_states(path)
+    raw = read_config(path)
+    config = parse_config(raw)
+    files, found = open_tensor_files(path, MODEL_FILES, CheckpointError)
+    weights: Weights = Renamed(found)
+    notes: tuple[str, ...] = ()
+    if is_bitsandbytes(raw):
+        weights = Dequantized(weights, raw)
+        notes = ("the source was quantized by bitsandbytes: what that has lost does not come back",)
+    elif quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"The checkpoint is already quantized by {str(method)[:80]}.",
+            hint="Start from the original 16-bit checkpoint.",
+        )
+    check_weights(weights, config)
+    own_head = config.tie_word_embeddings and _has_own_head(weights)
+    if own_head:
+        config, raw = replace(config, tie_word_embeddings=False), {**raw, "tie_word_embeddings": False}
+        notes = (*notes, _OWN_HEAD)
+    name = name or readable(path.resolve().name)
+    inputs = Inputs.of_folder(CheckpointError, path, before, files)
+    return Checkpoint(path, config, raw, weights, inputs, name, revision, notes, own_head)
+
+
+def _has_own_head(weights: Weights) -> bool:
+    return HEAD in weights.tensors and not same_values((weights, EMBEDDING), (weights, HEAD))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder."""
+    if not path.exists():
+        raise CheckpointError(f"There is no folder {path}.", hint="Check the spelling of the path.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; a checkpoint is a folder with config.json and *.safetensors.")
+    config = path / CONFIG
+    if (path / "adapter_config.json").is_file() and not config.is_file():
+        raise CheckpointError(
+            f"{path} is a LoRA adapter, not a model.", hint=f"Give its base model, and the adapter as --lora {path}"
+        )
+    if not config.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
+    return read_json(config, CheckpointError)
+
+
+def check_weights(weights: Weights, config: GemmaConfig) -> None:
+    """Compare names, shapes and formats with what the settings ask for. Raises CheckpointError."""
+    expected, found = config.tensors(), weights.tensors
+    if HEAD in found:
+        # A tied head may be stored all the same.
+        expected |= replace(config, tie_word_embeddings=False).tensors()
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks the tensor {missing[0]} ({len(missing)} of {len(expected)} tensors missing)."
+        )
+    surplus = [name for name in found if name not in expected]
+    if surplus:
+        raise CheckpointError(
+            f"The checkpoint has the tensor {surplus[0]}, which a model of this config.json has not"
+            f" ({counted(len(surplus), 'such tensor')}).",
+            hint="If it holds an adapter's own tensors, give the base model and the adapter with --lora.",
+        )
+    for name, shape in expected.items():
+        info = found[name]
+        if info.shape != shape:
+            raise CheckpointError(
+                f"The tensor {name} has the shape {list(info.shape)}; config.json asks for {list(shape)}."
+            )
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"The tensor {name} holds {info.dtype} numbers: this checkpoint is already quantized.",
+                hint="Start from the original 16-bit checkpoint.",
+            )

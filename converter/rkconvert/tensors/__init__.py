@@ -1,0 +1,1 @@
+"""Tensors in files: formats, readers, and what was read."""

@@ -1,0 +1,159 @@
+"""The files that a conversion reads: what state each was in before it was read, and whether it still is."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from rkconvert.tensors.memory_folder import Place
+from rkruntime.errors import InputError
+from rkruntime.files import sha256_file
+
+# A file system counts time in the kernel's ticks (10 ms at most): a second change within one leaves no trace.
+_TICK_NS: Final = 20_000_000
+_TRIES: Final = 5
+# What a tokenizer and its chat template are saved in; they belong together.
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Where transformers keeps further chat templates, NAME.jinja each.
+_TEMPLATES: Final = "additional_chat_templates"
+# What decides a result besides these and the weights: settings of a model or an adapter, and the indices of both.
+_SETTINGS: Final = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors.index.json",
+    "adapter_model.bin.index.json",
+)
+
+
+def templates(folder: Place) -> dict[str, Place]:
+    """Chat templates beside chat_template.jinja by their names; transformers takes the one called default for it."""
+    found = folder / _TEMPLATES
+    # A model that is one file has no such folder.
+    paths = sorted(found.glob("*.jinja")) if isinstance(found, Path) else []
+    return {path.name.removesuffix(".jinja"): path for path in paths}
+
+
+def tokenizer_files(folder: Place) -> list[str]:
+    """What the tokenizer and its chat templates may stand in, relative to the folder; most need not be there."""
+    return [*_TOKENIZER_FILES, *(f"{_TEMPLATES}/{path.name}" for path in templates(folder).values())]
+
+
+class FileState(NamedTuple):
+    """What differs after any change of a file's bytes. Nobody but the kernel sets `ctime_ns`."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileState | None:
+        """The state of a path or an open descriptor; None if no regular file is there."""
+        try:
+            found = file.stat() if isinstance(file, Path) else os.fstat(file)
+        except OSError:
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+
+
+States = Mapping[Path, FileState | None]
+
+
+def states_of(files: Iterable[Path]) -> dict[Path, FileState | None]:
+    """States of files that are about to be read; a change after this shows in them."""
+    files = list(files)
+    for _ in range(_TRIES):
+        found = {file: FileState.of(file) for file in files}
+        newest = max((state.ctime_ns for state in found.values() if state), default=0)
+        if not 0 <= time.time_ns() - newest < _TICK_NS:
+            break
+        time.sleep(_TICK_NS / 1e9)
+    return found
+
+
+def folder_states(folder: Path) -> dict[Path, FileState | None]:
+    """States of all files in a folder, which need not exist, and of its chat templates."""
+    try:
+        return states_of([*sorted(folder.iterdir()), *(Path(str(path)) for path in templates(folder).values())])
+    except OSError:
+        return {}
+
+
+def changed(path: Path, then: FileState | None, now: FileState | None, kind: type[InputError]) -> InputError:
+    """The error for a file that is not in the state that it was in."""
+    if then is None or now is None:
+        what = "appeared" if now else "vanished"
+    elif (then.inode, then.device) != (now.inode, now.device):
+        what = "was replaced by another file"
+    elif then.size != now.size:
+        what = f"went from {then.size:,} to {now.size:,} bytes"
+    else:
+        what = "was written to or touched"
+    return kind(
+        f"{path} changed while it was read: it {what}.",
+        hint="Wait until whatever writes it has finished, then give the same command again. Nothing was kept.",
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of one model, adapter or option, with their states before they were read.
+
+    Attributes:
+        kind: class of the error when one has changed.
+        weights: those too large to be hashed before the work.
+        small: all others that may be read; None stands for one that was not there.
+    """
+
+    kind: type[InputError]
+    weights: States
+    small: States
+
+    def check(self) -> None:
+        """Raise an error of `kind` if a file is no longer what it was: what was read may then be of either."""
+        for path, then in {**self.weights, **self.small}.items():
+            now = FileState.of(path)
+            if now != then:
+                raise changed(path, then, now, self.kind)
+
+    @classmethod
+    def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
+        """Those of a model's or an adapter's folder, by the `folder_states` from before it was opened."""
+        names = [*_SETTINGS, *tokenizer_files(folder)]
+        small = {path: before.get(path) for path in (folder / name for name in names)}
+        return cls(kind, {file: before.get(file) for file in weights}, small)
+
+    @cached_property
+    def digests(self) -> list[tuple[str, str]]:
+        """Name and SHA-256 of each small file that is there."""
+        try:
+            return [(path.name, sha256_file(path)) for path, state in self.small.items() if state]
+        except OSError as error:
+            raise self.kind(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these files from any others, without reading the weights."""
+        return {
+            "weights": [[str(path.resolve()), state] for path, state in self.weights.items()],
+            "small": self.digests,
+        }

@@ -1,0 +1,215 @@
+"""Safetensors files: the header is parsed and checked here, data is read with pread, block by block.
+
+The format: 8 bytes header length, a JSON header, the data (https://github.com/huggingface/safetensors#format). The
+files are not mapped into memory, so that what is read does not count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rkconvert.tensors.formats import STORAGE
+from rkconvert.tensors.inputs import FileState, changed
+from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.weights import TensorInfo
+from rkruntime.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# The format allows 100 MB, which take ten times that in memory; the header of a model with 27B weights has 60 kB.
+MAX_HEADER: Final = 16 << 20
+_LFS: Final = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a shard: where its bytes stand in the file."""
+
+    info: TensorInfo
+    offset: int
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a Git LFS pointer."""
+    return head.startswith(_LFS)
+
+
+def refuse_lfs_pointer(path: Place, head: bytes, kind: type[InputError]) -> None:
+    """Raise `kind` if a file's first bytes are those of a Git LFS pointer."""
+    if is_lfs_pointer(head):
+        raise kind(
+            f"{path} is a Git LFS pointer of a few hundred bytes, not the file itself.",
+            hint="Run `git lfs install && git lfs pull` in that folder, or download it with `hf download`.",
+        )
+
+
+def parse_json(data: bytes) -> Any:
+    """Strangers' JSON. Raises ValueError, also for a key that stands twice, of which json would drop the first."""
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice[:80]!r} stands twice")
+        return found
+
+    try:
+        return json.loads(data, object_pairs_hook=table)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dict[str, Any]:
+    """A JSON object from a file, or `kind` with what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror}.") from error
+    refuse_lfs_pointer(path, data[:64], kind)
+    if len(data) > limit:
+        raise kind(f"{path} has more than {limit >> 20} MiB, which no file of that name has.")
+    try:
+        content = parse_json(data)
+    except ValueError as error:
+        raise kind(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise kind(f"{path} holds a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+class RowReader:
+    """Reads rows of tensors from one file with pread; the file is opened at the first read, unless it has changed."""
+
+    def __init__(self, path: Path, kind: type[InputError]) -> None:
+        self._path, self._kind, self._state = path, kind, FileState.of(path)
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                try:
+                    descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise self._kind(f"{self._path} cannot be read: {error.strerror}.") from error
+                if (now := FileState.of(descriptor)) != self._state:
+                    os.close(descriptor)
+                    raise changed(self._path, self._state, now, self._kind)
+                self._descriptor = descriptor
+            return self._descriptor
+
+    def rows(self, entry: Entry, first: int, count: int) -> NDArray[Any]:
+        """Rows of the tensor at `entry`, and never a byte beside it; safe to call from several threads."""
+        entry.info.require_rows(first, count, self._path, self._kind)
+        shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
+        block = np.empty(shape, STORAGE[entry.info.dtype])
+        offset = entry.offset + first * (block.nbytes // max(1, count))
+        view = block.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(view):
+            got = os.preadv(self._open(), [view[done:]], offset + done)
+            if not got:
+                raise self._kind(f"{self._path} became shorter while it was read.")
+            done += got
+        return block
+
+
+class Shard:
+    """One safetensors file.
+
+    Args:
+        path: the file.
+        kind: class of the errors, CheckpointError or AdapterError.
+
+    Raises:
+        InputError: (of the class `kind`) not such a file, cut, or with a header that contradicts itself.
+    """
+
+    def __init__(self, path: Path, kind: type[InputError]) -> None:
+        self.path = path
+        self._kind = kind
+        self._file = RowReader(path, kind)
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(64)
+                length = int.from_bytes(start[:8], "little")
+                self._check_start(start, length, size)
+                file.seek(8)
+                header = self._parse(file.read(length))
+        except OSError as error:
+            raise kind(f"{path} cannot be read: {error.strerror}.") from error
+        self.metadata: dict[str, Any] = header.pop("__metadata__", None) or {}
+        self.entries: Mapping[str, Entry] = {
+            name: self._entry(name, value, 8 + length, size) for name, value in header.items()
+        }
+        self._check_overlap()
+
+    def _check_start(self, start: bytes, length: int, size: int) -> None:
+        refuse_lfs_pointer(self.path, start, self._kind)
+        if size < 8 or not start[8:9] == b"{":
+            raise self._kind(
+                f"{self.path} is not a safetensors file: its first bytes are {start[:9].hex(' ') or 'none'}."
+            )
+        if length > MAX_HEADER:
+            raise self._kind(f"{self.path} claims a header of {length:,} bytes; whole models have less than 1 MB.")
+        if 8 + length > size:
+            raise self._kind(f"{self.path} ends inside its header: {size:,} bytes of {8 + length:,}. It was cut.")
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        try:
+            header = parse_json(data)
+        except ValueError as error:
+            raise self._kind(f"The header of {self.path} is not JSON: {error}.") from error
+        if not isinstance(header, dict):
+            raise self._kind(f"The header of {self.path} is not a JSON object.")
+        return header
+
+    def _entry(self, name: str, value: Any, data: int, size: int) -> Entry:
+        try:
+            dtype, shape, (first, last) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            numbers = [*shape, first, last]
+        except (TypeError, KeyError, ValueError) as error:
+            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in no known way.") from error
+        if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in no known way.")
+        if dtype not in STORAGE:
+            raise self._kind(f"The tensor {name!r} in {self.path} has the format {dtype}, which is not supported.")
+        info = TensorInfo(dtype, shape)
+        if last - first != info.nbytes:
+            raise self._kind(
+                f"The tensor {name!r} in {self.path} takes {last - first:,} bytes; {dtype} {list(shape)} would take"
+                f" {info.nbytes:,}."
+            )
+        if data + last > size:
+            raise self._kind(
+                f"{self.path} is cut: the tensor {name!r} ends at byte {data + last:,}, the file at {size:,}.",
+                hint="The download was not complete. Download this file again.",
+            )
+        return Entry(info, data + first)
+
+    def _check_overlap(self) -> None:
+        end = 0
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].offset):
+            if entry.offset < end:
+                raise self._kind(f"The tensor {name!r} in {self.path} overlaps another tensor of the file.")
+            end = entry.offset + entry.info.nbytes
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
+        return self._file.rows(self.entries[name], first, count)

@@ -1,0 +1,161 @@
+"""Older .bin files (torch.save) read without torch, and without running what a pickle can hold.
+
+Since torch 1.6 such a file is a ZIP archive of uncompressed entries: `data.pkl` says which tensors there are, `data/N`
+holds the bytes of storage N (torch/serialization.py). The pickle is read by an unpickler that knows the few names with
+which torch describes tensors; every other name is refused before anything is called.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from rkconvert.tensors.formats import STORAGE
+from rkconvert.tensors.shards import Entry, RowReader, refuse_lfs_pointer
+from rkconvert.tensors.weights import TensorInfo
+from rkruntime.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_STORAGES: Final = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+_MAX_PICKLE: Final = 64 << 20
+_LOCAL_HEADER: Final = 30
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A persistent id: a piece of memory in the archive."""
+
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> _Tensor:
+    return _Tensor(storage, int(offset), tuple(int(size) for size in shape), tuple(int(step) for step in stride))
+
+
+def _rebuild_parameter(data: Any, *_rest: Any) -> Any:
+    return data
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows torch's words for tensors, and no others."""
+
+    _NAMES: Final = {
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        ("collections", "OrderedDict"): OrderedDict,
+        **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need") from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _device, _count = pid
+        if kind != "storage" or dtype not in STORAGE or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"it asks for the storage {str(pid)[:80]}")
+        return _Storage(dtype, key)
+
+
+class TorchFile:
+    """One .bin file; `entries` and `read` as of a safetensors shard.
+
+    Raises:
+        InputError: (of the class `kind`) not such a file, cut, or one whose pickle wants more than tensors.
+    """
+
+    def __init__(self, path: Path, kind: type[InputError]) -> None:
+        self.path = path
+        self._kind = kind
+        self._file = RowReader(path, kind)
+        try:
+            with path.open("rb") as file:
+                refuse_lfs_pointer(path, file.read(64), kind)
+                self.entries: Mapping[str, Entry] = self._read_archive(file)
+        except OSError as error:
+            raise kind(f"{path} cannot be read: {error.strerror}.") from error
+        except zipfile.BadZipFile as error:
+            raise kind(
+                f"{path} is not a .bin file of torch 1.6 or newer, or it is cut: {error}.",
+                hint="Download it again, or use the model's safetensors files.",
+            ) from error
+
+    def _read_archive(self, file: BinaryIO) -> dict[str, Entry]:
+        archive = zipfile.ZipFile(file)
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "data.pkl" not in members or members["data.pkl"].file_size > _MAX_PICKLE:
+            raise self._kind(f"{self.path} is a ZIP archive without a data.pkl of a sensible size.")
+        found = self._unpickle(archive, members["data.pkl"])
+        return {
+            name: self._entry(file, name, value, members) for name, value in found.items() if isinstance(value, _Tensor)
+        }
+
+    def _unpickle(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str, Any]:
+        try:
+            with archive.open(member) as stream:
+                found = _Unpickler(stream).load()
+        except zipfile.BadZipFile:
+            raise
+        except Exception as error:  # A damaged pickle can fail in any way.
+            why = str(error) or type(error).__name__
+            raise self._kind(f"{self.path} is not a plain table of tensors: {why}. Nothing of it was run.") from error
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+            raise self._kind(f"{self.path} holds a {type(found).__name__}, not a table of tensors.")
+        return found
+
+    def _entry(self, file: BinaryIO, name: str, tensor: _Tensor, members: Mapping[str, zipfile.ZipInfo]) -> Entry:
+        info = TensorInfo(tensor.storage.dtype, tensor.shape)
+        width = STORAGE[info.dtype].itemsize
+        if any(size < 0 for size in tensor.shape) or tensor.offset < 0:
+            raise self._kind(f"The tensor {name!r} in {self.path} has a shape or an offset below zero.")
+        dense = [math.prod(tensor.shape[at + 1 :]) for at in range(len(tensor.shape))]
+        if [step for step, size in zip(tensor.stride, tensor.shape, strict=True) if size > 1] != [
+            step for step, size in zip(dense, tensor.shape, strict=True) if size > 1
+        ]:
+            raise self._kind(f"The tensor {name!r} in {self.path} does not stand row by row, which is not supported.")
+        member = members.get(f"data/{tensor.storage.key}")
+        if member is None or member.compress_type != zipfile.ZIP_STORED:
+            raise self._kind(f"{self.path} does not hold the bytes of the tensor {name!r}.")
+        if tensor.offset * width + info.nbytes > member.file_size:
+            raise self._kind(f"The tensor {name!r} in {self.path} is larger than the memory that it points to.")
+        file.seek(member.header_offset)
+        header = file.read(_LOCAL_HEADER)
+        if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
+            raise self._kind(f"{self.path} is damaged where the tensor {name!r} begins.")
+        start = member.header_offset + _LOCAL_HEADER
+        start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return Entry(info, start + tensor.offset * width)
+
+    def read(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
+        return self._file.rows(self.entries[name], first, count)

@@ -1,0 +1,278 @@
+"""model.rkllm from a model's weights, by the vendor's toolkit: checked, staged, run, and put beside its report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.adapters.merged_model import MergedModel
+from rkconvert.adapters.reader import Adapter
+from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.shapes import parse_shape
+from rkconvert.model.sizes import file_bytes, parse_type
+from rkconvert.output.bundle_folder import REPORT, read_report, write_report
+from rkconvert.output.hf_folder import resumable
+from rkconvert.output.host_memory import read_memory
+from rkconvert.progress import Reporter
+from rkconvert.toolkit import Toolkit, ToolkitJob, ToolkitResult, checks, run_toolkit
+from rkconvert.toolkit.events import Event, Progress, Stage
+from rkconvert.toolkit.job import calls
+from rkconvert.toolkit.runner import PATIENCE
+from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
+from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.errors import AdapterError, CalibrationError
+from rkruntime.files import readable, sha256_file
+
+RKLLM_FILE: Final = "model.rkllm"
+LORA_FILE: Final = "model_lora.rkllm"
+LORA_MODES: Final = ("merge", "runtime")
+LORA_NOTE: Final = "the adapter {name} is not in the model: load {file} beside it (rkllm_load_lora)"
+_STAGED: Final = ".staged"
+_STAGED_LORA: Final = "lora"
+_DONE: Final = "toolkit"
+# Fields of ToolkitOptions whose options have the toolkit's name in front.
+_PREFIXED: Final = ("python", "device", "load_dtype", "patience")
+# What is complete once the report is written: the model's file, an adapter's beside it, and the log.
+_MADE: Final = (RKLLM_FILE, LORA_FILE, f"{REPORT}/{_DONE}.log")
+_TITLES: Final = {
+    "import": "starting the toolkit",
+    "load": "loading the model",
+    "build": "quantizing",
+    "export": "writing model.rkllm",
+}
+
+
+@dataclass(frozen=True)
+class ToolkitOptions:
+    """What a conversion with the toolkit can be asked for beyond type, SoC and context.
+
+    Attributes:
+        python: interpreter that has the toolkit; None looks for one.
+        calibration: the JSON file of `rkedge calibrate`.
+        patience: seconds without a sign of life after which the toolkit counts as hung.
+        others: as in `ToolkitJob`.
+    """
+
+    python: Path | None = None
+    calibration: Path | None = None
+    algorithm: str = "normal"
+    optimization_level: int = 1
+    hybrid_rate: float = 0.0
+    device: str = "cpu"
+    load_dtype: str = "float32"
+    qparams: Path | None = None
+    patience: float = PATIENCE
+
+    def given(self) -> list[str]:
+        """The command's options of those that are not the default."""
+        names = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        return [f"--{'toolkit-' * (name in _PREFIXED)}{name.replace('_', '-')}" for name in names]
+
+
+@dataclass(frozen=True)
+class BoardModel:
+    """What a board file is made of.
+
+    Attributes:
+        model: the weights; without adapters where one is converted to a file of its own.
+        lora: that adapter.
+        tokens: ids of the tokenizer's tokens by text.
+    """
+
+    model: MergedModel
+    lora: Adapter | None
+    template: ChatTemplate
+    tokens: Mapping[str, int]
+    platform: str
+    dtype: str
+    max_context: int
+    npu_cores: int
+    toolkit: Toolkit
+    options: ToolkitOptions = field(default_factory=ToolkitOptions)
+
+    @property
+    def file_bytes(self) -> int:
+        """Predicted size of the file."""
+        return int(file_bytes(parse_shape(self.model.hf_config()), parse_type(self.dtype)))
+
+    @property
+    def needed_bytes(self) -> int:
+        """Room that the work takes: the file, and the merged weights that the toolkit reads."""
+        return self.file_bytes + (0 if is_linked(self.model) else self.model.nbytes)
+
+    def job(self, model: Path, output: Path) -> ToolkitJob:
+        """The conversion in the toolkit's words."""
+        options = self.options
+        return ToolkitJob(
+            model=model,
+            output=output,
+            platform=self.platform,
+            dtype=self.dtype,
+            npu_cores=self.npu_cores,
+            max_context=self.max_context,
+            algorithm=options.algorithm,
+            optimization_level=options.optimization_level,
+            hybrid_rate=options.hybrid_rate,
+            dataset=options.calibration,
+            lora=model / _STAGED_LORA if self.lora else None,
+            device=options.device,
+            load_dtype=options.load_dtype,
+            qparams=options.qparams,
+            parameters=self.model.weights.config.parameters,
+        )
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file in a bundle's folder: its name, and notes for the manifest."""
+
+    name: str
+    notes: tuple[str, ...]
+
+
+def check_board_model(board: BoardModel) -> tuple[str, ...]:
+    """Every check that needs no work; what a person should know.
+
+    Raises:
+        RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
+        CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
+    """
+    options, anywhere = board.options, Path()
+    if board.lora:
+        _check_lora(board.lora)
+    steps = calls(board.job(anywhere, anywhere), board.toolkit.release, anywhere)
+    if options.qparams and not options.qparams.is_file():
+        raise CalibrationError(
+            f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
+        )
+    if options.calibration:
+        count = TokenCounter(board.model.tokenizer_folder / TOKENIZER)
+        validate_dataset(options.calibration, board.template, count, board.max_context)
+    case = checks.Case(
+        folder=board.model.checkpoint.path,
+        shape=parse_shape(board.model.hf_config()),
+        dtype=board.dtype,
+        load_dtype=options.load_dtype,
+        memory=read_memory(),
+        tokens=board.tokens,
+        bos_token_id=board.model.weights.config.bos_token_id,
+        calibrated=options.calibration is not None,
+    )
+    return (*checks.require(case), *steps.notes)
+
+
+def _check_lora(lora: Adapter) -> None:
+    """The toolkit reads the folder itself, so it may hold no pickles, and only what a LoRA file of RKLLM can say."""
+    pickles = [file.name for file in lora.weight_files if file.suffix != ".safetensors"]
+    if pickles:
+        raise AdapterError(
+            f"The adapter's weights are in {pickles[0]}; with --lora-mode runtime the toolkit would unpickle them.",
+            hint="Save the adapter as safetensors, or merge it: --lora-mode merge.",
+        )
+
+
+def resumable_files(board: BoardModel) -> list[str]:
+    """What `write_board_file` takes up where a run was killed; it compares each with a checksum."""
+    staged = [] if is_linked(board.model) else [f"{_STAGED}/{name}" for name in resumable(board.model.weights)]
+    return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
+
+
+def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> ModelFile:
+    """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
+
+    Raises:
+        ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
+    """
+    report = _finished(folder)
+    if not report:
+        staged = folder / _STAGED
+        staged.mkdir(exist_ok=True)
+        with reporter.bar("writing the merged model", board.model.nbytes) as advance:
+            stage(board.model, board.template, board.toolkit.release, staged, advance)
+        if board.lora:
+            stage_adapter(board.lora, staged / _STAGED_LORA)
+        with reporter.steps() as show:
+            job = board.job(staged, folder / RKLLM_FILE)
+            result = run_toolkit(job, board.toolkit, _teller(reporter, show), patience=board.options.patience)
+        shutil.rmtree(staged)
+        report = _report(result, board, folder)
+        write_report(folder, _DONE, report)
+    for text in report["warnings"]:
+        reporter.note(f"toolkit: {text}")
+    return ModelFile(RKLLM_FILE, tuple(report["notes"]))
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The report of an earlier run that got as far as this; empty if none did.
+
+    `folder` holds work of this very conversion (see `resume_key`), which says nothing of a disk that lost a part, and
+    of files that came from elsewhere.
+    """
+    report = read_report(folder, _DONE)
+    if report and _sums(folder) == report.get("sha256"):
+        return report
+    for name in _MADE:
+        (folder / name).unlink(missing_ok=True)
+    return {}
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of those of the files that the toolkit made which are there."""
+    return {name: sha256_file(folder / name) for name in _MADE if (folder / name).is_file()}
+
+
+def _teller(reporter: Reporter, show: Callable[[str, int, int], None]) -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        if isinstance(event, Stage):
+            reporter.note(f"toolkit: {_TITLES[event.stage]}")
+        elif isinstance(event, Progress):
+            show(event.title, event.done, event.total)
+
+    return tell
+
+
+def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str, Any]:
+    """What was done, without the paths of this machine; the log beside it."""
+    (folder / REPORT).mkdir(exist_ok=True)
+    log = result.log.read_bytes()
+    for path in (str(folder.resolve()), str(folder), str(Path.home())):
+        log = log.replace(os.fsencode(path), b"...")
+    (folder / REPORT / f"{_DONE}.log").write_bytes(log)
+    result.log.unlink()
+    calibration = board.options.calibration
+    return {
+        "toolkit": {
+            "version": result.toolkit.version,
+            "python": result.toolkit.python_version,
+            "packages": dict(result.toolkit.parts),
+        },
+        "calls": [_public(call) for call in result.calls],
+        "calibration": {"sha256": sha256_file(calibration)} if calibration else None,
+        "file": result.file.as_dict(),
+        "sha256": _sums(folder),
+        "lora": result.lora.name if result.lora else None,
+        "seconds": dict(result.seconds),
+        "peak_memory_bytes": result.peak_memory,
+        "notes": [*result.notes, *_lora_notes(result, board)],
+        "warnings": list(result.warnings),
+    }
+
+
+def _lora_notes(result: ToolkitResult, board: BoardModel) -> list[str]:
+    if board.lora is None or result.lora is None:
+        return []
+    return [LORA_NOTE.format(name=board.lora.name, file=result.lora.name)]
+
+
+def _public(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with names in the place of paths: where files were is the user's own business."""
+    arguments = {
+        name: readable(Path(value).name) if isinstance(value, str) and value.startswith("/") else value
+        for name, value in call["arguments"].items()
+    }
+    return {**call, "arguments": arguments}

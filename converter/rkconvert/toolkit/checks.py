@@ -1,0 +1,246 @@
+"""What is known to end badly in the vendor's toolkit, asked before minutes are spent: one row a rule.
+
+Types by SoC, release and size stand in dtype_rules.yaml, what a release takes in toolkit/versions.yaml, contexts in
+context.py, wheels and Pythons in toolkit/wheel.py. Here is what depends on the model's shapes, its files and this host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rkconvert.model.shapes import ModelShape
+from rkconvert.model.sizes import file_bytes, parse_type
+from rkconvert.output.host_memory import Memory
+from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.shards import is_lfs_pointer
+from rkconvert.toolkit.job import LOADED_BYTES
+from rkruntime.errors import CheckpointError, HostError, RefusedError, RKEdgeError
+from rkruntime.text.template import BOS, END_OF_TURN, START_OF_TURN
+
+LEAST_WIDTH: Final = 96
+_GROUP: Final = re.compile(r"_g(\d+)$")
+_GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion that is about to begin.
+
+    Attributes:
+        folder: the checkpoint's files.
+        tokens: ids of the tokenizer's tokens by text.
+        bos_token_id: of config.json.
+        calibrated: calibration data is given.
+    """
+
+    folder: Place
+    shape: ModelShape
+    dtype: str
+    load_dtype: str
+    memory: Memory
+    tokens: Mapping[str, int]
+    bos_token_id: int
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row.
+
+    Attributes:
+        found: the numbers for the sentence if the rule is broken, else None.
+        kind: the error that it is; None for a warning.
+        sentence, hint: with the numbers' names in braces.
+        source: where this is known from.
+    """
+
+    name: str
+    found: Callable[[Case], Mapping[str, Any] | None]
+    kind: type[RKEdgeError] | None
+    sentence: str
+    hint: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that is broken, in words."""
+
+    rule: Rule
+    message: str
+    hint: str
+
+    def error(self) -> RKEdgeError:
+        """The error of a finding that is none to go on with."""
+        kind = self.rule.kind or RefusedError
+        details = {"rule": self.rule.name, "source": self.rule.source}
+        return kind(f"{self.message} ({self.rule.source}).", hint=self.hint, details=details)
+
+
+def _narrow(case: Case) -> Mapping[str, Any] | None:
+    # Keys and values together are what a layer keeps for a token.
+    width = case.shape.kv_width // 2
+    return {"width": width, "least": LEAST_WIDTH} if case.dtype != "fp16" and width < LEAST_WIDTH else None
+
+
+def _indivisible(case: Case) -> Mapping[str, Any] | None:
+    group = _GROUP.search(case.dtype)
+    if not group:
+        return None
+    for matrix in (*case.shape.layer, case.shape.head):
+        if matrix.rows % int(group[1]):
+            kind = case.dtype[: group.start()]
+            fitting = [f"{kind}_g{size}" for size in _GROUPS.get(kind, ()) if _divides(case.shape, size)]
+            smaller = fitting[0] if fitting else "none"
+            return {"dtype": case.dtype, "matrix": matrix.name, "rows": matrix.rows, "group": group[1], "fits": smaller}
+    return None
+
+
+def _divides(shape: ModelShape, size: int) -> bool:
+    return all(matrix.rows % size == 0 for matrix in (*shape.layer, shape.head))
+
+
+def _loaded(case: Case) -> int:
+    return case.shape.parameters * LOADED_BYTES[case.load_dtype]
+
+
+def _too_large(case: Case) -> Mapping[str, Any] | None:
+    need = _loaded(case)
+    return _memory_numbers(case, need) if need > case.memory.total else None
+
+
+def _tight(case: Case) -> Mapping[str, Any] | None:
+    need = _loaded(case) + file_bytes(case.shape, parse_type(case.dtype))
+    tight = need > case.memory.ram and _loaded(case) <= case.memory.total
+    return _memory_numbers(case, need) if tight else None
+
+
+def _memory_numbers(case: Case, need: float) -> Mapping[str, Any]:
+    lack = max(0.0, need - case.memory.total)
+    return {"need": f"{need / 1e9:.1f}", "load_dtype": case.load_dtype, "has": case.memory, "lack": f"{lack / 1e9:.0f}"}
+
+
+def _uncalibrated(case: Case) -> Mapping[str, Any] | None:
+    return {"dtype": case.dtype} if case.dtype.startswith("w8a8") and not case.calibrated else None
+
+
+def _no_turns(case: Case) -> Mapping[str, Any] | None:
+    missing = [text for text in (BOS, START_OF_TURN, END_OF_TURN) if text not in case.tokens]
+    return {"missing": ", ".join(missing)} if missing else None
+
+
+def _two_bos(case: Case) -> Mapping[str, Any] | None:
+    path = case.folder / "tokenizer_config.json"
+    try:
+        token = json.loads(path.read_bytes()).get("bos_token")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    token = token.get("content") if isinstance(token, dict) else token
+    index = case.tokens.get(str(token))
+    if token is None or index == case.bos_token_id:
+        return None
+    return {"token": token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
+
+
+def _head(path: Place) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def _pointers(case: Case) -> Mapping[str, Any] | None:
+    found = sorted(path.name for path in case.folder.iterdir() if path.is_file() and is_lfs_pointer(_head(path)))
+    return {"names": ", ".join(found), "many": "are" if len(found) > 1 else "is"} if found else None
+
+
+RULES: Final = (
+    Rule(
+        "lfs-pointer",
+        _pointers,
+        CheckpointError,
+        "{names} {many} Git LFS pointers of a few hundred bytes, not the files themselves",
+        "Run `git lfs install && git lfs pull` in that folder, or download the model with `hf download`.",
+        "convert-checkpoint-unusable: airockchip/rknn-llm issue 75",
+    ),
+    Rule(
+        "no-turns",
+        _no_turns,
+        CheckpointError,
+        "The tokenizer has no token {missing}, without which no Gemma prompt can be written",
+        "Take tokenizer.json from the model that this one was made from.",
+        "Gemma 2's chat template",
+    ),
+    Rule(
+        "narrow",
+        _narrow,
+        RefusedError,
+        "The keys of this model are {width} numbers wide, and a quantized type needs {least} or more",
+        "Use --dtype fp16, or --target emulator, which takes any width.",
+        "a public note on 1.3.0: export_rkllm says 'dimension ... must be greater than or equal to 96'",
+    ),
+    Rule(
+        "group",
+        _indivisible,
+        RefusedError,
+        "{dtype} needs matrices whose outputs are a multiple of {group}, and {matrix} has {rows}",
+        "Use w8a8; the largest group that divides every matrix of this model gives {fits}.",
+        "manuals 1.1.4 p.15 to 1.3.0 p.16",
+    ),
+    Rule(
+        "memory",
+        _too_large,
+        HostError,
+        "The toolkit holds the whole model: {need} GB as {load_dtype} alone, and this machine has {has}",
+        "Add {lack} GB of swap and some more, or load in 16 bits: --toolkit-load-dtype bfloat16.",
+        "airockchip/rknn-llm issues 21, 112, 163: 'Killed'",
+    ),
+    Rule(
+        "memory-tight",
+        _tight,
+        None,
+        "The toolkit needs about {need} GB for the model as {load_dtype} and the new file, and this machine has {has}:"
+        " it will be slow, and may be ended by the kernel",
+        "Close other programs, add swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
+        "predicted: 4 bytes for each weight as float32, and the file",
+    ),
+    Rule(
+        "uncalibrated",
+        _uncalibrated,
+        None,
+        "{dtype} without calibration data: the toolkit quantizes without having seen what the model is asked, and"
+        " answers may suffer",
+        "Make it with `rkedge calibrate` and give it with --calibration FILE.",
+        "output-quality-quantisation: airockchip/rknn-llm issues 339, 424",
+    ),
+    Rule(
+        "two-bos",
+        _two_bos,
+        None,
+        "config.json begins texts with the token {bos}, tokenizer_config.json with {token!r} ({index}): the toolkit"
+        " warns of two ids and takes one",
+        "Make the two files agree.",
+        "airockchip/rknn-llm issue 163",
+    ),
+)  # fmt: skip
+
+
+def run(case: Case, rules: Sequence[Rule] = RULES) -> list[Finding]:
+    """Every rule that is broken, in the order of the table."""
+    findings = []
+    for rule in rules:
+        numbers = rule.found(case)
+        if numbers is not None:
+            findings.append(Finding(rule, rule.sentence.format(**numbers), rule.hint.format(**numbers)))
+    return findings
+
+
+def require(case: Case) -> list[str]:
+    """Warnings, as notes; raises the error of the first rule that ends the matter."""
+    findings = run(case)
+    for finding in findings:
+        if finding.rule.kind is not None:
+            raise finding.error()
+    return [f"{finding.message}. {finding.hint}" for finding in findings]

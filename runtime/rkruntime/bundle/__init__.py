@@ -1,0 +1,1 @@
+"""A bundle's manifest and its model files."""

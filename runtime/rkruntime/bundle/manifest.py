@@ -1,0 +1,291 @@
+"""A bundle: one folder that holds all a board needs, with a manifest, `rkedge.yaml`."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final
+
+import yaml
+
+from rkruntime.checks.preflight import Model
+from rkruntime.errors import BundleError
+from rkruntime.files import read_regular, sha256_file
+from rkruntime.schema import Between, Length, build
+from rkruntime.words import counted
+from rkruntime.yamltext import MAX_FILE, load_yaml
+
+SCHEMA: Final = "rkedge-bundle/1"
+MANIFEST: Final = "rkedge.yaml"
+TOKENIZER: Final = "tokenizer.json"
+TEMPLATE: Final = "chat_template.jinja"
+GENERATION_CONFIG: Final = "generation_config.json"
+# Bytes. Gemma's tokenizer.json has 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
+MAX_TOKENIZER: Final = 128 << 20
+MAX_TEMPLATE: Final = 1 << 20
+_MAX_SETTINGS: Final = 1 << 20
+
+
+# What converters write is far shorter. Names stand in each message and in each event of a stream; a path of 4,096 bytes
+# has 16,384 characters if none of its bytes is UTF-8.
+_Name = Annotated[str, Length(1024)]
+_Text = Annotated[str, Length(1 << 14)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights came from: `revision` is a commit of the hub, `sha256` the hash over its weight files' hashes."""
+
+    name: _Text
+    revision: _Name = ""
+    sha256: _Name = ""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hex) of a file of the bundle."""
+
+    size: Annotated[int, Between(0, 1 << 48)]
+    sha256: _Name
+
+
+_TokenId = Annotated[int, Between(0, (1 << 31) - 1)]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `rkedge.yaml` says.
+
+    Attributes:
+        name: the folder's name when it was made.
+        family: `gemma2` or `gemma`.
+        size: `2B`, `9B`, `27B`, or the parameter count for others.
+        target: `emulator` or `toolkit`.
+        platform: SoC in lower case, `rk3588`.
+        dtype: quantized type, `w8a8`.
+        max_context: the limit built into the model file, in tokens.
+        toolkit_version: release of rkllm-toolkit that made it, or whose behaviour the emulator file follows.
+        model_file: name of the model file in the folder.
+        stop_token_ids: each of these ends an answer.
+        system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
+        special_tokens: what the chat template may name, such as `eos_token`, where it is not Gemma's.
+        files: every file but the manifest, by its path in the folder.
+        options: the conversion's exact options, for a person and for a repeat.
+    """
+
+    name: _Name
+    family: _Name
+    size: _Name
+    parameters: Annotated[int, Between(0, 1 << 48)]
+    source: Source
+    target: _Name
+    platform: _Name
+    dtype: _Name
+    npu_cores: Annotated[int, Between(1, 16)]
+    max_context: Annotated[int, Between(1, 1 << 20)]
+    toolkit_version: _Name
+    model_file: _Name
+    bos_token_id: _TokenId
+    stop_token_ids: tuple[_TokenId, ...]
+    files: dict[str, FileRecord]
+    adapters: tuple[Source, ...] = ()
+    system_role: _Name = "fold"
+    special_tokens: dict[str, _Name] = field(default_factory=dict)
+    created_by: _Name = ""
+    licence: _Text = ""
+    notes: tuple[_Text, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    schema: _Name = SCHEMA
+
+    def to_yaml(self) -> str:
+        """The manifest's text, in the order of the fields."""
+        plain = json.loads(json.dumps(asdict(self)))
+        return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Manifest:
+        """Parse and check a manifest. Raises BundleError with the key that is wrong."""
+        try:
+            data = load_yaml(text)
+        except yaml.YAMLError as error:
+            raise BundleError(f"{MANIFEST} is not YAML: {str(error)[:500]}") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise BundleError(f"{MANIFEST} has the schema {str(found)[:80]!r}; this release reads {SCHEMA!r}.")
+        manifest = build(cls, data, lambda what: BundleError(f"{MANIFEST}: {what}."))
+        for name, record in manifest.files.items():
+            _check_name(name)
+            if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+                raise BundleError(f"{MANIFEST}: the SHA-256 of {name[:80]} is {record.sha256[:80]!r}, which is none.")
+        if manifest.model_file not in manifest.files:
+            raise BundleError(f"{MANIFEST}: model_file {manifest.model_file[:80]!r} is not one of its files.")
+        return manifest
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+        raise BundleError(f"{MANIFEST} names a file outside the bundle: {name[:80]!r}.")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The model file."""
+        return self.path / self.manifest.model_file
+
+    @property
+    def tokenizer(self) -> Path:
+        """tokenizer.json."""
+        return self.path / TOKENIZER
+
+    @property
+    def template(self) -> Path:
+        """chat_template.jinja."""
+        return self.path / TEMPLATE
+
+    @property
+    def known(self) -> Model:
+        """What is known of the model before it is loaded, for preflight."""
+        made = self.manifest
+        record = made.files[made.model_file]
+        return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
+
+    def read_tokenizer(self) -> bytes:
+        """tokenizer.json. Raises BundleError as `verify` does."""
+        return self._read(TOKENIZER, MAX_TOKENIZER)
+
+    def read_template(self) -> str | None:
+        """chat_template.jinja, None if the bundle has none. Raises BundleError as `verify` does."""
+        if TEMPLATE not in self.manifest.files:
+            return None
+        try:
+            return self._read(TEMPLATE, MAX_TEMPLATE).decode()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{self.template} is not UTF-8: {error}.") from error
+
+    def read_generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json, empty if the bundle has none. Raises BundleError as `verify` does."""
+        if GENERATION_CONFIG not in self.manifest.files:
+            return {}
+        try:
+            config = json.loads(self._read(GENERATION_CONFIG, _MAX_SETTINGS))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{self.path / GENERATION_CONFIG} is not JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise BundleError(f"{self.path / GENERATION_CONFIG} is not a JSON object.")
+        return config
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """The very bytes that the manifest's hash is of: read once, then compared."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{MANIFEST} does not list {name}.")
+        record, path = self.manifest.files[name], self._place(name)
+        if record.size > limit:
+            raise BundleError(f"{path} has over {limit >> 20} MiB by the manifest; such files have far fewer.")
+        try:
+            data = read_regular(path, record.size)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise _changed(path) from error
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+            raise _changed(path)
+        return data
+
+    def _place(self, name: str) -> Path:
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
+            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
+        return path
+
+    def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
+        """Compare files with the manifest: size always, SHA-256 once per state of a file.
+
+        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, both times of
+        change and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
+
+        Raises:
+            BundleError: a file is missing, cut or changed.
+        """
+        for name in self.manifest.files if names is None else names:
+            self._verify_file(name, trust_stamps)
+
+    def _verify_file(self, name: str, trust_stamps: bool) -> None:
+        record, path = self.manifest.files[name], self._place(name)
+        state = path.stat()
+        if state.st_size != record.size:
+            raise BundleError(
+                f"{path} has {counted(state.st_size, 'byte')}; the manifest says {record.size:,}."
+                " The copy is cut or changed."
+            )
+        stamp = _Stamp(path, state, record.sha256)
+        if trust_stamps and stamp.known():
+            return
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if found != record.sha256:
+            raise _changed(path)
+        stamp.remember()
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(f"{path} does not have the size and SHA-256 of the manifest: it was changed or damaged.")
+
+
+class _Stamp:
+    """A note in the cache folder that a file in this very state had this hash."""
+
+    def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
+        # The time of change is the kernel's own: what has write access to a file can put back the others.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_dev, state.st_ino, sha256])
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._file = cache / "rkedge" / "verified" / f"{sha256[:32]}-{state.st_ino}"
+
+    def known(self) -> bool:
+        try:
+            return self._file.read_text() == self._text
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def remember(self) -> None:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(self._text)
+        except OSError:
+            # A read-only home costs time at the next load, nothing else.
+            pass
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read a bundle's manifest; `Bundle.verify` compares the files.
+
+    Raises:
+        BundleError: no bundle, or its manifest is wrong.
+    """
+    manifest = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a folder.", hint="Name the folder that `rkedge convert` wrote.")
+    if not manifest.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
+    try:
+        return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))
+    except OSError as error:
+        raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{manifest} is not UTF-8: {error}.") from error

@@ -1,0 +1,1 @@
+"""Chats in a terminal, here and on a board."""

@@ -1,0 +1,152 @@
+"""A chat with a model on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.chat.repl import Note, Turn, rate
+from rkruntime.engine.generation import Request
+from rkruntime.errors import ContextFullError, WorkerError
+from rkruntime.text.answer import Answer, AnswerReader
+from rkruntime.text.conversation import Conversation
+from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.words import counted, dropped_turns
+
+if TYPE_CHECKING:
+    from rkruntime.engine.engine import Engine
+
+
+class LocalChat:
+    """See `rkruntime.chat.repl.Chat`.
+
+    Args:
+        bundle: whose tokenizer, template and stop tokens are used.
+        load: starts the worker and loads the model; called again after the worker is gone.
+        max_new_tokens: per answer, -1 for as many as the context holds.
+        drop_oldest: forget the oldest turns when the context is full.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        load: Callable[[], Engine],
+        *,
+        system: str = "",
+        max_new_tokens: int = -1,
+        drop_oldest: bool = False,
+    ) -> None:
+        self._load = load
+        self._prompts = PromptProcess(bundle)
+        self._conversation = Conversation(self._prompts, system)
+        self._stop_tokens = frozenset(bundle.manifest.stop_token_ids)
+        self._max_new_tokens = max_new_tokens
+        self._drop_oldest = drop_oldest
+        try:
+            self._engine: Engine | None = load()
+        except BaseException:  # Their process ends with it, after Ctrl-C too.
+            self._prompts.close()
+            raise
+        self._answered = self._generated = 0
+        self.last: Turn | None = None
+        info = self._engine.info
+        self.emulated = info.emulated
+        kind = f"emulated runtime {info.release}" if info.emulated else f"runtime {info.release}"
+        self.title = f"{bundle.manifest.name}: {kind}, context of {info.max_context:,} tokens"
+
+    @property
+    def system(self) -> str:
+        """See `Chat`."""
+        return self._conversation.system
+
+    def set_system(self, text: str) -> None:
+        """See `Chat`."""
+        self._conversation.system = text
+
+    def ask(self, text: str) -> Generator[str | Note, None, None]:
+        """See `Chat`.
+
+        Raises:
+            ContextFullError, RunError, WorkerError: the conversation stays as it was.
+        """
+        engine = self._running_engine()
+        tokens, dropped = self._conversation.prompt(text, engine.info.max_context, drop=self._drop_oldest)
+        if dropped:
+            yield Note(f"The context was full: {dropped_turns(dropped)}.")
+        reader = AnswerReader(self._prompts.vocabulary, len(tokens))
+        start = time.monotonic()
+        first = 0.0
+        failed = False
+        try:
+            with closing(engine.generate(self._request(tokens))) as events:
+                for event in events:
+                    first = first or time.monotonic() - start
+                    if piece := reader.feed(event):
+                        yield piece
+        except WorkerError:
+            failed, self._engine = True, None
+            raise
+        except Exception:  # Whatever it was, the turn is not kept; Ctrl-C keeps what there is.
+            failed = True
+            raise
+        finally:
+            if not failed:
+                self._keep(text, reader.answer(), first, time.monotonic() - start)
+
+    def _request(self, tokens: list[int]) -> Request:
+        return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
+
+    def _running_engine(self) -> Engine:
+        if self._engine is None or not self._engine.alive:
+            self._engine = self._load()
+        return self._engine
+
+    def _keep(self, text: str, answer: Answer, first_s: float, total_s: float) -> None:
+        self.last = Turn(len(answer.tokens), answer.reason, first_s, rate(answer, first_s, total_s))
+        self._answered += 1
+        self._generated += self.last.tokens
+        if answer.tokens:
+            self._conversation.add(text, answer)
+
+    def stop(self) -> None:
+        """See `Chat`."""
+        if self._engine is not None:
+            self._engine.abort()
+
+    def clear(self) -> None:
+        """See `Chat`."""
+        self._conversation.clear()
+
+    def save(self, path: Path) -> None:
+        """See `Chat`."""
+        self._conversation.save(path)
+
+    def load(self, path: Path) -> None:
+        """See `Chat`."""
+        self._conversation.load(path)
+
+    def stats(self) -> Mapping[str, str]:
+        """See `Chat`."""
+        return {
+            "model": self.title,
+            "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
+            "context": f"{self._used()} tokens used, {counted(len(self._conversation.messages) // 2, 'turn')}",
+            "last answer": self.last.summary(self.emulated) if self.last else "(none)",
+        }
+
+    def _used(self) -> str:
+        limit = self._running_engine().info.max_context
+        try:
+            return f"{len(self._conversation.prompt('', limit)[0]):,} of {limit:,}"
+        except ContextFullError:
+            return f"all of {limit:,}"
+
+    def close(self) -> None:
+        """End the worker, and the process that makes prompts."""
+        self._prompts.close()
+        if self._engine is not None:
+            self._engine.close()

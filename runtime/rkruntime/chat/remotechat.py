@@ -1,0 +1,402 @@
+"""A chat with a model on a board, through the person's own ssh.
+
+A connection that breaks is made again, and the answer goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Final
+
+from rkruntime.chat.attach import MAX_LINE
+from rkruntime.chat.repl import Note, Turn
+from rkruntime.engine.generation import FinishReason
+from rkruntime.errors import BusyError, InputError, NoSuchSessionError, ServiceError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
+from rkruntime.text.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
+from rkruntime.words import counted
+
+SSH_VARIABLE: Final = "RKEDGE_SSH"
+# A dead connection shows after 15 seconds, not after TCP's quarter of an hour.
+_SSH: Final = ("ssh", "-T", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+_MOST_LINES: Final = 1_000_000
+_MOST_NOTES: Final = 200
+_LONGEST_NOTE: Final = 4096
+_RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
+
+
+class _BrokenError(Exception):
+    """The connection is gone."""
+
+
+class _Link:
+    """One ssh and the lines that go through it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        # ssh keeps a SIGINT that is ignored when it starts ignored: Ctrl-C is for the answer, not for the connection.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except OSError as error:
+            raise ServiceError(
+                f"{command[0]} cannot be started: {error.strerror or error}.", hint="Install OpenSSH's client."
+            ) from error
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self._notes = threading.Thread(target=self._pass_on, daemon=True)
+        self._notes.start()
+        self._writing = threading.Lock()
+
+    @property
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin, self._process.stdout
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        with self._writing:
+            try:
+                self._pipes[0].write(json.dumps(message).encode() + b"\n")
+                self._pipes[0].flush()
+            except (OSError, ValueError) as error:
+                raise _BrokenError from error
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events up to an `end`.
+
+        Raises:
+            _BrokenError: it does not come.
+            ServiceError: the board says nonsense. The connection is ended: the rest of it belongs to nothing.
+        """
+        for _ in range(_MOST_LINES):
+            try:
+                event = _event(self._line())
+            except ServiceError:
+                self.close()
+                raise
+            if event is not None:
+                yield event
+                if event["type"] == "end":
+                    return
+        self.close()
+        raise _nonsense("lines without end")
+
+    def _line(self) -> bytes:
+        try:
+            line = self._pipes[1].readline(MAX_LINE)
+        except ValueError:  # closed before
+            line = b""
+        if not line:
+            raise _BrokenError
+        return line
+
+    def _pass_on(self) -> None:
+        """What ssh says on standard error, or a board through it. Its questions go to the terminal itself."""
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            for number, line in enumerate(iter(partial(stream.readline, _LONGEST_NOTE), b"")):
+                if number < _MOST_NOTES:
+                    say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
+
+    def close(self) -> int:
+        """End ssh; its exit code."""
+        for pipe in self._pipes:
+            with suppress(OSError):
+                pipe.close()
+        try:
+            return self._process.wait(3)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+        finally:
+            # A child of ssh, such as the master of shared connections, may keep the pipe open.
+            self._notes.join(1)
+
+
+class RemoteChat:
+    """See `rkruntime.chat.repl.Chat`.
+
+    Args:
+        destination: as ssh takes it: `user@board`, or `ssh://user@board:port`.
+        remote: the command on the board.
+        session: the conversation's name; one of its own, deleted at the end, if there is none.
+        options: fields of a question, such as max_tokens.
+    """
+
+    def __init__(
+        self, destination: str, *, remote: str, session: str | None, system: str, options: Mapping[str, Any]
+    ) -> None:
+        ssh = shlex.split(os.environ.get(SSH_VARIABLE, "")) or list(_SSH)
+        self._command = [*ssh, "--", destination, *shlex.split(remote)]
+        self._destination = destination
+        self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
+        self._temporary = session is None
+        self._options = dict(options)
+        self._stopping = threading.Event()
+        self._link: _Link | None = None
+        self._answered = self._generated = 0
+        self.last: Turn | None = None
+        status = self._first_contact()
+        self.emulated = bool(status.get("emulated"))
+        kind = f"emulated runtime {status.get('release')}" if self.emulated else f"runtime {status.get('release')}"
+        self.title = one_line(f"{status.get('model')} on {destination}: {kind}")
+        self._system = str(self._read().get("system", ""))
+        if system:
+            self.set_system(system)
+
+    def _first_contact(self) -> dict[str, Any]:
+        self._link = _Link(self._command)
+        try:
+            return self._call("hello")
+        except _BrokenError:
+            code = self._link.close()
+            raise ServiceError(
+                f"{shlex.join(self._command)} ended with exit code {code} before a daemon answered.",
+                hint=f"Try it by hand: ssh {self._destination} true. rkedge must be installed on the board, and its "
+                "daemon running.",
+            ) from None
+
+    def _call(self, operation: str, body: Any = None) -> dict[str, Any]:
+        """One operation and its result.
+
+        Raises:
+            ServiceError: the daemon refuses.
+            _BrokenError: the connection is gone.
+        """
+        assert self._link is not None
+        self._link.send({"op": operation, "session": self._session, "body": body})
+        for event in self._link.events():
+            end = event
+        return _result(end)
+
+    def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
+        """`_call` that survives a broken connection; for operations that may be carried out twice."""
+        while True:
+            try:
+                return self._call(operation, body)
+            except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
+                self._reconnect()
+
+    def _reconnect(self) -> None:
+        """Make the connection again. Raises ServiceError if that does not succeed in two minutes."""
+        for wait in _RETRY_S:
+            if self._link is not None:
+                self._link.close()
+            if self._stopping.wait(wait):
+                break
+            self._link = _Link(self._command)
+            with suppress(_BrokenError):
+                self._call("hello")
+                return
+        raise ServiceError(
+            f"The connection to {self._destination} is gone.", hint="The conversation is kept on the board; try again."
+        )
+
+    def _read(self) -> dict[str, Any]:
+        """The conversation as it is saved."""
+        try:
+            data = self._steady("read")
+        except NoSuchSessionError:
+            return {"schema": SCHEMA, "system": "", "messages": []}
+        try:
+            check_conversation(data)
+        except InputError:
+            raise _nonsense("something that is not a conversation") from None
+        return data
+
+    @property
+    def system(self) -> str:
+        """See `Chat`."""
+        return self._system
+
+    def set_system(self, text: str) -> None:
+        """See `Chat`."""
+        self._steady("change", {"system": text})
+        self._system = text
+
+    def ask(self, text: str) -> Generator[str | Note, None, None]:
+        """See `Chat`.
+
+        Raises:
+            ServiceError: the daemon refuses, or cannot be reached any more.
+        """
+        self._stopping.clear()
+        number = uuid.uuid4().hex
+        question = {"op": "ask", "session": self._session, "body": {**self._options, "content": text, "id": number}}
+        message, received = question, 0
+        start, first = time.monotonic(), 0.0
+        while True:
+            try:
+                for event in self._exchange(message):
+                    if event["type"] == "text":
+                        first = first or time.monotonic() - start
+                        received += len(event["text"])
+                        yield event["text"]
+                    elif event["type"] == "begin":
+                        yield from (Note(one_line(note)) for note in event["notes"])
+                    elif event["type"] == "done":
+                        self._keep(event, first)
+                return
+            except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
+                if self._stopping.is_set():
+                    return
+                yield Note("\nThe connection broke; making it again ...")
+                self._reconnect()
+                resume = {"id": number, "received": received}
+                message = {"op": "resume", "session": self._session, "body": resume}
+            except NoSuchSessionError:
+                # The question itself was lost with the connection.
+                if message is question or received:
+                    raise
+                message = question
+
+    def _exchange(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        assert self._link is not None
+        self._link.send(message)
+        for event in self._link.events():
+            if event["type"] == "error":
+                failure = _error(0, event)
+                # The `end` that follows belongs to this answer.
+                for _ in self._link.events():
+                    pass
+                raise failure
+            if event["type"] == "end":
+                if event["status"] != 499:
+                    _result(event)
+                elif self.last is None or self._stopping.is_set():
+                    self.last = Turn(0, FinishReason.ABORT, 0.0, 0.0)
+                return
+            yield event
+
+    def _keep(self, event: Mapping[str, Any], first: float) -> None:
+        self._answered += 1
+        self._generated += event["tokens"]
+        self.last = Turn(event["tokens"], FinishReason(event["reason"]), first, event["tokens_per_s"])
+
+    def stop(self) -> None:
+        """See `Chat`."""
+        self._stopping.set()
+        if self._link is not None:
+            with suppress(_BrokenError):
+                self._link.send({"op": "stop"})
+
+    def clear(self) -> None:
+        """See `Chat`."""
+        self._steady("change", {"clear": True})
+
+    def save(self, path: Path) -> None:
+        """See `Chat`."""
+        write_conversation(path, self._read())
+
+    def load(self, path: Path) -> None:
+        """See `Chat`."""
+        data = read_conversation(path)
+        self._steady("change", {"conversation": data})
+        self._system = str(data.get("system", ""))
+
+    def stats(self) -> Mapping[str, str]:
+        """See `Chat`."""
+        status = self._steady("hello")
+        queue, temperatures = (_mapping(status.get(name)) for name in ("queue", "temperatures"))
+        degrees = [value for value in temperatures.values() if _is_number(value)]
+        hottest = f"{max(degrees):.0f} °C" if degrees else "N/A"
+        return {
+            "model": self.title,
+            "session": self._session,
+            "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
+            "last answer": self.last.summary(self.emulated) if self.last else "(none)",
+            "board": one_line(f"{status.get('state')}, {queue.get('waiting', 0)} waiting, hottest zone {hottest}"),
+        }
+
+    def close(self) -> None:
+        """Leave; a conversation without a name is deleted."""
+        if self._link is None:
+            return
+        if self._temporary:
+            with suppress(_BrokenError, ServiceError):
+                self._call("delete")
+        self._link.close()
+
+
+def _nonsense(what: str) -> ServiceError:
+    hint = "Compare `rkedge --version` here and there; something else may answer in its place."
+    return ServiceError(f"The board says {what}.", hint=hint)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# What each kind of event must have, for all that is done with it here.
+_FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
+    "begin": {"notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value)},
+    "text": {"text": lambda value: isinstance(value, str)},
+    "done": {
+        "tokens": lambda value: type(value) is int and 0 <= value < 1e9,
+        "tokens_per_s": _is_number,
+        "reason": lambda value: value in [reason.value for reason in FinishReason],
+    },
+    "error": {},
+    "end": {"status": lambda value: type(value) is int, "body": lambda value: value is None or isinstance(value, dict)},
+}
+_LEFT_OUT: Final = {"tokens": 0, "tokens_per_s": 0.0, "body": None}
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, with all its fields; None for something else, such as what a login script prints.
+
+    Raises:
+        ServiceError: an event that is none.
+    """
+    if len(line) >= MAX_LINE:
+        raise _nonsense("a line without end")
+    try:
+        event = json.loads(line)
+        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair could be neither shown nor saved
+    except RecursionError:
+        raise _nonsense("something nested without end") from None
+    except UnicodeEncodeError:
+        raise _nonsense("characters that do not exist") from None
+    except ValueError:
+        return None
+    if not isinstance(event, dict):
+        return None
+    if not isinstance(event.get("type"), str):
+        raise _nonsense("something that is not an event")
+    for name, holds in _FIELDS.get(event["type"], {}).items():
+        if name in _LEFT_OUT:
+            event.setdefault(name, _LEFT_OUT[name])
+        if name not in event or not holds(event[name]):
+            raise _nonsense(f"{event['type']!r} with a wrong {name!r}, or without one")
+    return event
+
+
+def _result(end: Mapping[str, Any]) -> dict[str, Any]:
+    body = _mapping(end["body"])
+    if end["status"] >= 400:
+        raise _error(end["status"], body)
+    return body
+
+
+def _error(status: int, body: Mapping[str, Any]) -> ServiceError:
+    error = body.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    kind = {404: NoSuchSessionError, 429: BusyError}.get(status, ServiceError)
+    return kind(f"The board says: {message or status}", hint="")

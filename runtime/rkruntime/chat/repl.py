@@ -1,0 +1,269 @@
+"""The chat at a terminal: the same loop and the same commands whether the model is here or behind SSH."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from rkruntime.engine.generation import FinishReason
+from rkruntime.errors import RKEdgeError, UsageError
+from rkruntime.printable import one_line
+from rkruntime.terminal import Terminal
+from rkruntime.text.answer import Answer
+
+PROMPT: Final = ">>> "
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A finished or stopped answer.
+
+    Attributes:
+        tokens: generated.
+        first_token_s: from the question to the first token, in seconds.
+        tokens_per_s: decode rate, behind the first token.
+    """
+
+    tokens: int
+    reason: FinishReason
+    first_token_s: float
+    tokens_per_s: float
+
+    def summary(self, emulated: bool) -> str:
+        """One line for a person."""
+        parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"] if self.tokens else []
+        if self.tokens > 1:
+            parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
+        if self.tokens:
+            parts.append(f"first after {self.first_token_s * 1000:,.0f} ms")
+        if self.reason in _UNFINISHED:
+            parts.append(_UNFINISHED[self.reason])
+        return ", ".join(parts) or "no tokens"
+
+
+_UNFINISHED: Final = {FinishReason.LENGTH: "the limit of tokens was reached", FinishReason.ABORT: "stopped"}
+
+
+def rate(answer: Answer, first_token_s: float, total_s: float) -> float:
+    """Tokens per second: the runtime's own figure where it gives one, else by the clock from the first token on."""
+    perf = answer.perf
+    if perf and perf.generate_ms > 0:
+        return perf.generate_tokens / perf.generate_ms * 1000
+    seconds = total_s - first_token_s
+    return (len(answer.tokens) - 1) / seconds if seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to tell the person before the answer."""
+
+    text: str
+
+
+class Chat(Protocol):
+    """A conversation with a model, wherever the model is.
+
+    Attributes:
+        title: what answers, for the first line.
+        emulated: figures are not a board's.
+        system: the system prompt.
+        last: the last answer, a stopped one too.
+    """
+
+    title: str
+    emulated: bool
+    last: Turn | None
+
+    @property
+    def system(self) -> str:
+        """The system prompt; empty for none."""
+        ...
+
+    def set_system(self, text: str) -> None:
+        """Put the conversation under another system prompt."""
+        ...
+
+    def ask(self, text: str) -> Generator[str | Note, None, None]:
+        """Pieces of the answer. Closing it early stops the answer and keeps what there is of it."""
+        ...
+
+    def stop(self) -> None:
+        """End the answer that is being given; may be called from any thread."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the turns."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a file."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Go on with a conversation from a file."""
+        ...
+
+    def stats(self) -> Mapping[str, str]:
+        """Names and values for /stats."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the chat: how it is written, what it does."""
+
+    usage: str
+    help: str
+    action: Callable[[Repl, str], None]
+
+
+class Repl:
+    """Reads messages and commands until the input ends."""
+
+    def __init__(self, chat: Chat, terminal: Terminal) -> None:
+        self.chat = chat
+        self.terminal = terminal
+        self.leaving = False
+        self.failure: RKEdgeError | None = None
+
+    def run(self) -> None:
+        """Chat until the end of the input or /exit.
+
+        Raises:
+            RKEdgeError: the last answer failed and nobody is at the terminal to be told so.
+        """
+        if self.terminal.interactive:
+            self.terminal.note(f"{self.chat.title}\n/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        while not self.leaving:
+            try:
+                text = self.terminal.read(PROMPT)
+            except KeyboardInterrupt:
+                self.terminal.note("\nCtrl-D or /exit leaves")
+                continue
+            if text is None:
+                break
+            if text.strip():
+                self._handle(text)
+        if self.failure and not self.terminal.interactive:
+            raise self.failure
+
+    def _handle(self, text: str) -> None:
+        self.failure = None
+        try:
+            if text.startswith("/"):
+                self._command(text)
+            else:
+                self._answer(text)
+        except RKEdgeError as error:
+            if not self.terminal.interactive:
+                self.failure, self.leaving = error, True
+                return
+            self.terminal.error(f"error: {one_line(error.message)}")
+            self.terminal.note(f"hint:  {one_line(error.hint)}")
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text.partition(" ")
+        command = COMMANDS.get(name.strip())
+        if command is None:
+            raise UsageError(f"There is no command {name}.", hint=f"Commands: {' '.join(COMMANDS)}")
+        command.action(self, rest.strip())
+
+    def _answer(self, text: str) -> None:
+        try:
+            with self._stopped_by_ctrl_c(), closing(self.chat.ask(text)) as pieces:
+                for piece in pieces:
+                    if isinstance(piece, Note):
+                        self.terminal.note(piece.text)
+                    else:
+                        self.terminal.write(piece)
+        except RKEdgeError:
+            self.terminal.end_line()
+            raise
+        self.terminal.write("\n")
+        if self.terminal.interactive and self.chat.last:
+            self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
+
+    @contextmanager
+    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Ctrl-C stops the answer and not the program; what was said of it stays in the conversation.
+
+        The handler asks for the stop from a thread of its own: an exception at any place whatever could leave the
+        conversation with the worker out of step.
+        """
+
+        def stop(*_: object) -> None:
+            threading.Thread(target=self.chat.stop, daemon=True).start()
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _help(repl: Repl, _: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        repl.terminal.note(f"{command.usage:{width}}  {command.help}")
+    repl.terminal.note('\n""" begins and ends a message of several lines; \\ at the end of a line adds the next one.')
+
+
+def _clear(repl: Repl, _: str) -> None:
+    repl.chat.clear()
+    repl.terminal.note("The conversation is empty; the system prompt stays.")
+
+
+def _system(repl: Repl, text: str) -> None:
+    if text:
+        repl.chat.set_system("" if text == "-" else text)
+    repl.terminal.note(f"System prompt: {repl.chat.system or '(none)'}")
+
+
+def _save(repl: Repl, text: str) -> None:
+    path = _path(text)
+    repl.chat.save(path)
+    repl.terminal.note(f"Saved to {path}.")
+
+
+def _load(repl: Repl, text: str) -> None:
+    path = _path(text)
+    repl.chat.load(path)
+    repl.terminal.note(f"The conversation goes on from {path}.")
+
+
+def _path(text: str) -> Path:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{text} is no file name: {error}") from error
+    if len(words) != 1:
+        raise UsageError("This needs one file name.", hint="For example: /save talk.json")
+    return Path(words[0]).expanduser()
+
+
+def _stats(repl: Repl, _: str) -> None:
+    values = repl.chat.stats()
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        repl.terminal.note(f"{name:{width}}  {value}")
+
+
+def _exit(repl: Repl, _: str) -> None:
+    repl.leaving = True
+
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "/help": Command("/help", "This list.", _help),
+    "/clear": Command("/clear", "Start a new conversation.", _clear),
+    "/system": Command("/system [TEXT]", "Show or set the system prompt; - removes it.", _system),
+    "/save": Command("/save FILE", "Write the conversation to a file.", _save),
+    "/load": Command("/load FILE", "Go on with a saved conversation.", _load),
+    "/stats": Command("/stats", "Tokens, speed and context so far.", _stats),
+    "/exit": Command("/exit", "Leave.", _exit),
+}

@@ -1,0 +1,259 @@
+"""Before a load: does this model fit this library, this driver, this board and its memory?
+
+Nothing here calls the library. A finding of level `error` is known not to work, `warning` likely to fail or to answer
+badly, `notice` something that was changed or is worth knowing. What could not be read is said so, and never counted as
+old. The known bad pairs are a table, data/known_pairs.yaml; docs/preflight.md lists what is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from rkruntime import resources
+from rkruntime.checks import machine
+from rkruntime.checks.conditions import fits
+from rkruntime.words import counted
+
+Level: TypeAlias = Literal["error", "warning", "notice"]
+LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "notice")
+
+_PERMISSION: Final = "https://github.com/rockchip-linux/rknn-toolkit2/issues/244 (reported; the reporter confirmed it)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found: `code` is for programs, `message` and `hint` for a person, `source` where it is known from."""
+
+    level: Level
+    code: str
+    message: str
+    hint: str
+    source: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before it is loaded; None or "" is unknown.
+
+    Attributes:
+        platform: `target_platform` of the conversion, `rk3588`.
+        toolkit: release of rkllm-toolkit that made it.
+        dtype: quantized type, `w8a8`.
+        npu_cores: NPU cores it was made for.
+        max_context: context built into it, in tokens.
+        size: of the model file, in bytes.
+    """
+
+    platform: str = ""
+    toolkit: str = ""
+    dtype: str = ""
+    npu_cores: int = 1
+    max_context: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The result: findings, worst first, and what to load with.
+
+    Attributes:
+        context: context in tokens, within the model's limit; None if neither was given.
+        cores: CPU cores for the runtime.
+    """
+
+    findings: tuple[Finding, ...]
+    context: int | None
+    cores: machine.Cores
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that are known not to work."""
+        return tuple(finding for finding in self.findings if finding.level == "error")
+
+
+def preflight(
+    model: Model,
+    *,
+    runtime: str | None,
+    context: int | None = None,
+    emulated: bool = False,
+    root: Path = machine.ROOT,
+    allowed: Collection[int] | None = None,
+) -> Preflight:
+    """Look at everything that can be known before the library is called.
+
+    Args:
+        runtime: release of the library, `1.2.3`.
+        context: tokens asked for; None is the model's own limit.
+        emulated: the library is the emulator, so neither driver nor board matter.
+        root: file tree of the board.
+        allowed: CPU cores this process may use; by default those of its affinity.
+    """
+    wanted, clamped = clamp_context(context, model.max_context)
+    cores = machine.cores(model.npu_cores, root, allowed)
+    if emulated and len(cores.cpus) < model.npu_cores:
+        cores = machine.Cores(tuple(range(model.npu_cores)), False, "the emulator pins nothing")
+    found = [*clamped, *_memory(model, root)]
+    if not emulated:
+        found += _board(model, runtime, cores, root)
+    found.sort(key=lambda finding: LEVELS.index(finding.level))
+    return Preflight(tuple(found), wanted, cores)
+
+
+def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, list[Finding]]:
+    """The context to load with: what was asked for, the limit if that is lower, or the limit if nothing was asked."""
+    if asked is None or limit is None or asked <= limit:
+        return (limit if asked is None else asked), []
+    return limit, [
+        Finding(
+            "notice",
+            "context-clamped",
+            f"A context of {asked} tokens was asked for; the model was built for {limit}, which is used.",
+            f"Ask for {limit} or less, or convert the model with a larger max_context (at most 16384).",
+            "text in librkllmrt: max_context must be less than the model's max_context_limit",
+        )
+    ]
+
+
+def _memory(model: Model, root: Path) -> Iterator[Finding]:
+    memory = machine.memory(root)
+    if memory is None or model.size is None or model.size <= memory.available:
+        return
+    yield Finding(
+        "error" if model.size > memory.total else "warning",
+        "memory-short",
+        f"The model file has {model.size / 1e9:.2f} GB, and {memory.available / 1e9:.2f} GB of "
+        f"{memory.total / 1e9:.2f} GB memory are free.",
+        "End other programs, or take a smaller model. Swap does not help: weights for the NPU stay in memory.",
+        "https://github.com/c0zaut/ez-er-rkllm-toolkit/issues/2 (reported; the maintainer confirmed it)",
+    )
+
+
+def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) -> Iterator[Finding]:
+    driver, chip = machine.driver(root), machine.soc(root)
+    facts = {
+        "runtime": runtime,
+        "toolkit": model.toolkit,
+        "driver": driver.version,
+        "platform": machine.platform_of(chip),
+        "model_bytes": model.size,
+    }
+    # A toolkit version that is not a version ("unknown") is unknown.
+    known = {
+        name: str(value) for name, value in facts.items() if value and str(value)[0].isalnum() and value != "unknown"
+    }
+    yield from _platform(model, chip)
+    yield from _dtype(model)
+    yield from _driver(driver)
+    yield from _nodes(root, driver, chip)
+    yield from _pairs(known)
+    if len(cores.cpus) < model.npu_cores:
+        yield Finding(
+            "error",
+            "cpu-cores-below-npu-cores",
+            f"The model was built for {counted(model.npu_cores, 'NPU core')}; this process may use"
+            f" {counted(len(cores.cpus), 'CPU core')}.",
+            f"Give it {model.npu_cores} or more (taskset, the unit's CPUAffinity, the container's --cpuset-cpus).",
+            "text in librkllmrt; user report, public address not known (reported; the reporter confirmed it)",
+        )
+
+
+def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
+    if chip is None:
+        yield Finding(
+            "notice",
+            "platform-unknown",
+            "The chip of this board could not be read from the device tree.",
+            "The runtime reads it, too. In a container: --security-opt systempaths=unconfined keeps /proc/device-tree.",
+            "https://github.com/airockchip/rknn-toolkit2/issues/33 (reported; the reporter confirmed it)",
+        )
+        return
+    platform = machine.platform_of(chip)
+    if platform is None:
+        yield Finding(
+            "error",
+            "platform-unsupported",
+            f"This board has an {chip.upper()}, which RKLLM does not support.",
+            "RKLLM runs on RK3588, RK3576, RK3562 and RV1126B.",
+            "https://github.com/airockchip/rknn-llm/issues/416 (reported); text in librkllmrt",
+        )
+    elif model.platform and model.platform.lower() != platform:
+        yield Finding(
+            "error",
+            "platform-mismatch",
+            f"The model was made for {model.platform}, and this board is {platform} ({chip}).",
+            f"Convert the model for {platform}.",
+            "text in librkllmrt: the model's target_platform does not match the real platform",
+        )
+
+
+def _dtype(model: Model) -> Iterator[Finding]:
+    offered = resources.table("known_pairs")["dtypes"].get(model.platform.lower())
+    if offered and model.dtype.lower().startswith("w") and model.dtype.lower() not in offered:
+        yield Finding(
+            "error",
+            "dtype-unsupported",
+            f"{model.dtype} is not offered for {model.platform}.",
+            f"Convert the model again with one of {', '.join(offered)}.",
+            "https://github.com/airockchip/rknn-llm/issues/186 (reported; the maintainer confirmed it)",
+        )
+
+
+def _driver(driver: machine.Driver) -> Iterator[Finding]:
+    if driver.mainline:
+        yield Finding(
+            "error",
+            "driver-mainline",
+            "This kernel has the mainline NPU driver (rocket), which librkllmrt cannot use.",
+            "Boot the board's vendor kernel (5.10 or 6.1) with rknpu 0.9.8.",
+            "https://github.com/NotPunchnox/rkllama/issues/97 (reported)",
+        )
+    elif driver.version is None:
+        yield Finding(
+            "notice",
+            "driver-unknown",
+            f"The version of the NPU driver is unknown: {driver.source}.",
+            "Look as root: sudo cat /sys/kernel/debug/rknpu/version. It should be 0.9.8.",
+            "drivers/rknpu, rknpu_debugger.c: the file is root's unless the kernel was built with RKNPU_PROC_FS",
+        )
+
+
+def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Finding]:
+    nodes = machine.npu_nodes(root)
+    # On a machine that is not such a board, or in a container without /sys, this means nothing.
+    if not nodes and not driver.mainline and machine.platform_of(chip) and (root / "sys/class/misc").is_dir():
+        yield Finding(
+            "error",
+            "npu-absent",
+            "This kernel offers no device of the NPU: no DRM node of the driver rknpu, and no /dev/rknpu.",
+            "Boot the board's vendor kernel (5.10 or 6.1) with rknpu, whose device tree enables the NPU.",
+            "drivers/rknpu, rknpu_drv.c: the driver registers a DRM device, or the misc device rknpu",
+        )
+    closed = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
+    if nodes and len(closed) == len(nodes):
+        names = ", ".join(str(node) for node in closed)
+        yield Finding(
+            "error",
+            "npu-device-closed",
+            f"This process cannot open the NPU ({names}): the nodes are not here, or belong to root or a group.",
+            "sudo usermod -aG video,render $USER, and log in again; in a container pass --device /dev/dri.",
+            _PERMISSION,
+        )
+
+
+def _pairs(facts: Mapping[str, str]) -> Iterator[Finding]:
+    groups = set()
+    for pair in resources.table("known_pairs")["pairs"]:
+        group = pair.get("group", pair["code"])
+        if group not in groups and fits(facts, pair["when"]):
+            groups.add(group)
+            texts = (" ".join(pair[name].format_map(facts).split()) for name in ("message", "hint", "source"))
+            yield Finding(pair["level"], pair["code"], *texts)

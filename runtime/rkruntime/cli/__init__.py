@@ -1,0 +1,145 @@
+"""The `rkedge` command: a table of names, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+import click
+
+from rkruntime.cli.flags import Flags, flag
+from rkruntime.errors import HostError, RKEdgeError, UsageError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
+
+
+class Entry(NamedTuple):
+    """Where a command lives, and its line in `rkedge --help` (shown without importing the module)."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "demo": Entry("rkconvert.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
+    "plan": Entry("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
+    "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
+    "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
+    "calibrate": Entry("rkconvert.commands.calibrate", "Make the texts that the toolkit quantizes a model with."),
+    "push": Entry("rkconvert.commands.push", "Upload a bundle to the Hugging Face hub, private by default."),
+    "toolkit": Entry("rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."),
+    "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
+    "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
+    "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
+    "emulator": Entry("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
+    "serve": Entry("rkruntime.commands.serve", "Hold a model on the NPU and answer whoever may ask."),
+    "attach": Entry("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
+    "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are `module.run`, imported by name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command: click.Command = importlib.import_module(entry.module).run
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command when there is none of that name."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and near:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table; no command is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@flag("debug", "--debug", help="Show the traceback of an error.")
+@click.version_option(package_name="rkedge")
+def cli(debug: bool) -> None:
+    """From a Gemma 2 checkpoint to a private chat on the NPU of an RK3588 board."""
+
+
+def _report(error: RKEdgeError, flags: Flags) -> int:
+    if flags.json:
+        say_json(error.as_dict())
+    say(one_line(error.message), lead=click.style("error: ", fg="red", bold=True), err=True)
+    if error.hint:
+        say(one_line(error.hint), lead=click.style("hint:  ", fg="cyan", bold=True), err=True)
+    return error.exit_code
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)), err=True, nl=False)
+
+
+def _typed(error: Exception) -> RKEdgeError:
+    """What a person is told of an exception: most are no defect, but something of this machine or its installation."""
+    if isinstance(error, RKEdgeError):
+        return error
+    if isinstance(error, ImportError):
+        from rkruntime.cli.packages import import_failed
+
+        return import_failed(error)
+    if isinstance(error, MemoryError):
+        return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
+    if isinstance(error, OSError):
+        return HostError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+    if isinstance(error, ValueError) and "null byte" in str(error):  # as Python says it of a path
+        return UsageError("The name of a file holds the character NUL, which none can.")
+    return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the console script.
+
+    Exit codes are those of the error tree, 130 for Ctrl-C, 141 when the reader of the output has gone.
+    """
+    flags = Flags()
+    sys.excepthook = _print_traceback  # for --debug
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path may hold bytes that are not UTF-8; what is written for one is JSON's own form of it, too.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = cli.main(None if argv is None else list(argv), prog_name="rkedge", standalone_mode=False, obj=flags)
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        error.message = one_line(error.message)  # type: ignore[misc]  # it may hold a file's name
+        if flags.json:
+            say_json(UsageError(error.format_message()).as_dict())
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        say("\nstopped", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has gone; Python must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # A person meets no traceback, whatever it was.
+        if flags.debug:
+            raise
+        return _report(_typed(error), flags)

@@ -1,0 +1,7 @@
+"""`python -m rkruntime.cli`: the rkedge command."""
+
+import sys
+
+from rkruntime.cli import main
+
+sys.exit(main())

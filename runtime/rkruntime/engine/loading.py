@@ -1,0 +1,252 @@
+"""What a model is loaded with, and what is known of it once it is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rkruntime.abi import since, within
+from rkruntime.checks.preflight import Finding, Model, preflight
+from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling
+from rkruntime.engine.worker.process import python_command
+from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
+from rkruntime.library.identify import Identity
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter file of the runtime; a run uses it by its name."""
+
+    name: str
+    path: Path
+    scale: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the worker, in the order of rkllm_load_lora's fields. Raises AdapterError if there is no such file."""
+        if not self.path.is_file():
+            raise AdapterError(f"There is no adapter file {self.path}.")
+        return {"name": self.name, "path": str(self.path.resolve()), "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model. None leaves a value as the library has it.
+
+    Attributes:
+        library: librkllmrt.so.
+        model: the .rkllm or .rkemu file.
+        max_context: in tokens, at most what is built into the model.
+        abi: release whose layout to use for a library of an unknown release.
+        sampling: for all runs; from 1.3.0 on a run can have its own.
+        max_new_tokens: for all runs; -1 for as many as the context has room for.
+        known: what is known of the model beforehand, from its manifest; the checks of preflight need it.
+        force: load also where preflight knows that it will not work.
+        cpus: CPU cores for the runtime's own work (1.2.0 on), at least as many as the model's NPU cores; by default the
+            big ones, if this is given.
+        n_batch: prompts per run (1.2.1 on; the vendor advises at most 8).
+        n_keep: KV cache positions that stay in front when the window shifts (1.2.0 on).
+        base_domain_id: NPU memory domain, 0 to 15; one for each large model on the NPU.
+        embed_flash: read embeddings from flash instead of keeping them in memory (1.2.0 on); so by default,
+            if `known` is given.
+        ignore_eos: go on behind an EOS (1.3.0 on).
+        use_cross_attention: for encoder-decoder models (1.2.1 on).
+        image_markers: texts for start, end and content of an image (before 1.3.0; see ImagePrompt).
+        loras: adapters to load with the model.
+        asynchronous: use rkllm_run_async. Reported to hang or give no text on 1.1.4, 1.2.1 and 1.2.2 (rknn-llm issues
+            208, 320, 396), so it is off unless asked for.
+        tokenizer: for a model file without one (1.3.0 on): text to ids.
+        embed: for a model file without an embedding table (1.3.0 on): ids to float32 [ids, hidden size].
+        load_timeout: seconds until a load counts as hung.
+        token_timeout: seconds without an event until a run counts as hung; the prompt's computing included.
+        close_timeout: seconds for the library to end by itself.
+        interpreter: command of the Python that the worker runs in.
+        environment: variables for the worker in addition to the parent's, such as RKLLM_LOG_LEVEL.
+    """
+
+    library: Path
+    model: Path
+    max_context: int | None = None
+    abi: str | None = None
+    sampling: Sampling = DEFAULT_SAMPLING
+    max_new_tokens: int = -1
+    known: Model | None = None
+    force: bool = False
+    cpus: Sequence[int] | None = None
+    n_batch: int = 1
+    n_keep: int | None = None
+    base_domain_id: int | None = None
+    embed_flash: bool | None = None
+    ignore_eos: bool = False
+    use_cross_attention: bool = False
+    image_markers: tuple[str, str, str] | None = None
+    loras: Sequence[Lora] = ()
+    asynchronous: bool = False
+    tokenizer: Callable[[str], Sequence[int]] | None = None
+    embed: Callable[[Sequence[int]], NDArray[np.float32]] | None = None
+    load_timeout: float = 600.0
+    token_timeout: float = 300.0
+    close_timeout: float = 10.0
+    interpreter: Sequence[str] = python_command()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def params(self) -> dict[str, Any]:
+        """Fields of RKLLMParam, by the header's names; None leaves the library's default."""
+        markers = self.image_markers or (None, None, None)
+        sampling = self.sampling
+        return {
+            "model_path": str(self.model),
+            "max_context_len": self.max_context,
+            "max_new_tokens": self.max_new_tokens,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "temperature": sampling.temperature,
+            "repeat_penalty": sampling.repeat_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "mirostat": sampling.mirostat,
+            "mirostat_tau": sampling.mirostat_tau,
+            "mirostat_eta": sampling.mirostat_eta,
+            "n_keep": self.n_keep,
+            "ignore_eos_token": self.ignore_eos or None,
+            "is_async": self.asynchronous,
+            "img_start": markers[0],
+            "img_end": markers[1],
+            "img_content": markers[2],
+            "extend_param": {
+                "base_domain_id": self.base_domain_id,
+                "embed_flash": None if self.embed_flash is None else int(self.embed_flash),
+                "enabled_cpus_num": None if self.cpus is None else len(self.cpus),
+                "enabled_cpus_mask": None if self.cpus is None else sum(1 << cpu for cpu in set(self.cpus)),
+                "n_batch": None if self.n_batch == 1 else self.n_batch,
+                "use_cross_attn": int(self.use_cross_attention) or None,
+            },
+        }
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A loaded model. Texts are empty where the runtime did not say them.
+
+    Attributes:
+        release: of the library, or the one named with `abi`.
+        layout: `L3` to `L8`.
+        runtime_version, driver_version, platform: as the load log has them.
+        toolkit_version: that made the model file; `unknown` for some.
+        max_context: in tokens, as loaded.
+        max_context_limit: built into the model file.
+        npu_cores: that the model file was made for.
+        dtype: `W8A8`.
+        emulated: the library is RKEdge's emulator.
+        load_seconds: from the start of the worker to the loaded model.
+        findings: what preflight found, worst first.
+        log: lines of the load.
+    """
+
+    release: str
+    layout: str
+    runtime_version: str
+    driver_version: str
+    toolkit_version: str
+    platform: str
+    dtype: str
+    max_context: int
+    max_context_limit: int | None
+    npu_cores: int | None
+    emulated: bool
+    load_seconds: float
+    findings: tuple[Finding, ...]
+    log: tuple[str, ...]
+
+
+# `rkllm-runtime version: 1.2.3, rknpu driver version: 0.9.8, platform: RK3588` and
+# `rkllm-toolkit version: 1.2.3, max_context_limit: 4096, npu_core_num: 3, target_platform: RK3588, model_dtype: W8A8`.
+_FACTS: Final = {
+    "runtime_version": r"rkllm-runtime version: ([^,\s]+)",
+    "driver_version": r"rknpu driver version: ([^,\s]+)",
+    "toolkit_version": r"rkllm-toolkit version: ([^,\s]+)",
+    "platform": r"(?:platform|target_platform): ([^,\s]+)",
+    "dtype": r"model_dtype: ([^,\s]+)",
+    "max_context_limit": r"max_context_limit: (\d+)",
+    "npu_cores": r"npu_core_num: (\d+)",
+}
+_ERROR_LINE: Final = re.compile(r"^\s*(?:E (?:rkllm|RKNN)\b|rknn_init fail|error: failed to load model)")
+
+
+def facts_of(log: Iterable[str]) -> dict[str, str]:
+    """What the lines of a load say, by the names of ModelInfo."""
+    text = "\n".join(log)
+    found = {name: re.search(pattern, text) for name, pattern in _FACTS.items()}
+    return {name: match.group(1) if match else "" for name, match in found.items()}
+
+
+def first_error(log: Iterable[str]) -> str:
+    """The first line of a load that says it failed: 1.1.x returns 0 all the same (rknn-llm issues 129, 156)."""
+    return next((line.strip() for line in log if _ERROR_LINE.match(line)), "")
+
+
+def info_of(
+    identity: Identity, max_context: int, seconds: float, findings: Sequence[Finding], log: Sequence[str]
+) -> ModelInfo:
+    """What is known of a model that was just loaded. Raises LoadError if the log says that it is not."""
+    assert identity.release is not None
+    if line := first_error(log):
+        raise LoadError(f"The library reported success, and its log says: {line}")
+    facts = facts_of(log)
+    limit, cores = facts.pop("max_context_limit"), facts.pop("npu_cores")
+    return ModelInfo(
+        release=identity.release.version,
+        layout=identity.release.layout,
+        max_context=max_context,
+        max_context_limit=int(limit) if limit else None,
+        npu_cores=int(cores) if cores else None,
+        emulated=identity.emulated,
+        load_seconds=seconds,
+        findings=tuple(findings),
+        log=tuple(log),
+        **facts,
+    )
+
+
+def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
+    """The options as preflight has them, and what it found. Raises RefusedError for what is known not to work."""
+    assert identity.release is not None
+    if options.known is None:
+        return options, ()
+    version = identity.release.version
+    result = preflight(options.known, runtime=version, context=options.max_context, emulated=identity.emulated)
+    if result.errors and not options.force:
+        first = result.errors[0]
+        raise RefusedError(
+            first.message, hint=first.hint, details={"findings": [item.as_dict() for item in result.findings]}
+        )
+    cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
+    flash = options.embed_flash
+    if flash is None and within(version, since("RKLLMExtendParam.embed_flash"), ""):
+        # The vendor's programs all ask for it, and `rkedge plan` counts on it: a table in RAM takes gigabytes.
+        flash = True
+    return replace(options, max_context=result.context, cpus=options.cpus or cpus, embed_flash=flash), result.findings
+
+
+def environment_of(options: LoadOptions) -> dict[str, str]:
+    """The worker's variables: librkllmrt.so needs libraries that may lie beside it (libomp.so)."""
+    paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
+
+
+def check_readable(path: Path) -> None:
+    """Raise ModelFileError if there is no such file, or it may not be read."""
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"There is no model file {path}.")
+        with path.open("rb"):
+            return
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error

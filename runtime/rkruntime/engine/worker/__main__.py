@@ -1,0 +1,11 @@
+"""The worker's start, from `process` only: `python -m rkruntime.engine.worker COMMAND_FD RECORD_FD`."""
+
+import sys
+
+from rkruntime.engine.worker.keeper import keep
+
+keep()
+
+from rkruntime.engine.worker.child import main  # noqa: E402 - the keeper stays as small as it can be
+
+main(int(sys.argv[1]), int(sys.argv[2]))

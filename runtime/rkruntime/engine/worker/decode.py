@@ -1,0 +1,90 @@
+"""What the worker sent, as the parent's own words: errors, arrays, and how a run ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Final
+
+from rkruntime.engine.generation import Finished, FinishReason, HiddenStates, Logits, Perf
+from rkruntime.engine.worker import protocol
+from rkruntime.engine.worker.exchange import lie
+from rkruntime.engine.worker.protocol import Record
+from rkruntime.errors import (
+    LibraryError,
+    LoadError,
+    ModelError,
+    RKEdgeError,
+    RunError,
+    UnsupportedCallError,
+    UsageError,
+)
+
+# All that binding and runner raise.
+_ERRORS: Final = {kind.__name__: kind for kind in (LibraryError, LoadError, RunError, UnsupportedCallError, UsageError)}
+
+
+def json_of(record: Record) -> Any:
+    """The JSON of a record. Raises WorkerProtocolError if it is none."""
+    try:
+        return json.loads(record.data)
+    except (ValueError, RecursionError):
+        raise lie("a record that is not JSON") from None
+
+
+def whole(value: Any) -> int:
+    """`value` as a count. Raises WorkerProtocolError if it is none."""
+    if type(value) is int and 0 <= value < 1 << 31:
+        return value
+    raise lie(f"{str(value)[:80]!r} in place of a count")
+
+
+def error_of(record: Record) -> RKEdgeError:
+    """The error of an ERROR record, as the class of its name."""
+    plain = json_of(record)
+    try:
+        kind, message, hint = _ERRORS[plain["error"]], plain["message"], plain["hint"]
+    except (KeyError, TypeError):
+        raise lie("an error that does not exist") from None
+    if not isinstance(message, str) or not isinstance(hint, str):
+        raise lie("an error without words")
+    return kind(message, hint=hint)
+
+
+def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
+    """Add the last lines of the library's log to an error, and what they say went wrong."""
+    error.details.setdefault("log", list(lines))
+    if isinstance(error, ModelError):
+        from rkruntime.checks.diagnosis import diagnose
+
+        # What a shell would have printed under the log; a rule may need it.
+        ending = [error.details["description"]] if "description" in error.details else []
+        found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
+        error.details.setdefault("diagnosis", found.as_dict())
+
+
+def array_of(record: Record) -> Logits | HiddenStates:
+    """The array of a LOGITS or HIDDEN record, float32 [rows, columns]."""
+    import numpy as np
+
+    values = np.frombuffer(record.data, np.float32).reshape(-1, record.value)
+    return Logits(values) if record.kind == protocol.LOGITS else HiddenStates(values)
+
+
+def finished_of(record: Record) -> Finished:
+    """The end of a run from a FINISHED record. Raises WorkerProtocolError."""
+    plain = json_of(record)
+    try:
+        reason, perf = FinishReason(plain["reason"]), plain["perf"]
+        return Finished(reason, whole(plain["prompt_tokens"]), whole(plain["generated"]), _perf(perf))
+    except (KeyError, TypeError, ValueError):
+        raise lie("an end of a run without its reason or its figures") from None
+
+
+def _perf(plain: Any) -> Perf | None:
+    """The runtime's figures, if they are figures: a library may leave the structure as it found it."""
+    if plain is None:
+        return None
+    values = [plain[field.name] for field in fields(Perf)]
+    return Perf(*values) if all(type(value) in (int, float) and abs(value) < 1e15 for value in values) else None

@@ -1,0 +1,107 @@
+"""Records for an event loop: a descriptor is watched, and nothing blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, WorkerProcess
+from rkruntime.engine.worker.protocol import Record
+from rkruntime.errors import WorkerError
+
+_TICK: Final = 0.5
+
+
+class AsyncRecords:
+    """The records of one run.
+
+    Args:
+        answered: takes the library's questions (see protocol.TOKENIZE) and says whether a record was one.
+        gather: seconds after records were taken in which no other wakes the loop; they are there together then.
+    """
+
+    def __init__(self, worker: WorkerProcess, answered: Callable[[Record], bool], gather: float = 0.0) -> None:
+        self._worker, self._answered, self._gather = worker, answered, gather
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._failed: WorkerError | None = None
+        self._received = 0
+        self._timer = self._loop.call_later(_TICK, self._tick)
+        self._log_timer: asyncio.TimerHandle | None = None
+        if worker.log_open:
+            self._watch_log()
+
+    def waiting(self) -> Record | None:
+        """The next record, if it is here."""
+        record = self._worker.buffered()
+        while record is not None and self._answered(record):
+            record = self._worker.buffered()
+        return record
+
+    async def next(self, timeout: float, deadline: float) -> Record:
+        """See WorkerProcess.next_record."""
+        while (record := self.waiting()) is None:
+            if self._failed is not None:
+                raise self._failed
+            if time.monotonic() > deadline:
+                raise self._worker.hung(timeout)
+            if self._received >= SMALL_READ:  # there is more, and others have their turn in between
+                await asyncio.sleep(0)
+            elif self._received and self._gather:
+                await asyncio.sleep(self._gather)
+            else:
+                await self._readable(deadline)
+            self._look(self._receive)
+        return record
+
+    async def _readable(self, deadline: float) -> None:
+        """Until there may be something to read. The descriptor is watched here only: each event of it costs CPU."""
+        self._waiter = self._loop.create_future()
+        self._loop.add_reader(self._worker.records_fd, self._wake)
+        alarm = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._wake)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            alarm.cancel()
+            self._loop.remove_reader(self._worker.records_fd)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _receive(self) -> None:
+        self._received = self._worker.receive()
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(_TICK, self._tick)
+        self._look(self._worker.check_alive)
+        if self._worker.ended:
+            self._wake()
+
+    def _look(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except WorkerError as error:
+            self._failed = self._failed or error
+            self._wake()
+
+    def _watch_log(self) -> None:
+        self._log_timer = None
+        self._loop.add_reader(self._worker.log_fd, self._read_log)
+
+    def _read_log(self) -> None:
+        more = self._worker.read_log()
+        if more or not self._worker.log_open:
+            self._loop.remove_reader(self._worker.log_fd)
+        if more:  # others have their turn in between
+            self._log_timer = self._loop.call_later(LOG_PAUSE, self._watch_log)
+
+    def close(self) -> None:
+        """Take the worker out of the loop."""
+        self._timer.cancel()
+        if self._log_timer is not None:
+            self._log_timer.cancel()
+        self._loop.remove_reader(self._worker.log_fd)

@@ -1,0 +1,95 @@
+"""What may come back for one command. The library can write to the worker's pipes, so no record is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from rkruntime.engine.worker.protocol import EMBED, ERROR, FINISHED, HIDDEN, LOGITS, MAX_DATA, REPLY, TOKEN, TOKENIZE
+from rkruntime.errors import WorkerProtocolError
+
+# Bytes. A token is a few letters; a text to tokenize is a prompt, and its ids are fewer.
+_SIZES: Final = {
+    TOKEN: 1 << 16,
+    LOGITS: MAX_DATA,
+    HIDDEN: MAX_DATA,
+    FINISHED: 1 << 16,
+    REPLY: 1 << 20,
+    ERROR: 1 << 20,
+    TOKENIZE: 1 << 24,
+    EMBED: 1 << 24,
+}
+# No vocabulary and no layer is wider.
+_MOST_COLUMNS: Final = 1 << 20
+_MODES: Final = {"generate": {TOKEN}, "logits": {TOKEN, LOGITS}, "hidden": {HIDDEN}}
+
+
+class Exchange:
+    """One command and the records that belong to it.
+
+    Args:
+        number: of the command; its records carry it mod 2^16.
+        mode: of a run; None for any other command, which has one reply.
+        questions: the kinds of questions that somebody is there to answer.
+        batches: prompts of the run.
+        most_tokens: per prompt; -1 for any number.
+        most_rows: of an array.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        mode: str | None = None,
+        questions: Iterable[int] = (),
+        *,
+        batches: int = 1,
+        most_tokens: int = -1,
+        most_rows: int = 0,
+    ) -> None:
+        self._number = number & 0xFFFF
+        self._kinds = {ERROR, *questions, *({REPLY} if mode is None else _MODES[mode] | {FINISHED})}
+        self._batches, self._most_tokens, self._most_rows = batches, most_tokens, most_rows
+        self._tokens = [0] * batches
+        self._finished = 0
+
+    def accepts(self, kind: int, batch: int, run: int, value: int, size: int) -> bool:
+        """Whether a record belongs here, by its head; False for a late one of an earlier exchange, to be dropped.
+
+        Raises:
+            WorkerProtocolError: the worker must not send this.
+        """
+        if size > _SIZES.get(kind, -1):
+            raise lie(f"a record of the kind {kind} with {size:,} bytes")
+        if run != self._number:
+            # A library may call back when its run is over. Arrays are too large to be taken for nothing.
+            if (run - self._number) & 0xFFFF < 1 << 15 or kind in (LOGITS, HIDDEN):
+                raise lie(f"a record of the run {run} during the run {self._number}")
+            return False
+        if kind not in self._kinds or batch >= self._batches:
+            raise lie(f"a record of the kind {kind} for the prompt {batch}, which nobody asked for")
+        if kind == TOKEN:
+            self._token(batch, value)
+        elif kind == FINISHED:
+            self._finish(batch)
+        elif kind in (LOGITS, HIDDEN):
+            self._array(value, size)
+        return True
+
+    def _token(self, batch: int, token: int) -> None:
+        self._tokens[batch] += 1
+        if token < 0 or self._tokens[batch] > self._most_tokens >= 0:
+            raise lie(f"the token {token} as number {self._tokens[batch]:,} of at most {self._most_tokens:,}")
+
+    def _finish(self, batch: int) -> None:
+        if batch != self._finished:
+            raise lie(f"the end of prompt {batch} in place of {self._finished}")
+        self._finished += 1
+
+    def _array(self, columns: int, size: int) -> None:
+        if not 0 < columns <= _MOST_COLUMNS or size % (columns * 4) or size > columns * 4 * self._most_rows:
+            raise lie(f"an array of {size:,} bytes with {columns:,} columns and at most {self._most_rows:,} rows")
+
+
+def lie(what: str) -> WorkerProtocolError:
+    """The error of a worker that sent `what`."""
+    return WorkerProtocolError(f"The worker sent {what}, and was ended.")

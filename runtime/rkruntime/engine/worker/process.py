@@ -1,0 +1,383 @@
+"""The parent's side of the worker: starts it, sends commands, reads records and log lines, and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import rkruntime
+from rkruntime.engine.worker import protocol
+from rkruntime.engine.worker.exchange import Exchange
+from rkruntime.engine.worker.protocol import Record
+from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
+from rkruntime.printable import one_line
+from rkruntime.words import counted
+
+_ROOT: Final = str(Path(rkruntime.__file__).resolve().parents[1])
+# Isolated: neither PYTHONPATH nor the working folder nor site-packages have a say in what the worker imports.
+_START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); import rkruntime.engine.worker.__main__"
+_PIPE: Final = 1 << 20
+_LOG_READ: Final = 1 << 16
+_KEPT_LINES: Final = 200
+_LONGEST_LINE: Final = 16384
+_SLICE: Final = 0.5
+# Of a worker that prints faster than _LOG_READ bytes in this time, the rest is lost in the pipe.
+LOG_PAUSE: Final = 0.02
+# A worker reads its commands in a thread that does nothing else, and the pipe holds most of them whole.
+_COMMAND_TIMEOUT: Final = 10.0
+# Seconds for everything that a worker started to be killed. Longer only if the kernel does not let go of it.
+_KILL_TIMEOUT: Final = 5.0
+# The library says these during a run and goes on, or waits for ever: what it answers then is rubbish (rknn-llm issues
+# 390, 449, 85, 306).
+_ALARM: Final = re.compile(
+    rb"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
+)
+# A buffer of a megabyte is mapped anew for each read, which costs 6 us; arrays have use for it, tokens do not.
+SMALL_READ: Final = 1 << 12
+_LARGE_READ: Final = 1 << 20
+_HEAD: Final = protocol.RECORD.size
+_unpack: Final = protocol.RECORD.unpack_from
+
+
+def python_command() -> tuple[str, ...]:
+    """The interpreter of the worker, with its options."""
+    return (sys.executable, "-I", "-S", "-B")
+
+
+class WorkerProcess:
+    """A worker process and its three pipes: commands, records, and what it prints.
+
+    Attributes:
+        log: the last lines that it printed, with control characters spelled out.
+        alarm: the first line since it was emptied that says that a run's results are worth nothing.
+        log_open: there may be more lines.
+
+    Args:
+        interpreter: command of the Python to use. Raises HostError if it cannot be started.
+        environment: the worker's variables.
+        on_log: gets each line that the worker prints.
+    """
+
+    def __init__(
+        self, interpreter: Sequence[str], environment: Mapping[str, str], on_log: Callable[[str], None] | None = None
+    ) -> None:
+        self._on_log = on_log
+        self.log: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.alarm = ""
+        self.log_open = True
+        self._line = b""
+        self._buffer = b""
+        self._parts: list[bytes] = []
+        self._missing = 0
+        self._at = 0
+        self._exchange = Exchange(0)
+        self._head: tuple[int, int, int, int, int] | None = None
+        self._wanted = False
+        self._left: int | None = None
+        self._next_look = 0.0
+        self._log_again = 0.0
+        with contextlib.ExitStack() as on_error:
+            fds = [fd for _ in range(3) for fd in os.pipe()]
+            for fd in fds:
+                on_error.callback(_close_quietly, fd)
+            command_read, self._commands, self._records, record_write, self._log, log_write = fds
+            # A full log pipe must not stop the library: what does not fit is lost.
+            for fd in (self._commands, self._records, self._log, log_write):
+                os.set_blocking(fd, False)
+            for fd in (self._commands, log_write):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
+            command = [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)]
+            self.process = _start(command, log_write, (command_read, record_write), environment)
+            on_error.pop_all()
+        for fd in (command_read, record_write, log_write):
+            os.close(fd)
+        self._poll = select.poll()
+        self._poll.register(self._records, select.POLLIN)
+        self._poll.register(self._log, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(self._commands, select.POLLOUT)
+
+    @property
+    def records_fd(self) -> int:
+        """Readable when there may be a record, for an event loop."""
+        return self._records
+
+    @property
+    def log_fd(self) -> int:
+        """Readable when the worker has printed something, and at its end."""
+        return self._log
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is known to be gone."""
+        return self.process.returncode is not None
+
+    def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
+        """Send a command.
+
+        Raises:
+            WorkerCrashedError: the worker is gone.
+            WorkerHungError: it does not read; it was ended.
+        """
+        deadline = time.monotonic() + _COMMAND_TIMEOUT
+        for part in protocol.pack_command(header, data):
+            view = memoryview(part).cast("B") if len(part) else memoryview(b"")
+            while view:
+                view = view[self._write(view, deadline) :]
+
+    def _write(self, view: memoryview, deadline: float) -> int:
+        try:
+            return os.write(self._commands, view)
+        except BlockingIOError:
+            wait = deadline - time.monotonic()
+            if wait <= 0:
+                raise self.hung(_COMMAND_TIMEOUT) from None
+            self._writable.poll(wait * 1000)
+            return 0
+        except OSError:
+            raise self.crashed() from None
+
+    def expect(self, exchange: Exchange) -> None:
+        """From now on only the records of `exchange` are given out."""
+        self._exchange, self._wanted = exchange, False
+
+    def buffered(self) -> Record | None:
+        """The next record that has arrived whole, without a system call. Every record passes here.
+
+        Raises:
+            WorkerProtocolError: the worker must not send this.
+        """
+        while not self._parts:  # of a long record: `receive` joins them when the last one is here
+            start = self._at + _HEAD
+            if self._head is None:
+                if start > len(self._buffer):
+                    self._missing = start - len(self._buffer)
+                    return None
+                self._head = _unpack(self._buffer, self._at)
+                self._wanted = self._exchange.accepts(*self._head)
+            kind, batch, run, value, size = self._head
+            end = start + size
+            if end > len(self._buffer):
+                self._missing = end - len(self._buffer)
+                return None
+            self._head, self._at = None, end
+            if self._wanted:
+                return Record(kind, batch, run, value, self._buffer[start:end])
+        return None
+
+    def receive(self) -> int:
+        """Read what has arrived, without waiting, SMALL_READ bytes or what a record lacks at the most.
+
+        Returns:
+            The number of bytes. Raises WorkerCrashedError at the worker's end.
+        """
+        size = min(max(self._missing, SMALL_READ), _LARGE_READ)
+        try:
+            data = os.read(self._records, size if self._left is None else min(size, self._left))
+        except BlockingIOError:
+            data = b""
+            if self._left is None:
+                return 0
+        if not data:
+            raise self.crashed()
+        if self._left is not None:
+            self._left -= len(data)
+        self._parts.append(data)
+        self._missing -= len(data)
+        if self._missing <= 0:  # joined once per record, also where it is an array of megabytes
+            self._buffer = b"".join([self._buffer[self._at :], *self._parts])
+            self._parts.clear()
+            self._at = 0
+        return len(data)
+
+    def next_record(self, timeout: float, deadline: float) -> Record:
+        """Wait for a record until `deadline` (of time.monotonic), which is the end of a time limit of `timeout`.
+
+        Raises:
+            WorkerCrashedError: the worker ended.
+            WorkerHungError: nothing that counts came in time; the worker was ended.
+            WorkerProtocolError: the worker must not send this.
+        """
+        record = self.buffered()
+        if record is not None:
+            return record
+        started = now = time.monotonic()
+        while record is None:
+            wait = 0.0 if now - started < protocol.SPIN else min(_SLICE, max(0.0, deadline - now))
+            if self._ready(wait) or self._left is not None:
+                self.receive()
+                record = self.buffered()
+            now = time.monotonic()
+            if record is None and now > deadline:
+                raise self.hung(timeout)
+            if now > self._next_look:
+                self._next_look = now + _SLICE
+                self.check_alive()
+        return record
+
+    def _ready(self, seconds: float) -> bool:
+        """Whether there is something from the record pipe within some time; takes over what is printed."""
+        if self._log_again and time.monotonic() > self._log_again:
+            self._log_again = 0.0
+            self._poll.register(self._log, select.POLLIN)
+        if self._log_again:
+            seconds = min(seconds, LOG_PAUSE)
+        found = False
+        for fd, _ in self._poll.poll(seconds * 1000):
+            if fd != self._log:
+                found = True
+            elif self.read_log():
+                self._poll.unregister(self._log)
+                self._log_again = time.monotonic() + LOG_PAUSE
+        return found
+
+    def check_alive(self) -> None:
+        """Notice that the process has ended, also where a child of its own keeps the pipes open.
+
+        What stands in the pipe by then still counts, and nothing that comes later.
+        """
+        if self._left is None and self.process.poll() is not None:
+            self._left = _waiting(self._records)
+
+    def read_log(self) -> bool:
+        """Take over a piece of what the worker has printed. Returns whether there is likely to be more."""
+        try:
+            data = os.read(self._log, _LOG_READ)
+        except OSError:
+            return False
+        if not data:  # its writers are gone, and it would always be ready
+            self.log_open = False
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._log)
+            return False
+        self._print(data)
+        return len(data) == _LOG_READ
+
+    def drain_log(self) -> None:
+        """Take over what the worker has printed so far, and nothing that it prints meanwhile."""
+        for _ in range(-(-_waiting(self._log) // _LOG_READ)):
+            self.read_log()
+
+    def _print(self, data: bytes) -> None:
+        # Splitting costs the reader more than printing costs the writer: of a flood only the last lines are split off.
+        left_out, *lines = (self._line + data).rsplit(b"\n", _KEPT_LINES + 1)
+        if len(lines) <= _KEPT_LINES:
+            lines, left_out = [left_out, *lines], b""
+        self._line = lines.pop()
+        if len(self._line) > _LONGEST_LINE:
+            lines.append(self._line)
+            self._line = b""
+        if left_out:
+            self._look_for_alarm(left_out)
+            self._keep(f"[{len(left_out):,} bytes of output left out]")
+        for line in lines:
+            self._look_for_alarm(line)
+            self._keep(one_line(line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")))
+
+    def _look_for_alarm(self, text: bytes) -> None:
+        found = None if self.alarm else _ALARM.search(text)
+        if found:
+            start, end = text.rfind(b"\n", 0, found.start()) + 1, text.find(b"\n", found.end())
+            line = text[start : end if end >= 0 else None]
+            self.alarm = one_line(line[:_LONGEST_LINE].decode("utf-8", "replace").strip())
+
+    def _keep(self, text: str) -> None:
+        self.log.append(text)
+        if self._on_log:
+            self._on_log(text)
+
+    def end(self, grace: float) -> int:
+        """End the process and everything that it started; wait `grace` seconds for it to do so itself.
+
+        Returns:
+            Its return code, negative for a signal.
+        """
+        try:
+            self.process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()  # for its keeper: see rkruntime.engine.worker.keeper
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_KILL_TIMEOUT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        self.drain_log()
+        if self._line:
+            self._print(b"\n")
+        return code
+
+    def close_pipes(self) -> None:
+        """Close the parent's ends."""
+        for name in ("_commands", "_records", "_log"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+
+    def crashed(self) -> WorkerCrashedError:
+        """The error of a worker that ended; the process is gone afterwards."""
+        code = self.end(grace=1.0)
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            return WorkerCrashedError(
+                f"The runtime library crashed ({name}).",
+                details={"signal": name, "description": signal.strsignal(-code)},
+            )
+        return WorkerCrashedError(
+            f"The runtime library ended its process with exit code {code}.", details={"exit_code": code}
+        )
+
+    def hung(self, seconds: float) -> WorkerHungError:
+        """The error of a worker that gave no sign in time; the process is gone afterwards."""
+        self.end(grace=0)
+        return WorkerHungError(
+            f"The runtime library gave no sign of life for {counted(seconds, 'second')} and was killed.",
+            details={"seconds": seconds},
+        )
+
+
+def _start(
+    command: Sequence[str], output: int, fds: tuple[int, int], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    # A session of its own: Ctrl-C in the terminal is for the parent, and everything in it can be ended at once.
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=fds,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise HostError(
+            f"The worker process cannot be started: {command[0]}: {error.strerror or error}.",
+            hint="Look at the limits on processes and memory, and that this Python is still where it was.",
+        ) from error
+
+
+def _waiting(fd: int) -> int:
+    """The number of bytes in a pipe; 0 if it is closed."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):
+        return 0
+
+
+def _close_quietly(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""librkllmrt.so: identify it and bind it."""

@@ -1,0 +1,196 @@
+"""Which release a librkllmrt.so is: told from its file, before anything in it is called.
+
+A wrong layout does not fail, it corrupts memory or crashes at the first token. The version text inside the library
+decides, and ELF header and exported symbols must agree with it. Symbols alone cannot tell 1.2.x from 1.3.0.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
+from rkruntime.errors import LibraryError
+from rkruntime.library.elf import ElfFile, read_elf
+
+# Seen in 1.2.0, 1.2.1b1 and 1.3.1, as
+# `RKLLM SDK (version: 1.2.1b1 | target: Linux | build: 27637c95 2025-05-02 17:46:07)`.
+_MARK: Final = b"RKLLM SDK (version: "
+_VERSION: Final = re.compile(r"\d+\.\d+\.\d+(?:b\d*)?")
+_KNOWN_FUNCTIONS: Final = frozenset(name for version in RELEASES for name in abi_of(version).functions)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a library file is.
+
+    Attributes:
+        bits: 32 or 64.
+        machine: as `uname -m` names it: `aarch64`, `x86_64`.
+        version: from the version text; empty if there is none.
+        version_line: the whole text, build id and date included.
+        release: whose layout is to be used; None if it cannot be told or is not supported (`problem` says why).
+        forced: the layout was named by a person.
+        emulated: the library says that it is RKEdge's emulator.
+        problem: why it must not be called; empty if it may.
+        hint: what to do about the problem.
+        functions: those of rkllm.h that it exports.
+    """
+
+    path: Path
+    bits: int
+    machine: str
+    version: str
+    version_line: str
+    release: Release | None
+    forced: bool
+    emulated: bool
+    problem: str
+    hint: str
+    functions: frozenset[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "path": str(self.path),
+            "bits": self.bits,
+            "machine": self.machine,
+            "version": self.version or None,
+            "version_line": self.version_line or None,
+            "layout": self.release.layout if self.release else None,
+            "layout_evidence": self.release.evidence if self.release else None,
+            "forced": self.forced,
+            "emulated": self.emulated,
+            "problem": self.problem or None,
+            "functions": sorted(self.functions),
+        }
+
+
+def _version_lines(data: mmap.mmap) -> list[str]:
+    """Every version text in the file, once each."""
+    lines: dict[str, None] = {}
+    at = data.find(_MARK)
+    while at >= 0:
+        end = data.find(b"\0", at, at + 256)
+        text = data[at : end if end >= 0 else at + 256].decode("utf-8", "replace")
+        lines[text[: text.find(")") + 1] or text] = None
+        at = data.find(_MARK, at + 1)
+    return list(lines)
+
+
+def _version_in(line: str) -> str:
+    found = _VERSION.match(line, len(_MARK))
+    return found.group() if found and line[found.end() :].lstrip()[:1] in ("|", ")") else ""
+
+
+def _contradiction(version: str, functions: frozenset[str]) -> str:
+    """How the exported functions contradict a release; empty if they do not."""
+    declared = frozenset(abi_of(version).functions)
+    if missing := sorted(declared - functions):
+        return f"release {version} has {missing[0]}, which this file does not export"
+    if extra := sorted((functions & _KNOWN_FUNCTIONS) - declared):
+        return f"this file exports {extra[0]}, which came with {since(extra[0])}, after {version}"
+    return ""
+
+
+def _look(path: Path) -> tuple[ElfFile, list[str]]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return read_elf(path, data), _version_lines(data)
+    except ValueError as error:  # mmap of an empty file
+        raise LibraryError(f"{path} is empty.") from error
+    except OSError as error:
+        raise LibraryError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None) -> tuple[Release | None, str, str]:
+    """The release whose layout fits, or why there is none and what to do."""
+    functions = elf.symbols & _KNOWN_FUNCTIONS
+    if elf.bits != 64:
+        return None, f"it is a {elf.bits}-bit library, and this kit calls 64-bit ones", "Take the aarch64 library."
+    if not functions:
+        return None, "it exports no function of rkllm.h", "Name librkllmrt.so, not librknnrt.so or another library."
+    if len(versions) > 1:
+        return None, f"it carries several version texts: {', '.join(versions)}", "Take the vendor's original file."
+    version = versions[0] if versions else ""
+    if abi is not None and version not in RELEASES:
+        release = release_named(abi)
+        problem = _contradiction(abi, functions)
+        return (None, problem, "Give --abi another release.") if problem else (release, "", "")
+    if version not in RELEASES:
+        return None, _unknown(version, lines), "Update rkedge, or try the nearest release with --abi (docs/abi.md)."
+    if RELEASES[version].refused:
+        return None, f"it is release {version}: {RELEASES[version].refused}", "Install librkllmrt.so 1.2.3."
+    if problem := _contradiction(version, functions):
+        return None, f"its version text says {version}, but {problem}", "Take the vendor's original file."
+    if abi is not None and release_named(abi).layout != RELEASES[version].layout:
+        return None, f"it is release {version}, whose layout is not that of {abi}", "Leave --abi away."
+    return RELEASES[version], "", ""
+
+
+def _unknown(version: str, lines: list[str]) -> str:
+    if not version:
+        return f"its version text is not readable: {lines[0]!r}" if lines else "it has no RKLLM version text"
+    # Here, for the worker imports this module and has no installed packages.
+    from rkruntime.versions import version as order
+
+    newest = CALLABLE[-1]
+    age = "newer than" if order(version) > order(newest) else "not among those known up to"
+    return f"it is release {version}, {age} {newest}, and its layout is not known"
+
+
+def inspect_library(path: Path, abi: str | None = None) -> Identity:
+    """What a library file is, also one for another machine or of an unknown release.
+
+    Args:
+        abi: a release whose layout to use if the file's own release is not known.
+
+    Raises:
+        LibraryError: not a readable shared library, or `abi` is no release.
+    """
+    if abi is not None:
+        release_named(abi)
+    elf, lines = _look(path)
+    versions = list(dict.fromkeys(_version_in(line) for line in lines))
+    release, problem, hint = _judge(elf, lines, versions, abi)
+    return Identity(
+        path=path,
+        bits=elf.bits,
+        machine=elf.machine,
+        version=versions[0] if len(versions) == 1 else "",
+        version_line=lines[0] if lines else "",
+        release=release,
+        forced=abi is not None and release is not None and release.version != (versions or [""])[0],
+        emulated=any("emulator" in line.lower() for line in lines),
+        problem=problem,
+        hint=hint,
+        functions=elf.symbols & _KNOWN_FUNCTIONS,
+    )
+
+
+def identify(path: Path, abi: str | None = None) -> Identity:
+    """The identity of a library that may be called with the layout of its `release`.
+
+    Raises:
+        LibraryError: it must not be called; message and hint say why.
+    """
+    identity = inspect_library(path, abi)
+    if identity.release is None:
+        raise LibraryError(
+            f"{path} cannot be used: {identity.problem}.", hint=identity.hint, details=identity.as_dict()
+        )
+    return identity
+
+
+def check_machine(path: Path, machine: str) -> None:
+    """Raise LibraryError if a library is for another machine than this process runs on."""
+    here = os.uname().machine
+    if machine != here:
+        raise LibraryError(
+            f"{path} is for {machine}, and this machine is {here}.",
+            hint="Use it on the board; on a PC, use the emulator.",
+        )

@@ -1,0 +1,1 @@
+"""The daemon's interfaces: OpenAI's, Ollama's and its own."""

@@ -1,0 +1,157 @@
+"""What the interfaces share: a request's fields to an Ask, and an answer's items to one answer or to a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.requests import Request
+
+from rkruntime.serve.api.http import while_connected
+from rkruntime.serve.host import Model
+from rkruntime.serve.queue import Client
+from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
+from rkruntime.serve.threads import read_in_thread
+from rkruntime.text.answer import Answer
+from rkruntime.text.conversation import Conversation
+from rkruntime.text.template import Message, no_question
+from rkruntime.words import dropped_turns
+
+IGNORED_HEADER: Final = "X-RKEdge-Ignored"
+EMULATED_HEADER: Final = "X-RKEdge-Emulated"
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "repeat_penalty", "frequency_penalty", "presence_penalty")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A stream whose first items are there, so that its status is known."""
+
+    begin: Begin
+    model: Model
+    first: list[Item]
+    run: Run
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client should know before the answer."""
+        headers = {EMULATED_HEADER: "1"} if self.model.engine.info.emulated else {}
+        return {**headers, IGNORED_HEADER: ", ".join(self.begin.ignored)} if self.begin.ignored else headers
+
+
+def text_of(content: Any) -> str:
+    """A message's content, given as a text or as a list of text parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+
+
+def client_of(request: Request, body: Mapping[str, Any]) -> Client:
+    """Whose turn a request takes; its `user` field tells turns of one client apart, and nobody else's."""
+    return (*request.scope["rkedge.user"].path, str(body.get("user") or ""))
+
+
+def ask_of(
+    request: Request,
+    prompt: Callable[[Model], Prompt],
+    body: Mapping[str, Any],
+    max_new_tokens: int | None,
+    keep: Keep | None = None,
+) -> Ask:
+    """An Ask with the fields that all interfaces name alike."""
+    stop = body.get("stop") or ()
+    return Ask(
+        prompt=prompt,
+        client=client_of(request, body),
+        request_id=request.scope["rkedge.id"],
+        max_new_tokens=max_new_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(filter(None, stop)),
+        sampling={name: body.get(name) for name in _SAMPLING},
+        keep=keep,
+    )
+
+
+def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = False) -> Callable[[Model], Prompt]:
+    """The prompt of a whole conversation, with the ids of those answers that this daemon gave."""
+
+    def build(model: Model) -> Prompt:
+        if not messages or messages[-1].role != "user":
+            raise no_question(messages)
+        system = messages[0].content if messages[0].role == "system" else ""
+        turns = service.memory.recall(messages)[1 if messages[0].role == "system" else 0 : -1]
+        conversation = Conversation(model.prompts, system, turns)
+        tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
+        return Prompt(tokens, notes=(dropped_turns(dropped),) if dropped else ())
+
+    return build
+
+
+def remembering(service: Service, messages: Sequence[Message]) -> Keep:
+    """Keeps the ids of a whole answer, for the time when the client sends it back as text."""
+
+    async def keep(answer: Answer, whole: bool) -> None:
+        if whole:
+            await read_in_thread(service.memory.remember, messages, answer.text, answer.tokens)
+
+    return keep
+
+
+def text_prompt(text: str) -> Callable[[Model], Prompt]:
+    """The prompt of a plain text: `<bos>` and its tokens, no template."""
+
+    def build(model: Model) -> Prompt:
+        tokens = model.prompts.encode(text, model.engine.info.max_context)
+        return Prompt([model.bundle.manifest.bos_token_id, *tokens])
+
+    return build
+
+
+async def begin(request: Request, service: Service, run: Run) -> Begun:
+    """Wait for the first items of a run that was just started; who takes them closes it.
+
+    Raises:
+        RKEdgeError: the request is refused, or failed before it said anything.
+        ClientDisconnect: the client is gone; the run is stopped.
+    """
+    try:
+        first = await while_connected(request, run.take())
+        model = service.host.current
+        if not isinstance(first[0], Begin) or model is None:
+            raise stopped()
+    except BaseException:
+        await run.close()
+        raise
+    return Begun(first[0], model, first[1:], run)
+
+
+async def items(begun: Begun) -> AsyncGenerator[list[Item], None]:
+    """All items behind the Begin."""
+    yield begun.first
+    while batch := await begun.run.take():
+        yield batch
+
+
+async def collect(request: Request, begun: Begun) -> Outcome:
+    """The end of the answer.
+
+    Raises:
+        RKEdgeError: the run failed.
+        ClientDisconnect: the client is gone; the run is stopped.
+    """
+
+    async def last() -> Outcome:
+        outcome = None
+        async for batch in items(begun):
+            _, outcome = split(batch)
+        if outcome is None:
+            raise stopped()
+        return outcome
+
+    try:
+        return await while_connected(request, last())
+    finally:
+        await begun.run.close()
+
+
+def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:
+    """The text of a batch as one piece, and the outcome if it is there."""
+    last = batch[-1] if batch and isinstance(batch[-1], Outcome) else None
+    return "".join(item for item in batch if isinstance(item, str)), last

@@ -1,0 +1,262 @@
+"""HTTP for the interfaces: limited bodies, errors in OpenAI's and Ollama's words, streams that notice who left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, Final, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from rkruntime.errors import (
+    BodyError,
+    BusyError,
+    ContextFullError,
+    HostError,
+    ModelError,
+    NoSuchSessionError,
+    RefusedError,
+    RKEdgeError,
+    ServiceError,
+    TimeLimitError,
+    UnsupportedCallError,
+    UsageError,
+)
+from rkruntime.serve.api.validate import Validator, parse_json
+from rkruntime.serve.connections import Held
+from rkruntime.serve.threads import with_data
+from rkruntime.words import counted
+
+log = logging.getLogger("rkedge")
+T = TypeVar("T")
+
+# Error class -> status, OpenAI's type, code; the first that fits.
+_ERRORS: Final[tuple[tuple[type[RKEdgeError], int, str, str | None], ...]] = (
+    (ContextFullError, 400, "invalid_request_error", "context_length_exceeded"),
+    (UnsupportedCallError, 501, "invalid_request_error", "unsupported_by_runtime"),
+    (UsageError, 400, "invalid_request_error", None),
+    (NoSuchSessionError, 404, "invalid_request_error", "session_not_found"),
+    (BusyError, 429, "rate_limit_error", "queue_full"),
+    (TimeLimitError, 504, "server_error", "time_limit"),
+    (ServiceError, 503, "server_error", "unavailable"),
+    (HostError, 503, "server_error", "host"),
+    (ModelError, 502, "server_error", "model"),
+    (RefusedError, 400, "invalid_request_error", None),
+    (RKEdgeError, 503, "server_error", "model_unavailable"),
+)
+_INTERNAL: Final = (500, "server_error", "internal")
+
+
+def status_of(error: BaseException) -> tuple[int, str, str | None]:
+    """HTTP status, OpenAI's error type and code."""
+    if isinstance(error, BodyError) and "status" in error.details:
+        return int(error.details["status"]), "invalid_request_error", error.details.get("code")
+    return next((row[1:] for row in _ERRORS if isinstance(error, row[0])), _INTERNAL)
+
+
+def error_body(error: BaseException, style: str) -> dict[str, Any]:
+    """An error as the clients of an interface expect it, with the next step in the message.
+
+    Args:
+        style: `openai` or `ollama`.
+    """
+    _, kind, code = status_of(error)
+    message = (
+        f"{error.message} {error.hint}" if isinstance(error, RKEdgeError) else "The daemon has a bug; see its log."
+    )
+    if style == "ollama":
+        return {"error": message}
+    param = error.details.get("param") if isinstance(error, RKEdgeError) else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: BaseException, style: str) -> Response:
+    """The response to a request that failed before anything was sent."""
+    status = status_of(error)[0]
+    headers = {}
+    if isinstance(error, RKEdgeError) and "retry_after_s" in error.details:
+        headers["Retry-After"] = str(error.details["retry_after_s"])
+    if status in (408, 413):
+        # The rest of the body is not read.
+        headers["Connection"] = "close"
+    return json_response(error_body(error, style), status, headers)
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON as UTF-8; lone surrogates, which JSON cannot carry, as escapes."""
+    try:
+        body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        body = json.dumps(content, separators=(",", ":")).encode()
+    return Response(body, status, headers, "application/json")
+
+
+class Bodies:
+    """Reads and checks request bodies.
+
+    Args:
+        max_bytes: of a body; more is 413.
+        seconds: a client has for sending all of it; longer is 408.
+    """
+
+    def __init__(self, validator: Validator, max_bytes: int, seconds: float) -> None:
+        self._validator = validator
+        self.max_bytes = max_bytes
+        self.seconds = seconds
+
+    async def read(
+        self, request: Request, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """The body as a JSON object that fits the schema, as `Validator.read` gives it.
+
+        Args:
+            made: what becomes of the object at once, so that nothing else of it stays in memory.
+
+        Raises:
+            BodyError: too large, too slow, no JSON, or not of the schema.
+            BusyError: its user's other requests hold too much in memory.
+        """
+        try:
+            body = await asyncio.wait_for(self._read(request), self.seconds)
+        except asyncio.TimeoutError:
+            raise BodyError(
+                f"The body did not arrive within {counted(self.seconds, 'second')}.",
+                details={"status": 408, "code": "too_slow"},
+            ) from None
+        return await with_data(len(body), self._checked, body, schema, made)
+
+    def _checked(
+        self, body: bytes, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        data = parse_json(body)
+        if not isinstance(data, dict):
+            raise BodyError(f"The body is not a JSON object but a {type(data).__name__}.")
+        read: dict[str, Any] = self._validator.read(schema, data)
+        return made(read) if made else read
+
+    async def _read(self, request: Request) -> bytes:
+        held: Held = request.scope["rkedge.held"]
+        declared = request.headers.get("content-length", "")
+        self._hold(held, int(declared) if declared.isdecimal() else 0)
+        body = bytearray()
+        async for part in request.stream():
+            self._hold(held, len(body) + len(part))
+            body += part
+        return bytes(body)
+
+    def _hold(self, held: Held, size: int) -> None:
+        if size > self.max_bytes:
+            raise BodyError(
+                f"The body has more than {self.max_bytes:,} bytes.", details={"status": 413, "code": "too_large"}
+            )
+        held.at_least(size)
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. Raises ClientDisconnect then."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Stream(Response):
+    """Sends chunks as they come, and closes their source as soon as the client is gone.
+
+    Args:
+        chunks: whole events.
+        failed: the event that ends them after an exception.
+        close: called at the end, however it comes, and even if nothing was ever taken from `chunks`.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        failed: Callable[[Exception], bytes],
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(
+            None, 200, {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})}, media_type
+        )
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._failed = failed
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        sending = asyncio.ensure_future(self._send(scope["rkedge.id"], send))
+        watch = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({sending, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, watch):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+            if self._close:
+                await self._close()
+
+    async def _events(self, request_id: str) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except RKEdgeError as error:
+            yield self._failed(error)
+        except Exception as error:
+            log.exception("request %s", request_id)
+            yield self._failed(error)
+
+    async def _send(self, request_id: str, send: Send) -> None:
+        async with aclosing(self._events(request_id)) as chunks:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def answering(style: str) -> Callable[[Endpoint], Endpoint]:
+    """An endpoint whose errors become responses in the words of `style`."""
+
+    def decorate(endpoint: Endpoint) -> Endpoint:
+        async def answered(request: Request) -> Response:
+            try:
+                return await endpoint(request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except RKEdgeError as error:
+                return error_response(error, style)
+            except Exception as error:
+                log.exception("request %s", request.scope.get("rkedge.id"))
+                return error_response(error, style)
+
+        return answered
+
+    return decorate

@@ -1,0 +1,317 @@
+"""The daemon's own interface: conversations that it keeps. `rkedge chat user@board` and the page stand on it.
+
+An answer whose client went away is kept as far as it came. The client may come back and have it go on from there, or
+ask something else, and then what there is of it stays as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rkruntime.chat.repl import rate
+from rkruntime.errors import BodyError, InputError, NoSuchSessionError
+from rkruntime.serve.api.asks import Begun, ask_of, begin, items, split
+from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response
+from rkruntime.serve.host import Model
+from rkruntime.serve.service import Outcome, Prompt, Run, Service
+from rkruntime.serve.threads import on_disk, read_in_thread
+from rkruntime.serve.users import User, check_name
+from rkruntime.text.answer import Answer
+from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
+from rkruntime.words import dropped_turns
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "stop",
+)
+
+
+def _line(kind: str, **values: Any) -> bytes:
+    return (_encode({"type": kind, **values}) + "\n").encode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A session: whose, and its name."""
+
+    user: User
+    name: str
+
+    @classmethod
+    def of(cls, request: Request) -> _Place:
+        return cls(request.scope["rkedge.user"], check_name(request.path_params["name"], "session"))
+
+
+@dataclass
+class _Turn:
+    """A question to a session, on its way.
+
+    Attributes:
+        data: the session as it was kept.
+        number: the client's name for the answer.
+        begun: ids of the answer that is taken up.
+        conversation, model: set when the prompt is made.
+    """
+
+    data: Mapping[str, Any]
+    question: str
+    number: str
+    options: Mapping[str, Any]
+    drop: bool = False
+    begun: tuple[int, ...] = ()
+    conversation: Conversation | None = None
+    model: str = ""
+
+    def prompt(self, model: Model) -> Prompt:
+        conversation = Conversation(model.prompts)
+        conversation.restore(self.data if self.begun else _with_broken(self.data))
+        self.model = model.bundle.manifest.name
+        room = model.engine.info.max_context - len(self.begun)
+        tokens, dropped = conversation.prompt(self.question, room, drop=self.drop)
+        self.conversation = conversation
+        notes = (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
+        return Prompt([*tokens, *self.begun], self.begun, notes)
+
+    def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:
+        """What the session is after the answer."""
+        assert self.conversation is not None
+        data: dict[str, Any] = {"number": self.number}
+        if whole:
+            self.conversation.add(self.question, answer)
+        elif answer.tokens:
+            data["broken"] = {
+                "question": self.question,
+                "text": answer.text,
+                "tokens": list(answer.tokens),
+                "model": self.model,
+                "options": dict(self.options),
+                "at": time.time(),
+            }
+        return {**self.conversation.as_dict(), **data}
+
+
+def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A session in which an answer that nobody came back for is a turn as far as it came."""
+    broken = data.get("broken")
+    if not broken:
+        return data
+    answer = {"role": "assistant", "content": broken["text"], "tokens": broken["tokens"]}
+    return {**data, "messages": [*data["messages"], {"role": "user", "content": broken["question"]}, answer]}
+
+
+def _update(body: dict[str, Any]) -> dict[str, Any]:
+    """The body of a change with nothing but a conversation in `conversation`. Raises BodyError."""
+    return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
+
+
+def _conversation(data: Any) -> dict[str, Any]:
+    try:
+        return check_conversation(data)
+    except InputError as error:
+        raise BodyError(error.message, details={"param": "conversation"}) from error
+
+
+class Sessions:
+    """The endpoints of /sessions."""
+
+    def __init__(self, service: Service, bodies: Bodies) -> None:
+        self._service = service
+        self._store = service.sessions
+        self._bodies = bodies
+        self._runs: dict[_Place, Run] = {}
+        self._locks: WeakValueDictionary[_Place, asyncio.Lock] = WeakValueDictionary()
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        wrap = answering("openai")
+        return [
+            Route("/sessions", wrap(self._list), methods=["GET"]),
+            Route("/sessions/{name}", wrap(self._read), methods=["GET"]),
+            Route("/sessions/{name}", wrap(self._change), methods=["PUT"]),
+            Route("/sessions/{name}", wrap(self._delete), methods=["DELETE"]),
+            Route("/sessions/{name}/messages", wrap(self._ask), methods=["POST"]),
+            Route("/sessions/{name}/resume", wrap(self._resume), methods=["POST"]),
+        ]
+
+    async def _list(self, request: Request) -> Response:
+        return await read_in_thread(self._listed, request.scope["rkedge.user"])
+
+    def _listed(self, user: User) -> Response:
+        found = self._store.list(user)
+        return json_response(
+            {"sessions": [{"name": item.name, "size": item.size, "changed": item.changed} for item in found]}
+        )
+
+    def _order(self, place: _Place) -> asyncio.Lock:
+        """Held while a session is read and changed, as large ones are read in a thread."""
+        return self._locks.setdefault(place, asyncio.Lock())
+
+    async def _read(self, request: Request) -> Response:
+        place = _Place.of(request)
+        request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
+        return await read_in_thread(lambda: json_response(self._store.read(place.user, place.name)))
+
+    async def _delete(self, request: Request) -> Response:
+        place = _Place.of(request)
+        async with self._order(place):
+            await self._take_over(place)
+            await on_disk(self._store.delete, place.user, place.name)
+        return json_response({"deleted": place.name})
+
+    async def _change(self, request: Request) -> Response:
+        place = _Place.of(request)
+        body = await self._bodies.read(request, "SessionUpdate", _update)
+        async with self._order(place):
+            await self._take_over(place)
+            await on_disk(self._write_changed, place, body)
+        return json_response({"changed": place.name})
+
+    def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
+        data = body["conversation"] if "conversation" in body else self._data(place)
+        kept = _conversation(data)
+        # What the daemon notes for itself is not taken from a client, and goes with the turns.
+        own = () if "conversation" in body or body.get("clear") else ("number", "broken")
+        kept |= {key: data[key] for key in own if key in data}
+        kept["system"] = body.get("system", kept["system"])
+        if body.get("clear"):
+            kept["messages"] = []
+        self._store.write(place.user, place.name, kept)
+
+    def _data(self, place: _Place) -> dict[str, Any]:
+        try:
+            return self._store.read(place.user, place.name)
+        except NoSuchSessionError:
+            return {"schema": SCHEMA, "system": "", "messages": []}
+
+    async def _take_over(self, place: _Place) -> None:
+        """A session gives one answer at a time: who comes anew, maybe over a new connection, ends the old one."""
+        run = self._runs.pop(place, None)
+        if run is not None:
+            await run.close()
+
+    async def _ask(self, request: Request) -> Response:
+        place = _Place.of(request)
+        body = await self._bodies.read(request, "SessionMessage")
+        options = {name: body[name] for name in _OPTIONS if name in body}
+        drop = bool(body.get("drop_oldest"))
+        async with self._order(place):
+            await self._take_over(place)
+            data = await read_in_thread(self._data, place)
+            run = self._start(request, place, _Turn(data, body["content"], body.get("id", ""), options, drop))
+        return await self._answer(request, place, run, 0)
+
+    async def _resume(self, request: Request) -> Response:
+        place = _Place.of(request)
+        body = await self._bodies.read(request, "SessionResume")
+        received = body.get("received", 0)
+        async with self._order(place):
+            await self._take_over(place)
+            data = await read_in_thread(self._store.read, place.user, place.name)
+            turn = self._broken(place, data, body["id"])
+            run = self._start(request, place, turn) if turn else None
+        if run is None:
+            return Stream(_whole(data, received), "application/x-ndjson", failed=_failed)
+        return await self._answer(request, place, run, received)
+
+    def _broken(self, place: _Place, data: Mapping[str, Any], number: str) -> _Turn | None:
+        """The turn that goes on with an answer; none if it came to its end. Raises NoSuchSessionError."""
+        if not number or data.get("number") != number:
+            raise NoSuchSessionError(
+                f"The session {place.name!r} has no answer {number!r} to go on with.", hint="Ask again."
+            )
+        broken = data.get("broken")
+        if broken is None:
+            return None
+        too_old = time.time() - broken["at"] > self._service.settings.sessions.resume_s
+        if too_old or broken["model"] != self._service.name:
+            reason = "too long ago" if too_old else "by another model"
+            raise NoSuchSessionError(f"That answer was broken off {reason} to go on.", hint="Ask again.")
+        return _Turn(data, broken["question"], number, broken["options"], begun=tuple(broken["tokens"]))
+
+    def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
+        async def keep(answer: Answer, whole: bool) -> None:
+            await on_disk(lambda: self._store.write(place.user, place.name, turn.kept(answer, whole)))
+
+        ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
+        # Known while it still waits for its turn.
+        run = self._runs[place] = self._service.start(ask)
+        return run
+
+    async def _answer(self, request: Request, place: _Place, run: Run, received: int) -> Response:
+        async def close() -> None:
+            if self._runs.get(place) is run:
+                del self._runs[place]
+            await run.close()
+
+        try:
+            begun = await begin(request, self._service, run)
+        except BaseException:
+            await close()
+            raise
+        return Stream(_lines(begun, received), "application/x-ndjson", begun.headers, failed=_failed, close=close)
+
+
+def _failed(error: Exception) -> bytes:
+    return _line("error", **error_body(error, "openai"))
+
+
+async def _lines(begun: Begun, received: int) -> AsyncGenerator[bytes, None]:
+    """The events of an answer, without what the client has of it already."""
+    info = begun.model.engine.info
+    yield _line(
+        "begin",
+        notes=begun.begin.notes,
+        ignored=begun.begin.ignored,
+        emulated=info.emulated,
+        max_context=info.max_context,
+    )
+    late = begun.begin.text[received:]
+    skip = max(0, received - len(begun.begin.text))
+    if late:
+        yield _line("text", text=late)
+    async for batch in items(begun):
+        text, outcome = split(batch)
+        text, skip = text[skip:], max(0, skip - len(text))
+        if text:
+            yield _line("text", text=text)
+        if outcome:
+            yield _done(outcome)
+
+
+def _done(outcome: Outcome) -> bytes:
+    answer = outcome.answer
+    return _line(
+        "done",
+        reason=answer.reason.value,
+        prompt_tokens=answer.prompt_tokens,
+        reused_tokens=outcome.reused,
+        tokens=len(answer.tokens),
+        queue_s=outcome.queue_s,
+        first_token_s=outcome.queue_s + outcome.prefill_s,
+        tokens_per_s=rate(answer, outcome.prefill_s, outcome.total_s),
+    )
+
+
+async def _whole(data: Mapping[str, Any], received: int) -> AsyncGenerator[bytes, None]:
+    """The rest of an answer that was finished while its client was away."""
+    text = data["messages"][-1]["content"] if data["messages"] else ""
+    if text[received:]:
+        yield _line("text", text=text[received:])
+    yield _line("done", reason="stop")

@@ -1,0 +1,239 @@
+"""Ollama's interface: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rkruntime.bundle.manifest import MANIFEST, Manifest, open_bundle
+from rkruntime.errors import UsageError
+from rkruntime.serve.api.asks import (
+    Begun,
+    ask_of,
+    begin,
+    chat_prompt,
+    client_of,
+    collect,
+    items,
+    remembering,
+    split,
+    text_prompt,
+)
+from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response, while_connected
+from rkruntime.serve.host import Model
+from rkruntime.serve.service import Keep, Outcome, Prompt, Service
+from rkruntime.serve.threads import read_in_thread, with_data
+from rkruntime.text.template import Message
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# How an answer's text stands in a line: in a message, or in a field of its own.
+Shape = Callable[[str], dict[str, Any]]
+
+
+def _as_message(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}}
+
+
+def _as_response(text: str) -> dict[str, Any]:
+    return {"response": text}
+
+
+def _time(seconds: float | None = None) -> str:
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def _nanoseconds(seconds: float) -> int:
+    return max(0, int(seconds * 1e9))
+
+
+def _failed(error: Exception) -> bytes:
+    return (_encode(error_body(error, "ollama")) + "\n").encode("utf-8", "replace")
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    answer = outcome.answer
+    return {
+        "done": True,
+        "done_reason": answer.reason.value,
+        "total_duration": _nanoseconds(outcome.queue_s + outcome.total_s),
+        "load_duration": 0,
+        "prompt_eval_count": answer.prompt_tokens,
+        "prompt_eval_duration": _nanoseconds(outcome.prefill_s),
+        "eval_count": len(answer.tokens),
+        "eval_duration": _nanoseconds(outcome.total_s - outcome.prefill_s),
+    }
+
+
+def _details(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "parent_model": manifest.source.name,
+        "format": "rkllm" if manifest.target == "toolkit" else "rkemu",
+        "family": manifest.family,
+        "families": [manifest.family],
+        "parameter_size": manifest.size,
+        "quantization_level": manifest.dtype,
+    }
+
+
+def _read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle, parsed again only when its file has changed. Raises BundleError."""
+    try:
+        found = (bundle / MANIFEST).stat()
+    except OSError:
+        return open_bundle(bundle).manifest
+    return _parsed(bundle, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=1)
+def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
+    return open_bundle(bundle).manifest
+
+
+class Ollama:
+    """The endpoints. Any model name is taken for the one model that is served; answers say its own."""
+
+    def __init__(self, service: Service, bodies: Bodies) -> None:
+        self._service = service
+        self._bodies = bodies
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        wrap = answering("ollama")
+        return [
+            Route("/api/chat", wrap(self._chat), methods=["POST"]),
+            Route("/api/generate", wrap(self._generate), methods=["POST"]),
+            Route("/api/show", wrap(self._show), methods=["POST"]),
+            Route("/api/tags", wrap(self._tags), methods=["GET"]),
+            Route("/api/ps", wrap(self._ps), methods=["GET"]),
+            Route("/api/version", wrap(self._version), methods=["GET"]),
+        ]
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "OllamaChat")
+        messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
+        if not messages:
+            return await self._load_only(request, _as_message)
+        prompt, keep = chat_prompt(self._service, messages), remembering(self._service, messages)
+        return await self._answer(request, body, prompt, _as_message, keep)
+
+    async def _generate(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "OllamaGenerate")
+        text, system = body.get("prompt", ""), body.get("system", "")
+        if not text:
+            return await self._load_only(request, _as_response)
+        if body.get("raw"):
+            prompt = text_prompt(text)
+        else:
+            messages = [Message("system", system)] if system else []
+            prompt = chat_prompt(self._service, [*messages, Message("user", text)])
+        return await self._answer(request, body, prompt, _as_response)
+
+    async def _load_only(self, request: Request, shape: Shape) -> Response:
+        """A request without a prompt loads the model, so that the next one finds it ready."""
+
+        async def load() -> None:
+            async with self._service.queue.turn(client_of(request, {})):
+                await self._service.host.model()
+
+        await while_connected(request, load())
+        return json_response({**self._line(shape, ""), "done": True, "done_reason": "load"})
+
+    async def _answer(
+        self,
+        request: Request,
+        body: Mapping[str, Any],
+        prompt: Callable[[Model], Prompt],
+        shape: Shape,
+        keep: Keep | None = None,
+    ) -> Response:
+        options = body.get("options") or {}
+        # -1 and -2 are without limit and to the end of the context, which is the same here.
+        limit = options.get("num_predict", -1)
+        ask = ask_of(request, prompt, options, int(limit) if limit > 0 else None, keep)
+        begun = await begin(request, self._service, self._service.start(ask))
+        if body.get("stream", True):
+            lines = self._lines(begun, shape)
+            return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=begun.run.close)
+        outcome = await collect(request, begun)
+        text = outcome.answer.text
+        return await with_data(
+            len(text),
+            lambda: json_response({**self._line(shape, text), **_figures(outcome)}, headers=begun.headers),
+        )
+
+    def _line(self, shape: Shape, text: str) -> dict[str, Any]:
+        return {"model": self._service.name, "created_at": _time(), **shape(text), "done": False}
+
+    async def _lines(self, begun: Begun, shape: Shape) -> AsyncGenerator[bytes, None]:
+        async for batch in items(begun):
+            text, outcome = split(batch)
+            if text:
+                yield (_encode(self._line(shape, text)) + "\n").encode("utf-8", "replace")
+            if outcome:
+                yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
+
+    async def _manifest(self) -> Manifest:
+        model = self._service.host.current
+        if model is not None:
+            return model.bundle.manifest
+        if self._service.settings.bundle is None:
+            raise UsageError("No bundle is configured.")
+        # Without a model, each look at the file may have to parse it.
+        return await read_in_thread(_read_manifest, self._service.settings.bundle)
+
+    async def _card(self) -> dict[str, Any]:
+        manifest = await self._manifest()
+        record = manifest.files[manifest.model_file]
+        model = self._service.host.current
+        return {
+            "name": manifest.name,
+            "model": manifest.name,
+            "modified_at": _time(model.loaded_at if model else None),
+            "size": record.size,
+            "digest": record.sha256,
+            "details": _details(manifest),
+        }
+
+    async def _tags(self, request: Request) -> Response:
+        return json_response({"models": [await self._card()]})
+
+    async def _ps(self, request: Request) -> Response:
+        if self._service.host.current is None:
+            return json_response({"models": []})
+        idle = self._service.settings.idle_unload_s
+        until = _time(time.time() + idle) if idle else "9999-12-31T23:59:59Z"
+        return json_response({"models": [{**await self._card(), "expires_at": until, "size_vram": 0}]})
+
+    async def _show(self, request: Request) -> Response:
+        await self._bodies.read(request, "OllamaShow")
+        manifest = await self._manifest()
+        info = {
+            "general.architecture": manifest.family,
+            "general.parameter_count": manifest.parameters,
+            f"{manifest.family}.context_length": manifest.max_context,
+        }
+        return json_response(
+            {
+                "modelfile": f"# made by {manifest.created_by or 'rkedge'}\nFROM {manifest.model_file}\n",
+                "parameters": "",
+                "template": "",
+                "license": manifest.licence,
+                "details": _details(manifest),
+                "model_info": info,
+                "capabilities": ["completion"],
+            }
+        )
+
+    async def _version(self, request: Request) -> Response:
+        return json_response({"version": version("rkedge")})

@@ -1,0 +1,220 @@
+"""OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rkruntime.errors import BodyError
+from rkruntime.serve.api.asks import (
+    Begun,
+    ask_of,
+    begin,
+    chat_prompt,
+    client_of,
+    collect,
+    items,
+    remembering,
+    split,
+    text_of,
+    text_prompt,
+)
+from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response, while_connected
+from rkruntime.serve.connections import Held
+from rkruntime.serve.service import Ask, Outcome, Service
+from rkruntime.serve.threads import read_in_thread, with_data
+from rkruntime.text.template import Message
+
+_DONE: Final = b"data: [DONE]\n\n"
+# Characters of a number for each byte that it has as a float, at most.
+_AS_TEXT: Final = 6
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode("utf-8", "replace")
+
+
+def _failed(error: Exception) -> bytes:
+    return _event(_encode(error_body(error, "openai")))
+
+
+def _usage(outcome: Outcome) -> dict[str, Any]:
+    prompt, generated = outcome.answer.prompt_tokens, len(outcome.answer.tokens)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": outcome.reused},
+    }
+
+
+class _Chunks:
+    """The events of one streamed answer.
+
+    What is the same in each is encoded once: a stream of short texts is mostly that.
+    """
+
+    def __init__(self, begun: Begun, *, chat: bool, usage: bool) -> None:
+        self._begun = begun
+        self._chat = chat
+        self._with_usage = usage
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": begun.model.bundle.manifest.name,
+        }
+        before, after = _encode(self._with([self._choice("\0", None)])).split('"\\u0000"')
+        self._before, self._after = f"data: {before}", f"{after}\n\n"
+
+    def _with(self, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
+        return {**self._head, "choices": choices, **more}
+
+    def _choice(self, text: str | None, reason: str | None, **delta: Any) -> dict[str, Any]:
+        if not self._chat:
+            return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": reason}
+        content = {} if text is None else {"content": text}
+        return {"index": 0, "delta": {**delta, **content}, "logprobs": None, "finish_reason": reason}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        if self._chat:
+            yield _event(_encode(self._with([self._choice("", None, role="assistant")])))
+        async for batch in items(self._begun):
+            text, outcome = split(batch)
+            if text:
+                yield f"{self._before}{_encode(text)}{self._after}".encode("utf-8", "replace")
+            if outcome:
+                yield self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> bytes:
+        last = _event(_encode(self._with([self._choice(None, outcome.answer.reason.value)])))
+        usage = _event(_encode(self._with([], usage=_usage(outcome)))) if self._with_usage else b""
+        return last + usage + _DONE
+
+    def whole(self, outcome: Outcome) -> dict[str, Any]:
+        """The answer of a request without `stream`."""
+        answer = outcome.answer
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.reason.value}
+        if self._chat:
+            self._head["object"] = "chat.completion"
+            choice["message"] = {"role": "assistant", "content": answer.text}
+        else:
+            choice["text"] = answer.text
+        return self._with([choice], usage=_usage(outcome))
+
+
+class OpenAI:
+    """The endpoints."""
+
+    def __init__(self, service: Service, bodies: Bodies) -> None:
+        self._service = service
+        self._bodies = bodies
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        wrap = answering("openai")
+        return [
+            Route("/v1/chat/completions", wrap(self._chat), methods=["POST"]),
+            Route("/v1/completions", wrap(self._complete), methods=["POST"]),
+            Route("/v1/embeddings", wrap(self._embed), methods=["POST"]),
+            Route("/v1/models", wrap(self._models), methods=["GET"]),
+            Route("/v1/models/{model:path}", wrap(self._model), methods=["GET"]),
+        ]
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "ChatRequest")
+        _refuse_logprobs(body)
+        roles = {"developer": "system"}
+        messages = [
+            Message(roles.get(item["role"], item["role"]), text_of(item["content"])) for item in body["messages"]
+        ]
+        prompt = chat_prompt(self._service, messages, drop=bool(body.get("drop_oldest")))
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        ask = ask_of(request, prompt, body, limit, remembering(self._service, messages))
+        return await self._answer(request, body, ask, chat=True)
+
+    async def _complete(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "CompletionRequest")
+        _refuse_logprobs(body)
+        given = body["prompt"]
+        prompt = text_prompt(given if isinstance(given, str) else given[0])
+        # OpenAI's own default, which clients of this older interface count on.
+        ask = ask_of(request, prompt, body, body.get("max_tokens", 16))
+        return await self._answer(request, body, ask, chat=False)
+
+    async def _answer(self, request: Request, body: Any, ask: Ask, *, chat: bool) -> Response:
+        begun = await begin(request, self._service, self._service.start(ask))
+        usage = bool(body.get("stream_options", {}).get("include_usage"))
+        chunks = _Chunks(begun, chat=chat, usage=usage)
+        if body.get("stream"):
+            return Stream(chunks.events(), "text/event-stream", begun.headers, failed=_failed, close=begun.run.close)
+        return await self._whole(chunks, await collect(request, begun), begun.headers)
+
+    async def _whole(self, chunks: _Chunks, outcome: Outcome, headers: Mapping[str, str]) -> Response:
+        size = len(outcome.answer.text)
+        return await with_data(size, lambda: json_response(chunks.whole(outcome), headers=headers))
+
+    async def _embed(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "EmbeddingRequest")
+        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        held: Held = request.scope["rkedge.held"]
+        vectors, tokens = await while_connected(
+            request,
+            self._service.embed(texts, client_of(request, body), lambda size: held.at_least(_AS_TEXT * size)),
+        )
+        shown = _base64 if body.get("encoding_format") == "base64" else _numbers
+        end = {"model": self._service.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        content = await read_in_thread(_embeddings, vectors, shown, end)
+        return Response(content, media_type="application/json")
+
+    def _card(self) -> dict[str, Any]:
+        model = self._service.host.current
+        created = int(model.loaded_at) if model else int(time.time())
+        return {"id": self._service.name, "object": "model", "created": created, "owned_by": "rkedge"}
+
+    async def _models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["model"] != self._service.name:
+            raise BodyError(
+                f"There is no model {request.path_params['model'][:80]!r}; this daemon has {self._service.name!r}.",
+                details={"status": 404, "param": "model", "code": "model_not_found"},
+            )
+        return json_response(self._card())
+
+
+def _embeddings(vectors: Sequence[bytes], shown: Callable[[bytes], Any], end: Mapping[str, Any]) -> bytes:
+    """The response; one vector at a time, as no other thread runs while a piece of JSON is made."""
+    data = ",".join(
+        _encode({"object": "embedding", "index": at, "embedding": shown(vector)}) for at, vector in enumerate(vectors)
+    )
+    return f'{{"object":"list","data":[{data}],{_encode(end)[1:]}'.encode()
+
+
+def _base64(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()
+
+
+def _numbers(vector: bytes) -> Sequence[float]:
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
+def _refuse_logprobs(body: Any) -> None:
+    # An integer in completions, where 0 asks for them too; a flag in chats.
+    if body.get("logprobs") not in (None, False):
+        raise BodyError(
+            "logprobs: RKLLM reports tokens without probabilities while it generates text.",
+            hint="Leave it out.",
+            details={"param": "logprobs"},
+        )

@@ -1,0 +1,166 @@
+"""From the events of a run to an answer: whole characters, stop strings, counts, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rkruntime.engine.generation import Event, Finished, FinishReason, Perf, Request, Token
+from rkruntime.text.vocabulary import Detokenizer, Vocabulary
+
+if TYPE_CHECKING:
+    from rkruntime.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: without the stop string, if one ended it.
+        tokens: every id that was generated, those behind a stop string's beginning too: they are in the KV cache.
+        perf: the runtime's own figures, where it has any and the run was not cut short by us.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    reason: FinishReason
+    prompt_tokens: int
+    perf: Perf | None = None
+
+
+class StopStrings:
+    """Cuts a text at the first of some strings, also where it is spread over several pieces.
+
+    Text is held back only as long as it may be the beginning of one of the strings.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(string for string in strings if string)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """What of the text so far is certain to be part of the answer; nothing once a string was found."""
+        if not self._strings:
+            return text
+        if self.found is not None:
+            return ""
+        text = self._held + text
+        hits = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
+        if hits:
+            at, self.found = min(hits)
+            self._held = ""
+            return text[:at]
+        keep = max(self._overlap(text, string) for string in self._strings)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    @staticmethod
+    def _overlap(text: str, string: str) -> int:
+        """Length of the longest end of `text` that `string` begins with, less than all of it."""
+        longest = min(len(text), len(string) - 1)
+        return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
+
+    def finish(self) -> str:
+        """What was held back and turned out to be text."""
+        held, self._held = self._held, ""
+        return held
+
+
+class AnswerReader:
+    """Takes the events of one run and gives the text they add.
+
+    Args:
+        begun: ids of an answer that was broken off and is taken up now: they stand in front of the run's.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, prompt_tokens: int, stop: Sequence[str] = (), begun: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(vocabulary)
+        self._stops = StopStrings(stop)
+        self._prompt_tokens = prompt_tokens
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._finished: Finished | None = None
+        for token_id in begun:
+            self.feed(Token(token_id))
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._text)
+
+    @property
+    def done(self) -> bool:
+        """No further event is needed: the run has ended, or a stop string was found."""
+        return self._finished is not None or self._stops.found is not None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens generated so far."""
+        return len(self._tokens)
+
+    def feed(self, event: Event) -> str:
+        """The text that this event adds, often none."""
+        if isinstance(event, Finished):
+            self._finished = event
+            return self._flush()
+        self._tokens.append(event.token_id)
+        return self._add(self._stops.push(self._detokenizer.push(event.token_id)))
+
+    def _flush(self) -> str:
+        return self._add(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
+
+    def _add(self, text: str) -> str:
+        if text:
+            self._text.append(text)
+        return text
+
+    def answer(self) -> Answer:
+        """The answer so far; an abort if neither the run nor a stop string has ended it."""
+        if self._finished is None and self._stops.found is None:
+            self._flush()
+        reason = FinishReason.ABORT if self._finished is None else self._finished.reason
+        return Answer(
+            text=self.text,
+            tokens=tuple(self._tokens),
+            reason=FinishReason.STOP if self._stops.found is not None else reason,
+            prompt_tokens=self._finished.prompt_tokens if self._finished else self._prompt_tokens,
+            perf=self._finished.perf if self._finished else None,
+        )
+
+
+def stream_answer(
+    engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
+) -> Iterator[str | Answer]:
+    """Pieces of text as they become certain, then the Answer. Closing it early, or a stop string, aborts the run.
+
+    Raises:
+        RunError, WorkerError: from the engine.
+    """
+    reader = AnswerReader(vocabulary, len(request.tokens), stop)
+    with closing(engine.generate(request)) as events:
+        for event in events:
+            if text := reader.feed(event):
+                yield text
+            if reader.done:
+                break
+    yield reader.answer()
+
+
+async def astream_answer(
+    engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
+) -> AsyncIterator[str | Answer]:
+    """`stream_answer` for asyncio."""
+    reader = AnswerReader(vocabulary, len(request.tokens), stop)
+    async with aclosing(engine.agenerate(request)) as events:
+        async for event in events:
+            if text := reader.feed(event):
+                yield text
+            if reader.done:
+                break
+    yield reader.answer()

@@ -1,0 +1,156 @@
+"""A conversation: turns with the token ids that were generated, the prompt for the next one, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rkruntime.errors import InputError, UsageError
+from rkruntime.files import atomic_file
+from rkruntime.text.answer import Answer
+from rkruntime.text.template import Message
+from rkruntime.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from rkruntime.text.prompts import Prompts
+
+SCHEMA: Final = "rkedge-conversation/1"
+_MAX_FILE: Final = 64 << 20
+
+
+class Conversation:
+    """Turns of user and assistant in order, and the system prompt they stand under.
+
+    Attributes:
+        system: the system prompt, or an empty text.
+        messages: user and assistant in turn; the last is an answer.
+    """
+
+    def __init__(self, prompts: Prompts, system: str = "", messages: Iterable[Message] = ()) -> None:
+        self._prompts = prompts
+        self.system = system
+        self.messages = list(messages)
+
+    def prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
+        """Token ids of everything said so far and of `text`, and how many old turns were dropped to make room.
+
+        Args:
+            max_context: in tokens; the answer's beginning has room too.
+            drop: forget the oldest turns until it fits; the system prompt stays.
+
+        Raises:
+            ContextFullError: it does not fit.
+            UsageError, BundleError: the template does not take it.
+        """
+        tokens, dropped = self._prompts.prompt(self._with(self.messages, text), max_context, drop=drop)
+        del self.messages[: 2 * dropped]
+        return tokens, dropped
+
+    def _with(self, messages: Iterable[Message], text: str) -> list[Message]:
+        system = [Message("system", self.system)] if self.system else []
+        return [*system, *messages, Message("user", text)]
+
+    def add(self, text: str, answer: Answer) -> None:
+        """Keep a turn: what was asked, and the answer with the ids that were generated."""
+        self.messages += [Message("user", text), Message("assistant", answer.text, answer.tokens)]
+
+    def clear(self) -> None:
+        """Forget the turns; the system prompt stays."""
+        self.messages.clear()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The conversation in JSON types, as `save` writes it."""
+        return _as_dict(self.system, self.messages)
+
+    def restore(self, data: Any) -> None:
+        """Take over what `as_dict` gave, maybe long ago and by another model.
+
+        Ids are kept only where they say the text that stands beside them; elsewhere the text is encoded again.
+
+        Raises:
+            InputError: it is not a conversation.
+            UsageError: the template does not take its roles.
+        """
+        system, messages = _parse(data, self._prompts.vocabulary)
+        self._prompts.check([*messages, Message("user", "")])
+        self.system, self.messages = system, messages
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a JSON file. Raises OutputError or HostError."""
+        write_conversation(path, self.as_dict())
+
+    def load(self, path: Path) -> None:
+        """Read a file that `save` wrote. Raises InputError."""
+        try:
+            self.restore(read_conversation(path))
+        except UsageError as error:
+            raise InputError(f"{path} is not a saved conversation: {error}") from error
+
+
+def write_conversation(path: Path, data: Mapping[str, Any]) -> None:
+    """Write what `Conversation.as_dict` gave to a JSON file. Raises OutputError or HostError."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_conversation(path: Path) -> dict[str, Any]:
+    """What `write_conversation` wrote. Raises InputError."""
+    try:
+        if path.stat().st_size > _MAX_FILE:
+            raise InputError(f"{path} has over {_MAX_FILE >> 20} MiB: no conversation is as long.")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a saved conversation: {error}") from error
+    return check_conversation(data)
+
+
+def check_conversation(data: Any) -> dict[str, Any]:
+    """What in `data` is of a conversation, as `Conversation.as_dict` gives it. Raises InputError if it is none."""
+    return _as_dict(*_parse(data, None))
+
+
+def _as_dict(system: str, messages: Iterable[Message]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "system": system,
+        "messages": [
+            {"role": item.role, "content": item.content, **({"tokens": item.tokens} if item.tokens else {})}
+            for item in messages
+        ],
+    }
+
+
+def _parse(data: Any, vocabulary: Vocabulary | None) -> tuple[str, list[Message]]:
+    if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+        raise InputError(f"This is not a saved conversation: it has no schema {SCHEMA!r}.")
+    system, items = data.get("system", ""), data.get("messages")
+    if not isinstance(system, str) or not isinstance(items, list):
+        raise InputError("This saved conversation has no text 'system' or no list 'messages'.")
+    return system, [_parse_message(item, vocabulary) for item in items]
+
+
+def _parse_message(item: Any, vocabulary: Vocabulary | None) -> Message:
+    role, content = (item.get(key) for key in ("role", "content")) if isinstance(item, Mapping) else (None, None)
+    if role not in ("user", "assistant") or not isinstance(content, str):
+        raise InputError("A message of this saved conversation has no role 'user' or 'assistant', or no text.")
+    tokens = item.get("tokens")
+    return Message(role, content, _trusted(tokens, content, vocabulary) if role == "assistant" else None)
+
+
+def _trusted(tokens: Any, content: str, vocabulary: Vocabulary | None) -> tuple[int, ...] | None:
+    """Ids from a file, if they are an answer that begins with `content` (a stop string may have cut it).
+
+    Without a vocabulary, any numbers are.
+    """
+    size = vocabulary.vocab_size if vocabulary else 1 << 31
+    if not isinstance(tokens, (list, tuple)) or not all(type(token) is int and 0 <= token < size for token in tokens):
+        return None
+    if vocabulary is None:
+        return tuple(tokens)
+    if not set(tokens).isdisjoint(vocabulary.control.values()) or not vocabulary.decode(tokens).startswith(content):
+        return None
+    return tuple(tokens)

@@ -1,0 +1,218 @@
+"""A bundle's tokenizer and template in a process of their own, since both are made by strangers.
+
+The daemon's event loop and a person's terminal stay free, whatever they do, and so does the memory: see `Limits`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.errors import BundleError
+from rkruntime.printable import one_line
+from rkruntime.text.confined import Answer, Confined, Limits, serve
+from rkruntime.text.template import Message
+from rkruntime.text.vocabulary import Vocabulary
+
+_LIMITS: Final = Limits()
+# A tokenizer of 256,000 tokens takes 2 s of computing on a PC, and a board's small cores are ten times slower.
+_LOAD: Final = Limits(cpu_s=120, wall_s=300)
+
+
+class PromptProcess:
+    """See `rkruntime.text.prompts.Prompts`. The bundle's files are verified before they are parsed.
+
+    Raises:
+        BundleError: tokenizer or template cannot be used; some prompts are made for trial.
+        HostError: the process cannot be started.
+    """
+
+    def __init__(self, bundle: Bundle, limits: Limits = _LIMITS) -> None:
+        self._bundle = bundle
+        self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
+        self._lock = threading.Lock()
+        self.vocabulary = self._open()
+
+    def _open(self) -> Vocabulary:
+        bundle, manifest = self._bundle, self._bundle.manifest
+        source, tokenizer = bundle.read_template(), bundle.read_tokenizer()
+        try:
+            return open_in(
+                self._child, tokenizer, bundle.tokenizer, source, manifest.system_role, manifest.special_tokens
+            )
+        except BaseException:
+            self._child.close()
+            raise
+
+    def _call(self, name: str, **values: Any) -> dict[str, Any]:
+        # Nobody else comes between a child's start and its first prompt.
+        with self._lock:
+            self._child.take_time()
+            if self._child.pid is None:
+                self._open()
+            return self._child.call(name, self._limits, **values)[0]
+
+    def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
+        """See `Prompts`."""
+        answer = self._call("prompt", messages=_plain(messages), max_context=max_context, drop=drop)
+        return self._tokens(answer), int(answer["dropped"])
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """See `Prompts`."""
+        self._call("check", messages=_plain(messages))
+
+    def encode(self, text: str, max_context: int) -> list[int]:
+        """See `Prompts`."""
+        return self._tokens(self._call("encode", text=text, max_context=max_context))
+
+    def _tokens(self, answer: dict[str, Any]) -> list[int]:
+        tokens: list[int] = answer["tokens"]
+        if not all(type(token) is int and 0 <= token < self.vocabulary.vocab_size for token in tokens):
+            raise BundleError("The chat template or tokenizer gave ids that the model does not have.")
+        return tokens
+
+    def hurry(self) -> None:
+        """From another thread: nobody waits for the prompt that is being made."""
+        self._child.hurry()
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.close()
+
+
+def _plain(messages: Sequence[Message]) -> list[list[Any]]:
+    return [[message.role, message.content, message.tokens] for message in messages]
+
+
+def open_in(
+    child: Confined,
+    tokenizer: bytes,
+    where: object,
+    template: str | None,
+    system_role: str,
+    special_tokens: Mapping[str, str],
+) -> Vocabulary:
+    """Have a child load tokenizer and template, and try them out.
+
+    Args:
+        child: whose module is this one.
+        tokenizer: tokenizer.json; `where` it was read, for messages.
+        template, system_role, special_tokens: see `load_template`.
+
+    Raises:
+        BundleError: they cannot be used.
+        HostError: there is no process.
+    """
+    answer, packed = child.call("load", _LOAD, tokenizer, path=str(where))
+    facts = {"template": template, "system_role": system_role, "special_tokens": dict(special_tokens)}
+    child.call("open", _LIMITS, b"", **facts)
+    return Vocabulary.unpack(packed, {str(name): int(index) for name, index in answer["control"].items()})
+
+
+def render(
+    child: Confined,
+    source: str,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    special_tokens: Mapping[str, str],
+    limits: Limits,
+    *,
+    add_generation_prompt: bool = True,
+) -> list[dict[str, str]]:
+    """Conversations as texts, as transformers' apply_chat_template gives them: `text` of each, or `error`.
+
+    Args:
+        child: whose module is this one.
+
+    Raises:
+        BundleError: a limit was reached.
+        HostError: there is no process.
+    """
+    answer, _ = child.call(
+        "render",
+        limits,
+        template=source,
+        conversations=conversations,
+        special_tokens=dict(special_tokens),
+        add_generation_prompt=add_generation_prompt,
+    )
+    outcomes: list[dict[str, str]] = answer["outcomes"]
+    return outcomes
+
+
+class _Served:
+    """The child's side."""
+
+    def __init__(self) -> None:
+        self._tokenizer: Any = None
+        self._maker: Any = None
+
+    def load(self, given: dict[str, Any], data: bytes) -> Answer:
+        """Read tokenizer.json; its vocabulary."""
+        from rkruntime.text.tokenizer import Tokenizer
+
+        self._tokenizer = Tokenizer.parse(data, Path(given["path"]))
+        return {"control": self._tokenizer.control}, self._tokenizer.pack()
+
+    def open(self, given: dict[str, Any], data: bytes) -> Answer:
+        """Try out a template with the tokenizer."""
+        from rkruntime.text.prompts import PromptMaker
+        from rkruntime.text.template import load_template
+
+        template = load_template(given["template"], given["system_role"], given["special_tokens"], self._tokenizer)
+        self._maker = PromptMaker(self._tokenizer, template)
+        self._maker.try_out()
+        return {}, b""
+
+    def prompt(self, given: dict[str, Any], data: bytes) -> Answer:
+        """See `PromptProcess.prompt`."""
+        tokens, dropped = self._maker.prompt(_messages(given), given["max_context"], drop=given["drop"])
+        return {"tokens": tokens, "dropped": dropped}, b""
+
+    def check(self, given: dict[str, Any], data: bytes) -> Answer:
+        """See `PromptProcess.check`."""
+        self._maker.check(_messages(given))
+        return {}, b""
+
+    def encode(self, given: dict[str, Any], data: bytes) -> Answer:
+        """See `PromptProcess.encode`."""
+        return {"tokens": self._maker.encode(given["text"], given["max_context"])}, b""
+
+    def render(self, given: dict[str, Any], data: bytes) -> Answer:
+        """See `render`."""
+        outcomes = [_outcome(given, messages) for messages in given["conversations"]]
+        return {"outcomes": outcomes}, b""
+
+
+def _outcome(given: dict[str, Any], messages: Any) -> dict[str, str]:
+    try:
+        program = _program(given["template"])
+        asked = given["add_generation_prompt"]
+        return {"text": program.render(messages, given["special_tokens"], add_generation_prompt=asked)}
+    except MemoryError:
+        raise
+    except Exception as error:  # A template can do anything that Python can do wrong.
+        return {"error": f"{type(error).__name__}: {one_line(str(error))[:500]}"}
+
+
+@lru_cache(maxsize=2)
+def _program(source: str) -> Any:
+    from rkruntime.text.chat_jinja import Program
+
+    return Program(source)
+
+
+def _messages(given: dict[str, Any]) -> list[Message]:
+    return [
+        Message(role, content, None if tokens is None else tuple(tokens)) for role, content, tokens in given["messages"]
+    ]
+
+
+def main() -> None:
+    """The child."""
+    served = _Served()
+    functions = (served.load, served.open, served.prompt, served.check, served.encode, served.render)
+    serve({function.__name__: function for function in functions})

@@ -1,0 +1,284 @@
+"""A conversation as a prompt: the one place where a chat template is rendered.
+
+Contents are encoded as plain text wherever they stand, so what a person types cannot open or close a turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+from rkruntime.errors import BundleError, UsageError
+from rkruntime.printable import one_line
+from rkruntime.text.tracked import CHANGED, OWN, UNKNOWN, Tracked
+
+if TYPE_CHECKING:
+    from rkruntime.text.tokenizer import Tokenizer
+
+ROLES: Final = ("system", "user", "assistant")
+BOS: Final = "<bos>"
+START_OF_TURN: Final = "<start_of_turn>"
+END_OF_TURN: Final = "<end_of_turn>"
+# What a template may name, where the checkpoint does not say otherwise.
+SPECIAL_TOKENS: Final[Mapping[str, str]] = {
+    "bos_token": BOS,
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}
+# Gemma 2's own template. It knows no system role.
+GEMMA: Final = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+_MOST_SAID: Final = 500
+_UNDEFINED: Final = re.compile(r"'[A-Za-z_]\w{0,80}' is undefined")
+
+# Plain text, one control token, or ids that were generated and are kept as they are.
+Part: TypeAlias = str | int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: one of ROLES.
+        tokens: of an answer: the ids that were generated, which are rendered in place of `content`. Encoding the text
+            again may give other ids, and then the KV cache no longer fits.
+    """
+
+    role: str
+    content: str
+    tokens: tuple[int, ...] | None = None
+
+
+class Template(Protocol):
+    """Renders a conversation."""
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The whole prompt up to the place where the next answer begins, `<bos>` once; no two texts are neighbours.
+
+        Raises:
+            UsageError: the roles are not in an order that the template knows.
+            BundleError: the template does something that cannot be followed.
+        """
+        ...
+
+
+def load_template(
+    source: str | None, system_role: str, special_tokens: Mapping[str, str], tokenizer: Tokenizer
+) -> Template:
+    """A bundle's template: Gemma's if there is no other.
+
+    Args:
+        system_role: `native`, or `fold`: the template does not render system messages.
+        special_tokens: where they are not SPECIAL_TOKENS.
+
+    Raises:
+        BundleError: it cannot be used.
+    """
+    if system_role not in ("fold", "native"):
+        raise BundleError(f"The manifest's system_role is {system_role!r}; it must be 'fold' or 'native'.")
+    if source is None or (source.strip() == GEMMA and system_role == "fold"):
+        return GemmaTemplate(tokenizer)
+    return JinjaTemplate(source, tokenizer, {**SPECIAL_TOKENS, **special_tokens}, fold=system_role == "fold")
+
+
+class GemmaTemplate:
+    """Gemma's template: user and model in turn; a system message goes into the first user turn.
+
+    The order is that of the `chat_template` in Gemma 2's tokenizer_config.json, which trims every message; the fold
+    (system, empty line, user) is that of Gemma 3's, and the user turn that comes of it is trimmed as a whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        missing = [text for text in (BOS, START_OF_TURN, END_OF_TURN) if text not in tokenizer.control]
+        if missing:
+            raise BundleError(f"The tokenizer has no control token {missing[0]}: Gemma's template cannot be rendered.")
+        self._bos, self._start, self._end = (tokenizer.control[text] for text in (BOS, START_OF_TURN, END_OF_TURN))
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """See `Template.parts`."""
+        return _merged([self._bos, *self._turns(fold_system(messages)), self._start, "model\n"])
+
+    def _turns(self, messages: Sequence[Message]) -> list[Part]:
+        parts: list[Part] = []
+        for at, message in enumerate(messages):
+            if message.role != ("assistant" if at % 2 else "user"):
+                raise UsageError(
+                    f"Message {at + 1} of this conversation is from {message.role!r}: after an optional system "
+                    "message, user and assistant take turns, and the user begins.",
+                    hint="Join neighbouring messages of one role, and put system text first.",
+                )
+            content = message.content.strip() if message.tokens is None else message.tokens
+            role = "user\n" if message.role == "user" else "model\n"
+            parts += [self._start, role, content, self._end, "\n"]
+        if len(messages) % 2 == 0:
+            raise no_question(messages)
+        return parts
+
+
+def no_question(messages: Sequence[Message]) -> UsageError:
+    """What to say of a conversation whose last message is not a user's."""
+    last = f"the last of its {len(messages)} messages is an answer" if messages else "it is empty"
+    return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a message of the user.")
+
+
+def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """The system message put before the first user's, for templates without a system role.
+
+    Neither loses white space here: what is trimmed of the two together is the template's own business.
+    """
+    if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
+        return messages
+    system, first = messages[0].content, messages[1].content
+    return [Message("user", f"{system}\n\n{first}" if system.strip() else first), *messages[2:]]
+
+
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring texts as one, since they are encoded together; empty ones left out."""
+    merged: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += part
+        elif part != "":
+            merged.append(part)
+    return merged
+
+
+class JinjaTemplate:
+    """A bundle's own template.
+
+    The template's own text may hold control tokens; whatever else comes out of it is plain text.
+
+    Args:
+        fold: it renders no system message: that goes into the first user turn.
+
+    Raises:
+        BundleError: it is not a template.
+    """
+
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, special_tokens: Mapping[str, str] = SPECIAL_TOKENS, *, fold: bool
+    ) -> None:
+        import jinja2
+
+        from rkruntime.text.chat_jinja import Program
+
+        self._tokenizer, self._special_tokens, self._fold = tokenizer, special_tokens, fold
+        if BOS not in tokenizer.control:
+            raise BundleError(f"The tokenizer has no control token {BOS}.")
+        try:
+            self._program = Program(source)
+        except jinja2.TemplateError as error:
+            raise BundleError(f"The chat template is not a template: {one_line(str(error))[:_MOST_SAID]}") from error
+        except Exception as error:  # Compiling may overflow, nest too deeply and more.
+            raise BundleError(f"The chat template cannot be compiled: {type(error).__name__}.") from error
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """See `Template.parts`."""
+        if not messages or messages[-1].role != "user":
+            raise no_question(messages)
+        for message in messages:
+            if message.role not in ROLES:
+                raise UsageError(f"There is no role {message.role!r}.", hint=f"Roles are {', '.join(ROLES)}.")
+        if self._fold:
+            messages = fold_system(messages)
+            if any(message.role == "system" for message in messages):
+                raise UsageError(
+                    "This model's template has no system role, and a system message stands behind its beginning.",
+                    hint="Put system text first, before a message of the user.",
+                )
+        parts = _merged([*self._filled(self._rendered(messages), messages)])
+        bos = self._tokenizer.control[BOS]
+        first = next((at for at, part in enumerate(parts) if part != bos), len(parts))
+        return [bos, *parts[first:]]
+
+    def _rendered(self, messages: Sequence[Message]) -> Tracked:
+        from rkruntime.text.chat_jinja import Refusal, UnfollowedError
+
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._program.render(plain, self._special_tokens)
+        except Refusal as error:
+            raise UsageError(
+                f"The model's template refuses this conversation: {_own_words(error.said)}",
+                hint="Change the order of its roles.",
+            ) from None
+        except UnfollowedError as error:
+            raise BundleError(
+                "The chat template computes with messages in a way that cannot be followed"
+                f"{_place(error.__cause__)}, so it cannot be used.",
+                hint="Use the chat_template.jinja of the model that this one was made from.",
+            ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # A template can do anything that Python can do wrong.
+            # Without the error's own text, which may quote the conversation.
+            raise BundleError(
+                f"The chat template failed{_place(error)}: {type(error).__name__}{_undefined(error)}.",
+                hint="Use the chat_template.jinja of the model that this one was made from.",
+            ) from error
+
+    def _filled(self, text: Tracked, messages: Sequence[Message]) -> Iterator[Part]:
+        self._check_unknown(text, messages)
+        for piece, source, offset in text._pieces():
+            if source == OWN:
+                yield from self._tokenizer.split_template(piece)
+            elif source == UNKNOWN or offset == CHANGED:
+                yield piece
+            else:
+                yield self._content(messages[source], piece, offset)
+
+    @staticmethod
+    def _content(message: Message, piece: str, offset: int) -> Part:
+        """The ids that were generated, if the template left out nothing but white space."""
+        outside = message.content[:offset] + message.content[offset + len(piece) :]
+        return message.tokens if message.tokens is not None and not outside.strip() else piece
+
+    def _check_unknown(self, text: Tracked, messages: Sequence[Message]) -> None:
+        """Refuse a control token of which nobody can say whether it is the template's."""
+        if all(source != UNKNOWN for _, source, _ in text._pieces()):
+            return
+        pattern = self._tokenizer.control_pattern
+        for match in pattern.finditer(text):
+            if all(source != UNKNOWN for _, source, _ in text._cut(*match.span())._pieces()):
+                continue
+            if any(pattern.search(message.content) for message in messages):
+                raise UsageError(
+                    f"A message holds the text {match.group()}, which is one of the model's control tokens, and this"
+                    " model's template rewrites messages so that the two cannot be told apart.",
+                    hint="Write it in another way.",
+                )
+            raise BundleError(
+                f"The chat template computes its control token {match.group()} in a way that cannot be followed.",
+                hint="Write control tokens as plain text in the template.",
+            )
+
+
+def _own_words(said: object) -> str:
+    """A template's message, without what it says of the conversation: that is private, and goes to logs."""
+    if not isinstance(said, Tracked):
+        return "(no reason)"
+    words = "".join(piece if source == OWN else "..." for piece, source, _ in said._pieces())
+    return one_line(words)[:_MOST_SAID] or "(no reason)"
+
+
+def _place(error: BaseException | None) -> str:
+    from rkruntime.text.chat_jinja import line_of
+
+    line = line_of(error) if error else None
+    return f" in line {line}" if line else ""
+
+
+def _undefined(error: Exception) -> str:
+    """The variable that there is not. Names are the template's own; other messages may quote the conversation."""
+    found = _UNDEFINED.fullmatch(str(error))
+    return f", {found[0]}" if found else ""

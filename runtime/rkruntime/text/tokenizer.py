@@ -1,0 +1,255 @@
+"""Text to token ids, over a bundle's tokenizer.json.
+
+A person's text is data: `Tokenizer.encode` never yields a control token, whatever the text says. Control tokens come
+from `Tokenizer.control` alone, and only the template puts them anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from rkruntime.bundle.manifest import MAX_TOKENIZER
+from rkruntime.errors import BundleError
+from rkruntime.files import read_regular
+from rkruntime.text.template import Part
+from rkruntime.text.vocabulary import Vocabulary
+
+SPACE: Final = "▁"
+# Added tokens are text (runs of white space, HTML tags, words that a fine-tune added) or control tokens, which Gemma's
+# file does not always call special: <unused7>, <mask>, [toxicity=0].
+_MARKER: Final = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
+_HTML: Final = re.compile(
+    r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
+)
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
+# Gemma's newest has 262,144; ids without tokens in between are allowed for.
+_MAX_IDS: Final = 1 << 20
+# Characters. Gemma's longest tokens are runs of some dozens of spaces; what fine-tunes add are words and markers.
+_MAX_TOKEN: Final = 1024
+# Characters of all tokens. Gemma's have 2 million.
+_MAX_TEXT: Final = 1 << 24
+
+# The parts of a tokenizer.json around its model, as Gemma's have them: with any other, texts would mean other ids on
+# the board than where the model was trained, or single tokens could not be decoded.
+_REPLACES_SPACES: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_DECODER: Final = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+# Of BPE's options: what they are where they do nothing.
+_IDLE: Final[Mapping[str, Sequence[Any]]] = {
+    "dropout": (None, 0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "ignore_merges": (None, False),
+}
+
+
+def is_control(text: str, *, special: bool) -> bool:
+    """Whether an added token is a control token: never of a person's text, and not shown in an answer."""
+    return special or bool(_MARKER.fullmatch(text) and not _HTML.fullmatch(text))
+
+
+def unlike_gemma(content: Mapping[str, Any]) -> str | None:
+    """In what a tokenizer.json works otherwise than Gemma's, for a person; None if in nothing.
+
+    Its truncation and padding, which some trainers leave in the file, are not looked at: nothing may obey them.
+
+    Args:
+        content: the file's JSON; of the model, vocab and merges are not needed.
+    """
+    model, splitter = content["model"], content.get("pre_tokenizer")
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return f"it is a {model.get('type')} tokenizer; Gemma's is BPE with byte fallback"
+    for name, idle in _IDLE.items():
+        if model.get(name) not in idle:
+            return f"its BPE has {name} {str(model[name])[:80]!r}; Gemma's has none"
+    if _steps(content.get("normalizer"), "normalizers") != [_REPLACES_SPACES]:
+        kinds = _kinds(content.get("normalizer"), "normalizers")
+        return f"its normalizer is {kinds}; Gemma's replaces spaces by {SPACE} and does nothing else"
+    # The normalizer leaves no space to split at.
+    if splitter is not None and (splitter.get("type") != "Split" or splitter.get("pattern") != {"String": " "}):
+        return f"its pre-tokenizer is {_kinds(splitter, 'pretokenizers')}; Gemma's splits at spaces"
+    if _steps(content.get("decoder"), "decoders") != _DECODER:
+        return f"its decoder is {_kinds(content.get('decoder'), 'decoders')}; Gemma's replaces {SPACE} and joins bytes"
+    # It adds <bos>, which is not asked for.
+    if _kinds(content.get("post_processor"), "processors") not in ("none", "TemplateProcessing"):
+        return f"its post-processor is {_kinds(content['post_processor'], 'processors')}; Gemma's puts <bos> in front"
+    return None
+
+
+def too_long(tokens: Iterable[str]) -> str | None:
+    """What of a tokenizer's texts is longer than anything of Gemma's, for a person: answers are made of them."""
+    lengths = [*map(len, tokens)]
+    longest, all_ = max(lengths, default=0), sum(lengths)
+    if longest > _MAX_TOKEN:
+        return f"a token has {longest:,} characters; {_MAX_TOKEN:,} are the most"
+    return f"all tokens have {all_:,} characters; {_MAX_TEXT:,} are the most" if all_ > _MAX_TEXT else None
+
+
+def _steps(part: Any, key: str) -> list[Any]:
+    if part is None:
+        return []
+    steps: list[Any] = part.get(key, [part])
+    return steps
+
+
+def _kinds(part: Any, key: str) -> str:
+    return ", ".join(str(step.get("type")) for step in _steps(part, key)) or "none"
+
+
+def open_backend(data: bytes, where: object) -> tokenizers.Tokenizer:
+    """The library's own tokenizer from the bytes of a tokenizer.json, which neither cuts nor pads.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(data)
+        backend.no_truncation()
+        backend.no_padding()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # The library raises nothing narrower, and panics as no Exception does.
+        raise BundleError(f"{where} is not a tokenizer.json: {str(error)[:500]}") from error
+    return backend
+
+
+class Tokenizer(Vocabulary):
+    """A bundle's tokenizer.
+
+    Attributes:
+        control: control tokens by their text, such as `<start_of_turn>`.
+        control_pattern: matches each of them.
+        longest: characters of the longest token, at least 1.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        # Special tokens in a text are then plain text; the non-special control tokens are left to `encode`.
+        backend.encode_special_tokens = True
+        added: dict[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
+        control = {
+            token.content: index for index, token in added.items() if is_control(token.content, special=token.special)
+        }
+        self._greedy = frozenset(
+            token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word
+        )
+        self._control_ids = frozenset(control.values())
+        size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
+        if size > _MAX_IDS:
+            raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
+        tokens = [backend.id_to_token(at) or "" for at in range(size)]
+        if long := too_long(tokens):
+            raise BundleError(f"In the tokenizer {long}.")
+        texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
+        super().__init__([*map(_bytes, texts)], control)
+        self.longest = max(1, *map(len, texts))
+        self.control_pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read tokenizer.json.
+
+        Raises:
+            BundleError: it cannot be read, or is of a kind that Gemma's models do not have.
+        """
+        try:
+            data = read_regular(path, MAX_TOKENIZER)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: bytes, where: object) -> Tokenizer:
+        """The tokenizer in the bytes of a tokenizer.json.
+
+        Args:
+            where: for messages.
+
+        Raises:
+            BundleError: as `load`.
+        """
+        backend = open_backend(data, where)
+        unlike = unlike_gemma(_state(backend))
+        if unlike:
+            raise BundleError(
+                f"{where}: {unlike}.", hint="Convert the model again from the tokenizer.json of its Gemma checkpoint."
+            )
+        return cls(backend)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without `<bos>`, and never one of a control token."""
+        return self._encode(_well_formed(text))
+
+    def _encode(self, text: str) -> list[int]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        if len(text) == 1:
+            return self._byte_ids(text)
+        # Cut each control token behind its first character: neither part can be it.
+        spans = zip(ids, encoding.offsets, strict=True)
+        cuts = {start + 1 for index, (start, _) in spans if index in self._control_ids}
+        inside = sorted(cut for cut in cuts if cut < len(text)) or [len(text) // 2]
+        return [index for start, end in pairwise([0, *inside, len(text)]) for index in self._encode(text[start:end])]
+
+    def _byte_ids(self, text: str) -> list[int]:
+        ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in text.encode())
+        return [index for index in ids if index is not None and index not in self._control_ids]
+
+    def split_template(self, text: str) -> list[str | int]:
+        """A template's own text as plain texts and the ids of its control tokens. Never for a person's text.
+
+        Raises:
+            BundleError: it uses a token that takes white space beside it along, or is one between spaces only.
+        """
+        parts: list[str | int] = []
+        at = 0
+        for match in self.control_pattern.finditer(text):
+            if match.group() in self._greedy:
+                raise BundleError(
+                    f"The chat template uses {match.group()}, and tokenizer.json has lstrip, rstrip or single_word for"
+                    " it, which are not followed here.",
+                    hint="Set them to false in tokenizer.json, if the model was trained so.",
+                )
+            parts += [text[at : match.start()], self.control[match.group()]]
+            at = match.end()
+        return [*parts, text[at:]]
+
+    def assemble(self, parts: Sequence[Part]) -> list[int]:
+        """Ids of a prompt's parts."""
+        ids: list[int] = []
+        for part in parts:
+            ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
+        return ids
+
+
+def _bytes(text: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(text)
+    return bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
+
+
+def _well_formed(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can say "\\ud800"."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _state(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The JSON of a loaded tokenizer without its tables."""
+    # The library offers no other view of its parts than their JSON.
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    loaded = {name: getattr(backend, name) for name in parts}
+    model = backend.model
+    options = {name: getattr(model, name, None) for name in ("byte_fallback", *_IDLE)}
+    state: dict[str, Any] = {name: json.loads(part.__getstate__()) for name, part in loaded.items() if part is not None}
+    return state | {"model": {"type": type(model).__name__, **options}}
