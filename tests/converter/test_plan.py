@@ -21,7 +21,7 @@ from rkconvert.commands.plan import run
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.demo import checkpoint
 from rkconvert.model.shapes import parse_shape
-from rkconvert.model.sizes import cache_bytes_per_token, npu_bytes, parse_type
+from rkconvert.model.sizes import cache_bytes_per_token, npu_bytes
 from rkconvert.output.host_memory import read_memory
 from rkconvert.plan import ModelSource, Request, make_plan, plan_for, require
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
@@ -29,6 +29,7 @@ from rkconvert.plan.domains import place
 from rkconvert.plan.page import render
 from rkconvert.rules import quantized_types as dtypes
 from rkconvert.rules.context import choose_context
+from rkconvert.rules.type_names import parse_type
 from rkruntime import cli
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
 

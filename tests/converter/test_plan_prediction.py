@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rkconvert.model.shapes import parse_shape
-from rkconvert.model.sizes import cache_bytes_per_token, file_bytes, npu_bytes, parse_type
+from rkconvert.model.sizes import cache_bytes_per_token, file_bytes, npu_bytes
 from rkconvert.plan.prediction import accuracy, costs_for, costs_of, fit, nearest, vendor_rows
+from rkconvert.rules.type_names import parse_type
 from rkruntime.errors import UsageError
 
 # 2112 MHz, twice a cycle, 64 bits: the memory clock that the vendor's figures were taken with.

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from rkconvert.model.shapes import parse_shape
-from rkconvert.model.sizes import parse_type
 from rkconvert.plan import ModelSource, Request, plan_for
 from rkconvert.plan.domains import place
 from rkconvert.rules.quantized_types import Verdict
+from rkconvert.rules.type_names import parse_type
 from rkruntime.bundle.rkemu import TensorSpec, Writer
 from rkruntime.checks.diagnosis import diagnose
 

@@ -6,18 +6,16 @@ that the emulator computes with; what the vendor's toolkit does inside is not kn
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rkconvert.rules.type_names import parse_type
 from rkconvert.tensors.weights import CACHE_WEIGHTS, row_blocks
 from rkruntime.errors import RefusedError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_GROUPED: Final = re.compile(r"w8a8_g(\d+)")
 
 
 def group_size(dtype: str, width: int) -> int:
@@ -26,11 +24,8 @@ def group_size(dtype: str, width: int) -> int:
     Raises:
         RefusedError: the group size does not divide the row.
     """
-    match = _GROUPED.fullmatch(dtype)
-    if not match:
-        return width
-    size = int(match[1])
-    if size == 0 or width % size:
+    size = parse_type(dtype).group or width
+    if width % size:
         raise RefusedError(
             f"{dtype} needs rows of a multiple of {size} weights; this model has rows of {width}.",
             hint="Use w8a8, or a smaller group.",

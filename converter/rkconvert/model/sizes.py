@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Final
 
 from rkconvert.model.shapes import Matrix, ModelShape
-from rkruntime.errors import UsageError
+from rkconvert.rules.type_names import UNQUANTIZED, QuantizedType
 
 # float32, one for each output channel or group.
 SCALE_BYTES: Final = 4
@@ -15,46 +13,19 @@ SCALE_BYTES: Final = 4
 HALF_BYTES: Final = 2
 # One weight of the embedding table in RAM.
 _TABLE_BYTES: Final = 4
-_TYPE: Final = re.compile(r"w(?P<bits>\d+)a\d+(?:_g(?P<group>\d+))?")
 
 
-@dataclass(frozen=True)
-class QuantizedType:
-    """A type by its name: `w8a8_g128` has 8 bits for each weight and a scale for each 128 of them.
-
-    Attributes:
-        group: weights that share a scale; 0 for one scale for each output channel.
-    """
-
-    name: str
-    bits: int
-    group: int
-
-    def matrix_bytes(self, matrix: Matrix) -> float:
-        """Weights and scales of one matrix."""
-        if self.bits == 16:
-            return matrix.weights * HALF_BYTES
-        scales = matrix.weights / self.group if self.group else matrix.rows
-        return matrix.weights * self.bits / 8 + scales * SCALE_BYTES
-
-    @property
-    def ungrouped(self) -> QuantizedType:
-        """The same type with one scale for each output channel."""
-        return QuantizedType(self.name.partition("_g")[0], self.bits, 0)
-
-    def groups(self, shape: ModelShape) -> float:
-        """Number of groups in all matrices that the NPU reads."""
-        return npu_weights(shape) / self.group if self.group else 0.0
+def matrix_bytes(matrix: Matrix, kind: QuantizedType) -> float:
+    """Bytes of one matrix's weights and scales."""
+    weights = matrix.weights * kind.bits / 8
+    if kind.name == UNQUANTIZED:
+        return weights
+    return weights + SCALE_BYTES * (matrix.weights / kind.group if kind.group else matrix.rows)
 
 
-def parse_type(name: str) -> QuantizedType:
-    """The type of that name; UsageError if the name has another form."""
-    if name == "fp16":
-        return QuantizedType(name, 16, 0)
-    match = _TYPE.fullmatch(name)
-    if match is None:
-        raise UsageError(f"{name!r} is not a quantized type.", hint="Types look like w8a8, w8a8_g128, w4a16 or fp16.")
-    return QuantizedType(name, int(match["bits"]), int(match["group"] or 0))
+def scale_groups(shape: ModelShape, kind: QuantizedType) -> float:
+    """Number of groups in all matrices that the NPU reads; 0 for a type without groups."""
+    return npu_weights(shape) / kind.group if kind.group else 0.0
 
 
 def npu_weights(shape: ModelShape) -> int:
@@ -64,8 +35,8 @@ def npu_weights(shape: ModelShape) -> int:
 
 def npu_bytes(shape: ModelShape, kind: QuantizedType) -> float:
     """Bytes of weights and scales in the NPU's memory."""
-    layer = sum(kind.matrix_bytes(matrix) for matrix in shape.layer)
-    return shape.num_hidden_layers * layer + kind.matrix_bytes(shape.head)
+    layer = sum(matrix_bytes(matrix, kind) for matrix in shape.layer)
+    return shape.num_hidden_layers * layer + matrix_bytes(shape.head, kind)
 
 
 def embedding_bytes(shape: ModelShape) -> int:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from rkconvert.model.shapes import ModelShape
-from rkconvert.model.sizes import QuantizedType, cache_bytes_per_token
+from rkconvert.model.sizes import cache_bytes_per_token, matrix_bytes
 from rkconvert.rules.quantized_types import DOMAIN_BYTES
+from rkconvert.rules.type_names import QuantizedType
 
 # The rknpu driver 0.9.8 knows domains 0 to 15.
 MOST_DOMAINS: Final = 16
@@ -46,9 +47,9 @@ def place(shape: ModelShape, kind: QuantizedType, context: int) -> list[Domain]:
 
 def _buffers(shape: ModelShape, kind: QuantizedType, context: int) -> Iterator[tuple[str, float]]:
     cache = context * cache_bytes_per_token(shape) / shape.num_hidden_layers
-    matrices = [kind.matrix_bytes(matrix) for matrix in shape.layer]
+    matrices = [matrix_bytes(matrix, kind) for matrix in shape.layer]
     for _ in range(shape.num_hidden_layers):
         for size in matrices:
             yield "layers", size
         yield "cache", cache
-    yield "head", kind.matrix_bytes(shape.head)
+    yield "head", matrix_bytes(shape.head, kind)

@@ -11,11 +11,10 @@ from rkconvert.model.shapes import ModelShape, parse_shape
 from rkconvert.model.sizes import (
     HALF_BYTES,
     SCALE_BYTES,
-    QuantizedType,
     file_bytes,
     npu_bytes,
     npu_weights,
-    parse_type,
+    scale_groups,
 )
 from rkconvert.output.host_memory import Memory, read_memory
 from rkconvert.plan.boards import DEFAULT_BOARD, Board, board_sizes, find_board, usable_bytes
@@ -35,8 +34,8 @@ from rkconvert.plan.prediction import (
 from rkconvert.plan.source import ModelSource, read_source
 from rkconvert.rules import quantized_types as dtypes
 from rkconvert.rules.context import CONTEXT_STEP, choose_context, round_down
-from rkconvert.rules.releases import release
-from rkconvert.toolkit.job import LOADED_BYTES
+from rkconvert.rules.releases import LOADED_BYTES, release
+from rkconvert.rules.type_names import QuantizedType, parse_type
 from rkruntime.abi import DEFAULT_RELEASE, check_release
 from rkruntime.errors import HostError, RefusedError, UsageError
 
@@ -324,7 +323,7 @@ class _Sizer:
 
     def _sizes(self, kind: QuantizedType) -> dict[str, str]:
         """Gigabytes of int8 weights, of a float32 scale for each group, and of float16 weights; and full domains."""
-        weights, scales = npu_weights(self.shape), SCALE_BYTES * kind.groups(self.shape)
+        weights, scales = npu_weights(self.shape), SCALE_BYTES * scale_groups(self.shape, kind)
         return {
             "weights": _billions(weights),
             "scales": _billions(scales),

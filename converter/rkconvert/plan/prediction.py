@@ -20,7 +20,8 @@ import numpy as np
 import yaml
 
 from rkconvert.model.shapes import ModelShape, parse_shape
-from rkconvert.model.sizes import QuantizedType, cache_bytes_per_token, npu_bytes, parse_type, table_bytes
+from rkconvert.model.sizes import cache_bytes_per_token, npu_bytes, scale_groups, table_bytes
+from rkconvert.rules.type_names import QuantizedType, parse_type
 from rkruntime.abi import since
 from rkruntime.versions import version
 
@@ -131,7 +132,7 @@ class Costs:
         return (
             read * self.byte_ms[min(kind.bits, 8)]
             + shape.num_hidden_layers * self.layer_ms
-            + kind.groups(shape) * self.group_ms
+            + scale_groups(shape, kind) * self.group_ms
         )
 
     def prompt_ms(self, shape: ModelShape, kind: QuantizedType) -> float:
@@ -139,11 +140,11 @@ class Costs:
         weights = shape.num_hidden_layers * shape.layer_weights
         per_weight = self.prefill_weight_ms[min(kind.bits, 8)] * max(kind.bits / 8, 1)
         layers = shape.num_hidden_layers * self.prefill_layer_ms
-        return weights * per_weight + layers + kind.groups(shape) * self.prefill_group_ms
+        return weights * per_weight + layers + scale_groups(shape, kind) * self.prefill_group_ms
 
     def memory_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
         """Peak of the process with `tokens` in the cache; `table`: the embedding table is in RAM."""
-        weights = npu_bytes(shape, kind.ungrouped) + kind.groups(shape) * self.group_bytes
+        weights = npu_bytes(shape, kind.ungrouped) + scale_groups(shape, kind) * self.group_bytes
         held = tokens * cache_bytes_per_token(shape)
         other = self.fixed_bytes + shape.vocab_size * self.vocabulary_bytes
         return weights + held + other + (table_bytes(shape) if table else 0)
@@ -319,7 +320,7 @@ def _pairs(rows: Sequence[Row], release: str) -> list[tuple[Row, Row]]:
 
 def _per_group(pairs: Sequence[tuple[Row, Row]], figure: Callable[[Row], float]) -> float:
     """What a group adds to a figure: the median over the pairs, so that one odd row does not move it."""
-    costs = [(figure(grouped) - figure(plain)) / grouped.kind.groups(grouped.shape) for plain, grouped in pairs]
+    costs = [(figure(grouped) - figure(plain)) / scale_groups(grouped.shape, grouped.kind) for plain, grouped in pairs]
     return max(0.0, median(costs)) if costs else 0.0
 
 

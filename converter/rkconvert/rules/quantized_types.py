@@ -13,7 +13,7 @@ from typing import Any, Final
 import yaml
 
 from rkconvert.rules.releases import release
-from rkconvert.toolkit.job import UNQUANTIZED
+from rkconvert.rules.type_names import UNQUANTIZED
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 

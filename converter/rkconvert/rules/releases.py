@@ -14,6 +14,8 @@ from rkruntime.errors import HostError
 from rkruntime.versions import Version
 from rkruntime.versions import version as parse
 
+# Bytes of one weight as the toolkit holds it in memory, by the format that it is told to load.
+LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
 

@@ -14,11 +14,12 @@ from rkconvert.adapters.reader import Adapter
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.shapes import parse_shape
-from rkconvert.model.sizes import file_bytes, parse_type
+from rkconvert.model.sizes import file_bytes
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
 from rkconvert.output.hf_folder import resumable
 from rkconvert.output.host_memory import read_memory
 from rkconvert.progress import Reporter
+from rkconvert.rules.type_names import parse_type
 from rkconvert.toolkit import Toolkit, ToolkitJob, ToolkitResult, checks, run_toolkit
 from rkconvert.toolkit.events import Event, Progress, Stage
 from rkconvert.toolkit.job import calls

@@ -7,22 +7,21 @@ context.py, wheels and Pythons in toolkit/wheel.py. Here is what depends on the 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from rkconvert.model.shapes import ModelShape
-from rkconvert.model.sizes import file_bytes, parse_type
+from rkconvert.model.sizes import file_bytes
 from rkconvert.output.host_memory import Memory
+from rkconvert.rules.releases import LOADED_BYTES
+from rkconvert.rules.type_names import parse_type
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import is_lfs_pointer
-from rkconvert.toolkit.job import LOADED_BYTES
 from rkruntime.errors import CheckpointError, HostError, RefusedError, RKEdgeError
 from rkruntime.text.template import BOS, END_OF_TURN, START_OF_TURN
 
 LEAST_WIDTH: Final = 96
-_GROUP: Final = re.compile(r"_g(\d+)$")
 _GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
 
 
@@ -88,15 +87,14 @@ def _narrow(case: Case) -> Mapping[str, Any] | None:
 
 
 def _indivisible(case: Case) -> Mapping[str, Any] | None:
-    group = _GROUP.search(case.dtype)
-    if not group:
+    kind = parse_type(case.dtype)
+    if not kind.group:
         return None
     for matrix in (*case.shape.layer, case.shape.head):
-        if matrix.rows % int(group[1]):
-            kind = case.dtype[: group.start()]
-            fitting = [f"{kind}_g{size}" for size in _GROUPS.get(kind, ()) if _divides(case.shape, size)]
-            smaller = fitting[0] if fitting else "none"
-            return {"dtype": case.dtype, "matrix": matrix.name, "rows": matrix.rows, "group": group[1], "fits": smaller}
+        if matrix.rows % kind.group:
+            sizes = (size for size in _GROUPS.get(kind.ungrouped.name, ()) if _divides(case.shape, size))
+            fits = next((kind.grouped(size).name for size in sizes), "none")
+            return {"dtype": kind.name, "matrix": matrix.name, "rows": matrix.rows, "group": kind.group, "fits": fits}
     return None
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from rkconvert.output.host_memory import read_memory
+from rkconvert.rules.releases import LOADED_BYTES
 from rkconvert.toolkit.events import Failure
-from rkconvert.toolkit.job import LOADED_BYTES
 from rkruntime.checks.diagnosis import Diagnosis, diagnose
 from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
 

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.rules.releases import Release, release
+from rkconvert.rules.releases import LOADED_BYTES, Release, release
+from rkconvert.rules.type_names import UNQUANTIZED, parse_type
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 
 SCHEMA: Final = "rkedge-toolkit-job/1"
-# Another argument of the toolkit than the type: do_quantization.
-UNQUANTIZED: Final = "fp16"
 DEVICES: Final = ("cpu", "cuda")
-# Of one weight, as the toolkit holds it in memory.
-LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LOW_RANK: Final = re.compile(r"(?P<algorithm>[a-z]+)_r(?P<rank>\d{1,3})")
 _MOST_RANK: Final = 64
-_BITS: Final = re.compile(r"w(\d+)a")
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,7 @@ class ToolkitJob:
     @property
     def least_size(self) -> int:
         """Bytes that a whole file has at least: the weights in their type."""
-        bits = _BITS.match(self.dtype)
-        return self.parameters * (int(bits[1]) if bits else 16) // 8
+        return self.parameters * parse_type(self.dtype).bits // 8
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,7 @@ def _check_algorithm(job: ToolkitJob, installed: Release) -> None:
             f" ({installed.source('low_rank')}).",
             hint="Merge the adapter (--lora-mode merge), or use the algorithm without _rN.",
         )
-    if algorithm in installed.gpu_algorithms and not job.dtype.startswith("w4a16"):
+    if algorithm in installed.gpu_algorithms and parse_type(job.dtype).bits != 4:
         raise RefusedError(
             f"{algorithm} is for w4a16 and its grouped types only; {job.dtype} was asked for"
             f" ({installed.source('gpu_algorithms')}).",

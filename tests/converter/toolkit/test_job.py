@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from rkconvert.rules import releases as versions
+from rkconvert.rules.releases import LOADED_BYTES
 from rkconvert.toolkit import ToolkitJob
-from rkconvert.toolkit.job import LOADED_BYTES, calls
+from rkconvert.toolkit.job import calls
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import HostError, RefusedError, UsageError
 

@@ -1,0 +1,48 @@
+"""What the name of a quantized type says: `w8a8_g128` has weights and activations of 8 bits, 128 weights to a scale."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from rkruntime.errors import UsageError
+
+# Another argument of the toolkit than the type: do_quantization.
+UNQUANTIZED: Final = "fp16"
+_NAME: Final = re.compile(r"w(?P<weights>\d+)a(?P<activations>\d+)(?:_g(?P<group>[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class QuantizedType:
+    """A type by its name.
+
+    Attributes:
+        bits: of a weight.
+        activation_bits: of what it is multiplied by.
+        group: weights that share a scale; 0 for one scale for each output channel.
+    """
+
+    name: str
+    bits: int
+    activation_bits: int
+    group: int
+
+    @property
+    def ungrouped(self) -> QuantizedType:
+        """The same type with one scale for each output channel."""
+        return QuantizedType(self.name.partition("_g")[0], self.bits, self.activation_bits, 0)
+
+    def grouped(self, size: int) -> QuantizedType:
+        """The same type with a scale for each `size` weights."""
+        return QuantizedType(f"{self.ungrouped.name}_g{size}", self.bits, self.activation_bits, size)
+
+
+def parse_type(name: str) -> QuantizedType:
+    """The type of that name; UsageError if the name has another form."""
+    if name == UNQUANTIZED:
+        return QuantizedType(name, 16, 16, 0)
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UsageError(f"{name!r} is not a quantized type.", hint="Types look like w8a8, w8a8_g128, w4a16 or fp16.")
+    return QuantizedType(name, int(match["weights"]), int(match["activations"]), int(match["group"] or 0))
