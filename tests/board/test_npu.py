@@ -15,9 +15,10 @@ import pytest
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.checks import machine
-from rkruntime.cli.options import RuntimeOptions, SamplingOptions, load_engine
+from rkruntime.cli.options import open_engine
 from rkruntime.engine.engine import Engine
 from rkruntime.engine.generation import FinishReason, Request
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.text.answer import Answer, stream_answer
 from rkruntime.text.prompt_process import PromptProcess
 from rkruntime.text.template import Message
@@ -36,7 +37,7 @@ def bundle() -> Bundle:
 def engine(bundle: Bundle) -> Iterator[Engine]:
     library = os.environ.get("RKEDGE_LIBRARY")
     options = RuntimeOptions(library=Path(library) if library else None)
-    with load_engine(bundle, options, SamplingOptions(temperature=0.0)) as engine:
+    with open_engine(bundle, options, SamplingOptions(temperature=0.0)) as engine:
         yield engine
 
 

@@ -16,9 +16,10 @@ from rkruntime.abi import RELEASES
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.checks.preflight import Model
 from rkruntime.cli import options
-from rkruntime.cli.options import RuntimeOptions, SamplingOptions, default_sampling, find_library
+from rkruntime.engine import open as opening
 from rkruntime.engine.generation import GREEDY, Sampling
 from rkruntime.engine.loading import LoadOptions, checked
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
 from rkruntime.errors import BundleError, HostError, LibraryError
 
 from .conftest import with_file
@@ -98,7 +99,7 @@ def test_options_go_over_the_bundles_sampling() -> None:
 
 @pytest.fixture
 def board_bundle(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
-    monkeypatch.setattr(options, "SEARCHED", (str(tmp_path / "usr/lib"), str(tmp_path / "usr/local/lib")))
+    monkeypatch.setattr(opening, "SEARCHED", (str(tmp_path / "usr/lib"), str(tmp_path / "usr/local/lib")))
     return replace(fake_bundle, manifest=replace(fake_bundle.manifest, target="toolkit"))
 
 
@@ -124,14 +125,14 @@ def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pyt
         progress("building")
         return Path("/built.so")
 
-    monkeypatch.setattr(options.importlib, "import_module", lambda name: SimpleNamespace(build=build))
+    monkeypatch.setattr(opening.importlib, "import_module", lambda name: SimpleNamespace(build=build))
     assert find_library(fake_bundle, RuntimeOptions()) == Path("/built.so")
     find_library(fake_bundle, RuntimeOptions(abi="1.3.0"))
     assert asked == ["1.2.3", "1.3.0"]
 
 
 def test_without_the_boards_tools_there_is_no_emulator(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "PROVIDERS", {"emulator": "rknothing.emulator:build"})
+    monkeypatch.setattr(opening, "PROVIDERS", {"emulator": "rknothing.emulator:build"})
     with pytest.raises(HostError, match=r"rknothing\.emulator"):
         find_library(fake_bundle, RuntimeOptions())
 

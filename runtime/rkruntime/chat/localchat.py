@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.chat.repl import Note, Turn, rate
+from rkruntime.chat.repl import Note, Turn
 from rkruntime.engine.generation import Request
 from rkruntime.errors import ContextFullError, WorkerError
 from rkruntime.text.answer import Answer, AnswerReader
@@ -106,7 +106,7 @@ class LocalChat:
         return self._engine
 
     def _keep(self, text: str, answer: Answer, first_s: float, total_s: float) -> None:
-        self.last = Turn(len(answer.tokens), answer.reason, first_s, rate(answer, first_s, total_s))
+        self.last = Turn(len(answer.tokens), answer.reason, first_s, answer.rate(first_s, total_s))
         self._answered += 1
         self._generated += self.last.tokens
         if answer.tokens:

@@ -15,7 +15,6 @@ from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import Terminal
-from rkruntime.text.answer import Answer
 
 PROMPT: Final = ">>> "
 
@@ -48,15 +47,6 @@ class Turn:
 
 
 _UNFINISHED: Final = {FinishReason.LENGTH: "the limit of tokens was reached", FinishReason.ABORT: "stopped"}
-
-
-def rate(answer: Answer, first_token_s: float, total_s: float) -> float:
-    """Tokens per second: the runtime's own figure where it gives one, else by the clock from the first token on."""
-    perf = answer.perf
-    if perf and perf.generate_ms > 0:
-        return perf.generate_tokens / perf.generate_ms * 1000
-    seconds = total_s - first_token_s
-    return (len(answer.tokens) - 1) / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rkruntime.cli.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
+from rkruntime.cli.options import open_engine, runtime_options, sampling_options
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions
     bundle = open_bundle(Path(model))
     return LocalChat(
         bundle,
-        partial(load_engine, bundle, runtime, sampling),
+        partial(open_engine, bundle, runtime, sampling),
         system=system,
         max_new_tokens=sampling.max_new_tokens or -1,
         drop_oldest=drop_oldest,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from rkruntime.cli.flags import json_option
-from rkruntime.cli.options import RuntimeOptions, SamplingOptions, load_engine, runtime_options, sampling_options
+from rkruntime.cli.options import open_engine, runtime_options, sampling_options
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import UsageError
 from rkruntime.terminal import Terminal, say, say_json
 
@@ -70,7 +71,7 @@ def run(
     opened = open_bundle(bundle)
     text = _prompt(prompt, file)
     terminal = Terminal()
-    with closing(PromptProcess(opened)) as prompts, closing(load_engine(opened, runtime, sampling)) as engine:
+    with closing(PromptProcess(opened)) as prompts, closing(open_engine(opened, runtime, sampling)) as engine:
         tokens, _ = Conversation(prompts, system).prompt(text, engine.info.max_context)
         request = Request(
             tokens,

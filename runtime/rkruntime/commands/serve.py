@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from rkruntime.cli.options import RuntimeOptions, runtime_options
+from rkruntime.cli.options import runtime_options
+from rkruntime.engine.open import RuntimeOptions
 from rkruntime.errors import HostError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)

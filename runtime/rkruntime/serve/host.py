@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
-from rkruntime.cli.options import RuntimeOptions, SamplingOptions, default_sampling, load_engine
 from rkruntime.engine.generation import Sampling
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
@@ -57,10 +57,16 @@ def load_model(settings: Settings) -> Model:
     bundle = open_bundle(settings.bundle)
     sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
     runtime = RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
-    timeouts = {"load_timeout": settings.limits.load_s, "token_timeout": settings.limits.token_s}
     prompts = PromptProcess(bundle)
     try:
-        engine = load_engine(bundle, runtime, sampling, _log_finding, **timeouts)
+        engine = load_engine(
+            bundle,
+            runtime,
+            sampling,
+            _log_finding,
+            load_timeout=settings.limits.load_s,
+            token_timeout=settings.limits.token_s,
+        )
     except BaseException:
         prompts.close()
         raise

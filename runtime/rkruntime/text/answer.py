@@ -30,6 +30,13 @@ class Answer:
     prompt_tokens: int
     perf: Perf | None = None
 
+    def rate(self, first_token_s: float, total_s: float) -> float:
+        """Tokens per second: the runtime's own figure where it gives one, else by the clock from the first token on."""
+        if self.perf and self.perf.generate_ms > 0:
+            return self.perf.generate_tokens / self.perf.generate_ms * 1000
+        seconds = total_s - first_token_s
+        return (len(self.tokens) - 1) / seconds if seconds > 0 else 0.0
+
 
 class StopStrings:
     """Cuts a text at the first of some strings, also where it is spread over several pieces.

@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.chat.repl import rate
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.serve.api.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response
@@ -305,7 +304,7 @@ def _done(outcome: Outcome) -> bytes:
         tokens=len(answer.tokens),
         queue_s=outcome.queue_s,
         first_token_s=outcome.queue_s + outcome.prefill_s,
-        tokens_per_s=rate(answer, outcome.prefill_s, outcome.total_s),
+        tokens_per_s=answer.rate(outcome.prefill_s, outcome.total_s),
     )
 
 
