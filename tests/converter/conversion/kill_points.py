@@ -1,6 +1,6 @@
 """A command killed at each step that it takes on the disk, one run after another.
 
-`python tests/converter/kill_points.py convert|merge|matrix FOLDER STEP` runs the command below FOLDER in forked
+`python kill_points.py convert|merge|matrix FOLDER STEP` runs the command below FOLDER in forked
 processes, which kill themselves by SIGKILL before their Nth step: a file opened for writing, made, renamed or removed
 there, or a block of weights written. For N = 1, 1 + STEP, ... it prints a line of JSON: what stood there after the
 kill, and what after a second run that nobody killed.

@@ -20,7 +20,7 @@ from rkconvert.rules.quantized_types import Verdict
 from rkruntime import cli
 from rkruntime.errors import UsageError
 
-CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())
+CONFIGS = json.loads((Path(__file__).parents[2] / "data" / "gemma_configs.json").read_text())
 
 # A right value for each kind of parameter, other than any default.
 VALUES = {bool: True, int: 96, float: 0.5, str: "text", Path: "some/path"}

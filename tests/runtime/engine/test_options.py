@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from tests.runtime.conftest import with_file
 
 from rkruntime.abi import RELEASES
 from rkruntime.bundle.manifest import Bundle
@@ -21,8 +22,6 @@ from rkruntime.engine.generation import GREEDY, Sampling
 from rkruntime.engine.loading import LoadOptions, checked
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
 from rkruntime.errors import BundleError, HostError, LibraryError
-
-from .conftest import with_file
 
 
 def test_options_arrive_as_two_values() -> None:

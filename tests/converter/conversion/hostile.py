@@ -1,7 +1,7 @@
 """Checkpoints, adapters, GGUF files and recipes made to do harm: to run code, leave their folder, hang, eat memory,
 crash a parser, or say two things at once. Each is given to `rkedge convert`.
 
-`python tests/converter/hostile.py FOLDER [CASE ...]` makes them below FOLDER, one after another, and prints for each a
+`python hostile.py FOLDER [CASE ...]` makes them below FOLDER, one after another, and prints for each a
 line of JSON: exit code, message, what was left, whether code ran, peak memory. test_hostile.py judges the lines.
 (Plain damage is the subject of test_broken_inputs.py.)
 """

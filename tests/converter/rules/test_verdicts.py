@@ -18,7 +18,7 @@ from rkconvert.rules import quantized_types as dtypes
 from rkruntime import cli
 from rkruntime.errors import RefusedError, UsageError
 
-CONFIGS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())
+CONFIGS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data" / "gemma_configs.json").read_text())
 EVIDENCE = {"measured on a board", "vendor figure", "vendor tool", "reported", "emulated", "predicted"}
 # Every release of https://github.com/airockchip/rknn-llm/tags that has a runtime for files of 1.1 and later, and 1.3.1.
 RELEASES = (

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.runtime.conftest import with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, UsageError
@@ -27,7 +28,6 @@ from rkruntime.text.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
 
 from .chat_templates import FOLDED
-from .conftest import with_file
 
 QUICK = Limits(cpu_s=1, wall_s=20)
 

@@ -1,6 +1,6 @@
 """A command killed at a random step, its inputs or options changed, and given again.
 
-`python tests/converter/changed_between.py FOLDER SEED TRIALS` prints a line of JSON for each trial: what was changed,
+`python changed_between.py FOLDER SEED TRIALS` prints a line of JSON for each trial: what was changed,
 whether the second run's result is that of a run from nothing, and whether both ended well.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tests.runtime.chat_templates import FOLDED, NATIVE
+from tests.runtime.text.chat_templates import FOLDED, NATIVE
 
 from rkconvert import demo
 from rkconvert.model.chat_template import read_template

@@ -307,7 +307,7 @@ def test_the_folder_of_a_matrix_is_made_and_goes_if_it_stays_empty(write, conver
 
 
 def test_the_matrix_of_the_documentation_runs_as_it_is_written(tmp_path, convert):
-    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text()
     text = page.partition("## Matrix\n\n")[2].partition("\n\n")[0]
     (tmp_path / "many.yaml").write_text(textwrap.dedent(text))
     for name in ("gemma-2-2b-it", "gemma-2-9b-it"):
