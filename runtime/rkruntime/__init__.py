@@ -1,1 +1,85 @@
-"""Board side: bundle -> answers. Light: no torch, no transformers, ever."""
+"""Answers from a bundle on the NPU of an RK3588 board, or from the emulator on any PC.
+
+    import rkruntime
+
+    with rkruntime.open_model("my-bundle") as model:
+        print(model.ask("What is an NPU?").text)
+
+What is not in `__all__` is private and changes without notice. `rkruntime.testing` has an engine for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rkruntime.bundle.manifest import Bundle, open_bundle
+    from rkruntime.checks.diagnosis import Diagnosis, diagnose
+    from rkruntime.checks.preflight import Finding, Preflight, preflight
+    from rkruntime.engine.engine import Engine
+    from rkruntime.engine.generation import FinishReason, Request, Sampling
+    from rkruntime.engine.loading import LoadOptions
+    from rkruntime.engine.open import RuntimeOptions, SamplingOptions
+    from rkruntime.errors import RKEdgeError
+    from rkruntime.library.identify import Identity, identify
+    from rkruntime.model import Chat, Model, open_model
+    from rkruntime.text.answer import Answer
+    from rkruntime.text.conversation import Conversation
+    from rkruntime.text.template import Message
+
+__all__ = [
+    "Answer",
+    "Bundle",
+    "Chat",
+    "Conversation",
+    "Diagnosis",
+    "Engine",
+    "Finding",
+    "FinishReason",
+    "Identity",
+    "LoadOptions",
+    "Message",
+    "Model",
+    "Preflight",
+    "RKEdgeError",
+    "Request",
+    "RuntimeOptions",
+    "Sampling",
+    "SamplingOptions",
+    "diagnose",
+    "identify",
+    "open_bundle",
+    "open_model",
+    "preflight",
+]
+
+# Each is imported when it is first asked for: the worker, which has no packages but Python's own, imports this too.
+_HOMES = {
+    "bundle.manifest": ("Bundle", "open_bundle"),
+    "checks.diagnosis": ("Diagnosis", "diagnose"),
+    "checks.preflight": ("Finding", "Preflight", "preflight"),
+    "engine.engine": ("Engine",),
+    "engine.generation": ("FinishReason", "Request", "Sampling"),
+    "engine.loading": ("LoadOptions",),
+    "engine.open": ("RuntimeOptions", "SamplingOptions"),
+    "errors": ("RKEdgeError",),
+    "library.identify": ("Identity", "identify"),
+    "model": ("Chat", "Model", "open_model"),
+    "text.answer": ("Answer",),
+    "text.conversation": ("Conversation",),
+    "text.template": ("Message",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'rkruntime' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"rkruntime.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,12 +6,9 @@ import functools
 import json
 import shutil
 import subprocess
-import threading
-from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,8 +17,8 @@ from rkconvert.demo import questions
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkruntime.abi import RELEASES
 from rkruntime.bundle.manifest import Bundle, FileRecord, Manifest, Source
-from rkruntime.engine.generation import Event, Finished, FinishReason, Request, Token
 from rkruntime.files import sha256_file
+from rkruntime.testing import FakeEngine
 from rkruntime.text.tokenizer import Tokenizer
 
 DOUBLE = Path(__file__).parent / "engine" / "double.cc"
@@ -101,71 +98,10 @@ def double(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return build
 
 
-@dataclass
-class FakeEngine:
-    """An engine that says what it was told to say; every run is kept in `requests`.
-
-    An exception among the events of an answer is raised in its place; a function is called, and waits for an abort.
-    """
-
-    tokenizer: Tokenizer
-    answers: list[str | list[Any]]
-    max_context: int = 512
-    emulated: bool = True
-    requests: list[Request] = field(default_factory=list)
-    aborted: int = 0
-    closed: bool = False
-    _abort: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def info(self) -> Any:
-        return SimpleNamespace(release="1.2.3", max_context=self.max_context, emulated=self.emulated)
-
-    @property
-    def alive(self) -> bool:
-        return not self.closed
-
-    def generate(self, request: Request) -> Generator[Event, None, None]:
-        self.requests.append(request)
-        answer = self.answers.pop(0)
-        steps = self.tokenizer.encode(answer) if isinstance(answer, str) else answer
-        reason, count = FinishReason.STOP, 0
-        self._abort.clear()
-        try:
-            for step in steps:
-                if isinstance(step, BaseException):
-                    raise step
-                if callable(step):
-                    step()
-                    assert self._abort.wait(5)
-                if self._abort.is_set():
-                    reason = FinishReason.ABORT
-                    break
-                if count == request.max_new_tokens:
-                    reason = FinishReason.LENGTH
-                    break
-                count += 1
-                yield Token(step)
-            yield Finished(reason, len(request.tokens), count)
-        except GeneratorExit:
-            self.aborted += 1
-            raise
-
-    async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
-        for event in self.generate(request):
-            yield event
-
-    def abort(self) -> None:
-        self._abort.set()
-
-    def close(self) -> None:
-        self.closed = True
-
-
 @pytest.fixture
 def fake_engine(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
     """Makes a FakeEngine from the answers it shall give."""
-    return lambda *answers, **facts: FakeEngine(tokenizer, list(answers), **facts)
+    return lambda *answers, **facts: FakeEngine(list(answers), tokenizer.encode, **facts)
 
 
 def with_file(bundle: Bundle, name: str, content: str | bytes | None) -> Bundle:

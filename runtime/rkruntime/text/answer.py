@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -143,7 +143,7 @@ class AnswerReader:
 
 def stream_answer(
     engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
-) -> Iterator[str | Answer]:
+) -> Generator[str | Answer, None, None]:
     """Pieces of text as they become certain, then the Answer. Closing it early, or a stop string, aborts the run.
 
     Raises:
@@ -161,7 +161,7 @@ def stream_answer(
 
 async def astream_answer(
     engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
-) -> AsyncIterator[str | Answer]:
+) -> AsyncGenerator[str | Answer, None]:
     """`stream_answer` for asyncio."""
     reader = AnswerReader(vocabulary, len(request.tokens), stop)
     async with aclosing(engine.agenerate(request)) as events:

@@ -1,0 +1,13 @@
+"""A conversation in a loop: `python docs/examples/bot.py BUNDLE`. Ends with an empty line."""
+
+import sys
+
+import rkruntime
+
+with rkruntime.open_model(sys.argv[1]) as model:
+    chat = model.chat("You answer in one short sentence.", drop_oldest=True)
+    while question := input("> "):
+        for piece in chat.stream(question):
+            if isinstance(piece, str):
+                print(piece, end="", flush=True)
+        print()

@@ -1,0 +1,180 @@
+"""A model to talk to: a bundle, its engine, and the process that makes its prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.engine.generation import Request, Sampling
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.text.answer import Answer, astream_answer, stream_answer
+from rkruntime.text.conversation import Conversation
+from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.template import Message
+
+if TYPE_CHECKING:
+    from rkruntime.checks.preflight import Finding
+    from rkruntime.engine.engine import Engine
+
+# A question, or a conversation that ends in one.
+Question: TypeAlias = str | Sequence[Message]
+
+
+class Model:
+    """A loaded bundle. It answers one question at a time; close it, or use it in a `with` block.
+
+    Attributes:
+        bundle: what it was loaded from.
+        engine: the loaded model; `engine.info` says which runtime, which context, and whether it is emulated.
+        prompts: the process that makes prompts with the bundle's tokenizer and template.
+        sampling: what the model was loaded with.
+        stop_tokens: ids of the tokens that end an answer.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, prompts: PromptProcess, sampling: Sampling) -> None:
+        self.bundle, self.engine, self.prompts, self.sampling = bundle, engine, prompts, sampling
+        self.stop_tokens = frozenset(bundle.manifest.stop_token_ids)
+
+    def request(self, question: Question, *, max_new_tokens: int = -1, sampling: Sampling | None = None) -> Request:
+        """The run that answers a question.
+
+        Args:
+            max_new_tokens: -1 for as many as the context has room for.
+            sampling: another than the model was loaded with; needs release 1.3.0.
+
+        Raises:
+            ContextFullError: the question does not fit.
+            UsageError, BundleError: the template does not take it.
+        """
+        messages = [Message("user", question)] if isinstance(question, str) else question
+        tokens, _ = self.prompts.prompt(messages, self.engine.info.max_context)
+        return Request(tokens, max_new_tokens, self.stop_tokens, sampling)
+
+    def ask(self, question: Question, *, stop: Sequence[str] = (), **wishes: Any) -> Answer:
+        """The whole answer; see `stream`."""
+        *_, answer = self.stream(question, stop=stop, **wishes)
+        assert isinstance(answer, Answer)
+        return answer
+
+    def stream(
+        self, question: Question, *, stop: Sequence[str] = (), **wishes: Any
+    ) -> Generator[str | Answer, None, None]:
+        """Pieces of text as they arrive, then the Answer. To stop early, close the iterator.
+
+        Args:
+            stop: the answer ends before the first of these texts.
+            wishes: `max_new_tokens` and `sampling`, as in `request`.
+
+        Raises:
+            RunError, WorkerError: from the engine; after a WorkerError the model must be opened again.
+        """
+        return stream_answer(self.engine, self.request(question, **wishes), self.prompts.vocabulary, stop)
+
+    async def astream(
+        self, question: Question, *, stop: Sequence[str] = (), **wishes: Any
+    ) -> AsyncGenerator[str | Answer, None]:
+        """`stream` for asyncio; the prompt is made in a thread."""
+        request = await asyncio.to_thread(self.request, question, **wishes)
+        async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, stop)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def chat(self, system: str = "", *, drop_oldest: bool = False) -> Chat:
+        """A conversation that remembers its turns."""
+        return Chat(self, system, drop_oldest=drop_oldest)
+
+    def close(self) -> None:
+        """Unload the model and end both processes; may be called twice."""
+        try:
+            self.engine.close()
+        finally:
+            self.prompts.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Chat:
+    """A conversation with a model.
+
+    Attributes:
+        conversation: the turns so far, which can be saved to a file and loaded again.
+        dropped: turns that were left out of the last prompt for want of room.
+    """
+
+    def __init__(self, model: Model, system: str = "", *, drop_oldest: bool = False) -> None:
+        self._model, self._drop_oldest = model, drop_oldest
+        self.conversation = Conversation(model.prompts, system)
+        self.dropped = 0
+
+    def ask(self, text: str, *, max_new_tokens: int = -1, stop: Sequence[str] = ()) -> Answer:
+        """The whole answer to the next turn; see `stream`."""
+        *_, answer = self.stream(text, max_new_tokens=max_new_tokens, stop=stop)
+        assert isinstance(answer, Answer)
+        return answer
+
+    def stream(
+        self, text: str, *, max_new_tokens: int = -1, stop: Sequence[str] = ()
+    ) -> Generator[str | Answer, None, None]:
+        """Pieces of the answer to the next turn, then the Answer. A turn is kept when its answer has come to its end.
+
+        Raises:
+            ContextFullError: the conversation does not fit, or without `drop_oldest` no longer does.
+            UsageError, BundleError: the template does not take it.
+            RunError, WorkerError: from the engine; the conversation stays as it was.
+        """
+        model = self._model
+        limit = model.engine.info.max_context
+        tokens, self.dropped = self.conversation.prompt(text, limit, drop=self._drop_oldest)
+        request = Request(tokens, max_new_tokens, model.stop_tokens)
+        for piece in stream_answer(model.engine, request, model.prompts.vocabulary, stop):
+            yield piece
+            if isinstance(piece, Answer):
+                self.conversation.add(text, piece)
+
+
+def open_model(
+    bundle: str | Path | Bundle,
+    options: RuntimeOptions | None = None,
+    sampling: SamplingOptions | None = None,
+    *,
+    finding: Callable[[Finding], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    **timeouts: Any,
+) -> Model:
+    """Open a bundle, find the library, and load the model in a worker process.
+
+    Args:
+        options: another library, release or context than the bundle's own.
+        sampling: what to put over the bundle's own sampling.
+        finding: gets each thing that is worth knowing about this machine.
+        progress: gets lines while the emulator is built.
+        timeouts: `load_timeout` and `token_timeout` of LoadOptions, in seconds.
+
+    Raises:
+        RKEdgeError: whatever is wrong with bundle, library, machine or model.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(Path(bundle))
+    options, sampling = options or RuntimeOptions(), sampling or SamplingOptions()
+    prompts = PromptProcess(bundle)
+    try:
+        engine = load_engine(bundle, options, sampling, finding or _ignore, progress, **timeouts)
+    except BaseException:  # Its process ends with it, after Ctrl-C too.
+        prompts.close()
+        raise
+    return Model(bundle, engine, prompts, sampling.over(default_sampling(bundle)))
+
+
+def _ignore(finding: Finding) -> None:
+    """Findings are in `engine.info.findings` too."""

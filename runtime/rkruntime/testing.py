@@ -1,0 +1,177 @@
+"""For tests of programs that use rkruntime: an engine that says what it is told to say, without a library or a process.
+
+    from rkruntime.testing import fake_model
+
+    def test_my_bot():
+        model = fake_model("Hello!", [WorkerCrashedError("gone")])
+        assert my_bot(model) == "Hello!"
+
+Where the answers of a real model matter, open a bundle made with `--target emulator` instead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from rkruntime.bundle.manifest import Bundle, Manifest, Source
+from rkruntime.engine.generation import GREEDY, Event, Finished, FinishReason, Request, Token
+from rkruntime.engine.loading import ModelInfo
+from rkruntime.errors import ContextFullError
+from rkruntime.model import Model
+from rkruntime.text.template import Message
+from rkruntime.text.vocabulary import Vocabulary
+
+# What an answer is made of: a text, or token ids with exceptions to raise and functions to call between them.
+Script = str | Sequence[Any]
+
+_BOS: Final = 256
+_START_OF_TURN: Final = 257
+_END_OF_TURN: Final = 258
+_ROLES: Final = {"system": "user", "assistant": "model"}
+
+
+def _encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+@dataclass
+class FakeEngine:
+    """Stands in for `Engine`: it gives the answers in turn and keeps every request.
+
+    Attributes:
+        answers: what is still to be said. An exception in one is raised in its place; a function is called, and the
+            run then waits for `abort`.
+        encode: token ids of a text; UTF-8 if not given.
+        requests: every run that was asked for.
+        aborted: runs whose reader went away.
+    """
+
+    answers: list[Script]
+    encode: Callable[[str], Sequence[int]] = _encode
+    max_context: int = 512
+    emulated: bool = True
+    requests: list[Request] = field(default_factory=list)
+    aborted: int = 0
+    closed: bool = False
+    _abort: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def info(self) -> ModelInfo:
+        """As of an emulated 1.2.3."""
+        return ModelInfo(
+            release="1.2.3",
+            layout="L6",
+            runtime_version="1.2.3",
+            driver_version="",
+            toolkit_version="1.2.3",
+            platform="RK3588",
+            dtype="W8A8",
+            max_context=self.max_context,
+            max_context_limit=self.max_context,
+            npu_cores=3,
+            emulated=self.emulated,
+            load_seconds=0.0,
+            findings=(),
+            log=(),
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Until it is closed."""
+        return not self.closed
+
+    def generate(self, request: Request) -> Generator[Event, None, None]:
+        """The next answer's tokens, then Finished."""
+        self.requests.append(request)
+        answer = self.answers.pop(0)
+        steps: Sequence[Any] = self.encode(answer) if isinstance(answer, str) else answer
+        reason, count = FinishReason.STOP, 0
+        self._abort.clear()
+        try:
+            for step in steps:
+                if isinstance(step, BaseException):
+                    raise step
+                if callable(step):
+                    step()
+                    if not self._abort.wait(5):
+                        raise TimeoutError("nobody called abort()")
+                if self._abort.is_set():
+                    reason = FinishReason.ABORT
+                    break
+                if count == request.max_new_tokens:
+                    reason = FinishReason.LENGTH
+                    break
+                count += 1
+                yield Token(step)
+            yield Finished(reason, len(request.tokens), count)
+        except GeneratorExit:
+            self.aborted += 1
+            raise
+
+    async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
+        """`generate` for asyncio."""
+        for event in self.generate(request):
+            yield event
+
+    def abort(self) -> None:
+        """End the run."""
+        self._abort.set()
+
+    def close(self) -> None:
+        """See `alive`."""
+        self.closed = True
+
+
+class _Prompts:
+    """Gemma's template over the bytes of UTF-8: a token is a byte or a control token."""
+
+    def __init__(self) -> None:
+        control = {"<bos>": _BOS, "<start_of_turn>": _START_OF_TURN, "<end_of_turn>": _END_OF_TURN}
+        self.vocabulary = Vocabulary([bytes([value]) for value in range(256)] + [b""] * len(control), control)
+
+    def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
+        tokens = [_BOS]
+        for message in messages:
+            role = _ROLES.get(message.role, message.role)
+            tokens += [_START_OF_TURN, *_encode(f"{role}\n{message.content}"), _END_OF_TURN, *_encode("\n")]
+        tokens += [_START_OF_TURN, *_encode("model\n")]
+        if len(tokens) <= max_context:
+            return tokens, 0
+        if drop and len(messages) > 2:
+            rest = [*messages[:1], *messages[3:]] if messages[0].role == "system" else messages[2:]
+            fitting, dropped = self.prompt(rest, max_context, drop=True)
+            return fitting, dropped + 1
+        raise ContextFullError(f"The conversation has {len(tokens)} tokens; the context holds {max_context}.")
+
+    def check(self, messages: Sequence[Message]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def fake_model(*answers: Script, max_context: int = 4096) -> Model:
+    """A Model whose engine is a FakeEngine with these answers, and which needs no files."""
+    manifest = Manifest(
+        name="fake",
+        family="gemma2",
+        size="2B",
+        parameters=2_614_341_888,
+        source=Source("fake"),
+        target="emulator",
+        platform="rk3588",
+        dtype="w8a8",
+        npu_cores=3,
+        max_context=max_context,
+        toolkit_version="1.2.3",
+        model_file="model.rkemu",
+        bos_token_id=_BOS,
+        stop_token_ids=(_END_OF_TURN,),
+        files={},
+    )
+    engine = FakeEngine(list(answers), max_context=max_context)
+    return Model(Bundle(Path("fake"), manifest), cast(Any, engine), cast(Any, _Prompts()), GREEDY)

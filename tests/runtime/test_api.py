@@ -1,0 +1,151 @@
+"""What `import rkruntime` gives: the names, what they do with the demo model, and the programs of the documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rkruntime
+from rkconvert.demo import questions
+from rkruntime.errors import ContextFullError, WorkerCrashedError
+from rkruntime.testing import FakeEngine, fake_model
+
+from .engine.conftest import bundle  # noqa: F401  # a fixture
+
+DOCS = Path(__file__).parents[2] / "docs"
+ROWS = questions()[:3]
+
+
+def test_the_names() -> None:
+    assert rkruntime.__all__ == sorted(rkruntime.__all__)
+    assert rkruntime.__all__ == [
+        *("Answer", "Bundle", "Chat", "Conversation", "Diagnosis", "Engine", "Finding", "FinishReason", "Identity"),
+        *("LoadOptions", "Message", "Model", "Preflight", "RKEdgeError", "Request", "RuntimeOptions", "Sampling"),
+        *("SamplingOptions", "diagnose", "identify", "open_bundle", "open_model", "preflight"),
+    ]
+    assert all(getattr(rkruntime, name).__name__ == name for name in rkruntime.__all__)
+    assert dir(rkruntime) == rkruntime.__all__
+    with pytest.raises(AttributeError, match="'rkruntime' has no attribute 'engines'"):
+        rkruntime.engines  # noqa: B018
+
+
+def test_the_import_brings_nothing() -> None:
+    code = "import sys; old = set(sys.modules); import rkruntime; print(*sorted(set(sys.modules) - old))"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"numpy", "click", "yaml", "tokenizers", "jinja2", "rich"}
+    assert "rkruntime.engine" not in done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def model(bundle: rkruntime.Bundle) -> Iterator[rkruntime.Model]:  # noqa: F811
+    with rkruntime.open_model(bundle, sampling=rkruntime.SamplingOptions(temperature=0)) as model:
+        yield model
+
+
+def test_asking_streaming_and_asyncio_agree(model: rkruntime.Model) -> None:
+    assert model.engine.info.emulated
+    for row in ROWS:
+        answer = model.ask(row.question)
+        assert answer.text == row.answer
+        assert answer.reason is rkruntime.FinishReason.STOP
+        *pieces, last = model.stream([rkruntime.Message("user", row.question)])
+        assert last == answer or isinstance(last, rkruntime.Answer)
+        assert "".join(map(str, pieces)) == row.answer
+
+        async def gather(question: str = row.question) -> str:
+            return "".join([piece async for piece in model.astream(question) if isinstance(piece, str)])
+
+        assert asyncio.run(gather()) == row.answer
+    assert len(model.ask(ROWS[0].question, max_new_tokens=2).tokens) == 2
+
+
+def test_an_iterator_that_is_closed_ends_the_run(model: rkruntime.Model) -> None:
+    pieces = model.stream(ROWS[0].question)
+    next(pieces)
+    pieces.close()
+    assert model.ask(ROWS[1].question).text == ROWS[1].answer
+
+
+def test_a_chat_remembers_and_drops() -> None:
+    model = fake_model("one", "two", "three", max_context=96)
+    chat = model.chat("be brief")
+    assert [chat.ask("a").text, chat.ask("b").text] == ["one", "two"]
+    roles = [message.role for message in chat.conversation.messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    with pytest.raises(ContextFullError):
+        chat.ask("c" * 40)
+    assert len(chat.conversation.messages) == 4
+    dropping = model.chat(drop_oldest=True)
+    dropping.conversation.messages += chat.conversation.messages
+    assert dropping.ask("c" * 40).text == "three"
+    assert dropping.dropped > 0
+
+
+def test_a_turn_whose_worker_died_is_not_kept() -> None:
+    model = fake_model([ord("h"), WorkerCrashedError("gone")])
+    chat = model.chat()
+    with pytest.raises(WorkerCrashedError):
+        chat.ask("hello?")
+    assert chat.conversation.messages == []
+    assert isinstance(model.engine, FakeEngine)
+    model.close()
+    assert not model.engine.alive
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (DOCS / "python.md").read_text()
+    named = set(re.findall(r"\b[A-Za-z_]+\b", page))
+    assert {name for name in rkruntime.__all__ if name not in named} <= {"Conversation", "Identity", "Preflight"}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    exec(blocks[1], {})
+
+
+def test_the_pages_first_program(bundle: rkruntime.Bundle, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.S)[0]
+    exec(code.replace('"my-bundle"', repr(str(bundle.path))), {})
+    assert len(capsys.readouterr().out) > 20
+
+
+def example(name: str, *words: object) -> list[str]:
+    return [sys.executable, str(DOCS / "examples" / f"{name}.py"), *map(str, words)]
+
+
+def test_the_bot_and_the_batch(bundle: rkruntime.Bundle) -> None:  # noqa: F811
+    lines = "".join(f"{row.question}\n" for row in ROWS)
+    done = subprocess.run(example("bot", bundle.path), input=lines + "\n", capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == len(ROWS) + 1
+    done = subprocess.run(example("batch", bundle.path), input=lines, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == [row.question for row in ROWS]
+
+
+def test_the_service(bundle: rkruntime.Bundle, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "socket"
+    with subprocess.Popen(example("service", bundle.path, path), stderr=subprocess.PIPE) as process:
+        try:
+            for _ in range(600):
+                if path.exists():
+                    break
+                assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+                time.sleep(0.1)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(60)
+                client.connect(os.fspath(path))
+                client.sendall(f"{ROWS[0].question}\n".encode())
+                client.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(lambda: client.recv(4096), b""))
+        finally:
+            process.terminate()
+    assert len(answer) > 2
