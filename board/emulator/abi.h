@@ -1,6 +1,6 @@
 // The C interface of librkllmrt.so, one layout per build: RKEMU_LAYOUT is 3 (1.1.x), 4 (1.2.0), 5
 // (1.2.1b1), 6 (1.2.1 to 1.2.3) or 7 (1.3.0). Written from measured sizes and offsets, which
-// abi_check.h asserts.
+// abi_check.h asserts: it is made at build time from the runtime's own declarations.
 //
 // Callers may pass anything: enums have a fixed underlying type and flags are uint8_t instead of
 // bool, so that no bit pattern is undefined behaviour here.

@@ -41,6 +41,7 @@ struct FloatProduct {
 // One query position against the keys of one KV head, for all query heads that share it.
 // Keys and values are [position][head_dim], as half floats or floats.
 struct Attention {
+  static constexpr int kMaxHeadDim = 1024;  // kernels keep a row of values on the stack
   const float* q;
   int heads;
   int head_dim;

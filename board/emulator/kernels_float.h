@@ -17,7 +17,6 @@ namespace {
 constexpr int kLanes = 16;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
 constexpr uint32_t kRoundBits = 0x4B400000u;
-constexpr int kMaxHeadDim = 1024;
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -197,7 +196,7 @@ void softmax(float* x, int n) {
 
 void attend(const Attention& a) {
   const int n = a.last - a.first + 1;
-  float row[kMaxHeadDim];
+  float row[Attention::kMaxHeadDim];
   for (int j = 0; j < n; ++j) {
     load_row(a, a.keys, a.first + j, row);
     for (int h = 0; h < a.heads; ++h)

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels.h"
 #include "log.h"
 
 namespace rkemu {
@@ -14,7 +15,6 @@ constexpr int64_t kMaxWidth = 65536;  // 65536 * 127 * 255 still fits into int32
 constexpr int64_t kMaxVocab = 1 << 24;
 constexpr int64_t kMaxLayers = 512;
 constexpr double kHuge = 1e30;
-constexpr int kMaxHeadDim = 1024;
 constexpr int kMaxRank = 4096;
 
 std::string in_layer(size_t layer, const char* name) {
@@ -63,7 +63,7 @@ Config read_config(const File& file, const std::string& architecture) {
   c.layers = number("num_hidden_layers", 1, kMaxLayers);
   c.heads = number("num_attention_heads", 1, 1024);
   c.kv_heads = number("num_key_value_heads", 1, c.heads);
-  c.head_dim = number("head_dim", 2, kMaxHeadDim);
+  c.head_dim = number("head_dim", 2, Attention::kMaxHeadDim);
   c.sliding_window = number("sliding_window", 0, std::numeric_limits<int>::max());
   c.rms_norm_eps = real("rms_norm_eps", 1e-12, 1.0);
   c.rope_theta = real("rope_theta", 1.0, kHuge);

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from rkboard.emulator import layout_check
 from rkruntime import abi
-from rkruntime.abi import DEFAULT_RELEASE
+from rkruntime.abi import DEFAULT_RELEASE, declarations
 from rkruntime.errors import HostError, UsageError
+from rkruntime.files import atomic_file
 from rkruntime.resources import resource
 from rkruntime.versions import version
 
@@ -150,6 +152,7 @@ class _Build:
         for path in sorted(self.sources.iterdir()):
             if path.suffix in (".cc", ".h", ".map"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(Path(declarations.__file__).read_bytes())  # of which the layout's check is made
         facts = (self.compiler, self.flags, self.link_flags, self.kernels)
         digest.update(repr(facts).encode())
         return digest.hexdigest()[:16]
@@ -168,6 +171,7 @@ class _Build:
             f"-DRKEMU_LAYOUT={RELEASES[self.release]}",
             f'-DRKEMU_RELEASE="{self.release}"',
             f"-DRKEMU_RELEASE_NUMBER={release_number(self.release)}",
+            f"-I{self.library.parent}",
         ]
         for name in ABI_SOURCES:
             source = self.sources / name
@@ -197,6 +201,9 @@ class _Build:
     def run(self, progress: Progress | None) -> Path:
         if self.library.is_file():
             return self.library
+        self.library.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.library.parent / layout_check.HEADER) as partial:
+            partial.write_text(layout_check.header(self.release), encoding="utf-8")
         objects = self._objects()
         missing = [entry for entry in objects if not entry[1].is_file()]
         done = 0
