@@ -24,9 +24,20 @@ constexpr size_t kMaxPrompt = 1u << 20;
 [[maybe_unused]] constexpr int kDefaultCpus = 4;
 [[maybe_unused]] constexpr uint32_t kBigCores = 0xF0;
 
-constexpr Rules kRules{
-    RKEMU_RELEASE,     RKEMU_LAYOUT >= 4, RKEMU_LAYOUT >= 4, RKEMU_RELEASE_NUMBER >= 10203,
-    RKEMU_LAYOUT >= 4, RKEMU_LAYOUT >= 6, RKEMU_LAYOUT >= 6, RKEMU_LAYOUT >= 7};
+constexpr Rules rules_of(const char* release, int number, int layout) {
+  Rules rules{};
+  rules.release = release;
+  rules.chat_template = layout >= 4;
+  rules.prefix_reuse = layout >= 4;
+  rules.embedding_reuse = number >= 10203;
+  rules.names_platform = layout >= 4;
+  rules.names_dtype = layout >= 6;
+  rules.pause = layout >= 6;
+  rules.all_eos = layout >= 7;
+  return rules;
+}
+
+constexpr Rules kRules = rules_of(RKEMU_RELEASE, RKEMU_RELEASE_NUMBER, RKEMU_LAYOUT);
 
 std::string text_of(const char* text) {
   return text ? text : "";
