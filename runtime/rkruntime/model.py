@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -34,11 +35,13 @@ class Model:
         prompts: the process that makes prompts with the bundle's tokenizer and template.
         sampling: what the model was loaded with.
         stop_tokens: ids of the tokens that end an answer.
+        loaded_at: in seconds since 1970.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, prompts: PromptProcess, sampling: Sampling) -> None:
         self.bundle, self.engine, self.prompts, self.sampling = bundle, engine, prompts, sampling
         self.stop_tokens = frozenset(bundle.manifest.stop_token_ids)
+        self.loaded_at = time.time()
 
     def request(self, question: Question, *, max_new_tokens: int = -1, sampling: Sampling | None = None) -> Request:
         """The run that answers a question.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rkruntime.bundle.manifest import Bundle
     from rkruntime.checks.preflight import Finding
     from rkruntime.engine.engine import Engine
+    from rkruntime.model import Model
 
 Command: TypeAlias = Callable[..., None]
 
@@ -97,6 +98,14 @@ def show_finding(finding: Finding) -> None:
 
 
 def open_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:
-    """`load_engine` for a person: says what is worth knowing on standard error."""
+    """`load_engine` for a person: says on standard error what is worth knowing."""
     with progress_line() as progress:
         return load_engine(bundle, options, sampling, show_finding, progress)
+
+
+def open_for_person(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Model:
+    """`open_model` for a person, likewise."""
+    from rkruntime.model import open_model
+
+    with progress_line() as progress:
+        return open_model(bundle, options, sampling, finding=show_finding, progress=progress)

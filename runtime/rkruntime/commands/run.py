@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from rkruntime.cli.flags import json_option
-from rkruntime.cli.options import open_engine, runtime_options, sampling_options
+from rkruntime.cli.options import open_for_person, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import UsageError
 from rkruntime.terminal import Terminal, say, say_json
 
 if TYPE_CHECKING:
+    from rkruntime.bundle.manifest import open_bundle
     from rkruntime.engine.engine import ModelInfo
     from rkruntime.text.answer import Answer
 
@@ -62,25 +62,17 @@ def run(
     runtime: RuntimeOptions,
 ) -> None:
     """Answer one prompt with the model in the folder BUNDLE. The answer alone goes to standard output."""
-    from rkruntime.bundle.manifest import open_bundle
-    from rkruntime.engine.generation import Request
-    from rkruntime.text.answer import Answer, stream_answer
-    from rkruntime.text.conversation import Conversation
-    from rkruntime.text.prompt_process import PromptProcess
+    from rkruntime.text.answer import Answer
+    from rkruntime.text.template import Message
 
     opened = open_bundle(bundle)
     text = _prompt(prompt, file)
     terminal = Terminal()
-    with closing(PromptProcess(opened)) as prompts, closing(open_engine(opened, runtime, sampling)) as engine:
-        tokens, _ = Conversation(prompts, system).prompt(text, engine.info.max_context)
-        request = Request(
-            tokens,
-            max_new_tokens=sampling.max_new_tokens or -1,
-            stop_tokens=frozenset(opened.manifest.stop_token_ids),
-        )
-        for piece in stream_answer(engine, request, prompts.vocabulary, stop):
+    messages = [*([Message("system", system)] if system else []), Message("user", text)]
+    with open_for_person(opened, runtime, sampling) as model:
+        for piece in model.stream(messages, max_new_tokens=sampling.max_new_tokens or -1, stop=stop):
             if isinstance(piece, Answer):
-                report = _report(piece, engine.info)
+                report = _report(piece, model.engine.info)
             elif not as_json:
                 terminal.write(piece)
     if as_json:

@@ -7,22 +7,18 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from rkruntime.bundle.manifest import Bundle, open_bundle
-from rkruntime.engine.generation import Sampling
-from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
+from rkruntime.model import Model, open_model
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
-from rkruntime.text.prompt_process import PromptProcess
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from rkruntime.checks.preflight import Finding
-    from rkruntime.engine.engine import Engine
 
 log = logging.getLogger("rkedge")
 
@@ -30,18 +26,6 @@ log = logging.getLogger("rkedge")
 _BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 # A client waits this long for the next try; with more ahead it is told when to come back.
 _PATIENCE: Final = 5.0
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded bundle and all that a request needs of it."""
-
-    bundle: Bundle
-    engine: Engine
-    prompts: PromptProcess
-    sampling: Sampling
-    stop_tokens: frozenset[int]
-    loaded_at: float = field(default_factory=time.time)
 
 
 def load_model(settings: Settings) -> Model:
@@ -54,28 +38,13 @@ def load_model(settings: Settings) -> Model:
         raise UsageError(
             "No bundle was named.", hint="Give the folder: rkedge serve BUNDLE, or bundle: in the settings."
         )
-    bundle = open_bundle(settings.bundle)
-    sampling = SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty)
-    runtime = RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
-    prompts = PromptProcess(bundle)
-    try:
-        engine = load_engine(
-            bundle,
-            runtime,
-            sampling,
-            _log_finding,
-            load_timeout=settings.limits.load_s,
-            token_timeout=settings.limits.token_s,
-        )
-    except BaseException:
-        prompts.close()
-        raise
-    return Model(
-        bundle=bundle,
-        engine=engine,
-        prompts=prompts,
-        sampling=sampling.over(default_sampling(bundle)),
-        stop_tokens=frozenset(bundle.manifest.stop_token_ids),
+    return open_model(
+        settings.bundle,
+        RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force),
+        SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty),
+        finding=_log_finding,
+        load_timeout=settings.limits.load_s,
+        token_timeout=settings.limits.token_s,
     )
 
 
@@ -178,8 +147,7 @@ class Host:
         """Free the NPU."""
         model, self._model = self._model, None
         if model is not None:
-            await in_thread(model.engine.close)
-            await in_thread(model.prompts.close)
+            await in_thread(model.close)
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:

@@ -25,7 +25,7 @@ from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer
 
 if TYPE_CHECKING:
-    from rkruntime.serve.host import Model
+    from rkruntime.model import Model
 
 log = logging.getLogger("rkedge")
 

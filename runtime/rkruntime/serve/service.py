@@ -24,7 +24,8 @@ from rkruntime.errors import (
     UsageError,
     WorkerError,
 )
-from rkruntime.serve.host import Host, Model
+from rkruntime.model import Model
+from rkruntime.serve.host import Host
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
 from rkruntime.serve.prompt_cache import PromptCaches

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
+from rkruntime.model import Model
 from rkruntime.serve.api.http import while_connected
-from rkruntime.serve.host import Model
 from rkruntime.serve.queue import Client
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
 from rkruntime.serve.threads import read_in_thread

@@ -19,9 +19,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
+from rkruntime.model import Model
 from rkruntime.serve.api.asks import Begun, ask_of, begin, items, split
 from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response
-from rkruntime.serve.host import Model
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name

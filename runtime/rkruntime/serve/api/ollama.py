@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from rkruntime.bundle.manifest import MANIFEST, Manifest, open_bundle
 from rkruntime.errors import UsageError
+from rkruntime.model import Model
 from rkruntime.serve.api.asks import (
     Begun,
     ask_of,
@@ -30,7 +31,6 @@ from rkruntime.serve.api.asks import (
     text_prompt,
 )
 from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response, while_connected
-from rkruntime.serve.host import Model
 from rkruntime.serve.service import Keep, Outcome, Prompt, Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
