@@ -16,7 +16,6 @@ from rkruntime.errors import UsageError
 from rkruntime.terminal import Terminal, say, say_json
 
 if TYPE_CHECKING:
-    from rkruntime.bundle.manifest import open_bundle
     from rkruntime.engine.engine import ModelInfo
     from rkruntime.text.answer import Answer
 
@@ -62,6 +61,7 @@ def run(
     runtime: RuntimeOptions,
 ) -> None:
     """Answer one prompt with the model in the folder BUNDLE. The answer alone goes to standard output."""
+    from rkruntime.bundle.manifest import open_bundle
     from rkruntime.text.answer import Answer
     from rkruntime.text.template import Message
 
