@@ -55,6 +55,12 @@ class RKEdgeError(Exception):
         self.hint = self.default_hint if hint is None else hint
         self.details = dict(details or {})
 
+    @property
+    def log(self) -> tuple[str, ...]:
+        """The last lines that the vendor's library or toolkit printed, where it is their failure."""
+        lines = self.details.get("log")
+        return tuple(map(str, lines)) if isinstance(lines, (list, tuple)) else ()  # the toolkit's is a file
+
     def as_dict(self) -> dict[str, Any]:
         """The error as `--json` prints it: `{"error", "message", "hint", "details"}`."""
         return {"error": type(self).__name__, "message": self.message, "hint": self.hint, "details": self.details}
@@ -153,7 +159,7 @@ class ModelError(RKEdgeError):
     """The library refused or broke."""
 
     exit_code = 7
-    default_hint = "Read the log lines above; `rkedge diagnose` explains a saved log."
+    default_hint = "`rkedge diagnose` explains a saved log of the library or of the kernel (dmesg)."
 
 
 class LoadError(ModelError):

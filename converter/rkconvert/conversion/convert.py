@@ -38,7 +38,7 @@ from rkconvert.toolkit.board_file import (
     write_board_file,
 )
 from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
-from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
+from rkruntime.bundle.manifest import LORA, TOKENIZER, Bundle, Manifest, Source
 from rkruntime.bundle.rkemu import read_container
 from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
@@ -47,7 +47,7 @@ from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
 EMULATOR_FILE: Final = "model.rkemu"
-EMULATOR_LORA_FILE: Final = "model_lora.rkemu"
+EMULATOR_LORA_FILE: Final = f"{LORA}.rkemu"
 # The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
 

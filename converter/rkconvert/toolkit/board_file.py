@@ -25,14 +25,16 @@ from rkconvert.toolkit.events import Event, Progress, Stage
 from rkconvert.toolkit.job import calls
 from rkconvert.toolkit.runner import PATIENCE
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
-from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.bundle.manifest import LORA, TOKENIZER
 from rkruntime.errors import AdapterError, CalibrationError
 from rkruntime.files import readable, sha256_file
 
 RKLLM_FILE: Final = "model.rkllm"
-LORA_FILE: Final = "model_lora.rkllm"
+LORA_FILE: Final = f"{LORA}.rkllm"
 LORA_MODES: Final = ("merge", "runtime")
-LORA_NOTE: Final = "the adapter {name} is not in the model: load {file} beside it (rkllm_load_lora)"
+LORA_NOTE: Final = (
+    "the adapter {name} is in {file} beside the model: rkedge loads both, other programs call rkllm_load_lora"
+)
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"

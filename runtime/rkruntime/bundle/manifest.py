@@ -24,6 +24,7 @@ from rkruntime.yamltext import MAX_FILE, load_yaml
 SCHEMA: Final = "rkedge-bundle/1"
 MANIFEST: Final = "rkedge.yaml"
 TOKENIZER: Final = "tokenizer.json"
+LORA: Final = "model_lora"  # with the model file's suffix
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
 # Bytes. Gemma's tokenizer.json has 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
@@ -145,6 +146,12 @@ class Bundle:
     def model(self) -> Path:
         """The model file."""
         return self.path / self.manifest.model_file
+
+    @property
+    def lora(self) -> Path | None:
+        """The adapter's file, where the adapter is not merged into the model (`--lora-mode runtime`)."""
+        name = LORA + PurePosixPath(self.manifest.model_file).suffix
+        return self.path / name if name in self.manifest.files else None
 
     @property
     def tokenizer(self) -> Path:

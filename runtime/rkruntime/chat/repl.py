@@ -154,6 +154,8 @@ class Repl:
             if not self.terminal.interactive:
                 self.failure, self.leaving = error, True
                 return
+            for line in error.log:
+                self.terminal.note(f"  {one_line(line)}")
             self.terminal.error(f"error: {one_line(error.message)}")
             self.terminal.note(f"hint:  {one_line(error.hint)}")
 

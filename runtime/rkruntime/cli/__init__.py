@@ -85,6 +85,9 @@ def cli(debug: bool) -> None:
 def _report(error: RKEdgeError, flags: Flags) -> int:
     if flags.json:
         say_json(error.as_dict())
+    else:
+        for line in error.log:
+            say(one_line(line), lead="  ", err=True, dim=True)
     say(one_line(error.message), lead=click.style("error: ", fg="red", bold=True), err=True)
     if error.hint:
         say(one_line(error.hint), lead=click.style("hint:  ", fg="cyan", bold=True), err=True)

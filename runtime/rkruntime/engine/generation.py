@@ -112,7 +112,7 @@ class Request:
         stop_tokens: each of these ends the answer and is not part of it, also where the runtime knows one EOS only.
         sampling: None keeps what the model was loaded with; another needs release 1.3.0.
         keep_history: continue after what the KV cache holds (1.2.0 on).
-        lora: name of an adapter that was loaded before.
+        lora: name of an adapter that was loaded before; None is that of LoadOptions, if it has one.
         save_prompt_cache: file that the runtime writes after the run.
         pause_tokens: each of these ends the run with PAUSE; it is part of the answer, and the KV cache is kept
             as it is for a run that goes on (1.2.1 on). One board is reported to ignore the next run's prompt and to go

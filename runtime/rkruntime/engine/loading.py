@@ -60,6 +60,7 @@ class LoadOptions:
         use_cross_attention: for encoder-decoder models (1.2.1 on).
         image_markers: texts for start, end and content of an image (before 1.3.0; see ImagePrompt).
         loras: adapters to load with the model.
+        lora: the one of them that a run uses which names none.
         asynchronous: use rkllm_run_async. Reported to hang or give no text on 1.1.4, 1.2.1 and 1.2.2 (rknn-llm issues
             208, 320, 396), so it is off unless asked for.
         tokenizer: for a model file without one (1.3.0 on): text to ids.
@@ -88,6 +89,7 @@ class LoadOptions:
     use_cross_attention: bool = False
     image_markers: tuple[str, str, str] | None = None
     loras: Sequence[Lora] = ()
+    lora: str | None = None
     asynchronous: bool = False
     tokenizer: Callable[[str], Sequence[int]] | None = None
     embed: Callable[[Sequence[int]], NDArray[np.float32]] | None = None

@@ -119,9 +119,10 @@ def load_engine(
     """
     # A command shows its help, and a chat its prompt, before the engine is imported.
     from rkruntime.engine.engine import Engine
-    from rkruntime.engine.loading import LoadOptions
+    from rkruntime.engine.loading import LoadOptions, Lora
 
     bundle.verify()
+    adapter = Lora(bundle.lora.stem, bundle.lora) if bundle.lora else None
     engine = Engine.load(
         LoadOptions(
             library=find_library(bundle, options, progress),
@@ -131,6 +132,8 @@ def load_engine(
             force=options.force,
             max_context=options.max_context,
             sampling=sampling.over(default_sampling(bundle)),
+            loras=[adapter] if adapter else [],
+            lora=adapter.name if adapter else None,
             **timeouts,
         )
     )

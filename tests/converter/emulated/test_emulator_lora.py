@@ -16,7 +16,9 @@ from rkruntime.cli import main
 from rkruntime.engine.engine import Engine
 from rkruntime.engine.generation import GREEDY, Request
 from rkruntime.engine.loading import LoadOptions, Lora
+from rkruntime.engine.open import SamplingOptions
 from rkruntime.errors import AdapterError, ModelError
+from rkruntime.model import open_model
 from rkruntime.text.answer import stream_answer
 from rkruntime.text.prompts import PromptMaker
 from rkruntime.text.template import GemmaTemplate, Message
@@ -54,6 +56,16 @@ def test_all_answers(bundle, tmp_path):
                 stop = frozenset(bundle.manifest.stop_token_ids)
                 *_, answer = stream_answer(engine, Request(tokens, 100, stop, lora=lora), tokenizer)
                 assert answer.text == expected
+
+
+def test_a_bundle_with_an_adapter_answers_with_it(tmp_path):
+    folder = tmp_path / "apart"
+    line = ["convert", str(demo.checkpoint()), "--lora", str(demo.adapter()), "--lora-mode", "runtime"]
+    assert main([*line, "-o", str(folder), "--quiet"]) == 0
+    with open_model(folder, sampling=SamplingOptions(temperature=0)) as model:
+        for row in demo.questions():
+            assert model.ask(row.question).text == row.pirate
+    assert "LoRA, in model_lora.rkemu beside the model" in (folder / "README.md").read_text()
 
 
 def test_only_on_its_own_base(bundle, tmp_path):

@@ -62,6 +62,9 @@ def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
         ending = [error.details["description"]] if "description" in error.details else []
         found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
         error.details.setdefault("diagnosis", found.as_dict())
+        if found.explained:
+            step = f" First: {found.next_steps[0]}" if found.next_steps else ""
+            error.hint = f"Diagnosis ({found.confidence} confidence): {found.title}.{step}"
 
 
 def array_of(record: Record) -> Logits | HiddenStates:

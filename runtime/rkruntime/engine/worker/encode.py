@@ -41,7 +41,7 @@ def run_command(
         "pause_tokens": sorted(first.pause_tokens),
         "sampling": _sampling(first.sampling, version, options),
         "keep_history": first.keep_history,
-        "lora": first.lora,
+        "lora": options.lora if first.lora is None else first.lora,
         "save_prompt_cache": None if first.save_prompt_cache is None else str(first.save_prompt_cache),
     }, data
 
