@@ -43,6 +43,7 @@ clean: ## Remove what was built here
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/pip.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "RKEdge needs Python 3.10 or later: make demo PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

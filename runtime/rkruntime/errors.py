@@ -57,9 +57,9 @@ class RKEdgeError(Exception):
 
     @property
     def log(self) -> tuple[str, ...]:
-        """The last lines that the vendor's library or toolkit printed, where it is their failure."""
-        lines = self.details.get("log")
-        return tuple(map(str, lines)) if isinstance(lines, (list, tuple)) else ()  # the toolkit's is a file
+        """The last lines of another program that failed: the vendor's library, its toolkit, pip, a compiler."""
+        lines = self.details.get("lines") or self.details.get("log")
+        return tuple(map(str, lines)) if isinstance(lines, (list, tuple)) else ()  # the toolkit's log is a file
 
     def as_dict(self) -> dict[str, Any]:
         """The error as `--json` prints it: `{"error", "message", "hint", "details"}`."""

@@ -91,10 +91,25 @@ def test_no_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_compiler_that_fails_is_quoted(quick: Path) -> None:
     (quick / "log.cc").write_text('#error "this is the reason"\n')
-    with pytest.raises(HostError, match="this is the reason") as error:
+    with pytest.raises(HostError, match=r"build failed .*exit 1\)") as error:
         emulator.build("1.2.3")
-    assert "error" in error.value.details["stderr"]
+    assert any("this is the reason" in line for line in error.value.log)
+    assert "\n" not in error.value.message
     assert not emulator.library_path("1.2.3").exists()
+
+
+def test_a_full_disk_is_told_from_a_bad_compiler(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "full"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\n"
+        "echo '/tmp/x.s: Fatal error: cannot write /tmp/x.o: No space left on device' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    with pytest.raises(HostError, match="is full") as error:
+        emulator.build("1.2.3")
+    assert "XDG_CACHE_HOME" in error.value.hint
 
 
 @pytest.mark.skipif(

@@ -191,11 +191,18 @@ class _Build:
     def _failed(self, command: Sequence[str | Path], result: subprocess.CompletedProcess[str]) -> HostError:
         lines = result.stderr.splitlines()
         first = next((i for i, line in enumerate(lines) if "error" in line), 0)
-        shown = "\n".join(lines[first : first + _ERROR_LINES])
+        full = "No space left on device" in result.stderr
         return HostError(
-            f"The emulator's build failed ({self.compiler.version}, exit {result.returncode}):\n{shown}",
-            hint="Try another compiler with CXX=g++ or CXX=clang++ (g++ 9 or newer, clang++ 10 or newer).",
-            details={"command": [*self.compiler.command, *map(str, command)], "stderr": result.stderr[-8000:]},
+            f"The emulator's build failed ({self.compiler.version}, exit {result.returncode})."
+            + (f" The disk of {self.folder} or of the folder for temporary files is full." if full else ""),
+            hint="Free some room, or set XDG_CACHE_HOME and TMPDIR to folders elsewhere."
+            if full
+            else "Try another compiler with CXX=g++ or CXX=clang++ (g++ 9 or newer, clang++ 10 or newer).",
+            details={
+                "command": [*self.compiler.command, *map(str, command)],
+                "lines": lines[first : first + _ERROR_LINES],
+                "stderr": result.stderr[-8000:],
+            },
         )
 
     def run(self, progress: Progress | None) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from rkconvert.output.host_memory import read_memory
 from rkruntime.errors import CalibrationError, HostError
+from rkruntime.packages import install
 from rkruntime.text.tokenizer import Tokenizer
 
 NEW_TOKENS: Final = 128
@@ -42,7 +43,7 @@ class FloatModel:
         if missing := missing_packages():
             raise HostError(
                 f"To let the model answer, {' and '.join(missing)} must be installed.",
-                hint="pip install 'rkedge[convert]', or use --targets given with chats that have answers.",
+                hint=f"{install('convert')}; or use --targets given with chats that have answers.",
             )
         if (free := read_memory().available) < nbytes:
             raise HostError(

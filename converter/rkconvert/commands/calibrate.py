@@ -89,14 +89,14 @@ def run(
     chats = _collect(texts, chat_files, with_default, system, limit)
     # It is one of a folder: this command takes no GGUF file.
     tokenizer = Tokenizer.load(Path(str(model.tokenizer_folder / TOKENIZER)))
-    with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, whose):
+    with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, reason):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)
     for files in model.inputs:
         files.check()
     write_dataset(output, built.rows)
     validate_dataset(output, template, count, context)
-    _report(built, output, whose, as_json, reporter)
+    _report(built, output, answer is None, reason, as_json, reporter)
 
 
 def _collect(
@@ -115,12 +115,10 @@ def _collect(
 def _answers(
     model: MergedModel, template: ChatTemplate, tokenizer: Tokenizer, targets: str, new_tokens: int, reporter: Reporter
 ) -> Iterator[tuple[Answer | None, str]]:
-    """What answers, and in whose words that is said."""
-    if targets == "auto" and (reason := _why_not(model)):
-        reporter.note(f"note: the answers are those given, for {reason}")
-        targets = "given"
-    if targets == "given":
-        yield None, "given"
+    """What answers; None with the reason, if there is one, where the answers are those given."""
+    reason = _why_not(model) if targets == "auto" else ""
+    if targets == "given" or reason:
+        yield None, reason
         return
     # The newest release's folder is what this transformers reads too.
     newest = release(CALLABLE[-1])
@@ -129,7 +127,7 @@ def _answers(
             stage(model, template, newest, folder, advance)
         stop = [*model.checkpoint.eos_token_ids, *filter(None, [tokenizer.control.get(END_OF_TURN)])]
         float_model = FloatModel(folder, model.nbytes, tokenizer, list(dict.fromkeys(stop)))
-        yield lambda prompt: float_model.answer(prompt, new_tokens), "model"
+        yield lambda prompt: float_model.answer(prompt, new_tokens), ""
 
 
 def _why_not(model: MergedModel) -> str:
@@ -145,14 +143,15 @@ def _teller(reporter: Reporter, total: int, slow: bool) -> Any:
     return lambda number: reporter.note(f"answer {number} of {total}") if slow else None
 
 
-def _report(built: Built, output: Path, whose: str, as_json: bool, reporter: Reporter) -> None:
-    for reason, many in built.left_out.items():
-        reporter.note(f"note: {many} conversation{'s' * (many > 1)} {reason} left out")
+def _report(built: Built, output: Path, given: bool, reason: str, as_json: bool, reporter: Reporter) -> None:
+    for words, many in built.left_out.items():
+        reporter.note(f"note: {many} conversation{'s' * (many > 1)} {words} left out")
     if len(built.rows) < FEW_ROWS:
         reporter.note(f"note: few rows ({len(built.rows)}); the vendor's own example has 19")
+    whose = "given" if given else "model"
     facts = {"file": str(output), "rows": len(built.rows), "targets": whose, "left_out": dict(built.left_out)}
-    words = {"model": "answers of the model", "given": "answers as given"}
-    _say(facts, f"{output}: {counted(len(built.rows), 'row')}, {words[whose]}", as_json)
+    said = f"answers as given{reason and f', for {reason}'}" if given else "answers of the model"
+    _say(facts, f"{output}: {counted(len(built.rows), 'row')}, {said}", as_json)
 
 
 def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:

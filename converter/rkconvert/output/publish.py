@@ -12,6 +12,7 @@ from rkconvert.progress import QUIET, Reporter
 from rkconvert.sources.hub import is_hub_id
 from rkruntime.bundle.manifest import MANIFEST, Bundle
 from rkruntime.errors import BundleError, HostError, OutputError, RKEdgeError, UsageError
+from rkruntime.packages import install
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -144,9 +145,7 @@ def _hub(repo: str) -> Iterator[HfApi]:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise HostError(
-            f"To upload to {repo}, huggingface_hub is missing.", hint="pip install 'rkedge[convert]'"
-        ) from error
+        raise HostError(f"To upload to {repo}, huggingface_hub is missing.", hint=install("convert")) from error
     token = huggingface_hub.get_token()
     if token is None:
         raise HostError(f"To upload to {repo} you must be logged in to the hub, and are not.", hint=_LOGIN)

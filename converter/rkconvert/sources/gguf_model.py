@@ -25,6 +25,7 @@ from rkconvert.tensors.shards import Entry, RowReader
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import CheckpointError, HostError
 from rkruntime.files import readable
+from rkruntime.packages import install
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,9 +90,7 @@ class GgufWeights:
         try:
             from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
         except ImportError as error:
-            raise HostError(
-                f"Reading {file.path} needs the gguf package.", hint="pip install 'rkedge[convert]'"
-            ) from error
+            raise HostError(f"Reading {file.path} needs the gguf package.", hint=install("convert")) from error
         self._dequantize, self._types = quants.dequantize, GGMLQuantizationType
         self._rows = RowReader(file.path, CheckpointError)
         self._places: dict[str, tuple[GgufTensor, Entry]] = {}

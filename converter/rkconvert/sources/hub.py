@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from rkruntime.errors import CheckpointError, HostError
+from rkruntime.packages import install
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 # What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
@@ -78,10 +79,13 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
     """Put huggingface_hub's errors into words."""
     try:
         from huggingface_hub import errors
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # what it retries, and why it gave up, is said below
     except ImportError as error:
         raise HostError(
             f"{model} is not a folder here, and to fetch it from the hub huggingface_hub is missing.",
-            hint="pip install 'rkedge[convert]', or download it by hand and give that.",
+            hint=f"{install('convert')}; or download it by hand and give that.",
         ) from error
     try:
         yield

@@ -45,7 +45,6 @@ _IMPORT_SECONDS: Final = 300
 # Gigabytes over a slow line take hours, not days.
 _PIP_SECONDS: Final = 6 * 3600
 _LAST_LINES: Final = 40
-_SHOWN_LINES: Final = 6
 
 OnLine = Callable[[str], None]
 
@@ -153,9 +152,8 @@ def _run(
 
 def _failed(what: str, lines: Sequence[str]) -> HostError:
     found = diagnose("\n".join(lines), context={"stage": "convert"})
-    shown = "".join(f"\n    {line}" for line in lines[-_SHOWN_LINES:])
     return HostError(
-        f"{what}.{shown}" + (f"\n  {found.cause}" if found.explained else ""),
+        f"{what}." + (f" {found.cause}" if found.explained else ""),
         hint=found.next_steps[0] if found.explained and found.next_steps else "Read the lines above; nothing was left.",
         details={"lines": list(lines), "diagnosis": found.as_dict()},
     )

@@ -34,7 +34,6 @@ _KINDS: Final[Mapping[str, type[RKEdgeError]]] = {
 }
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
-_SHOWN_LINES: Final = 6
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,11 @@ def _error(kind: type[RKEdgeError], facts: Facts, what: str, hint: str | None = 
     found = _diagnose(facts)
     if kind is ToolkitError:
         kind = _KINDS.get(found.class_, kind)
-    lines = [*facts.tail[-_SHOWN_LINES:]]
-    shown = "".join(f"\n    {line}" for line in lines)
-    meaning = f"\n  {found.cause}" if found.explained and hint is None else ""
+    meaning = f" {found.cause}" if found.explained and hint is None else ""
     if hint is None:
         hint = found.next_steps[0] if found.next_steps else None
     return kind(
-        f"rkllm-toolkit {facts.version} {what.removesuffix('.')}.{shown}{meaning}\n  whole log: {facts.log}",
+        f"rkllm-toolkit {facts.version} {what.removesuffix('.')}.{meaning} Whole log: {facts.log}",
         hint=hint,
         details={
             "stage": facts.stage,

@@ -161,7 +161,7 @@ class Repl:
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
-        command = COMMANDS.get(name.strip())
+        command = COMMANDS.get("/exit" if name.strip() == "/quit" else name.strip())
         if command is None:
             raise UsageError(f"There is no command {name}.", hint=f"Commands: {' '.join(COMMANDS)}")
         command.action(self, rest.strip())
@@ -257,5 +257,5 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "/save": Command("/save FILE", "Write the conversation to a file.", _save),
     "/load": Command("/load FILE", "Go on with a saved conversation.", _load),
     "/stats": Command("/stats", "Tokens, speed and context so far.", _stats),
-    "/exit": Command("/exit", "Leave.", _exit),
+    "/exit": Command("/exit", "Leave (/quit and Ctrl-D too).", _exit),
 }

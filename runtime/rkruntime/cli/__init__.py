@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import click
 
@@ -18,6 +18,9 @@ from rkruntime.cli.flags import Flags, flag
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
+
+# Of another program's output, above an error.
+_MOST_LINES: Final = 12
 
 
 class Entry(NamedTuple):
@@ -86,7 +89,7 @@ def _report(error: RKEdgeError, flags: Flags) -> int:
     if flags.json:
         say_json(error.as_dict())
     else:
-        for line in error.log:
+        for line in error.log[-_MOST_LINES:]:
             say(one_line(line), lead="  ", err=True, dim=True)
     say(one_line(error.message), lead=click.style("error: ", fg="red", bold=True), err=True)
     if error.hint:
@@ -103,7 +106,7 @@ def _typed(error: Exception) -> RKEdgeError:
     if isinstance(error, RKEdgeError):
         return error
     if isinstance(error, ImportError):
-        from rkruntime.cli.packages import import_failed
+        from rkruntime.packages import import_failed
 
         return import_failed(error)
     if isinstance(error, MemoryError):

@@ -108,4 +108,7 @@ def open_for_person(bundle: Bundle, options: RuntimeOptions, sampling: SamplingO
     from rkruntime.model import open_model
 
     with progress_line() as progress:
-        return open_model(bundle, options, sampling, finding=show_finding, progress=progress)
+        model = open_model(bundle, options, sampling, finding=show_finding, progress=progress)
+    if model.engine.info.emulated and sys.stderr.isatty():
+        say(f"emulated runtime {model.engine.info.release}: no speed here is a board's", err=True, dim=True)
+    return model

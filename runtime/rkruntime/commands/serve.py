@@ -12,6 +12,7 @@ import click
 from rkruntime.cli.options import runtime_options
 from rkruntime.engine.open import RuntimeOptions
 from rkruntime.errors import HostError
+from rkruntime.packages import install
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -34,9 +35,10 @@ def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **lis
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise HostError(f"{error.name} is not installed.", hint="pip install 'rkedge[serve]'") from error
+        raise HostError(f"{error.name} is not installed.", hint=install("serve")) from error
     import asyncio
 
+    from rkruntime.bundle.manifest import open_bundle
     from rkruntime.serve.server import Daemon
     from rkruntime.serve.settings import Settings, load_settings
     from rkruntime.serve.systemd import log_to_stderr
@@ -47,6 +49,8 @@ def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **lis
         return replace(base, **top, listen=replace(base.listen, **_given(listen)))
 
     first = settings()
+    if first.bundle is not None:
+        open_bundle(first.bundle)  # a wrong name ends here, and not in a daemon that waits for the folder to appear
     log_to_stderr(first.log_level)
 
     async def serve() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rkruntime.errors import InputError, UsageError
+from rkruntime.errors import InputError, OutputError, UsageError
 from rkruntime.files import atomic_file
 from rkruntime.text.answer import Answer
 from rkruntime.text.template import Message
@@ -90,7 +90,18 @@ class Conversation:
 
 
 def write_conversation(path: Path, data: Mapping[str, Any]) -> None:
-    """Write what `Conversation.as_dict` gave to a JSON file. Raises OutputError or HostError."""
+    """Write what `Conversation.as_dict` gave to a JSON file, over nothing but another such file.
+
+    Raises:
+        OutputError, HostError: it cannot be written, or something else stands there.
+    """
+    if path.exists():
+        try:
+            read_conversation(path)
+        except InputError as error:
+            raise OutputError(
+                f"{path} is there already and is not a saved conversation.", hint="Give another file name."
+            ) from error
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

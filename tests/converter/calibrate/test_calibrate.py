@@ -105,7 +105,7 @@ def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pyte
         {"messages": [{"role": "user", "content": "no answer"}]},
     )
     done = CliRunner().invoke(command.run, [str(BASE), "--chats", str(chats), "-o", str(tmp_path / "data.json")])
-    assert "torch is not installed" in done.stderr
+    assert "answers as given, for torch is not installed" in done.stdout
     assert "1 conversation without an answer left out" in done.stderr
     assert "few rows (1)" in done.stderr
     assert [row["target"] for row in json.loads((tmp_path / "data.json").read_text())] == ["a"]

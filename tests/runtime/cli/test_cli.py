@@ -50,11 +50,11 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("failing")
-def test_an_error_is_two_lines_and_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_the_log_two_lines_and_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fail"]) == LoadError.exit_code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "error: The load failed.\nhint:  Do this.\n"
+    assert err == "  E rkllm: no\nerror: The load failed.\nhint:  Do this.\n"
 
 
 @pytest.mark.usefixtures("failing")

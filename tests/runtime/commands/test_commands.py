@@ -156,3 +156,31 @@ def test_demo_twice(tmp_path: Path) -> None:
     second = rkedge("demo", "--output", tmp_path / "demo")
     assert "is there already" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == stamps
+
+
+def test_a_failed_load_shows_its_log_and_its_diagnosis(bundle: Path) -> None:
+    done = rkedge("run", bundle, "-p", "x", RKEMU_FAULT="alloc-14")
+    assert done.returncode == 7
+    *log, error, hint = done.stderr.splitlines()
+    assert any("errno: 14, errstr: Bad address" in line for line in log)
+    assert error.startswith("error: rkllm_init returned -1")
+    assert hint.startswith("hint:  Diagnosis (high confidence): ")
+    assert "address window" in hint
+    chat = rkedge("chat", bundle, text="x\n", RKEMU_FAULT="typo")
+    assert "there is no RKEMU_FAULT typo" in chat.stderr
+
+
+def test_save_leaves_other_files_alone(bundle: Path, tmp_path: Path) -> None:
+    mine, talk = tmp_path / "mine.txt", tmp_path / "talk.json"
+    mine.write_text("important")
+    done = rkedge("chat", bundle, text=f"{FIRST}\n/save {talk}\n/save {talk}\n/save {mine}\n")
+    assert mine.read_text() == "important"
+    assert "not a saved conversation" in done.stderr
+    assert json.loads(talk.read_text())["messages"][0]["content"] == FIRST
+
+
+def test_serve_ends_at_once_where_there_is_no_bundle(tmp_path: Path) -> None:
+    done = rkedge("serve", tmp_path / "nowhere", "--socket", tmp_path / "socket")
+    assert done.returncode == 3
+    assert "nowhere is not a folder" in done.stderr
+    assert not (tmp_path / "socket").exists()

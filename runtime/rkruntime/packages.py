@@ -33,6 +33,11 @@ def import_failed(error: ImportError) -> HostError:
     return HostError(message, hint=f"Install it: {_pip(_wanted(package))}")
 
 
+def install(extra: str) -> str:
+    """The command that brings one of rkedge's extras into this Python."""
+    return f"Install it: {_pip(f'rkedge[{extra}]')}"
+
+
 def _wanted(package: str) -> str:
     """What brings a package: rkedge itself, the smallest extra of it that does, or the package alone."""
     try:
