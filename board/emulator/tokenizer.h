@@ -51,7 +51,8 @@ class Tokenizer {
   void read_tables(const File& file);
   std::string_view text_of(size_t id) const;
   void index();
-  // Calls `plain` for the parts of the text between added tokens, and appends the ids of those tokens.
+  // Calls `plain` for the parts of the text between added tokens, and appends the ids of those
+  // tokens.
   template <class Plain>
   static void split(std::string_view text, const AddedByFirst& tokens, std::vector<int32_t>& ids,
                     const Plain& plain);
