@@ -111,7 +111,7 @@ class MergedWeights:
 def _join(name: str, first: TensorUpdate | None, second: TensorUpdate) -> TensorUpdate:
     if first is None:
         return second
-    if second.replacement:
+    if second.replacement or (first.replacement and second.changes):
         raise AdapterError(f"Two adapters replace {name} as a whole, or one replaces what another changed.")
     changes = first.changes + second.changes
     tokens = [change for change in changes if isinstance(change, TokenRows)]

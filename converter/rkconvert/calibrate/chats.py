@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def default_chats() -> list[Chat]:
 def read_texts(path: Path) -> list[Chat]:
     """One question a line; what stands after a TAB is its answer. Raises CalibrationError."""
     chats = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_lines(_read(path)), start=1):
         question, _, answer = line.partition("\t")
         if question.strip():
             chats.append(Chat((Message("user", question.strip()),), answer.strip(), f"{path}, line {number}"))
@@ -85,9 +86,14 @@ def _read(path: Path) -> str:
             raise CalibrationError(
                 f"{path} has over {_MOST_BYTES >> 20} MiB.", hint="Take a part of it: a few dozen chats are enough."
             )
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}.") from error
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as editors and JSONL have them; Python's splitlines also cuts at characters that texts hold."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def _items(path: Path) -> Iterator[tuple[Any, str]]:
@@ -96,7 +102,7 @@ def _items(path: Path) -> Iterator[tuple[Any, str]]:
         for number, item in enumerate(_parse(text, str(path)), start=1):
             yield item, f"{path}, item {number}"
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if line.strip():
             yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
 

@@ -59,22 +59,27 @@ class FloatModel:
             ).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CalibrationError(f"transformers cannot load the model: {error}.") from error
+        # What the checkpoint says of sampling, beams and lengths is not asked for.
+        self._model.generation_config = transformers.GenerationConfig()
         self._tokenizer, self._stop = tokenizer, list(stop)
 
     def answer(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS) -> str:
         """The answer to a prompt of token ids, cut after `new_tokens`."""
         import torch
+        from transformers import GenerationConfig
 
         ids = torch.tensor([list(prompt)])
         with torch.inference_mode():
             made = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                repetition_penalty=_REPETITION_PENALTY,
-                eos_token_id=self._stop,
-                pad_token_id=self._stop[0],
+                generation_config=GenerationConfig(
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    repetition_penalty=_REPETITION_PENALTY,
+                    eos_token_id=self._stop,
+                    pad_token_id=self._stop[0],
+                ),
             )
         # Ids that end an answer are control tokens, which have no text.
         return self._tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip()

@@ -173,6 +173,11 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
     if family == "gemma":
         values["query_pre_attn_scalar"] = values["head_dim"]
     _refuse_features(config, family)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if family == "gemma2" and config.get(key, 1) == 0:
+            raise CheckpointError(
+                f"config.json: {key} is 0, by which transformers divides.", hint="Write null where there is no cap."
+            )
     sizes = {key: _integer(key, values[key], 1, _MAX_SIZE) for key in _SIZES}
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
         raise CheckpointError(
@@ -198,6 +203,8 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
 def token_ids(key: str, value: Any, vocab_size: int, file: str = "config.json") -> tuple[int, ...]:
     """One id or a list of ids, as config.json and generation_config.json give them."""
     items = value if isinstance(value, list) else [value]
+    if not items:
+        raise CheckpointError(f"{file}: {key} is an empty list: no token would end an answer.")
     return tuple(dict.fromkeys(_integer(key, item, 0, vocab_size - 1, file) for item in items))
 
 

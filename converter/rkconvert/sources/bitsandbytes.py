@@ -148,6 +148,11 @@ class Dequantized:
         scales, blocks = self._scales(name, state), self._weights.tensors[f"{name}.absmax"].shape
         code, size = self._floats(f"{name}.quant_map"), math.prod(shape)
         info = self._weights.tensors[name]
+        if info.dtype in ("F16", "BF16", "F32"):
+            raise CheckpointError(
+                f"The 4-bit tensor {name} is stored as {info.dtype} (bnb_4bit_quant_storage), which is not supported.",
+                hint="Save the model again with bnb_4bit_quant_storage=torch.uint8, or take the base and the adapter.",
+            )
         if len(code) != 16 or blocks != (-(-size // block),) or info.dtype != "U8" or info.size != -(-size // 2):
             raise CheckpointError(f"The 4-bit tensor {name} does not have the bytes and scales of its shape {shape}.")
         return _FourBit(name, dtype, shape, block, code, scales)

@@ -46,6 +46,7 @@ _PARTS: Final = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _FAMILY_PARTS: Final = {"gemma2": _PARTS, "gemma": _PARTS | {"ffn_norm": "post_attention_layernorm"}}
+_ROPE_FREQS: Final = "rope_freqs.weight"
 _LAYER: Final = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 # ggml's types that are plain numbers; every other one is dequantized to float32.
 _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
@@ -169,12 +170,44 @@ def _plain_name(name: str, family: str) -> str | None:
         return _WHOLE[name]
     match = _LAYER.fullmatch(name)
     if match is None or match[2] not in _FAMILY_PARTS[family]:
-        return None if name == "rope_freqs.weight" else name
+        return None if name == _ROPE_FREQS else name
     return f"model.layers.{match[1]}.{_FAMILY_PARTS[family][match[2]]}.weight"
+
+
+def _refuse_other_computations(file: GgufFile, family: str) -> None:
+    """Raise CheckpointError for what a file asks for that Gemma 1 and 2 do not do."""
+    known = file.metadata
+    head = known.get(f"{family}.attention.key_length")
+    # What each key is where it changes nothing.
+    idle: dict[str, tuple[Any, ...]] = {
+        f"{family}.rope.scaling.type": ("none",),
+        f"{family}.rope.scaling.factor": (0.0, 1.0),
+        f"{family}.rope.scale_linear": (0.0, 1.0),
+        f"{family}.rope.dimension_count": (head,),
+        f"{family}.attention.value_length": (head,),
+        f"{family}.attention.causal": (True,),
+        f"{family}.attention.scale": (),
+        f"{family}.attention.sliding_window_pattern": (2,),
+        f"{family}.attention.max_alibi_bias": (0.0,),
+        f"{family}.expert_count": (0,),
+        "split.count": (0, 1),
+    }
+    for key, values in idle.items():
+        if key in known and known[key] not in values:
+            raise CheckpointError(
+                f"{file.path}: {key} is {str(known[key])[:80]}, which Gemma 1 and 2 do not have.",
+                hint="Use a GGUF of the whole, unchanged model, or its checkpoint.",
+            )
+    if _ROPE_FREQS in file.tensors:
+        raise CheckpointError(
+            f"{file.path} scales its rotary embeddings ({_ROPE_FREQS}), which Gemma 1 and 2 do not.",
+            hint="Convert the checkpoint that the GGUF was made from.",
+        )
 
 
 def _config(file: GgufFile, family: str) -> dict[str, Any]:
     """config.json of the model that the file was made from, as far as the file tells."""
+    _refuse_other_computations(file, family)
 
     def value(key: str, default: Any = None) -> Any:
         found = file.metadata.get(f"{family}.{key}", default)
@@ -201,7 +234,7 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id", 2),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id", 1),
+        "eos_token_id": _ends_of_answers(file),
         "dtype": "float32",
     }
     if family == "gemma2":
@@ -212,6 +245,13 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
             "query_pre_attn_scalar": hidden // heads if layers == _LAYERS_27B else config["head_dim"],
         }
     return config
+
+
+def _ends_of_answers(file: GgufFile) -> list[Any]:
+    """Ids that llama.cpp ends an answer at, those of a turn too."""
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = [file.metadata[key] for name in names if (key := f"tokenizer.ggml.{name}") in file.metadata]
+    return list(dict.fromkeys(found)) or [1]
 
 
 def _decimal(value: Any) -> Any:

@@ -81,7 +81,7 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
         from huggingface_hub import errors
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # what it retries, and why it gave up, is said below
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it retries, and why it gave up, is said below
     except ImportError as error:
         raise HostError(
             f"{model} is not a folder here, and to fetch it from the hub huggingface_hub is missing.",

@@ -211,7 +211,7 @@ def test_several_adapters_on_one_embedding(make_model, make_adapter):
     assert [at for at in range(10) if (rows[at] != plain[at]).any()] == [3, 4, 5]
     for pair, words in (
         ((first, same), "change the same rows"), ((first, head), "change the same rows"),
-        ((head, first), "change the same rows"), ((head, grown), "as a whole"), ((grown, head), "different sizes"),
+        ((head, first), "change the same rows"), ((head, grown), "as a whole"), ((grown, head), "as a whole"),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match=words):
             of(*pair)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,7 @@ from rkconvert.adapters.merge import MergedWeights
 from rkconvert.adapters.reader import open_adapter
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.tensors.weights import row_blocks
+from rkruntime.errors import AdapterError
 
 
 def merged(base, adapters):
@@ -180,3 +182,22 @@ def test_gemma_1(make_model, make_adapter, peft_merge, assert_same):
     base = make_model(family="gemma")
     adapter = make_adapter(base)
     assert_same(merged(base, {adapter: 1.0}), peft_merge(base, {adapter: 1.0}))
+
+
+def test_lora_on_what_another_adapter_replaced_is_refused_in_either_order(tmp_path):
+    base = demo.checkpoint()
+    for name, options in (
+        ("whole", {"target_modules": ["q_proj"], "modules_to_save": ["gate_proj"]}),
+        ("lora", {"target_modules": ["gate_proj"]}),
+    ):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False, **options)
+        )
+        with torch.no_grad():
+            for key, tensor in model.named_parameters():
+                if "modules_to_save" in key:
+                    tensor.add_(0.05)
+        model.save_pretrained(tmp_path / name)
+    for order in (("whole", "lora"), ("lora", "whole")):
+        with pytest.raises(AdapterError, match="gate_proj"):
+            merged(base, {tmp_path / name: 1.0 for name in order})

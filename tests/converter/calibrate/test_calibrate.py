@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,33 @@ def test_a_callback_counts(count: TokenCounter) -> None:
     built = builder(count, answer=answer).build(chats, seen.append)
     assert seen == [1, 2, 3]
     assert {row.target for row in built.rows} == {f"{count(PROMPT)} tokens"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_beams": 4}, {"no_repeat_ngram_size": 2, "min_new_tokens": 40}, {"max_length": 5, "max_time": 0.0001},
+        {"stop_strings": ["zz"]}, {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+)  # fmt: skip
+def test_the_checkpoints_own_generation_is_not_obeyed(tmp_path: Path, more: dict[str, Any]) -> None:
+    asked = ("--default", "--limit", "2", "--targets", "model", "--new-tokens", "12")
+    rkedge(BASE, "-o", tmp_path / "plain.json", *asked)
+    folder = tmp_path / "other"
+    shutil.copytree(BASE, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, **more}))
+    rkedge(folder, "-o", tmp_path / "other.json", *asked)
+    assert (tmp_path / "other.json").read_text() == (tmp_path / "plain.json").read_text()
+
+
+def test_lines_end_where_an_editor_ends_them(tmp_path: Path) -> None:
+    questions = ["Who are you?\u2028Really?\tanswer one", "What\x0cis\x85this\tyes", "And\u2029that?\tno"]
+    (tmp_path / "q.txt").write_bytes(("\ufeff" + "\r\n".join(questions)).encode())
+    chats = read_texts(tmp_path / "q.txt")
+    assert [(chat.messages[0].content, chat.answer) for chat in chats] == [
+        tuple(line.split("\t")) for line in questions
+    ]
+    line = json.dumps({"messages": [{"role": "user", "content": "a\u2028b"}]}, ensure_ascii=False)
+    (tmp_path / "c.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert [chat.messages[0].content for chat in read_chats(tmp_path / "c.jsonl")] == ["a\u2028b"] * 2

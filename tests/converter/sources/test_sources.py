@@ -246,10 +246,11 @@ def gguf_name(name, family):
     raise AssertionError(name)
 
 
-def write_gguf(path, folder, kind, family="gemma2"):
-    """A GGUF of the folder, as llama.cpp's converter lays it out; matrices of the type `kind`."""
+def write_gguf(path, folder, kind, family="gemma2", more=lambda writer: None):
+    """A GGUF of the folder, as llama.cpp's converter lays it out; matrices of the type `kind`; `more` adds to it."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, family)
+    more(writer)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -415,6 +416,32 @@ def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monk
     write_gguf(tmp_path / "model.gguf", base, TYPES.F16)
     monkeypatch.setattr("rkconvert.sources.gguf_model._LAYERS_27B", 2)
     assert open_source(str(tmp_path / "model.gguf")).config.query_pre_attn_scalar == 64 // 4
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda writer: (
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), writer.add_rope_scaling_factor(4.0)
+        ),
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+        lambda writer: writer.add_float32("gemma2.rope.scale_linear", 4.0),
+        lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)),
+        lambda writer: writer.add_rope_dimension_count(8),
+        lambda writer: writer.add_attention_scale(0.5),
+        lambda writer: writer.add_causal_attention(False),
+        lambda writer: writer.add_uint16("split.count", 2),
+    ],
+)  # fmt: skip
+def test_a_gguf_that_asks_for_another_computation_is_refused(make_model, tmp_path, more):
+    write_gguf(tmp_path / "model.gguf", make_model(), TYPES.F16, more=more)
+    with pytest.raises(CheckpointError, match="Gemma 1 and 2"):
+        open_source(str(tmp_path / "model.gguf"))
+
+
+def test_the_end_of_a_turn_in_a_gguf_ends_an_answer(make_model, tmp_path):
+    write_gguf(tmp_path / "model.gguf", make_model(), TYPES.F16, more=lambda writer: writer.add_eot_token_id(7))
+    assert open_source(str(tmp_path / "model.gguf")).config.eos_token_ids == (1, 7)
 
 
 # names
