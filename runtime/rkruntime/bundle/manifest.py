@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final
 
@@ -107,6 +108,11 @@ class Manifest:
         """The manifest's text, in the order of the fields."""
         plain = json.loads(json.dumps(asdict(self)))
         return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over all of it, and so over its files: two bundles of one name may be two models."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_yaml(cls, text: str) -> Manifest:

@@ -29,12 +29,16 @@ class PromptProcess:
     Raises:
         BundleError: tokenizer or template cannot be used; some prompts are made for trial.
         HostError: the process cannot be started.
+
+    Attributes:
+        lost: the process ended and could not be started again, maybe because the bundle is another one by now.
     """
 
     def __init__(self, bundle: Bundle, limits: Limits = _LIMITS) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.Lock()
+        self.lost = False
         self.vocabulary = self._open()
 
     def _open(self) -> Vocabulary:
@@ -53,7 +57,9 @@ class PromptProcess:
         with self._lock:
             self._child.take_time()
             if self._child.pid is None:
+                self.lost = True
                 self._open()
+                self.lost = False
             return self._child.call(name, self._limits, **values)[0]
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
