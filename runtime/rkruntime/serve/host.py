@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from rkruntime.bundle.manifest import open_bundle
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
-from rkruntime.serve.settings import Settings
+from rkruntime.serve.settings import Settings, changed
 from rkruntime.serve.threads import in_thread
 from rkruntime.words import counted
 
@@ -58,6 +59,10 @@ class Host:
 
     Args:
         load: `load_model`, or a stand-in; called in a thread.
+
+    Attributes:
+        settings: what the next load takes.
+        loaded_with: what the last one took.
     """
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Model] = load_model) -> None:
@@ -68,6 +73,7 @@ class Host:
         self._failures = 0
         self._next_try = 0.0
         self._loaded_from: Path | None = None
+        self.loaded_with: Settings | None = None
         self.error: RKEdgeError | None = None
         self.restarts = 0
 
@@ -115,15 +121,16 @@ class Host:
             await asyncio.sleep(wait)
 
     async def _load_now(self) -> Model:
-        start = time.monotonic()
+        start, settings = time.monotonic(), self.settings
         try:
-            model = await in_thread(self._load, self.settings)
+            model = await in_thread(self._load, settings)
         except RKEdgeError as error:
             self._failed(error)
             raise
         finally:
             self._loading = None
         self._model, self._loaded_from, self.error = model, model.bundle.path.resolve(), None
+        self.loaded_with = settings
         log.info("loaded %s in %.1f s", model.bundle.manifest.name, time.monotonic() - start)
         return model
 
@@ -151,11 +158,17 @@ class Host:
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:
-        """These settings mean another model: other options, or a link that leads to another folder now."""
-        sampling = ("temperature", "top_k", "top_p", "repeat_penalty")
-        names = ("bundle", "library", "abi", "max_context", "force", *sampling)
-        moved = settings.bundle and self._loaded_from and settings.bundle.resolve() != self._loaded_from
-        return bool(moved) or any(getattr(settings, name) != getattr(self.settings, name) for name in names)
+        """These settings mean another model: other options, another folder behind a link, or another bundle in it.
+
+        Reads files. Raises BundleError if there is none in the folder any more.
+        """
+        if changed(self.settings, settings, "load"):
+            return True
+        if settings.bundle is None or self._loaded_from is None:
+            return False
+        moved = settings.bundle.resolve() != self._loaded_from
+        model = self._model
+        return moved or (model is not None and open_bundle(settings.bundle).manifest != model.bundle.manifest)
 
     async def change(self, settings: Settings) -> None:
         """Take other settings, and another bundle with them; if it does not load, the old one comes back.

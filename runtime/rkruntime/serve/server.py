@@ -26,7 +26,8 @@ from rkruntime.serve.doors import door_of
 from rkruntime.serve.host import Host
 from rkruntime.serve.queue import DAEMON
 from rkruntime.serve.service import Service
-from rkruntime.serve.settings import Listen, Settings, check_listen, default_socket
+from rkruntime.serve.settings import Listen, Settings, changed, check_listen, default_socket
+from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
 
@@ -156,6 +157,9 @@ class _Server(uvicorn.Server):
 class Daemon:
     """A service on its sockets.
 
+    Attributes:
+        settings: as it was started.
+
     Args:
         reread: gives the settings anew on SIGHUP.
     """
@@ -258,24 +262,45 @@ class Daemon:
             await self.service.unload_if_idle()
 
     async def reload(self) -> None:
-        """Read the settings again. What does not fit leaves the old ones in force; sockets stay as they are."""
-        async with self._reloading:
-            systemd.reloading()
-            try:
-                settings = self._reread()
-                keys = check_listen(settings.listen)
-                for door in self._doors:
-                    door.check(keys)
-                await self.service.change(settings)
-                self.settings = settings
-                for door in self._doors:
-                    door.keys = keys
-                logging.getLogger("rkedge").setLevel(settings.log_level.upper())
-                log.info("settings read again; serving %s", self.service.name)
-            except RKEdgeError as error:
-                log.error("the settings were not taken: %s %s", error.message, error.hint)
-            finally:
-                systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
+        """Read the settings again. What does not fit leaves the old ones in force; sockets stay as they are.
+
+        Keys and limits wait for nothing; another model waits for the NPU.
+        """
+        systemd.reloading()
+        try:
+            settings = self._take()
+            async with self._reloading:
+                await self._change_model(settings)
+        except RKEdgeError as error:
+            log.error("the settings were not taken: %s %s", error.message, error.hint)
+        finally:
+            systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
+
+    def _take(self) -> Settings:
+        """The settings anew; those that need no model are in force. Raises UsageError, and then none is."""
+        settings = self._reread()
+        keys = check_listen(settings.listen)
+        for door in self._doors:
+            door.check(keys)
+        for door in self._doors:
+            door.keys = keys
+        self.service.take(settings)
+        logging.getLogger("rkedge").setLevel(settings.log_level.upper())
+        log.info("keys and limits were taken from the settings; %s", counted(len(keys), "API key"))
+        if late := changed(self.settings, settings, "restart"):
+            log.warning("restart the daemon to have it take %s", ", ".join(late))
+        return settings
+
+    async def _change_model(self, settings: Settings) -> None:
+        try:
+            await self.service.change_model(settings)
+        except RKEdgeError as error:
+            log.error("the model of the settings was not taken, all else was: %s %s", error.message, error.hint)
+            return
+        loaded = self.service.host.loaded_with
+        if loaded and (late := changed(loaded, settings, "next load")):
+            log.warning("taken when the model is loaded the next time: %s", ", ".join(late))
+        log.info("settings read again; serving %s", self.service.name)
 
     def _remove_socket(self) -> None:
         """Ours; systemd's stays with its unit."""

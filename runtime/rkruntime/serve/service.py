@@ -328,7 +328,8 @@ class Service:
         model = self.host.current
         if model is not None:
             return model.bundle.manifest.name
-        return self.settings.bundle.resolve().name if self.settings.bundle else "none"
+        bundle = self.host.settings.bundle
+        return bundle.resolve().name if bundle else "none"
 
     async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
@@ -367,15 +368,19 @@ class Service:
             raise
         return vector, len(tokens)
 
-    async def change(self, settings: Settings) -> None:
-        """Take other settings between two answers. Raises RKEdgeError; then the old ones stay."""
+    def take(self, settings: Settings) -> None:
+        """Take what of other settings needs neither the NPU nor a restart (`now` in the table of settings)."""
+        self.settings = settings
+        self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
+        self.sessions.limit(int(settings.sessions.max_mb * 1e6), settings.sessions.max_number)
+
+    async def change_model(self, settings: Settings) -> None:
+        """Load the model of other settings between two answers. Raises RKEdgeError; then the old one stays."""
         async with self.queue.turn(DAEMON):
-            if self.host.needs_load(settings):
+            if await in_thread(self.host.needs_load, settings):
                 await self.host.change(settings)
             else:
                 self.host.settings = settings
-            self.settings = settings
-            self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
 
     async def unload_if_idle(self) -> None:
         """Free the NPU if nobody has asked for long enough."""

@@ -186,10 +186,11 @@ class Ollama:
         model = self._service.host.current
         if model is not None:
             return model.bundle.manifest
-        if self._service.settings.bundle is None:
+        bundle = self._service.host.settings.bundle
+        if bundle is None:
             raise UsageError("No bundle is configured.")
         # Without a model, each look at the file may have to parse it.
-        return await read_in_thread(_read_manifest, self._service.settings.bundle)
+        return await read_in_thread(_read_manifest, bundle)
 
     async def _card(self) -> dict[str, Any]:
         manifest = await self._manifest()
