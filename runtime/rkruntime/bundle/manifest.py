@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -217,19 +217,26 @@ class Bundle:
             raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
         return path
 
-    def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
+    def verify(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        trust_stamps: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Compare files with the manifest: size always, SHA-256 once per state of a file.
 
         Hashing gigabytes takes seconds, so a file found right is not read again while path, size, both times of
         change and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
+        `progress` gets the bytes of each block read; what it raises ends this.
 
         Raises:
             BundleError: a file is missing, cut or changed.
         """
         for name in self.manifest.files if names is None else names:
-            self._verify_file(name, trust_stamps)
+            self._verify_file(name, trust_stamps, progress)
 
-    def _verify_file(self, name: str, trust_stamps: bool) -> None:
+    def _verify_file(self, name: str, trust_stamps: bool, progress: Callable[[int], None] | None) -> None:
         record, path = self.manifest.files[name], self._place(name)
         state = path.stat()
         if state.st_size != record.size:
@@ -241,7 +248,7 @@ class Bundle:
         if trust_stamps and stamp.known():
             return
         try:
-            found = sha256_file(path)
+            found = sha256_file(path, progress)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
         if found != record.sha256:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, Sampling
 from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
     from rkruntime.checks.preflight import Finding
@@ -105,6 +106,7 @@ def load_engine(
     sampling: SamplingOptions,
     show: Callable[[Finding], None],
     progress: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
     **timeouts: Any,
 ) -> Engine:
     """Check the bundle's files, find the library, start the worker and load the model.
@@ -112,6 +114,7 @@ def load_engine(
     Args:
         show: gets each preflight finding.
         progress: gets lines while the emulator is built.
+        stop: ends the load from another thread.
         timeouts: of LoadOptions, in seconds.
 
     Raises:
@@ -121,7 +124,9 @@ def load_engine(
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions
 
-    bundle.verify()
+    stop = stop or Stop()
+    stop.check()
+    bundle.verify(progress=stop.check)
     engine = Engine.load(
         LoadOptions(
             library=find_library(bundle, options, progress),
@@ -131,6 +136,7 @@ def load_engine(
             force=options.force,
             max_context=options.max_context,
             sampling=sampling.over(default_sampling(bundle)),
+            stop=stop,
             **timeouts,
         )
     )

@@ -16,6 +16,7 @@ from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
 from rkruntime.serve.settings import Settings, changed
 from rkruntime.serve.threads import in_thread
+from rkruntime.stop import Stop, stopped_work
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ _BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _PATIENCE: Final = 5.0
 
 
-def load_model(settings: Settings) -> Model:
-    """Open the bundle of the settings and load it; blocks.
+def load_model(settings: Settings, stop: Stop) -> Model:
+    """Open the bundle of the settings and load it; blocks, until `stop` is asked for at the most.
 
     Raises:
         RKEdgeError: whatever is wrong with bundle, library or model.
@@ -46,6 +47,7 @@ def load_model(settings: Settings) -> Model:
         finding=_log_finding,
         load_timeout=settings.limits.load_s,
         token_timeout=settings.limits.token_s,
+        stop=stop,
     )
 
 
@@ -65,11 +67,12 @@ class Host:
         loaded_with: what the last one took.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[Settings], Model] = load_model) -> None:
+    def __init__(self, settings: Settings, load: Callable[[Settings, Stop], Model] = load_model) -> None:
         self.settings = settings
         self._load = load
         self._model: Model | None = None
         self._loading: asyncio.Task[Model] | None = None
+        self._stop = Stop()
         self._failures = 0
         self._next_try = 0.0
         self._loaded_from: Path | None = None
@@ -95,13 +98,14 @@ class Host:
         """The model, loaded if it is not.
 
         Raises:
-            ServiceError: it failed lately, and the next try is some time ahead.
+            ServiceError: it failed lately, and the next try is some time ahead; or the daemon is being stopped.
             RKEdgeError: the load failed.
         """
         if self._model is not None:
             return self._model
         if self._loading is None:
             await self._pause()
+        self._stop.check()
         if self._loading is None:
             self._loading = asyncio.create_task(self._load_now())
         # A client that goes away does not stop the load that others wait for.
@@ -123,8 +127,10 @@ class Host:
     async def _load_now(self) -> Model:
         start, settings = time.monotonic(), self.settings
         try:
-            model = await in_thread(self._load, settings)
+            model = await in_thread(self._load, settings, self._stop)
         except RKEdgeError as error:
+            if self._stop.asked:
+                raise stopped_work() from error
             self._failed(error)
             raise
         finally:
@@ -148,6 +154,17 @@ class Host:
         """The worker is gone: drop it, so that the next request starts another."""
         self._failed(error)
         self.restarts += 1
+        await self.unload()
+
+    def stop(self) -> None:
+        """End the load that goes on, and let none begin any more."""
+        self._stop.ask()
+
+    async def close(self) -> None:
+        """Nothing of a model survives this."""
+        self.stop()
+        if self._loading is not None:
+            await asyncio.gather(self._loading, return_exceptions=True)
         await self.unload()
 
     async def unload(self) -> None:

@@ -32,7 +32,7 @@ from rkruntime.serve.metrics import Metrics
 from rkruntime.serve.prompt_cache import PromptCaches
 from rkruntime.serve.queue import DAEMON, Client, FairQueue
 from rkruntime.serve.sessions import SessionStore
-from rkruntime.serve.settings import Settings, state_folder
+from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.prompts import RESERVED
@@ -164,12 +164,12 @@ class Service:
         self.memory: AnswerMemory | None = None
         self._known: ref[Model] | None = None
         self.sessions = SessionStore(
-            settings.sessions.folder or state_folder("state") / "sessions",
+            settings.sessions.place,
             int(settings.sessions.max_mb * 1e6),
             settings.sessions.max_number,
         )
         self.caches = PromptCaches(
-            settings.prompt_cache.folder or state_folder("cache") / "prompts",
+            settings.prompt_cache.place,
             settings.prompt_cache.max_mb,
             settings.prompt_cache.min_tokens,
         )

@@ -103,6 +103,11 @@ class Sessions:
     max_number: _Count = 4000
     resume_s: _Seconds = 3600.0
 
+    @property
+    def place(self) -> Path:
+        """The folder, whoever named it."""
+        return self.folder or state_folder("state") / "sessions"
+
 
 @dataclass(frozen=True)
 class PromptCache:
@@ -118,6 +123,11 @@ class PromptCache:
     folder: Path | None = None
     max_mb: _Megabytes | None = None
     min_tokens: _Tokens = 256
+
+    @property
+    def place(self) -> Path:
+        """The folder, whoever named it."""
+        return self.folder or state_folder("cache") / "prompts"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Final
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import BundleError
 from rkruntime.printable import one_line
+from rkruntime.stop import Stop
 from rkruntime.text.confined import Answer, Confined, Limits, serve
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
@@ -30,16 +31,20 @@ class PromptProcess:
         BundleError: tokenizer or template cannot be used; some prompts are made for trial.
         HostError: the process cannot be started.
 
+    Args:
+        stop: ends the start from another thread.
+
     Attributes:
         lost: the process ended and could not be started again, maybe because the bundle is another one by now.
     """
 
-    def __init__(self, bundle: Bundle, limits: Limits = _LIMITS) -> None:
+    def __init__(self, bundle: Bundle, limits: Limits = _LIMITS, stop: Stop | None = None) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.Lock()
         self.lost = False
-        self.vocabulary = self._open()
+        with (stop or Stop()).ending(self._child.hurry):
+            self.vocabulary = self._open()
 
     def _open(self) -> Vocabulary:
         bundle, manifest = self._bundle, self._bundle.manifest

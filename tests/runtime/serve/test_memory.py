@@ -150,7 +150,7 @@ def test_no_answer_outlives_its_model(tmp_path: Path, how: str) -> None:
     settings = replace(Settings(), **folders)  # type: ignore[arg-type]
 
     async def main() -> None:
-        service = Service(settings, Host(settings, lambda _: models.pop(0)))
+        service = Service(settings, Host(settings, lambda *_: models.pop(0)))
         request: Any = SimpleNamespace(scope={"rkedge.user": ANN})
         for texts in (["Is it?"], ["Is it?", "Yes.", "Why?"], ["Is it?", "Yes.", "Why?"]):
             talk = WholeChat(request, service, ask(*texts))

@@ -106,7 +106,7 @@ def test_each_setting_is_taken_or_named(short: Path, caplog: pytest.LogCaptureFi
     wanted = with_value(settings, name, value)
     loads: list[Settings] = []
 
-    def load(given: Settings) -> Any:
+    def load(given: Settings, _: Any) -> Any:
         loads.append(given)
         return fake_model()
 
@@ -129,6 +129,7 @@ def test_each_setting_is_taken_or_named(short: Path, caplog: pytest.LogCaptureFi
             await daemon.service.host.unload()
             for door in daemon._doors:
                 door.listener.close()
+            daemon._locks.close()
 
     asyncio.run(main())
 
