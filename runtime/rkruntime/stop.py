@@ -10,7 +10,7 @@ from rkruntime.errors import ServiceError
 
 
 class Stop:
-    """Ends what is done in the moment, such as a process that somebody waits for, and all that would be begun next."""
+    """Ends what is done at the moment, such as waiting for a process, and whatever would be begun next."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,4 +45,4 @@ class Stop:
 
 def stopped_work() -> ServiceError:
     """Nobody waits any more for what was begun."""
-    return ServiceError("The load was stopped, as the daemon is.", hint="Ask again when it is back.")
+    return ServiceError("The daemon is being stopped, and loads no model.", hint="Ask again when it is back.")
