@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.engine.generation import Request, Sampling
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, astream_answer, stream_answer
 from rkruntime.text.conversation import Conversation
 from rkruntime.text.prompt_process import PromptProcess
@@ -153,6 +154,7 @@ def open_model(
     *,
     finding: Callable[[Finding], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
     **timeouts: Any,
 ) -> Model:
     """Open a bundle, find the library, and load the model in a worker process.
@@ -162,6 +164,7 @@ def open_model(
         sampling: what to put over the bundle's own sampling.
         finding: gets each thing that is worth knowing about this machine.
         progress: gets lines while the emulator is built.
+        stop: ends this from another thread, with whatever error.
         timeouts: `load_timeout` and `token_timeout` of LoadOptions, in seconds.
 
     Raises:
@@ -170,9 +173,9 @@ def open_model(
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(Path(bundle))
     options, sampling = options or RuntimeOptions(), sampling or SamplingOptions()
-    prompts = PromptProcess(bundle)
+    prompts = PromptProcess(bundle, stop=stop)
     try:
-        engine = load_engine(bundle, options, sampling, finding or _ignore, progress, **timeouts)
+        engine = load_engine(bundle, options, sampling, finding or _ignore, progress, stop, **timeouts)
     except BaseException:  # Its process ends with it, after Ctrl-C too.
         prompts.close()
         raise

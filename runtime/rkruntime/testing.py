@@ -129,6 +129,8 @@ class FakeEngine:
 class _Prompts:
     """Gemma's template over the bytes of UTF-8: a token is a byte or a control token."""
 
+    lost = False
+
     def __init__(self) -> None:
         control = {"<bos>": _BOS, "<start_of_turn>": _START_OF_TURN, "<end_of_turn>": _END_OF_TURN}
         self.vocabulary = Vocabulary([bytes([value]) for value in range(256)] + [b""] * len(control), control)
@@ -148,6 +150,9 @@ class _Prompts:
         raise ContextFullError(f"The conversation has {len(tokens)} tokens; the context holds {max_context}.")
 
     def check(self, messages: Sequence[Message]) -> None:
+        pass
+
+    def hurry(self) -> None:
         pass
 
     def close(self) -> None:

@@ -91,6 +91,15 @@ def test_a_chat_remembers_and_drops() -> None:
     assert dropping.dropped > 0
 
 
+def test_a_chat_keeps_what_was_shown() -> None:
+    """Not what was generated behind a stop string, nor half of a character."""
+    model = fake_model("one two", "né", [0xC3])
+    chat = model.chat()
+    shown = [chat.ask("a", stop=[" tw"]).text, chat.ask("b").text, chat.ask("c").text]
+    assert shown == ["one", "né", "\ufffd"]
+    assert [message.tokens for message in chat.conversation.messages[1::2]] == [(*b"one",), (*"né".encode(),), None]
+
+
 def test_a_turn_whose_worker_died_is_not_kept() -> None:
     model = fake_model([ord("h"), WorkerCrashedError("gone")])
     chat = model.chat()

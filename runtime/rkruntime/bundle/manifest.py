@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final
 
@@ -108,6 +109,11 @@ class Manifest:
         """The manifest's text, in the order of the fields."""
         plain = json.loads(json.dumps(asdict(self)))
         return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over all of it, and so over its files: two bundles of one name may be two models."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_yaml(cls, text: str) -> Manifest:
@@ -218,19 +224,26 @@ class Bundle:
             raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
         return path
 
-    def verify(self, names: Sequence[str] | None = None, *, trust_stamps: bool = True) -> None:
+    def verify(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        trust_stamps: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Compare files with the manifest: size always, SHA-256 once per state of a file.
 
         Hashing gigabytes takes seconds, so a file found right is not read again while path, size, both times of
         change and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
+        `progress` gets the bytes of each block read; what it raises ends this.
 
         Raises:
             BundleError: a file is missing, cut or changed.
         """
         for name in self.manifest.files if names is None else names:
-            self._verify_file(name, trust_stamps)
+            self._verify_file(name, trust_stamps, progress)
 
-    def _verify_file(self, name: str, trust_stamps: bool) -> None:
+    def _verify_file(self, name: str, trust_stamps: bool, progress: Callable[[int], None] | None) -> None:
         record, path = self.manifest.files[name], self._place(name)
         state = path.stat()
         if state.st_size != record.size:
@@ -242,7 +255,7 @@ class Bundle:
         if trust_stamps and stamp.known():
             return
         try:
-            found = sha256_file(path)
+            found = sha256_file(path, progress)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
         if found != record.sha256:

@@ -67,7 +67,8 @@ class Engine:
         self._worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
         self._closed = False
         try:
-            self.info = self._load()
+            with options.stop.ending(self._worker.process.terminate):
+                self.info = self._load()
         except BaseException as error:  # The worker ends with it, after Ctrl-C too.
             self._end()
             if isinstance(error, RKEdgeError):

@@ -15,6 +15,7 @@ from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling
 from rkruntime.engine.worker.process import python_command
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
 from rkruntime.library.identify import Identity
+from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,7 @@ class LoadOptions:
         close_timeout: seconds for the library to end by itself.
         interpreter: command of the Python that the worker runs in.
         environment: variables for the worker in addition to the parent's, such as RKLLM_LOG_LEVEL.
+        stop: kills the worker while it loads.
     """
 
     library: Path
@@ -98,6 +100,7 @@ class LoadOptions:
     close_timeout: float = 10.0
     interpreter: Sequence[str] = python_command()
     environment: Mapping[str, str] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
 
     def params(self) -> dict[str, Any]:
         """Fields of RKLLMParam, by the header's names; None leaves the library's default."""

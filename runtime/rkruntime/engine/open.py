@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, Sampling
 from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
     from rkruntime.checks.preflight import Finding
@@ -105,6 +106,7 @@ def load_engine(
     sampling: SamplingOptions,
     show: Callable[[Finding], None],
     progress: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
     **timeouts: Any,
 ) -> Engine:
     """Check the bundle's files, find the library, start the worker and load the model.
@@ -112,6 +114,7 @@ def load_engine(
     Args:
         show: gets each preflight finding.
         progress: gets lines while the emulator is built.
+        stop: ends the load from another thread.
         timeouts: of LoadOptions, in seconds.
 
     Raises:
@@ -121,7 +124,9 @@ def load_engine(
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora
 
-    bundle.verify()
+    stop = stop or Stop()
+    stop.check()
+    bundle.verify(progress=stop.check)
     adapter = Lora(bundle.lora.stem, bundle.lora) if bundle.lora else None
     engine = Engine.load(
         LoadOptions(
@@ -134,6 +139,7 @@ def load_engine(
             sampling=sampling.over(default_sampling(bundle)),
             loras=[adapter] if adapter else [],
             lora=adapter.name if adapter else None,
+            stop=stop,
             **timeouts,
         )
     )

@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from rkruntime.bundle.manifest import open_bundle
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
-from rkruntime.serve.settings import Settings
+from rkruntime.serve.settings import Settings, changed
 from rkruntime.serve.threads import in_thread
+from rkruntime.stop import Stop, stopped_work
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ _BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _PATIENCE: Final = 5.0
 
 
-def load_model(settings: Settings) -> Model:
-    """Open the bundle of the settings and load it; blocks.
+def load_model(settings: Settings, stop: Stop) -> Model:
+    """Open the bundle of the settings and load it; blocks, until `stop` is asked for at the most.
 
     Raises:
         RKEdgeError: whatever is wrong with bundle, library or model.
@@ -45,6 +47,7 @@ def load_model(settings: Settings) -> Model:
         finding=_log_finding,
         load_timeout=settings.limits.load_s,
         token_timeout=settings.limits.token_s,
+        stop=stop,
     )
 
 
@@ -58,16 +61,22 @@ class Host:
 
     Args:
         load: `load_model`, or a stand-in; called in a thread.
+
+    Attributes:
+        settings: what the next load takes.
+        loaded_with: what the last one took.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[Settings], Model] = load_model) -> None:
+    def __init__(self, settings: Settings, load: Callable[[Settings, Stop], Model] = load_model) -> None:
         self.settings = settings
         self._load = load
         self._model: Model | None = None
         self._loading: asyncio.Task[Model] | None = None
+        self._stop = Stop()
         self._failures = 0
         self._next_try = 0.0
         self._loaded_from: Path | None = None
+        self.loaded_with: Settings | None = None
         self.error: RKEdgeError | None = None
         self.restarts = 0
 
@@ -89,13 +98,14 @@ class Host:
         """The model, loaded if it is not.
 
         Raises:
-            ServiceError: it failed lately, and the next try is some time ahead.
+            ServiceError: it failed lately, and the next try is some time ahead; or the daemon is being stopped.
             RKEdgeError: the load failed.
         """
         if self._model is not None:
             return self._model
         if self._loading is None:
             await self._pause()
+        self._stop.check()
         if self._loading is None:
             self._loading = asyncio.create_task(self._load_now())
         # A client that goes away does not stop the load that others wait for.
@@ -115,15 +125,18 @@ class Host:
             await asyncio.sleep(wait)
 
     async def _load_now(self) -> Model:
-        start = time.monotonic()
+        start, settings = time.monotonic(), self.settings
         try:
-            model = await in_thread(self._load, self.settings)
+            model = await in_thread(self._load, settings, self._stop)
         except RKEdgeError as error:
+            if self._stop.asked:
+                raise stopped_work() from error
             self._failed(error)
             raise
         finally:
             self._loading = None
         self._model, self._loaded_from, self.error = model, model.bundle.path.resolve(), None
+        self.loaded_with = settings
         log.info("loaded %s in %.1f s", model.bundle.manifest.name, time.monotonic() - start)
         return model
 
@@ -143,6 +156,17 @@ class Host:
         self.restarts += 1
         await self.unload()
 
+    def stop(self) -> None:
+        """End the load that goes on, and let none begin any more."""
+        self._stop.ask()
+
+    async def close(self) -> None:
+        """Nothing of a model survives this."""
+        self.stop()
+        if self._loading is not None:
+            await asyncio.gather(self._loading, return_exceptions=True)
+        await self.unload()
+
     async def unload(self) -> None:
         """Free the NPU."""
         model, self._model = self._model, None
@@ -151,11 +175,17 @@ class Host:
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:
-        """These settings mean another model: other options, or a link that leads to another folder now."""
-        sampling = ("temperature", "top_k", "top_p", "repeat_penalty")
-        names = ("bundle", "library", "abi", "max_context", "force", *sampling)
-        moved = settings.bundle and self._loaded_from and settings.bundle.resolve() != self._loaded_from
-        return bool(moved) or any(getattr(settings, name) != getattr(self.settings, name) for name in names)
+        """These settings mean another model: other options, another folder behind a link, or another bundle in it.
+
+        Reads files. Raises BundleError if there is none in the folder any more.
+        """
+        if changed(self.settings, settings, "load"):
+            return True
+        if settings.bundle is None or self._loaded_from is None:
+            return False
+        moved = settings.bundle.resolve() != self._loaded_from
+        model = self._model
+        return moved or (model is not None and open_bundle(settings.bundle).manifest != model.bundle.manifest)
 
     async def change(self, settings: Settings) -> None:
         """Take other settings, and another bundle with them; if it does not load, the old one comes back.

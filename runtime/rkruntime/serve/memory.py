@@ -13,55 +13,77 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from rkruntime.serve.users import User
 from rkruntime.text.template import Message
+from rkruntime.text.vocabulary import Vocabulary
 
 
 class AnswerMemory:
-    """Ids by the conversation that led to them, the longest unused forgotten first. For any thread.
+    """Ids by the user and the conversation that led to them. For any thread.
+
+    Nobody's answers depend on what others asked: a user gets the ids of their own answers only, and only those that say
+    the very text that the user sends. Who holds most forgets first, the longest unused.
 
     Args:
+        vocabulary: of the model whose answers these are; another model has another memory.
         capacity: tokens to keep, all answers together (4 bytes each).
     """
 
-    def __init__(self, capacity: int = 1 << 19) -> None:
+    def __init__(self, vocabulary: Vocabulary, capacity: int = 1 << 19) -> None:
+        self._vocabulary = vocabulary
         self._capacity = capacity
-        self._kept: OrderedDict[bytes, array[int]] = OrderedDict()
-        self._tokens = 0
+        self._kept: dict[User, _Answers] = {}
         self._lock = threading.Lock()
 
-    def remember(self, messages: Sequence[Message], text: str, tokens: Sequence[int]) -> None:
-        """Keep the ids of the answer to `messages`."""
-        if not tokens or len(tokens) > self._capacity:
+    def remember(self, user: User, messages: Sequence[Message], text: str, tokens: Sequence[int]) -> None:
+        """Keep the ids of the answer to `messages`, without those behind its text."""
+        said = self._vocabulary.saying(tokens, text)
+        if said is None or len(said) > self._capacity:
             return
         *_, key = _keys([*messages, Message("assistant", text)])
         with self._lock:
-            self._tokens += len(tokens) - len(self._kept.pop(key, ()))
-            self._kept[key] = array("i", tokens)
-            while self._tokens > self._capacity:
-                self._tokens -= len(self._kept.popitem(last=False)[1])
+            self._kept.setdefault(user, _Answers()).put(key, array("i", said))
+            while sum(answers.tokens for answers in self._kept.values()) > self._capacity:
+                most = max(self._kept, key=lambda one: self._kept[one].tokens)
+                self._kept[most].forget_oldest()
+                if not self._kept[most].tokens:
+                    del self._kept[most]
 
-    def recall(self, messages: Sequence[Message]) -> list[Message]:
+    def recall(self, user: User, messages: Sequence[Message]) -> list[Message]:
         """`messages`, with the ids of those answers that are remembered."""
         recalled = []
         for message, key in zip(messages, _keys(messages), strict=True):
-            known = self._take(key) if message.role == "assistant" else None
-            if known is not None:
-                message = replace(message, tokens=tuple(known))
+            if message.role == "assistant" and (known := self._known(user, key)) is not None:
+                # A client may have trimmed the text.
+                message = replace(message, tokens=self._vocabulary.saying(known, message.content))
             recalled.append(message)
         return recalled
 
-    def _take(self, key: bytes) -> array[int] | None:
+    def _known(self, user: User, key: bytes) -> array[int] | None:
         with self._lock:
-            known = self._kept.get(key)
-            if known is not None:
-                self._kept.move_to_end(key)
-            return known
+            answers = self._kept.get(user)
+            return answers.get(key) if answers else None
 
-    def clear(self) -> None:
-        """Forget all: another model has other ids."""
-        with self._lock:
-            self._kept.clear()
-            self._tokens = 0
+
+class _Answers:
+    """Of one user, the longest unused first."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
+        self.tokens = 0
+
+    def put(self, key: bytes, ids: array[int]) -> None:
+        self.tokens += len(ids) - len(self._ids.pop(key, ()))
+        self._ids[key] = ids
+
+    def get(self, key: bytes) -> array[int] | None:
+        ids = self._ids.get(key)
+        if ids is not None:
+            self._ids.move_to_end(key)
+        return ids
+
+    def forget_oldest(self) -> None:
+        self.tokens -= len(self._ids.popitem(last=False)[1])
 
 
 def _keys(messages: Sequence[Message]) -> Iterator[bytes]:

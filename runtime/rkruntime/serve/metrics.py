@@ -81,7 +81,7 @@ class Metrics:
         self._first.observe(outcome.prefill_s)
         self._prompt.inc(outcome.answer.prompt_tokens)
         self._reused.inc(outcome.reused)
-        self._generated.inc(len(outcome.answer.tokens))
+        self._generated.inc(len(outcome.answer.tokens) - outcome.answer.begun)
 
     def ended(self, outcome: str, seconds: float) -> None:
         """A request is over: `ok`, `cancelled`, or the class of its error."""

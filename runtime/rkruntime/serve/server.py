@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import resource
@@ -26,7 +27,8 @@ from rkruntime.serve.doors import door_of
 from rkruntime.serve.host import Host
 from rkruntime.serve.queue import DAEMON
 from rkruntime.serve.service import Service
-from rkruntime.serve.settings import Listen, Settings, check_listen, default_socket
+from rkruntime.serve.settings import Listen, Settings, changed, check_listen, default_socket
+from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
 
@@ -140,6 +142,35 @@ class _LoopErrors:
             log.error("no connection can be accepted: %s", error.strerror)
 
 
+def _inode(path: Path) -> tuple[int, int]:
+    state = path.lstat()
+    return state.st_dev, state.st_ino
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other daemons. The kernel lets go of it when this one ends, in whatever way.
+
+    Raises:
+        UsageError: another daemon holds it.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            held.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"Another daemon keeps its files in {folder}.",
+                hint="Stop that one, or give this one folders of its own: sessions.folder, prompt_cache.folder.",
+            ) from None
+        except OSError as error:
+            # Chat goes on without, and each write that fails is told then.
+            log.warning("nobody keeps other daemons out of %s: %s", folder, error.strerror or error)
+        yield
+
+
 def _name(one: socket.socket) -> str:
     address = one.getsockname()
     return address if isinstance(address, str) else f"http://{address[0]}:{address[1]}"
@@ -156,6 +187,9 @@ class _Server(uvicorn.Server):
 class Daemon:
     """A service on its sockets.
 
+    Attributes:
+        settings: as it was started.
+
     Args:
         reread: gives the settings anew on SIGHUP.
     """
@@ -165,14 +199,21 @@ class Daemon:
         self._reread = reread
         # Conversations are nobody else's, whatever the mask of who started this.
         os.umask(os.umask(0o077) | 0o077)
-        self.service = Service(settings, host)
-        keys = check_listen(settings.listen)
-        sockets = systemd.inherited_sockets()
-        self._own_path: Path | None = None
-        if not sockets:
-            self._own_path = settings.listen.socket or default_socket()
-            sockets = open_sockets(self._own_path, settings.listen)
-        self._doors = [door_of(one, keys) for one in sockets]
+        with contextlib.ExitStack() as on_error:
+            self._locks = on_error.enter_context(contextlib.ExitStack())
+            # What is in memory of these folders is right only as long as nobody else writes there.
+            for folder in {settings.sessions.place.resolve(), settings.prompt_cache.place.resolve()}:
+                self._locks.enter_context(_locked(folder))
+            self.service = Service(settings, host)
+            keys = check_listen(settings.listen)
+            sockets = systemd.inherited_sockets()
+            self._own: tuple[Path, tuple[int, int]] | None = None
+            if not sockets:
+                path = settings.listen.socket or default_socket()
+                sockets = open_sockets(path, settings.listen)
+                self._own = path, _inode(path)
+            self._doors = [door_of(one, keys) for one in sockets]
+            on_error.pop_all()
         self._servers: list[_Server] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reloading = asyncio.Lock()
@@ -199,8 +240,9 @@ class Daemon:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self.service.host.unload()
+            await self.service.host.close()
             self._remove_socket()
+            self._locks.close()
             log.info("stopped")
 
     def _make_servers(self) -> list[_Server]:
@@ -237,6 +279,7 @@ class Daemon:
         if not any(server.should_exit for server in self._servers):
             systemd.notify("STOPPING=1", "STATUS=answers come to their end")
             log.info("stopping: running answers have %g s", self.settings.limits.stop_s)
+        self.service.host.stop()
         for server in self._servers:
             server.should_exit = True
 
@@ -258,27 +301,50 @@ class Daemon:
             await self.service.unload_if_idle()
 
     async def reload(self) -> None:
-        """Read the settings again. What does not fit leaves the old ones in force; sockets stay as they are."""
-        async with self._reloading:
-            systemd.reloading()
-            try:
-                settings = self._reread()
-                keys = check_listen(settings.listen)
-                for door in self._doors:
-                    door.check(keys)
-                await self.service.change(settings)
-                self.settings = settings
-                for door in self._doors:
-                    door.keys = keys
-                logging.getLogger("rkedge").setLevel(settings.log_level.upper())
-                log.info("settings read again; serving %s", self.service.name)
-            except RKEdgeError as error:
-                log.error("the settings were not taken: %s %s", error.message, error.hint)
-            finally:
-                systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
+        """Read the settings again. What does not fit leaves the old ones in force; sockets stay as they are.
+
+        Keys and limits wait for nothing; another model waits for the NPU.
+        """
+        systemd.reloading()
+        try:
+            settings = self._take()
+            async with self._reloading:
+                await self._change_model(settings)
+        except RKEdgeError as error:
+            log.error("the settings were not taken: %s %s", error.message, error.hint)
+        finally:
+            systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
+
+    def _take(self) -> Settings:
+        """The settings anew; those that need no model are in force. Raises UsageError, and then none is."""
+        settings = self._reread()
+        keys = check_listen(settings.listen)
+        for door in self._doors:
+            door.check(keys)
+        for door in self._doors:
+            door.keys = keys
+        self.service.take(settings)
+        logging.getLogger("rkedge").setLevel(settings.log_level.upper())
+        log.info("keys and limits were taken from the settings; %s", counted(len(keys), "API key"))
+        if late := changed(self.settings, settings, "restart"):
+            log.warning("restart the daemon to have it take %s", ", ".join(late))
+        return settings
+
+    async def _change_model(self, settings: Settings) -> None:
+        try:
+            await self.service.change_model(settings)
+        except RKEdgeError as error:
+            log.error("the model of the settings was not taken, all else was: %s %s", error.message, error.hint)
+            return
+        loaded = self.service.host.loaded_with
+        if loaded and (late := changed(loaded, settings, "next load")):
+            log.warning("taken when the model is loaded the next time: %s", ", ".join(late))
+        log.info("settings read again; serving %s", self.service.name)
 
     def _remove_socket(self) -> None:
-        """Ours; systemd's stays with its unit."""
-        if self._own_path:
+        """Ours; systemd's stays with its unit, and another daemon's that took the place meanwhile with that."""
+        if self._own:
+            path, inode = self._own
             with contextlib.suppress(OSError):
-                self._own_path.unlink()
+                if _inode(path) == inode:
+                    path.unlink()

@@ -8,10 +8,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+from weakref import ref
 
 from rkruntime.abi import within
-from rkruntime.engine.generation import FinishReason, Request, Sampling
+from rkruntime.engine.generation import Finished, FinishReason, Request, Sampling
 from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
 from rkruntime.errors import (
     BodyError,
@@ -31,7 +32,7 @@ from rkruntime.serve.metrics import Metrics
 from rkruntime.serve.prompt_cache import PromptCaches
 from rkruntime.serve.queue import DAEMON, Client, FairQueue
 from rkruntime.serve.sessions import SessionStore
-from rkruntime.serve.settings import Settings, state_folder
+from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.prompts import RESERVED
@@ -44,7 +45,7 @@ log = logging.getLogger("rkedge")
 _GATHER_S: Final = 0.016
 _FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
-
+T = TypeVar("T")
 Keep = Callable[[Answer, bool], Awaitable[None]]
 
 
@@ -150,20 +151,25 @@ class Run:
 
 
 class Service:
-    """The daemon without its sockets."""
+    """The daemon without its sockets.
+
+    Attributes:
+        memory: of the answers of the model that was used last.
+    """
 
     def __init__(self, settings: Settings, host: Host | None = None) -> None:
         self.settings = settings
         self.host = host or Host(settings)
         self.queue = FairQueue(settings.limits.queue, settings.limits.wait_s)
-        self.memory = AnswerMemory()
+        self.memory: AnswerMemory | None = None
+        self._known: ref[Model] | None = None
         self.sessions = SessionStore(
-            settings.sessions.folder or state_folder("state") / "sessions",
+            settings.sessions.place,
             int(settings.sessions.max_mb * 1e6),
             settings.sessions.max_number,
         )
         self.caches = PromptCaches(
-            settings.prompt_cache.folder or state_folder("cache") / "prompts",
+            settings.prompt_cache.place,
             settings.prompt_cache.max_mb,
             settings.prompt_cache.min_tokens,
         )
@@ -207,11 +213,13 @@ class Service:
 
     async def _generate(self, ask: Ask, run: Run, queue_s: float) -> Outcome:
         start = time.monotonic()
-        model = await self.host.model()
-        prompt = await in_thread(ask.prompt, model, stop=model.prompts.hurry)
+        model = await self._model()
+        prompt: Prompt = await self._prepared(model, ask.prompt, model)
         request, ignored = self._request(ask, model, prompt)
         reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
         begin = Begin(ignored, prompt.notes, reader.text)
+        if not request.max_new_tokens:
+            return self._at_its_limit(run, begin, reader, prompt, model, queue_s)
         began, first = time.monotonic(), 0.0
         try:
             request = await self.caches.prepare(model, request)
@@ -231,7 +239,7 @@ class Service:
             raise
         answer = reader.answer()
         self.host.succeeded()
-        reused = await in_thread(self.caches.finished, model, request, answer)
+        reused = min(await in_thread(self.caches.finished, model, request, answer), answer.prompt_tokens)
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
         self._report(ask, outcome)
@@ -239,6 +247,33 @@ class Service:
             await _keep_broken(ask, reader)
             raise stopped()
         return outcome
+
+    async def _model(self) -> Model:
+        """The model; what was kept of another one is forgotten."""
+        model = await self.host.model()
+        if self._known is None or self._known() is not model:
+            self._known = ref(model)
+            self.memory = AnswerMemory(model.prompts.vocabulary)
+            self.caches.forget()
+        return model
+
+    async def _prepared(self, model: Model, work: Callable[..., T], *args: object) -> T:
+        """The result of `work`, which makes a prompt. A model without the process for that is loaded anew next time."""
+        try:
+            return await in_thread(work, *args, stop=model.prompts.hurry)
+        except RKEdgeError as error:
+            if model.prompts.lost:
+                await self.host.lost(error)
+            raise
+
+    def _at_its_limit(
+        self, run: Run, begin: Begin, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
+    ) -> Outcome:
+        """An answer that is taken up and has its full length already."""
+        run.put(begin)
+        if text := reader.feed(Finished(FinishReason.LENGTH, len(prompt.tokens), 0)):
+            run.put(text)
+        return Outcome(reader.answer(), 0, queue_s, 0.0, 0.0, model.engine.info.emulated)
 
     def _request(self, ask: Ask, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
         room = model.engine.info.max_context - RESERVED
@@ -249,7 +284,7 @@ class Service:
             )
         limits = [count for count in (ask.max_new_tokens, self.settings.limits.max_new_tokens) if count]
         sampling, ignored = self._sampling(ask, model)
-        left = min(limits) - len(prompt.begun) if limits else -1
+        left = max(0, min(limits) - len(prompt.begun)) if limits else -1
         return Request(prompt.tokens, left, model.stop_tokens, sampling), ignored
 
     def _sampling(self, ask: Ask, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
@@ -293,7 +328,8 @@ class Service:
         model = self.host.current
         if model is not None:
             return model.bundle.manifest.name
-        return self.settings.bundle.resolve().name if self.settings.bundle else "none"
+        bundle = self.host.settings.bundle
+        return bundle.resolve().name if bundle else "none"
 
     async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
@@ -321,9 +357,9 @@ class Service:
         return vectors, total
 
     async def _embed_one(self, text: str) -> tuple[bytes, int]:
-        model = await self.host.model()
-        encoded = in_thread(model.prompts.encode, text, model.engine.info.max_context, stop=model.prompts.hurry)
-        tokens = [model.bundle.manifest.bos_token_id, *await encoded]
+        model = await self._model()
+        encoded: list[int] = await self._prepared(model, model.prompts.encode, text, model.engine.info.max_context)
+        tokens = [model.bundle.manifest.bos_token_id, *encoded]
         self.caches.forget_position()
         try:
             vector = await in_thread(_vector, model, tokens, stop=model.engine.abort)
@@ -332,17 +368,19 @@ class Service:
             raise
         return vector, len(tokens)
 
-    async def change(self, settings: Settings) -> None:
-        """Take other settings between two answers. Raises RKEdgeError; then the old ones stay."""
+    def take(self, settings: Settings) -> None:
+        """Take what of other settings needs neither the NPU nor a restart (`now` in the table of settings)."""
+        self.settings = settings
+        self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
+        self.sessions.limit(int(settings.sessions.max_mb * 1e6), settings.sessions.max_number)
+
+    async def change_model(self, settings: Settings) -> None:
+        """Load the model of other settings between two answers. Raises RKEdgeError; then the old one stays."""
         async with self.queue.turn(DAEMON):
-            if self.host.needs_load(settings):
+            if await in_thread(self.host.needs_load, settings):
                 await self.host.change(settings)
-                self.memory.clear()
-                self.caches.forget()
             else:
                 self.host.settings = settings
-            self.settings = settings
-            self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
 
     async def unload_if_idle(self) -> None:
         """Free the NPU if nobody has asked for long enough."""
@@ -350,7 +388,6 @@ class Service:
         if limit and self.host.current and not self.queue.busy and time.monotonic() - self.last_used > limit:
             async with self.queue.turn(DAEMON):
                 await self.host.unload()
-                self.caches.forget()
 
 
 def _vector(model: Model, tokens: list[int]) -> bytes:

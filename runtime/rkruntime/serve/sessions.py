@@ -69,6 +69,10 @@ class SessionStore:
             account, _, name = path.parent.name.partition("+")
             self._note(User(account, name), Summary(path.stem, _on_disk(stat.st_size), stat.st_mtime))
 
+    def limit(self, max_bytes: int, max_number: int) -> None:
+        """Other limits, which the next writes keep to."""
+        self._max_bytes, self._max_number = max_bytes, max_number
+
     def _file(self, user: User, name: str) -> Path:
         return self._folder / user.folder / f"{check_name(name, 'session')}.json"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from rkruntime.errors import UsageError
 from rkruntime.schema import Between, build
@@ -16,6 +17,8 @@ from rkruntime.yamltext import read_mapping
 
 SYSTEM_SOCKET: Final = Path("/run/rkedge/rkedge.sock")
 SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
+# What a reload does with a setting: take it, load the model anew with it, leave it to the next load or to a restart.
+Taken = Literal["now", "load", "next load", "restart"]
 _MIN_KEY: Final = 16
 _KEY_HINT: Final = "Make one: openssl rand -hex 24"
 _NAME_HINT: Final = (
@@ -100,6 +103,11 @@ class Sessions:
     max_number: _Count = 4000
     resume_s: _Seconds = 3600.0
 
+    @property
+    def place(self) -> Path:
+        """The folder, whoever named it."""
+        return self.folder or state_folder("state") / "sessions"
+
 
 @dataclass(frozen=True)
 class PromptCache:
@@ -115,6 +123,11 @@ class PromptCache:
     folder: Path | None = None
     max_mb: _Megabytes | None = None
     min_tokens: _Tokens = 256
+
+    @property
+    def place(self) -> Path:
+        """The folder, whoever named it."""
+        return self.folder or state_folder("cache") / "prompts"
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,63 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     sessions: Sessions = field(default_factory=Sessions)
     prompt_cache: PromptCache = field(default_factory=PromptCache)
+
+
+# Which settings a reload takes at once, which of them mean another model, and which the next load takes. All others are
+# taken when the daemon is started, and a reload names those that were changed.
+_TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
+    "now": frozenset(
+        {
+            "per_request_sampling",
+            "idle_unload_s",
+            "log_prompts",
+            "log_level",
+            "listen.api_keys",
+            "limits.queue",
+            "limits.wait_s",
+            "limits.request_s",
+            "limits.max_new_tokens",
+            "sessions.max_mb",
+            "sessions.max_number",
+            "sessions.resume_s",
+        }
+    ),
+    "load": frozenset(
+        {
+            "bundle",
+            "library",
+            "abi",
+            "max_context",
+            "force",
+            "temperature",
+            "top_k",
+            "top_p",
+            "repeat_penalty",
+        }
+    ),
+    "next load": frozenset({"limits.load_s", "limits.token_s"}),
+}
+
+
+def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting by its name, such as `limits.queue`."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def changed(before: Settings, after: Settings, taken: Taken) -> list[str]:
+    """Names of the settings that differ, of those that are taken so."""
+    old = dict(flat(before))
+    return [name for name, value in flat(after) if value != old[name] and how_taken(name) == taken]
+
+
+def how_taken(name: str) -> Taken:
+    """What a reload does with a setting."""
+    return next((taken for taken, names in _TAKEN.items() if name in names), "restart")
 
 
 def load_settings(path: Path) -> Settings:

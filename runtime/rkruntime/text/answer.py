@@ -21,7 +21,9 @@ class Answer:
     Attributes:
         text: without the stop string, if one ended it.
         tokens: every id that was generated, those behind a stop string's beginning too: they are in the KV cache.
+        prompt_tokens: without those of the answer itself, where it was taken up.
         perf: the runtime's own figures, where it has any and the run was not cut short by us.
+        begun: how many of `tokens` are of a run before, which was broken off.
     """
 
     text: str
@@ -29,13 +31,14 @@ class Answer:
     reason: FinishReason
     prompt_tokens: int
     perf: Perf | None = None
+    begun: int = 0
 
     def rate(self, first_token_s: float, total_s: float) -> float:
         """Tokens per second: the runtime's own figure where it gives one, else by the clock from the first token on."""
         if self.perf and self.perf.generate_ms > 0:
             return self.perf.generate_tokens / self.perf.generate_ms * 1000
         seconds = total_s - first_token_s
-        return (len(self.tokens) - 1) / seconds if seconds > 0 else 0.0
+        return (len(self.tokens) - self.begun - 1) / seconds if seconds > 0 else 0.0
 
 
 class StopStrings:
@@ -81,6 +84,7 @@ class AnswerReader:
     """Takes the events of one run and gives the text they add.
 
     Args:
+        prompt_tokens: of the run's prompt, `begun` included.
         begun: ids of an answer that was broken off and is taken up now: they stand in front of the run's.
     """
 
@@ -93,6 +97,7 @@ class AnswerReader:
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._finished: Finished | None = None
+        self._begun = len(begun)
         for token_id in begun:
             self.feed(Token(token_id))
 
@@ -136,8 +141,9 @@ class AnswerReader:
             text=self.text,
             tokens=tuple(self._tokens),
             reason=FinishReason.STOP if self._stops.found is not None else reason,
-            prompt_tokens=self._finished.prompt_tokens if self._finished else self._prompt_tokens,
+            prompt_tokens=(self._finished.prompt_tokens if self._finished else self._prompt_tokens) - self._begun,
             perf=self._finished.perf if self._finished else None,
+            begun=self._begun,
         )
 
 

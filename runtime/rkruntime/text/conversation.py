@@ -53,8 +53,10 @@ class Conversation:
         return [*system, *messages, Message("user", text)]
 
     def add(self, text: str, answer: Answer) -> None:
-        """Keep a turn: what was asked, and the answer with the ids that were generated."""
-        self.messages += [Message("user", text), Message("assistant", answer.text, answer.tokens)]
+        """Keep a turn: what was asked, and the answer's text with the ids that were generated for it."""
+        # Nobody has seen what was generated behind a stop string's beginning.
+        tokens = self._prompts.vocabulary.saying(answer.tokens, answer.text)
+        self.messages += [Message("user", text), Message("assistant", answer.text, tokens)]
 
     def clear(self) -> None:
         """Forget the turns; the system prompt stays."""
@@ -153,15 +155,11 @@ def _parse_message(item: Any, vocabulary: Vocabulary | None) -> Message:
 
 
 def _trusted(tokens: Any, content: str, vocabulary: Vocabulary | None) -> tuple[int, ...] | None:
-    """Ids from a file, if they are an answer that begins with `content` (a stop string may have cut it).
-
-    Without a vocabulary, any numbers are.
-    """
-    size = vocabulary.vocab_size if vocabulary else 1 << 31
-    if not isinstance(tokens, (list, tuple)) or not all(type(token) is int and 0 <= token < size for token in tokens):
+    """Ids from a file, if they say `content` and nothing else. Without a vocabulary, any numbers do."""
+    if not isinstance(tokens, (list, tuple)) or not all(
+        type(token) is int and 0 <= token < 1 << 31 for token in tokens
+    ):
         return None
-    if vocabulary is None:
-        return tuple(tokens)
-    if not set(tokens).isdisjoint(vocabulary.control.values()) or not vocabulary.decode(tokens).startswith(content):
+    if vocabulary is not None and vocabulary.saying(tokens, content) != tuple(tokens):
         return None
     return tuple(tokens)

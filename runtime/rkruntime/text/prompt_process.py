@@ -14,6 +14,7 @@ from typing import Any, Final
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import BundleError
 from rkruntime.printable import one_line
+from rkruntime.stop import Stop
 from rkruntime.text.confined import Answer, Confined, Limits, serve
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
@@ -29,13 +30,21 @@ class PromptProcess:
     Raises:
         BundleError: tokenizer or template cannot be used; some prompts are made for trial.
         HostError: the process cannot be started.
+
+    Args:
+        stop: ends the start from another thread.
+
+    Attributes:
+        lost: the process ended and could not be started again, maybe because the bundle is another one by now.
     """
 
-    def __init__(self, bundle: Bundle, limits: Limits = _LIMITS) -> None:
+    def __init__(self, bundle: Bundle, limits: Limits = _LIMITS, stop: Stop | None = None) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.Lock()
-        self.vocabulary = self._open()
+        self.lost = False
+        with (stop or Stop()).ending(self._child.hurry):
+            self.vocabulary = self._open()
 
     def _open(self) -> Vocabulary:
         bundle, manifest = self._bundle, self._bundle.manifest
@@ -53,7 +62,9 @@ class PromptProcess:
         with self._lock:
             self._child.take_time()
             if self._child.pid is None:
+                self.lost = True
                 self._open()
+                self.lost = False
             return self._child.call(name, self._limits, **values)[0]
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:

@@ -5,6 +5,7 @@ ends are bounded: `rkruntime.text.prompt_process` runs it where it can be ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -68,6 +69,7 @@ class PromptMaker:
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """See `Prompts`."""
+        messages = [self._said(message) for message in messages]
         fitting = _Fitting(self._tokenizer, self._template, messages, max_context)
         # A message has a token at least.
         low, high = max(0, len(messages) - max_context + 1) // 2, fitting.turns
@@ -88,6 +90,12 @@ class PromptMaker:
             else:
                 best, high = tokens, middle
         return best, high
+
+    def _said(self, message: Message) -> Message:
+        """With the ids of its own text only, whoever kept them: a prompt holds nothing that the text does not say."""
+        if message.tokens is None or self._tokenizer.saying(message.tokens, message.content) == message.tokens:
+            return message
+        return replace(message, tokens=None)
 
     def check(self, messages: Sequence[Message]) -> None:
         """See `Prompts`."""

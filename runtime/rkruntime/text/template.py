@@ -50,8 +50,8 @@ class Message:
 
     Attributes:
         role: one of ROLES.
-        tokens: of an answer: the ids that were generated, which are rendered in place of `content`. Encoding the text
-            again may give other ids, and then the KV cache no longer fits.
+        tokens: of an answer: the ids that were generated, which are rendered in place of `content` if they say exactly
+            that. Encoding the text again may give other ids, and then the KV cache no longer fits.
     """
 
     role: str

@@ -55,6 +55,21 @@ class Vocabulary:
         """The text of an answer's ids, control tokens left out."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
+    def saying(self, token_ids: Sequence[int], text: str) -> tuple[int, ...] | None:
+        """The ids that `token_ids` begins with and that stand for `text`, byte for byte and without a control token.
+
+        None if there are none: then the text must be encoded to have it in a prompt.
+        """
+        wanted, at = text.encode("utf-8", "surrogatepass"), 0
+        for count, token_id in enumerate(token_ids):
+            if at == len(wanted):
+                return tuple(token_ids[:count]) or None
+            piece = self.token_bytes(token_id)
+            if not piece or not wanted.startswith(piece, at):
+                return None
+            at += len(piece)
+        return tuple(token_ids) if wanted and at == len(wanted) else None
+
 
 class Detokenizer:
     """Text from token ids as they arrive: what is not yet a whole character is kept until it is, or cannot be.

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from rkruntime.errors import BundleError, ContextFullError
+from rkruntime.errors import BodyError, BundleError, ContextFullError
 from rkruntime.serve import doors
 from rkruntime.serve.api.http import Bodies, Stream
 from rkruntime.serve.api.native import Sessions
@@ -134,6 +134,20 @@ def test_only_what_the_schema_knows_is_kept() -> None:
     # As JSON, which tells 3 from 3.0.
     assert json.dumps(read) == json.dumps(expected)
     assert Validator({"components": {"schemas": schemas}}).read("Thing", {"count": None}) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("", "at least 1 characters"),
+        ([], "at least 1 items"),
+        (5, "type array, and is integer"),
+        ([5], r"\[0\] must"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_form_that_was_sent(value: Any, said: str) -> None:
+    with pytest.raises(BodyError, match=f"^input.*{said}"):
+        Validator(openapi()).read("EmbeddingRequest", {"input": value})
 
 
 @pytest.mark.parametrize("size", [10, 2 * LARGE])

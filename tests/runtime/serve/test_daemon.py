@@ -201,6 +201,84 @@ def test_a_broken_answer_goes_on_where_it_was(slow: Any) -> None:
     assert slow.request("POST", "/sessions/r/resume", {"id": "q2"})[0] == 404
 
 
+def break_off(daemon: Any, name: str, **options: Any) -> Path:
+    """The file of a session whose answer was broken off after its first text."""
+    body = {"content": FIRST, "id": "q", "temperature": 0, **options}
+    one, _ = begin_stream(daemon, f"/sessions/{name}/messages", body, b'{"type":"text"')
+    one.close()
+    daemon.wait_until(lambda: "broken" in daemon.request("GET", f"/sessions/{name}")[2])
+    (path,) = (daemon.state / "state").rglob(f"{name}.json")
+    return path
+
+
+def reload(daemon: Any) -> None:
+    before = daemon.log.count("settings read again")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: daemon.log.count("settings read again") > before)
+
+
+def change_broken(path: Path, **values: Any) -> None:
+    data = json.loads(path.read_bytes())
+    data["broken"] |= values
+    path.write_text(json.dumps(data))
+
+
+def test_figures_of_an_answer_that_went_on(slow: Any) -> None:
+    whole = slow.lines("/sessions/u/messages", {"content": FIRST, "temperature": 0})[-1]
+    break_off(slow, "v")
+    before = slow.metric("rkedge_generated_tokens_total"), slow.metric("rkedge_prompt_tokens_total")
+    resumed = slow.lines("/sessions/v/resume", {"id": "q"})[-1]
+    assert [resumed[name] for name in ("prompt_tokens", "tokens")] == [
+        whole[name] for name in ("prompt_tokens", "tokens")
+    ]
+    assert resumed["reused_tokens"] <= resumed["prompt_tokens"]
+    assert 0 < slow.metric("rkedge_generated_tokens_total") - before[0] < whole["tokens"]
+    assert slow.metric("rkedge_prompt_tokens_total") - before[1] == whole["prompt_tokens"]
+
+
+def test_why_an_answer_ended_is_known_later(slow: Any) -> None:
+    for limit, reason in ((2, "length"), (100, "stop")):
+        done = slow.lines("/sessions/w/messages", {"content": FIRST, "id": "q", "temperature": 0, "max_tokens": limit})[
+            -1
+        ]
+        assert done["reason"] == slow.lines("/sessions/w/resume", {"id": "q"})[-1]["reason"] == reason
+        slow.request("PUT", "/sessions/w", {"clear": True})
+
+
+def test_an_answer_that_goes_on_keeps_to_its_limits(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon(port=False, **SLOW)
+    for own, limit in (({}, 1), ({"max_tokens": 30}, 1), ({"max_tokens": 1}, 0)):
+        change_broken(break_off(daemon, "a"), options={"temperature": 0, **own})
+        (daemon.state / "daemon.yaml").write_text(f"limits: {{max_new_tokens: {limit}}}")
+        reload(daemon)
+        begun = daemon.request("GET", "/sessions/a")[2]["broken"]["text"]
+        events = daemon.lines("/sessions/a/resume", {"id": "q"})
+        assert (text_of(events), events[-1]["reason"]) == (begun, "length")
+        assert daemon.request("GET", "/sessions/a")[2]["messages"][1]["content"] == begun
+        (daemon.state / "daemon.yaml").write_text("")
+        reload(daemon)
+        daemon.request("DELETE", "/sessions/a")
+
+
+def test_a_board_that_learns_the_date_late_goes_on_all_the_same(slow: Any) -> None:
+    """Its clock begins in 1970, or where it was switched off; after a new start the date is all there is."""
+    path = break_off(slow, "x")
+    for then, status in (({"boot": "another", "at": 0}, 404), ({"boot": "", "at": 0}, 404), ({}, 200)):
+        before = path.read_text()
+        change_broken(path, **{"at": 0, **then})
+        assert slow.request("POST", "/sessions/x/resume", {"id": "q"})[0] == status
+        if status == 404:
+            path.write_text(before)
+
+
+def test_another_model_of_the_same_name_does_not_go_on(slow: Any) -> None:
+    path = break_off(slow, "y")
+    change_broken(path, model=slow.request("GET", "/status")[2]["model"])
+    status, _, body = slow.request("POST", "/sessions/y/resume", {"id": "q"})
+    assert status == 404
+    assert "another model" in body["error"]["message"]
+
+
 def test_a_broken_answer_stays_as_it_is_if_something_else_is_asked(slow: Any) -> None:
     one, _ = begin_stream(slow, "/sessions/s/messages", {"content": FIRST, "temperature": 0}, b'{"type":"text"')
     one.close()
@@ -295,7 +373,7 @@ def test_another_bundle_without_a_restart(start_daemon: Callable[..., Any], bund
     link.unlink()
     link.symlink_to(broken)
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_until(lambda: "the settings were not taken" in daemon.log)
+    daemon.wait_until(lambda: "the model of the settings was not taken" in daemon.log)
     assert daemon.process.poll() is None
     (daemon.state / "daemon.yaml").write_text("nonsense: 1")
     daemon.process.send_signal(signal.SIGHUP)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import ContextFullError, InputError
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
 from rkruntime.text.prompts import PromptMaker
-from rkruntime.text.template import GemmaTemplate
+from rkruntime.text.template import GemmaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
 
 
@@ -66,10 +68,33 @@ def test_ids_that_say_something_else_are_not_believed(
     assert conversation.messages[1].tokens is None
 
 
-def test_ids_behind_a_stop_string_are_kept(conversation: Conversation, tokenizer: Tokenizer) -> None:
+def test_what_was_generated_behind_a_stop_string_is_not_kept(conversation: Conversation, tokenizer: Tokenizer) -> None:
     conversation.add("How many?", answered("Thr", letters(tokenizer, "Three")))
-    conversation.restore(json.loads(json.dumps(conversation.as_dict())))
-    assert conversation.messages[1].tokens == letters(tokenizer, "Three")
+    conversation.add("None?", answered("", letters(tokenizer, "Three")))
+    assert [item.tokens for item in conversation.messages] == [None, letters(tokenizer, "Thr"), None, None]
+    data = json.loads(json.dumps(conversation.as_dict()))
+    # A file of somebody else, or of an older release.
+    for kept in data["messages"][1::2]:
+        kept["tokens"] = letters(tokenizer, "Three")
+    conversation.restore(data)
+    assert [item.tokens for item in conversation.messages] == [None] * 4
+
+
+@given(data=st.data())
+def test_a_prompt_says_what_its_messages_say(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Whatever ids stand beside an answer's text, wherever they come from."""
+    ids = data.draw(st.lists(st.integers(-1, tokenizer.vocab_size), max_size=6))
+    content = data.draw(st.sampled_from([tokenizer.decode(ids), tokenizer.decode(ids)[:3], "", " x ", "\ufffd"]))
+    maker = PromptMaker(tokenizer, GemmaTemplate(tokenizer))
+    messages = [Message("user", "a"), Message("assistant", content, tuple(ids)), Message("user", "b")]
+    plain = [messages[0], Message("assistant", content), messages[2]]
+    found, expected = (maker.prompt(talk, 4096)[0] for talk in (messages, plain))
+    controls = set(tokenizer.control.values())
+    assert [one for one in found if one in controls] == [one for one in expected if one in controls]
+    assert tokenizer.decode(found) in (
+        tokenizer.decode(expected),
+        f"user\na\nmodel\n{content}\nuser\nb\nmodel\n",
+    )
 
 
 @pytest.mark.parametrize(

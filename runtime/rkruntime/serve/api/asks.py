@@ -10,9 +10,11 @@ from starlette.requests import Request
 
 from rkruntime.model import Model
 from rkruntime.serve.api.http import while_connected
+from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
 from rkruntime.serve.threads import read_in_thread
+from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
 from rkruntime.text.template import Message, no_question
@@ -69,29 +71,35 @@ def ask_of(
     )
 
 
-def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = False) -> Callable[[Model], Prompt]:
-    """The prompt of a whole conversation, with the ids of those answers that this daemon gave."""
+class WholeChat:
+    """A conversation that its client sends as a whole, with the ids of those answers that this daemon gave to it.
 
-    def build(model: Model) -> Prompt:
+    Args:
+        drop: forget the oldest turns if there is no room for all.
+    """
+
+    def __init__(self, request: Request, service: Service, messages: Sequence[Message], *, drop: bool = False) -> None:
+        self._user: User = request.scope["rkedge.user"]
+        self._service, self._messages, self._drop = service, messages, drop
+        self._memory: AnswerMemory | None = None
+
+    def prompt(self, model: Model) -> Prompt:
+        """See Ask."""
+        messages = self._messages
         if not messages or messages[-1].role != "user":
             raise no_question(messages)
-        system = messages[0].content if messages[0].role == "system" else ""
-        turns = service.memory.recall(messages)[1 if messages[0].role == "system" else 0 : -1]
-        conversation = Conversation(model.prompts, system, turns)
-        tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
+        self._memory = self._service.memory
+        recalled = self._memory.recall(self._user, messages) if self._memory else list(messages)
+        system = recalled.pop(0).content if messages[0].role == "system" else ""
+        conversation = Conversation(model.prompts, system, recalled[:-1])
+        tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=self._drop)
         return Prompt(tokens, notes=(dropped_turns(dropped),) if dropped else ())
 
-    return build
-
-
-def remembering(service: Service, messages: Sequence[Message]) -> Keep:
-    """Keeps the ids of a whole answer, for the time when the client sends it back as text."""
-
-    async def keep(answer: Answer, whole: bool) -> None:
-        if whole:
-            await read_in_thread(service.memory.remember, messages, answer.text, answer.tokens)
-
-    return keep
+    async def keep(self, answer: Answer, whole: bool) -> None:
+        """Keep a whole answer's ids for the time when the client sends it back as text. See Ask."""
+        if whole and self._memory:
+            # That of the model that answered: there may be another by now.
+            await read_in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
 
 
 def text_prompt(text: str) -> Callable[[Model], Prompt]:

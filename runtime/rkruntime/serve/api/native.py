@@ -11,13 +11,15 @@ import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.model import Model
 from rkruntime.serve.api.asks import Begun, ask_of, begin, items, split
@@ -30,6 +32,7 @@ from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
 from rkruntime.words import dropped_turns
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _OPTIONS = (
     "max_tokens",
     "temperature",
@@ -65,8 +68,9 @@ class _Turn:
     Attributes:
         data: the session as it was kept.
         number: the client's name for the answer.
-        begun: ids of the answer that is taken up.
-        conversation, model: set when the prompt is made.
+        begun: ids of the answer that is taken up, which only the model that gave them goes on with.
+        made_by: the model's fingerprint (see Manifest): of `begun`, and then of what makes the answer.
+        conversation: set when the prompt is made.
     """
 
     data: Mapping[str, Any]
@@ -75,13 +79,16 @@ class _Turn:
     options: Mapping[str, Any]
     drop: bool = False
     begun: tuple[int, ...] = ()
+    made_by: str = ""
     conversation: Conversation | None = None
-    model: str = ""
 
     def prompt(self, model: Model) -> Prompt:
+        fingerprint = model.bundle.manifest.fingerprint
+        if self.begun and self.made_by != fingerprint:
+            raise NoSuchSessionError("That answer was broken off by another model.", hint="Ask again.")
+        self.made_by = fingerprint
         conversation = Conversation(model.prompts)
         conversation.restore(self.data if self.begun else _with_broken(self.data))
-        self.model = model.bundle.manifest.name
         room = model.engine.info.max_context - len(self.begun)
         tokens, dropped = conversation.prompt(self.question, room, drop=self.drop)
         self.conversation = conversation
@@ -94,16 +101,41 @@ class _Turn:
         data: dict[str, Any] = {"number": self.number}
         if whole:
             self.conversation.add(self.question, answer)
+            data["reason"] = answer.reason.value
         elif answer.tokens:
             data["broken"] = {
                 "question": self.question,
                 "text": answer.text,
                 "tokens": list(answer.tokens),
-                "model": self.model,
+                "model": self.made_by,
                 "options": dict(self.options),
-                "at": time.time(),
+                **_now(),
             }
         return {**self.conversation.as_dict(), **data}
+
+
+def _now() -> dict[str, Any]:
+    """The time, for `_age`: by the clock since the machine's start, and by the one on the wall."""
+    return {"boot": _boot(), "since_boot": time.clock_gettime(time.CLOCK_BOOTTIME), "at": time.time()}
+
+
+def _age(then: Mapping[str, Any]) -> float:
+    """Seconds since `_now` gave this. A board without a battery for its clock may learn the date hours after its start.
+
+    So the date counts only if the machine was started anew.
+    """
+    now = _now()
+    clock = "since_boot" if now["boot"] and then.get("boot") == now["boot"] else "at"
+    age: float = now[clock] - then[clock]
+    return age
+
+
+def _boot() -> str:
+    """Tells this start of the machine from others; empty where the kernel does not say."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -186,7 +218,7 @@ class Sessions:
         data = body["conversation"] if "conversation" in body else self._data(place)
         kept = _conversation(data)
         # What the daemon notes for itself is not taken from a client, and goes with the turns.
-        own = () if "conversation" in body or body.get("clear") else ("number", "broken")
+        own = () if "conversation" in body or body.get("clear") else ("number", "reason", "broken")
         kept |= {key: data[key] for key in own if key in data}
         kept["system"] = body.get("system", kept["system"])
         if body.get("clear"):
@@ -238,11 +270,10 @@ class Sessions:
         broken = data.get("broken")
         if broken is None:
             return None
-        too_old = time.time() - broken["at"] > self._service.settings.sessions.resume_s
-        if too_old or broken["model"] != self._service.name:
-            reason = "too long ago" if too_old else "by another model"
-            raise NoSuchSessionError(f"That answer was broken off {reason} to go on.", hint="Ask again.")
-        return _Turn(data, broken["question"], number, broken["options"], begun=tuple(broken["tokens"]))
+        if _age(broken) > self._service.settings.sessions.resume_s:
+            raise NoSuchSessionError("That answer was broken off too long ago to go on.", hint="Ask again.")
+        begun = tuple(broken["tokens"])
+        return _Turn(data, broken["question"], number, broken["options"], begun=begun, made_by=broken["model"])
 
     def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
         async def keep(answer: Answer, whole: bool) -> None:
@@ -313,4 +344,5 @@ async def _whole(data: Mapping[str, Any], received: int) -> AsyncGenerator[bytes
     text = data["messages"][-1]["content"] if data["messages"] else ""
     if text[received:]:
         yield _line("text", text=text[received:])
-    yield _line("done", reason="stop")
+    # Those that were kept before reasons were are likely to have come to their own end.
+    yield _line("done", reason=data.get("reason", FinishReason.STOP.value))

@@ -20,13 +20,12 @@ from rkruntime.errors import UsageError
 from rkruntime.model import Model
 from rkruntime.serve.api.asks import (
     Begun,
+    WholeChat,
     ask_of,
     begin,
-    chat_prompt,
     client_of,
     collect,
     items,
-    remembering,
     split,
     text_prompt,
 )
@@ -124,8 +123,8 @@ class Ollama:
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
             return await self._load_only(request, _as_message)
-        prompt, keep = chat_prompt(self._service, messages), remembering(self._service, messages)
-        return await self._answer(request, body, prompt, _as_message, keep)
+        chat = WholeChat(request, self._service, messages)
+        return await self._answer(request, body, chat.prompt, _as_message, chat.keep)
 
     async def _generate(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaGenerate")
@@ -136,7 +135,7 @@ class Ollama:
             prompt = text_prompt(text)
         else:
             messages = [Message("system", system)] if system else []
-            prompt = chat_prompt(self._service, [*messages, Message("user", text)])
+            prompt = WholeChat(request, self._service, [*messages, Message("user", text)]).prompt
         return await self._answer(request, body, prompt, _as_response)
 
     async def _load_only(self, request: Request, shape: Shape) -> Response:
@@ -187,10 +186,11 @@ class Ollama:
         model = self._service.host.current
         if model is not None:
             return model.bundle.manifest
-        if self._service.settings.bundle is None:
+        bundle = self._service.host.settings.bundle
+        if bundle is None:
             raise UsageError("No bundle is configured.")
         # Without a model, each look at the file may have to parse it.
-        return await read_in_thread(_read_manifest, self._service.settings.bundle)
+        return await read_in_thread(_read_manifest, bundle)
 
     async def _card(self) -> dict[str, Any]:
         manifest = await self._manifest()

@@ -17,13 +17,12 @@ from starlette.routing import Route
 from rkruntime.errors import BodyError
 from rkruntime.serve.api.asks import (
     Begun,
+    WholeChat,
     ask_of,
     begin,
-    chat_prompt,
     client_of,
     collect,
     items,
-    remembering,
     split,
     text_of,
     text_prompt,
@@ -138,9 +137,9 @@ class OpenAI:
         messages = [
             Message(roles.get(item["role"], item["role"]), text_of(item["content"])) for item in body["messages"]
         ]
-        prompt = chat_prompt(self._service, messages, drop=bool(body.get("drop_oldest")))
+        chat = WholeChat(request, self._service, messages, drop=bool(body.get("drop_oldest")))
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        ask = ask_of(request, prompt, body, limit, remembering(self._service, messages))
+        ask = ask_of(request, chat.prompt, body, limit, chat.keep)
         return await self._answer(request, body, ask, chat=True)
 
     async def _complete(self, request: Request) -> Response:

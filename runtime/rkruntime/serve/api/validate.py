@@ -122,12 +122,12 @@ class Validator:
         return value
 
     def _read_any(self, schema: Schema, value: Any, where: str) -> Any:
-        """One of the alternatives must fit; the error is that of the last one, where the fullest forms stand."""
-        *others, last = schema["anyOf"]
-        for alternative in others:
+        """One of the alternatives must fit; the error is that of the last one of the value's type, or of any."""
+        for alternative in schema["anyOf"]:
             with suppress(BodyError):
                 return self._read(alternative, value, where)
-        return self._read(last, value, where)
+        alike = [item for item in schema["anyOf"] if "type" in item and _is_type(item["type"], value)]
+        return self._read((alike or schema["anyOf"])[-1], value, where)
 
     def _read_object(self, schema: Schema, value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         for name in schema.get("required", ()):
