@@ -209,6 +209,18 @@ def read_response(one: socket.socket) -> http.client.HTTPResponse:
     return response
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 64 kB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "none", str(path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
 @contextmanager
 def acting_as(uid: int | None) -> Iterator[None]:
     """As which user the daemon sees connections that are made meanwhile; others than oneself are for root."""
