@@ -106,6 +106,16 @@ def test_clear_before_the_answer_begins(page: webdriver.Chrome) -> None:
     assert page.execute_script("return messages.length") == 2
 
 
+def test_turns_that_are_dropped_are_shown(page: webdriver.Chrome) -> None:
+    text = page.find_element(By.ID, "text")
+    for number in range(2):
+        page.execute_script("arguments[0].value = 'word '.repeat(120)", text)
+        text.send_keys(Keys.ENTER)
+        # The demo model may have nothing to say to this.
+        wait(page, lambda number=number: len(shown(page, "figures")) == number + 1)
+    assert shown(page, "note") == ["The context was full: the oldest turn was dropped."]
+
+
 def test_what_is_said_is_never_markup(page: webdriver.Chrome) -> None:
     ask(page, "<img src=x onerror=document.title='owned'><b>bold</b>")
     wait(page, lambda: page.find_element(By.ID, "send").is_displayed())

@@ -18,7 +18,7 @@ from rkruntime.text.conversation import Conversation
 from rkruntime.text.template import Message, no_question
 from rkruntime.words import dropped_turns
 
-IGNORED_HEADER: Final = "X-RKEdge-Ignored"
+NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
@@ -36,7 +36,7 @@ class Begun:
     def headers(self) -> dict[str, str]:
         """What a client should know before the answer."""
         headers = {EMULATED_HEADER: "1"} if self.model.engine.info.emulated else {}
-        return {**headers, IGNORED_HEADER: ", ".join(self.begin.ignored)} if self.begin.ignored else headers
+        return {**headers, NOTES_HEADER: " ".join(self.begin.notes)} if self.begin.notes else headers
 
 
 def text_of(content: Any) -> str:
@@ -69,6 +69,11 @@ def ask_of(
     )
 
 
+def dropping_notes(dropped: int) -> tuple[str, ...]:
+    """What a client is told of so many turns that the context had no room for."""
+    return (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
+
+
 def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = False) -> Callable[[Model], Prompt]:
     """The prompt of a whole conversation, with the ids of those answers that this daemon gave."""
 
@@ -79,7 +84,7 @@ def chat_prompt(service: Service, messages: Sequence[Message], *, drop: bool = F
         turns = service.memory.recall(messages)[1 if messages[0].role == "system" else 0 : -1]
         conversation = Conversation(model.prompts, system, turns)
         tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=drop)
-        return Prompt(tokens, notes=(dropped_turns(dropped),) if dropped else ())
+        return Prompt(tokens, notes=dropping_notes(dropped))
 
     return build
 
@@ -119,6 +124,8 @@ async def begin(request: Request, service: Service, run: Run) -> Begun:
     except BaseException:
         await run.close()
         raise
+    for name in first[0].ignored:
+        request.scope["rkedge.ignored"].add(name)
     return Begun(first[0], model, first[1:], run)
 
 

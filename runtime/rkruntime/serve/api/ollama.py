@@ -124,7 +124,8 @@ class Ollama:
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
             return await self._load_only(request, _as_message)
-        prompt, keep = chat_prompt(self._service, messages), remembering(self._service, messages)
+        prompt = chat_prompt(self._service, messages, drop=bool(body.get("truncate")))
+        keep = remembering(self._service, messages)
         return await self._answer(request, body, prompt, _as_message, keep)
 
     async def _generate(self, request: Request) -> Response:
