@@ -36,7 +36,7 @@ _MOST_LINES: Final = 1_000_000
 _MOST_NOTES: Final = 200
 _LONGEST_NOTE: Final = 4096
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
-# Times in a row that an answer may break off without a letter more.
+# Times in a row that an operation may break off, an answer without a letter more.
 _MOST_BREAKS: Final = 8
 _LOOK: Final = "Ask again. What broke it is in the daemon's log on the board: journalctl -u rkedge."
 
@@ -196,11 +196,14 @@ class RemoteChat:
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
         """`_call` that survives a broken connection; for operations that may be carried out twice."""
-        while True:
+        told = None
+        for _ in range(_MOST_BREAKS):
             try:
                 return self._call(operation, body)
-            except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
+            except _BrokenError as error:  # noqa: PERF203 - trying again is what the loop is for
+                told = error.told
                 self._reconnect()
+        raise told or ServiceError("The connection breaks again and again.", hint=_LOOK)
 
     def _reconnect(self) -> None:
         """Make the connection again. Raises ServiceError if that does not succeed in two minutes."""

@@ -177,6 +177,11 @@ def test_an_answer_without_its_end_is_not_taken_for_whole(board: Callable[..., R
     assert [piece for piece in chat.ask("?") if isinstance(piece, str)] == ["Hi", " there"]
 
 
+def test_a_daemon_that_goes_away_for_ever(board: Callable[..., RemoteChat]) -> None:
+    with pytest.raises(ServiceError, match=r"The board says: None\."):
+        board(HELLO, lines(BREAKS["no daemon"]))
+
+
 def test_an_answer_that_breaks_off_for_ever(board: Callable[..., RemoteChat]) -> None:
     chat = board(HELLO, READ, PART + lines(end()), HELLO)
     with pytest.raises(ServiceError, match="again and again"):

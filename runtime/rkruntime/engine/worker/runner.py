@@ -87,7 +87,7 @@ class Runner:
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
         if not self._heard and None in self._ended:
-            # A run without a last callback is one thing, and an empty answer another; neither is silent.
+            # An empty answer has its end at least, and a run whose end is lost has said something.
             raise RunError("rkllm_run returned 0, and the runtime reported neither a token nor an end.")
         self._check_prompt_was_read()
         return self._results(header)
