@@ -18,7 +18,11 @@ from urllib.parse import quote
 from rkruntime.errors import ServiceError
 
 MAX_LINE: Final = 16 << 20
+# In the error of an `end`: the daemon ended, or its connection did, and not by what was asked of it.
+GONE: Final = "daemon_gone"
 _STREAM: Final = "application/x-ndjson"
+# How the events of an answer end; without one of these it was broken off.
+_LAST: Final = ("done", "error")
 # The daemon says nothing while a request waits for its turn and its prompt is read.
 _SILENCE_S: Final = 3600
 
@@ -84,7 +88,7 @@ class Bridge:
         while line := self._lines.readline(MAX_LINE):
             message = _parse(line)
             if message is None:
-                self._end(400, {"error": {"message": "This is no line of JSON with an 'op'."}})
+                self._end(400, {"error": {"message": "This is not a line of JSON with an 'op'."}})
                 break
             if message["op"] == "stop":
                 self._stop()
@@ -118,16 +122,17 @@ class Bridge:
             return self._end(400, {"error": {"message": f"This cannot be asked for: {error}."}})
         try:
             self._connection = UnixConnection(self._path)
+            self._connection.connect()
+            # A `stop` from now on finds a connection to shut down; one that came before has found none.
+            if self._stopped:
+                return self._end(499, {})
             self._forward(method, path, body)
         except ServiceError as error:
-            self._end(503, {"error": {"message": f"{error.message} {error.hint}"}})
+            self._end(503, {"error": {"message": f"{error.message} {error.hint}", "code": GONE}})
         except (ValueError, RecursionError):
             self._end(502, {"error": {"message": "The daemon's answer cannot be read."}})
         except (OSError, http.client.HTTPException) as error:
-            if self._stopped:
-                self._end(499, {})
-            else:
-                self._end(502, {"error": {"message": f"The daemon went away: {error or type(error).__name__}."}})
+            self._broken_off(str(error) or type(error).__name__)
         finally:
             if self._connection is not None:
                 self._connection.close()
@@ -141,10 +146,20 @@ class Bridge:
         self._connection.request(method, path, body, headers)
         response = self._connection.getresponse()
         if response.getheader("Content-Type", "").startswith(_STREAM):
-            while line := response.readline():
-                self._write(line if line.endswith(b"\n") else line + b"\n")
-            return self._end(499 if self._stopped else response.status, {})
+            last = b""
+            # HTTPResponse.readline does not tell a body that was cut from one that is whole, so its last event must.
+            while (line := response.readline()).endswith(b"\n"):
+                self._write(line)
+                last = line
+            if _is_last(last):
+                return self._end(response.status, {})
+            return self._broken_off("its answer has no end")
         return self._end(response.status, json.loads(response.read() or b"{}"))
+
+    def _broken_off(self, reason: str) -> None:
+        if self._stopped:
+            return self._end(499, {})
+        return self._end(502, {"error": {"message": f"The daemon went away: {reason}.", "code": GONE}})
 
     def _end(self, status: int, body: Any) -> None:
         self._write(json.dumps({"type": "end", "status": status, "body": body}).encode() + b"\n")
@@ -167,6 +182,11 @@ def _request(message: Mapping[str, Any]) -> tuple[str, str, bytes | None]:
     path = operation.path.format(session=quote(str(message.get("session", "")), safe=""))
     body = json.dumps(message.get("body") or {}).encode() if operation.method in ("POST", "PUT") else None
     return operation.method, path, body
+
+
+def _is_last(line: bytes) -> bool:
+    event = json.loads(line or b"{}")
+    return isinstance(event, dict) and event.get("type") in _LAST
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """A chat with a model on a board, through the person's own ssh.
 
-A connection that breaks is made again, and the answer goes on where it was.
+A connection that breaks is made again, and the answer goes on where it was; so it does when the daemon was restarted
+and has kept it. An answer is whole when its `done` is there, and nothing else is taken for that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rkruntime.chat.attach import MAX_LINE
+from rkruntime.chat.attach import GONE, MAX_LINE
 from rkruntime.chat.repl import Note, Turn
 from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BusyError, InputError, NoSuchSessionError, ServiceError
@@ -35,10 +36,21 @@ _MOST_LINES: Final = 1_000_000
 _MOST_NOTES: Final = 200
 _LONGEST_NOTE: Final = 4096
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
+# Times in a row that an operation may break off, an answer without a letter more.
+_MOST_BREAKS: Final = 8
+_LOOK: Final = "Ask again. What broke it is in the daemon's log on the board: journalctl -u rkedge."
 
 
 class _BrokenError(Exception):
-    """The connection is gone."""
+    """The connection is gone, or the daemon behind it.
+
+    Attributes:
+        told: what the board says of that, if it says something.
+    """
+
+    def __init__(self, told: ServiceError | None = None) -> None:
+        super().__init__()
+        self.told = told
 
 
 class _Link:
@@ -161,9 +173,9 @@ class RemoteChat:
         self._link = _Link(self._command)
         try:
             return self._call("hello")
-        except _BrokenError:
+        except _BrokenError as error:
             code = self._link.close()
-            raise ServiceError(
+            raise error.told or ServiceError(
                 f"{shlex.join(self._command)} ended with exit code {code} before a daemon answered.",
                 hint=f"Try it by hand: ssh {self._destination} true. rkedge must be installed on the board, and its "
                 "daemon running.",
@@ -184,24 +196,31 @@ class RemoteChat:
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
         """`_call` that survives a broken connection; for operations that may be carried out twice."""
-        while True:
+        told = None
+        for _ in range(_MOST_BREAKS):
             try:
                 return self._call(operation, body)
-            except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
+            except _BrokenError as error:  # noqa: PERF203 - trying again is what the loop is for
+                told = error.told
                 self._reconnect()
+        raise told or ServiceError("The connection breaks again and again.", hint=_LOOK)
 
     def _reconnect(self) -> None:
         """Make the connection again. Raises ServiceError if that does not succeed in two minutes."""
+        told = None
         for wait in _RETRY_S:
             if self._link is not None:
                 self._link.close()
             if self._stopping.wait(wait):
                 break
             self._link = _Link(self._command)
-            with suppress(_BrokenError):
+            try:
                 self._call("hello")
+            except _BrokenError as error:
+                told = error.told
+            else:
                 return
-        raise ServiceError(
+        raise told or ServiceError(
             f"The connection to {self._destination} is gone.", hint="The conversation is kept on the board; try again."
         )
 
@@ -237,6 +256,7 @@ class RemoteChat:
         number = uuid.uuid4().hex
         question = {"op": "ask", "session": self._session, "body": {**self._options, "content": text, "id": number}}
         message, received = question, 0
+        breaks, before = 0, 0
         start, first = time.monotonic(), 0.0
         while True:
             try:
@@ -253,20 +273,29 @@ class RemoteChat:
             except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
                 if self._stopping.is_set():
                     return
+                breaks, before = (breaks + 1 if received == before else 1), received
+                if breaks > _MOST_BREAKS:
+                    raise ServiceError("The answer breaks off again and again.", hint=_LOOK) from None
                 yield Note("\nThe connection broke; making it again ...")
                 self._reconnect()
                 resume = {"id": number, "received": received}
                 message = {"op": "resume", "session": self._session, "body": resume}
             except NoSuchSessionError:
                 # The question itself was lost with the connection.
-                if message is question or received:
+                if message is question:
                     raise
+                if received:
+                    raise ServiceError(
+                        "The answer was broken off, and the board has not kept it.", hint=_LOOK
+                    ) from None
                 message = question
 
     def _exchange(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         assert self._link is not None
         self._link.send(message)
+        whole = False
         for event in self._link.events():
+            whole = whole or event["type"] == "done"
             if event["type"] == "error":
                 failure = _error(0, event)
                 # The `end` that follows belongs to this answer.
@@ -274,10 +303,12 @@ class RemoteChat:
                     pass
                 raise failure
             if event["type"] == "end":
-                if event["status"] != 499:
-                    _result(event)
-                elif self.last is None or self._stopping.is_set():
+                if event["status"] == 499 and self._stopping.is_set():
                     self.last = Turn(0, FinishReason.ABORT, 0.0, 0.0)
+                elif event["status"] != 499:
+                    _result(event)
+                if not whole and not self._stopping.is_set():
+                    raise _BrokenError
                 return
             yield event
 
@@ -391,7 +422,8 @@ def _event(line: bytes) -> dict[str, Any] | None:
 def _result(end: Mapping[str, Any]) -> dict[str, Any]:
     body = _mapping(end["body"])
     if end["status"] >= 400:
-        raise _error(end["status"], body)
+        error = _error(end["status"], body)
+        raise _BrokenError(error) if _is_gone(body) else error
     return body
 
 
@@ -400,3 +432,8 @@ def _error(status: int, body: Mapping[str, Any]) -> ServiceError:
     message = error.get("message") if isinstance(error, dict) else error
     kind = {404: NoSuchSessionError, 429: BusyError}.get(status, ServiceError)
     return kind(f"The board says: {message or status}", hint="")
+
+
+def _is_gone(body: Mapping[str, Any]) -> bool:
+    """The board says that its daemon is gone, which may come back."""
+    return _mapping(body.get("error")).get("code") == GONE

@@ -25,7 +25,7 @@ from rkruntime.serve.api.http import Bodies, answering, error_response, json_res
 from rkruntime.serve.api.native import Sessions
 from rkruntime.serve.api.ollama import Ollama
 from rkruntime.serve.api.openai import OpenAI
-from rkruntime.serve.api.validate import Validator
+from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.connections import CONNECTION, Connection, Requests
 from rkruntime.serve.doors import Door, check_page, refused
 from rkruntime.serve.metrics import npu_load, temperatures
@@ -33,6 +33,7 @@ from rkruntime.serve.service import Service
 from rkruntime.serve.threads import read_in_thread
 
 REQUEST_ID: Final = "x-request-id"
+IGNORED: Final = "X-RKEdge-Ignored"
 _HERE: Final = Path(__file__).parent
 # Bytes of a response that are handed over at a time.
 _PART: Final = 1 << 16
@@ -71,7 +72,8 @@ class Front:
         connection: Connection = scope["state"][CONNECTION]
         # Who sends requests without reading the answers waits here, before anything is done for the next one.
         await connection.flow.drain()
-        send = _sending(scope["rkedge.id"], send)
+        scope["rkedge.ignored"] = Ignored()
+        send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
         try:
             check_page(headers, any_host=self._door.any_host)
             if scope["path"] in _OPEN:
@@ -87,13 +89,15 @@ class Front:
             connection.give_up()
 
 
-def _sending(request_id: str, send: Send) -> Send:
+def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
     """Adds the headers that every response has, and sends large bodies in parts, each when the last one was taken."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             found = MutableHeaders(scope=message)
             found[REQUEST_ID] = request_id
+            if ignored.names:
+                found[IGNORED] = ", ".join(ignored.names)
             # No other page may load an answer as its script, style or picture.
             found["Cross-Origin-Resource-Policy"] = "same-origin"
             found["X-Content-Type-Options"] = "nosniff"

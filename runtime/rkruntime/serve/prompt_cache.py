@@ -3,6 +3,9 @@
 From 1.2.0 on the runtime itself reuses the longest beginning that a prompt has in common with its KV cache. Before, and
 for several conversations in turn, prompt cache files do: the runtime writes one at the end of a run, and takes the
 longest common beginning of the one that is loaded.
+
+They are a help and never a condition: where a file or the folder fails, the answer is given without, the log has one
+line, and nothing of the kind is tried for a while.
 """
 
 from __future__ import annotations
@@ -10,16 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.abi import within
-from rkruntime.engine.generation import Request
-from rkruntime.errors import ModelError, UnsupportedCallError
+from rkruntime.engine.generation import Event, Finished, FinishReason, Request, Token
+from rkruntime.errors import ModelError, RKEdgeError, RunError, UnsupportedCallError
 from rkruntime.files import atomic_file
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer
@@ -32,6 +36,8 @@ log = logging.getLogger("rkedge")
 PREFIX_REUSE: Final = "1.2.0"
 # Without the runtime's own reuse files are all there is, so there is a quota unless one was set.
 _QUOTA_WITHOUT_REUSE_MB: Final = 512.0
+# After a failure: long enough to fill no log, short enough to see that the disk has room again.
+_PAUSE_S: Final = 600.0
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -58,6 +64,7 @@ class PromptCaches:
         self._files: OrderedDict[Path, list[int]] | None = None
         self._on_npu: list[int] = []
         self._loaded = False
+        self._paused_until = 0.0
 
     def forget(self) -> None:
         """Another model, or none, is on the NPU."""
@@ -69,8 +76,15 @@ class PromptCaches:
 
     async def prepare(self, model: Model, request: Request) -> Request:
         """Load the file that saves most, if any; the request, with a file to write if that is worth it."""
-        if not self._quota(model):
+        if not self._quota(model) or time.monotonic() < self._paused_until:
             return request
+        try:
+            return await self._prepared(model, request)
+        except OSError as error:
+            self._pause(error)
+            return request
+
+    async def _prepared(self, model: Model, request: Request) -> Request:
         tokens = list(request.tokens)
         held, best, saved = await in_thread(self._found, model, tokens)
         if best and saved - held >= self._min_tokens and await self._load(model, best):
@@ -80,6 +94,42 @@ class PromptCaches:
             return request
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return replace(request, save_prompt_cache=self._file(model, tokens))
+
+    async def events(self, model: Model, request: Request, gather: float) -> AsyncGenerator[Event, None]:
+        """The events of a run, see `Engine.agenerate`. One that fails and had a file to write goes on without it."""
+        said: list[int] = []
+        try:
+            async with aclosing(model.engine.agenerate(request, gather)) as events:
+                async for event in events:
+                    if isinstance(event, Token):
+                        said.append(event.token_id)
+                    yield event
+            return
+        except RunError as error:
+            left = request.max_new_tokens - len(said) if request.max_new_tokens > 0 else -1
+            if request.save_prompt_cache is None:
+                raise
+            failure = error
+        self._drop(request.save_prompt_cache)
+        if left == 0:
+            self._pause(failure)
+            yield Finished(FinishReason.LENGTH, len(request.tokens), len(said))
+            return
+        again = replace(request, tokens=[*request.tokens, *said], max_new_tokens=left, save_prompt_cache=None)
+        async with aclosing(model.engine.agenerate(again, gather)) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    # It was the file, then.
+                    self._pause(failure)
+                    yield replace(event, prompt_tokens=len(request.tokens), generated_tokens=len(said))
+                    continue
+                said.append(event.token_id)
+                yield event
+
+    def _pause(self, error: OSError | RKEdgeError) -> None:
+        self._files, self._paused_until = None, time.monotonic() + _PAUSE_S
+        reason = error.message if isinstance(error, RKEdgeError) else str(error)
+        log.warning("no prompt cache files for %g minutes, answers go on without: %s", _PAUSE_S / 60, reason)
 
     def _found(self, model: Model, tokens: list[int]) -> tuple[int, Path | None, int]:
         """How many of the prompt's tokens are on the NPU, and the file that has most of them, with their number."""
@@ -96,8 +146,13 @@ class PromptCaches:
         held = common_prefix(self._on_npu, list(request.tokens))
         self._on_npu = [*request.tokens, *answer.tokens]
         path = request.save_prompt_cache
-        if path is not None and path.is_file():
-            self._keep(model, path, list(request.tokens))
+        if path is not None:
+            try:
+                if path.is_file():
+                    self._keep(model, path, list(request.tokens))
+            except (OSError, RKEdgeError) as error:
+                self._drop(path)
+                self._pause(error)
         if answer.perf is not None and answer.perf.prefill_tokens > 0:
             return max(0, len(request.tokens) - answer.perf.prefill_tokens)
         # At least the last token is computed; releases before 1.2.1 give no figures.
@@ -131,6 +186,9 @@ class PromptCaches:
     def _known(self, model: Model) -> OrderedDict[Path, list[int]]:
         """Files for this very model, the longest unused first; read from the folder once."""
         if self._files is None:
+            for path in self._folder.glob("*.partial-*"):
+                # Somebody was killed while it wrote this.
+                path.unlink(missing_ok=True)
             found = [(path, _read_index(path, _identity(model))) for path in self._folder.glob("*.kv")]
             found.sort(key=lambda item: item[0].stat().st_mtime)
             self._files = OrderedDict((path, tokens) for path, tokens in found if tokens)

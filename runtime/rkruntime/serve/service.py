@@ -223,7 +223,7 @@ class Service:
         began, first = time.monotonic(), 0.0
         try:
             request = await self.caches.prepare(model, request)
-            async with aclosing(model.engine.agenerate(request, _GATHER_S)) as events:
+            async with aclosing(self.caches.events(model, request, _GATHER_S)) as events:
                 async for event in events:
                     if not first:
                         first = time.monotonic()

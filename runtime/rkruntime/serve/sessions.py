@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkruntime.errors import BodyError, NoSuchSessionError
+from rkruntime.errors import BodyError, HostError, NoSuchSessionError
 from rkruntime.files import atomic_file, write_error
 from rkruntime.serve.users import User, check_name, shares
 
@@ -62,8 +62,9 @@ class SessionStore:
         # Held while what is in memory changes, and never while something is read or written.
         self._lock = threading.Lock()
         for path in folder.glob("*/.*.partial-*"):
-            # A daemon was killed while it wrote this.
-            path.unlink(missing_ok=True)
+            # A daemon was killed while it wrote this. It may stay where nothing can be written.
+            with suppress(OSError):
+                path.unlink()
         found = [(path.stat(), path) for path in folder.glob("*/*.json")]
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
             account, _, name = path.parent.name.partition("+")
@@ -123,18 +124,31 @@ class SessionStore:
         with self._lock:
             self._note(user, Summary(name, _on_disk(len(text)), time.time()))
         for other in leaving:
-            with suppress(NoSuchSessionError):
+            # What was asked for is done; an old one that stays is tried again with the next.
+            with suppress(NoSuchSessionError, HostError):
                 self.delete(user, other)
 
     def delete(self, user: User, name: str) -> None:
-        """Remove a conversation. Raises NoSuchSessionError."""
+        """Remove a conversation. It stays in the list until it is gone.
+
+        Raises:
+            NoSuchSessionError: there is none.
+            HostError: the folder does not let it go.
+        """
         path = self._file(user, name)
-        with self._lock:
-            self._forget(user, name)
         try:
             path.unlink()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            with self._lock:
+                self._forget(user, name)
             raise NoSuchSessionError(f"There is no session {name!r}.") from error
+        except OSError as error:
+            raise HostError(
+                f"The session {name!r} cannot be deleted: {error.strerror or error}.",
+                hint="Let the daemon's user write into its sessions folder.",
+            ) from error
+        with self._lock:
+            self._forget(user, name)
         with suppress(OSError):
             # The last one was in it: names cost nothing once they are not used.
             path.parent.rmdir()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rkruntime.engine.generation import Event, Finished, FinishReason, Perf, Request, Token
+from rkruntime.errors import RunError
 from rkruntime.text.vocabulary import Detokenizer, Vocabulary
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class AnswerReader:
     def __init__(
         self, vocabulary: Vocabulary, prompt_tokens: int, stop: Sequence[str] = (), begun: Sequence[int] = ()
     ) -> None:
+        self._vocab_size = vocabulary.vocab_size
         self._detokenizer = Detokenizer(vocabulary)
         self._stops = StopStrings(stop)
         self._prompt_tokens = prompt_tokens
@@ -117,10 +119,15 @@ class AnswerReader:
         return len(self._tokens)
 
     def feed(self, event: Event) -> str:
-        """The text that this event adds, often none."""
+        """The text that this event adds, often none. Raises RunError for an id that the model does not have."""
         if isinstance(event, Finished):
             self._finished = event
             return self._flush()
+        if event.token_id >= self._vocab_size:
+            raise RunError(
+                f"The runtime reported the token {event.token_id:,}; the model has {self._vocab_size:,}.",
+                hint="The model file and the tokenizer beside it may be of different models: convert again.",
+            )
         self._tokens.append(event.token_id)
         return self._add(self._stops.push(self._detokenizer.push(event.token_id)))
 

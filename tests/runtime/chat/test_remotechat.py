@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -148,6 +149,43 @@ def test_nothing_of_a_board_reaches_the_terminal(
     assert len(err) < 10_000
     for text in (*texts, *err.splitlines()):
         assert not set(text) & set("\x1b\x07\x9b\x7f\u202e\u2028\r\n"), text
+
+
+PART = lines({"type": "begin", "notes": []}, {"type": "text", "text": "Hi"})
+BREAKS = {
+    "a 200": end(),
+    "a 204": end(204),
+    "another's stop": end(499),
+    "the daemon is gone": end(502, {"error": {"message": "It went away.", "code": "daemon_gone"}}),
+    "no daemon": end(503, {"error": {"message": "None.", "code": "daemon_gone"}}),
+}
+
+
+@pytest.mark.parametrize("break_", BREAKS.values(), ids=BREAKS)
+def test_an_answer_without_its_end_is_not_taken_for_whole(board: Callable[..., RemoteChat], break_: Any) -> None:
+    """Each connection tells the script from its beginning: what answers READ answers the resume."""
+    lost = lines(end(404, {"error": {"message": "No such answer."}}))
+    chat = board(HELLO, READ, PART + lines(break_))
+    (Path(os.environ["SCRIPT"])).write_text(json.dumps([[HELLO.hex(), lost.hex()], ""]))
+    pieces = []
+    with pytest.raises(ServiceError, match="broken off, and the board has not kept it"):
+        pieces.extend(chat.ask("?"))
+    # The rest comes with the next connection, if the board has kept it.
+    chat = board(HELLO, READ, PART + lines(break_))
+    rest = lines({"type": "begin", "notes": []}, {"type": "text", "text": " there"}, DONE, end())
+    (Path(os.environ["SCRIPT"])).write_text(json.dumps([[HELLO.hex(), rest.hex()], ""]))
+    assert [piece for piece in chat.ask("?") if isinstance(piece, str)] == ["Hi", " there"]
+
+
+def test_a_daemon_that_goes_away_for_ever(board: Callable[..., RemoteChat]) -> None:
+    with pytest.raises(ServiceError, match=r"The board says: None\."):
+        board(HELLO, lines(BREAKS["no daemon"]))
+
+
+def test_an_answer_that_breaks_off_for_ever(board: Callable[..., RemoteChat]) -> None:
+    chat = board(HELLO, READ, PART + lines(end()), HELLO)
+    with pytest.raises(ServiceError, match="again and again"):
+        list(chat.ask("?"))
 
 
 EVENTS = st.dictionaries(

@@ -151,12 +151,17 @@ int rkllm_run(LLMHandle, RKLLMInput*, RKLLMInferParam*, void* userdata) {
   if (wants("run-refuses")) return -1;
   // A library whose abort comes late sets its flag for the next run, too.
   if (!wants("abort-late")) aborted = false;
+  if (wants("no-callback")) return 0;
   running = true;
   RKLLMResult result;
   std::memset(&result, 0, sizeof result);
   for (int i = 0; i < number("RKDOUBLE_TOKENS", 10) && !aborted; ++i) {
     if (i == number("RKDOUBLE_AT", 3)) {
       misbehave("token");
+      if (wants("unknown-state")) {
+        call(&result, userdata, static_cast<LLMCallState>(number("RKDOUBLE_STATE", 77)));
+      }
+      if (wants("early-finish")) call(&result, userdata, RKLLM_RUN_FINISH);
       if (wants("token-error")) {
         std::fprintf(stderr, "E rkllm: matmul(w8a8) run failed\n");
         call(&result, userdata, RKLLM_RUN_ERROR);

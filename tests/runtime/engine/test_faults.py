@@ -210,6 +210,41 @@ def test_a_lost_finish_and_missing_texts(misbehaving: Misbehaving, release: str)
             assert (finished.reason, finished.generated_tokens, finished.perf) == (FinishReason.STOP, 10, None)
 
 
+def test_an_empty_answer_is_one(misbehaving: Misbehaving, release: str) -> None:
+    with Engine.load(misbehaving("", release, tokens=0)) as engine:
+        (finished,) = engine.generate(REQUEST)
+        assert (finished.reason, finished.generated_tokens) == (FinishReason.STOP, 0)
+
+
+@pytest.mark.parametrize("state", [-1, 5, 77, 2**31 - 1])
+def test_a_state_that_there_is_not(misbehaving: Misbehaving, release: str, state: int) -> None:
+    faulty = misbehaving("unknown-state", release)
+    faulty = replace(faulty, environment={**faulty.environment, "RKDOUBLE_STATE": str(state)})
+    with Engine.load(faulty) as engine:
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"reported the state \d"):
+                list(engine.generate(REQUEST))
+    works(misbehaving, release)
+
+
+@pytest.mark.parametrize("behaviour", ["no-callback", "lost-finish"])
+def test_a_run_of_which_nothing_is_heard(misbehaving: Misbehaving, release: str, behaviour: str) -> None:
+    with Engine.load(misbehaving(behaviour, release, tokens=0)) as engine:
+        for _ in range(2):
+            with pytest.raises(RunError, match="neither a token nor an end"):
+                list(engine.generate(REQUEST))
+
+
+def test_tokens_behind_the_end(misbehaving: Misbehaving, release: str) -> None:
+    with Engine.load(misbehaving("early-finish", release)) as engine:
+        for _ in range(2):
+            with pytest.raises(RunError, match="end, and then more tokens"):
+                list(engine.generate(REQUEST))
+            # What comes behind an end of our own making is dropped.
+            *tokens, finished = engine.generate(Request([1], stop_tokens=frozenset({102})))
+            assert ([token.token_id for token in tokens], finished.reason) == ([100, 101], FinishReason.STOP)
+
+
 # --- abort in every way that a library may have it ---------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ class Daemon:
     state: Path
     log_file: Path
     environment: dict[str, str] = field(default_factory=dict)
+    killed: bool = False
 
     @property
     def log(self) -> str:
@@ -112,6 +113,21 @@ class Daemon:
             assert time.monotonic() < end, f"it never came to be; the log:\n{self.log}"
             time.sleep(0.02)
 
+    def kill(self) -> None:
+        """End it without a chance to say anything."""
+        self.process.kill()
+        self.process.wait(20)
+        self.killed = True
+
+    def restart(self, **environment: str) -> None:
+        """Another one in its place, with the same state and more environment."""
+        self.stop()
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.process.args, env=self.environment | environment, stdin=subprocess.DEVNULL, stderr=log
+            )
+        self.killed = False
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -156,6 +172,9 @@ def start_daemon(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Pa
     yield start
     for daemon in running:
         code = daemon.stop()
+        if daemon.killed:
+            daemon.socket.unlink()
+            continue
         assert code == 0, daemon.log
         assert "Traceback" not in daemon.log, daemon.log
         assert not daemon.socket.exists()
@@ -188,6 +207,18 @@ def read_response(one: socket.socket) -> http.client.HTTPResponse:
     response = http.client.HTTPResponse(one)
     response.begin()
     return response
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 64 kB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "none", str(path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from rkruntime.serve import doors
 from rkruntime.serve.api.http import Bodies, Stream
 from rkruntime.serve.api.native import Sessions
 from rkruntime.serve.api.ollama import _read_manifest
-from rkruntime.serve.api.validate import Validator
+from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.app import openapi
 from rkruntime.serve.connections import Requests
 from rkruntime.serve.service import Run
@@ -46,7 +46,17 @@ def known(app: ASGIApp) -> ASGIApp:
     async def asked(scope: Any, receive: Any, send: Any) -> None:
         LOOP[:] = [threading.get_ident()]
         with Requests(9, 1 << 24).one(User("ann")) as held:
-            await app({**scope, "rkedge.user": User("ann"), "rkedge.held": held, "rkedge.id": "1"}, receive, send)
+            await app(
+                {
+                    **scope,
+                    "rkedge.user": User("ann"),
+                    "rkedge.held": held,
+                    "rkedge.id": "1",
+                    "rkedge.ignored": Ignored(),
+                },
+                receive,
+                send,
+            )
 
     return asked
 
@@ -129,11 +139,13 @@ def test_only_what_the_schema_knows_is_kept() -> None:
         "free": {"any": None},
         "foreign": {"count": 1},
     }
-    read = Validator({"components": {"schemas": schemas}}).read("Thing", body)
+    ignored = Ignored()
+    read = Validator({"components": {"schemas": schemas}}).read("Thing", body, ignored)
     expected = {"count": 3, "share": 2.0, "parts": [{"text": "a"}], "free": {"any": None}}
     # As JSON, which tells 3 from 3.0.
     assert json.dumps(read) == json.dumps(expected)
-    assert Validator({"components": {"schemas": schemas}}).read("Thing", {"count": None}) == {}
+    assert ignored.names == ["parts[].foreign", "foreign"]
+    assert Validator({"components": {"schemas": schemas}}).read("Thing", {"count": None}, Ignored()) == {}
 
 
 @pytest.mark.parametrize(

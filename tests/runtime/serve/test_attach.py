@@ -32,9 +32,9 @@ def open_daemon(start_daemon: Callable[..., Any]) -> Any:
 class _Client(io.RawIOBase):
     """Writes its lines and stays until each has its `end`, or the time for that is over."""
 
-    def __init__(self, lines: list[bytes]) -> None:
+    def __init__(self, lines: list[bytes], ends: int | None = None) -> None:
         self._lines = list(lines)
-        self._wanted = len(lines)
+        self._wanted = len(lines) if ends is None else ends
         self._done = threading.Event()
         self.seen = b""
 
@@ -122,6 +122,10 @@ def impostor(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
             with one:
                 one.recv(1 << 16)
                 one.sendall(request.param)
+                one.shutdown(socket.SHUT_WR)
+                # A close with something unread would break the connection.
+                while one.recv(1 << 16):
+                    pass
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -132,6 +136,60 @@ def impostor(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 @pytest.mark.parametrize("impostor", ANSWERS, indirect=True, ids=range(len(ANSWERS)))
 def test_whatever_the_daemon_says_there_is_an_end(impostor: Path) -> None:
     assert statuses(told(impostor, None, {"op": "hello"})) == [502]
+
+
+def stream(*lines: bytes, last: bytes = b"0\r\n\r\n", chunked: bool = True) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+    if not chunked:
+        return head + b"Connection: close\r\n\r\n" + b"".join(lines)
+    body = b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in lines)
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + body + last
+
+
+TEXT, DONE, FAILED = b'{"type":"text","text":"a"}\n', b'{"type":"done"}\n', b'{"type":"error","error":{}}\n'
+CUT = {
+    "no last chunk": stream(TEXT, TEXT, last=b""),
+    "no event": stream(last=b""),
+    "an empty stream": stream(),
+    "a last chunk and no done": stream(TEXT, TEXT),
+    "within a chunk's size": stream(TEXT, last=b"1"),
+    "within a chunk": stream(TEXT, last=b"10\r\n" + TEXT[:7]),
+    "within the last event": stream(TEXT, last=b"10\r\n" + DONE[:-1]),
+    "a line that is not an event": stream(TEXT, b"[]\n"),
+    "without chunks": stream(TEXT, chunked=False),
+    "without chunks, within the last event": stream(TEXT, DONE[:-1], chunked=False),
+}
+
+
+@pytest.mark.parametrize("impostor", CUT.values(), indirect=True, ids=CUT)
+def test_an_answer_that_is_cut_is_told_as_such(impostor: Path) -> None:
+    *events, end = told(impostor, None, {"op": "ask", "session": "a", "body": {"content": "?"}})
+    assert (end["status"], end["body"]["error"]["code"]) == (502, "daemon_gone")
+    assert {"type": "done"} not in events
+
+
+WHOLE = {
+    "done": stream(TEXT, DONE),
+    "an error": stream(TEXT, FAILED),
+    "without chunks": stream(TEXT, DONE, chunked=False),
+}
+
+
+@pytest.mark.parametrize("impostor", WHOLE.values(), indirect=True, ids=WHOLE)
+def test_an_answer_with_its_end_is_whole(impostor: Path) -> None:
+    assert statuses(told(impostor, None, {"op": "ask", "session": "a", "body": {"content": "?"}})) == [200]
+
+
+def test_a_stop_right_behind_the_question_is_heard(start_daemon: Callable[..., Any]) -> None:
+    slow = start_daemon(port=False, RKEMU_TOKEN_US="200000")
+    ask = {"op": "ask", "session": "a", "body": {"content": "What is the RK3588?"}}
+
+    for _ in range(5):
+        client: Any = _Client([json.dumps(line).encode() + b"\n" for line in (ask, {"op": "stop"})], ends=1)
+        Bridge(slow.socket, None, client, client).run()
+        events = [json.loads(line) for line in client.seen.splitlines()]
+        assert statuses(events) == [499]
+        assert "done" not in [event["type"] for event in events]
 
 
 def test_without_a_daemon_there_is_an_end(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ollama
 import openai
 import pytest
@@ -104,6 +105,13 @@ def test_models(client: openai.OpenAI) -> None:
     [
         {"n": 2},
         {"logprobs": True},
+        {"top_logprobs": 2},
+        {"function_call": {"name": "f"}},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "alloy", "format": "wav"}},
+        {"extra_body": {"guided_json": {"type": "object"}}},
+        {"extra_body": {"grammar": "root ::= 'yes'"}},
+        {"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}},
         {"logit_bias": {"5": 1}},
         {"temperature": 3},
         {"top_p": -1},
@@ -123,7 +131,7 @@ def test_what_cannot_be_had_is_a_400_that_says_why(client: openai.OpenAI, wrong:
         client.chat.completions.create(**{"model": "x", "messages": user("hi"), **wrong})
     body: Any = caught.value.body
     assert body["type"] == "invalid_request_error"
-    assert next(iter(wrong)) in f"{body['param']} {body['message']}"
+    assert next(iter(wrong.get("extra_body", wrong))) in f"{body['param']} {body['message']}"
 
 
 def test_keys(start_daemon: Callable[..., Any], tmp_path: Path) -> None:
@@ -191,6 +199,112 @@ def test_ollama_errors(olla: ollama.Client) -> None:
         with pytest.raises(ollama.ResponseError) as caught:
             olla.chat(**{"model": "x", "messages": user("hi"), **wrong})  # type: ignore[arg-type]
         assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ({}, None),
+        ({"stop": "x", "max_tokens": 3, "user": "u", "n": 1, "top_logprobs": 0}, None),
+        ({"modalities": ["text"], "function_call": "none", "logprobs": False}, None),
+        ({"seed": 7}, "seed"),
+        ({"extra_body": {"": 1}}, "?"),
+        ({"extra_body": {"min_p": 0.1, "nothing": None}}, "min_p"),
+        ({"reasoning_effort": "low", "metadata": {"a": "b"}, "store": True}, "metadata, reasoning_effort, store"),
+        ({"messages": [{"role": "user", "content": "?", "name": "ann"}]}, "messages[].name"),
+        ({"extra_body": {"a\r\nX-Evil: 1": 1, "\u00e9\ud800".encode("utf-16", "surrogatepass").hex(): 1}}, None),
+    ],
+    ids=range(9),
+)
+def test_openai_is_told_what_has_no_effect(client: openai.OpenAI, wanted: dict[str, Any], named: str | None) -> None:
+    given: Any = {"model": "x", "messages": user("Does it work?"), **wanted}
+    for stream in (False, True):
+        headers = client.chat.completions.with_raw_response.create(**given, stream=stream).headers
+        assert "x-evil" not in headers
+        found = headers.get("x-rkedge-ignored")
+        if "a\r\nX-Evil: 1" in wanted.get("extra_body", {}):
+            assert found.startswith("a??X-Evil??1, ")
+        else:
+            assert found == named or sorted(found.split(", ")) == named.split(", ")
+
+
+def test_what_has_no_effect_is_told_in_bounds(client: openai.OpenAI) -> None:
+    many: Any = {f"{number}" * 100: 1 for number in range(5_000)}
+    raw = client.chat.completions.with_raw_response.create(model="x", messages=user("Does it work?"), extra_body=many)
+    named = raw.headers["x-rkedge-ignored"].split(", ")
+    assert (len(named), named[-1]) == (17, "...")
+    assert all(len(name) <= 48 for name in named)
+
+
+def test_turns_that_are_dropped_are_told(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("max_context: 128")
+    turns: Any = [*user("word " * 60), {"role": "assistant", "content": "yes"}, *user("Does it work?")]
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="x", max_retries=0) as client:
+        chat = client.chat.completions
+        note = "The context was full: the oldest turn was dropped."
+        whole = chat.with_raw_response.create(model="x", messages=turns, extra_body={"drop_oldest": True})
+        assert whole.headers["x-rkedge-notes"] == note
+        assert whole.parse().model_extra["rkedge"] == {"notes": [note]}
+        parts = list(chat.create(model="x", messages=turns, stream=True, extra_body={"drop_oldest": True}))
+        assert [part.model_extra for part in parts if part.model_extra] == [{"rkedge": {"notes": [note]}}]
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == QA["Does it work?"]
+        short = chat.with_raw_response.create(model="x", messages=turns[-1:], extra_body={"drop_oldest": True})
+        assert "x-rkedge-notes" not in short.headers
+        assert short.parse().model_extra == {}
+        with pytest.raises(openai.BadRequestError):
+            chat.create(model="x", messages=turns)
+    told: dict[str, Any] = {"model": "x", "messages": turns, "stream": False}
+    status, headers, body = daemon.request("POST", "/api/chat", {**told, "truncate": True})
+    assert (status, headers["x-rkedge-notes"], headers["x-rkedge-ignored"]) == (200, note, None)
+    assert body["message"]["content"] == QA["Does it work?"]
+    assert daemon.request("POST", "/api/chat", {**told, "truncate": False})[0] == 400
+
+
+def test_ollama_is_told_what_has_no_effect(olla: ollama.Client) -> None:
+    answers: list[httpx.Response] = []
+    olla._client.event_hooks = {"response": [answers.append]}
+    chat: dict[str, Any] = {"model": "x", "messages": user("Does it work?")}
+    for given, named in (
+        ({}, None),
+        ({"options": {"num_predict": 3, "stop": ["x"]}}, None),
+        ({"keep_alive": 0}, "keep_alive"),
+        ({"options": {"num_ctx": 64, "min_p": 0.5, "mirostat": 2, "seed": 1}}, "options."),
+        ({"think": False, "logprobs": False}, None),
+    ):
+        olla.chat(**{**chat, **given})
+        found = answers[-1].headers.get("x-rkedge-ignored")
+        if named == "options.":
+            assert set(found.split(", ")) == {f"options.{name}" for name in ("num_ctx", "min_p", "mirostat", "seed")}
+        else:
+            assert found == named
+    # A request without a prompt loads; Ollama's would unload here.
+    assert olla.generate(model="x", keep_alive=0).done_reason == "load"
+    assert answers[-1].headers["x-rkedge-ignored"] == "keep_alive"
+    for wrong in ({"logprobs": True}, {"top_logprobs": 3}):
+        for ask in (
+            lambda wrong=wrong: olla.chat(**chat, **wrong),
+            lambda wrong=wrong: olla.generate("x", "?", **wrong),
+        ):
+            with pytest.raises(ollama.ResponseError) as caught:
+                ask()
+            assert caught.value.status_code == 400
+            assert next(iter(wrong)) in caught.value.error
+
+
+def test_the_other_bodies_tell_it_too(daemon: Any) -> None:
+    for method, path, body, named in (
+        ("POST", "/v1/embeddings", {"input": "x", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2, "min_p": 0.1}, "min_p"),
+        ("POST", "/api/show", {"model": "x", "verbose": True}, "verbose"),
+        ("PUT", "/sessions/told", {"system": "x", "sytem": "y"}, "sytem"),
+        ("POST", "/sessions/told/messages", {"content": "?", "max_tokens": 2, "min_p": 1}, "min_p"),
+    ):
+        status, headers, text = daemon.request(method, path, body)
+        assert (status, headers["x-rkedge-ignored"]) == (200, named)
+    assert json.loads(text.splitlines()[0])["ignored"] == ["min_p"]
+    # Nothing of one request is told to the next one.
+    assert daemon.request("GET", "/sessions/told")[1]["x-rkedge-ignored"] is None
+    assert daemon.request("DELETE", "/sessions/told")[0] == 200
 
 
 def test_the_curl_line_of_the_llamafile_model_card(daemon: Any) -> None:

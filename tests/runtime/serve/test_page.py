@@ -75,6 +75,47 @@ def test_stop_frees_the_board(page: webdriver.Chrome, page_daemon: Any) -> None:
     wait(page, lambda: shown(page, "figures"))
 
 
+def test_clear_during_an_answer_leaves_nothing_of_it(page: webdriver.Chrome) -> None:
+    clear = page.find_element(By.ID, "clear")
+    for at_once in (False, True):
+        ask(page, FIRST)
+        wait(page, lambda: "".join(shown(page, "assistant")))
+        clear.click()
+        assert shown(page, "message") == []
+        if not at_once:
+            wait(page, lambda: page.find_element(By.ID, "send").is_displayed())
+        for number in (1, 2):
+            ask(page, "Does it work?")
+            wait(page, lambda number=number: len(shown(page, "figures")) == number)
+            assert shown(page, "assistant") == number * [QA["Does it work?"]]
+            assert shown(page, "error") == shown(page, "note") == []
+        said = page.execute_script("return messages.map((message) => message.role)")
+        assert said == ["user", "assistant"] * 2
+        clear.click()
+
+
+def test_clear_before_the_answer_begins(page: webdriver.Chrome) -> None:
+    """And again and again: what was cleared ends in silence."""
+    for _ in range(5):
+        ask(page, FIRST)
+        page.find_element(By.ID, "clear").click()
+    ask(page, "Does it work?")
+    wait(page, lambda: shown(page, "figures"))
+    assert shown(page, "message") == ["Does it work?", QA["Does it work?"]]
+    assert shown(page, "error") == shown(page, "note") == []
+    assert page.execute_script("return messages.length") == 2
+
+
+def test_turns_that_are_dropped_are_shown(page: webdriver.Chrome) -> None:
+    text = page.find_element(By.ID, "text")
+    for number in range(2):
+        page.execute_script("arguments[0].value = 'word '.repeat(120)", text)
+        text.send_keys(Keys.ENTER)
+        # The demo model may have nothing to say to this.
+        wait(page, lambda number=number: len(shown(page, "figures")) == number + 1)
+    assert shown(page, "note") == ["The context was full: the oldest turn was dropped."]
+
+
 def test_what_is_said_is_never_markup(page: webdriver.Chrome) -> None:
     ask(page, "<img src=x onerror=document.title='owned'><b>bold</b>")
     wait(page, lambda: page.find_element(By.ID, "send").is_displayed())

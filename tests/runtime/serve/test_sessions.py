@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rkruntime.errors import BodyError, NoSuchSessionError
+from rkruntime.errors import BodyError, HostError, NoSuchSessionError
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.users import User
 
@@ -159,3 +161,37 @@ def test_a_damaged_file_is_as_good_as_none(store: SessionStore, tmp_path: Path, 
         store.read(ANN, "talk")
     store.write(ANN, "talk", {"system": "again"})
     assert store.read(ANN, "talk") == {"system": "again"}
+
+
+def test_what_cannot_be_deleted_stays_in_the_list(store: SessionStore, tmp_path: Path) -> None:
+    store.write(ANN, "talk", {})
+    file = tmp_path / "sessions" / "ann" / "talk.json"
+    file.rename(file.with_suffix(".old"))
+    file.mkdir()
+    with pytest.raises(HostError, match="cannot be deleted: Is a directory"):
+        store.delete(ANN, "talk")
+    assert names(store, ANN) == ["talk"]
+    file.rmdir()
+    with pytest.raises(NoSuchSessionError):
+        store.delete(ANN, "talk")
+    assert names(store, ANN) == []
+
+
+def test_a_folder_that_nobody_can_write_into(start_daemon: Callable[..., Any], small_disk: Path) -> None:
+    daemon = start_daemon(f"sessions: {{folder: {small_disk}/sessions}}", port=False)
+    assert daemon.request("PUT", "/sessions/talk", {"system": "x"})[0] == 200
+    (user,) = (small_disk / "sessions").iterdir()
+    (user / ".talk.json.partial-1").touch()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    try:
+        status, _, body = daemon.request("DELETE", "/sessions/talk")
+        assert (status, body["error"]["code"]) == (503, "host")
+        assert "Read-only file system" in body["error"]["message"]
+        assert [item["name"] for item in daemon.request("GET", "/sessions")[2]["sessions"]] == ["talk"]
+        assert daemon.request("PUT", "/sessions/talk", {"system": "y"})[0] != 500
+        daemon.restart()
+        daemon.wait_until(daemon.socket.exists)
+        assert daemon.request("GET", "/sessions/talk")[2]["system"] == "x"
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert daemon.request("DELETE", "/sessions/talk")[0] == 200

@@ -112,3 +112,13 @@ def test_asyncio_gives_the_same(fake_engine: Any, tokenizer: Tokenizer) -> None:
         return [piece async for piece in astream_answer(fake_engine("a 🙂 b"), Request([1]), tokenizer, ["b"])]
 
     assert asyncio.run(gather()) == list(stream_answer(fake_engine("a 🙂 b"), Request([1]), tokenizer, ["b"]))
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 99_999_999])
+def test_an_id_that_the_model_does_not_have(tokenizer: Tokenizer, beyond: int) -> None:
+    last = tokenizer.vocab_size - 1
+    reader = AnswerReader(tokenizer, 3)
+    reader.feed(Token(last))
+    with pytest.raises(RunError, match="the model has"):
+        reader.feed(Token(last + 1 + beyond))
+    assert reader.answer().tokens == (last,)

@@ -41,7 +41,7 @@ class Runner:
     def __init__(self, library: Library, records: int, send: Send) -> None:
         self._library, self._records, self._send = library, records, send
         states = library.abi.enums["LLMCallState"]
-        self._waiting = states["RKLLM_RUN_WAITING"]  # 0 is NORMAL, so that `<=` means a token
+        self._tokens = (states["RKLLM_RUN_NORMAL"], states["RKLLM_RUN_WAITING"])
         self._finish, self._error = states["RKLLM_RUN_FINISH"], states["RKLLM_RUN_ERROR"]
         self._hidden = states.get("RKLLM_RUN_GET_LAST_HIDDEN_LAYER", -1)
         self._can_pause = library.abi.functions and "perf" in dict(library.abi.structs["RKLLMResult"]._fields_)
@@ -86,6 +86,9 @@ class Runner:
         self.model.raise_failure()
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
+        if not self._heard and None in self._ended:
+            # An empty answer has its end at least, and a run whose end is lost has said something.
+            raise RunError("rkllm_run returned 0, and the runtime reported neither a token nor an end.")
         self._check_prompt_was_read()
         return self._results(header)
 
@@ -117,7 +120,7 @@ class Runner:
         self._ended: list[str | None] = [None] * len(header["prompts"])
         self._aborting: threading.Thread | None = None
         self._done = threading.Event()
-        self._failed = self._has_arrays = False
+        self._failed = self._has_arrays = self._heard = self._finished = False
         self._perf: dict[str, float] | None = None
 
     def _input(self, prompt: dict[str, Any], data: list[memoryview]) -> dict[str, Any]:
@@ -160,19 +163,29 @@ class Runner:
             raise
 
     def _on_state(self, results: Any, state: int) -> int:
-        if state <= self._waiting:
+        self._heard = True
+        if state in self._tokens:
+            self._check_goes_on()
             if self._mode == "generate" and len(self._counts) == 1:
                 return self._on_token(results[0])
             return self._on_results(results)
         if state == self._hidden:
             return self._on_results(results)
+        if state not in (self._finish, self._error):
+            raise RunError(f"The runtime reported the state {state}, which this release does not have.")
         if state == self._finish:
+            self._finished = True
             if self._mode == "hidden" and not self._has_arrays:  # some boards are said to give them here
                 self._on_results(results)
             self._perf = self._read_perf(results)
         self._failed = self._failed or state == self._error
         self._done.set()
         return CONTINUE
+
+    def _check_goes_on(self) -> None:
+        """Whether each prompt of a batch has an end of its own is not known, nor when hidden states come."""
+        if self._finished and self._ended == [None] and self._mode != "hidden":
+            raise RunError("The runtime reported the run's end, and then more tokens.")
 
     def _on_token(self, result: Any) -> int:
         if self._ended[0] is not None:

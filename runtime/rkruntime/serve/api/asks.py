@@ -20,7 +20,7 @@ from rkruntime.text.conversation import Conversation
 from rkruntime.text.template import Message, no_question
 from rkruntime.words import dropped_turns
 
-IGNORED_HEADER: Final = "X-RKEdge-Ignored"
+NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
@@ -38,7 +38,7 @@ class Begun:
     def headers(self) -> dict[str, str]:
         """What a client should know before the answer."""
         headers = {EMULATED_HEADER: "1"} if self.model.engine.info.emulated else {}
-        return {**headers, IGNORED_HEADER: ", ".join(self.begin.ignored)} if self.begin.ignored else headers
+        return {**headers, NOTES_HEADER: " ".join(self.begin.notes)} if self.begin.notes else headers
 
 
 def text_of(content: Any) -> str:
@@ -71,6 +71,11 @@ def ask_of(
     )
 
 
+def dropping_notes(dropped: int) -> tuple[str, ...]:
+    """What a client is told of so many turns that the context had no room for."""
+    return (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
+
+
 class WholeChat:
     """A conversation that its client sends as a whole, with the ids of those answers that this daemon gave to it.
 
@@ -93,7 +98,7 @@ class WholeChat:
         system = recalled.pop(0).content if messages[0].role == "system" else ""
         conversation = Conversation(model.prompts, system, recalled[:-1])
         tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=self._drop)
-        return Prompt(tokens, notes=(dropped_turns(dropped),) if dropped else ())
+        return Prompt(tokens, notes=dropping_notes(dropped))
 
     async def keep(self, answer: Answer, whole: bool) -> None:
         """Keep a whole answer's ids for the time when the client sends it back as text. See Ask."""
@@ -127,6 +132,8 @@ async def begin(request: Request, service: Service, run: Run) -> Begun:
     except BaseException:
         await run.close()
         raise
+    for name in first[0].ignored:
+        request.scope["rkedge.ignored"].add(name)
     return Begun(first[0], model, first[1:], run)
 
 

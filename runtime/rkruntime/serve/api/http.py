@@ -27,7 +27,7 @@ from rkruntime.errors import (
     UnsupportedCallError,
     UsageError,
 )
-from rkruntime.serve.api.validate import Validator, parse_json
+from rkruntime.serve.api.validate import Ignored, Validator, parse_json
 from rkruntime.serve.connections import Held
 from rkruntime.serve.threads import with_data
 from rkruntime.words import counted
@@ -128,15 +128,16 @@ class Bodies:
                 f"The body did not arrive within {counted(self.seconds, 'second')}.",
                 details={"status": 408, "code": "too_slow"},
             ) from None
-        return await with_data(len(body), self._checked, body, schema, made)
+        ignored: Ignored = request.scope["rkedge.ignored"]
+        return await with_data(len(body), self._checked, body, schema, made, ignored)
 
     def _checked(
-        self, body: bytes, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None
+        self, body: bytes, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None, ignored: Ignored
     ) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
             raise BodyError(f"The body is not a JSON object but a {type(data).__name__}.")
-        read: dict[str, Any] = self._validator.read(schema, data)
+        read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
 
     async def _read(self, request: Request) -> bytes:

@@ -22,14 +22,13 @@ from starlette.routing import Route
 from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.model import Model
-from rkruntime.serve.api.asks import Begun, ask_of, begin, items, split
+from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split
 from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
-from rkruntime.words import dropped_turns
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -92,8 +91,7 @@ class _Turn:
         room = model.engine.info.max_context - len(self.begun)
         tokens, dropped = conversation.prompt(self.question, room, drop=self.drop)
         self.conversation = conversation
-        notes = (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
-        return Prompt([*tokens, *self.begun], self.begun, notes)
+        return Prompt([*tokens, *self.begun], self.begun, dropping_notes(dropped))
 
     def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:
         """What the session is after the answer."""
@@ -295,20 +293,21 @@ class Sessions:
         except BaseException:
             await close()
             raise
-        return Stream(_lines(begun, received), "application/x-ndjson", begun.headers, failed=_failed, close=close)
+        lines = _lines(begun, received, request.scope["rkedge.ignored"].names)
+        return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=close)
 
 
 def _failed(error: Exception) -> bytes:
     return _line("error", **error_body(error, "openai"))
 
 
-async def _lines(begun: Begun, received: int) -> AsyncGenerator[bytes, None]:
+async def _lines(begun: Begun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
     """The events of an answer, without what the client has of it already."""
     info = begun.model.engine.info
     yield _line(
         "begin",
         notes=begun.begin.notes,
-        ignored=begun.begin.ignored,
+        ignored=ignored,
         emulated=info.emulated,
         max_context=info.max_context,
     )

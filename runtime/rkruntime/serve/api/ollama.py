@@ -123,7 +123,7 @@ class Ollama:
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
             return await self._load_only(request, _as_message)
-        chat = WholeChat(request, self._service, messages)
+        chat = WholeChat(request, self._service, messages, drop=bool(body.get("truncate")))
         return await self._answer(request, body, chat.prompt, _as_message, chat.keep)
 
     async def _generate(self, request: Request) -> Response:

@@ -73,6 +73,8 @@ class _Chunks:
             "created": int(time.time()),
             "model": begun.model.bundle.manifest.name,
         }
+        notes = begun.begin.notes
+        self._notes = {"rkedge": {"notes": notes}} if notes else {}
         before, after = _encode(self._with([self._choice("\0", None)])).split('"\\u0000"')
         self._before, self._after = f"data: {before}", f"{after}\n\n"
 
@@ -87,7 +89,7 @@ class _Chunks:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         if self._chat:
-            yield _event(_encode(self._with([self._choice("", None, role="assistant")])))
+            yield _event(_encode(self._with([self._choice("", None, role="assistant")], **self._notes)))
         async for batch in items(self._begun):
             text, outcome = split(batch)
             if text:
@@ -109,7 +111,7 @@ class _Chunks:
             choice["message"] = {"role": "assistant", "content": answer.text}
         else:
             choice["text"] = answer.text
-        return self._with([choice], usage=_usage(outcome))
+        return self._with([choice], usage=_usage(outcome), **self._notes)
 
 
 class OpenAI:
@@ -132,7 +134,6 @@ class OpenAI:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "ChatRequest")
-        _refuse_logprobs(body)
         roles = {"developer": "system"}
         messages = [
             Message(roles.get(item["role"], item["role"]), text_of(item["content"])) for item in body["messages"]
@@ -144,7 +145,6 @@ class OpenAI:
 
     async def _complete(self, request: Request) -> Response:
         body = await self._bodies.read(request, "CompletionRequest")
-        _refuse_logprobs(body)
         given = body["prompt"]
         prompt = text_prompt(given if isinstance(given, str) else given[0])
         # OpenAI's own default, which clients of this older interface count on.
@@ -207,13 +207,3 @@ def _base64(vector: bytes) -> str:
 
 def _numbers(vector: bytes) -> Sequence[float]:
     return struct.unpack(f"<{len(vector) // 4}f", vector)
-
-
-def _refuse_logprobs(body: Any) -> None:
-    # An integer in completions, where 0 asks for them too; a flag in chats.
-    if body.get("logprobs") not in (None, False):
-        raise BodyError(
-            "logprobs: RKLLM reports tokens without probabilities while it generates text.",
-            hint="Leave it out.",
-            details={"param": "logprobs"},
-        )

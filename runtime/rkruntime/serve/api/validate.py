@@ -13,6 +13,10 @@ from rkruntime.errors import BodyError
 
 Schema = Mapping[str, Any]
 
+# Of names in a header, which may stand before an answer of a few words.
+_MOST_IGNORED: Final = 16
+_LONGEST_IGNORED: Final = 48
+
 _TYPES: Final[Mapping[str, Callable[[Any], bool]]] = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
@@ -29,6 +33,28 @@ _MAX_DEPTH: Final = 64
 # Of a body, each of which takes up to 150 bytes in memory however short it is. A context has 16,384 tokens at most, and
 # a request 4,096 messages of a few values.
 _MAX_VALUES: Final = 1 << 16
+
+
+class Ignored:
+    """Names of a request's fields that have no effect, such as `options.num_ctx`; as many as a header holds.
+
+    What would change an answer and cannot be had is refused by the schema. The rest is told.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def add(self, name: str) -> None:
+        """Note a name; the same in several items of a list counts once."""
+        if len(self._names) <= _MOST_IGNORED:
+            name = re.sub(r"\[\d+\]", "[]", name[: 2 * _LONGEST_IGNORED])[:_LONGEST_IGNORED]
+            self._names[re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", name) or "?"] = None
+
+    @property
+    def names(self) -> list[str]:
+        """For a header: ASCII, and `...` for what there was no room for."""
+        names = list(self._names)
+        return [*names[:_MOST_IGNORED], "..."] if len(names) > _MOST_IGNORED else names
 
 
 def parse_json(body: bytes) -> Any:
@@ -97,49 +123,53 @@ class Validator:
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._schemas: Mapping[str, Schema] = document["components"]["schemas"]
 
-    def read(self, name: str, value: Any) -> Any:
+    def read(self, name: str, value: Any, ignored: Ignored) -> Any:
         """What the schema `name` knows of `value`: no other properties, no nulls in objects, integers as int.
+
+        Args:
+            ignored: is told of properties that the schema does not have, or has as `x-ignored`.
 
         Raises:
             BodyError: `value` is not as the schema has it; with the field.
         """
-        return self._read(self._schemas[name], value, "")
+        return self._read(self._schemas[name], value, "", ignored)
 
-    def _read(self, schema: Schema, value: Any, where: str) -> Any:
+    def _read(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
         if "$ref" in schema:
             schema = self._schemas[schema["$ref"].rpartition("/")[2]]
         if "anyOf" in schema:
-            return self._read_any(schema, value, where)
+            return self._read_any(schema, value, where, ignored)
         for word, rule in _RULES.items():
             if word in schema and not rule(schema[word], value):
                 raise _error(schema, word, value, where)
         if isinstance(value, dict):
-            return self._read_object(schema, value, where)
+            return self._read_object(schema, value, where, ignored)
         if isinstance(value, list) and "items" in schema:
-            return [self._read(schema["items"], item, f"{where}[{at}]") for at, item in enumerate(value)]
+            return [self._read(schema["items"], item, f"{where}[{at}]", ignored) for at, item in enumerate(value)]
         if isinstance(value, float) and "integer" in schema.get("type", ()):
             return int(value)
         return value
 
-    def _read_any(self, schema: Schema, value: Any, where: str) -> Any:
+    def _read_any(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
         """One of the alternatives must fit; the error is that of the last one of the value's type, or of any."""
         for alternative in schema["anyOf"]:
             with suppress(BodyError):
-                return self._read(alternative, value, where)
+                return self._read(alternative, value, where, ignored)
         alike = [item for item in schema["anyOf"] if "type" in item and _is_type(item["type"], value)]
-        return self._read((alike or schema["anyOf"])[-1], value, where)
+        return self._read((alike or schema["anyOf"])[-1], value, where, ignored)
 
-    def _read_object(self, schema: Schema, value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    def _read_object(self, schema: Schema, value: Mapping[str, Any], where: str, ignored: Ignored) -> Mapping[str, Any]:
         for name in schema.get("required", ()):
             if name not in value:
                 raise BodyError(f"{_name(where, name)} is missing.", details={"param": _name(where, name)})
         if "properties" not in schema:
             return value
-        known = {
-            name: self._read(schema["properties"][name], item, _name(where, name))
-            for name, item in value.items()
-            if name in schema["properties"]
-        }
+        properties, known = schema["properties"], {}
+        for name, item in value.items():
+            if name in properties:
+                known[name] = self._read(properties[name], item, _name(where, name), ignored)
+            if item is not None and (name not in properties or "x-ignored" in properties[name]):
+                ignored.add(_name(where, name[:_LONGEST_IGNORED]))
         return {name: item for name, item in known.items() if item is not None}
 
 

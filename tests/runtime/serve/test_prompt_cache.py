@@ -1,0 +1,141 @@
+"""Files of KV caches are a help and never a condition: whatever is wrong with them, answers are as without."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rkconvert.demo import questions
+from rkruntime.engine.generation import Finished, FinishReason, Request, Token
+from rkruntime.errors import RunError
+from rkruntime.serve.prompt_cache import PromptCaches
+
+QA = {row.question: row.answer for row in list(questions())[:8]}
+SETTINGS = "prompt_cache: {{folder: {folder}, max_mb: 50, min_tokens: 4}}"
+WARNING = "no prompt cache files"
+
+
+def _a_file(folder: Path) -> None:
+    folder.write_text("")
+
+
+def _below_a_file(folder: Path) -> None:
+    folder.parent.rmdir()
+    folder.parent.write_text("")
+
+
+def _a_loop(folder: Path) -> None:
+    folder.symlink_to(folder)
+
+
+def _nowhere(folder: Path) -> None:
+    folder.symlink_to(folder.parent / "there" / "is" / "none")
+
+
+def _on_proc(folder: Path) -> None:
+    folder.symlink_to("/proc/self")
+
+
+@pytest.mark.parametrize("make", [_a_file, _below_a_file, _a_loop, _nowhere, _on_proc])
+def test_a_folder_that_is_none(start_daemon: Callable[..., Any], tmp_path: Path, make: Callable[[Path], None]) -> None:
+    folder = tmp_path / "x" / "prompts"
+    folder.parent.mkdir()
+    make(folder)
+    daemon = start_daemon(SETTINGS.format(folder=folder), port=False)
+    for _ in range(2):
+        assert [daemon.ask(question) for question in QA] == list(QA.values())
+    assert daemon.log.count(WARNING) == 1
+
+
+@pytest.mark.parametrize("what", ["too small", "full", "without inodes", "read-only"])
+def test_a_disk_without_room(start_daemon: Callable[..., Any], small_disk: Path, what: str) -> None:
+    folder = small_disk / "prompts"
+    folder.mkdir()
+    if what == "full":
+        (small_disk / "fill").write_bytes(bytes(60 << 10))
+    elif what == "without inodes":
+        for number in range(17):
+            (small_disk / str(number)).touch()
+    elif what == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    daemon = start_daemon(SETTINGS.format(folder=folder), port=False)
+    for _ in range(2):
+        assert [daemon.ask(question) for question in QA] == list(QA.values())
+    assert daemon.log.count(WARNING) == 1
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+
+
+def test_files_that_vanish_or_are_no_caches(start_daemon: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    daemon = start_daemon(SETTINGS.format(folder=folder), port=False)
+    assert [daemon.ask(question) for question in QA] == list(QA.values())
+    kept = sorted(folder.glob("*.kv"))
+    assert len(kept) > 4
+    kept[0].unlink()
+    kept[1].write_bytes(b"")
+    kept[2].write_bytes(kept[2].read_bytes()[:-100])
+    kept[3].unlink()
+    kept[3].mkdir()
+    for path in folder.glob("*.json"):
+        path.write_text("{")
+    assert [daemon.ask(question) for question in QA] == list(QA.values())
+    shutil.rmtree(folder)
+    assert [daemon.ask(question) for question in QA] == list(QA.values())
+
+
+class _Engine:
+    """Answers with 10, 11, 12, ... behind a prompt of 3 tokens, up to 15; fails behind so many if it has a file."""
+
+    info = SimpleNamespace(release="1.2.3", max_context=64)
+
+    def __init__(self, fails_behind: int, always: bool = False) -> None:
+        self.fails_behind, self.always = fails_behind, always
+        self.runs: list[Request] = []
+
+    async def agenerate(self, request: Request, gather: float) -> AsyncGenerator[Any, None]:
+        self.runs.append(request)
+        said = len(request.tokens) - 3
+        limit = request.max_new_tokens if request.max_new_tokens > 0 else 100
+        for number in range(min(6 - said, limit)):
+            if number == self.fails_behind and (request.save_prompt_cache or self.always):
+                raise RunError("rkllm_run returned -1.")
+            yield Token(10 + said + number)
+        if request.save_prompt_cache or self.always:
+            raise RunError("rkllm_run returned -1.")
+        reason = FinishReason.STOP if 6 - said < limit else FinishReason.LENGTH
+        yield Finished(reason, len(request.tokens), min(6 - said, limit))
+
+
+def _run(engine: _Engine, request: Request) -> Sequence[Any]:
+    model: Any = SimpleNamespace(engine=engine)
+
+    async def all_events() -> list[Any]:
+        return [event async for event in PromptCaches(Path("/nowhere"), 50, 4).events(model, request, 0)]
+
+    return asyncio.run(all_events())
+
+
+@pytest.mark.parametrize("fails_behind", range(8))
+@pytest.mark.parametrize("limit", [-1, 4, 6, 7])
+def test_a_run_that_fails_for_its_file_goes_on_where_it_was(fails_behind: int, limit: int, tmp_path: Path) -> None:
+    request = Request([1, 2, 3], max_new_tokens=limit, save_prompt_cache=tmp_path / "a.kv")
+    plain = _run(_Engine(fails_behind), Request([1, 2, 3], max_new_tokens=limit))
+    assert _run(_Engine(fails_behind), request) == plain
+
+
+def test_a_run_that_fails_for_something_else_fails(tmp_path: Path) -> None:
+    engine = _Engine(2, always=True)
+    with pytest.raises(RunError):
+        _run(engine, Request([1, 2, 3], save_prompt_cache=tmp_path / "a.kv"))
+    assert len(engine.runs) == 2
+    engine = _Engine(2, always=True)
+    with pytest.raises(RunError):
+        _run(engine, Request([1, 2, 3]))
+    assert len(engine.runs) == 1
