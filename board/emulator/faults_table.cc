@@ -111,7 +111,7 @@ const std::vector<Fault>& fault_table() {
       // rkllama 55, strings
       {"bad-model", Stage::open, Act::fail, "model-file-invalid", "", 0,
        "E rkllm: invalid magic number, got 64697270\nE rkllm: invalid rkllm model!",
-       "the file is no .rkllm"},
+       "the file is not a .rkllm file"},
       // ezrknpu 11
       {"bad-magic", Stage::open, Act::fail, "model-runtime-version-mismatch", "", 0,
        "E RKNN: %T invalid rknn llm model magic\nE RKNN: %T load model file error!\n"

@@ -18,10 +18,10 @@ _RELEASE = click.option(
     type=click.Choice(list(emulator.RELEASES)),
     default=DEFAULT_RELEASE,
     show_default=True,
-    help="The librkllmrt.so that it stands for.",
+    help="Emulate this release of librkllmrt.so.",
 )
 _ARCH = click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Build for another machine.")
-_JSON = json_option("Print one JSON document.")
+_JSON = json_option()
 
 
 def _build(release: str, arch: str | None, sanitize: str | None = None) -> str:
@@ -68,9 +68,12 @@ def env(release: str) -> None:
 
 
 @run.command("info")
-@click.option("--faults", "list_faults", is_flag=True, help="List the failures that RKEMU_FAULT brings about.")
+@click.option("--faults", "list_faults", is_flag=True, help="List the failures that RKEMU_FAULT can cause.")
 @click.option(
-    "--guesses", "list_guesses", is_flag=True, help="List what RKEMU_GUESS chooses where boards are not known."
+    "--guesses",
+    "list_guesses",
+    is_flag=True,
+    help="List the choices of RKEMU_GUESS, where a board's behaviour is unknown.",
 )
 @_JSON
 def info(list_faults: bool, list_guesses: bool, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from rkconvert.tensors.formats import FLOATS, to_float32
 from rkconvert.tensors.tensor_files import ADAPTER_FILES, open_tensor_files
 from rkconvert.tensors.weights import Weights, read_finite, same_values
 from rkruntime.errors import AdapterError
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -199,7 +200,7 @@ class _Reader:
     def _shape(self, module: str) -> tuple[int, ...]:
         shape = self.base.get(f"{module}.weight")
         if shape is None:
-            raise AdapterError(f"The adapter changes {module}, which the base model has not.")
+            raise AdapterError(f"The adapter changes {module}, which the base model does not have.")
         return shape
 
     def _replacement(self, module: str, shape: tuple[int, ...], name: str, alone: bool) -> Replacement:
@@ -290,6 +291,9 @@ class _Reader:
     def _matrix(self, name: str, rank: int) -> NDArray[np.float32]:
         info = self.weights.tensors[name]
         if info.dtype not in FLOATS or len(info.shape) != rank:
-            raise AdapterError(f"The adapter's tensor {name} is {info.dtype} {list(info.shape)}, which it must not be.")
+            raise AdapterError(
+                f"Expected {name} to be a float tensor with {counted(rank, 'dimension')};"
+                f" it is {info.dtype} {list(info.shape)}."
+            )
         # peft holds adapters in float32, whatever they were saved as.
         return to_float32(read_finite(self.weights, name, 0, info.shape[0], AdapterError), info.dtype)

@@ -37,25 +37,44 @@ TARGETS = ("auto", "model", "given")
 
 @click.command("calibrate")
 @click.argument("checkpoint", type=_PATH)
-@click.option("--lora", "loras", multiple=True, help="Adapter, or FOLDER=WEIGHT, as it will be converted with.")
-@click.option("--text", "texts", multiple=True, type=_PATH, help="Questions, one a line; a TAB begins the answer.")
-@click.option("--chats", "chat_files", multiple=True, type=_PATH, help="Chats as JSON lines (OpenAI, ShareGPT).")
+@click.option("--lora", "loras", multiple=True, help="Apply this adapter (FOLDER or FOLDER=WEIGHT), as convert will.")
+@click.option(
+    "--text", "texts", multiple=True, type=_PATH, help="Read questions, one per line; a tab starts the answer."
+)
+@click.option(
+    "--chats", "chat_files", multiple=True, type=_PATH, help="Read chats in JSON lines (OpenAI or ShareGPT format)."
+)
 @click.option("--default", "with_default", is_flag=True, help="Add the questions that come with RKEdge.")
-@click.option("--system", default="", help="System prompt of chats that have none.")
+@click.option("--system", default="", help="Use this system prompt in chats that have none.")
 @click.option(
     "--targets",
     type=click.Choice(TARGETS),
     default="auto",
     show_default=True,
-    help="Whose answers: the float model's, those given, or the model's where torch and memory are there.",
+    help="Take the float model's answers, the given ones, or the model's if torch and the memory for it are available.",
 )
-@click.option("--new-tokens", type=click.IntRange(1, 4096), default=NEW_TOKENS, show_default=True, help="Per answer.")
-@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Most conversations to take.")
-@click.option("--max-context", type=int, help="Most tokens of a row [default: as convert].")
-@click.option("--check", "check_file", type=_PATH, help="Only check a file that exists against this model.")
-@click.option("-o", "--output", type=_PATH, default=Path("data_quant.json"), show_default=True, help="File to make.")
-@json_option("Say as JSON what was made.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1, 4096),
+    default=NEW_TOKENS,
+    show_default=True,
+    help="Limit each generated answer.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=64, show_default=True, help="Take at most this many conversations."
+)
+@click.option("--max-context", type=int, help="Limit a row to this many tokens [default: as convert].")
+@click.option("--check", "check_file", type=_PATH, help="Only check an existing file against this model.")
+@click.option(
+    "-o",
+    "--output",
+    type=_PATH,
+    default=Path("data_quant.json"),
+    show_default=True,
+    help="Write the calibration data to this file.",
+)
+@json_option()
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def run(
     checkpoint: Path,
     loras: tuple[str, ...],

@@ -39,56 +39,85 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.command("convert")
 @click.argument("checkpoint", required=False)
 @recipes.option()
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--lora", "loras", multiple=True, help="Adapter to merge in, or FOLDER=WEIGHT; may be repeated.")
-@click.option("--target", type=click.Choice(TARGETS), default="emulator", show_default=True, help="What it is for.")
+@click.option("--revision", help="Use this branch, tag or commit of a hub model.")
+@click.option("--lora", "loras", multiple=True, help="Merge this adapter (FOLDER or FOLDER=WEIGHT); may be repeated.")
 @click.option(
-    "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="SoC of the board."
+    "--target",
+    type=click.Choice(TARGETS),
+    default="emulator",
+    show_default=True,
+    help="Build for the emulator, or for a board with the vendor's toolkit.",
+)
+@click.option(
+    "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="Build for this SoC."
 )
 @click.option(
     "--dtype",
     type=click.Choice([*known_types(), *EMULATOR_ONLY]),
     default="w8a8",
     show_default=True,
-    help="Quantized type.",
+    help="Quantize to this type.",
 )
-@click.option("--force-dtype", is_flag=True, help="Try a type that is known not to work well.")
-@click.option("--max-context", type=int, help="Longest context in tokens [default: the model's, at most 4096].")
-@click.option("--npu-cores", type=int, help="NPU cores to build for [default: all that the SoC has].")
-@click.option("--release", help=f"RKLLM release that it is for [default: the toolkit's; emulator: {DEFAULT_RELEASE}].")
+@click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known not to work well.")
+@click.option("--max-context", type=int, help="Set the longest context in tokens [default: the model's, at most 4096].")
+@click.option("--npu-cores", type=int, help="Use this many NPU cores [default: all of the SoC's].")
+@click.option("--release", help=f"Build for this RKLLM release [default: the toolkit's; emulator: {DEFAULT_RELEASE}].")
 @click.option(
-    "--lora-mode", type=click.Choice(LORA_MODES), default="merge", show_default=True, help="Merge it, or a file for it."
+    "--lora-mode",
+    type=click.Choice(LORA_MODES),
+    default="merge",
+    show_default=True,
+    help="Merge the adapter, or keep it in a file that is loaded beside the model.",
 )
-@click.option("--toolkit-python", type=_PATH, help="Interpreter that has rkllm-toolkit [default: looked for].")
-@click.option("--calibration", type=_PATH, help="Texts for the quantizer, from `rkedge calibrate` (toolkit).")
-@click.option("--algorithm", default="normal", show_default=True, help="Of the quantizer (toolkit).")
+@click.option("--toolkit-python", type=_PATH, help="Use rkllm-toolkit of this interpreter [default: searched for].")
+@click.option("--calibration", type=_PATH, help="Calibrate with these texts, from `rkedge calibrate` (toolkit only).")
+@click.option("--algorithm", default="normal", show_default=True, help="Quantization algorithm (toolkit only).")
 @click.option(
-    "--optimization-level", type=click.IntRange(0, 1), default=1, show_default=True, help="1: more exact, maybe slower."
+    "--optimization-level",
+    type=click.IntRange(0, 1),
+    default=1,
+    show_default=True,
+    help="Set the toolkit's optimization level; 1 may be more exact and slower.",
 )
 @click.option(
     "--hybrid-rate",
     type=Number(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Share of layers in the other kind.",
+    help="Quantize this share of the layers in the other kind, grouped or not (toolkit only).",
 )
-@click.option("--qparams", type=_PATH, help="A *.qparams file of an earlier run (toolkit).")
-@click.option("--toolkit-device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where it works.")
-@click.option("--toolkit-load-dtype", default="float32", show_default=True, help="How it holds weights in memory.")
+@click.option("--qparams", type=_PATH, help="Reuse a *.qparams file of an earlier run (toolkit only).")
+@click.option(
+    "--toolkit-device",
+    type=click.Choice(DEVICES),
+    default="cpu",
+    show_default=True,
+    help="Run the toolkit on the CPU or on a CUDA GPU.",
+)
+@click.option(
+    "--toolkit-load-dtype", default="float32", show_default=True, help="Load weights in this format (toolkit only)."
+)
 @click.option(
     "--toolkit-patience",
     type=Number(1, 1_000_000),
     default=PATIENCE,
-    help="Seconds of no life until it counts as hung.",
+    help="Seconds without output, CPU use or paging before the toolkit counts as hung.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder to make [default: NAME-PLATFORM-DTYPE-RELEASE]."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the bundle to this folder [default: NAME-PLATFORM-DTYPE-RELEASE].",
 )
-@click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, private.")
-@click.option("--public", is_flag=True, help="Let everybody see what is uploaded.")
-@click.option("--matrix", type=_PATH, help="Recipe whose key `matrix` lists values: every combination is converted.")
+@click.option(
+    "--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, as a private repository."
+)
+@click.option("--public", is_flag=True, help="Make the uploaded repository public.")
+@click.option(
+    "--matrix", type=_PATH, help="Convert every combination of the values that this recipe's key `matrix` lists."
+)
 @json_option("Print the manifest as JSON; with --matrix, what became of each.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @click.pass_context
 def run(
     context: click.Context,

@@ -39,11 +39,19 @@ def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Rep
 
 @click.command("merge")
 @click.argument("checkpoint")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--lora", "loras", multiple=True, required=True, help="Adapter, or FOLDER=WEIGHT; may be repeated.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@json_option("Say as JSON what was made.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--revision", help="Use this branch, tag or commit of a hub model.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    required=True,
+    help="Merge this adapter (FOLDER or FOLDER=WEIGHT); may be repeated.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the merged model to this folder."
+)
+@json_option()
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def run(
     checkpoint: str, revision: str | None, loras: tuple[str, ...], output: Path, as_json: bool, quiet: bool
 ) -> None:

@@ -17,21 +17,29 @@ from rkruntime.terminal import console, say_json
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
-@click.option("--board", default=DEFAULT_BOARD, show_default=True, help="Board profile, or a profile's file.")
-@click.option("--ram", type=Number(1, 1 << 20), help="Memory of the board in GiB [default: each size it has].")
+@click.option("--revision", help="Use this branch, tag or commit of a hub model.")
 @click.option(
-    "--dtype", type=click.Choice(list(known_types())), default="w8a8", show_default=True, help="Quantized type."
+    "--board", default=DEFAULT_BOARD, show_default=True, help="Plan for this board: a profile's name or file."
 )
-@click.option("--max-context", type=int, help="Context in tokens [default: the model's, at most 4096].")
-@click.option("--toolkit", default=DEFAULT_RELEASE, show_default=True, help="Release of the toolkit.")
+@click.option(
+    "--ram", type=Number(1, 1 << 20), help="Set the board's RAM in GiB [default: every size it is sold with]."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(known_types())),
+    default="w8a8",
+    show_default=True,
+    help="Plan for this quantized type.",
+)
+@click.option("--max-context", type=int, help="Set the context length in tokens [default: the model's, at most 4096].")
+@click.option("--toolkit", default=DEFAULT_RELEASE, show_default=True, help="Plan for this release of rkllm-toolkit.")
 @click.option(
     "--embedding",
     type=click.Choice(["flash", "ram"]),
-    help="Where the board keeps the embedding table [default: flash from release 1.2.0 on, RAM before].",
+    help="Keep the embedding table in flash or in RAM [default: flash from release 1.2.0 on, RAM before].",
 )
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with the plots.")
-@json_option("Print the plan as JSON.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page with plots.")
+@json_option()
 @click.pass_context
 def run(
     context: click.Context,

@@ -16,9 +16,9 @@ from rkruntime.terminal import say, say_json
 @click.command("push")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="Let everybody see it [default: private].")
-@json_option("Say as JSON where it is.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--public", is_flag=True, help="Make the repository public [default: private].")
+@json_option()
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool) -> None:
     """Upload a BUNDLE to the REPOSITORY, OWNER/NAME, on the Hugging Face hub.
 

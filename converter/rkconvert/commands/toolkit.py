@@ -23,10 +23,12 @@ def run() -> None:
 
 
 @run.command("setup")
-@click.option("--wheel", "wheel_file", type=_PYTHON, required=True, help="The vendor's wheel, as downloaded.")
-@click.option("--python", type=_PYTHON, help="A Python of the wheel's release [default: looked for].")
-@click.option("--replace", is_flag=True, help="Make an environment anew that exists.")
-@json_option("Print what was made as JSON.")
+@click.option(
+    "--wheel", "wheel_file", type=_PYTHON, required=True, help="Install this wheel, as downloaded from the vendor."
+)
+@click.option("--python", type=_PYTHON, help="Use this Python, of the wheel's release [default: searched for].")
+@click.option("--replace", is_flag=True, help="Replace an existing environment.")
+@json_option()
 @click.option("-q", "--quiet", is_flag=True, help="Do not show what pip prints.")
 def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
     """Make an environment from a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
@@ -39,8 +41,10 @@ def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: boo
 
 
 @run.command("info")
-@click.option("--toolkit-python", type=_PYTHON, help=f"Interpreter that has the toolkit [default: {VARIABLE}, ...].")
-@json_option("Print it as JSON.")
+@click.option(
+    "--toolkit-python", type=_PYTHON, help=f"Ask this interpreter for the toolkit [default: {VARIABLE}, ...]."
+)
+@json_option()
 def run_info(toolkit_python: Path | None, as_json: bool) -> None:
     """Say which toolkit `rkedge convert` will use, and what this release takes. Nothing of it is run."""
     toolkit = find_toolkit(toolkit_python)

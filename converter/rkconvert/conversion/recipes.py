@@ -95,7 +95,7 @@ def resolve(content: Mapping[str, Any], command: click.Command, path: Path) -> d
         content: what stands in the file at `path`.
 
     Raises:
-        UsageError: a key that is no option, or a value of the wrong kind.
+        UsageError: a key that is not an option, or a value of the wrong kind.
     """
     options = keys(command)
     kinds = [(key, kind_of(item) | None, field(default=None)) for key, item in options.items()]

@@ -38,7 +38,7 @@ class ModelShape:
     Attributes:
         layer: the matrices of one layer.
         kv_width: numbers that one layer keeps for one token, keys and values together.
-        vectors: weights that are no matrix (norms and biases), of the whole model.
+        vectors: weights that are not matrices (norms and biases), of the whole model.
         notes: what a reader of the numbers must know.
     """
 

@@ -149,7 +149,7 @@ def check_weights(weights: Weights, config: GemmaConfig) -> None:
     surplus = [name for name in found if name not in expected]
     if surplus:
         raise CheckpointError(
-            f"The checkpoint has the tensor {surplus[0]}, which a model of this config.json has not"
+            f"The checkpoint has the tensor {surplus[0]}, which a model with this config.json does not have"
             f" ({counted(len(surplus), 'such tensor')}).",
             hint="If it holds an adapter's own tensors, give the base model and the adapter with --lora.",
         )

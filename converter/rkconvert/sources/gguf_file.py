@@ -97,7 +97,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse a file's header. Raises CheckpointError if it is no GGUF file, or damaged."""
+    """Parse a file's header. Raises CheckpointError if it is not a GGUF file, or damaged."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

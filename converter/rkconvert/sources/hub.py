@@ -22,7 +22,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
-    """Raise CheckpointError if there is a revision of what is no hub model."""
+    """Raise CheckpointError if there is a revision of what is not a hub model."""
     if revision and (Path(model).exists() or not is_hub_id(model)):
         raise CheckpointError(
             f"{model} is not a hub model, so it does not have a revision {revision}.", hint="Leave --revision out."

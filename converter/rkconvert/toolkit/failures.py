@@ -74,7 +74,7 @@ def explain(facts: Facts) -> RKEdgeError:
         return _error(
             ToolkitError,
             facts,
-            f"gave no sign of life for {facts.hung_after:,.0f} s while {_STAGES[facts.stage]}, and was ended",
+            f"showed no activity for {facts.hung_after:,.0f} s while {_STAGES[facts.stage]}, and was killed",
             hint="Look whether the disk or the GPU works, then try again; --toolkit-patience sets another limit.",
         )
     if facts.killed:

@@ -153,7 +153,7 @@ def probe(python: Path, origin: str) -> dict[str, Any]:
         python = python / "bin" / "python"
     if not python.is_file() or not os.access(python, os.X_OK):
         raise HostError(
-            f"{origin} names {python}, and there is no program of that name.",
+            f"{origin} names {python}, which does not exist or is not executable.",
             hint="Name the interpreter of the environment that has rkllm-toolkit, such as ENV/bin/python.",
         )
     try:

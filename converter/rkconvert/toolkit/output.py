@@ -33,7 +33,7 @@ class Output:
         log: file for the raw bytes, 32 MiB at most.
 
     Attributes:
-        lines: the last lines that are no bars.
+        lines: the last lines that are not progress bars.
         version: what the toolkit calls itself (`INFO: rkllm-toolkit version: 1.2.3`), or empty.
     """
 

@@ -1,7 +1,7 @@
 """The worker as a process: started with a clean environment, heard, watched, and ended with all that it started.
 
 It leads a session of its own, so that nothing of it outlives the conversion: not when it is done, when a callback
-raises, on Ctrl-C, when it gives no sign of life, nor when this process dies.
+raises, on Ctrl-C, when it shows no activity, nor when this process dies.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ _ORDER: Final = {version: at for at, version in enumerate(RELEASES)}
 
 
 def within(version: str, since: str, until: str) -> bool:
-    """Whether a release lies between two others, both included; an empty `until` is no end."""
+    """Whether a release lies between two others, both included; an empty `until` means no end."""
     return _ORDER[since] <= _ORDER[version] and (not until or _ORDER[version] <= _ORDER[until])
 
 

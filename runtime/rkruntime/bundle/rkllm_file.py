@@ -22,7 +22,7 @@ MAGIC: Final = bytes.fromhex("daeeb336")
 _HEADER: Final = struct.Struct("<4sIQQ")
 _TAIL: Final = 256
 _TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9A-Za-z.+_-]{1,40})\s*\0*\Z")
-# A tensor's and a key's shortest records; counts that ask for more bytes than the file has are no counts.
+# A tensor's and a key's shortest records; counts that ask for more bytes than the file has are wrong.
 _LEAST_RECORD: Final = 16
 
 # First bytes of files that are given in the place of a model.

@@ -233,7 +233,7 @@ def _path(text: str) -> Path:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"{text} is no file name: {error}") from error
+        raise UsageError(f"{text} is not a file name: {error}") from error
     if len(words) != 1:
         raise UsageError("This needs one file name.", hint="For example: /save talk.json")
     return Path(words[0]).expanduser()

@@ -42,7 +42,7 @@ COMMANDS: dict[str, Entry] = {
     "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
     "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
     "emulator": Entry("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
-    "serve": Entry("rkruntime.commands.serve", "Hold a model on the NPU and answer whoever may ask."),
+    "serve": Entry("rkruntime.commands.serve", "Serve a model from the NPU over a Unix socket, SSH or loopback HTTP."),
     "attach": Entry("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
     "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
 }
@@ -102,7 +102,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def _typed(error: Exception) -> RKEdgeError:
-    """What a person is told of an exception: most are no defect, but something of this machine or its installation."""
+    """What a person is told of an exception: few are defects, most concern this machine or its installation."""
     if isinstance(error, RKEdgeError):
         return error
     if isinstance(error, ImportError):

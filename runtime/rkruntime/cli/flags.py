@@ -44,6 +44,6 @@ def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decora
     return click.option(*names, is_flag=True, is_eager=True, callback=remember, help=help)
 
 
-def json_option(help: str) -> Callable[[Decorated], Decorated]:
+def json_option(help: str = "Print the result as one JSON document.") -> Callable[[Decorated], Decorated]:
     """`--json`, as the parameter `as_json`. An error of the command, a wrong value too, is then JSON as well."""
     return flag("json", "--json", "as_json", help=help)

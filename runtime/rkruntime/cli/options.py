@@ -51,27 +51,38 @@ runtime_options = _packed(
         "--library",
         type=click.Path(path_type=Path, dir_okay=False),
         envvar=LIBRARY_VARIABLE,
-        help=f"The {LIBRARY} to load.  [default: the emulator for its bundles, else searched]",
+        help=f"Load this {LIBRARY}.  [default: the emulator for its bundles, else searched for]",
     ),
-    click.option("--abi", metavar="RELEASE", help="Take the library for this RKLLM release, such as 1.2.3."),
+    click.option("--abi", metavar="RELEASE", help="Treat the library as this RKLLM release, such as 1.2.3."),
     click.option(
-        "--max-context", type=click.IntRange(min=32), metavar="TOKENS", help="Context length.  [default: the model's]"
+        "--max-context",
+        type=click.IntRange(min=32),
+        metavar="TOKENS",
+        help="Set the context length.  [default: the model's]",
     ),
-    click.option("--force", is_flag=True, help="Load also what is known not to work on this board."),
+    click.option("--force", is_flag=True, help="Load even what is known not to work on this board."),
 )
 
 sampling_options = _packed(
     "sampling",
     SamplingOptions,
-    click.option("--temperature", type=Number(0, 10), help="0 takes the most likely token."),
-    click.option("--top-k", type=click.IntRange(min=1), help="Choose among this many tokens."),
-    click.option("--top-p", type=Number(0, 1, min_open=True), help="Choose among this share of probability."),
-    click.option("--repeat-penalty", type=Number(0, 10, min_open=True), help="1 is none."),
+    click.option(
+        "--temperature", type=Number(0, 10), help="Set the sampling temperature; 0 takes the most likely token."
+    ),
+    click.option("--top-k", type=click.IntRange(min=1), help="Sample from this many of the likeliest tokens."),
+    click.option(
+        "--top-p",
+        type=Number(0, 1, min_open=True),
+        help="Sample from the likeliest tokens with this total probability.",
+    ),
+    click.option(
+        "--repeat-penalty", type=Number(0, 10, min_open=True), help="Penalize tokens that occurred before; 1 does not."
+    ),
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Longest answer.  [default: what the context has room for]",
+        help="Limit the answer.  [default: what the context has room for]",
     ),
 )
 

@@ -35,8 +35,10 @@ def _check_forced() -> None:
 
 
 @click.command("attach")
-@click.option("--socket", type=click.Path(path_type=Path, dir_okay=False), help="The daemon's socket.")
-@click.option("--user", metavar="NAME", help="One of several people behind this account.  [default: the account]")
+@click.option("--socket", type=click.Path(path_type=Path, dir_okay=False), help="Connect to this socket of the daemon.")
+@click.option(
+    "--user", metavar="NAME", help="Act for this one of several people behind the account.  [default: the account]"
+)
 def run(socket: Path | None, user: str | None) -> None:
     """Connect standard input and output to the daemon, for `rkedge chat user@board`.
 

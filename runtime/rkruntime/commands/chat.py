@@ -49,8 +49,8 @@ def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOption
 
 @click.command("chat")
 @click.argument("model", metavar="BUNDLE|USER@BOARD")
-@click.option("--system", default="", metavar="TEXT", help="System prompt.")
-@click.option("--session", metavar="NAME", help="On a board: go on with this conversation, or begin it.")
+@click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
+@click.option("--session", metavar="NAME", help="Continue or start this conversation (on a board).")
 @click.option("--drop-oldest", is_flag=True, help="Forget the oldest turns when the context is full.")
 @sampling_options
 @runtime_options

@@ -64,7 +64,7 @@ def _print(found: Diagnosis) -> None:
 
 @click.command("diagnose")
 @click.argument("log", metavar="FILE|-")
-@json_option("Print one JSON document.")
+@json_option()
 def run(log: str, as_json: bool) -> None:
     """Explain a log of RKLLM, RKNN, the NPU driver or rkllm-toolkit.
 

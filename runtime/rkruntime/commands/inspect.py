@@ -98,11 +98,11 @@ def _text(value: Any) -> str:
 @click.command("inspect")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
-@json_option("Print one JSON document.")
+@json_option()
 def run(path: Path, verify: bool, as_json: bool) -> None:
     """Say what PATH is: a bundle, a model file (.rkemu, .rkllm) or a librkllmrt.so.
 
-    Nothing is executed. Of a .rkllm file only the plain fields are read, and a checksum it has none.
+    Nothing is executed. A .rkllm file has no checksum; only its plain header fields are read.
     """
     reader = _reader(path)
     if verify and reader in (_rkllm, _library):

@@ -43,11 +43,11 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 
 @click.command("run")
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", metavar="TEXT", help="The prompt.  [default: standard input]")
-@click.option("-f", "--file", type=click.File("rb"), help="A text to put behind the prompt; - is standard input.")
-@click.option("--system", default="", metavar="TEXT", help="System prompt.")
+@click.option("-p", "--prompt", metavar="TEXT", help="Ask this.  [default: standard input]")
+@click.option("-f", "--file", type=click.File("rb"), help="Append this file to the prompt; - is standard input.")
+@click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
-@json_option("Print one JSON document instead of the text.")
+@json_option()
 @sampling_options
 @runtime_options
 def run(

@@ -19,17 +19,17 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("serve")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--config", type=_FILE, help="Settings; configs/daemon.yaml explains them.")
-@click.option("--socket", type=_FILE, help="Unix socket.  [default: the service's or the user's]")
-@click.option("--host", help="Address for TCP; others than loopback need --api-keys.  [default: 127.0.0.1]")
-@click.option("--port", type=click.IntRange(0, 65535), help="Listen on TCP too.")
-@click.option("--api-keys", type=_FILE, help="File with NAME KEY on each line, mode 600.")
+@click.option("--config", type=_FILE, help="Read settings from this file; configs/daemon.yaml explains them.")
+@click.option("--socket", type=_FILE, help="Listen on this Unix socket.  [default: the service's or the user's]")
+@click.option("--host", help="Set the TCP address; any but loopback needs --api-keys.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this TCP port too.")
+@click.option("--api-keys", type=_FILE, help="Read API keys from this file: NAME KEY on each line, mode 600.")
 @runtime_options
 def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **listen: Any) -> None:
     """Serve the model in the folder BUNDLE on a Unix socket, and on loopback TCP with --port.
 
     Clients: `rkedge chat user@board` over SSH, anything that speaks OpenAI's or Ollama's interface, and a page for the
-    browser. Options stand over the settings in the file.
+    browser. Command-line options override the settings file.
     """
     try:
         import starlette  # noqa: F401

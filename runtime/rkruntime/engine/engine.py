@@ -117,7 +117,7 @@ class Engine:
         return info_of(self._identity, whole(reply), seconds, self._findings, list(self._worker.log))
 
     def close(self) -> None:
-        """Unload the model and end the worker; may be called twice. A worker that does not end is ended."""
+        """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed."""
         if self._closed:
             return
         if self._gone is None:
@@ -179,7 +179,7 @@ class Engine:
         self._send({**header, "run": self._number}, data)
 
     def _next(self, timeout: float, deadline: float) -> Record:
-        """The next record; the library's questions are answered on the way, and count as no sign of life."""
+        """The next record; the library's questions are answered on the way, and do not count as activity."""
         while True:
             record = self._worker.next_record(timeout, deadline)
             if record.kind < protocol.TOKENIZE or not self._answered(record):
@@ -352,7 +352,7 @@ class Engine:
         if record.kind == protocol.FINISHED and record.batch == self.options.n_batch - 1:
             self._active = None
         if self._worker.alarm:
-            raise RunError(f"The run is worth nothing: its log says: {self._worker.alarm}")
+            raise RunError(f"The run failed; the runtime logged: {self._worker.alarm}")
         if record.kind in (protocol.LOGITS, protocol.HIDDEN):
             return array_of(record)
         return finished_of(record)

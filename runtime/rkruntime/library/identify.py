@@ -150,7 +150,7 @@ def inspect_library(path: Path, abi: str | None = None) -> Identity:
         abi: a release whose layout to use if the file's own release is not known.
 
     Raises:
-        LibraryError: not a readable shared library, or `abi` is no release.
+        LibraryError: not a readable shared library, or `abi` is not a release.
     """
     if abi is not None:
         release_named(abi)

@@ -190,7 +190,7 @@ def from_browser(headers: Headers) -> bool:
     """A browser says so in one of these; old ones in the last alone."""
     return (
         "origin" in headers
-        or any(name.startswith(_FETCH) for name in headers.keys())  # noqa: SIM118 - Headers is no dict
+        or any(name.startswith(_FETCH) for name in headers.keys())  # noqa: SIM118 - Headers is not a dict
         or headers.get("user-agent", "").startswith("Mozilla/")
     )
 

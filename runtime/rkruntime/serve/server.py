@@ -57,7 +57,7 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
             _refuse_living(path)
             path.unlink()
         elif path.exists():
-            raise UsageError(f"{path} is no socket, and is not replaced.", hint="Name another with --socket.")
+            raise UsageError(f"{path} is not a socket and is not replaced.", hint="Name another with --socket.")
         # Nobody gets in between bind and chmod.
         before = os.umask(0o777 & ~mode)
         try:

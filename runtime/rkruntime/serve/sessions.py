@@ -182,7 +182,7 @@ class SessionStore:
         own = [item for item in self._of(user).values() if item.name != name]
         old = self._of(user).get(name)
         more, one = (size - old.size, 0) if old else (size, 1)
-        # A limit that was lowered meanwhile is no reason to refuse what takes less than before.
+        # A limit that was lowered meanwhile is not a reason to refuse what takes less than before.
         too_large = more + self._excess(user, self._bytes, self._max_bytes) if more > 0 else 0
         too_many = one + self._excess(user, self._number, self._max_number)
         leaving = []

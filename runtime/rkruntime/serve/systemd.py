@@ -25,7 +25,7 @@ def notify(*fields: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    # A service manager that does not listen any more is no reason to stop.
+    # A service manager that no longer listens is not a reason to stop.
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
         channel.sendto("\n".join(fields).encode(), address)
 

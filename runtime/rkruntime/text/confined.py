@@ -262,7 +262,7 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             answer, data = _failed(f"{what} took more than {MEMORY >> 20} MiB of memory"), b""
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # A panic of tokenizers' is no Exception. Its text may quote a conversation.
+        except BaseException as error:  # A panic of tokenizers' is not an Exception. Its text may quote a conversation.
             answer, data = _failed(f"{what} failed ({type(error).__name__})"), b""
         _send(parent, answer, data, lambda: None)
 

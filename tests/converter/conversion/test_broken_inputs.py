@@ -254,7 +254,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a layer that the base has not": (
         lambda f: tensors(f, lambda t: t.update({LORA.replace("s.1.", "s.9."): t[LORA]}), "adapter_model.safetensors"),
-        r"changes model\.layers\.9\.self_attn\.q_proj, which the base model has not",
+        r"changes model\.layers\.9\.self_attn\.q_proj, which the base model does not have",
     ),
     "half a pair": (
         lambda f: tensors(f, lambda t: t.pop(LORA), "adapter_model.safetensors"),

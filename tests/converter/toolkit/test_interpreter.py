@@ -72,9 +72,9 @@ def program(path: Path, text: str) -> Path:
 
 
 def test_interpreters_that_are_none(tmp_path: Path, environments: Environments) -> None:
-    with pytest.raises(HostError, match="no program of that name"):
+    with pytest.raises(HostError, match="does not exist or is not executable"):
         find_toolkit(tmp_path / "no-such-python")
-    with pytest.raises(HostError, match="no program of that name"):
+    with pytest.raises(HostError, match="does not exist or is not executable"):
         find_toolkit(tmp_path)
     with pytest.raises(HostError, match=r"does not work as a Python of 3\.8 or later: it is broken"):
         find_toolkit(program(tmp_path / "broken", "echo it is broken >&2; exit 1"))

@@ -164,7 +164,7 @@ def test_no_sign_of_life(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytes
     monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
     fail("build:hang")
     asked = job()
-    with pytest.raises(ToolkitError, match="no sign of life for 2 s while it quantized"):
+    with pytest.raises(ToolkitError, match="no activity for 2 s while it quantized"):
         run_toolkit(asked, toolkit(), patience=2)
     assert nothing_left(asked)
 

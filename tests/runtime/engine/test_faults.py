@@ -89,7 +89,7 @@ def test_a_crash_in_other_calls(misbehaving: Misbehaving, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["hang", "spin"])
 def test_a_load_that_never_returns(misbehaving: Misbehaving, release: str, how: str) -> None:
-    with pytest.raises(WorkerHungError, match=r"no sign of life for 0\.3 seconds"):
+    with pytest.raises(WorkerHungError, match=r"did not respond for 0\.3 seconds"):
         Engine.load(misbehaving(f"init-{how}", release, load_timeout=0.3))
     works(misbehaving, release)
 
@@ -308,7 +308,7 @@ def test_a_flood_without_end(misbehaving: Misbehaving, where: str, line: str) ->
     options = replace(options, environment={**options.environment, "RKDOUBLE_LINE": line})
     with contextlib.ExitStack() as stack:
         if where != "destroy":
-            stack.enter_context(pytest.raises(WorkerHungError, match=r"no sign of life for 1 second"))
+            stack.enter_context(pytest.raises(WorkerHungError, match=r"did not respond for 1 second"))
         with Engine.load(options) as engine:
             if where == "clear":
                 engine.clear_cache()

@@ -61,7 +61,7 @@ class WorkerProcess:
 
     Attributes:
         log: the last lines that it printed, with control characters spelled out.
-        alarm: the first line since it was emptied that says that a run's results are worth nothing.
+        alarm: the first line since it was emptied that says that a run's results are wrong.
         log_open: there may be more lines.
 
     Args:
@@ -344,7 +344,7 @@ class WorkerProcess:
         """The error of a worker that gave no sign in time; the process is gone afterwards."""
         self.end(grace=0)
         return WorkerHungError(
-            f"The runtime library gave no sign of life for {counted(seconds, 'second')} and was killed.",
+            f"The runtime library did not respond for {counted(seconds, 'second')} and was killed.",
             details={"seconds": seconds},
         )
 

@@ -58,7 +58,7 @@ class Ignored:
 
 
 def parse_json(body: bytes) -> Any:
-    """A JSON text as values. Raises BodyError; NaN, infinity and what rounds to it are no JSON.
+    """A JSON text as values. Raises BodyError; NaN, infinity and what rounds to it are not JSON.
 
     What it takes in memory, and the time for which no other thread runs, is bounded by the text's length and by the
     number of values.
@@ -66,7 +66,7 @@ def parse_json(body: bytes) -> Any:
     _check_number(body)
 
     def refuse(name: str) -> Any:
-        raise BodyError(f"The body is not JSON: {name[:20]} is no number.")
+        raise BodyError(f"The body is not JSON: {name[:20]} is not a number.")
 
     def finite(text: str) -> float:
         value = float(text)
