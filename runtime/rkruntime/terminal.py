@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from rkruntime.folders import own_folder
 from rkruntime.printable import escaped, printable
 
 if TYPE_CHECKING:
@@ -142,9 +143,8 @@ class Terminal:
 
 
 def history_file() -> Path:
-    """Where a person's questions are kept: $XDG_STATE_HOME/rkedge/history."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    return state / "rkedge" / "history"
+    """Where a person's questions are kept."""
+    return own_folder("state") / "history"
 
 
 def _line_editor(history: Path | None, words: Sequence[str]) -> ModuleType | None:

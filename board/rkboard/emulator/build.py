@@ -20,6 +20,7 @@ from rkruntime import abi
 from rkruntime.abi import DEFAULT_RELEASE, declarations
 from rkruntime.errors import HostError, UsageError
 from rkruntime.files import atomic_file
+from rkruntime.folders import own_folder
 from rkruntime.resources import resource
 from rkruntime.versions import version
 
@@ -111,9 +112,8 @@ def find_compiler(arch: str | None = None) -> Compiler:
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept: `$XDG_CACHE_HOME/rkedge/emulator`, or below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rkedge" / "emulator"
+    """Where built libraries are kept."""
+    return own_folder("cache") / "emulator"
 
 
 def release_number(release: str) -> int:

@@ -16,6 +16,7 @@ import click
 
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.files import sha256_file
+from rkruntime.folders import own_folder
 from rkruntime.terminal import say
 
 # Named, not imported: the board's tools do not depend on the converter. It has `checkpoint`, `adapter` and `questions`.
@@ -46,8 +47,7 @@ def _cache(model: Any) -> Path:
     """A folder of the user's cache that belongs to exactly these weights."""
     weights = sorted([*model.checkpoint().glob("*.safetensors"), *model.adapter().glob("*.safetensors")])
     digest = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "rkedge" / f"demo-{digest[:12]}"
+    return own_folder("cache") / f"demo-{digest[:12]}"
 
 
 def _bundle(folder: Path, checkpoint: Path, *options: str | Path) -> Path:

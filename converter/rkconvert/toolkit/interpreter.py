@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from rkconvert.rules.releases import Release, release
 from rkruntime.errors import HostError, UsageError
+from rkruntime.folders import own_folder
 from rkruntime.schema import build
 from rkruntime.versions import Version, version
 from rkruntime.yamltext import read_mapping
@@ -58,12 +59,12 @@ class Toolkit:
 
 def environments_folder() -> Path:
     """Where `rkedge toolkit setup` makes environments."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rkedge" / "toolkit"
+    return own_folder("data") / "toolkit"
 
 
 def config_file() -> Path:
     """The person's own settings."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rkedge" / "config.yaml"
+    return own_folder("config") / "config.yaml"
 
 
 def clean_environment(python: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -24,6 +24,7 @@ from rkconvert.toolkit.session import OnEvent, Session
 from rkruntime.bundle.rkllm_file import RkllmFile, read_rkllm
 from rkruntime.errors import ModelFileError
 from rkruntime.files import write_error
+from rkruntime.folders import own_folder
 
 PATIENCE: Final = 900.0
 """Seconds without output, processor time or paging after which the toolkit counts as hung."""
@@ -112,7 +113,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 def _log_file() -> Path:
     """A new log in the person's cache, where it stays if the conversion fails; older ones go."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkedge" / "logs"
+    cache = own_folder("cache") / "logs"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for old in sorted(cache.glob("toolkit-*.log"))[: -_LOGS_KEPT + 1]:

@@ -18,6 +18,7 @@ import yaml
 from rkruntime.checks.preflight import Model
 from rkruntime.errors import BundleError
 from rkruntime.files import read_regular, sha256_file
+from rkruntime.folders import own_folder
 from rkruntime.schema import Between, Length, build
 from rkruntime.words import counted
 from rkruntime.yamltext import MAX_FILE, load_yaml
@@ -274,8 +275,7 @@ class _Stamp:
         # The time of change is the kernel's own: what has write access to a file can put back the others.
         times = (state.st_mtime_ns, state.st_ctime_ns)
         self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_dev, state.st_ino, sha256])
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._file = cache / "rkedge" / "verified" / f"{sha256[:32]}-{state.st_ino}"
+        self._file = own_folder("cache") / "verified" / f"{sha256[:32]}-{state.st_ino}"
 
     def known(self) -> bool:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from rkruntime.errors import UsageError
+from rkruntime.folders import own_folder
 from rkruntime.schema import Between, build
 from rkruntime.serve.users import is_free, key_user
 from rkruntime.yamltext import read_mapping
@@ -248,11 +249,7 @@ def default_socket() -> Path:
 def state_folder(kind: Literal["state", "cache"]) -> Path:
     """The service's folder (systemd's $STATE_DIRECTORY, $CACHE_DIRECTORY) or the user's own."""
     given = os.environ.get(f"{kind.upper()}_DIRECTORY", "").partition(":")[0]
-    if given:
-        return Path(given)
-    base = os.environ.get(f"XDG_{kind.upper()}_HOME")
-    default = {"state": ".local/state", "cache": ".cache"}[kind]
-    return (Path(base) if base else Path.home() / default) / "rkedge"
+    return Path(given) if given else own_folder(kind)
 
 
 def is_loopback(host: str) -> bool:
