@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.engine.generation import Request, Sampling
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
+from rkruntime.errors import RunError, UsageError
 from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, astream_answer, stream_answer
 from rkruntime.text.conversation import Conversation
@@ -36,55 +37,72 @@ class Model:
         prompts: the process that makes prompts with the bundle's tokenizer and template.
         sampling: what the model was loaded with.
         stop_tokens: ids of the tokens that end an answer.
+        max_new_tokens: of an answer for which nothing else is asked; -1 for as many as the context has room for.
         loaded_at: in seconds since 1970.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, prompts: PromptProcess, sampling: Sampling) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, prompts: PromptProcess, sampling: Sampling, max_new_tokens: int = -1
+    ) -> None:
         self.bundle, self.engine, self.prompts, self.sampling = bundle, engine, prompts, sampling
         self.stop_tokens = frozenset(bundle.manifest.stop_token_ids)
+        self.max_new_tokens = max_new_tokens
         self.loaded_at = time.time()
 
-    def request(self, question: Question, *, max_new_tokens: int = -1, sampling: Sampling | None = None) -> Request:
+    def request(
+        self, question: Question, *, max_new_tokens: int | None = None, sampling: Sampling | None = None
+    ) -> Request:
         """The run that answers a question.
 
         Args:
-            max_new_tokens: -1 for as many as the context has room for.
+            max_new_tokens: 1 or more; -1 for as many as the context has room for; the model's own if not given.
             sampling: another than the model was loaded with; needs release 1.3.0.
 
         Raises:
+            RunError: the model is closed, or its worker has gone.
             ContextFullError: the question does not fit.
-            UsageError, BundleError: the template does not take it.
+            UsageError, BundleError: the template does not take it, or the number of tokens makes no sense.
         """
+        limit = self.limit(max_new_tokens)
         messages = [Message("user", question)] if isinstance(question, str) else question
         tokens, _ = self.prompts.prompt(messages, self.engine.info.max_context)
-        return Request(tokens, max_new_tokens, self.stop_tokens, sampling)
+        return Request(tokens, limit, self.stop_tokens, sampling)
 
-    def ask(self, question: Question, *, stop: Sequence[str] = (), **wishes: Any) -> Answer:
+    def limit(self, max_new_tokens: int | None) -> int:
+        """The most tokens of an answer. Raises UsageError for what is not a limit, RunError if nobody could answer."""
+        if not self.engine.alive:
+            raise RunError("The model is closed, or its worker has gone.", hint="Open it again.")
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if type(limit) is not int or (limit < 1 and limit != -1):
+            raise UsageError(f"max_new_tokens is {limit!r}; it must be a whole number above 0, or -1 for no limit.")
+        return limit
+
+    def ask(self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any) -> Answer:
         """The whole answer; see `stream`."""
         *_, answer = self.stream(question, stop=stop, **wishes)
         assert isinstance(answer, Answer)
         return answer
 
     def stream(
-        self, question: Question, *, stop: Sequence[str] = (), **wishes: Any
+        self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any
     ) -> Generator[str | Answer, None, None]:
         """Pieces of text as they arrive, then the Answer. To stop early, close the iterator.
 
         Args:
-            stop: the answer ends before the first of these texts.
+            stop: the answer ends before this text, or the first of these.
             wishes: `max_new_tokens` and `sampling`, as in `request`.
 
         Raises:
             RunError, WorkerError: from the engine; after a WorkerError the model must be opened again.
         """
-        return stream_answer(self.engine, self.request(question, **wishes), self.prompts.vocabulary, stop)
+        return stream_answer(self.engine, self.request(question, **wishes), self.prompts.vocabulary, _texts(stop))
 
     async def astream(
-        self, question: Question, *, stop: Sequence[str] = (), **wishes: Any
+        self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any
     ) -> AsyncGenerator[str | Answer, None]:
         """`stream` for asyncio; the prompt is made in a thread."""
         request = await asyncio.to_thread(self.request, question, **wishes)
-        async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, stop)) as pieces:
+        async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, _texts(stop))) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -121,14 +139,14 @@ class Chat:
         self.conversation = Conversation(model.prompts, system)
         self.dropped = 0
 
-    def ask(self, text: str, *, max_new_tokens: int = -1, stop: Sequence[str] = ()) -> Answer:
+    def ask(self, text: str, *, max_new_tokens: int | None = None, stop: str | Sequence[str] = ()) -> Answer:
         """The whole answer to the next turn; see `stream`."""
         *_, answer = self.stream(text, max_new_tokens=max_new_tokens, stop=stop)
         assert isinstance(answer, Answer)
         return answer
 
     def stream(
-        self, text: str, *, max_new_tokens: int = -1, stop: Sequence[str] = ()
+        self, text: str, *, max_new_tokens: int | None = None, stop: str | Sequence[str] = ()
     ) -> Generator[str | Answer, None, None]:
         """Pieces of the answer to the next turn, then the Answer. A turn is kept when its answer has come to its end.
 
@@ -138,13 +156,18 @@ class Chat:
             RunError, WorkerError: from the engine; the conversation stays as it was.
         """
         model = self._model
-        limit = model.engine.info.max_context
-        tokens, self.dropped = self.conversation.prompt(text, limit, drop=self._drop_oldest)
-        request = Request(tokens, max_new_tokens, model.stop_tokens)
-        for piece in stream_answer(model.engine, request, model.prompts.vocabulary, stop):
-            yield piece
+        limit, context = model.limit(max_new_tokens), model.engine.info.max_context
+        tokens, self.dropped = self.conversation.prompt(text, context, drop=self._drop_oldest)
+        request = Request(tokens, limit, model.stop_tokens)
+        for piece in stream_answer(model.engine, request, model.prompts.vocabulary, _texts(stop)):
             if isinstance(piece, Answer):
                 self.conversation.add(text, piece)
+            yield piece
+
+
+def _texts(stop: str | Sequence[str]) -> Sequence[str]:
+    """One text is one text, not its letters."""
+    return (stop,) if isinstance(stop, str) else stop
 
 
 def open_model(
@@ -179,7 +202,7 @@ def open_model(
     except BaseException:  # Its process ends with it, after Ctrl-C too.
         prompts.close()
         raise
-    return Model(bundle, engine, prompts, sampling.over(default_sampling(bundle)))
+    return Model(bundle, engine, prompts, sampling.over(default_sampling(bundle)), sampling.max_new_tokens or -1)
 
 
 def _ignore(finding: Finding) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 from rkruntime.bundle.manifest import Bundle, Manifest, Source
 from rkruntime.engine.generation import GREEDY, Event, Finished, FinishReason, Request, Token
 from rkruntime.engine.loading import ModelInfo
-from rkruntime.errors import ContextFullError
+from rkruntime.errors import ContextFullError, RunError, WorkerError
 from rkruntime.model import Model
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
@@ -86,7 +86,11 @@ class FakeEngine:
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
         """The next answer's tokens, then Finished."""
+        if self.closed:
+            raise RunError("The model is closed.", hint="Load it again.")
         self.requests.append(request)
+        if not self.answers:
+            raise AssertionError("more was asked than the fake engine has answers for")
         answer = self.answers.pop(0)
         steps: Sequence[Any] = self.encode(answer) if isinstance(answer, str) else answer
         reason, count = FinishReason.STOP, 0
@@ -94,7 +98,10 @@ class FakeEngine:
         try:
             for step in steps:
                 if isinstance(step, BaseException):
+                    self.closed = self.closed or isinstance(step, WorkerError)
                     raise step
+                if step in request.stop_tokens:
+                    break
                 if callable(step):
                     step()
                     if not self._abort.wait(5):

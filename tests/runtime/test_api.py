@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import rkruntime
 from rkconvert.demo import questions
-from rkruntime.errors import ContextFullError, WorkerCrashedError
+from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerCrashedError
 from rkruntime.testing import FakeEngine, fake_model
 
 from .engine.conftest import bundle  # noqa: F401  # a fixture
@@ -109,6 +110,47 @@ def test_a_turn_whose_worker_died_is_not_kept() -> None:
     assert isinstance(model.engine, FakeEngine)
     model.close()
     assert not model.engine.alive
+
+
+@pytest.mark.parametrize("limit", [0, -5, 1.5, True, "3"])
+def test_what_is_no_limit_is_refused_before_the_run(limit: Any) -> None:
+    model = fake_model("hello")
+    for ask in (model.ask, model.chat().ask):
+        with pytest.raises(UsageError, match="max_new_tokens"):
+            ask("hi", max_new_tokens=limit)
+    assert model.ask("hi").text == "hello"
+
+
+def test_the_limit_that_a_model_was_opened_with(bundle: rkruntime.Bundle) -> None:  # noqa: F811
+    sampling = rkruntime.SamplingOptions(temperature=0, max_new_tokens=3)
+    with rkruntime.open_model(bundle, sampling=sampling) as model:
+        assert len(model.ask(ROWS[0].question).tokens) == 3
+        assert model.chat().ask(ROWS[0].question).reason is rkruntime.FinishReason.LENGTH
+        assert len(model.ask(ROWS[0].question, max_new_tokens=4).tokens) == 4
+    for call in (model.ask, model.request, model.chat().ask):
+        with pytest.raises(RunError, match="closed"):
+            call("hi")
+
+
+def test_one_stop_text_is_not_its_letters() -> None:
+    assert fake_model("one tint two").ask("?", stop="ti").text == "one "
+
+
+def test_a_turn_is_kept_when_its_answer_is_there() -> None:
+    chat = fake_model("one").chat()
+    next(piece for piece in chat.stream("a") if isinstance(piece, rkruntime.Answer))
+    assert [message.content for message in chat.conversation.messages] == ["a", "one"]
+
+
+def test_the_fake_ends_as_a_real_one_does() -> None:
+    model = fake_model([WorkerCrashedError("gone")], "not reached")
+    with pytest.raises(WorkerCrashedError):
+        model.ask("?")
+    with pytest.raises(RunError):
+        model.ask("?")
+    assert fake_model([104, 105, 258, 106]).ask("?").text == "hi"
+    with pytest.raises(AssertionError, match="more was asked"):
+        fake_model().ask("?")
 
 
 def test_the_page_names_what_there_is() -> None:

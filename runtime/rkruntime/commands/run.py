@@ -70,7 +70,7 @@ def run(
     terminal = Terminal()
     messages = [*([Message("system", system)] if system else []), Message("user", text)]
     with open_for_person(opened, runtime, sampling) as model:
-        for piece in model.stream(messages, max_new_tokens=sampling.max_new_tokens or -1, stop=stop):
+        for piece in model.stream(messages, stop=stop):
             if isinstance(piece, Answer):
                 report = _report(piece, model.engine.info)
             elif not as_json:

@@ -179,7 +179,9 @@ class Host:
 
         Reads files. Raises BundleError if there is none in the folder any more.
         """
-        if changed(self.settings, settings, "load"):
+        if changed(self.settings, settings, "load") or (
+            self._model is not None and self.loaded_with is not None and changed(self.loaded_with, settings, "load")
+        ):
             return True
         if settings.bundle is None or self._loaded_from is None:
             return False
@@ -194,6 +196,8 @@ class Host:
             RKEdgeError: the new bundle did not load.
         """
         before, self.settings = self.settings, settings
+        if self._loading is not None:  # with the old settings, for somebody who has gone
+            await asyncio.gather(self._loading, return_exceptions=True)
         was_loaded = self._model is not None
         await self.unload()
         self._failures, self._next_try, self.error = 0, 0.0, None

@@ -157,7 +157,7 @@ def _locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            lock = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -202,8 +202,8 @@ class Daemon:
         with contextlib.ExitStack() as on_error:
             self._locks = on_error.enter_context(contextlib.ExitStack())
             # What is in memory of these folders is right only as long as nobody else writes there.
-            for folder in {settings.sessions.place.resolve(), settings.prompt_cache.place.resolve()}:
-                self._locks.enter_context(_locked(folder))
+            for folder in {os.path.realpath(settings.sessions.place), os.path.realpath(settings.prompt_cache.place)}:
+                self._locks.enter_context(_locked(Path(folder)))
             self.service = Service(settings, host)
             keys = check_listen(settings.listen)
             sockets = systemd.inherited_sockets()

@@ -253,6 +253,7 @@ class Service:
         model = await self.host.model()
         if self._known is None or self._known() is not model:
             self._known = ref(model)
+            self.last_used = time.monotonic()
             self.memory = AnswerMemory(model.prompts.vocabulary)
             self.caches.forget()
         return model
@@ -385,7 +386,10 @@ class Service:
     async def unload_if_idle(self) -> None:
         """Free the NPU if nobody has asked for long enough."""
         limit = self.settings.idle_unload_s
-        if limit and self.host.current and not self.queue.busy and time.monotonic() - self.last_used > limit:
+        model = self.host.current
+        if not limit or model is None or self.queue.busy:
+            return
+        if min(time.monotonic() - self.last_used, time.time() - model.loaded_at) > limit:
             async with self.queue.turn(DAEMON):
                 await self.host.unload()
 

@@ -264,8 +264,8 @@ def read_keys(path: Path) -> dict[str, str]:
     """The user of each API key in a file: `NAME KEY` on a line, or a key alone; lines with # in front are comments.
 
     Raises:
-        UsageError: it cannot be read, others can read it too, a key is too short to keep anybody out or has two users,
-            or a name cannot be a user's.
+        UsageError: it cannot be read, others can read it too, a key is too short to keep anybody out, is not ASCII or
+            has two users, or a name cannot be a user's.
     """
     try:
         mode = path.stat().st_mode
@@ -282,6 +282,8 @@ def read_keys(path: Path) -> dict[str, str]:
         *names, key = words
         if len(names) > 1 or not all(map(is_free, names)):
             raise UsageError(f"{path}, line {number}: write NAME KEY, or a key alone.", hint=_NAME_HINT)
+        if not key.isascii():
+            raise UsageError(f"{path}, line {number}: the key is not ASCII, so no header can carry it.", hint=_KEY_HINT)
         user = names[0] if names else key_user(key)
         if len(key) < _MIN_KEY or keys.setdefault(key, user) != user:
             what = "has two users" if key in keys else f"has fewer than {_MIN_KEY} characters"

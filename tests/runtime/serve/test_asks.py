@@ -159,7 +159,7 @@ def test_only_what_the_schema_knows_is_kept() -> None:
 )
 def test_what_is_wrong_is_said_of_the_form_that_was_sent(value: Any, said: str) -> None:
     with pytest.raises(BodyError, match=f"^input.*{said}"):
-        Validator(openapi()).read("EmbeddingRequest", {"input": value})
+        Validator(openapi()).read("EmbeddingRequest", {"input": value}, Ignored())
 
 
 @pytest.mark.parametrize("size", [10, 2 * LARGE])

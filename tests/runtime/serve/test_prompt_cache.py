@@ -36,7 +36,7 @@ def _a_loop(folder: Path) -> None:
 
 
 def _nowhere(folder: Path) -> None:
-    folder.symlink_to(folder.parent / "there" / "is" / "none")
+    folder.symlink_to("/proc/none/at/all")
 
 
 def _on_proc(folder: Path) -> None:

@@ -180,7 +180,7 @@ def test_what_cannot_be_deleted_stays_in_the_list(store: SessionStore, tmp_path:
 def test_a_folder_that_nobody_can_write_into(start_daemon: Callable[..., Any], small_disk: Path) -> None:
     daemon = start_daemon(f"sessions: {{folder: {small_disk}/sessions}}", port=False)
     assert daemon.request("PUT", "/sessions/talk", {"system": "x"})[0] == 200
-    (user,) = (small_disk / "sessions").iterdir()
+    (user,) = (path for path in (small_disk / "sessions").iterdir() if path.is_dir())
     (user / ".talk.json.partial-1").touch()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:

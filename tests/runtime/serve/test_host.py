@@ -1,0 +1,51 @@
+"""The model behind the daemon, with a load that takes its time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rkruntime.errors import UsageError
+from rkruntime.serve.host import Host
+from rkruntime.serve.settings import Settings, read_keys
+
+
+def test_a_reload_while_a_model_is_loaded_for_a_client_that_has_gone(tmp_path: Path) -> None:
+    go, loaded = threading.Event(), []
+
+    def load(settings: Settings, stop: Any) -> Any:
+        assert go.wait(10)
+        loaded.append(settings.max_context)
+        manifest = SimpleNamespace(name="fake")
+        return SimpleNamespace(bundle=SimpleNamespace(path=tmp_path, manifest=manifest), close=lambda: None)
+
+    async def reload() -> None:
+        before = Settings(max_context=512)
+        host = Host(before, load)
+        first = asyncio.create_task(host.model())
+        await asyncio.sleep(0.05)
+        first.cancel()
+        asyncio.get_running_loop().call_later(0.1, go.set)
+        after = replace(before, max_context=1024)
+        assert host.needs_load(after)
+        await host.change(after)
+        assert loaded == [512, 1024]
+        assert host.loaded_with is after
+        assert not host.needs_load(after)
+        await host.close()
+
+    asyncio.run(reload())
+
+
+def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("ann 0123456789abcdef\nbob schl\u00fcsselschl\u00fcssel12\n", encoding="utf-8")
+    keys.chmod(0o600)
+    with pytest.raises(UsageError, match=r"line 2: the key is not ASCII"):
+        read_keys(keys)
