@@ -169,7 +169,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor that is missing": (lambda f: tensors(f, lambda t: t.pop(NORM)), "lacks the tensor .*post_attention"),
     "a tensor too many": (
         lambda f: tensors(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A": t[NORM]})),
-        r"has the tensor .*lora_A, which a model of this config",
+        r"has the tensor .*lora_A, which a model with this config",
     ),
     "a matrix of another shape": (
         lambda f: tensors(f, lambda t: t.update({QUERY: t[QUERY][:32].contiguous()})),
