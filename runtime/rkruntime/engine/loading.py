@@ -203,7 +203,7 @@ def info_of(
     """What is known of a model that was just loaded. Raises LoadError if the log says that it is not."""
     assert identity.release is not None
     if line := first_error(log):
-        raise LoadError(f"The library reported success, and its log says: {line}")
+        raise LoadError(f"The library reported success, but its log says: {line}")
     facts = facts_of(log)
     limit, cores = facts.pop("max_context_limit"), facts.pop("npu_cores")
     return ModelInfo(

@@ -126,6 +126,6 @@ def test_old_drivers_are_noticed_at_once(options: Callable[..., LoadOptions], re
     """An answer of exclamation marks is no answer; the model stays loaded."""
     with Engine.load(options(release, environment={"RKEMU_FAULT": "old-driver"})) as engine:
         for _ in range(2):
-            with pytest.raises(RunError, match="its log says: E rkllm: matmul") as caught:
+            with pytest.raises(RunError, match="the runtime logged: E rkllm: matmul") as caught:
                 list(engine.generate(Request(REQUEST.tokens)))
             assert caught.value.details["diagnosis"]["class"] == "driver-too-old-run"
