@@ -161,7 +161,7 @@ class Chat:
         request = Request(tokens, limit, model.stop_tokens)
         for piece in stream_answer(model.engine, request, model.prompts.vocabulary, _texts(stop)):
             if isinstance(piece, Answer):
-                self.conversation.add(text, piece)
+                self.conversation.add(text, piece, self.dropped)
             yield piece
 
 

@@ -200,3 +200,18 @@ def test_the_service(bundle: rkruntime.Bundle, tmp_path: Path) -> None:  # noqa:
         finally:
             process.terminate()
     assert len(answer) > 2
+
+
+def test_a_run_that_fails_forgets_no_turn() -> None:
+    """The context is full, so that each question drops turns; only an answer makes that last."""
+    model = fake_model("one", "two", [*b"th", RunError("no")], "four", max_context=120)
+    chat = model.chat(drop_oldest=True)
+    for text in ("a" * 30, "b" * 30):
+        chat.ask(text)
+    before = chat.conversation.as_dict()
+    with pytest.raises(RunError):
+        chat.ask("c" * 40)
+    assert chat.dropped
+    assert chat.conversation.as_dict() == before
+    chat.ask("c" * 40)
+    assert len(chat.conversation.messages) < len(before["messages"]) + 2

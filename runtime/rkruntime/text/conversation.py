@@ -34,26 +34,26 @@ class Conversation:
         self.messages = list(messages)
 
     def prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """Token ids of everything said so far and of `text`, and how many old turns were dropped to make room.
+        """Token ids of everything said so far and of `text`, and how many old turns were left out to make room.
 
         Args:
             max_context: in tokens; the answer's beginning has room too.
-            drop: forget the oldest turns until it fits; the system prompt stays.
+            drop: leave out the oldest turns until it fits; the system prompt stays. `add` forgets them.
 
         Raises:
             ContextFullError: it does not fit.
             UsageError, BundleError: the template does not take it.
         """
-        tokens, dropped = self._prompts.prompt(self._with(self.messages, text), max_context, drop=drop)
-        del self.messages[: 2 * dropped]
-        return tokens, dropped
-
-    def _with(self, messages: Iterable[Message], text: str) -> list[Message]:
         system = [Message("system", self.system)] if self.system else []
-        return [*system, *messages, Message("user", text)]
+        return self._prompts.prompt([*system, *self.messages, Message("user", text)], max_context, drop=drop)
 
-    def add(self, text: str, answer: Answer) -> None:
-        """Keep a turn: what was asked, and the answer's text with the ids that were generated for it."""
+    def add(self, text: str, answer: Answer, dropped: int = 0) -> None:
+        """Keep a turn: what was asked, and the answer's text with the ids that were generated for it.
+
+        Args:
+            dropped: so many of the oldest turns are forgotten, which the answer's prompt had no room for.
+        """
+        del self.messages[: 2 * dropped]
         # Nobody has seen what was generated behind a stop string's beginning.
         tokens = self._prompts.vocabulary.saying(answer.tokens, answer.text)
         self.messages += [Message("user", text), Message("assistant", answer.text, tokens)]
