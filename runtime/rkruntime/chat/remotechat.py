@@ -321,9 +321,7 @@ class RemoteChat:
         elif rest := kept[len(seen) :]:
             yield rest
 
-    def _exchange(
-        self, message: Mapping[str, Any], stopping: threading.Event
-    ) -> Generator[dict[str, Any], None, None]:
+    def _exchange(self, message: Mapping[str, Any], stopping: threading.Event) -> Generator[dict[str, Any], None, None]:
         assert self._link is not None
         with self._sending:
             if stopping.is_set():

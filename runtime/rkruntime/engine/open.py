@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 LIBRARY: Final = "librkllmrt.so"
 LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
-# What provides the library for a bundle's target: "module:function", called with the release. Named, not imported: the
+# What provides the library for a bundle's target: "module:function", called with the release, `progress`
+# and `stop`. Named, not imported: the
 # runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator.build:build"}
 # No temperature and no vocabulary is as large.
@@ -67,18 +68,28 @@ def default_sampling(bundle: Bundle) -> Sampling:
     return replace(Sampling(), **{name: wanted[name](value) for name, value in given.items()})
 
 
-def find_library(bundle: Bundle, options: RuntimeOptions, progress: Callable[[str], None] | None = None) -> Path:
+def find_library(
+    bundle: Bundle,
+    options: RuntimeOptions,
+    progress: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
+) -> Path:
     """The library for a bundle: --library or its variable, else its target's provider, else where boards have it.
+
+    Args:
+        progress: gets lines while the emulator is built.
+        stop: ends that from another thread.
 
     Raises:
         LibraryError: there is none.
         HostError: the emulator cannot be built here.
+        ServiceError: it was stopped.
     """
     if options.library is not None:
         return options.library
     provider = PROVIDERS.get(bundle.manifest.target)
     if provider is not None:
-        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress)
+        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress, stop)
     places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
     found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
     if found is None:
@@ -89,7 +100,7 @@ def find_library(bundle: Bundle, options: RuntimeOptions, progress: Callable[[st
     return found
 
 
-def _provide(provider: str, release: str, progress: Callable[[str], None] | None) -> Path:
+def _provide(provider: str, release: str, progress: Callable[[str], None] | None, stop: Stop | None) -> Path:
     module, _, function = provider.partition(":")
     try:
         build: Callable[..., Path] = getattr(importlib.import_module(module), function)
@@ -97,7 +108,7 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
         raise HostError(
             f"This bundle is for the emulator, and {module} is not installed here.", hint="Install rkedge as a whole."
         ) from error
-    return build(release, progress=progress or (lambda _: None))
+    return build(release, progress=progress or (lambda _: None), stop=stop)
 
 
 def load_engine(
@@ -124,13 +135,13 @@ def load_engine(
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora
 
-    stop = stop or Stop()
-    stop.check()
-    bundle.verify(progress=stop.check)
+    ending = stop or Stop()
+    ending.check()
+    bundle.verify(progress=ending.check)
     adapter = Lora(bundle.lora.stem, bundle.lora) if bundle.lora else None
     engine = Engine.load(
         LoadOptions(
-            library=find_library(bundle, options, progress),
+            library=find_library(bundle, options, progress, stop),
             model=bundle.model,
             abi=options.abi,
             known=bundle.known,
@@ -139,7 +150,7 @@ def load_engine(
             sampling=sampling.over(default_sampling(bundle)),
             loras=[adapter] if adapter else [],
             lora=adapter.name if adapter else None,
-            stop=stop,
+            stop=ending,
             **timeouts,
         )
     )

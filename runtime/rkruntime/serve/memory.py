@@ -18,7 +18,6 @@ from rkruntime.serve.users import User
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-
 # Of an answer beside its ids, which take 4 bytes each, and of a user who has this one only.
 _ENTRY: Final = 1024
 

@@ -119,7 +119,7 @@ def test_a_board_has_its_library_in_known_places(
 def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def build(release: str, progress: Any) -> Path:
+    def build(release: str, progress: Any, stop: Any) -> Path:
         asked.append(release)
         progress("building")
         return Path("/built.so")
