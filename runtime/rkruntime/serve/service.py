@@ -335,11 +335,7 @@ class Service:
     @property
     def name(self) -> str:
         """Of the bundle that is served."""
-        model = self.host.current
-        if model is not None:
-            return model.bundle.manifest.name
-        bundle = self.host.settings.bundle
-        return bundle.resolve().name if bundle else "none"
+        return self.host.name
 
     async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.

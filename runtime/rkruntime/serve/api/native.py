@@ -23,7 +23,7 @@ from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.model import Model
 from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split
-from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response
+from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
@@ -151,6 +151,7 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _update(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a change with nothing but a conversation in `conversation`. Raises BodyError."""
+    refuse_together(body, "clear", "conversation")
     return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
 
 
@@ -173,15 +174,15 @@ class Sessions:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        wrap = answering("openai")
-        return [
-            Route("/sessions", wrap(self._list), methods=["GET"]),
-            Route("/sessions/{name}", wrap(self._read), methods=["GET"]),
-            Route("/sessions/{name}", wrap(self._change), methods=["PUT"]),
-            Route("/sessions/{name}", wrap(self._delete), methods=["DELETE"]),
-            Route("/sessions/{name}/messages", wrap(self._ask), methods=["POST"]),
-            Route("/sessions/{name}/resume", wrap(self._resume), methods=["POST"]),
-        ]
+        return routes(
+            "openai",
+            ("GET", "/sessions", self._list),
+            ("GET", "/sessions/{name}", self._read),
+            ("PUT", "/sessions/{name}", self._change),
+            ("DELETE", "/sessions/{name}", self._delete),
+            ("POST", "/sessions/{name}/messages", self._ask),
+            ("POST", "/sessions/{name}/resume", self._resume),
+        )
 
     async def _list(self, request: Request) -> Response:
         return await read_in_thread(self._listed, request.scope["rkedge.user"])
