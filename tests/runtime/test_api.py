@@ -21,7 +21,7 @@ import pytest
 
 import rkruntime
 from rkconvert.demo import questions
-from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerCrashedError
+from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerCrashedError
 from rkruntime.testing import FakeEngine, fake_model
 
 from .engine.conftest import bundle  # noqa: F401  # a fixture
@@ -339,3 +339,19 @@ def test_a_file_that_the_manifest_does_not_list_is_told(bundle: rkruntime.Bundle
     found: list[rkruntime.Finding] = []
     with rkruntime.open_model(tmp_path / "copy", finding=found.append):
         assert [one.level for one in found if "model_lora.rkemu" in one.message] == ["warning"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"\0" * 4096], ids=["empty", "junk", "zeros"])
+def test_a_junk_adapter_is_not_called_a_junk_model(
+    model: rkruntime.Model,
+    bundle: rkruntime.Bundle,
+    tmp_path: Path,
+    content: bytes,  # noqa: F811
+) -> None:
+    (tmp_path / "junk.rkemu").write_bytes(content)
+    adapter = rkruntime.Lora("junk", tmp_path / "junk.rkemu")
+    options = rkruntime.LoadOptions(model.engine.options.library, bundle.model, loras=[adapter], lora="junk")
+    with pytest.raises(RKEdgeError) as caught:
+        rkruntime.Engine.load(options)
+    assert "LoRA adapter" in caught.value.hint
+    assert "model file is not" not in caught.value.hint
