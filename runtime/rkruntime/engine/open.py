@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 LIBRARY: Final = "librkllmrt.so"
 LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
-# What provides the library for a bundle's target: "module:function", called with the release, `progress`
-# and `stop`. Named, not imported: the
-# runtime does not depend on the board's tools.
+# What provides the library for a bundle's target: "module:function", called with the release, `progress` and `stop`.
+# Named, not imported: the runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator.build:build"}
 # Whether it is a whole number, lowest and highest value of what can be asked for.
 _LIMITS: Final[Mapping[str, tuple[bool, float, float]]] = {
@@ -40,7 +39,7 @@ _GIVEN: Final = {
     "top_p": "top_p",
     "repetition_penalty": "repeat_penalty",
 }
-# What else changes transformers' answers: no release of RKLLM has it. With the value that changes nothing.
+# What else changes transformers' answers and is not taken over, with the value that changes nothing.
 _NOT_DONE: Final[Mapping[str, Any]] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -139,7 +138,7 @@ def default_sampling(bundle: Bundle) -> Sampling:
 
 
 def ignored_settings(bundle: Bundle) -> list[str]:
-    """Names in generation_config.json that would change an answer and that RKLLM cannot do. Raises BundleError."""
+    """Names in generation_config.json that would change an answer and are not taken over. Raises BundleError."""
     config = bundle.read_generation_config()
     found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
     # transformers' word for "not limited", which no manual of RKLLM knows.
@@ -199,9 +198,9 @@ def _not_done(names: Sequence[str]) -> Finding:
     return Finding(
         "warning",
         "generation-config",
-        f"{GENERATION_CONFIG} asks for {', '.join(names)}, which RKLLM does not do.",
+        f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
         "Answers may differ from those of transformers; --temperature and its kin set what there is.",
-        "RKLLMParam in the header of RKLLM has no such field.",
+        f"Only {', '.join(_GIVEN)} and do_sample are taken from it.",
     )
 
 
