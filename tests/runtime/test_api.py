@@ -344,9 +344,9 @@ def test_a_file_that_the_manifest_does_not_list_is_told(bundle: rkruntime.Bundle
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, b"\0" * 4096], ids=["empty", "junk", "zeros"])
 def test_a_junk_adapter_is_not_called_a_junk_model(
     model: rkruntime.Model,
-    bundle: rkruntime.Bundle,
+    bundle: rkruntime.Bundle,  # noqa: F811
     tmp_path: Path,
-    content: bytes,  # noqa: F811
+    content: bytes,
 ) -> None:
     (tmp_path / "junk.rkemu").write_bytes(content)
     adapter = rkruntime.Lora("junk", tmp_path / "junk.rkemu")
