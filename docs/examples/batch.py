@@ -5,14 +5,19 @@ import sys
 
 import rkruntime
 
-with rkruntime.open_model(sys.argv[1]) as model:
+model = rkruntime.open_model(sys.argv[1])
+try:
     for line in sys.stdin:
-        question = line.strip()
+        if not (question := line.strip()):
+            continue
+        if not model.engine.alive:  # the library crashed over the question before
+            model.close()
+            model = rkruntime.open_model(sys.argv[1])
         try:
             answer = model.ask(question, max_new_tokens=256)
         except rkruntime.RKEdgeError as error:
             print(json.dumps({"question": question, **error.as_dict()}), flush=True)
-            if not model.engine.alive:
-                raise
         else:
             print(json.dumps({"question": question, "answer": answer.text, "ended": answer.reason.value}), flush=True)
+finally:
+    model.close()

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import sys
 
 import rkruntime
@@ -13,15 +14,24 @@ async def main(bundle: str, socket: str) -> None:
     model = await asyncio.to_thread(rkruntime.open_model, bundle)
     turn = asyncio.Lock()  # a model answers one question at a time
 
+    async def say(question: str, writer: asyncio.StreamWriter) -> None:
+        nonlocal model
+        async with turn:
+            if not model.engine.alive:  # the library crashed over the question before
+                await asyncio.to_thread(model.close)
+                model = await asyncio.to_thread(rkruntime.open_model, bundle)
+            async with contextlib.aclosing(model.astream(question)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, str):
+                        writer.write(piece.encode())  # nobody waits here for a client that reads slowly
+        writer.write(b"\n")
+        await writer.drain()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async for line in reader:
-                async with turn:
-                    async for piece in model.astream(line.decode(errors="replace").strip()):
-                        if isinstance(piece, str):
-                            writer.write(piece.encode())
-                            await writer.drain()
-                writer.write(b"\n")
+                if question := line.decode(errors="replace").strip():
+                    await say(question, writer)
         except (rkruntime.RKEdgeError, ConnectionError, ValueError) as error:
             print(error, file=sys.stderr)
         finally:

@@ -14,16 +14,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rkruntime.bundle.manifest import Bundle, open_bundle
+    from rkruntime.bundle.manifest import Bundle, Manifest, open_bundle
     from rkruntime.checks.diagnosis import Diagnosis, diagnose
     from rkruntime.checks.preflight import Finding, Preflight, preflight
     from rkruntime.engine.engine import Engine
-    from rkruntime.engine.generation import FinishReason, Request, Sampling
-    from rkruntime.engine.loading import LoadOptions
+    from rkruntime.engine.generation import Finished, FinishReason, Perf, Request, Sampling, Token
+    from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo
     from rkruntime.engine.open import RuntimeOptions, SamplingOptions
     from rkruntime.errors import RKEdgeError
     from rkruntime.library.identify import Identity, identify
     from rkruntime.model import Chat, Model, open_model
+    from rkruntime.stop import Stop
     from rkruntime.text.answer import Answer
     from rkruntime.text.conversation import Conversation
     from rkruntime.text.template import Message
@@ -37,16 +38,23 @@ __all__ = [
     "Engine",
     "Finding",
     "FinishReason",
+    "Finished",
     "Identity",
     "LoadOptions",
+    "Lora",
+    "Manifest",
     "Message",
     "Model",
+    "ModelInfo",
+    "Perf",
     "Preflight",
     "RKEdgeError",
     "Request",
     "RuntimeOptions",
     "Sampling",
     "SamplingOptions",
+    "Stop",
+    "Token",
     "diagnose",
     "identify",
     "open_bundle",
@@ -56,16 +64,17 @@ __all__ = [
 
 # Each is imported when it is first asked for: the worker, which has no packages but Python's own, imports this too.
 _HOMES = {
-    "bundle.manifest": ("Bundle", "open_bundle"),
+    "bundle.manifest": ("Bundle", "Manifest", "open_bundle"),
     "checks.diagnosis": ("Diagnosis", "diagnose"),
     "checks.preflight": ("Finding", "Preflight", "preflight"),
     "engine.engine": ("Engine",),
-    "engine.generation": ("FinishReason", "Request", "Sampling"),
-    "engine.loading": ("LoadOptions",),
+    "engine.generation": ("FinishReason", "Finished", "Perf", "Request", "Sampling", "Token"),
+    "engine.loading": ("LoadOptions", "Lora", "ModelInfo"),
     "engine.open": ("RuntimeOptions", "SamplingOptions"),
     "errors": ("RKEdgeError",),
     "library.identify": ("Identity", "identify"),
     "model": ("Chat", "Model", "open_model"),
+    "stop": ("Stop",),
     "text.answer": ("Answer",),
     "text.conversation": ("Conversation",),
     "text.template": ("Message",),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -161,7 +161,7 @@ class Chat:
         request = Request(tokens, limit, model.stop_tokens)
         for piece in stream_answer(model.engine, request, model.prompts.vocabulary, _texts(stop)):
             if isinstance(piece, Answer):
-                self.conversation.add(text, piece)
+                self.conversation.add(text, piece, self.dropped)
             yield piece
 
 
@@ -171,7 +171,7 @@ def _texts(stop: str | Sequence[str]) -> Sequence[str]:
 
 
 def open_model(
-    bundle: str | Path | Bundle,
+    bundle: str | os.PathLike[str] | Bundle,
     options: RuntimeOptions | None = None,
     sampling: SamplingOptions | None = None,
     *,
@@ -194,7 +194,7 @@ def open_model(
         RKEdgeError: whatever is wrong with bundle, library, machine or model.
     """
     if not isinstance(bundle, Bundle):
-        bundle = open_bundle(Path(bundle))
+        bundle = open_bundle(bundle)
     options, sampling = options or RuntimeOptions(), sampling or SamplingOptions()
     prompts = PromptProcess(bundle, stop=stop)
     try:

@@ -166,24 +166,30 @@ class _Prompts:
         pass
 
 
+def fake_manifest(**facts: Any) -> Manifest:
+    """Of an emulated Gemma 2 without files, but for the fields that are given."""
+    fields: dict[str, Any] = {
+        "name": "fake",
+        "family": "gemma2",
+        "size": "2B",
+        "parameters": 2_614_341_888,
+        "source": Source("fake"),
+        "target": "emulator",
+        "platform": "rk3588",
+        "dtype": "w8a8",
+        "npu_cores": 3,
+        "max_context": 4096,
+        "toolkit_version": "1.2.3",
+        "model_file": "model.rkemu",
+        "bos_token_id": _BOS,
+        "stop_token_ids": (_END_OF_TURN,),
+        "files": {},
+    }
+    return Manifest(**{**fields, **facts})
+
+
 def fake_model(*answers: Script, max_context: int = 4096) -> Model:
     """A Model whose engine is a FakeEngine with these answers, and which needs no files."""
-    manifest = Manifest(
-        name="fake",
-        family="gemma2",
-        size="2B",
-        parameters=2_614_341_888,
-        source=Source("fake"),
-        target="emulator",
-        platform="rk3588",
-        dtype="w8a8",
-        npu_cores=3,
-        max_context=max_context,
-        toolkit_version="1.2.3",
-        model_file="model.rkemu",
-        bos_token_id=_BOS,
-        stop_token_ids=(_END_OF_TURN,),
-        files={},
-    )
+    manifest = fake_manifest(max_context=max_context)
     engine = FakeEngine(list(answers), max_context=max_context)
     return Model(Bundle(Path("fake"), manifest), cast(Any, engine), cast(Any, _Prompts()), GREEDY)

@@ -16,9 +16,9 @@ from rkboard.emulator import build as emulator
 from rkconvert.demo import questions
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkruntime.abi import RELEASES
-from rkruntime.bundle.manifest import Bundle, FileRecord, Manifest, Source
+from rkruntime.bundle.manifest import Bundle, FileRecord, Source
 from rkruntime.files import sha256_file
-from rkruntime.testing import FakeEngine
+from rkruntime.testing import FakeEngine, fake_manifest
 from rkruntime.text.tokenizer import Tokenizer
 
 DOUBLE = Path(__file__).parent / "engine" / "double.cc"
@@ -128,19 +128,12 @@ def fake_bundle(tmp_path: Path, tokenizer_file: Path, tokenizer: Tokenizer) -> B
     files = {
         path.name: FileRecord(path.stat().st_size, sha256_file(path)) for path in folder.iterdir() if path.is_file()
     }
-    manifest = Manifest(
+    manifest = fake_manifest(
         name=folder.name,
-        family="gemma2",
         size="1M",
         parameters=1_116_288,
         source=Source("demo"),
-        target="emulator",
-        platform="rk3588",
-        dtype="w8a8",
-        npu_cores=3,
         max_context=512,
-        toolkit_version="1.2.3",
-        model_file="model.rkemu",
         bos_token_id=tokenizer.control["<bos>"],
         stop_token_ids=(tokenizer.control["<eos>"], tokenizer.control["<end_of_turn>"]),
         files=files,

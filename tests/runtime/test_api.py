@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import pytest
 
 import rkruntime
 from rkconvert.demo import questions
-from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerCrashedError
+from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerCrashedError
 from rkruntime.testing import FakeEngine, fake_model
 
 from .engine.conftest import bundle  # noqa: F401  # a fixture
@@ -30,9 +33,10 @@ ROWS = questions()[:3]
 def test_the_names() -> None:
     assert rkruntime.__all__ == sorted(rkruntime.__all__)
     assert rkruntime.__all__ == [
-        *("Answer", "Bundle", "Chat", "Conversation", "Diagnosis", "Engine", "Finding", "FinishReason", "Identity"),
-        *("LoadOptions", "Message", "Model", "Preflight", "RKEdgeError", "Request", "RuntimeOptions", "Sampling"),
-        *("SamplingOptions", "diagnose", "identify", "open_bundle", "open_model", "preflight"),
+        *("Answer", "Bundle", "Chat", "Conversation", "Diagnosis", "Engine", "Finding", "FinishReason", "Finished"),
+        *("Identity", "LoadOptions", "Lora", "Manifest", "Message", "Model", "ModelInfo", "Perf", "Preflight"),
+        *("RKEdgeError", "Request", "RuntimeOptions", "Sampling", "SamplingOptions", "Stop", "Token", "diagnose"),
+        *("identify", "open_bundle", "open_model", "preflight"),
     ]
     assert all(getattr(rkruntime, name).__name__ == name for name in rkruntime.__all__)
     assert dir(rkruntime) == rkruntime.__all__
@@ -156,7 +160,7 @@ def test_the_fake_ends_as_a_real_one_does() -> None:
 def test_the_page_names_what_there_is() -> None:
     page = (DOCS / "python.md").read_text()
     named = set(re.findall(r"\b[A-Za-z_]+\b", page))
-    assert {name for name in rkruntime.__all__ if name not in named} <= {"Conversation", "Identity", "Preflight"}
+    assert {name for name in rkruntime.__all__ if name not in named} <= {"Conversation", "Identity"}
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 2
     exec(blocks[1], {})
@@ -177,6 +181,7 @@ def test_the_bot_and_the_batch(bundle: rkruntime.Bundle) -> None:  # noqa: F811
     done = subprocess.run(example("bot", bundle.path), input=lines + "\n", capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == len(ROWS) + 1
+    lines = f"\n{lines}\n   \n"
     done = subprocess.run(example("batch", bundle.path), input=lines, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == [row.question for row in ROWS]
@@ -200,3 +205,153 @@ def test_the_service(bundle: rkruntime.Bundle, tmp_path: Path) -> None:  # noqa:
         finally:
             process.terminate()
     assert len(answer) > 2
+
+
+def test_a_run_that_fails_forgets_no_turn() -> None:
+    """The context is full, so that each question drops turns; only an answer makes that last."""
+    model = fake_model("one", "two", [*b"th", RunError("no")], "four", max_context=120)
+    chat = model.chat(drop_oldest=True)
+    for text in ("a" * 30, "b" * 30):
+        chat.ask(text)
+    before = chat.conversation.as_dict()
+    with pytest.raises(RunError):
+        chat.ask("c" * 40)
+    assert chat.dropped
+    assert chat.conversation.as_dict() == before
+    chat.ask("c" * 40)
+    assert len(chat.conversation.messages) < len(before["messages"]) + 2
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", True, 1e30, [1]])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "repeat_penalty", "max_new_tokens", "max_context"])
+def test_options_that_nothing_can_have_are_refused(name: str, value: Any) -> None:
+    kind = rkruntime.RuntimeOptions if name == "max_context" else rkruntime.SamplingOptions
+    with pytest.raises(UsageError, match=f"^{name} is"):
+        kind(**{name: value})
+
+
+class Named:
+    """A path that is neither a text nor a pathlib.Path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+@pytest.mark.parametrize("kind", [str, Named])
+def test_paths_are_texts_or_pathlike(bundle: rkruntime.Bundle, tmp_path: Path, kind: Any) -> None:  # noqa: F811
+    assert rkruntime.open_bundle(kind(bundle.path)).manifest == bundle.manifest
+    talk = fake_model("Yes.").chat()
+    talk.ask("Is it?")
+    talk.conversation.save(kind(tmp_path / "talk.json"))
+    talk.conversation.load(kind(tmp_path / "talk.json"))
+    with rkruntime.open_model(kind(bundle.path)) as model:
+        library, file = model.engine.options.library, bundle.model
+    assert rkruntime.identify(kind(library)) == rkruntime.identify(library)
+    options = rkruntime.RuntimeOptions(library=kind(library))
+    with rkruntime.open_model(bundle, options) as model:
+        assert model.engine.options.library == library
+    load = rkruntime.LoadOptions(kind(library), kind(file), loras=[rkruntime.Lora("a", kind(file))])
+    assert (load.library, load.model, load.loras[0].path) == (library, file, file)
+
+
+def test_nothing_starts_for_a_model_that_was_closed(bundle: rkruntime.Bundle) -> None:  # noqa: F811
+    model = rkruntime.open_model(bundle)
+    chat = model.chat()
+    model.close()
+    model.close()
+    messages = [rkruntime.Message("user", "Hi")]
+    for ask in (
+        lambda: model.ask("Hi"),
+        lambda: chat.ask("Hi"),
+        lambda: chat.conversation.prompt("Hi", 512),
+        lambda: chat.conversation.restore(chat.conversation.as_dict()),
+        lambda: model.prompts.prompt(messages, 512),
+        lambda: model.prompts.encode("Hi", 512),
+    ):
+        with pytest.raises(RunError, match="is closed"):
+            ask()
+    prompts: Any = model.prompts
+    assert prompts._child.pid is None
+
+
+def test_preflight_as_documented(bundle: rkruntime.Bundle) -> None:  # noqa: F811
+    assert isinstance(rkruntime.preflight(bundle.known), rkruntime.Preflight)
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> list[rkruntime.Model]:
+    """What `open_model` gives in turn: the library crashes over the second question."""
+    given = [fake_model("one", [*b"tw", WorkerCrashedError("gone")]), fake_model("three", "four")]
+    rest = list(given)
+    monkeypatch.setattr(rkruntime, "open_model", lambda _: rest.pop(0))
+    return given
+
+
+@pytest.mark.parametrize("name", ["bot", "batch"])
+def test_a_program_goes_on_when_the_library_crashed(
+    name: str, models: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, "my-bundle"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\nthird\n"))
+    runpy.run_path(str(DOCS / "examples" / f"{name}.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert "one" in out
+    assert "three" in out
+    assert "gone" in out + err
+    assert all(model.engine.closed for model in models)
+    if name == "bot":  # The turns before the crash are in the next prompt, and the one that failed is not.
+        prompt = models[1].prompts.vocabulary.decode(models[1].engine.requests[0].tokens)
+        assert "first" in prompt
+        assert "second" not in prompt
+
+
+def test_the_service_goes_on_and_nobody_holds_it_up(models: list[Any], tmp_path: Path) -> None:
+    main = runpy.run_path(str(DOCS / "examples" / "service.py"))["main"]
+
+    async def ask(*questions: str) -> str:
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "socket"))
+        writer.write("".join(f"{question}\n" for question in questions).encode())
+        writer.write_eof()
+        said = (await asyncio.wait_for(reader.read(), 20)).decode()
+        writer.close()
+        return said
+
+    async def everybody() -> list[str]:
+        served = asyncio.create_task(main("my-bundle", str(tmp_path / "socket")))
+        while not (tmp_path / "socket").exists():
+            await asyncio.sleep(0.01)
+        said = [await ask("", "first", " "), await ask("second"), await ask("third")]
+        served.cancel()
+        await asyncio.gather(served, return_exceptions=True)
+        return said
+
+    assert asyncio.run(everybody()) == ["one\n", "tw", "three\n"]
+    assert all(model.engine.closed for model in models)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_told(bundle: rkruntime.Bundle, tmp_path: Path) -> None:  # noqa: F811
+    """An adapter that somebody took out of the manifest: the base answers, and says so."""
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    (tmp_path / "copy" / "model_lora.rkemu").write_bytes(b"anything")
+    found: list[rkruntime.Finding] = []
+    with rkruntime.open_model(tmp_path / "copy", finding=found.append):
+        assert [one.level for one in found if "model_lora.rkemu" in one.message] == ["warning"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"\0" * 4096], ids=["empty", "junk", "zeros"])
+def test_a_junk_adapter_is_not_called_a_junk_model(
+    model: rkruntime.Model,
+    bundle: rkruntime.Bundle,  # noqa: F811
+    tmp_path: Path,
+    content: bytes,
+) -> None:
+    (tmp_path / "junk.rkemu").write_bytes(content)
+    adapter = rkruntime.Lora("junk", tmp_path / "junk.rkemu")
+    options = rkruntime.LoadOptions(model.engine.options.library, bundle.model, loras=[adapter], lora="junk")
+    with pytest.raises(RKEdgeError) as caught:
+        rkruntime.Engine.load(options)
+    assert "LoRA adapter" in caught.value.hint
+    assert "model file is not" not in caught.value.hint

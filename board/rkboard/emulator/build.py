@@ -7,10 +7,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +24,7 @@ from rkruntime.errors import HostError, UsageError
 from rkruntime.files import atomic_file
 from rkruntime.folders import own_folder
 from rkruntime.resources import resource
+from rkruntime.stop import Stop
 from rkruntime.versions import version
 
 LIBRARY: Final = "librkllmrt.so"
@@ -74,10 +77,30 @@ class Compiler:
     arch: str
 
 
-def _run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a compiler, until `stop` is asked for at the most: then it is killed with its children."""
     # The messages are shown to a person and searched for "error": in the language that they were written in.
     environment = os.environ | {"LC_ALL": "C"}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, check=False)
+    plain, pipe = [str(part) for part in command], subprocess.PIPE
+    if stop is None:  # Ctrl-C reaches it, as it is in this process's group.
+        return subprocess.run(plain, stdout=pipe, stderr=pipe, text=True, env=environment, check=False)
+    with subprocess.Popen(
+        plain, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    ) as process:
+
+        def end() -> None:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+        try:
+            with stop.ending(end):
+                out, err = process.communicate()
+        except BaseException:
+            end()
+            raise
+    stop.check()
+    return subprocess.CompletedProcess(plain, process.returncode, out, err)
 
 
 def host_arch() -> str:
@@ -178,12 +201,14 @@ class _Build:
             objects.append((source, self.folder / self.release / f"{source.stem}.o", [*self.flags, *layout]))
         return objects
 
-    def _make(self, target: Path, command: Sequence[str | Path]) -> None:
+    def _make(self, target: Path, command: Sequence[str | Path], stop: Stop | None) -> None:
         """Run a compiler that writes `target`, which appears whole or not at all."""
+        if stop is not None:
+            stop.check()
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as scratch:
             partial = Path(scratch) / target.name
-            result = _run([*self.compiler.command, *command, "-o", partial])
+            result = _run([*self.compiler.command, *command, "-o", partial], stop)
             if result.returncode != 0:
                 raise self._failed(command, result)
             partial.replace(target)
@@ -205,7 +230,7 @@ class _Build:
             },
         )
 
-    def run(self, progress: Progress | None) -> Path:
+    def run(self, progress: Progress | None, stop: Stop | None) -> Path:
         if self.library.is_file():
             return self.library
         self.library.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +243,7 @@ class _Build:
         def compile_one(entry: tuple[Path, Path, list[str]]) -> None:
             nonlocal done
             source, target, flags = entry
-            self._make(target, [*flags, "-c", source])
+            self._make(target, [*flags, "-c", source], stop)
             done += 1
             if progress:
                 progress(f"building the emulator for {self.release}: {done}/{len(missing)} {source.name}")
@@ -226,7 +251,7 @@ class _Build:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             list(pool.map(compile_one, missing))
         exports = f"-Wl,--version-script={self.sources / EXPORTS}"
-        self._make(self.library, [*self.link_flags, exports, *(target for _, target, _ in objects)])
+        self._make(self.library, [*self.link_flags, exports, *(target for _, target, _ in objects)], stop)
         return self.library
 
 
@@ -237,6 +262,7 @@ def build(
     sanitize: str | None = None,
     warnings_are_errors: bool = False,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Path:
     """The emulator's library for a release, built if the cache has none of these sources, compiler and flags.
 
@@ -246,6 +272,7 @@ def build(
         sanitize: a value of the compilers' -fsanitize, such as `address,undefined`.
         warnings_are_errors: as the project's own tests build it.
         progress: gets a line per compiled file.
+        stop: ends the build from another thread.
 
     Returns:
         The file librkllmrt.so, in a folder of its own that can go onto LD_LIBRARY_PATH.
@@ -253,10 +280,11 @@ def build(
     Raises:
         UsageError: no such release or machine.
         HostError: no compiler, or it failed, or the cache folder cannot be written.
+        ServiceError: it was stopped.
     """
     check_release(release)
     try:
-        return _Build(release, find_compiler(arch), sanitize, warnings_are_errors).run(progress)
+        return _Build(release, find_compiler(arch), sanitize, warnings_are_errors).run(progress, stop)
     except OSError as error:
         raise HostError(
             f"Cannot build the emulator in {cache_folder()}: {error.strerror or error}.",

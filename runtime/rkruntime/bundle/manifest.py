@@ -26,6 +26,7 @@ from rkruntime.yamltext import MAX_FILE, load_yaml
 SCHEMA: Final = "rkedge-bundle/1"
 MANIFEST: Final = "rkedge.yaml"
 TOKENIZER: Final = "tokenizer.json"
+_MODELS: Final = (".rkllm", ".rkemu", ".safetensors")
 LORA: Final = "model_lora"  # with the model file's suffix
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
@@ -161,6 +162,12 @@ class Bundle:
         return self.path / name if name in self.manifest.files else None
 
     @property
+    def unlisted(self) -> list[str]:
+        """Files that look like models or adapters and that the manifest does not list: nobody loads them."""
+        found = (path.name for path in self.path.iterdir() if path.suffix in _MODELS)
+        return sorted(name for name in found if name not in self.manifest.files)
+
+    @property
     def tokenizer(self) -> Path:
         """tokenizer.json."""
         return self.path / TOKENIZER
@@ -292,12 +299,13 @@ class _Stamp:
             pass
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read a bundle's manifest; `Bundle.verify` compares the files.
 
     Raises:
         BundleError: no bundle, or its manifest is wrong.
     """
+    path = Path(path)
     manifest = path / MANIFEST
     if not path.is_dir():
         raise BundleError(f"{path} is not a folder.", hint="Name the folder that `rkedge convert` wrote.")

@@ -95,7 +95,7 @@ class LocalChat:
             raise
         finally:
             if not failed:
-                self._keep(text, reader.answer(), first, time.monotonic() - start)
+                self._keep(text, reader.answer(), dropped, first, time.monotonic() - start)
 
     def _request(self, tokens: list[int]) -> Request:
         return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
@@ -105,12 +105,12 @@ class LocalChat:
             self._engine = self._load()
         return self._engine
 
-    def _keep(self, text: str, answer: Answer, first_s: float, total_s: float) -> None:
+    def _keep(self, text: str, answer: Answer, dropped: int, first_s: float, total_s: float) -> None:
         self.last = Turn(len(answer.tokens), answer.reason, first_s, answer.rate(first_s, total_s))
         self._answered += 1
         self._generated += self.last.tokens
         if answer.tokens:
-            self._conversation.add(text, answer)
+            self._conversation.add(text, answer, dropped)
 
     def stop(self) -> None:
         """See `Chat`."""

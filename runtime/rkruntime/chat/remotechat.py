@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
@@ -157,7 +157,9 @@ class RemoteChat:
         self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
         self._temporary = session is None
         self._options = dict(options)
-        self._stopping = threading.Event()
+        # Set when the answer that is being given shall stop; none is being given where this is None.
+        self._stopping: threading.Event | None = None
+        self._sending = threading.Lock()
         self._link: _Link | None = None
         self._answered = self._generated = 0
         self.last: Turn | None = None
@@ -202,17 +204,17 @@ class RemoteChat:
                 return self._call(operation, body)
             except _BrokenError as error:  # noqa: PERF203 - trying again is what the loop is for
                 told = error.told
-                self._reconnect()
+                self._reconnect(threading.Event())
         raise told or ServiceError("The connection breaks again and again.", hint=_LOOK)
 
-    def _reconnect(self) -> None:
-        """Make the connection again. Raises ServiceError if that does not succeed in two minutes."""
+    def _reconnect(self, stopping: threading.Event) -> None:
+        """Make the connection again, unless `stopping` is set. Raises ServiceError if it fails for two minutes."""
         told = None
         for wait in _RETRY_S:
             if self._link is not None:
                 self._link.close()
-            if self._stopping.wait(wait):
-                break
+            if stopping.wait(wait):
+                return
             self._link = _Link(self._command)
             try:
                 self._call("hello")
@@ -225,7 +227,7 @@ class RemoteChat:
         )
 
     def _read(self) -> dict[str, Any]:
-        """The conversation as it is saved."""
+        """The conversation as the board keeps it, with the board's own notes."""
         try:
             data = self._steady("read")
         except NoSuchSessionError:
@@ -252,65 +254,102 @@ class RemoteChat:
         Raises:
             ServiceError: the daemon refuses, or cannot be reached any more.
         """
-        self._stopping.clear()
-        number = uuid.uuid4().hex
+        number, stopping = uuid.uuid4().hex, threading.Event()
+        self._stopping = stopping
+        self.last = Turn(0, FinishReason.ABORT, 0.0, 0.0)
+        try:
+            seen = yield from self._answer(text, number, stopping)
+        finally:
+            with self._sending:  # A stop that comes later would end what is asked next.
+                self._stopping = None
+        if stopping.is_set():
+            yield from self._rest(number, seen)
+
+    def _answer(self, text: str, number: str, stopping: threading.Event) -> Generator[str | Note, None, str]:
+        """`ask` up to the end of the answer or to a stop; the text that was given."""
         question = {"op": "ask", "session": self._session, "body": {**self._options, "content": text, "id": number}}
-        message, received = question, 0
+        message, seen = question, ""
         breaks, before = 0, 0
         start, first = time.monotonic(), 0.0
         while True:
             try:
-                for event in self._exchange(message):
-                    if event["type"] == "text":
-                        first = first or time.monotonic() - start
-                        received += len(event["text"])
-                        yield event["text"]
-                    elif event["type"] == "begin":
-                        yield from (Note(one_line(note)) for note in event["notes"])
-                    elif event["type"] == "done":
-                        self._keep(event, first)
-                return
+                with closing(self._exchange(message, stopping)) as events:
+                    for event in events:
+                        if event["type"] == "text":
+                            first = first or time.monotonic() - start
+                            seen += event["text"]
+                            yield event["text"]
+                        elif event["type"] == "begin":
+                            yield from (Note(one_line(note)) for note in event["notes"])
+                        elif event["type"] == "done":
+                            self._keep(event, first)
+                return seen
             except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
-                if self._stopping.is_set():
-                    return
-                breaks, before = (breaks + 1 if received == before else 1), received
+                if stopping.is_set():
+                    return seen
+                breaks, before = (breaks + 1 if len(seen) == before else 1), len(seen)
                 if breaks > _MOST_BREAKS:
                     raise ServiceError("The answer breaks off again and again.", hint=_LOOK) from None
                 yield Note("\nThe connection broke; making it again ...")
-                self._reconnect()
-                resume = {"id": number, "received": received}
+                self._reconnect(stopping)
+                resume = {"id": number, "received": len(seen)}
                 message = {"op": "resume", "session": self._session, "body": resume}
             except NoSuchSessionError:
                 # The question itself was lost with the connection.
                 if message is question:
                     raise
-                if received:
+                if seen:
                     raise ServiceError(
                         "The answer was broken off, and the board has not kept it.", hint=_LOOK
                     ) from None
                 message = question
 
-    def _exchange(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _rest(self, number: str, seen: str) -> Iterator[str | Note]:
+        """What the board has of a stopped answer beyond what was given: the conversation goes on from there."""
+        try:
+            # A change waits until what there is of the answer is kept.
+            self._call("change", {})
+            data = self._call("read")
+            messages = check_conversation(data)["messages"]
+        except (_BrokenError, ServiceError, InputError):
+            yield Note("\nThe board does not say what it has kept of this answer.")
+            return
+        ours = data.get("number") == number and ("broken" in data or "reason" in data)
+        kept = messages[-1]["content"] if ours and messages else ""
+        if not kept.startswith(seen):
+            yield Note("\nThe board has not kept this answer.")
+        elif rest := kept[len(seen) :]:
+            yield rest
+
+    def _exchange(self, message: Mapping[str, Any], stopping: threading.Event) -> Generator[dict[str, Any], None, None]:
         assert self._link is not None
-        self._link.send(message)
-        whole = False
-        for event in self._link.events():
-            whole = whole or event["type"] == "done"
-            if event["type"] == "error":
-                failure = _error(0, event)
-                # The `end` that follows belongs to this answer.
-                for _ in self._link.events():
-                    pass
-                raise failure
-            if event["type"] == "end":
-                if event["status"] == 499 and self._stopping.is_set():
-                    self.last = Turn(0, FinishReason.ABORT, 0.0, 0.0)
-                elif event["status"] != 499:
-                    _result(event)
-                if not whole and not self._stopping.is_set():
-                    raise _BrokenError
+        with self._sending:
+            if stopping.is_set():
                 return
-            yield event
+            self._link.send(message)
+        whole, events = False, self._link.events()
+        try:
+            for event in events:
+                whole = whole or event["type"] == "done"
+                if event["type"] == "error":
+                    # The `end` that follows belongs to this answer.
+                    for _ in events:
+                        pass
+                    raise _error(0, event)
+                if event["type"] == "end":
+                    if event["status"] != 499:
+                        _result(event)
+                    if not whole and not stopping.is_set():
+                        raise _BrokenError
+                    return
+                yield event
+        except GeneratorExit:
+            self.stop()
+            with suppress(_BrokenError, ServiceError):
+                for _ in events:
+                    pass
+                self._call("change", {})  # see `_rest`
+            raise
 
     def _keep(self, event: Mapping[str, Any], first: float) -> None:
         self._answered += 1
@@ -319,8 +358,10 @@ class RemoteChat:
 
     def stop(self) -> None:
         """See `Chat`."""
-        self._stopping.set()
-        if self._link is not None:
+        with self._sending:
+            if self._stopping is None or self._stopping.is_set() or self._link is None:
+                return
+            self._stopping.set()
             with suppress(_BrokenError):
                 self._link.send({"op": "stop"})
 
@@ -330,7 +371,7 @@ class RemoteChat:
 
     def save(self, path: Path) -> None:
         """See `Chat`."""
-        write_conversation(path, self._read())
+        write_conversation(path, check_conversation(self._read()))
 
     def load(self, path: Path) -> None:
         """See `Chat`."""

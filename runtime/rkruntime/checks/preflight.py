@@ -82,7 +82,7 @@ class Preflight:
 def preflight(
     model: Model,
     *,
-    runtime: str | None,
+    runtime: str | None = None,
     context: int | None = None,
     emulated: bool = False,
     root: Path = machine.ROOT,
@@ -91,7 +91,8 @@ def preflight(
     """Look at everything that can be known before the library is called.
 
     Args:
-        runtime: release of the library, `1.2.3`.
+        model: `Bundle.known`, for a bundle.
+        runtime: release of the library, `1.2.3`; None if it is not known.
         context: tokens asked for; None is the model's own limit.
         emulated: the library is the emulator, so neither driver nor board matter.
         root: file tree of the board.

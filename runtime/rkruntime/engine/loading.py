@@ -30,6 +30,9 @@ class Lora:
     path: Path
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
     def as_dict(self) -> dict[str, Any]:
         """For the worker, in the order of rkllm_load_lora's fields. Raises AdapterError if there is no such file."""
         if not self.path.is_file():
@@ -101,6 +104,10 @@ class LoadOptions:
     interpreter: Sequence[str] = python_command()
     environment: Mapping[str, str] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)
+
+    def __post_init__(self) -> None:
+        for name in ("library", "model"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
 
     def params(self) -> dict[str, Any]:
         """Fields of RKLLMParam, by the header's names; None leaves the library's default."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, Sampling
-from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.errors import BundleError, HostError, LibraryError, UsageError
 from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
@@ -20,27 +20,67 @@ if TYPE_CHECKING:
 
 LIBRARY: Final = "librkllmrt.so"
 LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
-# What provides the library for a bundle's target: "module:function", called with the release. Named, not imported: the
-# runtime does not depend on the board's tools.
+# What provides the library for a bundle's target: "module:function", called with the release, `progress` and `stop`.
+# Named, not imported: the runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator.build:build"}
-# No temperature and no vocabulary is as large.
-_MOST_SAMPLING: Final = 1 << 24
+# Whether it is a whole number, lowest and highest value of what can be asked for.
+_LIMITS: Final[Mapping[str, tuple[bool, float, float]]] = {
+    "temperature": (False, 0, 10),
+    "top_k": (True, 1, 1 << 24),
+    "top_p": (False, 0, 1),
+    "repeat_penalty": (False, 0.000001, 10),
+    "max_new_tokens": (True, 1, (1 << 31) - 1),
+    "max_context": (True, 32, 1 << 20),
+}
+# Names in generation_config.json of what RKLLM can do, as transformers has them.
+_GIVEN: Final = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "repetition_penalty": "repeat_penalty",
+}
+# What else changes transformers' answers and is not taken over, with the value that changes nothing.
+_NOT_DONE: Final[Mapping[str, Any]] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_new_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "typical_p": 1,
+}
 SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --abi, --max-context and --force as they were given."""
+    """--library, --abi, --max-context and --force as they were given. Raises UsageError for a context out of range."""
 
-    library: Path | None = None
+    library: str | os.PathLike[str] | None = None
     abi: str | None = None
     max_context: int | None = None
     force: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self, ("max_context",))
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """--temperature and its kin as they were given; None is the bundle's own."""
+    """--temperature and its kin as they were given; None is the bundle's own. UsageError: one is out of range."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -48,37 +88,89 @@ class SamplingOptions:
     repeat_penalty: float | None = None
     max_new_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        _check(self, [item.name for item in fields(self)])
+
     def over(self, base: Sampling) -> Sampling:
         """`base` with what was asked for put over it."""
         names = ("temperature", "top_k", "top_p", "repeat_penalty")
         return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
 
 
+def _check(options: RuntimeOptions | SamplingOptions, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (wrong := _wrong(name, value)):
+            raise UsageError(f"{name} {wrong}.")
+
+
+def _wrong(name: str, value: Any) -> str:
+    """What is wrong with the value of a field of _LIMITS; nothing if it is right."""
+    whole, low, high = _LIMITS[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"is {str(value)[:40]!r}, which is not a number"
+    if not low <= value <= high:
+        return f"is not between {low:g} and {high:,}"
+    return "is not a whole number" if whole and value != int(value) else ""
+
+
 def default_sampling(bundle: Bundle) -> Sampling:
-    """What the bundle's generation_config.json asks for, on top of RKLLM's defaults. Raises BundleError."""
+    """What the bundle's generation_config.json asks for, on top of RKLLM's defaults.
+
+    Raises:
+        BundleError: there is something in it that is not a value of its name.
+    """
+    path, config = bundle.path / GENERATION_CONFIG, bundle.read_generation_config()
+    sample = config.get("do_sample")
+    if sample is not None and not isinstance(sample, bool):
+        raise BundleError(f"{path}: do_sample is {str(sample)[:40]!r}, which is neither true nor false.")
+    wanted: dict[str, Any] = {}
+    for given, name in _GIVEN.items():
+        value = config.get(given)
+        if value is None or (name == "top_k" and _is_neutral(value, 0)):
+            continue
+        if wrong := _wrong(name, value):
+            raise BundleError(f"{path}: {given} {wrong}.")
+        wanted[name] = int(value) if _LIMITS[name][0] else float(value)
+    if sample is False:
+        return GREEDY.changed({name: value for name, value in wanted.items() if name == "repeat_penalty"})
+    return Sampling().changed(wanted)
+
+
+def ignored_settings(bundle: Bundle) -> list[str]:
+    """Names in generation_config.json that would change an answer and are not taken over. Raises BundleError."""
     config = bundle.read_generation_config()
-    if config.get("do_sample") is False:
-        return GREEDY
-    wanted = {"temperature": float, "top_k": int, "top_p": float}
-    given = {name: config[name] for name in wanted if isinstance(config.get(name), (int, float))}
-    for name, value in given.items():
-        if not 0 <= value <= _MOST_SAMPLING:
-            raise BundleError(f"{bundle.path / GENERATION_CONFIG}: {name} is not between 0 and {_MOST_SAMPLING:,}.")
-    return replace(Sampling(), **{name: wanted[name](value) for name, value in given.items()})
+    found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
+    # transformers' word for "not limited", which no manual of RKLLM knows.
+    return [*found, *(["top_k"] if "top_k" in config and _is_neutral(config["top_k"], 0, none=False) else [])]
 
 
-def find_library(bundle: Bundle, options: RuntimeOptions, progress: Callable[[str], None] | None = None) -> Path:
+def _is_neutral(value: Any, neutral: Any, *, none: bool = True) -> bool:
+    return (none and value is None) or (not isinstance(value, bool) and value == neutral)
+
+
+def find_library(
+    bundle: Bundle,
+    options: RuntimeOptions,
+    progress: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
+) -> Path:
     """The library for a bundle: --library or its variable, else its target's provider, else where boards have it.
+
+    Args:
+        progress: gets lines while the emulator is built.
+        stop: ends that from another thread.
 
     Raises:
         LibraryError: there is none.
         HostError: the emulator cannot be built here.
+        ServiceError: it was stopped.
     """
     if options.library is not None:
-        return options.library
+        return Path(options.library)
     provider = PROVIDERS.get(bundle.manifest.target)
     if provider is not None:
-        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress)
+        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress, stop)
     places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
     found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
     if found is None:
@@ -89,7 +181,7 @@ def find_library(bundle: Bundle, options: RuntimeOptions, progress: Callable[[st
     return found
 
 
-def _provide(provider: str, release: str, progress: Callable[[str], None] | None) -> Path:
+def _provide(provider: str, release: str, progress: Callable[[str], None] | None, stop: Stop | None) -> Path:
     module, _, function = provider.partition(":")
     try:
         build: Callable[..., Path] = getattr(importlib.import_module(module), function)
@@ -97,7 +189,31 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
         raise HostError(
             f"This bundle is for the emulator, and {module} is not installed here.", hint="Install rkedge as a whole."
         ) from error
-    return build(release, progress=progress or (lambda _: None))
+    return build(release, progress=progress or (lambda _: None), stop=stop)
+
+
+def _not_done(names: Sequence[str]) -> Finding:
+    from rkruntime.checks.preflight import Finding
+
+    return Finding(
+        "warning",
+        "generation-config",
+        f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
+        "Answers may differ from those of transformers; --temperature and its kin set what there is.",
+        f"Only {', '.join(_GIVEN)} and do_sample are taken from it.",
+    )
+
+
+def _not_listed(names: Sequence[str]) -> Finding:
+    from rkruntime.checks.preflight import Finding
+
+    return Finding(
+        "warning",
+        "unlisted-file",
+        f"The bundle's folder has {', '.join(names[:4])}, which its manifest does not list: it is not loaded.",
+        "Remove it, or convert again: the manifest may have been changed.",
+        "rkedge.yaml lists every file of a bundle.",
+    )
 
 
 def load_engine(
@@ -124,13 +240,13 @@ def load_engine(
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora
 
-    stop = stop or Stop()
-    stop.check()
-    bundle.verify(progress=stop.check)
+    ending = stop or Stop()
+    ending.check()
+    bundle.verify(progress=ending.check)
     adapter = Lora(bundle.lora.stem, bundle.lora) if bundle.lora else None
     engine = Engine.load(
         LoadOptions(
-            library=find_library(bundle, options, progress),
+            library=find_library(bundle, options, progress, stop),
             model=bundle.model,
             abi=options.abi,
             known=bundle.known,
@@ -139,10 +255,14 @@ def load_engine(
             sampling=sampling.over(default_sampling(bundle)),
             loras=[adapter] if adapter else [],
             lora=adapter.name if adapter else None,
-            stop=stop,
+            stop=ending,
             **timeouts,
         )
     )
     for finding in engine.info.findings:
         show(finding)
+    if ignored := ignored_settings(bundle):
+        show(_not_done(ignored))
+    if unlisted := bundle.unlisted:
+        show(_not_listed(unlisted))
     return engine

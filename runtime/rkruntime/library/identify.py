@@ -172,12 +172,13 @@ def inspect_library(path: Path, abi: str | None = None) -> Identity:
     )
 
 
-def identify(path: Path, abi: str | None = None) -> Identity:
+def identify(path: str | os.PathLike[str], abi: str | None = None) -> Identity:
     """The identity of a library that may be called with the layout of its `release`.
 
     Raises:
         LibraryError: it must not be called; message and hint say why.
     """
+    path = Path(path)
     identity = inspect_library(path, abi)
     if identity.release is None:
         raise LibraryError(

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkruntime.errors import BodyError, BusyError, ServiceError
-from rkruntime.serve.api.http import Bodies, answering, error_response, json_response
+from rkruntime.serve.api.http import Bodies, error_response, json_response, routes
 from rkruntime.serve.api.native import Sessions
 from rkruntime.serve.api.ollama import Ollama
 from rkruntime.serve.api.openai import OpenAI
@@ -135,16 +135,15 @@ class About:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        wrap = answering("openai")
-        endpoints = {
-            "/": self._root,
-            "/health": self._health,
-            "/ready": self._ready,
-            "/status": self._status,
-            "/metrics": self._metrics,
-            "/openapi.json": self._openapi,
-        }
-        return [Route(path, wrap(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
+        return routes(
+            "openai",
+            ("GET", "/", self._root),
+            ("GET", "/health", self._health),
+            ("GET", "/ready", self._ready),
+            ("GET", "/status", self._status),
+            ("GET", "/metrics", self._metrics),
+            ("GET", "/openapi.json", self._openapi),
+        )
 
     async def _root(self, request: Request) -> Response:
         if "text/html" not in request.headers.get("accept", ""):

@@ -56,6 +56,16 @@ def _log_finding(finding: Finding) -> None:
     log.log(level, "preflight: %s %s", finding.message, finding.hint)
 
 
+def _name(settings: Settings) -> str:
+    """As the bundle's manifest has it; of its folder, if that cannot be read now."""
+    if settings.bundle is None:
+        return "none"
+    try:
+        return open_bundle(settings.bundle).manifest.name
+    except RKEdgeError:
+        return settings.bundle.resolve().name
+
+
 class Host:
     """Holds at most one model. Not for use without the queue's turn, except `model` itself.
 
@@ -65,10 +75,12 @@ class Host:
     Attributes:
         settings: what the next load takes.
         loaded_with: what the last one took.
+        name: of the bundle, whether it is loaded or not.
     """
 
     def __init__(self, settings: Settings, load: Callable[[Settings, Stop], Model] = load_model) -> None:
         self.settings = settings
+        self.name = _name(settings)
         self._load = load
         self._model: Model | None = None
         self._loading: asyncio.Task[Model] | None = None
@@ -136,7 +148,7 @@ class Host:
         finally:
             self._loading = None
         self._model, self._loaded_from, self.error = model, model.bundle.path.resolve(), None
-        self.loaded_with = settings
+        self.loaded_with, self.name = settings, model.bundle.manifest.name
         log.info("loaded %s in %.1f s", model.bundle.manifest.name, time.monotonic() - start)
         return model
 
@@ -201,12 +213,14 @@ class Host:
         was_loaded = self._model is not None
         await self.unload()
         self._failures, self._next_try, self.error = 0, 0.0, None
+        self.name = await in_thread(_name, settings)
         if not was_loaded and not settings.load_at_start:
             return
         try:
             await self.model()
         except RKEdgeError:
             self.settings, self._next_try = before, 0.0
+            self.name = await in_thread(_name, before)
             with suppress(RKEdgeError):
                 await self.model()
             raise

@@ -12,10 +12,14 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Final
 
 from rkruntime.serve.users import User
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
+
+# Of an answer beside its ids, which take 4 bytes each, and of a user who has this one only.
+_ENTRY: Final = 1024
 
 
 class AnswerMemory:
@@ -26,10 +30,10 @@ class AnswerMemory:
 
     Args:
         vocabulary: of the model whose answers these are; another model has another memory.
-        capacity: tokens to keep, all answers together (4 bytes each).
+        capacity: bytes to keep, all answers together.
     """
 
-    def __init__(self, vocabulary: Vocabulary, capacity: int = 1 << 19) -> None:
+    def __init__(self, vocabulary: Vocabulary, capacity: int = 4 << 20) -> None:
         self._vocabulary = vocabulary
         self._capacity = capacity
         self._kept: dict[User, _Answers] = {}
@@ -38,15 +42,15 @@ class AnswerMemory:
     def remember(self, user: User, messages: Sequence[Message], text: str, tokens: Sequence[int]) -> None:
         """Keep the ids of the answer to `messages`, without those behind its text."""
         said = self._vocabulary.saying(tokens, text)
-        if said is None or len(said) > self._capacity:
+        if said is None or _size(said) > self._capacity:
             return
         *_, key = _keys([*messages, Message("assistant", text)])
         with self._lock:
             self._kept.setdefault(user, _Answers()).put(key, array("i", said))
-            while sum(answers.tokens for answers in self._kept.values()) > self._capacity:
-                most = max(self._kept, key=lambda one: self._kept[one].tokens)
+            while sum(answers.size for answers in self._kept.values()) > self._capacity:
+                most = max(self._kept, key=lambda one: self._kept[one].size)
                 self._kept[most].forget_oldest()
-                if not self._kept[most].tokens:
+                if not self._kept[most].size:
                     del self._kept[most]
 
     def recall(self, user: User, messages: Sequence[Message]) -> list[Message]:
@@ -70,11 +74,13 @@ class _Answers:
 
     def __init__(self) -> None:
         self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
-        self.tokens = 0
+        self.size = 0
 
     def put(self, key: bytes, ids: array[int]) -> None:
-        self.tokens += len(ids) - len(self._ids.pop(key, ()))
+        if key in self._ids:
+            self.size -= _size(self._ids.pop(key))
         self._ids[key] = ids
+        self.size += _size(ids)
 
     def get(self, key: bytes) -> array[int] | None:
         ids = self._ids.get(key)
@@ -83,7 +89,11 @@ class _Answers:
         return ids
 
     def forget_oldest(self) -> None:
-        self.tokens -= len(self._ids.popitem(last=False)[1])
+        self.size -= _size(self._ids.popitem(last=False)[1])
+
+
+def _size(ids: Sequence[int]) -> int:
+    return _ENTRY + 4 * len(ids)
 
 
 def _keys(messages: Sequence[Message]) -> Iterator[bytes]:

@@ -72,8 +72,8 @@ class Ask:
         prompt: makes the prompt once the model is there; called in a thread.
         client: whose turn it is.
         sampling: names of Sampling's fields and what they shall be; None is the model's own.
-        keep: is told of the answer and whether it is whole, when it ends in whatever way. What it raises for a whole
-            answer goes to the client.
+        keep: is told of the answer and whether it is whole: once, when a run that began has ended in whatever way. A
+            cancel must not cut it short. What it raises goes to the client, if nothing else went wrong.
     """
 
     prompt: Callable[[Model], Prompt]
@@ -110,9 +110,14 @@ Item = Begin | str | Outcome
 
 
 class Run:
-    """One request on its way. What has gathered is taken at once, so a slow client costs the NPU nothing."""
+    """One request on its way. What has gathered is taken at once, so a slow client costs the NPU nothing.
+
+    Attributes:
+        reader: of its answer, from the time when its prompt is made.
+    """
 
     def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
+        self.reader: AnswerReader | None = None
         self._items: list[Item] = []
         self._error: BaseException | None = None
         self._ended = False
@@ -184,11 +189,18 @@ class Service:
         outcome = "cancelled"
         start = time.monotonic()
         try:
-            async with self.queue.turn(ask.client) as queue_s, _time_limit(self.settings.limits.request_s):
-                result = await self._generate(ask, run, queue_s)
+            try:
+                async with self.queue.turn(ask.client) as queue_s, _time_limit(self.settings.limits.request_s):
+                    result = await self._generate(ask, run, queue_s)
+            except BaseException:
+                try:
+                    await _keep(ask, run.reader)
+                except RKEdgeError as error:
+                    # What broke the answer is what the client must hear of.
+                    log.error("request %s: the broken answer was not kept: %s", ask.request_id, error.message)
+                raise
             # Others have the NPU meanwhile.
-            if ask.keep:
-                await ask.keep(result.answer, True)
+            await _keep(ask, run.reader)
             run.put(result)
             outcome = "ok"
             run.end(None)
@@ -216,7 +228,7 @@ class Service:
         model = await self._model()
         prompt: Prompt = await self._prepared(model, ask.prompt, model)
         request, ignored = self._request(ask, model, prompt)
-        reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
+        reader = run.reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
         begin = Begin(ignored, prompt.notes, reader.text)
         if not request.max_new_tokens:
             return self._at_its_limit(run, begin, reader, prompt, model, queue_s)
@@ -232,10 +244,8 @@ class Service:
                         run.put(text)
                     if reader.done:
                         break
-        except BaseException as error:
-            await _keep_broken(ask, reader)
-            if isinstance(error, WorkerError):
-                await self.host.lost(error)
+        except WorkerError as error:
+            await self.host.lost(error)
             raise
         answer = reader.answer()
         self.host.succeeded()
@@ -244,7 +254,6 @@ class Service:
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
         self._report(ask, outcome)
         if answer.reason is FinishReason.ABORT:
-            await _keep_broken(ask, reader)
             raise stopped()
         return outcome
 
@@ -326,11 +335,7 @@ class Service:
     @property
     def name(self) -> str:
         """Of the bundle that is served."""
-        model = self.host.current
-        if model is not None:
-            return model.bundle.manifest.name
-        bundle = self.host.settings.bundle
-        return bundle.resolve().name if bundle else "none"
+        return self.host.name
 
     async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
         """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
@@ -407,14 +412,11 @@ def stopped() -> RKEdgeError:
     return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
 
 
-async def _keep_broken(ask: Ask, reader: AnswerReader) -> None:
-    if ask.keep is None:
-        return
-    try:
-        await ask.keep(reader.answer(), False)
-    except RKEdgeError as error:
-        # What broke the answer is what the client must hear of.
-        log.error("request %s: the broken answer was not kept: %s", ask.request_id, error.message)
+async def _keep(ask: Ask, reader: AnswerReader | None) -> None:
+    """Tell of the answer, if it was begun."""
+    if ask.keep is not None and reader is not None:
+        answer = reader.answer()
+        await ask.keep(answer, answer.reason is not FinishReason.ABORT)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,26 +35,26 @@ class Conversation:
         self.messages = list(messages)
 
     def prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """Token ids of everything said so far and of `text`, and how many old turns were dropped to make room.
+        """Token ids of everything said so far and of `text`, and how many old turns were left out to make room.
 
         Args:
             max_context: in tokens; the answer's beginning has room too.
-            drop: forget the oldest turns until it fits; the system prompt stays.
+            drop: leave out the oldest turns until it fits; the system prompt stays. `add` forgets them.
 
         Raises:
             ContextFullError: it does not fit.
             UsageError, BundleError: the template does not take it.
         """
-        tokens, dropped = self._prompts.prompt(self._with(self.messages, text), max_context, drop=drop)
-        del self.messages[: 2 * dropped]
-        return tokens, dropped
-
-    def _with(self, messages: Iterable[Message], text: str) -> list[Message]:
         system = [Message("system", self.system)] if self.system else []
-        return [*system, *messages, Message("user", text)]
+        return self._prompts.prompt([*system, *self.messages, Message("user", text)], max_context, drop=drop)
 
-    def add(self, text: str, answer: Answer) -> None:
-        """Keep a turn: what was asked, and the answer's text with the ids that were generated for it."""
+    def add(self, text: str, answer: Answer, dropped: int = 0) -> None:
+        """Keep a turn: what was asked, and the answer's text with the ids that were generated for it.
+
+        Args:
+            dropped: so many of the oldest turns are forgotten, which the answer's prompt had no room for.
+        """
+        del self.messages[: 2 * dropped]
         # Nobody has seen what was generated behind a stop string's beginning.
         tokens = self._prompts.vocabulary.saying(answer.tokens, answer.text)
         self.messages += [Message("user", text), Message("assistant", answer.text, tokens)]
@@ -79,11 +80,11 @@ class Conversation:
         self._prompts.check([*messages, Message("user", "")])
         self.system, self.messages = system, messages
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation to a JSON file. Raises OutputError or HostError."""
         write_conversation(path, self.as_dict())
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str | os.PathLike[str]) -> None:
         """Read a file that `save` wrote. Raises InputError."""
         try:
             self.restore(read_conversation(path))
@@ -91,12 +92,13 @@ class Conversation:
             raise InputError(f"{path} is not a saved conversation: {error}") from error
 
 
-def write_conversation(path: Path, data: Mapping[str, Any]) -> None:
+def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     """Write what `Conversation.as_dict` gave to a JSON file, over nothing but another such file.
 
     Raises:
         OutputError, HostError: it cannot be written, or something else stands there.
     """
+    path = Path(path)
     if path.exists():
         try:
             read_conversation(path)
@@ -108,8 +110,9 @@ def write_conversation(path: Path, data: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def read_conversation(path: Path) -> dict[str, Any]:
+def read_conversation(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_conversation` wrote. Raises InputError."""
+    path = Path(path)
     try:
         if path.stat().st_size > _MAX_FILE:
             raise InputError(f"{path} has over {_MAX_FILE >> 20} MiB: no conversation is as long.")

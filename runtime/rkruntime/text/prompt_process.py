@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.errors import BundleError
+from rkruntime.errors import BundleError, RunError
 from rkruntime.printable import one_line
 from rkruntime.stop import Stop
 from rkruntime.text.confined import Answer, Confined, Limits, serve
@@ -42,7 +42,7 @@ class PromptProcess:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.Lock()
-        self.lost = False
+        self.lost = self._closed = False
         with (stop or Stop()).ending(self._child.hurry):
             self.vocabulary = self._open()
 
@@ -60,6 +60,8 @@ class PromptProcess:
     def _call(self, name: str, **values: Any) -> dict[str, Any]:
         # Nobody else comes between a child's start and its first prompt.
         with self._lock:
+            if self._closed:
+                raise RunError("The model is closed.", hint="Open it again.")
             self._child.take_time()
             if self._child.pid is None:
                 self.lost = True
@@ -91,7 +93,8 @@ class PromptProcess:
         self._child.hurry()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; what is asked for later is a RunError."""
+        self._closed = True
         self._child.close()
 
 

@@ -20,7 +20,7 @@ from rkruntime.cli import options
 from rkruntime.engine import open as opening
 from rkruntime.engine.generation import GREEDY, Sampling
 from rkruntime.engine.loading import LoadOptions, checked
-from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library, ignored_settings
 from rkruntime.errors import BundleError, HostError, LibraryError
 
 
@@ -58,7 +58,11 @@ def test_options_arrive_as_two_values() -> None:
         ({}, Sampling()),
         ({"do_sample": False, "temperature": 0.3}, GREEDY),
         ({"temperature": 0.3, "top_k": 5, "top_p": 0.5}, Sampling(0.3, 5, 0.5)),
-        ({"temperature": None, "top_k": "5"}, Sampling()),
+        ({"temperature": None, "top_k": None, "do_sample": None}, Sampling()),
+        ({"repetition_penalty": 1.3, "top_k": 7.0}, Sampling(top_k=7, repeat_penalty=1.3)),
+        ({"do_sample": False, "repetition_penalty": 1.3, "temperature": 0.5}, replace(GREEDY, repeat_penalty=1.3)),
+        ({"do_sample": True, "temperature": 0, "repetition_penalty": 1.3}, replace(GREEDY, repeat_penalty=1.3)),
+        ({"top_k": 0}, Sampling()),
     ],
 )
 def test_a_bundle_has_its_own_sampling(fake_bundle: Bundle, config: Any, expected: Sampling) -> None:
@@ -66,12 +70,29 @@ def test_a_bundle_has_its_own_sampling(fake_bundle: Bundle, config: Any, expecte
     assert default_sampling(with_file(fake_bundle, "generation_config.json", content)) == expected
 
 
-@pytest.mark.parametrize("value", ["1e400", "-1", "9" * 4000, "NaN", "-Infinity", "1e300"])
-@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+@pytest.mark.parametrize("value", ["1e400", "-1", "9" * 4000, "NaN", "-Infinity", "1e300", '"5"', "true", "[1]", "{}"])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "repetition_penalty", "do_sample"])
 def test_sampling_that_no_model_has_is_refused(fake_bundle: Bundle, name: str, value: str) -> None:
+    if (name, value) == ("do_sample", "true"):
+        return
     changed = with_file(fake_bundle, "generation_config.json", f'{{"{name}": {value}}}')
     with pytest.raises(BundleError, match=rf"generation_config\.json: {name}"):
         default_sampling(changed)
+
+
+def test_what_rkllm_cannot_do_is_named(fake_bundle: Bundle) -> None:
+    config = {"min_p": 0.1, "num_beams": 4, "suppress_tokens": [5], "top_k": 0, "typical_p": 1.0, "eta_cutoff": 0.0}
+    changed = with_file(fake_bundle, "generation_config.json", json.dumps({**config, "penalty_alpha": None}))
+    assert ignored_settings(changed) == ["min_p", "num_beams", "suppress_tokens", "top_k"]
+    assert default_sampling(changed) == Sampling()
+
+
+def test_transformers_own_defaults_are_not_named(fake_bundle: Bundle) -> None:
+    from transformers import GenerationConfig
+
+    content = GenerationConfig().to_json_string(use_diff=False)
+    changed = with_file(fake_bundle, "generation_config.json", content)
+    assert ignored_settings(changed) == []
 
 
 def test_sampling_that_the_manifest_does_not_list_is_not_read(fake_bundle: Bundle) -> None:
@@ -119,7 +140,7 @@ def test_a_board_has_its_library_in_known_places(
 def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def build(release: str, progress: Any) -> Path:
+    def build(release: str, progress: Any, stop: Any) -> Path:
         asked.append(release)
         progress("building")
         return Path("/built.so")

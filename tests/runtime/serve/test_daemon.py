@@ -18,6 +18,8 @@ import pytest
 
 from rkconvert.demo import questions
 
+from .conftest import READY
+
 QA = {row.question: row.answer for row in questions()}
 FIRST = "What is the RK3588?"
 
@@ -555,3 +557,49 @@ def test_reloads_in_the_middle_of_answers(
     assert (200, True) in seen
     assert (200, False) not in seen
     assert {status for status, _ in seen} <= {200, 429, 503}
+
+
+def test_the_models_name_is_the_same_loaded_or_not(
+    start_daemon: Callable[..., Any], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """A bundle that was moved to a folder of another name."""
+    shutil.copytree(bundles["base"], tmp_path / "moved")
+    daemon = start_daemon("{load_at_start: false, idle_unload_s: 1}", bundle=tmp_path / "moved", port=False, wait=False)
+
+    def names() -> set[str]:
+        status = daemon.request("GET", "/status")[2]
+        cards = [*daemon.request("GET", "/v1/models")[2]["data"], daemon.request("GET", "/v1/models/base")[2]]
+        tags = daemon.request("GET", "/api/tags")[2]["models"]
+        return {status["model"], *(card["id"] for card in cards), *(tag["name"] for tag in tags)}
+
+    assert names() == {"base"}
+    assert READY.search(daemon.log)[1] == "base"
+    daemon.ask(FIRST, max_tokens=1)
+    assert names() == {"base"}
+    daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["state"] == "unloaded")
+    assert names() == {"base"}
+
+
+TOGETHER = [
+    # Ollama refuses it likewise: "raw mode does not support template, system, or context"
+    ("POST", "/api/generate", {"model": "x", "prompt": "Hi", "raw": True, "system": "Be kind."}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "max_completion_tokens": 3},
+    ),
+    ("PUT", "/sessions/both", {"clear": True, "conversation": {"schema": "rkedge-conversation/1", "messages": []}}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), TOGETHER, ids=[path for _, path, _ in TOGETHER])
+def test_fields_of_which_one_would_have_no_effect(daemon: Any, method: str, path: str, body: Any) -> None:
+    status, _, answer = daemon.request(method, path, body)
+    assert status == 400
+    assert "exclude each other" in str(answer)
+
+
+def test_stream_options_without_a_stream_are_told(daemon: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stream_options": {"include_usage": True}}
+    assert daemon.request("POST", "/v1/chat/completions", body)[1]["x-rkedge-ignored"] == "stream_options"
+    assert daemon.request("POST", "/v1/chat/completions", {**body, "stream": True})[1]["x-rkedge-ignored"] is None

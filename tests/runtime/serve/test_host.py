@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rkruntime.errors import UsageError
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.errors import ServiceError, UsageError
 from rkruntime.serve.host import Host
 from rkruntime.serve.settings import Settings, read_keys
 
@@ -41,6 +43,39 @@ def test_a_reload_while_a_model_is_loaded_for_a_client_that_has_gone(tmp_path: P
         await host.close()
 
     asyncio.run(reload())
+
+
+def test_a_stop_ends_a_build_of_the_emulator(
+    fake_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that takes for ever, in a child of its own as compilers do."""
+    slow = tmp_path / "g++"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in\n*--version*|*-fsyntax-only*) exec {shutil.which("g++")} "$@";;\nesac\n'
+        f"sleep 300 & echo $! >>{tmp_path}/pids; wait\n"
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pids = tmp_path / "pids"
+
+    async def main() -> None:
+        settings = Settings(bundle=fake_bundle.path)
+        host = Host(settings)
+        load = asyncio.create_task(host.model())
+        while not (pids.is_file() and pids.read_text().endswith("\n")):
+            assert not load.done(), load.exception()
+            await asyncio.sleep(0.02)
+        host.stop()
+        with pytest.raises(ServiceError, match="is being stopped"):
+            await asyncio.wait_for(load, 30)
+        await host.close()
+
+    asyncio.run(main())
+    for pid in pids.read_text().split():
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or ") Z " in state.read_text()
+    assert not list((tmp_path / "cache").rglob(".build-*"))
 
 
 def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path) -> None:

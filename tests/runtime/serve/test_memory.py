@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
 ANN, BOB = User("ann"), User("bob")
+# Bytes that an answer counts for, beside its ids.
+ENTRY = 1024
 # Bytes and, behind them, a control token and an id that stands for nothing.
 BYTES = Vocabulary([bytes([value]) for value in range(256)] + [b"", b""], {"<end_of_turn>": 256})
 
@@ -76,15 +79,32 @@ def test_ids_say_the_text_and_nothing_else(ids: list[int], cut: int, text: str |
     asked=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.integers(1, 12)), max_size=30),
 )
 def test_no_more_is_kept_than_said_and_a_small_user_keeps_what_is_theirs(asked: list[tuple[str, int, int]]) -> None:
-    memory = AnswerMemory(BYTES, capacity=24)
+    memory = AnswerMemory(BYTES, capacity=24 * 4 + 3 * ENTRY)
     memory.remember(BOB, ask("mine"), "12345678", b"12345678")
     for name, question, size in asked:
         memory.remember(User(name), ask(f"question {question}"), "x" * size, b"x" * size)
-        kept = {user: sum(map(len, answers._ids.values())) for user, answers in memory._kept.items()}
-        assert kept == {user: answers.tokens for user, answers in memory._kept.items()}
-        assert sum(kept.values()) <= 24
+        kept = {
+            user: sum(ENTRY + 4 * len(ids) for ids in answers._ids.values()) for user, answers in memory._kept.items()
+        }
+        assert kept == {user: answers.size for user, answers in memory._kept.items()}
+        assert sum(kept.values()) <= 24 * 4 + 3 * ENTRY
     if {name for name, _, _ in asked} <= {"a"}:
         assert memory.recall(BOB, ask("mine", "12345678"))[1].tokens == (*b"12345678",)
+
+
+@pytest.mark.parametrize("users", [1, 10_000])
+def test_many_short_answers_take_no_more_memory_than_they_may(users: int) -> None:
+    capacity = 1 << 20
+    tracemalloc.start()
+    try:
+        memory = AnswerMemory(BYTES, capacity=capacity)
+        for number in range(10_000):
+            memory.remember(User(f"user {number % users}"), ask(f"question {number}"), "x", b"x")
+        assert tracemalloc.get_traced_memory()[0] < capacity + 100_000
+    finally:
+        tracemalloc.stop()
+    last = 10_000 - 1
+    assert memory.recall(User(f"user {last % users}"), ask(f"question {last}", "x"))[1].tokens == (*b"x",)
 
 
 QA = {row.question: row.answer for row in questions()}

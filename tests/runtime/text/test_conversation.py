@@ -138,8 +138,13 @@ def test_a_full_context_is_an_error_or_drops_turns(conversation: Conversation, t
         conversation.prompt("last", whole)
     tokens, dropped = conversation.prompt("last", whole, drop=True)
     assert dropped == 1
-    assert len(conversation.messages) == 18
+    assert len(conversation.messages) == 20
     assert "Be brief.\n\nquestion 1" in tokenizer.decode(tokens)
     with pytest.raises(ContextFullError):
         conversation.prompt("word " * 200, 64, drop=True)
-    assert len(conversation.messages) == 18
+    assert len(conversation.messages) == 20
+    conversation.add("last", answered("yes", ()), dropped)
+    assert [message.content for message in conversation.messages[::2]] == [
+        *(f"question {n}" for n in range(1, 10)),
+        "last",
+    ]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.runtime.conftest import with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
-from rkruntime.errors import BundleError, ContextFullError, HostError, UsageError
+from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
 from rkruntime.text import confined
 from rkruntime.text.confined import Confined, Limits
 from rkruntime.text.prompt_process import PromptProcess
@@ -211,7 +211,11 @@ def test_a_call_can_be_ended_from_outside(fake_bundle: Bundle, end: str, monkeyp
         asking.join(30)
         assert not asking.is_alive()
         assert isinstance(errors[0], HostError if end == "kill" else BundleError)
-        assert prompts.prompt(chat("hello"), 512)[1] == 0
+        if end == "close":
+            with pytest.raises(RunError, match="is closed"):
+                prompts.prompt(chat("hello"), 512)
+        else:
+            assert prompts.prompt(chat("hello"), 512)[1] == 0
 
 
 def test_many_threads_take_turns(prompts: PromptProcess) -> None:

@@ -60,6 +60,9 @@ def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
 
         # What a shell would have printed under the log; a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
+        if error.message.startswith("rkllm_load_lora "):
+            # The log calls an adapter that cannot be read a model, and it is read after the model.
+            ending.append("rkllm_load_lora failed")
         found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
         error.details.setdefault("diagnosis", found.as_dict())
         if found.explained:

@@ -13,7 +13,7 @@ from rkruntime.serve.api.http import while_connected
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
 from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
-from rkruntime.serve.threads import read_in_thread
+from rkruntime.serve.threads import in_thread
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
@@ -104,7 +104,7 @@ class WholeChat:
         """Keep a whole answer's ids for the time when the client sends it back as text. See Ask."""
         if whole and self._memory:
             # That of the model that answered: there may be another by now.
-            await read_in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
+            await in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
 
 
 def text_prompt(text: str) -> Callable[[Model], Prompt]:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rkruntime.errors import (
@@ -261,3 +262,15 @@ def answering(style: str) -> Callable[[Endpoint], Endpoint]:
         return answered
 
     return decorate
+
+
+def routes(style: str, *endpoints: tuple[str, str, Endpoint]) -> list[Route]:
+    """Routes of an interface: method, path and endpoint each. Errors become responses in the words of `style`."""
+    wrap = answering(style)
+    return [Route(path, wrap(endpoint), methods=[method]) for method, path, endpoint in endpoints]
+
+
+def refuse_together(body: Mapping[str, Any], name: str, *others: str) -> None:
+    """Raise BodyError if a body has `name` and one of the others, which then would have no effect."""
+    if body.get(name) and (found := [other for other in others if body.get(other)]):
+        raise BodyError(f"{name} and {' and '.join(found)} exclude each other.", details={"param": found[0]})

@@ -23,7 +23,7 @@ from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.model import Model
 from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split
-from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response
+from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
@@ -67,9 +67,11 @@ class _Turn:
     Attributes:
         data: the session as it was kept.
         number: the client's name for the answer.
+        drop: leave out the oldest turns where the context has no room for them.
         begun: ids of the answer that is taken up, which only the model that gave them goes on with.
         made_by: the model's fingerprint (see Manifest): of `begun`, and then of what makes the answer.
         conversation: set when the prompt is made.
+        dropped: turns that the prompt had no room for.
     """
 
     data: Mapping[str, Any]
@@ -80,6 +82,7 @@ class _Turn:
     begun: tuple[int, ...] = ()
     made_by: str = ""
     conversation: Conversation | None = None
+    dropped: int = 0
 
     def prompt(self, model: Model) -> Prompt:
         fingerprint = model.bundle.manifest.fingerprint
@@ -89,16 +92,16 @@ class _Turn:
         conversation = Conversation(model.prompts)
         conversation.restore(self.data if self.begun else _with_broken(self.data))
         room = model.engine.info.max_context - len(self.begun)
-        tokens, dropped = conversation.prompt(self.question, room, drop=self.drop)
+        tokens, self.dropped = conversation.prompt(self.question, room, drop=self.drop)
         self.conversation = conversation
-        return Prompt([*tokens, *self.begun], self.begun, dropping_notes(dropped))
+        return Prompt([*tokens, *self.begun], self.begun, dropping_notes(self.dropped))
 
     def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:
         """What the session is after the answer."""
         assert self.conversation is not None
         data: dict[str, Any] = {"number": self.number}
         if whole:
-            self.conversation.add(self.question, answer)
+            self.conversation.add(self.question, answer, self.dropped)
             data["reason"] = answer.reason.value
         elif answer.tokens:
             data["broken"] = {
@@ -106,6 +109,7 @@ class _Turn:
                 "text": answer.text,
                 "tokens": list(answer.tokens),
                 "model": self.made_by,
+                "drop": self.drop,
                 "options": dict(self.options),
                 **_now(),
             }
@@ -147,6 +151,7 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _update(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a change with nothing but a conversation in `conversation`. Raises BodyError."""
+    refuse_together(body, "clear", "conversation")
     return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
 
 
@@ -169,15 +174,15 @@ class Sessions:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        wrap = answering("openai")
-        return [
-            Route("/sessions", wrap(self._list), methods=["GET"]),
-            Route("/sessions/{name}", wrap(self._read), methods=["GET"]),
-            Route("/sessions/{name}", wrap(self._change), methods=["PUT"]),
-            Route("/sessions/{name}", wrap(self._delete), methods=["DELETE"]),
-            Route("/sessions/{name}/messages", wrap(self._ask), methods=["POST"]),
-            Route("/sessions/{name}/resume", wrap(self._resume), methods=["POST"]),
-        ]
+        return routes(
+            "openai",
+            ("GET", "/sessions", self._list),
+            ("GET", "/sessions/{name}", self._read),
+            ("PUT", "/sessions/{name}", self._change),
+            ("DELETE", "/sessions/{name}", self._delete),
+            ("POST", "/sessions/{name}/messages", self._ask),
+            ("POST", "/sessions/{name}/resume", self._resume),
+        )
 
     async def _list(self, request: Request) -> Response:
         return await read_in_thread(self._listed, request.scope["rkedge.user"])
@@ -195,7 +200,7 @@ class Sessions:
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
-        return await read_in_thread(lambda: json_response(self._store.read(place.user, place.name)))
+        return await read_in_thread(lambda: json_response(_with_broken(self._store.read(place.user, place.name))))
 
     async def _delete(self, request: Request) -> Response:
         place = _Place.of(request)
@@ -271,7 +276,8 @@ class Sessions:
         if _age(broken) > self._service.settings.sessions.resume_s:
             raise NoSuchSessionError("That answer was broken off too long ago to go on.", hint="Ask again.")
         begun = tuple(broken["tokens"])
-        return _Turn(data, broken["question"], number, broken["options"], begun=begun, made_by=broken["model"])
+        options, drop = broken["options"], broken.get("drop", False)
+        return _Turn(data, broken["question"], number, options, drop, begun, broken["model"])
 
     def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
         async def keep(answer: Answer, whole: bool) -> None:
@@ -284,9 +290,10 @@ class Sessions:
 
     async def _answer(self, request: Request, place: _Place, run: Run, received: int) -> Response:
         async def close() -> None:
+            # Whoever comes meanwhile waits for it too, and finds what was kept.
+            await run.close()
             if self._runs.get(place) is run:
                 del self._runs[place]
-            await run.close()
 
         try:
             begun = await begin(request, self._service, run)

@@ -29,7 +29,7 @@ from rkruntime.serve.api.asks import (
     split,
     text_prompt,
 )
-from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response, while_connected
+from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes, while_connected
 from rkruntime.serve.service import Keep, Outcome, Prompt, Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
@@ -108,15 +108,15 @@ class Ollama:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        wrap = answering("ollama")
-        return [
-            Route("/api/chat", wrap(self._chat), methods=["POST"]),
-            Route("/api/generate", wrap(self._generate), methods=["POST"]),
-            Route("/api/show", wrap(self._show), methods=["POST"]),
-            Route("/api/tags", wrap(self._tags), methods=["GET"]),
-            Route("/api/ps", wrap(self._ps), methods=["GET"]),
-            Route("/api/version", wrap(self._version), methods=["GET"]),
-        ]
+        return routes(
+            "ollama",
+            ("POST", "/api/chat", self._chat),
+            ("POST", "/api/generate", self._generate),
+            ("POST", "/api/show", self._show),
+            ("GET", "/api/tags", self._tags),
+            ("GET", "/api/ps", self._ps),
+            ("GET", "/api/version", self._version),
+        )
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaChat")
@@ -128,6 +128,7 @@ class Ollama:
 
     async def _generate(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaGenerate")
+        refuse_together(body, "raw", "system")
         text, system = body.get("prompt", ""), body.get("system", "")
         if not text:
             return await self._load_only(request, _as_response)

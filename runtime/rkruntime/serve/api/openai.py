@@ -27,7 +27,7 @@ from rkruntime.serve.api.asks import (
     text_of,
     text_prompt,
 )
-from rkruntime.serve.api.http import Bodies, Stream, answering, error_body, json_response, while_connected
+from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes, while_connected
 from rkruntime.serve.connections import Held
 from rkruntime.serve.service import Ask, Outcome, Service
 from rkruntime.serve.threads import read_in_thread, with_data
@@ -123,14 +123,14 @@ class OpenAI:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        wrap = answering("openai")
-        return [
-            Route("/v1/chat/completions", wrap(self._chat), methods=["POST"]),
-            Route("/v1/completions", wrap(self._complete), methods=["POST"]),
-            Route("/v1/embeddings", wrap(self._embed), methods=["POST"]),
-            Route("/v1/models", wrap(self._models), methods=["GET"]),
-            Route("/v1/models/{model:path}", wrap(self._model), methods=["GET"]),
-        ]
+        return routes(
+            "openai",
+            ("POST", "/v1/chat/completions", self._chat),
+            ("POST", "/v1/completions", self._complete),
+            ("POST", "/v1/embeddings", self._embed),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/v1/models/{model:path}", self._model),
+        )
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "ChatRequest")
@@ -140,6 +140,8 @@ class OpenAI:
         ]
         chat = WholeChat(request, self._service, messages, drop=bool(body.get("drop_oldest")))
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        if body.get("max_tokens", limit) != limit:
+            refuse_together(body, "max_completion_tokens", "max_tokens")
         ask = ask_of(request, chat.prompt, body, limit, chat.keep)
         return await self._answer(request, body, ask, chat=True)
 
@@ -155,6 +157,8 @@ class OpenAI:
         begun = await begin(request, self._service, self._service.start(ask))
         usage = bool(body.get("stream_options", {}).get("include_usage"))
         chunks = _Chunks(begun, chat=chat, usage=usage)
+        if not body.get("stream") and "stream_options" in body:
+            request.scope["rkedge.ignored"].add("stream_options")
         if body.get("stream"):
             return Stream(chunks.events(), "text/event-stream", begun.headers, failed=_failed, close=begun.run.close)
         return await self._whole(chunks, await collect(request, begun), begun.headers)
