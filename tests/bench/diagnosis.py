@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from tests import diagnosis_corpus as corpus
 from tests.diagnosis_corpus import Case
 
-from rkruntime.checks import diagnosis
-from rkruntime.checks.diagnosis import Diagnosis, Log, Rule, Signature, Table
+from rkruntime.checks import diagnosis, failures
+from rkruntime.checks.diagnosis import Diagnosis
+from rkruntime.checks.failures import Rule, Table
+from rkruntime.checks.signatures import Log, Signature
 
 # Whose repository the messages of a source belong to; those of the others are in several, or in none of the cases'.
 _HOMES = {
@@ -85,7 +87,7 @@ def _without(table: Table, counts: Callable[[Signature], bool]) -> Table:
 
 def cross_validation(cases: list[Case]) -> dict[str, Score]:
     """The score of each repository's cases with that repository hidden."""
-    table = diagnosis.table()
+    table = failures.table()
     found = sources(table, corpus.everything())
     scores: dict[str, Score] = {}
     for hidden in sorted({case.origin for case in cases}):

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from rkboard.commands.emulator import run as command
 from rkboard.emulator import build as emulator
 from rkboard.emulator import faults
-from rkruntime.checks.diagnosis import UNEXPLAINED, diagnose, table
+from rkruntime.checks.diagnosis import UNEXPLAINED, diagnose
+from rkruntime.checks.failures import table
 
 NORMAL, WAITING, FINISH, ERROR = range(4)
 FIRST_BYTE = 6  # of the tokens of these models

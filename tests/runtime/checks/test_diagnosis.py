@@ -19,8 +19,10 @@ from tests.bench import diagnosis as bench
 from tests.diagnosis_corpus import Case
 
 from rkruntime import cli, resources
-from rkruntime.checks import diagnosis
-from rkruntime.checks.diagnosis import CONFIDENCES, FOREIGN, NONE, UNEXPLAINED, Signature, diagnose
+from rkruntime.checks import failures
+from rkruntime.checks.diagnosis import FOREIGN, NONE, UNEXPLAINED, diagnose
+from rkruntime.checks.failures import CONFIDENCES
+from rkruntime.checks.signatures import Log, Signature
 
 CASES = corpus.cases("failures")
 MORE = corpus.cases("more_failures")
@@ -211,7 +213,7 @@ def test_every_message_has_its_class_or_a_reason() -> None:
     without = []
     for message in corpus.messages():
         found = diagnose(message.line)
-        assert message.class_ in (None, *diagnosis.table().classes), message
+        assert message.class_ in (None, *failures.table().classes), message
         assert bool(message.class_) != bool(message.why), message
         right = found.class_ == message.class_ if message.class_ else found.confidence not in ("high", "medium")
         if not right:
@@ -409,7 +411,7 @@ def test_every_signature_stands_its_own_text_repeated() -> None:
     """Each signature's beginning over and over is what backtracking would be slowest on."""
     starts = {
         signature.plain.partition("*")[0]
-        for rule in diagnosis.table().rules
+        for rule in failures.table().rules
         for group in rule.all
         for signature in group
     }
@@ -420,11 +422,11 @@ def test_every_signature_stands_its_own_text_repeated() -> None:
 
 def test_texts_in_any_order_stay_linear() -> None:
     """Every line holds all fixed texts of `a & b` signatures but the last; nothing may be tried twice."""
-    for rule in diagnosis.table().rules:
+    for rule in failures.table().rules:
         for signature in (item for group in rule.all for item in group if " & " in item.source):
             parts = re.sub(r"\{[^{}]*\}|\*", "x", signature.source).split(" & ")
             line = " ".join(parts[:-1]) + "\n"
-            log = diagnosis.Log([line.strip()] * 200, {})
+            log = Log([line.strip()] * 200, {})
             assert len(list(signature.matches(log))) <= 3
     diagnose(("npu memory " * 300 + "\n") * 60)
     diagnose("robot:" + " x" * 100_000)
@@ -432,14 +434,14 @@ def test_texts_in_any_order_stay_linear() -> None:
 
 
 def test_signatures_are_bounded() -> None:
-    for rule in diagnosis.table().rules:
+    for rule in failures.table().rules:
         for signature in (*(item for group in rule.all for item in group), *rule.none):
             assert all(part.count("*") <= 2 for part in signature.source.split(" & ")), signature.source
             assert "+" not in signature.source.replace("++", ""), f"{signature.source} looks like an expression"
 
 
 def test_signature_language() -> None:
-    log = diagnosis.Log(["Size: 0x1F and `Model-2.rkllm` is Broken", "next killed.", "." * 200], {})
+    log = Log(["Size: 0x1F and `Model-2.rkllm` is Broken", "next killed.", "." * 200], {})
     for source in ("size: {n} and", "'{w}.rkllm' is {whole|broken}", "size*broken", "broken next", "killed$"):
         assert list(Signature(source).matches(log)), source
     for source in ("size: {n}and", "broken$ next", "killed$ more", "size*killed", "ize: {n}"):
@@ -449,7 +451,7 @@ def test_signature_language() -> None:
 
 
 def test_signatures_of_texts_in_any_order() -> None:
-    log = diagnosis.Log(["ERROR: could not map the buffer of the NPU", "robot: " + "!" * 24, "robot: " + "-" * 99], {})
+    log = Log(["ERROR: could not map the buffer of the NPU", "robot: " + "!" * 24, "robot: " + "-" * 99], {})
     words = {"fail": ["could not", "error"]}
     assert list(Signature("npu & {fail} & buffer", words).matches(log))
     assert not list(Signature("npu & {fail} & robot", words).matches(log))
@@ -465,7 +467,7 @@ def test_a_text_cut_off_at_the_logs_end_counts() -> None:
 
 
 def test_the_table_is_whole() -> None:
-    table = diagnosis.table()
+    table = failures.table()
     named = {rule.class_ for rule in table.rules}
     assert {case.class_ for case in CASES + UNSEEN + FRESH} <= set(table.classes)
     assert named <= set(table.classes)

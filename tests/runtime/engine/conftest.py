@@ -118,10 +118,10 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.fixture
 def worker_of() -> Callable[[Engine], int]:
-    """The pid of the process that holds the library; `engine._worker.process` is its keeper."""
+    """The pid of the process that holds the library; `engine._connection.worker.process` is its keeper."""
 
     def pid(engine: Engine) -> int:
-        (worker,) = children_of(engine._worker.process.pid)
+        (worker,) = children_of(engine._connection.worker.process.pid)
         return worker
 
     return pid

@@ -680,7 +680,7 @@ def test_close_during_a_run(load: Load, question: list[int]) -> None:
     events = engine.generate(Request(question))
     next(events)
     engine.close()
-    assert not Path(f"/proc/{engine._worker.process.pid}").exists()
+    assert not Path(f"/proc/{engine._connection.worker.process.pid}").exists()
     with pytest.raises((RunError, StopIteration)):
         for _ in range(2):
             next(events)

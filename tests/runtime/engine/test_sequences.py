@@ -171,7 +171,7 @@ def machine(options: Callable[..., LoadOptions], release: str) -> type[RuleBased
         @rule()
         def kill(self) -> None:
             assert self.engine is not None
-            process = self.engine._worker.process
+            process = self.engine._connection.worker.process
             process.kill()
             process.wait()  # which kills the worker below it: what follows depends on nobody's speed
             self.attempt(lambda engine: engine.is_running())
@@ -182,7 +182,7 @@ def machine(options: Callable[..., LoadOptions], release: str) -> type[RuleBased
             engine, self.engine = self.engine, None
             if engine is not None:
                 engine.close()
-                assert engine._worker.ended
+                assert engine._connection.worker.ended
 
         def attempt(self, call: Callable[[Engine], Any]) -> None:
             """A call ends well or as an error of the tree; a worker that is gone stays gone."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
+# Workers that nobody closed and that were still ending when last looked at.
+_let_go_of: Final[list[subprocess.Popen[bytes]]] = []
 
 
 def python_command() -> tuple[str, ...]:
@@ -104,6 +107,8 @@ class WorkerProcess:
             on_error.pop_all()
         for fd in (command_read, record_write, log_write):
             os.close(fd)
+        pipes = (self._commands, self._records, self._log)
+        self._forgotten = weakref.finalize(self, _let_go, self.process, pipes, os.getpid())
         self._poll = select.poll()
         self._poll.register(self._records, select.POLLIN)
         self._poll.register(self._log, select.POLLIN)
@@ -321,6 +326,7 @@ class WorkerProcess:
 
     def close_pipes(self) -> None:
         """Close the parent's ends."""
+        self._forgotten.detach()
         for name in ("_commands", "_records", "_log"):
             fd = getattr(self, name)
             setattr(self, name, -1)
@@ -352,6 +358,7 @@ class WorkerProcess:
 def _start(
     command: Sequence[str], output: int, fds: tuple[int, int], environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
+    _let_go_of[:] = [process for process in _let_go_of if process.poll() is None]
     # A session of its own: Ctrl-C in the terminal is for the parent, and everything in it can be ended at once.
     try:
         return subprocess.Popen(
@@ -368,6 +375,15 @@ def _start(
             f"The worker process cannot be started: {command[0]}: {error.strerror or error}.",
             hint="Look at the limits on processes and memory, and that this Python is still where it was.",
         ) from error
+
+
+def _let_go(process: subprocess.Popen[bytes], pipes: tuple[int, ...], owner: int) -> None:
+    """End a worker that nobody closed, without waiting for it. A fork of its parent leaves it alone."""
+    for fd in pipes:
+        _close_quietly(fd)
+    if os.getpid() == owner:
+        process.terminate()
+        _let_go_of.append(process)
 
 
 def _waiting(fd: int) -> int:

@@ -1,0 +1,177 @@
+"""The table of failures, data/diagnosis.yaml: which texts name a class, what it means and who confirmed that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+from rkruntime import resources
+from rkruntime.checks.conditions import fits
+from rkruntime.checks.signatures import Log, Signature, simplified
+
+CONFIDENCES: Final = ("high", "medium", "low")
+"""From best to worst.
+
+high: the text names this fault, and no report with another cause is known.
+medium: the text goes with this fault in most reports; `others` and the next steps name what else it can be.
+low: a hint only, for a log that says nothing better.
+A text that other programs print, too, counts in full on a line of RKLLM, and one step less near one.
+A log without any known text is `unexplained`, one that has nothing of RKLLM in it `not-rkllm`, both with the
+confidence `none`.
+"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a class is named: each group has a signature in the log, none of `none` is there, the facts fit.
+
+    `generic` texts are printed by other programs, too.
+    """
+
+    class_: str
+    confidence: str
+    generic: bool
+    all: tuple[tuple[Signature, ...], ...]
+    none: tuple[Signature, ...]
+    where: Mapping[str, str]
+    cause: str
+    next_steps: tuple[str, ...]
+    evidence: tuple[str, ...]
+
+    def hit(self, log: Log, facts: Mapping[str, str]) -> Hit | None:
+        """Where the log fits, or None."""
+        if not fits(facts, self.where):
+            return None
+        found: list[int] = []
+        confidence = self.confidence
+        for group in self.all:
+            matches = [(place, signature) for signature in group for place in signature.matches(log)]
+            places = sorted(place for place, _ in matches)
+            if not places and not self.generic:
+                places = [place for signature in group if (place := signature.cut_off(log)) is not None][:1]
+            if not places:
+                return None
+            # The rest of a text that was cut off, or of lines that were joined, may have been another.
+            if not any(signature.sure(place, log) for place, signature in matches):
+                confidence = CONFIDENCES[-1]
+            found += places
+        if any(True for signature in self.none for _ in signature.matches(log)):
+            return None
+        return Hit(self, confidence, found)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A rule that fits a log, how sure that makes, and where."""
+
+    rule: Rule
+    confidence: str
+    places: list[int]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """What a version or a healthy line rules out."""
+
+    says: str
+    any: tuple[Signature, ...]
+    where: Mapping[str, str]
+
+    def told(self, log: Log, facts: Mapping[str, str]) -> str | None:
+        """The sentence, if the log gives reason for it."""
+        there = not self.any or any(True for signature in self.any for _ in signature.matches(log))
+        return self.says.format_map(facts) if there and fits(facts, self.where) else None
+
+
+@dataclass(frozen=True)
+class ClassText:
+    """What a class of failures means to a person."""
+
+    title: str
+    cause: str
+    next_steps: tuple[str, ...]
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rules in their order, the classes' texts, where facts stand in a log, and whose log it is."""
+
+    rules: tuple[Rule, ...]
+    classes: Mapping[str, ClassText]
+    facts: Mapping[str, tuple[Signature, ...]]
+    exclusions: tuple[Exclusion, ...]
+    own: re.Pattern[str]
+    foreign: re.Pattern[str]
+
+
+@cache
+def table() -> Table:
+    """The table of data/diagnosis.yaml; read once."""
+    data = resources.table("diagnosis")
+    cite = _Citations(data["marks"], data["repositories"], data["sources"])
+    words = data["words"]
+    classes = {
+        name: ClassText(entry["title"], _flow(entry["cause"]), _steps(entry), cite(entry.get("evidence", {})))
+        for name, entry in data["classes"].items()
+    }
+    rules = [
+        Rule(
+            class_=entry["class"],
+            confidence=entry["confidence"],
+            generic=entry.get("generic", False),
+            all=tuple(_group(group, words) for group in entry.get("all", [entry.get("any")])),
+            none=_group(entry.get("none", []), words),
+            where=entry.get("where", {}),
+            cause=_flow(entry.get("cause", "")),
+            next_steps=_steps(entry),
+            evidence=cite(entry.get("evidence", {})),
+        )
+        for entry in data["rules"]
+    ]
+    exclusions = [
+        Exclusion(_flow(entry["says"]), _group(entry.get("any", []), words), entry.get("where", {}))
+        for entry in data["rules_out"]
+    ]
+    return Table(
+        tuple(rules),
+        classes,
+        {name: _group(texts, words) for name, texts in data["facts"].items()},
+        tuple(exclusions),
+        *(re.compile("|".join(map(re.escape, map(simplified, data["domain"][whose])))) for whose in ("own", "foreign")),
+    )
+
+
+def _group(texts: str | list[Any], words: Mapping[str, Sequence[str]]) -> tuple[Signature, ...]:
+    """The signatures of a text, a list, or a list with lists (YAML aliases) in it."""
+    if isinstance(texts, str):
+        return (Signature(texts, words),)
+    return tuple(signature for text in texts for signature in _group(text, words))
+
+
+def _flow(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _steps(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_flow(step) for step in entry.get("next_steps", ()))
+
+
+class _Citations:
+    """`rknn-llm#62: reporter` as an address and what it is worth."""
+
+    def __init__(self, marks: Mapping[str, str], repositories: Mapping[str, str], sources: Mapping[str, str]) -> None:
+        self._marks, self._repositories, self._sources = marks, repositories, sources
+
+    def __call__(self, evidence: Mapping[str, str]) -> tuple[str, ...]:
+        """Citations, the best confirmed first (the order of `marks`)."""
+        ranks = list(self._marks)
+        best_first = sorted(evidence.items(), key=lambda item: ranks.index(item[1]))
+        return tuple(f"{self._place(key)} ({self._marks[mark]})" for key, mark in best_first)
+
+    def _place(self, key: str) -> str:
+        name, number, issue = key.partition("#")
+        return f"https://github.com/{self._repositories[name]}/issues/{issue}" if number else self._sources[name]

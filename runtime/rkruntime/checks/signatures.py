@@ -1,0 +1,210 @@
+"""Texts that programs print, with gaps in them, and the log in which they are looked for.
+
+Nothing here runs in more than linear time in the length of a log, whatever the log holds.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Final
+
+from rkruntime.checks import logtext
+
+_GAP: Final = 160
+_SPAN: Final = 240
+"""Characters around the first text of `a & b` in which the others stand."""
+_MOST_HITS: Final = 3
+MOST_LINES: Final = 8
+WIDEST_LINE: Final = 300
+"""Characters of a line that are shown, and lines."""
+_FEWEST_ANCHOR: Final = 3
+_FEWEST_CUT: Final = 14
+
+_QUOTES = str.maketrans(
+    {
+        **dict.fromkeys('"`´‘’‚“”„«»「」', "'"),
+        "：": ":",
+        "，": ",",
+        "（": "(",
+        "）": ")",
+        "！": "!",
+        "\u00a0": " ",
+        "\\": "",
+    }
+)
+_TOKEN = re.compile(r"\{[^{}]*\}|\*|\$$")
+_CLASSES = {
+    "{n}": r"(-?(?:0x[0-9a-f]{1,16}|\d{1,20}))",
+    "{w}": r"[\w.+/-]{1,80}",
+    "{v}": r"v?(\d{1,4}(?:\.\d{1,6}){1,3}(?:b\d{1,3})?)",
+    # One character for ever; not the dashes and bars that programs draw with.
+    "{same}": r"([^\s\-=*#_.~+|>─━═█▏▎▍▌▋▊▉])\1{23,200}",
+}
+
+
+def simplified(text: str) -> str:
+    """Text as signatures are compared: lower case, one kind of quote, single blanks."""
+    return " ".join(text.translate(_QUOTES).lower().split())
+
+
+class Signature:
+    """A text that programs print, with gaps, as data/diagnosis.yaml writes it.
+
+    `{n}` is a number, `{v}` a version, `{w}` a word or path, `{same}` one character 24 times or more, `{a|b}` one of
+    these, `{fail}` one of `words["fail"]`, `*` anything on the line, a final `$` the end of the line; `a & b & c` are
+    texts that stand on one line in any order.
+    """
+
+    def __init__(self, source: str, words: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.source = source
+        first, *rest = (_expanded(part, words or {}) for part in source.split(" & "))
+        self.plain = first
+        self._rest = rest
+        # A log that lacks one of these cannot hold the signature.
+        self._anchors = [anchor for anchor in map(_anchor, (first, *rest)) if anchor]
+        anchor = _anchor(first)
+        if not rest and len(anchor) < _FEWEST_ANCHOR and not re.search(r"[\u4e00-\u9fff]", anchor):
+            raise ValueError(f"The signature {source!r} has no fixed text of {_FEWEST_ANCHOR} characters.")
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The signature's first text as an expression; compiled only for a log that holds the anchors."""
+        return _compiled(self.plain)
+
+    @cached_property
+    def _others(self) -> list[re.Pattern[str]]:
+        return [_compiled(part) for part in self._rest]
+
+    def possible(self, log: Log) -> bool:
+        """Whether the log holds each fixed text of the signature."""
+        return all(anchor in log.flat for anchor in self._anchors)
+
+    def matches(self, log: Log) -> Iterator[int]:
+        """Positions in `log.text`, at most three."""
+        if self.possible(log):
+            yield from islice(self._on_one_line(log.text) if self._rest else starts(self.pattern, log.text), _MOST_HITS)
+
+    def _on_one_line(self, text: str) -> Iterator[int]:
+        for match in self.pattern.finditer(text):
+            start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - _SPAN)
+            end = text.find("\n", match.end(), match.end() + _SPAN)
+            around = text[start : match.end() + _SPAN if end < 0 else end]
+            if all(other.search(around) for other in self._others):
+                yield match.start()
+
+    def sure(self, place: int, log: Log) -> bool:
+        """Whether the texts of `a & b` and `a*b` are on one line of the log, not on lines joined on suspicion."""
+        loose = self._rest or "*" in self.plain
+        return not loose or bool(log.numbers((place,)))
+
+    def cut_off(self, log: Log) -> int | None:
+        """Where the log's first line begins in the middle of this text, or its last line ends there."""
+        if self._rest or _TOKEN.search(self.plain) or len(self.plain) < _FEWEST_CUT:
+            return None
+        fewest = max(_FEWEST_CUT, len(self.plain) * 2 // 3)
+        if self.plain[:fewest] not in log.last and self.plain[-fewest:] not in log.first:
+            return None
+        for size in range(len(self.plain) - 1, fewest - 1, -1):
+            # Half a number is another number.
+            if not self.plain[size - 1].isdigit() and log.last.endswith(self.plain[:size]):
+                return log.last_start
+            if not self.plain[-size].isdigit() and log.first.startswith(self.plain[-size:]):
+                return 0
+        return None
+
+
+def starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:
+    """Where the pattern is found."""
+    return (match.start() for match in pattern.finditer(text))
+
+
+def _expanded(part: str, words: Mapping[str, Sequence[str]]) -> str:
+    """A part of a signature with the words it names spelled out."""
+    return re.sub(
+        r"\{(\w+)\}",
+        lambda match: "{" + "|".join(map(simplified, words[match[1]])) + "}" if match[1] in words else match[0],
+        simplified(part),
+    )
+
+
+def _anchor(plain: str) -> str:
+    return max(_TOKEN.split(plain), key=len).strip()
+
+
+def _compiled(plain: str) -> re.Pattern[str]:
+    parts, at = [_left_edge(plain)], 0
+    for token in _TOKEN.finditer(plain):
+        parts += [_literal(plain[at : token.start()]), _gap(token.group())]
+        at = token.end()
+    return re.compile("".join((*parts, _literal(plain[at:]), _right_edge(plain))))
+
+
+def _literal(text: str) -> str:
+    return re.escape(text).replace(r"\ ", r"[ \n]")
+
+
+def _gap(mark: str) -> str:
+    if mark == "*":
+        return rf"[^\n]{{0,{_GAP}}}?"
+    if mark == "$":
+        return r"[ .!]{0,3}(?=\n|\Z)"
+    if mark in _CLASSES:
+        return _CLASSES[mark]
+    return "(?:" + "|".join(map(_literal, mark[1:-1].split("|"))) + ")"
+
+
+def _left_edge(plain: str) -> str:
+    """Words and numbers begin where the signature begins: `killed` is not in `skilled`, nor `12` in `112`."""
+    return {"a": r"(?<![a-z])", "0": r"(?<![\d.])"}.get(_kind(plain[:1]), "")
+
+
+def _right_edge(plain: str) -> str:
+    """A number ends; a word need not: the runtime glues the next text to it (`run failedrobot:`)."""
+    return r"(?![\dx])" if _kind(plain[-1:]) == "0" else ""
+
+
+def _kind(character: str) -> str:
+    return "0" if character.isdecimal() else "a" if "a" <= character <= "z" else ""
+
+
+class Log:
+    """A log's lines, and the text in which signatures are looked for."""
+
+    def __init__(self, lines: Sequence[str], context: Mapping[str, str]) -> None:
+        self.lines = lines
+        self._line_of: list[int] = []
+        self._starts: list[int] = []
+        plain: list[str] = []
+        length = 0
+        # The context's facts are lines like any other, but never shown.
+        extra = [(len(lines), f"{key}: {value}") for key, value in context.items()]
+        whole = list(logtext.unwrapped(lines))
+        for number, line in (*enumerate(lines), *whole, *extra):
+            plain.append(simplified(line))
+            self._starts.append(length)
+            self._line_of.append(number)
+            length += len(plain[-1]) + 1
+        self.text = "\n".join(plain)
+        # Where joined lines stand; two of them may have nothing to do with each other.
+        starts = [*self._starts, length]
+        self.joined = (starts[len(lines)], starts[len(lines) + len(whole)])
+        self.flat = self.text.replace("\n", " ")
+        self.first, self.last = (plain[0], plain[len(lines) - 1]) if lines else ("", "")
+        self.last_start = self._starts[len(lines) - 1] if lines else 0
+
+    def number_at(self, position: int) -> int:
+        """Index of the log's line at a position of `text`; the number of lines for the context's."""
+        return self._line_of[bisect_right(self._starts, position) - 1]
+
+    def numbers(self, positions: Iterable[int]) -> set[int]:
+        """Indexes of the lines at these positions; lines that were joined on suspicion are left out."""
+        return {self.number_at(place) for place in positions if not self.joined[0] <= place < self.joined[1]}
+
+    def shown(self, positions: Iterable[int]) -> tuple[str, ...]:
+        """The log's lines at these positions, without repeats and without the context's."""
+        numbers = [number for number in map(self.number_at, positions) if number < len(self.lines)]
+        return tuple(dict.fromkeys(self.lines[number][:WIDEST_LINE] for number in numbers))[:MOST_LINES]

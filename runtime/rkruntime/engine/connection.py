@@ -1,0 +1,134 @@
+"""Commands to the worker, its replies, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from rkruntime.engine.loading import LoadOptions, environment_of
+from rkruntime.engine.worker import protocol
+from rkruntime.engine.worker.decode import add_log, error_of, json_of
+from rkruntime.engine.worker.exchange import Exchange
+from rkruntime.engine.worker.process import WorkerProcess
+from rkruntime.engine.worker.protocol import Record
+from rkruntime.errors import RKEdgeError, RunError, WorkerError
+
+_SHOWN_LINES: Final = 40
+
+
+class Connection:
+    """A worker process that takes commands until it is closed, or lost.
+
+    Attributes:
+        closed: there is no worker any more.
+        gone: the error with which it was lost.
+        number: of the last command.
+
+    Raises HostError if the worker cannot be started.
+    """
+
+    def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None) -> None:
+        self.closed = False
+        self.gone: WorkerError | None = None
+        self._options = options
+        self.number = 0
+        callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
+        self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
+        self._sending = threading.Lock()
+        self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
+
+    @property
+    def log(self) -> tuple[str, ...]:
+        """The last lines that the library printed."""
+        if not self.closed:
+            self.worker.drain_log()
+        return tuple(self.worker.log)
+
+    def check(self) -> None:
+        """Raise the error of a worker that is gone, or RunError if it was closed."""
+        if self.gone is not None:
+            raise type(self.gone)(
+                f"The worker is gone: {self.gone.message}", hint="Load the model again.", details=self.gone.details
+            )
+        if self.closed:
+            raise RunError("The model is closed.", hint="Load it again.")
+
+    def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
+        """Send what is not a command of its own, such as an abort; from any thread. Raises WorkerError."""
+        with self._sending:
+            self.worker.send(header, data)
+
+    def begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
+        """Send a command with the next number; `expected` says what may come back (see Exchange)."""
+        self.number += 1
+        self.worker.expect(Exchange(self.number, questions=self._questions, **expected))
+        self.send({**header, "run": self.number}, data)
+
+    def next(self, timeout: float, deadline: float) -> Record:
+        """The next record (see WorkerProcess.next_record); the library's questions are answered on the way."""
+        while True:
+            record = self.worker.next_record(timeout, deadline)
+            if record.kind < protocol.TOKENIZE or not self.answered(record):
+                return record
+
+    def answered(self, record: Record) -> bool:
+        """Answer a call of the tokenizer or embedding callback; False if the record is something else."""
+        if record.kind < protocol.TOKENIZE:
+            return False
+        try:
+            ok, answer = True, self._ask(record)
+        except Exception as error:  # It is the caller's function, and the worker waits for an answer.
+            ok, answer = False, f"{type(error).__name__}: {error}".encode()
+        self.send({"call": "answer", "ok": ok}, [answer])
+        return True
+
+    def _ask(self, record: Record) -> bytes:
+        if record.kind == protocol.TOKENIZE:
+            assert self._options.tokenizer is not None
+            return array("i", self._options.tokenizer(record.data.decode())).tobytes()
+        import numpy as np
+
+        assert self._options.embed is not None
+        ids = array("i", record.data).tolist()
+        return np.ascontiguousarray(self._options.embed(ids), dtype=np.float32).tobytes()
+
+    def reply(self, timeout: float) -> Any:
+        """The JSON that answers the last command, or its error raised."""
+        record = self.next(timeout, time.monotonic() + timeout)
+        if record.kind == protocol.ERROR:
+            raise error_of(record)
+        return json_of(record)
+
+    def explain(self, error: RKEdgeError) -> None:
+        """Add the last log lines and what they say went wrong."""
+        if isinstance(error, WorkerError):
+            self.gone = self.gone or error
+        add_log(error, self.log[-_SHOWN_LINES:])
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Explain what is raised within, and end what is left of a worker that is lost."""
+        try:
+            yield
+        except RKEdgeError as error:
+            self.explain(error)
+            if self.gone is not None:
+                self.end()
+            raise
+
+    def close(self) -> None:
+        """Have the worker unload the model and exit; kill it if it does not in time."""
+        with contextlib.suppress(RKEdgeError):
+            self.begin({"call": "close"})
+            self.worker.end(self._options.close_timeout)
+
+    def end(self) -> None:
+        """Kill what is left of the worker. May be called twice."""
+        self.closed = True
+        self.worker.end(grace=0)
+        with self._sending:
+            self.worker.close_pipes()

@@ -1,0 +1,173 @@
+"""Runs on a loaded model, one at a time: their events for a loop and for asyncio, and their end in every case."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Generator, Sequence
+from typing import Final
+
+from rkruntime.engine.connection import Connection
+from rkruntime.engine.generation import ArrayEvent, Request, Token
+from rkruntime.engine.loading import LoadOptions, ModelInfo
+from rkruntime.engine.worker import protocol
+from rkruntime.engine.worker.decode import array_of, error_of, finished_of
+from rkruntime.engine.worker.encode import run_command
+from rkruntime.engine.worker.events import AsyncRecords
+from rkruntime.engine.worker.protocol import Record
+from rkruntime.errors import ContextFullError, RKEdgeError, RunError, WorkerError, WorkerProtocolError
+
+# Where the library does not say how many tokens its context holds: more than any release takes.
+_LONGEST_CONTEXT: Final = 1 << 15
+
+
+class Runs:
+    """The runs of one worker.
+
+    Attributes:
+        active: number of the run that is going on; None without one.
+    """
+
+    def __init__(self, connection: Connection, options: LoadOptions, info: ModelInfo) -> None:
+        self.active: int | None = None
+        self._abandoned = False
+        self._connection, self._options, self._info = connection, options, info
+        self._worker = connection.worker
+
+    def check_free(self) -> None:
+        """Raise the error of a worker that is gone, or RunError if a run is going on that somebody still reads."""
+        self._connection.check()
+        if self._abandoned:
+            self.settle(self._options.token_timeout)
+        if self.active is not None:
+            raise RunError("A run is going on already: one at a time.", hint="Wait for its end, or abort it.")
+
+    def events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
+        """Run prompts, and give each event with its prompt's number. Closing the iterator aborts the run."""
+        with self._connection.explained():
+            self._start(requests, mode)
+            timeout = self._options.token_timeout
+            try:
+                while self.active is not None:
+                    record = self._connection.next(timeout, time.monotonic() + timeout)
+                    yield record.batch, self._event(record)
+            except GeneratorExit:
+                self._settle_quietly()
+                raise
+            except WorkerProtocolError:
+                self._worker.end(grace=0)  # nothing more is asked of it
+                raise
+            finally:
+                self.settle(timeout)
+
+    async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
+        """`events` of one prompt for asyncio; see Engine.agenerate."""
+        self._connection.check()
+        timeout = self._options.token_timeout
+        with self._connection.explained():
+            records = AsyncRecords(self._worker, self._connection.answered, gather)
+            try:
+                if self._abandoned:
+                    await self._settle_async(records)
+                self._start([request], "generate")
+                try:
+                    while self.active is not None:
+                        yield self._event(records.waiting() or await records.next(timeout, time.monotonic() + timeout))
+                except WorkerProtocolError:
+                    self._worker.end(grace=0)  # nothing more is asked of it
+                    raise
+                finally:
+                    await self._settle_async(records)
+            finally:
+                records.close()
+
+    def _start(self, requests: Sequence[Request], mode: str) -> None:
+        self.check_free()
+        for request in requests:
+            self._check_room(request)
+        header, data = run_command(requests, mode, self._info.release, self._options)
+        self._worker.drain_log()
+        self._worker.alarm = ""
+        # What a release gives rows for, the prompt or more, is its own affair; not more than there is room for.
+        most_rows = self._info.max_context or _LONGEST_CONTEXT
+        most_tokens = requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else -1
+        limits = {"batches": self._options.n_batch, "most_tokens": most_tokens, "most_rows": most_rows}
+        self._abandoned = False
+        self.active = self._connection.number + 1
+        self._connection.begin(header, data, mode=mode, **limits)
+
+    def _check_room(self, request: Request) -> None:
+        if 0 < self._info.max_context <= len(request.tokens):
+            raise ContextFullError(
+                f"The prompt has {len(request.tokens):,} tokens, and the context holds {self._info.max_context:,} with "
+                "the answer.",
+                details={"prompt_tokens": len(request.tokens), "max_context": self._info.max_context},
+            )
+
+    def _event(self, record: Record) -> ArrayEvent:
+        if record.kind == protocol.TOKEN and not self._worker.alarm:
+            return Token(record.value, record.data)
+        return self._rare_event(record)
+
+    def _rare_event(self, record: Record) -> ArrayEvent:
+        """The event of a record that is not a token's. Raises the error that the worker sent, or the log."""
+        self._worker.drain_log()
+        if record.kind == protocol.ERROR:
+            self.active = None
+            error = error_of(record)
+            # The log tells more than "it returned -1", whichever of the two is read first.
+            if not (self._worker.alarm and type(error) is RunError):
+                raise error
+        if record.kind == protocol.FINISHED and record.batch == self._options.n_batch - 1:
+            self.active = None
+        if self._worker.alarm:
+            raise RunError(f"The run failed; the runtime logged: {self._worker.alarm}")
+        if record.kind in (protocol.LOGITS, protocol.HIDDEN):
+            return array_of(record)
+        return finished_of(record)
+
+    def abort(self) -> None:
+        """Ask the run that is going on to end, from any thread; nothing without one."""
+        run = self.active
+        if run is not None and self._connection.gone is None and not self._connection.closed:
+            # A worker that is gone by now is the iterator's to report.
+            with contextlib.suppress(WorkerError, OSError):
+                self._connection.send({"call": "abort", "run": run})
+
+    def settle(self, timeout: float) -> None:
+        """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
+        if self._abandon():
+            deadline = time.monotonic() + timeout
+            while self.active is not None:
+                self._drop(self._connection.next(timeout, deadline))
+            self._abandoned = False
+
+    async def _settle_async(self, records: AsyncRecords) -> None:
+        if self._abandon():
+            timeout = self._options.token_timeout
+            deadline = time.monotonic() + timeout
+            while self.active is not None:
+                self._drop(await records.next(timeout, deadline))
+            self._abandoned = False
+
+    def _abandon(self) -> bool:
+        """Abort a run if one is going on. Whoever is interrupted while it ends leaves the rest to the next run."""
+        if self.active is None or self._connection.closed or self._worker.ended:
+            return False
+        self._abandoned = True
+        self._connection.send({"call": "abort", "run": self.active})
+        return True
+
+    def _settle_quietly(self) -> None:
+        """`settle` for an iterator that is closed, or collected as garbage: the next call tells what failed."""
+        with contextlib.suppress(WorkerError), self._connection.explained():
+            self.settle(self._options.token_timeout)
+
+    def _drop(self, record: Record) -> None:
+        if record.kind in (protocol.FINISHED, protocol.ERROR):
+            try:
+                self._rare_event(record)
+            except WorkerError:
+                raise
+            except RKEdgeError:
+                return
