@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any, TypeVar
 
 import click
@@ -47,3 +48,21 @@ def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decora
 def json_option(help: str = "Print the result as one JSON document.") -> Callable[[Decorated], Decorated]:
     """`--json`, as the parameter `as_json`. An error of the command, a wrong value too, is then JSON as well."""
     return flag("json", "--json", "as_json", help=help)
+
+
+def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
+    """Whether `--json` is given in a line that click refused, and whose flags it therefore did not hand on.
+
+    click's own parser reads it again and skips what it does not know. Where there is no such command, or its module
+    cannot be imported, options cannot be told from their values; then any `--json` counts.
+    """
+    context = click.Context(command, resilient_parsing=True, ignore_unknown_options=True)
+    given, rest, _ = command.make_parser(context).parse_args(list(words))
+    if given.get("as_json") or not isinstance(command, click.Group):
+        return bool(given.get("as_json"))
+    name, *others = [*dropwhile(lambda word: word.startswith("-"), rest), ""]
+    try:
+        subcommand = command.get_command(context, name)
+    except Exception:  # it is reported already, whatever it was
+        subcommand = None
+    return asks_for_json(subcommand, others) if subcommand else "--json" in others
