@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, Sampling
-from rkruntime.errors import BundleError, HostError, LibraryError
+from rkruntime.errors import BundleError, LibraryError
+from rkruntime.packages import import_failed
 from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --abi, --max-context and --force as they were given."""
+    """--library, --release, --max-context and --force as they were given."""
 
     library: Path | None = None
     abi: str | None = None
@@ -94,9 +95,7 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
     try:
         build: Callable[..., Path] = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise HostError(
-            f"This bundle is for the emulator, and {module} is not installed here.", hint="Install rkedge as a whole."
-        ) from error
+        raise import_failed(error) from error
     return build(release, progress=progress or (lambda _: None))
 
 
