@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,11 +47,3 @@ def test_every_variable_is_named() -> None:
     assert {"RKEDGE_LIBRARY", "RKEMU_FAULT"} <= read
     page = (ROOT / "docs" / "environment.md").read_text()
     assert {name for name in read if f"`{name}`" not in page} == set()
-
-
-def test_completion() -> None:
-    """Of commands, as the page says; no command is imported for it."""
-    environment = {**os.environ, "_RKEDGE_COMPLETE": "bash_complete", "COMP_WORDS": "rkedge con", "COMP_CWORD": "1"}
-    rkedge = Path(sys.executable).with_name("rkedge")
-    done = subprocess.run([rkedge], env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout.split() == ["plain,convert"]

@@ -119,7 +119,9 @@ def test_other_calls_that_hang(misbehaving: Misbehaving) -> None:
     events.close()
     assert not engine.alive
     for _ in range(2):
-        with pytest.raises(WorkerHungError, match=r"^The worker is gone: The runtime library did not respond for 0.3 seconds"):
+        with pytest.raises(
+            WorkerHungError, match=r"^The worker is gone: The runtime library did not respond for 0.3 seconds"
+        ):
             engine.cache_sizes()
     engine.close()
     works(misbehaving)

@@ -33,7 +33,9 @@ def test_options_arrive_as_two_values() -> None:
     def command(sampling: SamplingOptions, runtime: RuntimeOptions) -> None:
         seen.update(sampling=sampling, runtime=runtime)
 
-    arguments = "--temperature 0.5 --top-k 3 --max-new-tokens 7 --library /x/librkllmrt.so --abi 1.3.0 --max-context 64"
+    arguments = (
+        "--temperature 0.5 --top-k 3 --max-new-tokens 7 --library /x/librkllmrt.so --release 1.3.0 --max-context 64"
+    )
     assert CliRunner().invoke(command, arguments.split()).exit_code == 0
     assert seen["sampling"] == SamplingOptions(0.5, 3, None, None, 7)
     assert seen["runtime"] == RuntimeOptions(Path("/x/librkllmrt.so"), "1.3.0", 64)
