@@ -7,12 +7,12 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from tests.pages import commands
 
 from rkruntime import cli
 from rkruntime.cli.options import runtime_options
@@ -30,17 +30,6 @@ SEVERAL_MEANINGS = {
     "--python",
 }
 WITH_A_NUMBER = click.types.IntParamType, click.types.FloatParamType
-
-
-def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    """A command and all below it, by what is typed for them."""
-    yield path, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
-            assert found is not None
-            yield from commands(found, f"{path} {name}")
 
 
 ALL = [
