@@ -55,8 +55,8 @@ def commands_page() -> str:
     lines = [
         "# Which commands and options are there?",
         f"\n{_NOTE}\n",
-        "Every command prints this with `--help`. An error is a message and a hint on standard error, and with"
-        "\n`--json` also an object on standard output; `rkedge --debug COMMAND ...` shows its traceback.",
+        "Every command prints this with `--help`. An error is a message and a hint on standard error, and\n"
+        "with `--json` also an object on standard output; `rkedge --debug COMMAND ...` shows its traceback.",
         "\n| exit status | meaning |\n|---|---|",
         *(f"| {code} | {text} |" for code, text in _exits()),
     ]
@@ -119,10 +119,10 @@ def settings_page() -> str:
     lines = [
         "# Which settings does the daemon have?",
         f"\n{_NOTE}\n",
-        "`rkedge serve --config FILE` reads them from a YAML file such as `configs/daemon.yaml`, which has all defaults."
-        "\nA name with a dot is a key within a mapping: `limits.queue` is `queue` below `limits`. After `systemctl reload\n"
-        "rkedge` a changed setting takes effect at once (`now`), by loading the model again (`load`), with the next load,"
-        "\nor only after a restart. Sizes are in MB, times in seconds.",
+        "`rkedge serve --config FILE` reads them from a YAML file; `configs/daemon.yaml` is one with all\n"
+        "defaults. A name with a dot is a key within a mapping: `limits.queue` is `queue` below `limits`. After\n"
+        "`systemctl reload rkedge` a changed setting takes effect at once (`now`), by loading the model again\n"
+        "(`load`), with the next load, or only after a restart. Sizes are in MB, times in seconds.",
         "\n| setting | default | values | takes effect | meaning |\n|---|---|---|---|---|",
         *_settings(Settings),
     ]

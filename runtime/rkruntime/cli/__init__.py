@@ -30,6 +30,8 @@ class Entry(NamedTuple):
     help: str
 
 
+# A table, not entry points: those have no help line, and looking them up reads the metadata of all installed packages,
+# which took `--help` from 0.44 s to 0.58 s on a busy PC (medians of 15 alternated pairs).
 COMMANDS: dict[str, Entry] = {
     "demo": Entry("rkconvert.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
     "plan": Entry("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
