@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,9 +134,10 @@ def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pyt
 
 
 def test_without_the_boards_tools_there_is_no_emulator(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "PROVIDERS", {"emulator": "rknothing.emulator:build"})
-    with pytest.raises(HostError, match=r"rknothing\.emulator"):
+    monkeypatch.setitem(sys.modules, "rkboard.emulator.build", None)
+    with pytest.raises(HostError, match=r"rkboard\.emulator") as caught:
         find_library(fake_bundle, RuntimeOptions())
+    assert caught.value.hint.endswith("pip install --force-reinstall rkedge")
 
 
 @pytest.mark.parametrize("base", [Sampling(), GREEDY, Sampling(temperature=0.3, repeat_penalty=1.5)])
