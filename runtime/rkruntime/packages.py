@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 import sys
 from typing import Final
@@ -39,6 +38,8 @@ def install(extra: str) -> str:
 
 def _wanted(package: str) -> str:
     """What brings a package: rkedge itself, the smallest extra of it that does, or the package alone."""
+    import importlib.metadata  # slow to import, and needed for an error only
+
     try:
         from packaging.requirements import Requirement
         from packaging.utils import canonicalize_name
