@@ -14,7 +14,7 @@ from rkruntime.terminal import say
 
 
 def _check_forced() -> None:
-    """A forced command runs whatever the client asked for: refuse, if that was not `attach`.
+    """A forced command runs in place of what the client asked for: refuse if that was not `attach`.
 
     Raises:
         RefusedError: it was.
