@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shlex
+from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 
+import click
 import pytest
+from tests.pages import DOCS
+from tests.pages import PAGES as WRITTEN
+
+from rkruntime import cli
+from rkruntime.errors import RKEdgeError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,9 +58,51 @@ def test_every_variable_is_named() -> None:
     assert {name for name in read if f"`{name}`" not in page} == set()
 
 
-def test_completion() -> None:
-    """Of commands, as the page says; no command is imported for it."""
-    environment = {**os.environ, "_RKEDGE_COMPLETE": "bash_complete", "COMP_WORDS": "rkedge con", "COMP_CWORD": "1"}
-    rkedge = Path(sys.executable).with_name("rkedge")
-    done = subprocess.run([rkedge], env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout.split() == ["plain,convert"]
+@pytest.mark.parametrize("name", list(WRITTEN))
+def test_written_pages_are_up_to_date(name: str) -> None:
+    assert (DOCS / name).read_text() == WRITTEN[name](), "python -m tests.pages"
+
+
+def shown_commands(text: str) -> Iterator[list[str]]:
+    """The words of each `rkedge` command in a page: in code blocks, in code within a sentence, behind a pipe."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    code = "\n".join([*blocks, *re.findall(r"^    +(.*)$", text, re.MULTILINE)])
+    for line in [*code.replace("\\\n", " ").splitlines(), *re.findall(r"`([^`\n]+)`", text)]:
+        for command in re.findall(r"(?:^|[|(;] *|sudo |do |\$ )(rkedge .*)", line):
+            words = shlex.split(re.split(r" # |  {4,}|[|;)<>]", command)[0].replace("...", ""), comments=True)
+            if len(words) > 1:
+                yield words[1:]
+
+
+def what_is_wrong(command: click.Command, words: list[str]) -> str:
+    """That a command or a flag does not exist, or that a value is not of its kind."""
+    if isinstance(command, click.Group):
+        name, *rest = [*dropwhile(lambda word: word.startswith("-"), words), ""]
+        found = command.get_command(click.Context(command), name)
+        return what_is_wrong(found, rest[:-1]) if found else f"there is no command {name}" * bool(name)
+    try:
+        command.make_context("rkedge", list(words))
+    except (click.MissingParameter, click.BadOptionUsage, click.exceptions.Exit, RKEdgeError):
+        pass  # a sentence leaves arguments and values out, and the files of an example are not here
+    except click.UsageError as error:
+        return error.format_message()
+    return ""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WRITTEN], ids=lambda page: page.name)
+def test_commands_in_the_pages_exist(page: Path) -> None:
+    problems = {shlex.join(words): what_is_wrong(cli.cli, words) for words in shown_commands(page.read_text())}
+    assert {line: problem for line, problem in problems.items() if problem} == {}
+
+
+@pytest.mark.parametrize("line", ["paln x", "plan x --rom 8", "plan x --ram much", "emulator bulid", "plan x y"])
+def test_a_wrong_line_would_be_noticed(line: str) -> None:
+    (words,) = shown_commands(f"Type `rkedge {line}`.")
+    assert what_is_wrong(cli.cli, words)
+
+
+def test_commands_in_pages_are_found() -> None:
+    found = [words for page in PAGES if page.name not in WRITTEN for words in shown_commands(page.read_text())]
+    assert len(found) > 60
+    assert ["plan", "./gemma-2-2b-it"] in found
+    assert ["diagnose", "-"] in found

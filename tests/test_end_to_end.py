@@ -195,9 +195,9 @@ def test_a_library_of_an_unknown_release_needs_a_word(bundles: dict[str, Bundle]
     done = rkedge("run", bundles["base"].path, "--library", library, "-p", "hello")
     assert done.returncode == 6
     assert "1.9.9" in done.stderr
-    assert "--abi" in done.stderr
+    assert "--release" in done.stderr
     question = questions()[0]
-    words = ("--library", library, "--abi", "1.2.3", "--temperature", "0", "-p", question.question)
+    words = ("--library", library, "--release", "1.2.3", "--temperature", "0", "-p", question.question)
     done = rkedge("run", bundles["base"].path, *words)
     assert done.stdout == question.answer + "\n", done.stderr
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 import sys
 from typing import Final
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from rkruntime.errors import HostError
 
@@ -19,6 +15,8 @@ _PACKAGES: Final = {"yaml": "PyYAML"}
 
 def import_failed(error: ImportError) -> HostError:
     """The error for an import that failed: which package it is, and the command that installs it."""
+    while isinstance(error.__cause__, ImportError):  # transformers hides the one that names the package
+        error = error.__cause__
     module = (error.name or "").partition(".")[0]
     if not module or module in _OWN:
         return HostError(
@@ -40,6 +38,13 @@ def install(extra: str) -> str:
 
 def _wanted(package: str) -> str:
     """What brings a package: rkedge itself, the smallest extra of it that does, or the package alone."""
+    import importlib.metadata  # slow to import, and needed for an error only
+
+    try:
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+    except ImportError:
+        return "rkedge"  # which brings packaging
     try:
         requirements = [Requirement(text) for text in importlib.metadata.requires("rkedge") or ()]
         extras = importlib.metadata.metadata("rkedge").get_all("Provides-Extra") or []

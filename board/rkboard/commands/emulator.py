@@ -20,7 +20,12 @@ _RELEASE = click.option(
     show_default=True,
     help="Emulate this release of librkllmrt.so.",
 )
-_ARCH = click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Build for another machine.")
+_ARCH = click.option(
+    "--arch",
+    type=click.Choice(["x86_64", "aarch64"]),
+    show_default="this machine's",
+    help="Build for this architecture.",
+)
 _JSON = json_option()
 
 
@@ -31,7 +36,7 @@ def _build(release: str, arch: str | None, sanitize: str | None = None) -> str:
 
 @click.group("emulator")
 def run() -> None:
-    """An RK3588 NPU that is not there: a librkllmrt.so for this machine, for any program that speaks RKLLM."""
+    """Build a librkllmrt.so that emulates the NPU on this machine, for any program that uses RKLLM."""
 
 
 @run.command("build")
@@ -55,7 +60,7 @@ def build(release: str, every: bool, arch: str | None, sanitize: str | None, as_
 @_RELEASE
 @_ARCH
 def path(release: str, arch: str | None) -> None:
-    """Print the folder to put on LD_LIBRARY_PATH; built first if need be."""
+    """Print the folder to put on LD_LIBRARY_PATH, after building the library if necessary."""
     say(_build(release, arch).rpartition("/")[0])
 
 
@@ -73,11 +78,11 @@ def env(release: str) -> None:
     "--guesses",
     "list_guesses",
     is_flag=True,
-    help="List the choices of RKEMU_GUESS, where a board's behaviour is unknown.",
+    help="List the alternatives that RKEMU_GUESS selects where a board's behaviour is unknown.",
 )
 @_JSON
 def info(list_faults: bool, list_guesses: bool, as_json: bool) -> None:
-    """Say which releases there are, what is built, and with which compiler."""
+    """List the releases, which of them are built, and the compiler."""
     if list_faults or list_guesses:
         (_show_faults if list_faults else _show_guesses)(as_json)
         return

@@ -14,6 +14,7 @@ from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
 from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
 from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, missing_packages
+from rkconvert.commands.options import lora_option, max_context_option
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.output.host_memory import read_memory
 from rkconvert.output.work_folder import scratch_folder
@@ -24,7 +25,7 @@ from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.toolkit.staging import stage
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
-from rkruntime.cli.flags import json_option
+from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.files import refuse_existing
 from rkruntime.terminal import say, say_json
 from rkruntime.text.template import BOS, END_OF_TURN
@@ -37,12 +38,20 @@ TARGETS = ("auto", "model", "given")
 
 @click.command("calibrate")
 @click.argument("checkpoint", type=_PATH)
-@click.option("--lora", "loras", multiple=True, help="Apply this adapter (FOLDER or FOLDER=WEIGHT), as convert will.")
+@lora_option()
 @click.option(
-    "--text", "texts", multiple=True, type=_PATH, help="Read questions, one per line; a tab starts the answer."
+    "--text",
+    "texts",
+    multiple=True,
+    type=_PATH,
+    help="Read questions from this file, one per line; a tab starts the answer.",
 )
 @click.option(
-    "--chats", "chat_files", multiple=True, type=_PATH, help="Read chats in JSON lines (OpenAI or ShareGPT format)."
+    "--chats",
+    "chat_files",
+    multiple=True,
+    type=_PATH,
+    help="Read chats from this JSON Lines file, in OpenAI's or ShareGPT's format.",
 )
 @click.option("--default", "with_default", is_flag=True, help="Add the questions that come with RKEdge.")
 @click.option("--system", default="", help="Use this system prompt in chats that have none.")
@@ -51,20 +60,25 @@ TARGETS = ("auto", "model", "given")
     type=click.Choice(TARGETS),
     default="auto",
     show_default=True,
-    help="Take the float model's answers, the given ones, or the model's if torch and the memory for it are available.",
+    help="Calibrate with the float model's answers, with the given ones, or with the model's if it can be run here.",
 )
 @click.option(
     "--new-tokens",
     type=click.IntRange(1, 4096),
+    metavar="TOKENS",
     default=NEW_TOKENS,
     show_default=True,
-    help="Limit each generated answer.",
+    help="Limit the length of each generated answer.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1), default=64, show_default=True, help="Take at most this many conversations."
+    "--limit",
+    type=click.IntRange(1, 1_000_000),
+    default=64,
+    show_default=True,
+    help="Use at most this many conversations, taken evenly from all.",
 )
-@click.option("--max-context", type=int, help="Limit a row to this many tokens [default: as convert].")
-@click.option("--check", "check_file", type=_PATH, help="Only check an existing file against this model.")
+@max_context_option()
+@click.option("--check", "check_file", type=_PATH, help="Only check whether this file is usable with the model.")
 @click.option(
     "-o",
     "--output",
@@ -74,7 +88,7 @@ TARGETS = ("auto", "model", "given")
     help="Write the calibration data to this file.",
 )
 @json_option()
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option()
 def run(
     checkpoint: Path,
     loras: tuple[str, ...],
@@ -93,7 +107,7 @@ def run(
 ) -> None:
     """Make calibration data for a CHECKPOINT, for `rkedge convert --target toolkit --calibration FILE`.
 
-    Without --text and --chats it is made of the questions that come with RKEdge.
+    Without --text and --chats, the questions that come with RKEdge are used.
     """
     reporter = Reporter(quiet)
     model = merged_model(open_checkpoint(checkpoint), [Lora.parse(text) for text in loras])

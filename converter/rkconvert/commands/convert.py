@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rkconvert.adapters.merged_model import Lora
+from rkconvert.commands.options import lora_option, max_context_option, revision_option, toolkit_python_option
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
 from rkconvert.conversion.convert import TARGETS, Options, convert
@@ -26,7 +27,7 @@ from rkconvert.toolkit.job import DEVICES
 from rkconvert.toolkit.runner import PATIENCE
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.cli.flags import Number, json_option
+from rkruntime.cli.flags import Number, json_option, quiet_option
 from rkruntime.errors import UsageError
 from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
@@ -39,8 +40,8 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.command("convert")
 @click.argument("checkpoint", required=False)
 @recipes.option()
-@click.option("--revision", help="Use this branch, tag or commit of a hub model.")
-@click.option("--lora", "loras", multiple=True, help="Merge this adapter (FOLDER or FOLDER=WEIGHT); may be repeated.")
+@revision_option()
+@lora_option()
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
@@ -58,35 +59,41 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
     show_default=True,
     help="Quantize to this type.",
 )
-@click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known not to work well.")
-@click.option("--max-context", type=int, help="Set the longest context in tokens [default: the model's, at most 4096].")
-@click.option("--npu-cores", type=int, help="Use this many NPU cores [default: all of the SoC's].")
-@click.option("--release", help=f"Build for this RKLLM release [default: the toolkit's; emulator: {DEFAULT_RELEASE}].")
+@click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known to fail or to work badly.")
+@max_context_option()
+@click.option(
+    "--npu-cores", type=click.IntRange(1, 16), show_default="all of the SoC's", help="Use this many NPU cores."
+)
+@click.option(
+    "--release",
+    show_default=f"the toolkit's, or {DEFAULT_RELEASE} for the emulator",
+    help="Build for this RKLLM release.",
+)
 @click.option(
     "--lora-mode",
     type=click.Choice(LORA_MODES),
     default="merge",
     show_default=True,
-    help="Merge the adapter, or keep it in a file that is loaded beside the model.",
+    help="Merge the adapter, or write it to a file that is loaded with the model.",
 )
-@click.option("--toolkit-python", type=_PATH, help="Use rkllm-toolkit of this interpreter [default: searched for].")
+@toolkit_python_option()
 @click.option("--calibration", type=_PATH, help="Calibrate with these texts, from `rkedge calibrate` (toolkit only).")
-@click.option("--algorithm", default="normal", show_default=True, help="Quantization algorithm (toolkit only).")
+@click.option("--algorithm", default="normal", show_default=True, help="Quantize with this algorithm (toolkit only).")
 @click.option(
     "--optimization-level",
     type=click.IntRange(0, 1),
     default=1,
     show_default=True,
-    help="Set the toolkit's optimization level; 1 may be more exact and slower.",
+    help="Set the toolkit's optimization level; 1 may be more accurate and slower.",
 )
 @click.option(
     "--hybrid-rate",
     type=Number(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Quantize this share of the layers in the other kind, grouped or not (toolkit only).",
+    help="Quantize this fraction of the layers in the other type, grouped or ungrouped (toolkit only).",
 )
-@click.option("--qparams", type=_PATH, help="Reuse a *.qparams file of an earlier run (toolkit only).")
+@click.option("--qparams", type=_PATH, help="Reuse the *.qparams file of an earlier run (toolkit only).")
 @click.option(
     "--toolkit-device",
     type=click.Choice(DEVICES),
@@ -95,29 +102,35 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
     help="Run the toolkit on the CPU or on a CUDA GPU.",
 )
 @click.option(
-    "--toolkit-load-dtype", default="float32", show_default=True, help="Load weights in this format (toolkit only)."
+    "--toolkit-load-dtype",
+    default="float32",
+    show_default=True,
+    help="Load the weights in this data type (toolkit only).",
 )
 @click.option(
     "--toolkit-patience",
     type=Number(1, 1_000_000),
+    metavar="SECONDS",
     default=PATIENCE,
-    help="Seconds without output, CPU use or paging before the toolkit counts as hung.",
+    show_default=True,
+    help="Kill the toolkit after this long without output, CPU use or paging.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Write the bundle to this folder [default: NAME-PLATFORM-DTYPE-RELEASE].",
+    show_default="NAME-PLATFORM-DTYPE-RELEASE",
+    help="Write the bundle to this folder.",
 )
 @click.option(
     "--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, as a private repository."
 )
 @click.option("--public", is_flag=True, help="Make the uploaded repository public.")
 @click.option(
-    "--matrix", type=_PATH, help="Convert every combination of the values that this recipe's key `matrix` lists."
+    "--matrix", type=_PATH, help="Convert every combination of values that the key `matrix` of this recipe lists."
 )
-@json_option("Print the manifest as JSON; with --matrix, what became of each.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@json_option("Print the manifest as JSON; with --matrix, the outcome of each conversion.")
+@quiet_option()
 @click.pass_context
 def run(
     context: click.Context,
@@ -151,7 +164,7 @@ def run(
 
 def _destination(repo: str | None, public: bool) -> Destination | None:
     if public and not repo:
-        raise UsageError("--public says how a bundle is uploaded, and none is.", hint="Say --push-to-hub OWNER/NAME.")
+        raise UsageError("--public has no effect without --push-to-hub.", hint="Add --push-to-hub OWNER/NAME.")
     return Destination(repo, public) if repo else None
 
 

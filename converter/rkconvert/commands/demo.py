@@ -78,13 +78,14 @@ def _next_steps(base: Path, pirate: Path) -> None:
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for the two bundles.  [default: in the cache folder]",
+    show_default="a folder of the cache",
+    help="Write the two bundles to this folder.",
 )
 def run(output: Path | None) -> None:
     """Convert the demo model with and without its pirate LoRA, and let both answer.
 
     The model is a real Gemma 2 of 1.1 million weights that comes with rkedge; no board and no download is needed. A
-    second run takes the bundles that the first one left.
+    second run uses the bundles that the first one left.
     """
     model = importlib.import_module(_MODEL)
     folder = output or _cache(model)

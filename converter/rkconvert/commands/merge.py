@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model, resume_key
+from rkconvert.commands.options import lora_option, revision_option
 from rkconvert.model.chat_template import find_template
 from rkconvert.output.disk import require_space
 from rkconvert.output.hf_folder import copy_side_files, resumable, write_json, write_weights
@@ -16,7 +17,7 @@ from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
 from rkconvert.tensors.inputs import tokenizer_files
 from rkruntime.bundle.manifest import GENERATION_CONFIG, TEMPLATE
-from rkruntime.cli.flags import json_option
+from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.terminal import say, say_json
 from rkruntime.words import counted
 
@@ -39,30 +40,24 @@ def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Rep
 
 @click.command("merge")
 @click.argument("checkpoint")
-@click.option("--revision", help="Use this branch, tag or commit of a hub model.")
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    required=True,
-    help="Merge this adapter (FOLDER or FOLDER=WEIGHT); may be repeated.",
-)
+@revision_option()
+@lora_option(required=True)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the merged model to this folder."
 )
 @json_option()
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option()
 def run(
     checkpoint: str, revision: str | None, loras: tuple[str, ...], output: Path, as_json: bool, quiet: bool
 ) -> None:
     """Merge LoRA adapters into a CHECKPOINT as peft does, in little memory.
 
-    The result is peft's within the rounding of float32 sums. In 16-bit formats that is bit for bit for nearly all
-    elements; docs/convert.md has the exceptions that were measured.
+    The result equals peft's up to the rounding of float32 sums. In 16-bit formats nearly all elements are identical;
+    docs/convert.md lists the exceptions that were measured.
 
     CHECKPOINT is a folder, a .gguf file or a hub id.
 
-    A run that was killed goes on where it was when the same command is given again.
+    After a run was killed, the same command continues where it stopped.
     """
     refuse_made(output)
     adapters = [Lora.parse(text) for text in loras]

@@ -6,23 +6,28 @@ from pathlib import Path
 
 import click
 
+from rkconvert.commands.options import max_context_option, revision_option
 from rkconvert.plan.boards import DEFAULT_BOARD
 from rkconvert.plan.planner import Embedding, Request, make_plan
 from rkconvert.rules.quantized_types import known_types
 from rkruntime.abi import DEFAULT_RELEASE
-from rkruntime.cli.flags import Number, json_option
+from rkruntime.cli.flags import Number, Renamed, json_option
 from rkruntime.errors import RefusedError
 from rkruntime.terminal import console, say_json
 
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--revision", help="Use this branch, tag or commit of a hub model.")
+@revision_option()
 @click.option(
     "--board", default=DEFAULT_BOARD, show_default=True, help="Plan for this board: a profile's name or file."
 )
 @click.option(
-    "--ram", type=Number(1, 1 << 20), help="Set the board's RAM in GiB [default: every size it is sold with]."
+    "--ram",
+    type=Number(1, 1 << 20),
+    metavar="GIB",
+    show_default="every size it is sold with",
+    help="Set the board's RAM.",
 )
 @click.option(
     "--dtype",
@@ -31,12 +36,21 @@ from rkruntime.terminal import console, say_json
     show_default=True,
     help="Plan for this quantized type.",
 )
-@click.option("--max-context", type=int, help="Set the context length in tokens [default: the model's, at most 4096].")
-@click.option("--toolkit", default=DEFAULT_RELEASE, show_default=True, help="Plan for this release of rkllm-toolkit.")
+@max_context_option()
+@click.option(
+    "--release",
+    "toolkit",
+    cls=Renamed,
+    former="--toolkit",
+    default=DEFAULT_RELEASE,
+    show_default=True,
+    help="Plan for this RKLLM release.",
+)
 @click.option(
     "--embedding",
     type=click.Choice(["flash", "ram"]),
-    help="Keep the embedding table in flash or in RAM [default: flash from release 1.2.0 on, RAM before].",
+    show_default="flash from release 1.2.0 on, RAM before",
+    help="Keep the embedding table in flash or in RAM.",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page with plots.")
 @json_option()
@@ -58,7 +72,7 @@ def run(
 
     MODEL is a folder, a config.json or a hub id such as google/gemma-2-2b-it. No weights are read or downloaded.
 
-    The exit status is 4 if the verdict is `refuse`: `rkedge convert` would refuse it, and exits so too.
+    The exit status is 4 if the verdict is `refuse`; `rkedge convert` refuses such a model with the same status.
     """
     from rkconvert.plan import page, report
 

@@ -9,20 +9,21 @@ import click
 from rkconvert.output.publish import Destination, push
 from rkconvert.progress import Reporter
 from rkruntime.bundle.manifest import open_bundle
-from rkruntime.cli.flags import json_option
+from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.terminal import say, say_json
 
 
 @click.command("push")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="Make the repository public [default: private].")
+@click.option("--public", is_flag=True, help="Make the repository public; otherwise it is private.")
 @json_option()
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option()
 def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool) -> None:
-    """Upload a BUNDLE to the REPOSITORY, OWNER/NAME, on the Hugging Face hub.
+    """Upload a BUNDLE to the REPOSITORY (OWNER/NAME) on the Hugging Face hub.
 
-    Exactly the files of its manifest go there, each as the manifest says. The repository must be new or empty.
+    Exactly the files in its manifest are uploaded, after their checksums have been verified. The repository must be new
+    or empty.
     """
     found = open_bundle(bundle)
     url = push(found, Destination(repository, public), Reporter(quiet))

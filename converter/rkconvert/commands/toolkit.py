@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from rkconvert.commands.options import toolkit_python_option
 from rkconvert.toolkit.environment import setup
-from rkconvert.toolkit.interpreter import VARIABLE, Toolkit, find_toolkit
+from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
 from rkconvert.toolkit.wheel import read_wheel
-from rkruntime.cli.flags import json_option
+from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 
@@ -26,12 +27,14 @@ def run() -> None:
 @click.option(
     "--wheel", "wheel_file", type=_PYTHON, required=True, help="Install this wheel, as downloaded from the vendor."
 )
-@click.option("--python", type=_PYTHON, help="Use this Python, of the wheel's release [default: searched for].")
+@click.option(
+    "--python", type=_PYTHON, show_default="searched for", help="Use this Python, of the version that the wheel is for."
+)
 @click.option("--replace", is_flag=True, help="Replace an existing environment.")
 @json_option()
-@click.option("-q", "--quiet", is_flag=True, help="Do not show what pip prints.")
+@quiet_option("Do not show what pip prints.")
 def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
-    """Make an environment from a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
+    """Make an environment for a WHEEL with the right Python and pins; `rkedge convert` finds it on its own."""
     wheel = read_wheel(wheel_file)
     toolkit = setup(wheel, python, lambda line: None if quiet else say(one_line(line), err=True), replace=replace)
     if as_json:
@@ -41,12 +44,10 @@ def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: boo
 
 
 @run.command("info")
-@click.option(
-    "--toolkit-python", type=_PYTHON, help=f"Ask this interpreter for the toolkit [default: {VARIABLE}, ...]."
-)
+@toolkit_python_option()
 @json_option()
 def run_info(toolkit_python: Path | None, as_json: bool) -> None:
-    """Say which toolkit `rkedge convert` will use, and what this release takes. Nothing of it is run."""
+    """Say which toolkit `rkedge convert` will use and what that release supports, without running any of it."""
     toolkit = find_toolkit(toolkit_python)
     facts = _facts(toolkit)
     if as_json:

@@ -60,7 +60,7 @@ def option(name: str = "--recipe") -> Callable[[Any], Any]:
         expose_value=False,
         is_eager=True,
         metavar="FILE",
-        help="Take options from a recipe: a file, or the name of one that RKEdge has. Options given here win.",
+        help="Read options from a recipe, a file or the name of one that RKEdge has; those on the command line win.",
     )
 
 

@@ -248,7 +248,7 @@ def _embedding(request: Request) -> Embedding:
     if request.embedding == "flash" and not flash:
         raise UsageError(
             f"RKLLM {request.toolkit} holds the embedding table in RAM: embed_flash came with {FLASH_SINCE}.",
-            hint=f"Leave --embedding out, or plan for --toolkit {FLASH_SINCE} or later.",
+            hint=f"Leave --embedding out, or plan for --release {FLASH_SINCE} or later.",
         )
     return request.embedding or ("flash" if flash else "ram")
 

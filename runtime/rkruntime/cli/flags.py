@@ -1,11 +1,12 @@
-"""Flags that every command understands in the same way, and a number that is one."""
+"""Options that commands of all packages share, and the flags that decide how an error is shown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import dropwhile
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -19,6 +20,23 @@ class Number(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value!r} is not a number.", param, ctx)
         return number
+
+
+# A context length; the daemon's setting has the same range.
+TOKENS: Final = click.IntRange(32, 1 << 20)
+
+
+class Renamed(click.Option):
+    """An option that still answers to a former name, which no help and no completion shows."""
+
+    def __init__(self, *names: Any, former: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self._former = former
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """See click."""
+        super().add_to_parser(parser, ctx)
+        parser.add_option(self, [self._former], dest=self.name, action="store", nargs=1)
 
 
 Decorated = TypeVar("Decorated", bound=Callable[..., object])
@@ -47,3 +65,26 @@ def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decora
 def json_option(help: str = "Print the result as one JSON document.") -> Callable[[Decorated], Decorated]:
     """`--json`, as the parameter `as_json`. An error of the command, a wrong value too, is then JSON as well."""
     return flag("json", "--json", "as_json", help=help)
+
+
+def quiet_option(help: str = "Show no progress.") -> Callable[[Decorated], Decorated]:
+    """`-q`, as the parameter `quiet`."""
+    return click.option("-q", "--quiet", is_flag=True, help=help)
+
+
+def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
+    """Whether `--json` is given in a line that click refused, and whose flags it therefore did not hand on.
+
+    click's own parser reads it again and skips what it does not know. Where there is no such command, or its module
+    cannot be imported, options cannot be told from their values; then any `--json` counts.
+    """
+    context = click.Context(command, resilient_parsing=True, ignore_unknown_options=True)
+    given, rest, _ = command.make_parser(context).parse_args(list(words))
+    if given.get("as_json") or not isinstance(command, click.Group):
+        return bool(given.get("as_json"))
+    name, *others = [*dropwhile(lambda word: word.startswith("-"), rest), ""]
+    try:
+        subcommand = command.get_command(context, name)
+    except Exception:  # it is reported already, whatever it was
+        subcommand = None
+    return asks_for_json(subcommand, others) if subcommand else "--json" in others

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
-from rkruntime.cli.flags import Number
+from rkruntime.cli.flags import TOKENS, Number, Renamed
 from rkruntime.engine.open import LIBRARY, LIBRARY_VARIABLE, RuntimeOptions, SamplingOptions, load_engine
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
@@ -51,16 +51,27 @@ runtime_options = _packed(
         "--library",
         type=click.Path(path_type=Path, dir_okay=False),
         envvar=LIBRARY_VARIABLE,
-        help=f"Load this {LIBRARY}.  [default: the emulator for its bundles, else searched for]",
+        show_envvar=True,
+        show_default="the emulator for its bundles, else searched for",
+        help=f"Load this {LIBRARY}.",
     ),
-    click.option("--abi", metavar="RELEASE", help="Treat the library as this RKLLM release, such as 1.2.3."),
+    click.option(
+        "--release",
+        "abi",
+        cls=Renamed,
+        former="--abi",
+        metavar="RELEASE",
+        show_default="what the library says it is",
+        help="Treat the library as this RKLLM release.",
+    ),
     click.option(
         "--max-context",
-        type=click.IntRange(min=32),
+        type=TOKENS,
         metavar="TOKENS",
-        help="Set the context length.  [default: the model's]",
+        show_default="the model's limit",
+        help="Set the context length.",
     ),
-    click.option("--force", is_flag=True, help="Load even what is known not to work on this board."),
+    click.option("--force", is_flag=True, help="Load the model even if it is known not to work on this board."),
 )
 
 sampling_options = _packed(
@@ -69,20 +80,23 @@ sampling_options = _packed(
     click.option(
         "--temperature", type=Number(0, 10), help="Set the sampling temperature; 0 takes the most likely token."
     ),
-    click.option("--top-k", type=click.IntRange(min=1), help="Sample from this many of the likeliest tokens."),
+    click.option("--top-k", type=click.IntRange(1, 1 << 24), help="Sample from this many of the most likely tokens."),
     click.option(
         "--top-p",
         type=Number(0, 1, min_open=True),
-        help="Sample from the likeliest tokens with this total probability.",
+        help="Sample from the most likely tokens that together have this probability.",
     ),
     click.option(
-        "--repeat-penalty", type=Number(0, 10, min_open=True), help="Penalize tokens that occurred before; 1 does not."
+        "--repeat-penalty",
+        type=Number(0, 10, min_open=True),
+        help="Penalize tokens that have occurred already; 1 is no penalty.",
     ),
     click.option(
         "--max-new-tokens",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, 1 << 20),
         metavar="TOKENS",
-        help="Limit the answer.  [default: what the context has room for]",
+        show_default="what the context has room for",
+        help="Limit the length of the answer.",
     ),
 )
 

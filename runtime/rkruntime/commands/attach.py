@@ -14,7 +14,7 @@ from rkruntime.terminal import say
 
 
 def _check_forced() -> None:
-    """As a forced command this stands for whatever was asked for: say so, if that was something else.
+    """A forced command runs in place of what the client asked for: refuse if that was not `attach`.
 
     Raises:
         RefusedError: it was.
@@ -35,14 +35,19 @@ def _check_forced() -> None:
 
 
 @click.command("attach")
-@click.option("--socket", type=click.Path(path_type=Path, dir_okay=False), help="Connect to this socket of the daemon.")
 @click.option(
-    "--user", metavar="NAME", help="Act for this one of several people behind the account.  [default: the account]"
+    "--socket",
+    type=click.Path(path_type=Path, dir_okay=False),
+    show_default="$RKEDGE_SOCKET, else the service's or your own",
+    help="Connect to the daemon on this Unix socket.",
+)
+@click.option(
+    "--user", metavar="NAME", show_default="the account", help="Act for this person, one of several behind the account."
 )
 def run(socket: Path | None, user: str | None) -> None:
     """Connect standard input and output to the daemon, for `rkedge chat user@board`.
 
-    Fit for a forced command; docs/serve.md has the line.
+    It can be the forced command of an SSH key; docs/serve.md has the line for authorized_keys.
     """
     from rkruntime.chat.attach import Bridge
     from rkruntime.serve.settings import default_socket
@@ -55,5 +60,5 @@ def run(socket: Path | None, user: str | None) -> None:
         except BodyError as error:
             raise UsageError(error.message) from error
     if sys.stdin.isatty():
-        say("This speaks JSON, for programs; a person uses `rkedge chat`.", err=True)
+        say("This command speaks JSON with programs; to chat, use `rkedge chat`.", err=True)
     Bridge(socket or default_socket(), user, sys.stdin.buffer, sys.stdout.buffer).run()

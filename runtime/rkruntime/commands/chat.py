@@ -50,7 +50,7 @@ def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOption
 @click.command("chat")
 @click.argument("model", metavar="BUNDLE|USER@BOARD")
 @click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
-@click.option("--session", metavar="NAME", help="Continue or start this conversation (on a board).")
+@click.option("--session", metavar="NAME", help="Continue or start this conversation (on a board only).")
 @click.option("--drop-oldest", is_flag=True, help="Forget the oldest turns when the context is full.")
 @sampling_options
 @runtime_options
@@ -62,9 +62,9 @@ def run(
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
 ) -> None:
-    """Chat with the model in a folder, or over SSH with the one that `rkedge serve` holds on a board.
+    """Chat with the model in a folder, or over SSH with the one that `rkedge serve` runs on a board.
 
-    Without a terminal each line of standard input is a message, and standard output has the answers alone.
+    Without a terminal, each line of standard input is a message, and only the answers go to standard output.
     """
     from rkruntime.chat.repl import COMMANDS, Repl
     from rkruntime.terminal import Terminal, history_file
@@ -73,11 +73,13 @@ def run(
     chat: LocalChat | RemoteChat
     if _is_board(model):
         if runtime != RuntimeOptions():
-            raise UsageError("--library, --abi, --max-context and --force are the daemon's own on a board.")
+            raise UsageError("On a board, --library, --release, --max-context and --force are settings of the daemon.")
         chat = _remote(model, system, drop_oldest, sampling, session)
     else:
         if session is not None:
-            raise UsageError("--session names a conversation on a board.", hint="/save and /load keep one in a file.")
+            raise UsageError(
+                "--session names a conversation on a board.", hint="Use /save and /load to keep one in a file."
+            )
         chat = _local(model, system, drop_oldest, sampling, runtime)
     try:
         Repl(chat, terminal).run()

@@ -68,8 +68,8 @@ def _print(found: Diagnosis) -> None:
 def run(log: str, as_json: bool) -> None:
     """Explain a log of RKLLM, RKNN, the NPU driver or rkllm-toolkit.
 
-    FILE is the output of a program, a journal, dmesg or a container's log; of a long one the head and the tail are
-    read. With - a pipe is read: sudo dmesg | rkedge diagnose -
+    FILE is the output of a program, a journal, a kernel log or a container's log; only the head and the tail of a long
+    one are read. With -, standard input is read: sudo dmesg | rkedge diagnose -
     """
     found = diagnose(_read(log))
     if as_json:

@@ -97,7 +97,7 @@ def _text(value: Any) -> str:
 
 @click.command("inspect")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
+@click.option("--verify", is_flag=True, help="Read every byte and check it against the checksums.")
 @json_option()
 def run(path: Path, verify: bool, as_json: bool) -> None:
     """Say what PATH is: a bundle, a model file (.rkemu, .rkllm) or a librkllmrt.so.

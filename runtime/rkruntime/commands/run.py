@@ -43,7 +43,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 
 @click.command("run")
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", metavar="TEXT", help="Ask this.  [default: standard input]")
+@click.option("-p", "--prompt", metavar="TEXT", show_default="standard input", help="Ask this.")
 @click.option("-f", "--file", type=click.File("rb"), help="Append this file to the prompt; - is standard input.")
 @click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
@@ -60,7 +60,7 @@ def run(
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
 ) -> None:
-    """Answer one prompt with the model in the folder BUNDLE. The answer alone goes to standard output."""
+    """Answer one prompt with the model in the folder BUNDLE. Only the answer goes to standard output."""
     from rkruntime.bundle.manifest import open_bundle
     from rkruntime.text.answer import Answer
     from rkruntime.text.template import Message

@@ -11,31 +11,29 @@ import click
 
 from rkruntime.cli.options import runtime_options
 from rkruntime.engine.open import RuntimeOptions
-from rkruntime.errors import HostError
-from rkruntime.packages import install
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("serve")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--config", type=_FILE, help="Read settings from this file; configs/daemon.yaml explains them.")
-@click.option("--socket", type=_FILE, help="Listen on this Unix socket.  [default: the service's or the user's]")
-@click.option("--host", help="Set the TCP address; any but loopback needs --api-keys.  [default: 127.0.0.1]")
-@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this TCP port too.")
+@click.option("--config", type=_FILE, help="Read settings from this file; docs/settings.md explains them.")
+@click.option(
+    "--socket",
+    type=_FILE,
+    show_default="$RKEDGE_SOCKET, else the service's or your own",
+    help="Listen on this Unix socket.",
+)
+@click.option("--host", show_default="127.0.0.1", help="Set the TCP address; any but loopback requires --api-keys.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this TCP port as well; 0 takes any free one.")
 @click.option("--api-keys", type=_FILE, help="Read API keys from this file: NAME KEY on each line, mode 600.")
 @runtime_options
 def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **listen: Any) -> None:
     """Serve the model in the folder BUNDLE on a Unix socket, and on loopback TCP with --port.
 
-    Clients: `rkedge chat user@board` over SSH, anything that speaks OpenAI's or Ollama's interface, and a page for the
+    Clients are `rkedge chat user@board` over SSH, programs that speak OpenAI's or Ollama's API, and the chat page in a
     browser. Command-line options override the settings file.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise HostError(f"{error.name} is not installed.", hint=install("serve")) from error
     import asyncio
 
     from rkruntime.bundle.manifest import open_bundle

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, Sampling
-from rkruntime.errors import BundleError, HostError, LibraryError, UsageError
+from rkruntime.errors import BundleError, LibraryError, UsageError
+from rkruntime.packages import import_failed
 from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --abi, --max-context and --force as they were given. Raises UsageError for a context out of range."""
+    """--library, --release, --max-context and --force as given. Raises UsageError for a context out of range."""
 
     library: str | os.PathLike[str] | None = None
     abi: str | None = None
@@ -186,9 +187,7 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
     try:
         build: Callable[..., Path] = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise HostError(
-            f"This bundle is for the emulator, and {module} is not installed here.", hint="Install rkedge as a whole."
-        ) from error
+        raise import_failed(error) from error
     return build(release, progress=progress or (lambda _: None), stop=stop)
 
 
@@ -199,7 +198,7 @@ def _not_done(names: Sequence[str]) -> Finding:
         "warning",
         "generation-config",
         f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
-        "Answers may differ from those of transformers; --temperature and its kin set what there is.",
+        "Answers may differ from those of transformers; use --temperature and the other sampling options instead.",
         f"Only {', '.join(_GIVEN)} and do_sample are taken from it.",
     )
 
@@ -210,7 +209,7 @@ def _not_listed(names: Sequence[str]) -> Finding:
     return Finding(
         "warning",
         "unlisted-file",
-        f"The bundle's folder has {', '.join(names[:4])}, which its manifest does not list: it is not loaded.",
+        f"The bundle's folder contains {', '.join(names[:4])}, which its manifest does not list, so it is not loaded.",
         "Remove it, or convert again: the manifest may have been changed.",
         "rkedge.yaml lists every file of a bundle.",
     )

@@ -138,7 +138,7 @@ class Library:
             raise LibraryError(
                 f"{self.path} does not have the layout of release {self.version}: its default parameters lie where "
                 f"releases {', '.join(LAYOUTS[best])} have them.",
-                hint="Leave --abi away, or name one of those releases with it.",
+                hint="Leave out --release, or name one of those releases with it.",
             )
         return self.abi.structs["RKLLMParam"].from_buffer_copy(raw)
 

@@ -120,15 +120,15 @@ def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None)
     if abi is not None and version not in RELEASES:
         release = release_named(abi)
         problem = _contradiction(abi, functions)
-        return (None, problem, "Give --abi another release.") if problem else (release, "", "")
+        return (None, problem, "Name another release with --release.") if problem else (release, "", "")
     if version not in RELEASES:
-        return None, _unknown(version, lines), "Update rkedge, or try the nearest release with --abi (docs/abi.md)."
+        return None, _unknown(version, lines), "Update rkedge, or try the nearest release with --release (docs/abi.md)."
     if RELEASES[version].refused:
         return None, f"it is release {version}: {RELEASES[version].refused}", "Install librkllmrt.so 1.2.3."
     if problem := _contradiction(version, functions):
         return None, f"its version text says {version}, but {problem}", "Take the vendor's original file."
     if abi is not None and release_named(abi).layout != RELEASES[version].layout:
-        return None, f"it is release {version}, whose layout is not that of {abi}", "Leave --abi away."
+        return None, f"it is release {version}, whose layout is not that of {abi}", "Leave out --release."
     return RELEASES[version], "", ""
 
 

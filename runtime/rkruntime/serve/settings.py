@@ -39,11 +39,12 @@ class Listen:
     """Where clients come in.
 
     Attributes:
-        socket: Unix socket; None for the system's or the user's own place (`default_socket`).
-        socket_mode: its permissions; the group may connect.
-        host, port: TCP as well, if there is a port. An address that is not loopback needs `api_keys`.
-        api_keys: file with `NAME KEY` or a key alone on each line, readable by its owner alone. Asked of TCP clients,
-            not of the Unix socket's.
+        socket: path of the Unix socket; null is the service's place or the user's own, see `default_socket`.
+        socket_mode: permissions of the socket, in octal; by default its group may connect.
+        host: TCP address, used with a port; any address but loopback requires `api_keys`.
+        port: TCP port; null is no TCP, 0 any free port.
+        api_keys: file with `NAME KEY`, or a key alone, on each line, readable only by its owner; TCP clients need a
+            key, those of the Unix socket do not.
     """
 
     socket: Path | None = None
@@ -59,19 +60,20 @@ class Limits:
     `connections`.
 
     Attributes:
-        queue: requests that wait for the NPU.
-        wait_s: how long one may wait, in seconds.
-        request_s: how long one answer may take once it has its turn.
+        queue: requests that may wait for the NPU.
+        wait_s: how long a request may wait for the NPU.
+        request_s: how long an answer may take once it has its turn.
         load_s: how long a load may take.
-        token_s: without a token the worker counts as hung and is ended; reading a long prompt included.
-        body_mb: size of a request's body.
-        memory_mb: bodies and large answers of all requests that are being answered. A request that is alone may always
-            have what it needs.
-        header_s: time a client has for sending its whole request.
-        write_s: an answer of which the client takes nothing for so long is broken off.
-        connections: open at the same time, for each listener.
-        stop_s: time for answers to come to their end when the daemon is stopped.
-        max_new_tokens: longest answer; 0 for what the context has room for.
+        token_s: how long a token may take, including the prefill of a long prompt, before the worker counts as hung and
+            is killed.
+        body_mb: largest body of a request.
+        memory_mb: memory for the bodies and large answers of all requests being answered; a user's only request always
+            gets what it needs.
+        header_s: how long a client may take to send its whole request.
+        write_s: how long a client may read nothing of its answer before it is cut off.
+        connections: connections open at the same time, for each listener.
+        stop_s: how long running answers may go on when the daemon is stopped.
+        max_new_tokens: longest answer; 0 is what the context has room for.
     """
 
     queue: _Count = 64
@@ -93,10 +95,10 @@ class Sessions:
     """Conversations that the daemon keeps. One user may have a quarter of `max_mb` and `max_number`.
 
     Attributes:
-        folder: None for the state folder of the service or the user.
-        max_mb: of all their files together. A user's longest unused go first, for that user's new ones.
-        max_number: of all together, likewise.
-        resume_s: how long a broken answer of a session can be taken up again.
+        folder: where they are kept; null is the state folder of the service or the user.
+        max_mb: size of all conversations; when a user's share is full, that user's least recently used are deleted.
+        max_number: number of all conversations, likewise.
+        resume_s: how long an interrupted answer can be resumed.
     """
 
     folder: Path | None = None
@@ -115,10 +117,11 @@ class PromptCache:
     """Files with the KV cache of conversations that are not on the NPU at the moment.
 
     Attributes:
-        folder: None for the cache folder of the service or the user.
-        max_mb: disk quota; 0 writes none, None only where the runtime does not reuse its cache itself (before 1.2.0).
-            One token of Gemma 2 2B takes about 0.1 MB (26 layers x 4 heads x 256 x keys and values x 2 bytes).
-        min_tokens: shorter prompts are quicker to read again than to load.
+        folder: where they are kept; null is the cache folder of the service or the user.
+        max_mb: disk quota; 0 is none, null is 512 for runtimes before 1.2.0 and none for later ones, which reuse the
+            last conversation's cache on their own. One token of Gemma 2 2B takes about 0.1 MB (26 layers x 4 heads x
+            256 x keys and values x 2 bytes).
+        min_tokens: shortest prompt to save; shorter ones are quicker to prefill again than to load.
     """
 
     folder: Path | None = None
@@ -137,13 +140,17 @@ class Settings:
 
     Attributes:
         bundle: folder of the model.
-        library, abi, max_context, force: as the options of `rkedge chat`.
-        temperature, top_k, top_p, repeat_penalty: sampling where a request says nothing; None is the bundle's own.
-        per_request_sampling: what happens to a request's sampling where the runtime is older than 1.3.0 and cannot
-            take it: `ignore` it and say so in a header, or `refuse` the request.
-        idle_unload_s: free the NPU after so long without a request; 0 never.
-        load_at_start: false loads the model with the first request.
-        log_prompts: write prompts and answers to the log; off, as they are private.
+        library: librkllmrt.so to load; null is the emulator for its bundles, else the one that is found.
+        abi: RKLLM release to treat the library as; null is what the library says it is.
+        max_context: context length in tokens; null is the model's limit.
+        force: load the model even if it is known not to work on this board.
+        temperature, top_k, top_p, repeat_penalty: sampling where a request does not set it; null is the bundle's own.
+        per_request_sampling: what to do with a request's sampling where the runtime, before 1.3.0, cannot change it:
+            `ignore` it and say so in a header, or `refuse` the request.
+        idle_unload_s: free the NPU after this long without a request; 0 is never.
+        load_at_start: load the model at the start, not with the first request.
+        log_prompts: write prompts and answers, which are private, to the log.
+        log_level: least severe lines to log.
     """
 
     bundle: Path | None = None

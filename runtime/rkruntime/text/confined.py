@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeError, UsageError
+from rkruntime.packages import import_failed
 from rkruntime.printable import one_line
 
 _SIZES: Final = struct.Struct("<II")
@@ -258,6 +259,8 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             answer, data = functions[header["call"]](header, data)
         except RKEdgeError as error:
             answer, data = error.as_dict(), b""
+        except ImportError as error:
+            answer, data = import_failed(error).as_dict(), b""
         except MemoryError:
             answer, data = _failed(f"{what} took more than {MEMORY >> 20} MiB of memory"), b""
         except (KeyboardInterrupt, SystemExit):

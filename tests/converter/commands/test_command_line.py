@@ -43,7 +43,7 @@ MODELS = ["{demo}", "{config}", "{folder}", "{missing}", "{file}", "{binary}", "
 
 any_text = st.sampled_from(TEXTS) | st.text(max_size=12)
 OPTIONS = {
-    "plan": {"--toolkit": RELEASES, "--dtype": TYPES, "--ram": NUMBERS, "--max-context": NUMBERS, "--board": TEXTS,
+    "plan": {"--release": RELEASES, "--dtype": TYPES, "--ram": NUMBERS, "--max-context": NUMBERS, "--board": TEXTS,
              "--embedding": ["flash", "ram", "x"], "--html": ["{missing}/x.html", "{folder}", "{file}"],
              "--revision": TEXTS},
     "convert": {"--release": RELEASES, "--dtype": TYPES, "--max-context": NUMBERS, "--npu-cores": NUMBERS,
@@ -54,7 +54,7 @@ OPTIONS = {
                 "--toolkit-python": TEXTS, "--toolkit-patience": NUMBERS, "--push-to-hub": TEXTS, "--revision": TEXTS},
     "merge": {"--lora": TEXTS, "--revision": TEXTS},
     "inspect": {},
-    "run": {"-p": TEXTS, "--temperature": NUMBERS, "--top-k": NUMBERS, "--max-context": NUMBERS, "--abi": RELEASES,
+    "run": {"-p": TEXTS, "--temperature": NUMBERS, "--top-k": NUMBERS, "--max-context": NUMBERS, "--release": RELEASES,
             "--library": TEXTS},
 }  # fmt: skip
 

@@ -138,6 +138,43 @@ def test_a_wrong_value_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan m --bogus --json",
+        "plan m --json --bogus",
+        "plan --json m --ram",
+        "plan one two --json",
+        "--bogus plan m --json",
+        "plna m --json",
+        "emulator build --bogus --json",
+        "emulator bulid --json",
+    ],
+)
+def test_a_line_that_cannot_be_parsed_is_json_too(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    assert cli.main(line.split()) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["plan m --bogus", "run B --bogus -p --json", "plan m --bogus -- --json", "plan m --revision --json --ram x"],
+)
+def test_a_word_that_only_looks_like_the_flag_is_not_it(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_command_that_cannot_be_imported_fails_as_json_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "plan", cli.Entry("rkruntime.nowhere", "Fail."))
+    assert cli.main(["plan", "m", "--json"]) == 5
+    assert json.loads(capsys.readouterr().out)["error"] == "HostError"
+    assert cli.main(["plan", "m"]) == 5
+    assert capsys.readouterr().out == ""
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [sys.executable, "-m", "rkruntime.cli", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:

@@ -81,7 +81,7 @@ def test_run_as_json(bundle: Path) -> None:
         (["-p", "word " * 9000], "", 4, "tokens"),
         (["-p", "x", "--temperature", "-1"], "", 2, "temperature"),
         (["-p", "x", "--library", "/no/such/librkllmrt.so"], "", 6, "librkllmrt.so"),
-        (["-p", "x", "--abi", "9.9.9"], "", 2, "9.9.9"),
+        (["-p", "x", "--release", "9.9.9"], "", 2, "9.9.9"),
     ],
 )
 def test_run_says_what_is_wrong(bundle: Path, arguments: list[str], text: str, code: int, word: str) -> None:

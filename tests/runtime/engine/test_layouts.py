@@ -32,7 +32,7 @@ def test_a_forced_layout_is_refused(options: Callable[..., LoadOptions], library
 
 
 def renamed(library: Path, version: str, folder: Path) -> Path:
-    """The library with a version text that nobody knows, so that --abi has a say."""
+    """The library with a version text that nobody knows, so that --release has a say."""
     data = library.read_bytes()
     old, new = f"(version: {version} ".encode(), b"(version: 9.9.9".ljust(len(version) + 11)
     assert len(old) == len(new)

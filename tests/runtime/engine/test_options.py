@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,9 @@ def test_options_arrive_as_two_values() -> None:
     def command(sampling: SamplingOptions, runtime: RuntimeOptions) -> None:
         seen.update(sampling=sampling, runtime=runtime)
 
-    arguments = "--temperature 0.5 --top-k 3 --max-new-tokens 7 --library /x/librkllmrt.so --abi 1.3.0 --max-context 64"
+    arguments = (
+        "--temperature 0.5 --top-k 3 --max-new-tokens 7 --library /x/librkllmrt.so --release 1.3.0 --max-context 64"
+    )
     assert CliRunner().invoke(command, arguments.split()).exit_code == 0
     assert seen["sampling"] == SamplingOptions(0.5, 3, None, None, 7)
     assert seen["runtime"] == RuntimeOptions(Path("/x/librkllmrt.so"), "1.3.0", 64)
@@ -152,9 +155,10 @@ def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pyt
 
 
 def test_without_the_boards_tools_there_is_no_emulator(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "PROVIDERS", {"emulator": "rknothing.emulator:build"})
-    with pytest.raises(HostError, match=r"rknothing\.emulator"):
+    monkeypatch.setitem(sys.modules, "rkboard.emulator.build", None)
+    with pytest.raises(HostError, match=r"rkboard\.emulator") as caught:
         find_library(fake_bundle, RuntimeOptions())
+    assert caught.value.hint.endswith("pip install --force-reinstall rkedge")
 
 
 @pytest.mark.parametrize("base", [Sampling(), GREEDY, Sampling(temperature=0.3, repeat_penalty=1.5)])

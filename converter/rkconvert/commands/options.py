@@ -1,0 +1,53 @@
+"""Options that several commands of the converter share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+
+from rkconvert.rules.context import DEFAULT_CONTEXT
+from rkconvert.toolkit.interpreter import VARIABLE
+from rkruntime.cli.flags import TOKENS
+
+Decorator: TypeAlias = Callable[[Any], Any]
+
+
+def revision_option() -> Decorator:
+    """`--revision`."""
+    return click.option("--revision", help="Use this branch, tag or commit of a hub model.")
+
+
+def lora_option(required: bool = False) -> Decorator:
+    """`--lora`, as the parameter `loras`."""
+    return click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        required=required,
+        metavar="ADAPTER[=WEIGHT]",
+        help="Apply this LoRA adapter, a folder or a hub id, with this weight; may be repeated.",
+    )
+
+
+def max_context_option() -> Decorator:
+    """`--max-context`."""
+    return click.option(
+        "--max-context",
+        type=TOKENS,
+        metavar="TOKENS",
+        show_default=f"the model's limit, at most {DEFAULT_CONTEXT}",
+        help="Set the context length.",
+    )
+
+
+def toolkit_python_option() -> Decorator:
+    """`--toolkit-python`."""
+    return click.option(
+        "--toolkit-python",
+        type=click.Path(path_type=Path),
+        show_default=f"${VARIABLE}, else searched for",
+        help="Use the rkllm-toolkit that this Python interpreter has.",
+    )
