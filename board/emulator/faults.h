@@ -1,6 +1,6 @@
 // Faults on demand: RKEMU_FAULT=NAME[=VALUE][,NAME...] makes the library fail as real ones were
-// seen to. The table is in faults_table.cc; `rkedge emulator info --faults` and docs/emulator.md
-// list it.
+// seen to. The table is made from rkboard/emulator/faults.yaml when the library is built;
+// `rkedge emulator info --faults` and docs/emulator.md list it.
 #pragma once
 
 #include <cstdint>
@@ -56,19 +56,16 @@ struct Fault {
   const char* name;
   Stage stage;
   Act act;
-  const char* group;  // the class of failures that its log shows, of rkruntime's table; "" for none
-  const char* meant;  // what VALUE is; "" for a fault without one
-  int64_t value;      // unless RKEMU_FAULT gives one
-  const char* lines;  // %T time of day, %V value, %M model path
-  const char* summary;
-  const char* kernel = "";  // what the driver says in the kernel log
-  const char* driver = "";  // the driver that is claimed with it
+  const char* meant;   // what VALUE is; "" for a fault without one
+  int64_t value;       // unless RKEMU_FAULT gives one
+  const char* lines;   // %T time of day, %V value, %M model path
+  const char* kernel;  // what the driver says in the kernel log; "" for nothing
+  const char* driver;  // the driver that is claimed with it; "" for the usual one
 };
 
 class Faults {
  public:
-  // Reads RKEMU_FAULT. Failure: a name that is not in the table, or a value that is no number; also
-  // RKEMU_FAULT=list, whose Failure is the table as JSON.
+  // Reads RKEMU_FAULT. Failure: a name that is not in the table, or a value that is not a number.
   static Faults from_environment();
 
   // The device as the faults leave it.
@@ -87,7 +84,5 @@ class Faults {
   bool stalled_ = false;
   std::vector<Mapping> leaked_;
 };
-
-const std::vector<Fault>& fault_table();
 
 }  // namespace rkemu
