@@ -147,7 +147,7 @@ bool Faults::act(const Fault& fault, const std::string& model_path) {
       std::memset(leaked_.back().data(), 1, leaked_.back().size());
       return false;
     default:
-      return fault.act == Act::pretend || fault.act == Act::skip;
+      return fault.act == Act::skip;
   }
 }
 

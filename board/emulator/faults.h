@@ -27,10 +27,9 @@ enum class Stage {
 
 // What a fault does there, after its lines are printed.
 enum class Act {
-  say,      // nothing more
-  fail,     // the call returns -1; a run reports RKLLM_RUN_ERROR first
-  pretend,  // rkllm_init returns 0, and no run of that handle will work
-  segv,     // the process ends by this signal
+  say,   // nothing more
+  fail,  // the call returns -1; a run reports RKLLM_RUN_ERROR first
+  segv,  // the process ends by this signal
   bus,
   ill,
   abort,
@@ -39,7 +38,7 @@ enum class Act {
   hang,     // the call never returns
   sleep,    // the call takes VALUE ms longer
   stall,    // the call waits as long as the driver does for a job, and fails; so do all later runs
-  skip,     // what it stands before is left out
+  skip,     // what it stands before is left out: a load that returns 0 all the same, a file
   leak,     // VALUE MiB are kept until the handle is destroyed
   noise,    // its lines go to stdout
   rubbish,  // every token is "!"; its lines are said for each
@@ -73,8 +72,7 @@ class Faults {
   // The fault that acts so, nullptr if there is none.
   const Fault* with(Act act) const;
   // Strikes if a fault is due here: prints, and throws Failure, ends the process, or waits. `token`
-  // is the number of the token, from 1. True if rkllm_init shall pretend that all is well, or what
-  // the fault stands before is to be left out.
+  // is the number of the token, from 1. True if what the fault stands before is to be left out.
   bool strike(Stage stage, const std::string& model_path, int64_t token = 0);
 
  private:
