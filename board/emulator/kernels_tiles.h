@@ -54,7 +54,7 @@ void strip(const IntegerProduct& p, int token) {
   for (; row < p.w.count; ++row) tile<Vector, 1, kTokens>(p, row, token);
 }
 
-// The sum of lanes in memory, and a part of a vector in a whole one.
+// The total of a vector that was stored.
 template <int kCount>
 int32_t sum_of(const int32_t (&lanes)[kCount]) {
   int32_t sum = 0;
@@ -62,6 +62,7 @@ int32_t sum_of(const int32_t (&lanes)[kCount]) {
   return sum;
 }
 
+// The last bytes of a row, as many as a vector holds.
 template <int kStep>
 struct Padded {
   int8_t bytes[kStep] = {};
