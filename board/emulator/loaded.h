@@ -65,8 +65,9 @@ struct Engine {
   Forward forward;
 };
 
-// Failure: the model cannot be loaded. With `pretend`, nothing is loaded and no run works.
+// What a handle has loaded, as its runs see it.
 struct Loaded {
+  // Failure: the model cannot be loaded. With `pretend`, nothing is loaded and no run works.
   Loaded(const Rules& release_rules, const Settings& given, Faults wanted, bool pretend);
 
   // Failure: there are no weights to compute with.
