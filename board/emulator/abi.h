@@ -1,5 +1,5 @@
-// The C interface of librkllmrt.so, one layout per build: RKEMU_LAYOUT is 3 (1.1.x), 4 (1.2.0), 5
-// (1.2.1b1), 6 (1.2.1 to 1.2.3) or 7 (1.3.0). Written from measured sizes and offsets, which
+// The C interface of librkllmrt.so, one layout per build: RKEMU_LAYOUT is its number, which has
+// here the name of the release that brought it. Written from measured sizes and offsets, which
 // abi_check.h asserts: it is made at build time from the runtime's own declarations.
 //
 // Callers may pass anything: enums have a fixed underlying type and flags are uint8_t instead of
@@ -9,8 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#if !defined(RKEMU_LAYOUT) || RKEMU_LAYOUT < 3 || RKEMU_LAYOUT > 7
-#error "RKEMU_LAYOUT must be 3 to 7"
+#define RKEMU_1_1_0 3
+#define RKEMU_1_2_0 4
+#define RKEMU_1_2_1_BETA 5
+#define RKEMU_1_2_1 6
+#define RKEMU_1_3_0 7
+
+#if !defined(RKEMU_LAYOUT) || RKEMU_LAYOUT < RKEMU_1_1_0 || RKEMU_LAYOUT > RKEMU_1_3_0
+#error "RKEMU_LAYOUT must be the number of a layout"
 #endif
 
 extern "C" {
@@ -23,7 +29,7 @@ enum LLMCallState : uint32_t {
   RKLLM_RUN_WAITING = 1,
   RKLLM_RUN_FINISH = 2,
   RKLLM_RUN_ERROR = 3,
-#if RKEMU_LAYOUT == 3
+#if RKEMU_LAYOUT < RKEMU_1_2_0
   RKLLM_RUN_GET_LAST_HIDDEN_LAYER = 4,
 #endif
 };
@@ -38,20 +44,20 @@ enum RKLLMInputType : uint32_t {
 enum RKLLMInferMode : uint32_t {
   RKLLM_INFER_GENERATE = 0,
   RKLLM_INFER_GET_LAST_HIDDEN_LAYER = 1,
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   RKLLM_INFER_GET_LOGITS = 2,
 #endif
 };
 
 struct RKLLMExtendParam {
   int32_t base_domain_id;
-#if RKEMU_LAYOUT == 3
+#if RKEMU_LAYOUT < RKEMU_1_2_0
   uint8_t reserved[112];
 #else
   int8_t embed_flash;
   int8_t enabled_cpus_num;
   uint32_t enabled_cpus_mask;
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   uint8_t n_batch;
   int8_t use_cross_attn;
   uint8_t reserved[104];
@@ -66,7 +72,7 @@ struct RKLLMParam {
   int32_t max_context_len;
   int32_t max_new_tokens;
   int32_t top_k;
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   int32_t n_keep;
 #endif
   float top_p;
@@ -78,11 +84,11 @@ struct RKLLMParam {
   float mirostat_tau;
   float mirostat_eta;
   RKLLMFlag skip_special_token;
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   RKLLMFlag ignore_eos_token;
 #endif
   RKLLMFlag is_async;
-#if RKEMU_LAYOUT < 7
+#if RKEMU_LAYOUT < RKEMU_1_3_0
   const char* img_start;
   const char* img_end;
   const char* img_content;
@@ -106,7 +112,7 @@ struct RKLLMTokenInput {
   size_t n_tokens;
 };
 
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
 struct RKLLMImageInput {
   float* image_embed;
   size_t n_image_tokens;
@@ -140,7 +146,7 @@ struct RKLLMMultiModalInput {
   char* prompt;
   float* image_embed;
   size_t n_image_tokens;
-#if RKEMU_LAYOUT >= 5
+#if RKEMU_LAYOUT >= RKEMU_1_2_1_BETA
   size_t n_image;
   size_t image_width;
   size_t image_height;
@@ -149,7 +155,7 @@ struct RKLLMMultiModalInput {
 #endif
 
 struct RKLLMInput {
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   const char* role;
   RKLLMFlag enable_thinking;
 #endif
@@ -171,7 +177,7 @@ struct RKLLMPromptCacheParam {
   const char* prompt_cache_path;
 };
 
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
 struct RKLLMCrossAttnParam {
   float* encoder_k_cache;
   float* encoder_v_cache;
@@ -181,7 +187,7 @@ struct RKLLMCrossAttnParam {
 };
 #endif
 
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
 struct RKLLMSamplingParam {
   int32_t top_k;
   float top_p;
@@ -199,13 +205,13 @@ struct RKLLMInferParam {
   RKLLMInferMode mode;
   RKLLMLoraParam* lora_params;
   RKLLMPromptCacheParam* prompt_cache_params;
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   RKLLMSamplingParam* sampling_params;
 #endif
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   int keep_history;
 #endif
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   int32_t max_new_tokens;
 #endif
 };
@@ -216,7 +222,7 @@ struct RKLLMResultLastHiddenLayer {
   int num_tokens;
 };
 
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
 struct RKLLMResultLogits {
   const float* logits;
   int vocab_size;
@@ -224,7 +230,7 @@ struct RKLLMResultLogits {
 };
 #endif
 
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
 struct RKLLMPerfStat {
   float prefill_time_ms;
   int prefill_tokens;
@@ -238,21 +244,21 @@ struct RKLLMResult {
   const char* text;
   int32_t token_id;
   RKLLMResultLastHiddenLayer last_hidden_layer;
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   RKLLMResultLogits logits;
 #endif
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   RKLLMPerfStat perf;
 #endif
 };
 
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
 typedef int (*LLMResultCallback)(RKLLMResult* result, void* userdata, LLMCallState state);
 #else
 typedef void (*LLMResultCallback)(RKLLMResult* result, void* userdata, LLMCallState state);
 #endif
 
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
 typedef int (*LLMTokenizerCallback)(void* userdata, const char* text, int32_t text_len,
                                     int32_t* tokens, int32_t n_tokens_max);
 typedef int (*LLMGetEmbedCallback)(void* userdata, int32_t* tokens, uint64_t num_tokens,
@@ -285,17 +291,17 @@ RKLLM_API int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferPar
                               void* userdata);
 RKLLM_API int rkllm_abort(LLMHandle handle);
 RKLLM_API int rkllm_is_running(LLMHandle handle);
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
 RKLLM_API int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int* start_pos,
                                    int* end_pos);
 RKLLM_API int rkllm_get_kv_cache_size(LLMHandle handle, int* cache_sizes);
 RKLLM_API int rkllm_set_function_tools(LLMHandle handle, const char* system_prompt,
                                        const char* tools, const char* tool_response_str);
 RKLLM_API int rkllm_set_cross_attn_params(LLMHandle handle, RKLLMCrossAttnParam* cross_attn_params);
-#elif RKEMU_LAYOUT >= 4
+#elif RKEMU_LAYOUT >= RKEMU_1_2_0
 RKLLM_API int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt);
 #endif
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
 RKLLM_API int rkllm_set_chat_template(LLMHandle handle, const char* system_prompt,
                                       const char* prompt_prefix, const char* prompt_postfix);
 #endif

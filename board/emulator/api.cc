@@ -217,7 +217,7 @@ int rkllm_release_prompt_cache(LLMHandle handle) {
   return on_idle(handle, [](Session& session) { session.release_prompt_cache(); });
 }
 
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
 int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int* start_pos, int* end_pos) {
   return on_idle(handle, [&](Session& session) {
     if (!start_pos || !end_pos) {
@@ -249,13 +249,13 @@ int rkllm_set_function_tools(LLMHandle handle, const char* system_prompt, const 
 int rkllm_set_cross_attn_params(LLMHandle handle, RKLLMCrossAttnParam*) {
   return on_idle(handle, [](Session&) { throw failure("Gemma 2 has no cross attention"); });
 }
-#elif RKEMU_LAYOUT >= 4
+#elif RKEMU_LAYOUT >= RKEMU_1_2_0
 int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt) {
   return on_idle(handle, [&](Session& session) { session.clear_cache(keep_system_prompt != 0); });
 }
 #endif
 
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
 int rkllm_set_chat_template(LLMHandle handle, const char* system_prompt, const char* prompt_prefix,
                             const char* prompt_postfix) {
   return on_idle(handle, [&](Session& session) {

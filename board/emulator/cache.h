@@ -47,4 +47,11 @@ class Cache {
   std::vector<Key> keys_;
 };
 
+// The prompt cache file of the first `length` positions. Failure: it cannot be written.
+void save_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
+                       const Config& config, int length);
+// Fills `cache`. Failure: no such file, or made with another model.
+void read_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
+                       const Config& config);
+
 }  // namespace rkemu

@@ -27,13 +27,13 @@ constexpr size_t kMaxPrompt = 1u << 20;
 constexpr Rules rules_of(const char* release, int number, int layout) {
   Rules rules{};
   rules.release = release;
-  rules.chat_template = layout >= 4;
-  rules.prefix_reuse = layout >= 4;
+  rules.chat_template = layout >= RKEMU_1_2_0;
+  rules.prefix_reuse = layout >= RKEMU_1_2_0;
   rules.embedding_reuse = number >= 10203;
-  rules.names_platform = layout >= 4;
-  rules.names_dtype = layout >= 6;
-  rules.pause = layout >= 6;
-  rules.all_eos = layout >= 7;
+  rules.names_platform = layout >= RKEMU_1_2_0;
+  rules.names_dtype = layout >= RKEMU_1_2_1;
+  rules.pause = layout >= RKEMU_1_2_1;
+  rules.all_eos = layout >= RKEMU_1_3_0;
   return rules;
 }
 
@@ -57,7 +57,7 @@ Sampling sampling_of(const RKLLMParam& p) {
 
 void check_cpus([[maybe_unused]] const RKLLMExtendParam& extend,
                 [[maybe_unused]] Settings& settings) {
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   const int count = extend.enabled_cpus_num > 0 ? extend.enabled_cpus_num : kDefaultCpus;
   const auto in_mask = std::bitset<32>(extend.enabled_cpus_mask).count();
   if (extend.enabled_cpus_num > 0 && in_mask && in_mask != static_cast<size_t>(count)) {
@@ -75,7 +75,7 @@ size_t checked_count(const void* data, size_t count, const char* what) {
 
 Input input_of(const RKLLMInput& from, int hidden_size) {
   Input input;
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   input.tool = text_of(from.role) == "tool";
 #endif
   switch (from.input_type) {
@@ -112,7 +112,7 @@ Input input_of(const RKLLMInput& from, int hidden_size) {
   throw failure(format("unknown input type %u", static_cast<unsigned>(from.input_type)));
 }
 
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
 void add_callbacks(const RKLLMCallback& callback, Settings& settings) {
   if (callback.tokenizer_callback) {
     settings.tokenize = [callback](const std::string& text) {
@@ -139,10 +139,10 @@ RKLLMResult result_of(const Result& from) {
   result.text = from.text;
   result.token_id = from.token;
   if (from.hidden) result.last_hidden_layer = {from.hidden, from.width, from.rows};
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   if (from.logits) result.logits = {from.logits, from.width, from.rows};
 #endif
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   result.perf = {from.perf.prefill_ms, from.perf.prefill_tokens, from.perf.generate_ms,
                  from.perf.generated_tokens, from.perf.memory_mb};
 #endif
@@ -162,7 +162,7 @@ LLMCallState state_of(State state) {
     case State::last_hidden:
       break;
   }
-#if RKEMU_LAYOUT == 3
+#if RKEMU_LAYOUT < RKEMU_1_2_0
   return RKLLM_RUN_GET_LAST_HIDDEN_LAYER;
 #else
   return RKLLM_RUN_NORMAL;
@@ -173,7 +173,7 @@ bool call(LLMResultCallback callback, void* userdata, const std::vector<Result>&
           State state) {
   std::vector<RKLLMResult> results;
   for (const Result& result : from) results.push_back(result_of(result));
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   return callback(results.data(), userdata, state_of(state)) == kPause;
 #else
   callback(results.data(), userdata, state_of(state));
@@ -201,12 +201,12 @@ RKLLMParam default_param() {
   param.mirostat = settings.sampling.mirostat;
   param.mirostat_tau = settings.sampling.mirostat_tau;
   param.mirostat_eta = settings.sampling.mirostat_eta;
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   param.n_keep = settings.n_keep;
   param.extend_param.enabled_cpus_num = kDefaultCpus;
   param.extend_param.enabled_cpus_mask = kBigCores;
 #endif
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   param.extend_param.n_batch = 1;
 #endif
   return param;
@@ -220,16 +220,16 @@ Settings settings_of(const RKLLMParam& param) {
   settings.sampling = sampling_of(param);
   settings.skip_special_token = param.skip_special_token != 0;
   settings.domain = param.extend_param.base_domain_id;
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   settings.n_keep = param.n_keep;
 #endif
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   settings.n_batch = std::max<int>(1, param.extend_param.n_batch);
   if (settings.n_batch > kMaxBatch) {
     throw failure(format("n_batch[%d] must be at most %d", settings.n_batch, kMaxBatch));
   }
 #endif
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   settings.ignore_eos_token = param.ignore_eos_token != 0;
 #endif
   check_cpus(param.extend_param, settings);
@@ -248,7 +248,7 @@ Request request_of(const RKLLMInput* input, const RKLLMInferParam* infer, const 
     case RKLLM_INFER_GET_LAST_HIDDEN_LAYER:
       request.mode = Mode::last_hidden;
       break;
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
     case RKLLM_INFER_GET_LOGITS:
       request.mode = Mode::logits;
       break;
@@ -263,10 +263,10 @@ Request request_of(const RKLLMInput* input, const RKLLMInferParam* infer, const 
     const char* path = infer->prompt_cache_params->prompt_cache_path;
     request.save_prompt_cache = path && *path ? path : "./prompt_cache.bin";
   }
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
   request.keep_history = infer->keep_history != 0;
 #endif
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   request.max_new_tokens = infer->max_new_tokens;
   if (const RKLLMSamplingParam* s = infer->sampling_params) {
     request.sampling = Sampling{s->top_k,
@@ -285,7 +285,7 @@ Request request_of(const RKLLMInput* input, const RKLLMInferParam* infer, const 
 
 Client client_of(RKLLMInitCallback callback, [[maybe_unused]] Settings& settings) {
   Client client;
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   LLMResultCallback result_callback = callback ? callback->result_callback : nullptr;
   if (callback) {
     client.userdata = callback->result_userdata;

@@ -20,6 +20,10 @@ namespace {
 constexpr long kJobLimit = 6000;  // ms that the driver waits for a job
 constexpr size_t kMiB = 1u << 20;
 
+constexpr Fault kFaults[] = {
+#include "faults.inc"
+};
+
 std::string filled(const char* lines, int64_t value, const std::string& model_path) {
   std::string text;
   for (const char* at = lines; *at; ++at) {
@@ -48,11 +52,11 @@ bool strikes_nowhere(const Fault& fault) {
 Fault chosen(const std::string& entry) {
   const size_t mark = std::min(entry.find_first_of("=:"), entry.size());
   const std::string name = entry.substr(0, mark);
-  const auto& table = fault_table();
-  const auto found = std::find_if(table.begin(), table.end(),
+  const auto found = std::find_if(std::begin(kFaults), std::end(kFaults),
                                   [&](const Fault& fault) { return name == fault.name; });
-  if (found == table.end()) {
-    throw failure("emulator: there is no RKEMU_FAULT " + name + "; RKEMU_FAULT=list shows all");
+  if (found == std::end(kFaults)) {
+    throw failure("emulator: there is no RKEMU_FAULT " + name +
+                  "; `rkedge emulator info --faults` lists all");
   }
   Fault fault = *found;
   if (mark < entry.size()) {
@@ -67,27 +71,12 @@ Fault chosen(const std::string& entry) {
   return fault;
 }
 
-std::string as_json() {
-  std::string rows;
-  for (const Fault& fault : fault_table()) {
-    rows += rows.empty() ? "[" : ",\n ";
-    rows += "{\"name\": " + json_text(fault.name) + ", \"class\": " + json_text(fault.group) +
-            ", \"value\": " + json_text(fault.meant) +
-            ", \"default\": " + std::to_string(fault.value) +
-            ", \"summary\": " + json_text(fault.summary) +
-            ", \"lines\": " + json_text(fault.lines) + ", \"kernel\": " + json_text(fault.kernel) +
-            ", \"driver\": " + json_text(fault.driver) + "}";
-  }
-  return rows + "]";
-}
-
 }  // namespace
 
 Faults Faults::from_environment() {
   Faults faults;
-  const std::string wanted = env_text("RKEMU_FAULT");
-  if (wanted == "list") throw Failure(as_json());
-  for (const std::string& entry : comma_separated(wanted)) faults.faults_.push_back(chosen(entry));
+  for (const std::string& entry : comma_separated(env_text("RKEMU_FAULT")))
+    faults.faults_.push_back(chosen(entry));
   return faults;
 }
 
@@ -158,7 +147,7 @@ bool Faults::act(const Fault& fault, const std::string& model_path) {
       std::memset(leaked_.back().data(), 1, leaked_.back().size());
       return false;
     default:
-      return fault.act == Act::pretend || fault.act == Act::skip;
+      return fault.act == Act::skip;
   }
 }
 

@@ -1,6 +1,6 @@
 // Faults on demand: RKEMU_FAULT=NAME[=VALUE][,NAME...] makes the library fail as real ones were
-// seen to. The table is in faults_table.cc; `rkedge emulator info --faults` and docs/emulator.md
-// list it.
+// seen to. The table is made from rkboard/emulator/faults.yaml when the library is built;
+// `rkedge emulator info --faults` and docs/emulator.md list it.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,9 @@ enum class Stage {
 
 // What a fault does there, after its lines are printed.
 enum class Act {
-  say,      // nothing more
-  fail,     // the call returns -1; a run reports RKLLM_RUN_ERROR first
-  pretend,  // rkllm_init returns 0, and no run of that handle will work
-  segv,     // the process ends by this signal
+  say,   // nothing more
+  fail,  // the call returns -1; a run reports RKLLM_RUN_ERROR first
+  segv,  // the process ends by this signal
   bus,
   ill,
   abort,
@@ -39,7 +38,7 @@ enum class Act {
   hang,     // the call never returns
   sleep,    // the call takes VALUE ms longer
   stall,    // the call waits as long as the driver does for a job, and fails; so do all later runs
-  skip,     // what it stands before is left out
+  skip,     // what it stands before is left out: a load that returns 0 all the same, a file
   leak,     // VALUE MiB are kept until the handle is destroyed
   noise,    // its lines go to stdout
   rubbish,  // every token is "!"; its lines are said for each
@@ -56,19 +55,16 @@ struct Fault {
   const char* name;
   Stage stage;
   Act act;
-  const char* group;  // the class of failures that its log shows, of rkruntime's table; "" for none
-  const char* meant;  // what VALUE is; "" for a fault without one
-  int64_t value;      // unless RKEMU_FAULT gives one
-  const char* lines;  // %T time of day, %V value, %M model path
-  const char* summary;
-  const char* kernel = "";  // what the driver says in the kernel log
-  const char* driver = "";  // the driver that is claimed with it
+  const char* meant;   // what VALUE is; "" for a fault without one
+  int64_t value;       // unless RKEMU_FAULT gives one
+  const char* lines;   // %T time of day, %V value, %M model path
+  const char* kernel;  // what the driver says in the kernel log; "" for nothing
+  const char* driver;  // the driver that is claimed with it; "" for the usual one
 };
 
 class Faults {
  public:
-  // Reads RKEMU_FAULT. Failure: a name that is not in the table, or a value that is no number; also
-  // RKEMU_FAULT=list, whose Failure is the table as JSON.
+  // Reads RKEMU_FAULT. Failure: a name that is not in the table, or a value that is not a number.
   static Faults from_environment();
 
   // The device as the faults leave it.
@@ -76,8 +72,7 @@ class Faults {
   // The fault that acts so, nullptr if there is none.
   const Fault* with(Act act) const;
   // Strikes if a fault is due here: prints, and throws Failure, ends the process, or waits. `token`
-  // is the number of the token, from 1. True if rkllm_init shall pretend that all is well, or what
-  // the fault stands before is to be left out.
+  // is the number of the token, from 1. True if what the fault stands before is to be left out.
   bool strike(Stage stage, const std::string& model_path, int64_t token = 0);
 
  private:
@@ -87,7 +82,5 @@ class Faults {
   bool stalled_ = false;
   std::vector<Mapping> leaked_;
 };
-
-const std::vector<Fault>& fault_table();
 
 }  // namespace rkemu

@@ -79,75 +79,84 @@ void Forward::norm(const float* x, const float* weight, int rows, float* out) {
   });
 }
 
-void Forward::multiply_block(const Target& target, const float* x, int rows, int first, int count) {
+void Forward::integer_block(const Quantized& w, const Target& target, int rows, int first,
+                            int count) {
   const Matrix& m = *target.matrix;
-  if (m.f) {
-    kernels_.float_product({m.f + times(first, m.in), static_cast<size_t>(m.in), count, x,
-                            static_cast<size_t>(m.in), rows, m.in, target.out + first,
-                            static_cast<size_t>(m.out)});
+  const int group = m.in / w.groups;
+  const auto in = static_cast<size_t>(m.in), groups = static_cast<size_t>(w.groups);
+  int32_t sums[kChunk * kRowBlock];
+  const Rows<int32_t> acc{sums, kRowBlock, rows};
+  const Rows<float> out{target.out + first, static_cast<size_t>(m.out), rows};
+  for (int g = 0; g < w.groups; ++g) {
+    kernels_.integer_product({{w.data + times(first, m.in) + g * group, in, count},
+                              {quantized_.data() + g * group, in, rows},
+                              group,
+                              {x_sums_.data() + g, groups, rows},
+                              acc});
+    const Rows<const float> scale{w.scale + times(first, w.groups) + g, groups, count};
+    for (int t = 0; t < rows; ++t) kernels_.dequantize(acc[t], scale, g == 0, out[t]);
+  }
+  for (int t = 0; t < rows; ++t) kernels_.scale(out[t], x_scales_[static_cast<size_t>(t)], count);
+}
+
+void Forward::multiply_block(const Target& target, const Rows<const float>& x, int first,
+                             int count) {
+  const Matrix& m = *target.matrix;
+  const Rows<float> out{target.out + first, static_cast<size_t>(m.out), x.count};
+  if (const auto* quantized = std::get_if<Quantized>(&m.weights)) {
+    integer_block(*quantized, target, x.count, first, count);
   } else {
-    int32_t acc[kChunk * kRowBlock];
-    const int group = m.in / m.groups;
-    for (int g = 0; g < m.groups; ++g) {
-      kernels_.integer_product({m.q + times(first, m.in) + g * group, static_cast<size_t>(m.in),
-                                count, quantized_.data() + g * group, static_cast<size_t>(m.in),
-                                rows, group, x_sums_.data() + g, static_cast<size_t>(m.groups), acc,
-                                kRowBlock});
-      for (int t = 0; t < rows; ++t) {
-        kernels_.dequantize(acc + t * kRowBlock, count, m.scale + times(first, m.groups) + g,
-                            static_cast<size_t>(m.groups), g == 0,
-                            target.out + times(t, m.out) + first);
-      }
-    }
-    for (int t = 0; t < rows; ++t) {
-      kernels_.scale(target.out + times(t, m.out) + first, x_scales_[static_cast<size_t>(t)],
-                     count);
-    }
+    const float* w = std::get<const float*>(m.weights) + times(first, m.in);
+    kernels_.float_product({{w, static_cast<size_t>(m.in), count}, x, m.in, out});
   }
   if (target.softcap > 0) {
-    for (int t = 0; t < rows; ++t) {
-      kernels_.softcap(target.out + times(t, m.out) + first, target.softcap, count);
-    }
+    for (int t = 0; t < x.count; ++t) kernels_.softcap(out[t], target.softcap, count);
   }
 }
 
-void Forward::add_lora(const Target& target, const float* x, int rows, int k) {
+void Forward::add_lora(const Target& target, const Rows<const float>& x) {
   const Adapter::Pair& pair = *target.lora;
   const int out = target.matrix->out;
-  std::vector<float> low(times(rows, pair.rank)), high(times(rows, out));
-  const auto product = [&](const float* w, int from, int to, const float* in, float* result) {
+  const auto product = [&](const float* w, const Rows<const float>& from, int to,
+                           std::vector<float>& result) {
+    const auto k = static_cast<int>(from.stride);
     const int blocks = (to + kRowBlock - 1) / kRowBlock;
-    each(blocks, times(rows, from) * static_cast<size_t>(to), [&](int b, int) {
+    result.resize(times(from.count, to));
+    each(blocks, times(from.count, k) * static_cast<size_t>(to), [&](int b, int) {
       const int first = b * kRowBlock;
-      kernels_.float_product({w + times(first, from), static_cast<size_t>(from),
-                              std::min(kRowBlock, to - first), in, static_cast<size_t>(from), rows,
-                              from, result + first, static_cast<size_t>(to)});
+      kernels_.float_product({{w + times(first, k), from.stride, std::min(kRowBlock, to - first)},
+                              from,
+                              k,
+                              {result.data() + first, static_cast<size_t>(to), from.count}});
     });
   };
-  product(pair.a, k, pair.rank, x, low.data());
-  product(pair.b, pair.rank, out, low.data(), high.data());
-  for (int t = 0; t < rows; ++t) {
-    kernels_.add(target.out + times(t, out), high.data() + times(t, out), pair.factor, out);
+  product(pair.a, x, pair.rank, lora_low_);
+  product(pair.b, {lora_low_.data(), static_cast<size_t>(pair.rank), x.count}, out, lora_high_);
+  for (int t = 0; t < x.count; ++t) {
+    kernels_.add(target.out + times(t, out), lora_high_.data() + times(t, out), pair.factor, out);
   }
 }
 
-void Forward::multiply(const float* x, int rows, int k, std::initializer_list<Target> targets) {
+void Forward::multiply(const Rows<const float>& x, std::initializer_list<Target> targets) {
+  const int rows = x.count;
+  const auto k = static_cast<int>(x.stride);
   int groups = 0;  // of the activations as they are quantized now
   for (auto target = targets.begin(); target != targets.end();) {
+    const int wanted = target->matrix->groups();
     auto end = target;
     int blocks = 0;
     size_t work = 0;
-    for (; end != targets.end() && end->matrix->groups == target->matrix->groups; ++end) {
+    for (; end != targets.end() && end->matrix->groups() == wanted; ++end) {
       blocks += (end->matrix->out + kRowBlock - 1) / kRowBlock;
       work += times(end->matrix->out, k) * static_cast<size_t>(rows);
     }
-    if (target->matrix->q && groups != target->matrix->groups) {
-      groups = target->matrix->groups;
+    if (wanted && groups != wanted) {
+      groups = wanted;
       quantized_.resize(times(rows, k));
       x_scales_.resize(static_cast<size_t>(rows));
       x_sums_.resize(times(rows, groups));
       each(rows, times(rows, k), [&](int t, int) {
-        kernels_.quantize(x + times(t, k), k, k / groups, quantized_.data() + times(t, k),
+        kernels_.quantize(x[t], k, k / groups, quantized_.data() + times(t, k),
                           x_scales_.data() + t, x_sums_.data() + times(t, groups));
       });
     }
@@ -159,12 +168,12 @@ void Forward::multiply(const float* x, int rows, int k, std::initializer_list<Ta
         block -= of_this;
       }
       const int first = block * kRowBlock;
-      multiply_block(*at, x, rows, first, std::min(kRowBlock, at->matrix->out - first));
+      multiply_block(*at, x, first, std::min(kRowBlock, at->matrix->out - first));
     });
     target = end;
   }
   for (const Target& target : targets) {
-    if (target.lora && target.lora->rank) add_lora(target, x, rows, k);
+    if (target.lora && target.lora->rank) add_lora(target, x);
   }
 }
 
@@ -207,10 +216,18 @@ void Forward::attention(const std::vector<Row>& rows, int index, const Layer& la
     const int head = job % config_.kv_heads;
     const int first = layer.sliding ? std::max(0, row.position - config_.sliding_window + 1) : 0;
     const size_t at = times(job / config_.kv_heads, config_.q_size()) + times(head * group, dim);
-    kernels_.attend(
-        {q_.data() + at, group, dim, row.cache->keys(index, head), row.cache->values(index, head),
-         row.cache->half(), first, row.position, attention_scale_, config_.attn_softcap,
-         scores_.data() + times(worker, group) * static_cast<size_t>(longest), mixed_.data() + at});
+    Attention one{};
+    one.q = {q_.data() + at, static_cast<size_t>(dim), group};
+    one.keys = row.cache->keys(index, head);
+    one.values = row.cache->values(index, head);
+    one.half = row.cache->half();
+    one.first = first;
+    one.last = row.position;
+    one.scale = attention_scale_;
+    one.softcap = config_.attn_softcap;
+    one.scores = scores_.data() + times(worker, group) * static_cast<size_t>(longest);
+    one.out = mixed_.data() + at;
+    kernels_.attend(one);
   });
 }
 
@@ -233,30 +250,32 @@ void Forward::run(const std::vector<Row>& rows, float* x, const Adapter* adapter
     const auto target = [&](Part part, std::vector<float>& out) {
       return Target{&layer[part], out.data(), adapter ? &adapter->at(l, part) : nullptr};
     };
+    const auto all = [n](const std::vector<float>& of, int width) {
+      return Rows<const float>{of.data(), static_cast<size_t>(width), n};
+    };
     const auto add_to_residual = [&](const float* post_norm) {
       if (post_norm) norm(y_.data(), post_norm, n, y_.data());
       kernels_.add(x, y_.data(), 1.0f, n * hidden);
     };
     norm(x, layer.attn_norm, n, normed_.data());
-    multiply(normed_.data(), n, hidden,
-             {target(Part::q, q_), target(Part::k, k_), target(Part::v, v_)});
+    multiply(all(normed_, hidden), {target(Part::q, q_), target(Part::k, k_), target(Part::v, v_)});
     attention(rows, static_cast<int>(l), layer);
-    multiply(mixed_.data(), n, config_.q_size(), {target(Part::o, y_)});
+    multiply(all(mixed_, config_.q_size()), {target(Part::o, y_)});
     add_to_residual(layer.attn_post_norm);
 
     norm(x, layer.ffn_norm, n, normed_.data());
-    multiply(normed_.data(), n, hidden, {target(Part::gate, gate_), target(Part::up, up_)});
+    multiply(all(normed_, hidden), {target(Part::gate, gate_), target(Part::up, up_)});
     each(n, times(n, inner) * 8, [&](int r, int) {
       kernels_.gelu_multiply(gate_.data() + times(r, inner), up_.data() + times(r, inner), inner);
     });
-    multiply(gate_.data(), n, inner, {target(Part::down, y_)});
+    multiply(all(gate_, inner), {target(Part::down, y_)});
     add_to_residual(layer.ffn_post_norm);
   }
   norm(x, model_.output_norm(), n, x);
 }
 
 void Forward::logits(const float* hidden, int rows, float* out) {
-  multiply(hidden, rows, config_.hidden_size,
+  multiply({hidden, static_cast<size_t>(config_.hidden_size), rows},
            {{&model_.head(), out, nullptr, config_.final_softcap}});
 }
 

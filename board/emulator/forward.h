@@ -43,9 +43,10 @@ class Forward {
     float softcap = 0;
   };
 
-  void multiply(const float* x, int rows, int k, std::initializer_list<Target> targets);
-  void multiply_block(const Target& target, const float* x, int rows, int first, int count);
-  void add_lora(const Target& target, const float* x, int rows, int k);
+  void multiply(const Rows<const float>& x, std::initializer_list<Target> targets);
+  void multiply_block(const Target& target, const Rows<const float>& x, int first, int count);
+  void integer_block(const Quantized& w, const Target& target, int rows, int first, int count);
+  void add_lora(const Target& target, const Rows<const float>& x);
   void norm(const float* x, const float* weight, int rows, float* out);
   void attention(const std::vector<Row>& rows, int layer_index, const Layer& layer);
   void rotate(float* head, int position, bool back) const;
@@ -62,7 +63,7 @@ class Forward {
 
   std::vector<float> inverse_frequencies_;
   std::vector<float> cos_, sin_;  // [position][head_dim / 2]
-  std::vector<float> normed_, q_, k_, v_, mixed_, gate_, up_, y_, scores_;
+  std::vector<float> normed_, q_, k_, v_, mixed_, gate_, up_, y_, scores_, lora_low_, lora_high_;
   std::vector<int8_t> quantized_;
   std::vector<float> x_scales_;
   std::vector<int32_t> x_sums_;

@@ -3,8 +3,6 @@
 // with both. `rkedge emulator info --guesses` and docs/emulator.md list them.
 #pragma once
 
-#include <vector>
-
 namespace rkemu {
 
 struct Guesses {
@@ -15,9 +13,14 @@ struct Guesses {
   bool abort_fails = false;
   bool calls_wait = false;
 
-  // Reads RKEMU_GUESS. Failure: a name that is not in the table; also RKEMU_GUESS=list, whose
-  // Failure is the table as JSON.
+  // Reads RKEMU_GUESS. Failure: a name that is not in the table.
   static Guesses from_environment();
+};
+
+// A row of the table, which is made from rkboard/emulator/faults.yaml when the library is built.
+struct Guess {
+  const char* name;
+  bool Guesses::*flag;
 };
 
 }  // namespace rkemu

@@ -10,49 +10,52 @@
 
 namespace rkemu {
 
-// acc[t * acc_stride + r] = sum over k of w[r][k] * x[t][k], for all rows r and tokens t.
-// x_sums[t * x_sums_stride] is the sum of x[t][0..k): kernels with an unsigned operand need it.
-struct IntegerProduct {
-  const int8_t* w;
-  size_t w_stride;
-  int rows;
-  const int8_t* x;
-  size_t x_stride;
-  int tokens;
-  int k;
-  const int32_t* x_sums;
-  size_t x_sums_stride;
-  int32_t* acc;
-  size_t acc_stride;
+// Row r of a matrix begins at data + r * stride.
+template <class T>
+struct Rows {
+  T* data;
+  size_t stride;
+  int count;
+
+  // Always inlined: a copy that was compiled for one instruction set must not become everybody's.
+  __attribute__((always_inline)) T* operator[](int row) const {
+    return data + static_cast<size_t>(row) * stride;
+  }
 };
 
-struct FloatProduct {
-  const float* w;
-  size_t w_stride;
-  int rows;
-  const float* x;
-  size_t x_stride;
-  int tokens;
+// acc[t][r] = sum over i < k of w[r][i] * x[t][i].
+// x_sums[t][0] is the sum of x[t][0..k): kernels with an unsigned operand need it.
+struct IntegerProduct {
+  Rows<const int8_t> w;
+  Rows<const int8_t> x;
   int k;
-  float* out;
-  size_t out_stride;
+  Rows<const int32_t> x_sums;
+  Rows<int32_t> acc;
+};
+
+// out[t][r] = sum over i < k of w[r][i] * x[t][i].
+struct FloatProduct {
+  Rows<const float> w;
+  Rows<const float> x;
+  int k;
+  Rows<float> out;
 };
 
 // One query position against the keys of one KV head, for all query heads that share it.
-// Keys and values are [position][head_dim], as half floats or floats.
 struct Attention {
   static constexpr int kMaxHeadDim = 1024;  // kernels keep a row of values on the stack
-  const float* q;
-  int heads;
-  int head_dim;
+  // [heads][head_dim]: head_dim is the stride.
+  Rows<const float> q;
+  // [position][head_dim], as half floats or floats.
   const void* keys;
   const void* values;
   bool half;
-  int first, last;  // positions seen, last included
+  // Positions seen, last included.
+  int first, last;
   float scale;
   float softcap;  // 0 = none
   float* scores;  // [heads][last - first + 1]
-  float* out;     // [heads][head_dim]
+  float* out;     // as q
 };
 
 struct Kernels {
@@ -62,9 +65,8 @@ struct Kernels {
   // One token's activations to int8: scale = absmax / 127, rounded half to even; sums per group of
   // `group`.
   void (*quantize)(const float* x, int k, int group, int8_t* q, float* scale, int32_t* sums);
-  // out[r] = (sum over groups of acc_g[r] * w_scale[r][g]) * x_scale; `first` starts the sum.
-  void (*dequantize)(const int32_t* acc, int rows, const float* w_scale, size_t w_scale_stride,
-                     bool first, float* out);
+  // out[r] += acc[r] * w_scale[r][0], for each group of a row; `first` starts the sum.
+  void (*dequantize)(const int32_t* acc, const Rows<const float>& w_scale, bool first, float* out);
   void (*scale)(float* x, float factor, int n);
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   void (*gelu_multiply)(float* gate, const float* up, int n);

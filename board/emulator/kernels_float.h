@@ -75,12 +75,8 @@ inline float dot(const float* a, const float* b, int n) {
 }
 
 void float_product(const FloatProduct& p) {
-  for (int r = 0; r < p.rows; ++r) {
-    for (int t = 0; t < p.tokens; ++t) {
-      p.out[static_cast<size_t>(t) * p.out_stride + static_cast<size_t>(r)] =
-          dot(p.w + static_cast<size_t>(r) * p.w_stride, p.x + static_cast<size_t>(t) * p.x_stride,
-              p.k);
-    }
+  for (int r = 0; r < p.w.count; ++r) {
+    for (int t = 0; t < p.x.count; ++t) p.out[t][r] = dot(p.w[r], p.x[t], p.k);
   }
 }
 
@@ -114,15 +110,15 @@ void quantize(const float* x, int k, int group, int8_t* q, float* scale, int32_t
   *scale = largest / 127.0f;
 }
 
-void dequantize(const int32_t* acc, int rows, const float* w_scale, size_t w_scale_stride,
-                bool first, float* out) {
-  if (w_scale_stride == 1 && first) {
-    for (int r = 0; r < rows; ++r) out[r] = static_cast<float>(acc[r]) * w_scale[r];
+void dequantize(const int32_t* acc, const Rows<const float>& w_scale, bool first, float* out) {
+  if (w_scale.stride == 1 && first) {
+    for (int r = 0; r < w_scale.count; ++r) {
+      out[r] = static_cast<float>(acc[r]) * w_scale.data[r];
+    }
     return;
   }
-  for (int r = 0; r < rows; ++r) {
-    const float part =
-        static_cast<float>(acc[r]) * w_scale[static_cast<size_t>(r) * w_scale_stride];
+  for (int r = 0; r < w_scale.count; ++r) {
+    const float part = static_cast<float>(acc[r]) * *w_scale[r];
     out[r] = first ? part : out[r] + part;
   }
 }
@@ -173,14 +169,14 @@ void to_half(const float* x, int n, uint16_t* out) {
   }
 }
 
-inline void load_row(const Attention& a, const void* rows, int position, float* row) {
-  const size_t start = static_cast<size_t>(position) * static_cast<size_t>(a.head_dim);
-  if (a.half) {
+inline void load_row(const void* rows, bool half, int position, int width, float* row) {
+  const size_t start = static_cast<size_t>(position) * static_cast<size_t>(width);
+  if (half) {
     const uint16_t* from = static_cast<const uint16_t*>(rows) + start;
-    for (int i = 0; i < a.head_dim; ++i) row[i] = from_half(from[i]);
+    for (int i = 0; i < width; ++i) row[i] = from_half(from[i]);
   } else {
     const float* from = static_cast<const float*>(rows) + start;
-    for (int i = 0; i < a.head_dim; ++i) row[i] = from[i];
+    for (int i = 0; i < width; ++i) row[i] = from[i];
   }
 }
 
@@ -196,21 +192,20 @@ void softmax(float* x, int n) {
 
 void attend(const Attention& a) {
   const int n = a.last - a.first + 1;
+  const int heads = a.q.count, dim = static_cast<int>(a.q.stride);
   float row[Attention::kMaxHeadDim];
   for (int j = 0; j < n; ++j) {
-    load_row(a, a.keys, a.first + j, row);
-    for (int h = 0; h < a.heads; ++h)
-      a.scores[h * n + j] = dot(a.q + h * a.head_dim, row, a.head_dim) * a.scale;
+    load_row(a.keys, a.half, a.first + j, dim, row);
+    for (int h = 0; h < heads; ++h) a.scores[h * n + j] = dot(a.q[h], row, dim) * a.scale;
   }
-  for (int h = 0; h < a.heads; ++h) {
+  for (int h = 0; h < heads; ++h) {
     if (a.softcap > 0) softcap(a.scores + h * n, a.softcap, n);
     softmax(a.scores + h * n, n);
   }
-  for (int i = 0; i < a.heads * a.head_dim; ++i) a.out[i] = 0;
+  for (int i = 0; i < heads * dim; ++i) a.out[i] = 0;
   for (int j = 0; j < n; ++j) {
-    load_row(a, a.values, a.first + j, row);
-    for (int h = 0; h < a.heads; ++h)
-      add(a.out + h * a.head_dim, row, a.scores[h * n + j], a.head_dim);
+    load_row(a.values, a.half, a.first + j, dim, row);
+    for (int h = 0; h < heads; ++h) add(a.out + h * dim, row, a.scores[h * n + j], dim);
   }
 }
 

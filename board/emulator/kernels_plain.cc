@@ -6,13 +6,11 @@ namespace rkemu {
 namespace {
 
 void integer_product(const IntegerProduct& p) {
-  for (int r = 0; r < p.rows; ++r) {
-    const int8_t* w = p.w + static_cast<size_t>(r) * p.w_stride;
-    for (int t = 0; t < p.tokens; ++t) {
-      const int8_t* x = p.x + static_cast<size_t>(t) * p.x_stride;
+  for (int r = 0; r < p.w.count; ++r) {
+    for (int t = 0; t < p.x.count; ++t) {
       int32_t sum = 0;
-      for (int k = 0; k < p.k; ++k) sum += w[k] * x[k];
-      p.acc[static_cast<size_t>(t) * p.acc_stride + static_cast<size_t>(r)] = sum;
+      for (int i = 0; i < p.k; ++i) sum += p.w[r][i] * p.x[t][i];
+      p.acc[t][r] = sum;
     }
   }
 }

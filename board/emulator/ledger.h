@@ -55,8 +55,8 @@ class Ledger {
  private:
   struct Record {
     pid_t pid;
-    unsigned long long
-        started;  // of the process, so that a number that is used again is not taken for it
+    // Of the process, so that a number that is used again is not taken for it.
+    unsigned long long started;
     unsigned long long id;
     int domain;
     unsigned long long bytes;

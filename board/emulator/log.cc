@@ -86,15 +86,6 @@ std::vector<std::string> comma_separated(const std::string& text) {
   return parts;
 }
 
-std::string json_text(const char* text) {
-  std::string result = "\"";
-  for (; *text; ++text) {
-    if (*text == '"' || *text == '\\') result += '\\';
-    result += *text == '\n' ? "\\n" : std::string(1, *text);
-  }
-  return result + '"';
-}
-
 long env_number(const char* name, long fallback, long low, long high) {
   const std::string value = env_text(name);
   char* end = nullptr;

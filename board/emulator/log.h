@@ -38,7 +38,5 @@ long env_number(const char* name, long fallback, long low, long high);
 std::string env_text(const char* name);
 // "a,b" as "a" and "b": how an environment variable names several things.
 std::vector<std::string> comma_separated(const std::string& text);
-// The text as a JSON string, of characters that need no escape but quote, backslash and line feed.
-std::string json_text(const char* text);
 
 }  // namespace rkemu

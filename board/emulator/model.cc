@@ -27,25 +27,20 @@ const float* vector(const File& file, const std::string& name, int size) {
 }
 
 Matrix matrix(const File& file, const std::string& name, int out, int in) {
-  Matrix result;
-  result.out = out;
-  result.in = in;
   const std::vector<uint64_t> shape{static_cast<uint64_t>(out), static_cast<uint64_t>(in)};
   const std::string scale_name = name + ".scale";
   const auto scale = file.tensors().find(scale_name);
   if (scale == file.tensors().end()) {
-    result.f = file.tensor(name, DType::f32, shape).as<float>();
-    return result;
+    return {out, in, file.tensor(name, DType::f32, shape).as<float>()};
   }
-  result.q = file.tensor(name, DType::i8, shape).as<int8_t>();
+  const auto* data = file.tensor(name, DType::i8, shape).as<int8_t>();
   const auto& scale_shape = scale->second.shape;
   const uint64_t groups = scale_shape.size() == 2 ? scale_shape[1] : 0;
   if (groups < 1 || groups > shape[1] || shape[1] % groups) {
     throw failure("invalid rkllm model! (shape of " + scale_name + ")");
   }
-  result.groups = static_cast<int>(groups);
-  result.scale = file.tensor(scale_name, DType::f32, {shape[0], groups}).as<float>();
-  return result;
+  const auto* scales = file.tensor(scale_name, DType::f32, {shape[0], groups}).as<float>();
+  return {out, in, Quantized{data, scales, static_cast<int>(groups)}};
 }
 
 Config read_config(const File& file, const std::string& architecture) {
@@ -124,7 +119,7 @@ Model::Model(const File& file, const Config& config) : config_(config) {
   if (file.has("token_embd")) embedding_ = matrix(file, "token_embd", c.vocab_size, c.hidden_size);
   head_ = file.has("output") || !has_embedding()
               ? matrix(file, "output", c.vocab_size, c.hidden_size)
-              : embedding_;
+              : *embedding_;
   for (size_t i = 0; i < types.size(); ++i) {
     Layer layer{};
     for (int p = 0; p < kParts; ++p) {
@@ -144,16 +139,17 @@ Model::Model(const File& file, const Config& config) : config_(config) {
 }
 
 void Model::embed(int32_t token, float* row) const {
-  const auto start = static_cast<size_t>(token) * static_cast<size_t>(embedding_.in);
-  if (embedding_.f) {
-    std::copy_n(embedding_.f + start, embedding_.in, row);
+  const int width = embedding_->in;
+  const auto start = static_cast<size_t>(token) * static_cast<size_t>(width);
+  if (const auto* floats = std::get_if<const float*>(&embedding_->weights)) {
+    std::copy_n(*floats + start, width, row);
     return;
   }
-  const float* scale =
-      embedding_.scale + static_cast<size_t>(token) * static_cast<size_t>(embedding_.groups);
-  const int group = embedding_.in / embedding_.groups;
-  for (int i = 0; i < embedding_.in; ++i) {
-    row[i] = static_cast<float>(embedding_.q[start + static_cast<size_t>(i)]) * scale[i / group];
+  const auto& [data, scale, groups] = std::get<Quantized>(embedding_->weights);
+  const float* scales = scale + static_cast<size_t>(token) * static_cast<size_t>(groups);
+  for (int i = 0; i < width; ++i) {
+    row[i] =
+        static_cast<float>(data[start + static_cast<size_t>(i)]) * scales[i / (width / groups)];
   }
 }
 

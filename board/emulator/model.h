@@ -3,7 +3,9 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "file.h"
@@ -19,12 +21,23 @@ struct Config {
   int kv_size() const { return kv_heads * head_dim; }
 };
 
-// A weight matrix [out, in]: int8 rows with scales [out, groups], or floats.
+// int8 rows with scales [out, groups].
+struct Quantized {
+  const int8_t* data;
+  const float* scale;
+  int groups;
+};
+
+// A weight matrix [out, in].
 struct Matrix {
-  const int8_t* q = nullptr;
-  const float* scale = nullptr;
-  const float* f = nullptr;
-  int out = 0, in = 0, groups = 0;  // groups: 0 for floats
+  int out = 0, in = 0;
+  std::variant<const float*, Quantized> weights;
+
+  // Scales per row; 0 for floats.
+  int groups() const {
+    const auto* quantized = std::get_if<Quantized>(&weights);
+    return quantized ? quantized->groups : 0;
+  }
 };
 
 enum class Part { q, k, v, o, gate, up, down };
@@ -71,15 +84,15 @@ class Model {
   const std::vector<Layer>& layers() const { return layers_; }
   const Matrix& head() const { return head_; }
   const float* output_norm() const { return output_norm_; }
-  bool quantized() const { return head_.q != nullptr; }
+  bool quantized() const { return head_.groups() > 0; }
   // False for a model that was exported without its embedding table.
-  bool has_embedding() const { return embedding_.q || embedding_.f; }
+  bool has_embedding() const { return embedding_.has_value(); }
   // A token's row of the embedding table as it stands there, before Gemma's factor sqrt(hidden).
   void embed(int32_t token, float* row) const;
 
  private:
   Config config_;
-  Matrix embedding_;
+  std::optional<Matrix> embedding_;
   Matrix head_;
   std::vector<Layer> layers_;
   const float* output_norm_;

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <memory>
 
+#include "cache.h"
 #include "log.h"
-#include "session.h"
 
 namespace rkemu {
 

@@ -18,6 +18,12 @@ float finite_or(float value, float low, float high, float fallback) {
   return std::isfinite(value) ? std::clamp(value, low, high) : fallback;
 }
 
+// A NaN and an infinity below zero are the least float.
+float ordered(float logit) {
+  constexpr float kLeast = std::numeric_limits<float>::lowest();
+  return logit >= kLeast ? logit : kLeast;
+}
+
 }  // namespace
 
 void Sampler::start(const Sampling& given) {
@@ -43,29 +49,28 @@ bool Sampler::greedy() const {
   return sampling_.temperature <= 0 || sampling_.top_k == 1;
 }
 
-void Sampler::penalize(std::vector<float>& logits) const {
+void Sampler::penalize(std::vector<Candidate>& candidates) const {
   std::map<int32_t, int> counts;
   for (const int32_t token : recent_) ++counts[token];
   for (const auto& [token, count] : counts) {
-    float& logit = logits[static_cast<size_t>(token)];
+    float& logit = candidates[static_cast<size_t>(token)].logit;
     logit = logit > 0 ? logit / sampling_.repeat_penalty : logit * sampling_.repeat_penalty;
     logit -= static_cast<float>(count) * sampling_.frequency_penalty + sampling_.presence_penalty;
   }
 }
 
-int32_t Sampler::pick(std::vector<float>& logits) {
-  for (float& logit : logits) {
-    if (!(logit >= std::numeric_limits<float>::lowest()))
-      logit = std::numeric_limits<float>::lowest();
-  }
+int32_t Sampler::pick(const std::vector<float>& logits) {
   if (greedy()) {
-    return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    const auto less = [](float a, float b) { return ordered(a) < ordered(b); };
+    return static_cast<int32_t>(std::max_element(logits.begin(), logits.end(), less) -
+                                logits.begin());
   }
-  penalize(logits);
   std::vector<Candidate> candidates;
   candidates.reserve(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i)
-    candidates.push_back({logits[i], static_cast<int32_t>(i), 0});
+  for (const float logit : logits) {
+    candidates.push_back({ordered(logit), static_cast<int32_t>(candidates.size()), 0});
+  }
+  penalize(candidates);
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
   };

@@ -29,8 +29,8 @@ class Sampler {
   void start(const Sampling& sampling);
   // Notes a token for the penalties.
   void accept(int32_t token);
-  // Picks from logits [vocab], which it may change.
-  int32_t pick(std::vector<float>& logits);
+  // Picks from logits [vocab].
+  int32_t pick(const std::vector<float>& logits);
 
  private:
   struct Candidate {
@@ -40,7 +40,8 @@ class Sampler {
   };
 
   bool greedy() const;
-  void penalize(std::vector<float>& logits) const;
+  // Before they are sorted: a candidate stands at its id.
+  void penalize(std::vector<Candidate>& candidates) const;
   int32_t draw(const std::vector<Candidate>& candidates);
   int32_t mirostat(std::vector<Candidate>& candidates);
   double random();

@@ -1,5 +1,6 @@
-// A program of another project: asks a model every line of stdin and prints the answers, like the
-// vendor's demo. Built against abi.h for the layout of the library that it will find.
+// A program of another project: asks a model every line of stdin and prints the
+// answers, like the vendor's demo. Built against abi.h for the layout of the
+// library that it will find.
 #include <cstdio>
 #include <iostream>
 #include <string>
@@ -8,19 +9,21 @@
 
 namespace {
 
-decltype(LLMResultCallback()(nullptr, nullptr, RKLLM_RUN_NORMAL)) on_result(RKLLMResult* result,
-                                                                            void*,
-                                                                            LLMCallState state) {
-  if (state == RKLLM_RUN_NORMAL) std::printf("%s", result->text);
-  if (state == RKLLM_RUN_FINISH) std::printf("\n");
-  if (state == RKLLM_RUN_ERROR) std::printf("run error\n");
-#if RKEMU_LAYOUT >= 6
+decltype(LLMResultCallback()(nullptr, nullptr, RKLLM_RUN_NORMAL))
+on_result(RKLLMResult *result, void *, LLMCallState state) {
+  if (state == RKLLM_RUN_NORMAL)
+    std::printf("%s", result->text);
+  if (state == RKLLM_RUN_FINISH)
+    std::printf("\n");
+  if (state == RKLLM_RUN_ERROR)
+    std::printf("run error\n");
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   return 0;
 #endif
 }
 
-int init(LLMHandle* handle, RKLLMParam* param) {
-#if RKEMU_LAYOUT >= 7
+int init(LLMHandle *handle, RKLLMParam *param) {
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   RKLLMCallback callback{};
   callback.result_callback = on_result;
   return rkllm_init(handle, param, &callback);
@@ -29,9 +32,9 @@ int init(LLMHandle* handle, RKLLMParam* param) {
 #endif
 }
 
-}  // namespace
+} // namespace
 
-int main(int, char** argv) {
+int main(int, char **argv) {
   RKLLMParam param = rkllm_createDefaultParam();
   param.model_path = argv[1];
   param.max_context_len = 512;
@@ -44,7 +47,8 @@ int main(int, char** argv) {
     return 1;
   }
   RKLLMInferParam infer{};
-  for (std::string line; std::printf("\nuser: "), std::getline(std::cin, line) && line != "exit";) {
+  for (std::string line; std::printf("\nuser: "),
+                         std::getline(std::cin, line) && line != "exit";) {
     RKLLMInput input{};
     input.input_type = RKLLM_INPUT_PROMPT;
     input.prompt_input = line.c_str();

@@ -139,9 +139,13 @@ def test_clang_has_no_warnings_either() -> None:
         kernel = special.get(source.name)
         if kernel and kernel.arch != emulator.host_arch():
             continue
-        layouts = sorted(set(emulator.RELEASES.values())) if source.name in emulator.ABI_SOURCES else [7]
-        for layout in layouts:
-            defines = [f"-DRKEMU_LAYOUT={layout}", '-DRKEMU_RELEASE="1.2.3"', "-DRKEMU_RELEASE_NUMBER=10203"]
+        layouts = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")
+        for release in layouts if source.name in emulator.ABI_SOURCES else layouts[-1:]:
+            made = emulator.build(release).parent
+            defines = [
+                f"-DRKEMU_LAYOUT={emulator.RELEASES[release]}", f'-DRKEMU_RELEASE="{release}"',
+                f"-DRKEMU_RELEASE_NUMBER={emulator.release_number(release)}", f"-I{made}", f"-I{made.parent}",
+            ]  # fmt: skip
             command = ["clang++", *flags, *(kernel.flags if kernel else ()), *defines, str(source)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr

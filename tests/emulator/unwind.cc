@@ -1,5 +1,6 @@
-// A C++ client whose callbacks do not return, and whose signal handler calls the library. Built for
-// one layout; the first argument names what it does, the second is a model. Prints "ok".
+// A C++ client whose callbacks do not return, and whose signal handler calls
+// the library. Built for one layout; the first argument names what it does, the
+// second is a model. Prints "ok".
 #include <pthread.h>
 #include <unistd.h>
 
@@ -23,27 +24,34 @@ std::string act;
 
 // What the callback of the first token does.
 void leave() {
-  if (act == "throw") throw std::runtime_error("the callback's own reason");
-  if (act == "throw-int") throw 42;
-  if (act == "exit") pthread_exit(nullptr);
+  if (act == "throw")
+    throw std::runtime_error("the callback's own reason");
+  if (act == "throw-int")
+    throw 42;
+  if (act == "exit")
+    pthread_exit(nullptr);
   if (act == "cancel") {
     pthread_cancel(pthread_self());
     pthread_testcancel();
   }
 }
 
-decltype(LLMResultCallback()(nullptr, nullptr, RKLLM_RUN_NORMAL)) on_result(RKLLMResult*, void*,
-                                                                            LLMCallState state) {
-  if (state == RKLLM_RUN_NORMAL) ++tokens;
-  if (state == RKLLM_RUN_FINISH) ++ends;
-  if (state != RKLLM_RUN_FINISH) leave();
-#if RKEMU_LAYOUT >= 6
+decltype(LLMResultCallback()(nullptr, nullptr, RKLLM_RUN_NORMAL))
+on_result(RKLLMResult *, void *, LLMCallState state) {
+  if (state == RKLLM_RUN_NORMAL)
+    ++tokens;
+  if (state == RKLLM_RUN_FINISH)
+    ++ends;
+  if (state != RKLLM_RUN_FINISH)
+    leave();
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
   return 0;
 #endif
 }
 
-void check(bool fact, const char* what) {
-  if (fact) return;
+void check(bool fact, const char *what) {
+  if (fact)
+    return;
   std::printf("failed: %s\n", what);
   std::fflush(stdout);
   std::_Exit(1);
@@ -89,9 +97,10 @@ void on_signal(int) {
   rkllm_abort(handle);
 }
 
-// Runs while another thread sends signals to this one, as fast as it takes them.
+// Runs while another thread sends signals to this one, as fast as it takes
+// them.
 void try_storm() {
-  struct sigaction action{};
+  struct sigaction action {};
   action.sa_handler = on_signal;
   sigaction(SIGUSR1, &action, nullptr);
   std::atomic<bool> stop{false};
@@ -102,7 +111,8 @@ void try_storm() {
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
   });
-  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(1500);
+  const auto end =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(1500);
   int runs = 0;
   for (; std::chrono::steady_clock::now() < end; ++runs) {
     check(run(false) == 0, "rkllm_run");
@@ -114,15 +124,15 @@ void try_storm() {
   check(runs > 10, "hardly a run");
 }
 
-}  // namespace
+} // namespace
 
-int main(int, char** argv) {
+int main(int, char **argv) {
   const std::string wanted = argv[1];
   RKLLMParam param = rkllm_createDefaultParam();
   param.model_path = argv[2];
   param.max_new_tokens = 4;
   param.top_k = 1;
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   RKLLMCallback callback{};
   callback.result_callback = on_result;
   check(rkllm_init(&handle, &param, &callback) == 0, "rkllm_init");
@@ -130,8 +140,9 @@ int main(int, char** argv) {
   check(rkllm_init(&handle, &param, on_result) == 0, "rkllm_init");
 #endif
   const std::string suffix = "-async";
-  const bool async = wanted.size() > suffix.size() &&
-                     wanted.compare(wanted.size() - suffix.size(), suffix.size(), suffix) == 0;
+  const bool async =
+      wanted.size() > suffix.size() &&
+      wanted.compare(wanted.size() - suffix.size(), suffix.size(), suffix) == 0;
   act = async ? wanted.substr(0, wanted.size() - suffix.size()) : wanted;
   if (act == "storm") {
     try_storm();

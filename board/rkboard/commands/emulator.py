@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import click
 
@@ -107,7 +106,7 @@ def info(list_faults: bool, list_guesses: bool, as_json: bool) -> None:
 
 
 def _show_faults(as_json: bool) -> None:
-    rows = faults.faults(Path(_build(DEFAULT_RELEASE, None)))
+    rows = faults.faults()
     if as_json:
         say_json([row.as_dict() for row in rows])
         return
@@ -117,9 +116,9 @@ def _show_faults(as_json: bool) -> None:
 
 
 def _show_guesses(as_json: bool) -> None:
-    rows = faults.guesses(Path(_build(DEFAULT_RELEASE, None)))
+    rows = faults.guesses()
     if as_json:
-        say_json([vars(row) for row in rows])
+        say_json([row.as_dict() for row in rows])
         return
     for row in rows:
         say(f"{row.name}\n    usual: {row.usual.replace('`', '')}\n    other: {row.other.replace('`', '')}")

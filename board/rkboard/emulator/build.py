@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rkboard.emulator import layout_check
+from rkboard.emulator import faults, layout_check
 from rkruntime import abi
 from rkruntime.abi import DEFAULT_RELEASE, declarations
 from rkruntime.errors import HostError, UsageError
@@ -176,6 +176,7 @@ class _Build:
             if path.suffix in (".cc", ".h", ".map"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         digest.update(Path(declarations.__file__).read_bytes())  # of which the layout's check is made
+        digest.update(repr(faults.sources()).encode())
         facts = (self.compiler, self.flags, self.link_flags, self.kernels)
         digest.update(repr(facts).encode())
         return digest.hexdigest()[:16]
@@ -188,7 +189,7 @@ class _Build:
         for source in sorted(self.sources.glob("*.cc")):
             if source.name in ABI_SOURCES or (source.name in special and source.name not in wanted):
                 continue
-            flags = [*self.flags, *special.get(source.name, ()), *self.defines]
+            flags = [*self.flags, *special.get(source.name, ()), *self.defines, f"-I{self.folder}"]
             objects.append((source, self.folder / "objects" / f"{source.stem}.o", flags))
         layout = [
             f"-DRKEMU_LAYOUT={RELEASES[self.release]}",
@@ -234,8 +235,13 @@ class _Build:
         if self.library.is_file():
             return self.library
         self.library.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.library.parent / layout_check.HEADER) as partial:
-            partial.write_text(layout_check.header(self.release), encoding="utf-8")
+        made = {
+            self.library.parent / layout_check.HEADER: layout_check.header(self.release),
+            **{self.folder / name: text for name, text in faults.sources().items()},
+        }
+        for path, text in made.items():
+            with atomic_file(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         objects = self._objects()
         missing = [entry for entry in objects if not entry[1].is_file()]
         done = 0

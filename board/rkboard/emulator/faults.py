@@ -1,98 +1,127 @@
-"""What the emulator does on demand, listed by the library itself: failures (RKEMU_FAULT), guesses (RKEMU_GUESS)."""
+"""What the emulator does on demand: failures (RKEMU_FAULT) and guesses (RKEMU_GUESS), both from faults.yaml.
+
+The build makes the library's tables of them; `python -m rkboard.emulator.faults docs/emulator.md` writes the page's.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import re
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from rkruntime.errors import HostError
+import yaml
 
-_Row = TypeVar("_Row")
-
-# With the variable set to `list` the first call of any client prints the table and fails; no parameter is read.
-_ASK: Final = """
-import ctypes, sys
-handle, param, callbacks = ctypes.c_void_p(), ctypes.create_string_buffer(1024), ctypes.create_string_buffer(1024)
-ctypes.CDLL(sys.argv[1]).rkllm_init(ctypes.byref(handle), param, callbacks)
-"""
+_FAULT_HEAD: Final = "| name | value | class of its log | what happens |\n|---|---|---|---|\n"
+_GUESS_HEAD: Final = "| name | what the emulator does | what it does with this name |\n|---|---|---|\n"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of board/emulator/faults_table.cc.
+    """A row of `faults`.
 
     Attributes:
+        act: what it does, an Act of board/emulator/faults.h.
+        summary: what a client sees of it.
+        stage: where it strikes, a Stage of faults.h.
         class_: what `rkedge diagnose` calls a log with this fault; empty where no log shows it.
         value: what the number in NAME=VALUE is; empty where there is none.
         default: that number, unless one is given.
         lines: what the library says; %T is a time, %V the value, %M the model's path.
         kernel: what the driver says, in the file that RKEMU_KERNEL_LOG names or else on stderr.
         driver: the driver that is claimed with this fault; empty for the usual one.
+        source: where its text was reported.
     """
 
     name: str
-    class_: str
-    value: str
-    default: int
+    act: str
     summary: str
-    lines: str
-    kernel: str
-    driver: str
+    stage: str = "none"
+    class_: str = ""
+    value: str = ""
+    default: int = 0
+    lines: str = ""
+    kernel: str = ""
+    driver: str = ""
+    source: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
-        row = dict(vars(self))
-        return {"name": row.pop("name"), "class": row.pop("class_"), **row}
+        """What `rkedge emulator info --faults --json` says of it."""
+        named = ("value", "default", "summary", "lines", "kernel", "driver")
+        return {"name": self.name, "class": self.class_, **{name: getattr(self, name) for name in named}}
+
+    def as_cpp(self) -> str:
+        """The row of rkemu::Fault."""
+        texts = ", ".join(map(json.dumps, (self.lines, self.kernel, self.driver)))
+        return f'"{self.name}", Stage::{self.stage}, Act::{self.act}, "{self.value}", {self.default}, {texts}'
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A row of board/emulator/guesses.cc: what boards do is not known, and RKEMU_GUESS=NAME chooses the other way.
+    """A row of `guesses`: what boards do is not known, and RKEMU_GUESS=NAME chooses the other way.
 
     Attributes:
         usual: what the emulator does.
         other: what it does with this name in RKEMU_GUESS.
+        source: who reported what.
     """
 
     name: str
     usual: str
     other: str
+    source: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """What `rkedge emulator info --guesses --json` says of it."""
+        return {"name": self.name, "usual": self.usual, "other": self.other}
+
+    def as_cpp(self) -> str:
+        """Its name and its member of rkemu::Guesses."""
+        return f'"{self.name}", &Guesses::{self.name.replace("-", "_")}'
 
 
-def faults(library: Path) -> list[Fault]:
-    """All faults that a built library knows, in its order.
-
-    Raises:
-        HostError: the library cannot be loaded on this machine, or says something else.
-    """
-    return _listed(library, "RKEMU_FAULT", _fault)
+@cache
+def _tables() -> Any:
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def guesses(library: Path) -> list[Guess]:
-    """All guesses that a built library knows, in its order. Raises HostError as `faults` does."""
-    return _listed(library, "RKEMU_GUESS", lambda row: Guess(**row))
+def faults() -> list[Fault]:
+    """All faults, in the order of the page."""
+    return [Fault(class_=row.pop("class", ""), **row) for row in map(dict, _tables()["faults"])]
 
 
-def _listed(library: Path, variable: str, make: Callable[[Mapping[str, Any]], _Row]) -> list[_Row]:
-    asked = subprocess.run(
-        [sys.executable, "-c", _ASK, str(library)],
-        env=os.environ | {"RKEMU_FAULT": "", variable: "list"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    try:
-        rows, _ = json.JSONDecoder().raw_decode(asked.stderr, asked.stderr.index("["))  # other lines stand around it
-        return [make(row) for row in rows]
-    except (ValueError, LookupError, TypeError) as error:
-        raise HostError(
-            f"{library} does not list {variable} (exit {asked.returncode}): {asked.stderr[-300:].strip()}",
-            hint="Build the emulator for this machine: rkedge emulator build",
-        ) from error
+def guesses() -> list[Guess]:
+    """All guesses, in the order of the page."""
+    return [Guess(**row) for row in _tables()["guesses"]]
 
 
-def _fault(row: Mapping[str, Any]) -> Fault:
-    return Fault(class_=row["class"], **{key: value for key, value in row.items() if key != "class"})
+def sources() -> dict[str, str]:
+    """Name and text of the files with the rows of the library's tables."""
+    return {
+        "faults.inc": "".join(f"{{{row.as_cpp()}}},\n" for row in faults()),
+        "guesses.inc": "".join(f"{{{row.as_cpp()}}},\n" for row in guesses()),
+    }
+
+
+def page(text: str) -> str:
+    """A page with the rows of its two tables as faults.yaml has them now."""
+    rows = []
+    for fault in faults():
+        value = f"{fault.value}, {fault.default}" if fault.value else ""
+        rows.append(f"| `{fault.name}` | {value} | {fault.class_} | {fault.summary} |\n")
+    text = _replaced(text, _FAULT_HEAD, rows)
+    return _replaced(text, _GUESS_HEAD, [f"| `{row.name}` | {row.usual} | {row.other} |\n" for row in guesses()])
+
+
+def _replaced(text: str, head: str, rows: list[str]) -> str:
+    start = text.index(head) + len(head)
+    rest = re.compile(r"(\|.*\n)*").match(text, start)
+    return text[:start] + "".join(rows) + text[rest.end() if rest else start :]
+
+
+if __name__ == "__main__":
+    _PAGE = Path(sys.argv[1])
+    _PAGE.write_text(page(_PAGE.read_text(encoding="utf-8")), encoding="utf-8")

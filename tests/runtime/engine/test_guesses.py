@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rkboard.emulator import build as emulator
 from rkboard.emulator.faults import guesses
 from rkruntime.engine.generation import FinishReason, Request
 from rkruntime.errors import RunError
 from rkruntime.text.template import GemmaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
 
-GUESSES = [guess.name for guess in guesses(emulator.build())]
+GUESSES = [guess.name for guess in guesses()]
 
 
 def newer(release: str, than: str) -> bool:
