@@ -101,7 +101,8 @@ def trial(root: Path, command: str, change: str, kill_at: int) -> dict[str, Any]
 def main(root: Path, seed: int, trials: int) -> None:
     announce(rkemu.Writer, "write_rows")
     announce(hf_folder, "_write")
-    hf_folder.write_weights.__defaults__ = (SHARD,)
+    for function in (hf_folder.write_weights, hf_folder.resumable):
+        function.__defaults__ = (SHARD,)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     said = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
