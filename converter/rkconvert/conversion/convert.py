@@ -50,6 +50,10 @@ EMULATOR_FILE: Final = "model.rkemu"
 EMULATOR_LORA_FILE: Final = f"{LORA}.rkemu"
 # The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
+_LORA_NOT_PLANNED: Final = (
+    "memory and speed in the plan are those of the model without its adapter: what an adapter in a file of its own adds to"
+    " them on a board is not known"
+)
 
 
 @dataclass(frozen=True)
@@ -182,13 +186,15 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
     of_adapters = loaded.model(checkpoint, options.loras).notes
     job = replace(job, notes=(*notes, *of_adapters, *template.notes, *_check_model_file(job)))
+    if lora and plan:
+        job = replace(job, notes=(*job.notes, _LORA_NOT_PLANNED))
     for note in job.notes:
         reporter.note(f"note: {note}")
     return job
 
 
 def _check_target(options: Options) -> None:
-    """That there is something that runs the result."""
+    """That there is something that makes and runs what is asked for."""
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     if options.target == "emulator" and options.platform != _EMULATED_PLATFORM:
@@ -201,6 +207,10 @@ def _check_target(options: Options) -> None:
             f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
             hint="Leave it out, or use --target toolkit.",
         )
+    if options.lora_mode not in LORA_MODES:
+        raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
+    if options.lora_mode == "runtime":
+        _check_runtime_lora(options.loras)
 
 
 def _release(options: Options, toolkit: Toolkit | None) -> str:
@@ -283,16 +293,28 @@ def _same_release(named: str, installed: str) -> bool:
 
 def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
     """The weights, and the adapter that stays apart from them."""
-    if options.lora_mode not in LORA_MODES:
-        raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
     if options.lora_mode == "merge":
         return loaded.model(checkpoint, options.loras), None
-    if len(options.loras) != 1 or options.loras[0].weight != 1:
-        raise UsageError(
-            "--lora-mode runtime takes one adapter, whose weight is chosen when it is loaded.",
-            hint="Convert several one after another, or merge them: --lora-mode merge.",
-        )
     return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
+
+
+def _check_runtime_lora(loras: Sequence[Lora]) -> None:
+    """That there is one adapter, which can be kept in a file of its own as it is."""
+    if not loras:
+        raise UsageError(
+            "--lora-mode runtime keeps an adapter in a file of its own, and no adapter is given.",
+            hint="Name it with --lora FOLDER, or leave --lora-mode out.",
+        )
+    if len(loras) > 1:
+        raise UsageError(
+            f"--lora-mode runtime keeps one adapter in a file of its own, and {len(loras)} are given.",
+            hint="Make a bundle for each, or merge them into one model: --lora-mode merge.",
+        )
+    if loras[0].weight != 1:
+        raise UsageError(
+            f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads an adapter's own file with the weight 1.",
+            hint="Leave the weight out, or merge the adapter with it: --lora-mode merge.",
+        )
 
 
 def _check_model_file(job: Job) -> tuple[str, ...]:

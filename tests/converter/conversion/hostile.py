@@ -322,14 +322,19 @@ def a_bin_with_compressed_bytes(box):
     box.as_bin(tensor_pickle((2, 2), (2, 1)), {"data/0": bytes(8)}, zipfile.ZIP_DEFLATED)
 
 
-@case("has a shape or an offset below zero")
+@case("has a shape, strides or an offset that cannot be")
 def a_bin_with_a_shape_below_zero(box):
     box.as_bin(tensor_pickle((-2, 2), (2, 1)), {"data/0": bytes(8)})
 
 
-@case("does not stand row by row")
-def a_bin_with_transposed_rows(box):
-    box.as_bin(tensor_pickle((2, 2), (1, 2)), {"data/0": bytes(8)})
+@case("larger than the memory that it points to")
+def a_bin_with_strides_beyond(box):
+    box.as_bin(tensor_pickle((2, 2), (1, 3)), {"data/0": bytes(8)})
+
+
+@case("too large to be rearranged")
+def a_bin_with_one_number_for_many(box):
+    box.as_bin(tensor_pickle((1 << 20, 1 << 20), (0, 0)), {"data/0": bytes(8)})
 
 
 # tokenizer and template

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes import utils as bnb_utils
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -86,6 +87,37 @@ def test_bin_file_with_views_and_parameters(make_model, bits):
     torch.save(state, base / "pytorch_model-0.bin")
     for name, values in everything(open_checkpoint(base)).items():
         np.testing.assert_array_equal(values, bits(state[name]), err_msg=name)
+
+
+def test_bin_file_with_tensors_that_are_not_contiguous(make_model, bits):
+    base = make_model()
+    state = as_bin(base, 1)
+    names = [name for name in state if state[name].ndim == 2][:4]
+    first, second, third, fourth = names
+    vector = "model.norm.weight"
+    state[first] = state[first].t().contiguous().t()
+    state[second] = torch.cat([state[second], state[second]], dim=1)[:, : state[second].shape[1]]
+    state[third] = torch.stack([state[third], state[third]], dim=2)[:, :, 1]
+    state[fourth] = state[fourth][:1].expand(state[fourth].shape)
+    state[vector] = torch.ones(1, dtype=state[vector].dtype).expand(state[vector].shape)
+    assert not any(state[name].is_contiguous() for name in (*names, vector))
+    torch.save(state, base / "pytorch_model-0.bin")
+    for name, values in everything(open_checkpoint(base)).items():
+        np.testing.assert_array_equal(values, bits(state[name].contiguous()), err_msg=name)
+
+
+def test_strides_of_a_stranger(make_model):
+    base = make_model()
+    state = as_bin(base, 1)
+    name = "model.norm.weight"
+    size = state[name].numel()
+    for tensor, words in (
+        (torch.as_strided(torch.ones(1), (1 << 15, 1 << 15), (0, 0)), "too large to be rearranged"),
+        (torch.ones(2).expand(size, 2), "model.norm.weight"),
+    ):
+        torch.save(state | {name: tensor}, base / "pytorch_model-0.bin")
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(base)
 
 
 class Evil:
@@ -206,6 +238,29 @@ def test_scales_that_do_not_fit(make_model):
     save_file({key: value for key, value in state.items() if key != f"{name}.absmax"}, base / "model.safetensors")
     with pytest.raises(CheckpointError, match="no usable scales"):
         open_checkpoint(base)
+
+
+ORDERS = bnb_utils.LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "of another kind"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_int8_matrix_in_the_order_of_a_gpus_tiles(make_model, order, as_text):
+    base = make_model()
+    quantize(base, "int8")
+    state = load_file(base / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight_format"
+    if as_text:
+        (base / "model.safetensors").unlink()
+        torch.save(state | {key: order}, base / "pytorch_model.bin")
+    else:
+        save_file(state | {key: torch.tensor(ORDERS.get(order, 9), dtype=torch.uint8)}, base / "model.safetensors")
+    if order == "row":
+        open_checkpoint(base)
+        return
+    with pytest.raises(CheckpointError, match="is not stored row by row") as caught:
+        open_checkpoint(base)
+    assert "original" in caught.value.hint
 
 
 def test_other_quantizers_are_named(make_model, edit_json):

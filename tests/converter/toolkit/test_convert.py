@@ -131,6 +131,7 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
     assert read_rkllm(bundle.path / "model_lora.rkllm").toolkit_version == "1.2.3"
     assert [item.name for item in bundle.manifest.adapters] == ["lora"]
     assert any("model_lora.rkllm" in note for note in bundle.manifest.notes)
+    assert any("without its adapter" in note for note in bundle.manifest.notes)
     report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
     assert report["calls"][0]["arguments"]["model_lora"] == "lora"
 
@@ -144,7 +145,9 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
         ({"algorithm": "gdq"}, RefusedError, "for w4a16"),
         ({"calibration": Path("none.json")}, CalibrationError, "No such file"),
         ({"npu_cores": 4}, UsageError, "has 3"),
-        ({"lora_mode": "runtime"}, UsageError, "takes one adapter"),
+        ({"lora_mode": "runtime"}, UsageError, "no adapter is given"),
+        ({"lora_mode": "runtime", "loras": (Lora("a"), Lora("b"))}, UsageError, "and 2 are given"),
+        ({"lora_mode": "runtime", "loras": (Lora("a", 0.5),)}, UsageError, "a=0.5: rkedge loads .* with the weight 1"),
         ({"lora_mode": "other"}, UsageError, "no LoRA mode"),
         ({"dtype": "w8a8_g512"}, RefusedError, "multiple of 512"),
     ],
