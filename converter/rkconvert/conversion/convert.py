@@ -51,8 +51,8 @@ EMULATOR_LORA_FILE: Final = f"{LORA}.rkemu"
 # The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
 _LORA_NOT_PLANNED: Final = (
-    "memory and speed in the plan are those of the model without its adapter: what an adapter in a file of its own adds to"
-    " them on a board is not known"
+    "memory and speed in the plan are those of the model without its adapter: what an adapter in its own file adds"
+    " to them on a board is not known"
 )
 
 
@@ -312,7 +312,7 @@ def _check_runtime_lora(loras: Sequence[Lora]) -> None:
         )
     if loras[0].weight != 1:
         raise UsageError(
-            f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads an adapter's own file with the weight 1.",
+            f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads an adapter's own file with weight 1.",
             hint="Leave the weight out, or merge the adapter with it: --lora-mode merge.",
         )
 

@@ -172,7 +172,7 @@ class TorchFile:
         if not _is_dense(tensor):
             if max(span * width, info.nbytes) > _MAX_STRIDED:
                 raise self._kind(
-                    f"The tensor {name!r} in {self.path} is not contiguous (row-major), and too large to be rearranged.",
+                    f"The tensor {name!r} in {self.path} is not row-major, and too large to be rearranged.",
                     hint="Save it again with .contiguous(), or as safetensors.",
                 )
             self._strided[name] = tensor

@@ -147,7 +147,7 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
         ({"npu_cores": 4}, UsageError, "has 3"),
         ({"lora_mode": "runtime"}, UsageError, "no adapter is given"),
         ({"lora_mode": "runtime", "loras": (Lora("a"), Lora("b"))}, UsageError, "and 2 are given"),
-        ({"lora_mode": "runtime", "loras": (Lora("a", 0.5),)}, UsageError, "a=0.5: rkedge loads .* with the weight 1"),
+        ({"lora_mode": "runtime", "loras": (Lora("a", 0.5),)}, UsageError, "a=0.5: rkedge loads .* with weight 1"),
         ({"lora_mode": "other"}, UsageError, "no LoRA mode"),
         ({"dtype": "w8a8_g512"}, RefusedError, "multiple of 512"),
     ],
