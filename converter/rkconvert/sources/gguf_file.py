@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CheckpointError
+from rkruntime.files import read_error
 from rkruntime.words import counted
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ def read_gguf(path: Path) -> GgufFile:
             file.seek(4)
             return _parse(path, size, _Reader(path, file), file)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise read_error(path, error, CheckpointError) from error
 
 
 def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:

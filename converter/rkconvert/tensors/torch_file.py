@@ -23,6 +23,7 @@ from rkconvert.tensors.formats import STORAGE
 from rkconvert.tensors.shards import Entry, RowReader, refuse_lfs_pointer
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
+from rkruntime.files import read_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,7 +127,7 @@ class TorchFile:
                 refuse_lfs_pointer(path, file.read(64), kind)
                 self.entries: Mapping[str, Entry] = self._read_archive(file)
         except OSError as error:
-            raise kind(f"{path} cannot be read: {error.strerror}.") from error
+            raise read_error(path, error, kind) from error
         except zipfile.BadZipFile as error:
             raise kind(
                 f"{path} is not a .bin file of torch 1.6 or newer, or it is cut: {error}.",
