@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.model.gemma import HEAD
+from rkconvert.model.family import HEAD
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import AdapterError
 from rkruntime.files import read_error

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.model.gemma import EMBEDDING, HEAD, GemmaConfig, parse_config, token_ids
+from rkconvert.model.family import EMBEDDING, HEAD
+from rkconvert.model.gemma import GemmaConfig, parse_config, token_ids
 from rkconvert.sources.bitsandbytes import Dequantized, is_bitsandbytes
 from rkconvert.sources.names import Renamed
 from rkconvert.tensors.formats import FLOATS

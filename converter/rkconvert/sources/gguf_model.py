@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rkconvert.model.gemma import EMBEDDING, FINAL_NORM, HEAD, parse_config
+from rkconvert.model.families import FAMILIES
+from rkconvert.model.gemma import parse_config
 from rkconvert.sources.checkpoint import Checkpoint, check_weights
 from rkconvert.sources.gguf_file import GgufFile, GgufTensor, part_paths, read_gguf, read_parts
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
@@ -31,25 +32,8 @@ from rkruntime.packages import install
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ARCHITECTURES: Final = {"gemma2": "Gemma2ForCausalLM", "gemma": "GemmaForCausalLM"}
-_WHOLE: Final = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
-_PARTS: Final = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_FAMILY_PARTS: Final = {"gemma2": _PARTS, "gemma": _PARTS | {"ffn_norm": "post_attention_layernorm"}}
 _ROPE_FREQS: Final = "rope_freqs.weight"
 _PART: Final = re.compile(r"-00001-of-\d{5}$")
-_LAYER: Final = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 # ggml's types that are plain numbers; every other one is dequantized to float32.
 _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
 # llama.cpp scales queries of the 27B model, which it knows by its layers, by hidden size / heads.
@@ -69,9 +53,9 @@ def open_gguf(path: Path) -> Checkpoint:
     files = read_parts(read_gguf(path), paths)
     file = replace(files[0], tensors={name: tensor for part in files for name, tensor in part.tensors.items()})
     family = str(file.metadata.get("general.architecture"))
-    if family not in _ARCHITECTURES:
+    if family not in FAMILIES:
         raise CheckpointError(
-            f"{path} holds the architecture {family[:80]!r}; supported are {', '.join(_ARCHITECTURES)}.",
+            f"{path} holds the architecture {family[:80]!r}; supported are {', '.join(FAMILIES)}.",
             hint="Convert a Gemma 2 (or Gemma 1) text model.",
         )
     raw = _config(file, family)
@@ -109,9 +93,10 @@ class GgufWeights:
         rows = RowReader(file.path, CheckpointError)
         entries: dict[str, Entry] = {}
         for own_name, tensor in file.tensors.items():
-            name = _plain_name(own_name, family)
-            if name is None:
+            if own_name == _ROPE_FREQS:
                 continue
+            # What the family does not have keeps its name, and is refused by it.
+            name = FAMILIES[family].from_gguf(own_name) or own_name
             if tensor.kind not in self._sizes:
                 raise CheckpointError(
                     f"{own_name} in {file.path} has the type {tensor.kind}, which gguf does not know."
@@ -182,15 +167,6 @@ def _is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 
 
-def _plain_name(name: str, family: str) -> str | None:
-    if name in _WHOLE:
-        return _WHOLE[name]
-    match = _LAYER.fullmatch(name)
-    if match is None or match[2] not in _FAMILY_PARTS[family]:
-        return None if name == _ROPE_FREQS else name
-    return f"model.layers.{match[1]}.{_FAMILY_PARTS[family][match[2]]}.weight"
-
-
 def _refuse_other_computations(file: GgufFile, family: str) -> None:
     """Raise CheckpointError for what a file asks for that Gemma 1 and 2 do not do."""
     known = file.metadata
@@ -235,7 +211,7 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
     if type(heads) is not int or type(hidden) is not int or heads < 1:
         raise CheckpointError(f"{file.path} has {str(heads)[:40]} heads for a width of {str(hidden)[:40]}.")
     config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "vocab_size": len(_tokens(file)),
         "hidden_size": hidden,
@@ -253,7 +229,7 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
         "eos_token_id": _ends_of_answers(file),
         "dtype": "float32",
     }
-    if family == "gemma2":
+    if "sliding_window" in FAMILIES[family].defaults:
         config |= {
             "sliding_window": value("attention.sliding_window", 4096),
             "attn_logit_softcapping": _decimal(value("attn_logit_softcapping", 50.0)),
