@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,11 +32,11 @@ from rkconvert.toolkit.board_file import (
     LORA_NOTE,
     BoardModel,
     ModelFile,
-    ToolkitOptions,
     check_board_model,
     resumable_files,
     write_board_file,
 )
+from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
 from rkruntime.bundle.manifest import LORA, TOKENIZER, Bundle, Manifest, Source
 from rkruntime.bundle.rkemu import read_container
@@ -57,8 +57,8 @@ _LORA_NOT_PLANNED: Final = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a conversion is asked for; the defaults are those of the command.
+class Options(ToolkitOptions):
+    """What a conversion is asked for, by the names and with the defaults of the command.
 
     Attributes:
         checkpoint: a folder, a .gguf file or a hub id; `revision` is a hub model's branch, tag or commit.
@@ -66,7 +66,6 @@ class Options:
         release: the RKLLM release that the bundle is for; None for that of the toolkit, or 1.2.3 for the emulator.
         npu_cores: None for all that the SoC has.
         lora_mode: `merge`, or `runtime`: the adapter becomes a file of its own, for rkllm_load_lora.
-        toolkit: what only the target `toolkit` can be asked for.
     """
 
     checkpoint: str
@@ -81,7 +80,6 @@ class Options:
     release: str | None = None
     npu_cores: int | None = None
     lora_mode: str = "merge"
-    toolkit: ToolkitOptions = field(default_factory=ToolkitOptions)
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         job.inputs,
         options=asdict(options),
         release=job.release,
-        toolkit=_parts(job.toolkit),
+        toolkit=job.toolkit.as_dict() if job.toolkit else None,
         limits=[job.max_context, job.npu_cores],
     )
     with work_folder(options.output, key, _resumable(job)) as folder:
@@ -202,7 +200,7 @@ def _check_target(options: Options) -> None:
             f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
             hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
         )
-    if options.target == "emulator" and (given := options.toolkit.given()):
+    if options.target == "emulator" and (given := options.given()):
         raise UsageError(
             f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
             hint="Leave it out, or use --target toolkit.",
@@ -226,7 +224,7 @@ def _release(options: Options, toolkit: Toolkit | None) -> str:
 
 def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
     """The files of the checkpoint, of each adapter and of other options, in this order."""
-    others = [path for path in (options.toolkit.calibration, options.toolkit.qparams) if path]
+    others = [path for path in (options.calibration, options.qparams) if path]
     return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
 
 
@@ -257,7 +255,7 @@ def made_of(
         "made_by": bundle_folder.created_by(),
         "options": plain,
         "release": release,
-        "toolkit": _parts(toolkit),
+        "toolkit": toolkit.as_dict() if toolkit else None,
         "files": [
             {"weights": sha256, "small": [list(pair) for pair in item.digests]}
             for sha256, item in zip(weights, inputs, strict=True)
@@ -267,7 +265,7 @@ def made_of(
 
 def _refuse_bytes(options: Options) -> None:
     """The toolkit reads and writes through libraries that take paths as Unicode (tokenizers is one)."""
-    given = {"output": options.output, "calibration": options.toolkit.calibration, "qparams": options.toolkit.qparams}
+    given = {"output": options.output, "calibration": options.calibration, "qparams": options.qparams}
     for name, path in given.items():
         if path and (text := readable(path.absolute())) != str(path.absolute()):
             raise UsageError(
@@ -276,14 +274,8 @@ def _refuse_bytes(options: Options) -> None:
             )
 
 
-def _parts(toolkit: Toolkit | None) -> dict[str, Any] | None:
-    if toolkit is None:
-        return None
-    return {"version": toolkit.version, "python": toolkit.python_version, "packages": dict(toolkit.parts)}
-
-
 def _toolkit(options: Options) -> Toolkit | None:
-    return find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+    return find_toolkit(options.toolkit_python) if options.target == "toolkit" else None
 
 
 def _same_release(named: str, installed: str) -> bool:
@@ -397,7 +389,7 @@ def _board_model(job: Job, toolkit: Toolkit) -> BoardModel:
         max_context=job.max_context,
         npu_cores=job.npu_cores,
         toolkit=toolkit,
-        options=job.options.toolkit,
+        options=job.options,
     )
 
 
@@ -458,12 +450,9 @@ def _special_tokens(template: ChatTemplate) -> dict[str, str]:
 def plain_options(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them."""
     plain = asdict(options)
-    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), readable(options.output.name)
+    plain["checkpoint"] = _public(str(options.checkpoint))
     plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
-    plain["toolkit"] = {
-        key: readable(value.name) if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
-    }
-    return plain
+    return {key: readable(value.name) if isinstance(value, Path) else value for key, value in plain.items()}
 
 
 def _exact(number: float) -> str:

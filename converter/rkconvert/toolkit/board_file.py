@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from rkconvert.rules.type_names import parse_type
 from rkconvert.toolkit import Toolkit, ToolkitJob, ToolkitResult, checks, run_toolkit
 from rkconvert.toolkit.events import Event, Progress, Stage
 from rkconvert.toolkit.job import calls
-from rkconvert.toolkit.runner import PATIENCE
+from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkruntime.bundle.manifest import LORA, TOKENIZER
 from rkruntime.errors import AdapterError, CalibrationError
@@ -38,8 +38,6 @@ LORA_NOTE: Final = (
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"
-# Fields of ToolkitOptions whose options have the toolkit's name in front.
-_PREFIXED: Final = ("python", "device", "load_dtype", "patience")
 # What is complete once the report is written: the model's file, an adapter's beside it, and the log.
 _MADE: Final = (RKLLM_FILE, LORA_FILE, f"{REPORT}/{_DONE}.log")
 _TITLES: Final = {
@@ -48,33 +46,6 @@ _TITLES: Final = {
     "build": "quantizing",
     "export": "writing model.rkllm",
 }
-
-
-@dataclass(frozen=True)
-class ToolkitOptions:
-    """What a conversion with the toolkit can be asked for beyond type, SoC and context.
-
-    Attributes:
-        python: interpreter that has the toolkit; None looks for one.
-        calibration: the JSON file of `rkedge calibrate`.
-        patience: seconds without a sign of life after which the toolkit counts as hung.
-        others: as in `ToolkitJob`.
-    """
-
-    python: Path | None = None
-    calibration: Path | None = None
-    algorithm: str = "normal"
-    optimization_level: int = 1
-    hybrid_rate: float = 0.0
-    device: str = "cpu"
-    load_dtype: str = "float32"
-    qparams: Path | None = None
-    patience: float = PATIENCE
-
-    def given(self) -> list[str]:
-        """The command's options of those that are not the default."""
-        names = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
-        return [f"--{'toolkit-' * (name in _PREFIXED)}{name.replace('_', '-')}" for name in names]
 
 
 @dataclass(frozen=True)
@@ -96,7 +67,7 @@ class BoardModel:
     max_context: int
     npu_cores: int
     toolkit: Toolkit
-    options: ToolkitOptions = field(default_factory=ToolkitOptions)
+    options: ToolkitOptions
 
     @property
     def file_bytes(self) -> int:
@@ -110,22 +81,15 @@ class BoardModel:
 
     def job(self, model: Path, output: Path) -> ToolkitJob:
         """The conversion in the toolkit's words."""
-        options = self.options
         return ToolkitJob(
+            **self.options.asked_of_the_toolkit,
             model=model,
             output=output,
             platform=self.platform,
             dtype=self.dtype,
             npu_cores=self.npu_cores,
             max_context=self.max_context,
-            algorithm=options.algorithm,
-            optimization_level=options.optimization_level,
-            hybrid_rate=options.hybrid_rate,
-            dataset=options.calibration,
             lora=model / _STAGED_LORA if self.lora else None,
-            device=options.device,
-            load_dtype=options.load_dtype,
-            qparams=options.qparams,
             parameters=self.model.weights.config.parameters,
         )
 
@@ -160,7 +124,7 @@ def check_board_model(board: BoardModel) -> tuple[str, ...]:
         folder=board.model.checkpoint.path,
         shape=parse_shape(board.model.hf_config()),
         dtype=board.dtype,
-        load_dtype=options.load_dtype,
+        load_dtype=options.toolkit_load_dtype,
         memory=read_memory(),
         tokens=board.tokens,
         bos_token_id=board.model.weights.config.bos_token_id,
@@ -201,7 +165,7 @@ def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> Mod
             stage_adapter(board.lora, staged / _STAGED_LORA)
         with reporter.steps() as show:
             job = board.job(staged, folder / RKLLM_FILE)
-            result = run_toolkit(job, board.toolkit, _teller(reporter, show), patience=board.options.patience)
+            result = run_toolkit(job, board.toolkit, _teller(reporter, show))
         shutil.rmtree(staged)
         report = _report(result, board, folder)
         write_report(folder, _DONE, report)
@@ -249,11 +213,7 @@ def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str,
     result.log.unlink()
     calibration = board.options.calibration
     return {
-        "toolkit": {
-            "version": result.toolkit.version,
-            "python": result.toolkit.python_version,
-            "packages": dict(result.toolkit.parts),
-        },
+        "toolkit": result.toolkit.as_dict(),
         "calls": [_public(call) for call in result.calls],
         "calibration": {"sha256": sha256_file(calibration)} if calibration else None,
         "file": result.file.as_dict(),
