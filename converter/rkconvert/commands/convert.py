@@ -16,12 +16,11 @@ from rich.table import Table
 from rkconvert.adapters.merged_model import Lora
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
-from rkconvert.conversion.convert import TARGETS, Options, convert
+from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert
 from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
 from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS, known_types
 from rkconvert.toolkit import find_toolkit
-from rkconvert.toolkit.board_file import LORA_MODES
 from rkconvert.toolkit.options import toolkit_options
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle.manifest import Bundle

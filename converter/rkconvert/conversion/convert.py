@@ -11,11 +11,14 @@ from typing import Any, Final
 from rkconvert.adapters.merged_model import Lora, MergedModel, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.conversion.opened import Loaded
-from rkconvert.emulated.lora_file import plain_pairs, write_emulator_lora
-from rkconvert.emulated.model_file import EmulatorModel, tensor_specs, write_emulator_file
+from rkconvert.conversion.target import Target
+from rkconvert.emulated.lora_file import plain_pairs
+from rkconvert.emulated.model_file import EmulatorModel
+from rkconvert.emulated.target import EmulatedModel
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.model.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.output import bundle_folder
+from rkconvert.output.bundle_folder import ModelFile
 from rkconvert.output.disk import require_space
 from rkconvert.output.work_folder import refuse_made, work_folder
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
@@ -27,27 +30,17 @@ from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
 from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit import Toolkit, find_toolkit
-from rkconvert.toolkit.board_file import (
-    LORA_MODES,
-    LORA_NOTE,
-    BoardModel,
-    ModelFile,
-    check_board_model,
-    resumable_files,
-    write_board_file,
-)
+from rkconvert.toolkit.board_file import BoardModel
 from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
-from rkruntime.bundle.manifest import LORA, TOKENIZER, Bundle, Manifest, Source
-from rkruntime.bundle.rkemu import read_container
+from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
 from rkruntime.text.template import END_OF_TURN, SPECIAL_TOKENS
 from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
-EMULATOR_FILE: Final = "model.rkemu"
-EMULATOR_LORA_FILE: Final = f"{LORA}.rkemu"
+LORA_MODES: Final = ("merge", "runtime")
 # The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
 _LORA_NOT_PLANNED: Final = (
@@ -126,7 +119,7 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
 def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
     """The work itself, for a job that `check` gave; see `convert`."""
     started, options = time.monotonic(), job.options
-    checkpoint = job.model.checkpoint
+    checkpoint, target = job.model.checkpoint, _target(job)
     key = resume_key(
         job.inputs,
         options=asdict(options),
@@ -134,8 +127,8 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         toolkit=job.toolkit.as_dict() if job.toolkit else None,
         limits=[job.max_context, job.npu_cores],
     )
-    with work_folder(options.output, key, _resumable(job)) as folder:
-        made = _write_model(folder, job, reporter)
+    with work_folder(options.output, key, target.resumable) as folder:
+        made = target.write(folder, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         source = loaded.source(checkpoint, reporter)
         adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
@@ -154,11 +147,6 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         for files in job.inputs:
             files.check()
     return Bundle(options.output, manifest)
-
-
-def _resumable(job: Job) -> Sequence[str]:
-    """What of an unfinished bundle is used again."""
-    return resumable_files(_board_model(job, job.toolkit)) if job.toolkit else ()
 
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
@@ -313,12 +301,9 @@ def _check_model_file(job: Job) -> tuple[str, ...]:
     """Checks of the file that will be made, and what a person should know of it."""
     if job.lora:
         plain_pairs(job.lora)
-    if job.toolkit is None:
-        require_space(job.options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
-        return ()
-    board = _board_model(job, job.toolkit)
-    notes = check_board_model(board)
-    require_space(job.options.output, board.needed_bytes)
+    target = _target(job)
+    notes = target.check()
+    require_space(job.options.output, target.needed_bytes)
     return notes
 
 
@@ -363,48 +348,35 @@ def _npu_cores(options: Options, release: str) -> int:
     return cores
 
 
-def _emulator_model(job: Job) -> EmulatorModel:
-    return EmulatorModel(
-        config=job.model.weights.config,
-        tokenizer=job.tokenizer,
-        template=job.template,
-        eos_token_ids=job.model.checkpoint.eos_token_ids,
-        name=job.model.name,
-        platform=job.options.platform,
-        dtype=job.options.dtype,
-        toolkit_version=job.release,
-        max_context=job.max_context,
-        npu_cores=job.npu_cores,
-    )
-
-
-def _board_model(job: Job, toolkit: Toolkit) -> BoardModel:
+def _target(job: Job) -> Target:
+    """What makes the model file."""
+    options = job.options
+    if job.toolkit is None:
+        described = EmulatorModel(
+            config=job.model.weights.config,
+            tokenizer=job.tokenizer,
+            template=job.template,
+            eos_token_ids=job.model.checkpoint.eos_token_ids,
+            name=job.model.name,
+            platform=options.platform,
+            dtype=options.dtype,
+            toolkit_version=job.release,
+            max_context=job.max_context,
+            npu_cores=job.npu_cores,
+        )
+        return EmulatedModel(described, job.model, job.lora)
     return BoardModel(
         model=job.model,
         lora=job.lora,
         template=job.template,
         tokens=job.tokenizer.added,
-        platform=job.options.platform,
-        dtype=job.options.dtype,
+        platform=options.platform,
+        dtype=options.dtype,
         max_context=job.max_context,
         npu_cores=job.npu_cores,
-        toolkit=toolkit,
-        options=job.options,
+        toolkit=job.toolkit,
+        options=options,
     )
-
-
-def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
-    """Write the model file; what the manifest says of it."""
-    if job.toolkit is not None:
-        return write_board_file(folder, _board_model(job, job.toolkit), reporter)
-    verb = "merging and quantizing" if job.model.adapters else "quantizing"
-    with reporter.bar(verb, job.model.nbytes) as advance:
-        write_emulator_file(folder / EMULATOR_FILE, _emulator_model(job), job.model.weights, advance)
-    if job.lora is None:
-        return ModelFile(EMULATOR_FILE, ())
-    fingerprint = read_container(folder / EMULATOR_FILE).fingerprint
-    write_emulator_lora(folder / EMULATOR_LORA_FILE, job.lora, job.model.weights.config.family, fingerprint)
-    return ModelFile(EMULATOR_FILE, (LORA_NOTE.format(name=job.lora.name, file=EMULATOR_LORA_FILE),))
 
 
 def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
-from rkconvert.output.bundle_folder import REPORT, read_report, write_report
+from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile, read_report, write_report
 from rkconvert.output.hf_folder import resumable
 from rkconvert.output.host_memory import read_memory
 from rkconvert.progress import Reporter
@@ -31,10 +31,6 @@ from rkruntime.files import readable, sha256_file
 
 RKLLM_FILE: Final = "model.rkllm"
 LORA_FILE: Final = f"{LORA}.rkllm"
-LORA_MODES: Final = ("merge", "runtime")
-LORA_NOTE: Final = (
-    "the adapter {name} is in {file} beside the model: rkedge loads both, other programs call rkllm_load_lora"
-)
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"
@@ -50,7 +46,7 @@ _TITLES: Final = {
 
 @dataclass(frozen=True)
 class BoardModel:
-    """What a board file is made of.
+    """The target of a board: what its file is made of, and the making (`rkconvert.conversion.target.Target`).
 
     Attributes:
         model: the weights; without adapters where one is converted to a file of its own.
@@ -93,44 +89,65 @@ class BoardModel:
             parameters=self.model.weights.config.parameters,
         )
 
+    def check(self) -> tuple[str, ...]:
+        """Every check that needs no work; what a person should know.
 
-@dataclass(frozen=True)
-class ModelFile:
-    """A model file in a bundle's folder: its name, and notes for the manifest."""
-
-    name: str
-    notes: tuple[str, ...]
-
-
-def check_board_model(board: BoardModel) -> tuple[str, ...]:
-    """Every check that needs no work; what a person should know.
-
-    Raises:
-        RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
-        CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
-    """
-    options, anywhere = board.options, Path()
-    if board.lora:
-        _check_lora(board.lora)
-    steps = calls(board.job(anywhere, anywhere), board.toolkit.release, anywhere)
-    if options.qparams and not options.qparams.is_file():
-        raise CalibrationError(
-            f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
+        Raises:
+            RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
+            CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
+        """
+        options, anywhere = self.options, Path()
+        if self.lora:
+            _check_lora(self.lora)
+        steps = calls(self.job(anywhere, anywhere), self.toolkit.release, anywhere)
+        if options.qparams and not options.qparams.is_file():
+            raise CalibrationError(
+                f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
+            )
+        if options.calibration:
+            count = TokenCounter(self.model.tokenizer_folder / TOKENIZER)
+            validate_dataset(options.calibration, self.template, count, self.max_context)
+        case = checks.Case(
+            folder=self.model.checkpoint.path,
+            shape=parse_shape(self.model.hf_config()),
+            dtype=self.dtype,
+            load_dtype=options.toolkit_load_dtype,
+            memory=read_memory(),
+            tokens=self.tokens,
+            bos_token_id=self.model.weights.config.bos_token_id,
+            calibrated=options.calibration is not None,
         )
-    if options.calibration:
-        count = TokenCounter(board.model.tokenizer_folder / TOKENIZER)
-        validate_dataset(options.calibration, board.template, count, board.max_context)
-    case = checks.Case(
-        folder=board.model.checkpoint.path,
-        shape=parse_shape(board.model.hf_config()),
-        dtype=board.dtype,
-        load_dtype=options.toolkit_load_dtype,
-        memory=read_memory(),
-        tokens=board.tokens,
-        bos_token_id=board.model.weights.config.bos_token_id,
-        calibrated=options.calibration is not None,
-    )
-    return (*checks.require(case), *steps.notes)
+        return (*checks.require(case), *steps.notes)
+
+    @property
+    def resumable(self) -> Sequence[str]:
+        """What `write` takes up where a run was killed; it compares each with a checksum."""
+        staged = [] if is_linked(self.model) else [f"{_STAGED}/{name}" for name in resumable(self.model.weights)]
+        return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
+
+    def write(self, folder: Path, reporter: Reporter) -> ModelFile:
+        """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
+
+        Raises:
+            ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
+        """
+        report = _finished(folder)
+        if not report:
+            staged = folder / _STAGED
+            staged.mkdir(exist_ok=True)
+            with reporter.bar("writing the merged model", self.model.nbytes) as advance:
+                stage(self.model, self.template, self.toolkit.release, staged, advance)
+            if self.lora:
+                stage_adapter(self.lora, staged / _STAGED_LORA)
+            with reporter.steps() as show:
+                job = self.job(staged, folder / RKLLM_FILE)
+                result = run_toolkit(job, self.toolkit, _teller(reporter, show))
+            shutil.rmtree(staged)
+            report = _report(result, self, folder)
+            write_report(folder, _DONE, report)
+        for text in report["warnings"]:
+            reporter.note(f"toolkit: {text}")
+        return ModelFile(RKLLM_FILE, tuple(report["notes"]))
 
 
 def _check_lora(lora: Adapter) -> None:
@@ -141,37 +158,6 @@ def _check_lora(lora: Adapter) -> None:
             f"The adapter's weights are in {pickles[0]}; with --lora-mode runtime the toolkit would unpickle them.",
             hint="Save the adapter as safetensors, or merge it: --lora-mode merge.",
         )
-
-
-def resumable_files(board: BoardModel) -> list[str]:
-    """What `write_board_file` takes up where a run was killed; it compares each with a checksum."""
-    staged = [] if is_linked(board.model) else [f"{_STAGED}/{name}" for name in resumable(board.model.weights)]
-    return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
-
-
-def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> ModelFile:
-    """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
-
-    Raises:
-        ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
-    """
-    report = _finished(folder)
-    if not report:
-        staged = folder / _STAGED
-        staged.mkdir(exist_ok=True)
-        with reporter.bar("writing the merged model", board.model.nbytes) as advance:
-            stage(board.model, board.template, board.toolkit.release, staged, advance)
-        if board.lora:
-            stage_adapter(board.lora, staged / _STAGED_LORA)
-        with reporter.steps() as show:
-            job = board.job(staged, folder / RKLLM_FILE)
-            result = run_toolkit(job, board.toolkit, _teller(reporter, show))
-        shutil.rmtree(staged)
-        report = _report(result, board, folder)
-        write_report(folder, _DONE, report)
-    for text in report["warnings"]:
-        reporter.note(f"toolkit: {text}")
-    return ModelFile(RKLLM_FILE, tuple(report["notes"]))
 
 
 def _finished(folder: Path) -> dict[str, Any]:
