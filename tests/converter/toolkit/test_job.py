@@ -81,9 +81,6 @@ RK3562 = ["w8a8", "w4a16_g32", "w4a16_g64", "w4a16_g128", "w4a8_g32"]
 ALL_TYPES = sorted({*RK3588, *RK3576, *RK3562})
 
 
-RK3576: dict[str, Any] = {"platform": "rk3576", "npu_cores": 2}
-
-
 @pytest.mark.parametrize("version", RELEASES)
 def test_types_of_every_platform_and_release(job: Callable[..., ToolkitJob], version: str) -> None:
     allowed = {"rk3588": RK3588, "rk3576": RK3576}
@@ -113,6 +110,9 @@ def test_cores(job: Callable[..., ToolkitJob], platform: str, most: int) -> None
                 arguments(asked, "1.3.0")
 
 
+ON_RK3576: dict[str, Any] = {"platform": "rk3576", "npu_cores": 2}
+
+
 @pytest.mark.parametrize(
     ("version", "algorithm", "fields", "error", "words"),
     [
@@ -136,8 +136,8 @@ def test_cores(job: Callable[..., ToolkitJob], platform: str, most: int) -> None
         ("1.2.3", "normal", {"max_context": 4000}, None, ""),
         ("1.2.3", "normal", {"max_context": 4001}, UsageError, "multiple of 32"),
         ("1.2.3", "normal", {"max_context": 0}, UsageError, "multiple of 32"),
-        ("1.2.3", "grq_r64", {**RK3576, "dtype": "w4a16", "toolkit_device": "cuda"}, None, ""),
-        ("1.1.1", "gdq", {**RK3576, "dtype": "w4a16_g32", "toolkit_device": "cuda"}, None, ""),
+        ("1.2.3", "grq_r64", {**ON_RK3576, "dtype": "w4a16", "toolkit_device": "cuda"}, None, ""),
+        ("1.1.1", "gdq", {**ON_RK3576, "dtype": "w4a16_g32", "toolkit_device": "cuda"}, None, ""),
     ],
 )  # fmt: skip
 def test_what_a_release_does_not_do(
