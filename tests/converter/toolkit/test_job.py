@@ -209,7 +209,7 @@ def test_the_document_is_one_line_of_ascii(job: Callable[..., ToolkitJob], tmp_p
 @pytest.mark.parametrize(
     ("field", "value", "option"),
     [("algorithm", "grq", "--algorithm"), ("hybrid_rate", 0.5, "--hybrid-rate"),
-     ("dataset", Path("data.json"), "--calibration"), ("qparams", Path("a.qparams"), "--qparams")],
+     ("calibration", Path("data.json"), "--calibration"), ("qparams", Path("a.qparams"), "--qparams")],
 )  # fmt: skip
 @pytest.mark.parametrize("version", ["1.1.4", "1.3.0"])
 def test_what_tells_a_quantizer_something_is_refused_without_one(job, field, value, option, version):
