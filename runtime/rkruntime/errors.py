@@ -119,7 +119,7 @@ class CalibrationError(InputError):
 class OutputError(InputError):
     """The place to write to cannot be used."""
 
-    default_hint = "Name another output folder, or remove the one that is there."
+    default_hint = "Name another place to write to, or remove what is there."
 
 
 class RefusedError(RKEdgeError):

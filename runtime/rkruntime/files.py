@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from rkruntime.errors import HostError, OutputError
+from rkruntime.errors import HostError, InputError, OutputError
 
 _BLOCK = 4 << 20
 
@@ -56,6 +56,23 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+def path_hint(error: OSError, path: str | os.PathLike[str]) -> str | None:
+    """The next step where the path itself is at fault; None where something else is."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "Check the spelling of the path."
+    if error.errno == errno.EISDIR:
+        return "That is a folder: name a file in it."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"Its permissions, or those of a folder above it, do not allow it: namei -l {readable(path)}"
+    return None
+
+
+def read_error(path: object, error: OSError, kind: type[InputError] = InputError) -> InputError:
+    """What a person is told when `path` could not be read: an error of `kind`, whose own hint speaks of its content."""
+    shown = readable(str(path))
+    return kind(f"{shown} cannot be read: {error.strerror or error}.", hint=path_hint(error, shown))
+
+
 def write_error(path: Path, error: OSError) -> HostError | OutputError:
     """What a person is told when writing below `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -64,12 +81,19 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
             f"The disk is full: writing {path} stopped with {free / 1e9:.2f} GB free.",
             hint="Free space on that disk, or name an output folder on another one. Nothing half-written was left.",
         )
-    return OutputError(f"Cannot write {path}: {error.strerror or error}.")
+    hint = path_hint(error, path.parent)
+    return OutputError(f"Cannot write {path}: {error.strerror or error}.", hint=hint)
 
 
 def readable(path: str | os.PathLike[str]) -> str:
     """A path as a text that YAML, JSON and a terminal can hold: bytes that are not UTF-8 become `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _no_folder(folder: Path) -> OutputError:
+    if folder.exists():
+        return OutputError(f"{folder} is a file, not a folder to write into.", hint="Name a folder.")
+    return OutputError(f"There is no folder {folder} to write into.", hint=f"Make it: mkdir -p {folder}")
 
 
 def refuse_existing(final: Path) -> None:
@@ -83,7 +107,7 @@ def refuse_existing(final: Path) -> None:
     else:
         raise OutputError(f"{final} exists already, and is not overwritten.")
     if not final.parent.is_dir():
-        raise OutputError(f"There is no folder {final.parent} to write into.", hint=f"Make it: mkdir -p {final.parent}")
+        raise _no_folder(final.parent)
 
 
 @contextmanager
@@ -112,6 +136,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
     """A new file beside `final` that replaces it when the block ends, and vanishes when the block raises."""
+    if not final.parent.is_dir():
+        raise _no_folder(final.parent)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
     except OSError as error:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.model.gemma import HEAD
+from rkconvert.model.family import HEAD
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import AdapterError
+from rkruntime.files import read_error
 
 FILE: Final = "adapter_config.json"
 # Settings under which the matrices mean something else than weight + factor * (B @ A).
@@ -47,6 +48,20 @@ _PAIR_SIDES: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"
 _PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
+def _no_adapter(folder: Path) -> AdapterError:
+    """The error for what is not a folder of an adapter."""
+    if not folder.exists():
+        return AdapterError(f"There is no adapter {folder}.", hint="Check the spelling of the path.")
+    hint = None
+    if folder.is_file() and (folder.parent / FILE).is_file():
+        hint = f"Name the folder that it is in: {folder.parent}"
+    elif (folder / "config.json").is_file():
+        hint = "It is a model; --lora takes what peft's save_pretrained wrote."
+    elif inner := sorted(found.parent for found in folder.glob(f"*/{FILE}")):
+        hint = f"Name what is in it: {inner[0]}"
+    return AdapterError(f"{folder} is not an adapter: it has no {FILE}.", hint=hint)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """A checked adapter_config.json."""
@@ -58,8 +73,11 @@ class AdapterConfig:
     def read(cls, folder: Path) -> AdapterConfig:
         """Read an adapter folder's settings. Raises AdapterError if there are none, or of a kind that is refused."""
         path = folder / FILE
-        if not path.is_file():
-            raise AdapterError(f"{folder} is not an adapter: it has no {FILE}.")
+        try:
+            if not path.is_file():
+                raise _no_adapter(folder)
+        except OSError as error:
+            raise read_error(folder, error, AdapterError) from error
         config = cls(path, read_json(path, AdapterError))
         config._check_kind()
         return config

@@ -10,7 +10,8 @@ import numpy as np
 
 from rkconvert.adapters.reader import Adapter, lost_rows
 from rkconvert.adapters.updates import Dora, Replacement, TensorUpdate, TokenRows
-from rkconvert.model.gemma import EMBEDDING, HEAD, GemmaConfig
+from rkconvert.model.family import EMBEDDING, HEAD
+from rkconvert.model.gemma import GemmaConfig
 from rkconvert.tensors.weights import TensorInfo, Weights, same_values
 from rkruntime.errors import AdapterError
 

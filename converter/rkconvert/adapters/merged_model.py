@@ -14,7 +14,7 @@ from rkconvert.adapters.merge import MergedWeights
 from rkconvert.adapters.notes import adapter_notes, token_count
 from rkconvert.adapters.reader import Adapter, open_adapter
 from rkconvert.adapters.updates import TensorUpdate, TokenRows
-from rkconvert.model.gemma import EMBEDDING
+from rkconvert.model.family import EMBEDDING
 from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import download, is_hub_id
 from rkconvert.tensors.inputs import Inputs, folder_states

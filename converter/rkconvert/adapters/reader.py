@@ -12,7 +12,7 @@ import numpy as np
 
 from rkconvert.adapters.config import AdapterConfig
 from rkconvert.adapters.updates import Change, Dora, LowRank, Replacement, TensorUpdate, TokenRows
-from rkconvert.model.gemma import EMBEDDING, HEAD
+from rkconvert.model.family import EMBEDDING, HEAD
 from rkconvert.tensors.formats import FLOATS, to_float32
 from rkconvert.tensors.tensor_files import ADAPTER_FILES, open_tensor_files
 from rkconvert.tensors.weights import Weights, read_finite, same_values

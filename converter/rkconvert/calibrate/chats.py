@@ -13,6 +13,7 @@ import yaml
 
 from rkconvert.calibrate.dataset import is_unicode
 from rkruntime.errors import CalibrationError
+from rkruntime.files import read_error
 from rkruntime.text.template import ROLES, Message
 
 _DEFAULT: Final = Path(__file__).with_name("default.yaml")
@@ -87,8 +88,10 @@ def _read(path: Path) -> str:
                 f"{path} has over {_MOST_BYTES >> 20} MiB.", hint="Take a part of it: a few dozen chats are enough."
             )
         return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise read_error(path, error, CalibrationError) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not text in UTF-8: {error}.", hint="Save it as UTF-8.") from error
 
 
 def _lines(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CalibrationError, InputError
-from rkruntime.files import atomic_file
+from rkruntime.files import atomic_file, read_error
 
 KEYS: Final = ("input", "target")
 _MOST_BYTES: Final = 64 << 20
@@ -105,7 +105,7 @@ def _read(path: Path) -> Any:
             )
         data = path.read_bytes()
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise read_error(path, error, CalibrationError) from error
     refuse_lfs_pointer(path, data[:64], CalibrationError)
     try:
         return json.loads(data)

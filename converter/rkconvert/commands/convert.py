@@ -14,20 +14,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from rkconvert.adapters.merged_model import Lora
-from rkconvert.commands.options import lora_option, max_context_option, revision_option, toolkit_python_option
+from rkconvert.commands.options import lora_option, max_context_option, revision_option
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
-from rkconvert.conversion.convert import TARGETS, Options, convert
+from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert
 from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
 from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS, known_types
 from rkconvert.toolkit import find_toolkit
-from rkconvert.toolkit.board_file import LORA_MODES, ToolkitOptions
-from rkconvert.toolkit.job import DEVICES
-from rkconvert.toolkit.runner import PATIENCE
+from rkconvert.toolkit.options import toolkit_options
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.cli.flags import Number, json_option, quiet_option
+from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.errors import UsageError
 from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
@@ -76,45 +74,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
     show_default=True,
     help="Merge the adapter, or write it to a file that is loaded with the model.",
 )
-@toolkit_python_option()
-@click.option("--calibration", type=_PATH, help="Calibrate with these texts, from `rkedge calibrate` (toolkit only).")
-@click.option("--algorithm", default="normal", show_default=True, help="Quantize with this algorithm (toolkit only).")
-@click.option(
-    "--optimization-level",
-    type=click.IntRange(0, 1),
-    default=1,
-    show_default=True,
-    help="Set the toolkit's optimization level; 1 may be more accurate and slower.",
-)
-@click.option(
-    "--hybrid-rate",
-    type=Number(0, 1, max_open=True),
-    default=0.0,
-    show_default=True,
-    help="Quantize this fraction of the layers in the other type, grouped or ungrouped (toolkit only).",
-)
-@click.option("--qparams", type=_PATH, help="Reuse the *.qparams file of an earlier run (toolkit only).")
-@click.option(
-    "--toolkit-device",
-    type=click.Choice(DEVICES),
-    default="cpu",
-    show_default=True,
-    help="Run the toolkit on the CPU or on a CUDA GPU.",
-)
-@click.option(
-    "--toolkit-load-dtype",
-    default="float32",
-    show_default=True,
-    help="Load the weights in this data type (toolkit only).",
-)
-@click.option(
-    "--toolkit-patience",
-    type=Number(1, 1_000_000),
-    metavar="SECONDS",
-    default=PATIENCE,
-    show_default=True,
-    help="Kill the toolkit after this long without output, CPU use or paging.",
-)
+@toolkit_options
 @click.option(
     "-o",
     "--output",
@@ -230,27 +190,7 @@ def _show(outcomes: Sequence[matrices.Outcome]) -> None:
 
 
 def options_of(
-    checkpoint: str | None,
-    revision: str | None,
-    loras: tuple[str, ...],
-    target: str,
-    platform: str,
-    dtype: str,
-    force_dtype: bool,
-    max_context: int | None,
-    npu_cores: int | None,
-    release: str | None,
-    lora_mode: str,
-    output: Path | None,
-    toolkit_python: Path | None,
-    calibration: Path | None,
-    algorithm: str,
-    optimization_level: int,
-    hybrid_rate: float,
-    qparams: Path | None,
-    toolkit_device: str,
-    toolkit_load_dtype: str,
-    toolkit_patience: float,
+    *, checkpoint: str | None, output: Path | None, release: str | None, loras: tuple[str, ...], **values: Any
 ) -> Options:
     """The options of a conversion from the command's own. Raises UsageError."""
     if checkpoint is None:
@@ -258,29 +198,7 @@ def options_of(
     adapters = tuple(Lora.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
     if release is None:
-        release = find_toolkit(toolkit_python).version if target == "toolkit" else DEFAULT_RELEASE
-    return Options(
-        checkpoint=checkpoint,
-        revision=revision,
-        output=output or Path(f"{name}-{platform}-{dtype}-{release}"),
-        loras=adapters,
-        target=target,
-        platform=platform,
-        dtype=dtype,
-        force_dtype=force_dtype,
-        max_context=max_context,
-        release=release,
-        npu_cores=npu_cores,
-        lora_mode=lora_mode,
-        toolkit=ToolkitOptions(
-            python=toolkit_python,
-            calibration=calibration,
-            algorithm=algorithm,
-            optimization_level=optimization_level,
-            hybrid_rate=hybrid_rate,
-            device=toolkit_device,
-            load_dtype=toolkit_load_dtype,
-            qparams=qparams,
-            patience=toolkit_patience,
-        ),
-    )
+        emulated = values["target"] == "emulator"
+        release = DEFAULT_RELEASE if emulated else find_toolkit(values["toolkit_python"]).version
+    folder = output or Path(f"{name}-{values['platform']}-{values['dtype']}-{release}")
+    return Options(checkpoint, folder, loras=adapters, release=release, **values)

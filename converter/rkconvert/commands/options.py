@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
 
 from rkconvert.rules.context import DEFAULT_CONTEXT
-from rkconvert.toolkit.interpreter import VARIABLE
 from rkruntime.cli.flags import TOKENS
 
 Decorator: TypeAlias = Callable[[Any], Any]
@@ -40,14 +38,4 @@ def max_context_option() -> Decorator:
         metavar="TOKENS",
         show_default=f"the model's limit, at most {DEFAULT_CONTEXT}",
         help="Set the context length.",
-    )
-
-
-def toolkit_python_option() -> Decorator:
-    """`--toolkit-python`."""
-    return click.option(
-        "--toolkit-python",
-        type=click.Path(path_type=Path),
-        show_default=f"${VARIABLE}, else searched for",
-        help="Use the rkllm-toolkit that this Python interpreter has.",
     )

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from rkconvert.commands.options import toolkit_python_option
 from rkconvert.toolkit.environment import setup
 from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
+from rkconvert.toolkit.options import toolkit_python_option
 from rkconvert.toolkit.wheel import read_wheel
 from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.printable import one_line

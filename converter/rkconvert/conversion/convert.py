@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.adapters.merged_model import Lora, MergedModel, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.conversion.opened import Loaded
-from rkconvert.emulated.lora_file import plain_pairs, write_emulator_lora
-from rkconvert.emulated.model_file import EmulatorModel, tensor_specs, write_emulator_file
+from rkconvert.conversion.target import Target
+from rkconvert.emulated.lora_file import plain_pairs
+from rkconvert.emulated.model_file import EmulatorModel
+from rkconvert.emulated.target import EmulatedModel
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.model.tokenizer import Tokenizer, read_tokenizer
 from rkconvert.output import bundle_folder
+from rkconvert.output.bundle_folder import ModelFile
 from rkconvert.output.disk import require_space
 from rkconvert.output.work_folder import refuse_made, work_folder
 from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
@@ -27,34 +30,28 @@ from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
 from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit import Toolkit, find_toolkit
-from rkconvert.toolkit.board_file import (
-    LORA_MODES,
-    LORA_NOTE,
-    BoardModel,
-    ModelFile,
-    ToolkitOptions,
-    check_board_model,
-    resumable_files,
-    write_board_file,
-)
+from rkconvert.toolkit.board_file import BoardModel
+from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
-from rkruntime.bundle.manifest import LORA, TOKENIZER, Bundle, Manifest, Source
-from rkruntime.bundle.rkemu import read_container
+from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
 from rkruntime.text.template import END_OF_TURN, SPECIAL_TOKENS
 from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
-EMULATOR_FILE: Final = "model.rkemu"
-EMULATOR_LORA_FILE: Final = f"{LORA}.rkemu"
+LORA_MODES: Final = ("merge", "runtime")
 # The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
+_LORA_NOT_PLANNED: Final = (
+    "memory and speed in the plan are those of the model without its adapter: what an adapter in its own file adds"
+    " to them on a board is not known"
+)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a conversion is asked for; the defaults are those of the command.
+class Options(ToolkitOptions):
+    """What a conversion is asked for, by the names and with the defaults of the command.
 
     Attributes:
         checkpoint: a folder, a .gguf file or a hub id; `revision` is a hub model's branch, tag or commit.
@@ -62,7 +59,6 @@ class Options:
         release: the RKLLM release that the bundle is for; None for that of the toolkit, or 1.2.3 for the emulator.
         npu_cores: None for all that the SoC has.
         lora_mode: `merge`, or `runtime`: the adapter becomes a file of its own, for rkllm_load_lora.
-        toolkit: what only the target `toolkit` can be asked for.
     """
 
     checkpoint: str
@@ -77,7 +73,6 @@ class Options:
     release: str | None = None
     npu_cores: int | None = None
     lora_mode: str = "merge"
-    toolkit: ToolkitOptions = field(default_factory=ToolkitOptions)
 
 
 @dataclass(frozen=True)
@@ -124,16 +119,16 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
 def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
     """The work itself, for a job that `check` gave; see `convert`."""
     started, options = time.monotonic(), job.options
-    checkpoint = job.model.checkpoint
+    checkpoint, target = job.model.checkpoint, _target(job)
     key = resume_key(
         job.inputs,
         options=asdict(options),
         release=job.release,
-        toolkit=_parts(job.toolkit),
+        toolkit=job.toolkit.as_dict() if job.toolkit else None,
         limits=[job.max_context, job.npu_cores],
     )
-    with work_folder(options.output, key, _resumable(job)) as folder:
-        made = _write_model(folder, job, reporter)
+    with work_folder(options.output, key, target.resumable) as folder:
+        made = target.write(folder, reporter)
         bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
         source = loaded.source(checkpoint, reporter)
         adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
@@ -152,11 +147,6 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         for files in job.inputs:
             files.check()
     return Bundle(options.output, manifest)
-
-
-def _resumable(job: Job) -> Sequence[str]:
-    """What of an unfinished bundle is used again."""
-    return resumable_files(_board_model(job, job.toolkit)) if job.toolkit else ()
 
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
@@ -182,13 +172,15 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
     job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
     of_adapters = loaded.model(checkpoint, options.loras).notes
     job = replace(job, notes=(*notes, *of_adapters, *template.notes, *_check_model_file(job)))
+    if lora and plan:
+        job = replace(job, notes=(*job.notes, _LORA_NOT_PLANNED))
     for note in job.notes:
         reporter.note(f"note: {note}")
     return job
 
 
 def _check_target(options: Options) -> None:
-    """That there is something that runs the result."""
+    """That there is something that makes and runs what is asked for."""
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     if options.target == "emulator" and options.platform != _EMULATED_PLATFORM:
@@ -196,11 +188,15 @@ def _check_target(options: Options) -> None:
             f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
             hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
         )
-    if options.target == "emulator" and (given := options.toolkit.given()):
+    if options.target == "emulator" and (given := options.given()):
         raise UsageError(
             f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
             hint="Leave it out, or use --target toolkit.",
         )
+    if options.lora_mode not in LORA_MODES:
+        raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
+    if options.lora_mode == "runtime":
+        _check_runtime_lora(options.loras)
 
 
 def _release(options: Options, toolkit: Toolkit | None) -> str:
@@ -216,7 +212,7 @@ def _release(options: Options, toolkit: Toolkit | None) -> str:
 
 def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
     """The files of the checkpoint, of each adapter and of other options, in this order."""
-    others = [path for path in (options.toolkit.calibration, options.toolkit.qparams) if path]
+    others = [path for path in (options.calibration, options.qparams) if path]
     return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
 
 
@@ -247,7 +243,7 @@ def made_of(
         "made_by": bundle_folder.created_by(),
         "options": plain,
         "release": release,
-        "toolkit": _parts(toolkit),
+        "toolkit": toolkit.as_dict() if toolkit else None,
         "files": [
             {"weights": sha256, "small": [list(pair) for pair in item.digests]}
             for sha256, item in zip(weights, inputs, strict=True)
@@ -257,7 +253,7 @@ def made_of(
 
 def _refuse_bytes(options: Options) -> None:
     """The toolkit reads and writes through libraries that take paths as Unicode (tokenizers is one)."""
-    given = {"output": options.output, "calibration": options.toolkit.calibration, "qparams": options.toolkit.qparams}
+    given = {"output": options.output, "calibration": options.calibration, "qparams": options.qparams}
     for name, path in given.items():
         if path and (text := readable(path.absolute())) != str(path.absolute()):
             raise UsageError(
@@ -266,14 +262,8 @@ def _refuse_bytes(options: Options) -> None:
             )
 
 
-def _parts(toolkit: Toolkit | None) -> dict[str, Any] | None:
-    if toolkit is None:
-        return None
-    return {"version": toolkit.version, "python": toolkit.python_version, "packages": dict(toolkit.parts)}
-
-
 def _toolkit(options: Options) -> Toolkit | None:
-    return find_toolkit(options.toolkit.python) if options.target == "toolkit" else None
+    return find_toolkit(options.toolkit_python) if options.target == "toolkit" else None
 
 
 def _same_release(named: str, installed: str) -> bool:
@@ -283,28 +273,37 @@ def _same_release(named: str, installed: str) -> bool:
 
 def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
     """The weights, and the adapter that stays apart from them."""
-    if options.lora_mode not in LORA_MODES:
-        raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
     if options.lora_mode == "merge":
         return loaded.model(checkpoint, options.loras), None
-    if len(options.loras) != 1 or options.loras[0].weight != 1:
-        raise UsageError(
-            "--lora-mode runtime takes one adapter, whose weight is chosen when it is loaded.",
-            hint="Convert several one after another, or merge them: --lora-mode merge.",
-        )
     return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
+
+
+def _check_runtime_lora(loras: Sequence[Lora]) -> None:
+    """That there is one adapter, which can be kept in a file of its own as it is."""
+    if not loras:
+        raise UsageError(
+            "--lora-mode runtime keeps an adapter in a file of its own, and no adapter is given.",
+            hint="Name it with --lora FOLDER, or leave --lora-mode out.",
+        )
+    if len(loras) > 1:
+        raise UsageError(
+            f"--lora-mode runtime keeps one adapter in a file of its own, and {len(loras)} are given.",
+            hint="Make a bundle for each, or merge them into one model: --lora-mode merge.",
+        )
+    if loras[0].weight != 1:
+        raise UsageError(
+            f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads an adapter's own file with weight 1.",
+            hint="Leave the weight out, or merge the adapter with it: --lora-mode merge.",
+        )
 
 
 def _check_model_file(job: Job) -> tuple[str, ...]:
     """Checks of the file that will be made, and what a person should know of it."""
     if job.lora:
         plain_pairs(job.lora)
-    if job.toolkit is None:
-        require_space(job.options.output, sum(spec.nbytes for spec in tensor_specs(_emulator_model(job))))
-        return ()
-    board = _board_model(job, job.toolkit)
-    notes = check_board_model(board)
-    require_space(job.options.output, board.needed_bytes)
+    target = _target(job)
+    notes = target.check()
+    require_space(job.options.output, target.needed_bytes)
     return notes
 
 
@@ -349,48 +348,35 @@ def _npu_cores(options: Options, release: str) -> int:
     return cores
 
 
-def _emulator_model(job: Job) -> EmulatorModel:
-    return EmulatorModel(
-        config=job.model.weights.config,
-        tokenizer=job.tokenizer,
-        template=job.template,
-        eos_token_ids=job.model.checkpoint.eos_token_ids,
-        name=job.model.name,
-        platform=job.options.platform,
-        dtype=job.options.dtype,
-        toolkit_version=job.release,
-        max_context=job.max_context,
-        npu_cores=job.npu_cores,
-    )
-
-
-def _board_model(job: Job, toolkit: Toolkit) -> BoardModel:
+def _target(job: Job) -> Target:
+    """What makes the model file."""
+    options = job.options
+    if job.toolkit is None:
+        described = EmulatorModel(
+            config=job.model.weights.config,
+            tokenizer=job.tokenizer,
+            template=job.template,
+            eos_token_ids=job.model.checkpoint.eos_token_ids,
+            name=job.model.name,
+            platform=options.platform,
+            dtype=options.dtype,
+            toolkit_version=job.release,
+            max_context=job.max_context,
+            npu_cores=job.npu_cores,
+        )
+        return EmulatedModel(described, job.model, job.lora)
     return BoardModel(
         model=job.model,
         lora=job.lora,
         template=job.template,
         tokens=job.tokenizer.added,
-        platform=job.options.platform,
-        dtype=job.options.dtype,
+        platform=options.platform,
+        dtype=options.dtype,
         max_context=job.max_context,
         npu_cores=job.npu_cores,
-        toolkit=toolkit,
-        options=job.options.toolkit,
+        toolkit=job.toolkit,
+        options=options,
     )
-
-
-def _write_model(folder: Path, job: Job, reporter: Reporter) -> ModelFile:
-    """Write the model file; what the manifest says of it."""
-    if job.toolkit is not None:
-        return write_board_file(folder, _board_model(job, job.toolkit), reporter)
-    verb = "merging and quantizing" if job.model.adapters else "quantizing"
-    with reporter.bar(verb, job.model.nbytes) as advance:
-        write_emulator_file(folder / EMULATOR_FILE, _emulator_model(job), job.model.weights, advance)
-    if job.lora is None:
-        return ModelFile(EMULATOR_FILE, ())
-    fingerprint = read_container(folder / EMULATOR_FILE).fingerprint
-    write_emulator_lora(folder / EMULATOR_LORA_FILE, job.lora, job.model.weights.config.family, fingerprint)
-    return ModelFile(EMULATOR_FILE, (LORA_NOTE.format(name=job.lora.name, file=EMULATOR_LORA_FILE),))
 
 
 def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:
@@ -436,12 +422,9 @@ def _special_tokens(template: ChatTemplate) -> dict[str, str]:
 def plain_options(options: Options) -> dict[str, Any]:
     """Options as YAML and JSON hold them."""
     plain = asdict(options)
-    plain["checkpoint"], plain["output"] = _public(str(options.checkpoint)), readable(options.output.name)
+    plain["checkpoint"] = _public(str(options.checkpoint))
     plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
-    plain["toolkit"] = {
-        key: readable(value.name) if isinstance(value, Path) else value for key, value in plain["toolkit"].items()
-    }
-    return plain
+    return {key: readable(value.name) if isinstance(value, Path) else value for key, value in plain.items()}
 
 
 def _exact(number: float) -> str:

@@ -19,7 +19,7 @@ from rkconvert.conversion.opened import Loaded
 from rkconvert.output.bundle_folder import read_report
 from rkconvert.output.work_folder import forget_kill
 from rkconvert.progress import Reporter
-from rkconvert.toolkit.runner import PATIENCE
+from rkconvert.toolkit.options import PATIENCE
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import OutputError, RefusedError, RKEdgeError, UsageError
 from rkruntime.files import write_error
@@ -111,8 +111,7 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
 
 def _deciding(options: Options) -> Options:
     """What decides the bundle: not where it is made, nor how patiently, nor what would be forgiven."""
-    toolkit = replace(options.toolkit, patience=PATIENCE)
-    return replace(options, output=Path(), force_dtype=False, toolkit=toolkit)
+    return replace(options, output=Path(), force_dtype=False, toolkit_patience=PATIENCE)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 
 from rkconvert.adapters.reader import Adapter
 from rkconvert.adapters.updates import LowRank
-from rkconvert.emulated.model_file import emulator_name
+from rkconvert.model.families import FAMILIES
 from rkruntime.bundle import rkemu
 from rkruntime.errors import AdapterError
 
@@ -39,7 +39,7 @@ def write_emulator_lora(path: Path, adapter: Adapter, family: str, base_fingerpr
     Raises:
         AdapterError: see `plain_pairs`.
     """
-    pairs = {emulator_name(name, family): pair for name, pair in plain_pairs(adapter).items()}
+    pairs = {FAMILIES[family].to_rkemu(name): pair for name, pair in plain_pairs(adapter).items()}
     # The file has one alpha, and the factor of a pair is alpha / its rank: where a pair's own factor is another, the
     # difference goes into its second matrix.
     first = next(iter(pairs.values()))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rkconvert.emulated.quantize import group_size, quantize_rows
 from rkconvert.model.chat_template import ChatTemplate
-from rkconvert.model.gemma import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig
+from rkconvert.model.families import FAMILIES
+from rkconvert.model.gemma import GemmaConfig
 from rkconvert.model.tokenizer import Tokenizer
 from rkconvert.progress import Advance
 from rkconvert.tensors.formats import STORAGE, to_float32
@@ -22,24 +22,6 @@ from rkruntime.text.template import END_OF_TURN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_GEMMA2_PARTS: Final = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_o",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "attn_post_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "ffn_post_norm",
-}
-# Gemma 1 has two norms a layer, and calls the one before the MLP after the attention that it follows.
-_PARTS: Final = {"gemma2": _GEMMA2_PARTS, "gemma": _GEMMA2_PARTS | {"post_attention_layernorm": "ffn_norm"}}
-_WHOLE: Final = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -56,16 +38,6 @@ class EmulatorModel:
     toolkit_version: str
     max_context: int
     npu_cores: int
-
-
-def emulator_name(name: str, family: str) -> str:
-    """A Hugging Face tensor's name in the container."""
-    if name in _WHOLE:
-        return _WHOLE[name]
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        raise ValueError(f"no Gemma tensor is called {name}")
-    return f"blk.{match[1]}.{_PARTS[family][match[2]]}"
 
 
 def metadata(model: EmulatorModel) -> dict[str, rkemu.Value]:
@@ -113,7 +85,7 @@ def _ends_of_answers(model: EmulatorModel) -> list[int]:
 
 def _specs(config: GemmaConfig, dtype: str) -> Iterator[rkemu.TensorSpec]:
     for name, shape in config.tensors().items():
-        target = emulator_name(name, config.family)
+        target = FAMILIES[config.family].to_rkemu(name)
         if len(shape) == 1 or dtype == "fp32":
             yield rkemu.TensorSpec(target, "float32", shape)
         else:
@@ -154,7 +126,7 @@ def _read_back(path: Path, model: EmulatorModel) -> None:
 
 
 def _write_tensor(writer: rkemu.Writer, name: str, model: EmulatorModel, weights: Weights, advance: Advance) -> None:
-    info, target = weights.tensors[name], emulator_name(name, model.config.family)
+    info, target = weights.tensors[name], FAMILIES[model.config.family].to_rkemu(name)
     plain = len(info.shape) == 1 or model.dtype == "fp32"
     group = 0 if plain else group_size(model.dtype, info.shape[1])
 

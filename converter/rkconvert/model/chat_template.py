@@ -13,6 +13,7 @@ from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TEMPLATE, TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
+from rkruntime.files import read_error
 from rkruntime.text.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
 
 _USER = "@@the words of the user@@"
@@ -138,6 +139,6 @@ def _read(file: Place) -> str:
             raise CheckpointError(f"{file} has more than {MAX_TEMPLATE:,} bytes, which no chat template has.")
         return data.decode()
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise read_error(file, error, CheckpointError) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file} is not UTF-8: {error}.") from error

@@ -6,47 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rkconvert.model.families import FAMILIES
+from rkconvert.model.family import EMBEDDING, FINAL_NORM, HEAD, Family
 from rkruntime.errors import CheckpointError
 
-# Values that config.json may leave out, from transformers' Gemma2Config and GemmaConfig (save_pretrained writes
-# differences only).
-_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
-    "gemma2": {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    },
-    "gemma": {
-        "vocab_size": 256000,
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    },
-}
-SUPPORTED: Final = {"Gemma2ForCausalLM": "gemma2", "GemmaForCausalLM": "gemma"}
 # Larger values are typing errors or attacks: 27B has 46 layers, a width of 36864 and 256000 tokens.
 _MAX_SIZE: Final = 1 << 20
 _SIZES: Final = (
@@ -60,10 +23,6 @@ _NAMES: Final = {
     2_506_172_416: "2B",
     8_537_680_896: "7B",
 }
-
-EMBEDDING: Final = "model.embed_tokens.weight"
-FINAL_NORM: Final = "model.norm.weight"
-HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -121,39 +80,33 @@ class GemmaConfig:
         return shapes
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        if self.family == "gemma2":
-            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        return {
-            "self_attn.q_proj.weight": (query, hidden),
-            "self_attn.k_proj.weight": (key, hidden),
-            "self_attn.v_proj.weight": (key, hidden),
-            "self_attn.o_proj.weight": (hidden, query),
-            "mlp.gate_proj.weight": (inner, hidden),
-            "mlp.up_proj.weight": (inner, hidden),
-            "mlp.down_proj.weight": (hidden, inner),
-            **{f"{norm}.weight": (hidden,) for norm in norms},
+        sizes = {
+            "hidden": self.hidden_size,
+            "inner": self.intermediate_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key": self.num_key_value_heads * self.head_dim,
         }
+        parts = FAMILIES[self.family].parts
+        return {f"{part.hf}.weight": tuple(sizes[name] for name in part.shape) for part in parts}
 
 
-def family_of(config: Mapping[str, Any]) -> str:
-    """`gemma2` or `gemma`. Raises CheckpointError with the list of those supported for any other model."""
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises CheckpointError with the list of those supported for any other model."""
     names = config.get("architectures") or []
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     model_type = config.get("model_type")
+    by_architecture = {family.architecture: family for family in FAMILIES.values()}
     for name in names:
-        if name in SUPPORTED:
-            if model_type not in (None, SUPPORTED[name]):
+        if family := by_architecture.get(name):
+            if model_type not in (None, family.model_type):
                 raise CheckpointError(f"config.json contradicts itself: a {name} of the model_type {model_type!r}.")
-            return SUPPORTED[name]
-    if not names and model_type in _DEFAULTS:
-        return str(model_type)
+            return family
+    if not names and isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
     if not names and model_type is None:
         raise CheckpointError("config.json names neither an architecture nor a model_type.")
     raise CheckpointError(
-        f"The checkpoint is a {', '.join(names) or model_type}; supported are {', '.join(SUPPORTED)}.",
+        f"The checkpoint is a {', '.join(names) or model_type}; supported are {', '.join(by_architecture)}.",
         hint="Convert a Gemma 2 (or Gemma 1) text model; `rkedge plan` can size up other decoders.",
     )
 
@@ -165,16 +118,16 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
         CheckpointError: another architecture, a value of the wrong kind, or a feature that the two families lack.
     """
     family = family_of(config)
-    values = {**_DEFAULTS[family], **{key: value for key, value in config.items() if value is not None}}
+    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     for key in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(key, 0) is None or family == "gemma":
+        if config.get(key, 0) is None or key not in family.defaults:
             values[key] = 0
     values["rope_theta"] = _rope_theta(config, values["rope_theta"])
-    if family == "gemma":
+    if "query_pre_attn_scalar" not in family.defaults:
         values["query_pre_attn_scalar"] = values["head_dim"]
     _refuse_features(config, family)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if family == "gemma2" and config.get(key, 1) == 0:
+        if key in family.defaults and config.get(key, 1) == 0:
             raise CheckpointError(
                 f"config.json: {key} is 0, by which transformers divides.", hint="Write null where there is no cap."
             )
@@ -185,7 +138,7 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
             f" {sizes['num_key_value_heads']} key/value heads of {sizes['head_dim']}."
         )
     return GemmaConfig(
-        family=family,
+        family=family.model_type,
         **sizes,
         rms_norm_eps=_number("rms_norm_eps", values["rms_norm_eps"]),
         rope_theta=_number("rope_theta", values["rope_theta"]),
@@ -234,13 +187,8 @@ def _rope_theta(config: Mapping[str, Any], default: Any) -> Any:
     return (config.get("rope_scaling") or config.get("rope_parameters") or {}).get("rope_theta", default)
 
 
-def _refuse_features(config: Mapping[str, Any], family: str) -> None:
-    # Of Gemma 1 transformers 5 reads hidden_act, where Google's "gelu" means the approximation; transformers 4 read
-    # hidden_activation. Of Gemma 2 both read hidden_activation.
-    known: dict[str, tuple[str, ...]] = {"hidden_activation": ("gelu_pytorch_tanh",)}
-    if family == "gemma":
-        known["hidden_act"] = ("gelu_pytorch_tanh", "gelu")
-    for key, names in known.items():
+def _refuse_features(config: Mapping[str, Any], family: Family) -> None:
+    for key, names in family.activations.items():
         if (activation := config.get(key)) is not None and activation not in names:
             raise CheckpointError(f"config.json: {key} is {activation!r}; Gemma's activation is gelu_pytorch_tanh.")
     if not isinstance(config.get("tie_word_embeddings") or False, bool):

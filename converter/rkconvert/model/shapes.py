@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from rkconvert.model.gemma import SUPPORTED, GemmaConfig, parse_config
+from rkconvert.model.families import FAMILIES as CONVERTED
+from rkconvert.model.gemma import GemmaConfig, parse_config
 from rkruntime.errors import CheckpointError
 
 _MAX_SIZE: Final = 1 << 24
@@ -149,8 +150,9 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def _is_gemma(config: Mapping[str, Any]) -> bool:
     names = config.get("architectures")
-    known = isinstance(names, list) and any(isinstance(name, str) and name in SUPPORTED for name in names)
-    return known or (not names and config.get("model_type") in SUPPORTED.values())
+    architectures = [family.architecture for family in CONVERTED.values()]
+    known = isinstance(names, list) and any(name in names for name in architectures)
+    return known or (not names and config.get("model_type") in list(CONVERTED))
 
 
 def _of_gemma(config: GemmaConfig) -> ModelShape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -21,12 +21,23 @@ from rkruntime.bundle.manifest import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOK
 from rkruntime.files import sha256_file
 
 CARD: Final = "README.md"
+LORA_NOTE: Final = (
+    "the adapter {name} is in {file} beside the model: rkedge loads both, other programs call rkllm_load_lora"
+)
 REPORT: Final = "report"
 NOTICE: Final = "NOTICE"
 LICENCE: Final = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 _TAGS: Final = {"toolkit": ("rkllm", "rockchip", "npu"), "emulator": ("rkedge", "emulator")}
 # The sentence that section 3.1 of those terms asks for, in a file of this name.
 _NOTICE: Final = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file in a bundle's folder: its name, and notes for the manifest."""
+
+    name: str
+    notes: tuple[str, ...]
 
 
 def created_by() -> str:

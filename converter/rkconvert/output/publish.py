@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkconvert.output.bundle_folder import CARD, NOTICE
 from rkconvert.progress import QUIET, Reporter
 from rkconvert.sources.hub import is_hub_id
-from rkruntime.bundle.manifest import MANIFEST, Bundle
+from rkconvert.tensors.inputs import FileState
+from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
 from rkruntime.errors import BundleError, HostError, OutputError, RKEdgeError, UsageError
+from rkruntime.files import read_regular
 from rkruntime.packages import install
+from rkruntime.yamltext import MAX_FILE
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 # Made by the hub itself with a repository.
 _THE_HUBS_OWN: Final = (".gitattributes",)
+# The hub stores smaller files as they come; larger ones go to its object store by their hash.
+_IN_MEMORY: Final = 10 << 20
 _LOGIN: Final = "Make a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`."
 LICENCE_NOTE: Final = (
     "{name} is derived from Gemma: those who get it must get the Gemma Terms of Use too, and be bound by them"
@@ -93,28 +99,60 @@ def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:
     """Upload a bundle in one commit, and compare what the hub then lists with the manifest; the repository's address.
 
     Raises:
-        BundleError: a file is not as the manifest says, or the licence's notes are not among the files.
+        BundleError: a file is not as the manifest says or changes meanwhile, or the licence's notes are missing.
         UsageError, OutputError, HostError: see `check_destination`; or the upload failed.
     """
     check_destination(to)
     _check_licence(bundle)
     bundle.verify(trust_stamps=False)
     reporter.note(f"note: {LICENCE_NOTE.format(name=bundle.manifest.name)}")
-    names = [*bundle.manifest.files, MANIFEST]
     with _hub(to.repo) as api:
-        from huggingface_hub import CommitOperationAdd
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         if reporter.quiet:
             disable_progress_bars()
+        before = {name: FileState.of(bundle.path / name) for name in bundle.manifest.files}
+        files = _files(bundle)
         url = str(api.create_repo(to.repo, private=not to.public, exist_ok=True))
-        api.create_commit(
-            to.repo,
-            [CommitOperationAdd(name, bundle.path / name) for name in names],
-            commit_message=f"Upload {bundle.manifest.name} ({bundle.manifest.created_by})",
-        )
-        _compare(bundle, to, api)
+        message = f"Upload {bundle.manifest.name} ({bundle.manifest.created_by})"
+        api.create_commit(to.repo, files, commit_message=message)
+        _compare({file.path_in_repo: file.upload_info.size for file in files}, to, api)
+    for file in files:
+        name = file.path_in_repo
+        if not isinstance(file.path_or_fileobj, bytes) and FileState.of(bundle.path / name) != before[name]:
+            raise BundleError(
+                f"{bundle.path / name} changed while it was uploaded, so {to.repo} may hold something else.",
+                hint="Delete the repository on the hub, then push again.",
+            )
     return url
+
+
+def _files(bundle: Bundle) -> list[CommitOperationAdd]:
+    """What the manifest lists, and the manifest: each compared with it again, small ones as the bytes compared.
+
+    The folder is not locked: a path that was verified can be another file, or a link, when the client reads it.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    try:
+        files = []
+        for name, record in bundle.manifest.files.items():
+            path = bundle.path / name
+            small = record.size <= _IN_MEMORY
+            file = CommitOperationAdd(name, read_regular(path, record.size) if small else path)
+            if file.upload_info.sha256.hex() != record.sha256:
+                raise _changed(path)
+            files.append(file)
+        manifest = read_regular(bundle.path / MANIFEST, MAX_FILE)
+        if Manifest.from_yaml(manifest.decode()) != bundle.manifest:
+            raise _changed(bundle.path / MANIFEST)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _changed(bundle.path) from error
+    return [*files, CommitOperationAdd(MANIFEST, manifest)]
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(f"{path} changed after it was verified. Nothing was uploaded.", hint="Convert again, then push.")
 
 
 def _check_licence(bundle: Bundle) -> None:
@@ -126,11 +164,10 @@ def _check_licence(bundle: Bundle) -> None:
             )
 
 
-def _compare(bundle: Bundle, to: Destination, api: HfApi) -> None:
+def _compare(expected: Mapping[str, int], to: Destination, api: HfApi) -> None:
+    """Raise HostError unless the hub lists exactly these files with these sizes."""
     listed = api.model_info(to.repo, files_metadata=True).siblings or ()
     sizes = {item.rfilename: item.size for item in listed if item.rfilename not in _THE_HUBS_OWN}
-    expected = {name: record.size for name, record in bundle.manifest.files.items()}
-    expected[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
     wrong = sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name))
     if wrong:
         raise HostError(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from rkconvert.sources.checkpoint import CONFIG
+from rkconvert.sources.checkpoint import CONFIG, find_config
 from rkconvert.sources.hub import hub_file, is_hub_id, refuse_revision
 from rkconvert.tensors.shards import read_json
 from rkconvert.tensors.tensor_files import INDEX
 from rkruntime.errors import CheckpointError
-from rkruntime.files import readable
+from rkruntime.files import read_error, readable
+
+_WHAT_TO_NAME: Final = "Name a folder with config.json, a config.json, or a hub id such as google/gemma-2-2b-it."
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,34 @@ def read_source(model: str, revision: str | None = None) -> ModelSource:
     """
     path = Path(model)
     refuse_revision(model, revision)
-    if path.is_dir():
-        return _from_folder(path, path.resolve().name)
-    if path.is_file():
-        return _source(path.resolve().parent.name or path.stem, path, None, None)
+    try:
+        if path.is_dir():
+            return _from_folder(path, path.resolve().name)
+        if path.is_file():
+            return _from_file(path)
+    except OSError as error:
+        raise read_error(path, error, CheckpointError) from error
     if is_hub_id(model):
         return _from_hub(model, revision)
-    raise CheckpointError(
-        f"There is no folder or file {model}.",
-        hint="Give a folder with config.json, a config.json, or a hub id such as google/gemma-2-2b-it.",
-    )
+    raise CheckpointError(f"There is no folder or file {model}.", hint=_WHAT_TO_NAME)
 
 
 def _from_folder(folder: Path, name: str) -> ModelSource:
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG}.")
-    index = folder / INDEX
+    config, index = find_config(folder), folder / INDEX
     shards = list(folder.glob("*.safetensors"))
     size = sum(shard.stat().st_size for shard in shards) if shards else None
-    return _source(name, folder / CONFIG, index if index.is_file() else None, size)
+    return _source(name, config, index if index.is_file() else None, size)
+
+
+def _from_file(path: Path) -> ModelSource:
+    config = {} if path.suffix != ".json" else read_json(path, CheckpointError)
+    if not config.keys() & {"model_type", "architectures"}:
+        inside = path.name != CONFIG and (path.parent / CONFIG).is_file()
+        raise CheckpointError(
+            f"{path} is not a config.json: it names neither a model_type nor an architecture.",
+            hint=f"Name the folder that it is in: {path.parent}" if inside else _WHAT_TO_NAME,
+        )
+    return _source(path.resolve().parent.name or path.stem, path, None, None)
 
 
 def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: int | None) -> ModelSource:

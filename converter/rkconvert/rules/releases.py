@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import yaml
 
+from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import HostError
 from rkruntime.versions import Version
 from rkruntime.versions import version as parse
@@ -110,7 +111,8 @@ def _generation(version: str, key: Version) -> Release:
             fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
         sources |= row["sources"]
         fields["row"] = row["from"]
-    return Release(version=version, sources=sources, **fields)
+    dtypes, source = types_by_soc(key)
+    return Release(version=version, dtypes=dtypes, sources={**sources, "dtypes": source}, **fields)
 
 
 def _frozen(value: Any) -> Any:

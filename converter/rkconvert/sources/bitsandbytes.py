@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _STATE: Final = ".quant_state.bitsandbytes__"
 _SIDES: Final = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 _FORMATS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Orders of an int8 matrix's bytes, as `weight_format` numbers them (bitsandbytes/utils.py).
+_ORDERS: Final = ("row", "col32", "col_turing", "col_ampere")
 # 1/127 as int8_vectorwise_dequant has it.
 _INT8_STEP: Final = np.float32(7.874015718698502e-3)
 
@@ -176,9 +178,24 @@ class Dequantized:
 
     def _eight_bit(self, name: str) -> _EightBit:
         shape = self._weights.tensors[name].shape
+        self._check_order(name)
         scales = self._floats(name.removesuffix("weight") + "SCB")
         if len(shape) != 2 or len(scales) != shape[0]:
             raise CheckpointError(
                 f"The int8 tensor {name} {list(shape)} has {counted(len(scales), 'scale')}; it needs one a row."
             )
         return _EightBit(name, self._dtype, shape, scales)
+
+    def _check_order(self, name: str) -> None:
+        """Raise CheckpointError for an int8 matrix in the order of a GPU's tiles, which bitsandbytes refuses too."""
+        key = name.removesuffix("weight") + "weight_format"
+        info = self._weights.tensors.get(key)
+        if info is None:
+            return
+        order = int(self._weights.read(key, 0, 1).item()) if info.size == 1 and info.dtype == "U8" else -1
+        if order != 0:
+            found = _ORDERS[order] if 0 < order < len(_ORDERS) else "not one that bitsandbytes knows"
+            raise CheckpointError(
+                f"The int8 tensor {name} is not stored row by row: its weight_format is {found}.",
+                hint="Start from the original 16-bit checkpoint.",
+            )

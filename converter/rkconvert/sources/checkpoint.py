@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.model.gemma import EMBEDDING, HEAD, GemmaConfig, parse_config, token_ids
+from rkconvert.model.family import EMBEDDING, HEAD
+from rkconvert.model.gemma import GemmaConfig, parse_config, token_ids
 from rkconvert.sources.bitsandbytes import Dequantized, is_bitsandbytes
 from rkconvert.sources.names import Renamed
 from rkconvert.tensors.formats import FLOATS
@@ -17,11 +19,14 @@ from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
 from rkconvert.tensors.tensor_files import MODEL_FILES, open_tensor_files
 from rkconvert.tensors.weights import Weights, same_values
+from rkruntime.bundle.manifest import MANIFEST
 from rkruntime.errors import CheckpointError
-from rkruntime.files import readable
+from rkruntime.files import read_error, readable
 from rkruntime.words import counted
 
 CONFIG: Final = "config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+_WHAT_TO_NAME: Final = "Name a folder in Hugging Face layout, a .gguf file, or a hub id such as google/gemma-2-2b-it."
 _OWN_HEAD: Final = (
     "config.json ties the head to the embedding, and a head that differs from it is stored: the stored one is kept, as"
     " transformers 5 does (transformers 4 drops it)"
@@ -121,18 +126,39 @@ def _has_own_head(weights: Weights) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a folder."""
-    if not path.exists():
-        raise CheckpointError(f"There is no folder {path}.", hint="Check the spelling of the path.")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; a checkpoint is a folder with config.json and *.safetensors.")
-    config = path / CONFIG
-    if (path / "adapter_config.json").is_file() and not config.is_file():
-        raise CheckpointError(
-            f"{path} is a LoRA adapter, not a model.", hint=f"Give its base model, and the adapter as --lora {path}"
-        )
-    if not config.is_file():
-        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
-    return read_json(config, CheckpointError)
+    return read_json(find_config(path), CheckpointError)
+
+
+def find_config(path: Path) -> Path:
+    """config.json in a folder. Raises CheckpointError with what stands there instead, and what to name."""
+    try:
+        config = path / CONFIG
+        if config.is_file():
+            return config
+        if not path.exists():
+            raise CheckpointError(f"There is no folder or file {path}.", hint="Check the spelling of the path.")
+        if not path.is_dir():
+            inside = (path.parent / CONFIG).is_file() or (path.parent / ADAPTER_CONFIG).is_file()
+            raise CheckpointError(
+                f"{path} is a file; a checkpoint is a folder with config.json and *.safetensors.",
+                hint=f"Name the folder that it is in: {path.parent}" if inside else _WHAT_TO_NAME,
+            )
+        if (path / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(
+                f"{path} is a LoRA adapter, not a model.", hint=f"Give its base model, and the adapter as --lora {path}"
+            )
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.", hint=_what_is_in(path))
+    except OSError as error:
+        raise read_error(path, error, CheckpointError) from error
+
+
+def _what_is_in(folder: Path) -> str | None:
+    """A hint for a folder without config.json, from what is there."""
+    if (folder / MANIFEST).is_file():
+        return f"It is a finished bundle: rkedge chat {folder}"
+    inner = sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
+    files = sorted(file for file in folder.glob("*.gguf") if not re.search(r"-0000[2-9]-of-", file.name))
+    return f"Name what is in it: {[*inner, *files][0]}" if inner or files else None
 
 
 def check_weights(weights: Weights, config: GemmaConfig) -> None:

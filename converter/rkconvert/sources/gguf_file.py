@@ -8,19 +8,23 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CheckpointError
+from rkruntime.files import read_error
+from rkruntime.words import counted
 
 T = TypeVar("T")
 MAGIC: Final = b"GGUF"
 # Gemma's header has 14 MB (a quarter of a million token texts) and some 300 to 600 tensors.
 _MAX_HEADER: Final = 256 << 20
 _MAX_COUNT: Final = 1 << 20
+_MAX_PARTS: Final = 99_999
+_WHOLE_MODEL: Final = "Download all parts of the model again."
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 
@@ -110,7 +114,78 @@ def read_gguf(path: Path) -> GgufFile:
             file.seek(4)
             return _parse(path, size, _Reader(path, file), file)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise read_error(path, error, CheckpointError) from error
+
+
+def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The files of a model that was split by llama-gguf-split, or the path alone, by the first one's header.
+
+    Their rules are llama.cpp's (src/llama-model-loader.cpp): the first file is named, it holds all of the metadata, and
+    the others are found by the form of its name, NAME-00001-of-0000N.gguf.
+
+    Raises:
+        CheckpointError: this is another part than the first, a part is missing, or the name has another form.
+    """
+    count, number = (_split_value(path, metadata, key) for key in ("split.count", "split.no"))
+    if count <= 1:
+        return (path,)
+    end = f"-{number + 1:05d}-of-{count:05d}.gguf"
+    if not path.name.endswith(end) or len(path.name) == len(end):
+        raise CheckpointError(
+            f"{path} says that it is part {number + 1} of {count}, and its name does not end with {end}.",
+            hint="Give the parts the names that they were downloaded with, or join them: llama-gguf-split --merge.",
+        )
+    name = path.name.removesuffix(end)
+    paths = tuple(path.with_name(f"{name}-{at + 1:05d}-of-{count:05d}.gguf") for at in range(count))
+    if number:
+        raise CheckpointError(
+            f"{path} is part {number + 1} of {count} of a model.", hint=f"Name its first part: {paths[0]}"
+        )
+    if missing := [part for part in paths if not part.is_file()]:
+        raise CheckpointError(
+            f"{path} is the first of {count} parts, and {missing[0].name} is not beside it.",
+            hint="Download the missing part into the same folder.",
+        )
+    return paths
+
+
+def _split_value(path: Path, metadata: Mapping[str, Any], key: str) -> int:
+    value = metadata.get(key, 0)
+    if type(value) is not int or not 0 <= value <= _MAX_PARTS:
+        raise CheckpointError(f"{path} is damaged: {key} is {str(value)[:40]}.")
+    return value
+
+
+def read_parts(first: GgufFile, paths: Sequence[Path]) -> tuple[GgufFile, ...]:
+    """The headers of all parts, of which the first has been read.
+
+    Raises:
+        CheckpointError: a part is of another model, or stands in the place of another one; or their tensors are not the
+            whole model's.
+    """
+    files = (first, *(read_gguf(path) for path in paths[1:]))
+    for at, file in enumerate(files[1:], 1):
+        for key, value in file.metadata.items():
+            expected = at if key == "split.no" else first.metadata.get(key)
+            if value != expected:
+                raise CheckpointError(
+                    f"{file.path} is not part {at + 1} of the model that {first.path.name} is of: its {key} is"
+                    f" {str(value)[:40]}, not {str(expected)[:40]}.",
+                    hint="Download the parts of one model into a folder of their own.",
+                )
+        if "split.no" not in file.metadata or "split.count" not in file.metadata:
+            raise CheckpointError(f"{file.path} does not say that it is a part of a model.", hint=_WHOLE_MODEL)
+    names = Counter(name for file in files for name in file.tensors)
+    [(most, times)] = names.most_common(1) or [("", 0)]
+    if times > 1:
+        raise CheckpointError(f"The tensor {most[:80]} is in {times} parts of {first.path}.", hint=_WHOLE_MODEL)
+    total = first.metadata.get("split.tensors.count")
+    if len(files) > 1 and total != len(names):
+        raise CheckpointError(
+            f"The parts of {first.path} have {counted(len(names), 'tensor')}; the first says {str(total)[:40]}.",
+            hint=_WHOLE_MODEL,
+        )
+    return files
 
 
 def _parse(path: Path, size: int, reader: _Reader, file: BinaryIO) -> GgufFile:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rkconvert.model.gemma import EMBEDDING, FINAL_NORM, HEAD, parse_config
+from rkconvert.model.families import FAMILIES
+from rkconvert.model.gemma import parse_config
 from rkconvert.sources.checkpoint import Checkpoint, check_weights
-from rkconvert.sources.gguf_file import GgufFile, GgufTensor, read_gguf
+from rkconvert.sources.gguf_file import GgufFile, GgufTensor, part_paths, read_gguf, read_parts
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.tensors.formats import to_float32
 from rkconvert.tensors.inputs import Inputs, states_of
@@ -30,24 +32,8 @@ from rkruntime.packages import install
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ARCHITECTURES: Final = {"gemma2": "Gemma2ForCausalLM", "gemma": "GemmaForCausalLM"}
-_WHOLE: Final = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
-_PARTS: Final = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_FAMILY_PARTS: Final = {"gemma2": _PARTS, "gemma": _PARTS | {"ffn_norm": "post_attention_layernorm"}}
 _ROPE_FREQS: Final = "rope_freqs.weight"
-_LAYER: Final = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_PART: Final = re.compile(r"-00001-of-\d{5}$")
 # ggml's types that are plain numbers; every other one is dequantized to float32.
 _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
 # llama.cpp scales queries of the 27B model, which it knows by its layers, by hidden size / heads.
@@ -55,23 +41,26 @@ _LAYERS_27B: Final = 46
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a .gguf file.
+    """Open a .gguf file, or the first of several that a model was split into.
 
     Raises:
-        CheckpointError: no GGUF file, damaged, or of another architecture.
+        CheckpointError: no GGUF file, damaged, of another architecture, or not all of its parts.
         HostError: the gguf package is missing.
     """
-    inputs = Inputs(CheckpointError, states_of([path]), {})
-    file = read_gguf(path)
+    paths = part_paths(path, read_gguf(path).metadata)
+    inputs = Inputs(CheckpointError, states_of(paths), {})
+    # From here on a change of any part is noticed.
+    files = read_parts(read_gguf(path), paths)
+    file = replace(files[0], tensors={name: tensor for part in files for name, tensor in part.tensors.items()})
     family = str(file.metadata.get("general.architecture"))
-    if family not in _ARCHITECTURES:
+    if family not in FAMILIES:
         raise CheckpointError(
-            f"{path} holds the architecture {family[:80]!r}; supported are {', '.join(_ARCHITECTURES)}.",
+            f"{path} holds the architecture {family[:80]!r}; supported are {', '.join(FAMILIES)}.",
             hint="Convert a Gemma 2 (or Gemma 1) text model.",
         )
     raw = _config(file, family)
     config = parse_config(raw)
-    weights = GgufWeights(file, family)
+    weights = GgufWeights(files, family)
     check_weights(weights, config)
     return Checkpoint(
         path=MemoryFolder(path, _side_files(file, raw)),
@@ -79,55 +68,63 @@ def open_gguf(path: Path) -> Checkpoint:
         raw_config=raw,
         weights=weights,
         inputs=inputs,
-        name=readable(path.stem),
+        name=readable(_PART.sub("", path.stem)),
         notes=weights.notes(),
     )
 
 
 class GgufWeights:
-    """A GGUF file's tensors by their Hugging Face names."""
+    """A GGUF model's tensors, of all its files, by their Hugging Face names."""
 
-    def __init__(self, file: GgufFile, family: str) -> None:
+    def __init__(self, files: Sequence[GgufFile], family: str) -> None:
         try:
             from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
         except ImportError as error:
-            raise HostError(f"Reading {file.path} needs the gguf package.", hint=install("convert")) from error
+            raise HostError(f"Reading {files[0].path} needs the gguf package.", hint=install("convert")) from error
         self._dequantize, self._types = quants.dequantize, GGMLQuantizationType
-        self._rows = RowReader(file.path, CheckpointError)
-        self._places: dict[str, tuple[GgufTensor, Entry]] = {}
+        self._places: dict[str, tuple[GgufTensor, Entry, RowReader]] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        # Of each type: the numbers of a block, and its bytes.
+        self._sizes: dict[int, tuple[int, int]] = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        for file in files:
+            self._add(file, family)
+
+    def _add(self, file: GgufFile, family: str) -> None:
+        rows = RowReader(file.path, CheckpointError)
+        entries: dict[str, Entry] = {}
         for own_name, tensor in file.tensors.items():
-            name = _plain_name(own_name, family)
-            if name is None:
+            if own_name == _ROPE_FREQS:
                 continue
-            if tensor.kind not in set(GGMLQuantizationType):
+            # What the family does not have keeps its name, and is refused by it.
+            name = FAMILIES[family].from_gguf(own_name) or own_name
+            if tensor.kind not in self._sizes:
                 raise CheckpointError(
                     f"{own_name} in {file.path} has the type {tensor.kind}, which gguf does not know."
                 )
-            stored = _stored(file, own_name, *GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)])
-            self._places[name] = (tensor, Entry(stored, tensor.offset))
+            if tensor.kind not in _PLAIN:
+                # A type that cannot be dequantized is refused now, not in the middle of the work.
+                self._floats(tensor, np.zeros((1, self._sizes[tensor.kind][1]), np.uint8))
+            entries[name] = Entry(_stored(file, own_name, *self._sizes[tensor.kind]), tensor.offset)
+            self._places[name] = (tensor, entries[name], rows)
             plain = _PLAIN.get(tensor.kind, "F32")
             self.tensors[name] = TensorInfo("F32" if _is_norm(name) else plain, tensor.shape)
-        self._check_overlap(file)
-
-    def _check_overlap(self, file: GgufFile) -> None:
         end = 0
-        for name, (_, entry) in sorted(self._places.items(), key=lambda item: item[1][1].offset):
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
             if entry.offset < end:
                 raise CheckpointError(f"{file.path} is damaged: the tensor {name} overlaps another one.")
             end = entry.offset + entry.info.nbytes
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor, dequantized, norms as Hugging Face stores them."""
-        tensor, entry = self._places[name]
+        tensor, entry, file = self._places[name]
         self.tensors[name].require_rows(first, count, name)
         if _is_norm(name):
             # Rows of a vector are single numbers, which a block of a quantized type is not.
-            whole = self._rows.rows(entry, 0, entry.info.shape[0])
+            whole = file.rows(entry, 0, entry.info.shape[0])
             floats = to_float32(whole, _PLAIN[tensor.kind]) if tensor.kind in _PLAIN else self._floats(tensor, whole)
             norm: NDArray[np.float32] = floats[first : first + count] - np.float32(1)
             return norm
-        stored = self._rows.rows(entry, first, count)
+        stored = file.rows(entry, first, count)
         return stored if tensor.kind in _PLAIN else self._floats(tensor, stored)
 
     def _floats(self, tensor: GgufTensor, stored: NDArray[Any]) -> NDArray[np.float32]:
@@ -140,8 +137,8 @@ class GgufWeights:
 
     def notes(self) -> tuple[str, ...]:
         """What a person must know of the types in the file."""
-        kinds = {self._types(tensor.kind).name for tensor, _ in self._places.values() if len(tensor.shape) > 1}
-        low = sorted(kind for kind in kinds if re.search(r"[1-6]_|^IQ|^TQ|MXFP4", kind))
+        kinds = {tensor.kind for tensor, *_ in self._places.values() if len(tensor.shape) > 1}
+        low = sorted(self._types(kind).name for kind in kinds if _bits(*self._sizes[kind]) < 8)
         if not low:
             return ()
         return (f"the source holds {', '.join(low)}: what those types have lost does not come back with w8a8",)
@@ -161,17 +158,13 @@ def _stored(file: GgufFile, name: str, block: int, size: int) -> TensorInfo:
     return stored
 
 
+def _bits(block: int, size: int) -> float:
+    """Bits that a number takes, with its share of the block's scales."""
+    return 8 * size / block
+
+
 def _is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
-
-
-def _plain_name(name: str, family: str) -> str | None:
-    if name in _WHOLE:
-        return _WHOLE[name]
-    match = _LAYER.fullmatch(name)
-    if match is None or match[2] not in _FAMILY_PARTS[family]:
-        return None if name == _ROPE_FREQS else name
-    return f"model.layers.{match[1]}.{_FAMILY_PARTS[family][match[2]]}.weight"
 
 
 def _refuse_other_computations(file: GgufFile, family: str) -> None:
@@ -190,7 +183,6 @@ def _refuse_other_computations(file: GgufFile, family: str) -> None:
         f"{family}.attention.sliding_window_pattern": (2,),
         f"{family}.attention.max_alibi_bias": (0.0,),
         f"{family}.expert_count": (0,),
-        "split.count": (0, 1),
     }
     for key, values in idle.items():
         if key in known and known[key] not in values:
@@ -219,7 +211,7 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
     if type(heads) is not int or type(hidden) is not int or heads < 1:
         raise CheckpointError(f"{file.path} has {str(heads)[:40]} heads for a width of {str(hidden)[:40]}.")
     config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "vocab_size": len(_tokens(file)),
         "hidden_size": hidden,
@@ -237,7 +229,7 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
         "eos_token_id": _ends_of_answers(file),
         "dtype": "float32",
     }
-    if family == "gemma2":
+    if "sliding_window" in FAMILIES[family].defaults:
         config |= {
             "sliding_window": value("attention.sliding_window", 4096),
             "attn_logit_softcapping": _decimal(value("attn_logit_softcapping", 50.0)),

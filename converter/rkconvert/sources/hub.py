@@ -12,13 +12,15 @@ from rkruntime.errors import CheckpointError, HostError
 from rkruntime.packages import install
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+# How a file's name ends that was misspelt, and no model's on the hub.
+_FILE_NAMES: Final = (".gguf", ".safetensors", ".bin", ".json", ".yaml", ".txt")
 # What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def is_hub_id(text: str) -> bool:
     """Whether this could be a model on the hub, such as google/gemma-2-2b-it."""
-    return _ID.fullmatch(text) is not None
+    return _ID.fullmatch(text) is not None and not text.endswith(_FILE_NAMES)
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
@@ -101,7 +103,9 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        path = Path(model)
+        here = f"{path.parent} has no {path.name}: check the spelling. " if path.parent.is_dir() else ""
         raise HostError(
             f"{model} is not a folder here, and its {what} cannot be fetched from the hub: {lines[0]}",
-            hint="Check the network (and HF_HUB_OFFLINE); what was fetched before is kept, so a second try goes on.",
+            hint=f"{here}Check the network (and HF_HUB_OFFLINE); what was fetched is kept, so a second try goes on.",
         ) from error

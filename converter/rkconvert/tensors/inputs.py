@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from rkconvert.tensors.memory_folder import Place
 from rkruntime.errors import InputError
-from rkruntime.files import sha256_file
+from rkruntime.files import read_error, sha256_file
 
 # A file system counts time in the kernel's ticks (10 ms at most): a second change within one leaves no trace.
 _TICK_NS: Final = 20_000_000
@@ -149,7 +149,7 @@ class Inputs:
         try:
             return [(path.name, sha256_file(path)) for path, state in self.small.items() if state]
         except OSError as error:
-            raise self.kind(f"{error.filename} cannot be read: {error.strerror}.") from error
+            raise read_error(error.filename, error, self.kind) from error
 
     def identity(self) -> dict[str, Any]:
         """What tells these files from any others, without reading the weights."""

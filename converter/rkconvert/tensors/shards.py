@@ -22,6 +22,7 @@ from rkconvert.tensors.inputs import FileState, changed
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
+from rkruntime.files import read_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,7 +76,7 @@ def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dic
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise kind(f"{path} cannot be read: {error.strerror}.") from error
+        raise read_error(path, error, kind) from error
     refuse_lfs_pointer(path, data[:64], kind)
     if len(data) > limit:
         raise kind(f"{path} has more than {limit >> 20} MiB, which no file of that name has.")
@@ -106,7 +107,7 @@ class RowReader:
                 try:
                     descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
-                    raise self._kind(f"{self._path} cannot be read: {error.strerror}.") from error
+                    raise read_error(self._path, error, self._kind) from error
                 if (now := FileState.of(descriptor)) != self._state:
                     os.close(descriptor)
                     raise changed(self._path, self._state, now, self._kind)
@@ -153,7 +154,7 @@ class Shard:
                 file.seek(8)
                 header = self._parse(file.read(length))
         except OSError as error:
-            raise kind(f"{path} cannot be read: {error.strerror}.") from error
+            raise read_error(path, error, kind) from error
         self.metadata: dict[str, Any] = header.pop("__metadata__", None) or {}
         self.entries: Mapping[str, Entry] = {
             name: self._entry(name, value, 8 + length, size) for name, value in header.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
+import numpy as np
+
 from rkconvert.tensors.formats import STORAGE
 from rkconvert.tensors.shards import Entry, RowReader, refuse_lfs_pointer
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
+from rkruntime.files import read_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +42,8 @@ _STORAGES: Final = {
 }
 _MAX_PICKLE: Final = 64 << 20
 _LOCAL_HEADER: Final = 30
+# A tensor that is not row-major is read whole; a strange one could ask for any amount of memory.
+_MAX_STRIDED: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,20 @@ class _Tensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+def _span(tensor: _Tensor) -> int:
+    """Elements from the first to the last that the tensor reaches in its storage."""
+    if not math.prod(tensor.shape):
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+
+
+def _is_dense(tensor: _Tensor) -> bool:
+    """Whether it stands row by row, without gaps."""
+    dense = [math.prod(tensor.shape[at + 1 :]) for at in range(len(tensor.shape))]
+    steps = zip(tensor.stride, dense, tensor.shape, strict=True)
+    return all(step == plain for step, plain, size in steps if size > 1)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> _Tensor:
@@ -98,12 +118,16 @@ class TorchFile:
         self.path = path
         self._kind = kind
         self._file = RowReader(path, kind)
+        self._strided: dict[str, _Tensor] = {}
+        self._lock = threading.Lock()
+        # The last of them that was read, by its name: it is asked for block by block.
+        self._rearranged: tuple[str, NDArray[Any]] = ("", np.empty(0))
         try:
             with path.open("rb") as file:
                 refuse_lfs_pointer(path, file.read(64), kind)
                 self.entries: Mapping[str, Entry] = self._read_archive(file)
         except OSError as error:
-            raise kind(f"{path} cannot be read: {error.strerror}.") from error
+            raise read_error(path, error, kind) from error
         except zipfile.BadZipFile as error:
             raise kind(
                 f"{path} is not a .bin file of torch 1.6 or newer, or it is cut: {error}.",
@@ -116,6 +140,13 @@ class TorchFile:
         if "data.pkl" not in members or members["data.pkl"].file_size > _MAX_PICKLE:
             raise self._kind(f"{self.path} is a ZIP archive without a data.pkl of a sensible size.")
         found = self._unpickle(archive, members["data.pkl"])
+        for name, value in found.items():
+            # As bitsandbytes wrote it until April 2024, when it became a number (its pull request 1164).
+            if name.endswith(".weight_format") and isinstance(value, str) and value != "row":
+                raise self._kind(
+                    f"{self.path} holds an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",
+                    hint="Start from the original 16-bit checkpoint.",
+                )
         return {
             name: self._entry(file, name, value, members) for name, value in found.items() if isinstance(value, _Tensor)
         }
@@ -136,17 +167,20 @@ class TorchFile:
     def _entry(self, file: BinaryIO, name: str, tensor: _Tensor, members: Mapping[str, zipfile.ZipInfo]) -> Entry:
         info = TensorInfo(tensor.storage.dtype, tensor.shape)
         width = STORAGE[info.dtype].itemsize
-        if any(size < 0 for size in tensor.shape) or tensor.offset < 0:
-            raise self._kind(f"The tensor {name!r} in {self.path} has a shape or an offset below zero.")
-        dense = [math.prod(tensor.shape[at + 1 :]) for at in range(len(tensor.shape))]
-        if [step for step, size in zip(tensor.stride, tensor.shape, strict=True) if size > 1] != [
-            step for step, size in zip(dense, tensor.shape, strict=True) if size > 1
-        ]:
-            raise self._kind(f"The tensor {name!r} in {self.path} does not stand row by row, which is not supported.")
+        if min((*tensor.shape, *tensor.stride, tensor.offset)) < 0 or len(tensor.stride) != len(tensor.shape):
+            raise self._kind(f"The tensor {name!r} in {self.path} has a shape, strides or an offset that cannot be.")
+        span = _span(tensor)
+        if not _is_dense(tensor):
+            if max(span * width, info.nbytes) > _MAX_STRIDED:
+                raise self._kind(
+                    f"The tensor {name!r} in {self.path} is not row-major, and too large to be rearranged.",
+                    hint="Save it again with .contiguous(), or as safetensors.",
+                )
+            self._strided[name] = tensor
         member = members.get(f"data/{tensor.storage.key}")
         if member is None or member.compress_type != zipfile.ZIP_STORED:
             raise self._kind(f"{self.path} does not hold the bytes of the tensor {name!r}.")
-        if tensor.offset * width + info.nbytes > member.file_size:
+        if (tensor.offset + span) * width > member.file_size:
             raise self._kind(f"The tensor {name!r} in {self.path} is larger than the memory that it points to.")
         file.seek(member.header_offset)
         header = file.read(_LOCAL_HEADER)
@@ -158,4 +192,17 @@ class TorchFile:
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
         """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
-        return self._file.rows(self.entries[name], first, count)
+        entry = self.entries[name]
+        if name not in self._strided:
+            return self._file.rows(entry, first, count)
+        entry.info.require_rows(first, count, self.path, self._kind)
+        with self._lock:
+            if self._rearranged[0] != name:
+                self._rearranged = name, self._rearrange(self._strided[name], entry)
+            return self._rearranged[1][first : first + count]
+
+    def _rearrange(self, tensor: _Tensor, entry: Entry) -> NDArray[Any]:
+        span = _span(tensor)
+        memory = self._file.rows(Entry(TensorInfo(entry.info.dtype, (span,)), entry.offset), 0, span)
+        steps = [step * memory.itemsize for step in tensor.stride]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(memory, tensor.shape, steps, writeable=False))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
-from rkconvert.output.bundle_folder import REPORT, read_report, write_report
+from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile, read_report, write_report
 from rkconvert.output.hf_folder import resumable
 from rkconvert.output.host_memory import read_memory
 from rkconvert.progress import Reporter
@@ -23,7 +23,7 @@ from rkconvert.rules.type_names import parse_type
 from rkconvert.toolkit import Toolkit, ToolkitJob, ToolkitResult, checks, run_toolkit
 from rkconvert.toolkit.events import Event, Progress, Stage
 from rkconvert.toolkit.job import calls
-from rkconvert.toolkit.runner import PATIENCE
+from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkruntime.bundle.manifest import LORA, TOKENIZER
 from rkruntime.errors import AdapterError, CalibrationError
@@ -31,15 +31,9 @@ from rkruntime.files import readable, sha256_file
 
 RKLLM_FILE: Final = "model.rkllm"
 LORA_FILE: Final = f"{LORA}.rkllm"
-LORA_MODES: Final = ("merge", "runtime")
-LORA_NOTE: Final = (
-    "the adapter {name} is in {file} beside the model: rkedge loads both, other programs call rkllm_load_lora"
-)
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"
-# Fields of ToolkitOptions whose options have the toolkit's name in front.
-_PREFIXED: Final = ("python", "device", "load_dtype", "patience")
 # What is complete once the report is written: the model's file, an adapter's beside it, and the log.
 _MADE: Final = (RKLLM_FILE, LORA_FILE, f"{REPORT}/{_DONE}.log")
 _TITLES: Final = {
@@ -51,35 +45,8 @@ _TITLES: Final = {
 
 
 @dataclass(frozen=True)
-class ToolkitOptions:
-    """What a conversion with the toolkit can be asked for beyond type, SoC and context.
-
-    Attributes:
-        python: interpreter that has the toolkit; None looks for one.
-        calibration: the JSON file of `rkedge calibrate`.
-        patience: seconds without a sign of life after which the toolkit counts as hung.
-        others: as in `ToolkitJob`.
-    """
-
-    python: Path | None = None
-    calibration: Path | None = None
-    algorithm: str = "normal"
-    optimization_level: int = 1
-    hybrid_rate: float = 0.0
-    device: str = "cpu"
-    load_dtype: str = "float32"
-    qparams: Path | None = None
-    patience: float = PATIENCE
-
-    def given(self) -> list[str]:
-        """The command's options of those that are not the default."""
-        names = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
-        return [f"--{'toolkit-' * (name in _PREFIXED)}{name.replace('_', '-')}" for name in names]
-
-
-@dataclass(frozen=True)
 class BoardModel:
-    """What a board file is made of.
+    """The target of a board: what its file is made of, and the making (`rkconvert.conversion.target.Target`).
 
     Attributes:
         model: the weights; without adapters where one is converted to a file of its own.
@@ -96,7 +63,7 @@ class BoardModel:
     max_context: int
     npu_cores: int
     toolkit: Toolkit
-    options: ToolkitOptions = field(default_factory=ToolkitOptions)
+    options: ToolkitOptions
 
     @property
     def file_bytes(self) -> int:
@@ -110,63 +77,77 @@ class BoardModel:
 
     def job(self, model: Path, output: Path) -> ToolkitJob:
         """The conversion in the toolkit's words."""
-        options = self.options
         return ToolkitJob(
+            **self.options.asked_of_the_toolkit,
             model=model,
             output=output,
             platform=self.platform,
             dtype=self.dtype,
             npu_cores=self.npu_cores,
             max_context=self.max_context,
-            algorithm=options.algorithm,
-            optimization_level=options.optimization_level,
-            hybrid_rate=options.hybrid_rate,
-            dataset=options.calibration,
             lora=model / _STAGED_LORA if self.lora else None,
-            device=options.device,
-            load_dtype=options.load_dtype,
-            qparams=options.qparams,
             parameters=self.model.weights.config.parameters,
         )
 
+    def check(self) -> tuple[str, ...]:
+        """Every check that needs no work; what a person should know.
 
-@dataclass(frozen=True)
-class ModelFile:
-    """A model file in a bundle's folder: its name, and notes for the manifest."""
-
-    name: str
-    notes: tuple[str, ...]
-
-
-def check_board_model(board: BoardModel) -> tuple[str, ...]:
-    """Every check that needs no work; what a person should know.
-
-    Raises:
-        RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
-        CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
-    """
-    options, anywhere = board.options, Path()
-    if board.lora:
-        _check_lora(board.lora)
-    steps = calls(board.job(anywhere, anywhere), board.toolkit.release, anywhere)
-    if options.qparams and not options.qparams.is_file():
-        raise CalibrationError(
-            f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
+        Raises:
+            RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
+            CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
+        """
+        options, anywhere = self.options, Path()
+        if self.lora:
+            _check_lora(self.lora)
+        steps = calls(self.job(anywhere, anywhere), self.toolkit.release, anywhere)
+        if options.qparams and not options.qparams.is_file():
+            raise CalibrationError(
+                f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
+            )
+        if options.calibration:
+            count = TokenCounter(self.model.tokenizer_folder / TOKENIZER)
+            validate_dataset(options.calibration, self.template, count, self.max_context)
+        case = checks.Case(
+            folder=self.model.checkpoint.path,
+            shape=parse_shape(self.model.hf_config()),
+            dtype=self.dtype,
+            load_dtype=options.toolkit_load_dtype,
+            memory=read_memory(),
+            tokens=self.tokens,
+            bos_token_id=self.model.weights.config.bos_token_id,
+            calibrated=options.calibration is not None,
         )
-    if options.calibration:
-        count = TokenCounter(board.model.tokenizer_folder / TOKENIZER)
-        validate_dataset(options.calibration, board.template, count, board.max_context)
-    case = checks.Case(
-        folder=board.model.checkpoint.path,
-        shape=parse_shape(board.model.hf_config()),
-        dtype=board.dtype,
-        load_dtype=options.load_dtype,
-        memory=read_memory(),
-        tokens=board.tokens,
-        bos_token_id=board.model.weights.config.bos_token_id,
-        calibrated=options.calibration is not None,
-    )
-    return (*checks.require(case), *steps.notes)
+        return (*checks.require(case), *steps.notes)
+
+    @property
+    def resumable(self) -> Sequence[str]:
+        """What `write` takes up where a run was killed; it compares each with a checksum."""
+        staged = [] if is_linked(self.model) else [f"{_STAGED}/{name}" for name in resumable(self.model.weights)]
+        return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
+
+    def write(self, folder: Path, reporter: Reporter) -> ModelFile:
+        """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
+
+        Raises:
+            ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
+        """
+        report = _finished(folder)
+        if not report:
+            staged = folder / _STAGED
+            staged.mkdir(exist_ok=True)
+            with reporter.bar("writing the merged model", self.model.nbytes) as advance:
+                stage(self.model, self.template, self.toolkit.release, staged, advance)
+            if self.lora:
+                stage_adapter(self.lora, staged / _STAGED_LORA)
+            with reporter.steps() as show:
+                job = self.job(staged, folder / RKLLM_FILE)
+                result = run_toolkit(job, self.toolkit, _teller(reporter, show))
+            shutil.rmtree(staged)
+            report = _report(result, self, folder)
+            write_report(folder, _DONE, report)
+        for text in report["warnings"]:
+            reporter.note(f"toolkit: {text}")
+        return ModelFile(RKLLM_FILE, tuple(report["notes"]))
 
 
 def _check_lora(lora: Adapter) -> None:
@@ -177,37 +158,6 @@ def _check_lora(lora: Adapter) -> None:
             f"The adapter's weights are in {pickles[0]}; with --lora-mode runtime the toolkit would unpickle them.",
             hint="Save the adapter as safetensors, or merge it: --lora-mode merge.",
         )
-
-
-def resumable_files(board: BoardModel) -> list[str]:
-    """What `write_board_file` takes up where a run was killed; it compares each with a checksum."""
-    staged = [] if is_linked(board.model) else [f"{_STAGED}/{name}" for name in resumable(board.model.weights)]
-    return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
-
-
-def write_board_file(folder: Path, board: BoardModel, reporter: Reporter) -> ModelFile:
-    """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
-
-    Raises:
-        ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
-    """
-    report = _finished(folder)
-    if not report:
-        staged = folder / _STAGED
-        staged.mkdir(exist_ok=True)
-        with reporter.bar("writing the merged model", board.model.nbytes) as advance:
-            stage(board.model, board.template, board.toolkit.release, staged, advance)
-        if board.lora:
-            stage_adapter(board.lora, staged / _STAGED_LORA)
-        with reporter.steps() as show:
-            job = board.job(staged, folder / RKLLM_FILE)
-            result = run_toolkit(job, board.toolkit, _teller(reporter, show), patience=board.options.patience)
-        shutil.rmtree(staged)
-        report = _report(result, board, folder)
-        write_report(folder, _DONE, report)
-    for text in report["warnings"]:
-        reporter.note(f"toolkit: {text}")
-    return ModelFile(RKLLM_FILE, tuple(report["notes"]))
 
 
 def _finished(folder: Path) -> dict[str, Any]:
@@ -249,11 +199,7 @@ def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str,
     result.log.unlink()
     calibration = board.options.calibration
     return {
-        "toolkit": {
-            "version": result.toolkit.version,
-            "python": result.toolkit.python_version,
-            "packages": dict(result.toolkit.parts),
-        },
+        "toolkit": result.toolkit.as_dict(),
         "calls": [_public(call) for call in result.calls],
         "calibration": {"sha256": sha256_file(calibration)} if calibration else None,
         "file": result.file.as_dict(),

@@ -56,6 +56,10 @@ class Toolkit:
         """The installed version."""
         return self.release.version
 
+    def as_dict(self) -> dict[str, Any]:
+        """What decides a result made with it, without its place on this machine."""
+        return {"version": self.version, "python": self.python_version, "packages": dict(self.parts)}
+
 
 def environments_folder() -> Path:
     """Where `rkedge toolkit setup` makes environments."""

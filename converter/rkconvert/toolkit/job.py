@@ -11,17 +11,17 @@ from typing import Any, Final
 
 from rkconvert.rules.releases import LOADED_BYTES, Release, release
 from rkconvert.rules.type_names import UNQUANTIZED, parse_type
+from rkconvert.toolkit.options import DEVICES, ToolkitOptions
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 
 SCHEMA: Final = "rkedge-toolkit-job/1"
-DEVICES: Final = ("cpu", "cuda")
 _LOW_RANK: Final = re.compile(r"(?P<algorithm>[a-z]+)_r(?P<rank>\d{1,3})")
 _MOST_RANK: Final = 64
 
 
-@dataclass(frozen=True)
-class ToolkitJob:
+@dataclass(frozen=True, kw_only=True)
+class ToolkitJob(ToolkitOptions):
     """One conversion.
 
     Attributes:
@@ -30,10 +30,6 @@ class ToolkitJob:
         dtype: quantized type, or `fp16` for none.
         max_context: largest context of the file, in tokens.
         lora: folder of one adapter that becomes a file of its own, for rkllm_load_lora.
-        dataset: calibration data, see rkconvert/calibrate.
-        load_dtype: format in which the toolkit holds the weights.
-        hybrid_rate: share of the layers, 0 to below 1, that get the other kind of type (grouped or not).
-        qparams: a *.qparams file of an earlier grq or gdq run.
         parameters: number of weights, 0 for unknown: against which memory and the file's size are judged.
     """
 
@@ -43,14 +39,7 @@ class ToolkitJob:
     dtype: str = "w8a8"
     npu_cores: int = 3
     max_context: int = 4096
-    algorithm: str = "normal"
-    optimization_level: int = 1
-    hybrid_rate: float = 0.0
-    dataset: Path | None = None
     lora: Path | None = None
-    device: str = "cpu"
-    load_dtype: str = "float32"
-    qparams: Path | None = None
     parameters: int = 0
 
     @property
@@ -88,34 +77,26 @@ def calls(job: ToolkitJob, installed: Release, export_path: Path) -> Calls:
     _check_type(job, installed)
     _check_algorithm(job, installed)
     notes = [*_context_notes(job, installed), *_load_notes(job, installed)]
-    values: dict[str, dict[str, Any]] = {
-        "load_huggingface": {
-            "model": str(job.model.resolve()),
-            "model_lora": str(job.lora.resolve()) if job.lora else None,
-            "device": job.device,
-            "dtype": job.load_dtype,
-            "custom_config": None,
-            "load_weight": True,
-        },
-        "build": {
-            "do_quantization": job.dtype != UNQUANTIZED,
-            "optimization_level": job.optimization_level,
-            "quantized_dtype": "w8a8" if job.dtype == UNQUANTIZED else job.dtype,
-            "quantized_algorithm": job.algorithm,
-            "target_platform": job.platform,
-            "num_npu_core": job.npu_cores,
-            "extra_qparams": str(job.qparams.resolve()) if job.qparams else None,
-            "dataset": str(job.dataset.resolve()) if job.dataset else None,
-            "hybrid_rate": job.hybrid_rate,
-            "max_context": job.max_context,
-        },
-        "export_rkllm": {"export_path": str(export_path), "export_tokenizer": True, "export_embedding": True},
+    values: dict[str, Any] = {
+        **job.arguments,
+        "model": str(job.model.resolve()),
+        "model_lora": str(job.lora.resolve()) if job.lora else None,
+        "custom_config": None,
+        "load_weight": True,
+        "do_quantization": job.dtype != UNQUANTIZED,
+        "quantized_dtype": "w8a8" if job.dtype == UNQUANTIZED else job.dtype,
+        "target_platform": job.platform,
+        "num_npu_core": job.npu_cores,
+        "max_context": job.max_context,
+        "export_path": str(export_path),
+        "export_tokenizer": True,
+        "export_embedding": True,
     }
     steps = tuple(
         {
             "stage": stage,
             "method": method,
-            "arguments": {name: values[method][name] for name in installed.arguments[method]},
+            "arguments": {name: values[name] for name in installed.arguments[method]},
         }
         for stage, method in (("load", "load_huggingface"), ("build", "build"), ("export", "export_rkllm"))
     )
@@ -123,11 +104,12 @@ def calls(job: ToolkitJob, installed: Release, export_path: Path) -> Calls:
 
 
 def _check_values(job: ToolkitJob) -> None:
+    device, load = job.toolkit_device, job.toolkit_load_dtype
     ranges = {
         "optimization level": (job.optimization_level, job.optimization_level in (0, 1), "0 or 1"),
         "hybrid rate": (job.hybrid_rate, 0 <= job.hybrid_rate < 1, "at least 0 and below 1"),
-        "device": (job.device, job.device in DEVICES, " or ".join(DEVICES)),
-        "load type": (job.load_dtype, job.load_dtype in LOADED_BYTES, "one of " + ", ".join(LOADED_BYTES)),
+        "device": (device, device in DEVICES, " or ".join(DEVICES)),
+        "load type": (load, load in LOADED_BYTES, "one of " + ", ".join(LOADED_BYTES)),
     }
     for name, (value, right, words) in ranges.items():
         if not right:
@@ -139,7 +121,7 @@ def _check_unquantized(job: ToolkitJob) -> None:
     told = {
         "algorithm": job.algorithm != "normal",
         "hybrid-rate": job.hybrid_rate != 0,
-        "calibration": job.dataset is not None,
+        "calibration": job.calibration is not None,
         "qparams": job.qparams is not None,
     }
     if job.dtype == UNQUANTIZED and any(told.values()):
@@ -205,9 +187,10 @@ def _check_algorithm(job: ToolkitJob, installed: Release) -> None:
             f" ({installed.source('gpu_algorithms')}).",
             hint="Use normal, which the vendor advises for w8a8 and its grouped types.",
         )
-    if algorithm in installed.gpu_algorithms and job.device != "cuda":
+    if algorithm in installed.gpu_algorithms and job.toolkit_device != "cuda":
         raise RefusedError(
-            f"{algorithm} needs a CUDA GPU, and the device is {job.device} ({installed.source('gpu_algorithms')}).",
+            f"{algorithm} needs a CUDA GPU, and the device is {job.toolkit_device}"
+            f" ({installed.source('gpu_algorithms')}).",
             hint="Use --toolkit-device cuda on a machine with an NVIDIA card, or the algorithm normal.",
         )
 
@@ -231,13 +214,14 @@ def _context_notes(job: ToolkitJob, installed: Release) -> list[str]:
 
 
 def _load_notes(job: ToolkitJob, installed: Release) -> list[str]:
+    load = job.toolkit_load_dtype
     if not installed.takes("load_huggingface", "dtype"):
-        if job.load_dtype != "float32":
-            return [f"rkllm-toolkit {installed.version} cannot be told to load {job.load_dtype}; it decides by itself"]
+        if load != "float32":
+            return [f"rkllm-toolkit {installed.version} cannot be told to load {load}; it decides by itself"]
         return []
-    if job.load_dtype != "float32" and job.device == "cpu" and not installed.half_on_cpu:
+    if load != "float32" and job.toolkit_device == "cpu" and not installed.half_on_cpu:
         return [
             f"rkllm-toolkit {installed.version} is reported to load float32 on the CPU whatever it is told"
-            f" ({installed.source('half_on_cpu')}): {job.load_dtype} may save no memory"
+            f" ({installed.source('half_on_cpu')}): {load} may save no memory"
         ]
     return []

@@ -26,8 +26,6 @@ from rkruntime.errors import ModelFileError
 from rkruntime.files import write_error
 from rkruntime.folders import own_folder
 
-PATIENCE: Final = 900.0
-"""Seconds without output, processor time or paging after which the toolkit counts as hung."""
 _LOGS_KEPT: Final = 10
 
 
@@ -62,14 +60,11 @@ def _ignore(_: Event) -> None:
     """For callers that do not watch."""
 
 
-def run_toolkit(
-    job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = _ignore, *, patience: float = PATIENCE
-) -> ToolkitResult:
+def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = _ignore) -> ToolkitResult:
     """Convert; `job.output` exists and is whole when this returns, and does not exist when it raises.
 
     Args:
         on_event: gets every event, and a heartbeat each second; what it raises ends the toolkit and comes out here.
-        patience: see PATIENCE.
 
     Raises:
         RefusedError, UsageError: the installed release does not do this; nothing was started.
@@ -79,7 +74,7 @@ def run_toolkit(
         export = scratch / "model.rkllm"
         steps = calls(job, toolkit.release, export)
         with Output(_log_file()) as output:
-            run = Session(toolkit, scratch, output, on_event, patience)
+            run = Session(toolkit, scratch, output, on_event, job.toolkit_patience)
             run.talk(steps)
             file = _check(run, job, scratch)
             lora = _take_lora(scratch, file, job.output)
@@ -170,7 +165,7 @@ def _facts(run: Session, job: ToolkitJob) -> failures.Facts:
         text=run.output.text(),
         log=run.output.path,
         parameters=job.parameters,
-        load_dtype=job.load_dtype,
+        load_dtype=job.toolkit_load_dtype,
     )
 
 

@@ -14,6 +14,7 @@ from rkconvert.adapters.config import FILE as ADAPTER_CONFIG
 from rkconvert.adapters.merged_model import MergedModel
 from rkconvert.adapters.reader import Adapter
 from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import GemmaConfig
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.output.hf_folder import copy_side_files, write_json, write_weights
@@ -126,7 +127,7 @@ def config(raw: Mapping[str, Any], checked: GemmaConfig, release: Release, eos: 
         "bos_token_id": checked.bos_token_id,
         "eos_token_id": list(eos) if release.several_eos else eos[0],
     }
-    if checked.family == "gemma2":
+    if "sliding_window" in FAMILIES[checked.family].defaults:
         scalar = checked.query_pre_attn_scalar
         sizes["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
         # A window as long as the context is none.

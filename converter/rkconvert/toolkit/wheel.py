@@ -14,6 +14,7 @@ from typing import Final
 from rkconvert.rules.releases import Release, release
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import HostError, InputError
+from rkruntime.files import read_error
 
 # PEP 427: name-version[-build]-python-abi-platform.whl
 _NAME: Final = re.compile(
@@ -78,7 +79,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, str], str]:
             parts = {name.rpartition("/")[2]: name for name in archive.namelist() if name.count("/") == 1}
             texts = [_read_text(archive, parts[name]) for name in ("METADATA", "WHEEL")]
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.", hint=_DOWNLOAD) from error
+        raise read_error(path, error) from error
     # zipfile's own: NotImplementedError for an unknown compression, RuntimeError for an encrypted file.
     except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(

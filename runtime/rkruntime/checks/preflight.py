@@ -16,6 +16,7 @@ from typing import Final, Literal, TypeAlias
 from rkruntime import resources
 from rkruntime.checks import machine
 from rkruntime.checks.conditions import fits
+from rkruntime.checks.types import types_by_soc
 from rkruntime.words import counted
 
 Level: TypeAlias = Literal["error", "warning", "notice"]
@@ -197,7 +198,7 @@ def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
 
 
 def _dtype(model: Model) -> Iterator[Finding]:
-    offered = resources.table("known_pairs")["dtypes"].get(model.platform.lower())
+    offered = types_by_soc()[0].get(model.platform.lower())
     if offered and model.dtype.lower().startswith("w") and model.dtype.lower() not in offered:
         yield Finding(
             "error",

@@ -114,7 +114,11 @@ def _typed(error: Exception) -> RKEdgeError:
     if isinstance(error, MemoryError):
         return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
     if isinstance(error, OSError):
-        return HostError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        from rkruntime.files import path_hint
+
+        named = error.filename
+        hint = path_hint(error, named) if isinstance(named, str | os.PathLike) else None
+        return HostError(f"{error.strerror or error}{f': {named}' if named else ''}.", hint=hint)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
         return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")
     if isinstance(error, ValueError) and "null byte" in str(error):  # as Python says it of a path

@@ -223,7 +223,7 @@ def test_chats_that_are_none(tmp_path: Path, text: str, words: str) -> None:
 
 def test_texts_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(CalibrationError, match="is not text in UTF-8"):
         read_texts(tmp_path / "q.txt")
     with pytest.raises(CalibrationError, match="No such file"):
         read_texts(tmp_path / "none.txt")

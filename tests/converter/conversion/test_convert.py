@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 
 from rkconvert import demo
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkconvert.emulated.model_file import emulator_name
 from rkconvert.emulated.quantize import quantize_rows
+from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import parse_config
 from rkconvert.output.hf_folder import plan_shards
 from rkconvert.tensors.weights import TensorInfo
@@ -48,7 +48,7 @@ def test_the_file_holds_the_merged_weights(make_model, make_adapter, peft_merge,
     assert convert(base, "--lora", adapter, "-o", tmp_path / "bundle") == 0
     container = read_container(tmp_path / "bundle" / "model.rkemu")
     theirs = peft_merge(base, {adapter: 1.0})
-    names = {emulator_name(name, family): name for name in theirs if name != "lm_head.weight"}
+    names = {FAMILIES[family].to_rkemu(name): name for name in theirs if name != "lm_head.weight"}
     for name, source in names.items():
         values = theirs[source].float().numpy()
         if values.ndim == 1:
@@ -67,7 +67,7 @@ def test_an_oracle_in_float32_is_exact(make_model, tmp_path):
     container = read_container(tmp_path / "bundle" / "model.rkemu")
     state = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, tensor in state.items():
-        np.testing.assert_array_equal(container.read(emulator_name(name, "gemma2")), tensor.float().numpy())
+        np.testing.assert_array_equal(container.read(FAMILIES["gemma2"].to_rkemu(name)), tensor.float().numpy())
     assert "output" in container.tensors
 
 

@@ -22,7 +22,7 @@ from rkconvert import demo
 from rkconvert.commands.convert import run
 from rkconvert.conversion import matrix
 from rkconvert.sources.open import open_source
-from rkconvert.toolkit.board_file import ToolkitOptions
+from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime import cli
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkemu import Writer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 
 from rkconvert import demo
 from rkconvert.conversion.convert import Options, convert
+from rkconvert.output import publish
 from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import QUIET
 from rkruntime import cli
@@ -47,6 +49,8 @@ class StandIn(BaseHTTPRequestHandler):
     def handle_call(self):
         hub, body = self.server.hub, self.body()
         hub.calls.append((self.command, self.path.partition("?")[0], body))
+        if hub.meanwhile and hub.meanwhile[0] in self.path:
+            hub.meanwhile[1]()
         if hub.refuses and hub.refuses[0] in self.path:
             return self.answer({"error": f"no: {self.headers.get('Authorization')}"}, hub.refuses[1])
         if self.path.startswith("/lfs/"):
@@ -108,7 +112,9 @@ def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     url = f"http://127.0.0.1:{server.server_port}"
     person = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
-    server.hub = SimpleNamespace(url=url, person=person, repos={}, objects={}, calls=[], refuses=None, loses=())
+    server.hub = SimpleNamespace(
+        url=url, person=person, repos={}, objects={}, calls=[], refuses=None, loses=(), meanwhile=None
+    )
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -122,9 +128,14 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    return convert(Options(demo.checkpoint(), tmp_path_factory.mktemp("converted") / "demo-bundle", max_context=256))
+
+
 @pytest.fixture
-def bundle(tmp_path):
-    return convert(Options(demo.checkpoint(), tmp_path / "demo-bundle", max_context=256))
+def bundle(converted, tmp_path):
+    return open_bundle(shutil.copytree(converted.path, tmp_path / "demo-bundle"))
 
 
 def test_exactly_the_manifests_files_go_there(hub, bundle):
@@ -213,6 +224,57 @@ def test_a_changed_bundle_stays_here(hub, bundle):
     with pytest.raises(BundleError, match=r"README\.md has 14 bytes"):
         push(bundle, TO)
     assert hub.repos == {}
+
+
+SECRET = b"a secret of this machine"
+
+
+def leads_outside(path):
+    """The path becomes a link to something else of the same size."""
+    other = path.parent.parent / "secret"
+    other.write_bytes((SECRET * (1 + path.stat().st_size // len(SECRET)))[: path.stat().st_size])
+    path.unlink()
+    path.symlink_to(other)
+
+
+def written_over(path):
+    path.write_bytes((SECRET * (1 + path.stat().st_size // len(SECRET)))[: path.stat().st_size])
+
+
+@pytest.mark.parametrize("change", [leads_outside, written_over])
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.rkemu", MANIFEST])
+@pytest.mark.parametrize("moment", ["/whoami", "/repos/create", "/preupload", "/commit/"])
+@pytest.mark.parametrize("limit", [0, 10 << 20])
+def test_what_changes_meanwhile_is_never_uploaded_in_silence(hub, bundle, monkeypatch, change, name, moment, limit):
+    # Files above the limit are read by the client itself, at any moment.
+    monkeypatch.setattr(publish, "_IN_MEMORY", limit)
+    whole = {file: (bundle.path / file).read_bytes() for file in [*bundle.manifest.files, MANIFEST]}
+    done = []
+    hub.meanwhile = (moment, lambda: done or (done.append(1), change(bundle.path / name)))
+    try:
+        push(bundle, TO)
+    except (BundleError, HostError) as error:
+        assert error.hint
+    else:
+        assert {**whole, ".gitattributes": b"x"} == hub.repos["me/gemma-demo"]["files"]
+    assert done
+    if limit:
+        assert not any(SECRET in body for _, _, body in hub.calls)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "report/../../secret", ".git/config", "secret-link"])
+def test_a_manifest_that_names_what_is_outside(hub, bundle, tmp_path, name):
+    (tmp_path / "secret").write_bytes(SECRET)
+    (bundle.path / "secret-link").symlink_to(tmp_path / "secret")
+    (bundle.path / ".git").mkdir()
+    (bundle.path / ".git" / "config").write_bytes(SECRET)
+    path = bundle.path / MANIFEST
+    manifest = yaml.safe_load(path.read_text())
+    manifest["files"][name] = {"size": len(SECRET), "sha256": hashlib.sha256(SECRET).hexdigest()}
+    path.write_text(yaml.safe_dump(manifest))
+    with pytest.raises((BundleError, HostError)):
+        push(open_bundle(bundle.path), TO)
+    assert not any(SECRET in body for _, _, body in hub.calls)
 
 
 def test_a_bundle_without_the_licences_notice_stays_here(hub, bundle):

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes import utils as bnb_utils
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -86,6 +87,37 @@ def test_bin_file_with_views_and_parameters(make_model, bits):
     torch.save(state, base / "pytorch_model-0.bin")
     for name, values in everything(open_checkpoint(base)).items():
         np.testing.assert_array_equal(values, bits(state[name]), err_msg=name)
+
+
+def test_bin_file_with_tensors_that_are_not_contiguous(make_model, bits):
+    base = make_model()
+    state = as_bin(base, 1)
+    names = [name for name in state if state[name].ndim == 2][:4]
+    first, second, third, fourth = names
+    vector = "model.norm.weight"
+    state[first] = state[first].t().contiguous().t()
+    state[second] = torch.cat([state[second], state[second]], dim=1)[:, : state[second].shape[1]]
+    state[third] = torch.stack([state[third], state[third]], dim=2)[:, :, 1]
+    state[fourth] = state[fourth][:1].expand(state[fourth].shape)
+    state[vector] = torch.ones(1, dtype=state[vector].dtype).expand(state[vector].shape)
+    assert not any(state[name].is_contiguous() for name in (*names, vector))
+    torch.save(state, base / "pytorch_model-0.bin")
+    for name, values in everything(open_checkpoint(base)).items():
+        np.testing.assert_array_equal(values, bits(state[name].contiguous()), err_msg=name)
+
+
+def test_strides_of_a_stranger(make_model):
+    base = make_model()
+    state = as_bin(base, 1)
+    name = "model.norm.weight"
+    size = state[name].numel()
+    for tensor, words in (
+        (torch.as_strided(torch.ones(1), (1 << 15, 1 << 15), (0, 0)), "too large to be rearranged"),
+        (torch.ones(2).expand(size, 2), "model.norm.weight"),
+    ):
+        torch.save(state | {name: tensor}, base / "pytorch_model-0.bin")
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(base)
 
 
 class Evil:
@@ -208,6 +240,29 @@ def test_scales_that_do_not_fit(make_model):
         open_checkpoint(base)
 
 
+ORDERS = bnb_utils.LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "of another kind"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_int8_matrix_in_the_order_of_a_gpus_tiles(make_model, order, as_text):
+    base = make_model()
+    quantize(base, "int8")
+    state = load_file(base / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight_format"
+    if as_text:
+        (base / "model.safetensors").unlink()
+        torch.save(state | {key: order}, base / "pytorch_model.bin")
+    else:
+        save_file(state | {key: torch.tensor(ORDERS.get(order, 9), dtype=torch.uint8)}, base / "model.safetensors")
+    if order == "row":
+        open_checkpoint(base)
+        return
+    with pytest.raises(CheckpointError, match="is not stored row by row") as caught:
+        open_checkpoint(base)
+    assert "original" in caught.value.hint
+
+
 def test_other_quantizers_are_named(make_model, edit_json):
     base = make_model()
     edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
@@ -246,10 +301,10 @@ def gguf_name(name, family):
     raise AssertionError(name)
 
 
-def write_gguf(path, folder, kind, family="gemma2", more=lambda writer: None):
+def write_gguf(path, folder, kind, family="gemma2", more=lambda writer: None, **split):
     """A GGUF of the folder, as llama.cpp's converter lays it out; matrices of the type `kind`; `more` adds to it."""
     config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, **split)
     more(writer)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -317,7 +372,26 @@ def test_gguf(make_model, tmp_path, family, kind):
         np.testing.assert_array_equal(floats, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [TYPES.Q2_K, TYPES.Q3_K, TYPES.Q4_K, TYPES.Q5_K, TYPES.Q6_K, TYPES.IQ4_XS])
+def can_make(kind):
+    try:
+        gguf.quants.quantize(np.ones((1, 256), np.float32), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def can_read(kind):
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+ONLY_LLAMA_CPP = [kind for kind in TYPES if can_read(kind) and not can_make(kind)]
+
+
+@pytest.mark.parametrize("kind", ONLY_LLAMA_CPP, ids=lambda kind: kind.name)
 def test_gguf_of_types_that_only_llama_cpp_writes(make_model, tmp_path, kind, monkeypatch):
     # gguf reads these types and cannot make them, so the bytes are random: any bytes are a matrix.
     base = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=16)
@@ -336,6 +410,123 @@ def test_gguf_of_types_that_only_llama_cpp_writes(make_model, tmp_path, kind, mo
     assert kind.name in checkpoint.notes[0]
     for name, values in everything(checkpoint).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+@pytest.fixture
+def parts(make_model, tmp_path):
+    """A model with a head of its own in three parts, by gguf's own writer; their paths and values."""
+    base = make_model(hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
+    expected = write_gguf(tmp_path / "model.gguf", base, TYPES.Q8_0, split_max_tensors=-(-len(state_of(base)) // 3))
+    paths = [tmp_path / f"model-0000{at}-of-00003.gguf" for at in (1, 2, 3)]
+    assert all(path.is_file() for path in paths)
+    return paths, expected
+
+
+def test_gguf_in_parts(parts):
+    paths, expected = parts
+    checkpoint = open_source(str(paths[0]))
+    assert checkpoint.name == "model"
+    assert not checkpoint.config.tie_word_embeddings
+    assert {*checkpoint.inputs.weights} == {*paths}
+    for name, values in everything(checkpoint).items():
+        floats = to_float32(values, checkpoint.weights.tensors[name].dtype)
+        np.testing.assert_array_equal(floats, expected[name], err_msg=name)
+    os.utime(paths[2], (1, 1))
+    with pytest.raises(CheckpointError, match=r"00003-of-00003\.gguf changed"):
+        checkpoint.inputs.check()
+
+
+def edited(path, **values):
+    """The file with other values of numbers in its header, found by gguf's own reader."""
+    with path.open("r+b") as file:
+        for name, value in values.items():
+            reader = gguf.GGUFReader(path, "r")
+            field = reader.fields[name.replace("_", ".")]
+            offset, form = int(field.offset + sum(len(part.tobytes()) for part in field.parts[:-1])), field.parts[-1]
+            del reader
+            file.seek(offset)
+            file.write(np.array([value], form.dtype).tobytes())
+
+
+def one_part_again(paths):
+    shutil.copy(paths[1], paths[2])
+    edited(paths[2], split_no=2)
+
+
+def a_part_of_another_model(paths):
+    other = paths[0].parent / "other"
+    other.mkdir()
+    writer = gguf.GGUFWriter(other / "x.gguf", "gemma2")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.add_int32("split.tensors.count", 5)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (other / "x.gguf").replace(paths[1])
+
+
+def in_another_order(paths):
+    paths[1].rename(paths[0].parent / "kept")
+    paths[2].rename(paths[1])
+    (paths[0].parent / "kept").rename(paths[2])
+
+
+PARTS = {
+    "missing": (lambda paths: paths[1].unlink(), "model-00002-of-00003.gguf is not beside it"),
+    "a folder": (lambda paths: (paths[1].unlink(), paths[1].mkdir()), "is not beside it"),
+    "cut": (lambda paths: os.truncate(paths[2], paths[2].stat().st_size - 33), "is cut"),
+    "empty": (lambda paths: os.truncate(paths[2], 0), "not a GGUF file"),
+    "another model": (a_part_of_another_model, "not part 2 of the model"),
+    "another order": (in_another_order, "its split.no is 2, not 1"),
+    "one twice": (one_part_again, "is in 2 parts"),
+    "wrong count": (lambda paths: edited(paths[0], split_tensors_count=4), "not part 2 .* split.tensors.count"),
+    "all wrong": (lambda paths: [edited(path, split_tensors_count=4) for path in paths], "the first says 4"),
+    "fewer parts": (lambda paths: edited(paths[0], split_count=2), "does not end with -00001-of-00002.gguf"),
+    "more parts": (lambda paths: edited(paths[0], split_count=4), "does not end with -00001-of-00004.gguf"),
+    "another name": (lambda paths: shutil.copy(paths[0], paths[0].with_name("x.gguf")), "x.gguf says that it is part"),
+    "the second": (lambda paths: None, "is part 2 of 3 of a model"),
+    "whole beside parts": (lambda paths: write_gguf_part(paths[1]), "does not say that it is a part"),
+}
+
+
+def write_gguf_part(path):
+    writer = gguf.GGUFWriter(path, "gemma2")
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_gguf_parts_that_do_not_fit_together(parts, what):
+    paths, _ = parts
+    change, words = PARTS[what]
+    change(paths)
+    named = {"another name": paths[0].with_name("x.gguf"), "the second": paths[1]}.get(what, paths[0])
+    with pytest.raises(CheckpointError, match=words) as caught:
+        open_source(str(named))
+    if what == "the second":
+        assert str(paths[0]) in caught.value.hint
+    assert caught.value.hint or what in ("cut", "empty")
+
+
+@pytest.mark.parametrize("kind", [TYPES.Q8_K, TYPES.Q8_1, TYPES.I8, TYPES.F64, TYPES.Q1_0], ids=lambda kind: kind.name)
+def test_gguf_of_types_that_the_package_cannot_read(make_model, tmp_path, kind):
+    base = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=16)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, base, TYPES.Q8_0)
+    data = bytearray(path.read_bytes())
+    name = b"token_embd.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8
+    assert data[at] == TYPES.Q8_0
+    data[at] = kind
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"cannot dequantize|ends at byte|overlaps"):
+        open_source(str(path))
 
 
 def test_gguf_tokenizer(make_model, tmp_path):
@@ -430,7 +621,6 @@ def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monk
         lambda writer: writer.add_rope_dimension_count(8),
         lambda writer: writer.add_attention_scale(0.5),
         lambda writer: writer.add_causal_attention(False),
-        lambda writer: writer.add_uint16("split.count", 2),
     ],
 )  # fmt: skip
 def test_a_gguf_that_asks_for_another_computation_is_refused(make_model, tmp_path, more):

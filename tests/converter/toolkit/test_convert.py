@@ -18,7 +18,6 @@ from rkconvert.adapters.merged_model import Lora
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
 from rkconvert.toolkit import board_file
-from rkconvert.toolkit.board_file import ToolkitOptions
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.errors import (
@@ -52,17 +51,16 @@ def base(make_model: Make) -> Path:
 
 @pytest.fixture
 def options(base: Path, tmp_path: Path, environments: Callable[[str], Path]) -> Callable[..., Options]:
-    """A conversion that works; `options(version, field=value)`, where fields of the toolkit's are known by name."""
+    """A conversion that works; `options(version, field=value)`."""
     (tmp_path / "bundles").mkdir()
 
     def make(version: str = "1.2.3", **fields: Any) -> Options:
-        toolkit = {key: fields.pop(key) for key in ("calibration", "algorithm", "patience") if key in fields}
         return Options(
             **{
                 "checkpoint": str(base),
                 "output": tmp_path / "bundles" / "bundle",
                 "target": "toolkit",
-                "toolkit": ToolkitOptions(python=environments(version), **toolkit),
+                "toolkit_python": environments(version),
                 "force_dtype": True,  # nothing was ever published about models this small
                 **fields,
             }
@@ -131,6 +129,7 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
     assert read_rkllm(bundle.path / "model_lora.rkllm").toolkit_version == "1.2.3"
     assert [item.name for item in bundle.manifest.adapters] == ["lora"]
     assert any("model_lora.rkllm" in note for note in bundle.manifest.notes)
+    assert any("without its adapter" in note for note in bundle.manifest.notes)
     report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
     assert report["calls"][0]["arguments"]["model_lora"] == "lora"
 
@@ -144,7 +143,9 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
         ({"algorithm": "gdq"}, RefusedError, "for w4a16"),
         ({"calibration": Path("none.json")}, CalibrationError, "No such file"),
         ({"npu_cores": 4}, UsageError, "has 3"),
-        ({"lora_mode": "runtime"}, UsageError, "takes one adapter"),
+        ({"lora_mode": "runtime"}, UsageError, "no adapter is given"),
+        ({"lora_mode": "runtime", "loras": (Lora("a"), Lora("b"))}, UsageError, "and 2 are given"),
+        ({"lora_mode": "runtime", "loras": (Lora("a", 0.5),)}, UsageError, "a=0.5: rkedge loads .* with weight 1"),
         ({"lora_mode": "other"}, UsageError, "no LoRA mode"),
         ({"dtype": "w8a8_g512"}, RefusedError, "multiple of 512"),
     ],
@@ -168,7 +169,7 @@ def test_too_narrow(options: Callable[..., Options], make_model: Make) -> None:
 
 
 def test_no_toolkit_here(options: Callable[..., Options]) -> None:
-    asked = replace(options(), toolkit=ToolkitOptions())
+    asked = replace(options(), toolkit_python=None)
     with pytest.raises(HostError, match="none is set up"):
         convert(asked)
     assert left(asked) == []
@@ -346,10 +347,10 @@ def test_paths_that_are_not_utf8(
 
 
 def rkedge(options: Options, **environment: str) -> subprocess.Popen[bytes]:
-    assert options.toolkit.python is not None
+    assert options.toolkit_python is not None
     arguments = [
         "convert", options.checkpoint, "--target", "toolkit", "--force-dtype", "-o", str(options.output),
-        "--toolkit-python", str(options.toolkit.python),
+        "--toolkit-python", str(options.toolkit_python),
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "rkruntime.cli", *arguments], stderr=subprocess.PIPE, env={**os.environ, **environment}

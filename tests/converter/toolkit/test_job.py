@@ -57,8 +57,8 @@ def test_the_calls_have_the_arguments_of_the_release(job: Callable[..., ToolkitJ
 
 def test_values_arrive(job: Callable[..., ToolkitJob], tmp_path: Path) -> None:
     asked = job(
-        dataset=tmp_path / "data.json", lora=tmp_path / "lora", max_context=8192, npu_cores=2, hybrid_rate=0.25,
-        optimization_level=0, dtype="w8a8_g128", load_dtype="bfloat16",
+        calibration=tmp_path / "data.json", lora=tmp_path / "lora", max_context=8192, npu_cores=2, hybrid_rate=0.25,
+        optimization_level=0, dtype="w8a8_g128", toolkit_load_dtype="bfloat16",
     )  # fmt: skip
     found = arguments(asked, "1.2.3")
     assert found["build"] == {
@@ -110,6 +110,9 @@ def test_cores(job: Callable[..., ToolkitJob], platform: str, most: int) -> None
                 arguments(asked, "1.3.0")
 
 
+ON_RK3576: dict[str, Any] = {"platform": "rk3576", "npu_cores": 2}
+
+
 @pytest.mark.parametrize(
     ("version", "algorithm", "fields", "error", "words"),
     [
@@ -125,16 +128,16 @@ def test_cores(job: Callable[..., ToolkitJob], platform: str, most: int) -> None
         ("1.2.3", "normal", {"hybrid_rate": 1.0}, UsageError, "below 1"),
         ("1.2.3", "normal", {"hybrid_rate": -0.1}, UsageError, "hybrid rate"),
         ("1.2.3", "normal", {"optimization_level": 2}, UsageError, "0 or 1"),
-        ("1.2.3", "normal", {"device": "npu"}, UsageError, "cpu or cuda"),
-        ("1.2.3", "normal", {"load_dtype": "int8"}, UsageError, "float32, float16, bfloat16"),
-        ("1.1.4", "normal", {"load_dtype": "int8"}, UsageError, "float32, float16, bfloat16"),
+        ("1.2.3", "normal", {"toolkit_device": "npu"}, UsageError, "cpu or cuda"),
+        ("1.2.3", "normal", {"toolkit_load_dtype": "int8"}, UsageError, "float32, float16, bfloat16"),
+        ("1.1.4", "normal", {"toolkit_load_dtype": "int8"}, UsageError, "float32, float16, bfloat16"),
         ("1.2.3", "normal", {"max_context": 16416}, RefusedError, "16,384 at most"),
         ("1.1.4", "normal", {"max_context": 4128}, RefusedError, "4,096 at most"),
         ("1.2.3", "normal", {"max_context": 4000}, None, ""),
         ("1.2.3", "normal", {"max_context": 4001}, UsageError, "multiple of 32"),
         ("1.2.3", "normal", {"max_context": 0}, UsageError, "multiple of 32"),
-        ("1.2.3", "grq_r64", {"platform": "rk3576", "dtype": "w4a16", "npu_cores": 2, "device": "cuda"}, None, ""),
-        ("1.1.1", "gdq", {"platform": "rk3576", "dtype": "w4a16_g32", "npu_cores": 2, "device": "cuda"}, None, ""),
+        ("1.2.3", "grq_r64", {**ON_RK3576, "dtype": "w4a16", "toolkit_device": "cuda"}, None, ""),
+        ("1.1.1", "gdq", {**ON_RK3576, "dtype": "w4a16_g32", "toolkit_device": "cuda"}, None, ""),
     ],
 )  # fmt: skip
 def test_what_a_release_does_not_do(
@@ -158,11 +161,11 @@ def notes(job: ToolkitJob, version: str) -> tuple[str, ...]:
 
 
 def test_what_is_done_otherwise_is_said(job: Callable[..., ToolkitJob]) -> None:
-    assert notes(job(), "1.1.4") == notes(job(), "1.2.3") == notes(job(load_dtype="bfloat16"), "1.2.3") == ()
+    assert notes(job(), "1.1.4") == notes(job(), "1.2.3") == notes(job(toolkit_load_dtype="bfloat16"), "1.2.3") == ()
     assert "allows 4,096" in notes(job(max_context=2048), "1.1.4")[0]
-    assert "cannot be told" in notes(job(load_dtype="bfloat16"), "1.1.4")[0]
-    assert "may save no memory" in notes(job(load_dtype="bfloat16"), "1.3.0")[0]
-    assert notes(job(load_dtype="bfloat16", device="cuda"), "1.3.0") == ()
+    assert "cannot be told" in notes(job(toolkit_load_dtype="bfloat16"), "1.1.4")[0]
+    assert "may save no memory" in notes(job(toolkit_load_dtype="bfloat16"), "1.3.0")[0]
+    assert notes(job(toolkit_load_dtype="bfloat16", toolkit_device="cuda"), "1.3.0") == ()
 
 
 @pytest.mark.parametrize("version", ["1.2.3+standin", "1.2.3", "1.2.3.post1"])
@@ -196,7 +199,7 @@ def test_the_refusal_names_the_release_that_can(job: Callable[..., ToolkitJob]) 
 
 
 def test_the_document_is_one_line_of_ascii(job: Callable[..., ToolkitJob], tmp_path: Path) -> None:
-    made = calls(job(dataset=tmp_path / "größe 数据\n.json"), versions.release("1.2.3"), Path("/x"))
+    made = calls(job(calibration=tmp_path / "größe 数据\n.json"), versions.release("1.2.3"), Path("/x"))
     text = made.document()
     assert text.isascii()
     assert text.count("\n") == 1
@@ -206,7 +209,7 @@ def test_the_document_is_one_line_of_ascii(job: Callable[..., ToolkitJob], tmp_p
 @pytest.mark.parametrize(
     ("field", "value", "option"),
     [("algorithm", "grq", "--algorithm"), ("hybrid_rate", 0.5, "--hybrid-rate"),
-     ("dataset", Path("data.json"), "--calibration"), ("qparams", Path("a.qparams"), "--qparams")],
+     ("calibration", Path("data.json"), "--calibration"), ("qparams", Path("a.qparams"), "--qparams")],
 )  # fmt: skip
 @pytest.mark.parametrize("version", ["1.1.4", "1.3.0"])
 def test_what_tells_a_quantizer_something_is_refused_without_one(job, field, value, option, version):

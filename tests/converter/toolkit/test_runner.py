@@ -135,7 +135,7 @@ def test_what_the_toolkit_refuses(
     model(**config)
     if dataset:
         (tmp_path / "data.json").write_text(dataset)
-        asked = replace(asked, dataset=tmp_path / "data.json")
+        asked = replace(asked, calibration=tmp_path / "data.json")
     with pytest.raises(error) as caught:
         run_toolkit(asked, toolkit())
     assert type(caught.value) is error
@@ -168,14 +168,14 @@ def test_no_sign_of_life(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytes
     fail("build:hang")
     asked = job()
     with pytest.raises(ToolkitError, match="no activity for 2 s while it quantized"):
-        run_toolkit(asked, toolkit(), patience=2)
+        run_toolkit(replace(asked, toolkit_patience=2), toolkit())
     assert nothing_left(asked)
 
 
 def test_busy_and_silent_is_alive(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
     fail("build:spin")
-    assert run_toolkit(job(), toolkit(), patience=1.5).path.is_file()
+    assert run_toolkit(job(toolkit_patience=1.5), toolkit()).path.is_file()
 
 
 def child_of(events: list[Event]) -> int:
