@@ -1,4 +1,4 @@
-"""rkllm.h as data: every field, enum value, callback and function once, with the releases it exists in.
+"""rkllm.h as data: every field, enum value, callback and function once, with the releases that have it.
 
 Types are written as in the header. Order is memory order. `since` and `until` are releases, both included.
 Source: public headers of airockchip/rknn-llm, releases 1.0.0 to 1.3.0.
@@ -13,7 +13,7 @@ from rkruntime.abi.releases import OLDEST
 
 
 class Field(NamedTuple):
-    """A member of a struct or union. An empty name is an unnamed union: its members count as the struct's own."""
+    """A member of a struct or union. An empty name is an unnamed union: its members count as the struct's."""
 
     type: str
     name: str
@@ -39,7 +39,7 @@ class Param(NamedTuple):
 
 @dataclass(frozen=True)
 class Function:
-    """A function that the library exports, or the type of a callback that it takes."""
+    """A function that the library exports, or the type of a callback that it accepts."""
 
     name: str
     returns: str
@@ -105,7 +105,7 @@ STRUCTS: Final[dict[str, tuple[Field, ...]]] = {
         Field("int32_t *", "input_ids", "1.1.0"),
         Field("size_t", "n_tokens", "1.1.0"),
     ),
-    # The header nests these two without a name.
+    # The header nests these two without names.
     "RKLLMImageInput": (
         Field("float *", "image_embed", "1.3.0"),
         Field("size_t", "n_image_tokens", "1.3.0"),
@@ -222,7 +222,7 @@ UNIONS: Final[dict[str, tuple[Field, ...]]] = {
 }
 
 UNNAMED: Final = frozenset({"RKLLMImageInput", "RKLLMVideoInput", "RKLLMInputUnion"})
-"""Types to which only this kit gives a name."""
+"""Types that have a name only here, not in the header."""
 
 FORMER_NAMES: Final = {"RKLLMMultiModalInput": ("RKLLMMultiModelInput", "1.2.2")}
 """A type's name in older headers, and the last release with it."""

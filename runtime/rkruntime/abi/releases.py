@@ -23,11 +23,11 @@ class Release:
     """One release.
 
     Attributes:
-        version: as the library's version text has it, `1.2.1b1`.
-        layout: releases with the same id have the same structures, enums, callbacks and prototypes.
+        version: As in the library's version text, such as `1.2.1b1`.
+        layout: Releases with the same id have the same structures, enums, callbacks and prototypes.
         evidence: `measured` with compilers on the release's header, or `computed` from a description.
-        refused: why this kit does not call it; empty where it does.
-        emulated: whether the emulator can be built for it.
+        refused: Why RKEdge does not call it; empty if it does.
+        emulated: Whether the emulator can be built for it.
     """
 
     version: str
@@ -57,7 +57,7 @@ RELEASES: Final[dict[str, Release]] = {
         Release("1.3.1", "L8", evidence="computed", emulated=False),
     )
 }
-"""Every known release by its version, oldest first: the order says what `since` and `until` mean."""
+"""Every known release by its version, oldest first; `since` and `until` follow this order."""
 
 LAYOUTS: Final[dict[str, tuple[str, ...]]] = {
     layout: tuple(item.version for item in RELEASES.values() if item.layout == layout)
@@ -73,12 +73,12 @@ _ORDER: Final = {version: at for at, version in enumerate(RELEASES)}
 
 
 def within(version: str, since: str, until: str) -> bool:
-    """Whether a release lies between two others, both included; an empty `until` means no end."""
+    """Whether a release lies between two others, both included; an empty `until` means no upper limit."""
     return _ORDER[since] <= _ORDER[version] and (not until or _ORDER[version] <= _ORDER[until])
 
 
 def check_release(version: str, among: Sequence[str] = CALLABLE, owner: str = "RKLLM") -> Release:
-    """The release that a person named, exactly as it is written. UsageError lists those of `among`."""
+    """The release with exactly this version. Raises UsageError, which lists those of `among`."""
     if version in among:
         return RELEASES[version]
     refused = RELEASES[version].refused if version in RELEASES else ""
@@ -87,7 +87,7 @@ def check_release(version: str, among: Sequence[str] = CALLABLE, owner: str = "R
 
 
 def release_named(version: str) -> Release:
-    """The release of a version that a person named. Raises LibraryError if there is none, or it is refused."""
+    """The release that the user named. Raises LibraryError if there is none, or it is refused."""
     release = RELEASES.get(version)
     if release is None:
         raise LibraryError(
@@ -96,6 +96,6 @@ def release_named(version: str) -> Release:
     if release.refused:
         raise LibraryError(
             f"librkllmrt.so {version} is not supported: {release.refused}.",
-            hint="Install librkllmrt.so 1.2.3, and a model made by a toolkit from 1.1.4 to 1.2.3.",
+            hint="Install librkllmrt.so 1.2.3, and use a model made by rkllm-toolkit 1.1.4 to 1.2.3.",
         )
     return release

@@ -1,4 +1,4 @@
-"""The ctypes classes, callback types and prototypes of a layout, made from the declarations."""
+"""The ctypes classes, callback types and prototypes of a layout, built from the declarations."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SCALARS: dict[str, Any] = {
 
 
 class Prototype(NamedTuple):
-    """Result and argument types of a function, for ctypes."""
+    """Result and argument types of a function, as ctypes types."""
 
     restype: Any
     argtypes: tuple[Any, ...]
 
 
 def fields_of(name: str, version: str) -> tuple[Field, ...]:
-    """The members that a struct or union has in a release, in memory order; none if the release has no such type."""
+    """The members of a struct or union in a release, in memory order; empty if the release has no such type."""
     declared = STRUCTS.get(name) or UNIONS[name]
     return tuple(item for item in declared if within(version, item.since, item.until))
 
@@ -62,7 +62,7 @@ def enum_values(name: str, version: str) -> dict[str, int]:
 
 
 def since(name: str) -> str:
-    """The first release with a function, or with a field given as `Struct.field`."""
+    """The first release that has a function, or a field given as `Struct.field`."""
     struct, _, field = name.partition(".")
     if field:
         return next(item.since for item in STRUCTS[struct] if item.name == field)
@@ -71,14 +71,14 @@ def since(name: str) -> str:
 
 @dataclass(frozen=True)
 class Abi:
-    """The C interface of one layout. `version` is any release of it."""
+    """The C interface of one layout. `version` is any release with that layout."""
 
     layout: str
     version: str
 
     @cached_property
     def structs(self) -> Mapping[str, Any]:
-        """ctypes.Structure classes by their name in the newest header."""
+        """ctypes.Structure classes by their names in the newest header."""
         made = {name: self._aggregate(name) for name in STRUCTS if fields_of(name, self.version)}
         return MappingProxyType(made)
 
@@ -107,7 +107,7 @@ class Abi:
         return dict(_SCALARS)
 
     def _resolve(self, declared: str) -> Any:
-        """The ctypes type of a C type as the header writes it."""
+        """The ctypes type of a C type as written in the header."""
         text = declared.removeprefix("const ")
         if text not in self._resolved:
             self._resolved[text] = self._make(text)
@@ -147,5 +147,5 @@ def _abi(layout: str) -> Abi:
 
 
 def abi_of(version: str) -> Abi:
-    """The interface of a release. Releases of one layout share the object."""
+    """The interface of a release. Releases with the same layout share it."""
     return _abi(RELEASES[version].layout)

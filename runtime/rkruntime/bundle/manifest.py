@@ -1,4 +1,4 @@
-"""A bundle: one folder that holds all a board needs, with a manifest, `rkedge.yaml`."""
+"""A bundle: one folder with everything a board needs and a manifest, `rkedge.yaml`."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _MODELS: Final = (".rkllm", ".rkemu", ".safetensors")
 LORA: Final = "model_lora"  # with the model file's suffix
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
-# Bytes. Gemma's tokenizer.json has 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
+# Bytes. Gemma's tokenizer.json takes 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
 MAX_TOKENIZER: Final = 128 << 20
 MAX_TEMPLATE: Final = 1 << 20
 _MAX_SETTINGS: Final = 1 << 20
 
 
-# What converters write is far shorter. Names stand in each message and in each event of a stream; a path of 4,096 bytes
-# has 16,384 characters if none of its bytes is UTF-8.
+# What converters write is far shorter. Names appear in each message and in each event of a stream; a path of 4,096
+# bytes has 16,384 characters if none of its bytes is UTF-8.
 _Name = Annotated[str, Length(1024)]
 _Text = Annotated[str, Length(1 << 14)]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights came from: `revision` is a commit of the hub, `sha256` the hash over its weight files' hashes."""
+    """Where weights came from: `revision` is a commit on the hub, `sha256` the hash over its weight files' hashes."""
 
     name: _Text
     revision: _Name = ""
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and SHA-256 (hex) of a file of the bundle."""
+    """Size in bytes and SHA-256 (hex) of a file in the bundle."""
 
     size: Annotated[int, Between(0, 1 << 48)]
     sha256: _Name
@@ -64,23 +64,23 @@ _TokenId = Annotated[int, Between(0, (1 << 31) - 1)]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `rkedge.yaml` says.
+    """The contents of `rkedge.yaml`.
 
     Attributes:
-        name: the folder's name when it was made.
+        name: The folder's name when it was made.
         family: `gemma2` or `gemma`.
-        size: `2B`, `9B`, `27B`, or the parameter count for others.
+        size: `2B`, `9B` or `27B`; the parameter count for others.
         target: `emulator` or `toolkit`.
-        platform: SoC in lower case, `rk3588`.
-        dtype: quantized type, `w8a8`.
-        max_context: the limit built into the model file, in tokens.
-        toolkit_version: release of rkllm-toolkit that made it, or whose behaviour the emulator file follows.
-        model_file: name of the model file in the folder.
-        stop_token_ids: each of these ends an answer.
+        platform: SoC in lower case, such as `rk3588`.
+        dtype: Quantized type, such as `w8a8`.
+        max_context: Limit built into the model file, in tokens.
+        toolkit_version: Release of rkllm-toolkit that made it, or whose behaviour the emulator file follows.
+        model_file: Name of the model file in the folder.
+        stop_token_ids: Tokens that end an answer.
         system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
-        special_tokens: what the chat template may name, such as `eos_token`, where it is not Gemma's.
-        files: every file but the manifest, by its path in the folder.
-        options: the conversion's exact options, for a person and for a repeat.
+        special_tokens: Names that the chat template may use, such as `eos_token`, where they differ from Gemma's.
+        files: Every file except the manifest, by its path in the folder.
+        options: The conversion's exact options, for reading and for repeating it.
     """
 
     name: _Name
@@ -108,13 +108,13 @@ class Manifest:
     schema: _Name = SCHEMA
 
     def to_yaml(self) -> str:
-        """The manifest's text, in the order of the fields."""
+        """The manifest as YAML, in field order."""
         plain = json.loads(json.dumps(asdict(self)))
         return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over all of it, and so over its files: two bundles of one name may be two models."""
+        """A hash over the whole manifest, and so over its files: bundles of one name may be different models."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -131,9 +131,9 @@ class Manifest:
         for name, record in manifest.files.items():
             _check_name(name)
             if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
-                raise BundleError(f"{MANIFEST}: the SHA-256 of {name[:80]} is {record.sha256[:80]!r}, which is none.")
+                raise BundleError(f"{MANIFEST}: {record.sha256[:80]!r}, given for {name[:80]}, is not a SHA-256.")
         if manifest.model_file not in manifest.files:
-            raise BundleError(f"{MANIFEST}: model_file {manifest.model_file[:80]!r} is not one of its files.")
+            raise BundleError(f"{MANIFEST}: model_file {manifest.model_file[:80]!r} is not among its files.")
         return manifest
 
 
@@ -157,13 +157,13 @@ class Bundle:
 
     @property
     def lora(self) -> Path | None:
-        """The adapter's file, where the adapter is not merged into the model (`--lora-mode runtime`)."""
+        """The adapter file, if the adapter is not merged into the model (`--lora-mode runtime`)."""
         name = LORA + PurePosixPath(self.manifest.model_file).suffix
         return self.path / name if name in self.manifest.files else None
 
     @property
     def unlisted(self) -> list[str]:
-        """Files that look like models or adapters and that the manifest does not list: nobody loads them."""
+        """Files that look like models or adapters but are not listed in the manifest: they are never loaded."""
         found = (path.name for path in self.path.iterdir() if path.suffix in _MODELS)
         return sorted(name for name in found if name not in self.manifest.files)
 
@@ -179,7 +179,7 @@ class Bundle:
 
     @property
     def known(self) -> Model:
-        """What is known of the model before it is loaded, for preflight."""
+        """What is known about the model before it is loaded, for preflight."""
         made = self.manifest
         record = made.files[made.model_file]
         return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
@@ -189,7 +189,7 @@ class Bundle:
         return self._read(TOKENIZER, MAX_TOKENIZER)
 
     def read_template(self) -> str | None:
-        """chat_template.jinja, None if the bundle has none. Raises BundleError as `verify` does."""
+        """chat_template.jinja, or None if the bundle has none. Raises BundleError as `verify` does."""
         if TEMPLATE not in self.manifest.files:
             return None
         try:
@@ -198,7 +198,7 @@ class Bundle:
             raise BundleError(f"{self.template} is not UTF-8: {error}.") from error
 
     def read_generation_config(self) -> Mapping[str, Any]:
-        """generation_config.json, empty if the bundle has none. Raises BundleError as `verify` does."""
+        """generation_config.json, or an empty mapping if the bundle has none. Raises BundleError as `verify` does."""
         if GENERATION_CONFIG not in self.manifest.files:
             return {}
         try:
@@ -210,12 +210,14 @@ class Bundle:
         return config
 
     def _read(self, name: str, limit: int) -> bytes:
-        """The very bytes that the manifest's hash is of: read once, then compared."""
+        """Exactly the bytes that were hashed: read once, then compared with the manifest."""
         if name not in self.manifest.files:
             raise BundleError(f"{MANIFEST} does not list {name}.")
         record, path = self.manifest.files[name], self._place(name)
         if record.size > limit:
-            raise BundleError(f"{path} has over {limit >> 20} MiB by the manifest; such files have far fewer.")
+            raise BundleError(
+                f"{path} is over {limit >> 20} MiB according to the manifest; such files are far smaller."
+            )
         try:
             data = read_regular(path, record.size)
         except OSError as error:
@@ -239,14 +241,14 @@ class Bundle:
         trust_stamps: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Compare files with the manifest: size always, SHA-256 once per state of a file.
+        """Compare files with the manifest: the size always, the SHA-256 once per state of a file.
 
-        Hashing gigabytes takes seconds, so a file found right is not read again while path, size, both times of
-        change and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads it all.
-        `progress` gets the bytes of each block read; what it raises ends this.
+        Hashing gigabytes takes seconds, so a verified file is not read again while its path, size, modification and
+        change times and inode stay the same (stamps in the user's cache folder); `trust_stamps=False` reads every file.
+        `progress` gets the size of each block read, in bytes; an exception from it ends the check.
 
         Raises:
-            BundleError: a file is missing, cut or changed.
+            BundleError: A file is missing, truncated or changed.
         """
         for name in self.manifest.files if names is None else names:
             self._verify_file(name, trust_stamps, progress)
@@ -257,7 +259,7 @@ class Bundle:
         if state.st_size != record.size:
             raise BundleError(
                 f"{path} has {counted(state.st_size, 'byte')}; the manifest says {record.size:,}."
-                " The copy is cut or changed."
+                " The copy is truncated or changed."
             )
         stamp = _Stamp(path, state, record.sha256)
         if trust_stamps and stamp.known():
@@ -272,14 +274,14 @@ class Bundle:
 
 
 def _changed(path: Path) -> BundleError:
-    return BundleError(f"{path} does not have the size and SHA-256 of the manifest: it was changed or damaged.")
+    return BundleError(f"{path} does not have the size and SHA-256 listed in the manifest: it was changed or damaged.")
 
 
 class _Stamp:
-    """A note in the cache folder that a file in this very state had this hash."""
+    """A note in the cache folder that a file in exactly this state had this hash."""
 
     def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
-        # The time of change is the kernel's own: what has write access to a file can put back the others.
+        # The change time is set by the kernel only: anyone with write access to a file can reset its other attributes.
         times = (state.st_mtime_ns, state.st_ctime_ns)
         self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_dev, state.st_ino, sha256])
         self._file = own_folder("cache") / "verified" / f"{sha256[:32]}-{state.st_ino}"
@@ -295,7 +297,7 @@ class _Stamp:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_text(self._text)
         except OSError:
-            # A read-only home costs time at the next load, nothing else.
+            # A read-only home only costs time at the next load.
             pass
 
 
@@ -303,7 +305,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read a bundle's manifest; `Bundle.verify` compares the files.
 
     Raises:
-        BundleError: no bundle, or its manifest is wrong.
+        BundleError: It is not a bundle, or its manifest is wrong.
     """
     path = Path(path)
     manifest = path / MANIFEST

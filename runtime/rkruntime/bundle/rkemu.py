@@ -1,4 +1,4 @@
-"""The emulator's model container, `.rkemu`, as docs/rkemu-format.md describes it: written in a stream, read by header.
+"""The emulator's model container, `.rkemu`, as described in docs/rkemu-format.md: a streaming writer and a reader.
 
 The engine in board/emulator maps the same bytes; nothing here loads a whole model.
 """
@@ -27,7 +27,7 @@ VERSION: Final = 1
 SIZES_ONLY: Final = 1
 PAGE: Final = 4096
 ALIGNMENT: Final = 64
-# Larger metadata or directories are not written, and not read: 27B has 600 tensors, a tokenizer is a tensor.
+# Larger sections are neither written nor read: 27B has 600 tensors, and a tokenizer is a tensor of its own.
 MAX_SECTION: Final = 64 << 20
 
 _HEADER = struct.Struct("<8sIIQQQQIIII")
@@ -38,7 +38,7 @@ _INT, _FLOAT, _TEXT, _INTS = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the directory: dtype is numpy's name, shape has the outermost dimension first."""
+    """A tensor in the directory: dtype is the numpy name, shape starts with the outermost dimension."""
 
     name: str
     dtype: str
@@ -55,7 +55,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file: where its data stands, from the beginning of the file, and its CRC-32."""
+    """A tensor in a file: the offset of its data from the beginning of the file, and its CRC-32."""
 
     spec: TensorSpec
     offset: int
@@ -94,15 +94,15 @@ def _pack_entry(spec: TensorSpec, offset: int, crc32: int) -> bytes:
 
 
 class Writer:
-    """Writes a container tensor by tensor, in any order, without holding more than one of them.
+    """Write a container tensor by tensor, in any order, with at most one in memory.
 
     Args:
-        path: the file, created anew.
-        metadata: keys and values of docs/rkemu-format.md; bool is not a value.
-        tensors: the whole directory, in the order in which the data will stand.
-        sizes_only: leave the data out (for tests of the memory plan).
+        path: File to create or overwrite.
+        metadata: Keys and values of docs/rkemu-format.md; bool is not allowed.
+        tensors: The whole directory, in the order of the data.
+        sizes_only: Leave out the data (for tests of the memory plan).
 
-    As a context manager it removes the file when the block raises, and refuses to finish while a tensor is missing.
+    As a context manager it removes the file if the block raises, and refuses to finish while a tensor is missing.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Writer:
         sizes_only: bool = False,
     ) -> None:
         if len({spec.name for spec in tensors}) != len(tensors):
-            raise ValueError("a tensor's name stands twice in the directory")
+            raise ValueError("two tensors in the directory have the same name")
         self.path = path
         self._metadata = _pack_metadata(metadata)
         self._metadata_count = len(metadata)
@@ -136,11 +136,11 @@ class Writer:
         )
 
     def write(self, name: str, array: NDArray[np.generic]) -> None:
-        """Write one whole tensor. ValueError if its dtype or shape is not the directory's."""
+        """Write one whole tensor. Raises ValueError if its dtype or shape differs from the directory's."""
         self.write_rows(name, 0, array)
 
     def write_rows(self, name: str, first_row: int, array: NDArray[np.generic]) -> None:
-        """Write a tensor's next rows; blocks of one tensor come in order, those of others may stand between."""
+        """Write a tensor's next rows; its blocks must come in order, but other tensors' may come in between."""
         import numpy as np
 
         spec = self._specs[name]
@@ -154,10 +154,10 @@ class Writer:
         self._crcs[name] = zlib.crc32(data, self._crcs.get(name, 0))
 
     def close(self) -> None:
-        """Write header and directory. ValueError if a tensor has no data."""
+        """Write header and directory. Raises ValueError if a tensor has no data."""
         missing = [name for name in self._specs if name not in self._crcs]
         if missing:
-            raise ValueError(f"no data for {len(missing)} tensors, such as {missing[0]}")
+            raise ValueError(f"no data for {len(missing)} tensors, including {missing[0]}")
         sections = self._metadata + self._directory()
         head = _HEADER.pack(
             MAGIC,
@@ -193,7 +193,7 @@ class Writer:
 
 
 class _Cursor:
-    """Reads the fields of a section, and raises ModelFileError past its end."""
+    """Read the fields of a section; raises ModelFileError past its end."""
 
     def __init__(self, data: bytes, what: str) -> None:
         self.data, self.what, self.at = data, what, 0
@@ -215,7 +215,7 @@ class _Cursor:
         try:
             return self.bytes(size).decode()
         except UnicodeDecodeError as error:
-            raise ModelFileError(f"A text in the {self.what} of this .rkemu file is not UTF-8.") from error
+            raise ModelFileError(f"A string in the {self.what} of this .rkemu file is not UTF-8.") from error
 
 
 def _read_value(cursor: _Cursor) -> Value:
@@ -229,32 +229,32 @@ def _read_value(cursor: _Cursor) -> Value:
     if kind == _INTS:
         count = cursor.integer("Q")
         return list(struct.unpack(f"<{count}q", cursor.bytes(count * 8)))
-    raise ModelFileError(f"This .rkemu file has a metadata value of the unknown type {kind}.")
+    raise ModelFileError(f"This .rkemu file has a metadata value of unknown type {kind}.")
 
 
 def _read_entry(cursor: _Cursor, data_offset: int) -> TensorEntry:
     name = cursor.text(cursor.integer("H"))
     dtype, rank = cursor.integer("B"), cursor.integer("B")
     if dtype >= len(_DTYPES) or rank > 4:
-        raise ModelFileError(f"The tensor {name} of this .rkemu file has the unknown type {dtype} or rank {rank}.")
+        raise ModelFileError(f"The tensor {name} of this .rkemu file has an unknown type ({dtype}) or rank ({rank}).")
     shape = tuple(int(dimension) for dimension in cursor.take(f"{rank}Q"))
     spec = TensorSpec(name, _DTYPES[dtype], shape)
     offset, size, crc32 = (int(number) for number in cursor.take("QQI"))
     if size != spec.nbytes or offset % ALIGNMENT:
-        raise ModelFileError(f"The tensor {name} of this .rkemu file does not have the size of its shape.")
+        raise ModelFileError(f"The size of the tensor {name} in this .rkemu file does not match its shape.")
     return TensorEntry(spec, data_offset + offset, crc32)
 
 
 @dataclass(frozen=True)
 class Container:
-    """What header, metadata and directory of a file say.
+    """The header, metadata and directory of a file.
 
     Attributes:
-        metadata: the keys of docs/rkemu-format.md.
-        tensors: by name.
+        metadata: Keys of docs/rkemu-format.md.
+        tensors: Tensors by name.
         fingerprint: CRC-32 of metadata and directory, 8 hex digits: equal for equal weights.
-        file_size: in bytes.
-        sizes_only: the file has no tensor data.
+        file_size: Size in bytes.
+        sizes_only: Whether the file has no tensor data.
     """
 
     path: Path
@@ -265,7 +265,7 @@ class Container:
     sizes_only: bool
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """One tensor's data. ModelFileError if it does not have its checksum."""
+        """One tensor's data. Raises ModelFileError if the checksum does not match."""
         import numpy as np
 
         entry = self.tensors[name]
@@ -273,7 +273,7 @@ class Container:
             file.seek(entry.offset)
             data = file.read(entry.spec.nbytes)
         if zlib.crc32(data) != entry.crc32:
-            raise ModelFileError(f"The tensor {name} in {self.path} does not have its checksum: the file is damaged.")
+            raise ModelFileError(f"The checksum of tensor {name} in {self.path} does not match: the file is damaged.")
         array: NDArray[np.generic] = np.frombuffer(data, entry.spec.dtype).reshape(entry.spec.shape)
         return array
 
@@ -282,7 +282,7 @@ def read_container(path: Path) -> Container:
     """Read header, metadata and directory of a `.rkemu` file.
 
     Raises:
-        ModelFileError: not such a file, another version, cut, or damaged.
+        ModelFileError: Another kind of file, another version, truncated, or damaged.
     """
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
@@ -291,19 +291,19 @@ def read_container(path: Path) -> Container:
         (_, version, flags, file_size, metadata_size, directory_size, data_offset, tensor_count, metadata_count,
          sections_crc, head_crc) = _HEADER.unpack(head)  # fmt: skip
         if zlib.crc32(head[:-4]) != head_crc:
-            raise ModelFileError(f"The header of {path} does not have its checksum: the file is damaged.")
+            raise ModelFileError(f"The header checksum of {path} does not match: the file is damaged.")
         if version != VERSION:
-            raise ModelFileError(f"{path} has the format version {version}; this release reads {VERSION}.")
+            raise ModelFileError(f"{path} has format version {version}; this release reads {VERSION}.")
         actual = path.stat().st_size
         if actual != file_size:
             raise ModelFileError(
-                f"{path} has {counted(actual, 'byte')} and should have {file_size:,}: it is cut or overlong."
+                f"{path} has {counted(actual, 'byte')} but should have {file_size:,}: it is truncated or too long."
             )
         if max(metadata_size, directory_size) > MAX_SECTION:
-            raise ModelFileError(f"{path} has a metadata or directory section of over {MAX_SECTION >> 20} MiB.")
+            raise ModelFileError(f"{path} has a metadata or directory section larger than {MAX_SECTION >> 20} MiB.")
         sections = file.read(metadata_size + directory_size)
     if zlib.crc32(sections) != sections_crc:
-        raise ModelFileError(f"Metadata or directory of {path} do not have their checksum: the file is damaged.")
+        raise ModelFileError(f"The metadata and directory checksum of {path} does not match: the file is damaged.")
     cursor = _Cursor(sections[:metadata_size], "metadata")
     metadata = {cursor.text(cursor.integer("H")): _read_value(cursor) for _ in range(metadata_count)}
     cursor = _Cursor(sections[metadata_size:], "directory")

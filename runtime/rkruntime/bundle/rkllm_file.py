@@ -1,9 +1,9 @@
-"""What a .rkllm file says in plain bytes: magic, container version, counts, and the toolkit's name at its end.
+"""What a .rkllm file reveals in plain bytes: magic, container version, counts, and the toolkit's name at its end.
 
-The vendor does not document the container. The four fields and the tail are described alike by several public studies
+The vendor does not document the container. Several public studies agree on the four fields and the tail
 (magic `da ee b3 36`, version, u64 tensor count, u64 key count, little-endian; ASCII `rkllm-toolkit version: 1.3.1` at
-the end of files of newer toolkits). Everything else in the file is masked, and is not read here: platform, type, cores
-and context stand in the bundle's manifest and in the runtime's log after a load.
+the end of files of newer toolkits). Everything else in the file is masked and is not read here: platform, type,
+cores and context are in the bundle's manifest, and in the runtime's log after a load.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ MAGIC: Final = bytes.fromhex("daeeb336")
 _HEADER: Final = struct.Struct("<4sIQQ")
 _TAIL: Final = 256
 _TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9A-Za-z.+_-]{1,40})\s*\0*\Z")
-# A tensor's and a key's shortest records; counts that ask for more bytes than the file has are wrong.
+# The shortest record of a tensor or key; counts that need more bytes than the file has are wrong.
 _LEAST_RECORD: Final = 16
 
-# First bytes of files that are given in the place of a model.
+# First bytes of files that users give instead of a model.
 _OTHERS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself: fetch it with `git lfs pull`"),
     (b"GGUF", "a GGUF file, for llama.cpp"),
     (b"RKEMU", "a model file of RKEdge's emulator"),
-    (b"RKNN", "an RKNN model, for librknnrt and not for librkllmrt"),
-    (b"PK\x03\x04", "a zip archive, maybe a PyTorch checkpoint"),
+    (b"RKNN", "an RKNN model, for librknnrt, not librkllmrt"),
+    (b"PK\x03\x04", "a zip archive, perhaps a PyTorch checkpoint"),
     (b"\x7fELF", "a program or a library"),
-    (b"<", "a web page: the download was answered by an error or a login"),
+    (b"<", "a web page: the download returned an error or a login page"),
     (b"{", "a JSON text"),
 )
 
@@ -43,10 +43,10 @@ class RkllmFile:
     """The readable part of a model file.
 
     Attributes:
-        size: in bytes.
-        container_version: 3 in every file that was described.
-        tensors, keys: numbers of records in the container's directory.
-        toolkit_version: as the file's end says it, or empty: files of older toolkits have no such text.
+        size: Size in bytes.
+        container_version: 3 in every file described so far.
+        tensors, keys: Numbers of records in the container's directory.
+        toolkit_version: As stated at the end of the file; empty for files of older toolkits, which have no such text.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class RkllmFile:
     toolkit_version: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
+        """The fields as JSON types."""
         return {
             "size": self.size,
             "container_version": self.container_version,
@@ -68,10 +68,10 @@ class RkllmFile:
 
 
 def read_rkllm(path: Path) -> RkllmFile:
-    """Read what is plain in a .rkllm file; a few hundred bytes, whatever its size.
+    """Read the plain fields of a .rkllm file: a few hundred bytes, whatever its size.
 
     Raises:
-        ModelFileError: it is cut before its header ends, or something else altogether.
+        ModelFileError: It is truncated inside its header, or something else altogether.
     """
     try:
         with path.open("rb") as file:
@@ -84,12 +84,12 @@ def read_rkllm(path: Path) -> RkllmFile:
     if not head.startswith(MAGIC):
         raise _not_rkllm(path, head, size)
     if size < _HEADER.size:
-        raise ModelFileError(f"{path} has {counted(size, 'byte')} and ends inside its header: it was cut.")
+        raise ModelFileError(f"{path} has {counted(size, 'byte')} and ends inside its header: it is truncated.")
     _, version, tensors, keys = _HEADER.unpack(head)
     if _LEAST_RECORD * (tensors + keys) > size:
         raise ModelFileError(
-            f"{path} claims {tensors:,} tensors and {keys:,} keys, which its {size:,} bytes cannot hold: it was cut or"
-            " damaged."
+            f"{path} claims {tensors:,} tensors and {keys:,} keys, which its {size:,} bytes cannot hold: it is"
+            " truncated or damaged."
         )
     found = _TOOLKIT.search(tail)
     return RkllmFile(path, size, version, tensors, keys, found[1].decode() if found else "")
@@ -102,5 +102,5 @@ def _not_rkllm(path: Path, head: bytes, size: int) -> ModelFileError:
         if head.startswith(magic):
             return ModelFileError(f"{path} is not a .rkllm file: it is {meaning}.")
     return ModelFileError(
-        f"{path} is not a .rkllm file: it begins with {head[:4].hex(' ')}, such files with {MAGIC.hex(' ')}."
+        f"{path} is not a .rkllm file: it begins with {head[:4].hex(' ')} instead of {MAGIC.hex(' ')}."
     )

@@ -1,1 +1,1 @@
-"""The machine, what is known to fail on it, and what a log says."""
+"""The machine, what is known to fail on it, and what its logs mean."""

@@ -1,4 +1,4 @@
-"""Conditions on facts such as versions, as the tables in data/ state them: `<0.9.7`, `>=1.1.0 <1.3.0`, `unknown`."""
+"""Conditions on facts such as versions, as written in the tables in data/: `<0.9.7`, `>=1.1.0 <1.3.0`, `unknown`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PART = re.compile(r"([<>]=?|)(.+)")
 
 
 def fits(facts: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether each fact that is asked for is there and meets its conditions.
+    """Whether every wanted fact is known and meets its conditions.
 
     Args:
-        facts: by name; one that is not there is unknown.
-        wanted: by name, conditions divided by blanks: all must hold. `{name}` in one stands for another fact.
+        facts: Facts by name; a missing one is unknown.
+        wanted: Conditions by name, separated by spaces; all must hold. `{name}` in a condition refers to another fact.
     """
     return all(_meets(facts, name, condition) for name, condition in wanted.items())
 

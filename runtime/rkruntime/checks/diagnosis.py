@@ -1,4 +1,4 @@
-"""What a log of RKLLM, RKNN, the NPU's kernel driver or rkllm-toolkit says went wrong.
+"""Explain what went wrong, from a log of RKLLM, RKNN, the NPU's kernel driver or rkllm-toolkit.
 
 docs/diagnose.md says how to read the table of failures and how to extend it.
 """
@@ -18,11 +18,11 @@ UNEXPLAINED: Final = "unexplained"
 FOREIGN: Final = "not-rkllm"
 NONE: Final = "none"
 _NEAR: Final = 10
-"""Lines within which a line of RKLLM tells that a text which others print, too, belongs to it."""
+"""Within this many lines of a line of RKLLM's, a text that other programs print too counts as RKLLM's."""
 _SHORT: Final = 40
-"""Lines of a log that is about one thing: its lines are all near each other."""
+"""A log of at most this many lines is about one thing: all its lines are near each other."""
 _LONG_FOREIGN: Final = 4
-"""Lines after which a log without a single line of RKLLM is not one of it, whatever else it says."""
+"""A log of this many lines without one of RKLLM's is not an RKLLM log, whatever else it says."""
 _TROUBLE = re.compile(
     r"error|fail|fatal|abort|traceback|exception|cannot|invalid|denied|^e |错误|失败|无法", re.IGNORECASE
 )
@@ -30,18 +30,18 @@ _TROUBLE = re.compile(
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a log says.
+    """The explanation of a log.
 
     Attributes:
-        class_: the row of the taxonomy, or `unexplained`.
+        class_: Row of the taxonomy, or `unexplained`.
         confidence: `high`, `medium`, `low` or `none`; see `CONFIDENCES`.
-        title: the class in a few plain words.
-        cause: what it means, and what is not confirmed about it.
-        next_steps: what to do, the first thing first.
-        evidence: sources, each with who confirmed it.
-        lines: the log's lines that led there; for `unexplained` those that look like trouble.
-        others: further classes whose texts are in the log, best first.
-        rules_out: what versions and healthy lines exclude, where no failure was found.
+        title: The class in a few plain words.
+        cause: What it means, and which part of that is not confirmed.
+        next_steps: What to do, in order.
+        evidence: Sources, each with who confirmed it.
+        lines: The log lines that led here; for `unexplained`, those that look like trouble.
+        others: Further classes whose texts are in the log, best first.
+        rules_out: What versions and healthy lines exclude, if no failure was found.
     """
 
     class_: str
@@ -56,7 +56,7 @@ class Diagnosis:
 
     @property
     def explained(self) -> bool:
-        """Whether a failure is named."""
+        """Whether a failure was identified."""
         return self.class_ not in (UNEXPLAINED, FOREIGN)
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def diagnose(
     """Explain a log.
 
     Args:
-        text: the log as one text, or its lines; of a very long one the head and the tail are read.
-        context: what the caller knows and the log need not say, such as `{"stage": "load", "signal": "SIGSEGV",
+        text: The log as one string, or its lines; only the head and tail of a very long one are read.
+        context: What the caller knows beyond the log, such as `{"stage": "load", "signal": "SIGSEGV",
             "driver": "0.9.6", "runtime": "1.2.3"}`. Values of None are ignored.
-        rows: another table than that of data/diagnosis.yaml.
+        rows: Table to use instead of data/diagnosis.yaml.
     """
     whole = text if isinstance(text, str) else "\n".join(text)
     known = {key: str(value) for key, value in (context or {}).items() if value is not None}
@@ -111,14 +111,14 @@ def diagnose(
 
 
 def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> list[Hit]:
-    """The best rule of each class that fits, best first: by confidence, then in the table's order.
+    """The best matching rule of each class, ordered by confidence, then by the table.
 
     Args:
-        sure: the caller knows that it is a log of RKLLM.
+        sure: The caller knows that it is an RKLLM log.
     """
     own = log.numbers(starts(rows.own, log.text))
     hits: list[Hit] = []
-    # Texts that only RKLLM prints come first: generic ones count fully near them.
+    # Texts that only RKLLM prints come first: near them, generic ones count fully.
     for rule in sorted(rows.rules, key=lambda rule: rule.generic):
         if (hit := rule.hit(log, facts)) is None:
             continue
@@ -136,7 +136,7 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> lis
 
 
 def _shared(hit: Hit, own: set[int], log: Log, rows: Table) -> str:
-    """How sure a text that others print, too, makes of a fault of RKLLM; `own` are the numbers of RKLLM's lines."""
+    """How surely a text that other programs print too means a fault of RKLLM's; `own`: numbers of RKLLM's lines."""
     numbers = log.numbers(hit.places) or set(map(log.number_at, hit.places))
     if numbers <= own:
         return hit.confidence
@@ -153,7 +153,7 @@ def _near(own: set[int], numbers: set[int], count: int) -> bool:
 
 
 def _is_foreign(log: Log, rows: Table, hits: list[Hit], known: Mapping[str, str]) -> bool:
-    """Whether nothing in the log, and nothing the caller knows, has to do with RKLLM."""
+    """Whether nothing in the log, and nothing the caller knows, points to RKLLM."""
     if known or not log.lines or rows.own.search(log.text) or any(not hit.rule.generic for hit in hits):
         return False
     return not hits or len(log.lines) > _LONG_FOREIGN or rows.foreign.search(log.text) is not None
@@ -177,7 +177,7 @@ def _facts(log: Log, rows: Table) -> dict[str, str]:
 def _nothing(
     class_: str, log: Log, rows: Table, *, others: tuple[str, ...] = (), rules_out: tuple[str, ...] = ()
 ) -> Diagnosis:
-    """No failure is named; the lines that look like trouble are shown all the same."""
+    """A result without a failure; it still shows the lines that look like trouble."""
     words = rows.classes[class_]
     trouble = [line[:WIDEST_LINE] for line in log.lines if _TROUBLE.search(line)]
     return Diagnosis(

@@ -1,4 +1,4 @@
-"""The table of failures, data/diagnosis.yaml: which texts name a class, what it means and who confirmed that."""
+"""The table of failures, data/diagnosis.yaml: which texts identify a class, what it means and who confirmed it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rkruntime.checks.signatures import Log, Signature, simplified
 CONFIDENCES: Final = ("high", "medium", "low")
 """From best to worst.
 
-high: the text names this fault, and no report with another cause is known.
-medium: the text goes with this fault in most reports; `others` and the next steps name what else it can be.
-low: a hint only, for a log that says nothing better.
-A text that other programs print, too, counts in full on a line of RKLLM, and one step less near one.
-A log without any known text is `unexplained`, one that has nothing of RKLLM in it `not-rkllm`, both with the
+high: the text identifies this fault, and no report with another cause is known.
+medium: the text goes with this fault in most reports; `others` and the next steps name the alternatives.
+low: only a hint, for a log that says nothing better.
+A text that other programs print too counts fully on a line of RKLLM's, and one step less near one.
+A log without any known text is `unexplained`, one with nothing of RKLLM's in it `not-rkllm`; both have the
 confidence `none`.
 """
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a class is named: each group has a signature in the log, none of `none` is there, the facts fit.
+    """When a class applies: each group has a signature in the log, nothing of `none` is there, and the facts fit.
 
-    `generic` texts are printed by other programs, too.
+    `generic` texts are printed by other programs too.
     """
 
     class_: str
@@ -42,7 +42,7 @@ class Rule:
     evidence: tuple[str, ...]
 
     def hit(self, log: Log, facts: Mapping[str, str]) -> Hit | None:
-        """Where the log fits, or None."""
+        """The hit, or None if the rule does not match."""
         if not fits(facts, self.where):
             return None
         found: list[int] = []
@@ -54,7 +54,7 @@ class Rule:
                 places = [place for signature in group if (place := signature.cut_off(log)) is not None][:1]
             if not places:
                 return None
-            # The rest of a text that was cut off, or of lines that were joined, may have been another.
+            # The missing part of a truncated text, or of lines joined on suspicion, may have said something else.
             if not any(signature.sure(place, log) for place, signature in matches):
                 confidence = CONFIDENCES[-1]
             found += places
@@ -65,7 +65,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Hit:
-    """A rule that fits a log, how sure that makes, and where."""
+    """A rule that matches a log, with what confidence, and where."""
 
     rule: Rule
     confidence: str
@@ -74,21 +74,21 @@ class Hit:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What a version or a healthy line rules out."""
+    """A failure that a version or a healthy line rules out."""
 
     says: str
     any: tuple[Signature, ...]
     where: Mapping[str, str]
 
     def told(self, log: Log, facts: Mapping[str, str]) -> str | None:
-        """The sentence, if the log gives reason for it."""
+        """The sentence, if the log supports it."""
         there = not self.any or any(True for signature in self.any for _ in signature.matches(log))
         return self.says.format_map(facts) if there and fits(facts, self.where) else None
 
 
 @dataclass(frozen=True)
 class ClassText:
-    """What a class of failures means to a person."""
+    """What a class of failures means, in plain words."""
 
     title: str
     cause: str
@@ -98,7 +98,7 @@ class ClassText:
 
 @dataclass(frozen=True)
 class Table:
-    """The rules in their order, the classes' texts, where facts stand in a log, and whose log it is."""
+    """The rules in order, the texts of the classes, how to find facts in a log, and how to tell whose log it is."""
 
     rules: tuple[Rule, ...]
     classes: Mapping[str, ClassText]
@@ -110,7 +110,7 @@ class Table:
 
 @cache
 def table() -> Table:
-    """The table of data/diagnosis.yaml; read once."""
+    """Read data/diagnosis.yaml, once."""
     data = resources.table("diagnosis")
     cite = _Citations(data["marks"], data["repositories"], data["sources"])
     words = data["words"]
@@ -146,7 +146,7 @@ def table() -> Table:
 
 
 def _group(texts: str | list[Any], words: Mapping[str, Sequence[str]]) -> tuple[Signature, ...]:
-    """The signatures of a text, a list, or a list with lists (YAML aliases) in it."""
+    """The signatures of a text, a list, or a list that contains lists (YAML aliases)."""
     if isinstance(texts, str):
         return (Signature(texts, words),)
     return tuple(signature for text in texts for signature in _group(text, words))
@@ -161,13 +161,13 @@ def _steps(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class _Citations:
-    """`rknn-llm#62: reporter` as an address and what it is worth."""
+    """`rknn-llm#62: reporter` as an address with its reliability."""
 
     def __init__(self, marks: Mapping[str, str], repositories: Mapping[str, str], sources: Mapping[str, str]) -> None:
         self._marks, self._repositories, self._sources = marks, repositories, sources
 
     def __call__(self, evidence: Mapping[str, str]) -> tuple[str, ...]:
-        """Citations, the best confirmed first (the order of `marks`)."""
+        """Citations, best confirmed first (the order of `marks`)."""
         ranks = list(self._marks)
         best_first = sorted(evidence.items(), key=lambda item: ranks.index(item[1]))
         return tuple(f"{self._place(key)} ({self._marks[mark]})" for key, mark in best_first)

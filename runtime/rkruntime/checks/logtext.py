@@ -1,6 +1,6 @@
-"""Logs as terminals, journals, containers and serial lines leave them, brought to plain lines.
+"""Turn logs from terminals, journals, containers and serial lines into plain lines.
 
-Memory and time are bounded: of a long log the head and the tail are read, where a start and a failure stand.
+Memory and time are bounded: of a long log only the head and the tail are read, which show the start and the failure.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _OVERLAP = 200
 _WIDEST_TERMINAL = 300
 _NARROWEST_TERMINAL = 40
 
-# ESC itself, or spelled out by `cat -v`, JSON and Python; then CSI, OSC or a two-character sequence.
+# ESC itself, or as `cat -v`, JSON and Python spell it; then a CSI, OSC or two-character sequence.
 _ESCAPE = re.compile(
     r"(?:\x1b|\\x1b|\\u001b|\\033|\\e(?=\[)|\^\[(?=\[))"
     r"(?:\[[0-9;:?]{0,32}[ -/]{0,4}[@-~]|\][^\x07\x1b\n]{0,256}(?:\x07|\x1b\\)|[()*+][0-9A-Za-z]|[@-Z\\-_])",
     re.IGNORECASE,
 )
-# A colour whose ESC was lost on the way.
+# A colour code whose ESC was lost on the way.
 _BARE_COLOUR = re.compile(r"\[\d{1,2}(?:;\d{1,3}){0,4}m")
 _SPELLED_CHARACTER = re.compile(r"\\u((?!d[89a-f])[0-9a-f]{4})", re.IGNORECASE)
 _SPELLED_BREAK = re.compile(r"\\r\\n|\\n|\\r")
 _BREAK = re.compile(r"\r\n|\n|\r|\x0b|\x0c|\x85|\u2028|\u2029")
-# How a line of a log begins; the rest of a broken one begins otherwise.
+# How a log line begins; the continuation of a broken line begins differently.
 _BEGINNING = re.compile(
     r"[EWID][ /][A-Za-z]+ ?:|\[ ?\w|\d{4}-\d\d|[A-Z][a-z]{2} [ \d]\d |(?:INFO|WARNING|ERROR|DEBUG)\b|[-=*]{4}"
 )
@@ -39,10 +39,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u202a-\u
 
 
 def read_log(stream: BinaryIO) -> str:
-    """All of a short log, head and tail of a long one, decoded.
+    """Read all of a short log, or the head and tail of a long one, and decode it.
 
     Args:
-        stream: a file or a pipe. A pipe is read to its end with memory for `HEAD` and twice `TAIL` only.
+        stream: File or pipe. A pipe is read to its end, but only `HEAD` and twice `TAIL` bytes are held in memory.
     """
     head = _read(stream, HEAD)
     start, tail = _read_tail(stream, len(head))
@@ -56,7 +56,7 @@ def read_log(stream: BinaryIO) -> str:
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes, fewer only at the end: a pipe gives what it has."""
+    """Read `size` bytes, fewer only at the end: a pipe returns whatever it has."""
     parts = bytearray()
     while len(parts) < size and (part := stream.read(size - len(parts))):
         parts += part
@@ -80,17 +80,17 @@ def _read_tail(stream: BinaryIO, position: int) -> tuple[int, bytes]:
 
 
 def _encoding(data: bytes) -> str:
-    """The encoding of a log by its byte order mark, its NUL bytes, or by what decodes."""
+    """Guess the encoding of a log from its byte order mark, its NUL bytes, or what decodes."""
     for mark, name in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"\xef\xbb\xbf", "utf-8")):
         if data.startswith(mark):
             return name
-    # Without a mark, every second byte of UTF-16 is NUL for the ASCII in it.
+    # Without a mark: in UTF-16, every second byte of ASCII text is NUL.
     even, odd = data[0::2].count(0), data[1::2].count(0)
     if max(even, odd) > len(data) / 8 and min(even, odd) < len(data) / 50:
         return "utf-16-le" if odd > even else "utf-16-be"
     wrong = data.decode("utf-8", "replace").count("\ufffd")
     if wrong > 4:
-        # Consoles of a Chinese Windows write GBK. A few bad bytes are damage, not an encoding.
+        # Consoles of Chinese Windows write GBK. A few bad bytes are damage, not an encoding.
         try:
             (data[: data.rfind(b"\n") + 1] or data).decode("gb18030")
             return "gb18030"
@@ -100,22 +100,22 @@ def _encoding(data: bytes) -> str:
 
 
 def decode(data: bytes) -> str:
-    """Bytes of a log as text; what cannot be decoded becomes U+FFFD."""
+    """Decode a log; undecodable bytes become U+FFFD."""
     return data.decode(_encoding(data), "replace")
 
 
 def shorten(text: str) -> str:
-    """A text of any length as at most `HEAD` + `TAIL` characters and a line that says what was left out."""
+    """Shorten a text to `HEAD` + `TAIL` characters, plus a line that says how much was left out."""
     if len(text) <= HEAD + TAIL + _PIECE:  # read_log adds a line
         return text
     return f"{text[:HEAD]}\n[{len(text) - HEAD - TAIL} characters of the log left out]\n{text[-TAIL:]}"
 
 
 def clean_lines(text: str) -> list[str]:
-    """Printable lines without escape sequences, control characters, trailing blanks and empty lines.
+    """Printable lines without escape sequences, control characters, trailing spaces and empty lines.
 
-    A carriage return ends a line, so that each state of a progress bar is one; so does a spelled-out `\\n` (a
-    container's JSON log). A line of more than 4000 characters is cut into overlapping pieces.
+    A carriage return ends a line, so that each state of a progress bar is a line; so does a spelled-out `\\n` (a
+    container's JSON log). Lines of more than 4000 characters are cut into overlapping pieces.
     """
     text = _BARE_COLOUR.sub("", _ESCAPE.sub("", text))
     text = _SPELLED_CHARACTER.sub(lambda match: chr(int(match[1], 16)), text)
@@ -130,10 +130,10 @@ def clean_lines(text: str) -> list[str]:
 
 
 def unwrapped(lines: Sequence[str]) -> Iterable[tuple[int, str]]:
-    """Lines that a terminal broke at its width, joined: pairs of the first line's index and the whole.
+    """Rejoin lines that a terminal broke at its width: pairs of the first line's index and the whole line.
 
-    A line counts as broken when it fills the width (that of the longest line), or when the first word of the next
-    line would not have fitted any more. Joined too much does little harm: the lines themselves are kept.
+    A line counts as broken if it fills the width (that of the longest line), or if the first word of the next line
+    would not have fitted. Joining too much does little harm, because the original lines are kept.
     """
     width = max((len(line) for line in lines), default=0)
     if not _NARROWEST_TERMINAL <= width <= _WIDEST_TERMINAL:

@@ -1,6 +1,6 @@
-"""What this machine is, read without root where the kernel allows: NPU driver, SoC, memory, CPU cores, device nodes.
+"""What this machine is, read without root where possible: NPU driver, SoC, memory, CPU cores, device nodes.
 
-Every function takes the root of a file tree, so that a tree of files can stand for a board. What cannot be read is
+Every function takes the root of a file tree, so that tests can imitate a board. What cannot be read is
 unknown, never "old" or "none". Paths and texts: sources of the rknpu driver 0.9.6 and 0.9.8, public board logs.
 """
 
@@ -15,16 +15,16 @@ from typing import Final
 
 ROOT: Final = Path("/")
 
-# Where mainline's NPU driver shows, as a module and built in.
+# Where mainline's NPU driver shows up, as a module or built in.
 _MAINLINE: Final = ("sys/module/rocket", "sys/bus/platform/drivers/rocket")
-# In this order: the first needs no root and exists with every driver that sets a module version.
+# In this order: the first needs no root and exists for every driver that sets a module version.
 _DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
 # Containers hide one or both.
 _COMPATIBLE: Final = ("proc/device-tree/compatible", "sys/firmware/devicetree/base/compatible")
 _CPUS: Final = "sys/devices/system/cpu"
 
-# Device-tree names to RKLLM's platforms. RK3588S, RK3583 and RK3582 are RK3588 with less around it or fewer cores;
-# runtimes from 1.0.2 on take them for one (airockchip/rknn-llm issue 59).
+# Device-tree names to RKLLM's platforms. RK3588S, RK3583 and RK3582 are RK3588s with fewer interfaces or cores;
+# runtimes since 1.0.2 treat them as one (airockchip/rknn-llm issue 59).
 _PLATFORMS: Final = {
     "rk3588": "rk3588",
     "rk3588s": "rk3588",
@@ -36,10 +36,11 @@ _PLATFORMS: Final = {
     "rk3562": "rk3562",
     "rv1126b": "rv1126b",
 }
-# enabled_cpus_mask knows CPU0 to CPU7.
+# enabled_cpus_mask covers CPU0 to CPU7.
 _MASKABLE: Final = 8
-# What share of the best core's capacity, or clock, a big core has. A little one has about half the capacity, but on an
-# RK3588 0.75 of the clock, on an RK3576 0.96; the two big clusters of an RK3588 differ by some percent in clock.
+# A big core has at least this share of the best core's capacity, or clock. A little one has about half the capacity,
+# but 0.75 of the clock on an RK3588 and 0.96 on an RK3576; the two big clusters of an RK3588 differ by a few percent
+# in clock.
 _BIG_CAPACITY: Final = 0.75
 _BIG_CLOCK: Final = 0.9
 # CPU4 to CPU7 in the vendor's examples for both.
@@ -48,7 +49,7 @@ _BIG_BY_PLATFORM: Final = {"rk3588": range(4, 8), "rk3576": range(4, 8)}
 
 @dataclass(frozen=True)
 class Driver:
-    """The NPU driver: `version` is None when it could not be read, `source` says where it stood or why not."""
+    """The NPU driver: `version` is None when it could not be read, `source` says where it was found, or why not."""
 
     version: str | None
     source: str
@@ -60,9 +61,9 @@ class Cores:
     """CPU cores for the runtime.
 
     Attributes:
-        cpus: their numbers, in order.
-        big: whether they are the big ones only.
-        source: what told them apart.
+        cpus: Core numbers, in order.
+        big: Whether they are only the big cores.
+        source: What told big from little.
     """
 
     cpus: tuple[int, ...]
@@ -77,7 +78,7 @@ class Cores:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of main memory. `available` is what can be had without swapping, within the container's own limit."""
+    """Bytes of main memory. `available` is free without swapping, within the container's own limit."""
 
     total: int
     available: int
@@ -91,26 +92,26 @@ def _attempt(path: Path) -> str | OSError:
 
 
 def _read(path: Path) -> str:
-    """The file's text, empty if it cannot be read."""
+    """The file's text, or "" if it cannot be read."""
     found = _attempt(path)
     return found if isinstance(found, str) else ""
 
 
 def driver(root: Path = ROOT) -> Driver:
-    """The version of the NPU driver, and where it was read."""
+    """The version of the NPU driver, and where it was found."""
     found = {name: _attempt(root / name) for name in _DRIVER_VERSION}
     for name, text in found.items():
         if isinstance(text, str) and (match := re.search(r"\d+\.\d+\.\d+", text)):
             return Driver(match.group(), f"/{name}")
-    # First, as debugfs is closed to users whether rknpu is there or not.
+    # First, because debugfs is closed to users whether or not rknpu is there.
     if any((root / name).is_dir() for name in _MAINLINE) and not (root / "sys/module/rknpu").is_dir():
         return Driver(None, "this kernel has mainline's driver rocket", mainline=True)
     closed = [f"/{name}" for name, text in found.items() if isinstance(text, PermissionError)]
-    return Driver(None, f"{', '.join(closed)} may be read by root only" if closed else "no file says it")
+    return Driver(None, f"{', '.join(closed)} can be read only by root" if closed else "no file states it")
 
 
 def compatible(root: Path = ROOT) -> tuple[str, ...]:
-    """The device tree's names for the board and its chip, most specific first; none if it cannot be read."""
+    """The device tree's names for the board and its chip, most specific first; empty if they cannot be read."""
     for name in _COMPATIBLE:
         if text := _read(root / name):
             return tuple(part for part in text.split("\0") if part.strip())
@@ -127,12 +128,12 @@ def soc(root: Path = ROOT) -> str | None:
 
 
 def platform_of(chip: str | None) -> str | None:
-    """The `target_platform` that a SoC runs, `rk3588` for an `rk3588s`; None if RKLLM does not support it."""
+    """The `target_platform` of a SoC, such as `rk3588` for an `rk3588s`; None if RKLLM does not support it."""
     return _PLATFORMS.get(chip or "")
 
 
 def memory(root: Path = ROOT) -> Memory | None:
-    """Main memory by /proc/meminfo, and by the limit of the container (cgroup v2) if that is lower."""
+    """Main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
     found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
     if len(found) < 2:
         return None
@@ -145,8 +146,8 @@ def memory(root: Path = ROOT) -> Memory | None:
 
 
 def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
-    """The NPU's device nodes, which may be missing in /dev: its DRM nodes by the device's or the driver's name, and
-    /dev/rknpu of the older driver form.
+    """The NPU's device nodes, which may be missing in /dev: its DRM nodes, by the device's or the driver's name, and
+    /dev/rknpu of the driver's older form.
     """
     entries = sorted((root / "sys/class/drm").glob("*"))
     nodes = tuple(
@@ -163,14 +164,14 @@ def _is_npu(device: Path) -> bool:
 
 
 def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None = None) -> Cores:
-    """The big CPU cores, joined by the next best until there are `at_least`.
+    """The big CPU cores, plus the next best ones until there are `at_least`.
 
-    Told apart by the kernel's cpu_capacity, by the cpufreq policies' highest clock or by the platform: the first that
-    makes a difference. Without a difference (RK3562, a PC) all cores, of which the mask can name the first eight.
-    With fewer than `at_least` in the machine, or allowed to this process, all of them.
+    Big and little are told apart by the kernel's cpu_capacity, the cpufreq policies' highest clock or the platform,
+    whichever shows a difference first. Without a difference (RK3562, a PC) all cores, of which the mask can name the
+    first eight. If the machine has, or this process may use, fewer than `at_least`, all of those.
 
     Args:
-        allowed: the cores this process may use; by default those of its affinity.
+        allowed: Cores this process may use; its CPU affinity by default.
     """
     usable = set(os.sched_getaffinity(0) if allowed is None else allowed)
     online = [cpu for cpu in _online(root) if cpu in usable and cpu < _MASKABLE] or sorted(usable)[:_MASKABLE]

@@ -1,8 +1,8 @@
-"""Before a load: does this model fit this library, this driver, this board and its memory?
+"""Check before a load: does this model fit this library, this driver, this board and its memory?
 
 Nothing here calls the library. A finding of level `error` is known not to work, `warning` likely to fail or to answer
-badly, `notice` something that was changed or is worth knowing. What could not be read is said so, and never counted as
-old. The known bad pairs are a table, data/known_pairs.yaml; docs/preflight.md lists what is looked at.
+badly, `notice` something that was changed or is worth knowing. What cannot be read is reported as unknown, never as
+outdated. The known bad pairs are a table, data/known_pairs.yaml; docs/preflight.md lists what is checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PERMISSION: Final = "https://github.com/rockchip-linux/rknn-toolkit2/issues/244
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found: `code` is for programs, `message` and `hint` for a person, `source` where it is known from."""
+    """One finding: `code` is for programs, `message` and `hint` for people, `source` says how it is known."""
 
     level: Level
     code: str
@@ -36,21 +36,21 @@ class Finding:
     source: str
 
     def as_dict(self) -> dict[str, str]:
-        """The fields in JSON types."""
+        """The fields as JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before it is loaded; None or "" is unknown.
+    """What is known of a model before it is loaded; None or "" means unknown.
 
     Attributes:
-        platform: `target_platform` of the conversion, `rk3588`.
-        toolkit: release of rkllm-toolkit that made it.
-        dtype: quantized type, `w8a8`.
-        npu_cores: NPU cores it was made for.
-        max_context: context built into it, in tokens.
-        size: of the model file, in bytes.
+        platform: `target_platform` of the conversion, such as `rk3588`.
+        toolkit: Release of rkllm-toolkit that made it.
+        dtype: Quantized type, such as `w8a8`.
+        npu_cores: Number of NPU cores it was built for.
+        max_context: Context built into it, in tokens.
+        size: Size of the model file, in bytes.
     """
 
     platform: str = ""
@@ -63,10 +63,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Preflight:
-    """The result: findings, worst first, and what to load with.
+    """The result: findings, worst first, and the settings to load with.
 
     Attributes:
-        context: context in tokens, within the model's limit; None if neither was given.
+        context: Context in tokens, within the model's limit; None if neither was given.
         cores: CPU cores for the runtime.
     """
 
@@ -76,7 +76,7 @@ class Preflight:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings that are known not to work."""
+        """The findings of level `error`."""
         return tuple(finding for finding in self.findings if finding.level == "error")
 
 
@@ -89,15 +89,15 @@ def preflight(
     root: Path = machine.ROOT,
     allowed: Collection[int] | None = None,
 ) -> Preflight:
-    """Look at everything that can be known before the library is called.
+    """Check everything that can be known before the library is called.
 
     Args:
         model: `Bundle.known`, for a bundle.
-        runtime: release of the library, `1.2.3`; None if it is not known.
-        context: tokens asked for; None is the model's own limit.
-        emulated: the library is the emulator, so neither driver nor board matter.
-        root: file tree of the board.
-        allowed: CPU cores this process may use; by default those of its affinity.
+        runtime: Release of the library, such as `1.2.3`; None if unknown.
+        context: Tokens asked for; None means the model's own limit.
+        emulated: The library is the emulator, so driver and board do not matter.
+        root: File tree of the board.
+        allowed: CPU cores this process may use; its CPU affinity by default.
     """
     wanted, clamped = clamp_context(context, model.max_context)
     cores = machine.cores(model.npu_cores, root, allowed)
@@ -111,7 +111,7 @@ def preflight(
 
 
 def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, list[Finding]]:
-    """The context to load with: what was asked for, the limit if that is lower, or the limit if nothing was asked."""
+    """The context to load with: the one asked for, or the limit if that is lower or nothing was asked for."""
     if asked is None or limit is None or asked <= limit:
         return (limit if asked is None else asked), []
     return limit, [
@@ -132,9 +132,9 @@ def _memory(model: Model, root: Path) -> Iterator[Finding]:
     yield Finding(
         "error" if model.size > memory.total else "warning",
         "memory-short",
-        f"The model file has {model.size / 1e9:.2f} GB, and {memory.available / 1e9:.2f} GB of "
+        f"The model file has {model.size / 1e9:.2f} GB, but only {memory.available / 1e9:.2f} GB of "
         f"{memory.total / 1e9:.2f} GB memory are free.",
-        "End other programs, or take a smaller model. Swap does not help: weights for the NPU stay in memory.",
+        "Close other programs, or use a smaller model. Swap does not help: weights for the NPU stay in memory.",
         "https://github.com/c0zaut/ez-er-rkllm-toolkit/issues/2 (reported; the maintainer confirmed it)",
     )
 
@@ -148,7 +148,7 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
         "platform": machine.platform_of(chip),
         "model_bytes": model.size,
     }
-    # A toolkit version that is not a version ("unknown") is unknown.
+    # A toolkit version that is not a version, such as "unknown", counts as unknown.
     known = {
         name: str(value) for name, value in facts.items() if value and str(value)[0].isalnum() and value != "unknown"
     }
@@ -161,7 +161,7 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
         yield Finding(
             "error",
             "cpu-cores-below-npu-cores",
-            f"The model was built for {counted(model.npu_cores, 'NPU core')}; this process may use"
+            f"The model was built for {counted(model.npu_cores, 'NPU core')}, but this process may use only"
             f" {counted(len(cores.cpus), 'CPU core')}.",
             f"Give it {model.npu_cores} or more (taskset, the unit's CPUAffinity, the container's --cpuset-cpus).",
             "text in librkllmrt; user report, public address not known (reported; the reporter confirmed it)",
@@ -174,7 +174,7 @@ def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
             "notice",
             "platform-unknown",
             "The chip of this board could not be read from the device tree.",
-            "The runtime reads it, too. In a container: --security-opt systempaths=unconfined keeps /proc/device-tree.",
+            "The runtime reads it too. In a container, --security-opt systempaths=unconfined keeps /proc/device-tree.",
             "https://github.com/airockchip/rknn-toolkit2/issues/33 (reported; the reporter confirmed it)",
         )
         return
@@ -191,7 +191,7 @@ def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
         yield Finding(
             "error",
             "platform-mismatch",
-            f"The model was made for {model.platform}, and this board is {platform} ({chip}).",
+            f"The model was made for {model.platform}, but this board is {platform} ({chip}).",
             f"Convert the model for {platform}.",
             "text in librkllmrt: the model's target_platform does not match the real platform",
         )
@@ -223,19 +223,19 @@ def _driver(driver: machine.Driver) -> Iterator[Finding]:
             "notice",
             "driver-unknown",
             f"The version of the NPU driver is unknown: {driver.source}.",
-            "Look as root: sudo cat /sys/kernel/debug/rknpu/version. It should be 0.9.8.",
+            "Check as root: sudo cat /sys/kernel/debug/rknpu/version. It should be 0.9.8.",
             "drivers/rknpu, rknpu_debugger.c: the file is root's unless the kernel was built with RKNPU_PROC_FS",
         )
 
 
 def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Finding]:
     nodes = machine.npu_nodes(root)
-    # On a machine that is not such a board, or in a container without /sys, this means nothing.
+    # Elsewhere than on such a board, or in a container without /sys, missing nodes mean nothing.
     if not nodes and not driver.mainline and machine.platform_of(chip) and (root / "sys/class/misc").is_dir():
         yield Finding(
             "error",
             "npu-absent",
-            "This kernel offers no device of the NPU: no DRM node of the driver rknpu, and no /dev/rknpu.",
+            "This kernel offers no NPU device: neither a DRM node of the rknpu driver nor /dev/rknpu.",
             "Boot the board's vendor kernel (5.10 or 6.1) with rknpu, whose device tree enables the NPU.",
             "drivers/rknpu, rknpu_drv.c: the driver registers a DRM device, or the misc device rknpu",
         )
@@ -245,8 +245,8 @@ def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Fin
         yield Finding(
             "error",
             "npu-device-closed",
-            f"This process cannot open the NPU ({names}): the nodes are not here, or belong to root or a group.",
-            "sudo usermod -aG video,render $USER, and log in again; in a container pass --device /dev/dri.",
+            f"This process cannot open the NPU ({names}): the nodes are missing here, or belong to root or a group.",
+            "sudo usermod -aG video,render $USER, then log in again; in a container, pass --device /dev/dri.",
             _PERMISSION,
         )
 

@@ -1,6 +1,6 @@
-"""Texts that programs print, with gaps in them, and the log in which they are looked for.
+"""Texts that programs print, with gaps in them, and the log that is searched for them.
 
-Nothing here runs in more than linear time in the length of a log, whatever the log holds.
+Everything here takes at most linear time in the length of a log, whatever the log contains.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rkruntime.checks import logtext
 
 _GAP: Final = 160
 _SPAN: Final = 240
-"""Characters around the first text of `a & b` in which the others stand."""
+"""Characters around the first text of `a & b` in which the others must be."""
 _MOST_HITS: Final = 3
 MOST_LINES: Final = 8
 WIDEST_LINE: Final = 300
-"""Characters of a line that are shown, and lines."""
+"""Most characters of a line, and most lines, that are shown."""
 _FEWEST_ANCHOR: Final = 3
 _FEWEST_CUT: Final = 14
 
@@ -41,13 +41,13 @@ _CLASSES = {
     "{n}": r"(-?(?:0x[0-9a-f]{1,16}|\d{1,20}))",
     "{w}": r"[\w.+/-]{1,80}",
     "{v}": r"v?(\d{1,4}(?:\.\d{1,6}){1,3}(?:b\d{1,3})?)",
-    # One character for ever; not the dashes and bars that programs draw with.
+    # One character repeated endlessly, except the dashes and bars that programs draw with.
     "{same}": r"([^\s\-=*#_.~+|>─━═█▏▎▍▌▋▊▉])\1{23,200}",
 }
 
 
 def simplified(text: str) -> str:
-    """Text as signatures are compared: lower case, one kind of quote, single blanks."""
+    """Normalize text for comparison: lower case, one kind of quote, single spaces."""
     return " ".join(text.translate(_QUOTES).lower().split())
 
 
@@ -56,7 +56,7 @@ class Signature:
 
     `{n}` is a number, `{v}` a version, `{w}` a word or path, `{same}` one character 24 times or more, `{a|b}` one of
     these, `{fail}` one of `words["fail"]`, `*` anything on the line, a final `$` the end of the line; `a & b & c` are
-    texts that stand on one line in any order.
+    texts that occur on one line in any order.
     """
 
     def __init__(self, source: str, words: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -64,15 +64,15 @@ class Signature:
         first, *rest = (_expanded(part, words or {}) for part in source.split(" & "))
         self.plain = first
         self._rest = rest
-        # A log that lacks one of these cannot hold the signature.
+        # A log that lacks one of these cannot contain the signature.
         self._anchors = [anchor for anchor in map(_anchor, (first, *rest)) if anchor]
         anchor = _anchor(first)
         if not rest and len(anchor) < _FEWEST_ANCHOR and not re.search(r"[\u4e00-\u9fff]", anchor):
-            raise ValueError(f"The signature {source!r} has no fixed text of {_FEWEST_ANCHOR} characters.")
+            raise ValueError(f"The signature {source!r} needs a fixed text of at least {_FEWEST_ANCHOR} characters.")
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """The signature's first text as an expression; compiled only for a log that holds the anchors."""
+        """The signature's first text as a regular expression; compiled only for a log that contains the anchors."""
         return _compiled(self.plain)
 
     @cached_property
@@ -80,11 +80,11 @@ class Signature:
         return [_compiled(part) for part in self._rest]
 
     def possible(self, log: Log) -> bool:
-        """Whether the log holds each fixed text of the signature."""
+        """Whether the log contains every fixed text of the signature."""
         return all(anchor in log.flat for anchor in self._anchors)
 
     def matches(self, log: Log) -> Iterator[int]:
-        """Positions in `log.text`, at most three."""
+        """Positions of the signature in `log.text`, at most three."""
         if self.possible(log):
             yield from islice(self._on_one_line(log.text) if self._rest else starts(self.pattern, log.text), _MOST_HITS)
 
@@ -102,14 +102,14 @@ class Signature:
         return not loose or bool(log.numbers((place,)))
 
     def cut_off(self, log: Log) -> int | None:
-        """Where the log's first line begins in the middle of this text, or its last line ends there."""
+        """Position of this text if the log's first line or last line cuts it off, else None."""
         if self._rest or _TOKEN.search(self.plain) or len(self.plain) < _FEWEST_CUT:
             return None
         fewest = max(_FEWEST_CUT, len(self.plain) * 2 // 3)
         if self.plain[:fewest] not in log.last and self.plain[-fewest:] not in log.first:
             return None
         for size in range(len(self.plain) - 1, fewest - 1, -1):
-            # Half a number is another number.
+            # Half a number is a different number.
             if not self.plain[size - 1].isdigit() and log.last.endswith(self.plain[:size]):
                 return log.last_start
             if not self.plain[-size].isdigit() and log.first.startswith(self.plain[-size:]):
@@ -118,7 +118,7 @@ class Signature:
 
 
 def starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:
-    """Where the pattern is found."""
+    """Positions where the pattern matches."""
     return (match.start() for match in pattern.finditer(text))
 
 
@@ -158,12 +158,12 @@ def _gap(mark: str) -> str:
 
 
 def _left_edge(plain: str) -> str:
-    """Words and numbers begin where the signature begins: `killed` is not in `skilled`, nor `12` in `112`."""
+    """A word or number must begin where the signature begins: `killed` is not in `skilled`, nor `12` in `112`."""
     return {"a": r"(?<![a-z])", "0": r"(?<![\d.])"}.get(_kind(plain[:1]), "")
 
 
 def _right_edge(plain: str) -> str:
-    """A number ends; a word need not: the runtime glues the next text to it (`run failedrobot:`)."""
+    """A number must end there; a word need not, since the runtime glues the next text to it (`run failedrobot:`)."""
     return r"(?![\dx])" if _kind(plain[-1:]) == "0" else ""
 
 
@@ -172,7 +172,7 @@ def _kind(character: str) -> str:
 
 
 class Log:
-    """A log's lines, and the text in which signatures are looked for."""
+    """A log's lines, and the text that is searched for signatures."""
 
     def __init__(self, lines: Sequence[str], context: Mapping[str, str]) -> None:
         self.lines = lines
@@ -180,7 +180,7 @@ class Log:
         self._starts: list[int] = []
         plain: list[str] = []
         length = 0
-        # The context's facts are lines like any other, but never shown.
+        # The context's facts are lines like any others, but are never shown.
         extra = [(len(lines), f"{key}: {value}") for key, value in context.items()]
         whole = list(logtext.unwrapped(lines))
         for number, line in (*enumerate(lines), *whole, *extra):
@@ -189,7 +189,7 @@ class Log:
             self._line_of.append(number)
             length += len(plain[-1]) + 1
         self.text = "\n".join(plain)
-        # Where joined lines stand; two of them may have nothing to do with each other.
+        # Where the joined lines are; the two halves of one may have nothing to do with each other.
         starts = [*self._starts, length]
         self.joined = (starts[len(lines)], starts[len(lines) + len(whole)])
         self.flat = self.text.replace("\n", " ")
@@ -197,14 +197,14 @@ class Log:
         self.last_start = self._starts[len(lines) - 1] if lines else 0
 
     def number_at(self, position: int) -> int:
-        """Index of the log's line at a position of `text`; the number of lines for the context's."""
+        """Index of the log line at a position of `text`; the number of lines for a line of the context."""
         return self._line_of[bisect_right(self._starts, position) - 1]
 
     def numbers(self, positions: Iterable[int]) -> set[int]:
-        """Indexes of the lines at these positions; lines that were joined on suspicion are left out."""
+        """Indexes of the lines at these positions; lines joined on suspicion are left out."""
         return {self.number_at(place) for place in positions if not self.joined[0] <= place < self.joined[1]}
 
     def shown(self, positions: Iterable[int]) -> tuple[str, ...]:
-        """The log's lines at these positions, without repeats and without the context's."""
+        """The log's lines at these positions, without repeats and without the context's lines."""
         numbers = [number for number in map(self.number_at, positions) if number < len(self.lines)]
         return tuple(dict.fromkeys(self.lines[number][:WIDEST_LINE] for number in numbers))[:MOST_LINES]

@@ -1,1 +1,1 @@
-"""A loaded model, seen from outside, and the worker process that holds the library."""
+"""A loaded model as its callers see it, and the worker process that holds the library."""

@@ -1,4 +1,4 @@
-"""Commands to the worker, its replies, and what became of it."""
+"""Commands to the worker, its replies, and how it ended."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SHOWN_LINES: Final = 40
 
 
 class Connection:
-    """A worker process that takes commands until it is closed, or lost.
+    """A worker process that accepts commands until it is closed or lost.
 
     Attributes:
-        closed: there is no worker any more.
-        gone: the error with which it was lost.
-        number: of the last command.
+        closed: Whether the worker is gone.
+        gone: The error with which it was lost.
+        number: Number of the last command.
 
     Raises HostError if the worker cannot be started.
     """
@@ -58,18 +58,18 @@ class Connection:
             raise RunError("The model is closed.", hint="Load it again.")
 
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
-        """Send what is not a command of its own, such as an abort; from any thread. Raises WorkerError."""
+        """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
         with self._sending:
             self.worker.send(header, data)
 
     def begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
-        """Send a command with the next number; `expected` says what may come back (see Exchange)."""
+        """Send a command under the next number; `expected` limits what may come back (see Exchange)."""
         self.number += 1
         self.worker.expect(Exchange(self.number, questions=self._questions, **expected))
         self.send({**header, "run": self.number}, data)
 
     def next(self, timeout: float, deadline: float) -> Record:
-        """The next record (see WorkerProcess.next_record); the library's questions are answered on the way."""
+        """The next record (see WorkerProcess.next_record); answers the library's questions on the way."""
         while True:
             record = self.worker.next_record(timeout, deadline)
             if record.kind < protocol.TOKENIZE or not self.answered(record):
@@ -81,7 +81,7 @@ class Connection:
             return False
         try:
             ok, answer = True, self._ask(record)
-        except Exception as error:  # It is the caller's function, and the worker waits for an answer.
+        except Exception as error:  # The function is the caller's, and the worker waits for an answer.
             ok, answer = False, f"{type(error).__name__}: {error}".encode()
         self.send({"call": "answer", "ok": ok}, [answer])
         return True
@@ -97,21 +97,21 @@ class Connection:
         return np.ascontiguousarray(self._options.embed(ids), dtype=np.float32).tobytes()
 
     def reply(self, timeout: float) -> Any:
-        """The JSON that answers the last command, or its error raised."""
+        """The JSON reply to the last command. Raises its error instead if it failed."""
         record = self.next(timeout, time.monotonic() + timeout)
         if record.kind == protocol.ERROR:
             raise error_of(record)
         return json_of(record)
 
     def explain(self, error: RKEdgeError) -> None:
-        """Add the last log lines and what they say went wrong."""
+        """Add the last log lines and their diagnosis."""
         if isinstance(error, WorkerError):
             self.gone = self.gone or error
         add_log(error, self.log[-_SHOWN_LINES:])
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Explain what is raised within, and end what is left of a worker that is lost."""
+        """Explain errors raised within, and kill what is left of a lost worker."""
         try:
             yield
         except RKEdgeError as error:
@@ -121,7 +121,7 @@ class Connection:
             raise
 
     def close(self) -> None:
-        """Have the worker unload the model and exit; kill it if it does not in time."""
+        """Have the worker unload the model and exit; kill it if it does not do so in time."""
         with contextlib.suppress(RKEdgeError):
             self.begin({"call": "close"})
             self.worker.end(self._options.close_timeout)

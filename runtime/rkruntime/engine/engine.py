@@ -1,4 +1,4 @@
-"""A loaded model: the worker process from outside. What can go wrong in the library arrives here as a typed error."""
+"""A loaded model, running in a worker process. Whatever goes wrong in the library arrives here as a typed error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
 class Engine:
     """A model in a worker process. Use it as a context manager, or call `close()`.
 
-    One run at a time; `abort()` may be called from any thread, all else from one at a time.
+    One run at a time; `abort()` may be called from any thread, everything else from one thread at a time.
     """
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
@@ -43,7 +43,7 @@ class Engine:
                 reply = self._load(identity)
                 seconds = time.perf_counter() - started
             self.info: ModelInfo = info_of(identity, whole(reply), seconds, findings, list(self.log))
-        except BaseException as error:  # The worker ends with it, after Ctrl-C too.
+        except BaseException as error:  # The worker must end with it, even after Ctrl-C.
             self._connection.end()
             if isinstance(error, RKEdgeError):
                 self._connection.explain(error)
@@ -55,16 +55,16 @@ class Engine:
         """Start a worker and load a model.
 
         Args:
-            on_log: gets each line that the library prints.
+            on_log: Called with each line that the library prints.
 
         Raises:
-            LibraryError: the library must not be called, or cannot be loaded.
-            ModelFileError: there is no such model file.
-            RefusedError: preflight knows that this will not work.
-            LoadError: the library refused the model; also if it returned 0 and logged errors.
-            UnsupportedCallError: an option that the release does not have.
-            HostError: the worker cannot be started.
-            WorkerError: the library crashed, ended its process, or gave no sign within `load_timeout`.
+            LibraryError: The library must not be called, or cannot be loaded.
+            ModelFileError: There is no such model file.
+            RefusedError: Preflight knows that this will not work.
+            LoadError: The library refused the model, or returned 0 but logged errors.
+            UnsupportedCallError: The release does not have an option.
+            HostError: The worker cannot be started.
+            WorkerError: The library crashed, ended its process, or did not respond within `load_timeout`.
         """
         return cls(options, on_log)
 
@@ -96,7 +96,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether there is a worker. Once there is none, every call raises what became of it."""
+        """Whether the worker lives. Once it does not, every call raises the reason."""
         return not self._connection.closed
 
     def __enter__(self) -> Engine:
@@ -115,37 +115,37 @@ class Engine:
     # Runs
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
-        """Run a prompt: tokens as they arrive, Finished last. Closing the iterator early aborts the run.
+        """Run a prompt: yields tokens as they arrive, then Finished. Closing the iterator early aborts the run.
 
-        A worker that is lost while the iterator is closed is reported by the next call.
+        If the worker is lost while the iterator is being closed, the next call reports it.
 
         Raises:
-            ContextFullError: the prompt alone fills the context.
-            UnsupportedCallError: the release cannot do it.
-            RunError: the library refused or reported an error; the model stays loaded.
-            WorkerError: the worker is gone.
+            ContextFullError: The prompt alone fills the context.
+            UnsupportedCallError: The release cannot do it.
+            RunError: The library refused the run or reported an error; the model stays loaded.
+            WorkerError: The worker is gone.
         """
         with contextlib.closing(self._runs.events([request], "generate")) as events:
             for _, event in events:
-                yield event  # type: ignore[misc]  # arrays come in other modes only
+                yield event  # type: ignore[misc]  # arrays only come in other modes
 
     def generate_batch(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
-        """Run `n_batch` prompts at once (1.2.1 on): the prompt's number with each event, one Finished for each."""
+        """Run `n_batch` prompts at once (since 1.2.1): each event with its prompt's number, one Finished per prompt."""
         with contextlib.closing(self._runs.events(requests, "generate")) as events:
             for batch, event in events:
                 yield batch, cast(Event, event)
 
     def generate_arrays(self, request: Request, mode: str) -> Generator[ArrayEvent, None, None]:
-        """A run with `mode` "logits" or "hidden": arrays between the tokens. See Logits and HiddenStates."""
+        """Run with `mode` "logits" or "hidden": yields arrays between the tokens. See Logits and HiddenStates."""
         if mode not in ("logits", "hidden"):
-            raise UsageError(f"There is no mode {mode!r}: it is 'logits' or 'hidden'.")
+            raise UsageError(f"There is no mode {mode!r}; use 'logits' or 'hidden'.")
         _need_numpy()
         with contextlib.closing(self._runs.events([request], mode)) as events:
             for _, event in events:
                 yield event
 
     def logits(self, request: Request) -> NDArray[np.float32]:
-        """Logits of every token of a prompt, [tokens, vocabulary] (1.2.0 on)."""
+        """Logits of every token of a prompt, [tokens, vocabulary] (since 1.2.0)."""
         return self._first_array(request, "logits")
 
     def hidden_states(self, request: Request) -> NDArray[np.float32]:
@@ -158,27 +158,27 @@ class Engine:
             for _, event in events:
                 if isinstance(event, (Logits, HiddenStates)):
                     return event.values
-        raise RunError(f"The run ended and the library gave no {mode}.")
+        raise RunError(f"The run ended, but the library returned no {mode}.")
 
     def abort(self) -> None:
-        """End the run that is going on, from any thread: its iterator gives Finished with ABORT. Nothing otherwise."""
+        """Abort the current run, if any, from any thread: its iterator then yields Finished with ABORT."""
         self._runs.abort()
 
     @property
     def running(self) -> bool:
-        """Whether a run is going on."""
+        """Whether a run is in progress."""
         return self._runs.active is not None
 
     def is_running(self) -> bool:
-        """`running`, and without a run what rkllm_is_running says (1 = running in every release)."""
+        """`running`, or without a run the result of rkllm_is_running (1 = running in every release)."""
         return self.running or bool(self._command({"call": "is_running"}))
 
     def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio: nothing here blocks the loop while the library computes.
+        """`generate` for asyncio: never blocks the loop while the library computes.
 
         Args:
-            gather: seconds for which tokens that follow others closely may wait for each other, to save CPU time; the
-                first one, and each that comes later than that after the one before, comes at once.
+            gather: Seconds for which tokens that follow closely may wait for each other, to save CPU time; the first
+                one, and each one that comes later than that after its predecessor, is yielded at once.
         """
         return cast("AsyncGenerator[Event, None]", self._runs.events_async(request, gather))
 
@@ -195,32 +195,32 @@ class Engine:
             return self._connection.reply(self.options.token_timeout)
 
     def clear_cache(self, *, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
-        """Empty the KV cache (1.2.0 on), or take out positions [start, end) of each batch while paused (1.2.1 on)."""
+        """Empty the KV cache (since 1.2.0), or cut positions [start, end) of each batch while paused (since 1.2.1)."""
         self._call("clear_kv_cache", keep_system_prompt, ranges)
 
     def cache_sizes(self) -> list[int]:
-        """Positions in the KV cache, per batch (1.2.1 on)."""
+        """Positions in the KV cache, per batch (since 1.2.1)."""
         sizes = self._call("kv_cache_sizes")
         return [whole(size) for size in (sizes if isinstance(sizes, list) else [sizes])]
 
     def load_lora(self, lora: Lora) -> None:
-        """Load an adapter, for requests that name it. Unloading one is not offered by any release."""
+        """Load an adapter for requests that name it. No release can unload one."""
         self._call("load_lora", *lora.as_dict().values())
 
     def load_prompt_cache(self, path: Path) -> None:
-        """Take the KV cache from a file that a run saved; the next run reuses what its prompt shares with it."""
+        """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
         self._call("load_prompt_cache", str(path.resolve()))
 
     def release_prompt_cache(self) -> None:
-        """Drop what load_prompt_cache took."""
+        """Drop what load_prompt_cache restored."""
         self._call("release_prompt_cache")
 
     def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
-        """Texts around a TextPrompt (1.2.0 on); other prompts are used as given. Clears the KV cache."""
+        """Set the texts around a TextPrompt (since 1.2.0); other prompts are used as given. Clears the KV cache."""
         self._call("set_chat_template", system, prefix, postfix)
 
     def set_function_tools(self, system: str, tools: Sequence[dict[str, Any]], response_tag: str) -> None:
-        """Tools for a TextPrompt (1.2.1 on), in the OpenAI form."""
+        """Set the tools for a TextPrompt (since 1.2.1), in OpenAI's format."""
         self._call("set_function_tools", system, json.dumps(list(tools), ensure_ascii=False), response_tag)
 
     def set_cross_attention(
@@ -230,7 +230,7 @@ class Engine:
         mask: NDArray[np.float32],
         positions: NDArray[np.int32],
     ) -> None:
-        """Encoder state for a model loaded with `use_cross_attention` (1.2.1 on); `positions` has one per token.
+        """Set the encoder state for a model loaded with `use_cross_attention` (since 1.2.1); one position per token.
 
         Shapes are the model's: [layers, tokens, kv heads x head size] for k and v, [tokens] for mask and positions.
         """
@@ -243,6 +243,6 @@ class Engine:
 
 
 def _need_numpy() -> None:
-    """Raise HostError where numpy is missing: a board's installation leaves it out."""
+    """Raise HostError if numpy is missing: a board's installation leaves it out."""
     if importlib.util.find_spec("numpy") is None:
         raise HostError("Arrays need numpy, which is not installed here.", hint="Install it: pip install numpy")

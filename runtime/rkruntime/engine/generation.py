@@ -1,4 +1,4 @@
-"""The words in which the runtime, the chat and the daemon speak of one run: request, events, result."""
+"""The types that the runtime, the chat and the daemon share for one run: request, events, result."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class FinishReason(str, Enum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; defaults are those that every RKLLM manual documents.
+    """How the next token is chosen; the defaults are those in every RKLLM manual.
 
     Attributes:
         temperature: 0 takes the most likely token.
         frequency_penalty: -2 to 2.
-        mirostat: 0 off, 1 or 2.
+        mirostat: 0 (off), 1 or 2.
     """
 
     temperature: float = 0.8
@@ -43,11 +43,11 @@ class Sampling:
     mirostat_eta: float = 0.1
 
     def changed(self, wanted: Mapping[str, Any]) -> Sampling:
-        """This with what a person or a request asks for, by the names of the fields.
+        """A copy with the given fields replaced by what a user or a request asks for.
 
-        A temperature or a top_p of 0 takes the most likely token, whatever else is said of choosing among several;
-        which one that is depends on the penalties, and only those that are asked for count. A temperature above 0 is
-        put over the defaults instead of GREEDY.
+        A temperature or a top_p of 0 takes the most likely token, whatever else is said about choosing among several;
+        which one that is depends on the penalties, and only those that are asked for count. A temperature above 0
+        applies on top of the defaults, not of GREEDY.
         """
         if wanted.get("temperature") == 0 or wanted.get("top_p") == 0:
             return replace(GREEDY, **{name: value for name, value in wanted.items() if name.endswith("_penalty")})
@@ -61,11 +61,11 @@ GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repeat_penalty=1.0)
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A text that the runtime tokenizes, and wraps in the model's chat template from 1.2.0 on.
+    """A text that the runtime tokenizes and, since 1.2.0, wraps in the model's chat template.
 
     Attributes:
-        role: `user`, or `tool` for a tool's result (1.2.1 on).
-        enable_thinking: a switch of Qwen3 models (1.2.1 on).
+        role: `user`, or `tool` for a tool's result (since 1.2.1).
+        enable_thinking: Switch of Qwen3 models (since 1.2.1).
     """
 
     text: str
@@ -75,20 +75,20 @@ class TextPrompt:
 
 @dataclass(frozen=True)
 class EmbeddingPrompt:
-    """Rows of the embedding table in place of token ids: float32 [tokens, hidden size]."""
+    """Rows of the embedding table instead of token ids: float32 [tokens, hidden size]."""
 
     values: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """A text with images, as a vision model of their own gave them.
+    """A text with images, as encoded by a separate vision model.
 
     Attributes:
-        text: with the model's image placeholder where each image belongs.
+        text: Text with the model's image placeholder where each image belongs.
         images: float32 [images, tokens per image, hidden size].
-        width, height: of an image in pixels (1.2.1b1 on).
-        markers: texts for start, end and content of an image (per run from 1.3.0 on; before, see LoadOptions).
+        width, height: Size of an image in pixels (since 1.2.1b1).
+        markers: Texts for start, end and content of an image (per run since 1.3.0; before that, see LoadOptions).
     """
 
     text: str
@@ -103,20 +103,20 @@ Prompt = TextPrompt | EmbeddingPrompt | ImagePrompt
 
 @dataclass(frozen=True)
 class Request:
-    """One run, over token ids or another kind of prompt.
+    """One run, with token ids or another kind of prompt.
 
     Attributes:
-        tokens: the whole prompt, template rendered, `<bos>` once.
-        prompt: in place of `tokens`.
-        max_new_tokens: -1 for as many as the context has room for.
-        stop_tokens: each of these ends the answer and is not part of it, also where the runtime knows one EOS only.
-        sampling: None keeps what the model was loaded with; another needs release 1.3.0.
-        keep_history: continue after what the KV cache holds (1.2.0 on).
-        lora: name of an adapter that was loaded before; None is that of LoadOptions, if it has one.
-        save_prompt_cache: file that the runtime writes after the run.
-        pause_tokens: each of these ends the run with PAUSE; it is part of the answer, and the KV cache is kept
-            as it is for a run that goes on (1.2.1 on). One board is reported to ignore the next run's prompt and to go
-            on with this answer: that run ends with a RunError.
+        tokens: The whole prompt, template rendered, `<bos>` once.
+        prompt: Another kind of prompt, instead of `tokens`.
+        max_new_tokens: Limit of the answer; -1 for as many as the context has room for.
+        stop_tokens: Tokens that end the answer and are not part of it, even where the runtime knows only one EOS.
+        sampling: Sampling of this run, which requires release 1.3.0; None keeps what the model was loaded with.
+        keep_history: Continue after what is in the KV cache (since 1.2.0).
+        lora: Name of a loaded adapter; None means that of LoadOptions, if it has one.
+        save_prompt_cache: File that the runtime writes after the run.
+        pause_tokens: Tokens that end the run with PAUSE; they are part of the answer, and the KV cache is kept as it is
+            for a run that continues (since 1.2.1). One board is reported to ignore the next run's prompt and continue
+            this answer: that run ends with a RunError.
     """
 
     tokens: Sequence[int] = ()
@@ -131,7 +131,7 @@ class Request:
 
 
 class Token(NamedTuple):
-    """One generated token, as it arrives. `text` is what the runtime said (bytes, maybe part of a character)."""
+    """One generated token, as it arrives. `text` is the runtime's (bytes, possibly part of a character)."""
 
     token_id: int
     text: bytes = b""
@@ -139,7 +139,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Perf:
-    """The runtime's own figures (1.2.1 on), times in ms, memory in MB."""
+    """The runtime's own figures (since 1.2.1), times in ms, memory in MB."""
 
     prefill_ms: float
     prefill_tokens: int
@@ -150,7 +150,7 @@ class Perf:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a run. `generated_tokens` counts every token of the answer, those inside a character too."""
+    """The last event of a run. `generated_tokens` counts every token of the answer, even inside a character."""
 
     reason: FinishReason
     prompt_tokens: int
@@ -163,7 +163,7 @@ Event = Token | Finished
 
 @dataclass(frozen=True)
 class Logits:
-    """float32 [tokens, vocabulary]: of the whole prompt first, then of each token (1.2.0 on)."""
+    """float32 [tokens, vocabulary]: first of the whole prompt, then of each token (since 1.2.0)."""
 
     values: NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""What a model is loaded with, and what is known of it once it is loaded."""
+"""The options a model is loaded with, and what is known about it afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter file of the runtime; a run uses it by its name."""
+    """An adapter file for the runtime; runs refer to it by name."""
 
     name: str
     path: Path
@@ -34,7 +34,7 @@ class Lora:
         object.__setattr__(self, "path", Path(self.path))
 
     def as_dict(self) -> dict[str, Any]:
-        """For the worker, in the order of rkllm_load_lora's fields. Raises AdapterError if there is no such file."""
+        """The arguments of rkllm_load_lora, in order. Raises AdapterError if there is no such file."""
         if not self.path.is_file():
             raise AdapterError(f"There is no adapter file {self.path}.")
         return {"name": self.name, "path": str(self.path.resolve()), "scale": self.scale}
@@ -42,39 +42,39 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a model. None leaves a value as the library has it.
+    """How to load a model. None keeps the library's default.
 
     Attributes:
-        library: librkllmrt.so.
-        model: the .rkllm or .rkemu file.
-        max_context: in tokens, at most what is built into the model.
-        abi: release whose layout to use for a library of an unknown release.
-        sampling: for all runs; from 1.3.0 on a run can have its own.
-        max_new_tokens: for all runs; -1 for as many as the context has room for.
-        known: what is known of the model beforehand, from its manifest; the checks of preflight need it.
-        force: load also where preflight knows that it will not work.
-        cpus: CPU cores for the runtime's own work (1.2.0 on), at least as many as the model's NPU cores; by default the
-            big ones, if this is given.
-        n_batch: prompts per run (1.2.1 on; the vendor advises at most 8).
-        n_keep: KV cache positions that stay in front when the window shifts (1.2.0 on).
+        library: Path of librkllmrt.so.
+        model: Path of the .rkllm or .rkemu file.
+        max_context: Context in tokens, at most what is built into the model.
+        abi: Release whose layout to use for a library of an unknown release.
+        sampling: Sampling of all runs; since 1.3.0 a run can have its own.
+        max_new_tokens: Limit of all runs; -1 for as many as the context has room for.
+        known: What the manifest says about the model; preflight needs it.
+        force: Load even if preflight knows that it will not work.
+        cpus: CPU cores for the runtime's own work (since 1.2.0), at least as many as the model's NPU cores; default:
+            the big cores, if `known` is given.
+        n_batch: Prompts per run (since 1.2.1; the vendor advises at most 8).
+        n_keep: KV cache positions kept at the front when the window shifts (since 1.2.0).
         base_domain_id: NPU memory domain, 0 to 15; one for each large model on the NPU.
-        embed_flash: read embeddings from flash instead of keeping them in memory (1.2.0 on); so by default,
-            if `known` is given.
-        ignore_eos: go on behind an EOS (1.3.0 on).
-        use_cross_attention: for encoder-decoder models (1.2.1 on).
-        image_markers: texts for start, end and content of an image (before 1.3.0; see ImagePrompt).
-        loras: adapters to load with the model.
-        lora: the one of them that a run uses which names none.
-        asynchronous: use rkllm_run_async. Reported to hang or give no text on 1.1.4, 1.2.1 and 1.2.2 (rknn-llm issues
-            208, 320, 396), so it is off unless asked for.
-        tokenizer: for a model file without one (1.3.0 on): text to ids.
-        embed: for a model file without an embedding table (1.3.0 on): ids to float32 [ids, hidden size].
-        load_timeout: seconds until a load counts as hung.
-        token_timeout: seconds without an event until a run counts as hung; the prompt's computing included.
-        close_timeout: seconds for the library to end by itself.
-        interpreter: command of the Python that the worker runs in.
-        environment: variables for the worker in addition to the parent's, such as RKLLM_LOG_LEVEL.
-        stop: kills the worker while it loads.
+        embed_flash: Read embeddings from flash instead of keeping them in memory (since 1.2.0); default: True if
+            `known` is given.
+        ignore_eos: Continue after an EOS (since 1.3.0).
+        use_cross_attention: Enable cross attention, for encoder-decoder models (since 1.2.1).
+        image_markers: Texts for start, end and content of an image (before 1.3.0; see ImagePrompt).
+        loras: Adapters to load with the model.
+        lora: Name of the adapter for runs that name none.
+        asynchronous: Use rkllm_run_async. Reported to hang or return no text on 1.1.4, 1.2.1 and 1.2.2 (rknn-llm issues
+            208, 320, 396), so it is off by default.
+        tokenizer: Text to ids, for a model file without a tokenizer (since 1.3.0).
+        embed: Ids to float32 [ids, hidden size], for a model file without an embedding table (since 1.3.0).
+        load_timeout: Seconds before a load counts as hung.
+        token_timeout: Seconds without an event before a run counts as hung, prefill included.
+        close_timeout: Seconds for the library to exit by itself.
+        interpreter: Command of the Python that the worker runs in.
+        environment: Variables for the worker on top of the parent's, such as RKLLM_LOG_LEVEL.
+        stop: Kills the worker while it loads.
     """
 
     library: Path
@@ -110,7 +110,7 @@ class LoadOptions:
             object.__setattr__(self, name, Path(getattr(self, name)))
 
     def params(self) -> dict[str, Any]:
-        """Fields of RKLLMParam, by the header's names; None leaves the library's default."""
+        """Fields of RKLLMParam, by their names in the header; None leaves the library's default."""
         markers = self.image_markers or (None, None, None)
         sampling = self.sampling
         return {
@@ -145,21 +145,21 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A loaded model. Texts are empty where the runtime did not say them.
+    """A loaded model. Strings are empty if the runtime did not report them.
 
     Attributes:
-        release: of the library, or the one named with `abi`.
+        release: Release of the library, or the one given as `abi`.
         layout: `L3` to `L8`.
-        runtime_version, driver_version, platform: as the load log has them.
-        toolkit_version: that made the model file; `unknown` for some.
-        max_context: in tokens, as loaded.
-        max_context_limit: built into the model file.
-        npu_cores: that the model file was made for.
-        dtype: `W8A8`.
-        emulated: the library is RKEdge's emulator.
-        load_seconds: from the start of the worker to the loaded model.
-        findings: what preflight found, worst first.
-        log: lines of the load.
+        runtime_version, driver_version, platform: As reported in the load log.
+        toolkit_version: Toolkit that made the model file; `unknown` for some.
+        max_context: Context in tokens, as loaded.
+        max_context_limit: Limit built into the model file, in tokens.
+        npu_cores: NPU cores that the model file was made for.
+        dtype: Quantized type, such as `W8A8`.
+        emulated: Whether the library is RKEdge's emulator.
+        load_seconds: Seconds from the start of the worker to the loaded model.
+        findings: What preflight found, worst first.
+        log: Lines of the load.
     """
 
     release: str
@@ -193,21 +193,21 @@ _ERROR_LINE: Final = re.compile(r"^\s*(?:E (?:rkllm|RKNN)\b|rknn_init fail|error
 
 
 def facts_of(log: Iterable[str]) -> dict[str, str]:
-    """What the lines of a load say, by the names of ModelInfo."""
+    """The facts in the lines of a load, by the field names of ModelInfo."""
     text = "\n".join(log)
     found = {name: re.search(pattern, text) for name, pattern in _FACTS.items()}
     return {name: match.group(1) if match else "" for name, match in found.items()}
 
 
 def first_error(log: Iterable[str]) -> str:
-    """The first line of a load that says it failed: 1.1.x returns 0 all the same (rknn-llm issues 129, 156)."""
+    """The first line that reports a failed load: 1.1.x returns 0 anyway (rknn-llm issues 129, 156)."""
     return next((line.strip() for line in log if _ERROR_LINE.match(line)), "")
 
 
 def info_of(
     identity: Identity, max_context: int, seconds: float, findings: Sequence[Finding], log: Sequence[str]
 ) -> ModelInfo:
-    """What is known of a model that was just loaded. Raises LoadError if the log says that it is not."""
+    """What is known about a model just loaded. Raises LoadError if the log says that the load failed."""
     assert identity.release is not None
     if line := first_error(log):
         raise LoadError(f"The library reported success, but its log says: {line}")
@@ -228,7 +228,7 @@ def info_of(
 
 
 def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
-    """The options as preflight has them, and what it found. Raises RefusedError for what is known not to work."""
+    """The options adjusted by preflight, and its findings. Raises RefusedError for what is known not to work."""
     assert identity.release is not None
     if options.known is None:
         return options, ()
@@ -242,19 +242,19 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
     cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
     flash = options.embed_flash
     if flash is None and within(version, since("RKLLMExtendParam.embed_flash"), ""):
-        # The vendor's programs all ask for it, and `rkedge plan` counts on it: a table in RAM takes gigabytes.
+        # All the vendor's programs ask for it, and `rkedge plan` relies on it: a table in RAM takes gigabytes.
         flash = True
     return replace(options, max_context=result.context, cpus=options.cpus or cpus, embed_flash=flash), result.findings
 
 
 def environment_of(options: LoadOptions) -> dict[str, str]:
-    """The worker's variables: librkllmrt.so needs libraries that may lie beside it (libomp.so)."""
+    """The worker's environment: librkllmrt.so needs libraries that may be next to it (libomp.so)."""
     paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
 
 def check_readable(path: Path) -> None:
-    """Raise ModelFileError if there is no such file, or it may not be read."""
+    """Raise ModelFileError if the file does not exist or cannot be read."""
     try:
         if not path.is_file():
             raise ModelFileError(f"There is no model file {path}.")

@@ -1,4 +1,4 @@
-"""From a bundle to a loaded model: which library, which sampling, which context."""
+"""From a bundle to a loaded model: choose the library, the sampling and the context."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
 # What provides the library for a bundle's target: "module:function", called with the release, `progress` and `stop`.
 # Named, not imported: the runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator.build:build"}
-# Whether it is a whole number, lowest and highest value of what can be asked for.
+# Whether it must be a whole number, and the lowest and highest values allowed.
 _LIMITS: Final[Mapping[str, tuple[bool, float, float]]] = {
     "temperature": (False, 0, 10),
     "top_k": (True, 1, 1 << 24),
@@ -33,14 +33,14 @@ _LIMITS: Final[Mapping[str, tuple[bool, float, float]]] = {
     "max_new_tokens": (True, 1, (1 << 31) - 1),
     "max_context": (True, 32, 1 << 20),
 }
-# Names in generation_config.json of what RKLLM can do, as transformers has them.
+# Settings in generation_config.json that RKLLM supports, under transformers' names.
 _GIVEN: Final = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
     "repetition_penalty": "repeat_penalty",
 }
-# What else changes transformers' answers and is not taken over, with the value that changes nothing.
+# Other settings that change transformers' answers and are not supported, with the value that has no effect.
 _NOT_DONE: Final[Mapping[str, Any]] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -81,7 +81,7 @@ class RuntimeOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """--temperature and its kin as they were given; None is the bundle's own. UsageError: one is out of range."""
+    """--temperature and the like as given; None means the bundle's value. Raises UsageError if one is out of range."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -93,7 +93,7 @@ class SamplingOptions:
         _check(self, [item.name for item in fields(self)])
 
     def over(self, base: Sampling) -> Sampling:
-        """`base` with what was asked for put over it."""
+        """`base` with the given options applied."""
         names = ("temperature", "top_k", "top_p", "repeat_penalty")
         return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
 
@@ -106,7 +106,7 @@ def _check(options: RuntimeOptions | SamplingOptions, names: Iterable[str]) -> N
 
 
 def _wrong(name: str, value: Any) -> str:
-    """What is wrong with the value of a field of _LIMITS; nothing if it is right."""
+    """What is wrong with a value for a field of _LIMITS; empty if nothing is."""
     whole, low, high = _LIMITS[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"is {str(value)[:40]!r}, which is not a number"
@@ -119,7 +119,7 @@ def default_sampling(bundle: Bundle) -> Sampling:
     """What the bundle's generation_config.json asks for, on top of RKLLM's defaults.
 
     Raises:
-        BundleError: there is something in it that is not a value of its name.
+        BundleError: A value in it is not valid for its name.
     """
     path, config = bundle.path / GENERATION_CONFIG, bundle.read_generation_config()
     sample = config.get("do_sample")
@@ -139,10 +139,10 @@ def default_sampling(bundle: Bundle) -> Sampling:
 
 
 def ignored_settings(bundle: Bundle) -> list[str]:
-    """Names in generation_config.json that would change an answer and are not taken over. Raises BundleError."""
+    """Names in generation_config.json that would change an answer but have no effect here. Raises BundleError."""
     config = bundle.read_generation_config()
     found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
-    # transformers' word for "not limited", which no manual of RKLLM knows.
+    # transformers' value for "no limit", which no RKLLM manual mentions.
     return [*found, *(["top_k"] if "top_k" in config and _is_neutral(config["top_k"], 0, none=False) else [])]
 
 
@@ -156,16 +156,16 @@ def find_library(
     progress: Callable[[str], None] | None = None,
     stop: Stop | None = None,
 ) -> Path:
-    """The library for a bundle: --library or its variable, else its target's provider, else where boards have it.
+    """Find the library for a bundle: --library or its variable, its target's provider, or the usual places on boards.
 
     Args:
-        progress: gets lines while the emulator is built.
-        stop: ends that from another thread.
+        progress: Called with lines while the emulator is built.
+        stop: Stops the build from another thread.
 
     Raises:
-        LibraryError: there is none.
-        HostError: the emulator cannot be built here.
-        ServiceError: it was stopped.
+        LibraryError: No library was found.
+        HostError: The emulator cannot be built here.
+        ServiceError: It was stopped.
     """
     if options.library is not None:
         return Path(options.library)
@@ -177,7 +177,7 @@ def find_library(
     if found is None:
         raise LibraryError(
             f"There is no {LIBRARY} in {', '.join(places)}.",
-            hint=f"Name it with --library or ${LIBRARY_VARIABLE}; on a PC use a bundle made with --target emulator.",
+            hint=f"Name it with --library or ${LIBRARY_VARIABLE}; on a PC, use a bundle made with --target emulator.",
         )
     return found
 
@@ -199,7 +199,7 @@ def _not_done(names: Sequence[str]) -> Finding:
         "generation-config",
         f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
         "Answers may differ from those of transformers; use --temperature and the other sampling options instead.",
-        f"Only {', '.join(_GIVEN)} and do_sample are taken from it.",
+        f"Only {', '.join(_GIVEN)} and do_sample are read from it.",
     )
 
 
@@ -227,15 +227,15 @@ def load_engine(
     """Check the bundle's files, find the library, start the worker and load the model.
 
     Args:
-        show: gets each preflight finding.
-        progress: gets lines while the emulator is built.
-        stop: ends the load from another thread.
-        timeouts: of LoadOptions, in seconds.
+        show: Called with each preflight finding.
+        progress: Called with lines while the emulator is built.
+        stop: Stops the load from another thread.
+        timeouts: Timeouts of LoadOptions, in seconds.
 
     Raises:
-        RKEdgeError: whatever is wrong with bundle, library or model.
+        RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
-    # A command shows its help, and a chat its prompt, before the engine is imported.
+    # So that a command can show its help, and a chat its prompt, before the engine is imported.
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora
 

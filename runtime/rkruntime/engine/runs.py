@@ -1,4 +1,4 @@
-"""Runs on a loaded model, one at a time: their events for a loop and for asyncio, and their end in every case."""
+"""Runs on a loaded model, one at a time: events for plain loops and asyncio, and a clean end in every case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RKEdgeError, RunError, WorkerError, WorkerProtocolError
 
-# Where the library does not say how many tokens its context holds: more than any release takes.
+# More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
 
 
@@ -25,7 +25,7 @@ class Runs:
     """The runs of one worker.
 
     Attributes:
-        active: number of the run that is going on; None without one.
+        active: Number of the current run; None without one.
     """
 
     def __init__(self, connection: Connection, options: LoadOptions, info: ModelInfo) -> None:
@@ -35,15 +35,15 @@ class Runs:
         self._worker = connection.worker
 
     def check_free(self) -> None:
-        """Raise the error of a worker that is gone, or RunError if a run is going on that somebody still reads."""
+        """Raise the error of a worker that is gone, or RunError if a run is in progress and still being read."""
         self._connection.check()
         if self._abandoned:
             self.settle(self._options.token_timeout)
         if self.active is not None:
-            raise RunError("A run is going on already: one at a time.", hint="Wait for its end, or abort it.")
+            raise RunError("Another run is in progress: one at a time.", hint="Wait for it to end, or abort it.")
 
     def events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
-        """Run prompts, and give each event with its prompt's number. Closing the iterator aborts the run."""
+        """Run prompts; yields each event with its prompt's number. Closing the iterator aborts the run."""
         with self._connection.explained():
             self._start(requests, mode)
             timeout = self._options.token_timeout
@@ -61,7 +61,7 @@ class Runs:
                 self.settle(timeout)
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
-        """`events` of one prompt for asyncio; see Engine.agenerate."""
+        """`events` for one prompt and asyncio; see Engine.agenerate."""
         self._connection.check()
         timeout = self._options.token_timeout
         with self._connection.explained():
@@ -88,7 +88,7 @@ class Runs:
         header, data = run_command(requests, mode, self._info.release, self._options)
         self._worker.drain_log()
         self._worker.alarm = ""
-        # What a release gives rows for, the prompt or more, is its own affair; not more than there is room for.
+        # Releases may return rows for the prompt or for more, but never more than the context has room for.
         most_rows = self._info.max_context or _LONGEST_CONTEXT
         most_tokens = requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else -1
         limits = {"batches": self._options.n_batch, "most_tokens": most_tokens, "most_rows": most_rows}
@@ -99,8 +99,8 @@ class Runs:
     def _check_room(self, request: Request) -> None:
         if 0 < self._info.max_context <= len(request.tokens):
             raise ContextFullError(
-                f"The prompt has {len(request.tokens):,} tokens, and the context holds {self._info.max_context:,} with "
-                "the answer.",
+                f"The prompt has {len(request.tokens):,} tokens, but prompt and answer together must fit into "
+                f"{self._info.max_context:,}.",
                 details={"prompt_tokens": len(request.tokens), "max_context": self._info.max_context},
             )
 
@@ -110,12 +110,12 @@ class Runs:
         return self._rare_event(record)
 
     def _rare_event(self, record: Record) -> ArrayEvent:
-        """The event of a record that is not a token's. Raises the error that the worker sent, or the log."""
+        """The event of a record that is not a token. Raises the error that the worker sent or the log shows."""
         self._worker.drain_log()
         if record.kind == protocol.ERROR:
             self.active = None
             error = error_of(record)
-            # The log tells more than "it returned -1", whichever of the two is read first.
+            # The log says more than "it returned -1", whichever is read first.
             if not (self._worker.alarm and type(error) is RunError):
                 raise error
         if record.kind == protocol.FINISHED and record.batch == self._options.n_batch - 1:
@@ -127,15 +127,15 @@ class Runs:
         return finished_of(record)
 
     def abort(self) -> None:
-        """Ask the run that is going on to end, from any thread; nothing without one."""
+        """Ask the current run, if any, to end; from any thread."""
         run = self.active
         if run is not None and self._connection.gone is None and not self._connection.closed:
-            # A worker that is gone by now is the iterator's to report.
+            # If the worker is gone by now, the iterator reports it.
             with contextlib.suppress(WorkerError, OSError):
                 self._connection.send({"call": "abort", "run": run})
 
     def settle(self, timeout: float) -> None:
-        """End a run whose events nobody wants any more, and wait for its end, so that the next one starts clean."""
+        """End a run whose events are no longer wanted, and wait for it, so that the next one starts clean."""
         if self._abandon():
             deadline = time.monotonic() + timeout
             while self.active is not None:
@@ -151,7 +151,7 @@ class Runs:
             self._abandoned = False
 
     def _abandon(self) -> bool:
-        """Abort a run if one is going on. Whoever is interrupted while it ends leaves the rest to the next run."""
+        """Abort a run if one is going on. If interrupted while it ends, leave the rest to the next run."""
         if self.active is None or self._connection.closed or self._worker.ended:
             return False
         self._abandoned = True
@@ -159,7 +159,7 @@ class Runs:
         return True
 
     def _settle_quietly(self) -> None:
-        """`settle` for an iterator that is closed, or collected as garbage: the next call tells what failed."""
+        """`settle` for an iterator that is closed, or collected as garbage: the next call reports what failed."""
         with contextlib.suppress(WorkerError), self._connection.explained():
             self.settle(self._options.token_timeout)
 

@@ -1,1 +1,1 @@
-"""librkllmrt.so: identify it and bind it."""
+"""Identify and bind librkllmrt.so."""

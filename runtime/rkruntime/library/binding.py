@@ -1,7 +1,7 @@
-"""The library's functions as Python, bound by table. Used in the worker process only: a wrong call crashes.
+"""The library's functions in Python, bound by table. For the worker process only: a wrong call crashes.
 
 `Library` is the loaded file, `Model` what an LLMHandle stands for. Values of structures are given as mappings with the
-header's own field names, so that a field which a release lacks is an error and never a shift.
+header's own field names, so that a field which a release lacks is an error, never a shifted layout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from rkruntime.abi import LAYOUTS, RELEASES, Abi, abi_of, since
 from rkruntime.errors import LibraryError, LoadError, RKEdgeError, RunError, UnsupportedCallError, UsageError
 
 CONTINUE, PAUSE, RELEASE_OUTPUT = 0, 1, 2
-"""What a result callback may return: 1 from 1.2.1 on, 2 from 1.3.0 on."""
+"""What a result callback may return: 1 since 1.2.1, 2 since 1.3.0."""
 
-# Values that every manual documents, in fields whose place differs between layouts.
+# Values that every manual documents, in fields whose offsets differ between layouts.
 _DOCUMENTED_DEFAULTS: Final = {
     "top_k": 40,
     "top_p": 0.9,
@@ -32,15 +32,15 @@ _DOCUMENTED_DEFAULTS: Final = {
 _OVERSIZE: Final = 1024
 
 ResultCallback = Callable[[Any, int], int]
-"""Gets a pointer to one RKLLMResult per batch, and the state; returns CONTINUE, PAUSE or RELEASE_OUTPUT."""
+"""Takes a pointer to one RKLLMResult per batch, and the state; returns CONTINUE, PAUSE or RELEASE_OUTPUT."""
 
 
 def fill(target: Any, values: Mapping[str, Any]) -> Any:
-    """Set fields of a structure by name. Texts become UTF-8, mappings go into nested structures, None is left out.
+    """Set fields of a structure by name. Strings become UTF-8, mappings fill nested structures, None is skipped.
 
     Raises:
-        UnsupportedCallError: the layout has no such field; the message names the release that brought it.
-        UsageError: a text with a NUL character in it.
+        UnsupportedCallError: The layout has no such field; the message names the release that added it.
+        UsageError: A string contains a NUL character.
     """
     kind = type(target)
     for name, value in values.items():
@@ -57,23 +57,23 @@ def fill(target: Any, values: Mapping[str, Any]) -> Any:
 
 def _missing_field(struct: str, name: str) -> str:
     try:
-        return f"{struct}.{name} exists from release {since(f'{struct}.{name}')} on, and the loaded one has none."
+        return f"{struct}.{name} requires release {since(f'{struct}.{name}')} or later; the loaded one lacks it."
     except (KeyError, StopIteration):
         return f"No release has a field {struct}.{name}."
 
 
 def text(value: str) -> bytes:
-    """A text as C takes it. Raises UsageError for a NUL character, which would cut it."""
+    """A string for C. Raises UsageError for a NUL character, which would truncate it."""
     if "\0" in value:
-        raise UsageError("A text for the runtime has a NUL character in it.", hint="Remove the character U+0000.")
+        raise UsageError("A text for the runtime contains a NUL character.", hint="Remove the character U+0000.")
     return value.encode("utf-8", "surrogateescape")
 
 
 class Library:
-    """A loaded librkllmrt.so, every function of its layout bound with argument and result types.
+    """A loaded librkllmrt.so, with every function of its layout bound to argument and result types.
 
     Raises:
-        LibraryError: it cannot be loaded, or lacks a function of its release.
+        LibraryError: It cannot be loaded, or lacks a function of its release.
     """
 
     def __init__(self, path: Path, version: str) -> None:
@@ -84,47 +84,47 @@ class Library:
         except OSError as error:
             raise LibraryError(
                 f"{path} cannot be loaded: {error}.",
-                hint="Put the libraries that it names beside it (libomp.so, for example), or install them.",
+                hint="Put the libraries it needs (such as libomp.so) next to it, or install them.",
             ) from error
         self._functions: dict[str, Any] = {}
         for name, prototype in self.abi.functions.items():
             try:
                 function = dll[name]
             except AttributeError as error:
-                raise LibraryError(f"{path} does not export {name}, which release {version} has.") from error
+                raise LibraryError(f"{path} does not export {name}, which is part of release {version}.") from error
             function.restype, function.argtypes = prototype.restype, list(prototype.argtypes)
             self._functions[name] = function
         self._default_param = self._functions["rkllm_createDefaultParam"]
 
     def function(self, name: str) -> Any:
-        """A bound function. Raises UnsupportedCallError if the release has none of that name."""
+        """A bound function. Raises UnsupportedCallError if the release does not have it."""
         if name not in self._functions:
             raise UnsupportedCallError(
-                f"{name} exists from release {since(name)} on; this library is {self.version}.",
+                f"{name} requires release {since(name)} or later; this library is {self.version}.",
                 hint=f"Use librkllmrt.so {since(name)} or newer.",
             )
         return self._functions[name]
 
     def make(self, struct: str, values: Mapping[str, Any]) -> Any:
-        """A structure with some fields set, all others zero."""
+        """A structure with the given fields set and all others zero."""
         if struct not in self.abi.structs:
             raise UnsupportedCallError(f"Release {self.version} has no {struct}.")
         return fill(self.abi.structs[struct](), values)
 
     def enum(self, name: str, value: str) -> int:
-        """A value of an enum by its name in the header."""
+        """The value of an enum constant, by its name in the header."""
         if value not in self.abi.enums[name]:
             raise UnsupportedCallError(f"Release {self.version} has no {value}.")
         return self.abi.enums[name][value]
 
     def default_param(self) -> Any:
-        """RKLLMParam as the library fills it.
+        """RKLLMParam as filled in by the library.
 
-        A layout chosen wrongly shows here at the latest: the documented defaults then lie where another layout has
-        them. The call goes into an oversized buffer, so that a library that writes more than expected does no harm.
+        A wrong layout shows up here at the latest: the documented defaults are then where another layout has them. The
+        call gets an oversized buffer, so that a library that writes more than expected does no harm.
 
         Raises:
-            LibraryError: the values fit another layout better.
+            LibraryError: The values fit another layout better.
         """
 
         class Oversized(ctypes.Structure):
@@ -136,9 +136,9 @@ class Library:
         best = max(scores, key=lambda layout: scores[layout])
         if scores[best] > scores[self.abi.layout]:
             raise LibraryError(
-                f"{self.path} does not have the layout of release {self.version}: its default parameters lie where "
+                f"{self.path} does not have the layout of release {self.version}: its default parameters are where "
                 f"releases {', '.join(LAYOUTS[best])} have them.",
-                hint="Leave out --release, or name one of those releases with it.",
+                hint="Omit --release, or pass one of those releases.",
             )
         return self.abi.structs["RKLLMParam"].from_buffer_copy(raw)
 
@@ -148,7 +148,7 @@ def _callable(layout: str) -> bool:
 
 
 def _defaults_found(version: str, raw: bytes) -> int:
-    """How many of the documented defaults stand where a release has them."""
+    """How many of the documented defaults are where a release has them."""
     param = abi_of(version).structs["RKLLMParam"].from_buffer_copy(raw)
     found = 0
     for path, expected in _DOCUMENTED_DEFAULTS.items():
@@ -160,17 +160,17 @@ def _defaults_found(version: str, raw: bytes) -> int:
 
 
 class Model:
-    """A loaded model. `close()` may be called twice; after it every call is an error.
+    """A loaded model. `close()` may be called twice; afterwards every call is an error.
 
     Args:
-        params: fields of RKLLMParam that differ from the library's defaults; `extend_param` is a mapping itself.
-        on_result: called during runs, in the thread that computes.
-        tokenizer: for models without one (1.3.0 on): gets the text's bytes, returns ids.
-        embed: for models without an embedding table (1.3.0 on): gets ids, returns float32 bytes.
+        params: Fields of RKLLMParam that differ from the library's defaults; `extend_param` is itself a mapping.
+        on_result: Called during runs, in the computing thread.
+        tokenizer: For models without one (since 1.3.0): takes the text's bytes, returns ids.
+        embed: For models without an embedding table (since 1.3.0): takes ids, returns float32 bytes.
 
     Raises:
         LoadError: rkllm_init failed.
-        UnsupportedCallError: the release has no such field or callback.
+        UnsupportedCallError: The release has no such field or callback.
     """
 
     def __init__(
@@ -202,11 +202,11 @@ class Model:
         self._handle = handle
 
     def _callbacks(self) -> Any:
-        """The third argument of rkllm_init: a function before 1.3.0, a structure of three from then on."""
+        """The third argument of rkllm_init: a function before 1.3.0, a structure of three since."""
         abi = self.library.abi
         if "RKLLMCallback" not in abi.structs:
             if self._tokenizer or self._embed:
-                raise UnsupportedCallError("Tokenizer and embedding callbacks exist from release 1.3.0 on.")
+                raise UnsupportedCallError("Tokenizer and embedding callbacks require release 1.3.0 or later.")
             return self._result_callback
         values = {"result_callback": self._result_callback}
         if self._tokenizer:
@@ -217,12 +217,12 @@ class Model:
         self._kept.append((callbacks, values))
         return ctypes.byref(callbacks)
 
-    # An exception must not pass through C: it is kept, and raised when the run has ended.
+    # An exception must not pass through C: it is kept, and raised after the run.
 
     def _result(self, result: Any, _userdata: Any, state: int) -> int:
         try:
             return self._on_result(result, state)
-        except BaseException as error:  # C has no use for it; `raise_failure` raises it.
+        except BaseException as error:  # C cannot handle it; `raise_failure` raises it.
             self.failure = self.failure or error
             return CONTINUE
 
@@ -234,7 +234,7 @@ class Model:
                 return -1
             ctypes.memmove(tokens, (ctypes.c_int32 * len(ids))(*ids), len(ids) * 4)
             return len(ids)
-        except BaseException as error:  # C has no use for it; `raise_failure` raises it.
+        except BaseException as error:  # C cannot handle it; `raise_failure` raises it.
             self.failure = self.failure or error
             return -1
 
@@ -243,10 +243,10 @@ class Model:
             assert self._embed is not None
             data = self._embed(tokens[:count])
             if len(data) != size:
-                raise UsageError(f"The embedding callback gave {len(data):,} bytes, and the runtime wants {size:,}.")
+                raise UsageError(f"The embedding callback returned {len(data):,} bytes; the runtime needs {size:,}.")
             ctypes.memmove(embed, data, size)
             return 0
-        except BaseException as error:  # C has no use for it; `raise_failure` raises it.
+        except BaseException as error:  # C cannot handle it; `raise_failure` raises it.
             self.failure = self.failure or error
             return -1
 
@@ -260,11 +260,11 @@ class Model:
             raise RunError(f"{name} returned {code}.")
 
     def run(self, prompt: Mapping[str, Any] | Sequence[Mapping[str, Any]], infer: Mapping[str, Any]) -> None:
-        """One run; returns when it has ended. `prompt` gives the fields of RKLLMInput, once per batch."""
+        """Run a prompt to its end. `prompt` holds the fields of RKLLMInput, once per batch."""
         self._run("rkllm_run", prompt, infer)
 
     def run_async(self, prompt: Mapping[str, Any] | Sequence[Mapping[str, Any]], infer: Mapping[str, Any]) -> None:
-        """Start a run; its end is a callback with the state FINISH or ERROR. Inputs are kept until the next run."""
+        """Start a run; a callback with the state FINISH or ERROR ends it. Inputs are kept until the next run."""
         self._run("rkllm_run_async", prompt, infer)
 
     def _run(
@@ -272,7 +272,7 @@ class Model:
     ) -> None:
         prompts = [prompt] if isinstance(prompt, Mapping) else list(prompt)
         if len(prompts) != self.batches:
-            raise UsageError(f"The model was loaded for {self.batches} prompts at once, and there are {len(prompts)}.")
+            raise UsageError(f"The model was loaded for {self.batches} prompts at once, but got {len(prompts)}.")
         inputs = (self.library.abi.structs["RKLLMInput"] * len(prompts))()
         for target, values in zip(inputs, prompts, strict=True):
             fill(target, values)
@@ -282,7 +282,7 @@ class Model:
         try:
             self.call(name, inputs, ctypes.byref(options), None)
         except RunError:
-            self.raise_failure()  # a failed callback is why the library gave up
+            self.raise_failure()  # the library gave up because a callback failed
             raise
 
     def raise_failure(self) -> None:
@@ -292,58 +292,58 @@ class Model:
             raise failure if isinstance(failure, RKEdgeError) else RunError(f"A callback failed: {failure!r}.")
 
     def abort(self) -> None:
-        """End the run that is going on; from another thread."""
+        """Abort the current run; call it from another thread."""
         self.call("rkllm_abort")
 
     def is_running(self) -> bool:
-        """Whether a run is going on: 1 = running in every release (rknn-llm issue 502), whatever older headers say."""
+        """Whether a run is in progress: 1 = running in every release (rknn-llm issue 502), despite older headers."""
         function = self.library.function("rkllm_is_running")
         return self._handle is not None and function(self._handle) == 1
 
     def load_lora(self, name: str, path: str, scale: float = 1.0) -> None:
-        """Load an adapter file, for runs that name it."""
+        """Load an adapter file for runs that name it."""
         values = {"lora_adapter_path": path, "lora_adapter_name": name, "scale": scale}
         self.call("rkllm_load_lora", ctypes.byref(self.library.make("RKLLMLoraAdapter", values)))
 
     def load_prompt_cache(self, path: str) -> None:
-        """Take the KV cache from a file that a run saved."""
+        """Restore the KV cache from a file that a run saved."""
         self.call("rkllm_load_prompt_cache", text(path))
 
     def release_prompt_cache(self) -> None:
-        """Drop what load_prompt_cache took."""
+        """Drop what load_prompt_cache restored."""
         self.call("rkllm_release_prompt_cache")
 
     def clear_kv_cache(self, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
-        """Empty the KV cache, or take out positions [start, end) of each batch (1.2.1 on, while paused)."""
+        """Empty the KV cache, or remove positions [start, end) of each batch (since 1.2.1, while paused)."""
         if len(self.library.function("rkllm_clear_kv_cache").argtypes) == 2:
             if ranges is not None:
-                raise UnsupportedCallError("Ranges of the KV cache can be cleared from release 1.2.1 on.")
+                raise UnsupportedCallError("Clearing ranges of the KV cache requires release 1.2.1 or later.")
             self.call("rkllm_clear_kv_cache", int(keep_system_prompt))
         elif ranges is None:
             self.call("rkllm_clear_kv_cache", int(keep_system_prompt), None, None)
         else:
             if len(ranges) != self.batches:
-                raise UsageError(f"One range per batch is needed: {self.batches}, not {len(ranges)}.")
+                raise UsageError(f"Expected one range per batch: {self.batches}, not {len(ranges)}.")
             positions = ctypes.c_int * self.batches
             starts, ends = positions(*(start for start, _ in ranges)), positions(*(end for _, end in ranges))
             self.call("rkllm_clear_kv_cache", int(keep_system_prompt), starts, ends)
 
     def kv_cache_sizes(self) -> list[int]:
-        """Positions in the KV cache, per batch (1.2.1 on)."""
+        """Positions in the KV cache, per batch (since 1.2.1)."""
         sizes = (ctypes.c_int * self.batches)()
         self.call("rkllm_get_kv_cache_size", sizes)
         return list(sizes)
 
     def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
-        """What the runtime puts around text prompts (1.2.0 on); clears the KV cache (rknn-llm issue 377)."""
+        """Set what the runtime puts around text prompts (since 1.2.0); clears the KV cache (rknn-llm issue 377)."""
         self.call("rkllm_set_chat_template", text(system), text(prefix), text(postfix))
 
     def set_function_tools(self, system: str, tools: str, response_tag: str) -> None:
-        """Tools for text prompts (1.2.1 on): `tools` is a JSON array in the OpenAI form."""
+        """Set the tools for text prompts (since 1.2.1): `tools` is a JSON array in OpenAI's format."""
         self.call("rkllm_set_function_tools", text(system), text(tools), text(response_tag))
 
     def set_cross_attention(self, values: Mapping[str, Any]) -> None:
-        """Encoder state for models with cross attention (1.2.1 on); the buffers are kept until the next call."""
+        """Set the encoder state for models with cross attention (since 1.2.1); buffers are kept until the next call."""
         self.library.function("rkllm_set_cross_attn_params")
         params = self.library.make("RKLLMCrossAttnParam", values)
         self.call("rkllm_set_cross_attn_params", ctypes.byref(params))

@@ -1,4 +1,4 @@
-"""What an ELF file says of itself, read without loading it: class, machine, and the symbols it exports."""
+"""Read an ELF file's class, machine and exported symbols without loading it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from rkruntime.errors import LibraryError
 
 MACHINES: Final = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
-"""e_machine by the name that `uname -m` gives it (64-bit ones)."""
+"""e_machine to the name that `uname -m` prints (64-bit machines only)."""
 
 _SHARED = 3  # e_type ET_DYN
 _LOAD, _DYNAMIC = 1, 2  # program header types
@@ -22,7 +22,7 @@ _MAX_SYMBOLS = 1 << 20
 
 @dataclass(frozen=True)
 class ElfFile:
-    """Attributes: `bits` 32 or 64, `machine` a name of MACHINES or `machine N`, `symbols` what it exports."""
+    """`bits` is 32 or 64, `machine` a name in MACHINES or `machine N`, `symbols` what the file exports."""
 
     bits: int
     machine: str
@@ -30,29 +30,27 @@ class ElfFile:
 
 
 class _Image:
-    """A mapped ELF file. Every access is checked: a file that lies about its offsets is a LibraryError."""
+    """A mapped ELF file. Every access is checked: a file that lies about its offsets raises LibraryError."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data = path, data
         self.segments: list[tuple[int, int, int]] = []  # address, offset in the file, size in the file
 
     def broken(self, what: str) -> LibraryError:
-        return LibraryError(
-            f"{self.path} is a damaged library: {what}.", hint="Copy or download it again, and compare its size."
-        )
+        return LibraryError(f"{self.path} is damaged: {what}.", hint="Copy or download it again, and compare its size.")
 
     def unpack(self, layout: str | struct.Struct, offset: int) -> tuple[int, ...]:
         form = struct.Struct(layout) if isinstance(layout, str) else layout
         if not 0 <= offset <= len(self.data) - form.size:
-            raise self.broken(f"it ends before byte {offset:,}, to which it refers")
+            raise self.broken(f"it ends before byte {offset:,}, which it refers to")
         return form.unpack_from(self.data, offset)
 
     def offset_of(self, address: int) -> int:
-        """Where in the file the byte is that is loaded at an address."""
+        """The file offset of the byte that is loaded at an address."""
         for start, offset, size in self.segments:
             if start <= address < start + size:
                 return offset + address - start
-        raise self.broken(f"the address {address:#x}, to which it refers, is in none of its parts")
+        raise self.broken(f"none of its segments contains the address {address:#x}, which it refers to")
 
     def text(self, offset: int) -> str:
         end = self.data.find(b"\0", offset, offset + 4096)
@@ -60,14 +58,14 @@ class _Image:
 
 
 def read_elf(path: Path, data: mmap.mmap) -> ElfFile:
-    """Read a mapped file's header and dynamic symbols (of 64-bit little-endian files; others: none).
+    """Read a mapped file's header and dynamic symbols (no symbols unless it is 64-bit and little-endian).
 
     Raises:
-        LibraryError: not an ELF shared library, or a damaged one.
+        LibraryError: Not an ELF shared library, or a damaged one.
     """
     image = _Image(path, data)
     if data[:4] != b"\x7fELF" or len(data) < 64:
-        raise LibraryError(f"{path} is not a shared library: it does not begin as an ELF file does.")
+        raise LibraryError(f"{path} is not a shared library: it does not begin like an ELF file.")
     bits = {1: 32, 2: 64}.get(data[4], 0)
     kind, machine = image.unpack("<HH", 16)
     name = MACHINES.get(machine, f"machine {machine}")
@@ -79,7 +77,7 @@ def read_elf(path: Path, data: mmap.mmap) -> ElfFile:
 
 
 def _exported(image: _Image) -> frozenset[str]:
-    """Names of the defined dynamic symbols, found through the dynamic segment as a loader finds them."""
+    """Names of the defined dynamic symbols, found through the dynamic segment, as a loader does."""
     tags: dict[int, int] = {}
     (table,) = image.unpack("<Q", 32)
     entry_size, count = image.unpack("<HH", 54)
@@ -111,7 +109,7 @@ def _dynamic(image: _Image, offset: int, size: int) -> list[tuple[int, int]]:
 
 
 def _symbol_count(image: _Image, tags: dict[int, int]) -> int:
-    """Number of dynamic symbols: the file states it in its hash table only."""
+    """Number of dynamic symbols, which only the hash table states."""
     if _HASH in tags:
         return min(image.unpack("<II", image.offset_of(tags[_HASH]))[1], _MAX_SYMBOLS)
     if _GNU_HASH not in tags:
@@ -124,7 +122,7 @@ def _symbol_count(image: _Image, tags: dict[int, int]) -> int:
     last = max(image.unpack(f"<{buckets}I", base + 16 + bloom * 8), default=0)
     if last < first:
         return first
-    # The chain of the last bucket ends at the last symbol, which has its lowest bit set.
+    # The last bucket's chain ends at the last symbol, whose lowest bit is set.
     while last < _MAX_SYMBOLS and not image.unpack("<I", chains + (last - first) * 4)[0] & 1:
         last += 1
     return last + 1

@@ -1,7 +1,7 @@
-"""Which release a librkllmrt.so is: told from its file, before anything in it is called.
+"""Tell the release of a librkllmrt.so from the file, before anything in it is called.
 
-A wrong layout does not fail, it corrupts memory or crashes at the first token. The version text inside the library
-decides, and ELF header and exported symbols must agree with it. Symbols alone cannot tell 1.2.x from 1.3.0.
+A wrong layout does not fail: it corrupts memory, or crashes at the first token. The version text inside the library
+decides, but the ELF header and the exported symbols must agree with it. Symbols alone cannot tell 1.2.x from 1.3.0.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Identity:
 
     Attributes:
         bits: 32 or 64.
-        machine: as `uname -m` names it: `aarch64`, `x86_64`.
-        version: from the version text; empty if there is none.
-        version_line: the whole text, build id and date included.
-        release: whose layout is to be used; None if it cannot be told or is not supported (`problem` says why).
-        forced: the layout was named by a person.
-        emulated: the library says that it is RKEdge's emulator.
-        problem: why it must not be called; empty if it may.
-        hint: what to do about the problem.
-        functions: those of rkllm.h that it exports.
+        machine: As `uname -m` prints it: `aarch64`, `x86_64`.
+        version: From the version text; empty without one.
+        version_line: The whole version text, including build id and date.
+        release: Whose layout to use; None if unknown or not supported (`problem` says why).
+        forced: Whether the user chose the layout.
+        emulated: Whether the library says that it is RKEdge's emulator.
+        problem: Why it must not be called; empty if it may be.
+        hint: What to do about the problem.
+        functions: The functions of rkllm.h that it exports.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Identity:
     functions: frozenset[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The fields as JSON types."""
         return {
             "path": str(self.path),
             "bits": self.bits,
@@ -71,7 +71,7 @@ class Identity:
 
 
 def _version_lines(data: mmap.mmap) -> list[str]:
-    """Every version text in the file, once each."""
+    """Every distinct version text in the file."""
     lines: dict[str, None] = {}
     at = data.find(_MARK)
     while at >= 0:
@@ -108,14 +108,14 @@ def _look(path: Path) -> tuple[ElfFile, list[str]]:
 
 
 def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None) -> tuple[Release | None, str, str]:
-    """The release whose layout fits, or why there is none and what to do."""
+    """The release whose layout fits, or the reason why none does and what to do."""
     functions = elf.symbols & _KNOWN_FUNCTIONS
     if elf.bits != 64:
-        return None, f"it is a {elf.bits}-bit library, and this kit calls 64-bit ones", "Take the aarch64 library."
+        return None, f"it is a {elf.bits}-bit library, but RKEdge calls only 64-bit ones", "Use the aarch64 library."
     if not functions:
         return None, "it exports no function of rkllm.h", "Name librkllmrt.so, not librknnrt.so or another library."
     if len(versions) > 1:
-        return None, f"it carries several version texts: {', '.join(versions)}", "Take the vendor's original file."
+        return None, f"it contains several version texts: {', '.join(versions)}", "Use the vendor's original file."
     version = versions[0] if versions else ""
     if abi is not None and version not in RELEASES:
         release = release_named(abi)
@@ -126,16 +126,16 @@ def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None)
     if RELEASES[version].refused:
         return None, f"it is release {version}: {RELEASES[version].refused}", "Install librkllmrt.so 1.2.3."
     if problem := _contradiction(version, functions):
-        return None, f"its version text says {version}, but {problem}", "Take the vendor's original file."
+        return None, f"its version text says {version}, but {problem}", "Use the vendor's original file."
     if abi is not None and release_named(abi).layout != RELEASES[version].layout:
-        return None, f"it is release {version}, whose layout is not that of {abi}", "Leave out --release."
+        return None, f"it is release {version}, whose layout is not that of {abi}", "Omit --release."
     return RELEASES[version], "", ""
 
 
 def _unknown(version: str, lines: list[str]) -> str:
     if not version:
         return f"its version text is not readable: {lines[0]!r}" if lines else "it has no RKLLM version text"
-    # Here, for the worker imports this module and has no installed packages.
+    # Imported here because the worker imports this module and has no installed packages.
     from rkruntime.versions import version as order
 
     newest = CALLABLE[-1]
@@ -144,13 +144,13 @@ def _unknown(version: str, lines: list[str]) -> str:
 
 
 def inspect_library(path: Path, abi: str | None = None) -> Identity:
-    """What a library file is, also one for another machine or of an unknown release.
+    """Identify a library file, even one for another machine or of an unknown release.
 
     Args:
-        abi: a release whose layout to use if the file's own release is not known.
+        abi: Release whose layout to use if the file's own release is unknown.
 
     Raises:
-        LibraryError: not a readable shared library, or `abi` is not a release.
+        LibraryError: Not a readable shared library, or `abi` is not a release.
     """
     if abi is not None:
         release_named(abi)
@@ -173,10 +173,10 @@ def inspect_library(path: Path, abi: str | None = None) -> Identity:
 
 
 def identify(path: str | os.PathLike[str], abi: str | None = None) -> Identity:
-    """The identity of a library that may be called with the layout of its `release`.
+    """Identify a library that may be called with the layout of its `release`.
 
     Raises:
-        LibraryError: it must not be called; message and hint say why.
+        LibraryError: It must not be called; message and hint say why.
     """
     path = Path(path)
     identity = inspect_library(path, abi)
@@ -188,10 +188,10 @@ def identify(path: str | os.PathLike[str], abi: str | None = None) -> Identity:
 
 
 def check_machine(path: Path, machine: str) -> None:
-    """Raise LibraryError if a library is for another machine than this process runs on."""
+    """Raise LibraryError if a library is for another machine than this one."""
     here = os.uname().machine
     if machine != here:
         raise LibraryError(
-            f"{path} is for {machine}, and this machine is {here}.",
+            f"{path} is for {machine}, but this machine is {here}.",
             hint="Use it on the board; on a PC, use the emulator.",
         )

@@ -1,4 +1,4 @@
-"""The ASGI application: who may come in, the routes of all interfaces, and what the daemon says of itself."""
+"""The ASGI application: access, the routes of all interfaces, and the daemon's own pages."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from rkruntime.serve.threads import read_in_thread
 REQUEST_ID: Final = "x-request-id"
 IGNORED: Final = "X-RKEdge-Ignored"
 _HERE: Final = Path(__file__).parent
-# Bytes of a response that are handed over at a time.
+# Bytes of a response that are sent at a time.
 _PART: Final = 1 << 16
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Everybody may ask whether the daemon lives.
+# Anyone may ask whether the daemon is alive.
 _OPEN: Final = frozenset({"/health", "/ready"})
-# The page's script and style stand in the page; nothing else may load or be loaded by it.
+# The page's script and style are inline; it may load nothing else, nor be framed.
 _PAGE_POLICY: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,13 +49,13 @@ _PAGE_POLICY: Final = (
 
 
 def openapi() -> dict[str, Any]:
-    """The document of openapi.yaml."""
+    """The document in openapi.yaml."""
     document: dict[str, Any] = yaml.load((_HERE / "openapi.yaml").read_bytes(), _YamlLoader)  # noqa: S506
     return document
 
 
 class Front:
-    """Stands before the application at one listener: foreign web pages, users, their shares, request ids."""
+    """Wraps the application at one listener: rejects foreign web pages, identifies users, sets request ids."""
 
     def __init__(self, app: ASGIApp, door: Door, requests: Requests) -> None:
         self._app = app
@@ -70,7 +70,7 @@ class Front:
         given = headers.get(REQUEST_ID, "")
         scope["rkedge.id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
         connection: Connection = scope["state"][CONNECTION]
-        # Who sends requests without reading the answers waits here, before anything is done for the next one.
+        # A client that sends requests without reading answers waits here, before any work on its next one.
         await connection.flow.drain()
         scope["rkedge.ignored"] = Ignored()
         send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
@@ -85,12 +85,12 @@ class Front:
         except (BodyError, BusyError) as error:
             return await error_response(error, _style(scope["path"]))(scope, receive, send)
         except asyncio.CancelledError:
-            # uvicorn would log it as an error of ours.
+            # uvicorn would log it as our error.
             connection.give_up()
 
 
 def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
-    """Adds the headers that every response has, and sends large bodies in parts, each when the last one was taken."""
+    """Add the headers common to all responses, and send large bodies in parts, each once the previous one was taken."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -98,7 +98,7 @@ def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
             found[REQUEST_ID] = request_id
             if ignored.names:
                 found[IGNORED] = ", ".join(ignored.names)
-            # No other page may load an answer as its script, style or picture.
+            # No other page may load an answer as a script, style or image.
             found["Cross-Origin-Resource-Policy"] = "same-origin"
             found["X-Content-Type-Options"] = "nosniff"
         body, at = message.get("body", b""), 0
@@ -115,7 +115,7 @@ def _style(path: str) -> str:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """A wrong path or method, in the words of the interface it looks like."""
+    """A wrong path or method, as an error in the style of the interface it looks like."""
     status = error.status_code if isinstance(error, HTTPException) else 404
     what = f"{request.method[:16]} {request.url.path[:80]!r}"
     response = error_response(refused(status, "not_found", f"There is no {what}."), _style(request.url.path))
@@ -125,7 +125,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 class About:
-    """What the daemon says of itself: page, health, status, metrics."""
+    """The daemon's own endpoints: page, health, status, metrics."""
 
     def __init__(self, service: Service, document: Mapping[str, Any]) -> None:
         self._service = service
@@ -134,7 +134,7 @@ class About:
         self._page = (_HERE / "page.html").read_text(encoding="utf-8")
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """The routes for the application."""
         return routes(
             "openai",
             ("GET", "/", self._root),
@@ -147,7 +147,7 @@ class About:
 
     async def _root(self, request: Request) -> Response:
         if "text/html" not in request.headers.get("accept", ""):
-            # What Ollama's clients look for.
+            # The text that Ollama's clients look for.
             return PlainTextResponse("Ollama is running")
         headers = {
             "Content-Security-Policy": _PAGE_POLICY,
@@ -196,13 +196,13 @@ class About:
 
 
 def make_app(service: Service) -> Starlette:
-    """The application of a service, behind whatever listener; a Front lets in."""
+    """The application for a service, for any listener; a Front controls access."""
     document = openapi()
     limits = service.settings.limits
     bodies = Bodies(Validator(document), int(limits.body_mb * 1e6), limits.header_s)
     interfaces = (OpenAI(service, bodies), Ollama(service, bodies), Sessions(service, bodies), About(service, document))
     routes = [route for interface in interfaces for route in interface.routes()]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
-    # There is one spelling of a path; a session without a name is not the list of them.
+    # A path has one spelling; a session without a name is not the list of sessions.
     app.router.redirect_slashes = False
     return app

@@ -1,4 +1,4 @@
-"""The connections of a listener: which of them give way when there are too many, and how long they may take."""
+"""The connections of a listener: which ones give way when there are too many, and how long they may take."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rkruntime.serve.users import User, shares
 # The key of a connection in an ASGI scope's state.
 CONNECTION: Final = "rkedge.connection"
 _FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-# Bytes that are parsed before everybody else has a turn: a body in chunks of one byte costs thousands of events.
+# Bytes to parse before others get a turn: a body in chunks of one byte costs thousands of events.
 _SLICE: Final = 8192
-# Bytes that the pieces of a body must have on average, and how many may be smaller.
+# Bytes that the chunks of a body must have on average, and how many may be smaller.
 _PIECE: Final = 64
 _SMALL_PIECES: Final = 256
 
 
 class Requests:
-    """The requests that are being answered, by user: one user has a share of them, through whatever listener.
+    """The requests being answered, by user: each user has a share of them, whatever the listener.
 
     Args:
-        limit: all users together.
-        max_bytes: what they may hold in memory, all together.
+        limit: Most requests of all users together.
+        max_bytes: Most memory that they may hold, all together.
     """
 
     def __init__(self, limit: int, max_bytes: int) -> None:
@@ -42,7 +42,7 @@ class Requests:
 
     @contextmanager
     def one(self, user: User) -> Iterator[Held]:
-        """Count one more during the block; what it holds in memory is counted by the value. Raises BusyError."""
+        """Count one more during the block; the value counts the memory it holds. Raises BusyError."""
         paths = dict(shares(user.path, self._limit))
         for path, limit in paths.items():
             if self._open[path] >= limit:
@@ -61,11 +61,11 @@ class Requests:
 
 
 class Held:
-    """Bytes that one request holds in memory: its body, and an answer that is there before it is sent.
+    """Bytes that one request holds in memory: its body, and an answer built before it is sent.
 
     Args:
-        used: by all requests together, this one included.
-        limits: of each of `used` that this request counts for.
+        used: Bytes held by all requests together, including this one.
+        limits: Limit of each entry in `used` that this request counts towards.
     """
 
     def __init__(self, used: Counter[tuple[str, ...]], limits: Mapping[tuple[str, ...], int]) -> None:
@@ -73,10 +73,10 @@ class Held:
         self._size = 0
 
     def at_least(self, size: int) -> None:
-        """Hold `size` bytes, if it is not more already. A request that is alone always may.
+        """Hold at least `size` bytes. The only request always may.
 
         Raises:
-            BusyError: with what other requests hold it is too much.
+            BusyError: Too much, together with what other requests hold.
         """
         more = size - self._size
         if more <= 0:
@@ -86,14 +86,14 @@ class Held:
             if others and others + size > limit:
                 whose = "your" if path else "all"
                 raise BusyError(
-                    f"This request's {size:,} bytes are too many beside those of {whose} other requests.",
+                    f"This request's {size:,} bytes are too many on top of those of {whose} other requests.",
                     hint="Send large requests one after the other.",
                     details={"retry_after_s": 1},
                 )
         self._add(more)
 
     def release(self) -> None:
-        """Hold nothing any more."""
+        """Hold nothing from now on."""
         self._add(-self._size)
 
     def _add(self, size: int) -> None:
@@ -105,7 +105,7 @@ class Held:
 
 
 class _Counted:
-    """A transport that counts the bytes it is given, and reads nothing while it is held."""
+    """A transport that counts the bytes written to it, and reads nothing while held."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -125,33 +125,33 @@ class _Counted:
 
 
 class _Parser(h11.Connection):
-    """h11's, which refuses bodies that are cut so small that reading them is nothing but work."""
+    """h11's parser, which also refuses bodies in chunks so small that parsing costs more than they carry."""
 
     _pieces = 0.0
 
     def next_event(self) -> Any:
-        """See h11. Each piece costs the same, whatever it holds."""
+        """See h11. Each chunk costs the same, whatever its size."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._pieces = 0.0
         elif isinstance(event, h11.Data):
             self._pieces += 1 - len(event.data) / _PIECE
             if self._pieces > _SMALL_PIECES:
-                raise h11.RemoteProtocolError("the body comes in too many small pieces")
+                raise h11.RemoteProtocolError("the body comes in too many small chunks")
         return event
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with limits. It keeps its place while a request of a known user is answered over it.
+    """uvicorn's connection, with limits. It keeps its place while a known user's request is being answered.
 
-    Without one it gives way when there are too many: the oldest of the peer that has most of them. So those who only
-    connect take no place from those who ask.
+    Otherwise it gives way when there are too many: the oldest connection of the peer that has the most. So clients
+    that only connect take no place from those that ask.
 
     Attributes:
-        door: the listener it came through; this and the limits stand in a class for each listener (`of`).
-        limit: connections at the same time.
-        header_s: for sending a request's head; nobody waits longer for one.
-        write_s: without anything of an answer being taken, until it is broken off.
+        door: The listener it came through; this and the limits are class attributes, one class per listener (`of`).
+        limit: Most connections at the same time.
+        header_s: Seconds to send a request's head; no request waits longer for one.
+        write_s: Seconds without the client reading any of an answer before the connection is aborted.
     """
 
     door: ClassVar[Door]
@@ -170,7 +170,7 @@ class Connection(H11Protocol):
 
     @classmethod
     def of(cls, door: Door, limit: int, header_s: float, write_s: float) -> type[Connection]:
-        """The class of a listener's connections."""
+        """The class for a listener's connections."""
         values = {"door": door, "limit": limit, "header_s": header_s, "write_s": write_s}
         return cast("type[Connection]", type("Connection", (cls,), values))
 
@@ -179,7 +179,7 @@ class Connection(H11Protocol):
         self.conn = _Parser(h11.SERVER, self.conn._max_incomplete_event_size)
 
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn. Whoever works on an answer hears that the client is gone, and sends nothing into this one."""
+        """See uvicorn. The code that produces an answer learns that the client is gone, and sends nothing into this."""
         self._forget_client()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
@@ -204,7 +204,7 @@ class Connection(H11Protocol):
             self._parse()
 
     def _parse(self) -> None:
-        """Parse a slice of what has come, and read no more of it until the rest had its turn."""
+        """Parse a slice of what has arrived, and read no more until others had their turn."""
         if not self._unread or self.transport.is_closing():
             self._unread = b""
             return
@@ -244,7 +244,7 @@ class Connection(H11Protocol):
             self._idle_since = time.monotonic()
 
     def give_up(self) -> None:
-        """Leave the request that is being answered as it is: the daemon stops, and waits no longer."""
+        """Abandon the request being answered: the daemon is stopping, and waits no longer."""
         self._forget_client()
         self._break_off()
 
@@ -254,7 +254,7 @@ class Connection(H11Protocol):
             self.cycle.message_event.set()
 
     def check_writing(self) -> None:
-        """Break it off if its client has taken nothing for too long; to be called every second or so."""
+        """Abort the connection if its client has read nothing for too long; call it about every second."""
         now, unsent = time.monotonic(), self.transport.get_write_buffer_size()
         taken = self._counted.written - unsent
         if not unsent or taken > self._taken:
@@ -269,7 +269,7 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         others = cast("set[Connection]", self.connections)
-        # One that is being closed may still wait for its client to take the rest of an answer.
+        # A connection being closed may still wait for its client to read the rest of an answer.
         living = [one for one in others if not one._broken]
         if len(living) <= self.limit:
             return

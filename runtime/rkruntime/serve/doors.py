@@ -1,8 +1,8 @@
-"""The listeners, and who comes in by each.
+"""The listeners, and how each one identifies users.
 
-What a request may do is decided by the listener that its connection came through, and who sends it by what that
-listener knows for sure: the kernel's word for a Unix socket, a key for TCP. An address decides at most whose idle
-connection gives way first.
+What a request may do depends on the listener that its connection came through, and who sent it on what that listener
+knows for sure: the kernel's word for a Unix socket, a key for TCP. An address at most decides whose idle connection
+gives way first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rkruntime.serve.users import NETWORK, User, login_name, may_name, named
 
 USER_HEADER: Final = "x-rkedge-user"
 _CREDENTIALS: Final = struct.Struct("3i")
-# Seconds for which a user id keeps its login name.
+# Seconds for which a user id's login name is cached.
 _KNOWN_S: Final = 60.0
-# What a browser adds to a request, and no page can take away.
+# Headers that a browser adds to a request, and that no page can remove.
 _FETCH: Final = "sec-fetch-"
 
 
@@ -35,7 +35,7 @@ class Door(Protocol):
     """A listener.
 
     Attributes:
-        keys: the user of each API key; others may be set from time to time.
+        keys: User of each API key; may be replaced at any time.
     """
 
     listener: socket.socket
@@ -43,23 +43,23 @@ class Door(Protocol):
 
     @property
     def any_host(self) -> bool:
-        """A client may call the daemon by any name.
+        """Whether a client may call the daemon by any name.
 
-        Only a key keeps out a page that was led here by a name of its own (DNS rebinding).
+        Only a key keeps out a web page that resolves its own name to this machine (DNS rebinding).
         """
 
     def peer(self, connection: socket.socket) -> Hashable:
-        """Whose connection this is, as far as that is known before anything was sent: connections are counted by it."""
+        """Whose connection this is, as far as known before anything is sent; connections are counted by it."""
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
-        """Who sends a request. Raises BodyError (401, 403)."""
+        """The sender of a request. Raises BodyError (401, 403)."""
 
     def check(self, keys: Mapping[str, str]) -> None:
-        """Raise UsageError if the listener cannot be with these keys."""
+        """Raise UsageError if the listener may not be used with these keys."""
 
 
 class UnixDoor:
-    """A Unix socket: its permissions let in, and the kernel says whose process is there."""
+    """A Unix socket: its permissions control access, and the kernel identifies the client's user."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
@@ -68,21 +68,21 @@ class UnixDoor:
 
     @property
     def any_host(self) -> bool:
-        """Behind a tunnel there may be a browser."""
+        """False: there may be a browser behind a tunnel."""
         return False
 
     def peer(self, connection: socket.socket) -> int:
-        """The user id (SO_PEERCRED) under which the connection was made."""
+        """The user id that made the connection (SO_PEERCRED)."""
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         return int(_CREDENTIALS.unpack(found)[1])
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
-        """The login name; or, for root and the daemon's own user, whom they name."""
+        """The login name; for root and the daemon's own user, whomever they name."""
         assert isinstance(peer, int)
         return named(await self._account(peer), _name(headers), trusted=may_name(peer))
 
     async def _account(self, uid: int) -> str:
-        """The login name, looked up once a minute; everybody of the same user waits for the same look-up."""
+        """The login name, looked up once a minute; concurrent requests of one user share a look-up."""
         until, name = self._accounts.get(uid, (0.0, None))
         if name is None or time.monotonic() > until:
             name = asyncio.ensure_future(asyncio.to_thread(login_name, uid))
@@ -90,17 +90,17 @@ class UnixDoor:
         return await asyncio.shield(name)
 
     def check(self, keys: Mapping[str, str]) -> None:
-        """Keys are for TCP."""
+        """Does nothing: keys are for TCP."""
 
 
 class TcpDoor:
-    """A TCP socket: a key says who is there; without keys, on loopback only, all are one user.
+    """A TCP socket: a key identifies the user; without keys, on loopback only, everyone is one user.
 
     Args:
-        keys: the user of each key.
+        keys: User of each key.
 
     Raises:
-        UsageError: others can reach it, and there are no keys.
+        UsageError: Others can reach it, but there are no keys.
     """
 
     def __init__(self, listener: socket.socket, keys: Mapping[str, str]) -> None:
@@ -114,21 +114,21 @@ class TcpDoor:
         return bool(self.keys)
 
     def peer(self, connection: socket.socket) -> str:
-        """The network that the client is in, as one that has an IPv6 address has 2^64 of them."""
+        """The client's network, since a host with one IPv6 address has 2^64 of them."""
         try:
             address = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
         except (OSError, ValueError):
-            # It has gone already.
+            # It is gone already.
             return ""
         return str(ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False))
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
-        """The user of the key. Raises BodyError without a right one, and for any other name."""
+        """The user of the key. Raises BodyError for a missing or wrong key, or if another user is named."""
         account = self._user_of_key(headers) if self.keys else NETWORK
         if account is None:
-            raise refused(401, "invalid_api_key", "A key is needed: Authorization: Bearer KEY.")
+            raise refused(401, "invalid_api_key", "A key is required: Authorization: Bearer KEY.")
         if _name(headers) not in (None, account):
-            raise refused(403, "user", f"This client is {account}, and may not speak for others.")
+            raise refused(403, "user", f"This client is {account}, and may not act for others.")
         return User(account)
 
     def _user_of_key(self, headers: Headers) -> str | None:
@@ -146,10 +146,10 @@ class TcpDoor:
 
 
 def door_of(listener: socket.socket, keys: Mapping[str, str]) -> Door:
-    """What a listening socket is. Raises UsageError if it cannot be one of the daemon's."""
+    """The Door for a listening socket. Raises UsageError if the daemon cannot use it."""
     if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise UsageError(
-            f"The daemon was given a socket ({listener.type!r}) that does not listen for streams.",
+            f"The daemon was given a socket ({listener.type!r}) that is not a listening stream socket.",
             hint="The socket unit needs ListenStream= and Accept=no: see board/systemd/rkedge.socket.",
         )
     if listener.family == socket.AF_UNIX:
@@ -160,23 +160,23 @@ def door_of(listener: socket.socket, keys: Mapping[str, str]) -> Door:
 
 
 def refused(status: int, code: str, message: str) -> BodyError:
-    """Why a request is not let in."""
+    """The error for a request that is not let in."""
     return BodyError(message, hint="See docs/serve.md.", details={"status": status, "code": code})
 
 
 def check_page(headers: Headers, *, any_host: bool) -> None:
-    """Keep out what web pages of others make a browser send.
+    """Reject requests that foreign web pages make a browser send.
 
-    A browser lets any page send requests to this machine, directly, through a tunnel, or by a name that leads here (DNS
-    rebinding). It tells by Host, Origin and Sec-Fetch-Site. A body of a type that it would send without asking first is
-    taken from programs only, such as curl, whose -d says `application/x-www-form-urlencoded`.
+    A browser lets any page send requests to this machine: directly, through a tunnel, or by a name that resolves to it
+    (DNS rebinding). Host, Origin and Sec-Fetch-Site give it away. A body of a type that a browser would send without
+    asking first is accepted only from programs such as curl, whose -d says `application/x-www-form-urlencoded`.
 
     Raises:
         BodyError: 403, or 415 for the body's type.
     """
     host = headers.get("host", "")
     if not any_host and not is_loopback(_host(host)):
-        raise refused(403, "host", f"This daemon does not go by the name {_host(host)[:80]!r}.")
+        raise refused(403, "host", f"This daemon does not answer to the name {_host(host)[:80]!r}.")
     own = {f"http://{host}", f"https://{host}"}
     if not own.issuperset(headers.getlist("origin")) or not {"same-origin", "none"}.issuperset(
         headers.getlist("sec-fetch-site")
@@ -187,7 +187,7 @@ def check_page(headers: Headers, *, any_host: bool) -> None:
 
 
 def from_browser(headers: Headers) -> bool:
-    """A browser says so in one of these; old ones in the last alone."""
+    """Whether a browser sent it: browsers set one of these headers, old ones only the last."""
     return (
         "origin" in headers
         or any(name.startswith(_FETCH) for name in headers.keys())  # noqa: SIM118 - Headers is not a dict
@@ -196,12 +196,12 @@ def from_browser(headers: Headers) -> bool:
 
 
 def _name(headers: Headers) -> str | None:
-    """Whom the client speaks for, if it says so. Raises BodyError."""
+    """The user that the client acts for, if it names one. Raises BodyError."""
     names = headers.getlist(USER_HEADER)
     if not names:
         return None
     if len(names) > 1 or from_browser(headers):
-        raise refused(403, "user", "X-RKEdge-User is for one name, and not for browsers.")
+        raise refused(403, "user", "X-RKEdge-User takes one name, and is not for browsers.")
     return names[0]
 
 

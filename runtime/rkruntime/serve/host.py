@@ -1,4 +1,4 @@
-"""The model behind the daemon: loaded when needed, again when its worker is gone, and changed without a restart."""
+"""The model behind the daemon: loaded when needed, reloaded when its worker is gone, and changed without a restart."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rkedge")
 
-# Seconds before the next try after so many failures in a row; the first is made at once.
+# Seconds before the next attempt, by failures in a row; the first is immediate.
 _BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-# A client waits this long for the next try; with more ahead it is told when to come back.
+# A client waits at most this long for the next attempt; otherwise it is told when to come back.
 _PATIENCE: Final = 5.0
 
 
 def load_model(settings: Settings, stop: Stop) -> Model:
-    """Open the bundle of the settings and load it; blocks, until `stop` is asked for at the most.
+    """Open and load the bundle of the settings; blocks until done or stopped.
 
     Raises:
-        RKEdgeError: whatever is wrong with bundle, library or model.
+        RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
     if settings.bundle is None:
         raise UsageError(
@@ -57,7 +57,7 @@ def _log_finding(finding: Finding) -> None:
 
 
 def _name(settings: Settings) -> str:
-    """As the bundle's manifest has it; of its folder, if that cannot be read now."""
+    """The name in the bundle's manifest, or its folder's if that cannot be read now."""
     if settings.bundle is None:
         return "none"
     try:
@@ -67,15 +67,15 @@ def _name(settings: Settings) -> str:
 
 
 class Host:
-    """Holds at most one model. Not for use without the queue's turn, except `model` itself.
+    """Holds at most one model. Use it only with the queue's turn, except for `model`.
 
     Args:
-        load: `load_model`, or a stand-in; called in a thread.
+        load: `load_model` or a replacement; called in a thread.
 
     Attributes:
-        settings: what the next load takes.
-        loaded_with: what the last one took.
-        name: of the bundle, whether it is loaded or not.
+        settings: Settings for the next load.
+        loaded_with: Settings of the last load.
+        name: Name of the bundle, loaded or not.
     """
 
     def __init__(self, settings: Settings, load: Callable[[Settings, Stop], Model] = load_model) -> None:
@@ -103,15 +103,15 @@ class Host:
 
     @property
     def current(self) -> Model | None:
-        """The model if it is loaded."""
+        """The model, if loaded."""
         return self._model
 
     async def model(self) -> Model:
-        """The model, loaded if it is not.
+        """The model; loads it if necessary.
 
         Raises:
-            ServiceError: it failed lately, and the next try is some time ahead; or the daemon is being stopped.
-            RKEdgeError: the load failed.
+            ServiceError: It failed recently and the next attempt is some time away, or the daemon is stopping.
+            RKEdgeError: The load failed.
         """
         if self._model is not None:
             return self._model
@@ -120,15 +120,15 @@ class Host:
         self._stop.check()
         if self._loading is None:
             self._loading = asyncio.create_task(self._load_now())
-        # A client that goes away does not stop the load that others wait for.
+        # A client that disconnects does not stop a load that others wait for.
         return await asyncio.shield(self._loading)
 
     async def _pause(self) -> None:
         wait = self._next_try - time.monotonic()
         if wait > _PATIENCE:
-            reason = f" The last error: {self.error.message}" if self.error else ""
+            reason = f" Last error: {self.error.message}" if self.error else ""
             raise ServiceError(
-                f"The model failed {counted(self._failures, 'time')}; the next try is in"
+                f"The model failed {counted(self._failures, 'time')}; the next attempt is in"
                 f" {counted(round(wait), 'second')}.{reason}",
                 hint=self.error.hint if self.error else None,
                 details={"retry_after_s": max(1, round(wait))},
@@ -159,21 +159,21 @@ class Host:
         log.error("%s: %s", type(error).__name__, error.message)
 
     def succeeded(self) -> None:
-        """An answer was complete: the next failure is a first one again."""
+        """An answer was complete: reset the count of failures."""
         self._failures = 0
 
     async def lost(self, error: RKEdgeError) -> None:
-        """The worker is gone: drop it, so that the next request starts another."""
+        """The worker is gone: drop it, so that the next request starts a new one."""
         self._failed(error)
         self.restarts += 1
         await self.unload()
 
     def stop(self) -> None:
-        """End the load that goes on, and let none begin any more."""
+        """Stop the current load, and start no others."""
         self._stop.ask()
 
     async def close(self) -> None:
-        """Nothing of a model survives this."""
+        """Stop loading, and free the model."""
         self.stop()
         if self._loading is not None:
             await asyncio.gather(self._loading, return_exceptions=True)
@@ -187,9 +187,9 @@ class Host:
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:
-        """These settings mean another model: other options, another folder behind a link, or another bundle in it.
+        """Whether these settings mean another model: other options, a link to another folder, or another bundle in it.
 
-        Reads files. Raises BundleError if there is none in the folder any more.
+        Reads files. Raises BundleError if the folder no longer has one.
         """
         if changed(self.settings, settings, "load") or (
             self._model is not None and self.loaded_with is not None and changed(self.loaded_with, settings, "load")
@@ -202,13 +202,13 @@ class Host:
         return moved or (model is not None and open_bundle(settings.bundle).manifest != model.bundle.manifest)
 
     async def change(self, settings: Settings) -> None:
-        """Take other settings, and another bundle with them; if it does not load, the old one comes back.
+        """Apply other settings, with another bundle if they name one; if it does not load, restore the old one.
 
         Raises:
-            RKEdgeError: the new bundle did not load.
+            RKEdgeError: The new bundle did not load.
         """
         before, self.settings = self.settings, settings
-        if self._loading is not None:  # with the old settings, for somebody who has gone
+        if self._loading is not None:  # with the old settings, for a client that is gone
             await asyncio.gather(self._loading, return_exceptions=True)
         was_loaded = self._model is not None
         await self.unload()

@@ -1,7 +1,7 @@
-"""The ids of answers that went to stateless clients, so that they come back as they were generated.
+"""The token ids of answers to stateless clients, so that these answers re-enter prompts as generated.
 
-Such a client sends the whole conversation as text with each request. Encoding an answer's text again may give other ids
-than were generated, and then the KV cache on the NPU no longer fits.
+Such a client sends the whole conversation as text with each request. Encoding an answer's text again may give different
+ids from those generated, and then the KV cache on the NPU no longer matches.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from rkruntime.serve.users import User
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-# Of an answer beside its ids, which take 4 bytes each, and of a user who has this one only.
+# Bytes of an answer besides its ids, which take 4 each, and of a user with only this answer.
 _ENTRY: Final = 1024
 
 
 class AnswerMemory:
-    """Ids by the user and the conversation that led to them. For any thread.
+    """Ids by user and preceding conversation. Thread-safe.
 
-    Nobody's answers depend on what others asked: a user gets the ids of their own answers only, and only those that say
-    the very text that the user sends. Who holds most forgets first, the longest unused.
+    No answer depends on what other users asked: a user gets only the ids of their own answers, and only those that
+    decode to exactly the text that the user sends. Whoever holds the most loses their least recently used ones first.
 
     Args:
-        vocabulary: of the model whose answers these are; another model has another memory.
-        capacity: bytes to keep, all answers together.
+        vocabulary: Vocabulary of the model whose answers these are; each model has its own memory.
+        capacity: Bytes to keep, all answers together.
     """
 
     def __init__(self, vocabulary: Vocabulary, capacity: int = 4 << 20) -> None:
@@ -40,7 +40,7 @@ class AnswerMemory:
         self._lock = threading.Lock()
 
     def remember(self, user: User, messages: Sequence[Message], text: str, tokens: Sequence[int]) -> None:
-        """Keep the ids of the answer to `messages`, without those behind its text."""
+        """Keep the ids of the answer to `messages`, without those beyond its text."""
         said = self._vocabulary.saying(tokens, text)
         if said is None or _size(said) > self._capacity:
             return
@@ -54,7 +54,7 @@ class AnswerMemory:
                     del self._kept[most]
 
     def recall(self, user: User, messages: Sequence[Message]) -> list[Message]:
-        """`messages`, with the ids of those answers that are remembered."""
+        """`messages`, with the ids of the answers that are remembered."""
         recalled = []
         for message, key in zip(messages, _keys(messages), strict=True):
             if message.role == "assistant" and (known := self._known(user, key)) is not None:
@@ -70,7 +70,7 @@ class AnswerMemory:
 
 
 class _Answers:
-    """Of one user, the longest unused first."""
+    """One user's answers, least recently used first."""
 
     def __init__(self) -> None:
         self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
@@ -97,7 +97,7 @@ def _size(ids: Sequence[int]) -> int:
 
 
 def _keys(messages: Sequence[Message]) -> Iterator[bytes]:
-    """A digest of the conversation up to each message. Templates strip contents, and so do clients."""
+    """A digest of the conversation up to each message. Contents are stripped first, as templates and clients do."""
     digest = hashlib.blake2b(digest_size=16)
     for message in messages:
         content = message.content.strip().encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, and the board's state where it can be read without root."""
+"""Figures for Prometheus, and the board's state, as far as it can be read without root."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _THERMAL: Final = "sys/class/thermal"
-# debugfs, so root or a rule for the group: rknpu driver 0.9.x writes "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,".
+# debugfs: for root, or a group with a rule; rknpu 0.9.x writes "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,".
 _NPU_LOAD: Final = "sys/kernel/debug/rknpu/load"
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float]:
-    """Degrees Celsius by thermal zone, such as `npu-thermal`; empty where there are none."""
+    """Degrees Celsius by thermal zone, such as `npu-thermal`; empty if there are none."""
     found = {}
     for zone in sorted((root / _THERMAL).glob("thermal_zone*")):
         # A zone may be switched off; the others still count.
@@ -30,7 +30,7 @@ def temperatures(root: Path = Path("/")) -> dict[str, float]:
 
 
 def npu_load(root: Path = Path("/")) -> dict[str, float]:
-    """Share of time that each NPU core was busy, 0 to 1, by core; empty where it cannot be read."""
+    """Share of time that each NPU core was busy, 0 to 1, by core; empty if it cannot be read."""
     try:
         text = (root / _NPU_LOAD).read_text()
     except OSError:
@@ -44,27 +44,27 @@ def npu_load(root: Path = Path("/")) -> dict[str, float]:
 
 
 class Metrics:
-    """Counters of a service, and gauges that look at it when they are asked."""
+    """Counters of a service, and gauges that read its state when scraped."""
 
     def __init__(self, service: Service, root: Path = Path("/")) -> None:
         self._registry = CollectorRegistry()
         self._root = root
         self._reading = threading.Lock()
         self._requests = Counter(
-            "rkedge_requests", "Requests for an answer, by how they ended.", ["outcome"], registry=self._registry
+            "rkedge_requests", "Requests for an answer, by outcome.", ["outcome"], registry=self._registry
         )
-        self._duration = self._seconds("request_seconds", "From a request to the end of its answer.")
-        self._queued = self._seconds("queue_seconds", "Waited for the NPU.")
-        self._first = self._seconds("first_token_seconds", "From the turn to the first token.")
-        self._prompt = self._count("prompt_tokens", "Tokens of prompts.")
-        self._reused = self._count("prefill_saved_tokens", "Tokens of prompts that were in the KV cache already.")
-        self._generated = self._count("generated_tokens", "Tokens of answers.")
-        self._look("queue_length", "Requests that wait for the NPU.", lambda: len(service.queue))
-        self._look("busy", "1 while an answer is computed.", lambda: service.queue.busy)
+        self._duration = self._seconds("request_seconds", "Time from a request to the end of its answer.")
+        self._queued = self._seconds("queue_seconds", "Time spent waiting for the NPU.")
+        self._first = self._seconds("first_token_seconds", "Time from the request's turn to its first token.")
+        self._prompt = self._count("prompt_tokens", "Prompt tokens.")
+        self._reused = self._count("prefill_saved_tokens", "Prompt tokens that were already in the KV cache.")
+        self._generated = self._count("generated_tokens", "Generated tokens.")
+        self._look("queue_length", "Requests waiting for the NPU.", lambda: len(service.queue))
+        self._look("busy", "1 while an answer is being computed.", lambda: service.queue.busy)
         self._look("model_loaded", "1 while a model is loaded.", lambda: service.host.current is not None)
-        self._look("worker_restarts", "Workers that were lost.", lambda: service.host.restarts)
+        self._look("worker_restarts", "Workers lost.", lambda: service.host.restarts)
         self._zones = Gauge("rkedge_temperature_celsius", "By thermal zone.", ["zone"], registry=self._registry)
-        self._cores = Gauge("rkedge_npu_load", "Share of time a core was busy.", ["core"], registry=self._registry)
+        self._cores = Gauge("rkedge_npu_load", "Fraction of time a core was busy.", ["core"], registry=self._registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(f"rkedge_{name}", text, buckets=_SECONDS, registry=self._registry)
@@ -76,7 +76,7 @@ class Metrics:
         Gauge(f"rkedge_{name}", text, registry=self._registry).set_function(read)
 
     def answered(self, outcome: Outcome) -> None:
-        """An answer is complete."""
+        """Count a complete answer."""
         self._queued.observe(outcome.queue_s)
         self._first.observe(outcome.prefill_s)
         self._prompt.inc(outcome.answer.prompt_tokens)
@@ -84,12 +84,12 @@ class Metrics:
         self._generated.inc(len(outcome.answer.tokens) - outcome.answer.begun)
 
     def ended(self, outcome: str, seconds: float) -> None:
-        """A request is over: `ok`, `cancelled`, or the class of its error."""
+        """Count a finished request: `ok`, `cancelled`, or the class of its error."""
         self._requests.labels(outcome).inc()
         self._duration.observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format. Reads files: for any thread."""
+        """All metrics in Prometheus' text format. Reads files; thread-safe."""
         with self._reading:
             for gauge, values in self._board():
                 gauge.clear()

@@ -1,11 +1,11 @@
-"""What of a prompt is on the NPU already, and files that hold the KV cache of conversations that are not.
+"""How much of a prompt is already on the NPU, and files with the KV cache of conversations that are not.
 
-From 1.2.0 on the runtime itself reuses the longest beginning that a prompt has in common with its KV cache. Before, and
-for several conversations in turn, prompt cache files do: the runtime writes one at the end of a run, and takes the
-longest common beginning of the one that is loaded.
+Since 1.2.0 the runtime itself reuses the longest prefix that a prompt shares with its KV cache. Before that, and for
+several conversations in turn, prompt cache files do: the runtime writes one at the end of a run, and reuses the longest
+common prefix of the one that is loaded.
 
-They are a help and never a condition: where a file or the folder fails, the answer is given without, the log has one
-line, and nothing of the kind is tried for a while.
+They only help and are never required: if a file or the folder fails, the answer is given without, the log gets one
+line, and no file is tried for a while.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("rkedge")
 
 PREFIX_REUSE: Final = "1.2.0"
-# Without the runtime's own reuse files are all there is, so there is a quota unless one was set.
+# Without the runtime's own reuse, files are all there is, so the default quota is not 0.
 _QUOTA_WITHOUT_REUSE_MB: Final = 512.0
-# After a failure: long enough to fill no log, short enough to see that the disk has room again.
+# After a failure: long enough not to fill the log, short enough to notice that the disk has room again.
 _PAUSE_S: Final = 600.0
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of what both begin with."""
+    """Length of the common prefix."""
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
@@ -49,12 +49,12 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class PromptCaches:
-    """Chooses for each run which file is loaded before it, and whether one is written after it.
+    """Choose, for each run, which file to load before it and whether to write one after it.
 
     Args:
-        folder: of the files; each has a JSON file beside it with its token ids and the model they are for.
-        max_mb: disk quota; None is 0 where the runtime reuses its cache itself, else 512.
-        min_tokens: a file is worth its time if it saves so many tokens.
+        folder: Folder of the files; each has a JSON file next to it with its token ids and model.
+        max_mb: Disk quota; None means 0 if the runtime reuses its cache itself, else 512.
+        min_tokens: Fewest tokens saved for which loading a file is worth the time.
     """
 
     def __init__(self, folder: Path, max_mb: float | None, min_tokens: int) -> None:
@@ -71,11 +71,11 @@ class PromptCaches:
         self._on_npu, self._files, self._loaded = [], None, False
 
     def forget_position(self) -> None:
-        """The KV cache holds something else than the last run left."""
+        """The KV cache no longer holds what the last run left."""
         self._on_npu = []
 
     async def prepare(self, model: Model, request: Request) -> Request:
-        """Load the file that saves most, if any; the request, with a file to write if that is worth it."""
+        """Load the file that saves most, if any; returns the request, with a file to write if worthwhile."""
         if not self._quota(model) or time.monotonic() < self._paused_until:
             return request
         try:
@@ -96,7 +96,7 @@ class PromptCaches:
         return replace(request, save_prompt_cache=self._file(model, tokens))
 
     async def events(self, model: Model, request: Request, gather: float) -> AsyncGenerator[Event, None]:
-        """The events of a run, see `Engine.agenerate`. One that fails and had a file to write goes on without it."""
+        """The events of a run, see `Engine.agenerate`. A run that fails with a file to write continues without."""
         said: list[int] = []
         try:
             async with aclosing(model.engine.agenerate(request, gather)) as events:
@@ -119,7 +119,7 @@ class PromptCaches:
         async with aclosing(model.engine.agenerate(again, gather)) as events:
             async for event in events:
                 if isinstance(event, Finished):
-                    # It was the file, then.
+                    # So it was the file.
                     self._pause(failure)
                     yield replace(event, prompt_tokens=len(request.tokens), generated_tokens=len(said))
                     continue
@@ -129,19 +129,19 @@ class PromptCaches:
     def _pause(self, error: OSError | RKEdgeError) -> None:
         self._files, self._paused_until = None, time.monotonic() + _PAUSE_S
         reason = error.message if isinstance(error, RKEdgeError) else str(error)
-        log.warning("no prompt cache files for %g minutes, answers go on without: %s", _PAUSE_S / 60, reason)
+        log.warning("no prompt cache files for %g minutes, answers continue without: %s", _PAUSE_S / 60, reason)
 
     def _found(self, model: Model, tokens: list[int]) -> tuple[int, Path | None, int]:
-        """How many of the prompt's tokens are on the NPU, and the file that has most of them, with their number."""
+        """How many of the prompt's tokens are on the NPU, the file that has the most of them, and how many."""
         held = common_prefix(self._on_npu, tokens) if self._reuses(model) else 0
         files = self._known(model)
         best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
         return held, best, common_prefix(files[best], tokens) if best else 0
 
     def finished(self, model: Model, request: Request, answer: Answer) -> int:
-        """Note what is on the NPU now, and keep the quota; how many prompt tokens were not read again.
+        """Note what is on the NPU now, and enforce the quota; returns how many prompt tokens were reused.
 
-        Reads and writes files: for a thread.
+        Reads and writes files, so call it in a thread.
         """
         held = common_prefix(self._on_npu, list(request.tokens))
         self._on_npu = [*request.tokens, *answer.tokens]
@@ -184,10 +184,10 @@ class PromptCaches:
         return self._folder / f"{digest[:32]}.kv"
 
     def _known(self, model: Model) -> OrderedDict[Path, list[int]]:
-        """Files for this very model, the longest unused first; read from the folder once."""
+        """Files for exactly this model, least recently used first; the folder is read once."""
         if self._files is None:
             for path in self._folder.glob("*.partial-*"):
-                # Somebody was killed while it wrote this.
+                # A daemon was killed while it wrote this.
                 path.unlink(missing_ok=True)
             found = [(path, _read_index(path, _identity(model))) for path in self._folder.glob("*.kv")]
             found.sort(key=lambda item: item[0].stat().st_mtime)
@@ -223,7 +223,7 @@ class PromptCaches:
 
 
 def _identity(model: Model) -> str:
-    """The model file and the release: a KV cache is good for no other."""
+    """The model file and the release: a KV cache is valid only for these."""
     manifest = model.bundle.manifest
     return f"{manifest.files[manifest.model_file].sha256}/{model.engine.info.release}"
 
@@ -234,6 +234,6 @@ def _read_index(path: Path, identity: str) -> list[int]:
         if data["model"] == identity and all(type(token) is int for token in data["tokens"]):
             return list(data["tokens"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        # Not ours, cut, or gone: as good as none.
+        # Not ours, truncated or gone: treat it as missing.
         pass
     return []

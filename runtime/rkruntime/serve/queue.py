@@ -1,4 +1,4 @@
-"""Who is next on the NPU: one at a time, clients in turn, with a limit on how many wait and how long."""
+"""Who is next on the NPU: one at a time, clients in turn, with limits on how many may wait and how long."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rkruntime.errors import BusyError
 from rkruntime.serve.users import shares
 from rkruntime.words import counted
 
-# Account, name within it, and what the client itself tells its turns apart by.
+# Account, name within it, and the label by which the client itself separates its turns.
 Client = tuple[str, str, str]
-# The daemon's own work: it has a place however many wait.
+# The daemon's own work, which always has a place in the queue.
 DAEMON: Final[Client] = ("", "", "")
-# Weight of the last run in the estimate of how long the next one takes.
+# Weight of the last run in the estimate of the next one's duration.
 _RECENT = 0.2
 
 
 class _Line:
-    """Those who wait, as a tree of clients: at each level the parts take turns."""
+    """The waiting requests, as a tree of clients: at each level, the branches take turns."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -38,7 +38,7 @@ class _Line:
         return part.waiting(path[1:]) if part else 0
 
     def add(self, path: tuple[str, ...], future: asyncio.Future[None]) -> None:
-        """Stand in line."""
+        """Join the line."""
         self.count += 1
         if path:
             self._parts.setdefault(path[0], _Line()).add(path[1:], future)
@@ -57,7 +57,7 @@ class _Line:
             del self._parts[path[0]]
 
     def pop(self) -> asyncio.Future[None]:
-        """Who is next; their part goes to the end of its level."""
+        """The next in line; its branch moves to the end of its level."""
         self.count -= 1
         if not self._parts:
             return self._futures.popleft()
@@ -69,13 +69,13 @@ class _Line:
 
 
 class FairQueue:
-    """A lock whose waiters take turns: accounts, names within an account, and what a client names apart.
+    """A lock whose waiters take turns: accounts, names within an account, and a client's own labels.
 
-    One with many requests holds up nobody else, by whatever names it gives them.
+    One with many requests holds up no one else, whatever labels it uses.
 
     Args:
-        length: how many may wait, all clients together.
-        wait_s: how long one may wait, in seconds.
+        length: Most requests waiting, all clients together.
+        wait_s: Longest wait, in seconds.
     """
 
     def __init__(self, length: int, wait_s: float) -> None:
@@ -86,12 +86,12 @@ class FairQueue:
         self._run_s = 1.0
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Number of requests waiting."""
         return self._line.count
 
     @property
     def busy(self) -> bool:
-        """Somebody has the turn."""
+        """Whether someone has the turn."""
         return self._busy
 
     @asynccontextmanager
@@ -99,7 +99,7 @@ class FairQueue:
         """Wait for the turn and keep it for the block; the value is the time waited in seconds.
 
         Raises:
-            BusyError: too many wait, or this one waited too long.
+            BusyError: Too many are waiting, or this one waited too long.
         """
         start = time.monotonic()
         if self._busy:
@@ -131,22 +131,22 @@ class FairQueue:
 
     def _check_room(self, client: Client) -> None:
         if len(self) >= self.length:
-            raise self._refusal(f"{len(self)} requests wait for the NPU already, which is the limit.")
+            raise self._refusal(f"{len(self)} requests are already waiting for the NPU, which is the limit.")
         for path, limit in shares(client, self.length):
             if self._line.waiting(path) >= limit:
                 raise self._refusal(
-                    f"{limit} of your requests wait for the NPU already, which is the limit for one user."
+                    f"{limit} of your requests are already waiting for the NPU, which is the limit for one user."
                 )
 
     def _given_up(self, client: Client, future: asyncio.Future[None]) -> bool:
-        """Leave the queue; False if the turn came in the same moment."""
+        """Leave the queue; False if the turn came at the same moment."""
         if future.done():
             return False
         self._line.remove(client, future)
         return True
 
     def _pass_on(self) -> None:
-        """Give the turn to whoever is next, or to nobody."""
+        """Give the turn to whoever is next, if anyone."""
         self._busy = bool(self._line.count)
         if self._busy:
             self._line.pop().set_result(None)

@@ -1,4 +1,4 @@
-"""Sockets, signals and the daemon's life: start, reload, drain, end."""
+"""Sockets, signals and the daemon's life cycle: start, reload, drain, stop."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ log = logging.getLogger("rkedge")
 _BACKLOG: Final = 128
 _TICK_S: Final = 1.0
 _KEEP_ALIVE_S: Final = 15
-# Open files beside connections: the worker's pipes, libraries, conversations, listeners.
+# Open files besides connections: the worker's pipes, libraries, conversations, listeners.
 _OTHER_FILES: Final = 64
 _SILENCE_S: Final = 60.0
-# The loop gives the interpreter away with each system call, and waits so long to get it back from a thread that reads
-# a large body. Python's own 5 ms add up to what a person notices.
+# The loop releases the interpreter for each system call, and waits this long to get it back from a thread that reads a
+# large body. Python's default of 5 ms adds up to a delay that users notice.
 _SWITCH_S: Final = 0.001
 
 
 def unix_socket(path: Path, mode: int) -> socket.socket:
-    """A listening Unix socket at `path`, in place of one that nobody listens to any more.
+    """A listening Unix socket at `path`, which replaces a stale one.
 
     Raises:
-        UsageError: a daemon listens there, or something else stands there.
-        HostError: it cannot be made.
+        UsageError: A daemon listens there, or something else is there.
+        HostError: It cannot be created.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -57,8 +57,8 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
             _refuse_living(path)
             path.unlink()
         elif path.exists():
-            raise UsageError(f"{path} is not a socket and is not replaced.", hint="Name another with --socket.")
-        # Nobody gets in between bind and chmod.
+            raise UsageError(f"{path} is not a socket, so it is not replaced.", hint="Name another with --socket.")
+        # No one can connect between bind and chmod.
         before = os.umask(0o777 & ~mode)
         try:
             listener.bind(str(path))
@@ -70,15 +70,15 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
         listener.close()
         if isinstance(error, OSError):
             raise HostError(
-                f"The socket {path} cannot be made: {error.strerror or error}.",
-                hint="Name one that you may write with --socket, or start the service with systemctl.",
+                f"The socket {path} cannot be created: {error.strerror or error}.",
+                hint="Choose a writable path with --socket, or start the service with systemctl.",
             ) from error
         raise
     return listener
 
 
 def _make_folder(folder: Path) -> None:
-    """Make it and those above it if there are none, so that clients come in and nobody else changes it."""
+    """Create it and missing parents, so that clients can enter but only the daemon can change it."""
     before = os.umask(0o022)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _make_folder(folder: Path) -> None:
 def _refuse_living(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
         probe.connect(str(path))
-        raise UsageError(f"A daemon listens on {path} already.", hint="Stop that one, or name another with --socket.")
+        raise UsageError(f"A daemon already listens on {path}.", hint="Stop it, or name another with --socket.")
 
 
 def tcp_socket(host: str, port: int) -> socket.socket:
@@ -99,12 +99,12 @@ def tcp_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise HostError(
-            f"Nothing can listen on {host} port {port}: {error.strerror or error}.", hint="Choose another --port."
+            f"Cannot listen on {host} port {port}: {error.strerror or error}.", hint="Choose another --port."
         ) from error
 
 
 def open_sockets(path: Path, listen: Listen) -> list[socket.socket]:
-    """The Unix socket at `path`, and TCP if it is asked for. Raises UsageError or HostError."""
+    """The Unix socket at `path`, and TCP if configured. Raises UsageError or HostError."""
     sockets = [unix_socket(path, int(listen.socket_mode, 8))]
     if listen.port is not None:
         sockets.append(tcp_socket(listen.host, listen.port))
@@ -112,9 +112,9 @@ def open_sockets(path: Path, listen: Listen) -> list[socket.socket]:
 
 
 def most_connections(wanted: int, listeners: int) -> int:
-    """How many each listener may have; raises this process's limit of open files for them as far as it may.
+    """Connections that each listener may have; raises this process's limit of open files for them as far as allowed.
 
-    Beside those that are there, a listener has some that are turned away and not closed yet.
+    Besides those, a listener has some that were turned away but are not closed yet.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = listeners * (wanted + _BACKLOG) + _OTHER_FILES
@@ -123,12 +123,12 @@ def most_connections(wanted: int, listeners: int) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, needed), hard))
     most = max(1, (hard - _OTHER_FILES) // listeners - _BACKLOG)
     if most < wanted:
-        log.warning("limits.connections is %d; with %d open files (ulimit -n) it can be %d only", wanted, hard, most)
+        log.warning("limits.connections is %d; with %d open files (ulimit -n) it can only be %d", wanted, hard, most)
     return min(wanted, most)
 
 
 class _LoopErrors:
-    """The event loop's own errors. Each connection for which no file is left is one; one a minute is logged."""
+    """The event loop's own errors. Each connection without a free file descriptor is one; one per minute is logged."""
 
     def __init__(self) -> None:
         self._silent_until = 0.0
@@ -149,10 +149,10 @@ def _inode(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other daemons. The kernel lets go of it when this one ends, in whatever way.
+    """Lock a folder against other daemons. The kernel releases it however this one ends.
 
     Raises:
-        UsageError: another daemon holds it.
+        UsageError: Another daemon holds it.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -163,11 +163,11 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(
                 f"Another daemon keeps its files in {folder}.",
-                hint="Stop that one, or give this one folders of its own: sessions.folder, prompt_cache.folder.",
+                hint="Stop it, or give this one its own folders: sessions.folder, prompt_cache.folder.",
             ) from None
         except OSError as error:
-            # Chat goes on without, and each write that fails is told then.
-            log.warning("nobody keeps other daemons out of %s: %s", folder, error.strerror or error)
+            # Chat works without it, and each failed write is reported then.
+            log.warning("cannot lock %s against other daemons: %s", folder, error.strerror or error)
         yield
 
 
@@ -177,7 +177,7 @@ def _name(one: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with the signals left to the daemon."""
+    """uvicorn's server, with signals left to the daemon."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -188,20 +188,20 @@ class Daemon:
     """A service on its sockets.
 
     Attributes:
-        settings: as it was started.
+        settings: Settings in force.
 
     Args:
-        reread: gives the settings anew on SIGHUP.
+        reread: Returns the settings, read again, on SIGHUP.
     """
 
     def __init__(self, settings: Settings, reread: Callable[[], Settings], host: Host | None = None) -> None:
         self.settings = settings
         self._reread = reread
-        # Conversations are nobody else's, whatever the mask of who started this.
+        # Conversations are private, whatever the umask of whoever started this.
         os.umask(os.umask(0o077) | 0o077)
         with contextlib.ExitStack() as on_error:
             self._locks = on_error.enter_context(contextlib.ExitStack())
-            # What is in memory of these folders is right only as long as nobody else writes there.
+            # What is cached about these folders is valid only while no one else writes there.
             for folder in {os.path.realpath(settings.sessions.place), os.path.realpath(settings.prompt_cache.place)}:
                 self._locks.enter_context(_locked(Path(folder)))
             self.service = Service(settings, host)
@@ -219,7 +219,7 @@ class Daemon:
         self._reloading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then let running answers end. SIGHUP reads the settings again."""
+        """Serve until SIGTERM or SIGINT; then let running answers finish. SIGHUP reads the settings again."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_LoopErrors())
         sys.setswitchinterval(_SWITCH_S)
@@ -246,7 +246,7 @@ class Daemon:
             log.info("stopped")
 
     def _make_servers(self) -> list[_Server]:
-        """One for each listener, so that none has a part in another's connections."""
+        """One for each listener, so that they do not share connections."""
         limits = self.settings.limits
         app, requests = make_app(self.service), Requests(limits.connections, int(limits.memory_mb * 1e6))
         most = most_connections(limits.connections, len(self._doors))
@@ -277,14 +277,14 @@ class Daemon:
 
     def _stop(self) -> None:
         if not any(server.should_exit for server in self._servers):
-            systemd.notify("STOPPING=1", "STATUS=answers come to their end")
-            log.info("stopping: running answers have %g s", self.settings.limits.stop_s)
+            systemd.notify("STOPPING=1", "STATUS=finishing answers")
+            log.info("stopping: running answers get %g s", self.settings.limits.stop_s)
         self.service.host.stop()
         for server in self._servers:
             server.should_exit = True
 
     async def _load(self) -> None:
-        """Load before the first request asks for it. What goes wrong is in the log, in /ready and in answers."""
+        """Load before the first request. Errors appear in the log, in /ready and in answers."""
         with contextlib.suppress(RKEdgeError):
             async with self.service.queue.turn(DAEMON):
                 await self.service.host.model()
@@ -301,9 +301,9 @@ class Daemon:
             await self.service.unload_if_idle()
 
     async def reload(self) -> None:
-        """Read the settings again. What does not fit leaves the old ones in force; sockets stay as they are.
+        """Read the settings again. Invalid ones leave the old ones in force; sockets stay as they are.
 
-        Keys and limits wait for nothing; another model waits for the NPU.
+        Keys and limits apply at once; another model waits for the NPU.
         """
         systemd.reloading()
         try:
@@ -311,12 +311,12 @@ class Daemon:
             async with self._reloading:
                 await self._change_model(settings)
         except RKEdgeError as error:
-            log.error("the settings were not taken: %s %s", error.message, error.hint)
+            log.error("the settings were not applied: %s %s", error.message, error.hint)
         finally:
             systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
 
     def _take(self) -> Settings:
-        """The settings anew; those that need no model are in force. Raises UsageError, and then none is."""
+        """Read the settings and apply those that need no load. Raises UsageError, and then applies none."""
         settings = self._reread()
         keys = check_listen(settings.listen)
         for door in self._doors:
@@ -325,24 +325,24 @@ class Daemon:
             door.keys = keys
         self.service.take(settings)
         logging.getLogger("rkedge").setLevel(settings.log_level.upper())
-        log.info("keys and limits were taken from the settings; %s", counted(len(keys), "API key"))
+        log.info("keys and limits were applied from the settings; %s", counted(len(keys), "API key"))
         if late := changed(self.settings, settings, "restart"):
-            log.warning("restart the daemon to have it take %s", ", ".join(late))
+            log.warning("restart the daemon to apply %s", ", ".join(late))
         return settings
 
     async def _change_model(self, settings: Settings) -> None:
         try:
             await self.service.change_model(settings)
         except RKEdgeError as error:
-            log.error("the model of the settings was not taken, all else was: %s %s", error.message, error.hint)
+            log.error("the model was not changed, all other settings were applied: %s %s", error.message, error.hint)
             return
         loaded = self.service.host.loaded_with
         if loaded and (late := changed(loaded, settings, "next load")):
-            log.warning("taken when the model is loaded the next time: %s", ", ".join(late))
+            log.warning("applied when the model is next loaded: %s", ", ".join(late))
         log.info("settings read again; serving %s", self.service.name)
 
     def _remove_socket(self) -> None:
-        """Ours; systemd's stays with its unit, and another daemon's that took the place meanwhile with that."""
+        """Remove our own socket, but not systemd's, nor another daemon's that has taken its place."""
         if self._own:
             path, inode = self._own
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""One request's way: its turn in the queue, the model, the run, and text as it comes. The interfaces stand on this."""
+"""A request from queue to answer: its turn, the model, the run, and text as it arrives. All interfaces use this."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
 
-# Tokens that follow each other more closely go out together: less than a frame of a screen, and each wake-up costs the
-# board's CPU. Those of a board are further apart, and go out one by one.
+# Tokens that follow each other more closely go out together: this is less than a frame on a screen, and each wake-up
+# costs the board's CPU. A board's tokens are further apart, and go out one by one.
 _GATHER_S: Final = 0.016
 _FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
@@ -51,12 +51,12 @@ Keep = Callable[[Answer, bool], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a run starts from.
+    """The start of a run.
 
     Attributes:
-        tokens: the whole prompt.
-        begun: ids of an answer that was broken off, which are the prompt's end: it is taken up behind them.
-        notes: for the client, such as how many turns were dropped.
+        tokens: The whole prompt.
+        begun: Ids of an interrupted answer that is resumed; they are at the end of the prompt.
+        notes: Notes for the client, such as how many turns were dropped.
     """
 
     tokens: list[int]
@@ -66,14 +66,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, whatever interface it came by.
+    """A request from any interface.
 
     Attributes:
-        prompt: makes the prompt once the model is there; called in a thread.
-        client: whose turn it is.
-        sampling: names of Sampling's fields and what they shall be; None is the model's own.
-        keep: is told of the answer and whether it is whole: once, when a run that began has ended in whatever way. A
-            cancel must not cut it short. What it raises goes to the client, if nothing else went wrong.
+        prompt: Makes the prompt once the model is loaded; called in a thread.
+        client: Whose turn it takes.
+        sampling: Values by Sampling's field names; None keeps the model's own.
+        keep: Called once with the answer and whether it is complete, however a run that began has ended. A cancel must
+            not cut it short. An exception from it goes to the client if nothing else went wrong.
     """
 
     prompt: Callable[[Model], Prompt]
@@ -87,11 +87,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Begin:
-    """The first event is there: what was asked for and cannot be had, and what else the client should know."""
+    """The run has begun: which wishes were ignored, and what else the client should know."""
 
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
-    text: str  # of the answer that is taken up, empty for a new one
+    text: str  # of the answer that is resumed; empty for a new one
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ Item = Begin | str | Outcome
 
 
 class Run:
-    """One request on its way. What has gathered is taken at once, so a slow client costs the NPU nothing.
+    """One request in progress. Whatever has gathered is taken together, so a slow client costs the NPU nothing.
 
     Attributes:
-        reader: of its answer, from the time when its prompt is made.
+        reader: Reader of its answer; set once its prompt is made.
     """
 
     def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
@@ -125,21 +125,21 @@ class Run:
         self._task = asyncio.create_task(work(self))
 
     def put(self, item: Item) -> None:
-        """From the run: something for the client."""
+        """Called by the run: an item for the client."""
         self._items.append(item)
         self._wake.set()
 
     def end(self, error: BaseException | None) -> None:
-        """From the run: nothing follows, or an error."""
+        """Called by the run: nothing follows, or an error."""
         if error is not None:
-            # The frames hold the prompt, and would for as long as anybody holds the run.
+            # The frames hold the prompt, as long as anything holds the run.
             error.__cause__ = error.__context__ = None
             error = error.with_traceback(None)
         self._error, self._ended = error, True
         self._wake.set()
 
     async def take(self) -> list[Item]:
-        """All that is there, at least one: a Begin, texts, an Outcome; empty at the end. Raises what ended the run."""
+        """All available items, at least one: a Begin, texts, an Outcome; empty at the end. Raises the run's error."""
         await self._wake.wait()
         self._wake.clear()
         items, self._items = self._items, []
@@ -150,7 +150,7 @@ class Run:
         return items
 
     async def close(self) -> None:
-        """Stop the run if it goes on, and wait until it has; may be called from anywhere and twice."""
+        """Stop the run if it is in progress, and wait for it; may be called from anywhere, and twice."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -159,7 +159,7 @@ class Service:
     """The daemon without its sockets.
 
     Attributes:
-        memory: of the answers of the model that was used last.
+        memory: Memory of the answers of the last model used.
     """
 
     def __init__(self, settings: Settings, host: Host | None = None) -> None:
@@ -182,7 +182,7 @@ class Service:
         self.last_used = time.monotonic()
 
     def start(self, ask: Ask) -> Run:
-        """Queue a request. Whoever starts a run closes it."""
+        """Queue a request. The caller must close the run."""
         return Run(lambda run: self._run(ask, run))
 
     async def _run(self, ask: Ask, run: Run) -> None:
@@ -196,19 +196,19 @@ class Service:
                 try:
                     await _keep(ask, run.reader)
                 except RKEdgeError as error:
-                    # What broke the answer is what the client must hear of.
-                    log.error("request %s: the broken answer was not kept: %s", ask.request_id, error.message)
+                    # The client must hear what interrupted the answer.
+                    log.error("request %s: the interrupted answer was not saved: %s", ask.request_id, error.message)
                 raise
-            # Others have the NPU meanwhile.
+            # Others use the NPU meanwhile.
             await _keep(ask, run.reader)
             run.put(result)
             outcome = "ok"
             run.end(None)
         except RKEdgeError as error:
             outcome = type(error).__name__
-            # Refusals are counted; a client that never stops to ask would fill the log with them.
+            # Refusals are counted; a client that keeps asking would fill the log with them.
             level = logging.DEBUG if isinstance(error, BusyError) else logging.WARNING
-            # A template can spell a person's words in what it says, so that is for the client alone.
+            # A template's message can contain the user's words, so it is only for the client.
             said = "" if isinstance(error, (UsageError, BundleError)) else f": {error.message}"
             log.log(level, "request %s: %s%s", ask.request_id, outcome, said)
             run.end(error)
@@ -258,7 +258,7 @@ class Service:
         return outcome
 
     async def _model(self) -> Model:
-        """The model; what was kept of another one is forgotten."""
+        """The model; forgets what was kept for another one."""
         model = await self.host.model()
         if self._known is None or self._known() is not model:
             self._known = ref(model)
@@ -268,7 +268,7 @@ class Service:
         return model
 
     async def _prepared(self, model: Model, work: Callable[..., T], *args: object) -> T:
-        """The result of `work`, which makes a prompt. A model without the process for that is loaded anew next time."""
+        """The result of `work`, which makes a prompt. If its process is lost, the next request reloads the model."""
         try:
             return await in_thread(work, *args, stop=model.prompts.hurry)
         except RKEdgeError as error:
@@ -279,7 +279,7 @@ class Service:
     def _at_its_limit(
         self, run: Run, begin: Begin, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
     ) -> Outcome:
-        """An answer that is taken up and has its full length already."""
+        """The end of a resumed answer that already has its full length."""
         run.put(begin)
         if text := reader.feed(Finished(FinishReason.LENGTH, len(prompt.tokens), 0)):
             run.put(text)
@@ -298,7 +298,7 @@ class Service:
         return Request(prompt.tokens, left, model.stop_tokens, sampling), ignored
 
     def _sampling(self, ask: Ask, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
-        """The run's sampling where the runtime takes one; else what of it must be ignored."""
+        """The run's sampling, if the runtime accepts one; else the parts that must be ignored."""
         wanted = {name: ask.sampling[name] for name in _FIELDS if ask.sampling.get(name) is not None}
         changed = model.sampling.changed(wanted)
         if changed == model.sampling:
@@ -308,9 +308,9 @@ class Service:
         names = tuple(wanted)
         if self.settings.per_request_sampling == "refuse":
             raise BodyError(
-                f"{', '.join(names)}: RKLLM {model.engine.info.release} takes sampling when it loads a model only; "
+                f"{', '.join(names)}: RKLLM {model.engine.info.release} takes sampling only when it loads a model; "
                 "per request it needs 1.3.0.",
-                hint="Leave it out, or set it in the daemon's settings.",
+                hint="Omit it, or set it in the daemon's settings.",
                 details={"param": names[0]},
             )
         return None, names
@@ -334,16 +334,16 @@ class Service:
 
     @property
     def name(self) -> str:
-        """Of the bundle that is served."""
+        """Name of the served bundle."""
         return self.host.name
 
     async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
-        """Vectors of length 1, one a text: the mean of the last layer's output over the tokens; and their number.
+        """One vector of length 1 per text, the mean of the last layer's output over its tokens; and the token count.
 
-        Each text has a turn of its own, so that others wait for one at most. Vectors are float32, little-endian.
+        Each text takes its own turn, so that others wait for at most one. Vectors are float32, little-endian.
 
         Args:
-            hold: is told, with the first vector, how many bytes they all have; may refuse that.
+            hold: Called at the first vector with the size of all in bytes; may refuse it.
 
         Raises:
             BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
@@ -375,7 +375,7 @@ class Service:
         return vector, len(tokens)
 
     def take(self, settings: Settings) -> None:
-        """Take what of other settings needs neither the NPU nor a restart (`now` in the table of settings)."""
+        """Apply those settings that need neither the NPU nor a restart (`now` in the table of settings)."""
         self.settings = settings
         self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
         self.sessions.limit(int(settings.sessions.max_mb * 1e6), settings.sessions.max_number)
@@ -389,7 +389,7 @@ class Service:
                 self.host.settings = settings
 
     async def unload_if_idle(self) -> None:
-        """Free the NPU if nobody has asked for long enough."""
+        """Free the NPU after enough time without requests."""
         limit = self.settings.idle_unload_s
         model = self.host.current
         if not limit or model is None or self.queue.busy:
@@ -408,12 +408,12 @@ def _vector(model: Model, tokens: list[int]) -> bytes:
 
 
 def stopped() -> RKEdgeError:
-    """An answer ended, and nobody who asked for it wanted that."""
+    """The error for an answer that ended although its client did not ask for that."""
     return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
 
 
 async def _keep(ask: Ask, reader: AnswerReader | None) -> None:
-    """Tell of the answer, if it was begun."""
+    """Pass the answer to `ask.keep`, if it was begun."""
     if ask.keep is not None and reader is not None:
         answer = reader.answer()
         await ask.keep(answer, answer.reason is not FinishReason.ABORT)
@@ -421,9 +421,9 @@ async def _keep(ask: Ask, reader: AnswerReader | None) -> None:
 
 @asynccontextmanager
 async def _time_limit(seconds: float, whole: float | None = None) -> AsyncIterator[None]:
-    """Raise TimeLimitError in the block after so long, which is what is left of `whole`.
+    """Raise TimeLimitError in the block after `seconds`, which is what is left of `whole`.
 
-    asyncio.wait_for would run the block in a task of its own, and a cancel loses what that task ends with.
+    asyncio.wait_for would run the block in its own task, and a cancel would lose that task's result.
     """
     task = asyncio.current_task()
     assert task is not None

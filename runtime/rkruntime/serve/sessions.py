@@ -22,7 +22,7 @@ _BLOCK: Final = 4096
 
 @dataclass(frozen=True)
 class Summary:
-    """One conversation in the list: size on the disk in bytes, time of the last change in seconds since 1970."""
+    """One conversation in the list: size on disk in bytes, last change in seconds since 1970."""
 
     name: str
     size: int
@@ -34,35 +34,35 @@ def _on_disk(size: int) -> int:
 
 
 def _as_text(data: Mapping[str, Any]) -> bytes:
-    """A conversation as a file holds it."""
+    """A conversation as written to its file."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 class SessionStore:
     """The folder of conversations.
 
-    What is there is looked at once; from then on the sizes are in memory, and nobody else may write there. Changes are
-    for one thread at a time; the rest may be called from others meanwhile.
+    It is scanned once; after that, the sizes are in memory, and no one else may write there. Changes must come from
+    one thread at a time; everything else may be called from others meanwhile.
 
     Args:
-        folder: made when the first one is kept; nobody else may read it.
-        max_bytes: of all files together, in whole blocks. Each user has a share of it.
-        max_number: of files, likewise.
+        folder: Folder, created with the first conversation; no one else may read it.
+        max_bytes: Limit for all files together, in whole blocks. Each user has a share of it.
+        max_number: Limit for the number of files, likewise.
     """
 
     def __init__(self, folder: Path, max_bytes: int, max_number: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         self._max_number = max_number
-        # By the users' folders; the longest unused first.
+        # By user folder; least recently used first.
         self._kept: dict[str, OrderedDict[str, Summary]] = {}
-        # By what of User.path is counted together; all under ().
+        # By prefix of User.path; () counts everything.
         self._bytes: Counter[tuple[str, ...]] = Counter()
         self._number: Counter[tuple[str, ...]] = Counter()
-        # Held while what is in memory changes, and never while something is read or written.
+        # Held while the index in memory changes, never during reads or writes of files.
         self._lock = threading.Lock()
         for path in folder.glob("*/.*.partial-*"):
-            # A daemon was killed while it wrote this. It may stay where nothing can be written.
+            # A daemon was killed while it wrote this. It may stay if nothing can be written there.
             with suppress(OSError):
                 path.unlink()
         found = [(path.stat(), path) for path in folder.glob("*/*.json")]
@@ -71,28 +71,28 @@ class SessionStore:
             self._note(User(account, name), Summary(path.stem, _on_disk(stat.st_size), stat.st_mtime))
 
     def limit(self, max_bytes: int, max_number: int) -> None:
-        """Other limits, which the next writes keep to."""
+        """Set other limits, for the next writes."""
         self._max_bytes, self._max_number = max_bytes, max_number
 
     def _file(self, user: User, name: str) -> Path:
         return self._folder / user.folder / f"{check_name(name, 'session')}.json"
 
     def list(self, user: User) -> list[Summary]:
-        """A user's conversations, the last used first."""
+        """A user's conversations, most recently used first."""
         with self._lock:
             return list(reversed(self._of(user).values()))
 
     def size(self, user: User, name: str) -> int:
-        """Of a conversation on the disk, in bytes; 0 if there is none."""
+        """Size of a conversation on disk, in bytes; 0 if there is none."""
         with self._lock:
             kept = self._of(user).get(name)
         return kept.size if kept else 0
 
     def read(self, user: User, name: str) -> dict[str, Any]:
-        """What `write` kept.
+        """Read what `write` kept.
 
         Raises:
-            NoSuchSessionError: there is none; a damaged file is as good as none.
+            NoSuchSessionError: There is none, or its file is damaged.
         """
         try:
             data = json.loads(self._file(user, name).read_bytes())
@@ -100,18 +100,18 @@ class SessionStore:
             raise NoSuchSessionError(f"There is no session {name!r}.") from error
         except (OSError, ValueError, RecursionError) as error:
             raise NoSuchSessionError(
-                f"The session {name!r} cannot be read: {error}.", hint="Delete it and begin a new one."
+                f"The session {name!r} cannot be read: {error}.", hint="Delete it and start a new one."
             ) from error
         if not isinstance(data, dict):
-            raise NoSuchSessionError(f"The file of the session {name!r} holds no conversation.", hint="Delete it.")
+            raise NoSuchSessionError(f"The file of the session {name!r} has no conversation in it.", hint="Delete it.")
         return data
 
     def write(self, user: User, name: str, data: Mapping[str, Any]) -> None:
-        """Keep a conversation, whole or not at all. The user's own longest unused ones make room for it.
+        """Keep a conversation, whole or not at all. The user's least recently used ones make room for it.
 
         Raises:
-            BodyError: there is no room even without them (507).
-            HostError: the disk is full.
+            BodyError: There is no room even without them (507).
+            HostError: The disk is full.
         """
         path, text = self._file(user, name), _as_text(data)
         leaving = self._leaving(user, name, _on_disk(len(text)))
@@ -124,16 +124,16 @@ class SessionStore:
         with self._lock:
             self._note(user, Summary(name, _on_disk(len(text)), time.time()))
         for other in leaving:
-            # What was asked for is done; an old one that stays is tried again with the next.
+            # The write is done; an old one that stays is tried again at the next.
             with suppress(NoSuchSessionError, HostError):
                 self.delete(user, other)
 
     def delete(self, user: User, name: str) -> None:
-        """Remove a conversation. It stays in the list until it is gone.
+        """Remove a conversation. It stays in the list until it is deleted.
 
         Raises:
-            NoSuchSessionError: there is none.
-            HostError: the folder does not let it go.
+            NoSuchSessionError: There is none.
+            HostError: The file cannot be deleted.
         """
         path = self._file(user, name)
         try:
@@ -145,19 +145,19 @@ class SessionStore:
         except OSError as error:
             raise HostError(
                 f"The session {name!r} cannot be deleted: {error.strerror or error}.",
-                hint="Let the daemon's user write into its sessions folder.",
+                hint="Make the sessions folder writable for the daemon's user.",
             ) from error
         with self._lock:
             self._forget(user, name)
         with suppress(OSError):
-            # The last one was in it: names cost nothing once they are not used.
+            # That was the last one in it: unused names cost nothing.
             path.parent.rmdir()
 
     def _of(self, user: User) -> OrderedDict[str, Summary]:
         return self._kept.get(user.folder, OrderedDict())
 
     def _note(self, user: User, item: Summary) -> None:
-        """Put it behind all others, in place of one with its name."""
+        """Put it behind all others, replacing one with its name."""
         self._forget(user, item.name)
         self._kept.setdefault(user.folder, OrderedDict())[item.name] = item
         self._count(user, item.size, 1)
@@ -178,11 +178,11 @@ class SessionStore:
                 del self._bytes[path], self._number[path]
 
     def _leaving(self, user: User, name: str, size: int) -> Sequence[str]:
-        """Which of the user's own must go so that all limits hold with a file of `size`. Raises BodyError."""
+        """Which of the user's conversations must go so that all limits hold with a file of `size`. Raises BodyError."""
         own = [item for item in self._of(user).values() if item.name != name]
         old = self._of(user).get(name)
         more, one = (size - old.size, 0) if old else (size, 1)
-        # A limit that was lowered meanwhile is not a reason to refuse what takes less than before.
+        # A limit lowered meanwhile is no reason to refuse a conversation that shrinks.
         too_large = more + self._excess(user, self._bytes, self._max_bytes) if more > 0 else 0
         too_many = one + self._excess(user, self._number, self._max_number)
         leaving = []
@@ -192,13 +192,13 @@ class SessionStore:
             too_large, too_many = too_large - item.size, too_many - 1
         if too_large > 0 or too_many > 0:
             raise BodyError(
-                f"There is no room for the session {name!r}, which takes {size:,} bytes.",
-                hint="Clear it or begin a new one; sessions.max_mb in the daemon's settings is the limit, of which a "
+                f"There is no room for the session {name!r}, which needs {size:,} bytes.",
+                hint="Clear it or start a new one; sessions.max_mb in the daemon's settings is the limit, of which a "
                 "user has a share.",
                 details={"status": 507, "code": "insufficient_storage"},
             )
         return leaving
 
     def _excess(self, user: User, used: Counter[tuple[str, ...]], whole: int) -> int:
-        """By how much the limit that is nearest is passed; below 0 while there is room."""
+        """By how much the tightest limit is exceeded; below 0 while there is room."""
         return max(used[path] - most for path, most in [((), whole), *shares(user.path, whole)])

@@ -1,4 +1,4 @@
-"""What the daemon may be told: configs/daemon.yaml explains each of these, and is checked against them by a test."""
+"""The daemon's settings. configs/daemon.yaml lists each of them with its default, which a test checks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rkruntime.yamltext import read_mapping
 
 SYSTEM_SOCKET: Final = Path("/run/rkedge/rkedge.sock")
 SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
-# What a reload does with a setting: take it, load the model anew with it, leave it to the next load or to a restart.
+# When a reload applies a setting: at once, by reloading the model, with the next load, or only after a restart.
 Taken = Literal["now", "load", "next load", "restart"]
 _MIN_KEY: Final = 16
-_KEY_HINT: Final = "Make one: openssl rand -hex 24"
+_KEY_HINT: Final = "Generate one: openssl rand -hex 24"
 _NAME_HINT: Final = (
-    "Names have letters, digits, dot, dash and underscore. network, local, uid-... and key-... are the daemon's own."
+    "Names may have letters, digits, dot, dash and underscore. network, local, uid-... and key-... are reserved."
 )
 
-# Ranges beyond which nobody means it; a time limit of 0 would end everything at once.
+# Generous ranges; a time limit of 0 would end everything at once.
 _Seconds = Annotated[float, Between(0, 1_000_000_000)]
 _Time = Annotated[float, Between(0.001, 1_000_000_000)]
 _Megabytes = Annotated[float, Between(0, 1 << 30)]
@@ -36,7 +36,7 @@ _Tokens = Annotated[int, Between(0, 1 << 20)]
 
 @dataclass(frozen=True)
 class Listen:
-    """Where clients come in.
+    """Where clients connect.
 
     Attributes:
         socket: path of the Unix socket; null is the service's place or the user's own, see `default_socket`.
@@ -108,7 +108,7 @@ class Sessions:
 
     @property
     def place(self) -> Path:
-        """The folder, whoever named it."""
+        """The folder, configured or default."""
         return self.folder or state_folder("state") / "sessions"
 
 
@@ -130,7 +130,7 @@ class PromptCache:
 
     @property
     def place(self) -> Path:
-        """The folder, whoever named it."""
+        """The folder, configured or default."""
         return self.folder or state_folder("cache") / "prompts"
 
 
@@ -173,8 +173,8 @@ class Settings:
     prompt_cache: PromptCache = field(default_factory=PromptCache)
 
 
-# Which settings a reload takes at once, which of them mean another model, and which the next load takes. All others are
-# taken when the daemon is started, and a reload names those that were changed.
+# Which settings a reload applies at once, which ones mean another model, and which ones the next load takes. All others
+# are applied when the daemon starts, and a reload names those that were changed.
 _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
     "now": frozenset(
         {
@@ -210,7 +210,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
 
 
 def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting by its name, such as `limits.queue`."""
+    """Each setting with its name, such as `limits.queue`."""
     for item in fields(settings):
         value = getattr(settings, item.name)
         if is_dataclass(value):
@@ -220,13 +220,13 @@ def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def changed(before: Settings, after: Settings, taken: Taken) -> list[str]:
-    """Names of the settings that differ, of those that are taken so."""
+    """Names of the settings that differ, among those applied in this way."""
     old = dict(flat(before))
     return [name for name, value in flat(after) if value != old[name] and how_taken(name) == taken]
 
 
 def how_taken(name: str) -> Taken:
-    """What a reload does with a setting."""
+    """When a reload applies a setting."""
     return next((taken for taken, names in _TAKEN.items() if name in names), "restart")
 
 
@@ -240,9 +240,9 @@ def load_settings(path: Path) -> Settings:
 
 
 def default_socket() -> Path:
-    """Where daemon and clients meet if nobody says otherwise.
+    """The socket where daemon and clients meet by default.
 
-    $RKEDGE_SOCKET; else the service's socket where its folder is; else the user's own, in $XDG_RUNTIME_DIR.
+    $RKEDGE_SOCKET; else the service's socket if its folder exists; else the user's own, in $XDG_RUNTIME_DIR.
     """
     named = os.environ.get(SOCKET_VARIABLE)
     if named:
@@ -260,7 +260,7 @@ def state_folder(kind: Literal["state", "cache"]) -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """`host` cannot be reached from another machine."""
+    """Whether `host` cannot be reached from another machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -268,10 +268,10 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """The user of each API key in a file: `NAME KEY` on a line, or a key alone; lines with # in front are comments.
+    """The user of each API key in a file: `NAME KEY` on a line, or a key alone; lines that start with # are comments.
 
     Raises:
-        UsageError: it cannot be read, others can read it too, a key is too short to keep anybody out, is not ASCII or
+        UsageError: The file cannot be read, others can read it too, a key is too short to be safe, is not ASCII or
             has two users, or a name cannot be a user's.
     """
     try:
@@ -288,7 +288,7 @@ def read_keys(path: Path) -> dict[str, str]:
             continue
         *names, key = words
         if len(names) > 1 or not all(map(is_free, names)):
-            raise UsageError(f"{path}, line {number}: write NAME KEY, or a key alone.", hint=_NAME_HINT)
+            raise UsageError(f"{path}, line {number}: expected NAME KEY, or a key alone.", hint=_NAME_HINT)
         if not key.isascii():
             raise UsageError(f"{path}, line {number}: the key is not ASCII, so no header can carry it.", hint=_KEY_HINT)
         user = names[0] if names else key_user(key)
@@ -301,9 +301,9 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def check_listen(listen: Listen) -> dict[str, str]:
-    """The users of the API keys to ask for, none if there is no file. Raises UsageError for nonsense."""
+    """The user of each accepted API key; empty without a file. Raises UsageError for invalid settings."""
     if listen.port is not None and not 0 <= listen.port <= 65535:
-        raise UsageError(f"listen.port is {listen.port}; ports go from 0 (any free one) to 65535.")
+        raise UsageError(f"listen.port is {listen.port}; ports range from 0 (any free one) to 65535.")
     try:
         mode = int(listen.socket_mode, 8)
     except ValueError:
@@ -318,8 +318,8 @@ def check_listen(listen: Listen) -> dict[str, str]:
 
 
 def without_keys(address: str) -> UsageError:
-    """Others can reach the daemon, and it would let everybody in."""
+    """The error for a daemon that others can reach and that would let everyone in."""
     return UsageError(
-        f"{address} can be reached from other machines, and there are no API keys.",
-        hint="Set listen.api_keys (--api-keys FILE), or better keep to the Unix socket and use SSH.",
+        f"{address} can be reached from other machines, but there are no API keys.",
+        hint="Set listen.api_keys (--api-keys FILE), or, better, stay with the Unix socket and use SSH.",
     )

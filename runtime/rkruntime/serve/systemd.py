@@ -19,7 +19,7 @@ _LEVELS: Final = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2
 
 
 def notify(*fields: str) -> None:
-    """Tell systemd, for instance `READY=1`; nothing where it does not listen."""
+    """Notify systemd, for instance `READY=1`; does nothing without it."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -31,18 +31,18 @@ def notify(*fields: str) -> None:
 
 
 def reloading() -> None:
-    """Tell systemd that a reload has begun; READY=1 ends it."""
+    """Notify systemd that a reload has begun; READY=1 ends it."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def watchdog_s() -> float | None:
-    """Seconds between signs of life, half of what systemd waits; None if it does not."""
+    """Seconds between watchdog pings, half of systemd's timeout; None without a watchdog."""
     usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
     return int(usec) / 2e6 if usec.isdigit() and pid == str(os.getpid()) else None
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The sockets of a socket unit. Raises UsageError if it has something else."""
+    """The sockets of a socket unit. Raises UsageError if it passed something else."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
         return []
@@ -57,13 +57,13 @@ def _socket(fd: int) -> socket.socket:
         return socket.socket(fileno=fd)
     except OSError as error:
         raise UsageError(
-            f"What systemd gave as file {fd} is not a socket: {error.strerror}.",
+            f"File descriptor {fd} from systemd is not a socket: {error.strerror}.",
             hint="The socket unit needs ListenStream=: see board/systemd/rkedge.socket.",
         ) from error
 
 
 class _Printable(logging.Formatter):
-    """One record is one line, whatever it tells of; behind it, indented, those of a traceback."""
+    """One record is one line, whatever it contains; traceback lines follow it, indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return one_line(super().formatMessage(record))
@@ -76,7 +76,7 @@ class _Printable(logging.Formatter):
 
 
 class _Journal(_Printable):
-    """A line with its level for journald, which has a clock of its own."""
+    """A line with its level for journald, which adds the time itself."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = _LEVELS.get(record.levelname, 6)
@@ -91,6 +91,6 @@ def log_to_stderr(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    # It warns of each request that is not HTTP, which anybody can send without end.
+    # It warns about every request that is not HTTP, and anyone can send those endlessly.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("rkedge").setLevel(level.upper())

@@ -1,4 +1,4 @@
-"""Blocking calls beside the event loop: of the engine, on large data, and on the disk."""
+"""Blocking calls outside the event loop: to the engine, on large data, and to the disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 T = TypeVar("T")
-# Bytes of which the work would be noticed by others if it were done in the event loop.
+# Data of this many bytes would delay others noticeably if processed in the event loop.
 LARGE: Final = 1 << 16
-# Not asyncio's own: calls of the engine shall not wait for a thread until everybody's data are read.
+# Not asyncio's own pool: calls to the engine must not wait until everyone's data is read.
 _READERS: Final = ThreadPoolExecutor(2, "rkedge-data")
-# One thread: so a file has one writer, and changes come one after the other.
+# One thread, so that a file has one writer, and changes happen one after the other.
 _WRITER: Final = ThreadPoolExecutor(1, "rkedge-disk")
 
 
@@ -22,11 +22,11 @@ async def in_thread(
     stop: Callable[[], None] | None = None,
     pool: ThreadPoolExecutor | None = None,
 ) -> T:
-    """The result of `work`, called in a thread. A cancel waits for the thread: an engine takes one call at a time.
+    """The result of `work`, called in a thread. A cancel waits for it: an engine takes one call at a time.
 
     Args:
-        stop: asks `work` to come to its end.
-        pool: whose threads; None for asyncio's own.
+        stop: Asks `work` to finish early.
+        pool: Threads to use; None for asyncio's own.
     """
     future = asyncio.get_running_loop().run_in_executor(pool, work, *args)
     cancelled: asyncio.CancelledError | None = None
@@ -38,7 +38,7 @@ async def in_thread(
             if stop is not None:
                 stop()
     if cancelled is not None:
-        # Asked for, so that asyncio does not report an exception that nobody took.
+        # Retrieved so that asyncio does not report the exception as unhandled.
         future.exception()
         raise cancelled
     return future.result()
@@ -50,12 +50,12 @@ async def on_disk(work: Callable[..., T], *args: object) -> T:
 
 
 async def with_data(size: int, work: Callable[..., T], *args: object) -> T:
-    """The result of `work` on `size` bytes: in a thread where they are many, else at once."""
+    """The result of `work` on `size` bytes: in a thread if they are many, else directly."""
     if size < LARGE:
         return work(*args)
     return await read_in_thread(work, *args)
 
 
 async def read_in_thread(work: Callable[..., T], *args: object) -> T:
-    """The result of `work`, which reads files or works on large data, and which nobody waits for after a cancel."""
+    """The result of `work`, which reads files or works on large data, and which is abandoned after a cancel."""
     return await asyncio.get_running_loop().run_in_executor(_READERS, work, *args)

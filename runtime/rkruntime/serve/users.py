@@ -1,4 +1,4 @@
-"""Whose a request is, and how much of what all share one user may take."""
+"""Who sent a request, and how much of the shared resources one user may take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 from rkruntime.errors import BodyError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Names that the daemon gives itself: nobody else may give them.
+# Names that the daemon assigns itself: they cannot be chosen.
 NETWORK: Final = "network"
 _OWN: Final = re.compile(r"network|local|(uid|key)-.*")
 _SHARE: Final = 4
@@ -30,18 +30,18 @@ def check_name(name: str, what: str) -> str:
 
 
 def is_free(name: str) -> bool:
-    """`name` can be a user's, and is none that the daemon gives itself."""
+    """Whether `name` can be a user's, and is not one that the daemon assigns itself."""
     return bool(_NAME.fullmatch(name)) and not _OWN.fullmatch(name)
 
 
 @dataclass(frozen=True)
 class User:
-    """Somebody with conversations of their own.
+    """Someone with their own conversations.
 
     Attributes:
-        account: what the daemon knows for sure: a login name, the name of a key, `network`.
-        name: one of several people behind that account, such as those whose keys have forced commands; empty for the
-            account itself. The account's word is enough for it, as it divides nothing but the account.
+        account: What the daemon knows for sure: a login name, the name of a key, `network`.
+        name: One of several people behind that account, such as those whose keys have forced commands; empty for the
+            account itself. The account's word suffices for it, because it only divides the account.
     """
 
     account: str
@@ -49,19 +49,19 @@ class User:
 
     @property
     def folder(self) -> str:
-        """Names the user in files. No account and no name has a plus sign, so no two users have the same."""
+        """The user's name in files. Accounts and names contain no plus sign, so it is unique."""
         return f"{self.account}+{self.name}" if self.name else self.account
 
     @property
     def path(self) -> tuple[str, str]:
-        """From the outside in: where shares are counted, and between whom turns are taken."""
+        """Account, then name: the levels at which shares are counted and turns are taken."""
         return self.account, self.name
 
 
 def shares(path: tuple[str, ...], whole: int) -> Iterator[tuple[tuple[str, ...], int]]:
-    """What the account, and each name within it, may have of `whole`: a quarter of what is around it, at least 1.
+    """The shares of `whole` for the account and for a name within it: a quarter of the level above, at least 1.
 
-    So one user alone fills nothing that others need.
+    So no single user can exhaust what others need.
     """
     yield path[:1], max(1, whole // _SHARE)
     if path[1]:
@@ -69,7 +69,7 @@ def shares(path: tuple[str, ...], whole: int) -> Iterator[tuple[tuple[str, ...],
 
 
 def login_name(uid: int) -> str:
-    """The login name of a user id, or `uid-N` where there is none that can name a file. May take its time (LDAP)."""
+    """The login name of a user id, or `uid-N` if there is none usable as a file name. May be slow (LDAP)."""
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -78,26 +78,26 @@ def login_name(uid: int) -> str:
 
 
 def may_name(uid: int) -> bool:
-    """Root and the daemon's own user could read everybody's conversations in their files anyway."""
+    """Whether it may name any user: root and the daemon's own user can read everyone's files anyway."""
     return uid in (0, os.geteuid())
 
 
 def named(account: str, name: str | None, *, trusted: bool) -> User:
-    """The user that a client of `account` speaks for.
+    """The user that a client of `account` acts for.
 
     Args:
-        trusted: may speak for anybody; else a name divides the account.
+        trusted: Whether it may act for anyone; else a name divides the account.
 
     Raises:
-        BodyError: the name is not one, or is the daemon's own.
+        BodyError: The name is invalid, or reserved for the daemon.
     """
     if name is None or name == account:
         return User(account)
     if not is_free(check_name(name, "user")):
-        raise BodyError(f"{name!r} is a name that the daemon gives itself.", details={"status": 403, "param": "user"})
+        raise BodyError(f"{name!r} is a name that the daemon assigns itself.", details={"status": 403, "param": "user"})
     return User(name) if trusted else User(account, name)
 
 
 def key_user(key: str) -> str:
-    """The user of a key that stands without a name in its file."""
+    """The user of a key that has no name in its file."""
     return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

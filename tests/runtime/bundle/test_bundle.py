@@ -158,7 +158,7 @@ def test_a_hash_is_one(tmp_path: Path, sha256: str) -> None:
     data = yaml.safe_load(path.read_text())
     data["files"]["model.rkemu"]["sha256"] = sha256
     path.write_text(yaml.safe_dump(data))
-    with pytest.raises(BundleError, match="which is none"):
+    with pytest.raises(BundleError, match="is not a SHA-256"):
         open_bundle(tmp_path / "b")
 
 
@@ -188,7 +188,7 @@ def test_a_link_out_of_the_bundle_is_not_followed(tmp_path: Path) -> None:
         ({"schema": "rkedge-bundle/9"}, "schema"),
         ({"npu_cores": "three"}, "npu_cores"),
         ({"max_context": True}, "max_context"),
-        ({"model_file": "other"}, "not one of its files"),
+        ({"model_file": "other"}, "not among its files"),
         ({"surprise": 1}, "unknown key surprise"),
         ({"files": {"../../etc/passwd": {"size": 1, "sha256": ""}}}, "outside"),
         ({"files": {"/etc/passwd": {"size": 1, "sha256": ""}}}, "outside"),

@@ -48,7 +48,7 @@ def test_the_magic_is_the_one_that_a_board_accepts() -> None:
         (b"\0\1\2\3" + bytes(64), "begins with 00 01 02 03"),
         (MAGIC + bytes(5), "ends inside its header"),
         (rkllm(tensors=1 << 40), "cannot hold"),
-        (rkllm(keys=300), "cut or damaged"),
+        (rkllm(keys=300), "truncated or damaged"),
     ],
 )
 def test_anything_else_is_named(tmp_path: Path, content: bytes, words: str) -> None:

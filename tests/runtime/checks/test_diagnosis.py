@@ -446,7 +446,7 @@ def test_signature_language() -> None:
         assert list(Signature(source).matches(log)), source
     for source in ("size: {n}and", "broken$ next", "killed$ more", "size*killed", "ize: {n}"):
         assert not list(Signature(source).matches(log)), source
-    with pytest.raises(ValueError, match="no fixed text"):
+    with pytest.raises(ValueError, match="needs a fixed text"):
         Signature("{n} * {w}")
 
 

@@ -92,7 +92,7 @@ RK3588 = [530] * 4 + [1024] * 4
             "0.9.7",
             "/proc/rknpu/version",
         ),
-        ({}, None, "no file says it"),
+        ({}, None, "no file states it"),
     ],
 )
 def test_driver_version(board: Board, files: dict[str, str], version: str | None, source: str) -> None:
@@ -111,7 +111,7 @@ def test_an_unreadable_driver_version_is_unknown_not_old(board: Board, monkeypat
     monkeypatch.setattr(Path, "read_text", refuse)
     read = machine.driver(root)
     assert read.version is None
-    assert "/sys/kernel/debug/rknpu/version may be read by root only" in read.source
+    assert "/sys/kernel/debug/rknpu/version can be read only by root" in read.source
     codes = _codes(preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8)))
     assert codes == ["driver-unknown"]
 

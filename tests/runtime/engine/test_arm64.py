@@ -150,7 +150,7 @@ def test_crashes_and_hangs(double_there: Callable[..., LoadOptions]) -> None:
 
 
 def test_a_wrong_machine(misbehaving: Callable[..., LoadOptions], double: Callable[..., Path]) -> None:
-    with pytest.raises(LibraryError, match=f"is for aarch64, and this machine is {platform.machine()}"):
+    with pytest.raises(LibraryError, match=f"is for aarch64, but this machine is {platform.machine()}"):
         Engine.load(misbehaving("", library=double("1.2.3", "aarch64")))
 
 

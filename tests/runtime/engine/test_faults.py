@@ -240,7 +240,7 @@ def test_a_run_of_which_nothing_is_heard(misbehaving: Misbehaving, release: str,
 def test_tokens_behind_the_end(misbehaving: Misbehaving, release: str) -> None:
     with Engine.load(misbehaving("early-finish", release)) as engine:
         for _ in range(2):
-            with pytest.raises(RunError, match="end, and then more tokens"):
+            with pytest.raises(RunError, match="end of the run, then more tokens"):
                 list(engine.generate(REQUEST))
             # What comes behind an end of our own making is dropped.
             *tokens, finished = engine.generate(Request([1], stop_tokens=frozenset({102})))

@@ -163,7 +163,7 @@ def test_other_machines(make_library: MakeLibrary, tmp_path: Path) -> None:
     path.write_bytes(data)
     identity = identify(path)
     assert identity.machine == {62: "x86_64", 183: "aarch64"}[other]
-    with pytest.raises(LibraryError, match=f"is for {identity.machine}, and this machine is {os.uname().machine}"):
+    with pytest.raises(LibraryError, match=f"is for {identity.machine}, but this machine is {os.uname().machine}"):
         check_machine(path, identity.machine)
     data[4] = 1  # 32-bit
     path.write_bytes(data)

@@ -375,7 +375,7 @@ def test_another_bundle_without_a_restart(start_daemon: Callable[..., Any], bund
     link.unlink()
     link.symlink_to(broken)
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_until(lambda: "the model of the settings was not taken" in daemon.log)
+    daemon.wait_until(lambda: "the model was not changed" in daemon.log)
     assert daemon.process.poll() is None
     (daemon.state / "daemon.yaml").write_text("nonsense: 1")
     daemon.process.send_signal(signal.SIGHUP)
@@ -412,7 +412,7 @@ def test_keys_can_be_changed_without_a_restart(start_daemon: Callable[..., Any],
     # What cannot be taken leaves what there is.
     keys.write_text("ann short\n")
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_until(lambda: "the settings were not taken" in daemon.log)
+    daemon.wait_until(lambda: "the settings were not applied" in daemon.log)
     assert statuses() == [401, 200]
 
 

@@ -174,7 +174,7 @@ def test_a_revoked_key_is_refused_whatever_the_npu_does(
     else:
         (daemon.state / "daemon.yaml").write_text(settings + "library: /no/such/library.so\n")
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_until(lambda: "the model of the settings was not taken" in daemon.log)
+    daemon.wait_until(lambda: "the model was not changed" in daemon.log)
     assert statuses(daemon) == [401, 200]
     if trouble == "busy":
         asking.join()

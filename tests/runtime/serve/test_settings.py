@@ -147,9 +147,9 @@ def test_keys_are_kept_from_others(keys: Path) -> None:
         (f"{KEY}\nann short\n", "line 2: the key has fewer than 16"),
         (f"ann {KEY}\nbob {KEY}\n", "line 2: the key has two users"),
         (f"{KEY}\nbob {KEY}\n", "line 2: the key has two users"),
-        (f"ann bob {KEY}\n", "write NAME KEY"),
+        (f"ann bob {KEY}\n", "expected NAME KEY"),
         *(
-            (f"{name} {KEY}\n", "write NAME KEY")
+            (f"{name} {KEY}\n", "expected NAME KEY")
             for name in ("../bob", "network", "local", "uid-0", "key-1", "é", "a+b")
         ),
     ],

@@ -125,7 +125,7 @@ def test_sockets_that_cannot_serve_are_refused(tmp_path: Path, kind: str) -> Non
         if kind == "packets":
             one.bind(str(tmp_path / "socket"))
             one.listen()
-        with pytest.raises(UsageError, match="does not listen for streams"):
+        with pytest.raises(UsageError, match="is not a listening stream socket"):
             door_of(ours if kind == "a connection" else one, {})
 
 

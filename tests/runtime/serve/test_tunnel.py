@@ -140,7 +140,7 @@ def test_another_page_gets_nothing_and_does_nothing(
         assert {text for name, text in found.items() if name != "beacon"} <= {"error", ""}, found
         browser.execute_script(FORM, target)
         wait(browser, lambda: browser.current_url.endswith("/v1/chat/completions"))
-        assert "refused" in browser.page_source or "does not go by the name" in browser.page_source
+        assert "refused" in browser.page_source or "does not answer to the name" in browser.page_source
         browser.get(f"http://{host}:{elsewhere}/")
     assert daemon.request("GET", "/sessions/diary")[2] == {
         "schema": "rkedge-conversation/1",
@@ -161,10 +161,10 @@ def test_a_name_that_is_made_to_lead_here_gets_nothing(
     assert daemon.request("PUT", "/sessions/diary", {"system": "secret"})[0] == 200
     before = daemon.metric("rkedge_generated_tokens_total")
     browser.get(f"http://{EVIL}:{port}/")
-    assert "does not go by the name" in browser.page_source
+    assert "does not answer to the name" in browser.page_source
     found = browser.execute_async_script(ATTACK, f"http://{EVIL}:{port}")
     read = {name: text for name, text in found.items() if name not in ("beacon", "script")}
-    assert all(text == "" or "does not go by the name" in text for text in read.values()), read
+    assert all(text == "" or "does not answer to the name" in text for text in read.values()), read
     assert found["script"] == "error"
     assert daemon.request("GET", "/sessions/diary")[2]["system"] == "secret"
     assert daemon.metric("rkedge_generated_tokens_total") == before

@@ -1,1 +1,1 @@
-"""The process in which librkllmrt.so lives: it may crash, hang or print, and the parent lives on."""
+"""The process in which librkllmrt.so lives: it may crash, hang or print without harm to the parent."""

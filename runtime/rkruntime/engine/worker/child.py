@@ -1,7 +1,7 @@
-"""The worker's side: carries out commands on one model, and reports its tokens.
+"""The worker's side: execute commands on one model, and report its tokens.
 
-The main thread loads and runs; a second one reads commands, so that an abort arrives while the library computes. When
-the parent is gone, the process ends itself.
+The main thread loads and runs; another reads commands, so that an abort arrives while the library computes. When
+the parent is gone, the process exits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Worker:
         self._number = 0
 
     def serve(self) -> NoReturn:
-        """Carry out commands until the parent says `close` or is gone."""
+        """Execute commands until the parent sends `close` or is gone."""
         threading.Thread(target=self._read, daemon=True).start()
         while True:
             header, data = self._todo.get()
@@ -70,7 +70,7 @@ class Worker:
             self._answer(call, header, data)
 
     def _answer(self, call: str, header: dict[str, Any], data: list[memoryview]) -> None:
-        """Carry out one command and send what came of it: of a run, one record per batch."""
+        """Execute one command and send the outcome; for a run, one record per batch."""
         kind = protocol.FINISHED if call == "run" else protocol.REPLY
         results: list[Any]
         try:
@@ -85,11 +85,11 @@ class Worker:
             self.send(kind, header["run"], 0, json.dumps(result).encode(), batch)
 
     def send(self, kind: int, run: int, value: int, data: bytes | memoryview, batch: int = 0) -> None:
-        """Write a record of any size, whole."""
+        """Write a whole record of any size."""
         with self._lock:
             size = memoryview(data).nbytes
             head = protocol.RECORD.pack(kind, batch, run & 0xFFFF, value, size)
-            # In one piece where it can be: a token's record, which takes no lock, must not come in between.
+            # In one piece if possible: a token's record, which takes no lock, must not come in between.
             parts = [head + bytes(data)] if len(head) + size <= select.PIPE_BUF else [head, data]
             try:
                 protocol.write_all(self._records, *parts)
@@ -103,7 +103,7 @@ class Worker:
             raise RunError("No model is loaded.")
         return self._model
 
-    # Commands. Each returns what goes into the reply, in JSON types.
+    # Commands. Each returns the contents of the reply, as JSON types.
 
     def _do_load(self, header: dict[str, Any], _data: list[memoryview]) -> int:
         _raise_open_files()
@@ -151,7 +151,7 @@ class Worker:
         if self._model is not None:
             self._model.close()
 
-    # Callbacks of 1.3.0 for models without tokenizer or embeddings: the parent has them.
+    # Callbacks of 1.3.0 for models without tokenizer or embeddings, which the parent has.
 
     def _ask(self, kind: int, data: bytes) -> bytes:
         self.send(kind, self._number, 0, data)
@@ -171,13 +171,13 @@ _LIBC: Final = ctypes.CDLL(None)
 
 
 def _raise_open_files() -> None:
-    """Each NPU buffer keeps a descriptor open; the usual limit of 1024 is too low (rknn-llm issues 17, 26, 47, 62)."""
+    """Raise the limit of open files: each NPU buffer needs one, 1024 are too few (rknn-llm issues 17, 26, 47, 62)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _write_lines_at_once() -> None:
-    """C's stdout is a pipe here and would be kept back; a crash would take the last lines with it."""
+    """Make C's stdout unbuffered: it is a pipe here, and a crash would lose the buffered lines."""
     _LIBC.setvbuf(ctypes.c_void_p.in_dll(_LIBC, "stdout"), None, 1, 0)
 
 

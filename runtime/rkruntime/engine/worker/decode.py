@@ -1,4 +1,4 @@
-"""What the worker sent, as the parent's own words: errors, arrays, and how a run ended."""
+"""Decode what the worker sent: errors, arrays, and how a run ended."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rkruntime.errors import (
     UsageError,
 )
 
-# All that binding and runner raise.
+# Everything that binding and runner raise.
 _ERRORS: Final = {kind.__name__: kind for kind in (LibraryError, LoadError, RunError, UnsupportedCallError, UsageError)}
 
 
 def json_of(record: Record) -> Any:
-    """The JSON of a record. Raises WorkerProtocolError if it is none."""
+    """The JSON of a record. Raises WorkerProtocolError if it is not JSON."""
     try:
         return json.loads(record.data)
     except (ValueError, RecursionError):
@@ -34,34 +34,34 @@ def json_of(record: Record) -> Any:
 
 
 def whole(value: Any) -> int:
-    """`value` as a count. Raises WorkerProtocolError if it is none."""
+    """`value` as a count. Raises WorkerProtocolError if it is not one."""
     if type(value) is int and 0 <= value < 1 << 31:
         return value
-    raise lie(f"{str(value)[:80]!r} in place of a count")
+    raise lie(f"{str(value)[:80]!r} instead of a count")
 
 
 def error_of(record: Record) -> RKEdgeError:
-    """The error of an ERROR record, as the class of its name."""
+    """The error in an ERROR record, as an instance of the class it names."""
     plain = json_of(record)
     try:
         kind, message, hint = _ERRORS[plain["error"]], plain["message"], plain["hint"]
     except (KeyError, TypeError):
-        raise lie("an error that does not exist") from None
+        raise lie("an unknown error") from None
     if not isinstance(message, str) or not isinstance(hint, str):
-        raise lie("an error without words")
+        raise lie("an error without a message")
     return kind(message, hint=hint)
 
 
 def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
-    """Add the last lines of the library's log to an error, and what they say went wrong."""
+    """Add the last lines of the library's log to an error, and their diagnosis."""
     error.details.setdefault("log", list(lines))
     if isinstance(error, ModelError):
         from rkruntime.checks.diagnosis import diagnose
 
-        # What a shell would have printed under the log; a rule may need it.
+        # What a shell would have printed below the log; a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
         if error.message.startswith("rkllm_load_lora "):
-            # The log calls an adapter that cannot be read a model, and it is read after the model.
+            # For an adapter that cannot be read, the log says "model"; adapters are read after the model.
             ending.append("rkllm_load_lora failed")
         found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
         error.details.setdefault("diagnosis", found.as_dict())
@@ -71,7 +71,7 @@ def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
 
 
 def array_of(record: Record) -> Logits | HiddenStates:
-    """The array of a LOGITS or HIDDEN record, float32 [rows, columns]."""
+    """The array in a LOGITS or HIDDEN record, float32 [rows, columns]."""
     import numpy as np
 
     values = np.frombuffer(record.data, np.float32).reshape(-1, record.value)
@@ -79,17 +79,17 @@ def array_of(record: Record) -> Logits | HiddenStates:
 
 
 def finished_of(record: Record) -> Finished:
-    """The end of a run from a FINISHED record. Raises WorkerProtocolError."""
+    """The end of a run, from a FINISHED record. Raises WorkerProtocolError."""
     plain = json_of(record)
     try:
         reason, perf = FinishReason(plain["reason"]), plain["perf"]
         return Finished(reason, whole(plain["prompt_tokens"]), whole(plain["generated"]), _perf(perf))
     except (KeyError, TypeError, ValueError):
-        raise lie("an end of a run without its reason or its figures") from None
+        raise lie("the end of a run without a reason or figures") from None
 
 
 def _perf(plain: Any) -> Perf | None:
-    """The runtime's figures, if they are figures: a library may leave the structure as it found it."""
+    """The runtime's figures, if they are plausible: a library may leave the structure untouched."""
     if plain is None:
         return None
     values = [plain[field.name] for field in fields(Perf)]

@@ -1,4 +1,4 @@
-"""A request as a command for the worker: names and numbers in the header, arrays beside it."""
+"""Encode a request as a command for the worker: names and numbers in the header, arrays next to it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rkruntime.errors import UnsupportedCallError, UsageError
 
 Data = list[bytes | memoryview]
 
-# The first release whose run takes sampling and a limit of its own.
+# The first release whose runs take their own sampling and limit.
 PER_RUN_SAMPLING = "1.3.0"
 
 
 def run_command(
     requests: Sequence[Request], mode: str, version: str, options: LoadOptions
 ) -> tuple[dict[str, Any], Data]:
-    """Header and data of a run; the first request has the settings of the run.
+    """Header and data of a run; the first request holds the run's settings.
 
     Raises:
-        UsageError: a request that makes no sense.
-        UnsupportedCallError: the release cannot do it.
+        UsageError: A request makes no sense.
+        UnsupportedCallError: The release cannot do it.
     """
     first, data = requests[0], Data()
     for other in requests[1:]:
@@ -63,7 +63,7 @@ def _sampling(sampling: Sampling | None, version: str, options: LoadOptions) -> 
         return None
     if not within(version, PER_RUN_SAMPLING, ""):
         raise UnsupportedCallError(
-            f"Sampling can be chosen per run from release {PER_RUN_SAMPLING} on; this library is {version}.",
+            f"Sampling per run requires release {PER_RUN_SAMPLING} or later; this library is {version}.",
             hint=f"Load the model with these settings, or use librkllmrt.so {PER_RUN_SAMPLING}.",
         )
     return asdict(sampling)
@@ -76,7 +76,7 @@ def _prompt(request: Request, version: str, data: Data) -> dict[str, Any]:
         tokens = {"input_ids": _add(data, ids.tobytes(), "int32"), "n_tokens": len(ids)}
         return _described("tokens", {"token_input": tokens}, len(ids))
     if request.tokens:
-        raise UsageError("A request has token ids or another prompt, not both.")
+        raise UsageError("A request takes token ids or another prompt, not both.")
     if isinstance(prompt, TextPrompt):
         thinking = {"enable_thinking": True} if prompt.enable_thinking else {}
         return _described("text", {"prompt_input": prompt.text, **thinking}, None, prompt.role)
@@ -97,9 +97,9 @@ def _ids(tokens: Sequence[int]) -> array[int]:
     try:
         ids = array("i", tokens)
     except (OverflowError, TypeError) as error:
-        raise UsageError(f"A prompt is a list of token ids: {error}.") from error
+        raise UsageError(f"A prompt must be a list of token ids: {error}.") from error
     if min(ids) < 0:
-        raise UsageError(f"A token id is 0 or more; this prompt has {min(ids)}.")
+        raise UsageError(f"Token ids must be 0 or more; this prompt contains {min(ids)}.")
     return ids
 
 
@@ -108,14 +108,14 @@ def _images(prompt: ImagePrompt, version: str, data: Data) -> dict[str, Any]:
     image: dict[str, Any] = {"image_embed": _add(data, values, "float32"), "n_image_tokens": shape[1]}
     fields = {name for name, _ in abi_of(version).structs["RKLLMMultiModalInput"]._fields_}
     if fields.isdisjoint({"image", "n_image"}) and shape[0] != 1:
-        raise UnsupportedCallError(f"Several images per prompt exist from release 1.2.1b1 on; this is {version}.")
+        raise UnsupportedCallError(f"Several images per prompt require release 1.2.1b1 or later; this is {version}.")
     if not fields.isdisjoint({"image", "n_image"}):
         image |= {"n_image": shape[0], "image_width": prompt.width, "image_height": prompt.height}
     if "image" not in fields:
         if prompt.markers:
             raise UnsupportedCallError(
-                f"Image markers can be given per run from release 1.3.0 on; this is {version}.",
-                hint="Give them when the model is loaded.",
+                f"Image markers per run require release 1.3.0 or later; this is {version}.",
+                hint="Pass them when loading the model.",
             )
         return {"prompt": prompt.text, **image}
     markers = zip(("image_start", "image_end", "image_content"), prompt.markers or (), strict=False)
@@ -132,5 +132,5 @@ def _float_rows(values: Any, dimensions: int) -> tuple[memoryview, tuple[int, ..
 
     rows = np.ascontiguousarray(values, dtype=np.float32)
     if rows.ndim != dimensions or 0 in rows.shape:
-        raise UsageError(f"Embeddings are an array of {dimensions} dimensions, not of the shape {rows.shape}.")
+        raise UsageError(f"Embeddings must have {dimensions} dimensions; these have the shape {rows.shape}.")
     return rows.data.cast("B"), rows.shape

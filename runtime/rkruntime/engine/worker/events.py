@@ -1,4 +1,4 @@
-"""Records for an event loop: a descriptor is watched, and nothing blocks."""
+"""Records for an event loop, which watches a descriptor and never blocks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class AsyncRecords:
     """The records of one run.
 
     Args:
-        answered: takes the library's questions (see protocol.TOKENIZE) and says whether a record was one.
-        gather: seconds after records were taken in which no other wakes the loop; they are there together then.
+        answered: Handles the library's questions (see protocol.TOKENIZE); returns whether a record was one.
+        gather: Seconds after a read during which further records do not wake the loop; they are then read together.
     """
 
     def __init__(self, worker: WorkerProcess, answered: Callable[[Record], bool], gather: float = 0.0) -> None:
@@ -34,7 +34,7 @@ class AsyncRecords:
             self._watch_log()
 
     def waiting(self) -> Record | None:
-        """The next record, if it is here."""
+        """The next record, if it has arrived."""
         record = self._worker.buffered()
         while record is not None and self._answered(record):
             record = self._worker.buffered()
@@ -47,7 +47,7 @@ class AsyncRecords:
                 raise self._failed
             if time.monotonic() > deadline:
                 raise self._worker.hung(timeout)
-            if self._received >= SMALL_READ:  # there is more, and others have their turn in between
+            if self._received >= SMALL_READ:  # there is more, but others get their turn first
                 await asyncio.sleep(0)
             elif self._received and self._gather:
                 await asyncio.sleep(self._gather)
@@ -57,7 +57,7 @@ class AsyncRecords:
         return record
 
     async def _readable(self, deadline: float) -> None:
-        """Until there may be something to read. The descriptor is watched here only: each event of it costs CPU."""
+        """Wait until there may be something to read. The descriptor is watched only here: each event costs CPU."""
         self._waiter = self._loop.create_future()
         self._loop.add_reader(self._worker.records_fd, self._wake)
         alarm = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._wake)
@@ -96,11 +96,11 @@ class AsyncRecords:
         more = self._worker.read_log()
         if more or not self._worker.log_open:
             self._loop.remove_reader(self._worker.log_fd)
-        if more:  # others have their turn in between
+        if more:  # others get their turn first
             self._log_timer = self._loop.call_later(LOG_PAUSE, self._watch_log)
 
     def close(self) -> None:
-        """Take the worker out of the loop."""
+        """Remove the worker from the loop."""
         self._timer.cancel()
         if self._log_timer is not None:
             self._log_timer.cancel()

@@ -1,4 +1,4 @@
-"""What may come back for one command. The library can write to the worker's pipes, so no record is believed."""
+"""What may come back for one command. The library can write to the worker's pipes, so no record is trusted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES: Final = {
     TOKENIZE: 1 << 24,
     EMBED: 1 << 24,
 }
-# No vocabulary and no layer is wider.
+# No vocabulary or layer is wider.
 _MOST_COLUMNS: Final = 1 << 20
 _MODES: Final = {"generate": {TOKEN}, "logits": {TOKEN, LOGITS}, "hidden": {HIDDEN}}
 
@@ -28,12 +28,12 @@ class Exchange:
     """One command and the records that belong to it.
 
     Args:
-        number: of the command; its records carry it mod 2^16.
-        mode: of a run; None for any other command, which has one reply.
-        questions: the kinds of questions that somebody is there to answer.
-        batches: prompts of the run.
-        most_tokens: per prompt; -1 for any number.
-        most_rows: of an array.
+        number: Number of the command; its records carry it mod 2^16.
+        mode: Mode of a run; None for any other command, which has one reply.
+        questions: Kinds of questions that the caller can answer.
+        batches: Prompts of the run.
+        most_tokens: Most tokens per prompt; -1 for any number.
+        most_rows: Most rows of an array.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class Exchange:
         self._finished = 0
 
     def accepts(self, kind: int, batch: int, run: int, value: int, size: int) -> bool:
-        """Whether a record belongs here, by its head; False for a late one of an earlier exchange, to be dropped.
+        """Whether a record belongs here, by its head; False for a late one of an earlier exchange, which is dropped.
 
         Raises:
-            WorkerProtocolError: the worker must not send this.
+            WorkerProtocolError: The worker must not send this.
         """
         if size > _SIZES.get(kind, -1):
             raise lie(f"a record of the kind {kind} with {size:,} bytes")
         if run != self._number:
-            # A library may call back when its run is over. Arrays are too large to be taken for nothing.
+            # A library may call back after its run is over, but arrays are too large to be read for nothing.
             if (run - self._number) & 0xFFFF < 1 << 15 or kind in (LOGITS, HIDDEN):
                 raise lie(f"a record of the run {run} during the run {self._number}")
             return False
         if kind not in self._kinds or batch >= self._batches:
-            raise lie(f"a record of the kind {kind} for the prompt {batch}, which nobody asked for")
+            raise lie(f"a record of the kind {kind} for the prompt {batch}, which was not asked for")
         if kind == TOKEN:
             self._token(batch, value)
         elif kind == FINISHED:
@@ -78,11 +78,11 @@ class Exchange:
     def _token(self, batch: int, token: int) -> None:
         self._tokens[batch] += 1
         if token < 0 or self._tokens[batch] > self._most_tokens >= 0:
-            raise lie(f"the token {token} as number {self._tokens[batch]:,} of at most {self._most_tokens:,}")
+            raise lie(f"token {token} as number {self._tokens[batch]:,} of at most {self._most_tokens:,}")
 
     def _finish(self, batch: int) -> None:
         if batch != self._finished:
-            raise lie(f"the end of prompt {batch} in place of {self._finished}")
+            raise lie(f"the end of prompt {batch} instead of {self._finished}")
         self._finished += 1
 
     def _array(self, columns: int, size: int) -> None:
@@ -91,5 +91,5 @@ class Exchange:
 
 
 def lie(what: str) -> WorkerProtocolError:
-    """The error of a worker that sent `what`."""
-    return WorkerProtocolError(f"The worker sent {what}, and was ended.")
+    """The error for a worker that sent `what`."""
+    return WorkerProtocolError(f"The worker sent {what}, and was killed.")

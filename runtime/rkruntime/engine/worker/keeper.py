@@ -1,8 +1,8 @@
 """The process above the worker: nothing that the library starts outlives the worker, nor the worker its parent.
 
-A library may start processes and give them a session of their own, which no signal to the worker's group reaches. They
-stay descendants, though, and a subreaper inherits them when their parents end. The parent of the worker is somebody
-else's program and cannot be one; so this process stands between the two.
+A library may start processes in sessions of their own, which no signal to the worker's group reaches. They
+stay descendants, though, and a subreaper inherits them when their parents exit. The worker's parent is someone else's
+program and cannot be one, so this process stands between the two.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Final, NoReturn
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _SIGNALS: Final = (signal.SIGCHLD, signal.SIGTERM)
-# Seconds between two looks for the parent. The worker itself sees at once that its command pipe is closed.
+# Seconds between checks for the parent. The worker itself notices at once that its command pipe is closed.
 _LOOK: Final = 1.0
 
 
 def keep() -> None:
     """Fork, and return in the worker.
 
-    The calling process stays behind: it ends with the worker, and as the worker ended; or with its parent, or by
-    SIGTERM, and takes the worker along. Either way all descendants are killed.
+    The calling process stays behind. It exits when the worker does, with the same status; or when its parent is gone or
+    SIGTERM arrives, and then takes the worker along. Either way all descendants are killed.
     """
     keeper, parent = os.getpid(), os.getppid()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -34,7 +34,7 @@ def keep() -> None:
     worker = os.fork()
     if worker:
         _keep(worker, parent)
-    # For a keeper that is killed. It has one thread only: the signal comes when the thread ends that forked.
+    # In case the keeper is killed. It has only one thread: the signal is sent when the forking thread ends.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != keeper:
         os._exit(1)
@@ -42,12 +42,12 @@ def keep() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    # What a kernel does not have is missing only where a library misbehaves.
+    # An option that a kernel lacks matters only if a library misbehaves.
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _keep(worker: int, parent: int) -> NoReturn:
-    # The worker's end must show on its pipes.
+    # The worker's exit must show on its pipes.
     os.closerange(0, os.sysconf("SC_OPEN_MAX"))
     status = _wait(worker, parent)
     _kill_children()
@@ -63,7 +63,7 @@ def _keep(worker: int, parent: int) -> NoReturn:
 
 
 def _wait(worker: int, parent: int) -> int | None:
-    """The worker's status, or None if it is to be ended."""
+    """The worker's status, or None if it must be killed."""
     while os.getppid() == parent:
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -76,7 +76,7 @@ def _wait(worker: int, parent: int) -> int | None:
 
 
 def _kill_children() -> None:
-    """Kill every child until there is none. Those of a child that was killed become children of this process."""
+    """Kill children until none is left. Those of a killed child become children of this process."""
     with suppress(ChildProcessError):
         while True:
             for child in _children():
@@ -86,10 +86,10 @@ def _kill_children() -> None:
 
 
 def _children() -> list[int]:
-    """Pids of the children, from /proc/PID/stat; /proc/PID/task/TID/children is not in every kernel."""
+    """Pids of the children, from /proc/PID/stat; not every kernel has /proc/PID/task/TID/children."""
     found, own = [], os.getpid()
     for entry in Path("/proc").iterdir():
-        # The name of a program, in parentheses, may hold anything.
+        # A program's name, in parentheses, may contain anything.
         with suppress(OSError, ValueError, IndexError):
             if int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1]) == own:
                 found.append(int(entry.name))

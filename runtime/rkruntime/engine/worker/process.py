@@ -1,4 +1,4 @@
-"""The parent's side of the worker: starts it, sends commands, reads records and log lines, and ends it."""
+"""The parent's side of the worker: start it, send commands, read records and log lines, and end it."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from rkruntime.printable import one_line
 from rkruntime.words import counted
 
 _ROOT: Final = str(Path(rkruntime.__file__).resolve().parents[1])
-# Isolated: neither PYTHONPATH nor the working folder nor site-packages have a say in what the worker imports.
+# Isolated: PYTHONPATH, the working folder and site-packages do not affect what the worker imports.
 _START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); import rkruntime.engine.worker.__main__"
 _PIPE: Final = 1 << 20
 _LOG_READ: Final = 1 << 16
 _KEPT_LINES: Final = 200
 _LONGEST_LINE: Final = 16384
 _SLICE: Final = 0.5
-# Of a worker that prints faster than _LOG_READ bytes in this time, the rest is lost in the pipe.
+# If a worker prints more than _LOG_READ bytes in this time, the rest is lost in the pipe.
 LOG_PAUSE: Final = 0.02
 # A worker reads its commands in a thread that does nothing else, and the pipe holds most of them whole.
 _COMMAND_TIMEOUT: Final = 10.0
-# Seconds for everything that a worker started to be killed. Longer only if the kernel does not let go of it.
+# Seconds to kill everything that a worker started. It takes longer only if the kernel does not let go.
 _KILL_TIMEOUT: Final = 5.0
-# The library says these during a run and goes on, or waits for ever: what it answers then is rubbish (rknn-llm issues
+# The library prints these during a run and continues, or waits forever; its answer is then garbage (rknn-llm issues
 # 390, 449, 85, 306).
 _ALARM: Final = re.compile(
     rb"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
 )
-# A buffer of a megabyte is mapped anew for each read, which costs 6 us; arrays have use for it, tokens do not.
+# A buffer of a megabyte is mapped anew for each read, which costs 6 us: worth it for arrays, not for tokens.
 SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
-# Workers that nobody closed and that were still ending when last looked at.
+# Workers that were never closed and had not yet exited at the last check.
 _let_go_of: Final[list[subprocess.Popen[bytes]]] = []
 
 
@@ -60,17 +60,17 @@ def python_command() -> tuple[str, ...]:
 
 
 class WorkerProcess:
-    """A worker process and its three pipes: commands, records, and what it prints.
+    """A worker process and its three pipes: commands, records, and output.
 
     Attributes:
-        log: the last lines that it printed, with control characters spelled out.
-        alarm: the first line since it was emptied that says that a run's results are wrong.
-        log_open: there may be more lines.
+        log: The last lines that it printed, with control characters escaped.
+        alarm: The first line, since this was last cleared, that says that a run's results are wrong.
+        log_open: Whether more lines may follow.
 
     Args:
-        interpreter: command of the Python to use. Raises HostError if it cannot be started.
-        environment: the worker's variables.
-        on_log: gets each line that the worker prints.
+        interpreter: Command of the Python to use. Raises HostError if it cannot be started.
+        environment: The worker's environment.
+        on_log: Called with each line that the worker prints.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class WorkerProcess:
             for fd in fds:
                 on_error.callback(_close_quietly, fd)
             command_read, self._commands, self._records, record_write, self._log, log_write = fds
-            # A full log pipe must not stop the library: what does not fit is lost.
+            # A full log pipe must not stop the library: whatever does not fit is lost.
             for fd in (self._commands, self._records, self._log, log_write):
                 os.set_blocking(fd, False)
             for fd in (self._commands, log_write):
@@ -135,7 +135,7 @@ class WorkerProcess:
 
         Raises:
             WorkerCrashedError: the worker is gone.
-            WorkerHungError: it does not read; it was ended.
+            WorkerHungError: It does not read; it was killed.
         """
         deadline = time.monotonic() + _COMMAND_TIMEOUT
         for part in protocol.pack_command(header, data):
@@ -156,16 +156,16 @@ class WorkerProcess:
             raise self.crashed() from None
 
     def expect(self, exchange: Exchange) -> None:
-        """From now on only the records of `exchange` are given out."""
+        """From now on, return only the records of `exchange`."""
         self._exchange, self._wanted = exchange, False
 
     def buffered(self) -> Record | None:
-        """The next record that has arrived whole, without a system call. Every record passes here.
+        """The next complete record, without a system call. Every record passes through here.
 
         Raises:
             WorkerProtocolError: the worker must not send this.
         """
-        while not self._parts:  # of a long record: `receive` joins them when the last one is here
+        while not self._parts:  # parts of a long record: `receive` joins them when the last one has arrived
             start = self._at + _HEAD
             if self._head is None:
                 if start > len(self._buffer):
@@ -184,10 +184,10 @@ class WorkerProcess:
         return None
 
     def receive(self) -> int:
-        """Read what has arrived, without waiting, SMALL_READ bytes or what a record lacks at the most.
+        """Read what has arrived, without waiting: at most SMALL_READ bytes, or what a record lacks.
 
         Returns:
-            The number of bytes. Raises WorkerCrashedError at the worker's end.
+            The number of bytes. Raises WorkerCrashedError if the worker has exited.
         """
         size = min(max(self._missing, SMALL_READ), _LARGE_READ)
         try:
@@ -202,18 +202,18 @@ class WorkerProcess:
             self._left -= len(data)
         self._parts.append(data)
         self._missing -= len(data)
-        if self._missing <= 0:  # joined once per record, also where it is an array of megabytes
+        if self._missing <= 0:  # joined once per record, even an array of megabytes
             self._buffer = b"".join([self._buffer[self._at :], *self._parts])
             self._parts.clear()
             self._at = 0
         return len(data)
 
     def next_record(self, timeout: float, deadline: float) -> Record:
-        """Wait for a record until `deadline` (of time.monotonic), which is the end of a time limit of `timeout`.
+        """Wait for a record until `deadline` (time.monotonic()), the end of a limit of `timeout` seconds.
 
         Raises:
             WorkerCrashedError: the worker ended.
-            WorkerHungError: nothing that counts came in time; the worker was ended.
+            WorkerHungError: Nothing that counts came in time; the worker was killed.
             WorkerProtocolError: the worker must not send this.
         """
         record = self.buffered()
@@ -234,7 +234,7 @@ class WorkerProcess:
         return record
 
     def _ready(self, seconds: float) -> bool:
-        """Whether there is something from the record pipe within some time; takes over what is printed."""
+        """Wait for the record pipe; returns whether it can be read. Meanwhile, take in what is printed."""
         if self._log_again and time.monotonic() > self._log_again:
             self._log_again = 0.0
             self._poll.register(self._log, select.POLLIN)
@@ -250,20 +250,20 @@ class WorkerProcess:
         return found
 
     def check_alive(self) -> None:
-        """Notice that the process has ended, also where a child of its own keeps the pipes open.
+        """Notice that the process has exited, even if one of its children keeps the pipes open.
 
-        What stands in the pipe by then still counts, and nothing that comes later.
+        Whatever is in the pipe by then still counts, but nothing that comes later.
         """
         if self._left is None and self.process.poll() is not None:
             self._left = _waiting(self._records)
 
     def read_log(self) -> bool:
-        """Take over a piece of what the worker has printed. Returns whether there is likely to be more."""
+        """Take in a piece of what the worker has printed; returns whether there is likely to be more."""
         try:
             data = os.read(self._log, _LOG_READ)
         except OSError:
             return False
-        if not data:  # its writers are gone, and it would always be ready
+        if not data:  # its writers are gone, so it would always be ready
             self.log_open = False
             with contextlib.suppress(KeyError):
                 self._poll.unregister(self._log)
@@ -272,12 +272,12 @@ class WorkerProcess:
         return len(data) == _LOG_READ
 
     def drain_log(self) -> None:
-        """Take over what the worker has printed so far, and nothing that it prints meanwhile."""
+        """Take in what the worker has printed so far, but nothing that it prints meanwhile."""
         for _ in range(-(-_waiting(self._log) // _LOG_READ)):
             self.read_log()
 
     def _print(self, data: bytes) -> None:
-        # Splitting costs the reader more than printing costs the writer: of a flood only the last lines are split off.
+        # Splitting costs the reader more than printing costs the writer: only the last lines of a flood are split off.
         left_out, *lines = (self._line + data).rsplit(b"\n", _KEPT_LINES + 1)
         if len(lines) <= _KEPT_LINES:
             lines, left_out = [left_out, *lines], b""
@@ -305,7 +305,7 @@ class WorkerProcess:
             self._on_log(text)
 
     def end(self, grace: float) -> int:
-        """End the process and everything that it started; wait `grace` seconds for it to do so itself.
+        """End the process and everything that it started; wait `grace` seconds for it to exit by itself.
 
         Returns:
             Its return code, negative for a signal.
@@ -334,7 +334,7 @@ class WorkerProcess:
                 os.close(fd)
 
     def crashed(self) -> WorkerCrashedError:
-        """The error of a worker that ended; the process is gone afterwards."""
+        """The error for a worker that exited; the process is gone afterwards."""
         code = self.end(grace=1.0)
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -347,7 +347,7 @@ class WorkerProcess:
         )
 
     def hung(self, seconds: float) -> WorkerHungError:
-        """The error of a worker that gave no sign in time; the process is gone afterwards."""
+        """The error for a worker that did not respond in time; the process is gone afterwards."""
         self.end(grace=0)
         return WorkerHungError(
             f"The runtime library did not respond for {counted(seconds, 'second')} and was killed.",
@@ -359,7 +359,7 @@ def _start(
     command: Sequence[str], output: int, fds: tuple[int, int], environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     _let_go_of[:] = [process for process in _let_go_of if process.poll() is None]
-    # A session of its own: Ctrl-C in the terminal is for the parent, and everything in it can be ended at once.
+    # A session of its own: Ctrl-C in the terminal reaches only the parent, and the whole session can be killed at once.
     try:
         return subprocess.Popen(
             command,
@@ -373,12 +373,12 @@ def _start(
     except OSError as error:
         raise HostError(
             f"The worker process cannot be started: {command[0]}: {error.strerror or error}.",
-            hint="Look at the limits on processes and memory, and that this Python is still where it was.",
+            hint="Check the limits on processes and memory, and that this Python still exists.",
         ) from error
 
 
 def _let_go(process: subprocess.Popen[bytes], pipes: tuple[int, ...], owner: int) -> None:
-    """End a worker that nobody closed, without waiting for it. A fork of its parent leaves it alone."""
+    """End a worker that was never closed, without waiting for it. A fork of its parent leaves it alone."""
     for fd in pipes:
         _close_quietly(fd)
     if os.getpid() == owner:

@@ -1,15 +1,15 @@
-"""What parent and worker say to each other over two pipes.
+"""The protocol between parent and worker, over two pipes.
 
 Parent to worker, a command: two u32 (size of the header, size of the data), a JSON header, data (arrays).
 Worker to parent, a record: see RECORD, then its data. A token's record is smaller than PIPE_BUF, so that one write is
-one record, also between threads.
+one record, even between threads.
 
-Why pipes: measured on 2 cores (x86-64 guest, Linux 6.18), one 20-byte record from one process to another, the reader
-asleep: pipe 38 us median, socketpair (stream or seqpacket) 40, eventfd with a ring in shared memory 40. All of it is
-the wake-up of the other process, so the reader looks for SPIN seconds before it sleeps. From the library's callback to
-the event in the parent (`python -m tests.bench worker_events` under `chrt -f 5`, both cores busy with other work): 3.6
-us median and 7.1 us at the 99th percentile with a token every 20 us; with one every 100 us the wake-up comes on top, 27
-us in all, and 170 us with one every 20 ms. Without time between them 780,000 tokens/s pass. Not measured on a board.
+Why pipes: measured on 2 cores (x86-64 guest, Linux 6.18), one 20-byte record from one process to another, with the
+reader asleep: pipe 38 us median, socketpair (stream or seqpacket) 40, eventfd with a ring in shared memory 40. All of
+it is the wake-up of the other process, so the reader polls for SPIN seconds before it sleeps. From the library's
+callback to the event in the parent (`python -m tests.bench worker_events` under `chrt -f 5`, both cores busy with other
+work): 3.6 us median and 7.1 us at the 99th percentile with a token every 20 us; with one every 100 us, the wake-up adds
+to that, 27 us in all; with one every 20 ms, 170 us. Without pauses, 780,000 tokens/s pass. Not measured on a board.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMAND: Final = struct.Struct("<II")
 
 TOKEN, LOGITS, HIDDEN, FINISHED, REPLY, ERROR, TOKENIZE, EMBED = range(8)
 """Kinds of records. TOKEN: value = id, data = text. LOGITS, HIDDEN: value = columns, data = float32 rows. FINISHED,
-REPLY, ERROR: data = JSON. TOKENIZE: data = a text; EMBED: data = int32 ids; the parent answers them with a command."""
+REPLY, ERROR: data = JSON. TOKENIZE: data = a text; EMBED: data = int32 ids; the parent answers with a command."""
 
 MAX_DATA: Final = 1 << 31
 SPIN: Final = 50e-6
@@ -44,7 +44,7 @@ class Record(NamedTuple):
 
 
 def write_all(fd: int, *parts: bytes | memoryview) -> None:
-    """Write all of some buffers to a blocking descriptor."""
+    """Write buffers completely to a blocking descriptor."""
     for part in parts:
         view = memoryview(part).cast("B") if len(part) else memoryview(b"")
         while view:
@@ -52,7 +52,7 @@ def write_all(fd: int, *parts: bytes | memoryview) -> None:
 
 
 def read_exactly(fd: int, size: int) -> bytes:
-    """`size` bytes from a blocking descriptor. EOFError if it ends before."""
+    """Read `size` bytes from a blocking descriptor. Raises EOFError if it ends early."""
     parts = []
     while size:
         part = os.read(fd, min(size, 1 << 20))
@@ -64,14 +64,14 @@ def read_exactly(fd: int, size: int) -> bytes:
 
 
 def pack_command(header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> list[bytes | memoryview]:
-    """The buffers of a command; `data` parts follow each other, and the header gets their sizes as `sizes`."""
+    """The buffers of a command: the header with the sizes of the `data` parts as `sizes`, then the parts."""
     sizes = [memoryview(part).nbytes for part in data]
     text = json.dumps({**header, "sizes": sizes}).encode()
     return [COMMAND.pack(len(text), sum(sizes)) + text, *data]
 
 
 def read_command(fd: int) -> tuple[dict[str, Any], list[memoryview]]:
-    """The next command and its data parts. EOFError when the parent is gone."""
+    """The next command and its data parts. Raises EOFError when the parent is gone."""
     header_size, data_size = COMMAND.unpack(read_exactly(fd, COMMAND.size))
     header: dict[str, Any] = json.loads(read_exactly(fd, header_size))
     data = memoryview(read_exactly(fd, data_size))

@@ -1,8 +1,8 @@
-"""One run in the worker: from the library's callbacks to records, and where the run ends.
+"""One run in the worker: from the library's callbacks to records, and how the run ends.
 
-A stop token ends the run on every release, also where the library knows one EOS id only. rkllm_abort is called for that
-from another thread, because it may wait for the step that is being computed (rknn-llm issue 383); the callback waits a
-moment for it, so that an rkllm_abort which only sets a flag never comes late, into the next run.
+A stop token ends the run on every release, even if the library knows only one EOS id. rkllm_abort is called for that
+from another thread, because it may wait for the current step (rknn-llm issue 383); the callback waits a
+moment for it, so that an rkllm_abort that only sets a flag never hits the next run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Send = Callable[..., None]
 
 
 class Runner:
-    """Runs of one model, one at a time."""
+    """Run prompts on one model, one at a time."""
 
     def __init__(self, library: Library, records: int, send: Send) -> None:
         self._library, self._records, self._send = library, records, send
@@ -51,7 +51,7 @@ class Runner:
         self._model: Model | None = None
 
     def attach(self, model: Model) -> None:
-        """The model whose callback `on_result` is."""
+        """Set the model whose callback `on_result` is."""
         self._model = model
 
     @property
@@ -61,11 +61,11 @@ class Runner:
         return self._model
 
     def run(self, header: dict[str, Any], data: list[memoryview]) -> list[dict[str, Any]]:
-        """Carry out a run; returns what the last event of each batch says.
+        """Execute a run; returns the contents of the last event of each batch.
 
         Raises:
-            RunError: the library refused or reported an error.
-            UnsupportedCallError: the release has no such field or mode.
+            RunError: The library refused the run or reported an error.
+            UnsupportedCallError: The release has no such field or mode.
         """
         self._begin(header)
         prompts = [self._input(prompt, data) for prompt in header["prompts"]]
@@ -87,8 +87,8 @@ class Runner:
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
         if not self._heard and None in self._ended:
-            # An empty answer has its end at least, and a run whose end is lost has said something.
-            raise RunError("rkllm_run returned 0, and the runtime reported neither a token nor an end.")
+            # An empty answer at least has an end, and a run whose end was lost has produced something.
+            raise RunError("rkllm_run returned 0, but the runtime reported neither a token nor an end.")
         self._check_prompt_was_read()
         return self._results(header)
 
@@ -96,7 +96,7 @@ class Runner:
         try:
             self.model.run(prompts, infer)
         except RunError:
-            # Whether a run that rkllm_abort ended is a failure is not known: the answer is whole if all batches ended.
+            # Whether a run ended by rkllm_abort counts as failed is unknown: the answer is whole if all batches ended.
             if self._failed or None in self._ended:
                 raise
 
@@ -104,7 +104,7 @@ class Runner:
         after_pause, self._paused = self._paused, "pause" in self._ended
         if after_pause and self._perf and self._perf["prefill_tokens"] == 0:
             raise RunError(
-                "The runtime went on with the run that was paused before and did not read this prompt.",
+                "The runtime continued the paused run and did not read this prompt.",
                 hint="Clear the cache after a pause, or use stop tokens instead of pause tokens.",
             )
 
@@ -114,7 +114,7 @@ class Runner:
         self._stops = frozenset(header["stop_tokens"])
         self._pauses = frozenset(header["pause_tokens"])
         if self._pauses and not self._can_pause:
-            raise UnsupportedCallError("A run can be paused from release 1.2.1 on.")
+            raise UnsupportedCallError("Pausing a run requires release 1.2.1 or later.")
         self._limit = header["max_new_tokens"]
         self._counts = [0] * len(header["prompts"])
         self._ended: list[str | None] = [None] * len(header["prompts"])
@@ -129,7 +129,7 @@ class Runner:
             "input_type": self._library.enum("RKLLMInputType", _INPUTS[prompt["kind"]]),
             **_fill_arrays(prompt["input"], data),
         }
-        # "user" is what releases without the field do; anything else is an error on them.
+        # Releases without the field behave as for "user"; anything else is an error on them.
         if "role" in dict(self._library.abi.structs["RKLLMInput"]._fields_) or prompt["role"] != "user":
             values["role"] = prompt["role"]
         return values
@@ -147,12 +147,12 @@ class Runner:
             values["sampling_params"] = ctypes.pointer(make("RKLLMSamplingParam", header["sampling"]))
         if header["keep_history"]:
             values["keep_history"] = 1
-        # Older releases know the limit of the load only: there `_count` ends the run.
+        # Older releases only have the limit of the load: there, `_count` ends the run.
         if self._limit > 0 and "max_new_tokens" in dict(self._library.abi.structs["RKLLMInferParam"]._fields_):
             values["max_new_tokens"] = self._limit
         return values
 
-    # During a run, in the thread that computes.
+    # During a run, in the computing thread.
 
     def on_result(self, results: Any, state: int) -> int:
         """The library's callback."""
@@ -175,7 +175,7 @@ class Runner:
             raise RunError(f"The runtime reported the state {state}, which this release does not have.")
         if state == self._finish:
             self._finished = True
-            if self._mode == "hidden" and not self._has_arrays:  # some boards are said to give them here
+            if self._mode == "hidden" and not self._has_arrays:  # some boards are reported to return them here
                 self._on_results(results)
             self._perf = self._read_perf(results)
         self._failed = self._failed or state == self._error
@@ -183,9 +183,9 @@ class Runner:
         return CONTINUE
 
     def _check_goes_on(self) -> None:
-        """Whether each prompt of a batch has an end of its own is not known, nor when hidden states come."""
+        """Check that no token follows the end. Only where the end is known: not for batches, nor for hidden states."""
         if self._finished and self._ended == [None] and self._mode != "hidden":
-            raise RunError("The runtime reported the run's end, and then more tokens.")
+            raise RunError("The runtime reported the end of the run, then more tokens.")
 
     def _on_token(self, result: Any) -> int:
         if self._ended[0] is not None:
@@ -215,7 +215,7 @@ class Runner:
         return CONTINUE
 
     def _on_results(self, results: Any) -> int:
-        """Tokens of a batch, and arrays: copied here, as they are valid during the callback only."""
+        """Tokens of a batch, and arrays: copied here, because they are valid only during the callback."""
         answer = CONTINUE
         for batch, ended in enumerate(self._ended):
             result = results[batch]
@@ -243,14 +243,14 @@ class Runner:
             return
         if pointer and rows > 0 and columns > 0:
             if rows * columns * 4 > protocol.MAX_DATA:
-                raise RunError(f"The runtime gave an array of {rows:,} x {columns:,} numbers, which is impossible.")
+                raise RunError(f"The runtime returned an array of {rows:,} x {columns:,} numbers, which is impossible.")
             address = ctypes.addressof(pointer.contents)
             self._has_arrays = True
             values = (ctypes.c_float * (rows * columns)).from_address(address)
             self._send(kind, self._number, columns, memoryview(values).cast("B"), batch)
 
     def _end(self, batch: int, reason: str) -> int:
-        """What follows in this batch is not part of the answer; when all batches have ended, so does the run."""
+        """End this batch: what follows is not part of the answer. The run ends when all batches have."""
         self._ended[batch] = reason
         if None not in self._ended and self._aborting is None:
             self._aborting = threading.Thread(target=self._abort_quietly, daemon=True)
@@ -259,7 +259,7 @@ class Runner:
         return CONTINUE
 
     def _abort_quietly(self) -> None:
-        # A refused abort means that the run has ended by itself, or ends by its limit.
+        # A refused abort means that the run has ended by itself, or will end at its limit.
         try:
             self.model.abort()
         except RKEdgeError:
@@ -277,10 +277,10 @@ class Runner:
             "memory_mb": perf.memory_usage_mb,
         }
 
-    # From the thread that reads commands.
+    # Called from the thread that reads commands.
 
     def abort(self, run: int) -> None:
-        """End a run early, if it is still going on."""
+        """End a run early, if it is still in progress."""
         with self._running:
             if self._run != run:
                 return
@@ -296,13 +296,13 @@ class Runner:
         return results
 
     def _prompt_tokens(self, prompt: dict[str, Any]) -> int:
-        """As given; of a text the runtime's own count, where it has one."""
+        """Tokens in the prompt as given; for a text, the runtime's count, if it has one."""
         if prompt["n_tokens"] is not None:
             return int(prompt["n_tokens"])
         return max(0, int(self._perf["prefill_tokens"])) if self._perf else 0
 
     def _reason(self, prompt_tokens: int, count: int) -> str:
-        """Why the library ended by itself: an EOS, the limit of the load, or a full context."""
+        """Why the library ended the run: an EOS, the limit of the load, or a full context."""
         param = self.model.param
         full = prompt_tokens + count >= param.max_context_len > 0
         return "length" if full or 0 < param.max_new_tokens <= count else "stop"

@@ -1,4 +1,4 @@
-"""What the interfaces share: a request's fields to an Ask, and an answer's items to one answer or to a stream."""
+"""Code shared by the interfaces: from a request's fields to an Ask, and from items to an answer or a stream."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAMPLING: Final = ("temperature", "top_p", "top_k", "repeat_penalty", "frequenc
 
 @dataclass(frozen=True)
 class Begun:
-    """A stream whose first items are there, so that its status is known."""
+    """A stream whose first items have arrived, so that its status is known."""
 
     begin: Begin
     model: Model
@@ -36,18 +36,18 @@ class Begun:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a client should know before the answer."""
+        """Headers with what the client should know before the answer."""
         headers = {EMULATED_HEADER: "1"} if self.model.engine.info.emulated else {}
         return {**headers, NOTES_HEADER: " ".join(self.begin.notes)} if self.begin.notes else headers
 
 
 def text_of(content: Any) -> str:
-    """A message's content, given as a text or as a list of text parts."""
+    """A message's content, given as a string or as a list of text parts."""
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
 def client_of(request: Request, body: Mapping[str, Any]) -> Client:
-    """Whose turn a request takes; its `user` field tells turns of one client apart, and nobody else's."""
+    """Whose turn a request takes; its `user` field separates turns of this client only."""
     return (*request.scope["rkedge.user"].path, str(body.get("user") or ""))
 
 
@@ -58,7 +58,7 @@ def ask_of(
     max_new_tokens: int | None,
     keep: Keep | None = None,
 ) -> Ask:
-    """An Ask with the fields that all interfaces name alike."""
+    """An Ask from the fields that all interfaces share."""
     stop = body.get("stop") or ()
     return Ask(
         prompt=prompt,
@@ -72,15 +72,15 @@ def ask_of(
 
 
 def dropping_notes(dropped: int) -> tuple[str, ...]:
-    """What a client is told of so many turns that the context had no room for."""
+    """The note to a client that the context had no room for so many turns."""
     return (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
 
 
 class WholeChat:
-    """A conversation that its client sends as a whole, with the ids of those answers that this daemon gave to it.
+    """A conversation that its client sends whole, with the ids of the answers in it that came from this daemon.
 
     Args:
-        drop: forget the oldest turns if there is no room for all.
+        drop: Drop the oldest turns if there is no room for all.
     """
 
     def __init__(self, request: Request, service: Service, messages: Sequence[Message], *, drop: bool = False) -> None:
@@ -101,9 +101,9 @@ class WholeChat:
         return Prompt(tokens, notes=dropping_notes(dropped))
 
     async def keep(self, answer: Answer, whole: bool) -> None:
-        """Keep a whole answer's ids for the time when the client sends it back as text. See Ask."""
+        """Keep the ids of a complete answer, for when the client sends it back as text. See Ask."""
         if whole and self._memory:
-            # That of the model that answered: there may be another by now.
+            # The memory of the model that answered: there may be another by now.
             await in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
 
 
@@ -118,11 +118,11 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
 
 
 async def begin(request: Request, service: Service, run: Run) -> Begun:
-    """Wait for the first items of a run that was just started; who takes them closes it.
+    """Wait for the first items of a run just started; whoever takes them must close it.
 
     Raises:
-        RKEdgeError: the request is refused, or failed before it said anything.
-        ClientDisconnect: the client is gone; the run is stopped.
+        RKEdgeError: The request was refused, or failed before its first item.
+        ClientDisconnect: The client is gone; the run is stopped.
     """
     try:
         first = await while_connected(request, run.take())
@@ -138,7 +138,7 @@ async def begin(request: Request, service: Service, run: Run) -> Begun:
 
 
 async def items(begun: Begun) -> AsyncGenerator[list[Item], None]:
-    """All items behind the Begin."""
+    """All items after the Begin."""
     yield begun.first
     while batch := await begun.run.take():
         yield batch
@@ -148,8 +148,8 @@ async def collect(request: Request, begun: Begun) -> Outcome:
     """The end of the answer.
 
     Raises:
-        RKEdgeError: the run failed.
-        ClientDisconnect: the client is gone; the run is stopped.
+        RKEdgeError: The run failed.
+        ClientDisconnect: The client is gone; the run is stopped.
     """
 
     async def last() -> Outcome:
@@ -167,6 +167,6 @@ async def collect(request: Request, begun: Begun) -> Outcome:
 
 
 def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:
-    """The text of a batch as one piece, and the outcome if it is there."""
+    """The text of a batch as one string, and the outcome if it has arrived."""
     last = batch[-1] if batch and isinstance(batch[-1], Outcome) else None
     return "".join(item for item in batch if isinstance(item, str)), last

@@ -1,4 +1,4 @@
-"""HTTP for the interfaces: limited bodies, errors in OpenAI's and Ollama's words, streams that notice who left."""
+"""HTTP for the interfaces: limited bodies, errors in OpenAI's and Ollama's formats, streams that notice disconnects."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def error_response(error: BaseException, style: str) -> Response:
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON as UTF-8; lone surrogates, which JSON cannot carry, as escapes."""
+    """A JSON response in UTF-8; lone surrogates, which UTF-8 cannot carry, are escaped."""
     try:
         body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
@@ -98,11 +98,11 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 
 class Bodies:
-    """Reads and checks request bodies.
+    """Read and check request bodies.
 
     Args:
-        max_bytes: of a body; more is 413.
-        seconds: a client has for sending all of it; longer is 408.
+        max_bytes: Largest body; more is 413.
+        seconds: Time for a client to send all of it; longer is 408.
     """
 
     def __init__(self, validator: Validator, max_bytes: int, seconds: float) -> None:
@@ -113,14 +113,14 @@ class Bodies:
     async def read(
         self, request: Request, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     ) -> dict[str, Any]:
-        """The body as a JSON object that fits the schema, as `Validator.read` gives it.
+        """The body as a JSON object that matches the schema, as returned by `Validator.read`.
 
         Args:
-            made: what becomes of the object at once, so that nothing else of it stays in memory.
+            made: Applied to the object at once, so that nothing else of it stays in memory.
 
         Raises:
-            BodyError: too large, too slow, no JSON, or not of the schema.
-            BusyError: its user's other requests hold too much in memory.
+            BodyError: Too large, too slow, not JSON, or not as in the schema.
+            BusyError: Its user's other requests hold too much memory.
         """
         try:
             body = await asyncio.wait_for(self._read(request), self.seconds)
@@ -137,7 +137,7 @@ class Bodies:
     ) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
-            raise BodyError(f"The body is not a JSON object but a {type(data).__name__}.")
+            raise BodyError(f"The body must be a JSON object, not a {type(data).__name__}.")
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
 
@@ -154,13 +154,13 @@ class Bodies:
     def _hold(self, held: Held, size: int) -> None:
         if size > self.max_bytes:
             raise BodyError(
-                f"The body has more than {self.max_bytes:,} bytes.", details={"status": 413, "code": "too_large"}
+                f"The body is larger than {self.max_bytes:,} bytes.", details={"status": 413, "code": "too_large"}
             )
         held.at_least(size)
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away. Raises ClientDisconnect then."""
+    """The result of `work`, which is cancelled if the client disconnects. Raises ClientDisconnect in that case."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(request.receive))
     try:
@@ -181,12 +181,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class Stream(Response):
-    """Sends chunks as they come, and closes their source as soon as the client is gone.
+    """Send chunks as they arrive, and close their source as soon as the client is gone.
 
     Args:
-        chunks: whole events.
-        failed: the event that ends them after an exception.
-        close: called at the end, however it comes, and even if nothing was ever taken from `chunks`.
+        chunks: Whole events.
+        failed: Makes the event that ends them after an exception.
+        close: Called at the end, however it comes, even if nothing was taken from `chunks`.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def answering(style: str) -> Callable[[Endpoint], Endpoint]:
-    """An endpoint whose errors become responses in the words of `style`."""
+    """Decorate an endpoint: its errors become responses in the format of `style`."""
 
     def decorate(endpoint: Endpoint) -> Endpoint:
         async def answered(request: Request) -> Response:
@@ -265,12 +265,12 @@ def answering(style: str) -> Callable[[Endpoint], Endpoint]:
 
 
 def routes(style: str, *endpoints: tuple[str, str, Endpoint]) -> list[Route]:
-    """Routes of an interface: method, path and endpoint each. Errors become responses in the words of `style`."""
+    """Routes of an interface, each with method, path and endpoint. Errors become responses in the format of `style`."""
     wrap = answering(style)
     return [Route(path, wrap(endpoint), methods=[method]) for method, path, endpoint in endpoints]
 
 
 def refuse_together(body: Mapping[str, Any], name: str, *others: str) -> None:
-    """Raise BodyError if a body has `name` and one of the others, which then would have no effect."""
+    """Raise BodyError if a body has `name` and one of the others, which would then have no effect."""
     if body.get(name) and (found := [other for other in others if body.get(other)]):
         raise BodyError(f"{name} and {' and '.join(found)} exclude each other.", details={"param": found[0]})

@@ -1,7 +1,7 @@
-"""The daemon's own interface: conversations that it keeps. `rkedge chat user@board` and the page stand on it.
+"""The daemon's own interface: conversations that it keeps. `rkedge chat user@board` and the page use it.
 
-An answer whose client went away is kept as far as it came. The client may come back and have it go on from there, or
-ask something else, and then what there is of it stays as it is.
+If the client disconnects, the partial answer is kept. The client may come back and have it continue from there, or ask
+something else; then the partial answer stays as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _line(kind: str, **values: Any) -> bytes:
 
 @dataclass(frozen=True)
 class _Place:
-    """A session: whose, and its name."""
+    """A session: its user and its name."""
 
     user: User
     name: str
@@ -62,16 +62,16 @@ class _Place:
 
 @dataclass
 class _Turn:
-    """A question to a session, on its way.
+    """A question to a session, in progress.
 
     Attributes:
-        data: the session as it was kept.
-        number: the client's name for the answer.
-        drop: leave out the oldest turns where the context has no room for them.
-        begun: ids of the answer that is taken up, which only the model that gave them goes on with.
-        made_by: the model's fingerprint (see Manifest): of `begun`, and then of what makes the answer.
-        conversation: set when the prompt is made.
-        dropped: turns that the prompt had no room for.
+        data: The session as it was stored.
+        number: The client's name for the answer.
+        drop: Drop the oldest turns if the context has no room for them.
+        begun: Ids of the answer that is resumed; only the model that generated them can continue it.
+        made_by: Fingerprint of a model (see Manifest): first the one behind `begun`, then the one that answers.
+        conversation: Set when the prompt is made.
+        dropped: Turns that the prompt had no room for.
     """
 
     data: Mapping[str, Any]
@@ -87,7 +87,7 @@ class _Turn:
     def prompt(self, model: Model) -> Prompt:
         fingerprint = model.bundle.manifest.fingerprint
         if self.begun and self.made_by != fingerprint:
-            raise NoSuchSessionError("That answer was broken off by another model.", hint="Ask again.")
+            raise NoSuchSessionError("That answer was begun by another model.", hint="Ask again.")
         self.made_by = fingerprint
         conversation = Conversation(model.prompts)
         conversation.restore(self.data if self.begun else _with_broken(self.data))
@@ -97,7 +97,7 @@ class _Turn:
         return Prompt([*tokens, *self.begun], self.begun, dropping_notes(self.dropped))
 
     def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:
-        """What the session is after the answer."""
+        """The session after the answer."""
         assert self.conversation is not None
         data: dict[str, Any] = {"number": self.number}
         if whole:
@@ -117,14 +117,14 @@ class _Turn:
 
 
 def _now() -> dict[str, Any]:
-    """The time, for `_age`: by the clock since the machine's start, and by the one on the wall."""
+    """The time, for `_age`: by the clock since boot, and by wall clock."""
     return {"boot": _boot(), "since_boot": time.clock_gettime(time.CLOCK_BOOTTIME), "at": time.time()}
 
 
 def _age(then: Mapping[str, Any]) -> float:
-    """Seconds since `_now` gave this. A board without a battery for its clock may learn the date hours after its start.
+    """Seconds since this result of `_now`. A board without a clock battery may learn the date hours after boot.
 
-    So the date counts only if the machine was started anew.
+    So the wall clock counts only if the machine was rebooted.
     """
     now = _now()
     clock = "since_boot" if now["boot"] and then.get("boot") == now["boot"] else "at"
@@ -133,7 +133,7 @@ def _age(then: Mapping[str, Any]) -> float:
 
 
 def _boot() -> str:
-    """Tells this start of the machine from others; empty where the kernel does not say."""
+    """An id of this boot; empty if the kernel has none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -141,7 +141,7 @@ def _boot() -> str:
 
 
 def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A session in which an answer that nobody came back for is a turn as far as it came."""
+    """A session in which a partial answer that was never resumed becomes a turn as it is."""
     broken = data.get("broken")
     if not broken:
         return data
@@ -150,7 +150,7 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _update(body: dict[str, Any]) -> dict[str, Any]:
-    """The body of a change with nothing but a conversation in `conversation`. Raises BodyError."""
+    """The body of a change, with its `conversation` reduced to what belongs there. Raises BodyError."""
     refuse_together(body, "clear", "conversation")
     return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
 
@@ -194,7 +194,7 @@ class Sessions:
         )
 
     def _order(self, place: _Place) -> asyncio.Lock:
-        """Held while a session is read and changed, as large ones are read in a thread."""
+        """A lock held while a session is read and changed, since large ones are read in a thread."""
         return self._locks.setdefault(place, asyncio.Lock())
 
     async def _read(self, request: Request) -> Response:
@@ -220,7 +220,7 @@ class Sessions:
     def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
         data = body["conversation"] if "conversation" in body else self._data(place)
         kept = _conversation(data)
-        # What the daemon notes for itself is not taken from a client, and goes with the turns.
+        # The daemon's own notes are not accepted from a client, and are dropped with the turns.
         own = () if "conversation" in body or body.get("clear") else ("number", "reason", "broken")
         kept |= {key: data[key] for key in own if key in data}
         kept["system"] = body.get("system", kept["system"])
@@ -235,7 +235,7 @@ class Sessions:
             return {"schema": SCHEMA, "system": "", "messages": []}
 
     async def _take_over(self, place: _Place) -> None:
-        """A session gives one answer at a time: who comes anew, maybe over a new connection, ends the old one."""
+        """A session gives one answer at a time: a new request, perhaps over a new connection, ends the old one."""
         run = self._runs.pop(place, None)
         if run is not None:
             await run.close()
@@ -265,16 +265,16 @@ class Sessions:
         return await self._answer(request, place, run, received)
 
     def _broken(self, place: _Place, data: Mapping[str, Any], number: str) -> _Turn | None:
-        """The turn that goes on with an answer; none if it came to its end. Raises NoSuchSessionError."""
+        """The turn that resumes an answer; None if that was complete. Raises NoSuchSessionError."""
         if not number or data.get("number") != number:
             raise NoSuchSessionError(
-                f"The session {place.name!r} has no answer {number!r} to go on with.", hint="Ask again."
+                f"The session {place.name!r} has no answer {number!r} to resume.", hint="Ask again."
             )
         broken = data.get("broken")
         if broken is None:
             return None
         if _age(broken) > self._service.settings.sessions.resume_s:
-            raise NoSuchSessionError("That answer was broken off too long ago to go on.", hint="Ask again.")
+            raise NoSuchSessionError("That answer was interrupted too long ago to resume.", hint="Ask again.")
         begun = tuple(broken["tokens"])
         options, drop = broken["options"], broken.get("drop", False)
         return _Turn(data, broken["question"], number, options, drop, begun, broken["model"])
@@ -284,13 +284,13 @@ class Sessions:
             await on_disk(lambda: self._store.write(place.user, place.name, turn.kept(answer, whole)))
 
         ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
-        # Known while it still waits for its turn.
+        # Registered while it still waits for its turn.
         run = self._runs[place] = self._service.start(ask)
         return run
 
     async def _answer(self, request: Request, place: _Place, run: Run, received: int) -> Response:
         async def close() -> None:
-            # Whoever comes meanwhile waits for it too, and finds what was kept.
+            # Requests that arrive meanwhile wait for it too, and find what was kept.
             await run.close()
             if self._runs.get(place) is run:
                 del self._runs[place]
@@ -309,7 +309,7 @@ def _failed(error: Exception) -> bytes:
 
 
 async def _lines(begun: Begun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
-    """The events of an answer, without what the client has of it already."""
+    """The events of an answer, without what the client already has."""
     info = begun.model.engine.info
     yield _line(
         "begin",
@@ -350,5 +350,5 @@ async def _whole(data: Mapping[str, Any], received: int) -> AsyncGenerator[bytes
     text = data["messages"][-1]["content"] if data["messages"] else ""
     if text[received:]:
         yield _line("text", text=text[received:])
-    # Those that were kept before reasons were are likely to have come to their own end.
+    # Answers kept before reasons were stored have most likely ended by themselves.
     yield _line("done", reason=data.get("reason", FinishReason.STOP.value))

@@ -35,7 +35,7 @@ from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-# How an answer's text stands in a line: in a message, or in a field of its own.
+# How a line carries an answer's text: in a message, or in its own field.
 Shape = Callable[[str], dict[str, Any]]
 
 
@@ -100,7 +100,7 @@ def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
 
 
 class Ollama:
-    """The endpoints. Any model name is taken for the one model that is served; answers say its own."""
+    """The endpoints. Any model name stands for the one model that is served; answers give its real name."""
 
     def __init__(self, service: Service, bodies: Bodies) -> None:
         self._service = service
@@ -140,7 +140,7 @@ class Ollama:
         return await self._answer(request, body, prompt, _as_response)
 
     async def _load_only(self, request: Request, shape: Shape) -> Response:
-        """A request without a prompt loads the model, so that the next one finds it ready."""
+        """Answer a request without a prompt, which loads the model so that the next one finds it ready."""
 
         async def load() -> None:
             async with self._service.queue.turn(client_of(request, {})):
@@ -158,7 +158,7 @@ class Ollama:
         keep: Keep | None = None,
     ) -> Response:
         options = body.get("options") or {}
-        # -1 and -2 are without limit and to the end of the context, which is the same here.
+        # -1 means no limit and -2 the rest of the context, which is the same here.
         limit = options.get("num_predict", -1)
         ask = ask_of(request, prompt, options, int(limit) if limit > 0 else None, keep)
         begun = await begin(request, self._service, self._service.start(ask))
@@ -190,7 +190,7 @@ class Ollama:
         bundle = self._service.host.settings.bundle
         if bundle is None:
             raise UsageError("No bundle is configured.")
-        # Without a model, each look at the file may have to parse it.
+        # Without a model, each access may have to parse the file.
         return await read_in_thread(_read_manifest, bundle)
 
     async def _card(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
 _DONE: Final = b"data: [DONE]\n\n"
-# Characters of a number for each byte that it has as a float, at most.
+# Most characters of a number per byte of its float.
 _AS_TEXT: Final = 6
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -60,7 +60,7 @@ def _usage(outcome: Outcome) -> dict[str, Any]:
 class _Chunks:
     """The events of one streamed answer.
 
-    What is the same in each is encoded once: a stream of short texts is mostly that.
+    What they share is encoded once: in a stream of short texts, that is most of it.
     """
 
     def __init__(self, begun: Begun, *, chat: bool, usage: bool) -> None:
@@ -103,7 +103,7 @@ class _Chunks:
         return last + usage + _DONE
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
-        """The answer of a request without `stream`."""
+        """The answer to a request without `stream`."""
         answer = outcome.answer
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.reason.value}
         if self._chat:
@@ -149,7 +149,7 @@ class OpenAI:
         body = await self._bodies.read(request, "CompletionRequest")
         given = body["prompt"]
         prompt = text_prompt(given if isinstance(given, str) else given[0])
-        # OpenAI's own default, which clients of this older interface count on.
+        # OpenAI's own default, which clients of this older interface rely on.
         ask = ask_of(request, prompt, body, body.get("max_tokens", 16))
         return await self._answer(request, body, ask, chat=False)
 
@@ -198,7 +198,7 @@ class OpenAI:
 
 
 def _embeddings(vectors: Sequence[bytes], shown: Callable[[bytes], Any], end: Mapping[str, Any]) -> bytes:
-    """The response; one vector at a time, as no other thread runs while a piece of JSON is made."""
+    """The response, encoded vector by vector, since no other thread runs while a piece of JSON is encoded."""
     data = ",".join(
         _encode({"object": "embedding", "index": at, "embedding": shown(vector)}) for at, vector in enumerate(vectors)
     )

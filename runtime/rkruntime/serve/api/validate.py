@@ -1,4 +1,4 @@
-"""JSON bodies against the schemas of openapi.yaml, by those words of JSON Schema that it uses."""
+"""Check JSON bodies against the schemas of openapi.yaml, with the JSON Schema keywords used there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkruntime.errors import BodyError
 
 Schema = Mapping[str, Any]
 
-# Of names in a header, which may stand before an answer of a few words.
+# Most names in a header, whose answer may have only a few words.
 _MOST_IGNORED: Final = 16
 _LONGEST_IGNORED: Final = 48
 
@@ -28,9 +28,9 @@ _TYPES: Final[Mapping[str, Callable[[Any], bool]]] = {
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
 }
-# Far more than any client sends, and far less than Python's own limit, which hits whoever reads the values later.
+# Far more than any client sends, and far below Python's own limit, which would hit whatever reads the values later.
 _MAX_DEPTH: Final = 64
-# Of a body, each of which takes up to 150 bytes in memory however short it is. A context has 16,384 tokens at most, and
+# Most values in a body; each takes up to 150 bytes of memory, however short. A context has at most 16,384 tokens, and
 # a request 4,096 messages of a few values.
 _MAX_VALUES: Final = 1 << 16
 
@@ -38,29 +38,29 @@ _MAX_VALUES: Final = 1 << 16
 class Ignored:
     """Names of a request's fields that have no effect, such as `options.num_ctx`; as many as a header holds.
 
-    What would change an answer and cannot be had is refused by the schema. The rest is told.
+    The schema refuses unsupported fields that would change an answer. The rest is reported.
     """
 
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
 
     def add(self, name: str) -> None:
-        """Note a name; the same in several items of a list counts once."""
+        """Note a name; one that occurs in several items of a list counts once."""
         if len(self._names) <= _MOST_IGNORED:
             name = re.sub(r"\[\d+\]", "[]", name[: 2 * _LONGEST_IGNORED])[:_LONGEST_IGNORED]
             self._names[re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", name) or "?"] = None
 
     @property
     def names(self) -> list[str]:
-        """For a header: ASCII, and `...` for what there was no room for."""
+        """The names for a header: ASCII, with `...` for those that did not fit."""
         names = list(self._names)
         return [*names[:_MOST_IGNORED], "..."] if len(names) > _MOST_IGNORED else names
 
 
 def parse_json(body: bytes) -> Any:
-    """A JSON text as values. Raises BodyError; NaN, infinity and what rounds to it are not JSON.
+    """Parse JSON. Raises BodyError; NaN, infinity and numbers that round to infinity are not JSON.
 
-    What it takes in memory, and the time for which no other thread runs, is bounded by the text's length and by the
+    Its memory, and the time for which no other thread runs, are bounded by the text's length and by the
     number of values.
     """
     _check_number(body)
@@ -85,10 +85,10 @@ def parse_json(body: bytes) -> Any:
 
 
 def _check_number(body: bytes) -> None:
-    """Raise BodyError if there are too many values: in front of each one but the first stands a comma or bracket."""
+    """Raise BodyError if there are too many values: each one except the first follows a comma or bracket."""
     if len(body) <= _MAX_VALUES:
         return
-    # What stands between quotes that no backslash precedes is not text.
+    # After this, every remaining quote begins or ends a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if plain.count(b'"') <= 4 * _MAX_VALUES:
         outside = b"".join(plain.split(b'"')[::2])
@@ -114,23 +114,23 @@ def _too_deep() -> BodyError:
 
 
 class Validator:
-    """Reads values by one document's schemas.
+    """Read values according to one document's schemas.
 
     Args:
-        document: of OpenAPI 3.1, with `components.schemas`.
+        document: OpenAPI 3.1 document with `components.schemas`.
     """
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._schemas: Mapping[str, Schema] = document["components"]["schemas"]
 
     def read(self, name: str, value: Any, ignored: Ignored) -> Any:
-        """What the schema `name` knows of `value`: no other properties, no nulls in objects, integers as int.
+        """What the schema `name` declares of `value`: no other properties, no nulls in objects, integers as int.
 
         Args:
-            ignored: is told of properties that the schema does not have, or has as `x-ignored`.
+            ignored: Collects properties that the schema does not declare, or marks as `x-ignored`.
 
         Raises:
-            BodyError: `value` is not as the schema has it; with the field.
+            BodyError: `value` does not match the schema; names the field.
         """
         return self._read(self._schemas[name], value, "", ignored)
 
@@ -151,7 +151,7 @@ class Validator:
         return value
 
     def _read_any(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
-        """One of the alternatives must fit; the error is that of the last one of the value's type, or of any."""
+        """One alternative must match; else the error is that of the last one of the value's type, or of any."""
         for alternative in schema["anyOf"]:
             with suppress(BodyError):
                 return self._read(alternative, value, where, ignored)
@@ -181,7 +181,7 @@ def _is_number(value: Any) -> bool:
     return _TYPES["number"](value)
 
 
-# Words that say nothing of a value's type let other types pass, as in JSON Schema.
+# Keywords that do not apply to a value's type let it pass, as in JSON Schema.
 _RULES: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
     "type": _is_type,
     "enum": lambda wanted, value: any(value == item and type(value) is type(item) for item in wanted),
@@ -196,7 +196,7 @@ _RULES: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
 }
 
 _SAYINGS: Final[Mapping[str, str]] = {
-    "type": "must be of type {wanted}, and is {kind}",
+    "type": "must be of type {wanted}, but is {kind}",
     "enum": "must be one of {wanted}",
     "minimum": "must be at least {wanted}",
     "maximum": "must be at most {wanted}",
