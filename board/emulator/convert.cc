@@ -4,15 +4,7 @@
 #include <bitset>
 #include <cmath>
 
-#include "abi_check.h"
 #include "log.h"
-
-#ifndef RKEMU_RELEASE
-#error "RKEMU_RELEASE must be the release's name, such as \"1.2.3\""
-#endif
-#ifndef RKEMU_RELEASE_NUMBER
-#error "RKEMU_RELEASE_NUMBER must be its number, such as 10203"
-#endif
 
 namespace rkemu {
 

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from rkboard.emulator.abi_header import HEADER, header
 from rkconvert.demo import checkpoint
 from rkruntime import cli
-from rkruntime.resources import resource
 from rkruntime.text.tokenizer import Tokenizer
 
 SENTENCE = "The RK3588 has an NPU of three cores. "
@@ -109,7 +109,8 @@ def prepare(folder: Path) -> None:
     if compiler is None:
         raise SystemExit("this benchmark needs a C++ compiler")
     source = Path(__file__).with_name("_canned.cc")
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-DRKEMU_LAYOUT=7", f"-I{resource('emulator')}"]
+    (folder / HEADER).write_text(header("1.3.0"))
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", f"-I{folder}"]
     subprocess.run([compiler, *flags, "-o", folder / "librkllmrt.so", source], check=True)
     script(folder, SHORT)
 

@@ -21,6 +21,7 @@ from tests.conformance import clients
 
 from rkboard.emulator import build as emulator
 from rkconvert.demo import Question, checkpoint, questions
+from rkruntime.abi import EMULATED
 
 _HERE = Path(__file__).parent
 _RELEASES = ("1.2.3", "1.3.0")
@@ -152,7 +153,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     for entry in arguments.llm_demo:
         release, equals, _ = entry.partition("=")
-        if not equals or release not in emulator.RELEASES:
+        if not equals or release not in EMULATED:
             parser.error(f"--llm-demo {entry}: it is RELEASE=PROGRAM, such as 1.2.3=build/llm_demo")
     return arguments
 

@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 
 from rkboard.emulator import build as emulator
+from rkruntime.abi import RELEASES
 from rkruntime.bundle.rkemu import TensorSpec, Writer
 
 # --- the C API ---------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ class Client:
     embedding: Any = None
 
     def __post_init__(self) -> None:
-        self.layout = layout = Layout(emulator.RELEASES[self.release])
+        self.layout = layout = Layout(int(RELEASES[self.release].layout.removeprefix("L")))
         self.lib = ctypes.CDLL(str(self.library))
         self.lib.rkllm_createDefaultParam.restype = layout.Param
         self.events: list[list[Event]] = []

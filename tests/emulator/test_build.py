@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from rkboard.emulator import build as emulator
+from rkboard.emulator.abi_header import HEADER, header
 from rkruntime import cli
+from rkruntime.abi import EMULATED, RELEASES
 from rkruntime.errors import HostError, UsageError
 
 
@@ -30,7 +32,7 @@ def quick(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in emulator.ABI_SOURCES:
-        (folder / name).write_text(f"int {name.partition('.')[0]}() {{ return RKEMU_LAYOUT; }}\n")
+        (folder / name).write_text(f'#include "abi.h"\nint {Path(name).stem}() {{ return RKEMU_LAYOUT; }}\n')
     (folder / "log.cc").write_text("int log_line() { return 1; }\n")
     (folder / emulator.EXPORTS).write_text("{ global: *; };\n")
     monkeypatch.setattr(emulator, "resource", lambda name: folder)
@@ -64,7 +66,7 @@ def test_builds_at_the_same_time(quick: Path) -> None:
 def test_an_interrupted_build_leaves_nothing_that_is_taken_for_one(
     quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: Any, target: Path, command: Any) -> None:
+    def stop(self: Any, target: Path, command: Any, _: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -128,6 +130,17 @@ def test_unknown_releases(release: str) -> None:
         emulator.build(release)
 
 
+def test_a_layout_that_nobody_emulates_yet_compiles(tmp_path: Path) -> None:
+    """Its declarations are enough, as long as it takes nothing away."""
+    newest = next(reversed(RELEASES))
+    assert newest not in EMULATED
+    (tmp_path / HEADER).write_text(header(newest))
+    command = [*emulator.find_compiler().command, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    for name in emulator.ABI_SOURCES:
+        source = emulator.resource("emulator") / name
+        subprocess.run([*command, "-DRKLLM_BOOL=uint8_t", f"-I{tmp_path}", source], check=True)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
 def test_clang_has_no_warnings_either() -> None:
@@ -142,11 +155,8 @@ def test_clang_has_no_warnings_either() -> None:
         layouts = ("1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0")
         for release in layouts if source.name in emulator.ABI_SOURCES else layouts[-1:]:
             made = emulator.build(release).parent
-            defines = [
-                f"-DRKEMU_LAYOUT={emulator.RELEASES[release]}", f'-DRKEMU_RELEASE="{release}"',
-                f"-DRKEMU_RELEASE_NUMBER={emulator.release_number(release)}", f"-I{made}", f"-I{made.parent}",
-            ]  # fmt: skip
-            command = ["clang++", *flags, *(kernel.flags if kernel else ()), *defines, str(source)]
+            found = ["-DRKLLM_BOOL=uint8_t", f"-I{made}", f"-I{made.parent}"]
+            command = ["clang++", *flags, *(kernel.flags if kernel else ()), *found, str(source)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
 

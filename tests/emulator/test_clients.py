@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from rkboard.emulator import build as emulator
-from rkruntime.resources import resource
 
 HERE = Path(__file__).parent
 every_layout = pytest.mark.parametrize("release", ["1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0"])
@@ -20,7 +19,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def compile_client(source: str, target: Path, release: str, *linking: str | Path) -> Path:
     command = [*emulator.find_compiler().command, "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror"]
-    options = [f"-DRKEMU_LAYOUT={emulator.RELEASES[release]}", "-I", resource("emulator")]
+    options = ["-I", emulator.build(release, warnings_are_errors=True).parent]
     subprocess.run([*command, *options, HERE / source, "-o", target, *linking], check=True)
     return target
 

@@ -13,7 +13,6 @@ import pytest
 
 from rkboard.emulator import build as emulator
 from rkconvert.demo import questions
-from rkruntime.resources import resource
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +25,7 @@ def program(tmp_path_factory: pytest.TempPathFactory, library: Any) -> Any:
     def build(release: str) -> Path:
         target = folder / f"ask-{release}"
         compiler = emulator.find_compiler().command
-        options = ["-std=c++17", f"-DRKEMU_LAYOUT={emulator.RELEASES[release]}", "-I", resource("emulator")]
+        options = ["-std=c++17", "-I", library(release).parent]
         linking = ["-L", library(release).parent, "-lrkllmrt"]
         subprocess.run([*compiler, *options, ROOT / "tests/emulator/ask.cc", "-o", target, *linking], check=True)
         return target

@@ -14,7 +14,6 @@ import pytest
 
 from rkboard.emulator import build as emulator
 from rkruntime.bundle.rkemu import Writer, read_container
-from rkruntime.resources import resource
 
 LOGITS = 2
 KERNELS = {"x86_64": ["plain", "avx2", "avx512vnni"], "aarch64": ["plain", "neon-dotprod"]}
@@ -87,8 +86,7 @@ def compile_driver(arch: str, folder: Path) -> Path:
         *emulator.find_compiler(arch).command,
         "-std=c++17",
         "-O1",
-        f"-I{resource('emulator')}",
-        "-DRKEMU_LAYOUT=6",
+        f"-I{library.parent}",
     ]
     subprocess.run(
         [*command, source, library, f"-Wl,-rpath,{library.parent}", "-o", program], check=True, capture_output=True

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rkboard.emulator import build as emulator
+from rkboard.emulator.abi_header import HEADER, header
 from rkconvert.demo import questions
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkruntime.abi import RELEASES
 from rkruntime.bundle.manifest import Bundle, FileRecord, Source
 from rkruntime.files import sha256_file
 from rkruntime.testing import FakeEngine, fake_manifest
@@ -80,9 +80,8 @@ def treacherous_file(tokenizer_file: Path) -> Path:
 def build_double(release: str, folder: Path, arch: str | None = None) -> Path:
     """The misbehaving library of a release, made in `folder`, for this machine or another."""
     library = folder / "librkllmrt.so"
-    layout = RELEASES[release].layout.removeprefix("L")
-    defines = [f"-DRKEMU_LAYOUT={layout}", f'-DRELEASE="{release}"', "-Iboard/emulator"]
-    command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
+    (folder / HEADER).write_text(header(release))
+    command = [*emulator.find_compiler(arch).command, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{folder}"]
     subprocess.run([*command, "-o", library, DOUBLE], check=True)
     return library
 

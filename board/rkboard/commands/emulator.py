@@ -8,13 +8,13 @@ import click
 
 from rkboard.emulator import build as emulator
 from rkboard.emulator import faults
-from rkruntime.abi import DEFAULT_RELEASE
+from rkruntime.abi import DEFAULT_RELEASE, EMULATED, LAYOUTS, RELEASES
 from rkruntime.cli.flags import json_option
 from rkruntime.terminal import console, say, say_json
 
 _RELEASE = click.option(
     "--release",
-    type=click.Choice(list(emulator.RELEASES)),
+    type=click.Choice(EMULATED),
     default=DEFAULT_RELEASE,
     show_default=True,
     help="Emulate this release of librkllmrt.so.",
@@ -46,8 +46,8 @@ def run() -> None:
 @_JSON
 def build(release: str, every: bool, arch: str | None, sanitize: str | None, as_json: bool) -> None:
     """Build a library and print its path."""
-    newest = {layout: name for name, layout in emulator.RELEASES.items()}
-    releases = list(newest.values()) if every else [release]
+    newest = [versions[-1] for versions in LAYOUTS.values() if versions[-1] in EMULATED]
+    releases = newest if every else [release]
     built = {name: _build(name, arch, sanitize) for name in releases}
     if as_json:
         say_json(built)
@@ -87,9 +87,10 @@ def info(list_faults: bool, list_guesses: bool, as_json: bool) -> None:
         return
     compiler = emulator.find_compiler()
     releases = []
-    for name, layout in emulator.RELEASES.items():
+    for name in EMULATED:
         library = emulator.library_path(name)
-        releases.append({"release": name, "layout": f"L{layout}", "library": str(library), "built": library.is_file()})
+        layout = RELEASES[name].layout
+        releases.append({"release": name, "layout": layout, "library": str(library), "built": library.is_file()})
     facts = {
         "compiler": compiler.version,
         "arch": compiler.arch,

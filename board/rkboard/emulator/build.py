@@ -17,20 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rkboard.emulator import faults, layout_check
+from rkboard.emulator import abi_header, faults
 from rkruntime import abi
-from rkruntime.abi import DEFAULT_RELEASE, declarations
+from rkruntime.abi import DEFAULT_RELEASE, declarations, releases
 from rkruntime.errors import HostError, UsageError
 from rkruntime.files import atomic_file
 from rkruntime.folders import own_folder
 from rkruntime.resources import resource
 from rkruntime.stop import Stop
-from rkruntime.versions import version
 
 LIBRARY: Final = "librkllmrt.so"
-
-# Release -> number of its layout in board/emulator/abi.h.
-RELEASES: Final = {version: int(abi.RELEASES[version].layout.removeprefix("L")) for version in abi.EMULATED}
 
 
 @dataclass(frozen=True)
@@ -139,16 +135,9 @@ def cache_folder() -> Path:
     return own_folder("cache") / "emulator"
 
 
-def release_number(release: str) -> int:
-    """A release as a number that grows: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
-    major, minor, patch = version(release).release
-    return major * 10000 + minor * 100 + patch
-
-
-def check_release(release: str) -> int:
-    """The layout of a release. UsageError if the emulator has none of that name."""
+def check_release(release: str) -> None:
+    """Raise UsageError if the emulator has no release of that name."""
     abi.check_release(release, abi.EMULATED, "The emulator")
-    return RELEASES[release]
 
 
 class _Build:
@@ -175,7 +164,8 @@ class _Build:
         for path in sorted(self.sources.iterdir()):
             if path.suffix in (".cc", ".h", ".map"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-        digest.update(Path(declarations.__file__).read_bytes())  # of which the layout's check is made
+        for module in (declarations, releases, abi_header):
+            digest.update(Path(str(module.__file__)).read_bytes())
         digest.update(repr(faults.sources()).encode())
         facts = (self.compiler, self.flags, self.link_flags, self.kernels)
         digest.update(repr(facts).encode())
@@ -191,12 +181,7 @@ class _Build:
                 continue
             flags = [*self.flags, *special.get(source.name, ()), *self.defines, f"-I{self.folder}"]
             objects.append((source, self.folder / "objects" / f"{source.stem}.o", flags))
-        layout = [
-            f"-DRKEMU_LAYOUT={RELEASES[self.release]}",
-            f'-DRKEMU_RELEASE="{self.release}"',
-            f"-DRKEMU_RELEASE_NUMBER={release_number(self.release)}",
-            f"-I{self.library.parent}",
-        ]
+        layout = [f"-I{self.library.parent}", "-DRKLLM_BOOL=uint8_t"]
         for name in ABI_SOURCES:
             source = self.sources / name
             objects.append((source, self.folder / self.release / f"{source.stem}.o", [*self.flags, *layout]))
@@ -236,7 +221,7 @@ class _Build:
             return self.library
         self.library.parent.mkdir(parents=True, exist_ok=True)
         made = {
-            self.library.parent / layout_check.HEADER: layout_check.header(self.release),
+            self.library.parent / abi_header.HEADER: abi_header.header(self.release),
             **{self.folder / name: text for name, text in faults.sources().items()},
         }
         for path, text in made.items():
@@ -273,7 +258,7 @@ def build(
     """The emulator's library for a release, built if the cache has none of these sources, compiler and flags.
 
     Args:
-        release: a key of RELEASES.
+        release: one of rkruntime.abi.EMULATED.
         arch: x86_64 or aarch64; this machine's by default.
         sanitize: a value of the compilers' -fsanitize, such as `address,undefined`.
         warnings_are_errors: as the project's own tests build it.
@@ -281,7 +266,7 @@ def build(
         stop: ends the build from another thread.
 
     Returns:
-        The file librkllmrt.so, in a folder of its own that can go onto LD_LIBRARY_PATH.
+        The file librkllmrt.so, in a folder of its own for LD_LIBRARY_PATH, with its header, abi.h.
 
     Raises:
         UsageError: no such release or machine.

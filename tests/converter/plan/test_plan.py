@@ -33,7 +33,7 @@ from rkconvert.rules.type_names import parse_type
 from rkruntime import cli
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
 
-# The releases that `rkedge emulator` can stand for: those with a layout in board/emulator/abi.h.
+# The releases that `rkedge emulator` can stand for: those marked so in rkruntime.abi.
 EMULATED = ("1.1.0", "1.1.1", "1.1.2", "1.1.3", "1.1.4", "1.2.0", "1.2.1b1", "1.2.1", "1.2.2", "1.2.3", "1.3.0")
 
 CONFIGS = json.loads((Path(__file__).parents[2] / "data" / "gemma_configs.json").read_text())

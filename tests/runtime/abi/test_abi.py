@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rkboard.emulator.abi_header import declarations, header
 from rkruntime.abi import CALLABLE, LAYOUTS, RELEASES, abi_of, release_named, since
 from rkruntime.abi.declarations import CALLBACKS, ENUMS, FORMER_NAMES, FUNCTIONS, STRUCTS, UNIONS, UNNAMED
 from rkruntime.abi.types import callbacks_of, enum_values, fields_of, functions_of
@@ -160,49 +161,6 @@ def test_versions_are_in_order() -> None:
 # --- as C++ ------------------------------------------------------------------------------------------------------
 
 
-def declare(declared: str, name: str) -> str:
-    kind, _, count = declared.partition("[")
-    return f"{kind} {name}[{count}" if count else f"{kind} {name}"
-
-
-def _body(name: str, version: str) -> str:
-    lines = []
-    for field in fields_of(name, version):
-        if field.type in UNNAMED:
-            kind = "union" if field.type in UNIONS else "struct"
-            lines.append(f"{kind} {{ {_body(field.type, version)} }} {field.name};")
-        else:
-            lines.append(declare(as_in_header(field.type, version), field.name) + ";")
-    return " ".join(lines)
-
-
-def our_header(version: str) -> str:
-    """The interface of a release as C++, written from our tables."""
-    parts = ["typedef void *LLMHandle;"]
-    parts += [
-        f"enum {name} : unsigned {{ {', '.join(f'{key} = {value}' for key, value in values.items())} }};"
-        for name in ENUMS
-        if (values := enum_values(name, version))
-    ]
-    callbacks = [
-        f"typedef {item.returns} (*{name})({', '.join(param.type for param in item.params)});"
-        for name, item in callbacks_of(version).items()
-    ]
-    if fields_of("RKLLMResult", version):
-        parts.append("struct RKLLMResult;")
-    parts += callbacks
-    parts += [
-        f"struct {header_name(name, version)} {{ {_body(name, version)} }};"
-        for name in STRUCTS
-        if fields_of(name, version) and name not in UNNAMED
-    ]
-    parts += [
-        f"{item.returns} {name}({', '.join(f'{as_in_header(p.type, version)} {p.name}' for p in item.params)});"
-        for name, item in functions_of(version).items()
-    ]
-    return "\n".join(parts)
-
-
 def assertions(facts: Mapping[str, Any]) -> Iterator[str]:
     """What was measured, as static assertions."""
     for name, struct in facts["structs"].items():
@@ -228,10 +186,12 @@ def assertions(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def program(facts: Mapping[str, Mapping[str, Any]]) -> str:
-    parts = ["#include <cstddef>", "#include <cstdint>", "#include <type_traits>"]
+    includes = ["#include <cstddef>", "#include <cstdint>", "#include <type_traits>"]
+    parts = [*includes, "#define RKLLM_BOOL bool", "#define RKLLM_API"]
     for number, (version, measured) in enumerate(facts.items()):
         checks = "\n".join(f'static_assert({check}, "{version}");' for check in assertions(measured))
-        parts.append(f"namespace release{number} {{\n{our_header(version)}\n{checks}\n}}")
+        ours = "\n".join(declarations(version))
+        parts.append(f"namespace release{number} {{\n{ours}\n{checks}\n}}")
     return "\n".join(parts)
 
 
@@ -249,6 +209,21 @@ def test_a_compiler_agrees(compiler: str, tmp_path: Path) -> None:
     facts = {item["versions"][-1]: item for item in FACTS.values()}
     result = compiles(compiler, program(facts), tmp_path)
     assert result.returncode == 0, result.stderr[:4000]
+
+
+@pytest.mark.parametrize("version", CALLABLE)
+def test_the_emulators_header(version: str, tmp_path: Path) -> None:
+    """What a client includes, with the number of its layout, holds the same measured facts."""
+    facts = BY_VERSION.get(version, {"structs": {}, "enums": {}, "callbacks": {}, "functions": {}})
+    number = RELEASES[version].layout.removeprefix("L")
+    checks = [*assertions(facts), f"RKEMU_LAYOUT == {number}", "sizeof(RKLLMInitCallback) == sizeof(void *)"]
+    static = "\n".join(f'static_assert({check}, "");' for check in checks)
+    source = f"{header(version)}\n#include <cstddef>\n#include <type_traits>\n{static}"
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    done = compiles(compiler, source, tmp_path)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 def test_the_compiler_would_notice(tmp_path: Path) -> None:

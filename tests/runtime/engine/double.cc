@@ -15,12 +15,12 @@
 #include "abi.h"
 
 extern "C" __attribute__((used)) const char kSdk[] =
-    "RKLLM SDK (version: " RELEASE " | target: Linux | build: test double)";
+    "RKLLM SDK (version: " RKEMU_RELEASE " | target: Linux | build: test double)";
 
 namespace {
 
 RKLLMInitCallback given;
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
 RKLLMCallback kept;
 #endif
 std::atomic<bool> aborted{false}, running{false};
@@ -38,9 +38,9 @@ int number(const char* name, int fallback) {
 }
 
 int call(RKLLMResult* result, void* userdata, LLMCallState state) {
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   return kept.result_callback(result, userdata, state);
-#elif RKEMU_LAYOUT >= 6
+#elif RKEMU_LAYOUT >= RKEMU_1_2_1
   return given(result, userdata, state);
 #else
   given(result, userdata, state);
@@ -124,9 +124,9 @@ RKLLMParam rkllm_createDefaultParam() {
 }
 
 int rkllm_init(LLMHandle* handle, RKLLMParam* param, RKLLMInitCallback callback) {
-  std::fprintf(stderr, "I rkllm: rkllm-runtime version: %s, rknpu driver version: 0.9.8, platform: RK3588\n", RELEASE);
+  std::fprintf(stderr, "I rkllm: rkllm-runtime version: %s, rknpu driver version: 0.9.8, platform: RK3588\n", RKEMU_RELEASE);
   given = callback;
-#if RKEMU_LAYOUT >= 7
+#if RKEMU_LAYOUT >= RKEMU_1_3_0
   kept = *callback;
 #endif
   params = *param;
@@ -195,7 +195,7 @@ int rkllm_run_async(LLMHandle, RKLLMInput*, RKLLMInferParam*, void*) { return -1
 int rkllm_load_lora(LLMHandle, RKLLMLoraAdapter*) { return wants("lora-fails") ? -1 : 0; }
 int rkllm_load_prompt_cache(LLMHandle, const char*) { return 0; }
 int rkllm_release_prompt_cache(LLMHandle) { return 0; }
-#if RKEMU_LAYOUT >= 6
+#if RKEMU_LAYOUT >= RKEMU_1_2_1
 int rkllm_clear_kv_cache(LLMHandle, int, int*, int*) {
   misbehave("clear");
   return 0;
@@ -212,10 +212,10 @@ int rkllm_set_cross_attn_params(LLMHandle, RKLLMCrossAttnParam* cross) {
               static_cast<double>(cross->encoder_mask[1]), cross->encoder_pos[1]);
   return 0;
 }
-#elif RKEMU_LAYOUT >= 4
+#elif RKEMU_LAYOUT >= RKEMU_1_2_0
 int rkllm_clear_kv_cache(LLMHandle, int) { return 0; }
 #endif
-#if RKEMU_LAYOUT >= 4
+#if RKEMU_LAYOUT >= RKEMU_1_2_0
 int rkllm_set_chat_template(LLMHandle, const char*, const char*, const char*) { return 0; }
 #endif
 

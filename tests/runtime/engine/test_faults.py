@@ -543,7 +543,7 @@ def test_a_library_that_needs_another(misbehaving: Misbehaving, tmp_path: Path) 
     options = misbehaving("")
     source.write_text('extern "C" int other() { return 1; }')
     subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-soname,libother.so", "-o", other, source], check=True)
-    base = ["g++", "-shared", "-fPIC", "-o", library, "-Iboard/emulator", "-DRKEMU_LAYOUT=6", '-DRELEASE="1.2.3"']
+    base = ["g++", "-shared", "-fPIC", "-o", library, f"-I{options.library.parent}"]
     subprocess.run([*base, str(Path(__file__).with_name("double.cc")), "-Wl,--no-as-needed", other], check=True)
     # Beside the library it is found, as with libomp.so.
     Engine.load(replace(options, library=library)).close()

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkboard.emulator import build as emulator
-from rkruntime.abi import CALLABLE, LAYOUTS, RELEASES, abi_of, release_named
+from rkruntime.abi import CALLABLE, EMULATED, LAYOUTS, RELEASES, abi_of, release_named
 from rkruntime.errors import LibraryError
 from rkruntime.library.elf import read_elf
 from rkruntime.library.identify import check_machine, identify, inspect_library
@@ -51,7 +51,7 @@ def declared(version: str) -> list[str]:
     return list(abi_of(version).functions)
 
 
-@pytest.mark.parametrize("version", list(emulator.RELEASES))
+@pytest.mark.parametrize("version", EMULATED)
 def test_emulated_libraries(version: str) -> None:
     identity = identify(emulator.build(version))
     assert identity.release is RELEASES[version]
