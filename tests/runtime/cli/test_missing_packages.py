@@ -83,13 +83,13 @@ def test_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is imported for a file whose header is read already."""
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(HostError) as caught:
-        GgufWeights(GgufFile(Path("model.gguf"), {}, {}, 0), "gemma2")
+        GgufWeights([GgufFile(Path("model.gguf"), {}, {}, 0)], "gemma2")
     assert "pip install 'rkedge[convert]'" in caught.value.hint
 
 
 def test_every_dependency_is_tried() -> None:
-    """Of the others none can be missed: click is imported first of all, peft and safetensors by no module of ours."""
+    """Of the others none can be missed: click is imported first of all, peft by no module of ours."""
     packages = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "huggingface_hub": "huggingface-hub"}
     declared = importlib.metadata.requires("rkedge") or []
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared if "extra == 'dev'" not in text}  # type: ignore[index]
-    assert names - {packages.get(module, module) for module in [*NEEDS, "gguf"]} == {"click", "safetensors", "peft"}
+    assert names - {packages.get(module, module) for module in [*NEEDS, "gguf"]} == {"click", "peft"}
