@@ -35,7 +35,7 @@ class TensorFile(Protocol):
 
 @dataclass(frozen=True)
 class Names:
-    """Names of weight files, in order of preference: (one file, index of several)."""
+    """Names of weight files, in order of preference: (single file, index of shards)."""
 
     pairs: tuple[tuple[str, str], ...]
 

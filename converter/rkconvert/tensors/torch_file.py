@@ -144,7 +144,7 @@ class TorchFile:
             # As in bitsandbytes until April 2024, when it became a number (its pull request 1164).
             if name.endswith(".weight_format") and isinstance(value, str) and value != "row":
                 raise self._kind(
-                    f"{self.path} holds an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",
+                    f"{self.path} contains an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",
                     hint="Start from the original 16-bit checkpoint.",
                 )
         return {

@@ -163,7 +163,7 @@ def _check_lora(lora: Adapter) -> None:
 def _finished(folder: Path) -> dict[str, Any]:
     """The report of an earlier run that got this far; empty if there is none.
 
-    `folder` holds work of this very conversion (see `resume_key`), but its disk may have lost a part, and files may
+    `folder` contains work of this exact conversion (see `resume_key`), but its disk may have lost a part, and files may
     have come from elsewhere.
     """
     report = read_report(folder, _DONE)

@@ -67,7 +67,7 @@ def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: 
 
 
 def is_linked(model: MergedModel) -> bool:
-    """Whether the base's files hold this very model, under names that transformers looks for, so that none need be
+    """Whether the base's files contain this exact model, under names that transformers looks for, so that none need be
     written.
     """
     files = model.checkpoint.weight_files
