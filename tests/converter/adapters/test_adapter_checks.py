@@ -81,7 +81,7 @@ REFUSED = {
         lambda tensors: tensors.update({f"{HEAD}.modules_to_save.weight": torch.ones(1024, 64)}),
         {},
         {},
-        r"has .*modules_to_save\.weight and not lm_head\.weight",
+        r"has .*modules_to_save\.weight but not lm_head\.weight",
     ),
     "matrices that are not targeted": (
         lambda tensors: None,
@@ -117,7 +117,7 @@ REFUSED = {
         lambda tensors: None,
         {"trainable_token_indices": [3, 5000]},
         {"trainable_token_indices": [3, 4]},
-        "needs 5,001 rows of model.embed_tokens.weight, the base model has 1,024",
+        "needs 5,001 rows of model.embed_tokens.weight, but the base model has 1,024",
     ),
     "modules to save that are no list": (
         lambda tensors: None,
@@ -157,7 +157,7 @@ def test_lists_of_targets_for_many_models(opened):
 def test_a_missing_pair_is_noted(opened, targets):
     model = opened(settings={"target_modules": targets})
     (note,) = model.notes
-    assert "targets model.layers.0.self_attn.v_proj and has no matrices for it (2 such modules)" in note
+    assert "targets model.layers.0.self_attn.v_proj but has no matrices for it (2 such modules)" in note
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_the_generation_prompt_is_found() -> None:
         ('["q"]', "row 1 is a JSON str"),
         ('[{"input": "q"}]', "row 1 has the keys input; they must be input and target"),
         ('[{"input": "q", "target": "a", "more": 1}]', "has the keys input, more, target"),
-        ('[{"input_embed": [[1]], "target": "a"}]', "holds embeddings"),
+        ('[{"input_embed": [[1]], "target": "a"}]', "has embeddings"),
         ('[{"input": "", "target": "a"}]', "the input of row 1 is ''"),
         ('[{"input": "q", "target": " "}]', "the target of row 1"),
         ('[{"input": "\\ud800", "target": "a"}]', "the input of row 1"),

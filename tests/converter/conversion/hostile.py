@@ -422,7 +422,7 @@ def patterns_that_are_a_list(box):
     lora_config(box, rank_pattern=[["q_proj", 4]])
 
 
-@case("init_lora_weights is .'a'., which is not known")
+@case("init_lora_weights is .'a'., which is unknown")
 def a_beginning_that_is_a_list(box):
     lora_config(box, init_lora_weights=["a"])
 

@@ -77,7 +77,7 @@ def test_combinations_are_products_one_after_another():
         ({}, "matrix is dict"),
         ([], "matrix is an empty list"),
         ([{}], "matrix is dict"),
-        ({"force_dtype": [False, True]}, "are the same: force_dtype=False, and force_dtype=True"),
+        ({"force_dtype": [False, True]}, "are the same: force_dtype=False and force_dtype=True"),
         ({"quiet": [False, True]}, "are the same"),
         ({"lora": [[str(demo.adapter())], [f"{demo.adapter()}=1"]]}, "are the same"),
         (["dtype"], "matrix is str"),
@@ -191,7 +191,7 @@ def test_a_bundle_of_other_options_is_not_taken_for_done(write, convert, tmp_pat
     convert(write({"dtype": ["w8a8"]}))
     code, [outcome], _ = convert(write({"dtype": ["w8a8"]}, max_context=64))
     assert (code, outcome["status"]) == (3, "failed")
-    assert "exists already" in outcome["message"]
+    assert "already exists" in outcome["message"]
 
 
 def test_a_damaged_bundle_is_not_taken_for_done(write, convert, tmp_path):

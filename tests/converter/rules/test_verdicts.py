@@ -150,7 +150,7 @@ SAID = [
         "1.3.0",
         "refuse",
         "reported",
-        ["1.1.1", "Nothing is known of it with 1.3.0"],
+        ["1.1.1", "Nothing is known about it with 1.3.0"],
         [],
     ),
     (
