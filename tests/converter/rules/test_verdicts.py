@@ -125,10 +125,10 @@ SAID = [
     ("gemma-2-2b-it", "rk3588", "w8a8", "1.1.0", "ok", "vendor figure", ["9.67", "4,956 MiB", "1.1.0"], []),
     ("gemma-2-2b-it", "rk3588", "w8a8", "1.3.0", "ok", "vendor figure", ["10.37", "2,779 MiB"], ["9.67"]),
     ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.1.0", "refuse", "vendor figure", ["57 %", "5.49", "9.67"], ["none of"]),
-    ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.3.0", "refuse", "vendor figure", ["5.49", "none of 1.3.0"], []),
+    ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.3.0", "refuse", "vendor figure", ["5.49", "none for 1.3.0"], []),
     # README.md @ 1.1.1: 20.08 of 24.21, 6.13 of 7.44, 12.66 of 15.66, 3.05 of 3.79 tokens/s with w8a8_g512.
     ("gemma-2-2b-it", "rk3588", "w8a8_g512", "1.2.3", "warn", "predicted", ["80 to 83 %"], []),
-    ("gemma-2-2b-it", "rk3588", "w8a8_g256", "1.2.3", "warn", "predicted", ["none of w8a8_g256"], []),
+    ("gemma-2-2b-it", "rk3588", "w8a8_g256", "1.2.3", "warn", "predicted", ["none for w8a8_g256"], []),
     # Gemma 1 2B is in no table of the vendor's.
     ("gemma-1.1-2b-it", "rk3588", "w8a8", "1.2.3", "ok", "predicted", ["no figures for this model"], ["Gemma 2"]),
     ("gemma-1.1-2b-it", "rk3576", "w4a16", "1.3.0", "ok", "predicted", ["no figures for this model"], ["Gemma 2"]),
