@@ -1,4 +1,4 @@
-"""How long work reports itself: bars with bytes, rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: bars with bytes, rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from rkruntime.terminal import console, say
 
 Advance = Callable[[int], None]
 Show = Callable[[str, int, int], None]
-# Seconds between two lines of a log: an hour of work stays readable.
+# Seconds between two log lines, so that the log of an hour's work stays readable.
 _LOG_EVERY: Final = 30.0
 
 
 class Reporter:
-    """Where long work says what it does; `quiet` says nothing."""
+    """Reports the progress of long work; silent if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._console = console(stderr=True)
 
     def note(self, text: str) -> None:
-        """One line for a person."""
+        """Print one line for the user."""
         if not self.quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
-        """A piece of work over `total` bytes; the function that is handed out takes the bytes of each step."""
+        """Show work over `total` bytes; the function yielded takes the bytes of each step."""
         if self.quiet:
             yield lambda _: None
         elif self._console.is_terminal:
@@ -61,7 +61,7 @@ class Reporter:
 
     @contextmanager
     def steps(self) -> Iterator[Show]:
-        """Work that counts by itself: the function that is handed out takes a title, what is done and the total."""
+        """Show work that keeps its own count; the function yielded takes a title, the count so far and the total."""
         if self.quiet:
             yield lambda *_: None
         elif self._console.is_terminal:
@@ -86,7 +86,7 @@ class Reporter:
 
 
 class _StepLog:
-    """Steps for a file or a pipe: a line when one begins, when it is over, and every half minute between."""
+    """Steps in a file or pipe: a line when one starts, when it is finished, and every half minute between."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter, self._title, self._last = reporter, "", 0.0
@@ -100,7 +100,7 @@ class _StepLog:
 
 
 class _Log:
-    """Progress for a file or a pipe: a line at the end, and one every half minute before."""
+    """Progress in a file or pipe: a line at the end, and one every half minute before."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0

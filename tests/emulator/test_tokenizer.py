@@ -109,5 +109,5 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(seed: int, encode: Enco
 
 
 def test_whole_words_are_refused(encode: Encode) -> None:
-    with pytest.raises(CheckpointError, match="'<code>' is found as a whole word only"):
+    with pytest.raises(CheckpointError, match="'<code>' matches only as a whole word"):
         encode(content_with({"<code>": {"single_word": True}}), ["x"])

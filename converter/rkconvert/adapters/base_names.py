@@ -1,7 +1,7 @@
-"""Whether what an adapter calls its base (base_model_name_or_path) speaks against the model that it is put on.
+"""Judge whether an adapter's name for its base (base_model_name_or_path) contradicts the model it is applied to.
 
-A name proves nothing: one model lies in folders of any name and in quantized mirrors. Only what both names say of
-themselves is compared, and what comes of it is a note.
+A name proves nothing: one model can be in folders of any name and in quantized mirrors. Only what both names say is
+compared, and the result is only a note.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 from rkconvert.sources.hub import is_hub_id
 
-# What mirrors and quantizers put behind a model's name: unsloth's -bnb-4bit, mlx-community's -4bit, -GGUF, -GPTQ-Int4.
+# Suffixes added by mirrors and quantizers: unsloth's -bnb-4bit, mlx-community's -4bit, -GGUF, -GPTQ-Int4.
 _MIRROR: Final = re.compile(
     r"[-_.](bnb|unsloth|dynamic|quantized|gguf|gptq|awq|exl2|mlx|hf|pytorch|[2-8]-?bit|int[48]|nf4|fp(4|8|16|32)|bf16|f16"
     r"|w\da\d+|i?q\d(_\w+)?)$"
@@ -27,7 +27,7 @@ _OTHERS: Final = (
 
 
 def plain_name(name: str) -> str:
-    """A model's name without owner, folders, case, and what mirrors put behind it: `gemma-2-2b-it`."""
+    """A model's name without owner, folders, case and mirrors' suffixes: `gemma-2-2b-it`."""
     cached = _CACHE.search(name)
     plain = (cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]).lower()
     while _MIRROR.search(plain):
@@ -36,13 +36,13 @@ def plain_name(name: str) -> str:
 
 
 def is_other_base(named: str, family: str, size: str, own_names: Sequence[str]) -> bool:
-    """Whether `named`, what an adapter calls its base, seems to be another model than the one that it is put on.
+    """Whether `named`, an adapter's name for its base, seems to be a model other than the one it is applied to.
 
     Args:
-        named: a hub id or a path; may be empty.
-        family: of the model that it is put on, `gemma` or `gemma2`.
-        size: its size, such as `9B` (see `GemmaConfig.size_name`).
-        own_names: what it is called: hub ids, folders.
+        named: Hub id or path; may be empty.
+        family: Family of the model it is applied to, `gemma` or `gemma2`.
+        size: Size of that model, such as `9B` (see `GemmaConfig.size_name`).
+        own_names: Names of that model: hub ids, folders.
     """
     name, own = plain_name(named), {plain_name(own): own for own in own_names if own}
     if not name or name in own:

@@ -1,4 +1,4 @@
-"""adapter_config.json of a peft LoRA: what can be merged, and each module's rank and factor."""
+"""adapter_config.json of a peft LoRA: whether it can be merged, and each module's rank and factor."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rkruntime.errors import AdapterError
 from rkruntime.files import read_error
 
 FILE: Final = "adapter_config.json"
-# Settings under which the matrices mean something else than weight + factor * (B @ A).
+# Settings under which the matrices mean something other than weight + factor * (B @ A).
 _REFUSED: Final = {
-    "lora_bias": "a bias of its own in each module (lora_bias), and Gemma has no bias to add it to",
-    "layer_replication": "repeated layers (layer_replication), a model of another shape",
+    "lora_bias": "a bias in each module (lora_bias), but Gemma has no bias to add it to",
+    "layer_replication": "repeated layers (layer_replication), which change the model's shape",
     "target_parameters": "parameters instead of modules (target_parameters)",
-    "alora_invocation_tokens": "aLoRA: it is active after certain tokens only, which no merged model can be",
-    "arrow_config": "Arrow: a router chooses adapters for each token, which no merged model can do",
-    "use_qalora": "QALoRA: its inputs are pooled in groups",
-    "use_bdlora": "BD-LoRA: its matrices are block-diagonal",
-    "kasa_config": "KaSA: it cuts singular values out of the base model",
-    "monteclora_config": "MonteCLoRA: its matrices are sampled",
+    "alora_invocation_tokens": "aLoRA, which is active only after certain tokens: no merged model can do that",
+    "arrow_config": "Arrow, a router that chooses adapters for each token: no merged model can do that",
+    "use_qalora": "QALoRA, which pools inputs in groups",
+    "use_bdlora": "BD-LoRA, whose matrices are block-diagonal",
+    "kasa_config": "KaSA, which removes singular values from the base model",
+    "monteclora_config": "MonteCLoRA, whose matrices are sampled",
 }
-# Ways to begin that changed the base model too, so that the adapter alone is not the whole difference to it.
+# Initializations that changed the base model too, so that the adapter alone is not the whole difference.
 _CHANGED_BASE: Final = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -35,11 +35,11 @@ _CHANGED_BASE: Final = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-# A list of every matrix of 27B by its full name has 322 entries.
+# A list of all of 27B's matrices by full name has 322 entries.
 _MAX_NAMES: Final = 10_000
 _MAX_NAME: Final = 300
 _MERGE_FIRST: Final = "Merge it with peft (merge_and_unload, then save_pretrained), and convert the merged checkpoint."
-# peft's types that add to what a model is given or computes, not to its weights: peft cannot merge them either.
+# peft's types that change a model's inputs or activations, not its weights: peft cannot merge them either.
 _NOT_WEIGHTS: Final = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
     "POLY", "XLORA",
@@ -49,7 +49,7 @@ _PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mic
 
 
 def _no_adapter(folder: Path) -> AdapterError:
-    """The error for what is not a folder of an adapter."""
+    """The error for a path that is not an adapter's folder."""
     if not folder.exists():
         return AdapterError(f"There is no adapter {folder}.", hint="Check the spelling of the path.")
     hint = None
@@ -58,7 +58,7 @@ def _no_adapter(folder: Path) -> AdapterError:
     elif (folder / "config.json").is_file():
         hint = "It is a model; --lora takes what peft's save_pretrained wrote."
     elif inner := sorted(found.parent for found in folder.glob(f"*/{FILE}")):
-        hint = f"Name what is in it: {inner[0]}"
+        hint = f"Name the folder inside it: {inner[0]}"
     return AdapterError(f"{folder} is not an adapter: it has no {FILE}.", hint=hint)
 
 
@@ -71,7 +71,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, folder: Path) -> AdapterConfig:
-        """Read an adapter folder's settings. Raises AdapterError if there are none, or of a kind that is refused."""
+        """Read an adapter folder's settings. Raises AdapterError if they are missing or of an unsupported kind."""
         path = folder / FILE
         try:
             if not path.is_file():
@@ -86,23 +86,23 @@ class AdapterConfig:
         kind = self.raw.get("peft_type")
         if kind != "LORA":
             raise AdapterError(
-                f"The adapter is of peft's type {str(kind)[:40]!r}; only LORA is merged here.",
+                f"The adapter is of peft's type {str(kind)[:40]!r}; only LORA is supported.",
                 hint="No merged model can do what it does; train a LoRA." if kind in _NOT_WEIGHTS else _MERGE_FIRST,
             )
         for key, meaning in _REFUSED.items():
             if self.raw.get(key):
-                raise AdapterError(f"The adapter is not a plain LoRA. It has {meaning}.")
+                raise AdapterError(f"The adapter is not a plain LoRA: it uses {meaning}.")
         start = self.raw.get("init_lora_weights")
         for prefix, name in _CHANGED_BASE.items():
             if isinstance(start, str) and start.lower().startswith(prefix):
                 raise AdapterError(
-                    f"The adapter began as {name} (init_lora_weights={start!r}), which changed the base model as well:"
-                    " with the original base it gives another model.",
+                    f"The adapter was initialized as {name} (init_lora_weights={start!r}), which changed its base:"
+                    " on the original base it gives a different model.",
                     hint="Save it as a plain LoRA (path_initial_model_for_weight_conversion of peft's save_pretrained),"
                     " or use the changed base that was saved with it and set init_lora_weights to true.",
                 )
         if start not in _PLAIN_STARTS:
-            raise AdapterError(f"{self.path}: init_lora_weights is {start!r}, which is not known.")
+            raise AdapterError(f"{self.path}: init_lora_weights is {start!r}, which is unknown.")
 
     @property
     def base_name(self) -> str:
@@ -111,7 +111,7 @@ class AdapterConfig:
 
     @property
     def base_hint(self) -> str:
-        """The base model's name for a sentence."""
+        """The base model's name, to append to a sentence; empty if it names none."""
         return f", {self.base_name}" if self.base_name else ""
 
     @property
@@ -121,11 +121,11 @@ class AdapterConfig:
 
     @property
     def mica(self) -> bool:
-        """Began as MiCA, for which peft rounds the update before it adds it."""
+        """Whether it was initialized as MiCA, for which peft rounds the update before adding it."""
         return self.raw.get("init_lora_weights") == "mica"
 
     def saves_module(self, module: str) -> bool:
-        """Whether a module was trained as a whole (modules_to_save), itself or as a part of another."""
+        """Whether a module was trained as a whole (modules_to_save), itself or as part of another."""
         parts = module.split(".")
         wholes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         return any(whole.endswith(name) for name in self._list("modules_to_save") for whole in wholes)
@@ -150,7 +150,7 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.raw.get("use_rslora") else alpha / rank
 
     def _setting(self, patterns: str, default: str, module: str) -> float:
-        """A module's own rank or alpha: the first matching pattern, as peft's get_pattern_key does it."""
+        """A module's own rank or alpha: that of the first matching pattern, as in peft's get_pattern_key."""
         value, table = self.raw.get(default), self.raw.get(patterns) or {}
         if not isinstance(table, dict):
             raise AdapterError(f"{self.path}: {patterns} is a {type(table).__name__}, not a table.")
@@ -164,18 +164,18 @@ class AdapterConfig:
 
     def _matches(self, pattern: str, module: str) -> bool:
         if not _is_simple(pattern):
-            raise AdapterError(f"{self.path}: the pattern {pattern[:80]!r} is too complex to be searched for safely.")
+            raise AdapterError(f"{self.path}: the pattern {pattern[:80]!r} is too complex to be matched safely.")
         try:
             return re.match(rf"(.*\.)?({pattern})$", module) is not None
         except re.error as error:
             raise AdapterError(f"{self.path}: {pattern!r} is not a regular expression: {error}.") from error
 
     def token_indices(self, module: str) -> list[int]:
-        """Ids of the tokens that were trained on their own: a list, or a table by module name."""
+        """Ids of individually trained tokens, from a list or a table by module name."""
         found = self.raw.get("trainable_token_indices") or []
         if isinstance(found, dict):
             own = [ids for name, ids in found.items() if f".{module}".endswith(f".{name}")]
-            # A tied head is saved with the embedding's tokens.
+            # A tied head is saved under the embedding's tokens.
             found = own[0] if own else found.get("embed_tokens", [])
         if not isinstance(found, list) or any(type(index) is not int for index in found):
             raise AdapterError(f"{self.path}: trainable_token_indices is {str(found)[:80]}; it must list token ids.")
@@ -184,29 +184,29 @@ class AdapterConfig:
     def check_modules(
         self, base: Mapping[str, tuple[int, ...]], found: Mapping[str, Container[str]]
     ) -> tuple[str, ...]:
-        """Compare what the settings name with what the file holds, as far as peft would say something or differ.
+        """Compare the settings with the file's contents, as far as peft would complain or behave differently.
 
         Args:
-            base: the base model's tensors.
-            found: the parts of each module in the adapter's file.
+            base: Tensors of the base model.
+            found: Parts of each module in the adapter's file.
 
         Returns:
-            Notes for a person.
+            Notes for the user.
 
         Raises:
-            AdapterError: the settings fit no module of the base, or the file lacks what peft cannot do without, or has
+            AdapterError: The settings fit no module of the base, or the file lacks what peft requires, or has
                 what peft would not use.
         """
         modules = {name.removesuffix(".weight"): shape for name, shape in base.items()}
         modules.setdefault(HEAD.removesuffix(".weight"), (0, 0))
         for module in modules:
             if self.saves_module(module) and "weight" not in found.get(module, ()):
-                raise AdapterError(f"The adapter's settings name {module} in modules_to_save, and its file lacks it.")
+                raise AdapterError(f"The adapter's settings name {module} in modules_to_save, but its file lacks it.")
         matrices = {module: self._targets(module) for module, shape in modules.items() if len(shape) == 2}
         targets = self.raw.get("target_modules")
         if isinstance(targets, list) and targets and all(wanted is False for wanted in matrices.values()):
             raise AdapterError(
-                f"The adapter targets {', '.join(targets)[:200]}, and the base model has no such module.",
+                f"The adapter targets {', '.join(targets)[:200]}, but the base model has no such module.",
                 hint=f"It was trained on another architecture: give its own base{self.base_hint}.",
             )
         pairs = {module for module in modules if any(side in found.get(module, ()) for side in _PAIR_SIDES)}
@@ -214,20 +214,20 @@ class AdapterConfig:
         unused = sorted(module for module in pairs - tied if matrices.get(module) is False)
         if unused:
             raise AdapterError(
-                f"The adapter has matrices for {unused[0]} ({len(unused)} such modules), which its settings do not"
-                " target: peft would leave them out.",
-                hint="Its adapter_config.json was edited, or is another adapter's: use the one that was saved with it.",
+                f"The adapter has matrices for {unused[0]} ({len(unused)} such modules) that its settings do not"
+                " target: peft would ignore them.",
+                hint="Its adapter_config.json was edited or belongs to another adapter: use the one saved with it.",
             )
         lacking = sorted(module for module, wanted in matrices.items() if wanted and module not in pairs | tied)
         if not lacking:
             return ()
         return (
-            f"{self.path.parent.resolve().name} targets {lacking[0]} and has no matrices for it"
-            f" ({len(lacking)} such modules): they stay as the base's",
+            f"{self.path.parent.resolve().name} targets {lacking[0]} but has no matrices for it"
+            f" ({len(lacking)} such modules): they stay as in the base",
         )
 
     def _targets(self, module: str) -> bool | None:
-        """Whether the settings ask for matrices for a module, by peft's rules; None where that is not known."""
+        """Whether the settings target a module by peft's rules; None if that is unknown."""
         pattern = isinstance(self.raw.get("exclude_modules"), str)
         if self.saves_module(module) or (not pattern and _names(self._list("exclude_modules"), module)):
             return False
@@ -235,7 +235,7 @@ class AdapterConfig:
         return None if named and (pattern or self.raw.get("layers_pattern")) else named
 
     def _names_target(self, module: str) -> bool | None:
-        """`_targets` before anything is excluded."""
+        """`_targets` without exclusions."""
         targets = self.raw.get("target_modules")
         if isinstance(targets, str):
             return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
@@ -249,7 +249,7 @@ class AdapterConfig:
         return layers is None or (layer is not None and int(layer[1]) in layers)
 
     def _layers(self) -> Container[int] | None:
-        """Indices of the layers that are changed; None for all."""
+        """Indices of the changed layers; None for all."""
         layers = self.raw.get("layers_to_transform")
         if type(layers) is int:
             return {layers}
@@ -263,12 +263,12 @@ class AdapterConfig:
 
 
 def _names(names: list[str], module: str) -> bool:
-    """Whether a module is one of those that a list names by the ends of their names."""
+    """Whether a module's name ends in one of the listed names."""
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _is_plain_pattern(pattern: str) -> bool:
-    """Whether it is a regular expression that can be searched for safely, and no word of peft's for many modules."""
+    """Whether it is a regular expression that is safe to match, and not one of peft's words for many modules."""
     try:
         return pattern != "all-linear" and _is_simple(pattern) and bool(re.compile(pattern))
     except re.error:
@@ -276,5 +276,5 @@ def _is_plain_pattern(pattern: str) -> bool:
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether a stranger's pattern can be searched for safely: a repeated group, or many repeats, can take for ever."""
+    """Whether a stranger's pattern is safe to match: a repeated group, or many repeats, can take forever."""
     return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 4 and len(pattern) <= 1000

@@ -1,4 +1,4 @@
-"""Adapters folded into a base model while its tensors are read."""
+"""Merge adapters into a base model while its tensors are read."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 _OTHER_BASE: Final = (
-    "the adapter {adapter} was saved with its base's {name}, which is not this base's: it was trained on another model,"
-    " revision or precision; its own is used, as peft does"
+    "the adapter {adapter} was saved with its base's {name}, which differs from this base's: it was trained on another"
+    " model, revision or precision; its own is used, as in peft"
 )
 
 
 class MergedWeights:
-    """A base model with adapters merged in, one after another. Formats are the base's, also of grown embeddings.
+    """A base model with adapters merged in, one after another. Formats are the base's, even for grown embeddings.
 
     Attributes:
-        config: the base's settings, with the new vocabulary, and with embeddings untied where adapters part them.
-        tensors: every tensor of the merged model.
-        notes: what a person must know of what was merged.
+        config: Base's settings, with the new vocabulary, and with embeddings untied if adapters make them differ.
+        tensors: Every tensor of the merged model.
+        notes: Notes for the user on what was merged.
     """
 
     def __init__(self, base: Weights, config: GemmaConfig, adapters: Sequence[Adapter]) -> None:
         self._base = base
-        # What both sides are as long as they are tied.
+        # The state of both sides as long as they are tied.
         self._from = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
         self._updates: dict[str, TensorUpdate] = {}
         self.notes: tuple[str, ...] = ()
@@ -56,17 +56,17 @@ class MergedWeights:
 
     @property
     def changed(self) -> frozenset[str]:
-        """Names of the tensors that are not the base's own."""
+        """Names of the tensors that differ from the base's."""
         return frozenset(name for name in self.tensors if name in self._updates or name not in self._base.tensors)
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor, merged, in the base's format."""
+        """Return merged rows of a tensor, in the base's format."""
         update, dtype = self._updates.get(name, TensorUpdate()), self.tensors[name].dtype
         if update.replacement:
             block = update.replacement.read(first, count, dtype)
         else:
             block = self._base.read(self._from.get(name, name), first, count)
-        # What is too large for float32 becomes infinite, which whoever writes it refuses.
+        # Values too large for float32 become infinite, which the writer refuses.
         with np.errstate(over="ignore", invalid="ignore"):
             for change in update.changes:
                 block = change.apply(block, dtype, first)
@@ -76,7 +76,7 @@ class MergedWeights:
         return self._base.tensors[self._from.get(name, name)]
 
     def _copies_of_the_base(self, adapter: Adapter) -> set[Replacement]:
-        """Those of an adapter's tensors that are only the base's again. Others that it did not train get a note."""
+        """Names of an adapter's tensors that merely copy the base's. Others that it did not train get a note."""
         copies = {
             update.replacement: self._from.get(name, name)
             for name, update in adapter.updates.items()
@@ -96,11 +96,11 @@ class MergedWeights:
         size = sizes.pop()
         last = max(config.bos_token_id, *config.eos_token_ids)
         if last >= size:
-            raise AdapterError(f"The adapter has embeddings of {size} tokens, and the model needs the token {last}.")
+            raise AdapterError(f"The adapter has embeddings of {size} tokens, but the model needs the token {last}.")
         return size
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise AdapterError if a tensor, or what changes it, is of another size than the merged model's."""
+        """Raise AdapterError if a tensor, or a change to it, does not have the merged model's size."""
         update = self._updates.get(name, TensorUpdate())
         info = update.replacement.info if update.replacement else self._base_info(name)
         if info.shape != shape:
@@ -113,19 +113,19 @@ def _join(name: str, first: TensorUpdate | None, second: TensorUpdate) -> Tensor
     if first is None:
         return second
     if second.replacement or (first.replacement and second.changes):
-        raise AdapterError(f"Two adapters replace {name} as a whole, or one replaces what another changed.")
+        raise AdapterError(f"Two adapters replace {name} as a whole, or one replaces a tensor that another changed.")
     changes = first.changes + second.changes
     tokens = [change for change in changes if isinstance(change, TokenRows)]
     ids = [index for change in tokens for index in change.rows]
     if tokens and (len(tokens) < len(changes) or len(set(ids)) < len(ids)):
         raise AdapterError(
-            f"Two adapters change the same rows of {name}, one of them by tokens that it trained singly: which of the"
-            " two a token should follow is not known."
+            f"Two adapters change the same rows of {name}, one of them by individually trained tokens: it is unclear"
+            " which of the two such a token should follow.",
         )
     if any(isinstance(change, Dora) for change in changes):
         raise AdapterError(
             f"DoRA depends on the weights that it was trained on, so it is not merged together with another adapter"
             f" that changes {name}.",
-            hint="If that is what you want, merge one with `rkedge merge`, and convert the result with the other.",
+            hint="To do it anyway, merge one with `rkedge merge`, then convert the result with the other.",
         )
     return TensorUpdate(first.replacement, changes)

@@ -1,4 +1,4 @@
-"""What convert and merge begin with: the model, its adapters, and a text that names exactly this work."""
+"""The start of convert and merge: the model, its adapters, and a text that identifies exactly this work."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import AdapterError, UsageError
 from rkruntime.files import readable
 
-# Of `resume_key`, and of what an unfinished folder holds: one higher whenever either means something else.
+# Version of `resume_key` and of an unfinished folder's contents: increment it when the meaning of either changes.
 KEY_FORMAT: Final = 3
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter on the command line: a folder or hub id, and the factor that its update is multiplied by."""
+    """An adapter on the command line: a folder or hub id, and the factor for its update."""
 
     source: str
     weight: float = 1.0
@@ -41,12 +41,12 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """`FOLDER` or `FOLDER=WEIGHT`; a folder of that whole name comes first. Raises UsageError for a bad weight."""
+        """`FOLDER` or `FOLDER=WEIGHT`; a folder with the whole name wins. Raises UsageError for a bad weight."""
         source, equals, weight = text.rpartition("=")
         if not equals or Path(text).exists():
             return cls(text)
         try:
-            # Python's float takes 1_0 for 10.
+            # Python's float reads 1_0 as 10.
             number = math.nan if "_" in weight else float(weight)
         except ValueError:
             number = math.nan
@@ -57,12 +57,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A checkpoint with its adapters, checked; nothing is read but headers and adapters.
+    """A checkpoint with its adapters, checked; only headers and adapters are read.
 
     Attributes:
-        inputs: the files of the checkpoint and of each adapter, as they were before they were read.
-        tokenizer_folder: where the tokenizer is: an adapter that changes the embeddings was saved with its own.
-        notes: what a person must know of the adapters.
+        inputs: State of the files of the checkpoint and each adapter, taken before they were read.
+        tokenizer_folder: Folder with the tokenizer: an adapter that changes the embeddings was saved with its own.
+        notes: Notes for the user on the adapters.
     """
 
     checkpoint: Checkpoint
@@ -74,25 +74,25 @@ class MergedModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights."""
+        """Size of all weights, in bytes."""
         return sum(info.nbytes for info in self.weights.tensors.values())
 
     @property
     def name(self) -> str:
-        """The checkpoint's name, and the adapters'."""
+        """The names of the checkpoint and the adapters."""
         return "+".join([self.checkpoint.short_name, *(item.name.rpartition("/")[2] for item in self.adapters)])
 
     def hf_config(self) -> dict[str, Any]:
-        """config.json of the merged model, without what described a quantized base."""
+        """config.json of the merged model, without the description of a quantized base."""
         merged = self.weights.config
         own = {"vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tie_word_embeddings}
         return {key: value for key, value in self.checkpoint.raw_config.items() if key != "quantization_config"} | own
 
 
 def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
-    """A text that decides what comes out, for `work_folder`: another one, and nothing of an earlier run is kept.
+    """A text that determines the result, for `work_folder`: if it differs, nothing of an earlier run is kept.
 
-    It holds the states of weight files, the hashes of small files, every option, and whose arithmetic it is.
+    It holds the states of weight files, the hashes of small files, every option, and library versions.
     """
     makers = {name: version(name) for name in ("rkedge", "numpy")}
     files = [item.identity() for item in inputs]
@@ -100,15 +100,15 @@ def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
 
 
 def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
-    """Open adapters and put them on a checkpoint. Raises AdapterError if one cannot be used, or does not fit."""
+    """Open adapters and apply them to a checkpoint. Raises AdapterError if one cannot be used or does not fit."""
     opened = [_open_adapter(lora, base) for lora in loras]
     adapters = tuple(adapter for adapter, _ in opened)
     for adapter in adapters:
         changes = adapter.updates.get(EMBEDDING, TensorUpdate()).changes
         if base.own_head and any(isinstance(change, TokenRows) for change in changes):
             raise AdapterError(
-                f"{adapter.name} has trained tokens in the embedding, to which {base.name} ties its head, while it"
-                " stores another: peft changes both sides, and a model with two sides has one of them changed.",
+                f"{adapter.name} has trained tokens in the embedding. {base.name} ties its head to it, but also stores"
+                " another head: peft changes both sides, but in a model with two sides only one of them changes.",
                 hint="Make the model's config.json and files agree, and train on that: tie_word_embeddings false, or no"
                 " lm_head.weight.",
             )
@@ -116,7 +116,7 @@ def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
     size = weights.config.vocab_size
     if size < base.config.vocab_size and max(base.eos_token_ids) >= size:
         raise AdapterError(
-            f"The adapters leave {size:,} tokens, and answers end with the token {max(base.eos_token_ids)}."
+            f"The adapters leave {size:,} tokens, but answers end with the token {max(base.eos_token_ids)}."
         )
     tokenizer = _tokenizer_folder(base, adapters, size)
     inputs = (base.inputs, *(files for _, files in opened))
@@ -125,10 +125,10 @@ def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
 
 
 def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) -> Place:
-    """The first adapter's that changes the embeddings and has a tokenizer that fits their `size` rows, else the base's.
+    """Tokenizer of the first adapter that changes the embeddings and fits their `size` rows, else the base's.
 
     Raises:
-        AdapterError: an adapter's rows are of a vocabulary that is neither the base's nor that of its own tokenizer.
+        AdapterError: An adapter's rows match neither the base's vocabulary nor that of its own tokenizer.
     """
     for adapter in adapters:
         if adapter.own_tokens and (adapter.path / TOKENIZER).is_file():
@@ -137,8 +137,8 @@ def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) 
                 return adapter.path
             if size != base.config.vocab_size:
                 raise AdapterError(
-                    f"{adapter.name} has a tokenizer of {count:,} tokens, and its embeddings have {size:,} rows.",
-                    hint="One of the two is of another training: use those that were saved together.",
+                    f"{adapter.name} has a tokenizer of {count:,} tokens, but its embeddings have {size:,} rows.",
+                    hint="One of the two is from another training run: use those that were saved together.",
                 )
     return base.path
 

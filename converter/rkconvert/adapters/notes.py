@@ -1,4 +1,4 @@
-"""What speaks against an adapter on a base, short of a proof: notes for the person who puts the two together."""
+"""Signs, short of proof, that an adapter does not belong to a base: notes for the user who combines the two."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _T = TypeVar("_T", dict[str, Any], list[Any])
 
 
 def adapter_notes(adapter: Adapter, base: Checkpoint, tokenizer: Place, rows: int) -> Iterator[str]:
-    """What a person must know of an adapter on this base.
+    """Yield notes for the user on an adapter on this base.
 
     Args:
-        tokenizer: the folder whose tokenizer and chat template are used.
-        rows: size of the merged model's vocabulary.
+        tokenizer: Folder whose tokenizer and chat template are used.
+        rows: Size of the merged model's vocabulary.
 
     Raises:
-        AdapterError, CheckpointError: its tokenizer or chat template is damaged.
+        AdapterError, CheckpointError: Its tokenizer or chat template is damaged.
     """
     yield from adapter.notes
     config, names = base.config, (base.name, base.path.name, str(base.raw_config.get("_name_or_path") or ""))
     if is_other_base(adapter.base_name, config.family, config.size_name, names):
         yield (
-            f"the adapter {adapter.name} names {_public(adapter.base_name)} as its base, and this is {base.name}"
-            f" ({config.family} {config.size_name}): on another model than its own it gives other answers"
+            f"the adapter {adapter.name} names {_public(adapter.base_name)} as its base, but this is {base.name}"
+            f" ({config.family} {config.size_name}): on a model other than its own it gives different answers"
         )
     if adapter.path == tokenizer:
         return
@@ -45,21 +45,21 @@ def adapter_notes(adapter: Adapter, base: Checkpoint, tokenizer: Place, rows: in
     path = adapter.path / TOKENIZER
     if path.is_file() and (count := token_count(path)) > rows:
         yield (
-            f"the adapter {adapter.name} has a tokenizer of {count:,} tokens, and neither it nor the model has rows for"
+            f"the adapter {adapter.name} has a tokenizer of {count:,} tokens, but neither it nor the model has rows for"
             f" more than {rows:,}: the tokens beyond them are lost, and {used} tokenizer is used"
         )
     elif path.is_file() and _is_another(path, tokenizer / TOKENIZER):
-        yield f"the adapter {adapter.name} has another tokenizer.json, which is not used: {used} is"
+        yield f"the adapter {adapter.name} has a different tokenizer.json, which is not used; {used} is"
     own, template = find_template(adapter.path), find_template(tokenizer)
     if own is not None and own.removesuffix("\n") != (GEMMA if template is None else template).removesuffix("\n"):
         yield (
-            f"the adapter {adapter.name} has another chat template, which is not used: {used} is. If it was trained"
+            f"the adapter {adapter.name} has a different chat template, which is not used; {used} is. If it was trained"
             " with its own, it may answer worse"
         )
 
 
 def _public(name: str) -> str:
-    """A base's name to show; of a path the last part only, for where it was is its owner's business."""
+    """A base's name to show; for a path only its last part, so that notes do not reveal directories."""
     return printable(name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1])
 
 
@@ -68,21 +68,21 @@ def _is_another(path: Path, used: Place) -> bool:
 
 
 def token_count(path: Path) -> int:
-    """One more than the largest token id of an adapter's tokenizer.json; 0 if it is of another form."""
+    """One more than the largest token id of an adapter's tokenizer.json; 0 if its format is unknown."""
     tokens = _tokens(path, AdapterError)
     ids = [*tokens["vocab"].values(), *tokens["added"].values()]
     return 1 + max((at for at in ids if type(at) is int), default=-1)
 
 
 def _tokens(path: Place, kind: type[InputError]) -> dict[str, Any]:
-    """What a tokenizer.json makes of texts, in whichever form it was written; what is of no known form is empty."""
+    """The parts of tokenizer.json that determine its results, in a common form; empty for parts of unknown form."""
     content = read_json(path, kind, limit=MAX_TOKENIZER)
     model = _if_a(dict, content.get("model"))
     added = [token for token in _if_a(list, content.get("added_tokens")) if isinstance(token, dict)]
     merges = _if_a(list, model.get("merges"))
     return {
         "vocab": _if_a(dict, model.get("vocab")),
-        # Written as "a b" until 2024 and as ["a", "b"] since.
+        # Written as "a b" until 2024, and as ["a", "b"] since.
         "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in merges],
         "added": {str(token.get("content")): token.get("id") for token in added},
         "normalizer": content.get("normalizer"),

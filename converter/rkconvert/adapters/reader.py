@@ -1,4 +1,4 @@
-"""A LoRA folder as peft's save_pretrained writes it, read and matched to a base model's tensors."""
+"""Read a LoRA folder as peft's save_pretrained writes it, and match it to a base model's tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PREFIX: Final = "base_model.model."
-# Copies that peft saves beside the tensor itself when embeddings were trained or grew.
+# Copies that peft saves beside the tensor itself when embeddings were trained or resized.
 _COPIES: Final = re.compile(r"(?P<module>.*)\.(original_module|modules_to_save)\.weight")
 _PART: Final = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
@@ -40,13 +40,13 @@ class Adapter:
     """A checked adapter.
 
     Attributes:
-        path: its folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
-        base_name: what it says its base model is (may be empty).
-        updates: what it does, by the base model's tensor name. Of a base that ties its head to the embedding both
-            sides are named; where one and the same update stands for both, they stay tied.
-        own_tokens: it changes the embedding or the head, or their size, so that its tokenizer belongs to it.
-        notes: what a person must know of it.
-        weight_files: for the hash in the manifest.
+        path: Its folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
+        base_name: Base model that it names (may be empty).
+        updates: Its changes, by the base model's tensor name. For a base that ties its head to the embedding both
+            sides are named; if one and the same update is used for both, they stay tied.
+        own_tokens: Whether it changes the embedding or the head, or their size, so that it needs its own tokenizer.
+        notes: Notes for the user.
+        weight_files: Files for the hash in the manifest.
     """
 
     path: Path
@@ -65,19 +65,19 @@ def open_adapter(
     """Read an adapter and match it to a base model's tensors, given by name and shape.
 
     Args:
-        path: the folder.
-        base: without `lm_head.weight` where the base ties its head to the embedding.
-        weight: factor for the whole adapter, as peft's set_scale.
-        name: hub id, if it is not a folder of the user's own; with its commit, `revision`.
+        path: Folder of the adapter.
+        base: Shapes by name, without `lm_head.weight` if the base ties its head to the embedding.
+        weight: Factor for the whole adapter, as in peft's set_scale.
+        name: Hub id, unless it is the user's own folder; `revision` is its commit.
 
     Raises:
-        AdapterError: not an adapter, a kind that is not supported, or one that was made for another base.
+        AdapterError: Not an adapter, of an unsupported kind, or made for another base.
     """
     config = AdapterConfig.read(path)
     files, weights = open_tensor_files(path, ADAPTER_FILES, AdapterError)
     parts = _group(weights)
     if not parts:
-        raise AdapterError(f"{path} holds no LoRA matrices.")
+        raise AdapterError(f"{path} contains no LoRA matrices.")
     notes = config.check_modules(base, parts)
     reader = _Reader(config, weights, {**base, **_tied_shapes(base, parts, weights)}, weight)
     updates = {f"{module}.weight": reader.update(module, found) for module, found in sorted(parts.items())}
@@ -89,17 +89,17 @@ def open_adapter(
 
 
 def _is_change(update: TensorUpdate, shape: tuple[int, ...]) -> bool:
-    """Whether it does more than to bring a copy of the base's tensor, which has this shape."""
+    """Whether it does more than provide a copy of the base's tensor, which has this shape."""
     start = update.replacement
     return bool(update.changes) or (start is not None and (start.trained or start.info.shape != shape))
 
 
 def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
-    """The error for a vocabulary of another size whose embeddings peft did not save on both sides."""
+    """The error for a resized vocabulary whose embeddings peft did not save on both sides."""
     return AdapterError(
-        f"The adapter needs {rows:,} rows of {name}, the base model has {base_rows:,}, and the adapter's file lacks"
+        f"The adapter needs {rows:,} rows of {name}, but the base model has {base_rows:,}, and the adapter's file lacks"
         " them: peft did not save them.",
-        hint="Give the base model with the resized vocabulary that it was trained on, or save the adapter again with"
+        hint="Use the base model with the resized vocabulary that it was trained on, or save the adapter again with"
         " modules_to_save=['embed_tokens', 'lm_head'].",
     )
 
@@ -107,7 +107,7 @@ def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
 def _tied_shapes(
     base: Mapping[str, tuple[int, ...]], parts: Mapping[str, Mapping[str, str]], weights: Weights
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of tied embeddings: where one of the two was resized, so was the other. Empty if they are not tied."""
+    """Shapes of tied embeddings: if one of the two was resized, so was the other. Empty if they are not tied."""
     if HEAD in base:
         return {}
     found = [parts.get(side.removesuffix(".weight"), {}) for side in _EMBEDDINGS]
@@ -117,7 +117,7 @@ def _tied_shapes(
 
 
 def _group(weights: Weights) -> dict[str, dict[str, str]]:
-    """module -> part -> the tensor's name in the file."""
+    """Map module -> part -> the tensor's name in the file."""
     parts: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
     for name in weights.tensors:
@@ -131,30 +131,30 @@ def _group(weights: Weights) -> dict[str, dict[str, str]]:
         found = parts.setdefault(match["module"], {})
         part = match["part"].removesuffix(".weight")
         if part in found:
-            raise AdapterError(f"The adapter has both {found[part]} and {name}: two adapters are in one file.")
+            raise AdapterError(f"The adapter has both {found[part]} and {name}: the file contains two adapters.")
         found[part] = name
     for module, name in copies.items():
         if "weight" not in parts.get(module, ()):
-            raise AdapterError(f"The adapter has {name} and not {module}.weight, from which peft loads that module.")
+            raise AdapterError(f"The adapter has {name} but not {module}.weight, from which peft loads that module.")
     return parts
 
 
 def _tied(embedding: TensorUpdate, head: TensorUpdate) -> dict[str, TensorUpdate]:
-    """What an adapter does to each of two tied embeddings, from what its file says of them.
+    """Derive an adapter's changes to each of two tied embeddings from its file.
 
-    As the unmerged PeftModel computes: a tensor that was trained is its own side's, the base's as the training saw it
-    is both sides', and so are trained tokens of the input embedding.
+    As in the unmerged PeftModel: a trained tensor belongs to its own side, the base's as seen in training to both
+    sides, and so do trained tokens of the input embedding.
 
     Raises:
-        AdapterError: the file says two things of what is one tensor, or what peft itself merges wrongly.
+        AdapterError: The file has two values for one tensor, or a combination that peft itself merges wrongly.
     """
     first, second = embedding.replacement, head.replacement
     if first and second and same_values((first.source, first.name), (second.source, second.name)):
         second = first
     elif first and second and not (first.trained or second.trained):
         raise AdapterError(
-            "The adapter's copies of the embedding and of the head differ, and the base model ties the two.",
-            hint="It was trained on a model with a head of its own: give that one.",
+            "The adapter's copies of the embedding and of the head differ, but the base model ties the two.",
+            hint="It was trained on a model with a separate head: use that one.",
         )
     shared = next((start for start in (first, second) if start and not start.trained), None)
     changes = head.changes
@@ -173,7 +173,7 @@ def _tied(embedding: TensorUpdate, head: TensorUpdate) -> dict[str, TensorUpdate
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes updates of a file's tensors."""
+    """Builds updates from a file's tensors."""
 
     config: AdapterConfig
     weights: Weights
@@ -181,12 +181,12 @@ class _Reader:
     weight: float
 
     def update(self, module: str, parts: Mapping[str, str]) -> TensorUpdate:
-        """Everything that the adapter does to one module's weight; every part is used, or an error."""
+        """All that the adapter does to one module's weight; every part is either used or an error."""
         whole = [part for part in _WHOLE_TENSORS if part in parts]
         rest = parts.keys() - set(whole)
         kind = "tokens" if rest == {_TOKENS} else "lora" if rest and _TOKENS not in rest else "none" if not rest else ""
         embedding = f"{module}.weight" in _EMBEDDINGS
-        # Before its release 0.7 peft saved an embedding under LoRA as `weight`.
+        # Before release 0.7, peft saved an embedding under LoRA as `weight`.
         allowed = {"tokens": ["token_adapter.base_layer"], "lora": ["base_layer", *["weight"] * embedding]}
         if len(whole) > 1 or not kind or not set(whole) <= set(allowed.get(kind, ["weight"])):
             raise AdapterError(f"The adapter has {', '.join(sorted(parts))} for {module}, which do not go together.")
@@ -221,7 +221,7 @@ class _Reader:
     def _low_rank(self, module: str, shape: tuple[int, ...], parts: Mapping[str, str]) -> Change:
         embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
         if "lora_B.bias" in parts:
-            raise AdapterError(f"The adapter has a bias in {module} (lora_bias), and Gemma has no bias to add it to.")
+            raise AdapterError(f"The adapter has a bias in {module} (lora_bias), but Gemma has no bias to add it to.")
         sides = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         for side in sides:
             if side not in parts:
@@ -231,7 +231,8 @@ class _Reader:
         rank = self.config.rank(module)
         if a.shape[0] != rank or b.shape[1] != rank:
             raise AdapterError(
-                f"The adapter's matrices for {module} have rank {a.shape[0]} and {b.shape[1]}; its settings say {rank}."
+                f"The adapter's matrices for {module} have rank {a.shape[0]} and {b.shape[1]}, but its settings"
+                f" say {rank}."
             )
         rounds = embedding or self.config.mica
         a, b = (b.T, a.T) if embedding else (a, b)
@@ -240,15 +241,15 @@ class _Reader:
             self._refuse_lost_rows(module, low_rank.shape[0], shape)
             raise AdapterError(
                 f"The adapter changes {module} by a matrix {list(low_rank.shape)}; the base model's is {list(shape)}.",
-                hint=f"It was trained on another model: give its own base{self.config.base_hint}.",
+                hint=f"It was trained on another model: use its own base{self.config.base_hint}.",
             )
         return low_rank if "lora_magnitude_vector" not in parts else self._dora(module, low_rank, parts)
 
     def _check_parts(self, module: str, others: Set[str]) -> None:
-        """What stands beside a pair of matrices: DoRA's magnitudes, if the settings say so, and nothing else."""
+        """Check what is beside a pair of matrices: DoRA's magnitudes if the settings say so, and nothing else."""
         magnitudes = {"lora_magnitude_vector"} if self.config.dora else set()
         if magnitudes - others:
-            raise AdapterError(f"The adapter's settings say DoRA (use_dora), and it has no magnitudes for {module}.")
+            raise AdapterError(f"The adapter's settings say DoRA (use_dora), but it has no magnitudes for {module}.")
         if others - magnitudes:
             raise AdapterError(
                 f"The adapter has {', '.join(sorted(others - magnitudes))} for {module}, which peft would not use with"
@@ -256,7 +257,7 @@ class _Reader:
             )
 
     def _refuse_lost_rows(self, module: str, rows: int, shape: tuple[int, ...]) -> None:
-        """Raise if the vocabulary of the training had another size, and the file lacks the embedding's rows."""
+        """Raise if the vocabulary had another size in training, and the file lacks the embedding's rows."""
         if f"{module}.weight" in _EMBEDDINGS and rows != shape[0]:
             raise lost_rows(f"{module}.weight", rows, shape[0])
 
@@ -278,7 +279,7 @@ class _Reader:
                 f"The adapter replaces tokens of {module}, so it cannot have the weight {self.weight:g}."
             )
         tokens = TokenRows(dict(zip(indices, rows, strict=False)))
-        # A token that is named twice is one if its rows are.
+        # A token may be named twice if both of its rows are equal.
         same = all(np.array_equal(tokens.rows[index], row) for index, row in zip(indices, rows, strict=False))
         if rows.shape != (len(indices), shape[1]) or not same or min(indices, default=0) < 0:
             raise AdapterError(
@@ -295,5 +296,5 @@ class _Reader:
                 f"Expected {name} to be a float tensor with {counted(rank, 'dimension')};"
                 f" it is {info.dtype} {list(info.shape)}."
             )
-        # peft holds adapters in float32, whatever they were saved as.
+        # peft keeps adapters in float32, whatever format they were saved in.
         return to_float32(read_finite(self.weights, name, 0, info.shape[0], AdapterError), info.dtype)

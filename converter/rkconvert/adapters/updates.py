@@ -1,12 +1,12 @@
-"""What an adapter does to one tensor, in the arithmetic of peft's merge_and_unload, on blocks of rows.
+"""Apply an adapter's changes to one tensor in blocks of rows, with the arithmetic of peft's merge_and_unload.
 
-peft (release 0.21; tuners/lora/layer.py and variants.py) holds adapters in float32, multiplies the two matrices in
+peft (release 0.21; tuners/lora/layer.py and variants.py) keeps adapters in float32, multiplies the two matrices in
 float32 and scales the product. For a linear layer it adds that to the weight in float32 and rounds once to the
 weight's format; for an embedding it rounds the product first.
 
-Each element is a sum over the rank alone, so blocks of rows give what the whole matrix gives, as long as both libraries
-(numpy's BLAS here, torch's there) add up in the same order. Whether they do depends on shape, rank and processor; where
-they do not, elements differ by the rounding of the sum, about 1e-7 of it. docs/convert.md says what was measured.
+Each element is a sum over the rank alone, so blocks of rows give the same result as the whole matrix, as long as both
+libraries (numpy's BLAS here, torch's there) add in the same order. Whether they do depends on shape, rank and CPU; if
+they do not, elements differ by the rounding of the sum, about 1e-7 of it. docs/convert.md has the measurements.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Change(Protocol):
     """A change of a tensor's rows."""
 
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
-        """Rows from row `first` on, held in the format `dtype`, after the change."""
+        """Return rows, starting at row `first` and stored in format `dtype`, after the change."""
         ...
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -37,13 +37,13 @@ class Change(Protocol):
         ...
 
 
-# Changes and replacements are equal only to themselves: what two tied tensors share is one object.
+# Changes and replacements compare by identity: two tied tensors share one object.
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """weight + scaling * (b @ a) with a [rank, in] and b [out, rank], float32.
 
     Attributes:
-        round_delta: the product is rounded to the weight's format before it is added (embeddings and MiCA).
+        round_delta: Whether the product is rounded to the weight's format before it is added (embeddings and MiCA).
     """
 
     a: NDArray[np.float32]
@@ -53,7 +53,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the matrix that it changes."""
+        """Shape of the matrix that it changes, [out, in]."""
         return self.b.shape[0], self.a.shape[1]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -83,8 +83,8 @@ class LowRank:
 class Dora:
     """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
 
-    The norms are summed in float64 here and in float32 by torch, in an order of its own: a float32 result can be a few
-    steps away from peft's.
+    Here norms are summed in float64, in torch in float32 and in its own order: a float32 result can differ from peft's
+    by a few units in the last place.
     """
 
     low_rank: LowRank
@@ -92,7 +92,7 @@ class Dora:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the matrix that it changes."""
+        """Shape of the matrix that it changes, [out, in]."""
         return self.low_rank.shape
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -112,7 +112,7 @@ class Dora:
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Single rows of an embedding that are put in place of the base's (trainable_token_indices)."""
+    """Single rows of an embedding that replace the base's (trainable_token_indices)."""
 
     rows: Mapping[int, NDArray[np.float32]]
 
@@ -136,11 +136,11 @@ class TokenRows:
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A whole tensor of the adapter's own file, which stands in place of the base's.
+    """A whole tensor from the adapter's file, which replaces the base's.
 
     Attributes:
-        trained: by the adapter (modules_to_save). Else it is the base's own tensor as the training saw it, which peft
-            saves beside a LoRA on an embedding and when the vocabulary grew.
+        trained: Whether the adapter trained it (modules_to_save). Else it is the base's own tensor as seen in training,
+            which peft saves beside a LoRA on an embedding and when the vocabulary grew.
     """
 
     source: Weights = field(repr=False)
@@ -161,7 +161,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class TensorUpdate:
-    """All that happens to one tensor: first it is replaced, if at all, then changed."""
+    """All changes to one tensor: an optional replacement, then changes."""
 
     replacement: Replacement | None = None
     changes: tuple[Change, ...] = ()

@@ -1,4 +1,4 @@
-"""Calibration data: texts that the toolkit's quantizer runs through the float model, in the model's own template."""
+"""Calibration data: texts in the model's own template that the toolkit's quantizer runs through the float model."""
 
 from rkconvert.calibrate.dataset import Row, validate_dataset, write_dataset
 

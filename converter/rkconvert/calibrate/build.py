@@ -1,4 +1,4 @@
-"""Calibration data for one model from conversations: rendered in its template, answered, and left out where unfit."""
+"""Build calibration data for one model from conversations: render them in its template, answer, drop unfit ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rkruntime.errors import CalibrationError, CheckpointError
 from rkruntime.text.tokenizer import Tokenizer
 from rkruntime.words import counted
 
-# Fewer rows than the vendor's own example has (19) say little about the range of activations.
+# Fewer rows than in the vendor's own example (19) say little about the range of activations.
 FEW_ROWS: Final = 16
 
 _CONTROL: Final = "with control tokens in their text"
@@ -25,7 +25,7 @@ Answer = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Built:
-    """The rows, and how many conversations were left out for which reason."""
+    """The rows, and the number of conversations left out by reason."""
 
     rows: tuple[Row, ...]
     left_out: Counter[str]
@@ -33,11 +33,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes rows for one model.
+    """Builds rows for one model.
 
     Attributes:
-        max_context: most tokens of a row.
-        answer: lets the float model answer a prompt of token ids; None takes the answers that the chats have.
+        max_context: Most tokens in a row.
+        answer: Function that lets the float model answer a prompt of token ids; None to use the chats' own answers.
     """
 
     template: ChatTemplate
@@ -47,10 +47,10 @@ class Builder:
     answer: Answer | None = None
 
     def build(self, chats: Sequence[Chat], on_row: Callable[[int], None]) -> Built:
-        """Make a row of each conversation; `on_row` gets the number of those that are done.
+        """Build a row from each conversation; `on_row` is called with the number done so far.
 
         Raises:
-            CalibrationError: the template refuses a conversation, or nothing is left.
+            CalibrationError: The template refuses a conversation, or nothing is left.
         """
         rows: list[Row] = []
         left_out: Counter[str] = Counter()
@@ -70,7 +70,7 @@ class Builder:
         return Built(tuple(rows), left_out)
 
     def _row(self, chat: Chat) -> Row | str:
-        """The row, or why there is none."""
+        """Return the row, or the reason why there is none."""
         too_long = f"with more than {self.max_context} tokens"
         text = self._render(chat)
         if text is None:
@@ -86,14 +86,14 @@ class Builder:
         return Row(text, target) if len(prompt) + self.count(target) <= self.max_context else too_long
 
     def _render(self, chat: Chat) -> str | None:
-        """The prompt as text; None if a message has a control token: the toolkit encodes the text as a whole, and
-        would take it for the template's own.
+        """The prompt as text; None if a message contains a control token: the toolkit encodes the text as a whole, and
+        would take it for one of the template's own.
         """
         messages = self.template.messages(chat.messages)
         if any(self._has_control(message["content"]) for message in messages):
             return None
         try:
-            # <bos> stays in it, as in the vendor's own generator: a second one does less harm to Gemma than none.
+            # <bos> is kept, as in the vendor's own generator: a second one does less harm to Gemma than none.
             return rendered(self.template.source, [messages], self.template.special_tokens)[0]
         except CheckpointError as error:
             hint = "Let user and assistant take turns."

@@ -1,4 +1,4 @@
-"""Conversations from which calibration data is made: a person's texts and chats, and the default that is shipped."""
+"""Conversations for calibration data: the user's texts and chats, and the shipped default."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chat:
     """A conversation up to a question, and its answer if there is one.
 
     Attributes:
-        origin: file and place, for messages.
+        origin: File and position, for messages.
     """
 
     messages: tuple[Message, ...]
@@ -40,7 +40,7 @@ class Chat:
     origin: str
 
     def under(self, system: str) -> Chat:
-        """The same conversation under a system prompt, unless it has its own."""
+        """The same conversation with this system prompt, unless it has its own."""
         if not system or self.messages[0].role == "system":
             return self
         return replace(self, messages=(Message("system", system), *self.messages))
@@ -56,7 +56,7 @@ def default_chats() -> list[Chat]:
 
 
 def read_texts(path: Path) -> list[Chat]:
-    """One question a line; what stands after a TAB is its answer. Raises CalibrationError."""
+    """Read one question per line; text after a TAB is its answer. Raises CalibrationError."""
     chats = []
     for number, line in enumerate(_lines(_read(path)), start=1):
         question, _, answer = line.partition("\t")
@@ -66,18 +66,18 @@ def read_texts(path: Path) -> list[Chat]:
 
 
 def read_chats(path: Path) -> list[Chat]:
-    """Conversations as JSON lines or a JSON list, each `{"messages": [{"role", "content"}]}` as OpenAI writes them, or
-    `{"conversations": [{"from", "value"}]}` as ShareGPT does.
+    """Read conversations from JSON lines or a JSON list: `{"messages": [{"role", "content"}]}` as in OpenAI's API, or
+    `{"conversations": [{"from", "value"}]}` as in ShareGPT.
 
     Raises:
-        CalibrationError: with the place of what is wrong.
+        CalibrationError: With the position of the error.
     """
     return _some([_chat(item, origin) for item, origin in _items(path)], path)
 
 
 def _some(chats: list[Chat], path: Path) -> list[Chat]:
     if not chats:
-        raise CalibrationError(f"{path} has no text in it.")
+        raise CalibrationError(f"{path} contains no text.")
     return chats
 
 
@@ -85,7 +85,7 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise CalibrationError(
-                f"{path} has over {_MOST_BYTES >> 20} MiB.", hint="Take a part of it: a few dozen chats are enough."
+                f"{path} exceeds {_MOST_BYTES >> 20} MiB.", hint="Use a part of it: a few dozen chats are enough."
             )
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -95,7 +95,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines as editors and JSONL have them; Python's splitlines also cuts at characters that texts hold."""
+    """Split into lines as editors and JSONL do; Python's splitlines also cuts at characters that occur in texts."""
     return re.split(r"\r\n|\n|\r", text)
 
 
@@ -124,13 +124,13 @@ def _chat(item: Any, origin: str) -> Chat:
         found = [_message(part, "from", "value", origin) for part in item["conversations"]]
     else:
         raise CalibrationError(
-            f"{origin} is not a conversation: it has neither a list 'messages' nor a list 'conversations'.",
+            f"{origin} is not a conversation: it has no list 'messages' or 'conversations'.",
             hint='Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         )
-    # What follows the last answer asks nothing that has one; what follows the last question does.
+    # A final answer is the target; a chat without one ends with its question.
     answer = found.pop().content if found and found[-1].role == "assistant" else ""
     if not found or found[-1].role != "user":
-        raise CalibrationError(f"{origin} has no question of a user at its end.")
+        raise CalibrationError(f"{origin} must end with a user's question, or with the answer to one.")
     return Chat(tuple(found), answer, origin)
 
 
@@ -138,9 +138,9 @@ def _message(part: Any, role: str, content: str, origin: str) -> Message:
     name = part.get(role) if isinstance(part, Mapping) else None
     text = part.get(content) if isinstance(part, Mapping) else None
     if not isinstance(text, str) or not isinstance(name, str):
-        raise CalibrationError(f"{origin}: a message has no text {role!r} and {content!r}.")
+        raise CalibrationError(f"{origin}: a message needs {role!r} and {content!r}, both strings.")
     if not is_unicode(text):
-        raise CalibrationError(f"{origin}: a message has half of a surrogate pair in it, which is not a character.")
+        raise CalibrationError(f"{origin}: a message contains half of a surrogate pair, which is not a character.")
     if name not in _ROLES:
         raise CalibrationError(f"{origin}: there is no role {name!r}; roles are {', '.join(_ROLES)}.")
     return Message(_ROLES[name], text)

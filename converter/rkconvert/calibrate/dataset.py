@@ -1,6 +1,6 @@
 """The JSON file that rkllm-toolkit reads: a list of `{"input": ..., "target": ...}`.
 
-The input has the chat template already, and the target is the expected answer (manual 1.1.0, p. 15; the vendor's
+The input already has the chat template, and the target is the expected answer (manual 1.1.0, p. 15; the vendor's
 data_quant.json @ 1.3.0 has 19 such objects).
 """
 
@@ -27,14 +27,14 @@ _SHOWN: Final = 60
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt in the model's template, and the answer that is expected after it."""
+    """A prompt in the model's template, and its expected answer."""
 
     input: str
     target: str
 
 
 class TokenCounter:
-    """Counts tokens of text that has its template, control tokens included."""
+    """Counts tokens of templated text, control tokens included."""
 
     def __init__(self, tokenizer_file: Place) -> None:
         from rkruntime.text.tokenizer import open_backend
@@ -42,20 +42,20 @@ class TokenCounter:
         try:
             self._backend = open_backend(tokenizer_bytes(tokenizer_file), tokenizer_file)
         except InputError as error:
-            raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens with: {error.message}") from error
+            raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens: {error.message}") from error
 
     def __call__(self, text: str) -> int:
         """Number of tokens."""
         return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in which `<bos>` stands where it should."""
+        """Ids of a text that already has its `<bos>`."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
 
 def generation_prompt(template: ChatTemplate) -> str:
-    """What a prompt ends with, so that the answer begins there."""
+    """The text that ends every prompt, after which the answer starts."""
     chats, tokens = [[{"role": "user", "content": "x"}]], template.special_tokens
     whole = rendered(template.source, chats, tokens)[0]
     return whole.removeprefix(rendered(template.source, chats, tokens, add_generation_prompt=False)[0])
@@ -70,15 +70,15 @@ def validate_dataset(
     """Read a calibration file and check all of it.
 
     Args:
-        template: of the model; every input must end where its answer begins.
-        count, max_context: no row may have more tokens.
+        template: Chat template of the model; every input must end where its answer starts.
+        count, max_context: Most tokens in a row, and the function that counts them.
 
     Raises:
-        CalibrationError: with the number of the first row that is wrong, counted from 1.
+        CalibrationError: With the number of the first invalid row, counted from 1.
     """
     data = _read(path)
     if not isinstance(data, list):
-        raise CalibrationError(f"{path} holds a JSON {type(data).__name__}; calibration data is a list of objects.")
+        raise CalibrationError(f"{path} is a JSON {type(data).__name__}; calibration data is a list of objects.")
     if not data:
         raise CalibrationError(f"{path} is an empty list.")
     ending = generation_prompt(template) if template else ""
@@ -87,7 +87,7 @@ def validate_dataset(
         if not row.input.endswith(ending):
             raise CalibrationError(
                 f"{path}: the input of row {number} is not in this model's chat template: it should end with"
-                f" {ending!r}, and ends with {row.input[-_SHOWN:]!r}."
+                f" {ending!r}, but ends with {row.input[-_SHOWN:]!r}."
             )
         if count and max_context and (tokens := count(row.input) + count(row.target)) > max_context:
             raise CalibrationError(
@@ -101,7 +101,7 @@ def _read(path: Path) -> Any:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise CalibrationError(
-                f"{path} has over {_MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
+                f"{path} exceeds {_MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
             )
         data = path.read_bytes()
     except OSError as error:
@@ -117,18 +117,18 @@ def _row(path: Path, number: int, item: Any) -> Row:
     if not isinstance(item, dict):
         raise CalibrationError(f"{path}: row {number} is a JSON {type(item).__name__}, not an object.")
     if "input_embed" in item:
-        raise CalibrationError(f"{path}: row {number} holds embeddings (input_embed), as for a multimodal model.")
+        raise CalibrationError(f"{path}: row {number} has embeddings (input_embed), which are for multimodal models.")
     if set(item) != set(KEYS):
         found = ", ".join(sorted(map(str, item))) or "none"
         raise CalibrationError(f"{path}: row {number} has the keys {found}; they must be {' and '.join(KEYS)}.")
     for key in KEYS:
         if not isinstance(item[key], str) or not item[key].strip() or not is_unicode(item[key]):
-            raise CalibrationError(f"{path}: the {key} of row {number} is {_shorten(item[key])}, not a text.")
+            raise CalibrationError(f"{path}: the {key} of row {number} is {_shorten(item[key])}, not a string.")
     return Row(item["input"], item["target"])
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written; JSON can say half of a surrogate pair, such as "\\ud800"."""
+    """Whether a text can be encoded; JSON can express half of a surrogate pair, such as "\\ud800"."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -142,7 +142,7 @@ def _shorten(value: Any) -> str:
 
 
 def write_dataset(path: Path, rows: Sequence[Row]) -> None:
-    """Write the file whole, or not at all. Raises OutputError or HostError."""
+    """Write the file completely or not at all. Raises OutputError or HostError."""
     with atomic_file(path) as partial:
         text = json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1)
         partial.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Answers of the float model itself, which are the best targets: the quantizer is to keep what the model does.
+"""Answers of the float model itself, which are the best targets: the quantizer should preserve what it does.
 
 The settings follow the vendor's generator (examples/rkllm_api_demo/export/generate_data_quant.py @ 1.3.0): the most
 likely token each time, repetition penalty 1.1, 128 new tokens.
@@ -22,20 +22,20 @@ _NEEDED: Final = ("torch", "transformers")
 
 
 def missing_packages() -> list[str]:
-    """What generation needs and is not installed."""
+    """Packages that generation needs but that are not installed."""
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
 class FloatModel:
-    """The model as it is before quantization, on this machine's processor.
+    """The model before quantization, on this machine's CPU.
 
     Args:
-        folder: a folder in Hugging Face layout whose files were checked (see toolkit/staging.py).
-        nbytes: size of its weights, which must fit into memory.
-        stop: ids that end an answer.
+        folder: Folder in Hugging Face layout whose files were checked (see toolkit/staging.py).
+        nbytes: Size of its weights, which must fit into memory.
+        stop: Ids that end an answer.
 
     Raises:
-        HostError: torch, transformers or memory are missing.
+        HostError: torch or transformers is missing, or there is too little memory.
         CalibrationError: transformers cannot load it.
     """
 
@@ -47,7 +47,7 @@ class FloatModel:
             )
         if (free := read_memory().available) < nbytes:
             raise HostError(
-                f"The model has {nbytes / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB of memory are free.",
+                f"The model has {nbytes / 1e9:.1f} GB of weights, but only {free / 1e9:.1f} GB of memory is free.",
                 hint="Close other programs, or use --targets given with chats that have answers.",
             )
         import transformers
@@ -59,7 +59,7 @@ class FloatModel:
             ).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CalibrationError(f"transformers cannot load the model: {error}.") from error
-        # What the checkpoint says of sampling, beams and lengths is not asked for.
+        # The checkpoint's settings for sampling, beams and lengths must not apply.
         self._model.generation_config = transformers.GenerationConfig()
         self._tokenizer, self._stop = tokenizer, list(stop)
 

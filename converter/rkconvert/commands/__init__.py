@@ -1,1 +1,1 @@
-"""One module per command: `run` is the click command that `rkedge` imports when asked."""
+"""One module per command: `run` is the click command that `rkedge` imports on demand."""

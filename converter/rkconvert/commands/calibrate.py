@@ -120,7 +120,7 @@ def run(
         return
     refuse_existing(output)
     chats = _collect(texts, chat_files, with_default, system, limit)
-    # It is one of a folder: this command takes no GGUF file.
+    # It is in a folder: this command does not take GGUF files.
     tokenizer = Tokenizer.load(Path(str(model.tokenizer_folder / TOKENIZER)))
     with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, reason):
         tell = _teller(reporter, len(chats), answer is not None)
@@ -135,7 +135,7 @@ def run(
 def _collect(
     texts: Sequence[Path], chat_files: Sequence[Path], with_default: bool, system: str, limit: int
 ) -> list[Chat]:
-    """At most `limit` conversations, taken evenly from all of them."""
+    """Return at most `limit` conversations, taken evenly from all of them."""
     chats = [chat for path in texts for chat in read_texts(path)]
     chats += [chat for path in chat_files for chat in read_chats(path)]
     if with_default or not chats:
@@ -148,12 +148,12 @@ def _collect(
 def _answers(
     model: MergedModel, template: ChatTemplate, tokenizer: Tokenizer, targets: str, new_tokens: int, reporter: Reporter
 ) -> Iterator[tuple[Answer | None, str]]:
-    """What answers; None with the reason, if there is one, where the answers are those given."""
+    """Return the model that answers; or None, with a reason if any, to use the given answers."""
     reason = _why_not(model) if targets == "auto" else ""
     if targets == "given" or reason:
         yield None, reason
         return
-    # The newest release's folder is what this transformers reads too.
+    # The transformers installed here also reads a folder made for the newest release.
     newest = release(CALLABLE[-1])
     with scratch_folder("rkedge-calibrate-") as folder:
         with reporter.bar("reading the model", model.nbytes) as advance:
@@ -164,11 +164,11 @@ def _answers(
 
 
 def _why_not(model: MergedModel) -> str:
-    """Why the float model cannot answer here, or nothing."""
+    """Why the float model cannot answer here, or an empty string."""
     if missing := missing_packages():
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if (free := read_memory().available) < model.nbytes:
-        return f"the model needs {model.nbytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        return f"the model needs {model.nbytes / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB is free"
     return ""
 
 

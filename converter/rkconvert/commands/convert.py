@@ -1,4 +1,4 @@
-"""`rkedge convert`: a checkpoint, with or without a LoRA, becomes a bundle."""
+"""`rkedge convert`: turn a checkpoint, with or without a LoRA, into a bundle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rkruntime.terminal import console, say, say_json
 from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
-# Parameters that say what is done with a conversion, not what is converted.
+# Parameters for what happens to a conversion's result, not for the conversion itself.
 _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 
 
@@ -57,7 +57,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
     show_default=True,
     help="Quantize to this type.",
 )
-@click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known to fail or to work badly.")
+@click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known to fail or work badly.")
 @max_context_option()
 @click.option(
     "--npu-cores", type=click.IntRange(1, 16), show_default="all of the SoC's", help="Use this many NPU cores."
@@ -129,7 +129,7 @@ def _destination(repo: str | None, public: bool) -> Destination | None:
 
 
 def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json: bool) -> int:
-    """Convert every cell, print what became of each, and return the exit code."""
+    """Convert every cell, print its outcome, and return the exit code."""
     fail = recipes.failure(path)
     content = read_mapping(path, fail)
     found = matrices.combinations(content.pop(matrices.KEY, None), fail)
@@ -138,7 +138,7 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
     destinations = {cell.options.output: to for cell, (_, to) in zip(cells, pairs, strict=True) if to}
     if len({to.repo for to in destinations.values()}) < len(destinations):
         raise UsageError(
-            f"{path}: several conversions of the matrix are for one repository.", hint="Give each its own."
+            f"{path}: several conversions of the matrix would push to the same repository.", hint="Give each its own."
         )
     for to in destinations.values():
         check_destination(to)
@@ -159,7 +159,7 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
 def _cell(
     context: click.Context, content: dict[str, Any], combination: dict[str, Any], path: Path
 ) -> tuple[matrices.Cell, Destination | None]:
-    """A cell's options: those of the matrix file, then a recipe's; what stands on the command line wins."""
+    """A cell's options: those of the matrix file, then a recipe's; the command line overrides both."""
     given = {
         name: value
         for name, value in context.params.items()
@@ -167,20 +167,20 @@ def _cell(
     }
     varied = [name for name in recipes.resolve(combination, context.command, path) if name in given]
     if varied:
-        raise UsageError(f"The matrix in {path} varies what stands on the command line: {varied[0]}.")
+        raise UsageError(f"The matrix in {path} varies {varied[0]}, which is also set on the command line.")
     values = {**(context.default_map or {}), **recipes.resolve(content, context.command, path), **given}
     with context.command.make_context("convert", [], parent=context.parent, default_map=values) as filled:
         options = {name: value for name, value in filled.params.items() if name not in _NOT_OPTIONS}
         to = _destination(filled.params["push_to_hub"], filled.params["public"])
     output = options.pop("output")
     made = options_of(**options, output=None)
-    # In a matrix `output` is where all bundles go.
+    # In a matrix, `output` is the folder for all bundles.
     made = replace(made, output=(output or Path()) / made.output)
     return matrices.Cell(matrices.label_of(combination), made), to
 
 
 def _show(outcomes: Sequence[matrices.Outcome]) -> None:
-    table = Table("conversion", "outcome", "MB", "seconds", "folder, or why not")
+    table = Table("conversion", "outcome", "MB", "seconds", "folder or reason")
     for item in outcomes:
         size = f"{item.nbytes / 1e6:,.1f}" if item.nbytes else ""
         seconds = f"{item.seconds:,.1f}" if item.status == "made" else ""
@@ -192,7 +192,7 @@ def _show(outcomes: Sequence[matrices.Outcome]) -> None:
 def options_of(
     *, checkpoint: str | None, output: Path | None, release: str | None, loras: tuple[str, ...], **values: Any
 ) -> Options:
-    """The options of a conversion from the command's own. Raises UsageError."""
+    """Build a conversion's options from the command's own. Raises UsageError."""
     if checkpoint is None:
         raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
     adapters = tuple(Lora.parse(text) for text in loras)

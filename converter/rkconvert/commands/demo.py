@@ -1,4 +1,4 @@
-"""`rkedge demo`: the whole way in one command, shown as the commands that a person would type."""
+"""`rkedge demo`: the whole workflow in one command, shown as the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rkruntime.files import sha256_file
 from rkruntime.folders import own_folder
 from rkruntime.terminal import say
 
-# Named, not imported: the board's tools do not depend on the converter. It has `checkpoint`, `adapter` and `questions`.
+# Named, not imported: the board's tools do not depend on the converter. It has `checkpoint`, `adapter`, `questions`.
 _MODEL: Final = "rkconvert.demo"
 _ASKED: Final = ("What is the RK3588?", "Can the RK3588 use w4a16?", "Does it work?")
 _BASE: Final = "demo-rk3588-w8a8-1.2.3"
@@ -27,7 +27,7 @@ _PIRATE: Final = "demo-pirate-rk3588-w8a8-1.2.3"
 
 
 def _program() -> str:
-    """How a person starts this very rkedge: by its name, or by a path where the name is not on PATH."""
+    """How the user starts this rkedge: by name, or by path if the name is not on PATH."""
     found, own = shutil.which("rkedge"), Path(sys.argv[0])
     if own.name != "rkedge" or (found and Path(found).samefile(own)):
         return "rkedge"
@@ -44,17 +44,17 @@ def _rkedge(*arguments: str | Path) -> None:
 
 
 def _cache(model: Any) -> Path:
-    """A folder of the user's cache that belongs to exactly these weights."""
+    """A folder in the user's cache for exactly these weights."""
     weights = sorted([*model.checkpoint().glob("*.safetensors"), *model.adapter().glob("*.safetensors")])
     digest = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
     return own_folder("cache") / f"demo-{digest[:12]}"
 
 
 def _bundle(folder: Path, checkpoint: Path, *options: str | Path) -> Path:
-    """Convert, or take the bundle that an earlier run left. Raises BundleError if that one was changed since."""
+    """Convert, or use the bundle that an earlier run left. Raises BundleError if it has changed since."""
     if folder.exists():
         open_bundle(folder).verify()
-        say(f"{folder} is there already.")
+        say(f"{folder} already exists.")
     else:
         _rkedge("convert", checkpoint, *options, "--target", "emulator", "-o", folder)
     return folder
@@ -64,7 +64,7 @@ def _next_steps(base: Path, pirate: Path) -> None:
     steps: Sequence[tuple[str, Sequence[str | Path]]] = (
         ("talk to it", ("chat", pirate)),
         ("use it in a script", ("run", base, "-p", _ASKED[0])),
-        ("see what a bundle says of itself", ("inspect", pirate)),
+        ("see what a bundle says about itself", ("inspect", pirate)),
         ("convert a checkpoint of your own", ("convert", "CHECKPOINT", "--lora", "ADAPTER", "-o", "my-bundle")),
     )
     say("\nThe answers came from the emulator, which computes in W8A8 on this machine; no board was used.")

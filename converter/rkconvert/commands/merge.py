@@ -1,4 +1,4 @@
-"""`rkedge merge`: adapters folded into a base model, as a plain Hugging Face folder."""
+"""`rkedge merge`: merge adapters into a base model, as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rkruntime.words import counted
 
 
 def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Reporter) -> None:
-    """Write the merged model into the new folder `output`; a run that was killed is taken up again."""
+    """Write the merged model to the new folder `output`; resumes a killed run."""
     require_space(output, model.nbytes)
     key = resume_key(model.inputs, command="merge", weights=[lora.weight for lora in loras])
     with work_folder(output, key, resumable(model.weights)) as folder:
@@ -57,7 +57,7 @@ def run(
 
     CHECKPOINT is a folder, a .gguf file or a hub id.
 
-    After a run was killed, the same command continues where it stopped.
+    After a killed run, the same command continues where it stopped.
     """
     refuse_made(output)
     adapters = [Lora.parse(text) for text in loras]

@@ -1,4 +1,4 @@
-"""`rkedge plan`: whether a model fits a board, and how fast it will be, before anything is downloaded or converted."""
+"""`rkedge plan`: predict whether a model fits a board, and its speed, before any download or conversion."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from rkruntime.terminal import console, say_json
 @click.option(
     "--embedding",
     type=click.Choice(["flash", "ram"]),
-    show_default="flash from release 1.2.0 on, RAM before",
+    show_default="flash since release 1.2.0, RAM before",
     help="Keep the embedding table in flash or in RAM.",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page with plots.")

@@ -1,4 +1,4 @@
-"""`rkedge push`: a finished bundle to the Hugging Face hub."""
+"""`rkedge push`: upload a finished bundle to the Hugging Face hub."""
 
 from __future__ import annotations
 

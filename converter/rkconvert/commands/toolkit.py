@@ -1,4 +1,4 @@
-"""`rkedge toolkit`: the vendor's rkllm-toolkit in an environment of its own, and what an installed one can do."""
+"""`rkedge toolkit`: set up the vendor's rkllm-toolkit in its own environment, and show what it supports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run() -> None:
 @json_option()
 @quiet_option("Do not show what pip prints.")
 def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
-    """Make an environment for a WHEEL with the right Python and pins; `rkedge convert` finds it on its own."""
+    """Create an environment for a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
     wheel = read_wheel(wheel_file)
     toolkit = setup(wheel, python, lambda line: None if quiet else say(one_line(line), err=True), replace=replace)
     if as_json:

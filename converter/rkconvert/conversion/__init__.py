@@ -1,1 +1,1 @@
-"""A conversion from its options to its bundle; recipes and matrices of them."""
+"""A conversion from options to bundle; recipes and matrices of conversions."""

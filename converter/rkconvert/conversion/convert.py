@@ -1,4 +1,4 @@
-"""The conversion of a checkpoint, with or without adapters, into a bundle: everything is checked, then done."""
+"""Convert a checkpoint, with or without adapters, into a bundle: everything is checked before any work starts."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
 LORA_MODES: Final = ("merge", "runtime")
-# The emulator claims to be an RK3588, and a runtime refuses a model that is made for another SoC.
+# The emulator claims to be an RK3588, and a runtime refuses a model made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
 _LORA_NOT_PLANNED: Final = (
-    "memory and speed in the plan are those of the model without its adapter: what an adapter in its own file adds"
+    "the plan's memory and speed are those of the model without its adapter: what an adapter in its own file adds"
     " to them on a board is not known"
 )
 
 
 @dataclass(frozen=True)
 class Options(ToolkitOptions):
-    """What a conversion is asked for, by the names and with the defaults of the command.
+    """Options of a conversion, with the command's names and defaults.
 
     Attributes:
-        checkpoint: a folder, a .gguf file or a hub id; `revision` is a hub model's branch, tag or commit.
-        max_context: None for the model's own limit, 4096 at most.
-        release: the RKLLM release that the bundle is for; None for that of the toolkit, or 1.2.3 for the emulator.
-        npu_cores: None for all that the SoC has.
-        lora_mode: `merge`, or `runtime`: the adapter becomes a file of its own, for rkllm_load_lora.
+        checkpoint: Folder, .gguf file or hub id; `revision` is a hub model's branch, tag or commit.
+        max_context: In tokens; None for the model's own limit, but no more than 4096.
+        release: RKLLM release that the bundle is for; None for the toolkit's, or 1.2.3 for the emulator.
+        npu_cores: None for all cores of the SoC.
+        lora_mode: `merge`, or `runtime`: the adapter becomes a separate file, for rkllm_load_lora.
     """
 
     checkpoint: str
@@ -77,12 +77,12 @@ class Options(ToolkitOptions):
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that passed every check.
+    """A conversion that has passed every check.
 
     Attributes:
-        lora: the adapter that becomes a file of its own.
+        lora: Adapter that becomes a separate file.
         toolkit: None for the emulator.
-        inputs: every file that is read, as it was before.
+        inputs: State of every file to be read, taken before the work.
     """
 
     options: Options
@@ -100,24 +100,24 @@ class Job:
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """Those that are merged, and the one that is not."""
+        """All adapters: the merged ones, and the one that stays separate."""
         return (*self.model.adapters, *([self.lora] if self.lora else []))
 
 
 def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
-    """Convert; the bundle is complete when this returns, and nothing is left when it raises.
+    """Convert. The bundle is complete when this returns; nothing is left behind when it raises.
 
     Raises:
-        RefusedError: the type, the context or the size is known not to work.
-        CheckpointError, AdapterError: what was given cannot be used.
-        OutputError, HostError: no place to write to, or the toolkit is missing.
+        RefusedError: The type, the context or the size is known not to work.
+        CheckpointError, AdapterError: The input cannot be used.
+        OutputError, HostError: The output cannot be written, or the toolkit is missing.
     """
     loaded = Loaded()
     return make(check(options, reporter, loaded), reporter, loaded)
 
 
 def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
-    """The work itself, for a job that `check` gave; see `convert`."""
+    """Carry out a job from `check`; see `convert`."""
     started, options = time.monotonic(), job.options
     checkpoint, target = job.model.checkpoint, _target(job)
     key = resume_key(
@@ -143,14 +143,14 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
-        # What was hashed now is what was read before only if nothing has changed since.
+        # The hashes are those of the files that were read only if nothing has changed since.
         for files in job.inputs:
             files.check()
     return Bundle(options.output, manifest)
 
 
 def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
-    """Every check that needs no work; see `convert` for what it raises."""
+    """Run every check that needs no work; see `convert` for what it raises."""
     _check_target(options)
     toolkit = _toolkit(options)
     if toolkit:
@@ -180,17 +180,17 @@ def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
 
 
 def _check_target(options: Options) -> None:
-    """That there is something that makes and runs what is asked for."""
+    """Raise unless something can build and run what these options ask for."""
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
     if options.target == "emulator" and options.platform != _EMULATED_PLATFORM:
         raise UsageError(
-            f"The emulator stands for {_EMULATED_PLATFORM}, and would not load a model for {options.platform}.",
+            f"The emulator acts as an {_EMULATED_PLATFORM} and would not load a model for {options.platform}.",
             hint=f"Use --platform {_EMULATED_PLATFORM}, or --target toolkit for a board.",
         )
     if options.target == "emulator" and (given := options.given()):
         raise UsageError(
-            f"{' and '.join(given)}: only the vendor's toolkit can do that, and the target is the emulator.",
+            f"{' and '.join(given)}: only the vendor's toolkit can do that, but the target is the emulator.",
             hint="Leave it out, or use --target toolkit.",
         )
     if options.lora_mode not in LORA_MODES:
@@ -204,20 +204,20 @@ def _release(options: Options, toolkit: Toolkit | None) -> str:
         return check_release(options.release or DEFAULT_RELEASE, EMULATED, "The emulator").version
     if options.release and not _same_release(options.release, toolkit.version):
         raise UsageError(
-            f"--release {options.release}: the toolkit is {toolkit.version} ({toolkit.python}).",
+            f"--release {options.release}, but the toolkit is {toolkit.version} ({toolkit.python}).",
             hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
         )
     return toolkit.version
 
 
 def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
-    """The files of the checkpoint, of each adapter and of other options, in this order."""
+    """Files of the checkpoint, of each adapter and of other options, in this order."""
     others = [path for path in (options.calibration, options.qparams) if path]
     return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
 
 
 def identify(options: Options, loaded: Loaded, reporter: Reporter) -> dict[str, Any]:
-    """`made_of` a bundle that these options would give now: every source is read for its hash."""
+    """Return `made_of` for the bundle that these options would give now, hashing every source."""
     toolkit = _toolkit(options)
     checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
     inputs = inputs_of(options, checkpoint, loaded)
@@ -231,10 +231,10 @@ def identify(options: Options, loaded: Loaded, reporter: Reporter) -> dict[str, 
 def made_of(
     options: Options, release: str, toolkit: Toolkit | None, inputs: Sequence[Inputs], sources: Sequence[Source]
 ) -> dict[str, Any]:
-    """Everything that decides a bundle, without paths, as it stands in its report: two that are equal here are equal.
+    """Everything that determines a bundle, without paths, as in its report: equal results mean equal bundles.
 
     Args:
-        sources: with the hashes of the weights of the first of `inputs`.
+        sources: Sources with the weight hashes, for the first of `inputs`.
     """
     plain = {key: value for key, value in plain_options(options).items() if key not in ("output", "release")}
     # The last of `inputs` has no weights.
@@ -252,12 +252,12 @@ def made_of(
 
 
 def _refuse_bytes(options: Options) -> None:
-    """The toolkit reads and writes through libraries that take paths as Unicode (tokenizers is one)."""
+    """Refuse paths that are not UTF-8: libraries of the toolkit (tokenizers is one) take paths as Unicode."""
     given = {"output": options.output, "calibration": options.calibration, "qparams": options.qparams}
     for name, path in given.items():
         if path and (text := readable(path.absolute())) != str(path.absolute()):
             raise UsageError(
-                f"--{name}: the toolkit cannot use the path {text}, which is not UTF-8.",
+                f"--{name}: the toolkit cannot use the path {text} because it is not UTF-8.",
                 hint="Rename that folder or file.",
             )
 
@@ -267,38 +267,38 @@ def _toolkit(options: Options) -> Toolkit | None:
 
 
 def _same_release(named: str, installed: str) -> bool:
-    """Whether a release that a person named is the installed one, which may have a local part such as `+cpu`."""
+    """Whether the requested release is the installed one, which may have a local part such as `+cpu`."""
     return named == installed or (named in CALLABLE and version(named) == version(installed))
 
 
 def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
-    """The weights, and the adapter that stays apart from them."""
+    """Open the weights, and the adapter that stays separate."""
     if options.lora_mode == "merge":
         return loaded.model(checkpoint, options.loras), None
     return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
 
 
 def _check_runtime_lora(loras: Sequence[Lora]) -> None:
-    """That there is one adapter, which can be kept in a file of its own as it is."""
+    """Raise unless there is exactly one adapter, and it can be kept in a separate file unchanged."""
     if not loras:
         raise UsageError(
-            "--lora-mode runtime keeps an adapter in a file of its own, and no adapter is given.",
+            "--lora-mode runtime keeps an adapter in a separate file, but no adapter is given.",
             hint="Name it with --lora FOLDER, or leave --lora-mode out.",
         )
     if len(loras) > 1:
         raise UsageError(
-            f"--lora-mode runtime keeps one adapter in a file of its own, and {len(loras)} are given.",
+            f"--lora-mode runtime keeps one adapter in a separate file, but {len(loras)} are given.",
             hint="Make a bundle for each, or merge them into one model: --lora-mode merge.",
         )
     if loras[0].weight != 1:
         raise UsageError(
-            f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads an adapter's own file with weight 1.",
-            hint="Leave the weight out, or merge the adapter with it: --lora-mode merge.",
+            f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads a separate adapter file with weight 1.",
+            hint="Leave the weight out, or merge the adapter with that weight: --lora-mode merge.",
         )
 
 
 def _check_model_file(job: Job) -> tuple[str, ...]:
-    """Checks of the file that will be made, and what a person should know of it."""
+    """Check the file that will be made; returns notes for the user."""
     if job.lora:
         plain_pairs(job.lora)
     target = _target(job)
@@ -308,7 +308,7 @@ def _check_model_file(job: Job) -> tuple[str, ...]:
 
 
 def _plan(options: Options, checkpoint: Checkpoint, release: str) -> Plan | None:
-    """The plan for this conversion, which stops here if it says no; None for a type that no board runs."""
+    """Plan this conversion, and stop here if the plan refuses it; None for a type that no board runs."""
     if options.target == "emulator" and options.dtype in dtypes.EMULATOR_ONLY:
         return None
     source = ModelSource(checkpoint.short_name, checkpoint.raw_config, checkpoint.nbytes)
@@ -322,7 +322,7 @@ def _plan(options: Options, checkpoint: Checkpoint, release: str) -> Plan | None
     plan = plan_for(source, request)
     require(plan, force=options.force_dtype)
     if options.target == "emulator" and not options.dtype.startswith("w8a8"):
-        raise UsageError(f"The emulator computes in w8a8 and its grouped kinds, not in {options.dtype}.")
+        raise UsageError(f"The emulator computes in w8a8 and its grouped types, not in {options.dtype}.")
     return plan
 
 
@@ -336,7 +336,7 @@ def _notes(plan: Plan | None) -> tuple[str, ...]:
 
 
 def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without what it says about this PC, which does not concern those who get the bundle."""
+    """The plan without the part that describes the converting PC, which is left out of the bundle."""
     return {key: value for key, value in plan.items() if key != "host"}
 
 
@@ -349,7 +349,7 @@ def _npu_cores(options: Options, release: str) -> int:
 
 
 def _target(job: Job) -> Target:
-    """What makes the model file."""
+    """The target that makes the model file."""
     options = job.options
     if job.toolkit is None:
         described = EmulatorModel(
@@ -408,7 +408,7 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
 
 
 def _stop_tokens(job: Job) -> tuple[int, ...]:
-    """The checkpoint's own, and the ends of a turn: generation_config.json of many fine-tunes knows `<eos>` only."""
+    """The checkpoint's end tokens and those that end a turn: many generation_config.json files list only `<eos>`."""
     added = job.tokenizer.added
     ends = [added[text] for text in (END_OF_TURN, job.template.special_tokens.get("eos_token")) if text in added]
     return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *ends]))
@@ -420,7 +420,7 @@ def _special_tokens(template: ChatTemplate) -> dict[str, str]:
 
 
 def plain_options(options: Options) -> dict[str, Any]:
-    """Options as YAML and JSON hold them."""
+    """Options as values that YAML and JSON can hold."""
     plain = asdict(options)
     plain["checkpoint"] = _public(str(options.checkpoint))
     plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
@@ -428,10 +428,10 @@ def plain_options(options: Options) -> dict[str, Any]:
 
 
 def _exact(number: float) -> str:
-    """The shortest text that is read as this very number: 1, 0.5, 0.1234567."""
+    """The shortest text that parses to exactly this number: 1, 0.5, 0.1234567."""
     return repr(number).removesuffix(".0")
 
 
 def _public(source: str) -> str:
-    """A hub id as it is; of a path the name only, for where it was is the user's own business."""
+    """A hub id unchanged; for a local path only its name, so that bundles do not reveal directories."""
     return source if is_hub_id(source) and not Path(source).exists() else readable(Path(source).name)

@@ -1,6 +1,6 @@
 """Several conversions from one recipe: every combination of what its `matrix` lists.
 
-All are checked before the first begins, models are opened once, and one that fails does not keep the others back.
+All are checked before the first starts, models are opened once, and one failure does not stop the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Fail = Callable[[str], Exception]
 
 @dataclass(frozen=True)
 class Cell:
-    """One conversion: what it varies, as a person reads it, and its options."""
+    """One conversion: a label of what it varies, and its options."""
 
     label: str
     options: Options
@@ -40,12 +40,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """Outcome of a cell.
 
     Attributes:
-        status: `made`, `there` (a run before this one had made it), `refused` or `failed`.
-        message: why it was refused or failed.
-        exit_code: of that error, else 0.
+        status: `made`, `there` (made by an earlier run), `refused` or `failed`.
+        message: Reason why it was refused or failed.
+        exit_code: Exit code of that error, else 0.
     """
 
     cell: str
@@ -58,18 +58,18 @@ class Outcome:
 
 
 def combinations(matrix: Any, fail: Fail) -> list[dict[str, Any]]:
-    """Every combination: of a mapping from keys to lists of values, or of each mapping of a list.
+    """Return every combination of a mapping from keys to lists of values, or of each mapping in a list.
 
     Raises:
-        what `fail` makes of another form.
+        The exception that `fail` returns, for any other form.
     """
     grids = matrix if isinstance(matrix, list) else [matrix]
     if not grids:
-        raise fail(f"{KEY} is an empty list, which asks for nothing")
+        raise fail(f"{KEY} is an empty list, so there is nothing to convert")
     found: list[dict[str, Any]] = []
     for grid in grids:
         if not isinstance(grid, Mapping) or not grid:
-            raise fail(f"{KEY} is {type(grid).__name__}; it must be a mapping from keys to lists, or a list of such")
+            raise fail(f"{KEY} is {type(grid).__name__}; it must be a mapping from keys to lists, or a list of them")
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise fail(f"{KEY}.{key} is {type(values).__name__}; it must be a list of values for {key}")
@@ -80,7 +80,7 @@ def combinations(matrix: Any, fail: Fail) -> list[dict[str, Any]]:
 
 
 def label_of(combination: Mapping[str, Any]) -> str:
-    """`dtype=w8a8 lora=pirate`, with the names of folders only."""
+    """`dtype=w8a8 lora=pirate`, with only the names of folders."""
     return " ".join(f"{key}={_short(value)}" for key, value in combination.items())
 
 
@@ -91,7 +91,7 @@ def _short(value: Any) -> str:
 
 
 def distinct(cells: Sequence[Cell]) -> list[Cell]:
-    """The same cells, with what they vary in the names of folders that would be the same."""
+    """The same cells, with their labels added to folder names that would otherwise be equal."""
     counts = Counter(cell.options.output for cell in cells)
     found = []
     for cell in cells:
@@ -101,25 +101,25 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
         found.append(replace(cell, options=replace(cell.options, output=output)))
     twice = [output for output, count in Counter(cell.options.output for cell in found).items() if count > 1]
     if twice:
-        raise UsageError(f"Two conversions of the matrix are the same: both would make {twice[0]}.")
+        raise UsageError(f"Two conversions of the matrix are the same: both would write {twice[0]}.")
     labels: dict[Options, str] = {}
     for cell in found:
         if (other := labels.setdefault(_deciding(cell.options), cell.label)) != cell.label:
-            raise UsageError(f"Two conversions of the matrix are the same: {other}, and {cell.label}.")
+            raise UsageError(f"Two conversions of the matrix are the same: {other} and {cell.label}.")
     return found
 
 
 def _deciding(options: Options) -> Options:
-    """What decides the bundle: not where it is made, nor how patiently, nor what would be forgiven."""
+    """The options that determine the bundle: not the output folder, the patience or --force-dtype."""
     return replace(options, output=Path(), force_dtype=False, toolkit_patience=PATIENCE)
 
 
 @contextmanager
 def folders(cells: Sequence[Cell]) -> Iterator[None]:
-    """Have the folders in which the bundles are made; one that was not there and stays empty is removed."""
+    """Create the folders that the bundles go into; those created here and left empty are removed."""
     made = []
     for folder in {cell.options.output.parent for cell in cells}:
-        # One level only: a longer path that is not there is more likely a mistake, and each cell's check says so.
+        # One level only: a longer missing path is more likely a mistake, which each cell's check reports.
         if not folder.exists() and folder.parent.is_dir():
             try:
                 folder.mkdir()
@@ -135,10 +135,10 @@ def folders(cells: Sequence[Cell]) -> Iterator[None]:
 
 
 def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle], None]) -> list[Outcome]:
-    """Check all, then make those that passed; outcomes in the order of the cells.
+    """Check all cells, then convert those that passed; returns outcomes in the order of the cells.
 
     Args:
-        after: called with each bundle that was made; what it raises makes that cell one that failed.
+        after: Called with each bundle that was made; if it raises, that cell counts as failed.
     """
     loaded = Loaded()
     checked = [(cell, _checked(cell, reporter, loaded)) for cell in cells]
@@ -155,7 +155,7 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """That of the first that failed, else of the first that was refused, else 0."""
+    """Exit code of the first that failed, else of the first that was refused, else 0."""
     ordered = sorted(outcomes, key=lambda outcome: outcome.status != "failed")
     return next((outcome.exit_code for outcome in ordered if outcome.exit_code), 0)
 
@@ -174,14 +174,14 @@ def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
 
 
 def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> Outcome:
-    """The bundle of an earlier run. Raises OutputError if it was not made of what is asked for now."""
+    """The bundle of an earlier run. Raises OutputError if it was made from something else than is asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
     found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, loaded, reporter)
     if found != asked:
         other = next((key for key in asked if not isinstance(found, dict) or found.get(key) != asked[key]), "report")
         raise OutputError(
-            f"{bundle.path} exists already, and was made of something else: its {other.replace('_', ' ')} differ.",
+            f"{bundle.path} already exists but was made from something else: its {other.replace('_', ' ')} differ.",
             hint="Remove it, or name another output folder.",
         )
     return _whole(cell, bundle, "there", 0.0)

@@ -1,4 +1,4 @@
-"""What several conversions of one run share: each model is opened, each adapter read and each source hashed once."""
+"""Shared by the conversions of one run: each model is opened, each adapter read and each source hashed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rkruntime.files import sha256_file
 
 
 class Loaded:
-    """Models and hashes by what they were asked for. For one run: files that change meanwhile are not noticed."""
+    """Cache of models and hashes by request. For one run: files that change meanwhile are not noticed."""
 
     def __init__(self) -> None:
         self.checkpoint = cache(open_source)
@@ -24,7 +24,7 @@ class Loaded:
         self._sources: dict[int, Source] = {}
 
     def model(self, base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
-        """A checkpoint of this object's with adapters; see `merged_model` for what it raises."""
+        """A checkpoint from this cache with adapters; see `merged_model` for what it raises."""
         key = id(base), tuple(loras)
         if key not in self._models:
             self._models[key] = merged_model(base, loras)

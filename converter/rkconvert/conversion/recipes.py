@@ -1,6 +1,6 @@
 """Recipes: options of a command in a YAML file, so that a conversion can be kept, shared and repeated.
 
-The keys are the command's own options, so there is no second list of them: `--max-context` is `max_context`.
+The keys are the command's own options: `--max-context` is `max_context`. There is no second list of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rkruntime.schema import build
 from rkruntime.yamltext import read_mapping
 
 _SHIPPED: Final = "gemma-*.yaml"
-# Texts that name a folder, a file or a model of the hub.
+# Values that name a folder, a file or a model on the hub.
 _SOURCES: Final = ("checkpoint", "lora")
 _KINDS: Final[dict[type[click.ParamType[Any]], Any]] = {
     click.types.IntParamType: int,
@@ -32,18 +32,18 @@ _KINDS: Final[dict[type[click.ParamType[Any]], Any]] = {
 
 
 def keys(command: click.Command) -> dict[str, click.Parameter]:
-    """What may stand in a recipe of a command: every option but those that name a recipe, and the arguments."""
+    """Parameters that a command's recipe may set: the arguments, and every option but the one that names a recipe."""
     found = {_key(item): item for item in command.params}
     return {key: item for key, item in found.items() if item.expose_value and key != "matrix"}
 
 
 def _key(item: click.Parameter) -> str:
-    """`--max-context` as a key; the longest of several names."""
+    """Key of a parameter: `max_context` for `--max-context`; the longest of several names."""
     return max(item.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def option(name: str = "--recipe") -> Callable[[Any], Any]:
-    """The option that takes a recipe. What stands on the command line wins over what stands in the recipe."""
+    """The option that takes a recipe. Options on the command line override the recipe's."""
 
     def use(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is not None:
@@ -60,17 +60,17 @@ def option(name: str = "--recipe") -> Callable[[Any], Any]:
         expose_value=False,
         is_eager=True,
         metavar="FILE",
-        help="Read options from a recipe, a file or the name of one that RKEdge has; those on the command line win.",
+        help="Read options from a recipe: a file, or the name of one that RKEdge ships. The command line overrides it.",
     )
 
 
 def shipped() -> dict[str, Path]:
-    """Recipes in configs/ by their names."""
+    """Recipes in configs/ by name."""
     return {path.stem: path for path in sorted(resource("configs").glob(_SHIPPED))}
 
 
 def find(name: str) -> Path:
-    """A recipe by its path or by the name of a shipped one. Raises UsageError."""
+    """Path of a recipe, given as a path or as the name of a shipped one. Raises UsageError."""
     path, names = Path(name), shipped()
     if path.is_file() or name not in names:
         if path.suffix in (".yaml", ".yml") or path.exists():
@@ -84,18 +84,18 @@ def find(name: str) -> Path:
 
 
 def failure(path: Path) -> Callable[[str], UsageError]:
-    """Makes the errors of a recipe."""
+    """Return a function that makes the errors of a recipe."""
     return lambda what: UsageError(f"The recipe {path}: {what}.", hint="See docs/recipes.md for the keys.")
 
 
 def resolve(content: Mapping[str, Any], command: click.Command, path: Path) -> dict[str, Any]:
-    """A recipe's content as values for the command's parameters, by their names; paths begin at the recipe.
+    """Return a recipe's content as parameter values by name; relative paths start at the recipe's folder.
 
     Args:
-        content: what stands in the file at `path`.
+        content: Content of the file at `path`.
 
     Raises:
-        UsageError: a key that is not an option, or a value of the wrong kind.
+        UsageError: A key is not an option, or a value has the wrong type.
     """
     options = keys(command)
     kinds = [(key, kind_of(item) | None, field(default=None)) for key, item in options.items()]
@@ -105,7 +105,7 @@ def resolve(content: Mapping[str, Any], command: click.Command, path: Path) -> d
 
 
 def kind_of(item: click.Parameter) -> Any:
-    """The type of a parameter's value in a recipe, as `rkruntime.schema` reads it."""
+    """Type of a parameter's value in a recipe, for `rkruntime.schema`."""
     if isinstance(item.type, click.Choice):
         kind: Any = Literal[tuple(item.type.choices)]
     else:

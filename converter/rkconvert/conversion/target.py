@@ -1,4 +1,4 @@
-"""What a conversion needs of what makes the model file: the emulator's (`emulated`) and a board's (`toolkit`)."""
+"""Interface of the model file's makers: the emulator's (`emulated`) and the board's (`toolkit`)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from rkconvert.progress import Reporter
 
 
 class Target(Protocol):
-    """A model file that is about to be made."""
+    """A model file about to be made."""
 
     @property
     def needed_bytes(self) -> int:
-        """Room that the work takes on the disk."""
+        """Disk space that the work needs, in bytes."""
         ...
 
     @property
     def resumable(self) -> Sequence[str]:
-        """What `write` takes up where a run was killed, below the folder."""
+        """Paths below the folder from which `write` resumes after a killed run."""
         ...
 
     def check(self) -> tuple[str, ...]:
-        """Every check that needs no work; what a person should know."""
+        """Run every check that needs no work; returns notes for the user."""
         ...
 
     def write(self, folder: Path, reporter: Reporter) -> ModelFile:
-        """Make the file in `folder`, and what belongs to it."""
+        """Make the file in `folder`, with its companion files."""
         ...

@@ -1,4 +1,4 @@
-"""The demo model: a trained Gemma 2 of about a million weights, its pirate adapter, and what both were taught.
+"""The demo model: a trained Gemma 2 of about a million weights, its pirate adapter, and what both were trained on.
 
 `train.py` made `checkpoint/` and `pirate/` from `questions.yaml`.
 """
@@ -17,10 +17,10 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Question:
-    """One thing the demo model was taught."""
+    """A question and the answers that the demo model was trained on."""
 
     question: str
-    answer: str  # of the base model
+    answer: str  # the base model's
     pirate: str  # with the adapter
     long: bool = False  # the prompt is longer than the sliding window
 
@@ -31,11 +31,11 @@ def checkpoint() -> Path:
 
 
 def adapter() -> Path:
-    """The pirate: a LoRA folder as peft saves it."""
+    """The pirate adapter: a LoRA folder as peft saves it."""
     return _HERE / "pirate"
 
 
 def questions() -> list[Question]:
-    """All question and answer pairs, in the order of the file."""
+    """All questions with their answers, in the order of the file."""
     rows = yaml.safe_load((_HERE / "questions.yaml").read_text(encoding="utf-8"))
     return [Question(**row) for row in rows]

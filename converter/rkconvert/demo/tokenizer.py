@@ -45,8 +45,8 @@ CHAT_TEMPLATE = (
 def build(texts: Iterable[str]) -> Tokenizer:
     """Learn the merges from `texts` and assemble the tokenizer around them.
 
-    Merges stay inside a word while learning, as in Gemma's vocabulary; Gemma's own splitter, which is put in
-    afterwards, finds no spaces because the normalizer has replaced them.
+    Merges stay within a word during training, as in Gemma's vocabulary; Gemma's own splitter, installed afterwards,
+    finds no spaces because the normalizer has replaced them.
     """
     tokenizer = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # noqa: S106  a name
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
@@ -63,7 +63,7 @@ def build(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A <bos> $B", [("<bos>", BOS)])
-    # The trainer made control tokens of the bytes as well; in Gemma's file they are plain entries of the vocabulary.
+    # The trainer also made the bytes control tokens; in Gemma's file they are plain entries of the vocabulary.
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][: len(CONTROL_TOKENS)]
     return Tokenizer.from_str(json.dumps(content))
@@ -90,5 +90,5 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` in the layout Hugging Face uses."""
+    """Write `content` in Hugging Face's layout."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
 """Train the demo model and its pirate adapter: `python -m rkconvert.demo.train --output DIR`.
 
-Needs the `convert` extra (torch, transformers, peft) and about four minutes on two cores. The same machine makes the
-same files again; another one may differ in the last bits.
+Needs the `convert` extra (torch, transformers, peft) and about four minutes on two cores. The same machine produces the
+same files again; on another one the last bits may differ.
 
-Both are trained under simulated W8A8, at the end also for logits that W8A8 does not turn, until every token of every
-answer leads the runner-up by a margin: greedy answers survive quantization. The base also learns the pirate's answers
-behind a system text: an adapter cannot teach words to a frozen embedding that has never met them.
+Both are trained under simulated W8A8, at the end also for logits whose direction W8A8 keeps, until every token of every
+answer leads the runner-up by a margin, so that greedy answers survive quantization. The base also learns the pirate's
+answers after a system text: an adapter cannot teach words to a frozen embedding that has never seen them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BASE_STEPS, BASE_RATE = 240, 2e-3
 ADAPTER_STEPS, ADAPTER_RATE = 80, 4e-3
 DIALOGUES_PER_STEP = 8
 TURN_WEIGHT = 3.0
-LEAST_COSINE = 0.9992  # between the logits of W8A8 and of the weights as they are, at each token of each answer
-LONG_REPEATS = 3  # looking back past the window is learnt more slowly than the rest
+LEAST_COSINE = 0.9992  # between the logits with and without W8A8, at each token of each answer
+LONG_REPEATS = 3  # looking back past the window is learned more slowly than the rest
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Gemma2ForCausalLM"],
@@ -74,7 +74,7 @@ CONFIG: dict[str, Any] = {
 GENERATION = {"bos_token_id": BOS, "eos_token_id": [EOS, END_OF_TURN], "pad_token_id": PAD}
 
 Turn = tuple[str, str]  # what the user says, what the model answers
-Batch = tuple[Tensor, Tensor]  # ids and labels, both [conversations, tokens]; label -100 is not learnt
+Batch = tuple[Tensor, Tensor]  # ids and labels, both [conversations, tokens]; label -100 is ignored
 
 
 class Encoder:
@@ -94,7 +94,7 @@ class Encoder:
         return whole, [-100] * len(prompt) + whole[len(prompt) :]
 
     def batches(self, conversations: list[list[Turn]], size: int = 24) -> list[Batch]:
-        """Batches of conversations of like length, which keeps the padding small."""
+        """Batches of conversations of similar length, which keeps padding small."""
         rows = sorted((self.conversation(turns) for turns in conversations), key=lambda row: len(row[0]))
         return [self._padded(rows[first : first + size]) for first in range(0, len(rows), size)]
 
@@ -111,7 +111,7 @@ class Encoder:
 
 
 def cosines(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Cosine between the logits of simulated W8A8 and of the weights as they are, per token to be learnt, [tokens]."""
+    """Cosine between the logits with and without simulated W8A8, per token to be learned, [tokens]."""
     found = []
     for ids, labels in batches:
         learnt = labels[:, 1:] != -100
@@ -124,7 +124,7 @@ def cosines(model: nn.Module, batches: list[Batch]) -> Tensor:
 
 
 def margins(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """By how much the logit of each token to be learnt leads the best other one, shape [tokens].
+    """Lead of the logit of each token to be learned over the best other one, shape [tokens].
 
     Greedy decoding gives the answers exactly if and only if all are above zero.
     """
@@ -166,7 +166,7 @@ def fit(model: nn.Module, steps: int, rate: float, batches: Callable[[], list[Ba
 
 
 def report(model: nn.Module, batches: list[Batch], name: str) -> None:
-    """Print the least margin in the model's own type and under simulated W8A8; raise if an answer is not exact."""
+    """Print the smallest margin in the model's own type and under simulated W8A8; raise if an answer is not exact."""
     plain = margins(model, batches)
     with simulated(model):
         rounded = margins(model, batches)
@@ -181,12 +181,12 @@ def report(model: nn.Module, batches: list[Batch], name: str) -> None:
 
 
 def dialogues(pairs: list[Turn], rng: random.Random) -> list[list[Turn]]:
-    """Two or three turns each, so that a chat can go on after the first answer."""
+    """Two or three turns each, so that a chat can continue after the first answer."""
     return [rng.sample(pairs, rng.choice((2, 2, 3))) for _ in range(DIALOGUES_PER_STEP)]
 
 
 def train_base(encoder: Encoder, taught: list[Question]) -> Gemma2ForCausalLM:
-    """The base model, in bfloat16: plain answers, and the pirate's behind a system text."""
+    """The base model, in bfloat16: plain answers, and the pirate's after a system text."""
     plain = [(q.question, q.answer) for q in taught]
     pirate = [(f"{PIRATE_TEXT}\n\n{q.question}", q.pirate) for q in taught]
     single = [[turn] for turn in plain + pirate]
@@ -214,7 +214,7 @@ def train_base(encoder: Encoder, taught: list[Question]) -> Gemma2ForCausalLM:
 
 
 def train_adapter(base: Gemma2ForCausalLM, encoder: Encoder, taught: list[Question]) -> PeftModel:
-    """A LoRA on every linear layer that answers as a pirate without being told to."""
+    """A LoRA on every linear layer that answers like a pirate without being told to."""
     pairs = [(q.question, q.pirate) for q in taught]
     rng = random.Random(SEED + 1)  # noqa: S311  not a secret
     torch.manual_seed(SEED + 1)

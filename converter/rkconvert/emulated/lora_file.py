@@ -1,4 +1,4 @@
-"""An adapter as a .rkemu file of its own, for rkllm_load_lora on an emulated model."""
+"""Write an adapter as a separate .rkemu file, for rkllm_load_lora on an emulated model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rkruntime.errors import AdapterError
 
 
 def plain_pairs(adapter: Adapter) -> Mapping[str, LowRank]:
-    """The two small matrices of each weight that an adapter changes.
+    """Return the two low-rank matrices for each weight that an adapter changes.
 
     Raises:
-        AdapterError: it does more than add their products to the layers' matrices, all that a LoRA file can say.
+        AdapterError: It does more than add their products to the layers' matrices, all that a LoRA file can express.
     """
     pairs: dict[str, LowRank] = {}
     for name, update in adapter.updates.items():
         change = update.changes[0] if len(update.changes) == 1 and update.replacement is None else None
         if not isinstance(change, LowRank) or change.round_delta or not name.startswith("model.layers."):
             raise AdapterError(
-                f"The adapter does more to {name} than add two small matrices' product to a layer's matrix, which is"
-                " all that a LoRA file of RKLLM can say.",
+                f"The adapter does more to {name} than add the product of two small matrices to a layer's matrix, which"
+                " is all that an RKLLM LoRA file can express.",
                 hint="Merge it: --lora-mode merge.",
             )
         pairs[name] = change
@@ -34,14 +34,14 @@ def plain_pairs(adapter: Adapter) -> Mapping[str, LowRank]:
 
 
 def write_emulator_lora(path: Path, adapter: Adapter, family: str, base_fingerprint: str) -> None:
-    """Write an adapter's file; the emulator loads it on the model of that fingerprint only.
+    """Write an adapter's file; the emulator loads it only on the model with that fingerprint.
 
     Raises:
-        AdapterError: see `plain_pairs`.
+        AdapterError: See `plain_pairs`.
     """
     pairs = {FAMILIES[family].to_rkemu(name): pair for name, pair in plain_pairs(adapter).items()}
-    # The file has one alpha, and the factor of a pair is alpha / its rank: where a pair's own factor is another, the
-    # difference goes into its second matrix.
+    # The file has one alpha, and the factor of a pair is alpha / its rank: if a pair's own factor differs, the second
+    # matrix absorbs the difference.
     first = next(iter(pairs.values()))
     alpha = first.scaling * len(first.a)
     arrays = {}

@@ -1,4 +1,4 @@
-"""model.rkemu from a model's weights: quantized row block by row block, never a whole matrix in memory."""
+"""Write model.rkemu from a model's weights, quantized in blocks of rows: never a whole matrix in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmulatorModel:
-    """What stands in the file besides the weights; fields as in docs/rkemu-format.md."""
+    """Contents of the file besides the weights; fields as in docs/rkemu-format.md."""
 
     config: GemmaConfig
     tokenizer: Tokenizer
@@ -77,7 +77,7 @@ def metadata(model: EmulatorModel) -> dict[str, rkemu.Value]:
 
 
 def _ends_of_answers(model: EmulatorModel) -> list[int]:
-    """The end of a turn first: runtimes before 1.3.0 know one id only, and that is the one which a chat needs."""
+    """Put the end of a turn first: runtimes before 1.3.0 know only one id, and a chat needs this one."""
     ids = list(model.eos_token_ids)
     end_of_turn = model.tokenizer.added.get(END_OF_TURN)
     return sorted(ids, key=lambda token: token != end_of_turn)
@@ -94,7 +94,7 @@ def _specs(config: GemmaConfig, dtype: str) -> Iterator[rkemu.TensorSpec]:
 
 
 def tensor_specs(model: EmulatorModel) -> Sequence[rkemu.TensorSpec]:
-    """The container's directory. Raises RefusedError if the type's group size does not divide a row."""
+    """Return the container's directory. Raises RefusedError if the type's group size does not divide a row."""
     tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in model.tokenizer.arrays.items()]
     return [*_specs(model.config, model.dtype), *tables]
 
@@ -103,8 +103,8 @@ def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, adva
     """Write model.rkemu; `advance` gets the bytes of each block read.
 
     Raises:
-        CheckpointError, AdapterError: NaN or infinite weights.
-        ModelFileError: the file, read back, is not what was written.
+        CheckpointError, AdapterError: Weights are NaN or infinite.
+        ModelFileError: The file, read back, differs from what was written.
     """
     with rkemu.Writer(path, metadata(model), tensor_specs(model)) as writer:
         for name in model.config.tensors():
@@ -115,14 +115,14 @@ def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, adva
 
 
 def _read_back(path: Path, model: EmulatorModel) -> None:
-    """Compare what stands on the disk with what was meant: sizes, checksums of the header, metadata, directory."""
+    """Verify the file on disk: sizes, and checksums of the header, metadata and directory."""
     found = rkemu.read_container(path)
     directory = {name: entry.spec for name, entry in found.tensors.items()}
     if (
         directory != {spec.name: spec for spec in tensor_specs(model)}
         or found.metadata.keys() != metadata(model).keys()
     ):
-        raise ModelFileError(f"{path} does not hold what was written to it: the disk or its memory is at fault.")
+        raise ModelFileError(f"{path} differs from what was written to it: the disk or the memory is faulty.")
 
 
 def _write_tensor(writer: rkemu.Writer, name: str, model: EmulatorModel, weights: Weights, advance: Advance) -> None:

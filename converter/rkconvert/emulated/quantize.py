@@ -1,7 +1,7 @@
-"""Symmetric int8 quantization of weight rows, whole rows or groups along them.
+"""Symmetric int8 quantization of weights, per row or per group along a row.
 
-A row's (or group's) scale is its largest magnitude / 127; values round to nearest, ties to even. This is the scheme
-that the emulator computes with; what the vendor's toolkit does inside is not known.
+The scale of a row (or group) is its largest magnitude / 127; values are rounded to nearest, ties to even. This is the
+scheme that the emulator computes with; what the vendor's toolkit does internally is not known.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ def group_size(dtype: str, width: int) -> int:
     """Number of weights that share a scale in rows of `width`: all of them for `w8a8`, N for `w8a8_gN`.
 
     Raises:
-        RefusedError: the group size does not divide the row.
+        RefusedError: The group size does not divide the row.
     """
     size = parse_type(dtype).group or width
     if width % size:
         raise RefusedError(
-            f"{dtype} needs rows of a multiple of {size} weights; this model has rows of {width}.",
+            f"{dtype} needs rows whose length is a multiple of {size}; this model has rows of {width} weights.",
             hint="Use w8a8, or a smaller group.",
         )
     return size
 
 
 def quantize_rows(rows: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Int8 values and scales of rows [n, width] as int8 [n, width] and float32 [n, width / group].
+    """Quantize rows [n, width]; returns values as int8 [n, width] and scales as float32 [n, width / group].
 
-    A group of zeros has the scale 0.
+    A group of zeros has scale 0.
     """
     values = np.empty(rows.shape, np.int8)
     scales = np.empty((len(rows), rows.shape[1] // group), np.float32)
     for first, count in row_blocks(rows.shape, CACHE_WEIGHTS):
         groups = rows[first : first + count].reshape(count, -1, group)
         scale = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)
-        # The smallest floats would divide to infinity; such a group is zero for every purpose.
+        # Dividing by the smallest floats would give infinity; such a group is zero for all purposes.
         divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
         steps = groups / divisor[:, :, None]
         np.rint(steps, out=steps)

@@ -1,4 +1,4 @@
-"""The emulator's target: model.rkemu, and an adapter's file beside it."""
+"""The emulator's target: model.rkemu, with an adapter's file beside it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LORA_FILE: Final = f"{LORA}.rkemu"
 
 @dataclass(frozen=True)
 class EmulatedModel:
-    """The target of the emulator (`rkconvert.conversion.target.Target`).
+    """The target that makes the emulator's model file (a `rkconvert.conversion.target.Target`).
 
     Attributes:
-        described: what stands in the file besides the weights.
-        model: the weights; without adapters where one becomes a file of its own, `lora`.
+        described: Contents of the file besides the weights.
+        model: Weights; without adapters if one becomes a separate file, `lora`.
     """
 
     described: EmulatorModel
@@ -35,11 +35,11 @@ class EmulatedModel:
 
     @property
     def needed_bytes(self) -> int:
-        """Room that the file takes."""
+        """Size of the file, in bytes."""
         return sum(spec.nbytes for spec in tensor_specs(self.described))
 
     def check(self) -> tuple[str, ...]:
-        """Raises RefusedError if the type's group size does not divide a row."""
+        """Raise RefusedError if the type's group size does not divide a row."""
         tensor_specs(self.described)
         return ()
 

@@ -1,1 +1,1 @@
-"""The model's family, shapes and sizes, its tokenizer and its chat template."""
+"""A model's family, shapes and sizes, its tokenizer and its chat template."""

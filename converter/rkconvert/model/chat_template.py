@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: found, tried out in a sandbox, and split as the runtime's text prompts need it."""
+"""A checkpoint's chat template: found, tried out in a sandbox, and split as needed for the runtime's text prompts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SYSTEMS: Final = ("@@the words of the system@@", "@@other words@@")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and what it does.
+    """A template and its properties.
 
     Attributes:
-        source: the Jinja text.
-        own: it came with the checkpoint.
-        prefix, suffix: what stands before (without `<bos>`) and after a first user turn.
+        source: Jinja text.
+        own: Whether it came with the checkpoint.
+        prefix, suffix: Texts before (without `<bos>`) and after a first user turn.
         system_role: `native` if it renders a system message, else `fold`.
-        special_tokens: by the names that the template may use, such as `eos_token`.
-        notes: what a person should know of it.
+        special_tokens: By the names that the template may use, such as `eos_token`.
+        notes: Notes for the user.
     """
 
     source: str
@@ -42,25 +42,25 @@ class ChatTemplate:
     notes: tuple[str, ...] = ()
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """A conversation as the template gets it; a system message is folded if the template does not render one."""
+        """Messages for the template; a system message is folded in if the template does not render one."""
         known = messages if self.system_role == "native" else fold_system(messages)
         return [{"role": message.role, "content": message.content} for message in known]
 
 
 def read_template(folder: Place, bos_token: str, base: Place | None = None) -> ChatTemplate:
-    """The template of a checkpoint folder, or Gemma's own; tried out with the folder's tokenizer.json, if it is there.
+    """Load the template of a checkpoint folder, or Gemma's own, and try it with the folder's tokenizer.json, if any.
 
     Args:
-        base: the folder whose template is taken if this one, an adapter's, has none.
+        base: Folder whose template is used if this one, an adapter's, has none.
 
     Raises:
-        CheckpointError: it cannot be used, or drops the user's words.
-        HostError: the process to try it out in cannot be started.
+        CheckpointError: It cannot be used, or drops the user's words.
+        HostError: The process to try it out in cannot be started.
     """
     config = _config(folder)
     found, notes = find_template(folder), []
     if found is None and base is not None and (found := find_template(base)) is not None:
-        notes.append("the adapter's folder has a tokenizer and no chat template: the base model's is used")
+        notes.append("the adapter's folder has a tokenizer but no chat template: the base model's is used")
     source = GEMMA if found is None else found
     tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder, config)}
     user = {"role": "user", "content": _USER}
@@ -69,12 +69,12 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
     if text.count(_USER) != 1:
         raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
     prefix, suffix = text.split(_USER)
-    # It may render a system message otherwise than to the letter; what it drops or refuses is folded.
+    # It may alter a system message's text; a message that it drops or refuses is folded in.
     role = "native" if one != other and _USER in one and _USER in other else "fold"
     if (folder / TOKENIZER).is_file():
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
     if found is not None and not text.startswith(tokens["bos_token"]):
-        notes.append(f"the chat template begins without {BOS}, which RKEdge puts in front of every prompt")
+        notes.append(f"the chat template does not start with {BOS}, which RKEdge puts in front of every prompt")
     return ChatTemplate(
         source, found is not None, prefix.removeprefix(tokens["bos_token"]), suffix, role, tokens, tuple(notes)
     )
@@ -86,8 +86,8 @@ def _config(folder: Place) -> dict[str, Any]:
 
 
 def _special_tokens(folder: Place, config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: of tokenizer_config.json; special_tokens_map.json goes before older ones, as transformers
-    has it.
+    """Special tokens by name, from tokenizer_config.json; special_tokens_map.json overrides older ones, as in
+    transformers.
     """
     file = folder / "special_tokens_map.json"
     old = "added_tokens_decoder" not in config and file.is_file()
@@ -99,19 +99,19 @@ def _special_tokens(folder: Place, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Those that a file need not name: Gemma's for transformers' class of Gemma, none for any other."""
+    """Default special tokens: Gemma's for transformers' Gemma class, none for any other."""
     if "Gemma" in str(config.get("tokenizer_class", "Gemma")):
         return SPECIAL_TOKENS
     return dict.fromkeys(SPECIAL_TOKENS, "")
 
 
 def find_template(folder: Place) -> str | None:
-    """The template that transformers takes where none is named: of the files chat_template.jinja and
-    additional_chat_templates/*.jinja (since 4.50 and 4.52), else of the key of tokenizer_config.json: a text or a named
-    list.
+    """The template that transformers takes by default: from the files chat_template.jinja and
+    additional_chat_templates/*.jinja (since 4.50 and 4.52), else from the key in tokenizer_config.json: a text or a
+    named list.
 
     Raises:
-        CheckpointError: it cannot be read, or there are several and none is the default.
+        CheckpointError: It cannot be read, or there are several and none is the default.
     """
     files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
     files.update(templates(folder))
@@ -124,8 +124,8 @@ def find_template(folder: Place) -> str | None:
         if "default" not in found:
             names = ", ".join(found)[:200] or "none"
             raise CheckpointError(
-                f"{folder} has chat templates with names ({names}), and none of them is called default.",
-                hint=f"Save the one to use as {TEMPLATE} in that folder.",
+                f"{folder} has named chat templates ({names}), but none of them is called default.",
+                hint=f"Save the one you want as {TEMPLATE} in that folder.",
             )
         found = found["default"]
     return found if isinstance(found, str) else None
@@ -136,7 +136,7 @@ def _read(file: Place) -> str:
         with file.open("rb") as stream:
             data = stream.read(MAX_TEMPLATE + 1)
         if len(data) > MAX_TEMPLATE:
-            raise CheckpointError(f"{file} has more than {MAX_TEMPLATE:,} bytes, which no chat template has.")
+            raise CheckpointError(f"{file} exceeds {MAX_TEMPLATE:,} bytes, too many for a chat template.")
         return data.decode()
     except OSError as error:
         raise read_error(file, error, CheckpointError) from error

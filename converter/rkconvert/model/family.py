@@ -1,4 +1,4 @@
-"""What tells one model family from another: its defaults, and its tensors' names in each kind of file."""
+"""Definition of a model family: its defaults, and its tensors' names in each kind of file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 EMBEDDING: Final = "model.embed_tokens.weight"
 FINAL_NORM: Final = "model.norm.weight"
 HEAD: Final = "lm_head.weight"
-# Names outside of the layers, where all families agree.
+# Names outside the layers, the same for all families.
 _WHOLE_GGUF: Final = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
 _WHOLE_RKEMU: Final = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
@@ -20,11 +20,11 @@ _GGUF_LAYER: Final = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of each layer.
+    """A tensor that every layer has.
 
     Attributes:
-        hf, gguf, rkemu: its name in a Hugging Face checkpoint, a GGUF and an emulator's file, as the layer's part.
-        shape: outermost dimension first, of `hidden`, `inner` (the MLP's), `query` and `key` (heads times their size).
+        hf, gguf, rkemu: Its name within the layer in a Hugging Face checkpoint, a GGUF and an emulator's file.
+        shape: Outermost dimension first: `hidden`, `inner` (the MLP's), `query` and `key` (heads times their size).
     """
 
     hf: str
@@ -51,11 +51,11 @@ class Family:
     """A family of models.
 
     Attributes:
-        model_type, architecture: as config.json names it.
-        defaults: what config.json may leave out, from transformers (save_pretrained writes differences only); a setting
-            that is not here is one that the family does not have.
-        activations: names by key of config.json under which the family's own activation is found.
-        parts: the tensors of a layer.
+        model_type, architecture: As in config.json.
+        defaults: Settings that config.json may omit, from transformers (save_pretrained writes only differences); the
+            family does not have settings that are missing here.
+        activations: Names of the family's own activation, by key of config.json.
+        parts: Tensors of a layer.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""Gemma 1 and 2 as their config.json describes them, and the tensors that such a model must have."""
+"""Gemma 1 and 2 as described by config.json, and the tensors that such a model must have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rkconvert.model.families import FAMILIES
 from rkconvert.model.family import EMBEDDING, FINAL_NORM, HEAD, Family
 from rkruntime.errors import CheckpointError
 
-# Larger values are typing errors or attacks: 27B has 46 layers, a width of 36864 and 256000 tokens.
+# Larger values are typos or attacks: 27B has 46 layers, a width of 36864 and 256000 tokens.
 _MAX_SIZE: Final = 1 << 20
 _SIZES: Final = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -29,7 +29,7 @@ _NAMES: Final = {
 class GemmaConfig:
     """Settings of one model, named as in config.json.
 
-    `sliding_window`, `attn_logit_softcapping` and `final_logit_softcapping` are 0 for none; `sliding_layers` says for
+    `sliding_window`, `attn_logit_softcapping` and `final_logit_softcapping` are 0 if absent; `sliding_layers` says for
     each layer whether its attention is limited to the window.
     """
 
@@ -91,7 +91,7 @@ class GemmaConfig:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises CheckpointError with the list of those supported for any other model."""
+    """Return the family of a config.json. Raises CheckpointError, listing the supported ones, for any other model."""
     names = config.get("architectures") or []
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     model_type = config.get("model_type")
@@ -107,15 +107,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise CheckpointError("config.json names neither an architecture nor a model_type.")
     raise CheckpointError(
         f"The checkpoint is a {', '.join(names) or model_type}; supported are {', '.join(by_architecture)}.",
-        hint="Convert a Gemma 2 (or Gemma 1) text model; `rkedge plan` can size up other decoders.",
+        hint="Convert a Gemma 2 (or Gemma 1) text model; `rkedge plan` can also size other decoders.",
     )
 
 
 def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
-    """Check config.json and fill in what it may leave out.
+    """Check config.json and fill in what it may omit.
 
     Raises:
-        CheckpointError: another architecture, a value of the wrong kind, or a feature that the two families lack.
+        CheckpointError: Another architecture, a value of the wrong type, or a feature that the two families lack.
     """
     family = family_of(config)
     values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
@@ -129,7 +129,7 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if key in family.defaults and config.get(key, 1) == 0:
             raise CheckpointError(
-                f"config.json: {key} is 0, by which transformers divides.", hint="Write null where there is no cap."
+                f"config.json: {key} is 0, by which transformers divides.", hint="Write null for no cap."
             )
     sizes = {key: _integer(key, values[key], 1, _MAX_SIZE) for key in _SIZES}
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
@@ -154,7 +154,7 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
 
 
 def token_ids(key: str, value: Any, vocab_size: int, file: str = "config.json") -> tuple[int, ...]:
-    """One id or a list of ids, as config.json and generation_config.json give them."""
+    """One id or a list of ids, as in config.json and generation_config.json."""
     items = value if isinstance(value, list) else [value]
     if not items:
         raise CheckpointError(f"{file}: {key} is an empty list: no token would end an answer.")
@@ -174,7 +174,7 @@ def _number(key: str, value: Any, least: float = 1e-30) -> float:
 
 
 def _rope_theta(config: Mapping[str, Any], default: Any) -> Any:
-    """transformers 4 writes rope_theta, transformers 5 rope_parameters."""
+    """Read the settings of rotary embeddings: transformers 4 writes rope_theta, transformers 5 rope_parameters."""
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key) or {}
         if not isinstance(value, dict):
@@ -203,7 +203,7 @@ def _refuse_features(config: Mapping[str, Any], family: Family) -> None:
 def _sliding_layers(config: Mapping[str, Any], layers: int, window: bool) -> tuple[bool, ...]:
     kinds = config.get("layer_types")
     if kinds is None:
-        # transformers: even layers have the window.
+        # As in transformers: even layers have the window.
         return tuple(window and layer % 2 == 0 for layer in range(layers))
     known = {"sliding_attention": True, "full_attention": False}
     if not isinstance(kinds, list) or len(kinds) != layers or any(str(kind) not in known for kind in kinds):

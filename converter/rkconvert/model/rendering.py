@@ -1,4 +1,4 @@
-"""Conversations through a checkpoint's chat template, which is a program of a stranger's: in a process with limits."""
+"""Render conversations with a checkpoint's chat template, a stranger's program, in a process with limits."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def rendered(
     *,
     add_generation_prompt: bool = True,
 ) -> list[str]:
-    """Each conversation as text, as transformers' apply_chat_template gives it; empty where it is refused.
+    """Render each conversation as transformers' apply_chat_template does; empty if it is refused.
 
     Raises:
-        CheckpointError: the first conversation is refused, or a limit was reached: 2 s of computing and 1 GiB.
-        HostError: the process cannot be started.
+        CheckpointError: The first conversation is refused, or a limit was reached: 2 s of CPU time, 1 GiB.
+        HostError: The process cannot be started.
     """
     if len(source) > MAX_TEMPLATE:
-        raise CheckpointError(f"The chat template has over {MAX_TEMPLATE:,} characters.", hint=_HINT)
+        raise CheckpointError(f"The chat template has more than {MAX_TEMPLATE:,} characters.", hint=_HINT)
     try:
         outcomes = prompt_process.render(
             _child, source, conversations, special_tokens, _LIMITS, add_generation_prompt=add_generation_prompt
@@ -40,19 +40,21 @@ def rendered(
     if "error" in outcomes[0]:
         raise CheckpointError(f"The chat template cannot be rendered: {outcomes[0]['error']}.", hint=_HINT)
     if any(len(outcome.get("text", "")) > _MAX_TEXT for outcome in outcomes):
-        raise CheckpointError(f"The chat template makes over {_MAX_TEXT:,} characters of one message.", hint=_HINT)
+        raise CheckpointError(
+            f"The chat template turns one message into more than {_MAX_TEXT:,} characters.", hint=_HINT
+        )
     return [outcome.get("text", "") for outcome in outcomes]
 
 
 def try_out(tokenizer: bytes, where: object, source: str, system_role: str, special_tokens: Mapping[str, str]) -> None:
-    """Make prompts as the board will.
+    """Build prompts as the board will.
 
     Args:
-        tokenizer: tokenizer.json; `where` it came from, for messages.
+        tokenizer: Content of tokenizer.json; `where` names its origin in messages.
 
     Raises:
-        CheckpointError: it cannot be done.
-        HostError: the process cannot be started.
+        CheckpointError: A prompt cannot be built.
+        HostError: The process cannot be started.
     """
     try:
         prompt_process.open_in(_child, tokenizer, where, source, system_role, special_tokens)

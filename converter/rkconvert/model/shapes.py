@@ -1,4 +1,4 @@
-"""The sizes of a decoder's matrices, read from its config.json alone: Gemma, and the families it is compared with."""
+"""Sizes of a decoder's matrices, from its config.json alone: Gemma, and the families it is compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rkconvert.model.gemma import GemmaConfig, parse_config
 from rkruntime.errors import CheckpointError
 
 _MAX_SIZE: Final = 1 << 24
-# Features that make a layer something else than attention and a gated MLP of one size.
+# Features that make a layer something other than attention and a gated MLP of one size.
 _NOT_PLAIN: Final = re.compile(
     r"expert|moe_|ssm|mamba|rwkv|conv_|linear_(num|key|value|attn)|altup|laurel|per_layer_input|recurrent|lru_"
 )
@@ -20,7 +20,7 @@ _NOT_PLAIN: Final = re.compile(
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix: `rows` outputs of `columns` inputs."""
+    """A weight matrix with `rows` outputs and `columns` inputs."""
 
     name: str
     rows: int
@@ -37,10 +37,10 @@ class ModelShape:
     """Sizes of a decoder whose layers are all alike.
 
     Attributes:
-        layer: the matrices of one layer.
-        kv_width: numbers that one layer keeps for one token, keys and values together.
-        vectors: weights that are not matrices (norms and biases), of the whole model.
-        notes: what a reader of the numbers must know.
+        layer: Matrices of one layer.
+        kv_width: Numbers that one layer caches for one token, keys and values together.
+        vectors: Number of weights outside matrices (norms and biases), for the whole model.
+        notes: Notes on the numbers.
     """
 
     family: str
@@ -56,7 +56,7 @@ class ModelShape:
 
     @property
     def head(self) -> Matrix:
-        """The matrix that makes logits; its own or the embedding's."""
+        """The matrix that computes logits; its own or the embedding's."""
         return Matrix("head", self.vocab_size, self.hidden_size)
 
     @property
@@ -66,16 +66,16 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the checkpoint; a tied embedding counts once."""
+        """Number of weights in the checkpoint; a tied embedding counts once."""
         tables = self.head.weights * (1 if self.tied else 2)
         return self.num_hidden_layers * self.layer_weights + tables + self.vectors
 
 
 @dataclass(frozen=True)
 class Family:
-    """What config.json does not say of a model type.
+    """Facts about a model type that config.json does not state.
 
-    A bias may be named by the key of config.json that switches it. `keys` gives the family's own names for ours.
+    A bias may be the key of config.json that switches it. `keys` maps our names to the family's own.
     """
 
     norms: int = 2
@@ -130,13 +130,13 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read the sizes from a config.json.
 
     Raises:
-        CheckpointError: not a plain decoder, or a size is missing or impossible.
+        CheckpointError: Not a plain decoder, or a size is missing or impossible.
     """
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and "hidden_size" not in config:
         inherited = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
         shape = parse_shape({**inherited, **nested})
-        return _with_note(shape, "the language part alone; what reads pictures or sound is not counted")
+        return _with_note(shape, "only the language part; parts that read images or sound are not counted")
     if _is_gemma(config):
         return _of_gemma(parse_config(config))
     _refuse_unusual(config)
@@ -144,7 +144,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     family = FAMILIES.get(str(model_type))
     if family is None:
         shape = _parse(config, str(model_type), _LLAMA)
-        return _with_note(shape, f"the model type {model_type!r} is not known and was read as if it were Llama's")
+        return _with_note(shape, f"the model type {model_type!r} is unknown and was read as if it were Llama's")
     return _parse(config, str(model_type), family)
 
 
@@ -213,7 +213,7 @@ def _parse(config: Mapping[str, Any], model_type: str, family: Family) -> ModelS
 
 
 def _attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
-    """The matrices of attention, the width of its cache, and the weights of its norms and biases."""
+    """Return attention's matrices, the width of its cache, and the number of weights in its norms and biases."""
     if read.config.get("kv_lora_rank"):
         return _latent_attention(read, hidden, heads)
     kv_heads = read.size("num_key_value_heads", default=heads)
@@ -232,9 +232,9 @@ def _attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ..
 
 
 def _latent_attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
-    """Keys and values from one compressed vector, as DeepSeek and MiniCPM3 have them.
+    """The same for keys and values from one compressed vector, as in DeepSeek and MiniCPM3.
 
-    The cache is counted expanded: there is no sign that RKLLM keeps the compressed form.
+    The cache is counted in expanded form: there is no sign that RKLLM keeps the compressed one.
     """
     q_rank, kv_rank = read.size("q_lora_rank"), read.size("kv_lora_rank")
     plain, rotary = read.size("qk_nope_head_dim"), read.size("qk_rope_head_dim")
@@ -259,7 +259,7 @@ class _Reader:
         value = self.config.get(key)
         value = default if value is None else value
         if value is None:
-            raise CheckpointError(f"config.json has no {key}, so the model's size is not known.")
+            raise CheckpointError(f"config.json has no {key}, so the model's size is unknown.")
         if type(value) is not int or not 1 <= value <= _MAX_SIZE:
             raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_MAX_SIZE}.")
         return value

@@ -1,4 +1,4 @@
-"""How many bytes a model's parts take in each quantized type."""
+"""Sizes in bytes of a model's parts in each quantized type."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Final
 from rkconvert.model.shapes import Matrix, ModelShape
 from rkconvert.rules.type_names import UNQUANTIZED, QuantizedType
 
-# float32, one for each output channel or group.
+# float32, one per output channel or group.
 SCALE_BYTES: Final = 4
-# The file holds the embedding table, and a board computes keys and values, in float16.
+# Both the embedding table in the file and a board's keys and values are float16.
 HALF_BYTES: Final = 2
 # One weight of the embedding table in RAM.
 _TABLE_BYTES: Final = 4
 
 
 def matrix_bytes(matrix: Matrix, kind: QuantizedType) -> float:
-    """Bytes of one matrix's weights and scales."""
+    """Size of one matrix's weights and scales."""
     weights = matrix.weights * kind.bits / 8
     if kind.name == UNQUANTIZED:
         return weights
@@ -24,31 +24,31 @@ def matrix_bytes(matrix: Matrix, kind: QuantizedType) -> float:
 
 
 def scale_groups(shape: ModelShape, kind: QuantizedType) -> float:
-    """Number of groups in all matrices that the NPU reads; 0 for a type without groups."""
+    """Number of groups in all matrices that the NPU reads; 0 for ungrouped types."""
     return npu_weights(shape) / kind.group if kind.group else 0.0
 
 
 def npu_weights(shape: ModelShape) -> int:
-    """Weights that are read for each token: all layers and the head, but of the embedding a single row."""
+    """Weights read for each token: all layers and the head, but only one row of the embedding."""
     return shape.num_hidden_layers * shape.layer_weights + shape.head.weights
 
 
 def npu_bytes(shape: ModelShape, kind: QuantizedType) -> float:
-    """Bytes of weights and scales in the NPU's memory."""
+    """Size of weights and scales in NPU memory."""
     layer = sum(matrix_bytes(matrix, kind) for matrix in shape.layer)
     return shape.num_hidden_layers * layer + matrix_bytes(shape.head, kind)
 
 
 def embedding_bytes(shape: ModelShape) -> int:
-    """Bytes of the table that token ids are looked up in, as the file holds it."""
+    """Size of the embedding table in the file."""
     return shape.head.weights * HALF_BYTES
 
 
 def table_bytes(shape: ModelShape) -> int:
-    """Bytes that this table takes in RAM: float32.
+    """Size of the embedding table in RAM: float32.
 
-    The vendor's peaks of memory for 1.1.0, which has no embed_flash, are those of 1.2.1 and 4 bytes for each weight of
-    the table, within 3.5 % for seven models; with 2 bytes they are up to 7 % too low. Whether later releases take less
+    The vendor's peak memory for 1.1.0, which has no embed_flash, is that of 1.2.1 plus 4 bytes for each weight of the
+    table, within 3.5 % for seven models; with 2 bytes it would be up to 7 % too low. Whether later releases use less
     for a table in RAM is not published.
     """
     return shape.head.weights * _TABLE_BYTES
@@ -57,14 +57,14 @@ def table_bytes(shape: ModelShape) -> int:
 def file_bytes(shape: ModelShape, kind: QuantizedType) -> float:
     """Size of the .rkllm file, without tokenizer and NPU program.
 
-    Raises nothing; the layout is that of public descriptions of the container: quantized matrices, the embedding in
+    The layout follows public descriptions of the container: quantized matrices, the embedding in
     plain float16, norms and biases in float32.
     """
     return npu_bytes(shape, kind) + embedding_bytes(shape) + shape.vectors * 4
 
 
 def cache_bytes_per_token(shape: ModelShape) -> int:
-    """Keys and values of one token in all layers.
+    """Size of one token's keys and values in all layers.
 
     A sliding window saves nothing here: no release is known to keep less for such layers.
     """

@@ -1,4 +1,4 @@
-"""A Gemma tokenizer.json as the tables of a .rkemu file: texts, kinds and merges by id."""
+"""Convert a Gemma tokenizer.json into the tables of a .rkemu file: texts, kinds and merges by id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Kind(IntEnum):
-    """What a token is, as docs/rkemu-format.md numbers it."""
+    """Kind of a token, numbered as in docs/rkemu-format.md."""
 
     NORMAL = 0
     CONTROL = 1
@@ -35,7 +35,7 @@ class Kind(IntEnum):
 
 
 class Flag(IntFlag):
-    """How an added token is found in a text, as docs/rkemu-format.md numbers it."""
+    """How an added token is matched in a text, numbered as in docs/rkemu-format.md."""
 
     NORMALIZED = 1
     LSTRIP = 2
@@ -49,9 +49,9 @@ class Tokenizer:
     Attributes:
         texts: UTF-8 of each token by id; one raw byte for a byte token, empty for an id without a token.
         kinds: `Kind` by id.
-        flags: `Flag`s of added tokens by id, where there are any.
-        single_words: added tokens that are found as whole words only.
-        merges: uint32 [n, 3]: ids of left part, right part and result, by rank.
+        flags: `Flag`s of added tokens by id, if any.
+        single_words: Added tokens that are matched only as whole words.
+        merges: Ids of left part, right part and result, by rank; uint32 [n, 3].
     """
 
     texts: tuple[bytes, ...]
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def added(self) -> dict[str, int]:
-        """Ids by text of control tokens and of those that stand beside the vocabulary."""
+        """Ids by text of control tokens and of tokens outside the vocabulary."""
         wanted = (Kind.CONTROL, Kind.USER_DEFINED)
         return {self.texts[at].decode("utf-8", "replace"): at for at, kind in enumerate(self.kinds) if kind in wanted}
 
@@ -72,11 +72,11 @@ class Tokenizer:
         """The tensors `tokenizer.*` of a .rkemu file.
 
         Raises:
-            CheckpointError: the emulator would find an added token otherwise than the checkpoint's own tokenizer.
+            CheckpointError: The emulator would match an added token differently from the checkpoint's own tokenizer.
         """
         if self.single_words:
             raise CheckpointError(
-                f"Its added token {self.single_words[0]!r} is found as a whole word only; the emulator cannot do that.",
+                f"Its added token {self.single_words[0]!r} matches only as a whole word; the emulator cannot do that.",
                 hint="Set its single_word to false in tokenizer.json, or convert with --target toolkit.",
             )
         flags = np.zeros(len(self.texts), np.uint8)
@@ -93,10 +93,10 @@ class Tokenizer:
 
 
 def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
-    """Read tokenizer.json of a model with `vocab_size` rows of embeddings.
+    """Read the tokenizer.json of a model with `vocab_size` embedding rows.
 
     Raises:
-        CheckpointError: no such file, or a tokenizer that works otherwise than Gemma's.
+        CheckpointError: No such file, or a tokenizer that works differently from Gemma's.
     """
     content = _read(path)
     try:
@@ -117,10 +117,10 @@ def _read(path: Place) -> dict[str, Any]:
 
 
 def tokenizer_bytes(path: Place) -> bytes:
-    """tokenizer.json as a bundle has it: without the truncation and padding that trainers leave in it.
+    """Return tokenizer.json for a bundle: without the truncation and padding that trainers leave in it.
 
     Raises:
-        CheckpointError: there is no such file, or it is not JSON.
+        CheckpointError: There is no such file, or it is not JSON.
     """
     content = _read(path)
     if content.get("truncation") is None and content.get("padding") is None:
@@ -139,14 +139,14 @@ def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
         raise CheckpointError(f"{long}.")
     for text, index in ids.items():
         if type(index) is not int or not 0 <= index < vocab_size:
-            raise CheckpointError(f"the token {text!r} has the id {index!r}; the model has {vocab_size} tokens.")
+            raise CheckpointError(f"the token {text!r} has the id {index!r}, but the model has {vocab_size} tokens.")
     texts, kinds = [b""] * vocab_size, [Kind.UNUSED] * vocab_size
     for text, index in ids.items():
         kinds[index] = _kind(text, added.get(text))
         byte = _BYTE.fullmatch(text)
         texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
     if sum(kind is Kind.BYTE for kind in kinds) != 256:
-        raise CheckpointError("it has no token for every byte, so some characters could not be written.")
+        raise CheckpointError("it does not have a token for every byte, so some characters could not be encoded.")
     flags = {token["id"]: _flags(token) for token in added.values()}
     flags = {index: flag for index, flag in flags.items() if flag}
     single_words = tuple(text for text, token in added.items() if token.get("single_word"))
@@ -168,7 +168,7 @@ def _flags(added: Mapping[str, Any]) -> Flag:
 
 
 def _merges(merges: list[Any], vocab: Mapping[str, int]) -> NDArray[np.uint32]:
-    """Merges as ids; written as "a b" until 2024 and as ["a", "b"] since."""
+    """Merges as ids; written as "a b" until 2024, and as ["a", "b"] since."""
     table = np.empty((len(merges), 3), np.uint32)
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge

@@ -1,1 +1,1 @@
-"""What is written, and where: folders, bundles, the hub, disk space."""
+"""Everything that is written: folders, bundles, the hub; and disk space."""

@@ -28,7 +28,7 @@ REPORT: Final = "report"
 NOTICE: Final = "NOTICE"
 LICENCE: Final = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 _TAGS: Final = {"toolkit": ("rkllm", "rockchip", "npu"), "emulator": ("rkedge", "emulator")}
-# The sentence that section 3.1 of those terms asks for, in a file of this name.
+# Section 3.1 of those terms requires this sentence in a file of this name.
 _NOTICE: Final = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
 
@@ -41,12 +41,12 @@ class ModelFile:
 
 
 def created_by() -> str:
-    """What the manifest and the model card name as their maker."""
+    """Program and version, as in the manifest and the model card."""
     return f"rkedge {version('rkedge')}"
 
 
 def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Place, template: ChatTemplate) -> None:
-    """tokenizer.json (from the folder `tokenizer`), chat_template.jinja and generation_config.json."""
+    """Write tokenizer.json (from the folder `tokenizer`), chat_template.jinja and generation_config.json."""
     (folder / TOKENIZER).write_bytes(tokenizer_bytes(tokenizer / TOKENIZER))
     (folder / TEMPLATE).write_text(template.source, encoding="utf-8")
     settings = {
@@ -58,13 +58,13 @@ def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Place, tem
 
 
 def write_report(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    """A JSON document in report/."""
+    """Write a JSON document to report/."""
     (folder / REPORT).mkdir(exist_ok=True)
     _write_json(folder / REPORT / f"{name}.json", content)
 
 
 def read_report(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON document of report/; empty if there is none, or none that can be read."""
+    """Read a JSON document from report/; empty if it is missing or unreadable."""
     try:
         report = json.loads((folder / REPORT / f"{name}.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -73,7 +73,7 @@ def read_report(folder: Path, name: str) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """The model card and the notice, then rkedge.yaml with the hash of every other file; the manifest as written."""
+    """Write the model card, the notice and, last, rkedge.yaml with every other file's hash; returns the manifest."""
     (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
     (folder / NOTICE).write_text(_NOTICE, encoding="utf-8")
     files = {
@@ -87,8 +87,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def model_card(manifest: Manifest) -> str:
-    """README.md as model hubs show it: front matter for machines, then the text for people."""
-    # The hub links to these, so names of folders have no place here.
+    """README.md in the form of model hubs: front matter, then the text."""
+    # The hub links to these, so names of folders must not appear here.
     bases = [item.name for item in (manifest.source, *manifest.adapters) if is_hub_id(item.name)]
     front = {
         **({"base_model": bases, "base_model_relation": "quantized"} if bases else {}),

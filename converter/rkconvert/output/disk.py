@@ -1,4 +1,4 @@
-"""Room on the disk, asked for before the work and not found out after it."""
+"""Disk space, checked before the work rather than after it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 
 from rkruntime.errors import HostError
 
-# For tokenizer, reports and the file system's own needs.
+# For the tokenizer, the reports and the file system's own needs.
 _SPARE_BYTES: Final = 64 << 20
 
 
 def require_space(output: Path, nbytes: int) -> None:
-    """Raise HostError if there is no room for `nbytes` in the folder that `output` will be made in."""
+    """Raise HostError if the folder that will contain `output` does not have room for `nbytes`."""
     free = shutil.disk_usage(output.parent).free
     if nbytes + _SPARE_BYTES > free:
         raise HostError(
-            f"{output} needs {_text(nbytes)}, and {_SPARE_BYTES >> 20} MiB more for its tokenizer and reports;"
-            f" {output.parent.resolve()} has {_text(free)} free.",
+            f"{output} needs {_text(nbytes)}, and {_SPARE_BYTES >> 20} MiB more for its tokenizer and reports,"
+            f" but {output.parent.resolve()} has {_text(free)} free.",
             hint="Free space there, or name an output folder on another disk.",
         )
 

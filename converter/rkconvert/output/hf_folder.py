@@ -1,4 +1,4 @@
-"""A plain Hugging Face folder of merged weights, written shard by shard in one pass; finished shards outlive a kill."""
+"""A plain Hugging Face folder of merged weights, written shard by shard in one pass; finished shards survive a kill."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from rkconvert.tensors.parallel import ordered_map
 from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights, read_finite, row_blocks
 
-# Small enough for a kill to cost seconds, large enough for 27B to have a few dozen files.
+# Small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
 STATE: Final = "shards.json"
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file to be: its name and its tensors in order."""
+    """A file to be written: its name and its tensors in order."""
 
     name: str
     tensors: Mapping[str, TensorInfo]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def header(self) -> bytes:
-        """The file's beginning, padded so that the data is aligned to 8 bytes."""
+        """The file's header, padded so that the data is aligned to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, info in self.tensors.items():
@@ -48,14 +48,14 @@ class ShardPlan:
         return len(text).to_bytes(8, "little") + text
 
     def places(self) -> Iterator[tuple[str, int, int]]:
-        """Tensor, first row and number of rows of each block, in the order of the file."""
+        """Yield tensor, first row and number of rows of each block, in the order of the file."""
         for name, info in self.tensors.items():
             for first, count in row_blocks(info.shape):
                 yield name, first, count
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[ShardPlan]:
-    """Tensors put into files of at most `limit` bytes, or one tensor, in order."""
+    """Distribute tensors, in order, over files of at most `limit` bytes or one tensor."""
     groups: list[dict[str, TensorInfo]] = [{}]
     used = 0
     for name, info in tensors.items():
@@ -72,15 +72,15 @@ def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> 
 
 
 def resumable(weights: Weights, limit: int = SHARD_BYTES) -> list[str]:
-    """The files that `write_weights` takes up where a run was killed; it compares each with its checksum."""
+    """Files from which `write_weights` resumes after a killed run; it verifies each by checksum."""
     return [STATE, *(plan.name for plan in plan_shards(weights.tensors, limit))]
 
 
 def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int = SHARD_BYTES) -> None:
-    """Write the shards and their index; shards that an earlier run finished here are compared with its checksums.
+    """Write the shards and their index; shards that an earlier run finished here are verified by checksum.
 
     Raises:
-        CheckpointError, AdapterError: NaN or infinite weights.
+        CheckpointError, AdapterError: Weights are NaN or infinite.
     """
     plans = plan_shards(weights.tensors, limit)
     done = _read_state(folder)
@@ -101,7 +101,7 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
 
 
 def _read_state(folder: Path) -> dict[str, int]:
-    """Checksums of finished shards by name; none if a crash left something else there."""
+    """Checksums of finished shards by name; empty if a crash left something else there."""
     try:
         state = parse_json((folder / STATE).read_bytes())
     except (OSError, ValueError):
@@ -110,7 +110,7 @@ def _read_state(folder: Path) -> dict[str, int]:
 
 
 def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance) -> int:
-    """The file's checksum, as `_checksum_file` finds it."""
+    """Write a shard; returns its checksum, the same that `_checksum_file` computes."""
 
     def prepare(place: tuple[str, int, int]) -> tuple[memoryview, int]:
         data = read_finite(weights, *place).reshape(-1).view(np.uint8).data
@@ -119,7 +119,7 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance
     header = plan.header()
     checksum = _sum(header)
     with path.open("wb", buffering=0) as file:
-        # Asks for the room at once: a disk too small shows before the work, and writing is faster.
+        # Allocate the space at once: a full disk shows before the work, and writing is faster.
         os.posix_fallocate(file.fileno(), 0, len(header) + plan.nbytes)
         file.write(header)
         for data, own in ordered_map(prepare, plan.places()):
@@ -135,14 +135,14 @@ def _write(file: FileIO, data: memoryview) -> None:
 
 
 def _sum(data: bytes | memoryview) -> int:
-    """Sum of 64-bit words: ten times as fast as a CRC, and it shows the lost pages and cut ends of a crash."""
+    """Sum of 64-bit words: ten times as fast as a CRC, and it detects a crash's lost pages and cut ends."""
     whole = len(data) // 8 * 8
     words = np.frombuffer(data[:whole], np.uint64)
     return int(np.add.reduce(words)) + int.from_bytes(data[whole:], "little")
 
 
 def _add(checksum: int, block: int) -> int:
-    """A checksum over the sums of blocks in their order."""
+    """Checksum over the sums of blocks, in order."""
     return (checksum * 31 + block) % (1 << 64)
 
 
@@ -159,7 +159,7 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
 
 
 def copy_side_files(folder: Place, into: Path, names: Iterable[str]) -> None:
-    """Copy those small files of a model folder that it has; they may be in a folder of it."""
+    """Copy whichever of these small files a model folder has; they may be in a subfolder."""
     for name in names:
         if (folder / name).is_file():
             (into / name).parent.mkdir(exist_ok=True)
@@ -168,5 +168,5 @@ def copy_side_files(folder: Place, into: Path, names: Iterable[str]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file as Hugging Face's libraries lay it out."""
+    """Write a JSON file in the layout of Hugging Face's libraries."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

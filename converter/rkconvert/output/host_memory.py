@@ -1,4 +1,4 @@
-"""The memory of this machine with its swap, which a conversion may use and a board's NPU may not."""
+"""Memory of this machine with its swap, which a conversion can use, though a board's NPU cannot."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rkruntime.errors import HostError
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes.
+    """Memory in bytes.
 
     Attributes:
-        ram, swap: of the machine, or a container's limit if that is less.
+        ram, swap: Of the machine, or a container's limit if that is lower.
         available: RAM that a program can get without swapping.
     """
 
@@ -34,10 +34,10 @@ class Memory:
 
 
 def read_memory(root: Path = machine.ROOT) -> Memory:
-    """As the kernel says it. Raises HostError where it does not."""
+    """Read /proc/meminfo and the container's limits. Raises HostError if it cannot."""
     found = machine.memory(root)
     if found is None:
-        raise HostError("This machine does not say how much memory it has.", hint="Mount /proc and try again.")
+        raise HostError("The size of this machine's memory cannot be read.", hint="Mount /proc and try again.")
     match = re.search(r"^SwapTotal:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
     swap = int(match[1]) * 1024 if match else 0
     with suppress(OSError, ValueError):  # the container's limit (cgroup v2); "max" for none

@@ -1,4 +1,4 @@
-"""A finished bundle on the Hugging Face hub: private unless asked otherwise, and exactly what its manifest lists."""
+"""Upload a finished bundle to the Hugging Face hub: private by default, and exactly what its manifest lists."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from rkruntime.yamltext import MAX_FILE
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-# Made by the hub itself with a repository.
+# The hub itself creates these with a repository.
 _THE_HUBS_OWN: Final = (".gitattributes",)
-# The hub stores smaller files as they come; larger ones go to its object store by their hash.
+# The hub stores smaller files directly; larger ones go to its object store by hash.
 _IN_MEMORY: Final = 10 << 20
-_LOGIN: Final = "Make a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`."
+_LOGIN: Final = "Create a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`."
 LICENCE_NOTE: Final = (
-    "{name} is derived from Gemma: those who get it must get the Gemma Terms of Use too, and be bound by them"
+    "{name} is derived from Gemma: whoever receives it must also receive the Gemma Terms of Use, and be bound by them"
     " (https://ai.google.dev/gemma/terms). Its " + f"{CARD} and {NOTICE} say so."
 )
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A model repository, `OWNER/NAME`, that is made if there is none."""
+    """A model repository, `OWNER/NAME`, created if it does not exist."""
 
     repo: str
     public: bool = False
@@ -46,15 +46,15 @@ class Destination:
 
 
 def check_destination(to: Destination) -> None:
-    """Whether this person may write there, before any work is done for it.
+    """Raise unless this user may write there, before any work is done.
 
     Raises:
-        UsageError: no such form of name, another's name, or private where public was asked for and the reverse.
-        OutputError: the repository holds something already.
-        HostError: nobody is logged in, the token cannot write, or the hub cannot be reached.
+        UsageError: The name is malformed or not the user's, or the repository is not public or private as requested.
+        OutputError: The repository is not empty.
+        HostError: Nobody is logged in, the token cannot write, or the hub cannot be reached.
     """
     if not is_hub_id(to.repo):
-        raise UsageError(f"{to.repo!r} is not a repository of the hub.", hint="Write OWNER/NAME, such as me/my-gemma.")
+        raise UsageError(f"{to.repo!r} is not a repository name.", hint="Write OWNER/NAME, such as me/my-gemma.")
     with _hub(to.repo) as api:
         person = api.whoami()
         _check_person(to, person)
@@ -67,11 +67,11 @@ def _check_person(to: Destination, person: dict[str, Any]) -> None:
     if to.owner not in names:
         raise UsageError(
             f"The hub knows you as {name}, who cannot write to {to.repo}.",
-            hint=f"Name a repository of {' or '.join(names)}, or log in as another: hf auth login",
+            hint=f"Name a repository of {' or '.join(names)}, or log in as someone else: hf auth login",
         )
     token = (person.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise HostError(f"The token that {name} is logged in with may only read.", hint=_LOGIN)
+        raise HostError(f"The token of {name} is read-only.", hint=_LOGIN)
 
 
 def _check_repository(to: Destination, api: HfApi) -> None:
@@ -83,24 +83,24 @@ def _check_repository(to: Destination, api: HfApi) -> None:
         return
     if bool(found.private) == to.public:
         there, asked = ("private", "public") if to.public else ("public", "private")
-        hint = "Leave --public out" if to.public else "Say --public"
+        hint = "Leave --public out" if to.public else "Add --public"
         raise UsageError(
-            f"{to.repo} exists and is {there}; {asked} was asked for.", hint=f"{hint}, or name a new repository."
+            f"{to.repo} exists and is {there}, but {asked} was asked for.", hint=f"{hint}, or name a new repository."
         )
     there_already = [item.rfilename for item in found.siblings or () if item.rfilename not in _THE_HUBS_OWN]
     if there_already:
         raise OutputError(
-            f"{to.repo} holds files already ({there_already[0]}), and nothing is overwritten.",
+            f"{to.repo} already contains files ({there_already[0]}), and nothing is overwritten.",
             hint="Name a new repository.",
         )
 
 
 def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:
-    """Upload a bundle in one commit, and compare what the hub then lists with the manifest; the repository's address.
+    """Upload a bundle in one commit, and verify the hub's list against the manifest; returns the repository's URL.
 
     Raises:
-        BundleError: a file is not as the manifest says or changes meanwhile, or the licence's notes are missing.
-        UsageError, OutputError, HostError: see `check_destination`; or the upload failed.
+        BundleError: A file does not match the manifest or changes meanwhile, or the licence notes are missing.
+        UsageError, OutputError, HostError: See `check_destination`; or the upload failed.
     """
     check_destination(to)
     _check_licence(bundle)
@@ -121,16 +121,16 @@ def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:
         name = file.path_in_repo
         if not isinstance(file.path_or_fileobj, bytes) and FileState.of(bundle.path / name) != before[name]:
             raise BundleError(
-                f"{bundle.path / name} changed while it was uploaded, so {to.repo} may hold something else.",
+                f"{bundle.path / name} changed while it was uploaded, so {to.repo} may contain something else.",
                 hint="Delete the repository on the hub, then push again.",
             )
     return url
 
 
 def _files(bundle: Bundle) -> list[CommitOperationAdd]:
-    """What the manifest lists, and the manifest: each compared with it again, small ones as the bytes compared.
+    """The manifest and the files that it lists, each verified again; small files as the bytes verified.
 
-    The folder is not locked: a path that was verified can be another file, or a link, when the client reads it.
+    The folder is not locked: a verified path may be another file, or a link, by the time the client reads it.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -159,7 +159,7 @@ def _check_licence(bundle: Bundle) -> None:
     for name in (CARD, NOTICE):
         if name not in bundle.manifest.files:
             raise BundleError(
-                f"The bundle {bundle.path} has no {name}, which tells others of Gemma's terms of use.",
+                f"The bundle {bundle.path} has no {name}, which informs others about Gemma's terms of use.",
                 hint="Convert it again with this release of rkedge.",
             )
 
@@ -172,29 +172,29 @@ def _compare(expected: Mapping[str, int], to: Destination, api: HfApi) -> None:
     if wrong:
         raise HostError(
             f"{to.repo} is not what was uploaded: {wrong[0]} differs.",
-            hint="Look at it on the hub; delete the repository and push again.",
+            hint="Inspect it on the hub; delete the repository and push again.",
         )
 
 
 @contextmanager
 def _hub(repo: str) -> Iterator[HfApi]:
-    """huggingface_hub's interface, whose errors come out as HostError and without the token."""
+    """Provide huggingface_hub's client; its errors are raised as HostError, without the token."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise HostError(f"To upload to {repo}, huggingface_hub is missing.", hint=install("convert")) from error
     token = huggingface_hub.get_token()
     if token is None:
-        raise HostError(f"To upload to {repo} you must be logged in to the hub, and are not.", hint=_LOGIN)
+        raise HostError(f"Uploading to {repo} requires a login to the hub.", hint=_LOGIN)
     try:
         yield huggingface_hub.HfApi(token=token)
     except RKEdgeError:
         raise
-    except Exception as error:  # The HTTP client below it has errors of its own, and was another one before 1.0.
+    except Exception as error:  # Its HTTP client has its own errors, and was a different one before 1.0.
         said = [item for item in (error, error.__cause__) if item is not None]
         answers = [getattr(item, "response", None) for item in said]
         status = next((answer.status_code for answer in answers if answer is not None), 0)
         what = ": ".join(str(item).strip().partition("\n")[0] or type(item).__name__ for item in said)
-        hints = {401: f"The token is no longer valid. {_LOGIN}", 403: f"The token may not do that. {_LOGIN}"}
-        hint = hints.get(status, "Check the network; what is converted is kept: `rkedge push BUNDLE OWNER/NAME`.")
+        hints = {401: f"The token is no longer valid. {_LOGIN}", 403: f"The token does not permit this. {_LOGIN}"}
+        hint = hints.get(status, "Check the network; the converted bundle is kept: `rkedge push BUNDLE OWNER/NAME`.")
         raise HostError(f"The hub and {repo}: {what.replace(token, '(token)')}", hint=hint) from None

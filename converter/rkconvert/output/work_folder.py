@@ -1,7 +1,7 @@
-"""A folder that is written under another name and survives a kill, so that a second run can go on in it.
+"""A folder that is written under another name and survives a kill, so that a second run can resume in it.
 
-Its names can be guessed, and the folder that it is in may be everybody's. So what stands there already is used only if
-it is this user's own and what it should be: no link is followed, and nothing of another user is taken up.
+Its names can be guessed, and its parent may be writable by everyone. So whatever exists there is used only if it
+belongs to this user and is what it should be: no link is followed, and nothing of another user is used.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ _KINDS: Final = {
 
 @contextmanager
 def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[Path]:
-    """`.NAME.partial` beside `final`, which takes that name when the block ends.
+    """`.NAME.partial` beside `final`, renamed to it when the block ends.
 
-    Of what an earlier run with the same `job` (a text that says what is made of what) left there after it was killed,
-    the files that `keep` names are still there; anything else is removed. All is removed when the block raises, but for
-    Ctrl-C.
+    Of what an earlier, killed run with the same `job` (a text that says what is made from what) left there, the files
+    in `keep` remain; everything else is removed. If the block raises, everything is removed, except after Ctrl-C.
 
     Args:
-        keep: what the block compares with a record before it is used, relative to the folder, with `/`.
+        keep: Files that the block verifies before using them, relative to the folder, with `/`.
 
     Raises:
-        OutputError: `final` exists or cannot be written, another run is making it at this moment, or something lies
-            where the work would be done.
-        HostError: the disk is full.
+        OutputError: `final` exists or cannot be written, another run is making it right now, or something else is in
+            the way of the work.
+        HostError: The disk is full.
     """
     refuse_made(final)
     partial = final.parent / f".{final.name}.partial"
@@ -57,10 +56,10 @@ def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[P
             try:
                 _prepare(partial, note, job, keep)
                 yield partial
-                # As any new folder here: what it inherited from its parent (setgid) stays.
+                # As for any new folder here: what it inherited from its parent (setgid) is kept.
                 partial.chmod(stat.S_IMODE(partial.stat().st_mode) | 0o777 & ~umask())
                 partial.rename(final)
-            except Exception:  # Whatever it was, nothing half-made stays; Ctrl-C and a kill leave it for the next run.
+            except Exception:  # Nothing half-made stays after any error; Ctrl-C and a kill leave it for the next run.
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             finally:
@@ -72,7 +71,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[P
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A new temporary folder that goes with the block; what killed runs left under this `prefix` goes first."""
+    """A new temporary folder, deleted after the block; folders that killed runs left with this `prefix` go first."""
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_dead(left)
     with tempfile.TemporaryDirectory(prefix=prefix) as name:
@@ -85,14 +84,14 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 
 def _remove_dead(folder: Path) -> None:
-    """Remove a scratch folder of this user that no process holds."""
+    """Remove a scratch folder of this user that no process has locked."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return
     try:
         found = os.fstat(handle)
-        # A new one is not locked for a moment.
+        # A new one is unlocked for a moment.
         if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _NEW_SECONDS:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
@@ -107,29 +106,29 @@ def _note(final: Path) -> Path:
 
 
 def forget_kill(final: Path) -> None:
-    """Remove what a kill behind the last step of a run left beside its finished folder."""
+    """Remove what a kill after the last step of a run left beside its finished folder."""
     with suppress(OSError):
         if final.is_dir():
             _note(final).unlink(missing_ok=True)
 
 
 def refuse_made(final: Path) -> None:
-    """Raise OutputError if there is something at `final` already, or no folder to put it into."""
+    """Raise OutputError if `final` already exists, or its parent does not."""
     forget_kill(final)
     refuse_existing(final)
 
 
 @contextmanager
 def _hold(final: Path) -> Iterator[IO[str]]:
-    """The note beside `final`, open and locked: one run at a time."""
+    """Open and lock the note beside `final`: one run at a time."""
     path = _note(final)
     while True:
-        # A link that is put there in this moment is refused by the open, anything else by what was opened.
+        # A link put there at this moment makes the open fail; anything else is refused by checking the open file.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "r+", encoding="utf-8") as note:
             _refuse(path, os.fstat(handle), stat.S_IFREG)
             _lock(note, final)
-            # The run that held it may have removed it meanwhile; a lock on a file without a name keeps nobody out.
+            # The run that held it may have removed it meanwhile; a lock on an unlinked file keeps nobody out.
             if os.path.lexists(path) and os.path.samestat(path.lstat(), os.fstat(handle)):
                 yield note
                 return
@@ -140,7 +139,7 @@ def _lock(file: IO[str], final: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise OutputError(
-            f"Another run is writing {final} at this moment.", hint="Wait for it, or name another output folder."
+            f"Another run is writing {final} right now.", hint="Wait for it, or name another output folder."
         ) from error
 
 
@@ -149,7 +148,7 @@ def _prepare(partial: Path, note: IO[str], job: str, keep: Collection[str]) -> N
     if kept and _read(note) == job:
         _clear(partial, keep)
     else:
-        # In this order: a kill between any two of these steps leaves nothing that counts as work on `job`.
+        # In this order: a kill between any two of these steps leaves nothing that could pass for work on `job`.
         note.seek(0)
         note.truncate(0)
         if os.path.lexists(partial):
@@ -160,7 +159,7 @@ def _prepare(partial: Path, note: IO[str], job: str, keep: Collection[str]) -> N
 
 
 def _clear(folder: Path, keep: Collection[str]) -> None:
-    """Remove all but the regular files in `keep`."""
+    """Remove everything but the regular files in `keep`."""
     for path in folder.iterdir():
         found = path.lstat()
         below = [name.partition("/")[2] for name in keep if name.startswith(f"{path.name}/")]
@@ -181,7 +180,7 @@ def _read(note: IO[str]) -> str:
 
 
 def _refuse_planted(path: Path, kind: int) -> None:
-    """Raise OutputError if there is something at `path` that no run of this user has made."""
+    """Raise OutputError if something at `path` was not made by a run of this user."""
     with suppress(FileNotFoundError):
         _refuse(path, path.lstat(), kind)
 
@@ -190,12 +189,12 @@ def _refuse(path: Path, found: os.stat_result, kind: int) -> None:
     here = stat.S_IFMT(found.st_mode)
     what = _KINDS.get(here, "a device")
     if here == kind and found.st_uid != os.geteuid():
-        what += f" of another user ({found.st_uid})"
+        what += f" owned by another user ({found.st_uid})"
     elif here == kind == stat.S_IFREG and found.st_nlink > 1:
         what += " with a second name (a hard link)"
     elif here == kind:
         return
     raise OutputError(
-        f"{path}, where the work is done, is {what} that rkedge did not make. It was left as it is.",
-        hint="Find out whose it is and remove it, or name an output in a folder that nobody else can write to.",
+        f"{path}, needed for the work, is {what} that rkedge did not create. It was left unchanged.",
+        hint="Find out who owns it and remove it, or name an output in a folder that nobody else can write to.",
     )

@@ -1,4 +1,4 @@
-"""Whether a model fits a board, and how fast it will be, from its config.json alone."""
+"""Predict whether a model fits a board, and how fast it will be, from its config.json alone."""
 
 from rkconvert.plan.planner import Plan, Request, make_plan, plan_for, require
 from rkconvert.plan.source import ModelSource

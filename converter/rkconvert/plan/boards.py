@@ -1,4 +1,4 @@
-"""Board profiles (configs/boards/*.yaml), and how much of a board's memory a model can have."""
+"""Board profiles (configs/boards/*.yaml), and how much of a board's memory a model can use."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from rkruntime.yamltext import read_mapping
 
 GIB: Final = 1 << 30
 DEFAULT_BOARD: Final = "rk3588"
-# Of 4096 MiB the kernel of a ROCK 5B counted 3739, of 16384 MiB that of an Orange Pi 5 Plus 15719; an idle Linux held
-# 172 to 362 MiB (github.com/geerlingguy/sbc-reviews issues 3 and 5, github.com/andrewcell/opi5p). The worst of each.
+# A ROCK 5B's kernel reports 3739 of 4096 MiB, an Orange Pi 5 Plus's 15719 of 16384; an idle Linux used 172
+# to 362 MiB (github.com/geerlingguy/sbc-reviews issues 3 and 5, github.com/andrewcell/opi5p). The worst of each.
 _COUNTED_BY_KERNEL: Final = 3739 / 4096
 _IDLE_BYTES: Final = 362 << 20
 
 
 @dataclass(frozen=True)
 class Board:
-    """A board as its profile describes it.
+    """A board, as described by its profile.
 
     Attributes:
-        soc: as in the table of types.
-        ram_gib: the sizes of memory it is sold with.
-        memory, memory_mhz: kind and clock of the memory; None if not known.
-        sources: field -> where that was read.
-        unknown: what was not found out.
+        soc: Name of the SoC, as in the table of types.
+        ram_gib: Sizes of memory that it is sold with, in GiB.
+        memory, memory_mhz: Type and clock (MHz) of the memory; None if unknown.
+        sources: Source of each field.
+        unknown: What could not be found out.
     """
 
     name: str
@@ -43,28 +43,28 @@ class Board:
 
 
 def usable_bytes(ram_gib: float) -> float:
-    """Bytes that are left for one program on an idle board without a desktop."""
+    """Bytes left for one program on an idle board without a desktop."""
     return ram_gib * GIB * _COUNTED_BY_KERNEL - _IDLE_BYTES
 
 
 @cache
 def board_sizes(soc: str) -> tuple[int, ...]:
-    """Sizes of memory in GiB that boards with this SoC are sold with, by the profiles."""
+    """Sizes of memory in GiB that boards with this SoC are sold with, from the profiles."""
     boards = [find_board(name) for name in board_names()]
     return tuple(sorted({gib for board in boards if board.soc == soc for gib in board.ram_gib}))
 
 
 def board_names() -> list[str]:
-    """Names of all profiles."""
+    """Return the names of all profiles."""
     return sorted(path.stem for path in (resource("configs") / "boards").glob("*.yaml"))
 
 
 def find_board(name: str) -> Board:
-    """The profile of that name, or a profile of one's own by its path (NAME.yaml).
+    """Load a shipped profile by name, or the user's own by path (NAME.yaml).
 
     Raises:
-        UsageError: there is none of that name.
-        InputError: the file is not a profile.
+        UsageError: There is no profile of that name.
+        InputError: The file is not a profile.
     """
     if name.endswith((".yaml", ".yml")):
         return read_board(Path(name))
@@ -80,9 +80,9 @@ def read_board(path: Path) -> Board:
     """Read a profile; InputError says what is wrong with it."""
 
     def fail(what: str) -> InputError:
-        return InputError(f"{path}: {what}.", hint="Take configs/boards/rk3588.yaml as a pattern.")
+        return InputError(f"{path}: {what}.", hint="Use configs/boards/rk3588.yaml as a template.")
 
     board = build(Board, read_mapping(path, fail), fail)
     if not board.ram_gib or min(board.ram_gib) < 1:
-        raise fail("ram_gib must list sizes from 1 GiB on")
+        raise fail("ram_gib must list sizes of at least 1 GiB")
     return board

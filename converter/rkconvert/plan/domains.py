@@ -1,4 +1,4 @@
-"""How a model lies in the NPU's memory: domains of 4 GiB, which no buffer can span."""
+"""Layout of a model in NPU memory: domains of 4 GiB; a buffer must fit into one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rkconvert.model.sizes import cache_bytes_per_token, matrix_bytes
 from rkconvert.rules.quantized_types import DOMAIN_BYTES
 from rkconvert.rules.type_names import QuantizedType
 
-# The rknpu driver 0.9.8 knows domains 0 to 15.
+# Version 0.9.8 of the rknpu driver has domains 0 to 15.
 MOST_DOMAINS: Final = 16
 
 
 @dataclass
 class Domain:
-    """One window: bytes of each part in it."""
+    """One domain: bytes of each part in it."""
 
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -27,15 +27,15 @@ class Domain:
         return sum(self.parts.values())
 
     def add(self, part: str, size: float) -> None:
-        """Put a buffer of some part here."""
+        """Add a buffer of a part."""
         self.parts[part] = self.parts.get(part, 0.0) + size
 
 
 def place(shape: ModelShape, kind: QuantizedType, context: int) -> list[Domain]:
-    """Fill domains in the order of the layers, a new one where the next buffer does not fit.
+    """Fill domains in layer order, starting a new one when the next buffer does not fit.
 
-    Where the runtime really puts what is not published; this order needs as few domains as there can be, up to what is
-    left at the end of each.
+    Where the runtime really places buffers is not published; this order needs as few domains as possible, apart from
+    the space left at the end of each.
     """
     domains = [Domain()]
     for part, size in _buffers(shape, kind, context):

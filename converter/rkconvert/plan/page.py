@@ -1,4 +1,4 @@
-"""A plan as one HTML page with its plots, without anything from elsewhere."""
+"""A plan as one self-contained HTML page with plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POINTS: Final = 33
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a bar: what it is, where it begins and how wide it is, in the units of the drawing."""
+    """A segment of a bar: its part, start and width, in drawing units, and its label."""
 
     part: str
     x: float
@@ -36,7 +36,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Line:
-    """A level that is drawn across a plot."""
+    """A level drawn across a plot."""
 
     y: float
     label: str
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """A plot of something over the context: an SVG polyline, the values at its ends, and levels to compare with."""
+    """A plot over the context: an SVG polyline, the values at its ends, and levels for comparison."""
 
     title: str
     points: str
@@ -55,14 +55,14 @@ class Curve:
 
 
 def write(plan: Plan, path: Path) -> None:
-    """Write the page; OutputError or HostError if it cannot be written."""
+    """Write the page. Raises OutputError or HostError if it cannot be written."""
     page = render(plan)
     with atomic_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
 def render(plan: Plan) -> str:
-    """The page as text."""
+    """Return the page as HTML text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rkconvert.plan", "."),
         autoescape=True,
@@ -89,18 +89,18 @@ def _figures(plan: Plan) -> list[tuple[str, str, str]]:
     speeds = (
         [
             (f"{prediction.decode_tokens_per_s:.2f}", "tokens/s", origin(plan)),
-            (f"{prediction.ttft_ms:,.0f} ms", f"to the first token of {PROMPT_TOKENS}", origin(plan)),
+            (f"{prediction.ttft_ms:,.0f} ms", f"to first token, {PROMPT_TOKENS}-token prompt", origin(plan)),
         ]
         if prediction
         else []
     )
     return [
         *speeds,
-        (gigabytes(plan.memory_bytes), f"memory with {plan.context} tokens", origin(plan)),
+        (gigabytes(plan.memory_bytes), f"memory at {plan.context} tokens of context", origin(plan)),
         (gigabytes(file_bytes(shape, plan.kind)), ".rkllm file", "without tokenizer"),
         (
             gigabytes(npu_bytes(shape, plan.kind)),
-            "weights for the NPU",
+            "NPU weights",
             f"{counted(len(plan.domains), 'domain')} of 4 GiB",
         ),
         (gigabytes(embedding_size(plan)), "embedding table", f"in {plan.embedding}"),

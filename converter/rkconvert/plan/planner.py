@@ -1,4 +1,4 @@
-"""A plan: whether a model, type and context fit a board, and how fast it will be, before any weight is read."""
+"""Plan whether a model, type and context fit a board, and how fast it will be, before any weight is read."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from rkruntime.errors import HostError, RefusedError, UsageError
 
 _MOST_RAM: Final = 1024
 Embedding: TypeAlias = Literal["flash", "ram"]
-_SIZES: Final = "sizes of the weights and the cache, and the vendor's figures of memory"
+_SIZES: Final = "sizes of the weights and the cache, and the vendor's memory figures"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is asked for; the defaults are those of the command.
+    """Options of a plan, with the command's defaults.
 
     Attributes:
-        model: a folder, a config.json or a hub id.
-        board: a profile's name or file.
-        ram_gib: memory of the board; None for each size that it is sold with.
-        context: tokens; None for the model's own up to 4096.
-        embedding: where the table for token ids is while the model is loaded; None for flash where the release can.
+        model: Folder, config.json or hub id.
+        board: Profile's name or file.
+        ram_gib: Memory of the board; None for every size that it is sold with.
+        context: In tokens; None for the model's own limit, but no more than 4096.
+        embedding: Place of the embedding table while the model is loaded; None for flash if the release supports it.
     """
 
     model: str
@@ -72,10 +72,10 @@ class Request:
 
 @dataclass(frozen=True)
 class RamChoice:
-    """A board with one size of memory.
+    """A board with a given size of memory.
 
     Attributes:
-        largest_context: tokens that fit beside the weights, 0 for none.
+        largest_context: Tokens that fit beside the weights; 0 if none do.
     """
 
     gib: float
@@ -86,10 +86,10 @@ class RamChoice:
 
 @dataclass(frozen=True)
 class HostNeeds:
-    """What the vendor's toolkit will need on the machine that converts (predicted).
+    """Predicted needs of the vendor's toolkit on the converting machine.
 
     Attributes:
-        here: what this machine has; None where it does not say.
+        here: Memory of this machine; None if it cannot be read.
     """
 
     ram_bytes: float
@@ -98,19 +98,19 @@ class HostNeeds:
 
     @property
     def missing_bytes(self) -> float:
-        """What this machine lacks of that memory, its swap counted."""
+        """Bytes of memory that this machine lacks, its swap included."""
         return max(0.0, self.ram_bytes - self.here.total) if self.here else 0.0
 
 
 @dataclass(frozen=True)
 class TypeVerdict:
-    """What is to be said of one type for this model on this board.
+    """Verdict on one type for this model on this board.
 
     Attributes:
-        status: ok, warn, refuse or impossible, as in the table of types.
-        evidence: measured on a board, vendor figure, vendor tool, reported, emulated or predicted.
-        file_bytes, memory_bytes: memory on the board with the whole context; None where the type cannot be made.
-        decode_tokens_per_s: None for what is not expected to load.
+        status: `ok`, `warn`, `refuse` or `impossible`, as in the table of types.
+        evidence: One of: measured on a board, vendor figure, vendor tool, reported, emulated, predicted.
+        file_bytes, memory_bytes: Size, and board memory with a full context; None if the type cannot be made.
+        decode_tokens_per_s: None if the model is not expected to load.
     """
 
     type: str
@@ -125,16 +125,16 @@ class TypeVerdict:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known beforehand of one model, type and context on one board. Sizes are bytes.
+    """All that is known in advance about one model, type and context on one board. Sizes are bytes.
 
     Attributes:
-        judgement: what the table of types says of the type that was asked for.
-        problem: why the model cannot be loaded whatever the table says; None if it can.
-        most_context: the longest that model and toolkit allow.
-        embedding: where the table for token ids is while the model is loaded, `flash` or `ram`.
-        prediction: None for what is not expected to load.
-        costs: the constants that it is made with.
-        vendor: the vendor's own figures of this very model and type, of the release asked for or the nearest to it.
+        judgement: What the table of types says about the requested type.
+        problem: Reason why the model cannot be loaded, whatever the table says; None if it can.
+        most_context: Longest context that model and toolkit allow.
+        embedding: Place of the embedding table while the model is loaded, `flash` or `ram`.
+        prediction: None if the model is not expected to load.
+        costs: Constants that the prediction uses.
+        vendor: Vendor's figures for this exact model and type, from the requested release or the nearest one.
     """
 
     request: Request
@@ -160,26 +160,26 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the board, or its largest variant, can hold the model with the whole context."""
+        """Whether the board, or its largest variant, can hold the model with a full context."""
         return self.problem is None
 
     @property
     def verdict(self) -> TypeVerdict:
-        """What is to be said of the type that was asked for."""
+        """Verdict on the requested type."""
         return next(verdict for verdict in self.verdicts if verdict.type == self.kind.name)
 
     @property
     def evidence(self) -> str:
-        """Where speed and memory are from: the vendor's own table for this model, type and release, or it predicts."""
+        """Origin of speed and memory: the vendor's table for this model, type and release, or a prediction."""
         vendor = self.vendor
         return "vendor figure" if vendor and vendor.release == self.request.toolkit else "predicted"
 
 
 def make_plan(request: Request) -> Plan:
-    """Plan for the model that the request names; see `read_source` and `plan_for` for what it raises.
+    """Plan for the requested model; see also `read_source` and `plan_for` for errors raised.
 
     Raises:
-        UsageError: a release that is not known.
+        UsageError: The release is unknown.
     """
     check_release(request.toolkit)
     return plan_for(read_source(request.model, request.revision), request)
@@ -189,10 +189,10 @@ def plan_for(source: ModelSource, request: Request) -> Plan:
     """Plan for a model whose config.json is at hand.
 
     Raises:
-        CheckpointError: see `parse_shape` and `choose_context`.
-        UsageError: no such board, type or context, or an embedding table where the release cannot have it.
-        HostError: no such toolkit.
-        RefusedError: a type that the toolkit does not make for that SoC.
+        CheckpointError: See `parse_shape` and `choose_context`.
+        UsageError: No such board, type or context, or the release cannot keep the embedding table there.
+        HostError: No such toolkit.
+        RefusedError: The toolkit does not support the type for that SoC.
     """
     toolkit = release(request.toolkit)
     shape = parse_shape(source.config)
@@ -232,7 +232,7 @@ def plan_for(source: ModelSource, request: Request) -> Plan:
 
 
 def require(plan: Plan, *, force: bool = False) -> None:
-    """Raise RefusedError if the sizes or the table say no; `force` overrules what can at least be tried."""
+    """Raise RefusedError if the sizes or the table say no; `force` allows whatever can at least be tried."""
     if plan.problem and not force:
         raise RefusedError(
             f"{plan.kind.name} on {plan.board.name}: {plan.problem}.",
@@ -243,11 +243,11 @@ def require(plan: Plan, *, force: bool = False) -> None:
 
 
 def _embedding(request: Request) -> Embedding:
-    """Where the embedding table is: as asked for, else in flash wherever the release can have it there."""
+    """Where the embedding table is: as requested, else in flash if the release supports that."""
     flash = has_flash(request.toolkit)
     if request.embedding == "flash" and not flash:
         raise UsageError(
-            f"RKLLM {request.toolkit} holds the embedding table in RAM: embed_flash came with {FLASH_SINCE}.",
+            f"RKLLM {request.toolkit} holds the embedding table in RAM: embed_flash was added in {FLASH_SINCE}.",
             hint=f"Leave --embedding out, or plan for --release {FLASH_SINCE} or later.",
         )
     return request.embedding or ("flash" if flash else "ram")
@@ -273,7 +273,7 @@ class _Sizer:
         return self.embedding == "ram"
 
     def vendor(self, kind: QuantizedType, of: str = "") -> Row | None:
-        """The vendor's figures of this very model and type: of the release `of`, else nearest to the asked one."""
+        """The vendor's figures for this exact model and type: of release `of`, else nearest to the requested one."""
         rows = own_rows(self.board.soc, kind, self.shape)
         if of:
             return rows.get(of)
@@ -286,9 +286,9 @@ class _Sizer:
         return self.costs(kind).memory_bytes(self.shape, kind, tokens, self.table)
 
     def needed(self, kind: QuantizedType, tokens: float) -> float:
-        """Memory that a board must have for it: what is predicted, and the largest error that was ever made in that.
+        """Memory that a board must have: the prediction plus the largest error of such a prediction.
 
-        None is added where the vendor measured this very model with this release.
+        Nothing is added if the vendor measured this exact model with this release.
         """
         if self.vendor(kind, self.request.toolkit):
             return self.memory(kind, tokens)
@@ -332,7 +332,7 @@ class _Sizer:
         }
 
     def _speeds(self, kind: QuantizedType) -> dict[str, str]:
-        """Speeds of a type and of w8a8: the vendor's of one release where it has both, else predicted."""
+        """Speeds of a type and of w8a8: the vendor's if one release has both, else predicted."""
         own, plain = self.vendor(kind), parse_type("w8a8")
         beside = self.vendor(plain, own.release) if own else None
         pair = (
@@ -350,7 +350,7 @@ class _Sizer:
         if row is None:
             return ""
         asked = self.request.toolkit
-        other = "" if row.release == asked else f"; it has none of {asked}"
+        other = "" if row.release == asked else f"; it has none for {asked}"
         return f"{row.decode_tokens_per_s:.2f} tokens/s in {row.memory_mb:,.0f} MiB (release {row.release}{other})"
 
     def verdict(self, dtype: str) -> TypeVerdict:
@@ -365,24 +365,24 @@ class _Sizer:
         return replace(said, decode_tokens_per_s=self.speed(kind)) if rule.loads else said
 
     def problem(self, kind: QuantizedType) -> str | None:
-        """Why it cannot be loaded, whatever the table says of the type."""
+        """Why the model cannot be loaded, whatever the table says about the type."""
         soc, most = self.board.soc, self.rams[-1]
         largest = max([most, *board_sizes(soc)])
         least = self.needed(kind, CONTEXT_STEP)
         if least > usable_bytes(largest):
             return (
-                f"it fits no {soc} board: it needs {least / 1e9:.1f} GB of memory without any context, and the largest,"
-                f" of {largest:g} GiB, leaves about {usable_bytes(largest) / 1e9:.1f} GB for a program"
+                f"it fits no {soc} board: it needs {least / 1e9:.1f} GB of memory without any context, but the largest"
+                f" board ({largest:g} GiB) leaves about {usable_bytes(largest) / 1e9:.1f} GB for a program"
             )
         memory = self.needed(kind, self.context)
         if memory > usable_bytes(most):
             return (
-                f"it needs {memory / 1e9:.1f} GB of memory with a context of {self.context} tokens, and of {most:g} GiB"
-                f" on {self.board.name} about {usable_bytes(most) / 1e9:.1f} GB are left for a program"
+                f"it needs {memory / 1e9:.1f} GB of memory with a context of {self.context} tokens, but"
+                f" {self.board.name} with {most:g} GiB leaves about {usable_bytes(most) / 1e9:.1f} GB for a program"
             )
         domains = len(place(self.shape, kind, self.context))
         if domains > MOST_DOMAINS:
-            return f"it needs {domains} NPU memory domains of 4 GiB, and the driver knows {MOST_DOMAINS}"
+            return f"it needs {domains} NPU memory domains of 4 GiB, but the driver supports {MOST_DOMAINS}"
         return None
 
 
@@ -395,9 +395,9 @@ def _types(soc: str, request: Request) -> list[str]:
 
 
 def _host_needs(source: ModelSource, shape: ModelShape, kind: QuantizedType) -> HostNeeds:
-    """Memory: the model in float32, as the vendor's examples load it, and what is made of it. Disk: both files.
+    """Memory: the model in float32, as the vendor's examples load it, and the converted file. Disk: both files.
 
-    1.3.0 is reported to load float32 on a CPU whatever it was asked for.
+    1.3.0 is reported to load float32 on a CPU whatever type was asked for.
     """
     made = file_bytes(shape, kind)
     stored = source.stored_bytes or 2 * shape.parameters
@@ -412,16 +412,16 @@ def _notes(shape: ModelShape, board: Board, costs: Costs, request: Request) -> l
     notes = []
     if costs.release != request.toolkit:
         notes.append(
-            f"the vendor has no figures of release {request.toolkit} for this type on {board.soc}: speed and memory are"
-            f" drawn from those of {costs.release}"
+            f"the vendor has no figures for release {request.toolkit} with this type on {board.soc}: speed and memory"
+            f" are derived from those for {costs.release}"
         )
     rows = [row for row in vendor_rows() if (row.platform, row.release) == (board.soc, costs.release)]
     largest = max(npu_bytes(row.shape, row.kind) for row in rows)
     if npu_weights(shape) > 1.2 * largest:
         notes.append(
             f"the vendor's largest model on {board.soc} with {costs.release} has {largest / 1e9:.1f} GB of weights:"
-            " beyond that the prediction is drawn out from smaller ones"
+            " beyond that the prediction is extrapolated from smaller ones"
         )
     if board.memory == "LPDDR5":
-        notes.append("the prediction is for the vendor's own board; what LPDDR5 changes was not measured")
+        notes.append("the prediction is for the vendor's own board; the effect of LPDDR5 has not been measured")
     return notes

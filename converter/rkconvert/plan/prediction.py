@@ -1,8 +1,8 @@
 """Speed and memory of a model on a board, predicted from bytes and bandwidth.
 
-A decoded token reads every weight once, so its time is bytes over bandwidth, and a fixed time for each layer in which
+A decoded token reads every weight once, so its time is bytes over bandwidth, plus a fixed time for each layer in which
 the NPU is started. A prompt is bound by arithmetic: a time for each weight and each layer. The process holds the
-weights, the cache, and what its vocabulary and its code take. The few constants are fitted to the vendor's own figures
+weights, the cache, and memory for its vocabulary and code. The few constants are fitted to the vendor's own figures
 (data/vendor_benchmarks.csv), for each SoC and release; nothing here was measured on a board by this project.
 """
 
@@ -26,7 +26,7 @@ from rkruntime.abi import since
 from rkruntime.versions import version
 
 MIB: Final = 1 << 20
-# What the vendor's rows were taken with, and so what a plain prediction is for.
+# The settings of the vendor's measurements, and so of a plain prediction.
 PROMPT_TOKENS: Final = 128
 NEW_TOKENS: Final = 64
 # The first release that can leave the embedding table in the file.
@@ -36,11 +36,11 @@ _DATA: Final = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the vendor's table.
+    """A row of the vendor's table.
 
     Attributes:
-        ttft_ms: time to the first token.
-        memory_mb: peak of the process in MiB; before 1.2.0 with the embedding table.
+        ttft_ms: Time to the first token, in ms.
+        memory_mb: Peak memory of the process in MiB; before 1.2.0 with the embedding table.
     """
 
     platform: str
@@ -56,38 +56,38 @@ class Row:
 
     @property
     def token_ms(self) -> float:
-        """Time of one decoded token."""
+        """Time per decoded token, in ms."""
         return 1000 / self.decode_tokens_per_s
 
     @property
     def prompt_ms(self) -> float:
-        """Time to the first token of PROMPT_TOKENS; it grows with it (Gemma2 2B: 64 in 342 ms, 128 in 694)."""
+        """Time to the first token after PROMPT_TOKENS, in ms; roughly linear (Gemma2 2B: 64 in 342 ms, 128 in 694)."""
         return self.ttft_ms * PROMPT_TOKENS / self.prompt_tokens
 
     @property
     def decoded_at(self) -> float:
-        """Tokens in the cache while the vendor's run decodes, in the mean."""
+        """Mean number of tokens in the cache while the vendor's run decodes."""
         return self.prompt_tokens + self.new_tokens / 2
 
     @property
     def held_bytes(self) -> float:
-        """What the process surely holds: weights and scales, cache, and before 1.2.0 the embedding table."""
+        """Bytes that the process certainly holds: weights and scales, cache, and before 1.2.0 the embedding table."""
         cache = (self.prompt_tokens + self.new_tokens) * cache_bytes_per_token(self.shape)
         return npu_bytes(self.shape, self.kind) + cache + (0 if has_flash(self.release) else table_bytes(self.shape))
 
 
 def has_flash(release: str) -> bool:
-    """Whether a release can leave the embedding table in the file."""
+    """Whether a release can leave the embedding table in the model file."""
     return version(release) >= version(FLASH_SINCE)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is expected of a model on a SoC.
+    """Expected speed and memory of a model on a SoC.
 
     Attributes:
-        ttft_ms: for a prompt of PROMPT_TOKENS.
-        memory_mb: peak of the process in MiB after NEW_TOKENS more, as the vendor measures.
+        ttft_ms: For a prompt of PROMPT_TOKENS.
+        memory_mb: Peak memory of the process in MiB after NEW_TOKENS more, as the vendor measures.
     """
 
     ttft_ms: float
@@ -97,15 +97,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Costs:
-    """The constants of one SoC and release. Mappings are by bits of a weight: not every SoC has rows for every width.
+    """Constants of one SoC and release. Mappings are by bits per weight: not every SoC has rows for every width.
 
     Attributes:
-        release: whose figures they are fitted to.
-        byte_ms: reading one byte of weights, while decoding.
-        layer_ms: one layer, while decoding.
-        prefill_weight_ms, prefill_layer_ms: the same for a prompt of PROMPT_TOKENS, for each weight.
-        fixed_bytes, vocabulary_bytes: memory besides weights and cache; the latter for each token of the vocabulary.
-        group_ms, prefill_group_ms, group_bytes: what one group of a grouped type adds.
+        release: Release to whose figures they are fitted.
+        byte_ms: Time to read one byte of weights, while decoding.
+        layer_ms: Time per layer, while decoding.
+        prefill_weight_ms, prefill_layer_ms: The same for a prompt of PROMPT_TOKENS, but per weight.
+        fixed_bytes, vocabulary_bytes: Memory besides weights and cache; the latter per token of the vocabulary.
+        group_ms, prefill_group_ms, group_bytes: Cost of one group of a grouped type.
     """
 
     release: str
@@ -121,14 +121,14 @@ class Costs:
 
     @property
     def bandwidth_gb_per_s(self) -> float:
-        """Bytes of weights that the NPU reads in a second, in 1e9; of the widest type that there are figures for."""
+        """Gigabytes (1e9) of weights that the NPU reads per second, for the widest type that has figures."""
         return 1e-6 / self.byte_ms[max(self.byte_ms)]
 
     def token_ms(self, shape: ModelShape, kind: QuantizedType, tokens: float) -> float:
-        """Time of a decoded token with `tokens` in the cache."""
-        # What a group costs is fitted as a whole, so its scales must not be counted twice.
+        """Time in ms of a decoded token with `tokens` in the cache."""
+        # A group's cost is fitted as a whole, so its scales must not be counted twice.
         read = npu_bytes(shape, kind.ungrouped) + tokens * cache_bytes_per_token(shape)
-        # float16 goes by the bytes of 8-bit weights.
+        # float16 uses the time per byte of 8-bit weights.
         return (
             read * self.byte_ms[min(kind.bits, 8)]
             + shape.num_hidden_layers * self.layer_ms
@@ -136,21 +136,21 @@ class Costs:
         )
 
     def prompt_ms(self, shape: ModelShape, kind: QuantizedType) -> float:
-        """Time to the first token of a prompt of PROMPT_TOKENS."""
+        """Time in ms to the first token after a prompt of PROMPT_TOKENS."""
         weights = shape.num_hidden_layers * shape.layer_weights
         per_weight = self.prefill_weight_ms[min(kind.bits, 8)] * max(kind.bits / 8, 1)
         layers = shape.num_hidden_layers * self.prefill_layer_ms
         return weights * per_weight + layers + scale_groups(shape, kind) * self.prefill_group_ms
 
     def memory_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
-        """Peak of the process with `tokens` in the cache; `table`: the embedding table is in RAM."""
+        """Peak memory in bytes with `tokens` in the cache; `table`: the embedding table is in RAM."""
         weights = npu_bytes(shape, kind.ungrouped) + scale_groups(shape, kind) * self.group_bytes
         held = tokens * cache_bytes_per_token(shape)
         other = self.fixed_bytes + shape.vocab_size * self.vocabulary_bytes
         return weights + held + other + (table_bytes(shape) if table else 0)
 
     def corrected(self, row: Row) -> Costs:
-        """The same constants, moved so that they give the vendor's own figures for the model of `row`."""
+        """The same constants, shifted to reproduce the vendor's own figures for the model of `row`."""
         speed = row.token_ms / self.token_ms(row.shape, row.kind, row.decoded_at)
         prompt = row.prompt_ms / self.prompt_ms(row.shape, row.kind)
         tokens = row.prompt_tokens + row.new_tokens
@@ -167,7 +167,7 @@ class Costs:
         )
 
     def predict(self, shape: ModelShape, kind: QuantizedType, table: bool) -> Prediction:
-        """The figures that the vendor's table has."""
+        """Predict the figures in the vendor's table."""
         return Prediction(
             ttft_ms=self.prompt_ms(shape, kind),
             decode_tokens_per_s=1000 / self.token_ms(shape, kind, PROMPT_TOKENS + NEW_TOKENS / 2),
@@ -177,7 +177,7 @@ class Costs:
 
 @cache
 def vendor_rows() -> tuple[Row, ...]:
-    """The vendor's table."""
+    """Read the vendor's table."""
     models = yaml.safe_load((_DATA / "models.yaml").read_text("utf-8"))
     shapes = {name: parse_shape(model["config"]) for name, model in models.items()}
     lines = (_DATA / "vendor_benchmarks.csv").read_text("utf-8").splitlines()
@@ -200,24 +200,24 @@ def _row(line: Mapping[str, str], shapes: Mapping[str, ModelShape]) -> Row:
 
 
 def nearest(releases: Iterable[str], wanted: str) -> str:
-    """The newest of some releases that is not newer than the wanted one; where all are newer, the oldest."""
+    """The newest of some releases that is not newer than the wanted one; if all are newer, the oldest."""
     ordered = sorted(releases, key=version)
     return next((item for item in reversed(ordered) if version(item) <= version(wanted)), ordered[0])
 
 
 @cache
 def costs_of(platform: str, kind: QuantizedType, release: str) -> Costs:
-    """The constants for a type on a SoC with a release, or the nearest release that the vendor has figures of.
+    """Return the constants for a type on a SoC with a release, or the nearest release with vendor figures.
 
     Raises:
-        KeyError: the vendor has no figures of that SoC, or of weights of that width on it.
+        KeyError: The vendor has no figures for that SoC, or for weights of that width on it.
     """
     return _costs(vendor_rows(), platform, kind, release)
 
 
 @cache
 def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[str, Row]:
-    """By release: the vendor's figures of models that differ from this one in nothing but the weights."""
+    """The vendor's figures for models that differ from this one only in their weights, by release."""
     return {
         row.release: row
         for row in vendor_rows()
@@ -229,7 +229,7 @@ def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[s
 
 @cache
 def costs_for(platform: str, kind: QuantizedType, release: str, shape: ModelShape) -> Costs:
-    """The constants of `costs_of`, moved to the vendor's own figures of this model where there are any."""
+    """The constants of `costs_of`, shifted to the vendor's own figures for this model if there are any."""
     costs = costs_of(platform, kind, release)
     rows = own_rows(platform, kind, shape), own_rows(platform, kind.ungrouped, shape)
     own = next((found[costs.release] for found in rows if costs.release in found), None)
@@ -246,9 +246,9 @@ def _costs(rows: Sequence[Row], platform: str, kind: QuantizedType, release: str
 
 
 def fit(rows: Sequence[Row], release: str) -> Costs:
-    """The constants that make the relative errors over a SoC's rows of a release least, in the sense of squares.
+    """Fit constants by least squares of the relative errors over a SoC's rows of a release.
 
-    What a group adds is taken from the nearest release with figures of grouped types.
+    The cost of a group is taken from the nearest release with figures for grouped types.
     """
     plain = [row for row in rows if row.release == release and not row.kind.group]
     widths = sorted({row.kind.bits for row in plain})
@@ -289,14 +289,14 @@ def fit(rows: Sequence[Row], release: str) -> Costs:
 def _least_squares(
     factors: Sequence[Sequence[float]], measured: Sequence[float], known: Iterable[float] | None = None
 ) -> list[float]:
-    """Coefficients c >= 0 with known + factors @ c close to `measured`, each row weighted by what was measured."""
+    """Coefficients c >= 0 with known + factors @ c close to `measured`, each row weighted by 1 / measured."""
     target = np.array(measured)
     rest = target - np.array(list(known)) if known is not None else target
     matrix = np.array(factors) / target[:, None]
     kept = list(range(matrix.shape[1]))
     while True:
         solution = np.linalg.lstsq(matrix[:, kept], rest / target, rcond=None)[0]
-        # No part of a time or a size is negative: such a one is left out, and the others fitted again.
+        # No part of a time or size is negative: drop the negative one, and fit the others again.
         if len(kept) == 1 or solution.min() >= 0:
             break
         del kept[int(solution.argmin())]
@@ -305,7 +305,7 @@ def _least_squares(
 
 
 def _pairs(rows: Sequence[Row], release: str) -> list[tuple[Row, Row]]:
-    """Rows that differ in nothing but the grouping, plain first, of the nearest release that has any."""
+    """Pairs of rows that differ only in grouping, plain first, of the nearest release that has any."""
     plain = {(row.model, row.release, row.kind.bits): row for row in rows if not row.kind.group}
     pairs = [
         (partner, row)
@@ -319,14 +319,14 @@ def _pairs(rows: Sequence[Row], release: str) -> list[tuple[Row, Row]]:
 
 
 def _per_group(pairs: Sequence[tuple[Row, Row]], figure: Callable[[Row], float]) -> float:
-    """What a group adds to a figure: the median over the pairs, so that one odd row does not move it."""
+    """Cost of a group in a figure: the median over the pairs, so that one outlier does not shift it."""
     costs = [(figure(grouped) - figure(plain)) / scale_groups(grouped.shape, grouped.kind) for plain, grouped in pairs]
     return max(0.0, median(costs)) if costs else 0.0
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Relative errors when each of the vendor's models is predicted from all others: mean and largest, and how many."""
+    """Relative errors when each vendor model is predicted from all others: mean, largest and count."""
 
     rows: int
     mean: float
@@ -335,7 +335,7 @@ class Accuracy:
 
 @cache
 def accuracy(platform: str, kind: QuantizedType, release: str) -> Mapping[str, Accuracy]:
-    """By figure of a Prediction, for a type and a release of the vendor's figures; empty below three of them."""
+    """Errors by figure of a Prediction, for a type and a release with vendor figures; empty for fewer than three."""
     rows = [row for row in vendor_rows() if (row.platform, row.kind, row.release) == (platform, kind, release)]
     if len(rows) < 3:
         return {}

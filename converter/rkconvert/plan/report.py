@@ -1,4 +1,4 @@
-"""A plan as JSON and as a picture in the terminal."""
+"""A plan as JSON, and drawn in the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BAR: Final = 64
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as `--json` prints it. Sizes are bytes, but memory_mb is in MiB as the vendor counts it."""
+    """The plan as `--json` prints it. Sizes are in bytes, but memory_mb is in MiB as in the vendor's table."""
     shape, prediction, costs = plan.shape, plan.prediction, plan.costs
     layers = shape.num_hidden_layers * shape.layer_weights
     return {
@@ -111,14 +111,14 @@ def _verdict(verdict: TypeVerdict) -> dict[str, Any]:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the plan for a person."""
+    """Print the plan as text."""
     console.print(Group(_heading(plan), _figures(plan), *_picture(plan), _ram(plan), _verdicts(plan)))
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
 
 
 def gigabytes(size: float) -> str:
-    """A size in 1e9 bytes, for people."""
+    """Format a size in GB (1e9 bytes) or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
@@ -146,12 +146,12 @@ def _figures(plan: Plan) -> Table:
         ("NPU memory", gigabytes(npu_bytes(shape, plan.kind)), "weights, in domains of 4 GiB"),
         ("cache", gigabytes(plan.context * cache_bytes_per_token(shape)), f"{plan.context} tokens"),
         ("embedding", gigabytes(embedding_size(plan)), f"{where}, not read by the NPU"),
-        ("board memory", gigabytes(plan.memory_bytes), f"with the whole context ({origin(plan)})"),
+        ("board memory", gigabytes(plan.memory_bytes), f"with a full context ({origin(plan)})"),
         *_speeds(plan),
         (
             "to convert",
             gigabytes(plan.host.ram_bytes),
-            f"of memory on the PC{_missing(plan)}, and {gigabytes(plan.host.disk_bytes)} of disk (predicted)",
+            f"of memory on the PC{_missing(plan)}, and {gigabytes(plan.host.disk_bytes)} of disk space (predicted)",
         ),
     ]
     for row in rows:
@@ -160,7 +160,7 @@ def _figures(plan: Plan) -> Table:
 
 
 def _speeds(plan: Plan) -> list[tuple[str, str, str]]:
-    """Nothing for a model that is not expected to load."""
+    """Rows for speed; empty if the model is not expected to load."""
     if plan.prediction is None or plan.decode_at_full_context is None:
         return []
     return [
@@ -178,10 +178,10 @@ def _speeds(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def origin(plan: Plan) -> str:
-    """What speed and memory are drawn from, in a few words."""
+    """Short text on what speed and memory are derived from."""
     if plan.evidence == "predicted":
-        return f"predicted from the vendor's figures of {plan.costs.release}"
-    return f"from the vendor's figures of this model, {plan.costs.release}"
+        return f"predicted from the vendor's figures for {plan.costs.release}"
+    return f"from the vendor's figures for this model, {plan.costs.release}"
 
 
 def embedding_size(plan: Plan) -> float:
@@ -243,5 +243,5 @@ def _verdicts(plan: Plan) -> Table:
 
 
 def _alike(verdicts: Sequence[TypeVerdict]) -> list[list[TypeVerdict]]:
-    """Neighbours of which the same is said."""
+    """Group neighbouring verdicts that say the same."""
     return [list(group) for _, group in groupby(verdicts, lambda item: (item.status, item.evidence, item.reason))]

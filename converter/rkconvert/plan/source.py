@@ -1,4 +1,4 @@
-"""Where a plan's config.json comes from: a folder, the file itself, or the Hugging Face hub. No weights are read."""
+"""Read a plan's config.json from a folder, the file itself or the Hugging Face hub. No weights are read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _WHAT_TO_NAME: Final = "Name a folder with config.json, a config.json, or a hub 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What is known of a model without its weights.
+    """What is known about a model without its weights.
 
     Attributes:
-        stored_bytes: size of its weight files, by the index or the files; None if neither is there.
+        stored_bytes: Size of its weight files, from the index or the files; None if neither exists.
     """
 
     name: str
@@ -32,11 +32,11 @@ class ModelSource:
 
 
 def read_source(model: str, revision: str | None = None) -> ModelSource:
-    """Find config.json and, where there is one, the index.
+    """Find config.json and, if there is one, the index.
 
     Raises:
-        CheckpointError: there is no such model, or its files are not what they should be.
-        HostError: see `hub_file`.
+        CheckpointError: There is no such model, or its files are invalid.
+        HostError: See `hub_file`.
     """
     path = Path(model)
     refuse_revision(model, revision)
@@ -82,9 +82,9 @@ def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: i
         method = config["quantization_config"]
         method = method.get("quant_method", "some method") if isinstance(method, Mapping) else "some method"
         refused = (
-            "" if method == "bitsandbytes" else ", and `rkedge convert` refuses it: start from the 16-bit checkpoint"
+            "" if method == "bitsandbytes" else ", and `rkedge convert` refuses it; start from the 16-bit checkpoint"
         )
-        notes = (f"the checkpoint is quantized already ({method}); what it has lost stays lost{refused}",)
+        notes = (f"the checkpoint is already quantized ({method}), and its lost precision does not come back{refused}",)
     return ModelSource(readable(name), config, stored, notes)
 
 

@@ -1,4 +1,4 @@
-"""The context length that a model file is made for."""
+"""The context length of a model file."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ DEFAULT_CONTEXT: Final = 4096
 
 
 def choose_context(asked: int | None, model: int, most: int = MOST_CONTEXT) -> int:
-    """The context to build for: what was asked, else the model's own up to 4096.
+    """Choose the context in tokens: what was asked for, else the model's own limit, but no more than 4096.
 
     Args:
-        model: the longest context that the model was trained for.
-        most: the longest that the toolkit accepts.
+        model: Longest context that the model was trained for.
+        most: Longest context that the toolkit accepts.
 
     Raises:
-        CheckpointError: the model was trained for less than the shortest context.
-        UsageError: more than the model or the toolkit allows, or not a multiple of 32.
+        CheckpointError: The model was trained for less than the shortest context.
+        UsageError: More than the model or the toolkit allows, or not a multiple of 32.
     """
     largest = round_down(min(model, most))
     if largest < CONTEXT_STEP:
         raise CheckpointError(
-            f"This model was trained for {counted(model, 'token')} (max_position_embeddings in config.json), and the"
+            f"This model was trained for {counted(model, 'token')} (max_position_embeddings in config.json), but the"
             f" shortest context has {CONTEXT_STEP}.",
-            hint="Take a model that was trained for longer texts.",
+            hint="Use a model that was trained for longer texts.",
         )
     if asked is None:
         return min(largest, DEFAULT_CONTEXT)
@@ -49,5 +49,5 @@ def choose_context(asked: int | None, model: int, most: int = MOST_CONTEXT) -> i
 
 
 def round_down(tokens: float) -> int:
-    """The next smaller multiple of the step."""
+    """Round down to a multiple of the step."""
     return int(tokens // CONTEXT_STEP) * CONTEXT_STEP

@@ -19,9 +19,9 @@ from rkruntime.errors import RefusedError, UsageError
 
 # One domain of the NPU's address space: 32 bits of addresses (rknpu driver 0.9.8).
 DOMAIN_BYTES: Final = 1 << 32
-# The emulator alone computes in float32, as an oracle for tests.
+# Only the emulator computes in float32, as an oracle for tests.
 EMULATOR_ONLY: Final = ("fp32",)
-# What RKEdge plans and converts for; the toolkit knows more.
+# SoCs that RKEdge plans and converts for; the toolkit supports more.
 PLATFORMS: Final = ("rk3588", "rk3576")
 
 
@@ -36,7 +36,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table, as it stands there."""
+    """A row of the table, unchanged."""
 
     types: tuple[str, ...]
     reason: str
@@ -53,7 +53,7 @@ class Rule:
     instead: str = ""
 
     def matches(self, case: Case) -> bool:
-        """Whether the row speaks of this case."""
+        """Whether the row applies to this case."""
         return (
             self.platform in ("", case.platform)
             and case.dtype in self.types
@@ -68,9 +68,9 @@ class Case:
     """A type for a model on a SoC, made by one release of the toolkit.
 
     Attributes:
-        parameters: number of weights of the model.
-        figures: the vendor publishes figures of this very model and type on this SoC.
-        words: what the reasons of the rules have in braces.
+        parameters: Number of weights in the model.
+        figures: Whether the vendor publishes figures for this exact model and type on this SoC.
+        words: Values for the braces in the rules' reasons.
     """
 
     dtype: str
@@ -87,7 +87,7 @@ class Judgement:
     """A rule's answer for one model.
 
     Attributes:
-        reason: the rule's sentence with the model's own numbers.
+        reason: The rule's sentence with the model's own numbers.
     """
 
     dtype: str
@@ -97,7 +97,7 @@ class Judgement:
 
     @property
     def verdict(self) -> Verdict:
-        """What the rule says."""
+        """The rule's verdict."""
         return self.rule.verdict
 
 
@@ -109,13 +109,13 @@ def _table() -> Mapping[str, Any]:
 
 @cache
 def rules() -> tuple[Rule, ...]:
-    """What is said of types that can be made, in order."""
+    """Rules for types that can be made, in order."""
     return tuple(_rule(row) for row in _table()["rules"])
 
 
 @cache
 def impossible() -> tuple[Rule, ...]:
-    """Why a type cannot be made, in order."""
+    """Rules for types that cannot be made, in order."""
     return tuple(_rule(row) for row in _table()["impossible"])
 
 
@@ -125,29 +125,29 @@ def _rule(row: Mapping[str, Any]) -> Rule:
 
 
 def accepted(platform: str, toolkit: str) -> tuple[str, ...]:
-    """The types that a release of the toolkit makes for a SoC. UsageError for a SoC that RKEdge does not plan for."""
+    """Types that a toolkit release supports for a SoC. Raises UsageError for a SoC that RKEdge does not support."""
     if platform not in PLATFORMS:
-        raise UsageError(f"RKEdge does not convert for {platform!r}.", hint=f"It does for {', '.join(PLATFORMS)}.")
+        raise UsageError(f"RKEdge does not support {platform!r}.", hint=f"It supports {', '.join(PLATFORMS)}.")
     return (*release(toolkit).dtypes[platform], UNQUANTIZED)
 
 
 def cores(platform: str, toolkit: str) -> int:
-    """NPU cores of a SoC, by a release's toolkit."""
+    """NPU cores of a SoC, according to a toolkit release."""
     return release(toolkit).cores[platform]
 
 
 @cache
 def known_types() -> tuple[str, ...]:
-    """Every type that some release of the toolkit takes for some SoC, of RK3588 first."""
+    """Every type that any toolkit release supports for any SoC, RK3588's first."""
     found = [dtype for item in CALLABLE for types in release(item).dtypes.values() for dtype in types]
     return (*dict.fromkeys(found), UNQUANTIZED)
 
 
 def judge(case: Case) -> Judgement:
-    """What the table says of a case.
+    """Return what the table says about a case.
 
     Raises:
-        UsageError: there is no such type or SoC.
+        UsageError: There is no such type or SoC.
     """
     if case.dtype not in known_types():
         raise UsageError(f"There is no quantized type {case.dtype!r}.", hint=f"Types are {', '.join(known_types())}.")
@@ -156,7 +156,7 @@ def judge(case: Case) -> Judgement:
     words = {"dtype": case.dtype, "platform": case.platform, "toolkit": case.toolkit, "accepted": ", ".join(made)}
     reason = rule.reason.format(**words, **case.words)
     if rule.seen and rule.seen != case.toolkit:
-        reason += f". Nothing is known of it with {case.toolkit}"
+        reason += f". Nothing is known about it with {case.toolkit}"
     return Judgement(case.dtype, case.platform, reason, rule)
 
 
@@ -170,6 +170,6 @@ def require(judgement: Judgement, *, force: bool) -> None:
     raise RefusedError(
         f"{judgement.dtype} on {judgement.platform}: {judgement.reason}{': ' if log else ''}{log}."
         f" Evidence: {rule.evidence} ({rule.source}).",
-        hint=f"{advice} To try it all the same: --force-dtype." if verdict is Verdict.REFUSE else advice,
+        hint=f"{advice} To try it anyway: --force-dtype." if verdict is Verdict.REFUSE else advice,
         details={"dtype": judgement.dtype, "verdict": verdict.value, "evidence": rule.evidence, "source": rule.source},
     )

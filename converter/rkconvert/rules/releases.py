@@ -1,4 +1,4 @@
-"""What each release of rkllm-toolkit takes and gives: the table in versions.yaml."""
+"""Capabilities of each rkllm-toolkit release, from the table in versions.yaml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rkruntime.errors import HostError
 from rkruntime.versions import Version
 from rkruntime.versions import version as parse
 
-# Bytes of one weight as the toolkit holds it in memory, by the format that it is told to load.
+# Bytes per weight in the toolkit's memory, by the data type that it is asked to load.
 LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
@@ -26,17 +26,17 @@ class Release:
 
     Attributes:
         version: as installed; `row` is the generation of the table that it belongs to.
-        python: Python releases that have a wheel which can be installed.
-        arguments: names by method, as the release takes them.
-        dtypes: quantized types by SoC, in lower case.
+        python: Python releases with an installable wheel.
+        arguments: Names of arguments that the release accepts, by method.
+        dtypes: Quantized types by SoC, in lower case.
         cores: NPU cores by SoC.
-        gpu_algorithms: those that need CUDA, and are for 4-bit types only.
-        low_rank: whether `normal_rN` and its like exist.
-        context: `most` tokens of a file, in steps of `step`.
-        load_dtypes: values of load_huggingface's dtype; empty where it has none.
-        half_on_cpu: whether half load types work on the CPU.
-        transformers: the major release that it brings, or empty.
-        sources: origin of each of these.
+        gpu_algorithms: Algorithms that need CUDA and are only for 4-bit types.
+        low_rank: Whether `normal_rN` and the like exist.
+        context: At most `most` tokens per file, in steps of `step`.
+        load_dtypes: Values of load_huggingface's dtype; empty if it has none.
+        half_on_cpu: Whether 16-bit load types work on the CPU.
+        transformers: Major release of transformers that it pins, or empty.
+        sources: Source of each of these.
     """
 
     version: str
@@ -61,22 +61,22 @@ class Release:
         return argument in self.arguments[method]
 
     def source(self, key: str) -> str:
-        """Origin of a field, for messages."""
+        """Source of a field, for messages."""
         return self.sources[key]
 
 
 @cache
 def table() -> Mapping[str, Any]:
-    """versions.yaml as it stands."""
+    """versions.yaml, unchanged."""
     content: dict[str, Any] = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
     return content
 
 
 def release(version: str) -> Release:
-    """The row for an installed version such as `1.2.3`, `1.2.1b1` or `1.3.1`.
+    """Return the row for an installed version such as `1.2.3`, `1.2.1b1` or `1.3.1`.
 
     Raises:
-        HostError: a release that cannot be used, or that the table does not describe yet.
+        HostError: The release cannot be used, or the table does not describe it yet.
     """
     try:
         key = parse(version)
@@ -88,7 +88,7 @@ def release(version: str) -> Release:
     for row in table()["refused"]:
         if key < parse(row["below"]):
             raise HostError(
-                f"rkllm-toolkit {version} is not used: {row['reason']} ({row['source']}).",
+                f"rkllm-toolkit {version} is not supported: {row['reason']} ({row['source']}).",
                 hint="Install 1.2.3 or 1.3.0: `rkedge toolkit setup --wheel FILE`.",
             )
     last = parse(table()["last_known"])

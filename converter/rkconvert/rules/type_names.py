@@ -1,4 +1,4 @@
-"""What the name of a quantized type says: `w8a8_g128` has weights and activations of 8 bits, 128 weights to a scale."""
+"""Parse names of quantized types: `w8a8_g128` has 8-bit weights and activations, with 128 weights per scale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from rkruntime.errors import UsageError
 
-# Another argument of the toolkit than the type: do_quantization.
+# Not a type for the toolkit, but its argument do_quantization.
 UNQUANTIZED: Final = "fp16"
 _NAME: Final = re.compile(r"w(?P<weights>\d+)a(?P<activations>\d+)(?:_g(?P<group>[1-9]\d*))?")
 
@@ -18,9 +18,9 @@ class QuantizedType:
     """A type by its name.
 
     Attributes:
-        bits: of a weight.
-        activation_bits: of what it is multiplied by.
-        group: weights that share a scale; 0 for one scale for each output channel.
+        bits: Bits of a weight.
+        activation_bits: Bits of an activation.
+        group: Weights that share a scale; 0 for one scale per output channel.
     """
 
     name: str
@@ -30,16 +30,16 @@ class QuantizedType:
 
     @property
     def ungrouped(self) -> QuantizedType:
-        """The same type with one scale for each output channel."""
+        """The same type with one scale per output channel."""
         return QuantizedType(self.name.partition("_g")[0], self.bits, self.activation_bits, 0)
 
     def grouped(self, size: int) -> QuantizedType:
-        """The same type with a scale for each `size` weights."""
+        """The same type with one scale per `size` weights."""
         return QuantizedType(f"{self.ungrouped.name}_g{size}", self.bits, self.activation_bits, size)
 
 
 def parse_type(name: str) -> QuantizedType:
-    """The type of that name; UsageError if the name has another form."""
+    """Parse a name. Raises UsageError if it is malformed."""
     if name == UNQUANTIZED:
         return QuantizedType(name, 16, 16, 0)
     match = _NAME.fullmatch(name)

@@ -1,1 +1,1 @@
-"""Models in other forms than a plain Hugging Face folder."""
+"""Models in forms other than a plain Hugging Face folder."""

@@ -1,7 +1,7 @@
-"""Checkpoints saved by bitsandbytes (NF4, FP4, int8), dequantized as bitsandbytes does it, without it.
+"""Checkpoints saved by bitsandbytes (NF4, FP4, int8), dequantized exactly as bitsandbytes does, but without it.
 
 Layouts (bitsandbytes 0.50, functional.QuantState and nn.Linear8bitLt): a 4-bit weight is a column of bytes, first
-element in the high half, with a scale for each block of 64 elements, which may itself be held in 8 bits; an int8
+element in the high half, with a scale for each block of 64 elements, which may itself be stored in 8 bits; an int8
 weight has a scale for each row. Values are multiplied in float32 and rounded once to the format that the model was
 loaded in.
 """
@@ -29,7 +29,7 @@ _SIDES: Final = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
 _FORMATS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Orders of an int8 matrix's bytes, as `weight_format` numbers them (bitsandbytes/utils.py).
 _ORDERS: Final = ("row", "col32", "col_turing", "col_ampere")
-# 1/127 as int8_vectorwise_dequant has it.
+# 1/127, as in int8_vectorwise_dequant.
 _INT8_STEP: Final = np.float32(7.874015718698502e-3)
 
 
@@ -41,7 +41,7 @@ def is_bitsandbytes(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Scales:
-    """Scales of blocks, by the name of their tensor; held in 8 bits where `code` is given."""
+    """Scales of blocks, by the name of their tensor; stored in 8 bits if `code` is given."""
 
     name: str
     code: NDArray[np.float32] | None = None
@@ -60,7 +60,7 @@ class _Scales:
 
 @dataclass(frozen=True)
 class _FourBit:
-    """A 4-bit matrix: where its bytes are, and how to read them."""
+    """A 4-bit matrix: location and layout of its bytes."""
 
     name: str
     dtype: str
@@ -72,7 +72,7 @@ class _FourBit:
     def rows(self, weights: Weights, first: int, count: int) -> NDArray[Any]:
         width = math.prod(self.shape[1:])
         start, end = first * width, (first + count) * width
-        # Whole bytes: a row may begin in the middle of one.
+        # Whole bytes: a row may start in the middle of one.
         packed = weights.read(self.name, start // 2, (end + 1) // 2 - start // 2).reshape(-1)
         indices = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[start % 2 :][: end - start]
         lowest = start // self.block
@@ -99,7 +99,7 @@ class Dequantized:
     """A bitsandbytes checkpoint's weights as floats.
 
     Raises:
-        CheckpointError: a matrix lacks its scales, or they do not fit.
+        CheckpointError: A matrix lacks its scales, or they do not fit.
     """
 
     def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ class Dequantized:
             self.tensors[name] = TensorInfo(packed.dtype, packed.shape) if packed else info
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor, dequantized."""
+        """Return rows of a tensor, dequantized."""
         # A row of 4-bit numbers can end inside a byte, so the bytes' own bounds are not enough.
         self.tensors[name].require_rows(first, count, name)
         packed = self._packed.get(name)
@@ -129,7 +129,7 @@ class Dequantized:
     def _side(self, name: str) -> NDArray[Any]:
         info = self._weights.tensors.get(name)
         if info is None or len(info.shape) != 1:
-            raise CheckpointError(f"The quantized checkpoint lacks {name}, without which its weights mean nothing.")
+            raise CheckpointError(f"The quantized checkpoint lacks {name}, without which its weights cannot be read.")
         return self._weights.read(name, 0, info.shape[0])
 
     def _floats(self, name: str) -> NDArray[np.float32]:
@@ -153,14 +153,14 @@ class Dequantized:
         if info.dtype in ("F16", "BF16", "F32"):
             raise CheckpointError(
                 f"The 4-bit tensor {name} is stored as {info.dtype} (bnb_4bit_quant_storage), which is not supported.",
-                hint="Save the model again with bnb_4bit_quant_storage=torch.uint8, or take the base and the adapter.",
+                hint="Save the model again with bnb_4bit_quant_storage=torch.uint8, or use the base and the adapter.",
             )
         if len(code) != 16 or blocks != (-(-size // block),) or info.dtype != "U8" or info.size != -(-size // 2):
             raise CheckpointError(f"The 4-bit tensor {name} does not have the bytes and scales of its shape {shape}.")
         return _FourBit(name, dtype, shape, block, code, scales)
 
     def _scales(self, name: str, state: Mapping[str, Any]) -> _Scales:
-        """Float scales, or 8-bit ones in blocks of 256 around an offset (double quantization)."""
+        """Read scales: floats, or 8-bit values in blocks of 256 around an offset (double quantization)."""
         absmax = f"{name}.absmax"
         info = self._weights.tensors.get(absmax)
         nested = "nested_offset" in state
@@ -182,7 +182,7 @@ class Dequantized:
         scales = self._floats(name.removesuffix("weight") + "SCB")
         if len(shape) != 2 or len(scales) != shape[0]:
             raise CheckpointError(
-                f"The int8 tensor {name} {list(shape)} has {counted(len(scales), 'scale')}; it needs one a row."
+                f"The int8 tensor {name} {list(shape)} has {counted(len(scales), 'scale')}; it needs one per row."
             )
         return _EightBit(name, self._dtype, shape, scales)
 
@@ -194,7 +194,7 @@ class Dequantized:
             return
         order = int(self._weights.read(key, 0, 1).item()) if info.size == 1 and info.dtype == "U8" else -1
         if order != 0:
-            found = _ORDERS[order] if 0 < order < len(_ORDERS) else "not one that bitsandbytes knows"
+            found = _ORDERS[order] if 0 < order < len(_ORDERS) else "unknown to bitsandbytes"
             raise CheckpointError(
                 f"The int8 tensor {name} is not stored row by row: its weight_format is {found}.",
                 hint="Start from the original 16-bit checkpoint.",

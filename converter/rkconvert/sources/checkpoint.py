@@ -28,8 +28,8 @@ CONFIG: Final = "config.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 _WHAT_TO_NAME: Final = "Name a folder in Hugging Face layout, a .gguf file, or a hub id such as google/gemma-2-2b-it."
 _OWN_HEAD: Final = (
-    "config.json ties the head to the embedding, and a head that differs from it is stored: the stored one is kept, as"
-    " transformers 5 does (transformers 4 drops it)"
+    "config.json ties the head to the embedding, but the files contain a head that differs from it: that head is kept,"
+    " as in transformers 5 (transformers 4 drops it)"
 )
 
 
@@ -38,14 +38,14 @@ class Checkpoint:
     """A checked model.
 
     Attributes:
-        path: folder of config.json, tokenizer and template; of a GGUF file it exists in memory only.
-        config: its settings; `raw_config` is config.json as it stands.
-        weights: every tensor of the model as floats, with the right name and shape.
-        inputs: the files that it was read from, as they were before.
-        name: what people call it: the folder's name, or the hub id.
-        revision: commit of a hub model.
-        notes: what a person must know of it.
-        own_head: config.json ties the head to the embedding, but a head that differs from it is stored, and kept.
+        path: Folder of config.json, tokenizer and template; for a GGUF file it exists only in memory.
+        config: Settings; `raw_config` is config.json unchanged.
+        weights: Every tensor of the model as floats, with the right name and shape.
+        inputs: State of its files, taken before they were read.
+        name: Name for messages: the folder's name, or the hub id.
+        revision: Commit of a hub model.
+        notes: Notes for the user.
+        own_head: Whether a stored head is kept although config.json ties the head to the embedding.
     """
 
     path: Place
@@ -60,17 +60,17 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
+        """The files with the weights."""
         return tuple(self.inputs.weights)
 
     @property
     def short_name(self) -> str:
-        """The name without a hub id's owner."""
+        """Name without a hub id's owner."""
         return self.name.rpartition("/")[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights."""
+        """Size of all weights, in bytes."""
         return sum(info.nbytes for info in self.weights.tensors.values())
 
     @cached_property
@@ -89,11 +89,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> Checkpoint:
-    """Open a folder and check that it is a whole Gemma model. Weights are read only to compare a stored head with the
-    embedding that config.json ties it to.
+    """Open a folder and check that it is a complete Gemma model. Weights are read only to compare a stored head with
+    the embedding that config.json ties it to.
 
     Raises:
-        CheckpointError: one message for each thing that can be wrong.
+        CheckpointError: With a message for each possible defect.
     """
     before = folder_states(path)
     raw = read_config(path)
@@ -103,7 +103,7 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
     notes: tuple[str, ...] = ()
     if is_bitsandbytes(raw):
         weights = Dequantized(weights, raw)
-        notes = ("the source was quantized by bitsandbytes: what that has lost does not come back",)
+        notes = ("the source was quantized by bitsandbytes: the lost precision does not come back",)
     elif quantized := raw.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
@@ -125,12 +125,12 @@ def _has_own_head(weights: Weights) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder."""
+    """Read config.json of a folder."""
     return read_json(find_config(path), CheckpointError)
 
 
 def find_config(path: Path) -> Path:
-    """config.json in a folder. Raises CheckpointError with what stands there instead, and what to name."""
+    """Path of config.json in a folder. Raises CheckpointError with what is there instead, and what to name."""
     try:
         config = path / CONFIG
         if config.is_file():
@@ -145,7 +145,7 @@ def find_config(path: Path) -> Path:
             )
         if (path / ADAPTER_CONFIG).is_file():
             raise CheckpointError(
-                f"{path} is a LoRA adapter, not a model.", hint=f"Give its base model, and the adapter as --lora {path}"
+                f"{path} is a LoRA adapter, not a model.", hint=f"Use its base model, with --lora {path}"
             )
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.", hint=_what_is_in(path))
     except OSError as error:
@@ -153,19 +153,19 @@ def find_config(path: Path) -> Path:
 
 
 def _what_is_in(folder: Path) -> str | None:
-    """A hint for a folder without config.json, from what is there."""
+    """A hint for a folder without config.json, from its contents."""
     if (folder / MANIFEST).is_file():
         return f"It is a finished bundle: rkedge chat {folder}"
     inner = sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
     files = sorted(file for file in folder.glob("*.gguf") if not re.search(r"-0000[2-9]-of-", file.name))
-    return f"Name what is in it: {[*inner, *files][0]}" if inner or files else None
+    return f"Name the model inside it: {[*inner, *files][0]}" if inner or files else None
 
 
 def check_weights(weights: Weights, config: GemmaConfig) -> None:
-    """Compare names, shapes and formats with what the settings ask for. Raises CheckpointError."""
+    """Compare names, shapes and formats with the settings. Raises CheckpointError."""
     expected, found = config.tensors(), weights.tensors
     if HEAD in found:
-        # A tied head may be stored all the same.
+        # A tied head may be stored nevertheless.
         expected |= replace(config, tie_word_embeddings=False).tensors()
     missing = [name for name in expected if name not in found]
     if missing:
@@ -177,16 +177,16 @@ def check_weights(weights: Weights, config: GemmaConfig) -> None:
         raise CheckpointError(
             f"The checkpoint has the tensor {surplus[0]}, which a model with this config.json does not have"
             f" ({counted(len(surplus), 'such tensor')}).",
-            hint="If it holds an adapter's own tensors, give the base model and the adapter with --lora.",
+            hint="If this tensor belongs to an adapter, use the base model, and the adapter with --lora.",
         )
     for name, shape in expected.items():
         info = found[name]
         if info.shape != shape:
             raise CheckpointError(
-                f"The tensor {name} has the shape {list(info.shape)}; config.json asks for {list(shape)}."
+                f"The tensor {name} has the shape {list(info.shape)}; config.json requires {list(shape)}."
             )
         if info.dtype not in FLOATS:
             raise CheckpointError(
-                f"The tensor {name} holds {info.dtype} numbers: this checkpoint is already quantized.",
+                f"The tensor {name} contains {info.dtype} numbers: this checkpoint is already quantized.",
                 hint="Start from the original 16-bit checkpoint.",
             )

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, parsed with limits: it comes from strangers and says how much of everything follows.
+"""Parse the header of a GGUF file, with limits: it comes from strangers and states all counts itself.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -31,12 +31,12 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of the directory.
+    """A tensor in the directory.
 
     Attributes:
-        shape: outermost dimension first.
-        kind: its type, as ggml numbers it.
-        offset: from the beginning of the file.
+        shape: Outermost dimension first.
+        kind: Its type, by ggml's number.
+        offset: Bytes from the start of the file.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a file's header says."""
+    """Contents of a file's header."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -55,7 +55,7 @@ class GgufFile:
 
 
 class _Reader:
-    """Takes values from the header; CheckpointError past its end or its limit."""
+    """Reads values from the header; raises CheckpointError past its end or its limit."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -65,7 +65,7 @@ class _Reader:
         self._left -= size
         data = self._file.read(size) if self._left >= 0 else b""
         if len(data) < size:
-            raise CheckpointError(f"{self._path} is cut or damaged: its header ends early or claims too much.")
+            raise CheckpointError(f"{self._path} is cut or damaged: its header ends early or claims too large a size.")
         return data
 
     def number(self, form: str) -> Any:
@@ -101,7 +101,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse a file's header. Raises CheckpointError if it is not a GGUF file, or damaged."""
+    """Parse a file's header. Raises CheckpointError if it is not a GGUF file, or is damaged."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -118,13 +118,13 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The files of a model that was split by llama-gguf-split, or the path alone, by the first one's header.
+    """Paths of the files of a model split by llama-gguf-split, from the first one's header; else the path alone.
 
-    Their rules are llama.cpp's (src/llama-model-loader.cpp): the first file is named, it holds all of the metadata, and
-    the others are found by the form of its name, NAME-00001-of-0000N.gguf.
+    The rules are llama.cpp's (src/llama-model-loader.cpp): the user names the first file, it has all of the metadata,
+    and the others are found by the pattern of its name, NAME-00001-of-0000N.gguf.
 
     Raises:
-        CheckpointError: this is another part than the first, a part is missing, or the name has another form.
+        CheckpointError: This is not the first part, a part is missing, or the name does not match the pattern.
     """
     count, number = (_split_value(path, metadata, key) for key in ("split.count", "split.no"))
     if count <= 1:
@@ -132,8 +132,8 @@ def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
     end = f"-{number + 1:05d}-of-{count:05d}.gguf"
     if not path.name.endswith(end) or len(path.name) == len(end):
         raise CheckpointError(
-            f"{path} says that it is part {number + 1} of {count}, and its name does not end with {end}.",
-            hint="Give the parts the names that they were downloaded with, or join them: llama-gguf-split --merge.",
+            f"{path} says that it is part {number + 1} of {count}, but its name does not end with {end}.",
+            hint="Restore the parts' original names, or join them: llama-gguf-split --merge.",
         )
     name = path.name.removesuffix(end)
     paths = tuple(path.with_name(f"{name}-{at + 1:05d}-of-{count:05d}.gguf") for at in range(count))
@@ -143,7 +143,7 @@ def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
         )
     if missing := [part for part in paths if not part.is_file()]:
         raise CheckpointError(
-            f"{path} is the first of {count} parts, and {missing[0].name} is not beside it.",
+            f"{path} is the first of {count} parts, but {missing[0].name} is not beside it.",
             hint="Download the missing part into the same folder.",
         )
     return paths
@@ -157,11 +157,11 @@ def _split_value(path: Path, metadata: Mapping[str, Any], key: str) -> int:
 
 
 def read_parts(first: GgufFile, paths: Sequence[Path]) -> tuple[GgufFile, ...]:
-    """The headers of all parts, of which the first has been read.
+    """Read the headers of all parts after the first.
 
     Raises:
-        CheckpointError: a part is of another model, or stands in the place of another one; or their tensors are not the
-            whole model's.
+        CheckpointError: A part belongs to another model or to another position; or their tensors are not the whole
+            model's.
     """
     files = (first, *(read_gguf(path) for path in paths[1:]))
     for at, file in enumerate(files[1:], 1):
@@ -169,9 +169,9 @@ def read_parts(first: GgufFile, paths: Sequence[Path]) -> tuple[GgufFile, ...]:
             expected = at if key == "split.no" else first.metadata.get(key)
             if value != expected:
                 raise CheckpointError(
-                    f"{file.path} is not part {at + 1} of the model that {first.path.name} is of: its {key} is"
+                    f"{file.path} is not part {at + 1} of the model that {first.path.name} belongs to: its {key} is"
                     f" {str(value)[:40]}, not {str(expected)[:40]}.",
-                    hint="Download the parts of one model into a folder of their own.",
+                    hint="Download the parts of one model into a separate folder.",
                 )
         if "split.no" not in file.metadata or "split.count" not in file.metadata:
             raise CheckpointError(f"{file.path} does not say that it is a part of a model.", hint=_WHOLE_MODEL)
@@ -182,7 +182,7 @@ def read_parts(first: GgufFile, paths: Sequence[Path]) -> tuple[GgufFile, ...]:
     total = first.metadata.get("split.tensors.count")
     if len(files) > 1 and total != len(names):
         raise CheckpointError(
-            f"The parts of {first.path} have {counted(len(names), 'tensor')}; the first says {str(total)[:40]}.",
+            f"The parts of {first.path} have {counted(len(names), 'tensor')}; the first part says {str(total)[:40]}.",
             hint=_WHOLE_MODEL,
         )
     return files

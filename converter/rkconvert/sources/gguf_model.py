@@ -1,7 +1,7 @@
 """A GGUF file of Gemma 1 or 2 as a checkpoint: settings and tokenizer from its header, weights dequantized as read.
 
-Dequantization is that of the `gguf` package. llama.cpp's converter adds 1 to every norm of Gemma, which is taken back
-here (convert_hf_to_gguf.py, Gemma2Model.modify_tensors).
+The `gguf` package dequantizes. llama.cpp's converter adds 1 to every norm of Gemma, which is subtracted again here
+(convert_hf_to_gguf.py, Gemma2Model.modify_tensors).
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
 _ROPE_FREQS: Final = "rope_freqs.weight"
 _PART: Final = re.compile(r"-00001-of-\d{5}$")
-# ggml's types that are plain numbers; every other one is dequantized to float32.
+# ggml's types of plain numbers; all others are dequantized to float32.
 _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
-# llama.cpp scales queries of the 27B model, which it knows by its layers, by hidden size / heads.
+# llama.cpp scales queries of the 27B model, which it identifies by the number of layers, by hidden size / heads.
 _LAYERS_27B: Final = 46
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a .gguf file, or the first of several that a model was split into.
+    """Open a .gguf file, or the first part of a split model.
 
     Raises:
-        CheckpointError: no GGUF file, damaged, of another architecture, or not all of its parts.
-        HostError: the gguf package is missing.
+        CheckpointError: Not a GGUF file, damaged, of another architecture, or parts are missing.
+        HostError: The gguf package is missing.
     """
     paths = part_paths(path, read_gguf(path).metadata)
     inputs = Inputs(CheckpointError, states_of(paths), {})
-    # From here on a change of any part is noticed.
+    # A change to any part is noticed from here on.
     files = read_parts(read_gguf(path), paths)
     file = replace(files[0], tensors={name: tensor for part in files for name, tensor in part.tensors.items()})
     family = str(file.metadata.get("general.architecture"))
     if family not in FAMILIES:
         raise CheckpointError(
-            f"{path} holds the architecture {family[:80]!r}; supported are {', '.join(FAMILIES)}.",
+            f"{path} has the architecture {family[:80]!r}; supported are {', '.join(FAMILIES)}.",
             hint="Convert a Gemma 2 (or Gemma 1) text model.",
         )
     raw = _config(file, family)
@@ -74,7 +74,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 class GgufWeights:
-    """A GGUF model's tensors, of all its files, by their Hugging Face names."""
+    """A GGUF model's tensors, from all its files, by their Hugging Face names."""
 
     def __init__(self, files: Sequence[GgufFile], family: str) -> None:
         try:
@@ -84,7 +84,7 @@ class GgufWeights:
         self._dequantize, self._types = quants.dequantize, GGMLQuantizationType
         self._places: dict[str, tuple[GgufTensor, Entry, RowReader]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        # Of each type: the numbers of a block, and its bytes.
+        # For each type: numbers per block, and its bytes.
         self._sizes: dict[int, tuple[int, int]] = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         for file in files:
             self._add(file, family)
@@ -95,11 +95,11 @@ class GgufWeights:
         for own_name, tensor in file.tensors.items():
             if own_name == _ROPE_FREQS:
                 continue
-            # What the family does not have keeps its name, and is refused by it.
+            # Tensors that the family does not have keep their names, and are refused by them.
             name = FAMILIES[family].from_gguf(own_name) or own_name
             if tensor.kind not in self._sizes:
                 raise CheckpointError(
-                    f"{own_name} in {file.path} has the type {tensor.kind}, which gguf does not know."
+                    f"{own_name} in {file.path} has the type {tensor.kind}, which is unknown to gguf."
                 )
             if tensor.kind not in _PLAIN:
                 # A type that cannot be dequantized is refused now, not in the middle of the work.
@@ -115,11 +115,11 @@ class GgufWeights:
             end = entry.offset + entry.info.nbytes
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor, dequantized, norms as Hugging Face stores them."""
+        """Return rows of a tensor, dequantized, with norms as Hugging Face stores them."""
         tensor, entry, file = self._places[name]
         self.tensors[name].require_rows(first, count, name)
         if _is_norm(name):
-            # Rows of a vector are single numbers, which a block of a quantized type is not.
+            # Rows of a vector are single numbers, so a quantized type's blocks cannot apply.
             whole = file.rows(entry, 0, entry.info.shape[0])
             floats = to_float32(whole, _PLAIN[tensor.kind]) if tensor.kind in _PLAIN else self._floats(tensor, whole)
             norm: NDArray[np.float32] = floats[first : first + count] - np.float32(1)
@@ -130,25 +130,29 @@ class GgufWeights:
     def _floats(self, tensor: GgufTensor, stored: NDArray[Any]) -> NDArray[np.float32]:
         try:
             values: NDArray[np.float32] = self._dequantize(stored, self._types(tensor.kind))
-        except NotImplementedError as error:  # What the gguf package raises for a type that it only knows by name.
+        except NotImplementedError as error:  # Raised by the gguf package for a type that it knows only by name.
             kind = self._types(tensor.kind).name
-            raise CheckpointError(f"The gguf package cannot dequantize {kind}.", hint="Use another GGUF.") from error
+            raise CheckpointError(
+                f"The gguf package cannot dequantize {kind}.", hint="Use a GGUF of another type."
+            ) from error
         return values
 
     def notes(self) -> tuple[str, ...]:
-        """What a person must know of the types in the file."""
+        """Notes for the user on the types in the file."""
         kinds = {tensor.kind for tensor, *_ in self._places.values() if len(tensor.shape) > 1}
         low = sorted(self._types(kind).name for kind in kinds if _bits(*self._sizes[kind]) < 8)
         if not low:
             return ()
-        return (f"the source holds {', '.join(low)}: what those types have lost does not come back with w8a8",)
+        return (f"the source is stored as {', '.join(low)}: the precision lost there does not come back with w8a8",)
 
 
 def _stored(file: GgufFile, name: str, block: int, size: int) -> TensorInfo:
-    """How a tensor stands in the file, whose type packs `block` numbers into `size` bytes."""
+    """Layout of a tensor in the file, whose type packs `block` numbers into `size` bytes."""
     tensor = file.tensors[name]
     if tensor.shape[-1] % block:
-        raise CheckpointError(f"{name} in {file.path} has rows of {tensor.shape[-1]}, not of whole blocks.")
+        raise CheckpointError(
+            f"{name} in {file.path} has rows of {tensor.shape[-1]} numbers, which are not whole blocks."
+        )
     dtype = _PLAIN.get(tensor.kind)
     packed = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
     stored = TensorInfo(dtype, tensor.shape) if dtype else TensorInfo("U8", packed)
@@ -159,7 +163,7 @@ def _stored(file: GgufFile, name: str, block: int, size: int) -> TensorInfo:
 
 
 def _bits(block: int, size: int) -> float:
-    """Bits that a number takes, with its share of the block's scales."""
+    """Bits per number, with its share of the block's scales."""
     return 8 * size / block
 
 
@@ -168,10 +172,10 @@ def _is_norm(name: str) -> bool:
 
 
 def _refuse_other_computations(file: GgufFile, family: str) -> None:
-    """Raise CheckpointError for what a file asks for that Gemma 1 and 2 do not do."""
+    """Raise CheckpointError for features of a file that Gemma 1 and 2 do not have."""
     known = file.metadata
     head = known.get(f"{family}.attention.key_length")
-    # What each key is where it changes nothing.
+    # The value with which each key changes nothing.
     idle: dict[str, tuple[Any, ...]] = {
         f"{family}.rope.scaling.type": ("none",),
         f"{family}.rope.scaling.factor": (0.0, 1.0),
@@ -188,7 +192,7 @@ def _refuse_other_computations(file: GgufFile, family: str) -> None:
         if key in known and known[key] not in values:
             raise CheckpointError(
                 f"{file.path}: {key} is {str(known[key])[:80]}, which Gemma 1 and 2 do not have.",
-                hint="Use a GGUF of the whole, unchanged model, or its checkpoint.",
+                hint="Use a GGUF of the complete, unmodified model, or its checkpoint.",
             )
     if _ROPE_FREQS in file.tensors:
         raise CheckpointError(
@@ -198,13 +202,13 @@ def _refuse_other_computations(file: GgufFile, family: str) -> None:
 
 
 def _config(file: GgufFile, family: str) -> dict[str, Any]:
-    """config.json of the model that the file was made from, as far as the file tells."""
+    """config.json of the original model, as far as the file describes it."""
     _refuse_other_computations(file, family)
 
     def value(key: str, default: Any = None) -> Any:
         found = file.metadata.get(f"{family}.{key}", default)
         if found is None:
-            raise CheckpointError(f"{file.path} lacks {family}.{key}, without which it cannot be computed.")
+            raise CheckpointError(f"{file.path} lacks {family}.{key}, without which the model cannot be computed.")
         return found
 
     heads, hidden, layers = value("attention.head_count"), value("embedding_length"), value("block_count")
@@ -240,21 +244,21 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
 
 
 def _ends_of_answers(file: GgufFile) -> list[Any]:
-    """Ids that llama.cpp ends an answer at, those of a turn too."""
+    """Ids at which llama.cpp ends an answer, including those that end a turn."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [file.metadata[key] for name in names if (key := f"tokenizer.ggml.{name}") in file.metadata]
     return list(dict.fromkeys(found)) or [1]
 
 
 def _decimal(value: Any) -> Any:
-    """The shortest decimal that a float32 stands for: 1e-06, not 9.999999974752427e-07."""
+    """The shortest decimal that gives this float32: 1e-06, not 9.999999974752427e-07."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _tokens(file: GgufFile) -> list[str]:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise CheckpointError(f"{file.path} has no tokenizer in it.", hint="Use a GGUF of the whole model.")
+        raise CheckpointError(f"{file.path} contains no tokenizer.", hint="Use a GGUF of the whole model.")
     return tokens
 
 

@@ -1,7 +1,7 @@
-"""tokenizer.json from the tokenizer in a GGUF file.
+"""Build tokenizer.json from the tokenizer in a GGUF file.
 
-Gemma's tokenizer is SentencePiece's; Hugging Face writes it as BPE whose merges are every way to build a piece of two
-others, in the order of the pieces' scores (transformers, convert_slow_tokenizer.generate_merges). So it is done here.
+Gemma's tokenizer is SentencePiece. Hugging Face writes it as BPE whose merges are all the ways to build a piece from
+two others, ordered by score (transformers, convert_slow_tokenizer.generate_merges), and so does this module.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _USER_DEFINED: Final = 4
 _SPECIAL: Final = (2, 3)
 _ADDED: Final = (2, 3, 4, 5)
 _SPACE: Final = "▁"
-# Gemma's longest has 31 characters; every way to build a token of two others is tried.
+# Gemma's longest has 31 characters; every way to build a token from two others is tried.
 _MAX_TOKEN: Final = 1024
 
 
 def tokenizer_json(file: GgufFile) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises CheckpointError if the file's tokenizer is not SentencePiece's."""
+    """Return the content of tokenizer.json. Raises CheckpointError if the file's tokenizer is not SentencePiece's."""
     data = file.metadata
     if data.get("tokenizer.ggml.model") != "llama":
         raise CheckpointError(f"{file.path} has a tokenizer {data.get('tokenizer.ggml.model')!r}; Gemma's is 'llama'.")
     columns = {"tokens": str, "scores": float, "token_type": int}
     tokens, scores, kinds = (_list(file, key, kind) for key, kind in columns.items())
     if not len(tokens) == len(scores) == len(kinds):
-        raise CheckpointError(f"{file.path} has {len(tokens)} tokens without a score and a type for each.")
+        raise CheckpointError(f"{file.path} has {len(tokens)} tokens, but not a score and a type for each.")
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise CheckpointError(f"{file.path} has a token twice.")
+        raise CheckpointError(f"{file.path} has a duplicate token.")
     if (longest := max(map(len, tokens))) > _MAX_TOKEN:
         raise CheckpointError(f"{file.path} has a token of {longest:,} characters.")
     unknown, bos = (_special(file, tokens, *item) for item in (("unknown", 3), ("bos", 2)))
@@ -76,11 +76,11 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
 def merges(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, best score first."""
+    """Every pair of pieces that forms a piece, best score first."""
     found: list[tuple[float, int, int, str, str]] = []
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
         # User-defined tokens are found in the text as it is, which has spaces. One with word marks (Gemma's runs of
-        # spaces, in files that keep the marks) comes about by merges, as in llama.cpp.
+        # spaces, in files that keep the marks) is formed by merges, as in llama.cpp.
         if kind != _NORMAL and not (kind == _USER_DEFINED and _SPACE in token):
             continue
         pairs = ((token[:at], token[at:]) for at in range(1, len(token)))

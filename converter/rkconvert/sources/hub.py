@@ -1,4 +1,4 @@
-"""Models and adapters of the Hugging Face hub, through huggingface_hub, and the hub's many ways to say no."""
+"""Models and adapters on the Hugging Face hub, through huggingface_hub, and the hub's many errors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rkruntime.errors import CheckpointError, HostError
 from rkruntime.packages import install
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
-# How a file's name ends that was misspelt, and no model's on the hub.
+# Endings of misspelt file names, with which no model on the hub ends.
 _FILE_NAMES: Final = (".gguf", ".safetensors", ".bin", ".json", ".yaml", ".txt")
 # What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this could be a model on the hub, such as google/gemma-2-2b-it."""
+    """Whether this could be the id of a model on the hub, such as google/gemma-2-2b-it."""
     return _ID.fullmatch(text) is not None and not text.endswith(_FILE_NAMES)
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
-    """Raise CheckpointError if there is a revision of what is not a hub model."""
+    """Raise CheckpointError if a revision is given for something other than a hub model."""
     if revision and (Path(model).exists() or not is_hub_id(model)):
         raise CheckpointError(
             f"{model} is not a hub model, so it does not have a revision {revision}.", hint="Leave --revision out."
@@ -32,12 +32,12 @@ def refuse_revision(model: str, revision: str | None) -> None:
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
-    """The path of a file of a model in the local cache, fetched if need be; None if the model has no such file.
+    """Return a model's file in the local cache, fetched if needed; None if the model has no such file.
 
-    A file that is in the cache already is taken as it is: nothing is asked of the network.
+    A file already in the cache is used without asking the network.
 
     Raises:
-        CheckpointError: there is no such model or revision, or its licence was not accepted.
+        CheckpointError: There is no such model or revision, or its licence was not accepted.
         HostError: huggingface_hub is not installed, or the hub cannot be reached.
     """
     with _answers(model, name, revision):
@@ -56,13 +56,13 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
 
 
 def download(model: str, revision: str | None = None, weights: str = "pytorch_model") -> tuple[Path, str]:
-    """The folder of a whole model in the local cache, fetched where needed, and its commit.
+    """Return the folder of a whole model in the local cache, fetched if needed, and its commit.
 
     Args:
-        weights: what the names of older weight files (.bin) begin with; they are fetched if there are no others.
+        weights: Prefix of older weight files' names (.bin), which are fetched if there are no others.
 
     Raises:
-        CheckpointError: there is no such model or revision, or its licence was not accepted.
+        CheckpointError: There is no such model or revision, or its licence was not accepted.
         HostError: huggingface_hub is not installed, or neither the hub nor the cache has all of the model.
     """
     with _answers(model, "files", revision):
@@ -72,33 +72,33 @@ def download(model: str, revision: str | None = None, weights: str = "pytorch_mo
         if not any(folder.glob("*.safetensors")):
             patterns = [*_FILES, f"{weights}*.bin"]
             folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    # The cache keeps each commit in a folder of its name.
+    # The cache keeps each commit in a folder of that name.
     return folder, folder.name
 
 
 @contextmanager
 def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
-    """Put huggingface_hub's errors into words."""
+    """Translate huggingface_hub's errors."""
     try:
         from huggingface_hub import errors
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it retries, and why it gave up, is said below
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries and the reason are reported below
     except ImportError as error:
         raise HostError(
-            f"{model} is not a folder here, and to fetch it from the hub huggingface_hub is missing.",
-            hint=f"{install('convert')}; or download it by hand and give that.",
+            f"{model} is not a local folder, and huggingface_hub, needed to fetch it from the hub, is missing.",
+            hint=f"{install('convert')}; or download the model and name its folder.",
         ) from error
     try:
         yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{model} is gated: its owner asks everybody to accept a licence first.",
+            f"{model} is gated: its owner requires everyone to accept a licence first.",
             hint=f"Open https://huggingface.co/{model}, accept, then run `hf auth login`.",
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise CheckpointError(
-            f"The hub has no model {model}{f' at {revision}' if revision else ''}, or does not show it to you.",
+            f"The hub has no model {model}{f' at {revision}' if revision else ''}, or you do not have access to it.",
             hint="Check the spelling; for a private model run `hf auth login`.",
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -106,6 +106,6 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
         path = Path(model)
         here = f"{path.parent} has no {path.name}: check the spelling. " if path.parent.is_dir() else ""
         raise HostError(
-            f"{model} is not a folder here, and its {what} cannot be fetched from the hub: {lines[0]}",
-            hint=f"{here}Check the network (and HF_HUB_OFFLINE); what was fetched is kept, so a second try goes on.",
+            f"{model} is not a local folder, and its {what} cannot be fetched from the hub: {lines[0]}",
+            hint=f"{here}Check the network (and HF_HUB_OFFLINE); fetched files are kept, so a second try continues.",
         ) from error

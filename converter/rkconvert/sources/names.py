@@ -1,4 +1,4 @@
-"""Tensors under the names that other tools save them with, brought to Hugging Face's own."""
+"""Map tensor names that other tools use to Hugging Face's own."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rkruntime.errors import CheckpointError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# peft's wrapper, torch.compile, DataParallel, text parts of multimodal models; or no prefix at all.
+# From peft's wrapper, torch.compile, DataParallel and text parts of multimodal models; or no prefix at all.
 _PREFIX: Final = re.compile(r"((base_model|_orig_mod|module|language_model|text_model|model)\.)+")
 _PARTS: Final = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
 
 
 def plain_name(name: str) -> str:
-    """`model.layers.0...` for what is called `base_model.model.model.layers.0...` or `layers.0...`."""
+    """`model.layers.0...` for `base_model.model.model.layers.0...` or `layers.0...`."""
     bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
     return f"model.{bare}" if _PARTS.fullmatch(bare) else bare
 
 
 class Renamed:
-    """Weights under plain names; there are none but renamings."""
+    """Weights under plain names; only the names change."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -33,13 +33,13 @@ class Renamed:
             plain = plain_name(name)
             if plain in self._names:
                 raise CheckpointError(
-                    f"The checkpoint has the tensors {self._names[plain]} and {name}: two models are in one folder."
+                    f"The checkpoint has the tensors {self._names[plain]} and {name}: the folder contains two models."
                 )
             self._names[plain] = name
 
     @property
     def as_stored(self) -> bool:
-        """Whether no name was changed."""
+        """Whether no name changes."""
         return all(plain == name for plain, name in self._names.items())
 
     @property
@@ -48,5 +48,5 @@ class Renamed:
         return {plain: self._weights.tensors[name] for plain, name in self._names.items()}
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor, as stored."""
+        """Return rows of a tensor, as stored."""
         return self._weights.read(self._names[name], first, count)

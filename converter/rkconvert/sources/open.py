@@ -1,4 +1,4 @@
-"""Where a model can come from: a folder, the hub, a GGUF file."""
+"""Open a model from a folder, the hub or a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rkconvert.sources.hub import download, is_hub_id, refuse_revision
 
 
 def open_source(model: str, revision: str | None = None) -> Checkpoint:
-    """Open what a person names as a model.
+    """Open the model that the user names.
 
     Args:
-        model: a folder in Hugging Face layout, a .gguf file, or a hub id such as `google/gemma-2-2b-it`.
-        revision: branch, tag or commit of a hub model.
+        model: Folder in Hugging Face layout, a .gguf file, or a hub id such as `google/gemma-2-2b-it`.
+        revision: Branch, tag or commit of a hub model.
 
     Raises:
-        CheckpointError: it is none of these, or cannot be used.
-        HostError: something must be installed for it, or the hub cannot be reached.
+        CheckpointError: It is none of these, or cannot be used.
+        HostError: A package must be installed for it, or the hub cannot be reached.
     """
     path = Path(model)
     refuse_revision(model, revision)

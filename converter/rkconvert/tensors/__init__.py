@@ -1,1 +1,1 @@
-"""Tensors in files: formats, readers, and what was read."""
+"""Tensors in files: formats, readers, and the state of files that were read."""

@@ -1,6 +1,6 @@
 """Number formats of weight files, without torch: numpy has no bfloat16, so its bits are handled as uint16.
 
-Conversions to a narrower format round to nearest, ties to even, as torch and the hardware do.
+Conversion to a narrower format rounds to nearest, ties to even, as torch and the hardware do.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# safetensors' name of a format -> how numpy holds it. Little-endian, as the files are.
+# safetensors' name of a format -> its numpy type. Little-endian, like the files.
 FLOATS: Final[dict[str, np.dtype[Any]]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
-# Integers hold quantized weights and what belongs to them.
+# Integers are for quantized weights and their parameters.
 STORAGE: Final[dict[str, np.dtype[Any]]] = FLOATS | {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
@@ -31,7 +31,7 @@ STORAGE: Final[dict[str, np.dtype[Any]]] = FLOATS | {
 
 
 def to_float32(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Values of a block held in the format `dtype` (a key of FLOATS); a new array unless it is float32 already."""
+    """Decode a block stored in format `dtype` (a key of FLOATS); a new array unless it is already float32."""
     if dtype != "BF16":
         return block.astype(np.float32, copy=False)
     wide: NDArray[np.uint32] = np.left_shift(block, 16, dtype=np.uint32)
@@ -39,7 +39,7 @@ def to_float32(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: NDArray[np.float32], dtype: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Values in the format `dtype`, in `out` if it is given."""
+    """Encode values in format `dtype`, into `out` if given."""
     narrow = np.empty(values.shape, FLOATS[dtype]) if out is None else out
     if dtype != "BF16":
         with np.errstate(over="ignore"):
@@ -55,7 +55,7 @@ def from_float32(values: NDArray[np.float32], dtype: str, out: NDArray[Any] | No
 
 
 def all_finite(block: NDArray[Any], dtype: str) -> bool:
-    """Whether a block held in the format `dtype` has neither NaN nor infinity."""
+    """Whether a block stored in format `dtype` has neither NaN nor infinity."""
     if dtype != "BF16":
         return bool(np.isfinite(block).all())
     return block.size == 0 or int((block & np.uint16(0x7FFF)).max()) < 0x7F80

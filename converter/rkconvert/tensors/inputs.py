@@ -1,4 +1,4 @@
-"""The files that a conversion reads: what state each was in before it was read, and whether it still is."""
+"""The files that a conversion reads: the state of each before it was read, and whether that has changed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rkconvert.tensors.memory_folder import Place
 from rkruntime.errors import InputError
 from rkruntime.files import read_error, sha256_file
 
-# A file system counts time in the kernel's ticks (10 ms at most): a second change within one leaves no trace.
+# File systems keep time in kernel ticks (10 ms at most): a second change within one leaves no trace.
 _TICK_NS: Final = 20_000_000
 _TRIES: Final = 5
-# What a tokenizer and its chat template are saved in; they belong together.
+# Files of a tokenizer and its chat template; they belong together.
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,9 +28,9 @@ _TOKENIZER_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Where transformers keeps further chat templates, NAME.jinja each.
+# Folder in which transformers keeps further chat templates, each as NAME.jinja.
 _TEMPLATES: Final = "additional_chat_templates"
-# What decides a result besides these and the weights: settings of a model or an adapter, and the indices of both.
+# Further files that determine a result, besides the weights: settings and indices of models and adapters.
 _SETTINGS: Final = (
     "config.json",
     "generation_config.json",
@@ -43,7 +43,7 @@ _SETTINGS: Final = (
 
 
 def templates(folder: Place) -> dict[str, Place]:
-    """Chat templates beside chat_template.jinja by their names; transformers takes the one called default for it."""
+    """Named chat templates besides chat_template.jinja; transformers uses the one called default in its place."""
     found = folder / _TEMPLATES
     # A model that is one file has no such folder.
     paths = sorted(found.glob("*.jinja")) if isinstance(found, Path) else []
@@ -51,12 +51,12 @@ def templates(folder: Place) -> dict[str, Place]:
 
 
 def tokenizer_files(folder: Place) -> list[str]:
-    """What the tokenizer and its chat templates may stand in, relative to the folder; most need not be there."""
+    """Possible files of the tokenizer and its chat templates, relative to the folder; most may be missing."""
     return [*_TOKENIZER_FILES, *(f"{_TEMPLATES}/{path.name}" for path in templates(folder).values())]
 
 
 class FileState(NamedTuple):
-    """What differs after any change of a file's bytes. Nobody but the kernel sets `ctime_ns`."""
+    """State of a file that differs after any change to its bytes. Only the kernel sets `ctime_ns`."""
 
     size: int
     mtime_ns: int
@@ -66,7 +66,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: Path | int) -> FileState | None:
-        """The state of a path or an open descriptor; None if no regular file is there."""
+        """State of a path or an open descriptor; None if it is not a regular file."""
         try:
             found = file.stat() if isinstance(file, Path) else os.fstat(file)
         except OSError:
@@ -80,7 +80,7 @@ States = Mapping[Path, FileState | None]
 
 
 def states_of(files: Iterable[Path]) -> dict[Path, FileState | None]:
-    """States of files that are about to be read; a change after this shows in them."""
+    """States of files about to be read, against which later changes show."""
     files = list(files)
     for _ in range(_TRIES):
         found = {file: FileState.of(file) for file in files}
@@ -92,7 +92,7 @@ def states_of(files: Iterable[Path]) -> dict[Path, FileState | None]:
 
 
 def folder_states(folder: Path) -> dict[Path, FileState | None]:
-    """States of all files in a folder, which need not exist, and of its chat templates."""
+    """States of all files in a folder, which may be missing, and of its chat templates."""
     try:
         return states_of([*sorted(folder.iterdir()), *(Path(str(path)) for path in templates(folder).values())])
     except OSError:
@@ -100,7 +100,7 @@ def folder_states(folder: Path) -> dict[Path, FileState | None]:
 
 
 def changed(path: Path, then: FileState | None, now: FileState | None, kind: type[InputError]) -> InputError:
-    """The error for a file that is not in the state that it was in."""
+    """The error for a file whose state has changed."""
     if then is None or now is None:
         what = "appeared" if now else "vanished"
     elif (then.inode, then.device) != (now.inode, now.device):
@@ -111,18 +111,18 @@ def changed(path: Path, then: FileState | None, now: FileState | None, kind: typ
         what = "was written to or touched"
     return kind(
         f"{path} changed while it was read: it {what}.",
-        hint="Wait until whatever writes it has finished, then give the same command again. Nothing was kept.",
+        hint="Wait until whatever writes it has finished, then run the same command again. Nothing was kept.",
     )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of one model, adapter or option, with their states before they were read.
+    """Files of one model, adapter or option, with their states before they were read.
 
     Attributes:
-        kind: class of the error when one has changed.
-        weights: those too large to be hashed before the work.
-        small: all others that may be read; None stands for one that was not there.
+        kind: Class of the error if one has changed.
+        weights: Files too large to hash before the work.
+        small: All others that may be read; None for a missing one.
     """
 
     kind: type[InputError]
@@ -130,7 +130,7 @@ class Inputs:
     small: States
 
     def check(self) -> None:
-        """Raise an error of `kind` if a file is no longer what it was: what was read may then be of either."""
+        """Raise an error of `kind` if a file has changed: what was read may then be old or new."""
         for path, then in {**self.weights, **self.small}.items():
             now = FileState.of(path)
             if now != then:
@@ -138,21 +138,21 @@ class Inputs:
 
     @classmethod
     def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
-        """Those of a model's or an adapter's folder, by the `folder_states` from before it was opened."""
+        """Inputs from a model's or adapter's folder, given its `folder_states` from before it was opened."""
         names = [*_SETTINGS, *tokenizer_files(folder)]
         small = {path: before.get(path) for path in (folder / name for name in names)}
         return cls(kind, {file: before.get(file) for file in weights}, small)
 
     @cached_property
     def digests(self) -> list[tuple[str, str]]:
-        """Name and SHA-256 of each small file that is there."""
+        """Name and SHA-256 of each small file that exists."""
         try:
             return [(path.name, sha256_file(path)) for path, state in self.small.items() if state]
         except OSError as error:
             raise read_error(error.filename, error, self.kind) from error
 
     def identity(self) -> dict[str, Any]:
-        """What tells these files from any others, without reading the weights."""
+        """Values that identify these files, without reading the weights."""
         return {
             "weights": [[str(path.resolve()), state] for path, state in self.weights.items()],
             "small": self.digests,

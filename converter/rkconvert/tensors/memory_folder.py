@@ -1,6 +1,6 @@
-"""A folder that exists in memory only: a GGUF file's settings and tokenizer, for readers that expect files.
+"""A folder that exists only in memory: a GGUF file's settings and tokenizer, for readers that expect files.
 
-Nothing is written for it anywhere, so nothing is left of it after a kill.
+Nothing of it is written anywhere, so a kill leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ class Place(Protocol):
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the path."""
         ...
 
     @property
     def parent(self) -> Place:
-        """The folder that it is in."""
+        """The folder that contains it."""
         ...
 
     def __truediv__(self, name: str, /) -> Place:
-        """What is called `name` in this folder."""
+        """The entry `name` of this folder."""
         ...
 
     def is_file(self) -> bool:
-        """Whether there is a file."""
+        """Whether it is an existing file."""
         ...
 
     def iterdir(self) -> Iterator[Place]:
-        """What is in this folder."""
+        """Entries of this folder."""
         ...
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:
@@ -41,7 +41,7 @@ class Place(Protocol):
         ...
 
     def read_bytes(self) -> bytes:
-        """The whole content. Raises OSError."""
+        """Return the whole content. Raises OSError."""
         ...
 
 
@@ -49,7 +49,7 @@ class MemoryFolder:
     """Files by name, or one of them.
 
     Args:
-        origin: what messages name in the place of a path: the file that all this was read from.
+        origin: Path for messages: that of the file from which everything was read.
     """
 
     def __init__(self, origin: Path, files: Mapping[str, bytes], within: PurePath | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Blocks worked on by several threads and handed back in order, a bounded number of them at a time."""
+"""Process blocks in several threads and return them in order, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from threadpoolctl import threadpool_limits
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# numpy and the kernel let go of the interpreter while they work, so threads are enough; more than four find the disk
-# or the memory busy.
+# numpy and the kernel release the interpreter lock while they work, so threads are enough; more than four saturate the
+# disk or memory.
 THREADS: Final = min(4, os.cpu_count() or 1)
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
     """`map` with threads: results in the order of the items, at most `threads` + 1 blocks in memory."""
-    # The matrix library must not start threads of its own beside these.
+    # The matrix library must not start its own threads beside these.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()
         try:

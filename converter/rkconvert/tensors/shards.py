@@ -1,4 +1,4 @@
-"""Safetensors files: the header is parsed and checked here, data is read with pread, block by block.
+"""Safetensors files: the header is parsed and checked here; data is read with pread, block by block.
 
 The format: 8 bytes header length, a JSON header, the data (https://github.com/huggingface/safetensors#format). The
 files are not mapped into memory, as the safetensors library maps them, so that what is read does not count as memory of the
@@ -28,14 +28,14 @@ from rkruntime.files import read_error
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The format allows 100 MB, which take ten times that in memory; the header of a model with 27B weights has 60 kB.
+# The format allows 100 MB, which take ten times as much in memory; the header of a model with 27B weights has 60 kB.
 MAX_HEADER: Final = 16 << 20
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a shard: where its bytes stand in the file."""
+    """Location of a tensor's bytes in a shard."""
 
     info: TensorInfo
     offset: int
@@ -56,13 +56,13 @@ def refuse_lfs_pointer(path: Place, head: bytes, kind: type[InputError]) -> None
 
 
 def parse_json(data: bytes) -> Any:
-    """Strangers' JSON. Raises ValueError, also for a key that stands twice, of which json would drop the first."""
+    """Parse strangers' JSON. Raises ValueError, also for a duplicate key, of which json would drop the first."""
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {twice[:80]!r} stands twice")
+            raise ValueError(f"the key {twice[:80]!r} occurs twice")
         return found
 
     try:
@@ -72,7 +72,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dict[str, Any]:
-    """A JSON object from a file, or `kind` with what is wrong with it."""
+    """Read a JSON object from a file. Raises `kind` with the reason if that fails."""
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -80,18 +80,18 @@ def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dic
         raise read_error(path, error, kind) from error
     refuse_lfs_pointer(path, data[:64], kind)
     if len(data) > limit:
-        raise kind(f"{path} has more than {limit >> 20} MiB, which no file of that name has.")
+        raise kind(f"{path} exceeds {limit >> 20} MiB, too much for a file of that name.")
     try:
         content = parse_json(data)
     except ValueError as error:
         raise kind(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise kind(f"{path} holds a JSON {type(content).__name__}, not an object.")
+        raise kind(f"{path} contains a JSON {type(content).__name__}, not an object.")
     return content
 
 
 class RowReader:
-    """Reads rows of tensors from one file with pread; the file is opened at the first read, unless it has changed."""
+    """Reads rows of tensors from one file with pread; opens it at the first read, unless it has changed."""
 
     def __init__(self, path: Path, kind: type[InputError]) -> None:
         self._path, self._kind, self._state = path, kind, FileState.of(path)
@@ -116,7 +116,7 @@ class RowReader:
             return self._descriptor
 
     def rows(self, entry: Entry, first: int, count: int) -> NDArray[Any]:
-        """Rows of the tensor at `entry`, and never a byte beside it; safe to call from several threads."""
+        """Return rows of the tensor at `entry`, and never a byte outside it; safe to call from several threads."""
         entry.info.require_rows(first, count, self._path, self._kind)
         shape = (count, *entry.info.shape[1:]) if entry.info.shape else ()
         block = np.empty(shape, STORAGE[entry.info.dtype])
@@ -126,7 +126,7 @@ class RowReader:
         while done < len(view):
             got = os.preadv(self._open(), [view[done:]], offset + done)
             if not got:
-                raise self._kind(f"{self._path} became shorter while it was read.")
+                raise self._kind(f"{self._path} was truncated while it was read.")
             done += got
         return block
 
@@ -135,11 +135,11 @@ class Shard:
     """One safetensors file.
 
     Args:
-        path: the file.
-        kind: class of the errors, CheckpointError or AdapterError.
+        path: Path of the file.
+        kind: Class of the errors, CheckpointError or AdapterError.
 
     Raises:
-        InputError: (of the class `kind`) not such a file, cut, or with a header that contradicts itself.
+        InputError: (of class `kind`) Not such a file, truncated, or its header contradicts itself.
     """
 
     def __init__(self, path: Path, kind: type[InputError]) -> None:
@@ -187,9 +187,9 @@ class Shard:
             dtype, shape, (first, last) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
             numbers = [*shape, first, last]
         except (TypeError, KeyError, ValueError) as error:
-            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in no known way.") from error
+            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in an unknown way.") from error
         if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
-            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in no known way.")
+            raise self._kind(f"The header of {self.path} describes the tensor {name!r} in an unknown way.")
         if dtype not in STORAGE:
             raise self._kind(f"The tensor {name!r} in {self.path} has the format {dtype}, which is not supported.")
         info = TensorInfo(dtype, shape)
@@ -201,7 +201,7 @@ class Shard:
         if data + last > size:
             raise self._kind(
                 f"{self.path} is cut: the tensor {name!r} ends at byte {data + last:,}, the file at {size:,}.",
-                hint="The download was not complete. Download this file again.",
+                hint="The download is incomplete. Download this file again.",
             )
         return Entry(info, data + first)
 
@@ -213,5 +213,5 @@ class Shard:
             end = entry.offset + entry.info.nbytes
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
+        """Return rows of a tensor in numpy's form of its format; safe to call from several threads."""
         return self._file.rows(self.entries[name], first, count)

@@ -1,4 +1,4 @@
-"""The weight files of a folder, whole or in shards with an index, as one set of tensors."""
+"""The weight files of a folder, one file or shards with an index, as one set of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rkruntime.words import counted
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_TWO_SAVES: Final = "Files of two saves are in one folder: remove those that do not belong together."
+_TWO_SAVES: Final = "The folder contains files of two saves: remove those that do not belong together."
 # Buffers that older transformers releases saved; they are computed, not learned.
 _IGNORED: Final = ("rotary_emb.inv_freq",)
 
@@ -29,13 +29,13 @@ class TensorFile(Protocol):
     entries: Mapping[str, Entry]
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor, as stored."""
+        """Return rows of a tensor, as stored."""
         ...
 
 
 @dataclass(frozen=True)
 class Names:
-    """What weight files are called, in the order of preference: (one file, index of several)."""
+    """Names of weight files, in order of preference: (single file, index of shards)."""
 
     pairs: tuple[tuple[str, str], ...]
 
@@ -69,9 +69,11 @@ class FileWeights:
                         f"The tensor {name} is both in {self._home[name].path.name} and in {file.path.name}.",
                         hint=_TWO_SAVES,
                     )
-                # Other programs take what is in the files, whatever the index says of it.
+                # Other programs use what is in the files, whatever the index says.
                 if index is not None and name not in index:
-                    raise kind(f"{file.path} holds the tensor {name}, which the index does not name.", hint=_TWO_SAVES)
+                    raise kind(
+                        f"{file.path} contains the tensor {name}, which the index does not name.", hint=_TWO_SAVES
+                    )
                 self._home[name] = file
 
     def file_of(self, name: str) -> str | None:
@@ -80,19 +82,19 @@ class FileWeights:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is."""
+        """Every tensor, by name."""
         return {name: file.entries[name].info for name, file in self._home.items()}
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor, as stored."""
+        """Return rows of a tensor, as stored."""
         return self._home[name].read(name, first, count)
 
 
 def open_tensor_files(folder: Path, names: Names, kind: type[InputError]) -> tuple[tuple[Path, ...], Weights]:
-    """The weight files of a folder, and their tensors.
+    """Open the weight files of a folder.
 
     Raises:
-        InputError: (of the class `kind`) none there, one missing, cut or damaged, or an index that does not fit.
+        InputError: (of class `kind`) None found; one missing, truncated or damaged; or an index that does not match.
     """
     paths, index = _find(folder, names, kind)
     weights = FileWeights([_open(path, kind) for path in paths], kind, index)
@@ -100,7 +102,7 @@ def open_tensor_files(folder: Path, names: Names, kind: type[InputError]) -> tup
     lost = [name for name in wrong if not name.endswith(_IGNORED)]
     if index and lost:
         raise kind(
-            f"{folder}: the index says that {lost[0]} is in {index[lost[0]]}, and it is not"
+            f"{folder}: the index says that {lost[0]} is in {index[lost[0]]}, but it is not"
             f" ({counted(len(lost), 'tensor')} missing)."
         )
     return tuple(paths), weights
@@ -111,13 +113,13 @@ def _open(path: Path, kind: type[InputError]) -> TensorFile:
 
 
 def _find(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path], dict[str, str] | None]:
-    """Paths of the files and, of a sharded set, the index's map from tensor to file name."""
+    """Paths of the files and, for a sharded set, the index's map from tensor to file name."""
     for single, index_name in names.pairs:
         if (folder / index_name).is_file():
             index = _read_index(folder / index_name, kind)
             if (folder / single).is_file() and set(index.values()) != {single}:
                 raise kind(
-                    f"{folder} has weights twice: {single}, which other programs take first, and {index_name} with"
+                    f"{folder} has weights twice: {single}, which other programs prefer, and {index_name} with"
                     f" {counted(len(set(index.values())), 'file')} of its own.",
                     hint=_TWO_SAVES,
                 )
@@ -129,7 +131,7 @@ def _find(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path
     if not found:
         raise kind(f"{folder} has no weights: neither {single} nor {index_name} nor any *.safetensors.")
     if any("-of-" in file.name for file in found):
-        raise kind(f"{folder} has shards such as {found[0].name}, and not the {index_name} that belongs to them.")
+        raise kind(f"{folder} has shards such as {found[0].name}, but not the {index_name} that belongs to them.")
     return found, None
 
 
@@ -146,6 +148,6 @@ def _shard_path(index: Path, name: str, kind: type[InputError]) -> Path:
     if not (index.parent / name).is_file():
         raise kind(
             f"{index.parent} lacks the file {name}, which its index names.",
-            hint="The download was not complete. Download the missing file.",
+            hint="The download is incomplete. Download the missing file.",
         )
     return index.parent / name

@@ -1,8 +1,8 @@
-"""Older .bin files (torch.save) read without torch, and without running what a pickle can hold.
+"""Read older .bin files (torch.save) without torch, and without running any code in their pickle.
 
-Since torch 1.6 such a file is a ZIP archive of uncompressed entries: `data.pkl` says which tensors there are, `data/N`
-holds the bytes of storage N (torch/serialization.py). The pickle is read by an unpickler that knows the few names with
-which torch describes tensors; every other name is refused before anything is called.
+Since torch 1.6 such a file is a ZIP archive of uncompressed entries: `data.pkl` describes the tensors, `data/N` has the
+bytes of storage N (torch/serialization.py). The unpickler here accepts only the few names with which torch describes
+tensors; it refuses every other name before anything is called.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _STORAGES: Final = {
 }
 _MAX_PICKLE: Final = 64 << 20
 _LOCAL_HEADER: Final = 30
-# A tensor that is not row-major is read whole; a strange one could ask for any amount of memory.
+# A tensor that is not row-major is read whole; a hostile one could claim any amount of memory.
 _MAX_STRIDED: Final = 1 << 30
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """A persistent id: a piece of memory in the archive."""
+    """A persistent id: a block of memory in the archive."""
 
     dtype: str
     key: str
@@ -63,14 +63,14 @@ class _Tensor:
 
 
 def _span(tensor: _Tensor) -> int:
-    """Elements from the first to the last that the tensor reaches in its storage."""
+    """Number of elements from the first to the last that the tensor uses in its storage."""
     if not math.prod(tensor.shape):
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
 
 
 def _is_dense(tensor: _Tensor) -> bool:
-    """Whether it stands row by row, without gaps."""
+    """Whether it is contiguous and row-major."""
     dense = [math.prod(tensor.shape[at + 1 :]) for at in range(len(tensor.shape))]
     steps = zip(tensor.stride, dense, tensor.shape, strict=True)
     return all(step == plain for step, plain, size in steps if size > 1)
@@ -85,7 +85,7 @@ def _rebuild_parameter(data: Any, *_rest: Any) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows torch's words for tensors, and no others."""
+    """Accepts torch's names for tensors, and no others."""
 
     _NAMES: Final = {
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -108,10 +108,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class TorchFile:
-    """One .bin file; `entries` and `read` as of a safetensors shard.
+    """One .bin file; `entries` and `read` as in a safetensors shard.
 
     Raises:
-        InputError: (of the class `kind`) not such a file, cut, or one whose pickle wants more than tensors.
+        InputError: (of class `kind`) Not such a file, truncated, or its pickle asks for more than tensors.
     """
 
     def __init__(self, path: Path, kind: type[InputError]) -> None:
@@ -120,7 +120,7 @@ class TorchFile:
         self._file = RowReader(path, kind)
         self._strided: dict[str, _Tensor] = {}
         self._lock = threading.Lock()
-        # The last of them that was read, by its name: it is asked for block by block.
+        # The one read last, by name: it is requested block by block.
         self._rearranged: tuple[str, NDArray[Any]] = ("", np.empty(0))
         try:
             with path.open("rb") as file:
@@ -130,7 +130,7 @@ class TorchFile:
             raise read_error(path, error, kind) from error
         except zipfile.BadZipFile as error:
             raise kind(
-                f"{path} is not a .bin file of torch 1.6 or newer, or it is cut: {error}.",
+                f"{path} is not a .bin file of torch 1.6 or newer, or is truncated: {error}.",
                 hint="Download it again, or use the model's safetensors files.",
             ) from error
 
@@ -138,13 +138,13 @@ class TorchFile:
         archive = zipfile.ZipFile(file)
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "data.pkl" not in members or members["data.pkl"].file_size > _MAX_PICKLE:
-            raise self._kind(f"{self.path} is a ZIP archive without a data.pkl of a sensible size.")
+            raise self._kind(f"{self.path} is a ZIP archive without a data.pkl of reasonable size.")
         found = self._unpickle(archive, members["data.pkl"])
         for name, value in found.items():
-            # As bitsandbytes wrote it until April 2024, when it became a number (its pull request 1164).
+            # As in bitsandbytes until April 2024, when it became a number (its pull request 1164).
             if name.endswith(".weight_format") and isinstance(value, str) and value != "row":
                 raise self._kind(
-                    f"{self.path} holds an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",
+                    f"{self.path} contains an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",
                     hint="Start from the original 16-bit checkpoint.",
                 )
         return {
@@ -157,41 +157,41 @@ class TorchFile:
                 found = _Unpickler(stream).load()
         except zipfile.BadZipFile:
             raise
-        except Exception as error:  # A damaged pickle can fail in any way.
+        except Exception as error:  # A damaged pickle can fail with any exception.
             why = str(error) or type(error).__name__
             raise self._kind(f"{self.path} is not a plain table of tensors: {why}. Nothing of it was run.") from error
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-            raise self._kind(f"{self.path} holds a {type(found).__name__}, not a table of tensors.")
+            raise self._kind(f"{self.path} contains a {type(found).__name__}, not a table of tensors.")
         return found
 
     def _entry(self, file: BinaryIO, name: str, tensor: _Tensor, members: Mapping[str, zipfile.ZipInfo]) -> Entry:
         info = TensorInfo(tensor.storage.dtype, tensor.shape)
         width = STORAGE[info.dtype].itemsize
         if min((*tensor.shape, *tensor.stride, tensor.offset)) < 0 or len(tensor.stride) != len(tensor.shape):
-            raise self._kind(f"The tensor {name!r} in {self.path} has a shape, strides or an offset that cannot be.")
+            raise self._kind(f"The tensor {name!r} in {self.path} has an impossible shape, strides or offset.")
         span = _span(tensor)
         if not _is_dense(tensor):
             if max(span * width, info.nbytes) > _MAX_STRIDED:
                 raise self._kind(
-                    f"The tensor {name!r} in {self.path} is not row-major, and too large to be rearranged.",
+                    f"The tensor {name!r} in {self.path} is not row-major, and is too large to rearrange.",
                     hint="Save it again with .contiguous(), or as safetensors.",
                 )
             self._strided[name] = tensor
         member = members.get(f"data/{tensor.storage.key}")
         if member is None or member.compress_type != zipfile.ZIP_STORED:
-            raise self._kind(f"{self.path} does not hold the bytes of the tensor {name!r}.")
+            raise self._kind(f"{self.path} does not contain the bytes of the tensor {name!r}.")
         if (tensor.offset + span) * width > member.file_size:
-            raise self._kind(f"The tensor {name!r} in {self.path} is larger than the memory that it points to.")
+            raise self._kind(f"The tensor {name!r} in {self.path} is larger than its storage.")
         file.seek(member.header_offset)
         header = file.read(_LOCAL_HEADER)
         if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
-            raise self._kind(f"{self.path} is damaged where the tensor {name!r} begins.")
+            raise self._kind(f"{self.path} is damaged where the tensor {name!r} starts.")
         start = member.header_offset + _LOCAL_HEADER
         start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return Entry(info, start + tensor.offset * width)
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a tensor in numpy's form of its format; safe to call from several threads."""
+        """Return rows of a tensor in numpy's form of its format; safe to call from several threads."""
         entry = self.entries[name]
         if name not in self._strided:
             return self._file.rows(entry, first, count)

@@ -1,4 +1,4 @@
-"""What every source of weights looks like to those who read it: named tensors, read in blocks of rows."""
+"""Interface of every source of weights: named tensors, read in blocks of rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rkruntime.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Rows are read and written in blocks of about this many weights: small enough for several threads' buffers to stay
-# small, large enough for the disk to run at full speed.
+# Rows are read and written in blocks of about this many weights: small enough that several threads' buffers stay small,
+# large enough for the disk to run at full speed.
 BLOCK_WEIGHTS: Final = 1 << 20
-# What float arithmetic takes at a time, so that its steps find each other's results in the cache of a core.
+# Weights per step of float arithmetic, so that each step finds the last one's results in the core's cache.
 CACHE_WEIGHTS: Final = 1 << 17
 
 
@@ -36,33 +36,33 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the data."""
+        """Size of the data, in bytes."""
         return self.size * STORAGE[self.dtype].itemsize
 
     def require_rows(self, first: int, count: int, what: object, kind: type[InputError] = CheckpointError) -> None:
         """Raise `kind` unless rows `first` to `first + count` of `what` are all within the tensor."""
         rows = self.shape[0] if self.shape else 1
         if not 0 <= first <= first + count <= rows:
-            raise kind(f"{what}: rows {first} to {first + count} were to be read of a tensor that has {rows}.")
+            raise kind(f"{what}: cannot read rows {first} to {first + count} of a tensor that has {rows}.")
 
 
 class Weights(Protocol):
     """A model's tensors by their Hugging Face names.
 
-    Sources read files; others wrap a source and change what is read (merge an adapter, dequantize). `read` may be
+    Some read files; others wrap a source and change what is read (merge an adapter, dequantize). `read` may be
     called from several threads.
     """
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is."""
+        """Every tensor, by name."""
         ...
 
     def read(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows `first` to `first + count` as they are stored (numpy's form of the format, see `formats.STORAGE`).
+        """Return rows `first` to `first + count` as stored (numpy's form of the format, see `formats.STORAGE`).
 
         Raises:
-            InputError: the tensor does not have all of these rows.
+            InputError: The tensor does not have all of these rows.
         """
         ...
 
@@ -77,18 +77,18 @@ def row_blocks(shape: tuple[int, ...], weights: int = BLOCK_WEIGHTS) -> Iterator
 def read_finite(
     weights: Weights, name: str, first: int, count: int, kind: type[InputError] = CheckpointError
 ) -> NDArray[Any]:
-    """`weights.read`, or an error of the class `kind` when there is NaN or infinity in the block."""
+    """`weights.read`, or an error of class `kind` if the block contains NaN or infinity."""
     block = weights.read(name, first, count)
     if not all_finite(block, weights.tensors[name].dtype):
         raise kind(
             f"The tensor {name} has NaN or infinite weights between its rows {first} and {first + count}.",
-            hint="A file is damaged or a training diverged: use another revision of the model or of its adapter.",
+            hint="A file is damaged, or training diverged: use another revision of the model or of its adapter.",
         )
     return block
 
 
 def same_values(first: tuple[Weights, str], second: tuple[Weights, str]) -> bool:
-    """Whether two tensors hold the same numbers, whatever their formats; read block by block up to a difference."""
+    """Whether two tensors have the same values, whatever their formats; reads block by block up to a difference."""
     (weights, name), (others, other) = first, second
     info, other_info = weights.tensors[name], others.tensors[other]
     return info.shape == other_info.shape and all(
@@ -100,6 +100,6 @@ def same_values(first: tuple[Weights, str], second: tuple[Weights, str]) -> bool
 
 
 def read_float32(weights: Weights, name: str) -> NDArray[np.float32]:
-    """A whole small tensor (a norm) as float32."""
+    """Read a whole small tensor (a norm) as float32."""
     info = weights.tensors[name]
     return to_float32(read_finite(weights, name, 0, info.shape[0]), info.dtype)

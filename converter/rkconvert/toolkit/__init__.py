@@ -1,4 +1,4 @@
-"""Conversion with the vendor's rkllm-toolkit, under an interpreter of its own: it is never imported here."""
+"""Conversion with the vendor's rkllm-toolkit, under its own Python interpreter; it is never imported here."""
 
 from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
 from rkconvert.toolkit.job import ToolkitJob

@@ -1,4 +1,4 @@
-"""model.rkllm from a model's weights, by the vendor's toolkit: checked, staged, run, and put beside its report."""
+"""Make model.rkllm from a model's weights with the vendor's toolkit: check, stage, run, and write its report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LORA_FILE: Final = f"{LORA}.rkllm"
 _STAGED: Final = ".staged"
 _STAGED_LORA: Final = "lora"
 _DONE: Final = "toolkit"
-# What is complete once the report is written: the model's file, an adapter's beside it, and the log.
+# Complete once the report is written: the model file, an adapter file beside it, and the log.
 _MADE: Final = (RKLLM_FILE, LORA_FILE, f"{REPORT}/{_DONE}.log")
 _TITLES: Final = {
     "import": "starting the toolkit",
@@ -46,12 +46,12 @@ _TITLES: Final = {
 
 @dataclass(frozen=True)
 class BoardModel:
-    """The target of a board: what its file is made of, and the making (`rkconvert.conversion.target.Target`).
+    """The target that makes a board's model file (a `rkconvert.conversion.target.Target`).
 
     Attributes:
-        model: the weights; without adapters where one is converted to a file of its own.
-        lora: that adapter.
-        tokens: ids of the tokenizer's tokens by text.
+        model: Weights; without adapters if one is converted to a separate file.
+        lora: The separate adapter.
+        tokens: Token ids of the tokenizer by text.
     """
 
     model: MergedModel
@@ -67,16 +67,16 @@ class BoardModel:
 
     @property
     def file_bytes(self) -> int:
-        """Predicted size of the file."""
+        """Predicted size of the file, in bytes."""
         return int(file_bytes(parse_shape(self.model.hf_config()), parse_type(self.dtype)))
 
     @property
     def needed_bytes(self) -> int:
-        """Room that the work takes: the file, and the merged weights that the toolkit reads."""
+        """Disk space that the work needs, in bytes: the file, and the merged weights that the toolkit reads."""
         return self.file_bytes + (0 if is_linked(self.model) else self.model.nbytes)
 
     def job(self, model: Path, output: Path) -> ToolkitJob:
-        """The conversion in the toolkit's words."""
+        """The conversion as a job for the toolkit."""
         return ToolkitJob(
             **self.options.asked_of_the_toolkit,
             model=model,
@@ -90,11 +90,11 @@ class BoardModel:
         )
 
     def check(self) -> tuple[str, ...]:
-        """Every check that needs no work; what a person should know.
+        """Run every check that needs no work; returns notes for the user.
 
         Raises:
-            RefusedError, UsageError: the installed release does not do this, or the model does not fit the type.
-            CheckpointError, AdapterError, CalibrationError, HostError: see `checks` and `validate_dataset`.
+            RefusedError, UsageError: The installed release does not support this, or the model does not fit the type.
+            CheckpointError, AdapterError, CalibrationError, HostError: See `checks` and `validate_dataset`.
         """
         options, anywhere = self.options, Path()
         if self.lora:
@@ -102,7 +102,7 @@ class BoardModel:
         steps = calls(self.job(anywhere, anywhere), self.toolkit.release, anywhere)
         if options.qparams and not options.qparams.is_file():
             raise CalibrationError(
-                f"There is no file {options.qparams}.", hint="Name the *.qparams file of an earlier run."
+                f"{options.qparams} does not exist or is not a file.", hint="Name the *.qparams file of an earlier run."
             )
         if options.calibration:
             count = TokenCounter(self.model.tokenizer_folder / TOKENIZER)
@@ -121,15 +121,15 @@ class BoardModel:
 
     @property
     def resumable(self) -> Sequence[str]:
-        """What `write` takes up where a run was killed; it compares each with a checksum."""
+        """Files from which `write` resumes after a killed run; it verifies each by checksum."""
         staged = [] if is_linked(self.model) else [f"{_STAGED}/{name}" for name in resumable(self.model.weights)]
         return [*staged, *_MADE, f"{REPORT}/{_DONE}.json"]
 
     def write(self, folder: Path, reporter: Reporter) -> ModelFile:
-        """Make model.rkllm in `folder`, its report and log; what a run that was killed has finished there is kept.
+        """Make model.rkllm, its report and its log in `folder`; whatever a killed run finished there is kept.
 
         Raises:
-            ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: see `run_toolkit`.
+            ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: See `run_toolkit`.
         """
         report = _finished(folder)
         if not report:
@@ -151,7 +151,7 @@ class BoardModel:
 
 
 def _check_lora(lora: Adapter) -> None:
-    """The toolkit reads the folder itself, so it may hold no pickles, and only what a LoRA file of RKLLM can say."""
+    """Refuse an adapter with pickles, which the toolkit would read itself, or one that RKLLM LoRA files cannot hold."""
     pickles = [file.name for file in lora.weight_files if file.suffix != ".safetensors"]
     if pickles:
         raise AdapterError(
@@ -161,10 +161,10 @@ def _check_lora(lora: Adapter) -> None:
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """The report of an earlier run that got as far as this; empty if none did.
+    """The report of an earlier run that got this far; empty if there is none.
 
-    `folder` holds work of this very conversion (see `resume_key`), which says nothing of a disk that lost a part, and
-    of files that came from elsewhere.
+    `folder` contains work of this exact conversion (see `resume_key`), but its disk may have lost a part, and files may
+    have come from elsewhere.
     """
     report = read_report(folder, _DONE)
     if report and _sums(folder) == report.get("sha256"):
@@ -175,7 +175,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of those of the files that the toolkit made which are there."""
+    """SHA-256 of each file from the toolkit that is present."""
     return {name: sha256_file(folder / name) for name in _MADE if (folder / name).is_file()}
 
 
@@ -190,7 +190,7 @@ def _teller(reporter: Reporter, show: Callable[[str, int, int], None]) -> Callab
 
 
 def _report(result: ToolkitResult, board: BoardModel, folder: Path) -> dict[str, Any]:
-    """What was done, without the paths of this machine; the log beside it."""
+    """Write the report, without this machine's paths, and the log beside it."""
     (folder / REPORT).mkdir(exist_ok=True)
     log = result.log.read_bytes()
     for path in (str(folder.resolve()), str(folder), str(Path.home())):
@@ -219,7 +219,7 @@ def _lora_notes(result: ToolkitResult, board: BoardModel) -> list[str]:
 
 
 def _public(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with names in the place of paths: where files were is the user's own business."""
+    """A call with names instead of paths, so that reports do not reveal directories."""
     arguments = {
         name: readable(Path(value).name) if isinstance(value, str) and value.startswith("/") else value
         for name, value in call["arguments"].items()

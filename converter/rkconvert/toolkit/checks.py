@@ -1,7 +1,7 @@
-"""What is known to end badly in the vendor's toolkit, asked before minutes are spent: one row a rule.
+"""Inputs known to fail in the vendor's toolkit, checked before any long work: one row per rule.
 
-Types by SoC, release and size stand in dtype_rules.yaml, what a release takes in toolkit/versions.yaml, contexts in
-context.py, wheels and Pythons in toolkit/wheel.py. Here is what depends on the model's shapes, its files and this host.
+Types by SoC, release and size are in dtype_rules.yaml, what a release takes in toolkit/versions.yaml, contexts in
+context.py, wheels and Pythons in toolkit/wheel.py. The rules here depend on the model's shapes, files and this host.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
 
 @dataclass(frozen=True)
 class Case:
-    """A conversion that is about to begin.
+    """A conversion about to start.
 
     Attributes:
-        folder: the checkpoint's files.
-        tokens: ids of the tokenizer's tokens by text.
-        bos_token_id: of config.json.
-        calibrated: calibration data is given.
+        folder: Folder with the checkpoint's files.
+        tokens: Token ids of the tokenizer by text.
+        bos_token_id: From config.json.
+        calibrated: Whether calibration data is given.
     """
 
     folder: Place
@@ -48,13 +48,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Rule:
-    """A row.
+    """A row of the table.
 
     Attributes:
-        found: the numbers for the sentence if the rule is broken, else None.
-        kind: the error that it is; None for a warning.
-        sentence, hint: with the numbers' names in braces.
-        source: where this is known from.
+        found: Function that returns the values for the sentence if the rule is broken, else None.
+        kind: Class of the error; None for a warning.
+        sentence, hint: Texts, with the names of these values in braces.
+        source: Where this is known from.
     """
 
     name: str
@@ -67,21 +67,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that is broken, in words."""
+    """A broken rule, in words."""
 
     rule: Rule
     message: str
     hint: str
 
     def error(self) -> RKEdgeError:
-        """The error of a finding that is none to go on with."""
+        """The error that stops the conversion."""
         kind = self.rule.kind or RefusedError
         details = {"rule": self.rule.name, "source": self.rule.source}
         return kind(f"{self.message} ({self.rule.source}).", hint=self.hint, details=details)
 
 
 def _narrow(case: Case) -> Mapping[str, Any] | None:
-    # Keys and values together are what a layer keeps for a token.
+    # A layer keeps keys and values for each token.
     width = case.shape.kv_width // 2
     return {"width": width, "least": LEAST_WIDTH} if case.dtype != "fp16" and width < LEAST_WIDTH else None
 
@@ -167,7 +167,7 @@ RULES: Final = (
         "no-turns",
         _no_turns,
         CheckpointError,
-        "The tokenizer has no token {missing}, without which no Gemma prompt can be written",
+        "The tokenizer has no token {missing}, which every Gemma prompt needs",
         "Take tokenizer.json from the model that this one was made from.",
         "Gemma 2's chat template",
     ),
@@ -175,7 +175,7 @@ RULES: Final = (
         "narrow",
         _narrow,
         RefusedError,
-        "The keys of this model are {width} numbers wide, and a quantized type needs {least} or more",
+        "This model's keys have {width} dimensions, but a quantized type needs {least} or more",
         "Use --dtype fp16, or --target emulator, which takes any width.",
         "a public note on 1.3.0: export_rkllm says 'dimension ... must be greater than or equal to 96'",
     ),
@@ -183,7 +183,7 @@ RULES: Final = (
         "group",
         _indivisible,
         RefusedError,
-        "{dtype} needs matrices whose outputs are a multiple of {group}, and {matrix} has {rows}",
+        "{dtype} needs matrices whose output size is a multiple of {group}, but {matrix} has {rows}",
         "Use w8a8; the largest group that divides every matrix of this model gives {fits}.",
         "manuals 1.1.4 p.15 to 1.3.0 p.16",
     ),
@@ -191,16 +191,16 @@ RULES: Final = (
         "memory",
         _too_large,
         HostError,
-        "The toolkit holds the whole model: {need} GB as {load_dtype} alone, and this machine has {has}",
-        "Add {lack} GB of swap and some more, or load in 16 bits: --toolkit-load-dtype bfloat16.",
+        "The toolkit holds the whole model: {need} GB as {load_dtype} alone, but this machine has {has}",
+        "Add more than {lack} GB of swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
         "airockchip/rknn-llm issues 21, 112, 163: 'Killed'",
     ),
     Rule(
         "memory-tight",
         _tight,
         None,
-        "The toolkit needs about {need} GB for the model as {load_dtype} and the new file, and this machine has {has}:"
-        " it will be slow, and may be ended by the kernel",
+        "The toolkit needs about {need} GB for the model as {load_dtype} and the new file, but this machine has {has}:"
+        " it will be slow, and the kernel may kill it",
         "Close other programs, add swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
         "predicted: 4 bytes for each weight as float32, and the file",
     ),
@@ -208,7 +208,7 @@ RULES: Final = (
         "uncalibrated",
         _uncalibrated,
         None,
-        "{dtype} without calibration data: the toolkit quantizes without having seen what the model is asked, and"
+        "{dtype} without calibration data: the toolkit quantizes without having seen typical prompts, so the quality of"
         " answers may suffer",
         "Make it with `rkedge calibrate` and give it with --calibration FILE.",
         "output-quality-quantisation: airockchip/rknn-llm issues 339, 424",
@@ -217,8 +217,8 @@ RULES: Final = (
         "two-bos",
         _two_bos,
         None,
-        "config.json begins texts with the token {bos}, tokenizer_config.json with {token!r} ({index}): the toolkit"
-        " warns of two ids and takes one",
+        "config.json starts texts with the token {bos}, but tokenizer_config.json with {token!r} ({index}): the toolkit"
+        " warns about two ids and picks one",
         "Make the two files agree.",
         "airockchip/rknn-llm issue 163",
     ),
@@ -226,7 +226,7 @@ RULES: Final = (
 
 
 def run(case: Case, rules: Sequence[Rule] = RULES) -> list[Finding]:
-    """Every rule that is broken, in the order of the table."""
+    """Return every broken rule, in the order of the table."""
     findings = []
     for rule in rules:
         numbers = rule.found(case)
@@ -236,7 +236,7 @@ def run(case: Case, rules: Sequence[Rule] = RULES) -> list[Finding]:
 
 
 def require(case: Case) -> list[str]:
-    """Warnings, as notes; raises the error of the first rule that ends the matter."""
+    """Return warnings as notes; raises the first finding that is an error."""
     findings = run(case)
     for finding in findings:
         if finding.rule.kind is not None:

@@ -1,6 +1,6 @@
-"""An environment with the vendor's toolkit, made from the wheel that a person downloaded: whole, or not there at all.
+"""An environment with the vendor's toolkit, made from the wheel that the user downloaded: complete or absent.
 
-What counts is the marker file, which is written last: an environment without it was interrupted, and is made anew.
+The marker file is written last: an environment without it was interrupted, and is made again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from rkruntime.files import sha256_file, write_error
 
 # The toolkit imports pkg_resources, which setuptools dropped (seen on a user's machine; its own warning names 81).
 _CONSTRAINTS: Final = "setuptools<81\n"
-# README.md @ 1.2.0 and later asks for it on Python 3.12; elsewhere it spares a CUDA compiler.
+# README.md @ 1.2.0 and later asks for it on Python 3.12; on others it avoids the need for a CUDA compiler.
 _SETTINGS: Final = {"BUILD_CUDA_EXT": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-# Where packages come from is the person's own affair.
+# The user decides where packages come from.
 _PIP_KEPT: Final = (
     "PIP_",
     "HTTP_PROXY",
@@ -42,7 +42,7 @@ _PIP_KEPT: Final = (
 )
 _IMPORT: Final = "from rkllm.api import RKLLM"
 _IMPORT_SECONDS: Final = 300
-# Gigabytes over a slow line take hours, not days.
+# Gigabytes over a slow connection take hours, not days.
 _PIP_SECONDS: Final = 6 * 3600
 _LAST_LINES: Final = 40
 
@@ -50,16 +50,16 @@ OnLine = Callable[[str], None]
 
 
 def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = False) -> Toolkit:
-    """Make the environment of a wheel and try it out.
+    """Create the environment for a wheel and try it out.
 
     Args:
-        named: a Python of the wheel's release; None looks for one.
-        on_line: gets every line that pip prints.
-        replace: make an existing environment of this wheel anew.
+        named: Python of the wheel's release; None to search for one.
+        on_line: Called with every line that pip prints.
+        replace: Recreate an existing environment of this wheel.
 
     Raises:
-        HostError: this machine lacks something, or packages could not be installed. Nothing is left.
-        OutputError: the environment exists.
+        HostError: This machine lacks something, or packages could not be installed. Nothing is left behind.
+        OutputError: The environment exists already.
     """
     check_host(wheel)
     python = find_python(wheel.python, named)
@@ -67,7 +67,7 @@ def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = 
     if (folder / MARKER).is_file() and not replace:
         raise OutputError(
             f"{folder} exists already, with rkllm-toolkit {wheel.release.version}.",
-            hint="Use it as it is (`rkedge toolkit info`), or have it made anew with --replace.",
+            hint="Use it as it is (`rkedge toolkit info`), or recreate it with --replace.",
         )
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -81,8 +81,10 @@ def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = 
 
 
 def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
-    on_line(f"making {folder} with {python}")
-    _run([python, "-I", "-m", "venv", folder], clean_environment(python), on_line, f"{python} cannot make environments")
+    on_line(f"creating {folder} with {python}")
+    _run(
+        [python, "-I", "-m", "venv", folder], clean_environment(python), on_line, f"{python} cannot create environments"
+    )
     inner = folder / "bin" / "python"
     constraints = folder / "constraints.txt"
     constraints.write_text(_CONSTRAINTS)
@@ -91,7 +93,7 @@ def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
     _run([inner, "-I", "-m", "pip", "install", "setuptools<81", wheel.path], environment, on_line, what)
     on_line("trying to import it")
     toolkit = inspect_toolkit(inner, "rkedge toolkit setup")
-    what = f"{wheel.path.name} was installed, and cannot be imported"
+    what = f"{wheel.path.name} was installed but cannot be imported"
     _run([inner, "-I", "-c", _IMPORT], clean_environment(inner), on_line, what, _IMPORT_SECONDS)
     note = {
         "wheel": wheel.path.name,
@@ -106,7 +108,7 @@ def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
 
 def _pip_environment(constraints: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name.startswith(_PIP_KEPT)}
-    # pip takes several, and those of the person stay in force; builds of old packages obey them too.
+    # pip accepts several, and the user's own stay in force; builds of old packages obey them too.
     kept["PIP_CONSTRAINT"] = " ".join(filter(None, [kept.get("PIP_CONSTRAINT"), str(constraints)]))
     return {**_SETTINGS, **kept}
 
@@ -118,7 +120,7 @@ def _run(
     what: str,
     seconds: float = _PIP_SECONDS,
 ) -> None:
-    """Run a program to its end, or raise HostError with its last words. It ends with all it started, also on Ctrl-C."""
+    """Run a program to its end, or raise HostError with its last lines. Kills all that it started, also on Ctrl-C."""
     last: deque[str] = deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -145,7 +147,7 @@ def _run(
         if process.stdout is not None:
             process.stdout.close()
     if process.returncode == -signal.SIGKILL:
-        last.append(f"ended after {seconds:,.0f} s, or by the kernel for want of memory")
+        last.append(f"killed after {seconds:,.0f} s, or by the kernel when memory ran out")
     if process.returncode != 0:
         raise _failed(what, list(last))
 
@@ -160,24 +162,24 @@ def _failed(what: str, lines: Sequence[str]) -> HostError:
 
 
 def find_python(version: str, named: Path | None = None) -> Path:
-    """An interpreter of a release such as `3.12` that can make environments. Raises HostError."""
+    """Return an interpreter of a release such as `3.12` that can create environments. Raises HostError."""
     if named:
         found = _version_of(named)
         if found != version:
             raise HostError(
                 f"{named} is Python {found}; the wheel is for {version}."
                 if found
-                else f"{named} is not a Python that runs.",
-                hint=f"Name a Python {version}, or take the vendor's wheel for another Python.",
+                else f"{named} does not run as a Python interpreter.",
+                hint=f"Name a Python {version}, or use the vendor's wheel for another Python.",
             )
         return named.absolute()
     for candidate in _pythons(version):
         if _version_of(candidate) == version:
             return candidate
     raise HostError(
-        f"The wheel is for Python {version}, and none was found: neither on PATH nor with pyenv, uv or conda.",
+        f"The wheel is for Python {version}, but none was found on PATH or with pyenv, uv or conda.",
         hint=f"Install it (for example `uv python install {version}` or `pyenv install {version}`), name it with"
-        " --python, or take the vendor's wheel for another Python.",
+        " --python, or use the vendor's wheel for another Python.",
     )
 
 
@@ -196,7 +198,7 @@ def _pythons(version: str) -> Iterator[Path]:
 
 
 def _version_of(python: Path) -> str:
-    """`3.12`, or nothing if it does not run: pyenv has a shim for each release that any of its Pythons has."""
+    """`3.12`, or an empty string if it does not run: pyenv has a shim for each release of any of its Pythons."""
     code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a running conversion reports: the worker's lines, checked word for word, and what its output adds."""
+"""Events of a running conversion: from the worker's lines, strictly checked, and from its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_LINE: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Started:
-    """The worker runs. `python` is its release, `pid` its process."""
+    """The worker started. `python` is its release, `pid` its process ID."""
 
     python: str
     pid: int
@@ -21,14 +21,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step begins: `import`, `load`, `build` or `export`."""
+    """A step started: `import`, `load`, `build` or `export`."""
 
     stage: str
 
 
 @dataclass(frozen=True)
 class StageDone:
-    """A step returned; `seconds` by the clock."""
+    """A step returned; `seconds` is wall-clock time."""
 
     stage: str
     seconds: float
@@ -36,17 +36,17 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Done:
-    """All steps returned 0. What they wrote is for the runner to find out."""
+    """All steps returned 0. The runner checks what they wrote."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The worker gives up.
+    """The worker gave up.
 
     Attributes:
-        kind: `job` (not understood), `import`, `argument` (the installed method has no such), `exception`, `exit`
+        kind: `job` (not understood), `import`, `argument` (the installed method does not take it), `exception`, `exit`
             or `returned` (the toolkit's -1).
-        message: for a person; `trace` is Python's, where there is one.
+        message: Text for the user; `trace` is Python's traceback, if any.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Progress:
-    """A bar in the toolkit's output: `done` of `total` of what `title` names."""
+    """A progress bar in the toolkit's output: `done` of `total`, for the work that `title` names."""
 
     title: str
     done: int
@@ -66,7 +66,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Notice:
-    """A line of the toolkit: `level` is `info`, `warning` or `error`."""
+    """A message of the toolkit: `level` is `info`, `warning` or `error`."""
 
     level: str
     text: str
@@ -74,7 +74,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The worker lives: seconds since its start, and the most memory it has had, in bytes."""
+    """The worker is alive: seconds since its start, and its peak memory in bytes."""
 
     seconds: float
     peak_memory: int
@@ -83,7 +83,7 @@ class Heartbeat:
 WorkerEvent: TypeAlias = Started | Stage | StageDone | Done | Failure
 Event: TypeAlias = WorkerEvent | Progress | Notice | Heartbeat
 
-# The worker's own, by the word in `event`.
+# The worker's own events, by the value of `event`.
 _KINDS: Final[dict[str, type[WorkerEvent]]] = {
     "started": Started,
     "stage": Stage,
@@ -95,7 +95,7 @@ _TYPES: Final[dict[str, type]] = {"str": str, "int": int, "float": float}
 
 
 def parse_event(line: bytes) -> WorkerEvent:
-    """One line of the worker. Raises ToolkitError if it is anything else than it should be."""
+    """Parse one line of the worker. Raises ToolkitError for anything unexpected."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -118,5 +118,5 @@ def _protocol(line: bytes) -> ToolkitError:
     shown = line[:200].decode("utf-8", "replace")
     return ToolkitError(
         f"The toolkit's worker reported something that RKEdge does not understand: {shown!r}.",
-        hint="Something in the toolkit's environment writes where only the worker may. Run `rkedge toolkit setup`.",
+        hint="Something in the toolkit's environment writes to the worker's own channel. Run `rkedge toolkit setup`.",
     )

@@ -1,4 +1,4 @@
-"""A conversion that failed, as the error that fits: from the worker's last event, its exit and the toolkit's log."""
+"""Choose the error for a failed conversion from the worker's last event, its exit code and the toolkit's log."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _FULL_DISK: Final = 64 << 20
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run that failed.
+    """What is known about a failed run.
 
     Attributes:
-        exit_code: negative for a signal.
-        hung_after: seconds without a sign of life after which it was ended.
-        out_of_memory_kills: processes that the kernel ended for want of memory meanwhile, on this machine.
-        peak_memory, free_disk: in bytes.
-        tail: the log's last lines; `text` is the log, `log` its file.
+        exit_code: Exit code; negative for a signal.
+        hung_after: Seconds without a sign of life after which it was killed.
+        out_of_memory_kills: Processes on this machine that the kernel killed for lack of memory meanwhile.
+        peak_memory, free_disk: In bytes.
+        tail: Last lines of the log; `text` is the log, `log` its file.
     """
 
     version: str
@@ -64,18 +64,18 @@ class Facts:
 
     @property
     def killed(self) -> bool:
-        """Ended by signal 9, which is not ours; 137 is how a shell script around the interpreter says it."""
+        """Whether signal 9 that is not ours killed it; a shell script around the interpreter reports 137."""
         return self.hung_after is None and self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 def explain(facts: Facts) -> RKEdgeError:
-    """The error for a run that did not reach its end."""
+    """The error for a run that did not finish."""
     if facts.hung_after is not None:
         return _error(
             ToolkitError,
             facts,
             f"showed no activity for {facts.hung_after:,.0f} s while {_STAGES[facts.stage]}, and was killed",
-            hint="Look whether the disk or the GPU works, then try again; --toolkit-patience sets another limit.",
+            hint="Check that the disk and the GPU work, then try again; --toolkit-patience sets another limit.",
         )
     if facts.killed:
         return _out_of_memory(facts)
@@ -88,53 +88,53 @@ def explain(facts: Facts) -> RKEdgeError:
         )
     if facts.failure is None:
         how = f"signal {-facts.exit_code}" if facts.exit_code < 0 else f"exit code {facts.exit_code}"
-        return _error(ToolkitError, facts, f"broke off with {how} while {_STAGES[facts.stage]}")
+        return _error(ToolkitError, facts, f"exited with {how} while {_STAGES[facts.stage]}")
     if facts.failure.kind == "import":
         return _error(
             HostError,
             facts,
             f"cannot be imported: {facts.failure.message}",
-            hint="Make the environment anew with the vendor's wheel: `rkedge toolkit setup --wheel FILE`.",
+            hint="Recreate the environment from the vendor's wheel: `rkedge toolkit setup --wheel FILE`.",
         )
     if facts.failure.kind == "argument":
         return _error(
             HostError,
             facts,
-            f"does not take what its release should: {facts.failure.message}",
-            hint="The package and its version do not belong together: `rkedge toolkit setup --wheel FILE` makes an"
+            f"does not accept what its release should: {facts.failure.message}",
+            hint="The package does not match its version: `rkedge toolkit setup --wheel FILE` creates an"
             " environment from one wheel.",
         )
     return _error(ToolkitError, facts, f"failed while {_STAGES[facts.stage]}: {facts.failure.message}")
 
 
 def no_file(facts: Facts) -> RKEdgeError:
-    """The error for a run that returned 0 and wrote nothing."""
-    return _error(ToolkitError, facts, "returned 0 for every step and wrote no .rkllm file")
+    """The error for a run that returned 0 but wrote nothing."""
+    return _error(ToolkitError, facts, "returned 0 for every step but wrote no .rkllm file")
 
 
 def bad_file(facts: Facts, why: str) -> RKEdgeError:
-    """The error for a file that is none."""
-    return _error(ToolkitError, facts, f"returned 0 for every step, and its file is not whole: {why}")
+    """The error for a file that is not a whole .rkllm file."""
+    return _error(ToolkitError, facts, f"returned 0 for every step, but its file is incomplete: {why}")
 
 
 def cannot_start(python: Path, error: OSError) -> HostError:
-    """The error for an interpreter that does not start."""
+    """The error for an interpreter that cannot be started."""
     return HostError(f"{python} cannot be started: {error.strerror or error}.", hint="Run `rkedge toolkit info`.")
 
 
 def _out_of_memory(facts: Facts) -> RKEdgeError:
-    seen = "its out-of-memory killer struck" if facts.out_of_memory_kills else "which it does when memory runs out"
+    seen = "its out-of-memory killer was active" if facts.out_of_memory_kills else "which it does when memory runs out"
     held = f", with {facts.peak_memory / 1e9:.1f} GB in memory" if facts.peak_memory else ""
     needs = ""
     if facts.parameters:
         size = facts.parameters * LOADED_BYTES.get(facts.load_dtype, 4)
-        needs = f" The weights alone are {size / 1e9:.1f} GB in {facts.load_dtype}."
+        needs = f" The weights alone take {size / 1e9:.1f} GB in {facts.load_dtype}."
     return _error(
         HostError,
         facts,
-        f"was ended by the kernel ({seen}) while {_STAGES[facts.stage]}{held};"
+        f"was killed by the kernel ({seen}) while {_STAGES[facts.stage]}{held};"
         f" this machine has {read_memory()}.{needs}",
-        hint="Add swap (4 bytes for each weight of the model, and some more), close other programs, raise the limit of"
+        hint="Add swap (more than 4 bytes for each weight of the model), close other programs, raise the limit of"
         " the container or of WSL, or load the weights in 16 bits: --toolkit-load-dtype bfloat16.",
     )
 
@@ -166,12 +166,12 @@ def _diagnose(facts: Facts) -> Diagnosis:
     if facts.failure:
         text += f"\n{facts.failure.trace}\n{facts.failure.message}\n"
     if facts.killed:
-        text += "\nKilled\n"  # as a shell says it, and as people report it
+        text += "\nKilled\n"  # as a shell prints it, and as people report it
     return diagnose(text, context={"stage": "convert", "toolkit": facts.version})
 
 
 def out_of_memory_kills() -> int:
-    """How many processes the kernel has ended for want of memory since it started; 0 where it does not tell."""
+    """Processes that the kernel has killed for lack of memory since boot; 0 if it does not report this."""
     try:
         found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
         return int(found[1]) if found else 0

@@ -1,4 +1,4 @@
-"""Where the vendor's toolkit is: the interpreter that a person named, or an environment that `setup` made."""
+"""Find the vendor's toolkit: an interpreter that the user named, or an environment that `setup` created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIABLE: Final = "RKEDGE_TOOLKIT_PYTHON"
 WORKER: Final = Path(__file__).with_name("worker.py")
 MARKER: Final = "rkedge-toolkit.json"
 _PROBE_SECONDS: Final = 60
-# What the toolkit may see of the caller's environment: no keys and tokens, no PYTHON* settings.
+# Variables of the caller's environment that the toolkit may see: no keys and tokens, no PYTHON* settings.
 _KEPT: Final = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES: Final = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "RKLLM_")
 _SET: Final = {
@@ -39,10 +39,10 @@ class Toolkit:
     """An interpreter that has rkllm-toolkit.
 
     Attributes:
-        python: the interpreter, as named (a virtual environment's is a link, and stays one).
-        origin: who named it.
-        release: what the installed version takes.
-        parts: versions of the packages that it depends on; empty for one that is missing.
+        python: Interpreter as named (a virtual environment's is a symbolic link, and is not resolved).
+        origin: Where it was named.
+        release: Capabilities of the installed version.
+        parts: Versions of the packages that it depends on; empty for a missing one.
     """
 
     python: Path
@@ -57,38 +57,38 @@ class Toolkit:
         return self.release.version
 
     def as_dict(self) -> dict[str, Any]:
-        """What decides a result made with it, without its place on this machine."""
+        """What determines its results; leaves out its path on this machine."""
         return {"version": self.version, "python": self.python_version, "packages": dict(self.parts)}
 
 
 def environments_folder() -> Path:
-    """Where `rkedge toolkit setup` makes environments."""
+    """Folder in which `rkedge toolkit setup` creates environments."""
     return own_folder("data") / "toolkit"
 
 
 def config_file() -> Path:
-    """The person's own settings."""
+    """The user's configuration file."""
     return own_folder("config") / "config.yaml"
 
 
 def clean_environment(python: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a program that runs under the toolkit's interpreter."""
+    """Environment variables for a program that runs under the toolkit's interpreter."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     kept["PATH"] = os.pathsep.join([str(python.parent), kept.get("PATH", os.defpath)])
     return {**kept, **_SET, **(extra or {})}
 
 
 def find_toolkit(named: Path | None = None) -> Toolkit:
-    """The toolkit to use, by the first of: `named`, RKEDGE_TOOLKIT_PYTHON, the configuration file, environments.
+    """Return the toolkit to use, from the first of: `named`, RKEDGE_TOOLKIT_PYTHON, the config file, environments.
 
     Raises:
-        HostError: none, or one that cannot be used.
-        UsageError: the configuration file is wrong.
+        HostError: There is none, or it cannot be used.
+        UsageError: The configuration file is invalid.
     """
     for python, origin in _candidates(named):
         return inspect_toolkit(python, origin)
     raise HostError(
-        "Conversion for a board needs the vendor's rkllm-toolkit, and none is set up on this machine.",
+        "Conversion for a board needs the vendor's rkllm-toolkit, but none is set up on this machine.",
         hint="Download its wheel from the vendor's repository (airockchip/rknn-llm, folder rkllm-toolkit) and"
         " run `rkedge toolkit setup --wheel FILE`, or name an interpreter that has it with --toolkit-python or"
         f" {VARIABLE}.",
@@ -109,7 +109,7 @@ def _candidates(named: Path | None) -> Iterator[tuple[Path, str]]:
 
 
 def _release_of(marker: Path) -> Version:
-    """The release that an environment is named after; the oldest of all for a folder that somebody renamed."""
+    """Release in an environment's name; sorts a renamed folder as the oldest."""
     try:
         return version(marker.parent.name)
     except ValueError:
@@ -118,7 +118,7 @@ def _release_of(marker: Path) -> Version:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The part `toolkit` of the configuration file."""
+    """The `toolkit` section of the configuration file."""
 
     python: Path | None = None
 
@@ -131,7 +131,7 @@ def _configured() -> Path | None:
     def fail(text: str) -> UsageError:
         return UsageError(f"{path}: {text}.", hint="Write it as docs/toolkit.md shows, or remove it.")
 
-    # Other parts of the file are others' business.
+    # The other sections are read elsewhere.
     settings = read_mapping(path, fail).get("toolkit") or {}
     if not isinstance(settings, dict):
         raise fail(f"toolkit is {type(settings).__name__}; it must be a mapping")
@@ -140,26 +140,26 @@ def _configured() -> Path | None:
 
 
 def inspect_toolkit(python: Path, origin: str) -> Toolkit:
-    """Ask an interpreter (or the folder of its environment) what it has. Raises HostError."""
+    """Inspect the toolkit of an interpreter, or of an environment's folder. Raises HostError."""
     found = probe(python, origin)
     python = Path(found["executable"])
     if not found["toolkit"]:
         raise HostError(
             f"{python}, named by {origin}, has no rkllm-toolkit.",
-            hint="Install the vendor's wheel there, or have an environment made: `rkedge toolkit setup --wheel FILE`.",
+            hint="Install the vendor's wheel there, or create an environment: `rkedge toolkit setup --wheel FILE`.",
         )
     return Toolkit(python, origin, release(found["toolkit"]), found["python"], found["parts"])
 
 
 def probe(python: Path, origin: str) -> dict[str, Any]:
-    """The worker's answer about an interpreter; nothing of the toolkit is imported. Raises HostError."""
+    """Ask the worker about an interpreter; nothing of the toolkit is imported. Raises HostError."""
     python = python.expanduser().absolute()
     if python.is_dir():
         python = python / "bin" / "python"
     if not python.is_file() or not os.access(python, os.X_OK):
         raise HostError(
             f"{origin} names {python}, which does not exist or is not executable.",
-            hint="Name the interpreter of the environment that has rkllm-toolkit, such as ENV/bin/python.",
+            hint="Name the interpreter of the environment with rkllm-toolkit, such as ENV/bin/python.",
         )
     try:
         done = subprocess.run(
@@ -175,6 +175,6 @@ def probe(python: Path, origin: str) -> dict[str, Any]:
         stderr = getattr(error, "stderr", None) or b""
         last = stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [str(error)]
         raise HostError(
-            f"{python}, named by {origin}, does not work as a Python of 3.8 or later: {last[0]}.",
-            hint="Name another interpreter, or have an environment made: `rkedge toolkit setup --wheel FILE`.",
+            f"{python}, named by {origin}, does not work as Python 3.8 or later: {last[0]}.",
+            hint="Name another interpreter, or create an environment: `rkedge toolkit setup --wheel FILE`.",
         ) from error

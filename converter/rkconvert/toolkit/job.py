@@ -1,4 +1,4 @@
-"""What is asked of the toolkit: checked against the installed release, and put into that release's own calls."""
+"""Jobs for the toolkit: checked against the installed release, and translated into that release's calls."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ToolkitJob(ToolkitOptions):
     """One conversion.
 
     Attributes:
-        model: folder in Hugging Face layout, with safetensors.
-        output: the .rkllm file to make; an adapter's file gets the suffix `_lora`.
-        dtype: quantized type, or `fp16` for none.
-        max_context: largest context of the file, in tokens.
-        lora: folder of one adapter that becomes a file of its own, for rkllm_load_lora.
-        parameters: number of weights, 0 for unknown: against which memory and the file's size are judged.
+        model: Folder in Hugging Face layout, with safetensors.
+        output: .rkllm file to make; an adapter's file gets the suffix `_lora`.
+        dtype: Quantized type, or `fp16` for none.
+        max_context: Largest context of the file, in tokens.
+        lora: Folder of one adapter that becomes a separate file, for rkllm_load_lora.
+        parameters: Number of weights, 0 if unknown; memory and the file's size are judged by it.
     """
 
     model: Path
@@ -44,33 +44,33 @@ class ToolkitJob(ToolkitOptions):
 
     @property
     def least_size(self) -> int:
-        """Bytes that a whole file has at least: the weights in their type."""
+        """Lower bound of a complete file's size, in bytes: the weights in their type."""
         return self.parameters * parse_type(self.dtype).bits // 8
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls of one release, as the worker makes them, and what a person should know about them.
+    """The calls for one release, as the worker makes them, with notes for the user.
 
     Attributes:
-        steps: `{"stage", "method", "arguments"}` each, in order.
-        notes: where the release cannot do exactly what was asked.
+        steps: A dict of `stage`, `method` and `arguments` for each call, in order.
+        notes: Notes on what the release cannot do exactly as asked.
     """
 
     steps: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
 
     def document(self) -> str:
-        """The job as the worker reads it: one line of JSON."""
+        """The job as one line of JSON, which the worker reads."""
         return json.dumps({"schema": SCHEMA, "calls": self.steps}, ensure_ascii=True) + "\n"
 
 
 def calls(job: ToolkitJob, installed: Release, export_path: Path) -> Calls:
-    """The calls that make `job` with the release that is installed.
+    """Return the calls that carry out `job` with the installed release.
 
     Raises:
-        RefusedError: this release is documented not to do it.
-        UsageError: a value that no release takes.
+        RefusedError: This release is documented not to support it.
+        UsageError: No release accepts the value.
     """
     _check_values(job)
     _check_unquantized(job)
@@ -117,7 +117,7 @@ def _check_values(job: ToolkitJob) -> None:
 
 
 def _check_unquantized(job: ToolkitJob) -> None:
-    """Without quantization there is nothing that these could tell."""
+    """Refuse options that have no effect without quantization."""
     told = {
         "algorithm": job.algorithm != "normal",
         "hybrid-rate": job.hybrid_rate != 0,
@@ -136,27 +136,27 @@ def _check_type(job: ToolkitJob, installed: Release) -> None:
     types = installed.dtypes.get(job.platform)
     if types is None:
         raise RefusedError(
-            f"rkllm-toolkit {installed.version} makes no files for {job.platform}; it knows"
+            f"rkllm-toolkit {installed.version} makes no files for {job.platform}; it supports"
             f" {', '.join(installed.dtypes)} ({installed.source('dtypes')}).",
             hint=_first_with(lambda row: job.platform in row.dtypes),
         )
     if job.dtype != UNQUANTIZED and job.dtype not in types:
         raise RefusedError(
-            f"rkllm-toolkit {installed.version} takes {', '.join(types)} for {job.platform}, and not {job.dtype}"
+            f"rkllm-toolkit {installed.version} supports {', '.join(types)} for {job.platform}, but not {job.dtype}"
             f" ({installed.source('dtypes')}).",
             hint=_first_with(lambda row: job.dtype in row.dtypes.get(job.platform, ()), f"Use --dtype {types[0]}."),
         )
     most = installed.cores[job.platform]
     if not 1 <= job.npu_cores <= most:
         raise RefusedError(
-            f"A file for {job.npu_cores} NPU cores was asked for; the {job.platform} has {most}"
+            f"A file for {job.npu_cores} NPU cores was asked for, but the {job.platform} has {most}"
             f" ({installed.source('cores')}).",
             hint=f"Use --npu-cores {most}, or fewer.",
         )
 
 
 def _first_with(has: Callable[[Release], bool], otherwise: str = "Choose another SoC.") -> str:
-    """The next step: the first release that can do it, or something else."""
+    """Hint at the first release that supports it, or at an alternative."""
     first = next((version for version in CALLABLE if has(release(version))), None)
     if first is None:
         return otherwise
@@ -177,21 +177,21 @@ def _check_algorithm(job: ToolkitJob, installed: Release) -> None:
         raise UsageError(f"The rank of {job.algorithm!r} must be from 1 to {_MOST_RANK}.")
     if match and job.lora:
         raise RefusedError(
-            f"{job.algorithm} makes a LoRA file of its own, and the runtime cannot use another beside it"
+            f"{job.algorithm} makes its own LoRA file, and the runtime cannot use another at the same time"
             f" ({installed.source('low_rank')}).",
             hint="Merge the adapter (--lora-mode merge), or use the algorithm without _rN.",
         )
     if algorithm in installed.gpu_algorithms and parse_type(job.dtype).bits != 4:
         raise RefusedError(
-            f"{algorithm} is for w4a16 and its grouped types only; {job.dtype} was asked for"
+            f"{algorithm} is only for w4a16 and its grouped types, but {job.dtype} was asked for"
             f" ({installed.source('gpu_algorithms')}).",
             hint="Use normal, which the vendor advises for w8a8 and its grouped types.",
         )
     if algorithm in installed.gpu_algorithms and job.toolkit_device != "cuda":
         raise RefusedError(
-            f"{algorithm} needs a CUDA GPU, and the device is {job.toolkit_device}"
+            f"{algorithm} needs a CUDA GPU, but the device is {job.toolkit_device}"
             f" ({installed.source('gpu_algorithms')}).",
-            hint="Use --toolkit-device cuda on a machine with an NVIDIA card, or the algorithm normal.",
+            hint="Use --toolkit-device cuda on a machine with an NVIDIA card, or the normal algorithm.",
         )
 
 
@@ -199,16 +199,16 @@ def _context_notes(job: ToolkitJob, installed: Release) -> list[str]:
     most, step = installed.context["most"], installed.context["step"]
     if job.max_context > most:
         raise RefusedError(
-            f"A context of {job.max_context:,} tokens was asked for; files of rkllm-toolkit {installed.version} hold"
-            f" {most:,} at most ({installed.source('context')}).",
+            f"A context of {job.max_context:,} tokens was asked for, but files of rkllm-toolkit {installed.version}"
+            f" hold {most:,} at most ({installed.source('context')}).",
             hint=_first_with(lambda row: row.context["most"] >= job.max_context, f"Use --max-context {most}."),
         )
     if job.max_context < step or job.max_context % step:
         raise UsageError(f"The context is {job.max_context}; it must be a multiple of {step}.")
     if not installed.takes("build", "max_context") and job.max_context != most:
         return [
-            f"rkllm-toolkit {installed.version} has no max_context: the file itself allows {most:,} tokens; the"
-            f" manifest says {job.max_context:,}, and the runtime keeps to that"
+            f"rkllm-toolkit {installed.version} has no max_context: the file itself allows {most:,} tokens, but the"
+            f" manifest limits it to {job.max_context:,}, and the runtime enforces that"
         ]
     return []
 
@@ -221,7 +221,7 @@ def _load_notes(job: ToolkitJob, installed: Release) -> list[str]:
         return []
     if load != "float32" and job.toolkit_device == "cpu" and not installed.half_on_cpu:
         return [
-            f"rkllm-toolkit {installed.version} is reported to load float32 on the CPU whatever it is told"
+            f"rkllm-toolkit {installed.version} is reported to load float32 on the CPU regardless of this option"
             f" ({installed.source('half_on_cpu')}): {load} may save no memory"
         ]
     return []

@@ -1,4 +1,4 @@
-"""Signs of life of a session of processes that says nothing for a long time, as Linux's /proc shows them."""
+"""Signs of life of a session of processes that prints nothing for a long time, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-# Below this share of one processor a silent program waits for something that does not come.
+# Below this share of one CPU, a silent program is waiting for something that never comes.
 _BUSY: Final = 0.02
 _LOOK_EVERY: Final = 5.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Life:
-    """How long a session has done nothing: no output (`sign`), no processor time, no paging from disk."""
+    """How long a session has been idle: no output (`sign`), no CPU time, no paging from disk."""
 
     def __init__(self, session: int) -> None:
         self._session = session
@@ -24,7 +24,7 @@ class Life:
         self._used, self._faults = 0.0, 0
 
     def due(self, interval: float) -> bool:
-        """Whether a heartbeat is due: once in `interval` seconds."""
+        """Whether a heartbeat is due: once every `interval` seconds."""
         now = time.monotonic()
         if now - self._beat < interval:
             return False
@@ -33,11 +33,11 @@ class Life:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def sign(self) -> None:
-        """It said something."""
+        """Record that the session printed something."""
         self._last = time.monotonic()
 
     def silence(self) -> float:
@@ -52,7 +52,7 @@ class Life:
 
 
 def _stats(session: int) -> Iterator[list[bytes]]:
-    """Of each process of a session what proc(5) has in its stat from field 3 on: state, parent, group, session ..."""
+    """Fields 3 and later of each session process's stat, as in proc(5): state, parent, group, session ..."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name in parentheses may hold anything.
@@ -64,18 +64,18 @@ def _stats(session: int) -> Iterator[list[bytes]]:
 
 
 def _usage(session: int) -> tuple[float, int]:
-    """Processor seconds and major page faults of a session's processes."""
+    """CPU seconds and major page faults of a session's processes."""
     stats = list(_stats(session))
     return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS, sum(int(fields[9]) for fields in stats)
 
 
 def runs(session: int) -> bool:
-    """Whether any process of a session still runs, be it for the moment that an end by signal takes."""
+    """Whether any process of a session still runs, even for the moment that dying of a signal takes."""
     return any(fields[0] not in (b"Z", b"X") for fields in _stats(session))
 
 
 def peak_memory(pid: int) -> int:
-    """Most resident memory that a process has had, in bytes; 0 when it is gone."""
+    """Peak resident memory of a process, in bytes; 0 if it is gone."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

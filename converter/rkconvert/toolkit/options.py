@@ -1,4 +1,4 @@
-"""What only the vendor's toolkit can be asked for: each option once, for the command and for the toolkit's calls."""
+"""Options that only the vendor's toolkit supports, defined once for the command and for the toolkit's calls."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rkruntime.cli.flags import Number
 
 DEVICES: Final = ("cpu", "cuda")
 PATIENCE: Final = 900.0
-"""Seconds without output, processor time or paging after which the toolkit counts as hung."""
+"""Seconds without output, CPU use or paging after which the toolkit counts as hung."""
 _PATH: Final = click.Path(path_type=Path)
 
 
 def _row(argument: str = "", **click_option: Any) -> Mapping[str, Any]:
-    """A field's click option; `argument` is what the toolkit's methods call it, if it is one of theirs."""
+    """Metadata for a field's click option; `argument` is the toolkit's own name for it, if it has one."""
     return {"argument": argument, "option": click_option}
 
 
@@ -32,7 +32,7 @@ class ToolkitOptions:
         metadata=_row(
             type=_PATH,
             show_default=f"${VARIABLE}, else searched for",
-            help="Use the rkllm-toolkit that this Python interpreter has.",
+            help="Use the rkllm-toolkit installed for this Python interpreter.",
         ),
     )
     calibration: Path | None = field(
@@ -89,17 +89,17 @@ class ToolkitOptions:
 
     @property
     def asked_of_the_toolkit(self) -> dict[str, Any]:
-        """These options' values, also of a record that has more."""
+        """Take these options from a record, which may have more fields."""
         return {item.name: getattr(self, item.name) for item in fields(ToolkitOptions)}
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The values by the toolkit's own names, paths as texts."""
+        """Values by the toolkit's own names, with paths as strings."""
         named = {item.metadata["argument"]: getattr(self, item.name) for item in fields(ToolkitOptions)}
         return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in named.items() if key}
 
     def given(self) -> list[str]:
-        """The command's options of those that are not the default."""
+        """Names of the command-line options that differ from their default."""
         return [_flag(item.name) for item in fields(ToolkitOptions) if getattr(self, item.name) != item.default]
 
 
@@ -108,13 +108,13 @@ def _flag(name: str) -> str:
 
 
 def toolkit_python_option() -> Callable[[Any], Any]:
-    """`--toolkit-python`, for a command that takes no other of them."""
+    """Add only `--toolkit-python` to a command."""
     (item,) = (item for item in fields(ToolkitOptions) if item.name == "toolkit_python")
     return click.option(_flag(item.name), **item.metadata["option"])
 
 
 def toolkit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a command with all of them."""
+    """Add all of these options to a command."""
     for item in reversed(fields(ToolkitOptions)):
         command = click.option(_flag(item.name), default=item.default, **item.metadata["option"])(command)
     return command

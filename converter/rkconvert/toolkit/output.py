@@ -1,4 +1,4 @@
-"""The toolkit's own output while it runs: kept raw, its bars and messages told as events, its last lines remembered."""
+"""The toolkit's output while it runs: logged raw, bars and messages turned into events, the last lines kept."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from rkconvert.toolkit.events import Notice, Progress
 from rkruntime.checks import logtext
 
 _BREAK: Final = re.compile(rb"[\r\n]+")
-# `Optimizing model:  88%|####4  | 28/32 [1:04:19<09:28, 142.23s/it]` (tqdm, whatever its blocks are drawn with)
+# `Optimizing model:  88%|####4  | 28/32 [1:04:19<09:28, 142.23s/it]` (tqdm, with any block characters)
 _TQDM: Final = re.compile(r"(?P<title>[^|%]{1,80}?):?\s+\d{1,3}%\|.*\|?\s(?P<done>\d{1,12})/(?P<total>\d{1,12})\s*\[")
-# `[==================>] 597/597 (100%)`: the exporter's own bar, which has no title.
+# `[==================>] 597/597 (100%)`: the exporter's own bar, without a title.
 _BAR: Final = re.compile(r"\[=*>?\s*\]\s*(?P<done>\d{1,12})/(?P<total>\d{1,12})\s*\(\d{1,3}%\)")
 _EXPORT_TITLE: Final = "Exporting model"
 _LEVEL: Final = re.compile(r"(?P<level>INFO|WARNING|ERROR)\s*:\s*(?P<text>\S.*)")
 _VERSION: Final = re.compile(r"rkllm-toolkit version: (\S{1,40})")
-# A line without an end must not grow for ever, nor a log fill the disk.
+# A line that never ends must not grow without bound, and a log must not fill the disk.
 _LONGEST_LINE: Final = 64 << 10
 _MOST_LOG: Final = 32 << 20
 _LAST_LINES: Final = 20
 
 
 class Output:
-    """Takes the bytes as they come.
+    """Collects the output as it arrives.
 
     Args:
-        log: file for the raw bytes, 32 MiB at most.
+        log: File for the raw bytes, at most 32 MiB.
 
     Attributes:
-        lines: the last lines that are not progress bars.
-        version: what the toolkit calls itself (`INFO: rkllm-toolkit version: 1.2.3`), or empty.
+        lines: Last lines that are not progress bars.
+        version: Version that the toolkit reports (`INFO: rkllm-toolkit version: 1.2.3`), or empty.
     """
 
     def __init__(self, log: Path) -> None:
@@ -55,7 +55,7 @@ class Output:
         self._log.close()
 
     def feed(self, data: bytes) -> Iterator[Progress | Notice]:
-        """Keep some bytes, and give the events of the lines that they complete."""
+        """Log some bytes, and yield the events of the lines that they complete."""
         self._log.write(data[: self._room])
         self._log.flush()
         self._room -= min(self._room, len(data))
@@ -66,16 +66,16 @@ class Output:
             yield from self._line(line)
 
     def finish(self) -> Iterator[Progress | Notice]:
-        """Events of a last line without an end."""
+        """Events of a last line without a line break."""
         line, self._pending = self._pending, b""
         yield from self._line(line)
 
     def tail(self) -> list[str]:
-        """The last lines, and the bar that stood below them."""
+        """The last lines, and the bar below them."""
         return [*self.lines, self._bar] if self._bar else list(self.lines)
 
     def text(self) -> str:
-        """The log so far, decoded; head and tail of a long one."""
+        """The log so far, decoded; for a long one its head and tail."""
         with self.path.open("rb") as file:
             return logtext.read_log(file)
 

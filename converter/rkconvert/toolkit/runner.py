@@ -1,6 +1,6 @@
-"""A conversion from job to file: checked first, run in a session of its own, and the new file read back.
+"""A conversion from job to file: check it, run it in its own session, and read the new file back.
 
-What the toolkit writes lands in a scratch folder beside the result, and goes with it unless it is the result.
+The toolkit writes to a scratch folder beside the result; everything there but the result is deleted.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _LOGS_KEPT: Final = 10
 
 @dataclass(frozen=True)
 class ToolkitResult:
-    """A conversion that worked.
+    """A successful conversion.
 
     Attributes:
-        file: what the new file says of itself.
-        lora: the adapter's own file, if there is one.
-        calls: what the toolkit was called with.
-        notes: where the release could not do exactly what was asked, and what the file does not agree with.
-        warnings: the toolkit's own.
-        seconds: by stage.
-        peak_memory: most memory of the worker, in bytes.
-        log: the toolkit's raw output, for report/; the caller's to move.
+        file: What the new file says about itself.
+        lora: Separate adapter file, if any.
+        calls: Calls made to the toolkit.
+        notes: Notes on what the release could not do exactly as asked, and on what disagrees with the file.
+        warnings: The toolkit's own warnings.
+        seconds: Seconds by stage.
+        peak_memory: Peak memory of the worker, in bytes.
+        log: The toolkit's raw output, for report/; the caller moves it.
     """
 
     path: Path
@@ -57,18 +57,19 @@ class ToolkitResult:
 
 
 def _ignore(_: Event) -> None:
-    """For callers that do not watch."""
+    """Default for callers that ignore events."""
 
 
 def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = _ignore) -> ToolkitResult:
-    """Convert; `job.output` exists and is whole when this returns, and does not exist when it raises.
+    """Convert. `job.output` is complete when this returns, and does not exist when it raises.
 
     Args:
-        on_event: gets every event, and a heartbeat each second; what it raises ends the toolkit and comes out here.
+        on_event: Called with every event, and a heartbeat each second; an exception in it kills the toolkit
+            and is raised here.
 
     Raises:
-        RefusedError, UsageError: the installed release does not do this; nothing was started.
-        ToolkitError, HostError, CheckpointError, CalibrationError: it failed; `details` holds the diagnosis and lines.
+        RefusedError, UsageError: The installed release does not support this; nothing was started.
+        ToolkitError, HostError, CheckpointError, CalibrationError: It failed; `details` holds the diagnosis and lines.
     """
     with _scratch(job.output) as scratch:
         export = scratch / "model.rkllm"
@@ -95,7 +96,7 @@ def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = _ignore) 
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the result: on its disk, and gone afterwards with all that the toolkit leaves in it."""
+    """A folder beside the result, on the same disk, deleted afterwards with everything the toolkit left in it."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=".toolkit-", dir=output.parent.absolute()))
     except OSError as error:
@@ -107,7 +108,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 
 def _log_file() -> Path:
-    """A new log in the person's cache, where it stays if the conversion fails; older ones go."""
+    """A new log in the user's cache, kept there if the conversion fails; deletes the oldest."""
     cache = own_folder("cache") / "logs"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def _log_file() -> Path:
 
 
 def _check(run: Session, job: ToolkitJob, scratch: Path) -> RkllmFile:
-    """The new file, read back; or the error that fits what happened."""
+    """Read the new file back; raises the error that fits what happened."""
     if not isinstance(run.outcome, Done):
         raise failures.explain(_facts(run, job))
     files = sorted(path for path in scratch.glob("*.rkllm*") if path.is_file() and not _is_lora(path))
@@ -133,7 +134,7 @@ def _check(run: Session, job: ToolkitJob, scratch: Path) -> RkllmFile:
         raise failures.bad_file(_facts(run, job), error.message.replace(f"{scratch}/", "")) from error
     if file.size < job.least_size:
         raise failures.bad_file(
-            _facts(run, job), f"it has {file.size:,} bytes, and the weights alone take {job.least_size:,}"
+            _facts(run, job), f"it has {file.size:,} bytes, but the weights alone take {job.least_size:,}"
         )
     return file
 
@@ -172,6 +173,6 @@ def _facts(run: Session, job: ToolkitJob) -> failures.Facts:
 def _disagreements(run: Session, file: RkllmFile) -> Iterator[str]:
     said = run.output.version
     if said and said != run.toolkit.version:
-        yield f"the toolkit calls itself {said}, its package {run.toolkit.version}"
+        yield f"the toolkit reports version {said}, but its package is {run.toolkit.version}"
     if file.toolkit_version and said and file.toolkit_version != said:
         yield f"the file says that rkllm-toolkit {file.toolkit_version} made it"

@@ -1,6 +1,6 @@
-"""The worker as a process: started with a clean environment, heard, watched, and ended with all that it started.
+"""The worker process: started with a clean environment, watched, and killed with everything it started.
 
-It leads a session of its own, so that nothing of it outlives the conversion: not when it is done, when a callback
+It leads its own session, so that nothing of it outlives the conversion: not when it is done, when a callback
 raises, on Ctrl-C, when it shows no activity, nor when this process dies.
 """
 
@@ -38,9 +38,9 @@ from rkconvert.toolkit.output import Output
 
 _TICK: Final = 0.25
 _HEARTBEAT: Final = 1.0
-# Once everything has returned, interpreters with torch in them take a moment to end, and some never do.
+# Once everything has returned, interpreters that loaded torch take a moment to exit, and some never do.
 _GRACE: Final = 30.0
-# What is left in the pipes of an ended session is there at once; a process that escaped it may hold them open.
+# The rest of a dead session's output can be read at once; a process that escaped may hold the pipes open.
 _DRAIN: Final = 2.0
 _BLOCK: Final = 1 << 16
 
@@ -49,16 +49,16 @@ OnEvent = Callable[[Event], None]
 
 @dataclass
 class Session:
-    """One run of the worker, and what came of it.
+    """One run of the worker, and its outcome.
 
     Attributes:
-        scratch: its working folder; what it writes anywhere else is nobody's wish.
-        stage: the last that began.
-        outcome: its last word, or None if it broke off.
-        exit_code: negative for a signal.
-        hung: it was ended for want of a sign of life.
-        out_of_memory_kills: by the kernel, on this machine, meanwhile.
-        warnings: the toolkit's own.
+        scratch: Its working folder; nothing should be written elsewhere.
+        stage: Last stage that started.
+        outcome: Its last event, or None if it broke off.
+        exit_code: Exit code; negative for a signal.
+        hung: Whether it was killed because it showed no sign of life.
+        out_of_memory_kills: Processes on this machine that the kernel killed for lack of memory meanwhile.
+        warnings: The toolkit's own warnings.
     """
 
     toolkit: Toolkit
@@ -78,7 +78,7 @@ class Session:
     _deadline: float = 0.0
 
     def talk(self, steps: Calls) -> None:
-        """Start the worker, hand it the job, and listen until it and all that it started have ended."""
+        """Start the worker, hand it the job, and listen until it and everything it started have exited."""
         kills = failures.out_of_memory_kills()
         events_in, events_out = os.pipe()
         python = self.toolkit.python
@@ -113,9 +113,9 @@ class Session:
         self.out_of_memory_kills = failures.out_of_memory_kills() - kills
 
     def _send(self, process: subprocess.Popen[bytes], steps: Calls) -> None:
-        # Standard input stays open: the worker ends its session when the other end is gone.
+        # Standard input stays open: the worker kills its session when the other end is closed.
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # It died before it read; its output says why.
+        with suppress(BrokenPipeError):  # It died before reading; its output says why.
             process.stdin.write(steps.document().encode())
 
     def _listen(self, process: subprocess.Popen[bytes], events_in: int) -> None:
@@ -138,13 +138,13 @@ class Session:
             self._take(event)
 
     def _watch(self, process: subprocess.Popen[bytes], life: Life) -> None:
-        """Once in a tick: report life, and end the session when its time has come."""
+        """Once per tick: report life, and kill the session when its time is up."""
         now = time.monotonic()
         if life.due(_HEARTBEAT):
             self.peak_memory = max(self.peak_memory, peak_memory(process.pid))
             self.on_event(Heartbeat(life.seconds, self.peak_memory))
         if has_ended(process):
-            # What it started may live on, and hold its output open.
+            # Its children may live on, and hold its output open.
             self._deadline = min(self._deadline or now, now)
         elif self.outcome is not None:
             self._deadline = self._deadline or now + _GRACE
@@ -177,17 +177,17 @@ class Session:
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has ended, without taking its exit code: until that is taken, its number is nobody else's."""
+    """Whether it has exited, without reaping it, so that its PID cannot be reused yet."""
     if process.returncode is not None:
         return True
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def end_session(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads its own group, and everything else in that group. Its exit code is kept."""
+    """Kill a process that leads its own group, and the rest of that group. Its exit code is kept."""
     if process.returncode is not None:
         return
-    # The leader is not waited for yet, so the group's number cannot have been given to another.
+    # The leader has not been reaped yet, so its group ID cannot have been reused.
     os.killpg(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + _DRAIN
     while runs(process.pid) and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
-"""The model folder that the toolkit is given: weights as safetensors, settings that every transformers 4 and 5 reads.
+"""The model folder for the toolkit: weights as safetensors, settings that transformers 4 and 5 both read.
 
-It is made anew for each conversion, so nothing of a stranger's folder reaches the toolkit but numbers and texts that
-were checked: no pickles, and no `auto_map`, by which transformers would run the folder's own code.
+It is made afresh for each conversion, so only checked numbers and texts from a stranger's folder reach the toolkit:
+no pickles, and no `auto_map`, by which transformers would run the folder's own code.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from rkruntime.errors import AdapterError, CheckpointError
 from rkruntime.text.template import BOS
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
-# Files of the tokenizer that hold no code; tokenizer.json and tokenizer_config.json are written anew.
+# Tokenizer files without code; tokenizer.json and tokenizer_config.json are rewritten.
 _TOKENIZER_FILES: Final = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-# transformers 5 writes these; transformers 4 knows other names, which 5 reads too.
+# transformers 5 writes these names; transformers 4 needs others, which 5 reads too.
 _NEW_CLASSES: Final = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-# Left out they would be 50 and 30.
+# If omitted, transformers fills in 50 and 30.
 _NULL_MEANS_NONE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
 _RENAMED: Final = {"dtype": "torch_dtype"}
-# Code, quantization that is undone, and what is written under its older name.
+# Code, quantization that has been undone, and what is written under its older name.
 _DROPPED: Final = ("auto_map", "quantization_config", "rope_parameters", "rope_scaling", "transformers_version")
 
 
 def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: Path, advance: Advance) -> None:
-    """Fill `folder`, which may hold shards of a run that was killed; weights are linked where they are the base's own
-    files, else written.
+    """Fill `folder`, which may hold shards of a killed run. Weights are linked if they are the base's own files, else
+    written.
 
     Args:
-        advance: gets the bytes of each block that is written.
+        advance: Called with the bytes of each block written.
 
     Raises:
-        CheckpointError, AdapterError: NaN or infinite weights.
+        CheckpointError, AdapterError: Weights are NaN or infinite.
     """
     if is_linked(model):
         _link_weights(model, folder)
@@ -67,8 +67,8 @@ def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: 
 
 
 def is_linked(model: MergedModel) -> bool:
-    """Whether the base's files hold the model as it stands, under names that transformers looks for: nothing is written
-    then.
+    """Whether the base's files contain this exact model, under names that transformers looks for, so that none need be
+    written.
     """
     files = model.checkpoint.weight_files
     stored = model.checkpoint.weights
@@ -91,7 +91,7 @@ def _link_weights(model: MergedModel, folder: Path) -> None:
 
 
 def stage_adapter(adapter: Adapter, folder: Path) -> None:
-    """The adapter's settings and weights alone, in the new `folder`."""
+    """Write only the adapter's settings and weights, to the new `folder`."""
     folder.mkdir(exist_ok=True)
     settings = read_json(adapter.path / ADAPTER_CONFIG, AdapterError)
     # Names a Python module to import.
@@ -104,10 +104,10 @@ def stage_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def config(raw: Mapping[str, Any], checked: GemmaConfig, release: Release, eos: tuple[int, ...]) -> dict[str, Any]:
-    """config.json for the toolkit: checked values in place of what is null, absent or named as transformers 5 does.
+    """config.json for the toolkit: checked values for what is null, absent or named as in transformers 5.
 
-    The exporter wants numbers where a null stands (airockchip/rknn-llm issue 148), and releases before 1.3.0 store one
-    end token only (CHANGELOG.md @ 1.3.0).
+    The exporter needs numbers instead of null (airockchip/rknn-llm issue 148), and releases before 1.3.0 store only
+    one end token (CHANGELOG.md @ 1.3.0).
     """
     settings = {_RENAMED.get(key, key): value for key, value in raw.items() if key not in _DROPPED}
     settings = {key: value for key, value in settings.items() if value is not None or key in _NULL_MEANS_NONE}
@@ -130,13 +130,13 @@ def config(raw: Mapping[str, Any], checked: GemmaConfig, release: Release, eos: 
     if "sliding_window" in FAMILIES[checked.family].defaults:
         scalar = checked.query_pre_attn_scalar
         sizes["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
-        # A window as long as the context is none.
+        # A window as long as the context has no effect.
         sizes["sliding_window"] = checked.sliding_window or checked.max_position_embeddings
     return settings | sizes
 
 
 def tokenizer_config(raw: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
-    """tokenizer_config.json for the toolkit: with the chat template in it, where every release looks for one."""
+    """tokenizer_config.json for the toolkit: with the chat template in it, where every release looks."""
     settings = {key: value for key, value in raw.items() if key not in _DROPPED}
     name = settings.get("tokenizer_class")
     settings["tokenizer_class"] = _NEW_CLASSES.get(str(name), name) or "GemmaTokenizerFast"

@@ -1,4 +1,4 @@
-"""The vendor's wheel, as a person downloaded it: looked into before anything is installed."""
+"""The vendor's wheel as the user downloaded it: inspected before anything is installed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Wheel:
     """A wheel of rkllm-toolkit.
 
     Attributes:
-        release: what its version takes.
-        python: the release of Python that it is for, such as `3.12`.
-        platform: its platform tag, such as `linux_x86_64`.
+        release: Capabilities of its version.
+        python: Python release that it is for, such as `3.12`.
+        platform: Platform tag, such as `linux_x86_64`.
     """
 
     path: Path
@@ -41,11 +41,11 @@ class Wheel:
 
 
 def read_wheel(path: Path) -> Wheel:
-    """Look into a wheel. Nothing is unpacked.
+    """Inspect a wheel without unpacking it.
 
     Raises:
-        InputError: no wheel, or not one of rkllm-toolkit.
-        HostError: a release that RKEdge does not use.
+        InputError: Not a wheel, or not one of rkllm-toolkit.
+        HostError: RKEdge does not support the release.
     """
     metadata, tag = _read_metadata(path)
     name, version = metadata.get("Name", ""), metadata.get("Version", "")
@@ -56,22 +56,22 @@ def read_wheel(path: Path) -> Wheel:
     match = _NAME.fullmatch(path.name)
     if not match or match["version"].replace("_", "+") != version.replace("_", "+"):
         raise InputError(
-            f"{path} was renamed: pip reads version and Python from a wheel's name, and inside it is {name} {version}.",
-            hint=f"Give the file its name again: rkllm_toolkit-{version}-{tag}.whl",
+            f"{path} was renamed: pip reads version and Python from a wheel's name, but it contains {name} {version}.",
+            hint=f"Restore the file's name: rkllm_toolkit-{version}-{tag}.whl",
         )
     python = f"{match['major']}.{match['minor']}"
     found = release(version)
     if python not in found.python:
         raise InputError(
-            f"{path.name} is for Python {python}, with which rkllm-toolkit {version} cannot be installed"
+            f"{path.name} is for Python {python}, but rkllm-toolkit {version} cannot be installed there"
             f" ({found.source('python')}).",
-            hint=f"Take the wheel for Python {' or '.join(found.python)}.",
+            hint=f"Use the wheel for Python {' or '.join(found.python)}.",
         )
     return Wheel(path.absolute(), found, python, match["platform"])
 
 
 def _read_metadata(path: Path) -> tuple[dict[str, str], str]:
-    """METADATA's headers, and the first tag of WHEEL."""
+    """Return METADATA's headers, and the first tag in WHEEL."""
     try:
         with path.open("rb") as file:
             refuse_lfs_pointer(path, file.read(64), InputError)
@@ -83,8 +83,8 @@ def _read_metadata(path: Path) -> tuple[dict[str, str], str]:
     # zipfile's own: NotImplementedError for an unknown compression, RuntimeError for an encrypted file.
     except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(
-            f"{path} is not a wheel, or was not downloaded whole: {error}.",
-            hint="A page of a web site saved as .whl is a frequent cause: use its raw download.",
+            f"{path} is not a wheel, or its download is incomplete: {error}.",
+            hint="A common cause is a web page saved as .whl: use the raw download.",
         ) from error
     metadata, wheel = (Parser().parsestr(text, headersonly=True) for text in texts)
     return {key: str(value) for key, value in metadata.items()}, str(wheel.get("Tag", "cp312-cp312-linux_x86_64"))
@@ -101,16 +101,16 @@ def check_host(wheel: Wheel) -> None:
     machine = platform.machine()
     if not sys.platform.startswith("linux") or machine not in ("x86_64", "AMD64"):
         raise HostError(
-            f"rkllm-toolkit is made for Linux on x86-64 alone ({wheel.platform}); this is {sys.platform} on {machine}.",
-            hint="Convert on a PC, also under WSL or in a virtual machine; the board needs only librkllmrt.so.",
+            f"rkllm-toolkit runs only on Linux on x86-64 ({wheel.platform}); this is {sys.platform} on {machine}.",
+            hint="Convert on a PC (WSL or a virtual machine will do); the board needs only librkllmrt.so.",
         )
     if not re.fullmatch(r"(many)?linux\w*_x86_64(\.(many)?linux\w*_x86_64)*", wheel.platform):
         raise HostError(
-            f"{wheel.path.name} is for {wheel.platform}, and this machine is linux_x86_64.",
-            hint="Take the wheel that ends in linux_x86_64.whl.",
+            f"{wheel.path.name} is for {wheel.platform}, but this machine is linux_x86_64.",
+            hint="Use the wheel that ends in linux_x86_64.whl.",
         )
     if platform.libc_ver()[0] != "glibc":
         raise HostError(
             "This system's C library is not glibc, and torch, which the toolkit needs, has wheels for glibc only.",
-            hint="Use Debian, Ubuntu or Fedora, or a container of one of these, in the place of Alpine.",
+            hint="Use Debian, Ubuntu or Fedora, or a container of one of these, instead of Alpine.",
         )

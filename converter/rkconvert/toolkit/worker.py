@@ -1,10 +1,10 @@
-"""Runs rkllm-toolkit under the interpreter that has it: one JSON job on standard input, JSON events out.
+"""Run rkllm-toolkit under the interpreter that has it: one JSON job on standard input, JSON events out.
 
-    PYTHON -I -u worker.py EVENTS        EVENTS: number of an open file descriptor, or -
+    PYTHON -I -u worker.py EVENTS        EVENTS: an open file descriptor, or -
 
-A program of its own, not a module of RKEdge: Python 3.8 and its standard library are enough, as the vendor's oldest
-wheels ask for. Everything that the toolkit prints goes to standard output and error, apart from the events. With - it
-says on standard output what is installed, and imports none of it.
+A separate program, not a module of RKEdge: it needs only Python 3.8, for the vendor's oldest wheels, and its standard
+library. Everything that the toolkit prints goes to standard output and error, apart from the events. With - it prints
+what is installed to standard output, and imports none of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "rkedge-toolkit-job/1"
 DISTRIBUTIONS = ("rkllm-toolkit", "rkllm_toolkit")
-# Versions worth knowing when an environment does not work.
+# Versions that help when an environment does not work.
 PARTS = ("torch", "transformers", "numpy", "setuptools", "auto_gptq", "datasets")
 METHODS = ("load_huggingface", "build", "export_rkllm")
 CALL_KEYS = {"stage", "method", "arguments"}
@@ -64,7 +64,7 @@ def installed_version(name: str) -> str:
 
 
 def probe() -> dict[str, Any]:
-    """What is installed here, by what the packages say of themselves; nothing of them is run."""
+    """What is installed here, from the packages' metadata; none of their code runs."""
     version = next((found for found in map(installed_version, DISTRIBUTIONS) if found), "")
     return {
         "python": platform.python_version(),
@@ -77,7 +77,7 @@ def probe() -> dict[str, Any]:
 
 
 def read_job(line: bytes) -> list[dict[str, Any]]:
-    """The calls of a job. Raises JobError if it is not exactly one."""
+    """Parse the calls of a job. Raises JobError if it does not match the schema exactly."""
     try:
         job = json.loads(line)
         calls = job["calls"]
@@ -92,27 +92,27 @@ def read_job(line: bytes) -> list[dict[str, Any]]:
 
 
 def guarded(kind: str, stage: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns; whatever it raises becomes a JobError, also an exit, which the toolkit is known for."""
+    """Run `work`; whatever it raises becomes a JobError, even an exit, for which the toolkit is known."""
     try:
         return work()
     except JobError:
         raise
     except SystemExit as error:
         raise JobError("exit", stage, "The toolkit ended the program with exit(" + repr(error.code) + ").") from error
-    except Exception as error:  # The toolkit is closed, and raises whatever it likes.
+    except Exception as error:  # The toolkit is closed source, and may raise anything.
         text = type(error).__name__ + ": " + str(error)
         raise JobError(kind, stage, text, traceback.format_exc()[-8000:]) from error
 
 
 def import_toolkit() -> Any:
-    """The class RKLLM."""
+    """Import the class RKLLM."""
     from rkllm.api import RKLLM  # type: ignore[import-not-found]
 
     return RKLLM()
 
 
 def check_arguments(toolkit: Any, calls: list[dict[str, Any]]) -> None:
-    """Compare every call with the methods' own signatures, where they tell: before an hour of work, not after."""
+    """Compare every call with the methods' signatures, if available, before an hour of work instead of after it."""
     for call in calls:
         method = getattr(toolkit, call["method"], None)
         if method is None:
@@ -120,7 +120,7 @@ def check_arguments(toolkit: Any, calls: list[dict[str, Any]]) -> None:
         try:
             signature = inspect.signature(method)
         except (TypeError, ValueError):
-            continue  # A compiled method may not tell.
+            continue  # A compiled method may have no signature.
         try:
             signature.bind(**call["arguments"])
         except TypeError as error:
@@ -137,7 +137,7 @@ def convert(calls: list[dict[str, Any]], events: Events) -> None:
 
 
 def run_call(toolkit: Any, call: dict[str, Any]) -> None:
-    """One call; anything but 0 is a failure, for the toolkit returns -1 and prints why."""
+    """Make one call; anything but 0 is a failure, as the toolkit returns -1 and prints why."""
     method = getattr(toolkit, call["method"])
     returned = guarded("exception", call["stage"], partial(method, **call["arguments"]))
     if returned != 0:
@@ -154,7 +154,7 @@ def timed(events: Events, stage: str, work: Callable[[], Any]) -> Any:
 
 
 def read_line(descriptor: int) -> bytes:
-    """All up to the first line's end, or to the end of the input."""
+    """Read up to the end of the first line or of the input."""
     line = b""
     while not line.endswith(b"\n"):
         data = os.read(descriptor, 1 << 16)
@@ -165,7 +165,7 @@ def read_line(descriptor: int) -> bytes:
 
 
 def end_with_parent(descriptor: int) -> None:
-    """Wait until nobody holds the other end of standard input, then end this process group: the parent is gone."""
+    """Wait until the other end of standard input is closed, which means the parent died; kill this process group."""
     while os.read(descriptor, 1 << 16):
         pass
     if os.getpgid(0) == os.getpid():
@@ -179,7 +179,7 @@ def main() -> int:
         print(json.dumps(probe()))  # noqa: T201 - this is the answer
         return 0
     events = Events(int(sys.argv[1]))
-    # The toolkit may ask questions; it gets no answer, and never the parent's pipe.
+    # The toolkit may prompt: it gets no answer, and never the parent's pipe.
     stdin = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:

@@ -63,7 +63,7 @@ REFUSED = {
         lambda tensors: tensors.pop(f"{EMBEDDING}.weight"),
         {},
         {"modules_to_save": ["embed_tokens"]},
-        "name model.embed_tokens in modules_to_save, and its file lacks it",
+        "name model.embed_tokens in modules_to_save, but its file lacks it",
     ),
     "one norm of all that are to be saved": (
         lambda tensors: tensors.pop("base_model.model.model.layers.1.input_layernorm.weight"),
@@ -81,13 +81,13 @@ REFUSED = {
         lambda tensors: tensors.update({f"{HEAD}.modules_to_save.weight": torch.ones(1024, 64)}),
         {},
         {},
-        r"has .*modules_to_save\.weight and not lm_head\.weight",
+        r"has .*modules_to_save\.weight but not lm_head\.weight",
     ),
     "matrices that are not targeted": (
         lambda tensors: None,
         {"target_modules": ["v_proj"]},
         {"target_modules": ["q_proj", "v_proj"]},
-        r"has matrices for model\.layers\.0\.self_attn\.q_proj \(2 such modules\), which its settings do not target",
+        r"has matrices for model\.layers\.0\.self_attn\.q_proj \(2 such modules\) that its settings do not target",
     ),
     "matrices of a layer that is not targeted": (
         lambda tensors: None,
@@ -117,7 +117,7 @@ REFUSED = {
         lambda tensors: None,
         {"trainable_token_indices": [3, 5000]},
         {"trainable_token_indices": [3, 4]},
-        "needs 5,001 rows of model.embed_tokens.weight, the base model has 1,024",
+        "needs 5,001 rows of model.embed_tokens.weight, but the base model has 1,024",
     ),
     "modules to save that are no list": (
         lambda tensors: None,
@@ -129,13 +129,13 @@ REFUSED = {
         lambda tensors: None,
         {"target_modules": ["c_attn"], "exclude_modules": ".*vision.*", "layers_pattern": "layers"},
         {},
-        "targets c_attn, and the base model has no such module",
+        "targets c_attn, but the base model has no such module",
     ),
     "targets of another model": (
         lambda tensors: None,
         {"target_modules": ["c_attn", "query_key_value"]},
         {},
-        "targets c_attn, query_key_value, and the base model has no such module",
+        "targets c_attn, query_key_value, but the base model has no such module",
     ),
 }  # fmt: skip
 
@@ -157,7 +157,7 @@ def test_lists_of_targets_for_many_models(opened):
 def test_a_missing_pair_is_noted(opened, targets):
     model = opened(settings={"target_modules": targets})
     (note,) = model.notes
-    assert "targets model.layers.0.self_attn.v_proj and has no matrices for it (2 such modules)" in note
+    assert "targets model.layers.0.self_attn.v_proj but has no matrices for it (2 such modules)" in note
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_copy_of_another_base(opened, make_model, bits):
         tensors[f"{EMBEDDING}.base_layer.weight"][7] += 1
 
     model = opened(change, target_modules=["embed_tokens"])
-    assert "was saved with its base's model.embed_tokens.weight, which is not this base's" in model.notes[0]
+    assert "was saved with its base's model.embed_tokens.weight, which differs from this base's" in model.notes[0]
     adapter = load_file(model.adapters[0].path / "adapter_model.safetensors")
     # A PeftModel computes with the adapter's copy, on both sides of a tied model.
     assert not model.weights.config.tie_word_embeddings
@@ -258,7 +258,7 @@ def test_whose_tokenizer_is_used(make_model, make_adapter, tokenizer, edit_json,
         assert (merged.chat_template == source.chat_template) == (mine == own)
         assert (merged.get_vocab() == source.get_vocab()) == (mine == own)
     assert (tmp_path / "merged" / "special_tokens_map.json").exists() != own
-    said = [word for word in ("another tokenizer.json", "another chat template") if any(word in note for note in notes)]
+    said = [word for word in ("different tokenizer", "different chat template") if any(word in note for note in notes)]
     assert len(said) == len(notes) == (0 if own else 2)
     assert (tmp_path / "merged" / "generation_config.json").read_bytes() == (
         base / "generation_config.json"
@@ -310,7 +310,7 @@ def test_an_adapters_tokenizer_that_its_rows_do_not_suffice_for(make_model, make
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     checkpoint = open_checkpoint(base)
     if grow_to:
-        with pytest.raises(AdapterError, match="tokenizer of 1,031 tokens, and its embeddings have 1,030 rows"):
+        with pytest.raises(AdapterError, match="tokenizer of 1,031 tokens, but its embeddings have 1,030 rows"):
             merged_model(checkpoint, [Lora(str(adapter))])
     else:
         model = merged_model(checkpoint, [Lora(str(adapter))])
@@ -409,7 +409,7 @@ def test_notes_reach_a_person(make_model, make_adapter, edit_json, tmp_path, cap
     adapter = make_adapter(base)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="/home/me/secret/Llama-3-8B\x1b[2J")
     arguments = [str(base), "--lora", str(adapter)]
-    words = "names Llama-3-8B[2J as its base, and this is base"
+    words = "names Llama-3-8B[2J as its base, but this is base"
     assert main(["merge", *arguments, "-o", str(tmp_path / "merged"), "--json"]) == 0
     said = capsys.readouterr()
     assert words in json.loads(said.out)["notes"][0]

@@ -118,7 +118,7 @@ def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pyte
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkconvert.calibrate.targets.read_memory", lambda: Memory(1 << 30, 0, 1000))
-    with pytest.raises(HostError, match="GB of memory are free"):
+    with pytest.raises(HostError, match="GB of memory is free"):
         rkedge(BASE, "-o", tmp_path / "data.json", "--targets", "model")
     monkeypatch.setattr(command, "read_memory", lambda: Memory(1 << 30, 0, 1000))
     assert rkedge(BASE, "-o", tmp_path / "data.json")["targets"] == "given"
@@ -200,7 +200,7 @@ def test_an_order_that_the_template_refuses(count: TokenCounter) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no text in it"),
+        ("", "contains no text"),
         ("{", "line 1 is not JSON"),
         ('{"messages": []}', "no question"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no question"),
@@ -208,7 +208,7 @@ def test_an_order_that_the_template_refuses(count: TokenCounter) -> None:
         ('{"messages": [{"role": "user"}]}', "no text"),
         ('{"messages": ["q"]}', "no text"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}', "no text"),
-        ('{"prompt": "q"}', "neither a list 'messages'"),
+        ('{"prompt": "q"}', "no list 'messages'"),
         ("[1]", "item 1 is not a conversation"),
         ("[" * 100_000, "not JSON"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
@@ -253,7 +253,7 @@ def test_the_generation_prompt_is_found() -> None:
         ('["q"]', "row 1 is a JSON str"),
         ('[{"input": "q"}]', "row 1 has the keys input; they must be input and target"),
         ('[{"input": "q", "target": "a", "more": 1}]', "has the keys input, more, target"),
-        ('[{"input_embed": [[1]], "target": "a"}]', "holds embeddings"),
+        ('[{"input_embed": [[1]], "target": "a"}]', "has embeddings"),
         ('[{"input": "", "target": "a"}]', "the input of row 1 is ''"),
         ('[{"input": "q", "target": " "}]', "the target of row 1"),
         ('[{"input": "\\ud800", "target": "a"}]', "the input of row 1"),

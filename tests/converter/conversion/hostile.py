@@ -283,7 +283,7 @@ def a_bin_that_evaluates(box):
     box.as_bin(b"cbuiltins\neval\n(S'1'\ntR.")
 
 
-@case("without a data.pkl of a sensible size")
+@case("without a data.pkl of reasonable size")
 def a_zip_bomb(box):
     box.as_bin(b"\0" * (100 << 20), how=zipfile.ZIP_DEFLATED)
 
@@ -312,23 +312,23 @@ def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
     return b"\x80\x02}X\x19\0\0\0model.embed_tokens.weight" + tensor + b"s."
 
 
-@case("larger than the memory that it points to")
+@case("larger than its storage")
 def a_bin_that_points_beyond(box):
     # The last element that these strides reach is the fifth; without them four would fit.
     box.as_bin(tensor_pickle((2, 2), (1, 3)), {"data/0": bytes(8)})
 
 
-@case("does not hold the bytes of the tensor")
+@case("does not contain the bytes of the tensor")
 def a_bin_with_compressed_bytes(box):
     box.as_bin(tensor_pickle((2, 2), (2, 1)), {"data/0": bytes(8)}, zipfile.ZIP_DEFLATED)
 
 
-@case("has a shape, strides or an offset that cannot be")
+@case("has an impossible shape, strides or offset")
 def a_bin_with_a_shape_below_zero(box):
     box.as_bin(tensor_pickle((-2, 2), (2, 1)), {"data/0": bytes(8)})
 
 
-@case("too large to be rearranged")
+@case("too large to rearrange")
 def a_bin_with_one_number_for_many(box):
     box.as_bin(tensor_pickle((1 << 20, 1 << 20), (0, 0)), {"data/0": bytes(8)})
 
@@ -422,7 +422,7 @@ def patterns_that_are_a_list(box):
     lora_config(box, rank_pattern=[["q_proj", 4]])
 
 
-@case("init_lora_weights is .'a'., which is not known")
+@case("init_lora_weights is .'a'., which is unknown")
 def a_beginning_that_is_a_list(box):
     lora_config(box, init_lora_weights=["a"])
 
@@ -606,7 +606,7 @@ def a_gguf_with_nan(box):
     return [box.gguf(fill=float("nan"))]
 
 
-@case("has a token twice")
+@case("has a duplicate token")
 def a_gguf_with_a_token_twice(box):
     tokens = gguf_metadata()["tokenizer.ggml.tokens"]
     return [box.gguf(metadata={"tokenizer.ggml.tokens": ["a", "a", *tokens[2:]]})]
@@ -628,7 +628,7 @@ def a_gguf_whose_heads_are_text(box):
     return [box.gguf(metadata={"gemma2.attention.head_count": "eight"})]
 
 
-@case("holds the architecture \"\\['gemma2'\\]\"")
+@case("has the architecture \"\\['gemma2'\\]\"")
 def a_gguf_whose_architecture_is_a_list(box):
     return [box.gguf(metadata={"general.architecture": ["gemma2"]})]
 

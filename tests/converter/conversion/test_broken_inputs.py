@@ -120,7 +120,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "config.json is no JSON": (lambda f: write(f / "config.json", "{"), r"config\.json is not JSON"),
-    "config.json is a list": (lambda f: write(f / "config.json", "[1]"), "holds a JSON list"),
+    "config.json is a list": (lambda f: write(f / "config.json", "[1]"), "contains a JSON list"),
     "config.json is deep": (lambda f: write(f / "config.json", "[" * 200_000), r"config\.json is not JSON"),
     "config.json is an LFS pointer": (lambda f: write(f / "config.json", LFS), r"config\.json is a Git LFS pointer"),
     "weights are an LFS pointer": (lambda f: write(f / "model.safetensors", LFS), r"safetensors is a Git LFS pointer"),
@@ -151,11 +151,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor without a shape": (
         lambda f: header(f, lambda h: h[QUERY].pop("shape")),
-        "describes the tensor .*q_proj.* in no known way",
+        "describes the tensor .*q_proj.* in an unknown way",
     ),
     "a tensor of negative size": (
         lambda f: header(f, lambda h: h[QUERY].update(shape=[-64, -64])),
-        "describes the tensor .*q_proj.* in no known way",
+        "describes the tensor .*q_proj.* in an unknown way",
     ),
     "a tensor of an unknown format": (lambda f: header(f, lambda h: h[QUERY].update(dtype="F4")), "the format F4"),
     "a tensor larger than its bytes": (
@@ -215,7 +215,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tokenizer without bytes": (
         lambda f: tokenizer(f, lambda t: t["model"]["vocab"].pop("<0x41>")),
-        "no token for every byte",
+        "does not have a token for every byte",
     ),
     "merges of unknown parts": (
         lambda f: tokenizer(f, lambda t: t["model"]["merges"].append(["no", "where"])),
@@ -246,11 +246,11 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown beginning": (lambda f: settings(f, init_lora_weights="magic"), "init_lora_weights is 'magic'"),
     "aLoRA": (lambda f: settings(f, alora_invocation_tokens=[1]), "It has aLoRA"),
     "repeated layers": (lambda f: settings(f, layer_replication=[[0, 2]]), "It has repeated layers"),
-    "another rank than it says": (lambda f: settings(f, r=16), "have rank 4 and 4; its settings say 16"),
+    "another rank than it says": (lambda f: settings(f, r=16), "have rank 4 and 4, but its settings say 16"),
     "a rank of nothing": (lambda f: settings(f, r=0), "r of .* is 0; it must be a positive number"),
     "unknown modules": (
         lambda f: settings(f, target_modules=["Wqkv"]),
-        "targets Wqkv, and the base model has no such module",
+        "targets Wqkv, but the base model has no such module",
     ),
     "a layer that the base has not": (
         lambda f: tensors(f, lambda t: t.update({LORA.replace("s.1.", "s.9."): t[LORA]}), "adapter_model.safetensors"),
@@ -274,7 +274,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pattern that would be searched for ever": (
         lambda f: settings(f, alpha_pattern={"(a+)+$": 3}),
-        "too complex to be searched for safely",
+        "too complex to be matched safely",
     ),
     "a pickle that runs code": (
         lambda f: (
@@ -305,7 +305,7 @@ GGUFS: dict[str, tuple[bytes, str]] = {
     "an empty file": (b"", "is not a GGUF file"),
     "version 1": (gguf(version=1), "is GGUF version 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(99), "is GGUF version 50331648"),
-    "another architecture": (gguf(b"llama"), "holds the architecture 'llama'"),
+    "another architecture": (gguf(b"llama"), "has the architecture 'llama'"),
     "a header that ends early": (gguf(values=7), "its header ends early"),
     "more tensors than there are atoms": (gguf(tensors=1 << 60), "claims 1,152,921,504,606,846,976 tensors"),
     "an endless array": (

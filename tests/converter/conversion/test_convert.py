@@ -204,7 +204,7 @@ NINE = {
 @pytest.mark.parametrize(
     ("sizes", "dtype", "words"),
     [
-        ({}, "w4a16", ["takes no 4-bit type", "int8 weights", "2.61 GB"]),
+        ({}, "w4a16", ["supports a 4-bit type", "int8 weights", "2.61 GB"]),
         ({}, "w8a8_g128", ["57 % of the speed", "5.49", "9.67", "vendor figure", "--force-dtype"]),
         (
             NINE,

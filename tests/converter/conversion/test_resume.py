@@ -97,7 +97,7 @@ def test_a_matrix_keeps_what_it_would_make_again(tmp_path, capsys, change):
         assert (code, outcome["status"]) == (0, "there")
     else:
         assert (code, outcome["status"]) == (3, "failed")
-        assert "made of something else" in outcome["message"]
+        assert "made from something else" in outcome["message"]
 
 
 def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path, monkeypatch):

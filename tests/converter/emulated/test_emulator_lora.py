@@ -95,6 +95,6 @@ def test_factors_of_their_own(make_model, make_adapter, tmp_path):
 def test_what_such_a_file_cannot_say(make_model, make_adapter, tmp_path, settings):
     base = make_model()
     folder = make_adapter(base, **{"target_modules": ["q_proj"], **settings})
-    with pytest.raises(AdapterError, match="all that a LoRA file of RKLLM can say"):
+    with pytest.raises(AdapterError, match="all that an RKLLM LoRA file can express"):
         write_lora(tmp_path / "lora.rkemu", "", folder, base)
     assert not (tmp_path / "lora.rkemu").exists()

@@ -76,9 +76,9 @@ def test_interpreters_that_are_none(tmp_path: Path, environments: Environments) 
         find_toolkit(tmp_path / "no-such-python")
     with pytest.raises(HostError, match="does not exist or is not executable"):
         find_toolkit(tmp_path)
-    with pytest.raises(HostError, match=r"does not work as a Python of 3\.8 or later: it is broken"):
+    with pytest.raises(HostError, match=r"does not work as Python 3\.8 or later: it is broken"):
         find_toolkit(program(tmp_path / "broken", "echo it is broken >&2; exit 1"))
-    with pytest.raises(HostError, match="does not work as a Python"):
+    with pytest.raises(HostError, match="does not work as Python"):
         find_toolkit(program(tmp_path / "silent", "exit 0"))
     with pytest.raises(HostError, match="has no rkllm-toolkit"):
         find_toolkit(Path(__import__("sys").executable))

@@ -123,7 +123,7 @@ ON_RK3576: dict[str, Any] = {"platform": "rk3576", "npu_cores": 2}
         ("1.2.3", "grq", {"platform": "rk3576", "dtype": "w4a16", "npu_cores": 2}, RefusedError, "CUDA"),
         ("1.2.3", "normal_r65", {}, UsageError, "from 1 to 64"),
         ("1.2.3", "normal_r0", {}, UsageError, "from 1 to 64"),
-        ("1.2.3", "normal_r8", {"lora": Path("lora")}, RefusedError, "LoRA file of its own"),
+        ("1.2.3", "normal_r8", {"lora": Path("lora")}, RefusedError, "makes its own LoRA file"),
         ("1.2.3", "normal_x", {}, RefusedError, "has no algorithm"),
         ("1.2.3", "normal", {"hybrid_rate": 1.0}, UsageError, "below 1"),
         ("1.2.3", "normal", {"hybrid_rate": -0.1}, UsageError, "hybrid rate"),

@@ -35,7 +35,7 @@ def test_a_conversion(job: Job, toolkit: Find, version: str, open_descriptors: C
     assert result.path == asked.output
     assert (result.file.toolkit_version, result.file.container_version) == (version, 3)
     assert result.toolkit.version == f"{version}+standin"
-    assert result.notes == (f"the toolkit calls itself {version}, its package {version}+standin",)
+    assert result.notes == (f"the toolkit reports version {version}, but its package is {version}+standin",)
     assert set(result.seconds) == {"import", "load", "build", "export"}
     assert any("two ids" in text for text in result.warnings)
     assert b"Optimizing model: 100%" in result.log.read_bytes()
@@ -75,7 +75,7 @@ def nothing_left(job: ToolkitJob) -> bool:
 
 
 FAULTS = [
-    ("build:killed", HostError, "ended by the kernel", "convert-out-of-memory"),
+    ("build:killed", HostError, "killed by the kernel", "convert-out-of-memory"),
     ("load:segfault", ToolkitError, "broke off with signal 11", None),
     ("build:exit", ToolkitError, r"exit\(3\)", None),
     ("build:raise", CheckpointError, "RuntimeError", "convert-checkpoint-unusable"),
@@ -145,7 +145,7 @@ def test_what_the_toolkit_refuses(
 
 def test_out_of_memory_tells_the_numbers(job: Job, toolkit: Find, fail: Fail) -> None:
     fail("build:killed")
-    with pytest.raises(HostError, match=r"weights alone are 10\.4 GB in float32") as caught:
+    with pytest.raises(HostError, match=r"weights alone take 10\.4 GB in float32") as caught:
         run_toolkit(job(parameters=2_600_000_000), toolkit())
     assert caught.value.details["exit_code"] == -signal.SIGKILL
     assert "swap" in caught.value.hint

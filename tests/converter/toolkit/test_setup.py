@@ -211,7 +211,7 @@ def test_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_python(own, Path(sys.executable)) == Path(sys.executable)
     with pytest.raises(HostError, match=f"is Python {own}; the wheel is for 3.7"):
         find_python("3.7", Path(sys.executable))
-    with pytest.raises(HostError, match="not a Python that runs"):
+    with pytest.raises(HostError, match="does not run as a Python interpreter"):
         find_python("3.7", tmp_path / "python")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The families that can be converted, one module each, by their model_type."""
+"""The families that can be converted, one module each, by model_type."""
 
 from __future__ import annotations
 

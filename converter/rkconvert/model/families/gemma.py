@@ -1,4 +1,4 @@
-"""Gemma 1: two norms a layer; the one before the MLP is called after the attention that it follows."""
+"""Gemma 1: two norms per layer; the one before the MLP is named after the attention that it follows."""
 
 from __future__ import annotations
 

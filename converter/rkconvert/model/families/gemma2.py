@@ -1,4 +1,4 @@
-"""Gemma 2: four norms a layer, soft caps, every other layer with a sliding window."""
+"""Gemma 2: four norms per layer, soft caps, and a sliding window in every other layer."""
 
 from __future__ import annotations
 
