@@ -146,7 +146,7 @@ def test_demo_in_one_command_and_again_from_what_it_left(tmp_path: Path) -> None
     assert len(left) == 2
     again = rkedge("demo", "--output", tmp_path / "out")
     assert again.returncode == 0, again.stderr
-    assert "is there already" in again.stdout
+    assert "already exists" in again.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
 
 

@@ -154,7 +154,7 @@ def test_demo_twice(tmp_path: Path) -> None:
     assert "no board was used" in first.stdout
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
     second = rkedge("demo", "--output", tmp_path / "demo")
-    assert "is there already" in second.stdout
+    assert "already exists" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == stamps
 
 
