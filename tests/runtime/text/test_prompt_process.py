@@ -170,7 +170,7 @@ def test_after_a_limit_it_goes_on(fake_bundle: Bundle) -> None:
     bundle = with_file(fake_bundle, "chat_template.jinja", TREACHEROUS)
     with closing(PromptProcess(bundle, QUICK)) as prompts:
         before = prompts.prompt(chat("hello"), 512)
-        with pytest.raises(BundleError, match="1 seconds of computing"):
+        with pytest.raises(BundleError, match="1 seconds of CPU time"):
             prompts.prompt(chat("open sesame"), 512)
         assert prompts.prompt(chat("hello"), 512) == before
 
