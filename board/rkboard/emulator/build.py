@@ -1,4 +1,4 @@
-"""Builds the stand-in librkllmrt.so of one release from board/emulator, with the user's compiler, into a cache."""
+"""Build the emulated librkllmrt.so of one release from board/emulator, with the user's compiler, into a cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RELEASES: Final = {version: int(abi.RELEASES[version].layout.removeprefix("L")) 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A source file of its own instruction set, left out where the compiler does not know the flags."""
+    """A source file for one instruction set, left out if the compiler does not know the flags."""
 
     source: str
     arch: str
@@ -50,17 +50,17 @@ KERNELS: Final = (
     ),
     Kernel("kernels_neon.cc", "aarch64", ("-march=armv8.2-a+dotprod",), "RKEMU_HAVE_NEON"),
 )
-# These know the layout; all others are shared by the releases.
+# These depend on the layout; all others are shared by the releases.
 ABI_SOURCES: Final = ("api.cc", "convert.cc")
 EXPORTS: Final = "exports.map"
 
-# -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread ends.
+# -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread exits.
 _COMPILE: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 _WARN: Final = ("-Wall", "-Wextra", "-Wpedantic")
 _OPTIMIZE: Final = ("-O3", "-DNDEBUG")
 _LINK: Final = ("-shared", "-pthread", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,nodelete")
-# An interpreter may bring a libstdc++ that is older than the compiler's (conda's does). The unwinder must be the
-# process's own: two of them abort at the first exception that a client's callback throws.
+# An interpreter may bring an older libstdc++ than the compiler's (conda's does). The unwinder must be the
+# process's own: with two, the first exception from a client's callback aborts the process.
 _STATIC: Final = ("-static-libstdc++",)
 _CROSS: Final = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
 _ERROR_LINES: Final = 12
@@ -70,7 +70,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its command, what it says of itself, and the machine it compiles for."""
+    """A C++ compiler: its command, its version line, and the machine it compiles for."""
 
     command: tuple[str, ...]
     version: str
@@ -78,11 +78,11 @@ class Compiler:
 
 
 def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a compiler, until `stop` is asked for at the most: then it is killed with its children."""
-    # The messages are shown to a person and searched for "error": in the language that they were written in.
+    """Run a compiler. When `stop` is requested, it is killed with its children."""
+    # The messages are shown to the user and searched for "error", so they must be in English.
     environment = os.environ | {"LC_ALL": "C"}
     plain, pipe = [str(part) for part in command], subprocess.PIPE
-    if stop is None:  # Ctrl-C reaches it, as it is in this process's group.
+    if stop is None:  # Ctrl-C reaches it, because it is in this process's group.
         return subprocess.run(plain, stdout=pipe, stderr=pipe, text=True, env=environment, check=False)
     with subprocess.Popen(
         plain, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
@@ -110,10 +110,10 @@ def host_arch() -> str:
 
 
 def find_compiler(arch: str | None = None) -> Compiler:
-    """The compiler for `arch` (this machine by default): $CXX, g++ or clang++; a cross compiler for another machine.
+    """Find the compiler for `arch` (default: this machine): $CXX, g++ or clang++; a cross compiler for another machine.
 
     Raises:
-        HostError: there is none.
+        HostError: There is none.
     """
     arch = arch or host_arch()
     if arch == host_arch():
@@ -129,7 +129,7 @@ def find_compiler(arch: str | None = None) -> Compiler:
             version = _run([*command, "--version"]).stdout.partition("\n")[0]
             return Compiler(command, version, arch)
     raise HostError(
-        f"The emulator is built on this machine and no C++ compiler was found (looked for {', '.join(names)}).",
+        f"The emulator is built on this machine, but no C++ compiler was found (looked for {', '.join(names)}).",
         hint=f"Install one: sudo apt install {package}",
     )
 
@@ -140,19 +140,19 @@ def cache_folder() -> Path:
 
 
 def release_number(release: str) -> int:
-    """A release as a number that grows: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
+    """A release as an increasing number: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
     major, minor, patch = version(release).release
     return major * 10000 + minor * 100 + patch
 
 
 def check_release(release: str) -> int:
-    """The layout of a release. UsageError if the emulator has none of that name."""
+    """The layout of a release. Raises UsageError if the emulator does not have that release."""
     abi.check_release(release, abi.EMULATED, "The emulator")
     return RELEASES[release]
 
 
 class _Build:
-    """One library: what is compiled, with which flags, and where it goes."""
+    """The build of one library: what is compiled, with which flags, and where it goes."""
 
     def __init__(self, release: str, compiler: Compiler, sanitize: str | None, warnings_are_errors: bool) -> None:
         self.release, self.compiler = release, compiler
@@ -161,7 +161,7 @@ class _Build:
         self.flags = [*_COMPILE, *_WARN, *(["-Werror"] if warnings_are_errors else []), *extra]
         self.link_flags = [*_LINK, *([f"-fsanitize={sanitize}"] if sanitize else _STATIC)]
         if sanitize:
-            self.link_flags.remove("-Wl,-z,defs")  # the sanitizer's own symbols come from the program
+            self.link_flags.remove("-Wl,-z,defs")  # the sanitizer's symbols come from the program
         self.kernels = [k for k in KERNELS if k.arch == compiler.arch and self._knows(k.flags)]
         self.defines = [f"-D{kernel.define}" for kernel in self.kernels]
         self.folder = cache_folder() / self._digest()
@@ -175,7 +175,7 @@ class _Build:
         for path in sorted(self.sources.iterdir()):
             if path.suffix in (".cc", ".h", ".map"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-        digest.update(Path(declarations.__file__).read_bytes())  # of which the layout's check is made
+        digest.update(Path(declarations.__file__).read_bytes())  # from which the layout check is generated
         facts = (self.compiler, self.flags, self.link_flags, self.kernels)
         digest.update(repr(facts).encode())
         return digest.hexdigest()[:16]
@@ -202,7 +202,7 @@ class _Build:
         return objects
 
     def _make(self, target: Path, command: Sequence[str | Path], stop: Stop | None) -> None:
-        """Run a compiler that writes `target`, which appears whole or not at all."""
+        """Run a compiler that writes `target`, which appears complete or not at all."""
         if stop is not None:
             stop.check()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ class _Build:
         return HostError(
             f"The emulator's build failed ({self.compiler.version}, exit {result.returncode})."
             + (f" The disk of {self.folder} or of the folder for temporary files is full." if full else ""),
-            hint="Free some room, or set XDG_CACHE_HOME and TMPDIR to folders elsewhere."
+            hint="Free some space, or set XDG_CACHE_HOME and TMPDIR to folders elsewhere."
             if full
             else "Try another compiler with CXX=g++ or CXX=clang++ (g++ 9 or newer, clang++ 10 or newer).",
             details={
@@ -264,23 +264,23 @@ def build(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Path:
-    """The emulator's library for a release, built if the cache has none of these sources, compiler and flags.
+    """The emulator's library for a release; builds it unless it is cached for these sources, compiler and flags.
 
     Args:
-        release: a key of RELEASES.
-        arch: x86_64 or aarch64; this machine's by default.
-        sanitize: a value of the compilers' -fsanitize, such as `address,undefined`.
-        warnings_are_errors: as the project's own tests build it.
-        progress: gets a line per compiled file.
-        stop: ends the build from another thread.
+        release: A key of RELEASES.
+        arch: x86_64 or aarch64; default: this machine's.
+        sanitize: Value for the compiler's -fsanitize, such as `address,undefined`.
+        warnings_are_errors: Fail on warnings, as in the project's own tests.
+        progress: Called with a line per compiled file.
+        stop: Stops the build from another thread.
 
     Returns:
-        The file librkllmrt.so, in a folder of its own that can go onto LD_LIBRARY_PATH.
+        The file librkllmrt.so, in its own folder, which can go onto LD_LIBRARY_PATH.
 
     Raises:
-        UsageError: no such release or machine.
-        HostError: no compiler, or it failed, or the cache folder cannot be written.
-        ServiceError: it was stopped.
+        UsageError: No such release or machine.
+        HostError: There is no compiler, it failed, or the cache folder cannot be written.
+        ServiceError: It was stopped.
     """
     check_release(release)
     try:
@@ -288,11 +288,11 @@ def build(
     except OSError as error:
         raise HostError(
             f"Cannot build the emulator in {cache_folder()}: {error.strerror or error}.",
-            hint="Set XDG_CACHE_HOME to a folder that can be written.",
+            hint="Set XDG_CACHE_HOME to a writable folder.",
         ) from error
 
 
 def library_path(release: str = DEFAULT_RELEASE, *, arch: str | None = None) -> Path:
-    """Where build() puts the library, whether it is there or not."""
+    """Where build() puts the library, whether or not it exists yet."""
     check_release(release)
     return _Build(release, find_compiler(arch), None, False).library

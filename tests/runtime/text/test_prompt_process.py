@@ -294,7 +294,7 @@ def test_what_really_failed_is_said(monkeypatch: pytest.MonkeyPatch, broken: str
         with pytest.raises(HostError, match=words) as caught:
             child.call("check", QUICK, messages=[])
         assert caught.value.message.isprintable()
-        assert "seconds of computing" not in caught.value.message
+        assert "seconds of CPU time" not in caught.value.message
         assert "private" not in caught.value.message
 
 
