@@ -57,12 +57,12 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 
 
 def write_error(path: Path, error: OSError) -> HostError | OutputError:
-    """The error for a failed write below `path`."""
+    """What a person is told when writing below `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent if path.parent.is_dir() else "/").free
         return HostError(
             f"The disk is full: writing {path} stopped with {free / 1e9:.2f} GB free.",
-            hint="Free space on that disk, or name an output folder on another one. Nothing half-written is left.",
+            hint="Free space on that disk, or name an output folder on another one. Nothing half-written was left.",
         )
     return OutputError(f"Cannot write {path}: {error.strerror or error}.")
 
@@ -81,7 +81,7 @@ def refuse_existing(final: Path) -> None:
     except OSError as error:
         raise write_error(final, error) from error
     else:
-        raise OutputError(f"{final} exists already and is not overwritten.")
+        raise OutputError(f"{final} exists already, and is not overwritten.")
     if not final.parent.is_dir():
         raise OutputError(f"There is no folder {final.parent} to write into.", hint=f"Make it: mkdir -p {final.parent}")
 
@@ -111,7 +111,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
-    """A new file next to `final` that replaces it when the block ends, and is removed if the block raises."""
+    """A new file beside `final` that replaces it when the block ends, and vanishes when the block raises."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
     except OSError as error:

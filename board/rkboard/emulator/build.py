@@ -140,13 +140,13 @@ def cache_folder() -> Path:
 
 
 def release_number(release: str) -> int:
-    """A release as an increasing number: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
+    """A release as a number that grows: 1.2.3 is 10203, and so is its beta 1.2.3b1."""
     major, minor, patch = version(release).release
     return major * 10000 + minor * 100 + patch
 
 
 def check_release(release: str) -> int:
-    """The layout of a release. Raises UsageError if the emulator does not have that release."""
+    """The layout of a release. UsageError if the emulator has none of that name."""
     abi.check_release(release, abi.EMULATED, "The emulator")
     return RELEASES[release]
 
@@ -175,7 +175,7 @@ class _Build:
         for path in sorted(self.sources.iterdir()):
             if path.suffix in (".cc", ".h", ".map"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-        digest.update(Path(declarations.__file__).read_bytes())  # from which the layout check is generated
+        digest.update(Path(declarations.__file__).read_bytes())  # of which the layout's check is made
         facts = (self.compiler, self.flags, self.link_flags, self.kernels)
         digest.update(repr(facts).encode())
         return digest.hexdigest()[:16]
@@ -267,15 +267,15 @@ def build(
     """The emulator's library for a release; builds it unless it is cached for these sources, compiler and flags.
 
     Args:
-        release: A key of RELEASES.
-        arch: x86_64 or aarch64; default: this machine's.
+        release: a key of RELEASES.
+        arch: x86_64 or aarch64; this machine's by default.
         sanitize: Value for the compiler's -fsanitize, such as `address,undefined`.
         warnings_are_errors: Fail on warnings, as in the project's own tests.
         progress: Called with a line per compiled file.
         stop: Stops the build from another thread.
 
     Returns:
-        The file librkllmrt.so, in its own folder, which can go onto LD_LIBRARY_PATH.
+        The file librkllmrt.so, in a folder of its own that can go onto LD_LIBRARY_PATH.
 
     Raises:
         UsageError: No such release or machine.

@@ -28,12 +28,12 @@ class Fault:
     """A row of board/emulator/faults_table.cc.
 
     Attributes:
-        class_: What `rkedge diagnose` calls a log with this fault; empty if no log shows it.
-        value: What the number in NAME=VALUE means; empty if there is none.
-        default: That number, unless one is given.
-        lines: What the library prints; %T is a time, %V the value, %M the model's path.
-        kernel: What the driver prints, to the file that RKEMU_KERNEL_LOG names or else to stderr.
-        driver: The driver that is reported with this fault; empty for the usual one.
+        class_: what `rkedge diagnose` calls a log with this fault; empty where no log shows it.
+        value: what the number in NAME=VALUE is; empty where there is none.
+        default: that number, unless one is given.
+        lines: what the library says; %T is a time, %V the value, %M the model's path.
+        kernel: what the driver says, in the file that RKEMU_KERNEL_LOG names or else on stderr.
+        driver: the driver that is claimed with this fault; empty for the usual one.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Fault:
     driver: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as in JSON."""
+        """The row as JSON holds it."""
         row = dict(vars(self))
         return {"name": row.pop("name"), "class": row.pop("class_"), **row}
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A row of board/emulator/guesses.cc: what boards do is unknown, and RKEMU_GUESS=NAME selects the alternative.
+    """A row of board/emulator/guesses.cc: what boards do is not known, and RKEMU_GUESS=NAME chooses the other way.
 
     Attributes:
-        usual: What the emulator does by default.
-        other: What it does with this name in RKEMU_GUESS.
+        usual: what the emulator does.
+        other: what it does with this name in RKEMU_GUESS.
     """
 
     name: str
@@ -66,16 +66,16 @@ class Guess:
 
 
 def faults(library: Path) -> list[Fault]:
-    """All faults that a built library supports, in its order.
+    """All faults that a built library knows, in its order.
 
     Raises:
-        HostError: The library cannot be loaded on this machine, or prints something else.
+        HostError: the library cannot be loaded on this machine, or says something else.
     """
     return _listed(library, "RKEMU_FAULT", _fault)
 
 
 def guesses(library: Path) -> list[Guess]:
-    """All guesses that a built library supports, in its order. Raises HostError as `faults` does."""
+    """All guesses that a built library knows, in its order. Raises HostError as `faults` does."""
     return _listed(library, "RKEMU_GUESS", lambda row: Guess(**row))
 
 
@@ -85,7 +85,7 @@ def _listed(library: Path, variable: str, make: Callable[[Mapping[str, Any]], _R
         env=os.environ | {"RKEMU_FAULT": "", variable: "list"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     try:
-        rows, _ = json.JSONDecoder().raw_decode(asked.stderr, asked.stderr.index("["))  # other lines surround it
+        rows, _ = json.JSONDecoder().raw_decode(asked.stderr, asked.stderr.index("["))  # other lines stand around it
         return [make(row) for row in rows]
     except (ValueError, LookupError, TypeError) as error:
         raise HostError(

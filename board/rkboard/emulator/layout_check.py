@@ -1,6 +1,6 @@
 """A C++ header that asserts each size and offset of a layout, from the same declarations as the runtime's binding.
 
-Tests compare the declarations with measurements on the vendor's headers (tests/runtime/abi).
+The declarations are held against what was measured on the vendor's headers (tests/runtime/abi).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def header(release: str) -> str:
 
 
 def _offsets(made: Any, start: int = 0) -> Iterator[tuple[str, int]]:
-    """Members by their C++ names, with their offsets in bytes."""
+    """Members as C++ names them, with their offsets in bytes."""
     for name, kind, *_ in made._fields_:
         offset = start + getattr(made, name).offset
         if name in made._anonymous_:

@@ -115,7 +115,7 @@ def _typed(error: Exception) -> RKEdgeError:
         return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
     if isinstance(error, OSError):
         return HostError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 report it
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
         return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")
     if isinstance(error, ValueError) and "null byte" in str(error):  # as Python reports it for a path
         return UsageError("A file name contains the character NUL, which is not allowed.")
