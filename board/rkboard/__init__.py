@@ -1,1 +1,1 @@
-"""The device itself and its stand-in: emulator, doctor, clocks, deploy."""
+"""The device itself, and the emulator that replaces it: emulator, doctor, clocks, deploy."""

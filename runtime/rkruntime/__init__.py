@@ -5,7 +5,7 @@
     with rkruntime.open_model("my-bundle") as model:
         print(model.ask("What is an NPU?").text)
 
-What is not in `__all__` is private and changes without notice. `rkruntime.testing` has an engine for tests.
+What is not in `__all__` is private and changes without notice. `rkruntime.testing` has a fake engine for tests.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
     "preflight",
 ]
 
-# Each is imported when it is first asked for: the worker, which has no packages but Python's own, imports this too.
+# Each is imported on first use: the worker, which has only the standard library, imports this module too.
 _HOMES = {
     "bundle.manifest": ("Bundle", "Manifest", "open_bundle"),
     "checks.diagnosis": ("Diagnosis", "diagnose"),

@@ -1,4 +1,4 @@
-"""Files: read bounded, whatever stands at the path; written beside the final name, then renamed."""
+"""Bounded reads, whatever is at the path, and writes under a temporary name that is then renamed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
     Raises:
-        OSError: it cannot be read, or is something else: a FIFO would let the reader wait, a device has no end.
+        OSError: It cannot be read, or is not a regular file: a FIFO would block, and a device has no end.
     """
-    # O_NONBLOCK: a FIFO opens without its writer. What was opened is asked; the path may lead elsewhere by then.
+    # O_NONBLOCK: a FIFO opens without a writer. The check is on what was opened; the path may have changed since.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -33,10 +33,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """All bytes of a regular file that has at most `limit`; more are never in memory, whatever its size says.
+    """All bytes of a regular file of at most `limit` bytes; no more are ever in memory, whatever its stated size.
 
     Raises:
-        OSError: it cannot be read, is not a regular file, or is larger (EFBIG); `strerror` says which.
+        OSError: It cannot be read, is not a regular file, or is larger (EFBIG); `strerror` says which.
     """
     with open_regular(path) as file:
         data = file.read(limit + 1)
@@ -46,7 +46,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex; `progress` gets the bytes of each block read."""
+    """SHA-256 of a file as hex; `progress` is called with the size of each block read."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(_BLOCK):
@@ -86,7 +86,7 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
 
 
 def readable(path: str | os.PathLike[str]) -> str:
-    """A path as a text that YAML, JSON and a terminal can hold: bytes that are not UTF-8 become `\\xe9`."""
+    """A path as a string for YAML, JSON and terminals: bytes that are not UTF-8 become escapes such as `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -97,7 +97,7 @@ def _no_folder(folder: Path) -> OutputError:
 
 
 def refuse_existing(final: Path) -> None:
-    """Raise OutputError if there is something at `final` already, or no folder to put it into."""
+    """Raise OutputError if `final` exists, or its parent folder does not."""
     try:
         final.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -112,11 +112,11 @@ def refuse_existing(final: Path) -> None:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A new folder beside `final` that takes its name when the block ends, and vanishes when the block raises.
+    """A new folder next to `final` that takes its name when the block ends, and is removed if the block raises.
 
     Raises:
         OutputError: `final` exists or cannot be written.
-        HostError: the disk is full.
+        HostError: The disk is full.
     """
     refuse_existing(final)
     try:
@@ -155,8 +155,8 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 
 def umask() -> int:
-    """Permissions that new files and folders do without; all of others and the group where the kernel does not say."""
-    # os.umask tells it only by setting another one, which then counts for files of other threads.
+    """The umask; 0o077 if the kernel does not report it."""
+    # os.umask can only read it by setting another, which would then affect files of other threads.
     with suppress(OSError, ValueError), Path("/proc/self/status").open("rb") as file:
         for line in file:
             if line.startswith(b"Umask:"):

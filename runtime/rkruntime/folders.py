@@ -1,6 +1,6 @@
-"""The folders of a person's own files, by the XDG Base Directory Specification.
+"""The folders for the user's own files, by the XDG Base Directory Specification.
 
-platformdirs does the same for other systems too, on which nothing here runs; its import adds some 20 ms to each start
+platformdirs also supports other systems, which rkedge does not run on; its import adds some 20 ms to each start
 (median of 15 on a busy PC).
 """
 
@@ -16,5 +16,5 @@ _DEFAULTS: Final = {"cache": ".cache", "config": ".config", "data": ".local/shar
 def own_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
     """`$XDG_CACHE_HOME/rkedge` or `~/.cache/rkedge`, and so on; it may not exist yet."""
     named = Path(os.environ.get(f"XDG_{kind.upper()}_HOME", ""))
-    # The specification has relative paths ignored.
+    # The specification says to ignore relative paths.
     return (named if named.is_absolute() else Path.home() / _DEFAULTS[kind]) / "rkedge"

@@ -32,13 +32,13 @@ class Model:
     """A loaded bundle. It answers one question at a time; close it, or use it in a `with` block.
 
     Attributes:
-        bundle: what it was loaded from.
-        engine: the loaded model; `engine.info` says which runtime, which context, and whether it is emulated.
-        prompts: the process that makes prompts with the bundle's tokenizer and template.
-        sampling: what the model was loaded with.
-        stop_tokens: ids of the tokens that end an answer.
-        max_new_tokens: of an answer for which nothing else is asked; -1 for as many as the context has room for.
-        loaded_at: in seconds since 1970.
+        bundle: The bundle that was loaded.
+        engine: The loaded model; `engine.info` has the runtime, the context, and whether it is emulated.
+        prompts: The process that makes prompts with the bundle's tokenizer and template.
+        sampling: Sampling that the model was loaded with.
+        stop_tokens: Ids of the tokens that end an answer.
+        max_new_tokens: Default limit of an answer; -1 for as many as the context has room for.
+        loaded_at: Time of loading, in seconds since 1970.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Model:
         """The run that answers a question.
 
         Args:
-            max_new_tokens: 1 or more; -1 for as many as the context has room for; the model's own if not given.
-            sampling: another than the model was loaded with; needs release 1.3.0.
+            max_new_tokens: 1 or more; -1 for as many as the context has room for; default: the model's own.
+            sampling: Other sampling than the model was loaded with; requires release 1.3.0.
 
         Raises:
-            RunError: the model is closed, or its worker has gone.
-            ContextFullError: the question does not fit.
-            UsageError, BundleError: the template does not take it, or the number of tokens makes no sense.
+            RunError: The model is closed, or its worker is gone.
+            ContextFullError: The question does not fit.
+            UsageError, BundleError: The template does not accept it, or the number of tokens is invalid.
         """
         limit = self.limit(max_new_tokens)
         messages = [Message("user", question)] if isinstance(question, str) else question
@@ -69,9 +69,9 @@ class Model:
         return Request(tokens, limit, self.stop_tokens, sampling)
 
     def limit(self, max_new_tokens: int | None) -> int:
-        """The most tokens of an answer. Raises UsageError for what is not a limit, RunError if nobody could answer."""
+        """The limit of tokens in an answer. Raises UsageError for an invalid one, RunError if no model could answer."""
         if not self.engine.alive:
-            raise RunError("The model is closed, or its worker has gone.", hint="Open it again.")
+            raise RunError("The model is closed, or its worker is gone.", hint="Open it again.")
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if type(limit) is not int or (limit < 1 and limit != -1):
             raise UsageError(f"max_new_tokens is {limit!r}; it must be a whole number above 0, or -1 for no limit.")
@@ -89,11 +89,11 @@ class Model:
         """Pieces of text as they arrive, then the Answer. To stop early, close the iterator.
 
         Args:
-            stop: the answer ends before this text, or the first of these.
-            wishes: `max_new_tokens` and `sampling`, as in `request`.
+            stop: Text, or texts, before which the answer ends.
+            wishes: `max_new_tokens` and `sampling`, as for `request`.
 
         Raises:
-            RunError, WorkerError: from the engine; after a WorkerError the model must be opened again.
+            RunError, WorkerError: From the engine; after a WorkerError the model must be opened again.
         """
         return stream_answer(self.engine, self.request(question, **wishes), self.prompts.vocabulary, _texts(stop))
 
@@ -130,8 +130,8 @@ class Chat:
     """A conversation with a model.
 
     Attributes:
-        conversation: the turns so far, which can be saved to a file and loaded again.
-        dropped: turns that were left out of the last prompt for want of room.
+        conversation: The turns so far, which can be saved to a file and loaded again.
+        dropped: Number of turns left out of the last prompt for lack of room.
     """
 
     def __init__(self, model: Model, system: str = "", *, drop_oldest: bool = False) -> None:
@@ -148,12 +148,12 @@ class Chat:
     def stream(
         self, text: str, *, max_new_tokens: int | None = None, stop: str | Sequence[str] = ()
     ) -> Generator[str | Answer, None, None]:
-        """Pieces of the answer to the next turn, then the Answer. A turn is kept when its answer has come to its end.
+        """Pieces of the answer to the next turn, then the Answer. A turn is kept once its answer has ended.
 
         Raises:
-            ContextFullError: the conversation does not fit, or without `drop_oldest` no longer does.
-            UsageError, BundleError: the template does not take it.
-            RunError, WorkerError: from the engine; the conversation stays as it was.
+            ContextFullError: The conversation does not fit, or no longer fits without `drop_oldest`.
+            UsageError, BundleError: The template does not accept it.
+            RunError, WorkerError: From the engine; the conversation stays as it was.
         """
         model = self._model
         limit, context = model.limit(max_new_tokens), model.engine.info.max_context
@@ -166,7 +166,7 @@ class Chat:
 
 
 def _texts(stop: str | Sequence[str]) -> Sequence[str]:
-    """One text is one text, not its letters."""
+    """A single string as a list of one, not of its letters."""
     return (stop,) if isinstance(stop, str) else stop
 
 
@@ -183,15 +183,15 @@ def open_model(
     """Open a bundle, find the library, and load the model in a worker process.
 
     Args:
-        options: another library, release or context than the bundle's own.
-        sampling: what to put over the bundle's own sampling.
-        finding: gets each thing that is worth knowing about this machine.
-        progress: gets lines while the emulator is built.
-        stop: ends this from another thread, with whatever error.
+        options: Another library, release or context than the default.
+        sampling: Options that override the bundle's sampling.
+        finding: Called with each finding about this machine.
+        progress: Called with lines while the emulator is built.
+        stop: Stops the load from another thread, with whatever error.
         timeouts: `load_timeout` and `token_timeout` of LoadOptions, in seconds.
 
     Raises:
-        RKEdgeError: whatever is wrong with bundle, library, machine or model.
+        RKEdgeError: Anything wrong with the bundle, the library, the machine or the model.
     """
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
@@ -199,11 +199,11 @@ def open_model(
     prompts = PromptProcess(bundle, stop=stop)
     try:
         engine = load_engine(bundle, options, sampling, finding or _ignore, progress, stop, **timeouts)
-    except BaseException:  # Its process ends with it, after Ctrl-C too.
+    except BaseException:  # The prompts' process must end with it, even after Ctrl-C.
         prompts.close()
         raise
     return Model(bundle, engine, prompts, sampling.over(default_sampling(bundle)), sampling.max_new_tokens or -1)
 
 
 def _ignore(finding: Finding) -> None:
-    """Findings are in `engine.info.findings` too."""
+    """Does nothing: findings are also in `engine.info.findings`."""

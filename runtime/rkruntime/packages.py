@@ -1,4 +1,4 @@
-"""What to install where a package is missing, by rkedge's own metadata."""
+"""What to install if a package is missing, according to rkedge's own metadata."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import Final
 from rkruntime.errors import HostError
 
 _OWN: Final = ("rkruntime", "rkconvert", "rkboard")
-# Modules that are not named as the package is which has them.
+# Modules whose package has a different name.
 _PACKAGES: Final = {"yaml": "PyYAML"}
 
 
 def import_failed(error: ImportError) -> HostError:
     """The error for an import that failed: which package it is, and the command that installs it."""
-    while isinstance(error.__cause__, ImportError):  # transformers hides the one that names the package
+    while isinstance(error.__cause__, ImportError):  # transformers wraps the error that names the package
         error = error.__cause__
     module = (error.name or "").partition(".")[0]
     if not module or module in _OWN:
         return HostError(
-            f"rkedge is not installed as a whole: {error}.",
-            hint=f"Install it again: {_pip('--force-reinstall', 'rkedge')}",
+            f"rkedge is not completely installed: {error}.",
+            hint=f"Reinstall it: {_pip('--force-reinstall', 'rkedge')}",
         )
     package = _PACKAGES.get(module, module.replace("_", "-"))
     if isinstance(error, ModuleNotFoundError):
         message = f"This needs the Python package {package}, which is not installed."
     else:
-        message = f"The Python package {package} is installed and cannot be used: {error}."
+        message = f"The Python package {package} is installed but cannot be used: {error}."
     return HostError(message, hint=f"Install it: {_pip(_wanted(package))}")
 
 
 def install(extra: str) -> str:
-    """The command that brings one of rkedge's extras into this Python."""
+    """The command that installs one of rkedge's extras into this Python."""
     return f"Install it: {_pip(f'rkedge[{extra}]')}"
 
 
 def _wanted(package: str) -> str:
-    """What brings a package: rkedge itself, the smallest extra of it that does, or the package alone."""
-    import importlib.metadata  # slow to import, and needed for an error only
+    """What to install for a package: rkedge itself, its smallest extra with the package, or the package alone."""
+    import importlib.metadata  # slow to import, and needed only for an error
 
     try:
         from packaging.requirements import Requirement

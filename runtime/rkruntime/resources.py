@@ -1,4 +1,4 @@
-"""Where the files are that are not Python: in the checkout beside the packages, in a wheel inside rkruntime."""
+"""Locate the files that are not Python: next to the packages in a checkout, inside rkruntime in a wheel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def resource(name: str) -> Path:
 
 @cache
 def table(name: str) -> Any:
-    """The data of rkruntime/data/NAME.yaml; read once."""
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # with libyaml ten times faster
+    """The data in rkruntime/data/NAME.yaml, read once."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster with libyaml
     text = (Path(__file__).resolve().parent / "data" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.load(text, Loader=loader)  # noqa: S506 - a safe loader

@@ -1,4 +1,4 @@
-"""YAML or JSON to frozen dataclasses: what a file says is checked against the fields, and errors name the key."""
+"""YAML or JSON to frozen dataclasses: contents are checked against the fields, and errors name the key."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Between(NamedTuple):
 
 
 class Length(NamedTuple):
-    """The most characters of a text, as in `Annotated[str, Length(256)]`."""
+    """The maximum length of a string in characters, as in `Annotated[str, Length(256)]`."""
 
     most: int
 
 
 def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exception]) -> T:
-    """An object of the dataclass `kind` from plain data.
+    """Build an object of the dataclass `kind` from plain data.
 
     Fields may be JSON types, Any, Path (from text), Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]`, numbers with
-    a Between, texts with a Length and further dataclasses. Only a whole number for a float is converted.
+    a Between, strings with a Length, and further dataclasses. The only conversion is int to float.
 
     Raises:
-        what `fail` makes of "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE",
+        `fail`'s result for "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE",
         "KEY is NUMBER; it must be from NUMBER to NUMBER" or "KEY has NUMBER characters; it may have NUMBER".
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
@@ -105,7 +105,7 @@ class _Builder:
 
 
 def _key(where: str, name: object) -> str:
-    # A name that stands in no dataclass can be of any length.
+    # A name that is not a field can have any length.
     shown = str(name)[:80]
     return f"{where}.{shown}" if where else shown
 

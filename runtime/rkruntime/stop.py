@@ -1,4 +1,4 @@
-"""Work in a thread that another thread may end."""
+"""Work in one thread that another thread may stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rkruntime.errors import ServiceError
 
 
 class Stop:
-    """Ends what is done at the moment, such as waiting for a process, and whatever would be begun next."""
+    """Stop the current work, such as waiting for a process, and whatever would begin next."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18,20 +18,20 @@ class Stop:
         self.asked = False
 
     def ask(self) -> None:
-        """From any thread."""
+        """Ask the work to stop, from any thread."""
         with self._lock:
             self.asked = True
             for end in self._ends:
                 end()
 
     def check(self, _: object = None) -> None:
-        """Raise ServiceError if the work shall end."""
+        """Raise ServiceError if the work is to stop."""
         if self.asked:
             raise stopped_work()
 
     @contextmanager
     def ending(self, end: Callable[[], object]) -> Iterator[None]:
-        """Call `end` if the work shall end while the block runs, or already. It must be quick, and raise nothing."""
+        """Call `end` if the work is to stop, now or while the block runs. It must be quick, and must not raise."""
         with self._lock:
             self._ends.append(end)
             if self.asked:
@@ -44,5 +44,5 @@ class Stop:
 
 
 def stopped_work() -> ServiceError:
-    """Nobody waits any more for what was begun."""
-    return ServiceError("The daemon is being stopped, and loads no model.", hint="Ask again when it is back.")
+    """The error for work that is no longer wanted."""
+    return ServiceError("The daemon is stopping, so it loads no model.", hint="Ask again when it is back.")

@@ -1,4 +1,4 @@
-"""A person at a terminal, or a program at a pipe: lines in, text out."""
+"""Input and output with a user at a terminal or a program at a pipe."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _HISTORY_LINES: Final = 1000
 
 
 def say(text: str = "", *, lead: str = "", err: bool = False, nl: bool = True, **style: Any) -> None:
-    """Print a text that may hold anything. All that commands print goes this way: see rkruntime.printable.
+    """Print a text that may contain anything. Commands print only through this; see rkruntime.printable.
 
     Args:
-        lead: our own text in front of it, styled or not.
-        style: of click.style.
+        lead: Our own text in front of it, with or without style.
+        style: Options of click.style.
     """
     text = printable(text)
     click.echo(lead + (click.style(text, **style) if any(style.values()) else text), err=err, nl=nl)
 
 
 def say_json(value: Any, indent: int | None = 2) -> None:
-    """Print one JSON document, with what a terminal would obey spelled as JSON does."""
+    """Print one JSON document, with control characters escaped as in JSON."""
     click.echo(escaped(json.dumps(value, ensure_ascii=False, indent=indent)))
 
 
 def console(**options: Any) -> Console:
-    """rich's console; what tables and progress bars hold is made printable on its way out."""
+    """A rich console that makes the contents of tables and progress bars printable."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -56,8 +56,8 @@ class Terminal:
     """Standard input and output.
 
     Attributes:
-        interactive: a person reads and types. Otherwise there are no prompts, notes go to standard error, and colours
-            nowhere.
+        interactive: Whether a user reads and types. If not, there are no prompts and no colours, and notes go to
+            standard error.
     """
 
     def __init__(self, history: Path | None = None, words: Sequence[str] = ()) -> None:
@@ -68,9 +68,9 @@ class Terminal:
         self._within_line = False
 
     def read(self, prompt: str) -> str | None:
-        """The next message; None at the end of the input.
+        """The next message, or None at the end of the input.
 
-        A line that begins with three quotes opens a block up to three more; a backslash at its end adds the next line.
+        A line that begins with three quotes opens a block up to three more; a backslash at its end joins the next one.
 
         Raises:
             KeyboardInterrupt: Ctrl-C while typing.
@@ -108,30 +108,30 @@ class Terminal:
         return line.rstrip("\r\n") if line else None
 
     def _prompt(self, text: str) -> str:
-        # \x01 and \x02 tell readline that what stands between them has no width.
+        # \x01 and \x02 tell readline that what is between them has no width.
         return f"\x01\x1b[1;34m\x02{text}\x01\x1b[0m\x02" if self._colour else text
 
     def write(self, text: str) -> None:
-        """A piece of an answer, at once; as it is, if it goes to a file or a program."""
+        """Write a piece of an answer at once; unchanged if it goes to a file or a program."""
         sys.stdout.write(printable(text) if self.interactive or sys.stdout.isatty() else text)
         sys.stdout.flush()
         self._within_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """Begin a new line if an answer broke off within one."""
+        """Begin a new line if an answer ended within one."""
         if self._within_line:
             self.write("\n")
 
     def note(self, text: str = "") -> None:
-        """A line about the chat, not of it; without a person it goes to standard error."""
+        """Print a line about the chat, not part of it; without a user, it goes to standard error."""
         say(text, err=not self.interactive, dim=self._colour)
 
     def error(self, text: str) -> None:
-        """A line that says what went wrong."""
+        """Print a line that says what went wrong."""
         say(text, err=True, fg="red" if self._colour else None)
 
     def close(self) -> None:
-        """Keep the history."""
+        """Save the history."""
         if self._readline and self._history:
             try:
                 self._history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -139,16 +139,16 @@ class Terminal:
                 self._readline.write_history_file(str(self._history))
                 self._history.chmod(0o600)
             except OSError as error:
-                self.error(f"The history was not kept: {error.strerror}.")
+                self.error(f"The history was not saved: {error.strerror}.")
 
 
 def history_file() -> Path:
-    """Where a person's questions are kept."""
+    """The file that keeps the user's questions."""
     return own_folder("state") / "history"
 
 
 def _line_editor(history: Path | None, words: Sequence[str]) -> ModuleType | None:
-    """readline with a history and completion of `words`; None where Python was built without it."""
+    """readline with a history and completion of `words`; None if Python was built without it."""
     try:
         import readline
     except ImportError:
@@ -164,7 +164,7 @@ def _line_editor(history: Path | None, words: Sequence[str]) -> ModuleType | Non
     # A pasted text of several lines stays one message.
     readline.parse_and_bind("set enable-bracketed-paste on")
     if history:
-        # There may be none yet; the chat works without.
+        # There may be none yet; the chat works without it.
         with suppress(OSError):
             readline.read_history_file(str(history))
     return readline

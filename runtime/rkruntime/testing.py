@@ -1,4 +1,4 @@
-"""For tests of programs that use rkruntime: an engine that says what it is told to say, without a library or a process.
+"""For tests of programs that use rkruntime: an engine that gives scripted answers, without a library or a process.
 
     from rkruntime.testing import fake_model
 
@@ -6,7 +6,7 @@
         model = fake_model("Hello!", [WorkerCrashedError("gone")])
         assert my_bot(model) == "Hello!"
 
-Where the answers of a real model matter, open a bundle made with `--target emulator` instead.
+If a real model's answers matter, open a bundle made with `--target emulator` instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rkruntime.model import Model
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-# What an answer is made of: a text, or token ids with exceptions to raise and functions to call between them.
+# An answer: a text, or token ids mixed with exceptions to raise and functions to call.
 Script = str | Sequence[Any]
 
 _BOS: Final = 256
@@ -40,14 +40,14 @@ def _encode(text: str) -> list[int]:
 
 @dataclass
 class FakeEngine:
-    """Stands in for `Engine`: it gives the answers in turn and keeps every request.
+    """A replacement for `Engine` that gives the answers in order and keeps every request.
 
     Attributes:
-        answers: what is still to be said. An exception in one is raised in its place; a function is called, and the
-            run then waits for `abort`.
-        encode: token ids of a text; UTF-8 if not given.
-        requests: every run that was asked for.
-        aborted: runs whose reader went away.
+        answers: Remaining answers. An exception in one is raised in its place; a function is called, and the run then
+            waits for `abort`.
+        encode: Token ids of a text; default: UTF-8.
+        requests: Every run requested.
+        aborted: Runs whose reader left early.
     """
 
     answers: list[Script]
@@ -61,7 +61,7 @@ class FakeEngine:
 
     @property
     def info(self) -> ModelInfo:
-        """As of an emulated 1.2.3."""
+        """The facts of an emulated 1.2.3."""
         return ModelInfo(
             release="1.2.3",
             layout="L6",
@@ -81,7 +81,7 @@ class FakeEngine:
 
     @property
     def alive(self) -> bool:
-        """Until it is closed."""
+        """True until it is closed."""
         return not self.closed
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
@@ -90,7 +90,7 @@ class FakeEngine:
             raise RunError("The model is closed.", hint="Load it again.")
         self.requests.append(request)
         if not self.answers:
-            raise AssertionError("more was asked than the fake engine has answers for")
+            raise AssertionError("the fake engine has no answers left")
         answer = self.answers.pop(0)
         steps: Sequence[Any] = self.encode(answer) if isinstance(answer, str) else answer
         reason, count = FinishReason.STOP, 0
@@ -167,7 +167,7 @@ class _Prompts:
 
 
 def fake_manifest(**facts: Any) -> Manifest:
-    """Of an emulated Gemma 2 without files, but for the fields that are given."""
+    """The manifest of an emulated Gemma 2 without files, with the given fields replaced."""
     fields: dict[str, Any] = {
         "name": "fake",
         "family": "gemma2",
@@ -189,7 +189,7 @@ def fake_manifest(**facts: Any) -> Manifest:
 
 
 def fake_model(*answers: Script, max_context: int = 4096) -> Model:
-    """A Model whose engine is a FakeEngine with these answers, and which needs no files."""
+    """A Model that needs no files, with a FakeEngine that gives these answers."""
     manifest = fake_manifest(max_context=max_context)
     engine = FakeEngine(list(answers), max_context=max_context)
     return Model(Bundle(Path("fake"), manifest), cast(Any, engine), cast(Any, _Prompts()), GREEDY)

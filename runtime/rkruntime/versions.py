@@ -1,4 +1,4 @@
-"""Versions that compare: of RKLLM releases, drivers and packages."""
+"""Comparable versions of RKLLM releases, drivers and packages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from packaging.version import Version
 
 __all__ = ["Version", "version"]
 
-# Bounded, because what a file or a log names as its version is hostile.
+# Bounded, because the version in a file or a log is hostile input.
 _VERSION: Final = re.compile(r"\d{1,20}(?:\.\d{1,20}){0,5}(?:b\d{0,20})?", re.ASCII)
 
 
 def version(text: str) -> Version:
-    """The version that a text begins with: `1.2.1b1` comes before `1.2.1`, and `5.10.160-rockchip` is 5.10.160.
+    """The version at the beginning of a text: `1.2.1b1` comes before `1.2.1`, and `5.10.160-rockchip` is 5.10.160.
 
     Raises:
-        ValueError: the text does not begin with a number.
+        ValueError: The text does not begin with a number.
     """
     match = _VERSION.match(text)
     if match is None:

@@ -10,5 +10,5 @@ def counted(count: float, noun: str) -> str:
 
 
 def dropped_turns(count: int) -> str:
-    """What became of a conversation's beginning for which the context had no room."""
+    """A note on the turns that the context had no room for."""
     return "the oldest turn was dropped" if count == 1 else f"the {count} oldest turns were dropped"

@@ -1,9 +1,9 @@
-"""YAML from strangers: plain data, each key once, nothing that grows while it is read.
+"""Untrusted YAML: plain data, each key once, nothing that expands while it is read.
 
-PyYAML's safe loaders build no objects, and still have four faults here: libyaml's loader ends the process by a stack
-overflow when lists are nested deeply, aliases make a short text stand for gigabytes, of two equal keys the first is
-dropped silently, and they read YAML 1.1, where `1_0` is 10, `010` is 8, `1:30` is 90, `on` is true and `<<` merges.
-What YAML 1.1 and 1.2 read as different things is a text here.
+PyYAML's safe loaders build no objects but still have four faults here: libyaml's loader crashes with a stack overflow
+when lists are deeply nested, aliases make a short text expand to gigabytes, of two equal keys the first is silently
+dropped, and they read YAML 1.1, where `1_0` is 10, `010` is 8, `1:30` is 90, `on` is true and `<<` merges. Whatever
+YAML 1.1 and 1.2 read differently is a string here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 from rkruntime.files import read_regular
 
 MAX_FILE: Final = 1 << 20
-"""Bytes. Such files have a few thousand."""
+"""In bytes. Such files have a few thousand."""
 _MAX_DEPTH: Final = 32
 _TAG: Final = "tag:yaml.org,2002:"
 # The runtime stays usable without libyaml; with it, loading is ten times faster.
@@ -32,7 +32,7 @@ class _Loader(_Base):  # type: ignore[misc]
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice[:80]!r} stands twice")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice[:80]!r} occurs twice")
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -40,11 +40,11 @@ class _Loader(_Base):  # type: ignore[misc]
         whole = node.tag.endswith("int")
         value: int | float = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
         if not (abs(value) < 1 << 63 if whole else isfinite(value)):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {node.value[:40]!r} is not a number to count with")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {node.value[:40]!r} is out of range")
         return value
 
 
-# What a text without quotes may be but a text, with the characters that it begins with.
+# What an unquoted text may be besides a string, with the characters that it begins with.
 _PLAIN: Final = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -59,16 +59,16 @@ for _name in ("int", "float"):
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """The one document of a text (JSON is YAML too).
+    """The single document in a text (JSON is YAML too).
 
     Raises:
-        yaml.YAMLError: no YAML, or with aliases, tags, a key that stands twice, a number beyond 64 bits, or lists and
-            mappings nested more than 32 deep.
+        yaml.YAMLError: It is not YAML, or has aliases, tags, a key that occurs twice, a number beyond 64 bits, or lists
+            and mappings nested more than 32 deep.
     """
     try:
         _check(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as an integer of 5,000 digits.
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: for example, an integer of 5,000 digits.
         raise yaml.YAMLError(" ".join(str(error).split())) from error
 
 
@@ -76,19 +76,19 @@ def _check(text: str | bytes) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"the alias *{event.anchor}: aliases are not taken here")
+            raise yaml.YAMLError(f"the alias *{event.anchor}: aliases are not accepted here")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if tag := getattr(event, "tag", None):
-            raise yaml.YAMLError(f"the tag {tag[:80]!r}: tags are not taken here")
+            raise yaml.YAMLError(f"the tag {tag[:80]!r}: tags are not accepted here")
         if depth > _MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested over {_MAX_DEPTH} deep")
 
 
 def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]:
-    """The mapping that a file holds; an empty file is an empty one.
+    """The mapping in a file; an empty file is an empty mapping.
 
     Raises:
-        what `fail` makes of "cannot be read: WHY" and the like.
+        The result of `fail` for "cannot be read: WHY" and the like.
     """
     try:
         data = read_regular(path, MAX_FILE)
@@ -99,8 +99,8 @@ def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise fail(f"is not YAML: {error}") from error
     if content is not None and not isinstance(content, dict):
-        raise fail(f"holds no keys: it is {type(content).__name__}")
+        raise fail(f"must be a mapping, not {type(content).__name__}")
     strange = next((key for key in content or () if not isinstance(key, str)), None)
     if strange is not None:
-        raise fail(f"has the key {strange!r}, which is not text")
+        raise fail(f"has a key that is not a string: {strange!r}")
     return content or {}

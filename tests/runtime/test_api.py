@@ -153,7 +153,7 @@ def test_the_fake_ends_as_a_real_one_does() -> None:
     with pytest.raises(RunError):
         model.ask("?")
     assert fake_model([104, 105, 258, 106]).ask("?").text == "hi"
-    with pytest.raises(AssertionError, match="more was asked"):
+    with pytest.raises(AssertionError, match="no answers left"):
         fake_model().ask("?")
 
 

@@ -1,4 +1,4 @@
-"""`rkedge emulator`: build the stand-in librkllmrt.so, and say where it is, for programs in any language."""
+"""`rkedge emulator`: build the emulated librkllmrt.so and say where it is, for programs in any language."""
 
 from __future__ import annotations
 

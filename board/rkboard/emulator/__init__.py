@@ -1,1 +1,1 @@
-"""Builds the stand-in for librkllmrt.so."""
+"""Build the emulated librkllmrt.so."""

@@ -1,4 +1,4 @@
-"""Builds the stand-in librkllmrt.so of one release from board/emulator, with the user's compiler, into a cache."""
+"""Build the emulated librkllmrt.so of one release from board/emulator, with the user's compiler, into a cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIBRARY: Final = "librkllmrt.so"
 
 @dataclass(frozen=True)
 class Kernel:
-    """A source file of its own instruction set, left out where the compiler does not know the flags."""
+    """A source file for one instruction set, left out if the compiler does not know the flags."""
 
     source: str
     arch: str
@@ -46,17 +46,17 @@ KERNELS: Final = (
     ),
     Kernel("kernels_neon.cc", "aarch64", ("-march=armv8.2-a+dotprod",), "RKEMU_HAVE_NEON"),
 )
-# These know the layout; all others are shared by the releases.
+# These depend on the layout; all others are shared by the releases.
 ABI_SOURCES: Final = ("api.cc", "convert.cc")
 EXPORTS: Final = "exports.map"
 
-# -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread ends.
+# -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread exits.
 _COMPILE: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 _WARN: Final = ("-Wall", "-Wextra", "-Wpedantic")
 _OPTIMIZE: Final = ("-O3", "-DNDEBUG")
 _LINK: Final = ("-shared", "-pthread", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,nodelete")
-# An interpreter may bring a libstdc++ that is older than the compiler's (conda's does). The unwinder must be the
-# process's own: two of them abort at the first exception that a client's callback throws.
+# An interpreter may bring an older libstdc++ than the compiler's (conda's does). The unwinder must be the
+# process's own: with two, the first exception from a client's callback aborts the process.
 _STATIC: Final = ("-static-libstdc++",)
 _CROSS: Final = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
 _ERROR_LINES: Final = 12
@@ -66,7 +66,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its command, what it says of itself, and the machine it compiles for."""
+    """A C++ compiler: its command, its version line, and the machine it compiles for."""
 
     command: tuple[str, ...]
     version: str
@@ -74,11 +74,11 @@ class Compiler:
 
 
 def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a compiler, until `stop` is asked for at the most: then it is killed with its children."""
-    # The messages are shown to a person and searched for "error": in the language that they were written in.
+    """Run a compiler. When `stop` is requested, it is killed with its children."""
+    # The messages are shown to the user and searched for "error", so they must be in English.
     environment = os.environ | {"LC_ALL": "C"}
     plain, pipe = [str(part) for part in command], subprocess.PIPE
-    if stop is None:  # Ctrl-C reaches it, as it is in this process's group.
+    if stop is None:  # Ctrl-C reaches it, because it is in this process's group.
         return subprocess.run(plain, stdout=pipe, stderr=pipe, text=True, env=environment, check=False)
     with subprocess.Popen(
         plain, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
@@ -106,10 +106,10 @@ def host_arch() -> str:
 
 
 def find_compiler(arch: str | None = None) -> Compiler:
-    """The compiler for `arch` (this machine by default): $CXX, g++ or clang++; a cross compiler for another machine.
+    """Find the compiler for `arch` (default: this machine): $CXX, g++ or clang++; a cross compiler for another machine.
 
     Raises:
-        HostError: there is none.
+        HostError: There is none.
     """
     arch = arch or host_arch()
     if arch == host_arch():
@@ -125,7 +125,7 @@ def find_compiler(arch: str | None = None) -> Compiler:
             version = _run([*command, "--version"]).stdout.partition("\n")[0]
             return Compiler(command, version, arch)
     raise HostError(
-        f"The emulator is built on this machine and no C++ compiler was found (looked for {', '.join(names)}).",
+        f"The emulator is built on this machine, but no C++ compiler was found (looked for {', '.join(names)}).",
         hint=f"Install one: sudo apt install {package}",
     )
 
@@ -141,7 +141,7 @@ def check_release(release: str) -> None:
 
 
 class _Build:
-    """One library: what is compiled, with which flags, and where it goes."""
+    """The build of one library: what is compiled, with which flags, and where it goes."""
 
     def __init__(self, release: str, compiler: Compiler, sanitize: str | None, warnings_are_errors: bool) -> None:
         self.release, self.compiler = release, compiler
@@ -150,7 +150,7 @@ class _Build:
         self.flags = [*_COMPILE, *_WARN, *(["-Werror"] if warnings_are_errors else []), *extra]
         self.link_flags = [*_LINK, *([f"-fsanitize={sanitize}"] if sanitize else _STATIC)]
         if sanitize:
-            self.link_flags.remove("-Wl,-z,defs")  # the sanitizer's own symbols come from the program
+            self.link_flags.remove("-Wl,-z,defs")  # the sanitizer's symbols come from the program
         self.kernels = [k for k in KERNELS if k.arch == compiler.arch and self._knows(k.flags)]
         self.defines = [f"-D{kernel.define}" for kernel in self.kernels]
         self.folder = cache_folder() / self._digest()
@@ -188,7 +188,7 @@ class _Build:
         return objects
 
     def _make(self, target: Path, command: Sequence[str | Path], stop: Stop | None) -> None:
-        """Run a compiler that writes `target`, which appears whole or not at all."""
+        """Run a compiler that writes `target`, which appears complete or not at all."""
         if stop is not None:
             stop.check()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ class _Build:
         return HostError(
             f"The emulator's build failed ({self.compiler.version}, exit {result.returncode})."
             + (f" The disk of {self.folder} or of the folder for temporary files is full." if full else ""),
-            hint="Free some room, or set XDG_CACHE_HOME and TMPDIR to folders elsewhere."
+            hint="Free some space, or set XDG_CACHE_HOME and TMPDIR to folders elsewhere."
             if full
             else "Try another compiler with CXX=g++ or CXX=clang++ (g++ 9 or newer, clang++ 10 or newer).",
             details={
@@ -255,23 +255,23 @@ def build(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Path:
-    """The emulator's library for a release, built if the cache has none of these sources, compiler and flags.
+    """The emulator's library for a release; builds it unless it is cached for these sources, compiler and flags.
 
     Args:
         release: one of rkruntime.abi.EMULATED.
         arch: x86_64 or aarch64; this machine's by default.
-        sanitize: a value of the compilers' -fsanitize, such as `address,undefined`.
-        warnings_are_errors: as the project's own tests build it.
-        progress: gets a line per compiled file.
-        stop: ends the build from another thread.
+        sanitize: Value for the compiler's -fsanitize, such as `address,undefined`.
+        warnings_are_errors: Fail on warnings, as in the project's own tests.
+        progress: Called with a line per compiled file.
+        stop: Stops the build from another thread.
 
     Returns:
         The file librkllmrt.so, in a folder of its own for LD_LIBRARY_PATH, with its header, abi.h.
 
     Raises:
-        UsageError: no such release or machine.
-        HostError: no compiler, or it failed, or the cache folder cannot be written.
-        ServiceError: it was stopped.
+        UsageError: No such release or machine.
+        HostError: There is no compiler, it failed, or the cache folder cannot be written.
+        ServiceError: It was stopped.
     """
     check_release(release)
     try:
@@ -279,11 +279,11 @@ def build(
     except OSError as error:
         raise HostError(
             f"Cannot build the emulator in {cache_folder()}: {error.strerror or error}.",
-            hint="Set XDG_CACHE_HOME to a folder that can be written.",
+            hint="Set XDG_CACHE_HOME to a writable folder.",
         ) from error
 
 
 def library_path(release: str = DEFAULT_RELEASE, *, arch: str | None = None) -> Path:
-    """Where build() puts the library, whether it is there or not."""
+    """Where build() puts the library, whether or not it exists yet."""
     check_release(release)
     return _Build(release, find_compiler(arch), None, False).library

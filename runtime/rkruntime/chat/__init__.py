@@ -1,1 +1,1 @@
-"""Chats in a terminal, here and on a board."""
+"""Terminal chats with a model here or on a board."""

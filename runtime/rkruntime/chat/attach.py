@@ -1,7 +1,7 @@
-"""The board's end of `rkedge chat user@board`: lines of JSON on standard input and output, the daemon's socket behind.
+"""The board's end of `rkedge chat user@board`: JSON lines on standard input and output, relayed to the daemon's socket.
 
-A line asks for one of OPERATIONS; events and an `end` come back. That is all there is: a key whose forced command this
-is can hold conversations of its own and do nothing else.
+Each line requests one of OPERATIONS; events and an `end` come back. That is all there is: an SSH key that has this as
+its forced command can hold its own conversations and do nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from urllib.parse import quote
 from rkruntime.errors import ServiceError
 
 MAX_LINE: Final = 16 << 20
-# In the error of an `end`: the daemon ended, or its connection did, and not by what was asked of it.
+# In the error of an `end`: the daemon exited or its connection broke, whatever the request was.
 GONE: Final = "daemon_gone"
 _STREAM: Final = "application/x-ndjson"
-# How the events of an answer end; without one of these it was broken off.
+# The last event of an answer; without one of these, the answer was interrupted.
 _LAST: Final = ("done", "error")
-# The daemon says nothing while a request waits for its turn and its prompt is read.
+# The daemon sends nothing while a request waits for its turn and during prefill.
 _SILENCE_S: Final = 3600
 
 
@@ -67,10 +67,10 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Bridge:
-    """Carries out the lines of one client, one after the other; `stop` ends the one that is going on.
+    """Execute the lines of one client in order; `stop` ends the current one.
 
     Args:
-        user: whose conversations these are; None for the account's own.
+        user: Owner of the conversations; None for the account itself.
     """
 
     def __init__(self, path: Path, user: str | None, lines: BinaryIO, out: BinaryIO) -> None:
@@ -84,11 +84,11 @@ class Bridge:
         self._stopped = False
 
     def run(self) -> None:
-        """Until the input ends; then what is going on is stopped."""
+        """Run until the input ends, then stop the current request."""
         while line := self._lines.readline(MAX_LINE):
             message = _parse(line)
             if message is None:
-                self._end(400, {"error": {"message": "This is not a line of JSON with an 'op'."}})
+                self._end(400, {"error": {"message": "Expected a JSON object with an 'op' field."}})
                 break
             if message["op"] == "stop":
                 self._stop()
@@ -111,26 +111,26 @@ class Bridge:
             try:
                 connection.sock.shutdown(socket.SHUT_RDWR)
             except OSError:
-                # It has come to its end meanwhile.
+                # It has ended meanwhile.
                 return
 
     def _carry_out(self, message: Mapping[str, Any]) -> None:
-        """Every line that asks for something gets an `end`, whatever is in it."""
+        """Execute a request; every one gets an `end`, whatever is in it."""
         try:
             method, path, body = _request(message)
         except (ValueError, RecursionError) as error:
-            return self._end(400, {"error": {"message": f"This cannot be asked for: {error}."}})
+            return self._end(400, {"error": {"message": f"This request is not possible: {error}."}})
         try:
             self._connection = UnixConnection(self._path)
             self._connection.connect()
-            # A `stop` from now on finds a connection to shut down; one that came before has found none.
+            # From now on a `stop` finds a connection to shut down; an earlier one did not.
             if self._stopped:
                 return self._end(499, {})
             self._forward(method, path, body)
         except ServiceError as error:
             self._end(503, {"error": {"message": f"{error.message} {error.hint}", "code": GONE}})
         except (ValueError, RecursionError):
-            self._end(502, {"error": {"message": "The daemon's answer cannot be read."}})
+            self._end(502, {"error": {"message": "The daemon's response cannot be read."}})
         except (OSError, http.client.HTTPException) as error:
             self._broken_off(str(error) or type(error).__name__)
         finally:
@@ -147,19 +147,19 @@ class Bridge:
         response = self._connection.getresponse()
         if response.getheader("Content-Type", "").startswith(_STREAM):
             last = b""
-            # HTTPResponse.readline does not tell a body that was cut from one that is whole, so its last event must.
+            # HTTPResponse.readline cannot tell a truncated body from a complete one, so its last event must.
             while (line := response.readline()).endswith(b"\n"):
                 self._write(line)
                 last = line
             if _is_last(last):
                 return self._end(response.status, {})
-            return self._broken_off("its answer has no end")
+            return self._broken_off("its answer is incomplete")
         return self._end(response.status, json.loads(response.read() or b"{}"))
 
     def _broken_off(self, reason: str) -> None:
         if self._stopped:
             return self._end(499, {})
-        return self._end(502, {"error": {"message": f"The daemon went away: {reason}.", "code": GONE}})
+        return self._end(502, {"error": {"message": f"The daemon disconnected: {reason}.", "code": GONE}})
 
     def _end(self, status: int, body: Any) -> None:
         self._write(json.dumps({"type": "end", "status": status, "body": body}).encode() + b"\n")
@@ -175,7 +175,7 @@ class Bridge:
 
 
 def _request(message: Mapping[str, Any]) -> tuple[str, str, bytes | None]:
-    """Method, path and body of what a line asks for. Raises ValueError or RecursionError if it cannot be asked for."""
+    """Method, path and body of a line's request. Raises ValueError or RecursionError if the request is impossible."""
     operation = OPERATIONS.get(message["op"])
     if operation is None:
         raise ValueError(f"there is no operation {message['op'][:40]!r}")

@@ -25,10 +25,10 @@ class LocalChat:
     """See `rkruntime.chat.repl.Chat`.
 
     Args:
-        bundle: whose tokenizer, template and stop tokens are used.
-        load: starts the worker and loads the model; called again after the worker is gone.
-        max_new_tokens: per answer, -1 for as many as the context holds.
-        drop_oldest: forget the oldest turns when the context is full.
+        bundle: Bundle whose tokenizer, template and stop tokens are used.
+        load: Starts the worker and loads the model; called again after the worker is gone.
+        max_new_tokens: Limit per answer; -1 for as many as the context holds.
+        drop_oldest: Drop the oldest turns when the context is full.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LocalChat:
         self._drop_oldest = drop_oldest
         try:
             self._engine: Engine | None = load()
-        except BaseException:  # Their process ends with it, after Ctrl-C too.
+        except BaseException:  # The prompts' process must end with it, even after Ctrl-C.
             self._prompts.close()
             raise
         self._answered = self._generated = 0
@@ -71,7 +71,7 @@ class LocalChat:
         """See `Chat`.
 
         Raises:
-            ContextFullError, RunError, WorkerError: the conversation stays as it was.
+            ContextFullError, RunError, WorkerError: The conversation stays as it was.
         """
         engine = self._running_engine()
         tokens, dropped = self._conversation.prompt(text, engine.info.max_context, drop=self._drop_oldest)
@@ -90,7 +90,7 @@ class LocalChat:
         except WorkerError:
             failed, self._engine = True, None
             raise
-        except Exception:  # Whatever it was, the turn is not kept; Ctrl-C keeps what there is.
+        except Exception:  # After any error the turn is dropped; after Ctrl-C what there is is kept.
             failed = True
             raise
         finally:
@@ -146,7 +146,7 @@ class LocalChat:
             return f"all of {limit:,}"
 
     def close(self) -> None:
-        """End the worker, and the process that makes prompts."""
+        """End the worker and the process that makes prompts."""
         self._prompts.close()
         if self._engine is not None:
             self._engine.close()

@@ -1,7 +1,7 @@
-"""A chat with a model on a board, through the person's own ssh.
+"""A chat with a model on a board, over the user's own ssh.
 
-A connection that breaks is made again, and the answer goes on where it was; so it does when the daemon was restarted
-and has kept it. An answer is whole when its `done` is there, and nothing else is taken for that.
+A broken connection is re-established, and the answer continues where it was; so it does after a restart of a daemon
+that has kept it. An answer is complete only when its `done` has arrived.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from rkruntime.text.conversation import SCHEMA, check_conversation, read_convers
 from rkruntime.words import counted
 
 SSH_VARIABLE: Final = "RKEDGE_SSH"
-# A dead connection shows after 15 seconds, not after TCP's quarter of an hour.
+# A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour.
 _SSH: Final = ("ssh", "-T", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _MOST_LINES: Final = 1_000_000
 _MOST_NOTES: Final = 200
 _LONGEST_NOTE: Final = 4096
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
-# Times in a row that an operation may break off, an answer without a letter more.
+# Times in a row that an operation may be interrupted; for an answer, without any new text.
 _MOST_BREAKS: Final = 8
-_LOOK: Final = "Ask again. What broke it is in the daemon's log on the board: journalctl -u rkedge."
+_LOOK: Final = "Ask again. The daemon's log on the board has the cause: journalctl -u rkedge."
 
 
 class _BrokenError(Exception):
-    """The connection is gone, or the daemon behind it.
+    """The connection, or the daemon behind it, is gone.
 
     Attributes:
-        told: what the board says of that, if it says something.
+        told: The board's message about it, if any.
     """
 
     def __init__(self, told: ServiceError | None = None) -> None:
@@ -54,17 +54,17 @@ class _BrokenError(Exception):
 
 
 class _Link:
-    """One ssh and the lines that go through it."""
+    """An ssh process and the lines that pass through it."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        # ssh keeps a SIGINT that is ignored when it starts ignored: Ctrl-C is for the answer, not for the connection.
+        # ssh keeps ignoring SIGINT if it is ignored at its start: Ctrl-C must stop the answer, not the connection.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
         except OSError as error:
             raise ServiceError(
-                f"{command[0]} cannot be started: {error.strerror or error}.", hint="Install OpenSSH's client."
+                f"{command[0]} cannot be started: {error.strerror or error}.", hint="Install the OpenSSH client."
             ) from error
         finally:
             signal.signal(signal.SIGINT, before)
@@ -90,8 +90,8 @@ class _Link:
         """The events up to an `end`.
 
         Raises:
-            _BrokenError: it does not come.
-            ServiceError: the board says nonsense. The connection is ended: the rest of it belongs to nothing.
+            _BrokenError: The `end` does not arrive.
+            ServiceError: The board sends nonsense. The connection is closed: the rest cannot be matched to anything.
         """
         for _ in range(_MOST_LINES):
             try:
@@ -104,7 +104,7 @@ class _Link:
                 if event["type"] == "end":
                     return
         self.close()
-        raise _nonsense("lines without end")
+        raise _nonsense("endless lines")
 
     def _line(self) -> bytes:
         try:
@@ -116,7 +116,7 @@ class _Link:
         return line
 
     def _pass_on(self) -> None:
-        """What ssh says on standard error, or a board through it. Its questions go to the terminal itself."""
+        """Show what ssh, or the board through it, prints on standard error. ssh itself prompts on the terminal."""
         assert self._process.stderr is not None
         with self._process.stderr as stream:
             for number, line in enumerate(iter(partial(stream.readline, _LONGEST_NOTE), b"")):
@@ -124,7 +124,7 @@ class _Link:
                     say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
 
     def close(self) -> int:
-        """End ssh; its exit code."""
+        """End ssh; returns its exit code."""
         for pipe in self._pipes:
             with suppress(OSError):
                 pipe.close()
@@ -142,10 +142,10 @@ class RemoteChat:
     """See `rkruntime.chat.repl.Chat`.
 
     Args:
-        destination: as ssh takes it: `user@board`, or `ssh://user@board:port`.
-        remote: the command on the board.
-        session: the conversation's name; one of its own, deleted at the end, if there is none.
-        options: fields of a question, such as max_tokens.
+        destination: Destination for ssh: `user@board`, or `ssh://user@board:port`.
+        remote: Command to run on the board.
+        session: Name of the conversation; without one, a temporary conversation that is deleted at the end.
+        options: Fields of each question, such as max_tokens.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class RemoteChat:
         self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
         self._temporary = session is None
         self._options = dict(options)
-        # Set when the answer that is being given shall stop; none is being given where this is None.
+        # Set to stop the current answer; None if there is no current answer.
         self._stopping: threading.Event | None = None
         self._sending = threading.Lock()
         self._link: _Link | None = None
@@ -178,17 +178,17 @@ class RemoteChat:
         except _BrokenError as error:
             code = self._link.close()
             raise error.told or ServiceError(
-                f"{shlex.join(self._command)} ended with exit code {code} before a daemon answered.",
+                f"{shlex.join(self._command)} exited with code {code} before a daemon answered.",
                 hint=f"Try it by hand: ssh {self._destination} true. rkedge must be installed on the board, and its "
                 "daemon running.",
             ) from None
 
     def _call(self, operation: str, body: Any = None) -> dict[str, Any]:
-        """One operation and its result.
+        """Execute one operation; returns its result.
 
         Raises:
-            ServiceError: the daemon refuses.
-            _BrokenError: the connection is gone.
+            ServiceError: The daemon refuses.
+            _BrokenError: The connection is gone.
         """
         assert self._link is not None
         self._link.send({"op": operation, "session": self._session, "body": body})
@@ -197,18 +197,18 @@ class RemoteChat:
         return _result(end)
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
-        """`_call` that survives a broken connection; for operations that may be carried out twice."""
+        """`_call` that survives a broken connection; for operations that may be executed twice."""
         told = None
         for _ in range(_MOST_BREAKS):
             try:
                 return self._call(operation, body)
-            except _BrokenError as error:  # noqa: PERF203 - trying again is what the loop is for
+            except _BrokenError as error:  # noqa: PERF203 - the loop is there to try again
                 told = error.told
                 self._reconnect(threading.Event())
-        raise told or ServiceError("The connection breaks again and again.", hint=_LOOK)
+        raise told or ServiceError("The connection keeps breaking.", hint=_LOOK)
 
     def _reconnect(self, stopping: threading.Event) -> None:
-        """Make the connection again, unless `stopping` is set. Raises ServiceError if it fails for two minutes."""
+        """Reconnect, unless `stopping` is set. Raises ServiceError if that fails for two minutes."""
         told = None
         for wait in _RETRY_S:
             if self._link is not None:
@@ -223,11 +223,11 @@ class RemoteChat:
             else:
                 return
         raise told or ServiceError(
-            f"The connection to {self._destination} is gone.", hint="The conversation is kept on the board; try again."
+            f"The connection to {self._destination} is lost.", hint="The conversation is kept on the board; try again."
         )
 
     def _read(self) -> dict[str, Any]:
-        """The conversation as the board keeps it, with the board's own notes."""
+        """The conversation as stored on the board, with the board's own notes."""
         try:
             data = self._steady("read")
         except NoSuchSessionError:
@@ -252,7 +252,7 @@ class RemoteChat:
         """See `Chat`.
 
         Raises:
-            ServiceError: the daemon refuses, or cannot be reached any more.
+            ServiceError: The daemon refuses, or can no longer be reached.
         """
         number, stopping = uuid.uuid4().hex, threading.Event()
         self._stopping = stopping
@@ -260,13 +260,13 @@ class RemoteChat:
         try:
             seen = yield from self._answer(text, number, stopping)
         finally:
-            with self._sending:  # A stop that comes later would end what is asked next.
+            with self._sending:  # A stop that comes later would end the next question.
                 self._stopping = None
         if stopping.is_set():
             yield from self._rest(number, seen)
 
     def _answer(self, text: str, number: str, stopping: threading.Event) -> Generator[str | Note, None, str]:
-        """`ask` up to the end of the answer or to a stop; the text that was given."""
+        """`ask` up to the end of the answer or a stop; returns the text yielded."""
         question = {"op": "ask", "session": self._session, "body": {**self._options, "content": text, "id": number}}
         message, seen = question, ""
         breaks, before = 0, 0
@@ -284,13 +284,13 @@ class RemoteChat:
                         elif event["type"] == "done":
                             self._keep(event, first)
                 return seen
-            except _BrokenError:  # noqa: PERF203 - trying again is what the loop is for
+            except _BrokenError:  # noqa: PERF203 - the loop is there to try again
                 if stopping.is_set():
                     return seen
                 breaks, before = (breaks + 1 if len(seen) == before else 1), len(seen)
                 if breaks > _MOST_BREAKS:
-                    raise ServiceError("The answer breaks off again and again.", hint=_LOOK) from None
-                yield Note("\nThe connection broke; making it again ...")
+                    raise ServiceError("The answer keeps being interrupted.", hint=_LOOK) from None
+                yield Note("\nThe connection broke; reconnecting ...")
                 self._reconnect(stopping)
                 resume = {"id": number, "received": len(seen)}
                 message = {"op": "resume", "session": self._session, "body": resume}
@@ -300,19 +300,19 @@ class RemoteChat:
                     raise
                 if seen:
                     raise ServiceError(
-                        "The answer was broken off, and the board has not kept it.", hint=_LOOK
+                        "The answer was interrupted, and the board has not kept it.", hint=_LOOK
                     ) from None
                 message = question
 
     def _rest(self, number: str, seen: str) -> Iterator[str | Note]:
-        """What the board has of a stopped answer beyond what was given: the conversation goes on from there."""
+        """The part of a stopped answer that only the board has: the conversation continues after it."""
         try:
-            # A change waits until what there is of the answer is kept.
+            # A change waits until the partial answer is kept.
             self._call("change", {})
             data = self._call("read")
             messages = check_conversation(data)["messages"]
         except (_BrokenError, ServiceError, InputError):
-            yield Note("\nThe board does not say what it has kept of this answer.")
+            yield Note("\nThe board did not report what it has kept of this answer.")
             return
         ours = data.get("number") == number and ("broken" in data or "reason" in data)
         kept = messages[-1]["content"] if ours and messages else ""
@@ -394,7 +394,7 @@ class RemoteChat:
         }
 
     def close(self) -> None:
-        """Leave; a conversation without a name is deleted."""
+        """Disconnect; a conversation without a name is deleted."""
         if self._link is None:
             return
         if self._temporary:
@@ -404,8 +404,8 @@ class RemoteChat:
 
 
 def _nonsense(what: str) -> ServiceError:
-    hint = "Compare `rkedge --version` here and there; something else may answer in its place."
-    return ServiceError(f"The board says {what}.", hint=hint)
+    hint = "Compare `rkedge --version` here and there; something else may be answering instead."
+    return ServiceError(f"The board sent {what}.", hint=hint)
 
 
 def _is_number(value: Any) -> bool:
@@ -416,7 +416,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# What each kind of event must have, for all that is done with it here.
+# The fields that each kind of event must have, for everything that is done with it here.
 _FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
     "begin": {"notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value)},
     "text": {"text": lambda value: isinstance(value, str)},
@@ -435,17 +435,17 @@ def _event(line: bytes) -> dict[str, Any] | None:
     """The event of a line, with all its fields; None for something else, such as what a login script prints.
 
     Raises:
-        ServiceError: an event that is none.
+        ServiceError: An invalid event.
     """
     if len(line) >= MAX_LINE:
-        raise _nonsense("a line without end")
+        raise _nonsense("an endless line")
     try:
         event = json.loads(line)
-        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair could be neither shown nor saved
+        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair can be neither shown nor saved
     except RecursionError:
-        raise _nonsense("something nested without end") from None
+        raise _nonsense("something nested too deeply") from None
     except UnicodeEncodeError:
-        raise _nonsense("characters that do not exist") from None
+        raise _nonsense("invalid characters") from None
     except ValueError:
         return None
     if not isinstance(event, dict):
@@ -456,7 +456,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
         if name in _LEFT_OUT:
             event.setdefault(name, _LEFT_OUT[name])
         if name not in event or not holds(event[name]):
-            raise _nonsense(f"{event['type']!r} with a wrong {name!r}, or without one")
+            raise _nonsense(f"{event['type']!r} with an invalid or missing {name!r}")
     return event
 
 
@@ -476,5 +476,5 @@ def _error(status: int, body: Mapping[str, Any]) -> ServiceError:
 
 
 def _is_gone(body: Mapping[str, Any]) -> bool:
-    """The board says that its daemon is gone, which may come back."""
+    """Whether the board says that its daemon is gone, which may come back."""
     return _mapping(body.get("error")).get("code") == GONE

@@ -24,9 +24,9 @@ class Turn:
     """A finished or stopped answer.
 
     Attributes:
-        tokens: generated.
-        first_token_s: from the question to the first token, in seconds.
-        tokens_per_s: decode rate, behind the first token.
+        tokens: Tokens generated.
+        first_token_s: Seconds from the question to the first token.
+        tokens_per_s: Decode rate after the first token.
     """
 
     tokens: int
@@ -35,7 +35,7 @@ class Turn:
     tokens_per_s: float
 
     def summary(self, emulated: bool) -> str:
-        """One line for a person."""
+        """A summary in one line."""
         parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"] if self.tokens else []
         if self.tokens > 1:
             parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
@@ -51,7 +51,7 @@ _UNFINISHED: Final = {FinishReason.LENGTH: "the limit of tokens was reached", Fi
 
 @dataclass(frozen=True)
 class Note:
-    """Something to tell the person before the answer."""
+    """Something to show the user before the answer."""
 
     text: str
 
@@ -60,10 +60,10 @@ class Chat(Protocol):
     """A conversation with a model, wherever the model is.
 
     Attributes:
-        title: what answers, for the first line.
-        emulated: figures are not a board's.
-        system: the system prompt.
-        last: the last answer, a stopped one too.
+        title: What answers, for the first line.
+        emulated: Whether the figures are not a board's.
+        system: System prompt.
+        last: Last answer, even if stopped.
     """
 
     title: str
@@ -76,15 +76,15 @@ class Chat(Protocol):
         ...
 
     def set_system(self, text: str) -> None:
-        """Put the conversation under another system prompt."""
+        """Set another system prompt."""
         ...
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
-        """Pieces of the answer. Closing it early stops the answer and keeps what there is of it."""
+        """Pieces of the answer. Closing it early stops the answer and keeps the part there is."""
         ...
 
     def stop(self) -> None:
-        """End the answer that is being given; may be called from any thread."""
+        """Stop the current answer; may be called from any thread."""
         ...
 
     def clear(self) -> None:
@@ -96,7 +96,7 @@ class Chat(Protocol):
         ...
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation from a file."""
+        """Continue a conversation from a file."""
         ...
 
     def stats(self) -> Mapping[str, str]:
@@ -106,7 +106,7 @@ class Chat(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the chat: how it is written, what it does."""
+    """A command of the chat: its usage, its help, and its function."""
 
     usage: str
     help: str
@@ -114,7 +114,7 @@ class Command:
 
 
 class Repl:
-    """Reads messages and commands until the input ends."""
+    """Read messages and commands until the input ends."""
 
     def __init__(self, chat: Chat, terminal: Terminal) -> None:
         self.chat = chat
@@ -126,7 +126,7 @@ class Repl:
         """Chat until the end of the input or /exit.
 
         Raises:
-            RKEdgeError: the last answer failed and nobody is at the terminal to be told so.
+            RKEdgeError: The last answer failed, and there is no terminal to show that on.
         """
         if self.terminal.interactive:
             self.terminal.note(f"{self.chat.title}\n/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
@@ -163,7 +163,7 @@ class Repl:
         name, _, rest = text.partition(" ")
         command = COMMANDS.get("/exit" if name.strip() == "/quit" else name.strip())
         if command is None:
-            raise UsageError(f"There is no command {name}.", hint=f"Commands: {' '.join(COMMANDS)}")
+            raise UsageError(f"Unknown command {name}.", hint=f"Commands: {' '.join(COMMANDS)}")
         command.action(self, rest.strip())
 
     def _answer(self, text: str) -> None:
@@ -183,10 +183,10 @@ class Repl:
 
     @contextmanager
     def _stopped_by_ctrl_c(self) -> Iterator[None]:
-        """Ctrl-C stops the answer and not the program; what was said of it stays in the conversation.
+        """Ctrl-C stops the answer, not the program; the part generated so far stays in the conversation.
 
-        The handler asks for the stop from a thread of its own: an exception at any place whatever could leave the
-        conversation with the worker out of step.
+        The handler requests the stop from its own thread: an exception at an arbitrary place could leave conversation
+        and worker out of step.
         """
 
         def stop(*_: object) -> None:
@@ -226,7 +226,7 @@ def _save(repl: Repl, text: str) -> None:
 def _load(repl: Repl, text: str) -> None:
     path = _path(text)
     repl.chat.load(path)
-    repl.terminal.note(f"The conversation goes on from {path}.")
+    repl.terminal.note(f"Continuing the conversation from {path}.")
 
 
 def _path(text: str) -> Path:
@@ -255,7 +255,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "/clear": Command("/clear", "Start a new conversation.", _clear),
     "/system": Command("/system [TEXT]", "Show or set the system prompt; - removes it.", _system),
     "/save": Command("/save FILE", "Write the conversation to a file.", _save),
-    "/load": Command("/load FILE", "Go on with a saved conversation.", _load),
-    "/stats": Command("/stats", "Tokens, speed and context so far.", _stats),
-    "/exit": Command("/exit", "Leave (/quit and Ctrl-D too).", _exit),
+    "/load": Command("/load FILE", "Continue a saved conversation.", _load),
+    "/stats": Command("/stats", "Show tokens, speed and context so far.", _stats),
+    "/exit": Command("/exit", "Leave (as do /quit and Ctrl-D).", _exit),
 }

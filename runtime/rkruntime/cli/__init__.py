@@ -1,4 +1,4 @@
-"""The `rkedge` command: a table of names, each imported when it is asked for."""
+"""The `rkedge` command: a table of commands, each imported on use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 
-# Of another program's output, above an error.
+# Most lines of another program's output to show above an error.
 _MOST_LINES: Final = 12
 
 
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     help: str
 
 
-# A table, not entry points: those have no help line, and looking them up reads the metadata of all installed packages,
+# A table, not entry points: those have no help lines, and looking them up reads the metadata of all installed packages,
 # which took `--help` from 0.44 s to 0.58 s on a busy PC (medians of 15 alternated pairs).
 COMMANDS: dict[str, Entry] = {
     "demo": Entry("rkconvert.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
@@ -68,14 +68,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the nearest command when there is none of that name."""
+        """Suggest the nearest command if there is none with that name."""
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         if args[0] not in COMMANDS and near:
             ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table; no command is imported for it."""
+        """Write the table without importing any command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
 
@@ -104,7 +104,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def _typed(error: Exception) -> RKEdgeError:
-    """What a person is told of an exception: few are defects, most concern this machine or its installation."""
+    """The error to show for an exception: few are defects, most concern this machine or its installation."""
     if isinstance(error, RKEdgeError):
         return error
     if isinstance(error, ImportError):
@@ -121,27 +121,27 @@ def _typed(error: Exception) -> RKEdgeError:
         return HostError(f"{error.strerror or error}{f': {named}' if named else ''}.", hint=hint)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
         return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")
-    if isinstance(error, ValueError) and "null byte" in str(error):  # as Python says it of a path
-        return UsageError("The name of a file holds the character NUL, which none can.")
+    if isinstance(error, ValueError) and "null byte" in str(error):  # as Python reports it for a path
+        return UsageError("A file name contains the character NUL, which is not allowed.")
     return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the console script.
 
-    Exit codes are those of the error tree, 130 for Ctrl-C, 141 when the reader of the output has gone.
+    Exit codes are those of the error tree, 130 for Ctrl-C, 141 if the reader of the output is gone.
     """
     flags, words = Flags(), sys.argv[1:] if argv is None else list(argv)
     sys.excepthook = _print_traceback  # for --debug
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A path may hold bytes that are not UTF-8; what is written for one is JSON's own form of it, too.
+            # A path may contain bytes that are not UTF-8; they are written as escapes that are also valid in JSON.
             stream.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(words, prog_name="rkedge", standalone_mode=False, obj=flags)
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
-        error.message = one_line(error.message)  # type: ignore[misc]  # it may hold a file's name
+        error.message = one_line(error.message)  # type: ignore[misc]  # it may contain a file name
         if flags.json or asks_for_json(cli, words):
             say_json(UsageError(error.format_message()).as_dict())
         error.show()
@@ -150,10 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\nstopped", err=True)
         return 130
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has gone; Python must not complain about it at exit either.
+        # The reader of our output, such as `head`, is gone; Python must not complain about that at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:  # A person meets no traceback, whatever it was.
+    except Exception as error:  # Users never see a traceback.
         if flags.debug:
             raise
         return _report(_typed(error), as_json=flags.json or asks_for_json(cli, words))

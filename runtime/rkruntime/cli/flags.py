@@ -12,7 +12,7 @@ import click
 
 
 class Number(click.FloatRange):
-    """A number within bounds; of NaN click says that it is."""
+    """A number within bounds; click would accept NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """See click."""
@@ -27,7 +27,7 @@ TOKENS: Final = click.IntRange(32, 1 << 20)
 
 
 class Renamed(click.Option):
-    """An option that still answers to a former name, which no help and no completion shows."""
+    """An option that still accepts a former name, which neither help nor completion shows."""
 
     def __init__(self, *names: Any, former: str, **options: Any) -> None:
         super().__init__(*names, **options)
@@ -44,14 +44,14 @@ Decorated = TypeVar("Decorated", bound=Callable[..., object])
 
 @dataclass
 class Flags:
-    """As click has parsed them; the object of the outermost context."""
+    """The flags as parsed by click; the object of the outermost context."""
 
     debug: bool = False
     json: bool = False
 
 
 def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decorated]:
-    """A flag that is written down in `Flags` before any other option is looked at."""
+    """A flag that is recorded in `Flags` before any other option is parsed."""
 
     def remember(context: click.Context, _: click.Parameter, value: bool) -> bool:
         flags = context.find_object(Flags)
@@ -63,7 +63,7 @@ def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decora
 
 
 def json_option(help: str = "Print the result as one JSON document.") -> Callable[[Decorated], Decorated]:
-    """`--json`, as the parameter `as_json`. An error of the command, a wrong value too, is then JSON as well."""
+    """`--json`, as the parameter `as_json`. Errors of the command, including wrong values, are then JSON as well."""
     return flag("json", "--json", "as_json", help=help)
 
 
@@ -73,9 +73,9 @@ def quiet_option(help: str = "Show no progress.") -> Callable[[Decorated], Decor
 
 
 def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
-    """Whether `--json` is given in a line that click refused, and whose flags it therefore did not hand on.
+    """Whether `--json` is given in a line that click refused, and whose flags it therefore did not record.
 
-    click's own parser reads it again and skips what it does not know. Where there is no such command, or its module
+    click's own parser reads it again and skips what it does not know. If there is no such command, or its module
     cannot be imported, options cannot be told from their values; then any `--json` counts.
     """
     context = click.Context(command, resilient_parsing=True, ignore_unknown_options=True)
@@ -85,6 +85,6 @@ def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
     name, *others = [*dropwhile(lambda word: word.startswith("-"), rest), ""]
     try:
         subcommand = command.get_command(context, name)
-    except Exception:  # it is reported already, whatever it was
+    except Exception:  # it has already been reported, whatever it was
         subcommand = None
     return asks_for_json(subcommand, others) if subcommand else "--json" in others

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what a person sees while a model is loaded."""
+"""Options that several commands share, and what the user sees while a model is loaded."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ sampling_options = _packed(
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
-    """Shows one line after the other in the same place, and nothing where nobody looks."""
+    """Show one line after the other in the same place; nothing without a terminal."""
     watched = sys.stderr.isatty()
 
     def show(text: str) -> None:
@@ -117,19 +117,19 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
 
 def show_finding(finding: Finding) -> None:
-    """A preflight finding on standard error, for a person."""
+    """Show a preflight finding on standard error."""
     color = "yellow" if finding.level == "warning" else "cyan"
     say(f"{finding.message} {finding.hint}", lead=click.style(f"{finding.level}: ", fg=color), err=True)
 
 
 def open_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:
-    """`load_engine` for a person: says on standard error what is worth knowing."""
+    """`load_engine` with findings and progress shown on standard error."""
     with progress_line() as progress:
         return load_engine(bundle, options, sampling, show_finding, progress)
 
 
 def open_for_person(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Model:
-    """`open_model` for a person, likewise."""
+    """`open_model`, likewise."""
     from rkruntime.model import open_model
 
     with progress_line() as progress:

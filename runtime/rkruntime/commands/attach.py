@@ -14,10 +14,10 @@ from rkruntime.terminal import say
 
 
 def _check_forced() -> None:
-    """A forced command runs in place of what the client asked for: refuse if that was not `attach`.
+    """A forced command runs instead of what the client requested: refuse if that was not `attach`.
 
     Raises:
-        RefusedError: it was.
+        RefusedError: It was not.
     """
     asked = os.environ.get("SSH_ORIGINAL_COMMAND")
     if not asked:
@@ -28,7 +28,7 @@ def _check_forced() -> None:
         words = []
     if "attach" not in words:
         raise RefusedError(
-            "This key may chat, and nothing else.",
+            "This key may only be used to chat.",
             hint="Use it as: rkedge chat USER@BOARD",
             details={"asked": asked[:200]},
         )
@@ -60,5 +60,5 @@ def run(socket: Path | None, user: str | None) -> None:
         except BodyError as error:
             raise UsageError(error.message) from error
     if sys.stdin.isatty():
-        say("This command speaks JSON with programs; to chat, use `rkedge chat`.", err=True)
+        say("This command speaks JSON, for programs; to chat, use `rkedge chat`.", err=True)
     Bridge(socket or default_socket(), user, sys.stdin.buffer, sys.stdout.buffer).run()

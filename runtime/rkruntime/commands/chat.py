@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _is_board(model: str) -> bool:
-    """`model` is a destination of ssh, not a folder."""
+    """Whether `model` is an ssh destination, not a folder."""
     return not Path(model).exists() and ("@" in model or model.startswith("ssh://"))
 
 

@@ -1,4 +1,4 @@
-"""`rkedge diagnose`: what a log of RKLLM, RKNN, the NPU driver or the toolkit says went wrong."""
+"""`rkedge diagnose`: explain what went wrong, from a log of RKLLM, RKNN, the NPU driver or the toolkit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rkruntime.errors import InputError
 from rkruntime.terminal import say, say_json
 
 _MEANING = {
-    "high": "the text names this fault",
-    "medium": "the text usually goes with this fault; see also what else it can be",
-    "low": "a hint only; the log says nothing better",
+    "high": "the text identifies this fault",
+    "medium": "the text usually goes with this fault; see the alternatives",
+    "low": "only a hint; the log says nothing better",
 }
 _WIDTH = 100
 _MOST_SOURCES = 5

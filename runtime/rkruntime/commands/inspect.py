@@ -1,4 +1,4 @@
-"""`rkedge inspect`: what a bundle, a model file or a library says of itself."""
+"""`rkedge inspect`: what a bundle, a model file or a library is."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _library(path: Path, _: bool) -> dict[str, Any]:
 
 
 def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
-    """The reader for what stands at `path`, by its first bytes and not by its name."""
+    """The reader for what is at `path`, chosen by its first bytes, not by its name."""
     from rkruntime.bundle import rkemu
 
     if path.is_dir():
@@ -70,7 +70,7 @@ def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     readers = {rkemu.MAGIC: _rkemu, _ELF: _library}
-    # The reader of .rkllm files has a word for what is none of them.
+    # The reader of .rkllm files has a message for everything else.
     return next((reader for magic, reader in readers.items() if head.startswith(magic)), _rkllm)
 
 
@@ -106,7 +106,7 @@ def run(path: Path, verify: bool, as_json: bool) -> None:
     """
     reader = _reader(path)
     if verify and reader in (_rkllm, _library):
-        raise UsageError(f"{path} has no checksum of its own.", hint="Verify the bundle that it belongs to.")
+        raise UsageError(f"{path} does not contain a checksum.", hint="Verify the bundle that it belongs to.")
     values = reader(path, verify)
     if as_json:
         say_json({"path": str(path), **values})

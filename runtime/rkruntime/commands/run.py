@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 def _prompt(text: str | None, file: BinaryIO | None) -> str:
     """The text of -p, then that of -f; standard input if there is neither.
 
-    With -p alone standard input is not touched: `while read line; do rkedge run ... -p "$line"; done` loses no line.
+    With only -p, standard input is not read: `while read line; do rkedge run ... -p "$line"; done` loses no line.
     """
     if text is None and file is None:
         if sys.stdin.isatty():
-            say("Type the prompt; Ctrl-D ends it.", err=True)
+            say("Type the prompt; end it with Ctrl-D.", err=True)
         file = sys.stdin.buffer
     try:
         parts = [text or "", file.read().decode() if file else ""]
@@ -37,7 +37,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
         ) from error
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
-        raise UsageError("There is no prompt.", hint='Give -p "...", or write it to standard input.')
+        raise UsageError("There is no prompt.", hint='Pass -p "...", or write it to standard input.')
     return prompt
 
 

@@ -48,7 +48,7 @@ def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **lis
 
     first = settings()
     if first.bundle is not None:
-        open_bundle(first.bundle)  # a wrong name ends here, and not in a daemon that waits for the folder to appear
+        open_bundle(first.bundle)  # a wrong name fails here, not in a daemon that waits for the folder to appear
     log_to_stderr(first.log_level)
 
     async def serve() -> None:

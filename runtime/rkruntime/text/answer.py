@@ -20,11 +20,11 @@ class Answer:
     """A finished answer.
 
     Attributes:
-        text: without the stop string, if one ended it.
-        tokens: every id that was generated, those behind a stop string's beginning too: they are in the KV cache.
-        prompt_tokens: without those of the answer itself, where it was taken up.
-        perf: the runtime's own figures, where it has any and the run was not cut short by us.
-        begun: how many of `tokens` are of a run before, which was broken off.
+        text: Text without the stop string, if one ended it.
+        tokens: Every generated id, including those after the beginning of a stop string: they are in the KV cache.
+        prompt_tokens: Tokens of the prompt, without those of a resumed answer.
+        perf: The runtime's own figures, if it has any and we did not cut the run short.
+        begun: How many of `tokens` come from an earlier, interrupted run.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Answer:
     begun: int = 0
 
     def rate(self, first_token_s: float, total_s: float) -> float:
-        """Tokens per second: the runtime's own figure where it gives one, else by the clock from the first token on."""
+        """Tokens per second: the runtime's own figure if it has one, else measured from the first token."""
         if self.perf and self.perf.generate_ms > 0:
             return self.perf.generate_tokens / self.perf.generate_ms * 1000
         seconds = total_s - first_token_s
@@ -43,9 +43,9 @@ class Answer:
 
 
 class StopStrings:
-    """Cuts a text at the first of some strings, also where it is spread over several pieces.
+    """Cut a text at the first of some strings, even one spread over several pieces.
 
-    Text is held back only as long as it may be the beginning of one of the strings.
+    Text is held back only while it may be the beginning of one of the strings.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """What of the text so far is certain to be part of the answer; nothing once a string was found."""
+        """The text that is now certain to be part of the answer; empty once a string was found."""
         if not self._strings:
             return text
         if self.found is not None:
@@ -71,22 +71,22 @@ class StopStrings:
 
     @staticmethod
     def _overlap(text: str, string: str) -> int:
-        """Length of the longest end of `text` that `string` begins with, less than all of it."""
+        """Length of the longest proper prefix of `string` that `text` ends with."""
         longest = min(len(text), len(string) - 1)
         return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
 
     def finish(self) -> str:
-        """What was held back and turned out to be text."""
+        """The text that was held back and is part of the answer after all."""
         held, self._held = self._held, ""
         return held
 
 
 class AnswerReader:
-    """Takes the events of one run and gives the text they add.
+    """Turn the events of one run into the text they add.
 
     Args:
-        prompt_tokens: of the run's prompt, `begun` included.
-        begun: ids of an answer that was broken off and is taken up now: they stand in front of the run's.
+        prompt_tokens: Tokens of the run's prompt, including `begun`.
+        begun: Ids of an interrupted answer that is now resumed: they precede the run's.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class AnswerReader:
 
     @property
     def text(self) -> str:
-        """What is certain so far."""
+        """The text that is certain so far."""
         return "".join(self._text)
 
     @property
     def done(self) -> bool:
-        """No further event is needed: the run has ended, or a stop string was found."""
+        """Whether no further event is needed: the run has ended, or a stop string was found."""
         return self._finished is not None or self._stops.found is not None
 
     @property
@@ -119,14 +119,14 @@ class AnswerReader:
         return len(self._tokens)
 
     def feed(self, event: Event) -> str:
-        """The text that this event adds, often none. Raises RunError for an id that the model does not have."""
+        """The text that this event adds, often none. Raises RunError for an id outside the vocabulary."""
         if isinstance(event, Finished):
             self._finished = event
             return self._flush()
         if event.token_id >= self._vocab_size:
             raise RunError(
-                f"The runtime reported the token {event.token_id:,}; the model has {self._vocab_size:,}.",
-                hint="The model file and the tokenizer beside it may be of different models: convert again.",
+                f"The runtime reported the token id {event.token_id:,}, but the model has only {self._vocab_size:,}.",
+                hint="The model file and its tokenizer may be from different models: convert again.",
             )
         self._tokens.append(event.token_id)
         return self._add(self._stops.push(self._detokenizer.push(event.token_id)))
@@ -140,7 +140,7 @@ class AnswerReader:
         return text
 
     def answer(self) -> Answer:
-        """The answer so far; an abort if neither the run nor a stop string has ended it."""
+        """The answer so far, with the reason ABORT if neither the run nor a stop string has ended it."""
         if self._finished is None and self._stops.found is None:
             self._flush()
         reason = FinishReason.ABORT if self._finished is None else self._finished.reason
@@ -157,10 +157,10 @@ class AnswerReader:
 def stream_answer(
     engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
 ) -> Generator[str | Answer, None, None]:
-    """Pieces of text as they become certain, then the Answer. Closing it early, or a stop string, aborts the run.
+    """Yield pieces of text as they become certain, then the Answer. Closing it early, or a stop string, aborts the run.
 
     Raises:
-        RunError, WorkerError: from the engine.
+        RunError, WorkerError: From the engine.
     """
     reader = AnswerReader(vocabulary, len(request.tokens), stop)
     with closing(engine.generate(request)) as events:

@@ -1,7 +1,7 @@
-"""Jinja as transformers' `apply_chat_template` sets it up, in its sandbox, and the same over tracked text.
+"""Jinja's sandbox, set up as in transformers' `apply_chat_template`, for plain and for tracked text.
 
-A template is rendered twice. What plain Jinja makes of plain texts is the prompt, by definition. The second rendering
-says where each character came from (`rkruntime.text.tracked`), and counts only if it gave the same characters.
+A template is rendered twice. The prompt is, by definition, what plain Jinja makes of plain texts. The second rendering
+tells where each character came from (`rkruntime.text.tracked`), and counts only if the characters are the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EMPTY: Final = Tracked("", OWN)
 
 
 class Refusal(jinja2.TemplateError):
-    """The template called raise_exception. `said` is its message, tracked if it was rendered so."""
+    """The template called raise_exception. `said` is its message, tracked if the rendering was."""
 
     def __init__(self, said: object) -> None:
         super().__init__(str(said))
@@ -36,7 +36,7 @@ class Refusal(jinja2.TemplateError):
 
 
 class UnfollowedError(Exception):
-    """The rendering over tracked text gave another prompt than plain Jinja."""
+    """The rendering over tracked text differs from plain Jinja's."""
 
 
 class Program:
@@ -53,16 +53,16 @@ class Program:
         *,
         add_generation_prompt: bool = True,
     ) -> Tracked:
-        """The prompt.
+        """Render the prompt.
 
         Args:
-            messages: `role` and `content` of each.
-            variables: special tokens by their names, such as `bos_token`.
+            messages: `role` and `content` of each message.
+            variables: Special tokens by name, such as `bos_token`.
 
         Raises:
-            Refusal: the template does not take this conversation.
-            UnfollowedError: it does something that cannot be followed, or is not the same twice.
-            Exception: a template can do anything that Python can do wrong.
+            Refusal: The template does not accept this conversation.
+            UnfollowedError: It does something that cannot be tracked, or differs between two renderings.
+            Exception: A template can fail in any way that Python can.
         """
         now = datetime.now()
         given: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
@@ -70,7 +70,7 @@ class Program:
         try:
             text = self._plain.render(messages=messages, **variables, **given)
         except Refusal:
-            # The other rendering says whose words the message is made of.
+            # The other rendering tells whose words the message contains.
             text = None
         tracked = [
             {"role": Tracked(item["role"], OWN), "content": Tracked(item["content"], number, 0)}
@@ -81,10 +81,10 @@ class Program:
             followed: Any = self._tracking.render(messages=tracked, **own, **given)
         except (Refusal, MemoryError):
             raise
-        except Exception as error:  # A template can do anything that Python can do wrong.
+        except Exception as error:  # A template can fail in any way that Python can.
             raise UnfollowedError(f"{type(error).__name__}: {error}") from error
         if text is None or str.__ne__(followed, text):
-            raise UnfollowedError("it does not say the same twice")
+            raise UnfollowedError("two renderings differ")
         assert isinstance(followed, Tracked)
         return followed
 
@@ -98,7 +98,7 @@ def line_of(error: BaseException) -> int | None:
 
 
 class _Namespace(Namespace):
-    """As in transformers: a namespace whose names cannot hide what Python keeps behind underscores."""
+    """As in transformers: a namespace without access to names that begin with underscores."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *given = args
@@ -116,7 +116,7 @@ def _public(name: str) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks answers for training and renders what is in it."""
+    """`{% generation %}`, which marks answers for training and renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012 - as Extension declares it
 
@@ -149,7 +149,7 @@ def _to_json(
 
 
 class _TrackingGenerator(CodeGenerator):
-    """Compiles a template's own texts to tracked ones, and joins by `environment.concat` alone."""
+    """Compile a template's own texts to tracked ones, and join only with `environment.concat`."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
         if isinstance(node.value, str):
@@ -180,13 +180,13 @@ class _TrackingEnvironment(_Environment):
     concat = staticmethod(joined)
 
     def __init__(self) -> None:
-        # Unoptimized: what is computed when a template is compiled becomes a plain constant.
+        # Unoptimized, because constant folding would turn tracked text into plain constants.
         super().__init__(optimized=False)
         self.filters["join"] = _join
 
     @staticmethod
     def own(text: str) -> Tracked:
-        """A text of the template's."""
+        """Text of the template itself."""
         return Tracked(text, OWN)
 
 

@@ -1,4 +1,4 @@
-"""A process with limits for work on what strangers made: it can be slow, grow, hang or break, and then it is ended.
+"""A process with limits, for work on untrusted data: if it gets slow, grows, hangs or crashes, it is killed.
 
 Parent and child send each other messages over a pair of sockets: two u32 (sizes), a JSON object, bytes.
 """
@@ -28,21 +28,21 @@ from rkruntime.printable import one_line
 
 _SIZES: Final = struct.Struct("<II")
 _MAX_MESSAGE: Final = 1 << 28
-# What a child may raise in its parent.
+# Errors that a child may raise in its parent.
 _ERRORS: Final[Mapping[str, type[RKEdgeError]]] = {
     kind.__name__: kind for kind in (BundleError, ContextFullError, HostError, UsageError)
 }
-# The parent's own places for modules; nothing else has a say in what the child imports.
+# The parent's own module path; nothing else affects what the child imports.
 _START: Final = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "import importlib; importlib.import_module(sys.argv[2]).main()"
 )
-# LD_PRELOAD is not among them: what is preloaded may take more address space than the limit has.
+# Without LD_PRELOAD: preloaded libraries may take more address space than the limit allows.
 _VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LC_TIME", "TZ", "LD_LIBRARY_PATH")
 _HINT: Final = "Convert the model again with the tokenizer.json and chat_template.jinja of its Gemma checkpoint."
 _MAX_LOG: Final = 1 << 16
 _SLICE: Final = 0.25
-# Seconds for work that nobody waits for any more.
+# Seconds for work that is no longer wanted.
 _GRACE: Final = 2.0
 
 Answer: TypeAlias = tuple[dict[str, Any], bytes]
@@ -54,11 +54,11 @@ MEMORY: Final = 1 << 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may take.
+    """The limits of one call.
 
     Attributes:
-        cpu_s: seconds of computing.
-        wall_s: seconds until its answer, on a machine that does other things too.
+        cpu_s: Seconds of CPU time.
+        wall_s: Seconds until its answer, on a machine that does other things too.
     """
 
     cpu_s: int = 10
@@ -66,11 +66,11 @@ class Limits:
 
 
 class Confined:
-    """A child process. Safe to use from several threads, which wait for each other.
+    """A child process. Thread-safe; callers wait for each other.
 
     Args:
-        module: of the child, with a function `main` that calls `serve`.
-        what: the work, in a message, as in "The chat template".
+        module: Module of the child, whose function `main` calls `serve`.
+        what: Name of the work for messages, such as "The chat template".
     """
 
     def __init__(self, module: str, what: str) -> None:
@@ -81,16 +81,16 @@ class Confined:
 
     @property
     def pid(self) -> int | None:
-        """Of the child, if there is one, with what earlier calls left in it."""
+        """Process id of the child, if there is one with the state of earlier calls."""
         return self._process.pid if self._process else None
 
     def call(self, name: str, limits: Limits, data: bytes = b"", **values: Any) -> Answer:
-        """Have the child's function `name` called; a child is started if there is none.
+        """Call the child's function `name`; starts a child if there is none.
 
         Raises:
-            BundleError: it came to a limit; the child is gone then.
-            HostError: the child cannot be started, or was ended by something else.
-            RKEdgeError: what the function raised.
+            BundleError: It reached a limit; the child is then gone.
+            HostError: The child cannot be started, or was killed by something else.
+            RKEdgeError: The error that the function raised.
         """
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
@@ -101,7 +101,7 @@ class Confined:
                 header, data = _receive(self._socket, self._left)
             except TimeoutError:
                 self._end()
-                raise self._over(f"did not come to an end in {limits.wall_s:g} seconds") from None
+                raise self._over(f"did not finish within {limits.wall_s:g} seconds") from None
             except (OSError, EOFError, ValueError):
                 raise self._gone(limits) from None
         if "error" in header:
@@ -110,22 +110,22 @@ class Confined:
         return header, data
 
     def hurry(self) -> None:
-        """From another thread: nobody waits for the calls that are made from now on, until `take_time`."""
+        """Cut short this call and later ones, until `take_time`; call it from another thread."""
         self._hurried = time.monotonic() + _GRACE
 
     def take_time(self) -> None:
-        """Somebody waits for the next calls."""
+        """Give the next calls their full time again."""
         self._hurried = math.inf
 
     def close(self) -> None:
-        """End the child, and the call that goes on. The next call starts another."""
+        """Kill the child, and with it the current call. The next call starts another."""
         self._hurried = 0.0
         with self._lock:
             self._end()
         self.take_time()
 
     def _left(self) -> float:
-        """Seconds until the next look at the deadline. Raises TimeoutError behind it."""
+        """Seconds until the deadline must be checked again. Raises TimeoutError after it."""
         left = min(self._deadline, self._hurried) - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -138,10 +138,10 @@ class Confined:
         command = [sys.executable, "-I", "-S", "-B", "-c", _START, json.dumps(paths), self._module]
         command += [self._what]
         environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-        # One thread: each further one takes address space of its own.
+        # One thread, because each one takes address space.
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         try:
-            # A session of its own: Ctrl-C in the terminal is for the parent.
+            # A session of its own: Ctrl-C in the terminal reaches only the parent.
             self._process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -150,12 +150,12 @@ class Confined:
             os.close(log)
             raise HostError(
                 f"A process for {self._what.lower()} cannot be started: {error.strerror or error}.",
-                hint="Look at the limits on processes and memory, and that this Python is still where it was.",
+                hint="Check the limits on processes and memory, and that this Python still exists.",
             ) from error
         finally:
             theirs.close()
         self._socket = ours
-        # Also at the end of this program, and where nobody calls `close`.
+        # Also when this program exits, and without a call of `close`.
         self._killed = weakref.finalize(self, _kill, self._process, ours, log)
 
     def _end(self) -> tuple[int, str]:
@@ -164,7 +164,7 @@ class Confined:
         return (process and self._killed()) or (0, "")
 
     def _gone(self, limits: Limits) -> RKEdgeError:
-        """Why the child has closed its socket."""
+        """The reason why the child has closed its socket."""
         process = self._process
         assert process is not None
         try:
@@ -173,17 +173,17 @@ class Confined:
             self._end()
             return self._over("broke off")
         code, printed = self._end()
-        # Nothing else that it printed: a library that breaks quotes the text that it broke on, and that is private.
+        # Nothing else of its output: a library that fails quotes the text it failed on, which is private.
         missing = re.findall(r"^(?:Import|ModuleNotFound)Error: .*", printed, re.MULTILINE)
         said = one_line(missing[-1])[:300] if missing else ""
         if code == -signal.SIGXCPU:
-            return self._over(f"took more than {limits.cpu_s} seconds of computing")
+            return self._over(f"took more than {limits.cpu_s} seconds of CPU time")
         if code == -signal.SIGABRT and "memory allocation" in printed:
             return self._over(f"took more than {MEMORY >> 20} MiB of memory")
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return HostError(
             f"The process for {self._what.lower()} {how}{f': {said}' if said else ''}.",
-            hint="If a package is missing, install rkedge again; else look for memory that ran out, and try again.",
+            hint="If a package is missing, reinstall rkedge; otherwise check whether memory ran out, and try again.",
         )
 
     def _over(self, how: str) -> BundleError:
@@ -203,7 +203,7 @@ def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int) -> tup
 
 
 def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Callable[[], float | None]) -> None:
-    # Piece by piece: in one go, megabytes would keep other threads waiting for the interpreter.
+    # Piecewise: encoding megabytes at once would keep other threads waiting for the interpreter.
     text = "".join(json.JSONEncoder().iterencode(header)).encode()
     view = memoryview(_SIZES.pack(len(text), len(data)) + text + data)
     while view:
@@ -215,7 +215,7 @@ def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Call
 
 
 def _receive(one: socket.socket, left: Callable[[], float | None]) -> Answer:
-    """The next message. EOFError if the other end is closed, ValueError for nonsense."""
+    """The next message. Raises EOFError if the other end is closed, ValueError for nonsense."""
     text_size, data_size = _SIZES.unpack(_read(one, _SIZES.size, left))
     if text_size + data_size > _MAX_MESSAGE:
         raise ValueError
@@ -253,7 +253,7 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             header, data = _receive(parent, lambda: None)
         except EOFError:
             return
-        # The limit is on the whole process, so it moves on with each call.
+        # The limit is for the whole process, so it is raised with each call.
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + int(header["cpu_s"]))
         try:
             answer, data = functions[header["call"]](header, data)
@@ -265,7 +265,7 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             answer, data = _failed(f"{what} took more than {MEMORY >> 20} MiB of memory"), b""
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # A panic of tokenizers' is not an Exception. Its text may quote a conversation.
+        except BaseException as error:  # A panic in tokenizers is not an Exception. Its text may quote a conversation.
             answer, data = _failed(f"{what} failed ({type(error).__name__})"), b""
         _send(parent, answer, data, lambda: None)
 
@@ -275,13 +275,13 @@ def _failed(how: str) -> dict[str, Any]:
 
 
 def _limit(kind: int, value: int) -> None:
-    # The soft limit, which is the one that acts, and can be moved on.
+    # The soft limit takes effect and can be raised again.
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _die_first() -> None:
-    """Where memory runs out, the kernel shall end this process and no other."""
+    """If memory runs out, have the kernel kill this process and no other."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123 - the child imports little
             file.write("1000")

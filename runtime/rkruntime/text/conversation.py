@@ -1,4 +1,4 @@
-"""A conversation: turns with the token ids that were generated, the prompt for the next one, and its file."""
+"""A conversation: turns with their generated token ids, the prompt for the next one, and the file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MAX_FILE: Final = 64 << 20
 
 
 class Conversation:
-    """Turns of user and assistant in order, and the system prompt they stand under.
+    """Turns of user and assistant in order, and their system prompt.
 
     Attributes:
-        system: the system prompt, or an empty text.
-        messages: user and assistant in turn; the last is an answer.
+        system: System prompt; empty for none.
+        messages: User and assistant alternating; the last is an answer.
     """
 
     def __init__(self, prompts: Prompts, system: str = "", messages: Iterable[Message] = ()) -> None:
@@ -35,27 +35,27 @@ class Conversation:
         self.messages = list(messages)
 
     def prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """Token ids of everything said so far and of `text`, and how many old turns were left out to make room.
+        """Token ids of the conversation so far plus `text`, and how many old turns were dropped to make room.
 
         Args:
-            max_context: in tokens; the answer's beginning has room too.
-            drop: leave out the oldest turns until it fits; the system prompt stays. `add` forgets them.
+            max_context: Context in tokens; there is room left for the beginning of an answer.
+            drop: Drop the oldest turns until it fits; the system prompt stays. `add` then forgets them.
 
         Raises:
-            ContextFullError: it does not fit.
-            UsageError, BundleError: the template does not take it.
+            ContextFullError: It does not fit.
+            UsageError, BundleError: The template does not accept it.
         """
         system = [Message("system", self.system)] if self.system else []
         return self._prompts.prompt([*system, *self.messages, Message("user", text)], max_context, drop=drop)
 
     def add(self, text: str, answer: Answer, dropped: int = 0) -> None:
-        """Keep a turn: what was asked, and the answer's text with the ids that were generated for it.
+        """Add a turn: the question, and the answer's text with its generated ids.
 
         Args:
-            dropped: so many of the oldest turns are forgotten, which the answer's prompt had no room for.
+            dropped: Number of oldest turns to forget, because the answer's prompt had no room for them.
         """
         del self.messages[: 2 * dropped]
-        # Nobody has seen what was generated behind a stop string's beginning.
+        # What was generated after the beginning of a stop string was never shown.
         tokens = self._prompts.vocabulary.saying(answer.tokens, answer.text)
         self.messages += [Message("user", text), Message("assistant", answer.text, tokens)]
 
@@ -64,17 +64,17 @@ class Conversation:
         self.messages.clear()
 
     def as_dict(self) -> dict[str, Any]:
-        """The conversation in JSON types, as `save` writes it."""
+        """The conversation as JSON types, as written by `save`."""
         return _as_dict(self.system, self.messages)
 
     def restore(self, data: Any) -> None:
-        """Take over what `as_dict` gave, maybe long ago and by another model.
+        """Restore the result of `as_dict`, perhaps from long ago and another model.
 
-        Ids are kept only where they say the text that stands beside them; elsewhere the text is encoded again.
+        Ids are kept only if they decode to the text stored with them; otherwise the text is encoded again.
 
         Raises:
-            InputError: it is not a conversation.
-            UsageError: the template does not take its roles.
+            InputError: It is not a conversation.
+            UsageError: The template does not accept its roles.
         """
         system, messages = _parse(data, self._prompts.vocabulary)
         self._prompts.check([*messages, Message("user", "")])
@@ -93,10 +93,10 @@ class Conversation:
 
 
 def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write what `Conversation.as_dict` gave to a JSON file, over nothing but another such file.
+    """Write the result of `Conversation.as_dict` to a JSON file; overwrites only another such file.
 
     Raises:
-        OutputError, HostError: it cannot be written, or something else stands there.
+        OutputError, HostError: It cannot be written, or something else is there.
     """
     path = Path(path)
     if path.exists():
@@ -104,18 +104,18 @@ def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) ->
             read_conversation(path)
         except InputError as error:
             raise OutputError(
-                f"{path} is there already and is not a saved conversation.", hint="Give another file name."
+                f"{path} already exists and is not a saved conversation.", hint="Choose another file name."
             ) from error
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def read_conversation(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_conversation` wrote. Raises InputError."""
+    """Read what `write_conversation` wrote. Raises InputError."""
     path = Path(path)
     try:
         if path.stat().st_size > _MAX_FILE:
-            raise InputError(f"{path} has over {_MAX_FILE >> 20} MiB: no conversation is as long.")
+            raise InputError(f"{path} is larger than {_MAX_FILE >> 20} MiB: no conversation is that long.")
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -125,7 +125,7 @@ def read_conversation(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_conversation(data: Any) -> dict[str, Any]:
-    """What in `data` is of a conversation, as `Conversation.as_dict` gives it. Raises InputError if it is none."""
+    """The conversation in `data`, as `Conversation.as_dict` returns it. Raises InputError if it is not one."""
     return _as_dict(*_parse(data, None))
 
 
@@ -145,20 +145,20 @@ def _parse(data: Any, vocabulary: Vocabulary | None) -> tuple[str, list[Message]
         raise InputError(f"This is not a saved conversation: it has no schema {SCHEMA!r}.")
     system, items = data.get("system", ""), data.get("messages")
     if not isinstance(system, str) or not isinstance(items, list):
-        raise InputError("This saved conversation has no text 'system' or no list 'messages'.")
+        raise InputError("This saved conversation lacks a string 'system' or a list 'messages'.")
     return system, [_parse_message(item, vocabulary) for item in items]
 
 
 def _parse_message(item: Any, vocabulary: Vocabulary | None) -> Message:
     role, content = (item.get(key) for key in ("role", "content")) if isinstance(item, Mapping) else (None, None)
     if role not in ("user", "assistant") or not isinstance(content, str):
-        raise InputError("A message of this saved conversation has no role 'user' or 'assistant', or no text.")
+        raise InputError("A message of this saved conversation lacks a role ('user' or 'assistant') or a text.")
     tokens = item.get("tokens")
     return Message(role, content, _trusted(tokens, content, vocabulary) if role == "assistant" else None)
 
 
 def _trusted(tokens: Any, content: str, vocabulary: Vocabulary | None) -> tuple[int, ...] | None:
-    """Ids from a file, if they say `content` and nothing else. Without a vocabulary, any numbers do."""
+    """Ids from a file, if they decode to exactly `content`. Without a vocabulary, any numbers are accepted."""
     if not isinstance(tokens, (list, tuple)) or not all(
         type(token) is int and 0 <= token < 1 << 31 for token in tokens
     ):

@@ -1,6 +1,6 @@
-"""A bundle's tokenizer and template in a process of their own, since both are made by strangers.
+"""A bundle's tokenizer and template in their own process, because both are untrusted.
 
-The daemon's event loop and a person's terminal stay free, whatever they do, and so does the memory: see `Limits`.
+Whatever they do, the daemon's event loop and the terminal stay responsive, and memory stays free: see `Limits`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
 _LIMITS: Final = Limits()
-# A tokenizer of 256,000 tokens takes 2 s of computing on a PC, and a board's small cores are ten times slower.
+# A tokenizer of 256,000 tokens takes 2 s of CPU time on a PC, and a board's small cores are ten times slower.
 _LOAD: Final = Limits(cpu_s=120, wall_s=300)
 
 
@@ -28,14 +28,14 @@ class PromptProcess:
     """See `rkruntime.text.prompts.Prompts`. The bundle's files are verified before they are parsed.
 
     Raises:
-        BundleError: tokenizer or template cannot be used; some prompts are made for trial.
-        HostError: the process cannot be started.
+        BundleError: Tokenizer or template cannot be used, according to some trial prompts.
+        HostError: The process cannot be started.
 
     Args:
-        stop: ends the start from another thread.
+        stop: Stops the start from another thread.
 
     Attributes:
-        lost: the process ended and could not be started again, maybe because the bundle is another one by now.
+        lost: Whether the process exited and could not be restarted, perhaps because the bundle has changed.
     """
 
     def __init__(self, bundle: Bundle, limits: Limits = _LIMITS, stop: Stop | None = None) -> None:
@@ -58,7 +58,7 @@ class PromptProcess:
             raise
 
     def _call(self, name: str, **values: Any) -> dict[str, Any]:
-        # Nobody else comes between a child's start and its first prompt.
+        # No one else may come between a child's start and its first prompt.
         with self._lock:
             if self._closed:
                 raise RunError("The model is closed.", hint="Open it again.")
@@ -85,15 +85,15 @@ class PromptProcess:
     def _tokens(self, answer: dict[str, Any]) -> list[int]:
         tokens: list[int] = answer["tokens"]
         if not all(type(token) is int and 0 <= token < self.vocabulary.vocab_size for token in tokens):
-            raise BundleError("The chat template or tokenizer gave ids that the model does not have.")
+            raise BundleError("The chat template or tokenizer returned ids that the model does not have.")
         return tokens
 
     def hurry(self) -> None:
-        """From another thread: nobody waits for the prompt that is being made."""
+        """Cut short the current prompt; call it from another thread."""
         self._child.hurry()
 
     def close(self) -> None:
-        """End the process; what is asked for later is a RunError."""
+        """End the process; later calls raise RunError."""
         self._closed = True
         self._child.close()
 
@@ -110,16 +110,16 @@ def open_in(
     system_role: str,
     special_tokens: Mapping[str, str],
 ) -> Vocabulary:
-    """Have a child load tokenizer and template, and try them out.
+    """Have a child load and try out tokenizer and template.
 
     Args:
-        child: whose module is this one.
-        tokenizer: tokenizer.json; `where` it was read, for messages.
-        template, system_role, special_tokens: see `load_template`.
+        child: Child whose module is this one.
+        tokenizer: Contents of tokenizer.json; `where` is its place, for messages.
+        template, system_role, special_tokens: See `load_template`.
 
     Raises:
-        BundleError: they cannot be used.
-        HostError: there is no process.
+        BundleError: They cannot be used.
+        HostError: There is no process.
     """
     answer, packed = child.call("load", _LOAD, tokenizer, path=str(where))
     facts = {"template": template, "system_role": system_role, "special_tokens": dict(special_tokens)}
@@ -136,14 +136,14 @@ def render(
     *,
     add_generation_prompt: bool = True,
 ) -> list[dict[str, str]]:
-    """Conversations as texts, as transformers' apply_chat_template gives them: `text` of each, or `error`.
+    """Render conversations as text, like transformers' apply_chat_template: a `text` or an `error` for each.
 
     Args:
-        child: whose module is this one.
+        child: Child whose module is this one.
 
     Raises:
-        BundleError: a limit was reached.
-        HostError: there is no process.
+        BundleError: A limit was reached.
+        HostError: There is no process.
     """
     answer, _ = child.call(
         "render",
@@ -165,7 +165,7 @@ class _Served:
         self._maker: Any = None
 
     def load(self, given: dict[str, Any], data: bytes) -> Answer:
-        """Read tokenizer.json; its vocabulary."""
+        """Read tokenizer.json; returns its vocabulary."""
         from rkruntime.text.tokenizer import Tokenizer
 
         self._tokenizer = Tokenizer.parse(data, Path(given["path"]))
@@ -208,7 +208,7 @@ def _outcome(given: dict[str, Any], messages: Any) -> dict[str, str]:
         return {"text": program.render(messages, given["special_tokens"], add_generation_prompt=asked)}
     except MemoryError:
         raise
-    except Exception as error:  # A template can do anything that Python can do wrong.
+    except Exception as error:  # A template can fail in any way that Python can.
         return {"error": f"{type(error).__name__}: {one_line(str(error))[:500]}"}
 
 
@@ -226,7 +226,7 @@ def _messages(given: dict[str, Any]) -> list[Message]:
 
 
 def main() -> None:
-    """The child."""
+    """Run the child."""
     served = _Served()
     functions = (served.load, served.open, served.prompt, served.check, served.encode, served.render)
     serve({function.__name__: function for function in functions})

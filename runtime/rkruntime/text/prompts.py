@@ -1,5 +1,5 @@
-"""Prompts that fit the context, made of conversations. All of it costs time that grows with what was given, so both
-ends are bounded: `rkruntime.text.prompt_process` runs it where it can be ended.
+"""Prompts that fit the context, made from conversations. The time that takes grows with the input, so both ends are
+bounded: `rkruntime.text.prompt_process` runs this where it can be killed.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from rkruntime.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from rkruntime.text.tokenizer import Tokenizer
 
-# A prompt may fill the context but for these (seen: "max context: 1020" for a context of 1024).
+# A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
 RESERVED: Final = 4
 
 
 class Prompts(Protocol):
-    """Makes prompts with a bundle's tokenizer and template."""
+    """Make prompts with a bundle's tokenizer and template."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What ids stand for."""
+        """The meaning of token ids."""
         ...
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """Token ids of a conversation up to where its answer begins, and how many turns were dropped for that.
+        """Token ids of a conversation up to the beginning of its answer, and how many turns were dropped to make room.
 
         Args:
-            messages: maybe a system message, then user and assistant in turn.
-            max_context: in tokens; there is room left for an answer's beginning.
-            drop: leave out the oldest turns (a question and its answer) until it fits; the system message stays.
+            messages: Optionally a system message, then user and assistant alternating.
+            max_context: Context in tokens; there is room left for the beginning of an answer.
+            drop: Drop the oldest turns (a question and its answer) until it fits; the system message stays.
 
         Raises:
-            ContextFullError: it does not fit.
-            UsageError: the template does not take these roles.
-            BundleError: the template or the tokenizer failed.
+            ContextFullError: It does not fit.
+            UsageError: The template does not accept these roles.
+            BundleError: The template or the tokenizer failed.
         """
         ...
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Raise UsageError if the template does not take these roles."""
+        """Raise UsageError if the template does not accept these roles."""
         ...
 
     def encode(self, text: str, max_context: int) -> list[int]:
-        """Ids of a plain text, without `<bos>`; never one of a control token.
+        """Ids of a plain text, without `<bos>`; never the id of a control token.
 
         Raises:
-            ContextFullError: it is certain not to fit.
+            ContextFullError: It is certain not to fit.
         """
         ...
 
@@ -71,7 +71,7 @@ class PromptMaker:
         """See `Prompts`."""
         messages = [self._said(message) for message in messages]
         fitting = _Fitting(self._tokenizer, self._template, messages, max_context)
-        # A message has a token at least.
+        # A message has at least one token.
         low, high = max(0, len(messages) - max_context + 1) // 2, fitting.turns
         if low and not drop:
             raise _too_long(f"The conversation has {len(messages):,} messages", max_context)
@@ -81,7 +81,7 @@ class PromptMaker:
         low += 1
         if not drop or (best := fitting.without(high)) is None:
             raise fitting.error(high if drop else 0)
-        # Fewer turns have fewer tokens: the least that must go is found by halving.
+        # Fewer turns have fewer tokens, so a binary search finds how few must go.
         while low < high:
             middle = (low + high) // 2
             tokens = fitting.without(middle)
@@ -92,7 +92,7 @@ class PromptMaker:
         return best, high
 
     def _said(self, message: Message) -> Message:
-        """With the ids of its own text only, whoever kept them: a prompt holds nothing that the text does not say."""
+        """The message with its ids only if they match its text: a prompt must not contain anything else."""
         if message.tokens is None or self._tokenizer.saying(message.tokens, message.content) == message.tokens:
             return message
         return replace(message, tokens=None)
@@ -108,7 +108,7 @@ class PromptMaker:
         return self._tokenizer.encode(text)
 
     def try_out(self) -> None:
-        """Make some prompts. Raises BundleError if template or tokenizer cannot be used."""
+        """Make some trial prompts. Raises BundleError if template or tokenizer cannot be used."""
         for roles in ("u", "su", "uau", "suauau"):
             for content in ("Hello, what is this?", " \n two\n\nlines 🙂 ", "x"):
                 messages = [Message({"u": "user", "s": "system", "a": "assistant"}[role], content) for role in roles]
@@ -120,26 +120,26 @@ class PromptMaker:
 
 
 class _Fitting:
-    """One conversation, its turns left out from the oldest on."""
+    """One conversation, whose oldest turns can be left out."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, messages: Sequence[Message], max_context: int) -> None:
         self._template, self._longest, self._max_context = template, tokenizer.longest, max_context
         system = 1 if messages and messages[0].role == "system" else 0
         self._system, self._rest = messages[:system], messages[system:]
         self._room = max_context - RESERVED
-        # Most texts between control tokens come again with fewer turns: each is encoded once.
+        # Most texts between control tokens recur with fewer turns, so each is encoded once.
         self._encode = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
 
     @property
     def turns(self) -> int:
-        """How many can be left out."""
+        """How many turns can be left out."""
         return max(0, len(self._rest) - 1) // 2
 
     def _parts(self, dropped: int) -> list[Part]:
         return self._template.parts([*self._system, *self._rest[2 * dropped :]])
 
     def without(self, dropped: int) -> list[int] | None:
-        """The prompt without so many turns; None if it does not fit, which is known early."""
+        """The prompt without so many turns; None, early, if it does not fit."""
         parts = self._parts(dropped)
         if self._least(parts) > self._room:
             return None
@@ -154,11 +154,11 @@ class _Fitting:
         return self._encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
 
     def _least(self, parts: Sequence[Part]) -> int:
-        """No encoding has fewer tokens."""
+        """A lower bound on the number of tokens."""
         return sum(-(-len(part) // self._longest) if isinstance(part, str) else len(self._ids(part)) for part in parts)
 
     def error(self, dropped: int) -> ContextFullError:
-        """What to say if it does not fit."""
+        """The error if it does not fit."""
         parts = self._parts(dropped)
         if (least := self._least(parts)) > self._room:
             return _too_long(f"The conversation has at least {least:,} tokens with this message", self._max_context)
@@ -169,6 +169,6 @@ class _Fitting:
 
 def _too_long(what: str, max_context: int, **details: Any) -> ContextFullError:
     return ContextFullError(
-        f"{what}; the context holds {max_context:,}, of which {RESERVED} are the runtime's own.",
+        f"{what}; the context holds {max_context:,}, of which the runtime reserves {RESERVED}.",
         details={**details, "max_context": max_context},
     )

@@ -1,6 +1,6 @@
 """A conversation as a prompt: the one place where a chat template is rendered.
 
-Contents are encoded as plain text wherever they stand, so what a person types cannot open or close a turn.
+Contents are always encoded as plain text, so what a user types cannot open or close a turn.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ ROLES: Final = ("system", "user", "assistant")
 BOS: Final = "<bos>"
 START_OF_TURN: Final = "<start_of_turn>"
 END_OF_TURN: Final = "<end_of_turn>"
-# What a template may name, where the checkpoint does not say otherwise.
+# Names that a template may use, with their values unless the checkpoint overrides them.
 SPECIAL_TOKENS: Final[Mapping[str, str]] = {
     "bos_token": BOS,
     "eos_token": "<eos>",
     "unk_token": "<unk>",
     "pad_token": "<pad>",
 }
-# Gemma 2's own template. It knows no system role.
+# Gemma 2's own template, which does not support a system role.
 GEMMA: Final = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -40,7 +40,7 @@ GEMMA: Final = (
 _MOST_SAID: Final = 500
 _UNDEFINED: Final = re.compile(r"'[A-Za-z_]\w{0,80}' is undefined")
 
-# Plain text, one control token, or ids that were generated and are kept as they are.
+# Plain text, one control token, or generated ids that are kept as they are.
 Part: TypeAlias = str | int | tuple[int, ...]
 
 
@@ -49,9 +49,9 @@ class Message:
     """One message of a conversation.
 
     Attributes:
-        role: one of ROLES.
-        tokens: of an answer: the ids that were generated, which are rendered in place of `content` if they say exactly
-            that. Encoding the text again may give other ids, and then the KV cache no longer fits.
+        role: One of ROLES.
+        tokens: For an answer, the generated ids, which are used instead of `content` if they decode to exactly that.
+            Encoding the text again may give different ids, and then the KV cache no longer matches.
     """
 
     role: str
@@ -63,11 +63,11 @@ class Template(Protocol):
     """Renders a conversation."""
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
-        """The whole prompt up to the place where the next answer begins, `<bos>` once; no two texts are neighbours.
+        """The whole prompt up to the beginning of the next answer, with `<bos>` once; no two texts are adjacent.
 
         Raises:
-            UsageError: the roles are not in an order that the template knows.
-            BundleError: the template does something that cannot be followed.
+            UsageError: The template does not accept this order of roles.
+            BundleError: The template does something that cannot be tracked.
         """
         ...
 
@@ -75,14 +75,14 @@ class Template(Protocol):
 def load_template(
     source: str | None, system_role: str, special_tokens: Mapping[str, str], tokenizer: Tokenizer
 ) -> Template:
-    """A bundle's template: Gemma's if there is no other.
+    """Load a bundle's template; Gemma's if it has none.
 
     Args:
-        system_role: `native`, or `fold`: the template does not render system messages.
-        special_tokens: where they are not SPECIAL_TOKENS.
+        system_role: `native`, or `fold` if the template does not render system messages.
+        special_tokens: Those that differ from SPECIAL_TOKENS.
 
     Raises:
-        BundleError: it cannot be used.
+        BundleError: It cannot be used.
     """
     if system_role not in ("fold", "native"):
         raise BundleError(f"The manifest's system_role is {system_role!r}; it must be 'fold' or 'native'.")
@@ -92,10 +92,10 @@ def load_template(
 
 
 class GemmaTemplate:
-    """Gemma's template: user and model in turn; a system message goes into the first user turn.
+    """Gemma's template: user and model alternate; a system message goes into the first user turn.
 
-    The order is that of the `chat_template` in Gemma 2's tokenizer_config.json, which trims every message; the fold
-    (system, empty line, user) is that of Gemma 3's, and the user turn that comes of it is trimmed as a whole.
+    The order is that of the `chat_template` in Gemma 2's tokenizer_config.json, which trims every message; the folding
+    (system, empty line, user) is Gemma 3's, and the resulting user turn is trimmed as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -114,8 +114,8 @@ class GemmaTemplate:
             if message.role != ("assistant" if at % 2 else "user"):
                 raise UsageError(
                     f"Message {at + 1} of this conversation is from {message.role!r}: after an optional system "
-                    "message, user and assistant take turns, and the user begins.",
-                    hint="Join neighbouring messages of one role, and put system text first.",
+                    "message, user and assistant must alternate, starting with the user.",
+                    hint="Join adjacent messages of the same role, and put system text first.",
                 )
             content = message.content.strip() if message.tokens is None else message.tokens
             role = "user\n" if message.role == "user" else "model\n"
@@ -126,15 +126,15 @@ class GemmaTemplate:
 
 
 def no_question(messages: Sequence[Message]) -> UsageError:
-    """What to say of a conversation whose last message is not a user's."""
+    """The error for a conversation whose last message is not a user's."""
     last = f"the last of its {len(messages)} messages is an answer" if messages else "it is empty"
-    return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a message of the user.")
+    return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a user message.")
 
 
 def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
-    """The system message put before the first user's, for templates without a system role.
+    """Put the system message in front of the first user message, for templates without a system role.
 
-    Neither loses white space here: what is trimmed of the two together is the template's own business.
+    Neither loses white space here; trimming the result is up to the template.
     """
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return messages
@@ -143,7 +143,7 @@ def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _merged(parts: Sequence[Part]) -> list[Part]:
-    """Neighbouring texts as one, since they are encoded together; empty ones left out."""
+    """Join adjacent texts, since they are encoded together, and omit empty ones."""
     merged: list[Part] = []
     for part in parts:
         if isinstance(part, str) and merged and isinstance(merged[-1], str):
@@ -156,13 +156,13 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
 class JinjaTemplate:
     """A bundle's own template.
 
-    The template's own text may hold control tokens; whatever else comes out of it is plain text.
+    The template's own text may contain control tokens; everything else in its output is plain text.
 
     Args:
-        fold: it renders no system message: that goes into the first user turn.
+        fold: The template does not render system messages: they go into the first user turn.
 
     Raises:
-        BundleError: it is not a template.
+        BundleError: It is not a template.
     """
 
     def __init__(
@@ -178,8 +178,8 @@ class JinjaTemplate:
         try:
             self._program = Program(source)
         except jinja2.TemplateError as error:
-            raise BundleError(f"The chat template is not a template: {one_line(str(error))[:_MOST_SAID]}") from error
-        except Exception as error:  # Compiling may overflow, nest too deeply and more.
+            raise BundleError(f"The chat template is not valid Jinja: {one_line(str(error))[:_MOST_SAID]}") from error
+        except Exception as error:  # Compiling may overflow, nest too deeply, and more.
             raise BundleError(f"The chat template cannot be compiled: {type(error).__name__}.") from error
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
@@ -188,13 +188,13 @@ class JinjaTemplate:
             raise no_question(messages)
         for message in messages:
             if message.role not in ROLES:
-                raise UsageError(f"There is no role {message.role!r}.", hint=f"Roles are {', '.join(ROLES)}.")
+                raise UsageError(f"Unknown role {message.role!r}.", hint=f"Roles are {', '.join(ROLES)}.")
         if self._fold:
             messages = fold_system(messages)
             if any(message.role == "system" for message in messages):
                 raise UsageError(
-                    "This model's template has no system role, and a system message stands behind its beginning.",
-                    hint="Put system text first, before a message of the user.",
+                    "This model's template has no system role, and a system message comes after the first message.",
+                    hint="Put system text first, before a user message.",
                 )
         parts = _merged([*self._filled(self._rendered(messages), messages)])
         bos = self._tokenizer.control[BOS]
@@ -214,17 +214,17 @@ class JinjaTemplate:
             ) from None
         except UnfollowedError as error:
             raise BundleError(
-                "The chat template computes with messages in a way that cannot be followed"
+                "The chat template processes messages in a way that cannot be tracked"
                 f"{_place(error.__cause__)}, so it cannot be used.",
-                hint="Use the chat_template.jinja of the model that this one was made from.",
+                hint="Use the chat_template.jinja of the base model.",
             ) from error
         except MemoryError:
             raise
-        except Exception as error:  # A template can do anything that Python can do wrong.
+        except Exception as error:  # A template can fail in any way that Python can.
             # Without the error's own text, which may quote the conversation.
             raise BundleError(
                 f"The chat template failed{_place(error)}: {type(error).__name__}{_undefined(error)}.",
-                hint="Use the chat_template.jinja of the model that this one was made from.",
+                hint="Use the chat_template.jinja of the base model.",
             ) from error
 
     def _filled(self, text: Tracked, messages: Sequence[Message]) -> Iterator[Part]:
@@ -239,12 +239,12 @@ class JinjaTemplate:
 
     @staticmethod
     def _content(message: Message, piece: str, offset: int) -> Part:
-        """The ids that were generated, if the template left out nothing but white space."""
+        """The generated ids, if the template removed nothing but white space."""
         outside = message.content[:offset] + message.content[offset + len(piece) :]
         return message.tokens if message.tokens is not None and not outside.strip() else piece
 
     def _check_unknown(self, text: Tracked, messages: Sequence[Message]) -> None:
-        """Refuse a control token of which nobody can say whether it is the template's."""
+        """Refuse a control token if it is unclear whether it is the template's."""
         if all(source != UNKNOWN for _, source, _ in text._pieces()):
             return
         pattern = self._tokenizer.control_pattern
@@ -253,18 +253,18 @@ class JinjaTemplate:
                 continue
             if any(pattern.search(message.content) for message in messages):
                 raise UsageError(
-                    f"A message holds the text {match.group()}, which is one of the model's control tokens, and this"
+                    f"A message contains the text {match.group()}, one of the model's control tokens, and this"
                     " model's template rewrites messages so that the two cannot be told apart.",
-                    hint="Write it in another way.",
+                    hint="Write it differently.",
                 )
             raise BundleError(
-                f"The chat template computes its control token {match.group()} in a way that cannot be followed.",
+                f"The chat template computes its control token {match.group()} in a way that cannot be tracked.",
                 hint="Write control tokens as plain text in the template.",
             )
 
 
 def _own_words(said: object) -> str:
-    """A template's message, without what it says of the conversation: that is private, and goes to logs."""
+    """A template's message, without what it quotes of the conversation, which is private and must not reach logs."""
     if not isinstance(said, Tracked):
         return "(no reason)"
     words = "".join(piece if source == OWN else "..." for piece, source, _ in said._pieces())
@@ -279,6 +279,6 @@ def _place(error: BaseException | None) -> str:
 
 
 def _undefined(error: Exception) -> str:
-    """The variable that there is not. Names are the template's own; other messages may quote the conversation."""
+    """The undefined variable. Its name is the template's own; other messages may quote the conversation."""
     found = _UNDEFINED.fullmatch(str(error))
     return f", {found[0]}" if found else ""

@@ -1,7 +1,7 @@
-"""Text to token ids, over a bundle's tokenizer.json.
+"""Text to token ids, with a bundle's tokenizer.json.
 
-A person's text is data: `Tokenizer.encode` never yields a control token, whatever the text says. Control tokens come
-from `Tokenizer.control` alone, and only the template puts them anywhere.
+Users' text is data: `Tokenizer.encode` never returns a control token, whatever the text says. Control tokens come
+only from `Tokenizer.control`, and only the template inserts them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _HTML: Final = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
-# Gemma's newest has 262,144; ids without tokens in between are allowed for.
+# Gemma's newest has 262,144; gaps between ids are allowed.
 _MAX_IDS: Final = 1 << 20
 # Characters. Gemma's longest tokens are runs of some dozens of spaces; what fine-tunes add are words and markers.
 _MAX_TOKEN: Final = 1024
 # Characters of all tokens. Gemma's have 2 million.
 _MAX_TEXT: Final = 1 << 24
 
-# The parts of a tokenizer.json around its model, as Gemma's have them: with any other, texts would mean other ids on
-# the board than where the model was trained, or single tokens could not be decoded.
+# The parts of a tokenizer.json around its model, as in Gemma's: with any others, texts would get different ids on
+# the board from those in training, or single tokens could not be decoded.
 _REPLACES_SPACES: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _DECODER: Final = [
     {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
-# Of BPE's options: what they are where they do nothing.
+# Options of BPE, with the values that have no effect.
 _IDLE: Final[Mapping[str, Sequence[Any]]] = {
     "dropout": (None, 0),
     "continuing_subword_prefix": (None, ""),
@@ -54,17 +54,17 @@ _IDLE: Final[Mapping[str, Sequence[Any]]] = {
 
 
 def is_control(text: str, *, special: bool) -> bool:
-    """Whether an added token is a control token: never of a person's text, and not shown in an answer."""
+    """Whether an added token is a control token: never part of a user's text, and not shown in an answer."""
     return special or bool(_MARKER.fullmatch(text) and not _HTML.fullmatch(text))
 
 
 def unlike_gemma(content: Mapping[str, Any]) -> str | None:
-    """In what a tokenizer.json works otherwise than Gemma's, for a person; None if in nothing.
+    """How a tokenizer.json differs from Gemma's in its effect, as a message; None if it does not.
 
-    Its truncation and padding, which some trainers leave in the file, are not looked at: nothing may obey them.
+    Truncation and padding, which some trainers leave in the file, are not checked, because they are never applied.
 
     Args:
-        content: the file's JSON; of the model, vocab and merges are not needed.
+        content: The file's JSON; the model's vocab and merges are not needed.
     """
     model, splitter = content["model"], content.get("pre_tokenizer")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
@@ -75,24 +75,24 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
     if _steps(content.get("normalizer"), "normalizers") != [_REPLACES_SPACES]:
         kinds = _kinds(content.get("normalizer"), "normalizers")
         return f"its normalizer is {kinds}; Gemma's replaces spaces by {SPACE} and does nothing else"
-    # The normalizer leaves no space to split at.
+    # The normalizer leaves no spaces to split at.
     if splitter is not None and (splitter.get("type") != "Split" or splitter.get("pattern") != {"String": " "}):
         return f"its pre-tokenizer is {_kinds(splitter, 'pretokenizers')}; Gemma's splits at spaces"
     if _steps(content.get("decoder"), "decoders") != _DECODER:
         return f"its decoder is {_kinds(content.get('decoder'), 'decoders')}; Gemma's replaces {SPACE} and joins bytes"
-    # It adds <bos>, which is not asked for.
+    # It adds <bos>, which is never requested.
     if _kinds(content.get("post_processor"), "processors") not in ("none", "TemplateProcessing"):
         return f"its post-processor is {_kinds(content['post_processor'], 'processors')}; Gemma's puts <bos> in front"
     return None
 
 
 def too_long(tokens: Iterable[str]) -> str | None:
-    """What of a tokenizer's texts is longer than anything of Gemma's, for a person: answers are made of them."""
+    """Which of a tokenizer's texts, which answers consist of, are far longer than Gemma's, as a message."""
     lengths = [*map(len, tokens)]
     longest, all_ = max(lengths, default=0), sum(lengths)
     if longest > _MAX_TOKEN:
-        return f"a token has {longest:,} characters; {_MAX_TOKEN:,} are the most"
-    return f"all tokens have {all_:,} characters; {_MAX_TEXT:,} are the most" if all_ > _MAX_TEXT else None
+        return f"a token has {longest:,} characters; at most {_MAX_TOKEN:,} are allowed"
+    return f"all tokens have {all_:,} characters; at most {_MAX_TEXT:,} are allowed" if all_ > _MAX_TEXT else None
 
 
 def _steps(part: Any, key: str) -> list[Any]:
@@ -107,10 +107,10 @@ def _kinds(part: Any, key: str) -> str:
 
 
 def open_backend(data: bytes, where: object) -> tokenizers.Tokenizer:
-    """The library's own tokenizer from the bytes of a tokenizer.json, which neither cuts nor pads.
+    """The library's own tokenizer from the bytes of a tokenizer.json, without truncation and padding.
 
     Raises:
-        BundleError: it cannot be read.
+        BundleError: It cannot be read.
     """
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
@@ -118,7 +118,7 @@ def open_backend(data: bytes, where: object) -> tokenizers.Tokenizer:
         backend.no_padding()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # The library raises nothing narrower, and panics as no Exception does.
+    except BaseException as error:  # The library raises nothing narrower, and its panics are not Exceptions.
         raise BundleError(f"{where} is not a tokenizer.json: {str(error)[:500]}") from error
     return backend
 
@@ -127,14 +127,14 @@ class Tokenizer(Vocabulary):
     """A bundle's tokenizer.
 
     Attributes:
-        control: control tokens by their text, such as `<start_of_turn>`.
-        control_pattern: matches each of them.
-        longest: characters of the longest token, at least 1.
+        control: Control tokens by their text, such as `<start_of_turn>`.
+        control_pattern: Regular expression that matches each of them.
+        longest: Characters in the longest token, at least 1.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        # Special tokens in a text are then plain text; the non-special control tokens are left to `encode`.
+        # This makes special tokens in a text plain text; `encode` handles the non-special control tokens.
         backend.encode_special_tokens = True
         added: dict[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
         control = {
@@ -149,7 +149,7 @@ class Tokenizer(Vocabulary):
             raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
         tokens = [backend.id_to_token(at) or "" for at in range(size)]
         if long := too_long(tokens):
-            raise BundleError(f"In the tokenizer {long}.")
+            raise BundleError(f"In the tokenizer, {long}.")
         texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
         super().__init__([*map(_bytes, texts)], control)
         self.longest = max(1, *map(len, texts))
@@ -160,7 +160,7 @@ class Tokenizer(Vocabulary):
         """Read tokenizer.json.
 
         Raises:
-            BundleError: it cannot be read, or is of a kind that Gemma's models do not have.
+            BundleError: It cannot be read, or differs from Gemma's.
         """
         try:
             data = read_regular(path, MAX_TOKENIZER)
@@ -170,13 +170,13 @@ class Tokenizer(Vocabulary):
 
     @classmethod
     def parse(cls, data: bytes, where: object) -> Tokenizer:
-        """The tokenizer in the bytes of a tokenizer.json.
+        """Parse the bytes of a tokenizer.json.
 
         Args:
-            where: for messages.
+            where: Its place, for messages.
 
         Raises:
-            BundleError: as `load`.
+            BundleError: As for `load`.
         """
         backend = open_backend(data, where)
         unlike = unlike_gemma(_state(backend))
@@ -187,7 +187,7 @@ class Tokenizer(Vocabulary):
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without `<bos>`, and never one of a control token."""
+        """Ids of plain text, without `<bos>`, and never the id of a control token."""
         return self._encode(_well_formed(text))
 
     def _encode(self, text: str) -> list[int]:
@@ -197,7 +197,7 @@ class Tokenizer(Vocabulary):
             return ids
         if len(text) == 1:
             return self._byte_ids(text)
-        # Cut each control token behind its first character: neither part can be it.
+        # Cut each control token after its first character: neither part can be one.
         spans = zip(ids, encoding.offsets, strict=True)
         cuts = {start + 1 for index, (start, _) in spans if index in self._control_ids}
         inside = sorted(cut for cut in cuts if cut < len(text)) or [len(text) // 2]
@@ -208,19 +208,19 @@ class Tokenizer(Vocabulary):
         return [index for index in ids if index is not None and index not in self._control_ids]
 
     def split_template(self, text: str) -> list[str | int]:
-        """A template's own text as plain texts and the ids of its control tokens. Never for a person's text.
+        """Split a template's own text into plain texts and the ids of its control tokens. Never use it for users' text.
 
         Raises:
-            BundleError: it uses a token that takes white space beside it along, or is one between spaces only.
+            BundleError: It uses a token that absorbs adjacent white space, or is one only between spaces.
         """
         parts: list[str | int] = []
         at = 0
         for match in self.control_pattern.finditer(text):
             if match.group() in self._greedy:
                 raise BundleError(
-                    f"The chat template uses {match.group()}, and tokenizer.json has lstrip, rstrip or single_word for"
-                    " it, which are not followed here.",
-                    hint="Set them to false in tokenizer.json, if the model was trained so.",
+                    f"The chat template uses {match.group()}, for which tokenizer.json sets lstrip, rstrip or"
+                    " single_word; these are not supported.",
+                    hint="Set them to false in tokenizer.json, if the model was trained that way.",
                 )
             parts += [text[at : match.start()], self.control[match.group()]]
             at = match.end()
@@ -246,7 +246,7 @@ def _well_formed(text: str) -> str:
 
 def _state(backend: tokenizers.Tokenizer) -> dict[str, Any]:
     """The JSON of a loaded tokenizer without its tables."""
-    # The library offers no other view of its parts than their JSON.
+    # The library exposes its parts only as JSON.
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     loaded = {name: getattr(backend, name) for name in parts}
     model = backend.model

@@ -1,8 +1,8 @@
-"""Text that knows where it came from, for as long as a chat template computes with it.
+"""Text that knows where it came from, while a chat template processes it.
 
-`Tracked` is a str with the real characters, so that a template gets the answers that any str gives. Beside them it
-keeps the source of each. What is not followed through some operation has the source UNKNOWN: only characters that are
-known to stand in the template itself may ever make up a control token.
+`Tracked` is a str with the real characters, so that a template gets the same results as with any str. In addition it
+keeps the source of each. Characters that an operation does not track have the source UNKNOWN: only those that are
+known to come from the template itself may ever form a control token.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, SupportsIndex, TypeAlias
 
-# Sources: the template's own text, text of which nothing is known, and from 0 on the number of a message.
+# Sources: the template's own text, text of unknown origin, or (0 and up) the number of a message.
 OWN: Final = -1
 UNKNOWN: Final = -2
-# In the place of an offset: the characters are not those of the message, as after `upper`.
+# Instead of an offset: the characters are not those of the message, as after `upper`.
 CHANGED: Final = -1
 
 # Length in characters, source, and offset of the first character in the message's content.
@@ -24,7 +24,7 @@ Span: TypeAlias = tuple[int, int, int]
 class Tracked(str):
     """A text and its spans, whose lengths add up to its own.
 
-    Names begin with an underscore where str has none such: Jinja's sandbox keeps templates from them.
+    Names that str does not have begin with an underscore: Jinja's sandbox hides them from templates.
     """
 
     __slots__ = ("_spans",)
@@ -41,7 +41,7 @@ class Tracked(str):
         return made
 
     def _cut(self, start: int, stop: int) -> Tracked:
-        """The characters from `start` to before `stop`."""
+        """The characters from `start` up to `stop`, exclusive."""
         found: list[Span] = []
         at = 0
         for length, source, offset in self._spans:
@@ -61,7 +61,7 @@ class Tracked(str):
             at += length
 
     def _cut_all(self, texts: Iterable[str], gap: int | None) -> list[Tracked]:
-        """Parts of this text in their order, with `gap` characters between two; None for as much as was left out."""
+        """The parts of this text, in order, with `gap` characters between them; None means as many as were left out."""
         parts, at = [], 0
         for text in texts:
             at = str.index(self, text, at) if gap is None else at
@@ -85,7 +85,7 @@ class Tracked(str):
         return joined(self._cut(at, at + 1) for at in range(start, stop, step))
 
     def __add__(self, other: str) -> Tracked:
-        # Markup and its kin have rules of their own for what stands before them.
+        # Markup and the like have their own rules for what precedes them.
         return joined((self, other)) if type(other) in (str, Tracked) else NotImplemented
 
     def __radd__(self, other: str) -> Tracked:
@@ -110,7 +110,7 @@ class Tracked(str):
 
     def join(self, texts: Iterable[str], /) -> Tracked:
         items = list(texts)
-        str.join(self, items)  # raises what str raises
+        str.join(self, items)  # raises whatever str raises
         between = [part for item in items for part in (self, item)]
         return joined(between[1:])
 
@@ -140,7 +140,7 @@ class Tracked(str):
     def removesuffix(self, suffix: str, /) -> Tracked:
         return self._cut(0, len(str.removesuffix(self, suffix)))
 
-    # str's own are said to give list[str] and tuple[str, str, str]; a list is not covariant.
+    # str's are declared to return list[str] and tuple[str, str, str]; a list is not covariant.
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return [*self._cut_all(str.split(self, sep, maxsplit), None if sep is None else len(sep))]
 
@@ -161,7 +161,7 @@ class Tracked(str):
 
 
 def _changing(name: str) -> Any:
-    """The method of str of that name, with a mark of where the characters came from."""
+    """The str method of that name, with the origin of its characters marked."""
     plain = getattr(str, name)
 
     def method(self: Tracked, *args: Any, **kwargs: Any) -> Tracked:
@@ -179,7 +179,7 @@ for _name in (
 
 
 def _marked(text: str, *inputs: Any) -> Tracked:
-    """What was computed from `inputs` in a way that says nothing of the single characters."""
+    """Text computed from `inputs` in a way that loses the origin of single characters."""
     sources: set[int] = set()
     for item in inputs:
         if isinstance(item, Tracked):
@@ -192,7 +192,7 @@ def _marked(text: str, *inputs: Any) -> Tracked:
 
 
 def joined(pieces: Iterable[str]) -> Tracked:
-    """Texts one behind the other; of one that is a plain str nothing is known."""
+    """Concatenated texts; the origin of a plain str is unknown."""
     texts = list(pieces)
     spans: list[Span] = []
     for text in texts:

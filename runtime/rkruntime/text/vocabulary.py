@@ -1,4 +1,4 @@
-"""What the ids of a tokenizer stand for, and which of them are control tokens."""
+"""The texts that a tokenizer's ids stand for, and which ids are control tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ class Vocabulary:
     """Texts by id.
 
     Args:
-        texts: UTF-8 of each id, maybe a part of a character; nothing for control tokens and ids without a token.
+        texts: UTF-8 of each id, possibly part of a character; empty for control tokens and ids without a token.
 
     Attributes:
-        control: control tokens by their text, such as `<start_of_turn>`.
+        control: Control tokens by their text, such as `<start_of_turn>`.
     """
 
     def __init__(self, texts: Sequence[bytes], control: Mapping[str, int]) -> None:
         self.control = dict(control)
-        # In one piece: 256,000 objects would take ten times the memory.
+        # In one piece, because 256,000 objects would take ten times the memory.
         self._joined = b"".join(texts)
         self._ends = array("I", accumulate(map(len, texts), initial=0))
 
     @staticmethod
     def unpack(packed: bytes, control: Mapping[str, int]) -> Vocabulary:
-        """What `pack` gave. Raises ValueError."""
+        """Restore the result of `pack`. Raises ValueError."""
         size = int.from_bytes(packed[:4], "little")
         ends = array("I", packed[4 : 4 + 4 * (size + 1)])
         joined = packed[4 + 4 * (size + 1) :]
@@ -46,19 +46,19 @@ class Vocabulary:
         return len(self._ends) - 1
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for in an answer: UTF-8, maybe part of a character; nothing for control tokens."""
+        """The text of a token in an answer: UTF-8, possibly part of a character; empty for control tokens."""
         if not 0 <= token_id < self.vocab_size:
             return b""
         return self._joined[self._ends[token_id] : self._ends[token_id + 1]]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of an answer's ids, control tokens left out."""
+        """The text of an answer's ids, without control tokens."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def saying(self, token_ids: Sequence[int], text: str) -> tuple[int, ...] | None:
-        """The ids that `token_ids` begins with and that stand for `text`, byte for byte and without a control token.
+        """The prefix of `token_ids` that decodes to `text`, byte for byte and without a control token.
 
-        None if there are none: then the text must be encoded to have it in a prompt.
+        None if there is no such prefix: then the text must be encoded for a prompt.
         """
         wanted, at = text.encode("utf-8", "surrogatepass"), 0
         for count, token_id in enumerate(token_ids):
@@ -72,9 +72,9 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """Text from token ids as they arrive: what is not yet a whole character is kept until it is, or cannot be.
+    """Text from token ids as they arrive: an incomplete character is held back until it is complete, or cannot be.
 
-    Bytes that are not UTF-8 come out as U+FFFD, an incomplete character at the end of the answer too.
+    Bytes that are not UTF-8 come out as U+FFFD, so does an incomplete character at the end of the answer.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -86,5 +86,5 @@ class Detokenizer:
         return self._decoder.decode(self._vocabulary.token_bytes(token_id))
 
     def finish(self) -> str:
-        """U+FFFD if the ids ended inside a character, else nothing."""
+        """U+FFFD if the ids ended inside a character, else ""."""
         return self._decoder.decode(b"", final=True)

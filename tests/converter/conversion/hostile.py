@@ -345,7 +345,7 @@ def template(box: Box, text: str) -> None:
     (box.model / "chat_template.jinja").write_text(text)
 
 
-@case("chat template took more than 2 seconds of computing")
+@case("chat template took more than 2 seconds of CPU time")
 def a_template_that_never_ends(box):
     loop = "{% for a in range(99999) %}"
     template(box, loop * 4 + "{% endfor %}" * 4 + "{{ messages[0].content }}")
@@ -651,7 +651,7 @@ def a_folder_for_a_recipe(box):
     return [box.model, "--recipe", box.model]
 
 
-@case("aliases are not taken")
+@case("aliases are not accepted")
 def a_recipe_that_grows(box):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{at}: &a{at} [{', '.join([f'*a{at - 1}'] * 9)}]" for at in range(1, 12)]
@@ -663,7 +663,7 @@ def a_recipe_nested_deeply(box):
     return box.recipe("lora: " + "[" * 100_000)
 
 
-@case("tags are not taken")
+@case("tags are not accepted")
 def a_recipe_with_code(box):
     return box.recipe(f"output: !!python/object/apply:os.system ['touch {box.executed}']")
 

@@ -172,7 +172,7 @@ def test_memory_left_for_a_program():
         ("name: X\nsoc: rk3588\n", "ram_gib is missing"),
         ("name: X\nsoc: rk3588\nram_gib: [eight]\n", "ram_gib"),
         ("name: X\nsoc: rk3588\nram_gib: []\n", "ram_gib must list"),
-        ("- a\n", "holds no keys: it is list"),
+        ("- a\n", "must be a mapping, not list"),
         ("a: [", "is not YAML"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],

@@ -105,7 +105,7 @@ NONSENSE = [
 @pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: answer[:40].decode())
 def test_nonsense_is_a_typed_error(board: Callable[..., RemoteChat], answer: bytes) -> None:
     chat = board(HELLO, READ, answer + ANSWER, HELLO)
-    with pytest.raises(ServiceError, match="The board says"):
+    with pytest.raises(ServiceError, match="The board sent"):
         list(chat.ask("?"))
     assert chat.stats()["model"]  # over a new connection: nothing is left of the old one
     with pytest.raises(ServiceError):
@@ -128,7 +128,7 @@ def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteCh
 
 def test_lines_without_end(board: Callable[..., RemoteChat], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkruntime.chat.remotechat._MOST_LINES", 1000)
-    with pytest.raises(ServiceError, match="lines without end"):
+    with pytest.raises(ServiceError, match="endless lines"):
         board(b"Welcome\n" * 2000 + HELLO)
 
 
@@ -168,7 +168,7 @@ def test_an_answer_without_its_end_is_not_taken_for_whole(board: Callable[..., R
     chat = board(HELLO, READ, PART + lines(break_))
     (Path(os.environ["SCRIPT"])).write_text(json.dumps([[HELLO.hex(), lost.hex()], ""]))
     pieces = []
-    with pytest.raises(ServiceError, match="broken off, and the board has not kept it"):
+    with pytest.raises(ServiceError, match="interrupted, and the board has not kept it"):
         pieces.extend(chat.ask("?"))
     # The rest comes with the next connection, if the board has kept it.
     chat = board(HELLO, READ, PART + lines(break_))
@@ -184,7 +184,7 @@ def test_a_daemon_that_goes_away_for_ever(board: Callable[..., RemoteChat]) -> N
 
 def test_an_answer_that_breaks_off_for_ever(board: Callable[..., RemoteChat]) -> None:
     chat = board(HELLO, READ, PART + lines(end()), HELLO)
-    with pytest.raises(ServiceError, match="again and again"):
+    with pytest.raises(ServiceError, match=r"keeps being interrupted|keeps breaking"):
         list(chat.ask("?"))
 
 

@@ -153,7 +153,7 @@ def test_only_what_the_schema_knows_is_kept() -> None:
     [
         ("", "at least 1 characters"),
         ([], "at least 1 items"),
-        (5, "type array, and is integer"),
+        (5, "type array, but is integer"),
         ([5], r"\[0\] must"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_stop_ends_a_build_of_the_emulator(
             assert not load.done(), load.exception()
             await asyncio.sleep(0.02)
         host.stop()
-        with pytest.raises(ServiceError, match="is being stopped"):
+        with pytest.raises(ServiceError, match="is stopping"):
             await asyncio.wait_for(load, 30)
         await host.close()
 

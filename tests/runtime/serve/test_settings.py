@@ -41,10 +41,10 @@ def test_the_example_file_shows_every_key_with_its_default() -> None:
         ("limit: {}", "unknown key limit"),
         ("limits: {queue: many}", r"limits\.queue is str"),
         ("per_request_sampling: maybe", "must be one of ignore, refuse"),
-        ("[]", "holds no keys"),
+        ("[]", "must be a mapping"),
         ("a: [", "is not YAML"),
         ("{" * 5000, "nested over 32 deep"),
-        ("!!python/object/apply:os.system ['true']", "tags are not taken"),
+        ("!!python/object/apply:os.system ['true']", "tags are not accepted"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -49,7 +49,7 @@ def test_it_gives_what_the_maker_gives(prompts: PromptProcess, tokenizer: Tokeni
     assert prompts.prompt(messages, 512) == maker.prompt(messages, 512)
     assert prompts.encode("<bos>hello", 512) == maker.encode("<bos>hello", 512)
     assert prompts.vocabulary.control == tokenizer.control
-    with pytest.raises(UsageError, match="take turns"):
+    with pytest.raises(UsageError, match="must alternate"):
         prompts.check(chat("a", "b", "c")[1:])
     with pytest.raises(ContextFullError) as caught:
         prompts.prompt(chat("hello " * 2000), 512)
@@ -170,7 +170,7 @@ def test_after_a_limit_it_goes_on(fake_bundle: Bundle) -> None:
     bundle = with_file(fake_bundle, "chat_template.jinja", TREACHEROUS)
     with closing(PromptProcess(bundle, QUICK)) as prompts:
         before = prompts.prompt(chat("hello"), 512)
-        with pytest.raises(BundleError, match="1 seconds of computing"):
+        with pytest.raises(BundleError, match="1 seconds of CPU time"):
             prompts.prompt(chat("open sesame"), 512)
         assert prompts.prompt(chat("hello"), 512) == before
 
@@ -282,8 +282,8 @@ def test_only_verified_bytes_are_parsed(fake_bundle: Bundle, tmp_path: Path, kin
     ("broken", "words"),
     [
         ("sys.path[:] = []", "ModuleNotFoundError"),
-        ("sys.exit(3)", "ended with code 3"),
-        ("print('it broke on the private words'); sys.exit(3)", "ended with code 3"),
+        ("sys.exit(3)", "exited with code 3"),
+        ("print('it broke on the private words'); sys.exit(3)", "exited with code 3"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("raise ImportError('no \\x1b[2J jinja2')", "ImportError: no"),
     ],
@@ -294,7 +294,7 @@ def test_what_really_failed_is_said(monkeypatch: pytest.MonkeyPatch, broken: str
         with pytest.raises(HostError, match=words) as caught:
             child.call("check", QUICK, messages=[])
         assert caught.value.message.isprintable()
-        assert "seconds of computing" not in caught.value.message
+        assert "seconds of CPU time" not in caught.value.message
         assert "private" not in caught.value.message
 
 

@@ -222,7 +222,7 @@ def test_orders_that_gemma_refuses(tokenizer: Tokenizer, roles: str) -> None:
 def test_a_template_may_refuse(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="System role not supported"):
         JinjaTemplate(GEMMA, tokenizer, fold=False).parts([Message("system", "x"), Message("user", "y")])
-    with pytest.raises(UsageError, match="no role"):
+    with pytest.raises(UsageError, match="Unknown role"):
         jinja(tokenizer, "gemma with system").parts([Message("<start_of_turn>", "x"), Message("user", "y")])
 
 
