@@ -1,8 +1,8 @@
 """Safetensors files: the header is parsed and checked here; data is read with pread, block by block.
 
 The format: 8 bytes header length, a JSON header, the data (https://github.com/huggingface/safetensors#format). The
-files are not mapped into memory, as the safetensors library maps them, so that what is read does not count as memory of the
-process; and a hostile header is refused with the place of its fault.
+files are not mapped into memory, as the safetensors library maps them, so that data that was read does not count as
+memory of the process; and a hostile header is refused with the place of its fault.
 """
 
 from __future__ import annotations

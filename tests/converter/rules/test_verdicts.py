@@ -124,7 +124,16 @@ def test_the_embedding_table_is_in_ram_where_the_release_cannot_leave_it_in_the_
 SAID = [
     ("gemma-2-2b-it", "rk3588", "w8a8", "1.1.0", "ok", "vendor figure", ["9.67", "4,956 MiB", "1.1.0"], []),
     ("gemma-2-2b-it", "rk3588", "w8a8", "1.3.0", "ok", "vendor figure", ["10.37", "2,779 MiB"], ["9.67"]),
-    ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.1.0", "refuse", "vendor figure", ["57 %", "5.49", "9.67"], ["none for"]),
+    (
+        "gemma-2-2b-it",
+        "rk3588",
+        "w8a8_g128",
+        "1.1.0",
+        "refuse",
+        "vendor figure",
+        ["57 %", "5.49", "9.67"],
+        ["none for"],
+    ),
     ("gemma-2-2b-it", "rk3588", "w8a8_g128", "1.3.0", "refuse", "vendor figure", ["5.49", "none for 1.3.0"], []),
     # README.md @ 1.1.1: 20.08 of 24.21, 6.13 of 7.44, 12.66 of 15.66, 3.05 of 3.79 tokens/s with w8a8_g512.
     ("gemma-2-2b-it", "rk3588", "w8a8_g512", "1.2.3", "warn", "predicted", ["80 to 83 %"], []),
