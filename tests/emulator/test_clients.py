@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rkboard.emulator import build as emulator
+from rkboard.emulator.abi_header import HEADER, header
 
 HERE = Path(__file__).parent
 every_layout = pytest.mark.parametrize("release", ["1.1.4", "1.2.0", "1.2.1b1", "1.2.3", "1.3.0"])
@@ -19,8 +20,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def compile_client(source: str, target: Path, release: str, *linking: str | Path) -> Path:
     command = [*emulator.find_compiler().command, "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror"]
-    options = ["-I", emulator.build(release, warnings_are_errors=True).parent]
-    subprocess.run([*command, *options, HERE / source, "-o", target, *linking], check=True)
+    include = target.with_name(f"{target.name}-include")
+    include.mkdir(exist_ok=True)
+    (include / HEADER).write_text(header(release))
+    subprocess.run([*command, "-I", include, HERE / source, "-o", target, *linking], check=True)
     return target
 
 
