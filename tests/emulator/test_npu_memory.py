@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rkconvert.model.shapes import parse_shape
-from rkconvert.plan import ModelSource, Request, plan_for
+from rkconvert.plan import ModelSource, PlanRequest, plan_for
 from rkconvert.plan.domains import place
 from rkconvert.rules.quantized_types import Verdict
 from rkconvert.rules.type_names import parse_type
@@ -209,7 +209,7 @@ def test_grouped_9b_does_not_load_and_grouped_2b_does(group: int, load: Any, sha
     load(shaped("gemma2-9b", group), "1.1.1", expect=-1)
     log = capfd.readouterr().err
     config = json.loads((Path(__file__).parents[1] / "data" / "gemma_configs.json").read_text())["gemma-2-9b-it"]
-    judged = plan_for(ModelSource("9B", config), Request("9B", dtype=f"w8a8_g{group}", toolkit="1.1.1")).judgement
+    judged = plan_for(ModelSource("9B", config), PlanRequest("9B", dtype=f"w8a8_g{group}", toolkit="1.1.1")).judgement
     if group == 128:
         assert refused_size(log) == 232128512
         assert all(line in log for line in judged.rule.log)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from rkconvert.calibrate.chats import Chat
-from rkconvert.calibrate.dataset import Row, TokenCounter
+from rkconvert.calibrate.chats import Dialogue
+from rkconvert.calibrate.dataset import Sample, TokenCounter
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.rendering import rendered
 from rkruntime.errors import CalibrationError, CheckpointError
@@ -27,7 +27,7 @@ Answer = Callable[[Sequence[int]], str]
 class Built:
     """The rows, and the number of conversations left out by reason."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Sample, ...]
     left_out: Counter[str]
 
 
@@ -46,17 +46,17 @@ class Builder:
     max_context: int
     answer: Answer | None = None
 
-    def build(self, chats: Sequence[Chat], on_row: Callable[[int], None]) -> Built:
+    def build(self, chats: Sequence[Dialogue], on_row: Callable[[int], None]) -> Built:
         """Build a row from each conversation; `on_row` is called with the number done so far.
 
         Raises:
             CalibrationError: The template refuses a conversation, or nothing is left.
         """
-        rows: list[Row] = []
+        rows: list[Sample] = []
         left_out: Counter[str] = Counter()
         for number, chat in enumerate(chats, start=1):
             row = self._row(chat)
-            if isinstance(row, Row):
+            if isinstance(row, Sample):
                 rows.append(row)
             else:
                 left_out[row] += 1
@@ -69,7 +69,7 @@ class Builder:
             )
         return Built(tuple(rows), left_out)
 
-    def _row(self, chat: Chat) -> Row | str:
+    def _row(self, chat: Dialogue) -> Sample | str:
         """Return the row, or the reason why there is none."""
         too_long = f"with more than {self.max_context} tokens"
         text = self._render(chat)
@@ -83,9 +83,9 @@ class Builder:
             return "without an answer"
         if self._has_control(target):
             return _CONTROL
-        return Row(text, target) if len(prompt) + self.count(target) <= self.max_context else too_long
+        return Sample(text, target) if len(prompt) + self.count(target) <= self.max_context else too_long
 
-    def _render(self, chat: Chat) -> str | None:
+    def _render(self, chat: Dialogue) -> str | None:
         """The prompt as text; None if a message contains a control token: the toolkit encodes the text as a whole, and
         would take it for one of the template's own.
         """

@@ -28,7 +28,7 @@ _ROLES: Final = {role: role for role in ROLES} | {
 
 
 @dataclass(frozen=True)
-class Chat:
+class Dialogue:
     """A conversation up to a question, and its answer if there is one.
 
     Attributes:
@@ -39,33 +39,33 @@ class Chat:
     answer: str
     origin: str
 
-    def under(self, system: str) -> Chat:
+    def under(self, system: str) -> Dialogue:
         """The same conversation with this system prompt, unless it has its own."""
         if not system or self.messages[0].role == "system":
             return self
         return replace(self, messages=(Message("system", system), *self.messages))
 
 
-def default_chats() -> list[Chat]:
+def default_chats() -> list[Dialogue]:
     """The chats that come with RKEdge: short questions of many kinds and languages."""
     rows = yaml.safe_load(_DEFAULT.read_text(encoding="utf-8"))
     return [
-        Chat((Message("user", row["question"]),), row["answer"], f"default.yaml, row {number}")
+        Dialogue((Message("user", row["question"]),), row["answer"], f"default.yaml, row {number}")
         for number, row in enumerate(rows, start=1)
     ]
 
 
-def read_texts(path: Path) -> list[Chat]:
+def read_texts(path: Path) -> list[Dialogue]:
     """Read one question per line; text after a TAB is its answer. Raises CalibrationError."""
     chats = []
     for number, line in enumerate(_lines(_read(path)), start=1):
         question, _, answer = line.partition("\t")
         if question.strip():
-            chats.append(Chat((Message("user", question.strip()),), answer.strip(), f"{path}, line {number}"))
+            chats.append(Dialogue((Message("user", question.strip()),), answer.strip(), f"{path}, line {number}"))
     return _some(chats, path)
 
 
-def read_chats(path: Path) -> list[Chat]:
+def read_chats(path: Path) -> list[Dialogue]:
     """Read conversations from JSON lines or a JSON list: `{"messages": [{"role", "content"}]}` as in OpenAI's API, or
     `{"conversations": [{"from", "value"}]}` as in ShareGPT.
 
@@ -75,7 +75,7 @@ def read_chats(path: Path) -> list[Chat]:
     return _some([_chat(item, origin) for item, origin in _items(path)], path)
 
 
-def _some(chats: list[Chat], path: Path) -> list[Chat]:
+def _some(chats: list[Dialogue], path: Path) -> list[Dialogue]:
     if not chats:
         raise CalibrationError(f"{path} contains no text.")
     return chats
@@ -117,7 +117,7 @@ def _parse(text: str, origin: str) -> Any:
         raise CalibrationError(f"{origin} is not JSON: {error}.") from error
 
 
-def _chat(item: Any, origin: str) -> Chat:
+def _chat(item: Any, origin: str) -> Dialogue:
     if isinstance(item, Mapping) and isinstance(item.get("messages"), list):
         found = [_message(part, "role", "content", origin) for part in item["messages"]]
     elif isinstance(item, Mapping) and isinstance(item.get("conversations"), list):
@@ -131,7 +131,7 @@ def _chat(item: Any, origin: str) -> Chat:
     answer = found.pop().content if found and found[-1].role == "assistant" else ""
     if not found or found[-1].role != "user":
         raise CalibrationError(f"{origin} must end with a user's question, or with the answer to one.")
-    return Chat(tuple(found), answer, origin)
+    return Dialogue(tuple(found), answer, origin)
 
 
 def _message(part: Any, role: str, content: str, origin: str) -> Message:

@@ -26,7 +26,7 @@ _SHOWN: Final = 60
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """A prompt in the model's template, and its expected answer."""
 
     input: str
@@ -66,7 +66,7 @@ def validate_dataset(
     template: ChatTemplate | None = None,
     count: TokenCounter | None = None,
     max_context: int | None = None,
-) -> list[Row]:
+) -> list[Sample]:
     """Read a calibration file and check all of it.
 
     Args:
@@ -113,7 +113,7 @@ def _read(path: Path) -> Any:
         raise CalibrationError(f"{path} is not JSON: {error}.") from error
 
 
-def _row(path: Path, number: int, item: Any) -> Row:
+def _row(path: Path, number: int, item: Any) -> Sample:
     if not isinstance(item, dict):
         raise CalibrationError(f"{path}: row {number} is a JSON {type(item).__name__}, not an object.")
     if "input_embed" in item:
@@ -124,7 +124,7 @@ def _row(path: Path, number: int, item: Any) -> Row:
     for key in KEYS:
         if not isinstance(item[key], str) or not item[key].strip() or not is_unicode(item[key]):
             raise CalibrationError(f"{path}: the {key} of row {number} is {_shorten(item[key])}, not a string.")
-    return Row(item["input"], item["target"])
+    return Sample(item["input"], item["target"])
 
 
 def is_unicode(text: str) -> bool:
@@ -141,7 +141,7 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def write_dataset(path: Path, rows: Sequence[Row]) -> None:
+def write_dataset(path: Path, rows: Sequence[Sample]) -> None:
     """Write the file completely or not at all. Raises OutputError or HostError."""
     with atomic_file(path) as partial:
         text = json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1)

@@ -11,7 +11,7 @@ import click
 
 from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model
 from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
-from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
+from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
 from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, missing_packages
 from rkconvert.commands.options import lora_option, max_context_option
@@ -134,7 +134,7 @@ def run(
 
 def _collect(
     texts: Sequence[Path], chat_files: Sequence[Path], with_default: bool, system: str, limit: int
-) -> list[Chat]:
+) -> list[Dialogue]:
     """Return at most `limit` conversations, taken evenly from all of them."""
     chats = [chat for path in texts for chat in read_texts(path)]
     chats += [chat for path in chat_files for chat in read_chats(path)]

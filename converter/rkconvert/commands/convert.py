@@ -179,7 +179,7 @@ def _cell(
     return matrices.Cell(matrices.label_of(combination), made), to
 
 
-def _show(outcomes: Sequence[matrices.Outcome]) -> None:
+def _show(outcomes: Sequence[matrices.CellResult]) -> None:
     table = Table("conversion", "outcome", "MB", "seconds", "folder or reason")
     for item in outcomes:
         size = f"{item.nbytes / 1e6:,.1f}" if item.nbytes else ""

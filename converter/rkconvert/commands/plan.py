@@ -8,7 +8,7 @@ import click
 
 from rkconvert.commands.options import max_context_option, revision_option
 from rkconvert.plan.boards import DEFAULT_BOARD
-from rkconvert.plan.planner import Embedding, Request, make_plan
+from rkconvert.plan.planner import Embedding, PlanRequest, make_plan
 from rkconvert.rules.quantized_types import known_types
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.cli.flags import Number, Renamed, json_option
@@ -77,7 +77,7 @@ def run(
     from rkconvert.plan import page, report
 
     plan = make_plan(
-        Request(
+        PlanRequest(
             model=model,
             revision=revision,
             board=board,

@@ -21,7 +21,7 @@ from rkconvert.output import bundle_folder
 from rkconvert.output.bundle_folder import ModelFile
 from rkconvert.output.disk import require_space
 from rkconvert.output.work_folder import refuse_made, work_folder
-from rkconvert.plan import ModelSource, Plan, Request, plan_for, require
+from rkconvert.plan import ModelSource, Plan, PlanRequest, plan_for, require
 from rkconvert.plan.report import as_dict
 from rkconvert.progress import QUIET, Reporter
 from rkconvert.rules import quantized_types as dtypes
@@ -312,7 +312,7 @@ def _plan(options: Options, checkpoint: Checkpoint, release: str) -> Plan | None
     if options.target == "emulator" and options.dtype in dtypes.EMULATOR_ONLY:
         return None
     source = ModelSource(checkpoint.short_name, checkpoint.raw_config, checkpoint.nbytes)
-    request = Request(
+    request = PlanRequest(
         model=source.name,
         board=options.platform,
         dtype=options.dtype,

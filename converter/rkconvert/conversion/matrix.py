@@ -39,7 +39,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellResult:
     """Outcome of a cell.
 
     Attributes:
@@ -134,7 +134,7 @@ def folders(cells: Sequence[Cell]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle], None]) -> list[Outcome]:
+def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle], None]) -> list[CellResult]:
     """Check all cells, then convert those that passed; returns outcomes in the order of the cells.
 
     Args:
@@ -143,7 +143,7 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     loaded = Loaded()
     checked = [(cell, _checked(cell, reporter, loaded)) for cell in cells]
     for cell, found in checked:
-        if isinstance(found, Outcome):
+        if isinstance(found, CellResult):
             reporter.note(f"{cell.label}: {found.status}{': ' * bool(found.message)}{found.message}")
     outcomes = []
     for at, (cell, found) in enumerate(checked, 1):
@@ -154,13 +154,13 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     return outcomes
 
 
-def exit_code(outcomes: Sequence[Outcome]) -> int:
+def exit_code(outcomes: Sequence[CellResult]) -> int:
     """Exit code of the first that failed, else of the first that was refused, else 0."""
     ordered = sorted(outcomes, key=lambda outcome: outcome.status != "failed")
     return next((outcome.exit_code for outcome in ordered if outcome.exit_code), 0)
 
 
-def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
+def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | CellResult:
     output = cell.options.output
     try:
         if output.is_dir():
@@ -173,7 +173,7 @@ def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | Outcome:
         return _lost(cell, write_error(output, error))
 
 
-def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> Outcome:
+def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> CellResult:
     """The bundle of an earlier run. Raises OutputError if it was made from something else than is asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
@@ -187,7 +187,9 @@ def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> Outcome:
     return _whole(cell, bundle, "there", 0.0)
 
 
-def _made(cell: Cell, job: Job, reporter: Reporter, loaded: Loaded, after: Callable[[Cell, Bundle], None]) -> Outcome:
+def _made(
+    cell: Cell, job: Job, reporter: Reporter, loaded: Loaded, after: Callable[[Cell, Bundle], None]
+) -> CellResult:
     started = time.monotonic()
     try:
         bundle = make(job, reporter, loaded)
@@ -200,12 +202,12 @@ def _made(cell: Cell, job: Job, reporter: Reporter, loaded: Loaded, after: Calla
     return _whole(cell, bundle, "made", time.monotonic() - started)
 
 
-def _whole(cell: Cell, bundle: Bundle, status: str, seconds: float) -> Outcome:
+def _whole(cell: Cell, bundle: Bundle, status: str, seconds: float) -> CellResult:
     nbytes = sum(record.size for record in bundle.manifest.files.values())
-    return Outcome(cell.label, str(bundle.path), status, nbytes, round(seconds, 3))
+    return CellResult(cell.label, str(bundle.path), status, nbytes, round(seconds, 3))
 
 
-def _lost(cell: Cell, error: RKEdgeError) -> Outcome:
+def _lost(cell: Cell, error: RKEdgeError) -> CellResult:
     status = "refused" if isinstance(error, RefusedError) else "failed"
     output: Path = cell.options.output
-    return Outcome(cell.label, str(output), status, message=error.message, exit_code=error.exit_code)
+    return CellResult(cell.label, str(output), status, message=error.message, exit_code=error.exit_code)

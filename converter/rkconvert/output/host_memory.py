@@ -12,7 +12,7 @@ from rkruntime.errors import HostError
 
 
 @dataclass(frozen=True)
-class Memory:
+class HostMemory:
     """Memory in bytes.
 
     Attributes:
@@ -33,7 +33,7 @@ class Memory:
         return f"{self.ram / 1e9:.1f} GB of RAM and {self.swap / 1e9:.1f} GB of swap"
 
 
-def read_memory(root: Path = machine.ROOT) -> Memory:
+def read_memory(root: Path = machine.ROOT) -> HostMemory:
     """Read /proc/meminfo and the container's limits. Raises HostError if it cannot."""
     found = machine.memory(root)
     if found is None:
@@ -42,4 +42,4 @@ def read_memory(root: Path = machine.ROOT) -> Memory:
     swap = int(match[1]) * 1024 if match else 0
     with suppress(OSError, ValueError):  # the container's limit (cgroup v2); "max" for none
         swap = min(swap, int((root / "sys/fs/cgroup/memory.swap.max").read_text()))
-    return Memory(found.total, swap, found.available)
+    return HostMemory(found.total, swap, found.available)

@@ -16,14 +16,14 @@ from rkconvert.model.sizes import (
     npu_weights,
     scale_groups,
 )
-from rkconvert.output.host_memory import Memory, read_memory
+from rkconvert.output.host_memory import HostMemory, read_memory
 from rkconvert.plan.boards import DEFAULT_BOARD, Board, board_sizes, find_board, usable_bytes
 from rkconvert.plan.domains import MOST_DOMAINS, Domain, place
 from rkconvert.plan.prediction import (
     FLASH_SINCE,
+    Benchmark,
     Costs,
     Prediction,
-    Row,
     accuracy,
     costs_for,
     has_flash,
@@ -45,7 +45,7 @@ _SIZES: Final = "sizes of the weights and the cache, and the vendor's memory fig
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """Options of a plan, with the command's defaults.
 
     Attributes:
@@ -93,7 +93,7 @@ class HostNeeds:
     """
 
     ram_bytes: float
-    here: Memory | None
+    here: HostMemory | None
     disk_bytes: float
 
     @property
@@ -137,7 +137,7 @@ class Plan:
         vendor: Vendor's figures for this exact model and type, from the requested release or the nearest one.
     """
 
-    request: Request
+    request: PlanRequest
     source: ModelSource
     shape: ModelShape
     board: Board
@@ -155,7 +155,7 @@ class Plan:
     ram: tuple[RamChoice, ...]
     host: HostNeeds
     verdicts: tuple[TypeVerdict, ...]
-    vendor: Row | None
+    vendor: Benchmark | None
     notes: tuple[str, ...]
 
     @property
@@ -175,7 +175,7 @@ class Plan:
         return "vendor figure" if vendor and vendor.release == self.request.toolkit else "predicted"
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: PlanRequest) -> Plan:
     """Plan for the requested model; see also `read_source` and `plan_for` for errors raised.
 
     Raises:
@@ -185,7 +185,7 @@ def make_plan(request: Request) -> Plan:
     return plan_for(read_source(request.model, request.revision), request)
 
 
-def plan_for(source: ModelSource, request: Request) -> Plan:
+def plan_for(source: ModelSource, request: PlanRequest) -> Plan:
     """Plan for a model whose config.json is at hand.
 
     Raises:
@@ -242,7 +242,7 @@ def require(plan: Plan, *, force: bool = False) -> None:
     dtypes.require(plan.judgement, force=force)
 
 
-def _embedding(request: Request) -> Embedding:
+def _embedding(request: PlanRequest) -> Embedding:
     """Where the embedding table is: as requested, else in flash if the release supports that."""
     flash = has_flash(request.toolkit)
     if request.embedding == "flash" and not flash:
@@ -260,7 +260,7 @@ class _Sizer:
     name: str
     shape: ModelShape
     board: Board
-    request: Request
+    request: PlanRequest
     context: int
     embedding: Embedding
 
@@ -272,7 +272,7 @@ class _Sizer:
     def table(self) -> bool:
         return self.embedding == "ram"
 
-    def vendor(self, kind: QuantizedType, of: str = "") -> Row | None:
+    def vendor(self, kind: QuantizedType, of: str = "") -> Benchmark | None:
         """The vendor's figures for this exact model and type: of release `of`, else nearest to the requested one."""
         rows = own_rows(self.board.soc, kind, self.shape)
         if of:
@@ -310,7 +310,7 @@ class _Sizer:
     def judgement(self, dtype: str) -> dtypes.Judgement:
         made = dtype in dtypes.accepted(self.board.soc, self.request.toolkit)
         kind = parse_type(dtype)
-        case = dtypes.Case(
+        case = dtypes.Combination(
             dtype=dtype,
             platform=self.board.soc,
             toolkit=self.request.toolkit,
@@ -346,7 +346,7 @@ class _Sizer:
             "w8a8_figures": self._figures(beside),
         }
 
-    def _figures(self, row: Row | None) -> str:
+    def _figures(self, row: Benchmark | None) -> str:
         if row is None:
             return ""
         asked = self.request.toolkit
@@ -390,7 +390,7 @@ def _billions(size: float) -> str:
     return f"{size / 1e9:.2f}" if size >= 1e8 else f"{size / 1e9:.2g}"
 
 
-def _types(soc: str, request: Request) -> list[str]:
+def _types(soc: str, request: PlanRequest) -> list[str]:
     return list(dict.fromkeys([*dtypes.accepted(soc, request.toolkit), *dtypes.known_types()]))
 
 
@@ -408,7 +408,7 @@ def _host_needs(source: ModelSource, shape: ModelShape, kind: QuantizedType) -> 
     return HostNeeds(LOADED_BYTES["float32"] * shape.parameters + made, here, stored + made)
 
 
-def _notes(shape: ModelShape, board: Board, costs: Costs, request: Request) -> list[str]:
+def _notes(shape: ModelShape, board: Board, costs: Costs, request: PlanRequest) -> list[str]:
     notes = []
     if costs.release != request.toolkit:
         notes.append(

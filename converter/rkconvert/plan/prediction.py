@@ -35,7 +35,7 @@ _DATA: Final = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
-class Row:
+class Benchmark:
     """A row of the vendor's table.
 
     Attributes:
@@ -149,7 +149,7 @@ class Costs:
         other = self.fixed_bytes + shape.vocab_size * self.vocabulary_bytes
         return weights + held + other + (table_bytes(shape) if table else 0)
 
-    def corrected(self, row: Row) -> Costs:
+    def corrected(self, row: Benchmark) -> Costs:
         """The same constants, shifted to reproduce the vendor's own figures for the model of `row`."""
         speed = row.token_ms / self.token_ms(row.shape, row.kind, row.decoded_at)
         prompt = row.prompt_ms / self.prompt_ms(row.shape, row.kind)
@@ -176,7 +176,7 @@ class Costs:
 
 
 @cache
-def vendor_rows() -> tuple[Row, ...]:
+def vendor_rows() -> tuple[Benchmark, ...]:
     """Read the vendor's table."""
     models = yaml.safe_load((_DATA / "models.yaml").read_text("utf-8"))
     shapes = {name: parse_shape(model["config"]) for name, model in models.items()}
@@ -184,8 +184,8 @@ def vendor_rows() -> tuple[Row, ...]:
     return tuple(_row(line, shapes) for line in csv.DictReader(line for line in lines if not line.startswith("#")))
 
 
-def _row(line: Mapping[str, str], shapes: Mapping[str, ModelShape]) -> Row:
-    return Row(
+def _row(line: Mapping[str, str], shapes: Mapping[str, ModelShape]) -> Benchmark:
+    return Benchmark(
         platform=line["platform"],
         model=line["model"],
         shape=shapes[line["model"]],
@@ -216,7 +216,7 @@ def costs_of(platform: str, kind: QuantizedType, release: str) -> Costs:
 
 
 @cache
-def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[str, Row]:
+def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[str, Benchmark]:
     """The vendor's figures for models that differ from this one only in their weights, by release."""
     return {
         row.release: row
@@ -236,7 +236,7 @@ def costs_for(platform: str, kind: QuantizedType, release: str, shape: ModelShap
     return costs.corrected(own) if own else costs
 
 
-def _costs(rows: Sequence[Row], platform: str, kind: QuantizedType, release: str) -> Costs:
+def _costs(rows: Sequence[Benchmark], platform: str, kind: QuantizedType, release: str) -> Costs:
     bits = min(kind.bits, 8)
     here = [row for row in rows if row.platform == platform]
     plain = {row.release for row in here if row.kind.bits == bits and not row.kind.group}
@@ -245,7 +245,7 @@ def _costs(rows: Sequence[Row], platform: str, kind: QuantizedType, release: str
     return fit(here, nearest(plain, release))
 
 
-def fit(rows: Sequence[Row], release: str) -> Costs:
+def fit(rows: Sequence[Benchmark], release: str) -> Costs:
     """Fit constants by least squares of the relative errors over a SoC's rows of a release.
 
     The cost of a group is taken from the nearest release with figures for grouped types.
@@ -253,7 +253,7 @@ def fit(rows: Sequence[Row], release: str) -> Costs:
     plain = [row for row in rows if row.release == release and not row.kind.group]
     widths = sorted({row.kind.bits for row in plain})
 
-    def by_width(row: Row, value: float) -> list[float]:
+    def by_width(row: Benchmark, value: float) -> list[float]:
         return [value if row.kind.bits == bits else 0.0 for bits in widths]
 
     layers = [float(row.shape.num_hidden_layers) for row in plain]
@@ -304,7 +304,7 @@ def _least_squares(
     return [float(found.get(column, 0.0)) for column in range(matrix.shape[1])]
 
 
-def _pairs(rows: Sequence[Row], release: str) -> list[tuple[Row, Row]]:
+def _pairs(rows: Sequence[Benchmark], release: str) -> list[tuple[Benchmark, Benchmark]]:
     """Pairs of rows that differ only in grouping, plain first, of the nearest release that has any."""
     plain = {(row.model, row.release, row.kind.bits): row for row in rows if not row.kind.group}
     pairs = [
@@ -318,7 +318,7 @@ def _pairs(rows: Sequence[Row], release: str) -> list[tuple[Row, Row]]:
     return [pair for pair in pairs if pair[0].release == of]
 
 
-def _per_group(pairs: Sequence[tuple[Row, Row]], figure: Callable[[Row], float]) -> float:
+def _per_group(pairs: Sequence[tuple[Benchmark, Benchmark]], figure: Callable[[Benchmark], float]) -> float:
     """Cost of a group in a figure: the median over the pairs, so that one outlier does not shift it."""
     costs = [(figure(grouped) - figure(plain)) / scale_groups(grouped.shape, grouped.kind) for plain, grouped in pairs]
     return max(0.0, median(costs)) if costs else 0.0

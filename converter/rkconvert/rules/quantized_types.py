@@ -35,7 +35,7 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True)
-class Rule:
+class TypeRule:
     """A row of the table, unchanged."""
 
     types: tuple[str, ...]
@@ -52,7 +52,7 @@ class Rule:
     log: tuple[str, ...] = ()
     instead: str = ""
 
-    def matches(self, case: Case) -> bool:
+    def matches(self, case: Combination) -> bool:
         """Whether the row applies to this case."""
         return (
             self.platform in ("", case.platform)
@@ -64,7 +64,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Case:
+class Combination:
     """A type for a model on a SoC, made by one release of the toolkit.
 
     Attributes:
@@ -93,7 +93,7 @@ class Judgement:
     dtype: str
     platform: str
     reason: str
-    rule: Rule
+    rule: TypeRule
 
     @property
     def verdict(self) -> Verdict:
@@ -108,20 +108,20 @@ def _table() -> Mapping[str, Any]:
 
 
 @cache
-def rules() -> tuple[Rule, ...]:
+def rules() -> tuple[TypeRule, ...]:
     """Rules for types that can be made, in order."""
     return tuple(_rule(row) for row in _table()["rules"])
 
 
 @cache
-def impossible() -> tuple[Rule, ...]:
+def impossible() -> tuple[TypeRule, ...]:
     """Rules for types that cannot be made, in order."""
     return tuple(_rule(row) for row in _table()["impossible"])
 
 
-def _rule(row: Mapping[str, Any]) -> Rule:
+def _rule(row: Mapping[str, Any]) -> TypeRule:
     lists = {key: tuple(row[key]) for key in ("types", "parameters", "log") if key in row}
-    return Rule(**{**row, **lists, "verdict": Verdict(row.get("verdict", Verdict.IMPOSSIBLE))})
+    return TypeRule(**{**row, **lists, "verdict": Verdict(row.get("verdict", Verdict.IMPOSSIBLE))})
 
 
 def accepted(platform: str, toolkit: str) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ def known_types() -> tuple[str, ...]:
     return (*dict.fromkeys(found), UNQUANTIZED)
 
 
-def judge(case: Case) -> Judgement:
+def judge(case: Combination) -> Judgement:
     """Return what the table says about a case.
 
     Raises:

@@ -21,7 +21,7 @@ _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
 
 @dataclass(frozen=True)
-class Release:
+class ToolkitRelease:
     """One release of the toolkit.
 
     Attributes:
@@ -72,7 +72,7 @@ def table() -> Mapping[str, Any]:
     return content
 
 
-def release(version: str) -> Release:
+def release(version: str) -> ToolkitRelease:
     """Return the row for an installed version such as `1.2.3`, `1.2.1b1` or `1.3.1`.
 
     Raises:
@@ -100,7 +100,7 @@ def release(version: str) -> Release:
     return _generation(version, key)
 
 
-def _generation(version: str, key: Version) -> Release:
+def _generation(version: str, key: Version) -> ToolkitRelease:
     fields: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for row in table()["generations"]:
@@ -112,7 +112,7 @@ def _generation(version: str, key: Version) -> Release:
         sources |= row["sources"]
         fields["row"] = row["from"]
     dtypes, source = types_by_soc(key)
-    return Release(version=version, dtypes=dtypes, sources={**sources, "dtypes": source}, **fields)
+    return ToolkitRelease(version=version, dtypes=dtypes, sources={**sources, "dtypes": source}, **fields)
 
 
 def _frozen(value: Any) -> Any:

@@ -107,7 +107,7 @@ class BoardModel:
         if options.calibration:
             count = TokenCounter(self.model.tokenizer_folder / TOKENIZER)
             validate_dataset(options.calibration, self.template, count, self.max_context)
-        case = checks.Case(
+        case = checks.Conversion(
             folder=self.model.checkpoint.path,
             shape=parse_shape(self.model.hf_config()),
             dtype=self.dtype,

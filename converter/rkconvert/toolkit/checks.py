@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from rkconvert.model.shapes import ModelShape
 from rkconvert.model.sizes import file_bytes
-from rkconvert.output.host_memory import Memory
+from rkconvert.output.host_memory import HostMemory
 from rkconvert.rules.releases import LOADED_BYTES
 from rkconvert.rules.type_names import parse_type
 from rkconvert.tensors.memory_folder import Place
@@ -26,7 +26,7 @@ _GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
 
 
 @dataclass(frozen=True)
-class Case:
+class Conversion:
     """A conversion about to start.
 
     Attributes:
@@ -40,14 +40,14 @@ class Case:
     shape: ModelShape
     dtype: str
     load_dtype: str
-    memory: Memory
+    memory: HostMemory
     tokens: Mapping[str, int]
     bos_token_id: int
     calibrated: bool
 
 
 @dataclass(frozen=True)
-class Rule:
+class Check:
     """A row of the table.
 
     Attributes:
@@ -58,7 +58,7 @@ class Rule:
     """
 
     name: str
-    found: Callable[[Case], Mapping[str, Any] | None]
+    found: Callable[[Conversion], Mapping[str, Any] | None]
     kind: type[RKEdgeError] | None
     sentence: str
     hint: str
@@ -66,10 +66,10 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Finding:
+class BrokenRule:
     """A broken rule, in words."""
 
-    rule: Rule
+    rule: Check
     message: str
     hint: str
 
@@ -80,13 +80,13 @@ class Finding:
         return kind(f"{self.message} ({self.rule.source}).", hint=self.hint, details=details)
 
 
-def _narrow(case: Case) -> Mapping[str, Any] | None:
+def _narrow(case: Conversion) -> Mapping[str, Any] | None:
     # A layer keeps keys and values for each token.
     width = case.shape.kv_width // 2
     return {"width": width, "least": LEAST_WIDTH} if case.dtype != "fp16" and width < LEAST_WIDTH else None
 
 
-def _indivisible(case: Case) -> Mapping[str, Any] | None:
+def _indivisible(case: Conversion) -> Mapping[str, Any] | None:
     kind = parse_type(case.dtype)
     if not kind.group:
         return None
@@ -102,36 +102,36 @@ def _divides(shape: ModelShape, size: int) -> bool:
     return all(matrix.rows % size == 0 for matrix in (*shape.layer, shape.head))
 
 
-def _loaded(case: Case) -> int:
+def _loaded(case: Conversion) -> int:
     return case.shape.parameters * LOADED_BYTES[case.load_dtype]
 
 
-def _too_large(case: Case) -> Mapping[str, Any] | None:
+def _too_large(case: Conversion) -> Mapping[str, Any] | None:
     need = _loaded(case)
     return _memory_numbers(case, need) if need > case.memory.total else None
 
 
-def _tight(case: Case) -> Mapping[str, Any] | None:
+def _tight(case: Conversion) -> Mapping[str, Any] | None:
     need = _loaded(case) + file_bytes(case.shape, parse_type(case.dtype))
     tight = need > case.memory.ram and _loaded(case) <= case.memory.total
     return _memory_numbers(case, need) if tight else None
 
 
-def _memory_numbers(case: Case, need: float) -> Mapping[str, Any]:
+def _memory_numbers(case: Conversion, need: float) -> Mapping[str, Any]:
     lack = max(0.0, need - case.memory.total)
     return {"need": f"{need / 1e9:.1f}", "load_dtype": case.load_dtype, "has": case.memory, "lack": f"{lack / 1e9:.0f}"}
 
 
-def _uncalibrated(case: Case) -> Mapping[str, Any] | None:
+def _uncalibrated(case: Conversion) -> Mapping[str, Any] | None:
     return {"dtype": case.dtype} if case.dtype.startswith("w8a8") and not case.calibrated else None
 
 
-def _no_turns(case: Case) -> Mapping[str, Any] | None:
+def _no_turns(case: Conversion) -> Mapping[str, Any] | None:
     missing = [text for text in (BOS, START_OF_TURN, END_OF_TURN) if text not in case.tokens]
     return {"missing": ", ".join(missing)} if missing else None
 
 
-def _two_bos(case: Case) -> Mapping[str, Any] | None:
+def _two_bos(case: Conversion) -> Mapping[str, Any] | None:
     path = case.folder / "tokenizer_config.json"
     try:
         token = json.loads(path.read_bytes()).get("bos_token")
@@ -149,13 +149,13 @@ def _head(path: Place) -> bytes:
         return file.read(64)
 
 
-def _pointers(case: Case) -> Mapping[str, Any] | None:
+def _pointers(case: Conversion) -> Mapping[str, Any] | None:
     found = sorted(path.name for path in case.folder.iterdir() if path.is_file() and is_lfs_pointer(_head(path)))
     return {"names": ", ".join(found), "many": "are" if len(found) > 1 else "is"} if found else None
 
 
 RULES: Final = (
-    Rule(
+    Check(
         "lfs-pointer",
         _pointers,
         CheckpointError,
@@ -163,7 +163,7 @@ RULES: Final = (
         "Run `git lfs install && git lfs pull` in that folder, or download the model with `hf download`.",
         "convert-checkpoint-unusable: airockchip/rknn-llm issue 75",
     ),
-    Rule(
+    Check(
         "no-turns",
         _no_turns,
         CheckpointError,
@@ -171,7 +171,7 @@ RULES: Final = (
         "Take tokenizer.json from the model that this one was made from.",
         "Gemma 2's chat template",
     ),
-    Rule(
+    Check(
         "narrow",
         _narrow,
         RefusedError,
@@ -179,7 +179,7 @@ RULES: Final = (
         "Use --dtype fp16, or --target emulator, which takes any width.",
         "a public note on 1.3.0: export_rkllm says 'dimension ... must be greater than or equal to 96'",
     ),
-    Rule(
+    Check(
         "group",
         _indivisible,
         RefusedError,
@@ -187,7 +187,7 @@ RULES: Final = (
         "Use w8a8; the largest group that divides every matrix of this model gives {fits}.",
         "manuals 1.1.4 p.15 to 1.3.0 p.16",
     ),
-    Rule(
+    Check(
         "memory",
         _too_large,
         HostError,
@@ -195,7 +195,7 @@ RULES: Final = (
         "Add more than {lack} GB of swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
         "airockchip/rknn-llm issues 21, 112, 163: 'Killed'",
     ),
-    Rule(
+    Check(
         "memory-tight",
         _tight,
         None,
@@ -204,7 +204,7 @@ RULES: Final = (
         "Close other programs, add swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
         "predicted: 4 bytes for each weight as float32, and the file",
     ),
-    Rule(
+    Check(
         "uncalibrated",
         _uncalibrated,
         None,
@@ -213,7 +213,7 @@ RULES: Final = (
         "Make it with `rkedge calibrate` and give it with --calibration FILE.",
         "output-quality-quantisation: airockchip/rknn-llm issues 339, 424",
     ),
-    Rule(
+    Check(
         "two-bos",
         _two_bos,
         None,
@@ -225,17 +225,17 @@ RULES: Final = (
 )  # fmt: skip
 
 
-def run(case: Case, rules: Sequence[Rule] = RULES) -> list[Finding]:
+def run(case: Conversion, rules: Sequence[Check] = RULES) -> list[BrokenRule]:
     """Return every broken rule, in the order of the table."""
     findings = []
     for rule in rules:
         numbers = rule.found(case)
         if numbers is not None:
-            findings.append(Finding(rule, rule.sentence.format(**numbers), rule.hint.format(**numbers)))
+            findings.append(BrokenRule(rule, rule.sentence.format(**numbers), rule.hint.format(**numbers)))
     return findings
 
 
-def require(case: Case) -> list[str]:
+def require(case: Conversion) -> list[str]:
     """Return warnings as notes; raises the first finding that is an error."""
     findings = run(case)
     for finding in findings:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.rules.releases import Release, release
+from rkconvert.rules.releases import ToolkitRelease, release
 from rkruntime.errors import HostError, UsageError
 from rkruntime.folders import own_folder
 from rkruntime.schema import build
@@ -47,7 +47,7 @@ class Toolkit:
 
     python: Path
     origin: str
-    release: Release
+    release: ToolkitRelease
     python_version: str
     parts: Mapping[str, str]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.rules.releases import LOADED_BYTES, Release, release
+from rkconvert.rules.releases import LOADED_BYTES, ToolkitRelease, release
 from rkconvert.rules.type_names import UNQUANTIZED, parse_type
 from rkconvert.toolkit.options import DEVICES, ToolkitOptions
 from rkruntime.abi import CALLABLE
@@ -65,7 +65,7 @@ class Calls:
         return json.dumps({"schema": SCHEMA, "calls": self.steps}, ensure_ascii=True) + "\n"
 
 
-def calls(job: ToolkitJob, installed: Release, export_path: Path) -> Calls:
+def calls(job: ToolkitJob, installed: ToolkitRelease, export_path: Path) -> Calls:
     """Return the calls that carry out `job` with the installed release.
 
     Raises:
@@ -132,7 +132,7 @@ def _check_unquantized(job: ToolkitJob) -> None:
         )
 
 
-def _check_type(job: ToolkitJob, installed: Release) -> None:
+def _check_type(job: ToolkitJob, installed: ToolkitRelease) -> None:
     types = installed.dtypes.get(job.platform)
     if types is None:
         raise RefusedError(
@@ -155,7 +155,7 @@ def _check_type(job: ToolkitJob, installed: Release) -> None:
         )
 
 
-def _first_with(has: Callable[[Release], bool], otherwise: str = "Choose another SoC.") -> str:
+def _first_with(has: Callable[[ToolkitRelease], bool], otherwise: str = "Choose another SoC.") -> str:
     """Hint at the first release that supports it, or at an alternative."""
     first = next((version for version in CALLABLE if has(release(version))), None)
     if first is None:
@@ -163,7 +163,7 @@ def _first_with(has: Callable[[Release], bool], otherwise: str = "Choose another
     return f"rkllm-toolkit {first} and later do: `rkedge toolkit setup --wheel FILE`. Or: {otherwise}"
 
 
-def _check_algorithm(job: ToolkitJob, installed: Release) -> None:
+def _check_algorithm(job: ToolkitJob, installed: ToolkitRelease) -> None:
     match = _LOW_RANK.fullmatch(job.algorithm)
     algorithm = match["algorithm"] if match else job.algorithm
     if algorithm not in installed.algorithms or (match and not installed.low_rank):
@@ -195,7 +195,7 @@ def _check_algorithm(job: ToolkitJob, installed: Release) -> None:
         )
 
 
-def _context_notes(job: ToolkitJob, installed: Release) -> list[str]:
+def _context_notes(job: ToolkitJob, installed: ToolkitRelease) -> list[str]:
     most, step = installed.context["most"], installed.context["step"]
     if job.max_context > most:
         raise RefusedError(
@@ -213,7 +213,7 @@ def _context_notes(job: ToolkitJob, installed: Release) -> list[str]:
     return []
 
 
-def _load_notes(job: ToolkitJob, installed: Release) -> list[str]:
+def _load_notes(job: ToolkitJob, installed: ToolkitRelease) -> list[str]:
     load = job.toolkit_load_dtype
     if not installed.takes("load_huggingface", "dtype"):
         if load != "float32":

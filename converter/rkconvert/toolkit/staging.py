@@ -19,7 +19,7 @@ from rkconvert.model.gemma import GemmaConfig
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.output.hf_folder import copy_side_files, write_json, write_weights
 from rkconvert.progress import Advance
-from rkconvert.rules.releases import Release
+from rkconvert.rules.releases import ToolkitRelease
 from rkconvert.sources.checkpoint import CONFIG
 from rkconvert.sources.names import Renamed
 from rkconvert.tensors.shards import read_json
@@ -41,7 +41,7 @@ _RENAMED: Final = {"dtype": "torch_dtype"}
 _DROPPED: Final = ("auto_map", "quantization_config", "rope_parameters", "rope_scaling", "transformers_version")
 
 
-def stage(model: MergedModel, template: ChatTemplate, release: Release, folder: Path, advance: Advance) -> None:
+def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, folder: Path, advance: Advance) -> None:
     """Fill `folder`, which may hold shards of a killed run. Weights are linked if they are the base's own files, else
     written.
 
@@ -103,7 +103,9 @@ def stage_adapter(adapter: Adapter, folder: Path) -> None:
         link.symlink_to(file.resolve())
 
 
-def config(raw: Mapping[str, Any], checked: GemmaConfig, release: Release, eos: tuple[int, ...]) -> dict[str, Any]:
+def config(
+    raw: Mapping[str, Any], checked: GemmaConfig, release: ToolkitRelease, eos: tuple[int, ...]
+) -> dict[str, Any]:
     """config.json for the toolkit: checked values for what is null, absent or named as in transformers 5.
 
     The exporter needs numbers instead of null (airockchip/rknn-llm issue 148), and releases before 1.3.0 store only

@@ -11,7 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Final
 
-from rkconvert.rules.releases import Release, release
+from rkconvert.rules.releases import ToolkitRelease, release
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import HostError, InputError
 from rkruntime.files import read_error
@@ -35,7 +35,7 @@ class Wheel:
     """
 
     path: Path
-    release: Release
+    release: ToolkitRelease
     python: str
     platform: str
 

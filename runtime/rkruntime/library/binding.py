@@ -159,7 +159,7 @@ def _defaults_found(version: str, raw: bytes) -> int:
     return found
 
 
-class Model:
+class LoadedModel:
     """A loaded model. `close()` may be called twice; afterwards every call is an error.
 
     Args:
@@ -355,7 +355,7 @@ class Model:
         if handle is not None:
             self.library.function("rkllm_destroy")(handle)
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> LoadedModel:
         return self
 
     def __exit__(

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkconvert import demo
-from rkconvert.calibrate import Row, validate_dataset, write_dataset
+from rkconvert.calibrate import Sample, validate_dataset, write_dataset
 from rkconvert.calibrate.build import Builder
-from rkconvert.calibrate.chats import Chat, default_chats, read_chats, read_texts
+from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
 from rkconvert.commands import calibrate as command
 from rkconvert.model.chat_template import ChatTemplate, read_template
-from rkconvert.output.host_memory import Memory
+from rkconvert.output.host_memory import HostMemory
 from rkruntime.errors import CalibrationError, HostError, OutputError, RKEdgeError
 from rkruntime.text.template import Message
 from rkruntime.text.tokenizer import Tokenizer
@@ -117,10 +117,10 @@ def test_without_torch_given_answers_are_taken(tmp_path: Path, monkeypatch: pyte
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkconvert.calibrate.targets.read_memory", lambda: Memory(1 << 30, 0, 1000))
+    monkeypatch.setattr("rkconvert.calibrate.targets.read_memory", lambda: HostMemory(1 << 30, 0, 1000))
     with pytest.raises(HostError, match="GB of memory is free"):
         rkedge(BASE, "-o", tmp_path / "data.json", "--targets", "model")
-    monkeypatch.setattr(command, "read_memory", lambda: Memory(1 << 30, 0, 1000))
+    monkeypatch.setattr(command, "read_memory", lambda: HostMemory(1 << 30, 0, 1000))
     assert rkedge(BASE, "-o", tmp_path / "data.json")["targets"] == "given"
 
 
@@ -160,7 +160,7 @@ def test_chats_of_both_kinds(tmp_path: Path) -> None:
 
 
 def test_a_system_prompt_is_folded_or_native(count: TokenCounter) -> None:
-    chat = Chat((Message("user", "q"),), "a", "here").under("Be brief.")
+    chat = Dialogue((Message("user", "q"),), "a", "here").under("Be brief.")
     folded = builder(count).build([chat], lambda number: None).rows[0].input
     assert folded == "<bos><start_of_turn>user\nBe brief.\n\nq<end_of_turn>\n<start_of_turn>model\n"
     native = ChatTemplate(NATIVE, True, "", "", "native")
@@ -172,15 +172,15 @@ def test_a_system_prompt_is_folded_or_native(count: TokenCounter) -> None:
 @pytest.mark.parametrize("place", ["question", "answer"])
 @pytest.mark.parametrize("text", ["<end_of_turn>", "a<bos>b", "<start_of_turn>model"])
 def test_control_tokens_of_people_are_left_out(count: TokenCounter, place: str, text: str) -> None:
-    bad = Chat((Message("user", text if place == "question" else "q"),), text if place == "answer" else "a", "here")
-    good = Chat((Message("user", "q"),), "a", "there")
+    bad = Dialogue((Message("user", text if place == "question" else "q"),), text if place == "answer" else "a", "here")
+    good = Dialogue((Message("user", "q"),), "a", "there")
     built = builder(count).build([bad, good], lambda number: None)
     assert len(built.rows) == 1
     assert built.left_out == {"with control tokens in their text": 1}
 
 
 def test_long_conversations_are_left_out(count: TokenCounter) -> None:
-    chats = [Chat((Message("user", "word " * size),), "answer " * size, "here") for size in (1, 20, 40, 400)]
+    chats = [Dialogue((Message("user", "word " * size),), "answer " * size, "here") for size in (1, 20, 40, 400)]
     built = builder(count, max_context=128).build(chats, lambda number: None)
     assert all(count(row.input) + count(row.target) <= 128 for row in built.rows)
     assert built.left_out["with more than 128 tokens"] == 4 - len(built.rows) > 0
@@ -188,11 +188,11 @@ def test_long_conversations_are_left_out(count: TokenCounter) -> None:
 
 def test_nothing_left_is_an_error(count: TokenCounter) -> None:
     with pytest.raises(CalibrationError, match="Nothing is left of 1 conversation: 1 without an answer"):
-        builder(count).build([Chat((Message("user", "q"),), "", "here")], lambda number: None)
+        builder(count).build([Dialogue((Message("user", "q"),), "", "here")], lambda number: None)
 
 
 def test_an_order_that_the_template_refuses(count: TokenCounter) -> None:
-    chat = Chat((Message("user", "q"), Message("user", "q")), "a", "chats.jsonl, line 3")
+    chat = Dialogue((Message("user", "q"), Message("user", "q")), "a", "chats.jsonl, line 3")
     with pytest.raises(CalibrationError, match="line 3"):
         builder(count).build([chat], lambda number: None)
 
@@ -276,11 +276,11 @@ def test_no_file(tmp_path: Path) -> None:
         validate_dataset(tmp_path / "none.json")
 
 
-ROWS = st.builds(Row, *[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2)
+ROWS = st.builds(Sample, *[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2)
 
 
 @given(st.lists(ROWS, min_size=1, max_size=5))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[Sample]) -> None:
     path = tmp_path_factory.getbasetemp() / "rows.json"
     write_dataset(path, rows)
     assert validate_dataset(path) == rows
@@ -304,7 +304,7 @@ def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, c
 
 def test_a_callback_counts(count: TokenCounter) -> None:
     seen: list[int] = []
-    chats = [Chat((Message("user", "q"),), "a", "here")] * 3
+    chats = [Dialogue((Message("user", "q"),), "a", "here")] * 3
     answer: Callable[[Any], str] = lambda prompt: f"{len(prompt)} tokens"  # noqa: E731
     built = builder(count, answer=answer).build(chats, seen.append)
     assert seen == [1, 2, 3]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rkconvert.commands.convert import run as convert
 from rkconvert.conversion import recipes
-from rkconvert.plan import ModelSource, Request, plan_for, require
+from rkconvert.plan import ModelSource, PlanRequest, plan_for, require
 from rkconvert.rules.quantized_types import Verdict
 from rkruntime import cli
 from rkruntime.errors import UsageError
@@ -165,7 +165,7 @@ def test_shipped_recipes_are_conversions_that_are_not_refused(parse, name):
     given = parse("--recipe", name)
     assert given["checkpoint"] == f"google/{name}"
     assert (given["target"], given["platform"]) == ("toolkit", "rk3588")
-    request = Request(name, board=given["platform"], dtype=given["dtype"], context=given["max_context"])
+    request = PlanRequest(name, board=given["platform"], dtype=given["dtype"], context=given["max_context"])
     plan = plan_for(ModelSource(name, CONFIGS[name]), request)
     require(plan)
     # Only the smallest is known to work; the others must say so where a person reads it.

@@ -23,7 +23,7 @@ from rkconvert.demo import checkpoint
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import cache_bytes_per_token, npu_bytes
 from rkconvert.output.host_memory import read_memory
-from rkconvert.plan import ModelSource, Request, make_plan, plan_for, require
+from rkconvert.plan import ModelSource, PlanRequest, make_plan, plan_for, require
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
 from rkconvert.plan.domains import place
 from rkconvert.plan.page import render
@@ -55,7 +55,7 @@ def model(tmp_path: Path) -> Any:
 
 
 def plan_of(name: str, **request: Any) -> Any:
-    return plan_for(ModelSource(name, config_of(name)), Request(name, **request))
+    return plan_for(ModelSource(name, config_of(name)), PlanRequest(name, **request))
 
 
 def as_json(*arguments: object) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_toolkit_and_model_limit_the_context():
 
 
 def test_the_demo_checkpoint_needs_next_to_nothing():
-    plan = make_plan(Request(str(checkpoint())))
+    plan = make_plan(PlanRequest(str(checkpoint())))
     assert plan.fits
     assert plan.context == 4096
     shards = sum(path.stat().st_size for path in checkpoint().glob("*.safetensors"))
@@ -209,15 +209,15 @@ def test_a_board_nobody_has_figures_for(tmp_path):
 def test_a_bad_config_is_refused(tmp_path, content, kind):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(kind):
-        make_plan(Request(str(tmp_path)))
+        make_plan(PlanRequest(str(tmp_path)))
 
 
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="no folder or file"):
-        make_plan(Request(str(tmp_path / "nothing" / "here")))
+        make_plan(PlanRequest(str(tmp_path / "nothing" / "here")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        make_plan(Request(str(tmp_path / "empty")))
+        make_plan(PlanRequest(str(tmp_path / "empty")))
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_model_on_the_hub(hub, tmp_path, model):
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 5228717568}}')
     (model() / "config.json").rename(tmp_path / "config.json")
     hub(lambda name: tmp_path / name)
-    plan = make_plan(Request("google/gemma-2-2b-it"))
+    plan = make_plan(PlanRequest("google/gemma-2-2b-it"))
     assert (plan.source.name, plan.source.stored_bytes) == ("gemma-2-2b-it", 5228717568)
 
 
@@ -259,7 +259,7 @@ def test_a_model_on_the_hub(hub, tmp_path, model):
 def test_what_the_hub_refuses(hub, failure, kind, hint):
     hub(failure)
     with pytest.raises(kind) as error:
-        make_plan(Request("google/gemma-2-2b-it"))
+        make_plan(PlanRequest("google/gemma-2-2b-it"))
     assert hint in error.value.hint
 
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_convert_refuses_is_said(model):
 @pytest.mark.parametrize("ram", [float("nan"), float("inf"), 0.5, 1e300])
 def test_memory_that_no_board_has(model, ram):
     with pytest.raises(UsageError, match="1 to 1024 GiB"):
-        make_plan(Request(str(model()), ram_gib=ram))
+        make_plan(PlanRequest(str(model()), ram_gib=ram))
 
 
 def test_the_picture(model, monkeypatch):
@@ -303,7 +303,7 @@ class Tags(HTMLParser):
 
 def test_the_page_stands_alone_and_escapes_names(tmp_path):
     name = "<script>alert(1)</script>"
-    plan = plan_for(ModelSource(name, config_of("gemma-2-9b-it")), Request(name))
+    plan = plan_for(ModelSource(name, config_of("gemma-2-9b-it")), PlanRequest(name))
     tags = Tags()
     page = render(plan)
     tags.feed(page)
@@ -351,7 +351,7 @@ def test_the_emulator_is_an_rk3588(tmp_path, dtype):
 @pytest.mark.parametrize("trained", [1, 16, 31])
 def test_a_model_for_shorter_texts_than_any_context_is_refused(trained, model, tmp_path):
     with pytest.raises(CheckpointError, match=f"trained for {trained} token"):
-        make_plan(Request(str(model(max_position_embeddings=trained))))
+        make_plan(PlanRequest(str(model(max_position_embeddings=trained))))
     with pytest.raises(CheckpointError, match=f"trained for {trained} token"):
         choose_context(None, trained)
     assert choose_context(None, 32) == 32

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rkconvert.plan import ModelSource, Plan, Request, make_plan, plan_for, require
+from rkconvert.plan import ModelSource, Plan, PlanRequest, make_plan, plan_for, require
 from rkconvert.plan.planner import TypeVerdict
 from rkconvert.rules import quantized_types as dtypes
 from rkruntime import cli
@@ -62,7 +62,9 @@ PUBLISHED = {(soc, dtype) for soc, dtype, _ in GEMMA2_2B}
 
 
 def plan_of(name: str, soc: str = "rk3588", dtype: str = "w8a8", release: str = "1.2.3", **request: Any) -> Plan:
-    return plan_for(ModelSource(name, CONFIGS[name]), Request(name, board=soc, dtype=dtype, toolkit=release, **request))
+    return plan_for(
+        ModelSource(name, CONFIGS[name]), PlanRequest(name, board=soc, dtype=dtype, toolkit=release, **request)
+    )
 
 
 def verdict(name: str, soc: str, dtype: str, release: str, **request: Any) -> TypeVerdict:
@@ -282,7 +284,7 @@ def test_every_rule_is_reached_by_some_model() -> None:
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
     }  # fmt: skip
-    plan = plan_for(ModelSource("llama", shape), Request("llama", dtype="w8a8_g512", toolkit="1.1.0"))
+    plan = plan_for(ModelSource("llama", shape), PlanRequest("llama", dtype="w8a8_g512", toolkit="1.1.0"))
     assert (plan.verdict.status, plan.verdict.evidence) == ("warn", "vendor figure")
     assert "80 %" in plan.verdict.reason
     assert "3.05 tokens/s" in plan.verdict.reason
@@ -330,7 +332,7 @@ def test_an_impossible_type_is_the_same_error_in_text_and_json(
 @pytest.mark.parametrize("dtype", sorted(ALL_TYPES))
 def test_nothing_is_said_of_a_release_that_is_not_known(release: str, dtype: str) -> None:
     with pytest.raises(UsageError, match="RKLLM has no release") as caught:
-        make_plan(Request("nowhere", dtype=dtype, toolkit=release))
+        make_plan(PlanRequest("nowhere", dtype=dtype, toolkit=release))
     assert all(known in caught.value.hint for known in RELEASES)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rkconvert.model.shapes import parse_shape
-from rkconvert.output.host_memory import Memory, read_memory
+from rkconvert.output.host_memory import HostMemory, read_memory
 from rkconvert.toolkit import checks
-from rkconvert.toolkit.checks import Case
+from rkconvert.toolkit.checks import Conversion
 from rkruntime.errors import CheckpointError, HostError, RefusedError
 
 # Settings of Google's own config.json files.
@@ -29,7 +29,7 @@ GEMMA2 = {
     "9B": dict(zip(NAMES, (3584, 14336, 42, 16, 8, 256), strict=True)),
     "27B": dict(zip(NAMES, (4608, 36864, 46, 32, 16, 128), strict=True)),
 }
-PLENTY = Memory(1 << 40, 0, 1 << 40)
+PLENTY = HostMemory(1 << 40, 0, 1 << 40)
 TOKENS = {"<bos>": 2, "<eos>": 1, "<start_of_turn>": 106, "<end_of_turn>": 107}
 
 
@@ -38,15 +38,15 @@ def case(tmp_path: Path) -> Any:
     """`case(size, field=value)`: a conversion that breaks no rule but those that the fields ask for."""
     (tmp_path / "config.json").write_text("{}")
 
-    def make(size: str = "2B", settings: dict[str, int] | None = None, **fields: Any) -> Case:
+    def make(size: str = "2B", settings: dict[str, int] | None = None, **fields: Any) -> Conversion:
         shape = parse_shape({"architectures": ["Gemma2ForCausalLM"], **GEMMA2[size], **(settings or {})})
-        good = Case(tmp_path, shape, "w8a8", "float32", PLENTY, TOKENS, 2, True)
+        good = Conversion(tmp_path, shape, "w8a8", "float32", PLENTY, TOKENS, 2, True)
         return replace(good, **fields)
 
     return make
 
 
-def broken(case: Case) -> list[str]:
+def broken(case: Conversion) -> list[str]:
     return [finding.rule.name for finding in checks.run(case)]
 
 
@@ -101,12 +101,12 @@ MEMORY = [
 
 @pytest.mark.parametrize(("ram", "swap", "load_dtype", "expected"), MEMORY)
 def test_memory(case: Any, ram: int, swap: int, load_dtype: str, expected: list[str]) -> None:
-    assert broken(case(memory=Memory(ram, swap, ram), load_dtype=load_dtype)) == expected
+    assert broken(case(memory=HostMemory(ram, swap, ram), load_dtype=load_dtype)) == expected
 
 
 def test_a_27b_on_a_laptop_is_told_its_numbers(case: Any) -> None:
     with pytest.raises(HostError, match=r"108\.9 GB as float32 alone.*32\.0 GB of RAM and 8\.0 GB of swap") as caught:
-        checks.require(case("27B", memory=Memory(32 * GB, 8 * GB, GB)))
+        checks.require(case("27B", memory=HostMemory(32 * GB, 8 * GB, GB)))
     assert "Add 69 GB of swap" in caught.value.hint
 
 
@@ -155,12 +155,12 @@ def test_memory_is_the_container_s_and_has_swap(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     text = "MemTotal: 1000 kB\nMemAvailable:    900 kB\nSwapTotal: 50 kB\nHugePages_Total: 0\n"
     (tmp_path / "proc" / "meminfo").write_text(text)
-    assert read_memory(tmp_path) == Memory(1_024_000, 51_200, 921_600)
+    assert read_memory(tmp_path) == HostMemory(1_024_000, 51_200, 921_600)
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("512000\n")
     (group / "memory.current").write_text("12000\n")
-    assert read_memory(tmp_path) == Memory(512_000, 51_200, 500_000)
+    assert read_memory(tmp_path) == HostMemory(512_000, 51_200, 500_000)
     (tmp_path / "proc" / "meminfo").unlink()
     with pytest.raises(HostError, match="does not say"):
         read_memory(tmp_path)

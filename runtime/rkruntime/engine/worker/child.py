@@ -21,7 +21,7 @@ from typing import Any, Final, NoReturn
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.runner import Runner
 from rkruntime.errors import RKEdgeError, RunError
-from rkruntime.library.binding import Library, Model
+from rkruntime.library.binding import Library, LoadedModel
 from rkruntime.library.identify import check_machine
 
 _IMMEDIATE: Final = frozenset({"abort", "is_running", "answer"})
@@ -35,7 +35,7 @@ class Worker:
         self._todo: queue.SimpleQueue[tuple[dict[str, Any], list[memoryview]]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[bool, bytes]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._model: Model | None = None
+        self._model: LoadedModel | None = None
         self._runner: Runner | None = None
         self._number = 0
 
@@ -97,7 +97,7 @@ class Worker:
                 os._exit(0)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LoadedModel:
         """The loaded model."""
         if self._model is None:
             raise RunError("No model is loaded.")
@@ -111,7 +111,7 @@ class Worker:
         check_machine(path, header["machine"])
         library = Library(path, header["version"])
         runner = Runner(library, self._records, self.send)
-        self._model = Model(
+        self._model = LoadedModel(
             library,
             header["params"],
             runner.on_result,

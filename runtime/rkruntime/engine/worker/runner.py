@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from rkruntime.engine.worker import protocol
 from rkruntime.errors import RKEdgeError, RunError, UnsupportedCallError
-from rkruntime.library.binding import CONTINUE, PAUSE, Library, Model
+from rkruntime.library.binding import CONTINUE, PAUSE, Library, LoadedModel
 
 _ABORT_WAIT: Final = 0.05
 _SMALL: Final = select.PIPE_BUF - protocol.RECORD.size
@@ -48,14 +48,14 @@ class Runner:
         self._running = threading.Lock()
         self._run: int | None = None
         self._paused = False  # the run before
-        self._model: Model | None = None
+        self._model: LoadedModel | None = None
 
-    def attach(self, model: Model) -> None:
+    def attach(self, model: LoadedModel) -> None:
         """Set the model whose callback `on_result` is."""
         self._model = model
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LoadedModel:
         """The attached model."""
         assert self._model is not None
         return self._model
