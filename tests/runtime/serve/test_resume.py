@@ -129,6 +129,22 @@ def test_two_generations_are_never_mixed(start_daemon: Callable[..., Any], small
     assert daemon.request("POST", "/sessions/s/resume", {"id": "A", "received": len(seen + rest) + 1})[0] == 404
 
 
+def test_an_answer_is_not_resumed_under_another_system_prompt(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("temperature: 0", port=False, RKEMU_TOKEN_US="40000")
+    seen = part(daemon, "/sessions/s/messages", {"content": FIRST, "id": "A"}, 4)
+    for body in ({}, {"system": ""}):
+        assert daemon.request("PUT", "/sessions/s", body)[0] == 200
+        assert "broken" in daemon.request("GET", "/sessions/s")[2]
+    daemon.request("PUT", "/sessions/s", {"system": "Be kind."})
+    kept = daemon.request("GET", "/sessions/s")[2]
+    assert kept["system"] == "Be kind."
+    assert kept["messages"][0]["content"] == FIRST
+    assert kept["messages"][1]["content"].startswith(seen)
+    assert not {"number", "broken", "reason"} & set(kept)
+    assert daemon.request("POST", "/sessions/s/resume", {"id": "A", "received": len(seen)})[0] == 404
+    assert contents(daemon, "s") == [item["content"] for item in kept["messages"]]
+
+
 def test_a_partial_answer_with_another_beginning_is_not_resumed(start_daemon: Callable[..., Any]) -> None:
     daemon = start_daemon("temperature: 0", port=False, RKEMU_TOKEN_US="40000")
     seen = part(daemon, "/sessions/s/messages", {"content": FIRST, "id": "A"}, 4)

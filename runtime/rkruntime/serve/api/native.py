@@ -25,6 +25,7 @@ from rkruntime.model import Model
 from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split, stops
 from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
+from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
 from rkruntime.text.answer import Answer, AnswerReader
@@ -176,14 +177,20 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
 def _update(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a change, with its `conversation` reduced to what belongs there. Raises BodyError."""
     refuse_together(body, "clear", "conversation")
-    return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
-
-
-def _conversation(data: Any) -> dict[str, Any]:
+    if "conversation" not in body:
+        return body
     try:
-        return check_conversation(data)
+        conversation = check_conversation(body["conversation"])
     except InputError as error:
-        raise BodyError(error.message, details={"param": "conversation"}) from error
+        raise _not_a_conversation(error.message) from error
+    roles = [item["role"] for item in conversation["messages"]]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise _not_a_conversation("The messages of a conversation must be from user and assistant in turn.")
+    return {**body, "conversation": conversation}
+
+
+def _not_a_conversation(what: str) -> BodyError:
+    return BodyError(what, details={"param": "conversation"})
 
 
 class Sessions:
@@ -224,7 +231,7 @@ class Sessions:
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
-        return await read_in_thread(lambda: json_response(_with_broken(self._store.read(place.user, place.name))))
+        return await read_in_thread(lambda: json_response(_with_broken(self._stored(place))))
 
     async def _delete(self, request: Request) -> Response:
         place = _Place.of(request)
@@ -243,20 +250,30 @@ class Sessions:
 
     def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
         data = body["conversation"] if "conversation" in body else self._data(place)
-        kept = _conversation(data)
+        system = body.get("system", data["system"])
         # The daemon's own notes are not accepted from a client, and are dropped with the turns.
-        own = () if "conversation" in body or body.get("clear") else ("number", "reason", "broken")
-        kept |= {key: data[key] for key in own if key in data}
-        kept["system"] = body.get("system", kept["system"])
+        # An answer that was begun under another system prompt is not resumed.
+        other = "broken" in data and system != data["system"]
+        own = () if "conversation" in body or body.get("clear") or other else ("number", "reason", "broken")
+        kept = check_conversation(_with_broken(data) if other else data)
+        kept |= {key: data[key] for key in own if key in data} | {"system": system}
         if body.get("clear"):
             kept["messages"] = []
         self._store.write(place.user, place.name, kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
         try:
-            return self._store.read(place.user, place.name)
+            return self._stored(place)
         except NoSuchSessionError:
             return {"schema": SCHEMA, "system": "", "messages": []}
+
+    def _stored(self, place: _Place) -> dict[str, Any]:
+        """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
+        data = self._store.read(place.user, place.name)
+        try:
+            return {**data, **check_conversation(data)}
+        except InputError as error:
+            raise damaged(place.name, error.message.rstrip(".")) from error
 
     async def _take_over(self, place: _Place) -> None:
         """A session gives one answer at a time: a new request, perhaps over a new connection, ends the old one."""
@@ -281,7 +298,7 @@ class Sessions:
         received = _Received(body.get("received", 0), body.get("sha256", ""))
         async with self._order(place):
             await self._take_over(place)
-            data = await read_in_thread(self._store.read, place.user, place.name)
+            data = await read_in_thread(self._stored, place)
             self._check_answer(place, data, body["id"])
             if "broken" not in data:
                 received.check(data["messages"][-1]["content"])
