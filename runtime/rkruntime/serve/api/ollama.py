@@ -136,7 +136,7 @@ class Ollama:
         body = await self._bodies.read(request, "OllamaChat")
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
-            return await self._load_only(request, _as_message)
+            return await self._load_only(request, body, _as_message)
         chat = WholeChat(request, self._service, messages, drop=bool(body.get("truncate")))
         return await self._answer(request, body, chat.prompt, _as_message, chat.keep)
 
@@ -145,7 +145,7 @@ class Ollama:
         refuse_together(body, "raw", "system")
         text, system = body.get("prompt", ""), body.get("system", "")
         if not text:
-            return await self._load_only(request, _as_response)
+            return await self._load_only(request, body, _as_response)
         if body.get("raw"):
             prompt = text_prompt(text)
         else:
@@ -153,8 +153,11 @@ class Ollama:
             prompt = WholeChat(request, self._service, [*messages, Message("user", text)]).prompt
         return await self._answer(request, body, prompt, _as_response)
 
-    async def _load_only(self, request: Request, shape: Shape) -> Response:
+    async def _load_only(self, request: Request, body: Mapping[str, Any], shape: Shape) -> Response:
         """Answer a request without a prompt, which loads the model so that the next one finds it ready."""
+        for name in ("system", "options", "raw", "truncate"):
+            if body.get(name):
+                request.scope["rkedge.ignored"].add(name)
 
         async def load() -> Model:
             async with self._service.queue.turn(client_of(request, {})):
