@@ -185,11 +185,11 @@ def test_no_session_is_read_or_written_in_the_event_loop(
 
     for name in ("read", "write", "delete"):
         monkeypatch.setattr(store, name, noting(getattr(store, name)))
-    message = {"role": "user", "content": "a" * size}
-    body = {"conversation": {"schema": "rkedge-conversation/1", "messages": [message]}}
+    messages = [{"role": "user", "content": "a" * size}, {"role": "assistant", "content": "b"}]
+    body = {"conversation": {"schema": "rkedge-conversation/1", "messages": messages}}
     with TestClient(known(Starlette(routes=sessions_of(store).routes()))) as client:
         assert client.put("/sessions/a", json=body).status_code == 200
-        assert client.get("/sessions/a").json()["messages"] == [message]
+        assert client.get("/sessions/a").json()["messages"] == messages
         assert client.delete("/sessions/a").status_code == 200
     assert len(threads) == 3
     assert LOOP[0] not in threads
