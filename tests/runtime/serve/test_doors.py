@@ -115,6 +115,9 @@ def test_what_listens_to_a_network_has_keys_for_ever() -> None:
         def getsockopt(self, *_: int) -> int:
             return 1
 
+        def setsockopt(self, *_: int) -> None:
+            pass
+
     listener: Any = Wide()
     with pytest.raises(UsageError, match="no API keys"):
         door_of(listener, {})
