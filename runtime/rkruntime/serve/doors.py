@@ -107,6 +107,9 @@ class TcpDoor:
         self.listener = listener
         self.check(keys)
         self.keys = keys
+        # Accepted connections inherit it, and asyncio does not set it on sockets whose protocol number is 0: the end of
+        # each answer would wait for the client's delayed acknowledgement, 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
     def any_host(self) -> bool:

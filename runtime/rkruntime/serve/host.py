@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from rkruntime.bundle.manifest import open_bundle
-from rkruntime.engine.open import RuntimeOptions, SamplingOptions
+from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
 from rkruntime.serve.settings import Settings, changed
@@ -36,19 +38,45 @@ def load_model(settings: Settings, stop: Stop) -> Model:
     Raises:
         RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
-    if settings.bundle is None:
-        raise UsageError(
-            "No bundle was named.", hint="Give the folder: rkedge serve BUNDLE, or bundle: in the settings."
-        )
     return open_model(
-        settings.bundle,
-        RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force),
+        _bundle(settings),
+        _options(settings),
         SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty),
         finding=_log_finding,
         load_timeout=settings.limits.load_s,
         token_timeout=settings.limits.token_s,
         stop=stop,
     )
+
+
+def check_model(settings: Settings, stop: Stop) -> None:
+    """Check what can be checked of another bundle without memory for it; blocks until done or stopped.
+
+    Raises:
+        RKEdgeError: It is damaged, or there is no library for it.
+    """
+    bundle = _bundle(settings)
+    bundle.verify(progress=stop.check)
+    default_sampling(bundle)
+    find_library(bundle, _options(settings), stop=stop)
+
+
+def _bundle(settings: Settings) -> Bundle:
+    folder = _folder(settings)
+    if folder is None:
+        raise UsageError(
+            "No bundle was named.", hint="Give the folder: rkedge serve BUNDLE, or bundle: in the settings."
+        )
+    return open_bundle(folder)
+
+
+def _folder(settings: Settings) -> Path | None:
+    """The bundle's own folder where the settings name a link, which may change while a model is loaded."""
+    return Path(os.path.realpath(settings.bundle)) if settings.bundle else None
+
+
+def _options(settings: Settings) -> RuntimeOptions:
+    return RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
 
 
 def _log_finding(finding: Finding) -> None:
@@ -61,9 +89,9 @@ def _name(settings: Settings) -> str:
     if settings.bundle is None:
         return "none"
     try:
-        return open_bundle(settings.bundle).manifest.name
+        return _bundle(settings).manifest.name
     except RKEdgeError:
-        return settings.bundle.resolve().name
+        return Path(os.path.realpath(settings.bundle)).name
 
 
 class Host:
@@ -71,6 +99,7 @@ class Host:
 
     Args:
         load: `load_model` or a replacement; called in a thread.
+        check: `check_model` or a replacement, likewise.
 
     Attributes:
         settings: Settings for the next load.
@@ -78,15 +107,22 @@ class Host:
         name: Name of the bundle, loaded or not.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[Settings, Stop], Model] = load_model) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[Settings, Stop], Model] = load_model,
+        check: Callable[[Settings, Stop], None] = check_model,
+    ) -> None:
         self.settings = settings
         self.name = _name(settings)
         self._load = load
+        self._check = check
         self._model: Model | None = None
         self._loading: asyncio.Task[Model] | None = None
         self._stop = Stop()
         self._failures = 0
         self._next_try = 0.0
+        # The folder that `settings.bundle` named at the last load with it, if there was one.
         self._loaded_from: Path | None = None
         self.loaded_with: Settings | None = None
         self.error: RKEdgeError | None = None
@@ -138,8 +174,10 @@ class Host:
 
     async def _load_now(self) -> Model:
         start, settings = time.monotonic(), self.settings
+        # A link may change at any time, during the load too.
+        folder = _folder(settings)
         try:
-            model = await in_thread(self._load, settings, self._stop)
+            model = await in_thread(self._load, replace(settings, bundle=folder), self._stop)
         except RKEdgeError as error:
             if self._stop.asked:
                 raise stopped_work() from error
@@ -147,7 +185,7 @@ class Host:
             raise
         finally:
             self._loading = None
-        self._model, self._loaded_from, self.error = model, model.bundle.path.resolve(), None
+        self._model, self._loaded_from, self.error = model, folder, None
         self.loaded_with, self.name = settings, model.bundle.manifest.name
         log.info("loaded %s in %.1f s", model.bundle.manifest.name, time.monotonic() - start)
         return model
@@ -191,26 +229,31 @@ class Host:
 
         Reads files. Raises BundleError if the folder no longer has one.
         """
-        if changed(self.settings, settings, "load") or (
-            self._model is not None and self.loaded_with is not None and changed(self.loaded_with, settings, "load")
-        ):
-            return True
-        if settings.bundle is None or self._loaded_from is None:
-            return False
-        moved = settings.bundle.resolve() != self._loaded_from
         model = self._model
-        return moved or (model is not None and open_bundle(settings.bundle).manifest != model.bundle.manifest)
+        known = [each for each in (self.settings, self.loaded_with if model else None) if each]
+        if any(name != "bundle" for each in known for name in changed(each, settings, "load")):
+            return True
+        folder = _folder(self.settings)
+        if {folder, self._loaded_from or folder} != {_folder(settings)}:
+            return True
+        return model is not None and settings.bundle is not None and _bundle(settings).manifest != model.bundle.manifest
 
     async def change(self, settings: Settings) -> None:
         """Apply other settings, with another bundle if they name one; if it does not load, restore the old one.
 
         Raises:
-            RKEdgeError: The new bundle did not load.
+            RKEdgeError: The new bundle is damaged, and the old model was not unloaded; or it did not load.
         """
-        before, self.settings = self.settings, settings
         if self._loading is not None:  # with the old settings, for a client that is gone
             await asyncio.gather(self._loading, return_exceptions=True)
+        before = replace(self.settings, bundle=self._loaded_from or self.settings.bundle)
+        try:
+            await in_thread(self._check, settings, self._stop)
+        except RKEdgeError:
+            self.settings = before
+            raise
         was_loaded = self._model is not None
+        self.settings, self._loaded_from = settings, None
         await self.unload()
         self._failures, self._next_try, self.error = 0, 0.0, None
         self.name = await in_thread(_name, settings)

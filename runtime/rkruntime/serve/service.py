@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from weakref import ref
 
 from rkruntime.abi import within
+from rkruntime.bundle.manifest import Manifest
 from rkruntime.engine.generation import Finished, FinishReason, Request, Sampling
 from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
 from rkruntime.errors import (
@@ -87,8 +88,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Begin:
-    """The run has begun: which wishes were ignored, and what else the client should know."""
+    """The run has begun: which model answers, which wishes were ignored, and what else the client should know."""
 
+    model: Model
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
     text: str  # of the answer that is resumed; empty for a new one
@@ -229,7 +231,7 @@ class Service:
         prompt: Prompt = await self._prepared(model, ask.prompt, model)
         request, ignored = self._request(ask, model, prompt)
         reader = run.reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
-        begin = Begin(ignored, prompt.notes, reader.text)
+        begin = Begin(model, ignored, prompt.notes, reader.text)
         if not request.max_new_tokens:
             return self._at_its_limit(run, begin, reader, prompt, model, queue_s)
         began, first = time.monotonic(), 0.0
@@ -337,8 +339,10 @@ class Service:
         """Name of the served bundle."""
         return self.host.name
 
-    async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> tuple[list[bytes], int]:
-        """One vector of length 1 per text, the mean of the last layer's output over its tokens; and the token count.
+    async def embed(
+        self, texts: Sequence[str], client: Client, hold: Callable[[int], None]
+    ) -> tuple[list[bytes], int, str]:
+        """One vector of length 1 per text, the mean of the last layer's output over its tokens; tokens; model's name.
 
         Each text takes its own turn, so that others wait for at most one. Vectors are float32, little-endian.
 
@@ -347,23 +351,28 @@ class Service:
 
         Raises:
             BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
+            ServiceError: Another model was loaded meanwhile; its vectors cannot be compared with those before.
         """
         vectors: list[bytes] = []
+        made_by: Manifest | None = None
         total, left = 0, self.settings.limits.request_s
         for text in texts:
             async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
                 start = time.monotonic()
-                vector, tokens = await self._embed_one(text)
+                model = await self._model()
+                made_by = made_by or model.bundle.manifest
+                if model.bundle.manifest != made_by:
+                    raise stopped()
+                vector, tokens = await self._embed_one(model, text)
             left -= time.monotonic() - start
             if not vectors:
                 hold(len(texts) * len(vector))
             vectors.append(vector)
             total += tokens
         self.last_used = time.monotonic()
-        return vectors, total
+        return vectors, total, made_by.name if made_by else self.name
 
-    async def _embed_one(self, text: str) -> tuple[bytes, int]:
-        model = await self._model()
+    async def _embed_one(self, model: Model, text: str) -> tuple[bytes, int]:
         encoded: list[int] = await self._prepared(model, model.prompts.encode, text, model.engine.info.max_context)
         tokens = [model.bundle.manifest.bos_token_id, *encoded]
         self.caches.forget_position()

@@ -38,6 +38,13 @@ def _as_text(data: Mapping[str, Any]) -> bytes:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
+def damaged(name: str, reason: str) -> HostError:
+    """The error for a session whose file is not what was written."""
+    return HostError(
+        f"The file of the session {name!r} is damaged: {reason}.", hint="Delete the session to use its name."
+    )
+
+
 class SessionStore:
     """The folder of conversations.
 
@@ -92,18 +99,23 @@ class SessionStore:
         """Read what `write` kept.
 
         Raises:
-            NoSuchSessionError: There is none, or its file is damaged.
+            NoSuchSessionError: There is none.
+            HostError: It cannot be read, or its file is damaged. It must not be taken for none and replaced.
         """
+        path = self._file(user, name)
         try:
-            data = json.loads(self._file(user, name).read_bytes())
+            data = json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise NoSuchSessionError(f"There is no session {name!r}.") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise NoSuchSessionError(
-                f"The session {name!r} cannot be read: {error}.", hint="Delete it and start a new one."
+        except OSError as error:
+            raise HostError(
+                f"The session {name!r} cannot be read: {error.strerror or error}.",
+                hint=f"It is in {path.parent} on the board; other sessions can be used meanwhile.",
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise damaged(name, str(error)) from error
         if not isinstance(data, dict):
-            raise NoSuchSessionError(f"The file of the session {name!r} has no conversation in it.", hint="Delete it.")
+            raise damaged(name, "it has no conversation")
         return data
 
     def write(self, user: User, name: str, data: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from rkruntime.bundle.manifest import Bundle
+from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
 from rkruntime.errors import BundleError, RunError
 from rkruntime.printable import one_line
 from rkruntime.stop import Stop
@@ -50,9 +50,11 @@ class PromptProcess:
         bundle, manifest = self._bundle, self._bundle.manifest
         source, tokenizer = bundle.read_template(), bundle.read_tokenizer()
         try:
-            return open_in(
+            vocabulary = open_in(
                 self._child, tokenizer, bundle.tokenizer, source, manifest.system_role, manifest.special_tokens
             )
+            _check_ids(manifest, vocabulary)
+            return vocabulary
         except BaseException:
             self._child.close()
             raise
@@ -96,6 +98,15 @@ class PromptProcess:
         """End the process; later calls raise RunError."""
         self._closed = True
         self._child.close()
+
+
+def _check_ids(manifest: Manifest, vocabulary: Vocabulary) -> None:
+    """Raise BundleError for a token of the manifest that the vocabulary does not have."""
+    for name, ids in (("bos_token_id", (manifest.bos_token_id,)), ("stop_token_ids", manifest.stop_token_ids)):
+        if ids and max(ids) >= vocabulary.vocab_size:
+            raise BundleError(
+                f"{MANIFEST}: {name} has {max(ids):,}; the tokenizer has {vocabulary.vocab_size:,} tokens."
+            )
 
 
 def _plain(messages: Sequence[Message]) -> list[list[Any]]:

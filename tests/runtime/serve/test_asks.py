@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,18 +21,23 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from rkruntime.errors import BodyError, BundleError, ContextFullError
+from rkruntime.errors import BodyError, BundleError, ContextFullError, ServiceError
 from rkruntime.serve import doors
 from rkruntime.serve.api.http import Bodies, Stream
 from rkruntime.serve.api.native import Sessions
-from rkruntime.serve.api.ollama import _read_manifest
+from rkruntime.serve.api.ollama import Ollama, _read_manifest
+from rkruntime.serve.api.openai import OpenAI
 from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.app import openapi
 from rkruntime.serve.connections import Requests
-from rkruntime.serve.service import Run
+from rkruntime.serve.host import Host
+from rkruntime.serve.service import Run, Service
 from rkruntime.serve.sessions import SessionStore
+from rkruntime.serve.settings import PromptCache, Settings
+from rkruntime.serve.settings import Sessions as SessionSettings
 from rkruntime.serve.threads import LARGE, on_disk, with_data
 from rkruntime.serve.users import User
+from rkruntime.testing import fake_model
 
 LOOP: list[int] = []
 
@@ -179,11 +185,11 @@ def test_no_session_is_read_or_written_in_the_event_loop(
 
     for name in ("read", "write", "delete"):
         monkeypatch.setattr(store, name, noting(getattr(store, name)))
-    message = {"role": "user", "content": "a" * size}
-    body = {"conversation": {"schema": "rkedge-conversation/1", "messages": [message]}}
+    messages = [{"role": "user", "content": "a" * size}, {"role": "assistant", "content": "b"}]
+    body = {"conversation": {"schema": "rkedge-conversation/1", "messages": messages}}
     with TestClient(known(Starlette(routes=sessions_of(store).routes()))) as client:
         assert client.put("/sessions/a", json=body).status_code == 200
-        assert client.get("/sessions/a").json()["messages"] == [message]
+        assert client.get("/sessions/a").json()["messages"] == messages
         assert client.delete("/sessions/a").status_code == 200
     assert len(threads) == 3
     assert LOOP[0] not in threads
@@ -299,3 +305,65 @@ def test_a_manifest_is_parsed_again_when_it_has_changed(bundles: dict[str, Path]
     manifest.unlink()
     with pytest.raises(BundleError):
         _read_manifest(bundle)
+
+
+def named(name: str) -> Any:
+    model = fake_model("Yes.", "Yes.", "Yes.", max_context=100 * len(name))
+    model.bundle = replace(model.bundle, manifest=replace(model.bundle.manifest, name=name))
+    return model
+
+
+def service_of(folder: Path, model: Any) -> Service:
+    settings = Settings(sessions=SessionSettings(folder / "s"), prompt_cache=PromptCache(folder / "c"))
+    return Service(settings, Host(settings, lambda *_: model))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Why?"}]}),
+        ("/api/chat", {"model": "x", "messages": [{"role": "user", "content": "Why?"}]}),
+        ("/api/chat", {"model": "x", "messages": []}),
+        ("/api/generate", {"model": "x", "prompt": "Why?"}),
+        ("/sessions/a/messages", {"content": "Why?"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_names_the_model_that_gave_it(tmp_path: Path, path: str, body: Any, stream: bool) -> None:
+    """Whatever is loaded by the time its client hears of it."""
+    first, second = named("first"), named("second, which is longer")
+    service = service_of(tmp_path, first)
+    model = service.host.model
+
+    async def model_and_then_another() -> Any:
+        found = await model()
+        service.host._model, service.host.name = second, "second"
+        return found
+
+    service.host.model = model_and_then_another  # type: ignore[method-assign]
+    bodies = Bodies(Validator(openapi()), 1 << 20, 5)
+    apis = [kind(service, bodies).routes() for kind in (OpenAI, Ollama, Sessions)]
+    with TestClient(known(Starlette(routes=[route for each in apis for route in each]))) as client:
+        answer = client.post(path, json=body | ({} if "sessions" in path else {"stream": stream}))
+    assert answer.status_code == 200, answer.text
+    assert "second" not in answer.text
+    assert ('"max_context":500}' if "sessions" in path else '"first"') in answer.text
+
+
+def test_vectors_of_two_models_are_not_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        service = service_of(tmp_path, named("first"))
+
+        async def embed_one(model: Any, _: str) -> tuple[bytes, int]:
+            service.host._model = after
+            return b"1234", 1
+
+        monkeypatch.setattr(service, "_embed_one", embed_one)
+        after = named("first")
+        result = await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)
+        assert result == ([b"1234"] * 2, 2, "first")
+        after = named("second")
+        with pytest.raises(ServiceError, match="stopped before its end"):
+            await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)
+
+    asyncio.run(main())

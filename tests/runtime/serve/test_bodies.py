@@ -323,3 +323,36 @@ def test_a_session_takes_whole_numbers_and_keeps_nothing_foreign(target: Any) ->
 def test_nulls_within_options_are_as_good_as_nothing(connection: UnixConnection) -> None:
     body = {"model": "x", "prompt": "hi", "stream": False, "options": {"num_predict": None, "temperature": None}}
     assert post(connection, "/api/generate", json.dumps(body).encode())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/api/generate", {"prompt": "", "system": "Be kind.", "options": {"temperature": 1}}, "system, options"),
+        ("/api/generate", {"system": "Be kind."}, "system"),
+        ("/api/generate", {"prompt": "", "options": {}}, None),
+        ("/api/chat", {"messages": [], "options": {"top_k": 2}}, "options"),
+        ("/api/generate", {"prompt": "a", "options": {"stop": ["", ""]}}, "options.stop[]"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stop": ["b", ""]}, "stop[]"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stop": ""}, "stop"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stop": ["b", "c"]}, None),
+    ],
+)
+def test_what_has_no_effect_is_named(target: Any, path: str, body: Any, names: str | None) -> None:
+    status, headers, answer = target.request("POST", path, {"model": "x", "stream": False, **body})
+    assert status == 200, answer
+    assert headers["X-RKEdge-Ignored"] == names
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"content": "a", "content": "b"}',
+        b'{"content": "a", "x": [{"y": {"z": 1, "z": 1}}]}',
+        b'{"content": "a", "cont\\u0065nt": "a"}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(target: Any, body: bytes) -> None:
+    status, _, answer = target.request("POST", "/sessions/twice/messages", body)
+    assert status == 400
+    assert "twice" in answer["error"]["message"]

@@ -115,6 +115,9 @@ def test_what_listens_to_a_network_has_keys_for_ever() -> None:
         def getsockopt(self, *_: int) -> int:
             return 1
 
+        def setsockopt(self, *_: int) -> None:
+            pass
+
     listener: Any = Wide()
     with pytest.raises(UsageError, match="no API keys"):
         door_of(listener, {})
@@ -309,3 +312,16 @@ def test_conversations_are_nobody_elses_whatever_the_mask(start_daemon: Callable
     assert {path.suffix for path in kept} >= {".json", ".kv"}
     assert [path for path in kept if path.stat().st_mode & 0o077] == []
     assert Path(open_handed.socket).stat().st_mode & 0o777 == 0o660
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
+    """Made by us or by systemd: asyncio takes neither for TCP, since their protocol number is 0."""
+    try:
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError:
+        pytest.skip(f"no {host} here")
+    with listener, socket.socket(fileno=os.dup(listener.fileno())) as inherited:
+        door_of(inherited, {})
+        with socket.create_connection(listener.getsockname()[:2]), listener.accept()[0] as one:
+            assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -29,7 +29,7 @@ def test_a_reload_while_a_model_is_loaded_for_a_client_that_has_gone(tmp_path: P
 
     async def reload() -> None:
         before = Settings(max_context=512)
-        host = Host(before, load)
+        host = Host(before, load, lambda *_: None)
         first = asyncio.create_task(host.model())
         await asyncio.sleep(0.05)
         first.cancel()

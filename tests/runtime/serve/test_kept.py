@@ -163,12 +163,14 @@ def test_a_turn_that_fails_forgets_none(tmp_path: Path) -> None:
     turn = _Turn({"schema": SCHEMA, "system": "", "messages": old}, "Why?", "n", {}, drop=True)
     assert turn.prompt(model).notes
     nothing = Answer("", (), FinishReason.ABORT, 9)
-    assert turn.kept(nothing, False)["messages"] == old
+    assert turn.kept(nothing, False) is None
     part = turn.kept(Answer("Be", (*b"Be",), FinishReason.ABORT, 9), False)
+    assert part
     assert part["messages"] == old
-    again = _Turn(part, "Why?", "n", {}, part["broken"]["drop"], (*b"Be",), turn.made_by)
+    again = _Turn(part, "Why?", "n", {}, part["broken"]["drop"], (*b"Be",), made_by=turn.made_by)
     assert again.prompt(model).begun == (*b"Be",)
     kept = again.kept(Answer("Because.", (*b"Because.",), FinishReason.STOP, 9, begun=2), True)
+    assert kept
     assert [item["content"] for item in kept["messages"]][-2:] == ["Why?", "Because."]
     assert len(kept["messages"]) < len(old)
 

@@ -111,7 +111,7 @@ def test_each_setting_is_taken_or_named(short: Path, caplog: pytest.LogCaptureFi
         return fake_model()
 
     async def main() -> None:
-        daemon = Daemon(settings, lambda: wanted, Host(settings, load))
+        daemon = Daemon(settings, lambda: wanted, Host(settings, load, lambda *_: None))
         try:
             await daemon.service.host.model()
             # The warning comes again as long as it is true.
@@ -228,3 +228,59 @@ def test_a_bundle_that_is_replaced_in_its_folder(
         daemon.wait_until(lambda: daemon.request("POST", "/v1/chat/completions", body)[0] == 200)
     assert daemon.ask(FIRST) == PIRATE
     assert daemon.request("GET", "/ready")[0] == 200
+
+
+def spoilt(source: Path, target: Path, how: str) -> Path:
+    """A copy of a bundle that cannot be used."""
+    shutil.copytree(source, target)
+    model, manifest = target / "model.rkemu", target / "rkedge.yaml"
+    if how == "cut":
+        os.truncate(model, 1000)
+    elif how == "no manifest":
+        manifest.unlink()
+    else:
+        # As its manifest says, and yet no model.
+        old = hashlib.sha256(model.read_bytes()).hexdigest()
+        model.write_bytes(b"\0" * model.stat().st_size)
+        manifest.write_text(manifest.read_text().replace(old, hashlib.sha256(model.read_bytes()).hexdigest()))
+    return target
+
+
+@pytest.mark.parametrize("how", ["cut", "no manifest", "not a model"])
+def test_a_link_to_a_bundle_that_does_not_load(
+    start_daemon: Callable[..., Any], bundles: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    link = tmp_path / "link"
+
+    def name(bundle: Path) -> None:
+        (tmp_path / "new").symlink_to(bundle)
+        (tmp_path / "new").replace(link)
+        failed, done = daemon.log.count("the model was not changed"), daemon.log.count("settings read again")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_until(
+            lambda: (
+                daemon.log.count("the model was not changed") + daemon.log.count("settings read again") > failed + done
+            )
+        )
+
+    link.symlink_to(bundles["base"])
+    daemon = start_daemon(bundle=link, port=False)
+    workers = daemon.workers()
+    bad = spoilt(bundles["pirate"], tmp_path / "spoilt", how)
+    for _ in range(2):
+        name(bad)
+        assert "settings read again" not in daemon.log
+        assert daemon.request("GET", "/ready")[2] == {"status": "ready", "loaded": True}
+        assert (daemon.workers() == workers) is (how != "not a model")
+        assert daemon.ask(FIRST) == BASE
+    # A worker that dies now is replaced by one with the same model.
+    for worker in daemon.workers():
+        os.kill(worker, signal.SIGKILL)
+    body = {"messages": [{"role": "user", "content": FIRST}], "temperature": 0}
+    daemon.wait_until(lambda: daemon.request("POST", "/v1/chat/completions", body)[0] == 200)
+    assert daemon.ask(FIRST) == BASE
+    workers = daemon.workers()
+    name(bundles["base"])
+    assert daemon.workers() == workers
+    name(bundles["pirate"])
+    assert daemon.ask(FIRST) == PIRATE

@@ -15,6 +15,7 @@ import pytest
 from rkruntime.errors import BodyError, HostError, NoSuchSessionError
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.users import User
+from rkruntime.text.conversation import SCHEMA
 
 ANN, BOB = User("ann"), User("bob")
 BLOCK = 4096
@@ -154,13 +155,58 @@ def test_what_was_half_written_goes_at_the_next_start(store: SessionStore, tmp_p
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{", b"[" * 100_000])
-def test_a_damaged_file_is_as_good_as_none(store: SessionStore, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_not_taken_for_none(store: SessionStore, tmp_path: Path, content: bytes) -> None:
     store.write(ANN, "talk", {})
     (tmp_path / "sessions" / "ann" / "talk.json").write_bytes(content)
-    with pytest.raises(NoSuchSessionError):
+    with pytest.raises(HostError, match="is damaged"):
         store.read(ANN, "talk")
     store.write(ANN, "talk", {"system": "again"})
     assert store.read(ANN, "talk") == {"system": "again"}
+
+
+TURN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+
+
+def conversation(messages: Any) -> dict[str, Any]:
+    return {"conversation": {"schema": SCHEMA, "system": "", "messages": messages}}
+
+
+@pytest.mark.parametrize("trouble", ["cut", "no conversation", "not readable"])
+def test_only_who_says_so_replaces_a_session_that_cannot_be_read(daemon: Any, trouble: str) -> None:
+    assert daemon.request("PUT", "/sessions/lost", conversation(TURN))[0] == 200
+    (path,) = (daemon.state / "state").rglob("lost.json")
+    if trouble == "not readable":
+        # Root reads whatever its mode is.
+        path.unlink()
+        path.symlink_to(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if trouble == "cut" else b'{"messages": 7}')
+    before = path.lstat()
+    for method, place, body in [
+        ("GET", "", None),
+        ("POST", "/messages", {"content": "Why?"}),
+        ("POST", "/resume", {"id": "q"}),
+        ("PUT", "", {"system": "Be kind."}),
+        ("PUT", "", {"clear": True}),
+    ]:
+        status, _, answer = daemon.request(method, f"/sessions/lost{place}", body)
+        assert (status, answer["error"]["code"]) == (503, "host"), answer
+        assert path.lstat() == before
+    assert "lost" in [item["name"] for item in daemon.request("GET", "/sessions")[2]["sessions"]]
+    replace = daemon.request("PUT", "/sessions/lost", conversation(TURN))[0]
+    assert replace == 200
+    assert daemon.request("GET", "/sessions/lost")[2]["messages"] == TURN
+    assert daemon.request("DELETE", "/sessions/lost")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "messages", [TURN[:1], TURN[1:], TURN[:1] + TURN, TURN + TURN[1:], TURN[::-1], [*TURN, *TURN[:1]]], ids=range(6)
+)
+def test_a_conversation_that_no_question_can_follow_is_refused(daemon: Any, messages: Any) -> None:
+    daemon.request("PUT", "/sessions/turns", conversation(TURN))
+    status, _, answer = daemon.request("PUT", "/sessions/turns", conversation(messages))
+    assert (status, answer["error"]["param"]) == (400, "conversation")
+    assert daemon.request("GET", "/sessions/turns")[2]["messages"] == TURN
 
 
 def test_what_cannot_be_deleted_stays_in_the_list(store: SessionStore, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def test_it_gives_what_the_maker_gives(prompts: PromptProcess, tokenizer: Tokeni
     with pytest.raises(ContextFullError) as caught:
         prompts.prompt(chat("hello " * 2000), 512)
     assert caught.value.details["max_context"] == 512
+
+
+@pytest.mark.parametrize("facts", [{"bos_token_id": 10**9}, {"stop_token_ids": (1, 10**9)}], ids=["bos", "stop"])
+def test_a_token_of_the_manifest_that_the_model_does_not_have(fake_bundle: Bundle, facts: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match="has 1,000,000,000; the tokenizer has "):
+        PromptProcess(replace(fake_bundle, manifest=replace(fake_bundle.manifest, **facts)))
 
 
 @pytest.mark.parametrize("template", ["gemma", "alpaca"])

@@ -30,14 +30,13 @@ class Begun:
     """A stream whose first items have arrived, so that its status is known."""
 
     begin: Begin
-    model: Model
     first: list[Item]
     run: Run
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers with what the client should know before the answer."""
-        headers = {EMULATED_HEADER: "1"} if self.model.engine.info.emulated else {}
+        headers = {EMULATED_HEADER: "1"} if self.begin.model.engine.info.emulated else {}
         return {**headers, NOTES_HEADER: " ".join(self.begin.notes)} if self.begin.notes else headers
 
 
@@ -51,6 +50,12 @@ def client_of(request: Request, body: Mapping[str, Any]) -> Client:
     return (*request.scope["rkedge.user"].path, str(body.get("user") or ""))
 
 
+def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stop strings of a request: one, a list, or none."""
+    stop = body.get("stop") or ()
+    return (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
+
+
 def ask_of(
     request: Request,
     prompt: Callable[[Model], Prompt],
@@ -59,13 +64,12 @@ def ask_of(
     keep: Keep | None = None,
 ) -> Ask:
     """An Ask from the fields that all interfaces share."""
-    stop = body.get("stop") or ()
     return Ask(
         prompt=prompt,
         client=client_of(request, body),
         request_id=request.scope["rkedge.id"],
         max_new_tokens=max_new_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(filter(None, stop)),
+        stop=stops(body),
         sampling={name: body.get(name) for name in _SAMPLING},
         keep=keep,
     )
@@ -117,7 +121,7 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
     return build
 
 
-async def begin(request: Request, service: Service, run: Run) -> Begun:
+async def begin(request: Request, run: Run) -> Begun:
     """Wait for the first items of a run just started; whoever takes them must close it.
 
     Raises:
@@ -126,15 +130,14 @@ async def begin(request: Request, service: Service, run: Run) -> Begun:
     """
     try:
         first = await while_connected(request, run.take())
-        model = service.host.current
-        if not isinstance(first[0], Begin) or model is None:
+        if not isinstance(first[0], Begin):
             raise stopped()
     except BaseException:
         await run.close()
         raise
     for name in first[0].ignored:
         request.scope["rkedge.ignored"].add(name)
-    return Begun(first[0], model, first[1:], run)
+    return Begun(first[0], first[1:], run)
 
 
 async def items(begun: Begun) -> AsyncGenerator[list[Item], None]:

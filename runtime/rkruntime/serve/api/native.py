@@ -7,6 +7,7 @@ something else; then the partial answer stays as it is.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -19,15 +20,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.model import Model
-from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split
+from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split, stops
 from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
+from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
-from rkruntime.text.answer import Answer
+from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -60,6 +61,26 @@ class _Place:
         return cls(request.scope["rkedge.user"], check_name(request.path_params["name"], "session"))
 
 
+@dataclass(frozen=True)
+class _Received:
+    """What a client has of an answer that it wants the rest of.
+
+    Attributes:
+        characters: Number of them.
+        sha256: Hash of their UTF-8, in hex; empty if the client does not say.
+    """
+
+    characters: int = 0
+    sha256: str = ""
+
+    def check(self, text: str) -> None:
+        """Raise NoSuchSessionError unless `text` begins with it: the rest of another generation is not the rest."""
+        start = text[: self.characters]
+        same = self.sha256 in ("", hashlib.sha256(start.encode("utf-8", "replace")).hexdigest())
+        if len(start) < self.characters or not same:
+            raise NoSuchSessionError("What has arrived of that answer was not kept.", hint="Ask again.")
+
+
 @dataclass
 class _Turn:
     """A question to a session, in progress.
@@ -69,6 +90,7 @@ class _Turn:
         number: The client's name for the answer.
         drop: Drop the oldest turns if the context has no room for them.
         begun: Ids of the answer that is resumed; only the model that generated them can continue it.
+        received: What the client has of it.
         made_by: Fingerprint of a model (see Manifest): first the one behind `begun`, then the one that answers.
         conversation: Set when the prompt is made.
         dropped: Turns that the prompt had no room for.
@@ -80,6 +102,7 @@ class _Turn:
     options: Mapping[str, Any]
     drop: bool = False
     begun: tuple[int, ...] = ()
+    received: _Received = _Received()
     made_by: str = ""
     conversation: Conversation | None = None
     dropped: int = 0
@@ -88,6 +111,8 @@ class _Turn:
         fingerprint = model.bundle.manifest.fingerprint
         if self.begun and self.made_by != fingerprint:
             raise NoSuchSessionError("That answer was begun by another model.", hint="Ask again.")
+        # Before the run: what it adds would be kept, and taken for what the client has.
+        self.received.check(AnswerReader(model.prompts.vocabulary, 0, stops(self.options), self.begun).text)
         self.made_by = fingerprint
         conversation = Conversation(model.prompts)
         conversation.restore(self.data if self.begun else _with_broken(self.data))
@@ -96,24 +121,24 @@ class _Turn:
         self.conversation = conversation
         return Prompt([*tokens, *self.begun], self.begun, dropping_notes(self.dropped))
 
-    def kept(self, answer: Answer, whole: bool) -> dict[str, Any]:
-        """The session after the answer."""
+    def kept(self, answer: Answer, whole: bool) -> dict[str, Any] | None:
+        """The session after the answer; None if that ended before its first token: then the client asks again."""
         assert self.conversation is not None
-        data: dict[str, Any] = {"number": self.number}
         if whole:
             self.conversation.add(self.question, answer, self.dropped)
-            data["reason"] = answer.reason.value
-        elif answer.tokens:
-            data["broken"] = {
-                "question": self.question,
-                "text": answer.text,
-                "tokens": list(answer.tokens),
-                "model": self.made_by,
-                "drop": self.drop,
-                "options": dict(self.options),
-                **_now(),
-            }
-        return {**self.conversation.as_dict(), **data}
+            return {**self.conversation.as_dict(), "number": self.number, "reason": answer.reason.value}
+        if not answer.tokens:
+            return None
+        broken = {
+            "question": self.question,
+            "text": answer.text,
+            "tokens": list(answer.tokens),
+            "model": self.made_by,
+            "drop": self.drop,
+            "options": dict(self.options),
+            **_now(),
+        }
+        return {**self.conversation.as_dict(), "number": self.number, "broken": broken}
 
 
 def _now() -> dict[str, Any]:
@@ -152,14 +177,20 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
 def _update(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a change, with its `conversation` reduced to what belongs there. Raises BodyError."""
     refuse_together(body, "clear", "conversation")
-    return {**body, "conversation": _conversation(body["conversation"])} if "conversation" in body else body
-
-
-def _conversation(data: Any) -> dict[str, Any]:
+    if "conversation" not in body:
+        return body
     try:
-        return check_conversation(data)
+        conversation = check_conversation(body["conversation"])
     except InputError as error:
-        raise BodyError(error.message, details={"param": "conversation"}) from error
+        raise _not_a_conversation(error.message) from error
+    roles = [item["role"] for item in conversation["messages"]]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise _not_a_conversation("The messages of a conversation must be from user and assistant in turn.")
+    return {**body, "conversation": conversation}
+
+
+def _not_a_conversation(what: str) -> BodyError:
+    return BodyError(what, details={"param": "conversation"})
 
 
 class Sessions:
@@ -200,7 +231,7 @@ class Sessions:
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
-        return await read_in_thread(lambda: json_response(_with_broken(self._store.read(place.user, place.name))))
+        return await read_in_thread(lambda: json_response(_with_broken(self._stored(place))))
 
     async def _delete(self, request: Request) -> Response:
         place = _Place.of(request)
@@ -219,20 +250,30 @@ class Sessions:
 
     def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
         data = body["conversation"] if "conversation" in body else self._data(place)
-        kept = _conversation(data)
+        system = body.get("system", data["system"])
         # The daemon's own notes are not accepted from a client, and are dropped with the turns.
-        own = () if "conversation" in body or body.get("clear") else ("number", "reason", "broken")
-        kept |= {key: data[key] for key in own if key in data}
-        kept["system"] = body.get("system", kept["system"])
+        # An answer that was begun under another system prompt is not resumed.
+        other = "broken" in data and system != data["system"]
+        own = () if "conversation" in body or body.get("clear") or other else ("number", "reason", "broken")
+        kept = check_conversation(_with_broken(data) if other else data)
+        kept |= {key: data[key] for key in own if key in data} | {"system": system}
         if body.get("clear"):
             kept["messages"] = []
         self._store.write(place.user, place.name, kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
         try:
-            return self._store.read(place.user, place.name)
+            return self._stored(place)
         except NoSuchSessionError:
             return {"schema": SCHEMA, "system": "", "messages": []}
+
+    def _stored(self, place: _Place) -> dict[str, Any]:
+        """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
+        data = self._store.read(place.user, place.name)
+        try:
+            return {**data, **check_conversation(data)}
+        except InputError as error:
+            raise damaged(place.name, error.message.rstrip(".")) from error
 
     async def _take_over(self, place: _Place) -> None:
         """A session gives one answer at a time: a new request, perhaps over a new connection, ends the old one."""
@@ -254,39 +295,50 @@ class Sessions:
     async def _resume(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionResume")
-        received = body.get("received", 0)
+        received = _Received(body.get("received", 0), body.get("sha256", ""))
         async with self._order(place):
             await self._take_over(place)
-            data = await read_in_thread(self._store.read, place.user, place.name)
-            turn = self._broken(place, data, body["id"])
-            run = self._start(request, place, turn) if turn else None
-        if run is None:
-            return Stream(_whole(data, received), "application/x-ndjson", failed=_failed)
-        return await self._answer(request, place, run, received)
+            data = await read_in_thread(self._stored, place)
+            self._check_answer(place, data, body["id"])
+            if "broken" not in data:
+                received.check(data["messages"][-1]["content"])
+                return Stream(_rest(data, received), "application/x-ndjson", failed=_failed)
+            run = self._start(request, place, self._broken(data, received))
+        return await self._answer(request, place, run, received.characters)
 
-    def _broken(self, place: _Place, data: Mapping[str, Any], number: str) -> _Turn | None:
-        """The turn that resumes an answer; None if that was complete. Raises NoSuchSessionError."""
-        if not number or data.get("number") != number:
+    def _check_answer(self, place: _Place, data: Mapping[str, Any], number: str) -> None:
+        """Raise NoSuchSessionError unless the session's last answer, partial or complete, has this name."""
+        if (
+            not number
+            or data.get("number") != number
+            or not ("broken" in data or ("reason" in data and data["messages"]))
+        ):
             raise NoSuchSessionError(
                 f"The session {place.name!r} has no answer {number!r} to resume.", hint="Ask again."
             )
-        broken = data.get("broken")
-        if broken is None:
-            return None
+
+    def _broken(self, data: Mapping[str, Any], received: _Received) -> _Turn:
+        """The turn that resumes a partial answer. Raises NoSuchSessionError."""
+        broken = data["broken"]
         if _age(broken) > self._service.settings.sessions.resume_s:
             raise NoSuchSessionError("That answer was interrupted too long ago to resume.", hint="Ask again.")
         begun = tuple(broken["tokens"])
         options, drop = broken["options"], broken.get("drop", False)
-        return _Turn(data, broken["question"], number, options, drop, begun, broken["model"])
+        return _Turn(data, broken["question"], data["number"], options, drop, begun, received, broken["model"])
 
     def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
         async def keep(answer: Answer, whole: bool) -> None:
-            await on_disk(lambda: self._store.write(place.user, place.name, turn.kept(answer, whole)))
+            await on_disk(self._keep, place, turn, answer, whole)
 
         ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
         # Registered while it still waits for its turn.
         run = self._runs[place] = self._service.start(ask)
         return run
+
+    def _keep(self, place: _Place, turn: _Turn, answer: Answer, whole: bool) -> None:
+        data = turn.kept(answer, whole)
+        if data is not None:
+            self._store.write(place.user, place.name, data)
 
     async def _answer(self, request: Request, place: _Place, run: Run, received: int) -> Response:
         async def close() -> None:
@@ -296,7 +348,7 @@ class Sessions:
                 del self._runs[place]
 
         try:
-            begun = await begin(request, self._service, run)
+            begun = await begin(request, run)
         except BaseException:
             await close()
             raise
@@ -310,7 +362,7 @@ def _failed(error: Exception) -> bytes:
 
 async def _lines(begun: Begun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
     """The events of an answer, without what the client already has."""
-    info = begun.model.engine.info
+    info = begun.begin.model.engine.info
     yield _line(
         "begin",
         notes=begun.begin.notes,
@@ -318,13 +370,10 @@ async def _lines(begun: Begun, received: int, ignored: list[str]) -> AsyncGenera
         emulated=info.emulated,
         max_context=info.max_context,
     )
-    late = begun.begin.text[received:]
-    skip = max(0, received - len(begun.begin.text))
-    if late:
+    if late := begun.begin.text[received:]:
         yield _line("text", text=late)
     async for batch in items(begun):
         text, outcome = split(batch)
-        text, skip = text[skip:], max(0, skip - len(text))
         if text:
             yield _line("text", text=text)
         if outcome:
@@ -345,10 +394,8 @@ def _done(outcome: Outcome) -> bytes:
     )
 
 
-async def _whole(data: Mapping[str, Any], received: int) -> AsyncGenerator[bytes, None]:
+async def _rest(data: Mapping[str, Any], received: _Received) -> AsyncGenerator[bytes, None]:
     """The rest of an answer that was finished while its client was away."""
-    text = data["messages"][-1]["content"] if data["messages"] else ""
-    if text[received:]:
-        yield _line("text", text=text[received:])
-    # Answers kept before reasons were stored have most likely ended by themselves.
-    yield _line("done", reason=data.get("reason", FinishReason.STOP.value))
+    if text := data["messages"][-1]["content"][received.characters :]:
+        yield _line("text", text=text)
+    yield _line("done", reason=data["reason"])

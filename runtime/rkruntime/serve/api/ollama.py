@@ -74,6 +74,20 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _line(model: Model, shape: Shape, text: str) -> dict[str, Any]:
+    return {"model": model.bundle.manifest.name, "created_at": _time(), **shape(text), "done": False}
+
+
+async def _lines(begun: Begun, shape: Shape) -> AsyncGenerator[bytes, None]:
+    model = begun.begin.model
+    async for batch in items(begun):
+        text, outcome = split(batch)
+        if text:
+            yield (_encode(_line(model, shape, text)) + "\n").encode("utf-8", "replace")
+        if outcome:
+            yield (_encode({**_line(model, shape, ""), **_figures(outcome)}) + "\n").encode()
+
+
 def _details(manifest: Manifest) -> dict[str, Any]:
     return {
         "parent_model": manifest.source.name,
@@ -122,7 +136,7 @@ class Ollama:
         body = await self._bodies.read(request, "OllamaChat")
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
-            return await self._load_only(request, _as_message)
+            return await self._load_only(request, body, _as_message)
         chat = WholeChat(request, self._service, messages, drop=bool(body.get("truncate")))
         return await self._answer(request, body, chat.prompt, _as_message, chat.keep)
 
@@ -131,7 +145,7 @@ class Ollama:
         refuse_together(body, "raw", "system")
         text, system = body.get("prompt", ""), body.get("system", "")
         if not text:
-            return await self._load_only(request, _as_response)
+            return await self._load_only(request, body, _as_response)
         if body.get("raw"):
             prompt = text_prompt(text)
         else:
@@ -139,15 +153,18 @@ class Ollama:
             prompt = WholeChat(request, self._service, [*messages, Message("user", text)]).prompt
         return await self._answer(request, body, prompt, _as_response)
 
-    async def _load_only(self, request: Request, shape: Shape) -> Response:
+    async def _load_only(self, request: Request, body: Mapping[str, Any], shape: Shape) -> Response:
         """Answer a request without a prompt, which loads the model so that the next one finds it ready."""
+        for name in ("system", "options", "raw", "truncate"):
+            if body.get(name):
+                request.scope["rkedge.ignored"].add(name)
 
-        async def load() -> None:
+        async def load() -> Model:
             async with self._service.queue.turn(client_of(request, {})):
-                await self._service.host.model()
+                return await self._service.host.model()
 
-        await while_connected(request, load())
-        return json_response({**self._line(shape, ""), "done": True, "done_reason": "load"})
+        model = await while_connected(request, load())
+        return json_response({**_line(model, shape, ""), "done": True, "done_reason": "load"})
 
     async def _answer(
         self,
@@ -161,27 +178,18 @@ class Ollama:
         # -1 means no limit and -2 the rest of the context, which is the same here.
         limit = options.get("num_predict", -1)
         ask = ask_of(request, prompt, options, int(limit) if limit > 0 else None, keep)
-        begun = await begin(request, self._service, self._service.start(ask))
+        begun = await begin(request, self._service.start(ask))
         if body.get("stream", True):
-            lines = self._lines(begun, shape)
+            lines = _lines(begun, shape)
             return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=begun.run.close)
         outcome = await collect(request, begun)
         text = outcome.answer.text
         return await with_data(
             len(text),
-            lambda: json_response({**self._line(shape, text), **_figures(outcome)}, headers=begun.headers),
+            lambda: json_response(
+                {**_line(begun.begin.model, shape, text), **_figures(outcome)}, headers=begun.headers
+            ),
         )
-
-    def _line(self, shape: Shape, text: str) -> dict[str, Any]:
-        return {"model": self._service.name, "created_at": _time(), **shape(text), "done": False}
-
-    async def _lines(self, begun: Begun, shape: Shape) -> AsyncGenerator[bytes, None]:
-        async for batch in items(begun):
-            text, outcome = split(batch)
-            if text:
-                yield (_encode(self._line(shape, text)) + "\n").encode("utf-8", "replace")
-            if outcome:
-                yield (_encode({**self._line(shape, ""), **_figures(outcome)}) + "\n").encode()
 
     async def _manifest(self) -> Manifest:
         model = self._service.host.current

@@ -71,7 +71,7 @@ class _Chunks:
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if chat else "text_completion",
             "created": int(time.time()),
-            "model": begun.model.bundle.manifest.name,
+            "model": begun.begin.model.bundle.manifest.name,
         }
         notes = begun.begin.notes
         self._notes = {"rkedge": {"notes": notes}} if notes else {}
@@ -154,7 +154,7 @@ class OpenAI:
         return await self._answer(request, body, ask, chat=False)
 
     async def _answer(self, request: Request, body: Any, ask: Ask, *, chat: bool) -> Response:
-        begun = await begin(request, self._service, self._service.start(ask))
+        begun = await begin(request, self._service.start(ask))
         usage = bool(body.get("stream_options", {}).get("include_usage"))
         chunks = _Chunks(begun, chat=chat, usage=usage)
         if not body.get("stream") and "stream_options" in body:
@@ -171,12 +171,12 @@ class OpenAI:
         body = await self._bodies.read(request, "EmbeddingRequest")
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         held: Held = request.scope["rkedge.held"]
-        vectors, tokens = await while_connected(
+        vectors, tokens, model = await while_connected(
             request,
             self._service.embed(texts, client_of(request, body), lambda size: held.at_least(_AS_TEXT * size)),
         )
         shown = _base64 if body.get("encoding_format") == "base64" else _numbers
-        end = {"model": self._service.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        end = {"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
         content = await read_in_thread(_embeddings, vectors, shown, end)
         return Response(content, media_type="application/json")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -60,6 +61,8 @@ class Ignored:
 def parse_json(body: bytes) -> Any:
     """Parse JSON. Raises BodyError; NaN, infinity and numbers that round to infinity are not JSON.
 
+    An object with one key twice is refused: parsers differ in which of the values they take.
+
     Its memory, and the time for which no other thread runs, are bounded by the text's length and by the
     number of values.
     """
@@ -72,8 +75,15 @@ def parse_json(body: bytes) -> Any:
         value = float(text)
         return value if math.isfinite(value) else refuse(text)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise BodyError(f"The body has the key {twice[:80]!r} twice in one object.")
+        return found
+
     try:
-        data = json.loads(body.decode(), parse_constant=refuse, parse_float=finite)
+        data = json.loads(body.decode(), parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         raise BodyError(f"The body is not UTF-8: {error}.") from error
     except RecursionError as error:
@@ -127,7 +137,8 @@ class Validator:
         """What the schema `name` declares of `value`: no other properties, no nulls in objects, integers as int.
 
         Args:
-            ignored: Collects properties that the schema does not declare, or marks as `x-ignored`.
+            ignored: Collects properties that the schema does not declare, or marks as `x-ignored`, and empty texts
+                where it says `x-empty-ignored`.
 
         Raises:
             BodyError: `value` does not match the schema; names the field.
@@ -142,6 +153,8 @@ class Validator:
         for word, rule in _RULES.items():
             if word in schema and not rule(schema[word], value):
                 raise _error(schema, word, value, where)
+        if value == "" and "x-empty-ignored" in schema:
+            ignored.add(where)
         if isinstance(value, dict):
             return self._read_object(schema, value, where, ignored)
         if isinstance(value, list) and "items" in schema:
