@@ -16,6 +16,7 @@ from rkruntime.engine.worker.encode import run_command
 from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RKEdgeError, RunError, WorkerError, WorkerProtocolError
+from rkruntime.schema import check_value
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
@@ -82,6 +83,7 @@ class Runs:
                 records.close()
 
     def _start(self, requests: Sequence[Request], mode: str) -> None:
+        check_value("requests", Sequence[Request], requests)
         self.check_free()
         for request in requests:
             self._check_room(request)
