@@ -127,6 +127,7 @@ class Repl:
 
         Raises:
             RKEdgeError: the last answer failed and nobody is at the terminal to be told so.
+            KeyboardInterrupt: SIGINT without a terminal, where it ends the program; a stopped answer is kept.
         """
         if self.terminal.interactive:
             self.terminal.note(f"{self.chat.title}\n/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
@@ -134,6 +135,8 @@ class Repl:
             try:
                 text = self.terminal.read(PROMPT)
             except KeyboardInterrupt:
+                if not self.terminal.interactive:
+                    raise
                 self.terminal.note("\nCtrl-D or /exit leaves")
                 continue
             if text is None:
@@ -168,7 +171,7 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         try:
-            with self._stopped_by_ctrl_c(), closing(self.chat.ask(text)) as pieces:
+            with self._stopped_by_ctrl_c() as stopped, closing(self.chat.ask(text)) as pieces:
                 for piece in pieces:
                     if isinstance(piece, Note):
                         self.terminal.note(piece.text)
@@ -178,23 +181,28 @@ class Repl:
             self.terminal.end_line()
             raise
         self.terminal.write("\n")
+        if stopped.is_set() and not self.terminal.interactive:  # A program must not take it for a whole answer.
+            raise KeyboardInterrupt
         if self.terminal.interactive and self.chat.last:
             self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
 
     @contextmanager
-    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+    def _stopped_by_ctrl_c(self) -> Iterator[threading.Event]:
         """Ctrl-C stops the answer and not the program; what was said of it stays in the conversation.
 
-        The handler asks for the stop from a thread of its own: an exception at any place whatever could leave the
-        conversation with the worker out of step.
+        What is yielded is set by Ctrl-C. The handler asks for the stop from a thread of its own: an exception at any
+        place whatever could leave the conversation with the worker out of step.
         """
 
+        stopped = threading.Event()
+
         def stop(*_: object) -> None:
+            stopped.set()
             threading.Thread(target=self.chat.stop, daemon=True).start()
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            yield
+            yield stopped
         finally:
             signal.signal(signal.SIGINT, before)
 

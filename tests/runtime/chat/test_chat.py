@@ -185,3 +185,28 @@ def test_at_a_pipe_an_error_ends_the_chat(
     with pytest.raises(RunError, match="it broke"):
         Repl(LocalChat(fake_bundle, lambda: engine), Terminal()).run()
     assert len(engine.requests) == 1
+
+
+def test_at_a_pipe_ctrl_c_ends_the_chat(
+    fake_bundle: Bundle,
+    fake_engine: Any,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A cut answer must not look whole, nor must the next question be asked. The command line makes 130 of it."""
+    piped(monkeypatch, "hello\nagain\n")
+    engine = fake_engine([*tokenizer.encode("well begun"), ctrl_c], "not reached")
+    chat = LocalChat(fake_bundle, lambda: engine)
+    with pytest.raises(KeyboardInterrupt):
+        Repl(chat, Terminal()).run()
+    assert capsys.readouterr().out == "well begun\n"
+    assert len(engine.requests) == 1
+    assert [item.content for item in chat._conversation.messages] == ["hello", "well begun"]
+
+
+def test_at_a_pipe_ctrl_c_between_two_lines_ends_the_chat(fake_bundle: Bundle, fake_engine: Any) -> None:
+    terminal = Typed(iter([KeyboardInterrupt(), "hello"]))
+    terminal.interactive = False
+    with pytest.raises(KeyboardInterrupt):
+        Repl(LocalChat(fake_bundle, fake_engine), terminal).run()
