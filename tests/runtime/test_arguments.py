@@ -159,7 +159,7 @@ def test_what_used_to_be_taken_for_something_else(fake_bundle: Bundle) -> None:
         lambda: LoadOptions(Path("a"), Path("b"), token_timeout=NAN),
         lambda: LoadOptions(Path("a"), Path("b"), load_timeout=0),
         lambda: LoadOptions(Path("a"), Path("b"), max_context=2**31),
-        lambda: Request([1], max_new_tokens=0),
+        lambda: Request([1], max_new_tokens=-2),
     ):
         with pytest.raises(UsageError):
             call()

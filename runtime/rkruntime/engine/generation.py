@@ -132,7 +132,7 @@ class Request:
     Attributes:
         tokens: The whole prompt, template rendered, `<bos>` once.
         prompt: Another kind of prompt, instead of `tokens`.
-        max_new_tokens: Limit of the answer; -1 for as many as the context has room for.
+        max_new_tokens: Limit of the answer; -1 for as many as the context has room for. No engine runs one of 0.
         stop_tokens: Tokens that end the answer and are not part of it, even where the runtime knows only one EOS.
         sampling: Sampling of this run, which requires release 1.3.0; None keeps what the model was loaded with.
         keep_history: Continue after what is in the KV cache (since 1.2.0).
@@ -147,7 +147,7 @@ class Request:
     """
 
     tokens: Sequence[int] = ()
-    max_new_tokens: int = -1
+    max_new_tokens: Annotated[int, Between(-1, (1 << 31) - 1)] = -1
     stop_tokens: frozenset[int] = field(default_factory=frozenset)
     sampling: Sampling | None = None
     keep_history: bool = False
@@ -157,7 +157,6 @@ class Request:
     pause_tokens: frozenset[int] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
-        check_limit(self.max_new_tokens)
         for name in ("stop_tokens", "pause_tokens"):
             object.__setattr__(self, name, _ids(name, getattr(self, name)))
         if self.save_prompt_cache is not None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Final
 
 from rkruntime.engine.connection import Connection
-from rkruntime.engine.generation import ArrayEvent, Request, Token
+from rkruntime.engine.generation import ArrayEvent, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import array_of, error_of, finished_of
@@ -86,6 +86,7 @@ class Runs:
         check_value("requests", Sequence[Request], requests)
         self.check_free()
         for request in requests:
+            check_limit(request.max_new_tokens)
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
         self._worker.drain_log()

@@ -117,6 +117,12 @@ def test_ctrl_c_before_the_first_token_leaves_no_turn(talk: Any) -> None:
     assert chat._conversation.messages == []
 
 
+def test_a_whole_answer_without_a_token_is_a_turn(talk: Any) -> None:
+    """As in the daemon: the model has said that it says nothing."""
+    chat, _, _ = talk(["hello", "again"], [107], "fine")
+    assert [item.content for item in chat._conversation.messages] == ["hello", "", "again", "fine"]
+
+
 def test_ctrl_c_at_the_prompt_explains_how_to_leave(talk: Any) -> None:
     _, _, shown = talk([KeyboardInterrupt(), "hello"], "hi there")
     assert "Ctrl-D or /exit leaves" in shown

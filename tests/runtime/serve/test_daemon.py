@@ -262,6 +262,18 @@ def test_an_answer_that_goes_on_keeps_to_its_limits(start_daemon: Callable[..., 
         daemon.request("DELETE", "/sessions/a")
 
 
+def test_an_answer_broken_off_at_the_end_of_the_context_is_at_its_end(start_daemon: Callable[..., Any]) -> None:
+    """The last tokens of the context are for answers, not for prompts; a resumed answer is the prompt of its run."""
+    daemon = start_daemon("max_context: 64", port=False, **SLOW)
+    first = daemon.lines("/sessions/b/messages", {"content": FIRST, "temperature": 0, "max_tokens": 1})[-1]
+    for room in range(6):
+        path = break_off(daemon, "a")
+        begun = json.loads(path.read_bytes())["broken"]["tokens"]
+        change_broken(path, tokens=(begun * 64)[: 64 - room - first["prompt_tokens"]])
+        assert daemon.lines("/sessions/a/resume", {"id": "q"})[-1]["type"] == "done"
+        daemon.request("DELETE", "/sessions/a")
+
+
 def test_a_board_that_learns_the_date_late_goes_on_all_the_same(slow: Any) -> None:
     """Its clock begins in 1970, or where it was switched off; after a new start the date is all there is."""
     path = break_off(slow, "x")
