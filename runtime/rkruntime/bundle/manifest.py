@@ -30,6 +30,7 @@ _MODELS: Final = (".rkllm", ".rkemu", ".safetensors")
 LORA: Final = "model_lora"  # with the model file's suffix
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
+_READ: Final = (TOKENIZER, TEMPLATE, GENERATION_CONFIG)
 # Bytes. Gemma's tokenizer.json takes 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
 MAX_TOKENIZER: Final = 128 << 20
 MAX_TEMPLATE: Final = 1 << 20
@@ -163,8 +164,15 @@ class Bundle:
 
     @property
     def unlisted(self) -> list[str]:
-        """Files that look like models or adapters but are not listed in the manifest: they are never loaded."""
-        found = (path.name for path in self.path.iterdir() if path.suffix in _MODELS)
+        """Files that would be loaded if the manifest listed them, such as an adapter or a chat template.
+
+        Raises:
+            BundleError: The folder cannot be listed.
+        """
+        try:
+            found = [path.name for path in self.path.iterdir() if path.suffix in _MODELS or path.name in _READ]
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return sorted(name for name in found if name not in self.manifest.files)
 
     @property

@@ -44,6 +44,7 @@ _NOT_DONE: Final[Mapping[str, Any]] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "guidance_scale": 1,
+    "max_length": 20,
     "max_new_tokens": None,
     "min_length": 0,
     "min_new_tokens": 0,
@@ -124,6 +125,10 @@ def ignored_settings(bundle: Bundle) -> list[str]:
     """Names in generation_config.json that would change an answer but have no effect here. Raises BundleError."""
     config = bundle.read_generation_config()
     found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(token not in bundle.manifest.stop_token_ids for token in ends):
+        found.append("eos_token_id")
     # transformers' value for "no limit", which no RKLLM manual mentions.
     return [*found, *(["top_k"] if "top_k" in config and _is_neutral(config["top_k"], 0, none=False) else [])]
 
@@ -181,7 +186,7 @@ def _not_done(names: Sequence[str]) -> Finding:
         "generation-config",
         f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
         "Answers may differ from those of transformers; use --temperature and the other sampling options instead.",
-        f"Only {', '.join(_GIVEN)} and do_sample are read from it.",
+        f"Only {', '.join(_GIVEN)} and do_sample are read from it; the manifest has the tokens that end answers.",
     )
 
 
