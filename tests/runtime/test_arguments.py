@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from rkruntime import LoadOptions, Lora, Message, Request, RuntimeOptions, Sampl
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import BundleError, RKEdgeError, UsageError
 from rkruntime.testing import FakeEngine, fake_model
+
+from .engine.conftest import bundle  # noqa: F401  # a fixture
 
 NAN = float("nan")
 # Keys that no function has as a parameter, texts that no file is called.
@@ -107,6 +109,50 @@ def test_files_logs_and_machines(fake_bundle: Bundle, tmp_path: Path, value: Any
         lambda given: rkruntime.open_model(fake_bundle, sampling=given or 1),
     ):
         _taken(lambda call=call: call(value))  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Bundle) -> Iterator[rkruntime.Model]:  # noqa: F811
+    with rkruntime.open_model(bundle) as model:
+        yield model
+
+
+@few
+@example([])
+@example({2**70})
+@given(value=VALUES)
+def test_engines(model: rkruntime.Model, value: Any) -> None:
+    """Nothing that is given to one ends its worker either."""
+    engine = model.engine
+
+    def run(tokens: Any = (2, 5), **wishes: Any) -> list[Any]:
+        return list(engine.generate(Request(tokens, **{"max_new_tokens": 1, **wishes})))
+
+    async def gathered(request: Any, gather: Any = 0.0) -> list[Any]:
+        return [event async for event in engine.agenerate(request, gather)]
+
+    for call in (
+        run,
+        lambda given: run(stop_tokens=given),
+        lambda given: run(pause_tokens=given),
+        lambda given: run(lora=given),
+        lambda given: run((), prompt=given),
+        lambda given: list(engine.generate(given)),
+        lambda given: list(engine.generate_batch(given)),
+        lambda given: list(engine.generate_arrays(Request((2, 5), 1), given)),
+        lambda given: asyncio.run(gathered(given)),
+        lambda given: asyncio.run(gathered(Request((2, 5), 1), given)),
+        engine.logits,
+        engine.load_lora,
+        engine.load_prompt_cache,
+        lambda given: engine.set_function_tools("", given, ""),
+        lambda given: engine.set_chat_template("", given, ""),
+        lambda given: engine.clear_cache(ranges=given),
+        lambda given: engine.clear_cache(keep_system_prompt=given),
+        rkruntime.Engine.load,
+    ):
+        _taken(lambda call=call: call(value))  # type: ignore[misc]
+    assert engine.alive
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ TopK: TypeAlias = Annotated[int, Between(1, 1 << 24)]
 TopP: TypeAlias = Annotated[float, Between(0, 1)]
 RepeatPenalty: TypeAlias = Annotated[float, Between(0.000001, 10)]
 Penalty: TypeAlias = Annotated[float, Between(-2, 2)]
+TokenId: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]
 MaxNewTokens: TypeAlias = Annotated[int, Between(1, (1 << 31) - 1)]
 
 
@@ -148,13 +149,13 @@ class Request:
 
     tokens: Sequence[int] = ()
     max_new_tokens: Annotated[int, Between(-1, (1 << 31) - 1)] = -1
-    stop_tokens: frozenset[int] = field(default_factory=frozenset)
+    stop_tokens: frozenset[TokenId] = field(default_factory=frozenset)
     sampling: Sampling | None = None
     keep_history: bool = False
     lora: str | None = None
     save_prompt_cache: Path | None = None
     prompt: Prompt | None = None
-    pause_tokens: frozenset[int] = field(default_factory=frozenset)
+    pause_tokens: frozenset[TokenId] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         for name in ("stop_tokens", "pause_tokens"):
