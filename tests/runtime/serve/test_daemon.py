@@ -203,6 +203,14 @@ def test_a_broken_answer_goes_on_where_it_was(slow: Any) -> None:
     assert slow.request("POST", "/sessions/r/resume", {"id": "q2"})[0] == 404
 
 
+def test_an_answer_broken_off_before_its_first_token_is_not_the_one_before(slow: Any) -> None:
+    slow.lines("/sessions/n/messages", {"content": FIRST, "id": "q1", "temperature": 0})
+    (path,) = (slow.state / "state").rglob("n.json")
+    data = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**{key: data[key] for key in data if key != "reason"}, "number": "q2"}))
+    assert slow.request("POST", "/sessions/n/resume", {"id": "q2"})[0] == 404
+
+
 def break_off(daemon: Any, name: str, **options: Any) -> Path:
     """The file of a session whose answer was broken off after its first text."""
     body = {"content": FIRST, "id": "q", "temperature": 0, **options}

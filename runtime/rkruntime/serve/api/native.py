@@ -267,7 +267,8 @@ class Sessions:
 
     def _broken(self, place: _Place, data: Mapping[str, Any], number: str) -> _Turn | None:
         """The turn that resumes an answer; None if that was complete. Raises NoSuchSessionError."""
-        if not number or data.get("number") != number:
+        # An answer that was broken off before its first token has left its number, and nothing to go on from.
+        if not number or data.get("number") != number or not {"broken", "reason"} & set(data):
             raise NoSuchSessionError(
                 f"The session {place.name!r} has no answer {number!r} to resume.", hint="Ask again."
             )
