@@ -13,9 +13,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from rkruntime.errors import HostError, InputError, OutputError
+from rkruntime.errors import HostError, InputError, OutputError, UsageError
 
 _BLOCK = 4 << 20
+
+
+def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """A path that a caller gave as the argument `name`. Raises UsageError if no file can have it."""
+    try:
+        path = Path(value)
+        path.lstat()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return path
+    except (TypeError, ValueError):  # a null character, half a surrogate pair
+        pass
+    else:
+        return path
+    raise UsageError(f"{name} is not a path that a file could have; it must be a str or an os.PathLike.")
 
 
 def open_regular(path: Path) -> BinaryIO:

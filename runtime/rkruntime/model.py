@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
-from rkruntime.engine.generation import Request, Sampling
+from rkruntime.engine.generation import Request, Sampling, check_limit
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
-from rkruntime.errors import RunError, UsageError
+from rkruntime.errors import RunError
+from rkruntime.schema import check_value
 from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, astream_answer, stream_answer
 from rkruntime.text.conversation import Conversation
@@ -50,21 +51,30 @@ class Model:
         self.loaded_at = time.time()
 
     def request(
-        self, question: Question, *, max_new_tokens: int | None = None, sampling: Sampling | None = None
+        self,
+        question: Question,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingOptions | Sampling | None = None,
     ) -> Request:
         """The run that answers a question.
 
         Args:
             max_new_tokens: 1 or more; -1 for as many as the context has room for; default: the model's own.
-            sampling: Other sampling than the model was loaded with; requires release 1.3.0.
+            sampling: Put over the sampling that the model was loaded with, or in its place; requires release 1.3.0.
 
         Raises:
             RunError: The model is closed, or its worker is gone.
             ContextFullError: The question does not fit.
-            UsageError, BundleError: The template does not accept it, or the number of tokens is invalid.
+            UsageError, BundleError: The template does not accept it, or an argument is invalid.
         """
+        check_value("sampling", SamplingOptions | Sampling | None, sampling)
+        if isinstance(sampling, SamplingOptions):
+            max_new_tokens = sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
+            sampling = sampling.over(self.sampling)
         limit = self.limit(max_new_tokens)
         messages = [Message("user", question)] if isinstance(question, str) else question
+        check_value("question", Sequence[Message], messages)
         tokens, _ = self.prompts.prompt(messages, self.engine.info.max_context)
         return Request(tokens, limit, self.stop_tokens, sampling)
 
@@ -73,8 +83,7 @@ class Model:
         if not self.engine.alive:
             raise RunError("The model is closed, or its worker is gone.", hint="Open it again.")
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if type(limit) is not int or (limit < 1 and limit != -1):
-            raise UsageError(f"max_new_tokens is {limit!r}; it must be a whole number above 0, or -1 for no limit.")
+        check_limit(limit)
         return limit
 
     def ask(self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any) -> Answer:
@@ -95,14 +104,16 @@ class Model:
         Raises:
             RunError, WorkerError: From the engine; after a WorkerError the model must be opened again.
         """
-        return stream_answer(self.engine, self.request(question, **wishes), self.prompts.vocabulary, _texts(stop))
+        ends = _texts(stop)
+        return stream_answer(self.engine, self.request(question, **wishes), self.prompts.vocabulary, ends)
 
     async def astream(
         self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any
     ) -> AsyncGenerator[str | Answer, None]:
         """`stream` for asyncio; the prompt is made in a thread."""
+        ends = _texts(stop)
         request = await asyncio.to_thread(self.request, question, **wishes)
-        async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, _texts(stop))) as pieces:
+        async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, ends)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -135,6 +146,7 @@ class Chat:
     """
 
     def __init__(self, model: Model, system: str = "", *, drop_oldest: bool = False) -> None:
+        check_value("drop_oldest", bool, drop_oldest)
         self._model, self._drop_oldest = model, drop_oldest
         self.conversation = Conversation(model.prompts, system)
         self.dropped = 0
@@ -155,11 +167,11 @@ class Chat:
             UsageError, BundleError: The template does not accept it.
             RunError, WorkerError: From the engine; the conversation stays as it was.
         """
-        model = self._model
+        model, ends = self._model, _texts(stop)
         limit, context = model.limit(max_new_tokens), model.engine.info.max_context
         tokens, self.dropped = self.conversation.prompt(text, context, drop=self._drop_oldest)
         request = Request(tokens, limit, model.stop_tokens)
-        for piece in stream_answer(model.engine, request, model.prompts.vocabulary, _texts(stop)):
+        for piece in stream_answer(model.engine, request, model.prompts.vocabulary, ends):
             if isinstance(piece, Answer):
                 self.conversation.add(text, piece, self.dropped)
             yield piece
@@ -167,7 +179,9 @@ class Chat:
 
 def _texts(stop: str | Sequence[str]) -> Sequence[str]:
     """A single string as a list of one, not of its letters."""
-    return (stop,) if isinstance(stop, str) else stop
+    texts = (stop,) if isinstance(stop, str) else stop
+    check_value("stop", Sequence[str], texts)
+    return texts
 
 
 def open_model(
@@ -195,6 +209,11 @@ def open_model(
     """
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
+    check_value("options", RuntimeOptions | None, options)
+    check_value("sampling", SamplingOptions | None, sampling)
+    check_value("stop", Stop | None, stop)
+    for name, function in (("finding", finding), ("progress", progress)):
+        check_value(name, Callable[..., object] | None, function)
     options, sampling = options or RuntimeOptions(), sampling or SamplingOptions()
     prompts = PromptProcess(bundle, stop=stop)
     try:

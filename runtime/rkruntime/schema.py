@@ -1,13 +1,20 @@
-"""YAML or JSON to frozen dataclasses: contents are checked against the fields, and errors name the key."""
+"""The declared types of dataclasses, checked: contents of files (`build`) and arguments of callers (`check_fields`).
+
+Errors name the key or the field.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from rkruntime.errors import UsageError
 
 T = TypeVar("T")
 _WORDS: Final[dict[Any, str]] = {
@@ -26,6 +33,13 @@ class Between(NamedTuple):
 
     least: int | float
     most: int | float
+
+    def __str__(self) -> str:
+        return f"from {self.least:,} to {self.most:,}"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is in the range; NaN is in none."""
+        return self.least <= value <= self.most
 
 
 class Length(NamedTuple):
@@ -82,7 +96,7 @@ class _Builder:
     def _within(self, bounds: Between | Length, value: Any, where: str) -> Any:
         if isinstance(bounds, Length):
             return self._short(bounds, value, where)
-        if not bounds.least <= value <= bounds.most:
+        if not bounds.holds(value):
             raise self._fail(f"{where} is {value:,}; it must be from {bounds.least:,} to {bounds.most:,}")
         return value
 
@@ -113,3 +127,71 @@ def _key(where: str, name: object) -> str:
 def _nearest(key: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(key)[:80], known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+@cache
+def types_of(kind: type[Any]) -> Mapping[str, Any]:
+    """The declared types of a dataclass's fields."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {item.name: hints[item.name] for item in fields(kind)}
+
+
+def check_fields(record: Any, *leaving: str) -> None:
+    """Check the fields of a dataclass that a caller made, except those `leaving` names. Raises as `check_value`."""
+    for name, kind in types_of(record.__class__).items():
+        if name not in leaving:
+            check_value(name, kind, getattr(record, name))
+
+
+def check_value(name: str, kind: Any, value: Any) -> None:
+    """Check a value that a caller gave. Raises UsageError, "NAME is VALUE; it must be KIND", for another type."""
+    if not _fits(kind, value):
+        raise UsageError(f"{name} is {shown(value)}; it must be {_described(kind)}.")
+
+
+def shown(value: object) -> str:
+    """A value that a caller gave, for a message."""
+    try:
+        text = repr(value)
+    except Exception:  # such as of a whole number with more than 4,300 digits
+        text = type(value).__name__
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _fits(arguments[0], value) and bool(arguments[1].holds(value))
+    if origin in (Union, types.UnionType):
+        return any(_fits(argument, value) for argument in arguments)
+    if origin is Callable:
+        return callable(value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if isinstance(value, (str, bytes, bytearray)):  # a text is not the list of its letters
+        return origin is None and isinstance(value, kind)
+    return isinstance(value, origin or kind) and _fit(origin, arguments, value)
+
+
+def _fit(origin: Any, arguments: tuple[Any, ...], value: Any) -> bool:
+    """Whether the items of a collection are of the right types."""
+    if origin is tuple and ... not in arguments:
+        return len(value) == len(arguments) and all(map(_fits, arguments, value))
+    if isinstance(value, Mapping):
+        return all(map(_fits, arguments * len(value), [part for item in value.items() for part in item]))
+    if origin is None or issubclass(origin, os.PathLike):
+        return True
+    return {type(item) for item in value} == {arguments[0]} or all(_fits(arguments[0], item) for item in value)
+
+
+def _described(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{_described(arguments[0])} {arguments[1]}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_described, arguments))
+    if kind in _WORDS:
+        return _WORDS[kind].partition(" (")[0]
+    if origin is not None and arguments and issubclass(origin, (tuple, frozenset, Sequence)):
+        return f"a {'list' if origin is Sequence else origin.__name__} of {arguments[0].__name__}"
+    return "None" if kind is type(None) else (origin or kind).__name__

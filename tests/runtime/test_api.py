@@ -24,6 +24,7 @@ from rkconvert.demo import questions
 from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerCrashedError
 from rkruntime.testing import FakeEngine, fake_model
 
+from .conftest import with_file
 from .engine.conftest import bundle  # noqa: F401  # a fixture
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -336,6 +337,12 @@ def test_a_file_that_the_manifest_does_not_list_is_told(bundle: rkruntime.Bundle
     """An adapter that somebody took out of the manifest: the base answers, and says so."""
     shutil.copytree(bundle.path, tmp_path / "copy")
     (tmp_path / "copy" / "model_lora.rkemu").write_bytes(b"anything")
+    (tmp_path / "copy" / "notes.txt").write_bytes(b"anything")
+    left_out = rkruntime.open_bundle(tmp_path / "copy")
+    for name in ("chat_template.jinja", "generation_config.json"):
+        left_out = with_file(left_out, name, None)
+        (left_out.path / name).write_text("{}")
+    assert left_out.unlisted == ["chat_template.jinja", "generation_config.json", "model_lora.rkemu"]
     found: list[rkruntime.Finding] = []
     with rkruntime.open_model(tmp_path / "copy", finding=found.append):
         assert [one.level for one in found if "model_lora.rkemu" in one.message] == ["warning"]

@@ -17,9 +17,9 @@ import yaml
 
 from rkruntime.checks.preflight import Model
 from rkruntime.errors import BundleError
-from rkruntime.files import read_regular, sha256_file
+from rkruntime.files import as_path, read_regular, sha256_file
 from rkruntime.folders import own_folder
-from rkruntime.schema import Between, Length, build
+from rkruntime.schema import Between, Length, build, check_value
 from rkruntime.words import counted
 from rkruntime.yamltext import MAX_FILE, load_yaml
 
@@ -30,6 +30,7 @@ _MODELS: Final = (".rkllm", ".rkemu", ".safetensors")
 LORA: Final = "model_lora"  # with the model file's suffix
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
+_READ: Final = (TOKENIZER, TEMPLATE, GENERATION_CONFIG)
 # Bytes. Gemma's tokenizer.json takes 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
 MAX_TOKENIZER: Final = 128 << 20
 MAX_TEMPLATE: Final = 1 << 20
@@ -163,8 +164,15 @@ class Bundle:
 
     @property
     def unlisted(self) -> list[str]:
-        """Files that look like models or adapters but are not listed in the manifest: they are never loaded."""
-        found = (path.name for path in self.path.iterdir() if path.suffix in _MODELS)
+        """Files that would be loaded if the manifest listed them, such as an adapter or a chat template.
+
+        Raises:
+            BundleError: The folder cannot be listed.
+        """
+        try:
+            found = [path.name for path in self.path.iterdir() if path.suffix in _MODELS or path.name in _READ]
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return sorted(name for name in found if name not in self.manifest.files)
 
     @property
@@ -211,9 +219,7 @@ class Bundle:
 
     def _read(self, name: str, limit: int) -> bytes:
         """Exactly the bytes that were hashed: read once, then compared with the manifest."""
-        if name not in self.manifest.files:
-            raise BundleError(f"{MANIFEST} does not list {name}.")
-        record, path = self.manifest.files[name], self._place(name)
+        record, path = self._record(name), self._place(name)
         if record.size > limit:
             raise BundleError(
                 f"{path} is over {limit >> 20} MiB according to the manifest; such files are far smaller."
@@ -227,6 +233,11 @@ class Bundle:
         if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
             raise _changed(path)
         return data
+
+    def _record(self, name: str) -> FileRecord:
+        if name not in self.manifest.files:
+            raise BundleError(f"{MANIFEST} does not list {name[:80]}.")
+        return self.manifest.files[name]
 
     def _place(self, name: str) -> Path:
         path = self.path / name
@@ -248,13 +259,16 @@ class Bundle:
         `progress` gets the size of each block read, in bytes; an exception from it ends the check.
 
         Raises:
-            BundleError: A file is missing, truncated or changed.
+            BundleError: A file is missing, truncated or changed, or the manifest does not list it.
+            UsageError: `names` is not a list of names.
         """
+        check_value("names", Sequence[str] | None, names)
+        check_value("progress", Callable[..., object] | None, progress)
         for name in self.manifest.files if names is None else names:
             self._verify_file(name, trust_stamps, progress)
 
     def _verify_file(self, name: str, trust_stamps: bool, progress: Callable[[int], None] | None) -> None:
-        record, path = self.manifest.files[name], self._place(name)
+        record, path = self._record(name), self._place(name)
         state = path.stat()
         if state.st_size != record.size:
             raise BundleError(
@@ -306,14 +320,15 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
     Raises:
         BundleError: It is not a bundle, or its manifest is wrong.
+        UsageError: It is not a path.
     """
-    path = Path(path)
+    path = as_path("bundle", path)
     manifest = path / MANIFEST
-    if not path.is_dir():
-        raise BundleError(f"{path} is not a folder.", hint="Name the folder that `rkedge convert` wrote.")
-    if not manifest.is_file():
-        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
     try:
+        if not path.is_dir():
+            raise BundleError(f"{path} is not a folder.", hint="Name the folder that `rkedge convert` wrote.")
+        if not manifest.is_file():
+            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
         return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))
     except OSError as error:
         raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.") from error

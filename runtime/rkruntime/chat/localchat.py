@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.repl import Note, Turn
-from rkruntime.engine.generation import Request
+from rkruntime.engine.generation import FinishReason, Request
 from rkruntime.errors import ContextFullError, WorkerError
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import Conversation
@@ -109,7 +109,7 @@ class LocalChat:
         self.last = Turn(len(answer.tokens), answer.reason, first_s, answer.rate(first_s, total_s))
         self._answered += 1
         self._generated += self.last.tokens
-        if answer.tokens:
+        if answer.tokens or answer.reason is not FinishReason.ABORT:  # As the daemon does: nothing said is an answer.
             self._conversation.add(text, answer, dropped)
 
     def stop(self) -> None:

@@ -30,8 +30,10 @@ from rkruntime.text.conversation import SCHEMA, check_conversation, read_convers
 from rkruntime.words import counted
 
 SSH_VARIABLE: Final = "RKEDGE_SSH"
-# A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour.
-_SSH: Final = ("ssh", "-T", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+# A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
+_SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+# How long a connection attempt may still take after a stop, to ask what the board has kept.
+_PATIENCE_S: Final = 3.0
 _MOST_LINES: Final = 1_000_000
 _MOST_NOTES: Final = 200
 _LONGEST_NOTE: Final = 4096
@@ -123,6 +125,10 @@ class _Link:
                 if number < _MOST_NOTES:
                     say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
 
+    def kill(self) -> None:
+        """End ssh at once, from any thread: whoever waits for a line has waited long enough."""
+        self._process.kill()
+
     def close(self) -> int:
         """End ssh; returns its exit code."""
         for pipe in self._pipes:
@@ -161,6 +167,8 @@ class RemoteChat:
         self._stopping: threading.Event | None = None
         self._sending = threading.Lock()
         self._link: _Link | None = None
+        # The link from which no daemon has answered yet.
+        self._connecting: _Link | None = None
         self._answered = self._generated = 0
         self.last: Turn | None = None
         status = self._first_contact()
@@ -215,16 +223,28 @@ class RemoteChat:
                 self._link.close()
             if stopping.wait(wait):
                 return
-            self._link = _Link(self._command)
             try:
-                self._call("hello")
+                self._connect(stopping)
             except _BrokenError as error:
                 told = error.told
             else:
                 return
+        if stopping.is_set():
+            return
         raise told or ServiceError(
             f"The connection to {self._destination} is lost.", hint="The conversation is kept on the board; try again."
         )
+
+    def _connect(self, stopping: threading.Event) -> None:
+        with self._sending:
+            if stopping.is_set():
+                return
+            self._link = self._connecting = _Link(self._command)
+        try:
+            self._call("hello")
+        finally:
+            with self._sending:
+                self._connecting = None
 
     def _read(self) -> dict[str, Any]:
         """The conversation as stored on the board, with the board's own notes."""
@@ -359,11 +379,24 @@ class RemoteChat:
     def stop(self) -> None:
         """See `Chat`."""
         with self._sending:
-            if self._stopping is None or self._stopping.is_set() or self._link is None:
+            if self._stopping is None or self._link is None:
                 return
+            again = self._stopping.is_set()
             self._stopping.set()
-            with suppress(_BrokenError):
-                self._link.send({"op": "stop"})
+            if self._connecting is not None:
+                # A stop that is sent now would end the greeting.
+                timer = threading.Timer(0 if again else _PATIENCE_S, self._give_up, [self._connecting])
+                timer.daemon = True
+                timer.start()
+            elif not again:
+                with suppress(_BrokenError):
+                    self._link.send({"op": "stop"})
+
+    def _give_up(self, link: _Link) -> None:
+        """Nobody waits any longer for the board's first answer on this link."""
+        with self._sending:
+            if self._connecting is link:
+                link.kill()
 
     def clear(self) -> None:
         """See `Chat`."""

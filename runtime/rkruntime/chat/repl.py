@@ -127,6 +127,7 @@ class Repl:
 
         Raises:
             RKEdgeError: The last answer failed, and there is no terminal to show that on.
+            KeyboardInterrupt: SIGINT without a terminal, where it ends the program; a stopped answer is kept.
         """
         if self.terminal.interactive:
             self.terminal.note(f"{self.chat.title}\n/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
@@ -134,6 +135,8 @@ class Repl:
             try:
                 text = self.terminal.read(PROMPT)
             except KeyboardInterrupt:
+                if not self.terminal.interactive:
+                    raise
                 self.terminal.note("\nCtrl-D or /exit leaves")
                 continue
             if text is None:
@@ -168,7 +171,7 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         try:
-            with self._stopped_by_ctrl_c(), closing(self.chat.ask(text)) as pieces:
+            with self._stopped_by_ctrl_c() as stopped, closing(self.chat.ask(text)) as pieces:
                 for piece in pieces:
                     if isinstance(piece, Note):
                         self.terminal.note(piece.text)
@@ -178,23 +181,28 @@ class Repl:
             self.terminal.end_line()
             raise
         self.terminal.write("\n")
+        if stopped.is_set() and not self.terminal.interactive:  # A program must not take it for a whole answer.
+            raise KeyboardInterrupt
         if self.terminal.interactive and self.chat.last:
             self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
 
     @contextmanager
-    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+    def _stopped_by_ctrl_c(self) -> Iterator[threading.Event]:
         """Ctrl-C stops the answer, not the program; the part generated so far stays in the conversation.
 
-        The handler requests the stop from its own thread: an exception at an arbitrary place could leave conversation
-        and worker out of step.
+        Yields an event that Ctrl-C sets. The handler requests the stop from its own thread: an exception at an
+        arbitrary place could leave conversation and worker out of step.
         """
 
+        stopped = threading.Event()
+
         def stop(*_: object) -> None:
+            stopped.set()
             threading.Thread(target=self.chat.stop, daemon=True).start()
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            yield
+            yield stopped
         finally:
             signal.signal(signal.SIGINT, before)
 

@@ -6,13 +6,14 @@ docs/diagnose.md says how to read the table of failures and how to extend it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from rkruntime.checks import logtext
 from rkruntime.checks.failures import CONFIDENCES, Hit, Table, table
 from rkruntime.checks.signatures import MOST_LINES, WIDEST_LINE, Log, simplified, starts
+from rkruntime.schema import check_value
 
 UNEXPLAINED: Final = "unexplained"
 FOREIGN: Final = "not-rkllm"
@@ -84,8 +85,14 @@ def diagnose(
         context: What the caller knows beyond the log, such as `{"stage": "load", "signal": "SIGSEGV",
             "driver": "0.9.6", "runtime": "1.2.3"}`. Values of None are ignored.
         rows: Table to use instead of data/diagnosis.yaml.
+
+    Raises:
+        UsageError: An argument has a wrong type.
     """
-    whole = text if isinstance(text, str) else "\n".join(text)
+    lines = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else text
+    check_value("text", Sequence[str], lines)
+    check_value("context", Mapping[str, object] | None, context)
+    whole = "\n".join(lines)
     known = {key: str(value) for key, value in (context or {}).items() if value is not None}
     log = Log(logtext.clean_lines(logtext.shorten(whole)), known)
     rows = rows or table()

@@ -17,6 +17,10 @@ from rkruntime import resources
 from rkruntime.checks import machine
 from rkruntime.checks.conditions import fits
 from rkruntime.checks.types import types_by_soc
+from rkruntime.errors import UsageError
+from rkruntime.files import as_path
+from rkruntime.schema import check_fields, check_value
+from rkruntime.versions import version
 from rkruntime.words import counted
 
 Level: TypeAlias = Literal["error", "warning", "notice"]
@@ -60,6 +64,9 @@ class Model:
     max_context: int | None = None
     size: int | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -98,7 +105,12 @@ def preflight(
         emulated: The library is the emulator, so driver and board do not matter.
         root: File tree of the board.
         allowed: CPU cores this process may use; its CPU affinity by default.
+
+    Raises:
+        UsageError: An argument has a wrong type, or `runtime` is not a release.
     """
+    _check_arguments(model=model, runtime=runtime, context=context, allowed=allowed)
+    root = as_path("root", root)
     wanted, clamped = clamp_context(context, model.max_context)
     cores = machine.cores(model.npu_cores, root, allowed)
     if emulated and len(cores.cpus) < model.npu_cores:
@@ -108,6 +120,16 @@ def preflight(
         found += _board(model, runtime, cores, root)
     found.sort(key=lambda finding: LEVELS.index(finding.level))
     return Preflight(tuple(found), wanted, cores)
+
+
+def _check_arguments(**given: object) -> None:
+    kinds = {"model": Model, "runtime": str | None, "context": int | None, "allowed": Collection[int] | None}
+    for name, kind in kinds.items():
+        check_value(name, kind, given[name])
+    try:
+        version(str(given["runtime"] or "0"))
+    except ValueError as error:
+        raise UsageError(f"runtime is not a release such as 1.2.3: {error}.") from None
 
 
 def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, list[Finding]]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from rkruntime.engine.connection import Connection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
-from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, check_readable, checked, info_of
+from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
+from rkruntime.files import as_path
 from rkruntime.library.identify import Identity, identify
+from rkruntime.schema import check_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +35,7 @@ class Engine:
     """
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
+        check_value("options", LoadOptions, options)
         identity = identify(options.library, options.abi)
         check_readable(options.model)
         self.options, findings = checked(options, identity)
@@ -137,7 +140,7 @@ class Engine:
 
     def generate_arrays(self, request: Request, mode: str) -> Generator[ArrayEvent, None, None]:
         """Run with `mode` "logits" or "hidden": yields arrays between the tokens. See Logits and HiddenStates."""
-        if mode not in ("logits", "hidden"):
+        if mode not in ["logits", "hidden"]:
             raise UsageError(f"There is no mode {mode!r}; use 'logits' or 'hidden'.")
         _need_numpy()
         with contextlib.closing(self._runs.events([request], mode)) as events:
@@ -196,6 +199,8 @@ class Engine:
 
     def clear_cache(self, *, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Empty the KV cache (since 1.2.0), or cut positions [start, end) of each batch while paused (since 1.2.1)."""
+        check_value("keep_system_prompt", bool, keep_system_prompt)
+        check_value("ranges", Sequence[tuple[Position, Position]] | None, ranges)
         self._call("clear_kv_cache", keep_system_prompt, ranges)
 
     def cache_sizes(self) -> list[int]:
@@ -205,11 +210,12 @@ class Engine:
 
     def load_lora(self, lora: Lora) -> None:
         """Load an adapter for requests that name it. No release can unload one."""
+        check_value("lora", Lora, lora)
         self._call("load_lora", *lora.as_dict().values())
 
-    def load_prompt_cache(self, path: Path) -> None:
+    def load_prompt_cache(self, path: str | os.PathLike[str]) -> None:
         """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
-        self._call("load_prompt_cache", str(path.resolve()))
+        self._call("load_prompt_cache", str(as_path("path", path).resolve()))
 
     def release_prompt_cache(self) -> None:
         """Drop what load_prompt_cache restored."""
@@ -217,11 +223,18 @@ class Engine:
 
     def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
         """Set the texts around a TextPrompt (since 1.2.0); other prompts are used as given. Clears the KV cache."""
+        _check_texts(system=system, prefix=prefix, postfix=postfix)
         self._call("set_chat_template", system, prefix, postfix)
 
     def set_function_tools(self, system: str, tools: Sequence[dict[str, Any]], response_tag: str) -> None:
         """Set the tools for a TextPrompt (since 1.2.1), in OpenAI's format."""
-        self._call("set_function_tools", system, json.dumps(list(tools), ensure_ascii=False), response_tag)
+        _check_texts(system=system, response_tag=response_tag)
+        check_value("tools", Sequence[dict[str, object]], tools)
+        try:
+            plain = json.dumps(list(tools), ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"tools cannot be written as JSON: {error}.") from error
+        self._call("set_function_tools", system, plain, response_tag)
 
     def set_cross_attention(
         self,
@@ -240,6 +253,11 @@ class Engine:
         parts.append(np.ascontiguousarray(positions, dtype=np.int32))
         header = {"call": "set_cross_attention", "num_tokens": int(parts[3].size)}
         self._command(header, [part.data.cast("B") for part in parts])
+
+
+def _check_texts(**texts: object) -> None:
+    for name, text in texts.items():
+        check_value(name, str, text)
 
 
 def _need_numpy() -> None:

@@ -6,11 +6,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
+
+from rkruntime.errors import UsageError
+from rkruntime.files import as_path
+from rkruntime.schema import Between, check_fields, check_value
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+# What may be asked for; the smallest repeat_penalty is what float32 still tells from 0.
+Temperature: TypeAlias = Annotated[float, Between(0, 10)]
+TopK: TypeAlias = Annotated[int, Between(1, 1 << 24)]
+TopP: TypeAlias = Annotated[float, Between(0, 1)]
+RepeatPenalty: TypeAlias = Annotated[float, Between(0.000001, 10)]
+Penalty: TypeAlias = Annotated[float, Between(-2, 2)]
+TokenId: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]
+MaxNewTokens: TypeAlias = Annotated[int, Between(1, (1 << 31) - 1)]
+
+
+def check_limit(limit: int) -> None:
+    """Raise UsageError unless it is a number of new tokens, or -1 for as many as the context has room for."""
+    if type(limit) is not int or limit != -1:
+        check_value("max_new_tokens", MaxNewTokens, limit)
 
 
 class FinishReason(str, Enum):
@@ -28,19 +48,24 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most likely token.
-        frequency_penalty: -2 to 2.
         mirostat: 0 (off), 1 or 2.
+
+    Raises:
+        UsageError: A value is out of range.
     """
 
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.9
-    repeat_penalty: float = 1.1
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
+    temperature: Temperature = 0.8
+    top_k: TopK = 40
+    top_p: TopP = 0.9
+    repeat_penalty: RepeatPenalty = 1.1
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    mirostat: Annotated[int, Between(0, 2)] = 0
+    mirostat_tau: Annotated[float, Between(0, 1000)] = 5.0
+    mirostat_eta: Annotated[float, Between(0, 10)] = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def changed(self, wanted: Mapping[str, Any]) -> Sampling:
         """A copy with the given fields replaced by what a user or a request asks for.
@@ -108,7 +133,7 @@ class Request:
     Attributes:
         tokens: The whole prompt, template rendered, `<bos>` once.
         prompt: Another kind of prompt, instead of `tokens`.
-        max_new_tokens: Limit of the answer; -1 for as many as the context has room for.
+        max_new_tokens: Limit of the answer; -1 for as many as the context has room for. No engine runs one of 0.
         stop_tokens: Tokens that end the answer and are not part of it, even where the runtime knows only one EOS.
         sampling: Sampling of this run, which requires release 1.3.0; None keeps what the model was loaded with.
         keep_history: Continue after what is in the KV cache (since 1.2.0).
@@ -117,17 +142,35 @@ class Request:
         pause_tokens: Tokens that end the run with PAUSE; they are part of the answer, and the KV cache is kept as it is
             for a run that continues (since 1.2.1). One board is reported to ignore the next run's prompt and continue
             this answer: that run ends with a RunError.
+
+    Raises:
+        UsageError: A field has a wrong type or is out of range.
     """
 
     tokens: Sequence[int] = ()
-    max_new_tokens: int = -1
-    stop_tokens: frozenset[int] = field(default_factory=frozenset)
+    max_new_tokens: Annotated[int, Between(-1, (1 << 31) - 1)] = -1
+    stop_tokens: frozenset[TokenId] = field(default_factory=frozenset)
     sampling: Sampling | None = None
     keep_history: bool = False
     lora: str | None = None
     save_prompt_cache: Path | None = None
     prompt: Prompt | None = None
-    pause_tokens: frozenset[int] = field(default_factory=frozenset)
+    pause_tokens: frozenset[TokenId] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        for name in ("stop_tokens", "pause_tokens"):
+            object.__setattr__(self, name, _ids(name, getattr(self, name)))
+        if self.save_prompt_cache is not None:
+            object.__setattr__(self, "save_prompt_cache", as_path("save_prompt_cache", self.save_prompt_cache))
+        check_fields(self)
+
+
+def _ids(name: str, tokens: Any) -> frozenset[int]:
+    """Token ids in whatever collection they come."""
+    try:
+        return frozenset(tokens)
+    except TypeError:
+        raise UsageError(f"{name} must be a set of token ids.") from None
 
 
 class Token(NamedTuple):

@@ -7,31 +7,35 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 from rkruntime.abi import since, within
 from rkruntime.checks.preflight import Finding, Model, preflight
-from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling
+from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.engine.worker.process import python_command
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
+from rkruntime.files import as_path
 from rkruntime.library.identify import Identity
+from rkruntime.schema import Between, check_fields
 from rkruntime.stop import Stop
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+# More than the vendor's library or a machine could take; a time limit of 0 would end everything at once.
+Time: TypeAlias = Annotated[float, Between(0.001, 1_000_000_000)]
+Context: TypeAlias = Annotated[int, Between(1, 1 << 20)]
+Position: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]  # in the KV cache
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter file for the runtime; runs refer to it by name."""
+    """An adapter file for the runtime; runs refer to it by name. Raises UsageError for a field of a wrong type."""
 
     name: str
     path: Path
-    scale: float = 1.0
+    scale: Annotated[float, Between(-1_000_000, 1_000_000)] = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "path", as_path("path", self.path))
+        check_fields(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The arguments of rkllm_load_lora, in order. Raises AdapterError if there is no such file."""
@@ -75,20 +79,23 @@ class LoadOptions:
         interpreter: Command of the Python that the worker runs in.
         environment: Variables for the worker on top of the parent's, such as RKLLM_LOG_LEVEL.
         stop: Kills the worker while it loads.
+
+    Raises:
+        UsageError: A field has a wrong type or is out of range.
     """
 
     library: Path
     model: Path
-    max_context: int | None = None
+    max_context: Context | None = None
     abi: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
     max_new_tokens: int = -1
     known: Model | None = None
     force: bool = False
-    cpus: Sequence[int] | None = None
-    n_batch: int = 1
-    n_keep: int | None = None
-    base_domain_id: int | None = None
+    cpus: Sequence[Annotated[int, Between(0, 31)]] | None = None
+    n_batch: Annotated[int, Between(1, 255)] = 1
+    n_keep: Position | None = None
+    base_domain_id: Annotated[int, Between(0, 15)] | None = None
     embed_flash: bool | None = None
     ignore_eos: bool = False
     use_cross_attention: bool = False
@@ -97,17 +104,19 @@ class LoadOptions:
     lora: str | None = None
     asynchronous: bool = False
     tokenizer: Callable[[str], Sequence[int]] | None = None
-    embed: Callable[[Sequence[int]], NDArray[np.float32]] | None = None
-    load_timeout: float = 600.0
-    token_timeout: float = 300.0
-    close_timeout: float = 10.0
+    embed: Callable[[Sequence[int]], Any] | None = None
+    load_timeout: Time = 600.0
+    token_timeout: Time = 300.0
+    close_timeout: Time = 10.0
     interpreter: Sequence[str] = python_command()
     environment: Mapping[str, str] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
         for name in ("library", "model"):
-            object.__setattr__(self, name, Path(getattr(self, name)))
+            object.__setattr__(self, name, as_path(name, getattr(self, name)))
+        check_limit(self.max_new_tokens)
+        check_fields(self)
 
     def params(self) -> dict[str, Any]:
         """Fields of RKLLMParam, by their names in the header; None leaves the library's default."""

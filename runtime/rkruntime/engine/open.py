@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
-from rkruntime.engine.generation import GREEDY, Sampling
+from rkruntime.engine.generation import GREEDY, MaxNewTokens, RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import BundleError, LibraryError, UsageError
+from rkruntime.files import as_path
 from rkruntime.packages import import_failed
+from rkruntime.schema import Between, check_fields, check_value, types_of
 from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
@@ -24,15 +26,6 @@ LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
 # What provides the library for a bundle's target: "module:function", called with the release, `progress` and `stop`.
 # Named, not imported: the runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator.build:build"}
-# Whether it must be a whole number, and the lowest and highest values allowed.
-_LIMITS: Final[Mapping[str, tuple[bool, float, float]]] = {
-    "temperature": (False, 0, 10),
-    "top_k": (True, 1, 1 << 24),
-    "top_p": (False, 0, 1),
-    "repeat_penalty": (False, 0.000001, 10),
-    "max_new_tokens": (True, 1, (1 << 31) - 1),
-    "max_context": (True, 32, 1 << 20),
-}
 # Settings in generation_config.json that RKLLM supports, under transformers' names.
 _GIVEN: Final = {
     "temperature": "temperature",
@@ -51,6 +44,7 @@ _NOT_DONE: Final[Mapping[str, Any]] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "guidance_scale": 1,
+    "max_length": 20,
     "max_new_tokens": None,
     "min_length": 0,
     "min_new_tokens": 0,
@@ -68,51 +62,36 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --release, --max-context and --force as given. Raises UsageError for a context out of range."""
+    """--library, --release, --max-context and --force as given. Raises UsageError for a wrong type or range."""
 
     library: str | os.PathLike[str] | None = None
     abi: str | None = None
-    max_context: int | None = None
+    max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, ("max_context",))
+        if self.library is not None:
+            as_path("library", self.library)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """--temperature and the like as given; None means the bundle's value. Raises UsageError if one is out of range."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repeat_penalty: float | None = None
-    max_new_tokens: int | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    repeat_penalty: RepeatPenalty | None = None
+    max_new_tokens: MaxNewTokens | None = None
 
     def __post_init__(self) -> None:
-        _check(self, [item.name for item in fields(self)])
+        check_fields(self)
 
     def over(self, base: Sampling) -> Sampling:
         """`base` with the given options applied."""
         names = ("temperature", "top_k", "top_p", "repeat_penalty")
         return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
-
-
-def _check(options: RuntimeOptions | SamplingOptions, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and (wrong := _wrong(name, value)):
-            raise UsageError(f"{name} {wrong}.")
-
-
-def _wrong(name: str, value: Any) -> str:
-    """What is wrong with a value for a field of _LIMITS; empty if nothing is."""
-    whole, low, high = _LIMITS[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"is {str(value)[:40]!r}, which is not a number"
-    if not low <= value <= high:
-        return f"is not between {low:g} and {high:,}"
-    return "is not a whole number" if whole and value != int(value) else ""
 
 
 def default_sampling(bundle: Bundle) -> Sampling:
@@ -130,9 +109,13 @@ def default_sampling(bundle: Bundle) -> Sampling:
         value = config.get(given)
         if value is None or (name == "top_k" and _is_neutral(value, 0)):
             continue
-        if wrong := _wrong(name, value):
-            raise BundleError(f"{path}: {given} {wrong}.")
-        wanted[name] = int(value) if _LIMITS[name][0] else float(value)
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            check_value(given, types_of(Sampling)[name], value)
+        except UsageError as error:
+            raise BundleError(f"{path}: {error}") from None
+        wanted[name] = value
     if sample is False:
         return GREEDY.changed({name: value for name, value in wanted.items() if name == "repeat_penalty"})
     return Sampling().changed(wanted)
@@ -142,6 +125,10 @@ def ignored_settings(bundle: Bundle) -> list[str]:
     """Names in generation_config.json that would change an answer but have no effect here. Raises BundleError."""
     config = bundle.read_generation_config()
     found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(token not in bundle.manifest.stop_token_ids for token in ends):
+        found.append("eos_token_id")
     # transformers' value for "no limit", which no RKLLM manual mentions.
     return [*found, *(["top_k"] if "top_k" in config and _is_neutral(config["top_k"], 0, none=False) else [])]
 
@@ -199,7 +186,7 @@ def _not_done(names: Sequence[str]) -> Finding:
         "generation-config",
         f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
         "Answers may differ from those of transformers; use --temperature and the other sampling options instead.",
-        f"Only {', '.join(_GIVEN)} and do_sample are read from it.",
+        f"Only {', '.join(_GIVEN)} and do_sample are read from it; the manifest has the tokens that end answers.",
     )
 
 

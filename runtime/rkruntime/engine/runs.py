@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
 from rkruntime.engine.connection import Connection
-from rkruntime.engine.generation import ArrayEvent, Request, Token
+from rkruntime.engine.generation import ArrayEvent, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import array_of, error_of, finished_of
 from rkruntime.engine.worker.encode import run_command
 from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
-from rkruntime.errors import ContextFullError, RKEdgeError, RunError, WorkerError, WorkerProtocolError
+from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerError, WorkerProtocolError
+from rkruntime.schema import Between, check_value
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
@@ -62,6 +63,7 @@ class Runs:
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
+        check_value("gather", Annotated[float, Between(0, 3600)], gather)
         self._connection.check()
         timeout = self._options.token_timeout
         with self._connection.explained():
@@ -82,8 +84,12 @@ class Runs:
                 records.close()
 
     def _start(self, requests: Sequence[Request], mode: str) -> None:
+        check_value("requests", Sequence[Request], requests)
+        if not requests:
+            raise UsageError("There is no request to run.")
         self.check_free()
         for request in requests:
+            check_limit(request.max_new_tokens)
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
         self._worker.drain_log()

@@ -15,7 +15,9 @@ from typing import Any, Final
 
 from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.errors import LibraryError
+from rkruntime.files import as_path
 from rkruntime.library.elf import ElfFile, read_elf
+from rkruntime.schema import check_value
 
 # Seen in 1.2.0, 1.2.1b1 and 1.3.1, as
 # `RKLLM SDK (version: 1.2.1b1 | target: Linux | build: 27637c95 2025-05-02 17:46:07)`.
@@ -178,7 +180,8 @@ def identify(path: str | os.PathLike[str], abi: str | None = None) -> Identity:
     Raises:
         LibraryError: It must not be called; message and hint say why.
     """
-    path = Path(path)
+    path = as_path("path", path)
+    check_value("abi", str | None, abi)
     identity = inspect_library(path, abi)
     if identity.release is None:
         raise LibraryError(

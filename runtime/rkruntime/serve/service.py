@@ -289,6 +289,8 @@ class Service:
 
     def _request(self, ask: Ask, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
         room = model.engine.info.max_context - RESERVED
+        if prompt.begun and len(prompt.tokens) > room:  # what was begun has come to the end of the context
+            return Request(prompt.tokens, 0, model.stop_tokens), ()
         if len(prompt.tokens) > room:
             raise ContextFullError(
                 f"The prompt has {len(prompt.tokens):,} tokens; the context has room for {room:,}.",

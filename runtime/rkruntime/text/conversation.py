@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.errors import InputError, OutputError, UsageError
-from rkruntime.files import atomic_file
+from rkruntime.files import as_path, atomic_file
+from rkruntime.schema import check_value
 from rkruntime.text.answer import Answer
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
@@ -30,6 +30,7 @@ class Conversation:
     """
 
     def __init__(self, prompts: Prompts, system: str = "", messages: Iterable[Message] = ()) -> None:
+        check_value("system", str, system)
         self._prompts = prompts
         self.system = system
         self.messages = list(messages)
@@ -45,6 +46,8 @@ class Conversation:
             ContextFullError: It does not fit.
             UsageError, BundleError: The template does not accept it.
         """
+        check_value("max_context", int, max_context)
+        check_value("drop", bool, drop)
         system = [Message("system", self.system)] if self.system else []
         return self._prompts.prompt([*system, *self.messages, Message("user", text)], max_context, drop=drop)
 
@@ -98,7 +101,7 @@ def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) ->
     Raises:
         OutputError, HostError: It cannot be written, or something else is there.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.exists():
         try:
             read_conversation(path)
@@ -107,12 +110,13 @@ def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) ->
                 f"{path} already exists and is not a saved conversation.", hint="Choose another file name."
             ) from error
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        # Half a surrogate pair, which JSON can say, is read again as it was.
+        partial.write_bytes(f"{json.dumps(data, ensure_ascii=False, indent=1)}\n".encode("utf-8", "surrogatepass"))
 
 
 def read_conversation(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `write_conversation` wrote. Raises InputError."""
-    path = Path(path)
+    path = as_path("path", path)
     try:
         if path.stat().st_size > _MAX_FILE:
             raise InputError(f"{path} is larger than {_MAX_FILE >> 20} MiB: no conversation is that long.")

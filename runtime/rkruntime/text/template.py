@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from rkruntime.errors import BundleError, UsageError
 from rkruntime.printable import one_line
+from rkruntime.schema import check_fields
 from rkruntime.text.tracked import CHANGED, OWN, UNKNOWN, Tracked
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class Message:
     role: str
     content: str
     tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class Template(Protocol):

@@ -117,6 +117,12 @@ def test_ctrl_c_before_the_first_token_leaves_no_turn(talk: Any) -> None:
     assert chat._conversation.messages == []
 
 
+def test_a_whole_answer_without_a_token_is_a_turn(talk: Any) -> None:
+    """As in the daemon: the model has said that it says nothing."""
+    chat, _, _ = talk(["hello", "again"], [107], "fine")
+    assert [item.content for item in chat._conversation.messages] == ["hello", "", "again", "fine"]
+
+
 def test_ctrl_c_at_the_prompt_explains_how_to_leave(talk: Any) -> None:
     _, _, shown = talk([KeyboardInterrupt(), "hello"], "hi there")
     assert "Ctrl-D or /exit leaves" in shown
@@ -185,3 +191,28 @@ def test_at_a_pipe_an_error_ends_the_chat(
     with pytest.raises(RunError, match="it broke"):
         Repl(LocalChat(fake_bundle, lambda: engine), Terminal()).run()
     assert len(engine.requests) == 1
+
+
+def test_at_a_pipe_ctrl_c_ends_the_chat(
+    fake_bundle: Bundle,
+    fake_engine: Any,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A cut answer must not look whole, nor must the next question be asked. The command line makes 130 of it."""
+    piped(monkeypatch, "hello\nagain\n")
+    engine = fake_engine([*tokenizer.encode("well begun"), ctrl_c], "not reached")
+    chat = LocalChat(fake_bundle, lambda: engine)
+    with pytest.raises(KeyboardInterrupt):
+        Repl(chat, Terminal()).run()
+    assert capsys.readouterr().out == "well begun\n"
+    assert len(engine.requests) == 1
+    assert [item.content for item in chat._conversation.messages] == ["hello", "well begun"]
+
+
+def test_at_a_pipe_ctrl_c_between_two_lines_ends_the_chat(fake_bundle: Bundle, fake_engine: Any) -> None:
+    terminal = Typed(iter([KeyboardInterrupt(), "hello"]))
+    terminal.interactive = False
+    with pytest.raises(KeyboardInterrupt):
+        Repl(LocalChat(fake_bundle, fake_engine), terminal).run()

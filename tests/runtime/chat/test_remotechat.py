@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rkruntime.chat.remotechat import RemoteChat
+from rkruntime.chat.remotechat import _SSH, RemoteChat
 from rkruntime.chat.repl import Note
 from rkruntime.errors import RKEdgeError, ServiceError
 
@@ -210,3 +215,75 @@ def test_random_nonsense(board: Callable[..., RemoteChat], answers: list[bytes],
         chat = board(*whole)
         list(chat.ask("?"))
         chat.stats()
+
+
+# A board whose first connection breaks off within an answer, and whose next ones take their time to greet.
+SLOW = """
+import json, os, sys, time
+folder, wait, greeting, *answers = sys.argv[1:]
+again = os.path.exists(folder + "/again")
+open(folder + "/again", "w").close()
+for line in sys.stdin:
+    operation = json.loads(line)["op"]
+    if operation == "stop":
+        print(json.dumps({"type": "end", "status": 499, "body": {}}), flush=True)
+    if again and operation == "hello":
+        open(folder + "/greeting", "w").close()
+        time.sleep(float(wait))
+    if operation == "ask":
+        number = json.loads(line)["body"]["id"]
+        open(folder + "/number", "w").write(number)
+        print(json.dumps({"type": "text", "text": "be"}), flush=True)
+        break
+    body = json.loads(greeting)
+    if operation == "read" and again:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "begun"}]
+        body = {**body, "messages": messages, "number": open(folder + "/number").read(), "broken": True}
+    print(json.dumps({"type": "end", "status": 200, "body": body}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("wait", "stops", "rest"), [(300, 2, None), (300, 1, None), (0.3, 1, "gun")])
+def test_a_stop_while_the_connection_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: float, stops: int, rest: str | None
+) -> None:
+    """An ssh that hangs is ended, at the second Ctrl-C at once; one that answers tells what the board has kept."""
+    (tmp_path / "board.py").write_text(SLOW)
+    words = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(tmp_path / "board.py"),
+        str(tmp_path),
+        str(wait),
+        json.dumps(STATUS | TALK),
+    ]
+    monkeypatch.setenv("RKEDGE_SSH", shlex.join(words))
+    monkeypatch.setattr("rkruntime.chat.remotechat._RETRY_S", (0.0,))
+    monkeypatch.setattr("rkruntime.chat.remotechat._PATIENCE_S", 1.0 if stops == 1 else 250.0)
+    chat = RemoteChat("board", remote="rkedge attach", session="s", system="", options={})
+
+    def stop() -> None:
+        while not (tmp_path / "greeting").exists():
+            time.sleep(0.01)
+        for _ in range(stops):
+            chat.stop()
+
+    person = threading.Thread(target=stop, daemon=True)
+    said = []
+    for piece in chat.ask("?"):
+        said.append(piece)
+        if isinstance(piece, Note) and person.ident is None:
+            person.start()
+    broken = Note("\nThe connection broke; making it again ...")
+    silent = Note("\nThe board does not say what it has kept of this answer.")
+    assert said == ["be", broken, rest or silent]
+    chat.close()
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no OpenSSH here")
+def test_an_ssh_that_connects_to_nothing_is_given_up() -> None:
+    """By itself ssh waits as long as TCP does, which is minutes."""
+    done = subprocess.run([*_SSH[:1], "-G", *_SSH[1:], "board"], capture_output=True, text=True, check=True)
+    facts = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert 0 < int(facts["connecttimeout"]) <= 30

@@ -90,6 +90,24 @@ def test_what_rkllm_cannot_do_is_named(fake_bundle: Bundle) -> None:
     assert default_sampling(changed) == Sampling()
 
 
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"eos_token_id": 1}, []),
+        ({"eos_token_id": [1, 107]}, []),
+        ({"eos_token_id": 106}, ["eos_token_id"]),
+        ({"eos_token_id": [1, 106]}, ["eos_token_id"]),
+        ({"eos_token_id": "x"}, ["eos_token_id"]),
+        ({"eos_token_id": [[]]}, ["eos_token_id"]),
+        ({"max_length": 8192}, ["max_length"]),
+        ({"max_length": None, "eos_token_id": None}, []),
+    ],
+)
+def test_what_ends_an_answer_in_transformers_alone_is_named(fake_bundle: Bundle, config: Any, named: list[str]) -> None:
+    """The fake bundle's answers end with tokens 1 and 107."""
+    assert ignored_settings(with_file(fake_bundle, "generation_config.json", json.dumps(config))) == named
+
+
 def test_transformers_own_defaults_are_not_named(fake_bundle: Bundle) -> None:
     from transformers import GenerationConfig
 

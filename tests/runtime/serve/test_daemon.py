@@ -203,6 +203,14 @@ def test_a_broken_answer_goes_on_where_it_was(slow: Any) -> None:
     assert slow.request("POST", "/sessions/r/resume", {"id": "q2"})[0] == 404
 
 
+def test_an_answer_broken_off_before_its_first_token_is_not_the_one_before(slow: Any) -> None:
+    slow.lines("/sessions/n/messages", {"content": FIRST, "id": "q1", "temperature": 0})
+    (path,) = (slow.state / "state").rglob("n.json")
+    data = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**{key: data[key] for key in data if key != "reason"}, "number": "q2"}))
+    assert slow.request("POST", "/sessions/n/resume", {"id": "q2"})[0] == 404
+
+
 def break_off(daemon: Any, name: str, **options: Any) -> Path:
     """The file of a session whose answer was broken off after its first text."""
     body = {"content": FIRST, "id": "q", "temperature": 0, **options}
@@ -259,6 +267,18 @@ def test_an_answer_that_goes_on_keeps_to_its_limits(start_daemon: Callable[..., 
         assert daemon.request("GET", "/sessions/a")[2]["messages"][1]["content"] == begun
         (daemon.state / "daemon.yaml").write_text("")
         reload(daemon)
+        daemon.request("DELETE", "/sessions/a")
+
+
+def test_an_answer_broken_off_at_the_end_of_the_context_is_at_its_end(start_daemon: Callable[..., Any]) -> None:
+    """The last tokens of the context are for answers, not for prompts; a resumed answer is the prompt of its run."""
+    daemon = start_daemon("max_context: 64", port=False, **SLOW)
+    first = daemon.lines("/sessions/b/messages", {"content": FIRST, "temperature": 0, "max_tokens": 1})[-1]
+    for room in range(6):
+        path = break_off(daemon, "a")
+        begun = json.loads(path.read_bytes())["broken"]["tokens"]
+        change_broken(path, tokens=(begun * 64)[: 64 - room - first["prompt_tokens"]])
+        assert daemon.lines("/sessions/a/resume", {"id": "q"})[-1]["type"] == "done"
         daemon.request("DELETE", "/sessions/a")
 
 

@@ -116,8 +116,9 @@ class _Turn:
         self.made_by = fingerprint
         conversation = Conversation(model.prompts)
         conversation.restore(self.data if self.begun else _with_broken(self.data))
-        room = model.engine.info.max_context - len(self.begun)
-        tokens, self.dropped = conversation.prompt(self.question, room, drop=self.drop)
+        # As the question's own run made it: a resumed answer has no more and no fewer turns before it.
+        context = model.engine.info.max_context
+        tokens, self.dropped = conversation.prompt(self.question, context, drop=self.drop)
         self.conversation = conversation
         return Prompt([*tokens, *self.begun], self.begun, dropping_notes(self.dropped))
 
