@@ -355,6 +355,6 @@ def test_what_fits_no_board_is_not_offered_to_be_forced() -> None:
 
 @pytest.mark.parametrize("soc", ["rk3562", "rv1126b", "RK3588", ""])
 def test_other_socs_are_refused_by_name(soc: str) -> None:
-    with pytest.raises(UsageError, match=f"for '{soc}'") as caught:
+    with pytest.raises(UsageError, match=f"does not support '{soc}'") as caught:
         dtypes.accepted(soc, "1.3.0")
     assert caught.value.hint == "It supports rk3588, rk3576."

@@ -275,8 +275,8 @@ def test_a_stop_while_the_connection_is_made_again(
         said.append(piece)
         if isinstance(piece, Note) and person.ident is None:
             person.start()
-    broken = Note("\nThe connection broke; making it again ...")
-    silent = Note("\nThe board does not say what it has kept of this answer.")
+    broken = Note("\nThe connection broke; reconnecting ...")
+    silent = Note("\nThe board did not report what it has kept of this answer.")
     assert said == ["be", broken, rest or silent]
     chat.close()
 
