@@ -147,6 +147,7 @@ def write_gguf(path: Path) -> None:
     writer.add_final_logit_softcapping(30.0)
     writer.add_sliding_window(4096)
     writer.add_tokenizer_model("llama")
+    writer.add_add_space_prefix(False)
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"{i:08x}".encode() for i in range(VOCAB)])
     writer.add_token_scores([-float(i) for i in range(VOCAB)])

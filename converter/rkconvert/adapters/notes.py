@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from rkconvert.adapters.base_names import is_other_base
 from rkconvert.adapters.reader import Adapter
+from rkconvert.model.added_tokens import added_tokens
 from rkconvert.model.chat_template import find_template
 from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
@@ -78,7 +79,7 @@ def _tokens(path: Place, kind: type[InputError]) -> dict[str, Any]:
     """The parts of tokenizer.json that determine its results, in a common form; empty for parts of unknown form."""
     content = read_json(path, kind, limit=MAX_TOKENIZER)
     model = _if_a(dict, content.get("model"))
-    added = [token for token in _if_a(list, content.get("added_tokens")) if isinstance(token, dict)]
+    added = [token for token in _if_a(list, added_tokens(content, path, kind)) if isinstance(token, dict)]
     merges = _if_a(list, model.get("merges"))
     return {
         "vocab": _if_a(dict, model.get("vocab")),

@@ -16,6 +16,7 @@ from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_da
 from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, missing_packages
 from rkconvert.commands.options import lora_option, max_context_option
 from rkconvert.model.chat_template import ChatTemplate, read_template
+from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.output.host_memory import read_memory
 from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
@@ -120,8 +121,8 @@ def run(
         return
     refuse_existing(output)
     chats = _collect(texts, chat_files, with_default, system, limit)
-    # It is in a folder: this command does not take GGUF files.
-    tokenizer = Tokenizer.load(Path(str(model.tokenizer_folder / TOKENIZER)))
+    file = model.tokenizer_folder / TOKENIZER
+    tokenizer = Tokenizer.parse(tokenizer_bytes(file), file)
     with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, reason):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)

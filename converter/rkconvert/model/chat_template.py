@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings
 from rkconvert.model.rendering import rendered, try_out
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.inputs import templates
@@ -62,7 +63,7 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
     if found is None and base is not None and (found := find_template(base)) is not None:
         notes.append("the adapter's folder has a tokenizer but no chat template: the base model's is used")
     source = GEMMA if found is None else found
-    tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder, config)}
+    tokens = {**_undeclared(config), "bos_token": bos_token, **_special_tokens(folder)}
     user = {"role": "user", "content": _USER}
     systems = ([{"role": "system", "content": content}, user] for content in _SYSTEMS)
     text, one, other = rendered(source, [[user], *systems], tokens)
@@ -81,21 +82,13 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
 
 
 def _config(folder: Place) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
+    file = folder / CONFIG
     return read_json(file, CheckpointError) if file.is_file() else {}
 
 
-def _special_tokens(folder: Place, config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name, from tokenizer_config.json; special_tokens_map.json overrides older ones, as in
-    transformers.
-    """
-    file = folder / "special_tokens_map.json"
-    old = "added_tokens_decoder" not in config and file.is_file()
-    given = {**config, **(read_json(file, CheckpointError) if old else {})}
-    more = config.get("extra_special_tokens")
-    given.update(more if isinstance(more, dict) else {})
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in given.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+def _special_tokens(folder: Place) -> dict[str, str]:
+    """Special tokens by name."""
+    return {name: str(text_of(token)) for name, token in named_tokens(tokenizer_settings(folder)).items()}
 
 
 def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from rkconvert.model.added_tokens import added_tokens
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TOKENIZER
@@ -100,7 +101,7 @@ def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
     """
     content = _read(path)
     try:
-        return _parse(content, vocab_size)
+        return _parse({**content, "added_tokens": added_tokens(content, path)}, vocab_size)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -117,15 +118,17 @@ def _read(path: Place) -> dict[str, Any]:
 
 
 def tokenizer_bytes(path: Place) -> bytes:
-    """Return tokenizer.json for a bundle: without the truncation and padding that trainers leave in it.
+    """Return tokenizer.json for a bundle: with the added tokens that only the files next to it name, and without the
+    truncation and padding that trainers leave in it.
 
     Raises:
-        CheckpointError: There is no such file, or it is not JSON.
+        CheckpointError: There is no such file, it is not JSON, or the files contradict each other.
     """
     content = _read(path)
-    if content.get("truncation") is None and content.get("padding") is None:
+    whole = {**content, "truncation": None, "padding": None, "added_tokens": added_tokens(content, path)}
+    if all(content.get(key) == value for key, value in whole.items()):
         return path.read_bytes()
-    return json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False).encode()
+    return json.dumps(whole, ensure_ascii=False).encode()
 
 
 def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:

@@ -20,6 +20,15 @@ _ADDED: Final = (2, 3, 4, 5)
 _SPACE: Final = "▁"
 # Gemma's longest has 31 characters; every way to build a token from two others is tried.
 _MAX_TOKEN: Final = 1024
+# Gemma's tokens have 2 million characters in all, and some 580,000 merges.
+_MAX_TEXT: Final = 1 << 24
+_MAX_MERGES: Final = 1 << 21
+# Characters in all merges, each of which has those of its token.
+_MAX_MERGED: Final = 1 << 26
+# Settings of llama.cpp's tokenizer that change its tokens, and their values in files without them
+# (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp). Gemma's have no space in front, and no <eos>
+# at the end; <bos> is put in front of every prompt.
+_DEFAULTS: Final = {"add_space_prefix": True, "add_eos_token": False, "remove_extra_whitespaces": False}
 
 
 def tokenizer_json(file: GgufFile) -> dict[str, Any]:
@@ -34,8 +43,16 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{file.path} has a duplicate token.")
-    if (longest := max(map(len, tokens))) > _MAX_TOKEN:
+    if (longest := max(map(len, tokens), default=0)) > _MAX_TOKEN:
         raise CheckpointError(f"{file.path} has a token of {longest:,} characters.")
+    if (all_ := sum(map(len, tokens))) > _MAX_TEXT:
+        raise CheckpointError(f"{file.path} has tokens of {all_:,} characters; at most {_MAX_TEXT:,} are allowed.")
+    for key, default in _DEFAULTS.items():
+        if (value := data.get(f"tokenizer.ggml.{key}", default)) is not False:
+            raise CheckpointError(
+                f"{file.path} has tokenizer.ggml.{key} {str(value)[:80]}; Gemma's tokenizer has it False.",
+                hint="Convert the original checkpoint, or make the GGUF file anew with a current llama.cpp.",
+            )
     unknown, bos = (_special(file, tokens, *item) for item in (("unknown", 3), ("bos", 2)))
     return {
         "version": "1.0",
@@ -76,8 +93,13 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
 def merges(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Every pair of pieces that forms a piece, best score first."""
+    """Every pair of pieces that forms a piece, best score first.
+
+    Raises:
+        CheckpointError: There are far more than in Gemma's.
+    """
     found: list[tuple[float, int, int, str, str]] = []
+    characters = 0
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
         # User-defined tokens are found in the text as it is, which has spaces. One with word marks (Gemma's runs of
         # spaces, in files that keep the marks) is formed by merges, as in llama.cpp.
@@ -86,6 +108,9 @@ def merges(
         pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
         ways = [(left, right) for left, right in pairs if left in vocab and right in vocab]
         ways.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        characters += len(token) * len(ways)
+        if len(found) + len(ways) > _MAX_MERGES or characters > _MAX_MERGED:
+            raise CheckpointError("The GGUF file's tokens can be built from each other in far more ways than Gemma's.")
         found += [(score, len(left), len(right), left, right) for left, right in ways]
     found.sort(key=lambda item: item[:3], reverse=True)
     return [(left, right) for _, _, _, left, right in found]

@@ -1,19 +1,15 @@
 """Read older .bin files (torch.save) without torch, and without running any code in their pickle.
 
 Since torch 1.6 such a file is a ZIP archive of uncompressed entries: `data.pkl` describes the tensors, `data/N` has the
-bytes of storage N (torch/serialization.py). The unpickler here accepts only the few names with which torch describes
-tensors; it refuses every other name before anything is called.
+bytes of storage N, and `byteorder` their order (torch/serialization.py).
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import threading
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -21,6 +17,7 @@ import numpy as np
 
 from rkconvert.tensors.formats import STORAGE
 from rkconvert.tensors.shards import Entry, RowReader, refuse_lfs_pointer
+from rkconvert.tensors.torch_pickle import MAX_PICKLE, Tensor, unpickle
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
 from rkruntime.files import read_error
@@ -28,83 +25,25 @@ from rkruntime.files import read_error
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_STORAGES: Final = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
-_MAX_PICKLE: Final = 64 << 20
 _LOCAL_HEADER: Final = 30
+# Bytes of `byteorder`, which is "little" or "big".
+_MAX_ORDER: Final = 16
 # A tensor that is not row-major is read whole; a hostile one could claim any amount of memory.
 _MAX_STRIDED: Final = 1 << 30
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """A persistent id: a block of memory in the archive."""
-
-    dtype: str
-    key: str
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _span(tensor: _Tensor) -> int:
+def _span(tensor: Tensor) -> int:
     """Number of elements from the first to the last that the tensor uses in its storage."""
     if not math.prod(tensor.shape):
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
 
 
-def _is_dense(tensor: _Tensor) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
     """Whether it is contiguous and row-major."""
     dense = [math.prod(tensor.shape[at + 1 :]) for at in range(len(tensor.shape))]
     steps = zip(tensor.stride, dense, tensor.shape, strict=True)
     return all(step == plain for step, plain, size in steps if size > 1)
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> _Tensor:
-    return _Tensor(storage, int(offset), tuple(int(size) for size in shape), tuple(int(step) for step in stride))
-
-
-def _rebuild_parameter(data: Any, *_rest: Any) -> Any:
-    return data
-
-
-class _Unpickler(pickle.Unpickler):
-    """Accepts torch's names for tensors, and no others."""
-
-    _NAMES: Final = {
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        ("collections", "OrderedDict"): OrderedDict,
-        **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._NAMES[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need") from None
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _device, _count = pid
-        if kind != "storage" or dtype not in STORAGE or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it asks for the storage {str(pid)[:80]}")
-        return _Storage(dtype, key)
 
 
 class TorchFile:
@@ -118,7 +57,7 @@ class TorchFile:
         self.path = path
         self._kind = kind
         self._file = RowReader(path, kind)
-        self._strided: dict[str, _Tensor] = {}
+        self._strided: dict[str, Tensor] = {}
         self._lock = threading.Lock()
         # The one read last, by name: it is requested block by block.
         self._rearranged: tuple[str, NDArray[Any]] = ("", np.empty(0))
@@ -137,9 +76,16 @@ class TorchFile:
     def _read_archive(self, file: BinaryIO) -> dict[str, Entry]:
         archive = zipfile.ZipFile(file)
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if "data.pkl" not in members or members["data.pkl"].file_size > _MAX_PICKLE:
-            raise self._kind(f"{self.path} is a ZIP archive without a data.pkl of reasonable size.")
-        found = self._unpickle(archive, members["data.pkl"])
+        member = members.get("data.pkl")
+        if member is None or member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_PICKLE:
+            raise self._kind(f"{self.path} is a ZIP archive without an uncompressed data.pkl of reasonable size.")
+        order = members.get("byteorder")
+        if order is not None and (order.file_size > _MAX_ORDER or archive.read(order).strip() != b"little"):
+            raise self._kind(
+                f"{self.path} does not contain little-endian numbers.",
+                hint="Save it again on a little-endian computer, or as safetensors.",
+            )
+        found = self._unpickle(archive, member)
         for name, value in found.items():
             # As in bitsandbytes until April 2024, when it became a number (its pull request 1164).
             if name.endswith(".weight_format") and isinstance(value, str) and value != "row":
@@ -148,13 +94,12 @@ class TorchFile:
                     hint="Start from the original 16-bit checkpoint.",
                 )
         return {
-            name: self._entry(file, name, value, members) for name, value in found.items() if isinstance(value, _Tensor)
+            name: self._entry(file, name, value, members) for name, value in found.items() if isinstance(value, Tensor)
         }
 
     def _unpickle(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str, Any]:
         try:
-            with archive.open(member) as stream:
-                found = _Unpickler(stream).load()
+            found = unpickle(archive.read(member))
         except zipfile.BadZipFile:
             raise
         except Exception as error:  # A damaged pickle can fail with any exception.
@@ -164,7 +109,7 @@ class TorchFile:
             raise self._kind(f"{self.path} contains a {type(found).__name__}, not a table of tensors.")
         return found
 
-    def _entry(self, file: BinaryIO, name: str, tensor: _Tensor, members: Mapping[str, zipfile.ZipInfo]) -> Entry:
+    def _entry(self, file: BinaryIO, name: str, tensor: Tensor, members: Mapping[str, zipfile.ZipInfo]) -> Entry:
         info = TensorInfo(tensor.storage.dtype, tensor.shape)
         width = STORAGE[info.dtype].itemsize
         if min((*tensor.shape, *tensor.stride, tensor.offset)) < 0 or len(tensor.stride) != len(tensor.shape):
@@ -201,7 +146,7 @@ class TorchFile:
                 self._rearranged = name, self._rearrange(self._strided[name], entry)
             return self._rearranged[1][first : first + count]
 
-    def _rearrange(self, tensor: _Tensor, entry: Entry) -> NDArray[Any]:
+    def _rearrange(self, tensor: Tensor, entry: Entry) -> NDArray[Any]:
         span = _span(tensor)
         memory = self._file.rows(Entry(TensorInfo(entry.info.dtype, (span,)), entry.offset), 0, span)
         steps = [step * memory.itemsize for step in tensor.stride]

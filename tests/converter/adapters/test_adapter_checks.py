@@ -247,6 +247,8 @@ def test_whose_tokenizer_is_used(make_model, make_adapter, tokenizer, edit_json,
     (adapter / "special_tokens_map.json").unlink(missing_ok=True)
     (base / "special_tokens_map.json").write_text('{"pad_token": "<base>"}')
     content = json.loads((adapter / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["<mine>"] = vocab.pop(content["added_tokens"][-1]["content"])
     content["added_tokens"][-1]["content"] = "<mine>"
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     notes = merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes
