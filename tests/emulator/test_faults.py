@@ -74,7 +74,7 @@ EXPECTED = {
 CLIENT = """
 import ctypes, sys
 from pathlib import Path
-from rkruntime.library.binding import Library, Model
+from rkruntime.library.binding import Library, LoadedModel
 from rkruntime.errors import LoadError, RunError
 library, model, seen = Library(Path(sys.argv[1]), "1.2.3"), sys.argv[2], open(sys.argv[3], "w", buffering=1)
 params = {"model_path": model, "max_context_len": 64, "max_new_tokens": 3, "top_k": 1}
@@ -90,7 +90,7 @@ def on_result(results, state):
 models = []
 for _ in range(int(sys.argv[4])):
     try:
-        models.append(Model(library, params, on_result))
+        models.append(LoadedModel(library, params, on_result))
         print("rkllm init success", flush=True)
         print("init 0", file=seen)
     except LoadError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,9 +95,16 @@ def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
 
     It holds the states of weight files, the hashes of small files, every option, and library versions.
     """
-    makers = {name: version(name) for name in ("rkedge", "numpy")}
+    makers = {name: _installed(name) for name in ("rkedge", "numpy", "gguf")}
     files = [item.identity() for item in inputs]
     return json.dumps({"format": KEY_FORMAT, "makers": makers, "files": files, **options}, sort_keys=True, default=str)
+
+
+def _installed(package: str) -> str:
+    """The package's version; empty if it is not installed."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return ""
 
 
 def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:

@@ -173,9 +173,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a matrix of another shape": (
         lambda f: tensors(f, lambda t: t.update({QUERY: t[QUERY][:32].contiguous()})),
-        r"has the shape \[32, 64\]; config\.json asks for \[64, 64\]",
+        r"has the shape \[32, 64\]; config\.json requires \[64, 64\]",
     ),
-    "integers without scales": (lambda f: tensors(f, lambda t: t.update({QUERY: t[QUERY].int()})), "holds I32 numbers"),
+    "integers without scales": (
+        lambda f: tensors(f, lambda t: t.update({QUERY: t[QUERY].int()})),
+        "contains I32 numbers",
+    ),
     "NaN": (lambda f: tensors(f, put(float("nan"))), "has NaN or infinite weights"),
     "infinity": (lambda f: tensors(f, put(float("-inf"))), "has NaN or infinite weights"),
     "an index that lost a shard": (
@@ -211,7 +214,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tokenizer of a larger model": (
         lambda f: tokenizer(f, lambda t: t["model"]["vocab"].update(more=5000)),
-        "the token 'more' has the id 5000; the model has 1024 tokens",
+        "the token 'more' has the id 5000, but the model has 1024 tokens",
     ),
     "a tokenizer without bytes": (
         lambda f: tokenizer(f, lambda t: t["model"]["vocab"].pop("<0x41>")),
@@ -241,11 +244,11 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no weights"),
     "weights cut": (lambda f: cut(f / "adapter_model.safetensors", 0.5), "is cut: the tensor"),
     "another method": (lambda f: settings(f, peft_type="IA3"), "of peft's type 'IA3'"),
-    "PiSSA": (lambda f: settings(f, init_lora_weights="pissa_niter_4"), "began as PiSSA"),
-    "LoftQ": (lambda f: settings(f, init_lora_weights="loftq"), "began as LoftQ"),
+    "PiSSA": (lambda f: settings(f, init_lora_weights="pissa_niter_4"), "initialized as PiSSA"),
+    "LoftQ": (lambda f: settings(f, init_lora_weights="loftq"), "initialized as LoftQ"),
     "an unknown beginning": (lambda f: settings(f, init_lora_weights="magic"), "init_lora_weights is 'magic'"),
-    "aLoRA": (lambda f: settings(f, alora_invocation_tokens=[1]), "It has aLoRA"),
-    "repeated layers": (lambda f: settings(f, layer_replication=[[0, 2]]), "It has repeated layers"),
+    "aLoRA": (lambda f: settings(f, alora_invocation_tokens=[1]), "it uses aLoRA"),
+    "repeated layers": (lambda f: settings(f, layer_replication=[[0, 2]]), "it uses repeated layers"),
     "another rank than it says": (lambda f: settings(f, r=16), "have rank 4 and 4, but its settings say 16"),
     "a rank of nothing": (lambda f: settings(f, r=0), "r of .* is 0; it must be a positive number"),
     "unknown modules": (

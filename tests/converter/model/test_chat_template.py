@@ -76,7 +76,7 @@ def test_all_parts_agree(folder: Path, tmp_path: Path, name: str) -> None:
 
 def test_a_missing_bos_is_said(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(NATIVE["chatml"])
-    assert "begins without <bos>" in read_template(folder, "<bos>").notes[0]
+    assert "does not start with <bos>" in read_template(folder, "<bos>").notes[0]
     (folder / "chat_template.jinja").write_text(NATIVE["vicuna"])
     assert read_template(folder, "<bos>").notes == ()
 
@@ -180,7 +180,7 @@ def test_truncation_and_padding_are_left_out(folder: Path, tmp_path: Path) -> No
 )
 def test_what_cannot_be_followed_is_refused_before_work(folder: Path, source: str) -> None:
     (folder / "chat_template.jinja").write_text(source)
-    with pytest.raises(CheckpointError, match=r"followed|rendered|failed") as caught:
+    with pytest.raises(CheckpointError, match=r"tracked|rendered|failed") as caught:
         read_template(folder, "<bos>")
     assert "Download the checkpoint again" not in caught.value.hint
 
@@ -246,7 +246,7 @@ def test_a_control_token_that_takes_white_space_along_is_refused(folder: Path) -
     next(token for token in content["added_tokens"] if token["content"] == "<end_of_turn>")["rstrip"] = True
     file.write_text(json.dumps(content))
     (folder / "chat_template.jinja").write_text(NATIVE["gemma with system"])
-    with pytest.raises(CheckpointError, match="<end_of_turn>, and tokenizer"):
+    with pytest.raises(CheckpointError, match="<end_of_turn>, for which tokenizer"):
         read_template(folder, "<bos>")
 
 

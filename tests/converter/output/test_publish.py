@@ -198,7 +198,7 @@ def test_a_token_that_is_no_longer_valid(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("private", "public", "words"), [(False, False, "is public; private"), (True, True, "is private; public")]
+    ("private", "public", "words"), [(False, False, "is public, but private"), (True, True, "is private, but public")]
 )
 def test_an_existing_repository_of_the_other_kind(hub, private, public, words):
     hub.repos["me/gemma-demo"] = {"private": private, "files": {}}
@@ -343,7 +343,7 @@ def test_the_bundle_stays_when_the_upload_fails(hub, tmp_path, capsys):
 
 def test_public_without_an_upload(tmp_path, capsys):
     assert cli.main(["convert", str(demo.checkpoint()), "--public", "-o", str(tmp_path / "bundle")]) == 2
-    assert "Say --push-to-hub" in capsys.readouterr().err
+    assert "Add --push-to-hub" in capsys.readouterr().err
 
 
 def test_a_matrix_gives_each_bundle_a_repository(hub, tmp_path, capsys):

@@ -125,7 +125,7 @@ def test_what_another_user_left_is_not_taken_up(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     own = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: own + 1)
-    with pytest.raises(OutputError, match="of another user"), work_folder.work_folder(tmp_path / "out", "job"):
+    with pytest.raises(OutputError, match="owned by another user"), work_folder.work_folder(tmp_path / "out", "job"):
         pass
     monkeypatch.undo()
     # A folder that others could write to may hold anything.
@@ -214,7 +214,7 @@ def test_scratch_of_killed_runs_goes(tmp_path, monkeypatch):
 
 def test_too_little_room_names_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(50_000_000))
-    with pytest.raises(HostError, match=r"needs 1\.3 MB, and 64 MiB more for its .*; .* has 50\.0 MB free"):
+    with pytest.raises(HostError, match=r"needs 1\.3 MB, and 64 MiB more for its .*, but .* has 50\.0 MB free"):
         disk.require_space(tmp_path / "out", 1_300_000)
     with pytest.raises(HostError, match=r"needs 2\.50 GB, and 64 MiB more"):
         disk.require_space(tmp_path / "out", 2_500_000_000)

@@ -265,7 +265,7 @@ def test_what_the_hub_refuses(hub, failure, kind, hint):
 
 def test_a_quantized_checkpoint_is_noted(model):
     plan = as_json(model(quantization_config={"quant_method": "bitsandbytes"}))
-    assert any("quantized already (bitsandbytes)" in note for note in plan["notes"])
+    assert any("already quantized (bitsandbytes)" in note for note in plan["notes"])
 
 
 def test_a_checkpoint_that_convert_refuses_is_said(model):

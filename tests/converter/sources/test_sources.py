@@ -885,7 +885,7 @@ def test_a_source_that_changes_while_it_is_read(
     assert main([command, str(base), "--lora", str(lora), "-o", str(tmp_path / "out" / "made"), "-q"]) == 3
     said = capsys.readouterr().err
     # Which of the three depends on the moment.
-    others = {"cut": "became shorter", "gone": f"{path.resolve()} cannot be read"}
+    others = {"cut": "was truncated while it was read", "gone": f"{path.resolve()} cannot be read"}
     assert f"{path.resolve()} changed while it was read" in said or others.get(change, " changed ") in said
     assert list((tmp_path / "out").iterdir()) == []
 

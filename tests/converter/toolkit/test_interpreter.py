@@ -91,7 +91,7 @@ def test_a_package_of_a_release_that_is_not_used(environments: Environments, tmp
     (packages / "standin.pth").unlink()
     (packages / "rkllm_toolkit-1.0.1.dist-info").mkdir()
     (packages / "rkllm_toolkit-1.0.1.dist-info" / "METADATA").write_text("Name: rkllm-toolkit\nVersion: 1.0.1\n")
-    with pytest.raises(HostError, match=r"1\.0\.1 is not used"):
+    with pytest.raises(HostError, match=r"1\.0\.1 is not supported"):
         find_toolkit(copy)
 
 

@@ -176,7 +176,7 @@ def test_local_versions_are_the_release(version: str) -> None:
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        ("1.0.1", "not used"),
+        ("1.0.1", "not supported"),
         ("1.4.0", "newer than any"),
         ("2.0", "newer"),
         ("", "not a release"),

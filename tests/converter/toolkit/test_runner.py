@@ -76,7 +76,7 @@ def nothing_left(job: ToolkitJob) -> bool:
 
 FAULTS = [
     ("build:killed", HostError, "killed by the kernel", "convert-out-of-memory"),
-    ("load:segfault", ToolkitError, "broke off with signal 11", None),
+    ("load:segfault", ToolkitError, "exited with signal 11", None),
     ("build:exit", ToolkitError, r"exit\(3\)", None),
     ("build:raise", CheckpointError, "RuntimeError", "convert-checkpoint-unusable"),
     ("load:return", ToolkitError, "load_huggingface returned -1", None),
@@ -84,7 +84,7 @@ FAULTS = [
     ("export:return", ToolkitError, "export_rkllm returned -1", None),
     ("export:none", ToolkitError, "returned 'no code'", None),
     ("write:nothing", ToolkitError, "wrote no .rkllm file", None),
-    ("write:magic", ToolkitError, "not whole: .* GGUF", None),
+    ("write:magic", ToolkitError, "incomplete: .* GGUF", None),
     ("write:short", ToolkitError, "the weights alone take 4,000", None),
     ("build:chinese", RefusedError, "目标平台不支持", "convert-dtype-unsupported"),
     ("build:cuda-memory", HostError, "CUDA out of memory", "convert-out-of-memory"),

@@ -165,7 +165,7 @@ def test_files_that_are_no_wheel(tmp_path: Path, wheel: Callable[..., Path]) -> 
 @pytest.mark.parametrize(
     ("version", "python", "error", "words"),
     [
-        ("1.0.1", "38", HostError, "is not used"),
+        ("1.0.1", "38", HostError, "is not supported"),
         ("1.4.0", "312", HostError, "newer than any"),
         ("1.2.3", "38", InputError, "for Python 3.8"),
         ("1.3.0", "39", InputError, "for Python 3.9"),
