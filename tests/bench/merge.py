@@ -19,26 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
+from rkconvert.model.families import gemma2
 from rkconvert.model.gemma import parse_config
 from rkconvert.output.hf_folder import plan_shards
 from rkconvert.tensors.weights import TensorInfo
 
-CONFIG = {
+CONFIG = gemma2.FAMILY.defaults | {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
     "dtype": "bfloat16",
     "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "rope_theta": 10000.0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
     "pad_token_id": 0,
 }
 RANK = 16

@@ -92,7 +92,7 @@ def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.
         try:
             with stop.ending(end):
                 out, err = process.communicate()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: in a session of its own, the compiler would go on.
             end()
             raise
     stop.check()

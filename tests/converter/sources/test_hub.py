@@ -1,0 +1,121 @@
+"""Models and adapters of the hub, from a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from tests.converter.sources.other_formats import everything, state_of
+
+from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.sources.open import open_source
+from rkruntime.errors import CheckpointError, HostError
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, which answers every request as it is told to."""
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers, body = answers.get(self.path.split("?")[0], (404, {"X-Error-Code": "RepoNotFound"}, b"{}"))
+            self.send_response(status)
+            for key, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for module in ("constants", "file_download", "hf_api", "_snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.ENDPOINT", address, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address, raising=False)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield answers
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def serve(answers, folder, model):
+    files = [file.name for file in folder.iterdir()]
+    listing = json.dumps({"id": model, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}).encode()
+    for revision in ("main", COMMIT):
+        answers[f"/api/models/{model}/revision/{revision}"] = (200, {"Content-Type": "application/json"}, listing)
+    tree = [{"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": name} for name in files]
+    answers[f"/api/models/{model}/tree/{COMMIT}"] = (
+        200,
+        {"Content-Type": "application/json"},
+        json.dumps(tree).encode(),
+    )
+    for name in files:
+        data = (folder / name).read_bytes()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}
+        for revision in ("main", COMMIT):
+            answers[f"/{model}/resolve/{revision}/{name}"] = (200, headers, data)
+
+
+def test_a_hub_model_is_downloaded_and_its_commit_kept(hub, make_model, bits):
+    base = make_model()
+    (base / "model.gguf").write_bytes(b"not needed")
+    serve(hub, base, "someone/tiny-gemma")
+    checkpoint = open_source("someone/tiny-gemma")
+    assert (checkpoint.name, checkpoint.revision) == ("someone/tiny-gemma", COMMIT)
+    assert not (checkpoint.path / "model.gguf").exists()
+    state = state_of(base)
+    for name, values in everything(checkpoint).items():
+        np.testing.assert_array_equal(values, bits(state[name]))
+
+
+def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, assert_merged):
+    base = make_model()
+    adapter = make_adapter(base)
+    serve(hub, adapter, "someone/pirate")
+    model = merged_model(open_checkpoint(base), [Lora("someone/pirate", 0.5)])
+    assert [(item.name, item.revision) for item in model.adapters] == [("someone/pirate", COMMIT)]
+    theirs = peft_merge(base, {adapter: 0.5})
+    for name, info in model.weights.tensors.items():
+        assert_merged(name, model.weights.read(name, 0, info.shape[0]), theirs[name])
+
+
+def test_hub_answers(hub):
+    model = "google/gemma-2-2b-it"
+    hub[f"/api/models/{model}/revision/main"] = (403, {"X-Error-Code": "GatedRepo"}, b"{}")
+    with pytest.raises(CheckpointError, match="gated") as error:
+        open_source(model)
+    assert f"https://huggingface.co/{model}" in error.value.hint
+    hub["/api/models/a/b/revision/v9"] = (404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
+    with pytest.raises(CheckpointError, match="no model a/b at v9"):
+        open_source("a/b", "v9")
+    with pytest.raises(CheckpointError, match="no model no/such, or you do not have access"):
+        open_source("no/such")
+
+
+def test_offline(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HostError, match="cannot be fetched from the hub"):
+        open_source("google/gemma-2-2b-it")
+
+
+def test_a_folder_has_no_revision(make_model):
+    with pytest.raises(CheckpointError, match="not a hub model"):
+        open_source(str(make_model()), "main")
