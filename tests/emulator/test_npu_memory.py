@@ -242,18 +242,15 @@ def test_a_model_of_sizes_only_cannot_run(load: Any, shaped: Any, capfd: Any) ->
 
 def test_other_processes_count_until_they_are_gone(library: Any, load: Any, shaped: Any) -> None:
     code = (
-        "import importlib.util, sys; from pathlib import Path\n"
-        "spec = importlib.util.spec_from_file_location('conftest', sys.argv[1])\n"
-        "module = importlib.util.module_from_spec(spec); sys.modules['conftest'] = module\n"
-        "spec.loader.exec_module(module)\n"
-        "client = module.Client(Path(sys.argv[2]), Path(sys.argv[3]), '1.2.3')\n"
+        "import sys; from pathlib import Path; from tests.emulator.client import Client\n"
+        "client = Client(Path(sys.argv[1]), Path(sys.argv[2]), '1.2.3')\n"
         "print(client.status, flush=True); sys.stdin.read()\n"
     )
     model = shaped("qwen3-4b")
-    arguments = [Path(__file__).parent / "conftest.py", library("1.2.3"), model]
+    arguments = [library("1.2.3"), model]
     other = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env=dict(os.environ),
+        stderr=subprocess.DEVNULL, text=True, env=dict(os.environ), cwd=Path(__file__).parents[2],
     )  # fmt: skip
     try:
         assert other.stdout is not None
