@@ -56,9 +56,11 @@ def test_a_build_is_kept_until_something_changes(quick: Path) -> None:
 
 
 def test_builds_at_the_same_time(quick: Path) -> None:
+    compiled: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        built = set(pool.map(lambda _: emulator.build("1.2.3"), range(8)))
+        built = set(pool.map(lambda _: emulator.build("1.2.3", progress=compiled.append), range(8)))
     assert len(built) == 1
+    assert len(compiled) == 3
     library = built.pop()
     assert [path.name for path in library.parent.iterdir() if path.name.startswith(".")] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -10,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -97,6 +99,15 @@ def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.
             raise
     stop.check()
     return subprocess.CompletedProcess(plain, process.returncode, out, err)
+
+
+def _lock(folder: int) -> bool:
+    """Lock an open folder; False if another process has it. Without locks, builds only do the same work twice."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 def host_arch() -> str:
@@ -216,10 +227,29 @@ class _Build:
             },
         )
 
+    @contextmanager
+    def _alone(self, stop: Stop | None) -> Iterator[None]:
+        """Wait while another process builds into the folder: what it compiles is then found and not compiled twice."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            while not _lock(folder):
+                if stop is not None:
+                    stop.check()
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(folder)
+
     def run(self, progress: Progress | None, stop: Stop | None) -> Path:
         if self.library.is_file():
             return self.library
         self.library.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone(stop):
+            if not self.library.is_file():
+                self._build(progress, stop)
+        return self.library
+
+    def _build(self, progress: Progress | None, stop: Stop | None) -> None:
         made = {
             self.library.parent / abi_header.HEADER: abi_header.header(self.release),
             **{self.folder / name: text for name, text in faults.sources().items()},
@@ -243,7 +273,6 @@ class _Build:
             list(pool.map(compile_one, missing))
         exports = f"-Wl,--version-script={self.sources / EXPORTS}"
         self._make(self.library, [*self.link_flags, exports, *(target for _, target, _ in objects)], stop)
-        return self.library
 
 
 def build(
