@@ -38,7 +38,7 @@ enum class Act {
   hang,     // the call never returns
   sleep,    // the call takes VALUE ms longer
   stall,    // the call waits as long as the driver does for a job, and fails; so do all later runs
-  skip,     // what it stands before is left out: a load that returns 0 all the same, a file
+  skip,     // what it stands before is left out: a load that still returns 0, a file
   leak,     // VALUE MiB are kept until the handle is destroyed
   noise,    // its lines go to stdout
   rubbish,  // every token is "!"; its lines are said for each

@@ -257,7 +257,7 @@ void File::read(const uint8_t* data, size_t size) {
   for (auto left = field<uint32_t>(data, 52); left; --left) {
     std::string key = metadata.text(metadata.take<uint16_t>());
     if (!metadata_.emplace(std::move(key), read_value(metadata)).second) {
-      throw damaged("a key stands twice");
+      throw damaged("a key occurs twice");
     }
   }
   Cursor directory(sections + metadata_size, static_cast<size_t>(directory_size), "directory");
@@ -276,7 +276,7 @@ void File::read(const uint8_t* data, size_t size) {
       entry.tensor.data = data + data_offset + entry.offset;
     }
     if (!tensors_.emplace(std::move(entry.name), std::move(entry.tensor)).second) {
-      throw damaged("a tensor's name stands twice");
+      throw damaged("a tensor's name occurs twice");
     }
   }
 }

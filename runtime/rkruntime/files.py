@@ -83,13 +83,13 @@ def path_hint(error: OSError, path: str | os.PathLike[str]) -> str | None:
 
 
 def read_error(path: object, error: OSError, kind: type[InputError] = InputError) -> InputError:
-    """What a person is told when `path` could not be read: an error of `kind`, whose own hint speaks of its content."""
+    """The error to raise when `path` cannot be read, of class `kind`; its hint is about the path, not about the content."""
     shown = readable(str(path))
     return kind(f"{shown} cannot be read: {error.strerror or error}.", hint=path_hint(error, shown))
 
 
 def write_error(path: Path, error: OSError) -> HostError | OutputError:
-    """What a person is told when writing below `path` failed."""
+    """The error to raise when writing below `path` failed: HostError for a full disk, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent if path.parent.is_dir() else "/").free
         return HostError(
