@@ -83,7 +83,7 @@ def path_hint(error: OSError, path: str | os.PathLike[str]) -> str | None:
 
 
 def read_error(path: object, error: OSError, kind: type[InputError] = InputError) -> InputError:
-    """The error to raise when `path` cannot be read, of class `kind`; its hint is about the path, not about the content."""
+    """The error to raise when `path` cannot be read, of class `kind`; its hint is about the path, not its content."""
     shown = readable(str(path))
     return kind(f"{shown} cannot be read: {error.strerror or error}.", hint=path_hint(error, shown))
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from rkruntime.serve.service import Outcome, Service
+    from rkruntime.serve.host import Host
+    from rkruntime.serve.queue import FairQueue
+    from rkruntime.text.answer import Answer
 
 _SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _THERMAL: Final = "sys/class/thermal"
@@ -44,9 +46,9 @@ def npu_load(root: Path = Path("/")) -> dict[str, float]:
 
 
 class Metrics:
-    """Counters of a service, and gauges that read its state when scraped."""
+    """Counters of answers, and gauges that read the state of the service and the board when scraped."""
 
-    def __init__(self, service: Service, root: Path = Path("/")) -> None:
+    def __init__(self, queue: FairQueue, host: Host, root: Path = Path("/")) -> None:
         self._registry = CollectorRegistry()
         self._root = root
         self._reading = threading.Lock()
@@ -59,10 +61,10 @@ class Metrics:
         self._prompt = self._count("prompt_tokens", "Prompt tokens.")
         self._reused = self._count("prefill_saved_tokens", "Prompt tokens that were already in the KV cache.")
         self._generated = self._count("generated_tokens", "Generated tokens.")
-        self._look("queue_length", "Requests waiting for the NPU.", lambda: len(service.queue))
-        self._look("busy", "1 while an answer is being computed.", lambda: service.queue.busy)
-        self._look("model_loaded", "1 while a model is loaded.", lambda: service.host.current is not None)
-        self._look("worker_restarts", "Workers lost.", lambda: service.host.restarts)
+        self._look("queue_length", "Requests waiting for the NPU.", lambda: len(queue))
+        self._look("busy", "1 while an answer is being computed.", lambda: queue.busy)
+        self._look("model_loaded", "1 while a model is loaded.", lambda: host.current is not None)
+        self._look("worker_restarts", "Workers lost.", lambda: host.restarts)
         self._zones = Gauge("rkedge_temperature_celsius", "By thermal zone.", ["zone"], registry=self._registry)
         self._cores = Gauge("rkedge_npu_load", "Fraction of time a core was busy.", ["core"], registry=self._registry)
 
@@ -75,13 +77,13 @@ class Metrics:
     def _look(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"rkedge_{name}", text, registry=self._registry).set_function(read)
 
-    def answered(self, outcome: Outcome) -> None:
-        """Count a complete answer."""
-        self._queued.observe(outcome.queue_s)
-        self._first.observe(outcome.prefill_s)
-        self._prompt.inc(outcome.answer.prompt_tokens)
-        self._reused.inc(outcome.reused)
-        self._generated.inc(len(outcome.answer.tokens) - outcome.answer.begun)
+    def answered(self, answer: Answer, reused: int, queue_s: float, prefill_s: float) -> None:
+        """Count a complete answer, and the prompt tokens of it that were in the KV cache already."""
+        self._queued.observe(queue_s)
+        self._first.observe(prefill_s)
+        self._prompt.inc(answer.prompt_tokens)
+        self._reused.inc(reused)
+        self._generated.inc(len(answer.tokens) - answer.begun)
 
     def ended(self, outcome: str, seconds: float) -> None:
         """Count a finished request: `ok`, `cancelled`, or the class of its error."""

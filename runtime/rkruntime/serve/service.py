@@ -180,7 +180,7 @@ class Service:
             settings.prompt_cache.max_mb,
             settings.prompt_cache.min_tokens,
         )
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.queue, self.host)
         self.last_used = time.monotonic()
 
     def start(self, ask: Ask) -> Run:
@@ -321,7 +321,7 @@ class Service:
 
     def _report(self, ask: Ask, outcome: Outcome) -> None:
         answer = outcome.answer
-        self.metrics.answered(outcome)
+        self.metrics.answered(answer, outcome.reused, outcome.queue_s, outcome.prefill_s)
         log.info(
             "request %s: %d prompt tokens (%d reused), %d generated, %s, queued %.3f s, first token %.3f s, %.3f s",
             ask.request_id,

@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from rkruntime.errors import BundleError, ContextFullError, UsageError
-from rkruntime.text.template import Message, Part, Template
+from rkruntime.text.template import Message, Template
 from rkruntime.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from rkruntime.text.tokenizer import Tokenizer
+    from rkruntime.text.tokenizer import Part, Tokenizer
 
 # A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
 RESERVED: Final = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol
 
 from rkruntime.errors import BundleError, UsageError
 from rkruntime.printable import one_line
@@ -16,7 +16,7 @@ from rkruntime.schema import check_fields
 from rkruntime.text.tracked import CHANGED, OWN, UNKNOWN, Tracked
 
 if TYPE_CHECKING:
-    from rkruntime.text.tokenizer import Tokenizer
+    from rkruntime.text.tokenizer import Part, Tokenizer
 
 ROLES: Final = ("system", "user", "assistant")
 BOS: Final = "<bos>"
@@ -40,9 +40,6 @@ GEMMA: Final = (
 )
 _MOST_SAID: Final = 500
 _UNDEFINED: Final = re.compile(r"'[A-Za-z_]\w{0,80}' is undefined")
-
-# Plain text, one control token, or generated ids that are kept as they are.
-Part: TypeAlias = str | int | tuple[int, ...]
 
 
 @dataclass(frozen=True)

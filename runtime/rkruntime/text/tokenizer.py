@@ -11,16 +11,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import tokenizers
 
 from rkruntime.bundle.manifest import MAX_TOKENIZER
 from rkruntime.errors import BundleError
 from rkruntime.files import read_regular
-from rkruntime.text.template import Part
 from rkruntime.text.vocabulary import Vocabulary
 
+# Of a prompt: plain text, one control token, or generated ids that are kept as they are.
+Part: TypeAlias = str | int | tuple[int, ...]
 SPACE: Final = "▁"
 # Added tokens are text (runs of white space, HTML tags, words that a fine-tune added) or control tokens, which Gemma's
 # file does not always call special: <unused7>, <mask>, [toxicity=0].

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from rkboard.emulator import build as emulator
 from rkconvert.demo import adapter, checkpoint
 from rkruntime import cli
 from rkruntime.chat.attach import UnixConnection
@@ -29,6 +30,7 @@ READY = re.compile(r"serving (\S+) on ([^\s,]+)(?:, http://127\.0\.0\.1:(\d+))?"
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model and the pirate, as bundles for the emulator."""
+    emulator.build()  # Here, because no daemon under test has the time to compile it.
     folder = tmp_path_factory.mktemp("bundles")
     for name, lora in (("base", []), ("pirate", ["--lora", str(adapter())])):
         assert cli.main(["convert", str(checkpoint()), *lora, "-q", "-o", str(folder / name)]) == 0

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import rkruntime
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.exchange import Exchange
 from rkruntime.engine.worker.protocol import Record
@@ -26,7 +25,7 @@ from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
 from rkruntime.printable import one_line
 from rkruntime.words import counted
 
-_ROOT: Final = str(Path(rkruntime.__file__).resolve().parents[1])
+_ROOT: Final = str(Path(__file__).resolve().parents[3])
 # Isolated: PYTHONPATH, the working folder and site-packages do not affect what the worker imports.
 _START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); import rkruntime.engine.worker.__main__"
 _PIPE: Final = 1 << 20
