@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Annotated, Any, Final, TypeAlias
 from rkruntime.abi import since, within
 from rkruntime.checks.preflight import Finding, Model, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
-from rkruntime.engine.worker.process import python_command
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
 from rkruntime.files import as_path
 from rkruntime.library.identify import Identity
@@ -108,7 +108,7 @@ class LoadOptions:
     load_timeout: Time = 600.0
     token_timeout: Time = 300.0
     close_timeout: Time = 10.0
-    interpreter: Sequence[str] = python_command()
+    interpreter: Sequence[str] = (sys.executable, "-I", "-S", "-B")
     environment: Mapping[str, str] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)
 

@@ -53,11 +53,6 @@ _unpack: Final = protocol.RECORD.unpack_from
 _let_go_of: Final[list[subprocess.Popen[bytes]]] = []
 
 
-def python_command() -> tuple[str, ...]:
-    """The interpreter of the worker, with its options."""
-    return (sys.executable, "-I", "-S", "-B")
-
-
 class WorkerProcess:
     """A worker process and its three pipes: commands, records, and output.
 
