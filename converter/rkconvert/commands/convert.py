@@ -32,7 +32,8 @@ from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
 # Parameters for what happens to a conversion's result, not for the conversion itself.
-_NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
+_OF_THE_RUN: Final = ("as_json", "quiet")
+_NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
 
 
 @click.command("convert")
@@ -106,10 +107,9 @@ def run(
 
     CHECKPOINT is a folder in Hugging Face layout, a .gguf file or a hub id such as google/gemma-2-2b-it.
     """
-    reporter = Reporter(quiet)
     if matrix is not None:
-        context.exit(_run_matrix(context, matrix, reporter, as_json))
-    options, to = options_of(**values), _destination(push_to_hub, public)
+        context.exit(_run_matrix(context, matrix))
+    reporter, options, to = Reporter(quiet), options_of(**values), _destination(push_to_hub, public)
     if to:
         check_destination(to)
     bundle = convert(options, reporter)
@@ -128,12 +128,15 @@ def _destination(repo: str | None, public: bool) -> Destination | None:
     return Destination(repo, public) if repo else None
 
 
-def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json: bool) -> int:
+def _run_matrix(context: click.Context, path: Path) -> int:
     """Convert every cell, print its outcome, and return the exit code."""
     fail = recipes.failure(path)
     content = read_mapping(path, fail)
     found = matrices.combinations(content.pop(matrices.KEY, None), fail)
-    pairs = [_cell(context, {**content, **combination}, combination, path) for combination in found]
+    shared = {**(context.default_map or {}), **recipes.resolve(content, context.command, path), **_given(context)}
+    with _filled(context, shared) as filled:
+        reporter, as_json = Reporter(filled.params["quiet"]), filled.params["as_json"]
+    pairs = [_cell(context, shared, combination, path) for combination in found]
     cells = matrices.distinct([cell for cell, _ in pairs])
     destinations = {cell.options.output: to for cell, (_, to) in zip(cells, pairs, strict=True) if to}
     if len({to.repo for to in destinations.values()}) < len(destinations):
@@ -156,20 +159,28 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
     return matrices.exit_code(outcomes)
 
 
+def _given(context: click.Context) -> dict[str, Any]:
+    """Parameters on the command line, which override the matrix file as that overrides a recipe."""
+    source = context.get_parameter_source
+    return {name: value for name, value in context.params.items() if source(name) is ParameterSource.COMMANDLINE}
+
+
+def _filled(context: click.Context, values: dict[str, Any]) -> click.Context:
+    """The command's context as if these values were its line."""
+    return context.command.make_context("convert", [], parent=context.parent, default_map=values)
+
+
 def _cell(
-    context: click.Context, content: dict[str, Any], combination: dict[str, Any], path: Path
+    context: click.Context, shared: dict[str, Any], combination: dict[str, Any], path: Path
 ) -> tuple[matrices.Cell, Destination | None]:
-    """A cell's options: those of the matrix file, then a recipe's; the command line overrides both."""
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-    varied = [name for name in recipes.resolve(combination, context.command, path) if name in given]
-    if varied:
-        raise UsageError(f"The matrix in {path} varies {varied[0]}, which is also set on the command line.")
-    values = {**(context.default_map or {}), **recipes.resolve(content, context.command, path), **given}
-    with context.command.make_context("convert", [], parent=context.parent, default_map=values) as filled:
+    """A cell, and where its bundle is uploaded to."""
+    varied, keys = recipes.resolve(combination, context.command, path), recipes.keys(context.command)
+    for key in combination:
+        if keys[key].name in _OF_THE_RUN:
+            raise UsageError(f"The matrix in {path} varies {key}, which applies to all conversions.")
+        if keys[key].name in _given(context):
+            raise UsageError(f"The matrix in {path} varies {key}, which is also set on the command line.")
+    with _filled(context, {**shared, **varied}) as filled:
         options = {name: value for name, value in filled.params.items() if name not in _NOT_OPTIONS}
         to = _destination(filled.params["push_to_hub"], filled.params["public"])
     output = options.pop("output")
