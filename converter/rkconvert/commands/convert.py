@@ -17,11 +17,10 @@ from rkconvert.adapters.merged_model import Lora
 from rkconvert.commands.options import lora_option, max_context_option, revision_option
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
-from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert
+from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert, target_of
 from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
 from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS, known_types
-from rkconvert.toolkit import find_toolkit
 from rkconvert.toolkit.options import toolkit_options
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle.manifest import Bundle
@@ -208,8 +207,7 @@ def options_of(
         raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
     adapters = tuple(Lora.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
-    if release is None:
-        emulated = values["target"] == "emulator"
-        release = DEFAULT_RELEASE if emulated else find_toolkit(values["toolkit_python"]).version
-    folder = output or Path(f"{name}-{values['platform']}-{values['dtype']}-{release}")
-    return Options(checkpoint, folder, loras=adapters, release=release, **values)
+    options = Options(checkpoint=checkpoint, output=Path(), loras=adapters, release=release, **values)
+    release = release or target_of(options).release
+    folder = output or Path(f"{name}-{options.platform}-{options.dtype}-{release}")
+    return replace(options, output=folder, release=release)

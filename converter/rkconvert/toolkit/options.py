@@ -93,6 +93,12 @@ class ToolkitOptions:
         return {item.name: getattr(self, item.name) for item in fields(ToolkitOptions)}
 
     @property
+    def files(self) -> dict[str, Path]:
+        """Files that the toolkit itself reads, by the command's option."""
+        given = (item.name for item in fields(ToolkitOptions) if item.metadata["argument"])
+        return {_flag(name): value for name in given if isinstance(value := getattr(self, name), Path)}
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Values by the toolkit's own names, with paths as strings."""
         named = {item.metadata["argument"]: getattr(self, item.name) for item in fields(ToolkitOptions)}

@@ -11,7 +11,9 @@ import tempfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -411,6 +413,23 @@ def test_gguf_of_types_that_only_llama_cpp_writes(make_model, tmp_path, kind, mo
     assert kind.name in checkpoint.notes[0]
     for name, values in everything(checkpoint).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_a_bundle_of_another_release_of_gguf_is_another(make_model, tmp_path, monkeypatch, capsys):
+    write_gguf(tmp_path / "model.gguf", make_model(), TYPES.Q8_0)
+    recipe = {"checkpoint": "model.gguf", "output": "out", "force_dtype": True, "matrix": {"max_context": [64]}}
+    (tmp_path / "m.yaml").write_text(json.dumps(recipe))
+
+    def outcome():
+        main(["convert", "--matrix", str(tmp_path / "m.yaml"), "--json", "-q"])
+        return json.loads(capsys.readouterr().out)[0]
+
+    made = outcome()
+    assert (made["status"], outcome()["status"]) == ("made", "there")
+    report = json.loads((Path(made["output"]) / "report" / "convert.json").read_text())
+    assert report["made_of"]["libraries"] == {"gguf": metadata.version("gguf")}
+    monkeypatch.setattr("rkconvert.sources.gguf_model.version", lambda _: "0.0.1")
+    assert "made from something else: its libraries differ" in outcome()["message"]
 
 
 @pytest.fixture

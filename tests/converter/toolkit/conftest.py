@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rkconvert.toolkit import Toolkit, ToolkitJob
-from rkconvert.toolkit.interpreter import inspect_toolkit
+from rkconvert.toolkit.interpreter import Toolkit, inspect_toolkit
+from rkconvert.toolkit.job import ToolkitJob
 
 STANDINS = Path(__file__).parent / "standins"
 # The stand-in's folder, and the Python that the vendor had a wheel for at that time.

@@ -12,8 +12,7 @@ import pytest
 
 from rkconvert.rules import releases as versions
 from rkconvert.rules.releases import LOADED_BYTES
-from rkconvert.toolkit import ToolkitJob
-from rkconvert.toolkit.job import calls
+from rkconvert.toolkit.job import ToolkitJob, calls
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import HostError, RefusedError, UsageError
 
