@@ -14,13 +14,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from rkconvert.adapters.merged_model import Lora
-from rkconvert.commands.options import lora_option, max_context_option, revision_option
+from rkconvert.commands.options import (
+    dtype_option,
+    lora_option,
+    max_context_option,
+    public_option,
+    release_option,
+    revision_option,
+)
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
 from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert, target_of
 from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
-from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS, known_types
+from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS
 from rkconvert.toolkit.options import toolkit_options
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle.manifest import Bundle
@@ -50,23 +57,13 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
 @click.option(
     "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="Build for this SoC."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice([*known_types(), *EMULATOR_ONLY]),
-    default="w8a8",
-    show_default=True,
-    help="Quantize to this type.",
-)
+@dtype_option(*EMULATOR_ONLY)
 @click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known to fail or work badly.")
 @max_context_option()
 @click.option(
     "--npu-cores", type=click.IntRange(1, 16), show_default="all of the SoC's", help="Use this many NPU cores."
 )
-@click.option(
-    "--release",
-    show_default=f"the toolkit's, or {DEFAULT_RELEASE} for the emulator",
-    help="Build for this RKLLM release.",
-)
+@release_option(show_default=f"the toolkit's, or {DEFAULT_RELEASE} for the emulator")
 @click.option(
     "--lora-mode",
     type=click.Choice(LORA_MODES),
@@ -85,7 +82,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
 @click.option(
     "--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, as a private repository."
 )
-@click.option("--public", is_flag=True, help="Make the uploaded repository public.")
+@public_option()
 @click.option(
     "--matrix", type=_PATH, help="Convert every combination of values that the key `matrix` of this recipe lists."
 )
