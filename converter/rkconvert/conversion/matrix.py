@@ -165,15 +165,15 @@ def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | Cell
     try:
         if output.is_dir():
             forget_kill(output)
-            return _there(cell, reporter, opened)
+            return _existing(cell, reporter, opened)
         return check(cell.options, reporter, opened)
     except RKEdgeError as error:
-        return _lost(cell, error)
+        return _failure(cell, error)
     except OSError as error:
-        return _lost(cell, write_error(output, error))
+        return _failure(cell, write_error(output, error))
 
 
-def _there(cell: Cell, reporter: Reporter, opened: OpenedModels) -> CellResult:
+def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> CellResult:
     """The bundle of an earlier run. Raises OutputError if it was made from something else than is asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
@@ -184,7 +184,7 @@ def _there(cell: Cell, reporter: Reporter, opened: OpenedModels) -> CellResult:
             f"{bundle.path} already exists but was made from something else: its {other.replace('_', ' ')} differ.",
             hint="Remove it, or name another output folder.",
         )
-    return _whole(cell, bundle, "there", 0.0)
+    return _success(cell, bundle, "there", 0.0)
 
 
 def _made(
@@ -196,18 +196,18 @@ def _made(
         after(cell, bundle)
     except RKEdgeError as error:
         reporter.note(f"{cell.label}: failed: {error.message}")
-        return _lost(cell, error)
+        return _failure(cell, error)
     except OSError as error:
-        return _lost(cell, write_error(cell.options.output, error))
-    return _whole(cell, bundle, "made", time.monotonic() - started)
+        return _failure(cell, write_error(cell.options.output, error))
+    return _success(cell, bundle, "made", time.monotonic() - started)
 
 
-def _whole(cell: Cell, bundle: Bundle, status: str, seconds: float) -> CellResult:
+def _success(cell: Cell, bundle: Bundle, status: str, seconds: float) -> CellResult:
     nbytes = sum(record.size for record in bundle.manifest.files.values())
     return CellResult(cell.label, str(bundle.path), status, nbytes, round(seconds, 3))
 
 
-def _lost(cell: Cell, error: RKEdgeError) -> CellResult:
+def _failure(cell: Cell, error: RKEdgeError) -> CellResult:
     status = "refused" if isinstance(error, RefusedError) else "failed"
     output: Path = cell.options.output
     return CellResult(cell.label, str(output), status, message=error.message, exit_code=error.exit_code)

@@ -88,8 +88,8 @@ class ToolkitOptions:
     )
 
     @property
-    def asked_of_the_toolkit(self) -> dict[str, Any]:
-        """Take these options from a record, which may have more fields."""
+    def by_name(self) -> dict[str, Any]:
+        """These options alone; a record that inherits them has further fields."""
         return {item.name: getattr(self, item.name) for item in fields(ToolkitOptions)}
 
     @property

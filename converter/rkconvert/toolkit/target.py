@@ -133,7 +133,7 @@ class ToolkitTarget:
         if not done:
             job = self._stage(spec, folder, reporter)
             with reporter.steps() as show:
-                result = run_toolkit(job, self.toolkit, _teller(reporter, show))
+                result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
             done = report.write(result, notes, self.options.calibration, folder)
@@ -153,7 +153,7 @@ class ToolkitTarget:
 
     def _job(self, spec: ModelSpec, staged: Path, output: Path) -> ToolkitJob:
         return ToolkitJob(
-            **self.options.asked_of_the_toolkit,
+            **self.options.by_name,
             model=staged,
             output=output,
             platform=spec.platform,
@@ -212,11 +212,11 @@ def _check_lora(lora: Adapter) -> None:
         )
 
 
-def _teller(reporter: Reporter, show: Callable[[str, int, int], None]) -> OnEvent:
-    def tell(event: Event) -> None:
+def _show_events(reporter: Reporter, show: Callable[[str, int, int], None]) -> OnEvent:
+    def on_event(event: Event) -> None:
         if isinstance(event, Stage):
             reporter.note(f"toolkit: {_TITLES[event.stage]}")
         elif isinstance(event, Progress):
             show(event.title, event.done, event.total)
 
-    return tell
+    return on_event
