@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from rkruntime.errors import ToolkitError
 from rkruntime.schema import build
 
 MAX_LINE: Final = 1 << 20
+StageName: TypeAlias = Literal["import", "load", "build", "export"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step started: `import`, `load`, `build` or `export`."""
+    """A step started."""
 
-    stage: str
+    stage: StageName
 
 
 @dataclass(frozen=True)
 class StageDone:
     """A step returned; `seconds` is wall-clock time."""
 
-    stage: str
+    stage: StageName
     seconds: float
 
 
