@@ -35,10 +35,10 @@ class ToolkitJob(ToolkitOptions):
 
     model: Path
     output: Path
-    platform: str = "rk3588"
-    dtype: str = "w8a8"
-    npu_cores: int = 3
-    max_context: int = 4096
+    platform: str
+    dtype: str
+    npu_cores: int
+    max_context: int
     lora: Path | None = None
     parameters: int = 0
 

@@ -237,7 +237,10 @@ def test_it_ends_when_this_process_is_killed(
         from rkconvert.toolkit.job import ToolkitJob
         from rkconvert.toolkit.target import run_toolkit
         toolkit = inspect_toolkit(Path({str(environments("1.2.3"))!r}), "the test")
-        job = ToolkitJob(model=Path({str(asked.model)!r}), output=Path({str(asked.output)!r}))
+        job = ToolkitJob(
+            model=Path({str(asked.model)!r}), output=Path({str(asked.output)!r}),
+            platform="rk3588", dtype="w8a8", npu_cores=3, max_context=4096,
+        )
         run_toolkit(job, toolkit, lambda event: print(event, flush=True))
         """
     )
