@@ -116,7 +116,7 @@ def _error(kind: type[RKEdgeError], run: WorkerRun, what: str, hint: str | None 
             "exit_code": run.exit_code,
             "peak_memory": run.peak_memory,
             "log": str(run.output.path),
-            "lines": list(run.output.tail()),
+            "lines": run.output.tail(),
             "trace": run.failure.trace if run.failure else "",
             "diagnosis": found.as_dict(),
         },
