@@ -117,8 +117,9 @@ def refuse_made(final: Path) -> None:
     """Raise OutputError if `final` already exists, its parent does not, or its name leaves no room for the work's."""
     forget_kill(final)
     refuse_existing(final)
-    most, size = os.pathconf(final.parent, "PC_NAME_MAX") - len(_PARTIAL.format("")), len(os.fsencode(final.name))
-    if size > most:
+    limit = os.pathconf(final.parent, "PC_NAME_MAX")  # not above 0 if the file system does not say
+    most, size = limit - len(_PARTIAL.format("")), len(os.fsencode(final.name))
+    if size > most and limit > 0:
         raise OutputError(
             f"Cannot write {final}: its name has {size} bytes, too many for the folder in which it is made.",
             hint=f"Use a name of at most {most} bytes.",

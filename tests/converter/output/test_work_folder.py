@@ -154,7 +154,7 @@ def test_names_that_no_folder_can_have(tmp_path, monkeypatch, capsys, command, n
 
 
 @pytest.mark.parametrize(("end", "size"), [("x", 1), ("é", 2)])
-def test_the_longest_name_is_known_before_the_work(tmp_path, end, size):
+def test_the_longest_name_is_known_before_the_work(tmp_path, monkeypatch, end, size):
     longest = tmp_path / f"{'x' * (246 - size)}{end}"
     with work_folder.work_folder(longest, "job"):
         pass
@@ -162,6 +162,10 @@ def test_the_longest_name_is_known_before_the_work(tmp_path, end, size):
     with pytest.raises(OutputError, match="its name has 247 bytes") as caught:
         work_folder.refuse_made(tmp_path / f"{'x' * (247 - size)}{end}")
     assert caught.value.hint == "Use a name of at most 246 bytes."
+    for limit in (-1, 0):  # a file system that does not say
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pathconf", lambda *_, limit=limit: limit)
+            work_folder.refuse_made(tmp_path / "any")
     with pytest.raises(OutputError) as caught:
         work_folder.refuse_made(tmp_path / ("x" * 256))
     assert caught.value.hint == "Use a shorter name."
