@@ -96,7 +96,7 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
             f"The disk is full: writing {path} stopped with {free / 1e9:.2f} GB free.",
             hint="Free space on that disk, or name an output folder on another one. Nothing half-written was left.",
         )
-    hint = path_hint(error, path.parent)
+    hint = "Use a shorter name." if error.errno == errno.ENAMETOOLONG else path_hint(error, path.parent)
     return OutputError(f"Cannot write {path}: {error.strerror or error}.", hint=hint)
 
 
@@ -135,7 +135,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     refuse_existing(final)
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+        partial = Path(tempfile.mkdtemp(prefix=_partial(final), dir=final.parent))
     except OSError as error:
         raise write_error(final, error) from error
     try:
@@ -154,7 +154,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
     if not final.parent.is_dir():
         raise _no_folder(final.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+        handle, name = tempfile.mkstemp(prefix=_partial(final), dir=final.parent)
     except OSError as error:
         raise write_error(final, error) from error
     os.close(handle)
@@ -167,6 +167,11 @@ def atomic_file(final: Path) -> Iterator[Path]:
         raise write_error(final, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(final: Path) -> str:
+    """Start of a temporary name; cut, so that it fits wherever `final`'s own name does."""
+    return f".{os.fsencode(final.name)[:100].decode('utf-8', 'ignore')}.partial-"
 
 
 def umask() -> int:

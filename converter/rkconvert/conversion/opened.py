@@ -15,7 +15,7 @@ from rkruntime.bundle.manifest import Source
 from rkruntime.files import sha256_file
 
 
-class Loaded:
+class OpenedModels:
     """Cache of models and hashes by request. For one run: files that change meanwhile are not noticed."""
 
     def __init__(self) -> None:

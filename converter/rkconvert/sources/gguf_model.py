@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,6 +71,7 @@ def open_gguf(path: Path) -> Checkpoint:
         inputs=inputs,
         name=readable(_PART.sub("", path.stem)),
         notes=weights.notes(),
+        libraries={"gguf": version("gguf")},
     )
 
 

@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeAlias
 
 from rkruntime import resources
 from rkruntime.checks import machine
-from rkruntime.checks.conditions import fits
+from rkruntime.checks.conditions import meets
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import UsageError
 from rkruntime.files import as_path
@@ -277,7 +277,7 @@ def _pairs(facts: Mapping[str, str]) -> Iterator[Finding]:
     groups = set()
     for pair in resources.table("known_pairs")["pairs"]:
         group = pair.get("group", pair["code"])
-        if group not in groups and fits(facts, pair["when"]):
+        if group not in groups and meets(facts, pair["when"]):
             groups.add(group)
             texts = (" ".join(pair[name].format_map(facts).split()) for name in ("message", "hint", "source"))
             yield Finding(pair["level"], pair["code"], *texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -34,7 +34,7 @@ _GIVEN: Final = {
     "repetition_penalty": "repeat_penalty",
 }
 # Other settings that change transformers' answers and are not supported, with the value that has no effect.
-_NOT_DONE: Final[Mapping[str, Any]] = {
+_NOT_SUPPORTED: Final[Mapping[str, Any]] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
     "encoder_repetition_penalty": 1,
@@ -124,7 +124,7 @@ def default_sampling(bundle: Bundle) -> Sampling:
 def ignored_settings(bundle: Bundle) -> list[str]:
     """Names in generation_config.json that would change an answer but have no effect here. Raises BundleError."""
     config = bundle.read_generation_config()
-    found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
+    found = [name for name, neutral in _NOT_SUPPORTED.items() if not _is_neutral(config.get(name), neutral)]
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(token not in bundle.manifest.stop_token_ids for token in ends):
@@ -178,30 +178,6 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
     return build(release, progress=progress or (lambda _: None), stop=stop)
 
 
-def _not_done(names: Sequence[str]) -> Finding:
-    from rkruntime.checks.preflight import Finding
-
-    return Finding(
-        "warning",
-        "generation-config",
-        f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
-        "Answers may differ from those of transformers; use --temperature and the other sampling options instead.",
-        f"Only {', '.join(_GIVEN)} and do_sample are read from it; the manifest has the tokens that end answers.",
-    )
-
-
-def _not_listed(names: Sequence[str]) -> Finding:
-    from rkruntime.checks.preflight import Finding
-
-    return Finding(
-        "warning",
-        "unlisted-file",
-        f"The bundle's folder contains {', '.join(names[:4])}, which its manifest does not list, so it is not loaded.",
-        "Remove it, or convert again: the manifest may have been changed.",
-        "rkedge.yaml lists every file of a bundle.",
-    )
-
-
 def load_engine(
     bundle: Bundle,
     options: RuntimeOptions,
@@ -223,6 +199,7 @@ def load_engine(
         RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
     # So that a command can show its help, and a chat its prompt, before the engine is imported.
+    from rkruntime.checks import ignored
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora
 
@@ -247,8 +224,8 @@ def load_engine(
     )
     for finding in engine.info.findings:
         show(finding)
-    if ignored := ignored_settings(bundle):
-        show(_not_done(ignored))
+    if settings := ignored_settings(bundle):
+        show(ignored.ignored_settings(GENERATION_CONFIG, settings, _GIVEN))
     if unlisted := bundle.unlisted:
-        show(_not_listed(unlisted))
+        show(ignored.unlisted_files(unlisted))
     return engine

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -197,3 +199,20 @@ def test_a_gguf_that_asks_for_another_computation_is_refused(make_model, tmp_pat
 def test_the_end_of_a_turn_in_a_gguf_ends_an_answer(make_model, tmp_path):
     write_gguf(tmp_path / "model.gguf", make_model(), TYPES.F16, more=lambda writer: writer.add_eot_token_id(7))
     assert open_source(str(tmp_path / "model.gguf")).config.eos_token_ids == (1, 7)
+
+
+def test_a_bundle_of_another_release_of_gguf_is_another(make_model, tmp_path, monkeypatch, capsys):
+    write_gguf(tmp_path / "model.gguf", make_model(), TYPES.Q8_0)
+    recipe = {"checkpoint": "model.gguf", "output": "out", "force_dtype": True, "matrix": {"max_context": [64]}}
+    (tmp_path / "m.yaml").write_text(json.dumps(recipe))
+
+    def outcome():
+        main(["convert", "--matrix", str(tmp_path / "m.yaml"), "--json", "-q"])
+        return json.loads(capsys.readouterr().out)[0]
+
+    made = outcome()
+    assert (made["status"], outcome()["status"]) == ("made", "there")
+    report = json.loads((Path(made["output"]) / "report" / "convert.json").read_text())
+    assert report["made_of"]["libraries"] == {"gguf": metadata.version("gguf")}
+    monkeypatch.setattr("rkconvert.sources.gguf_model.version", lambda _: "0.0.1")
+    assert "made from something else: its libraries differ" in outcome()["message"]

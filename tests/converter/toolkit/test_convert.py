@@ -17,7 +17,7 @@ import pytest
 from rkconvert.adapters.merged_model import Lora
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
-from rkconvert.toolkit import board_file
+from rkconvert.toolkit import target
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.errors import (
@@ -154,7 +154,7 @@ def test_refused_before_anything_starts(
     options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any], error: type[RKEdgeError], words: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(board_file, "run_toolkit", None)
+    monkeypatch.setattr(target, "run_toolkit", None)
     asked = options(**fields)
     with pytest.raises(error, match=words) as caught:
         convert(asked)
@@ -216,7 +216,7 @@ def test_what_the_toolkit_has_finished_is_not_done_again(
         patch.setattr(bundle_folder, "write_manifest", interrupt)
         convert(asked)
     assert not asked.output.exists()
-    monkeypatch.setattr(board_file, "run_toolkit", None)
+    monkeypatch.setattr(target, "run_toolkit", None)
     bundle = convert(asked)
     assert is_complete(bundle.path)
     bundle.verify(trust_stamps=False)
@@ -292,7 +292,7 @@ def test_a_finished_file_is_kept_only_if_it_would_be_the_same(
     texts, lora, runs = tmp_path / "data.json", make_adapter(base), []
     texts.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
     asked = options(loras=(Lora(str(lora)),), calibration=texts, lora_mode=lora_mode)
-    real = board_file.run_toolkit
+    real = target.run_toolkit
 
     def run_toolkit(*arguments: Any, **others: Any) -> Any:
         runs.append(arguments)
@@ -301,7 +301,7 @@ def test_a_finished_file_is_kept_only_if_it_would_be_the_same(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(board_file, "run_toolkit", run_toolkit)
+    monkeypatch.setattr(target, "run_toolkit", run_toolkit)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bundle_folder, "write_manifest", interrupt)
         convert(asked)
@@ -318,14 +318,14 @@ def test_a_source_that_changes_while_the_toolkit_works(
     texts = tmp_path / "data.json"
     texts.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
     asked = options(loras=(Lora(str(make_adapter(base))),), calibration=texts)
-    real = board_file.run_toolkit
+    real = target.run_toolkit
 
     def run_toolkit(*arguments: Any, **others: Any) -> Any:
         path = tmp_path / which
         path.write_bytes(path.read_bytes() + b" ")
         return real(*arguments, **others)
 
-    monkeypatch.setattr(board_file, "run_toolkit", run_toolkit)
+    monkeypatch.setattr(target, "run_toolkit", run_toolkit)
     with pytest.raises(InputError, match=f"{Path(which).name} changed while it was read"):
         convert(asked)
     assert left(asked) == []

@@ -9,7 +9,7 @@ import pytest
 
 from rkruntime import resources
 from rkruntime.checks import machine
-from rkruntime.checks.conditions import fits
+from rkruntime.checks.conditions import meets
 from rkruntime.checks.preflight import LEVELS, Finding, Model, clamp_context, preflight
 from rkruntime.versions import version
 
@@ -309,7 +309,7 @@ def test_the_table_of_pairs_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "wanted", "meets"),
+    ("facts", "wanted", "expected"),
     [
         ({"driver": "0.9.6"}, {"driver": "<0.9.7"}, True),
         ({"driver": "0.9.10"}, {"driver": "<0.9.7"}, False),
@@ -326,8 +326,8 @@ def test_the_table_of_pairs_is_whole() -> None:
         ({}, {}, True),
     ],
 )
-def test_conditions(facts: dict[str, str], wanted: dict[str, str], meets: bool) -> None:
-    assert fits(facts, wanted) is meets
+def test_conditions(facts: dict[str, str], wanted: dict[str, str], expected: bool) -> None:
+    assert meets(facts, wanted) is expected
 
 
 def test_versions_are_ordered() -> None:
