@@ -104,7 +104,7 @@ def test_files_logs_and_machines(fake_bundle: Bundle, tmp_path: Path, value: Any
         lambda given: rkruntime.preflight(fake_bundle.known, context=given),
         lambda given: rkruntime.preflight(fake_bundle.known, allowed=given),
         lambda given: rkruntime.diagnose("log", context=given),
-        lambda given: rkruntime.identify(tmp_path, abi=given),
+        lambda given: rkruntime.identify(tmp_path, release=given),
         lambda given: rkruntime.open_model(fake_bundle, given or 1),
         lambda given: rkruntime.open_model(fake_bundle, sampling=given or 1),
     ):

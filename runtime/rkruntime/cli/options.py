@@ -57,7 +57,6 @@ runtime_options = _packed(
     ),
     click.option(
         "--release",
-        "abi",
         cls=Renamed,
         former="--abi",
         metavar="RELEASE",

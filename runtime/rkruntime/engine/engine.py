@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
         check_value("options", LoadOptions, options)
-        identity = identify(options.library, options.abi)
+        identity = identify(options.library, options.release)
         check_readable(options.model)
         self.options, findings = checked(options, identity)
         self._connection = Connection(self.options, on_log)

@@ -52,7 +52,7 @@ class LoadOptions:
         library: Path of librkllmrt.so.
         model: Path of the .rkllm or .rkemu file.
         max_context: Context in tokens, at most what is built into the model.
-        abi: Release whose layout to use for a library of an unknown release.
+        release: Release whose layout to use for a library of an unknown release.
         sampling: Sampling of all runs; since 1.3.0 a run can have its own.
         max_new_tokens: Limit of all runs; -1 for as many as the context has room for.
         known: What the manifest says about the model; preflight needs it.
@@ -87,7 +87,7 @@ class LoadOptions:
     library: Path
     model: Path
     max_context: Context | None = None
-    abi: str | None = None
+    release: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
     max_new_tokens: int = -1
     known: Model | None = None
@@ -157,7 +157,7 @@ class ModelInfo:
     """A loaded model. Strings are empty if the runtime did not report them.
 
     Attributes:
-        release: Release of the library, or the one given as `abi`.
+        release: Release of the library, or the one given in LoadOptions.
         layout: `L3` to `L8`.
         runtime_version, driver_version, platform: As reported in the load log.
         toolkit_version: Toolkit that made the model file; `unknown` for some.

@@ -65,7 +65,7 @@ class RuntimeOptions:
     """--library, --release, --max-context and --force as given. Raises UsageError for a wrong type or range."""
 
     library: str | os.PathLike[str] | None = None
-    abi: str | None = None
+    release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
 
@@ -158,7 +158,7 @@ def find_library(
         return Path(options.library)
     provider = PROVIDERS.get(bundle.manifest.target)
     if provider is not None:
-        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress, stop)
+        return _provide(provider, options.release or bundle.manifest.toolkit_version, progress, stop)
     places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
     found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
     if found is None:
@@ -234,7 +234,7 @@ def load_engine(
         LoadOptions(
             library=find_library(bundle, options, progress, stop),
             model=bundle.model,
-            abi=options.abi,
+            release=options.release,
             known=bundle.known,
             force=options.force,
             max_context=options.max_context,

@@ -141,7 +141,7 @@ class Settings:
     Attributes:
         bundle: folder of the model.
         library: librkllmrt.so to load; null is the emulator for its bundles, else the one that is found.
-        abi: RKLLM release to treat the library as; null is what the library says it is.
+        release: RKLLM release to treat the library as; null is what the library says it is.
         max_context: context length in tokens; null is the model's limit.
         force: load the model even if it is known not to work on this board.
         temperature, top_k, top_p, repeat_penalty: sampling where a request does not set it; null is the bundle's own.
@@ -155,7 +155,7 @@ class Settings:
 
     bundle: Path | None = None
     library: Path | None = None
-    abi: str | None = None
+    release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
     temperature: Annotated[float, Between(0, 10)] | None = None
@@ -196,7 +196,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
         {
             "bundle",
             "library",
-            "abi",
+            "release",
             "max_context",
             "force",
             "temperature",

@@ -168,7 +168,7 @@ def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pyt
 
     monkeypatch.setattr(opening.importlib, "import_module", lambda name: SimpleNamespace(build=build))
     assert find_library(fake_bundle, RuntimeOptions()) == Path("/built.so")
-    find_library(fake_bundle, RuntimeOptions(abi="1.3.0"))
+    find_library(fake_bundle, RuntimeOptions(release="1.3.0"))
     assert asked == ["1.2.3", "1.3.0"]
 
 
