@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
@@ -121,20 +121,11 @@ class LoadOptions:
     def params(self) -> dict[str, Any]:
         """Fields of RKLLMParam, by their names in the header; None leaves the library's default."""
         markers = self.image_markers or (None, None, None)
-        sampling = self.sampling
         return {
             "model_path": str(self.model),
             "max_context_len": self.max_context,
             "max_new_tokens": self.max_new_tokens,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "temperature": sampling.temperature,
-            "repeat_penalty": sampling.repeat_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "presence_penalty": sampling.presence_penalty,
-            "mirostat": sampling.mirostat,
-            "mirostat_tau": sampling.mirostat_tau,
-            "mirostat_eta": sampling.mirostat_eta,
+            **asdict(self.sampling),
             "n_keep": self.n_keep,
             "ignore_eos_token": self.ignore_eos or None,
             "is_async": self.asynchronous,

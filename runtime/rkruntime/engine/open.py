@@ -90,8 +90,8 @@ class SamplingOptions:
 
     def over(self, base: Sampling) -> Sampling:
         """`base` with the given options applied."""
-        names = ("temperature", "top_k", "top_p", "repeat_penalty")
-        return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
+        wanted = {name: getattr(self, name, None) for name in types_of(Sampling)}
+        return base.changed({name: value for name, value in wanted.items() if value is not None})
 
 
 def default_sampling(bundle: Bundle) -> Sampling:

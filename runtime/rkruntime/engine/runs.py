@@ -92,6 +92,9 @@ class Runs:
             check_limit(request.max_new_tokens)
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
+        if self._options.n_keep is None and self._outgrows(requests):
+            # From 1.3.0 on, the runtime would drop the start of the conversation to go on to such a limit.
+            header["max_new_tokens"] = -1
         self._worker.drain_log()
         self._worker.alarm = ""
         # Releases may return rows for the prompt or for more, but never more than the context has room for.
@@ -101,6 +104,11 @@ class Runs:
         self._abandoned = False
         self.active = self._connection.number + 1
         self._connection.begin(header, data, mode=mode, **limits)
+
+    def _outgrows(self, requests: Sequence[Request]) -> bool:
+        """Whether the context has no room for as many new tokens as are allowed."""
+        shortest = min(len(request.tokens) for request in requests)
+        return 0 < self._info.max_context < shortest + requests[0].max_new_tokens
 
     def _check_room(self, request: Request) -> None:
         if 0 < self._info.max_context <= len(request.tokens):

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import yaml
 from starlette.applications import Starlette
@@ -20,7 +20,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkruntime.engine.generation import PER_REQUEST, MaxNewTokens, Sampling
 from rkruntime.errors import BodyError, BusyError, ServiceError
+from rkruntime.schema import types_of
 from rkruntime.serve.api.http import Bodies, error_response, json_response, routes
 from rkruntime.serve.api.native import Sessions
 from rkruntime.serve.api.ollama import Ollama
@@ -49,9 +51,21 @@ _PAGE_POLICY: Final = (
 
 
 def openapi() -> dict[str, Any]:
-    """The document in openapi.yaml."""
+    """The document in openapi.yaml, with the sampling fields of generation.py."""
     document: dict[str, Any] = yaml.load((_HERE / "openapi.yaml").read_bytes(), _YamlLoader)  # noqa: S506
+    schemas, kinds = document["components"]["schemas"], types_of(Sampling)
+    for schema in schemas.values():
+        if schema.pop("x-sampling", False):
+            schema["properties"] |= {name: _number(kinds[name]) for name in PER_REQUEST}
+    schemas["Tokens"] = _number(MaxNewTokens)
     return document
+
+
+def _number(kind: Any) -> dict[str, Any]:
+    """The schema of a number with a range, or null."""
+    number, bounds, *_ = get_args(kind)
+    words = ["integer" if number is int else "number", "null"]
+    return {"type": words, "minimum": bounds.least, "maximum": bounds.most}
 
 
 class Front:

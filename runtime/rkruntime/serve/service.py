@@ -44,7 +44,6 @@ log = logging.getLogger("rkedge")
 # Tokens that follow each other more closely go out together: this is less than a frame on a screen, and each wake-up
 # costs the board's CPU. A board's tokens are further apart, and go out one by one.
 _GATHER_S: Final = 0.016
-_FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 T = TypeVar("T")
 Keep = Callable[[Answer, bool], Awaitable[None]]
@@ -72,7 +71,7 @@ class Ask:
     Attributes:
         prompt: Makes the prompt once the model is loaded; called in a thread.
         client: Whose turn it takes.
-        sampling: Values by Sampling's field names; None keeps the model's own.
+        sampling: Values by Sampling's field names; others keep the model's own.
         keep: Called once with the answer and whether it is complete, however a run that began has ended. A cancel must
             not cut it short. An exception from it goes to the client if nothing else went wrong.
     """
@@ -82,7 +81,7 @@ class Ask:
     request_id: str
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    sampling: Mapping[str, float | int | None] = field(default_factory=dict)
+    sampling: Mapping[str, float | int] = field(default_factory=dict)
     keep: Keep | None = None
 
 
@@ -303,13 +302,12 @@ class Service:
 
     def _sampling(self, ask: Ask, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
         """The run's sampling, if the runtime accepts one; else the parts that must be ignored."""
-        wanted = {name: ask.sampling[name] for name in _FIELDS if ask.sampling.get(name) is not None}
-        changed = model.sampling.changed(wanted)
+        changed = model.sampling.changed(ask.sampling)
         if changed == model.sampling:
             return None, ()
         if within(model.engine.info.release, PER_RUN_SAMPLING, ""):
             return changed, ()
-        names = tuple(wanted)
+        names = tuple(ask.sampling)
         if self.settings.per_request_sampling == "refuse":
             raise BodyError(
                 f"{', '.join(names)}: RKLLM {model.engine.info.release} takes sampling only when it loads a model; "

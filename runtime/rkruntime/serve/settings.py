@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from rkruntime.engine.generation import RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import UsageError
 from rkruntime.folders import own_folder
-from rkruntime.schema import Between, build
+from rkruntime.schema import Between, build, types_of
 from rkruntime.serve.users import is_free, key_user
 from rkruntime.yamltext import read_mapping
 
@@ -158,10 +159,10 @@ class Settings:
     release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
-    temperature: Annotated[float, Between(0, 10)] | None = None
-    top_k: Annotated[int, Between(1, 1 << 24)] | None = None
-    top_p: Annotated[float, Between(0.000001, 1)] | None = None
-    repeat_penalty: Annotated[float, Between(0.000001, 10)] | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    repeat_penalty: RepeatPenalty | None = None
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
     idle_unload_s: _Seconds = 0.0
     load_at_start: bool = True
@@ -199,10 +200,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
             "release",
             "max_context",
             "force",
-            "temperature",
-            "top_k",
-            "top_p",
-            "repeat_penalty",
+            *types_of(Sampling),
         }
     ),
     "next load": frozenset({"limits.load_s", "limits.token_s"}),

@@ -46,7 +46,7 @@ def test_options_arrive_as_two_values() -> None:
         "--repeat-penalty nan",
         "--temperature -1",
         "--top-k 0",
-        "--top-p 0",
+        "--top-p -0.1",
         "--top-p 1.1",
         "--max-new-tokens 0",
         "--max-context 8",

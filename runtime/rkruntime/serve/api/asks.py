@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
+from rkruntime.engine.generation import PER_REQUEST
 from rkruntime.model import Model
 from rkruntime.serve.api.http import while_connected
 from rkruntime.serve.memory import AnswerMemory
@@ -22,7 +23,6 @@ from rkruntime.words import dropped_turns
 
 NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
-_SAMPLING: Final = ("temperature", "top_p", "top_k", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def ask_of(
         request_id=request.scope["rkedge.id"],
         max_new_tokens=max_new_tokens,
         stop=stops(body),
-        sampling={name: body.get(name) for name in _SAMPLING},
+        sampling={name: body[name] for name in PER_REQUEST if name in body},
         keep=keep,
     )
 

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from rkruntime.engine.generation import PER_REQUEST
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.model import Model
 from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split, stops
@@ -33,16 +34,7 @@ from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_OPTIONS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "stop",
-)
+_OPTIONS: Final = ("max_tokens", *PER_REQUEST, "stop")
 
 
 def _line(kind: str, **values: Any) -> bytes:
