@@ -1,4 +1,8 @@
-"""Check JSON bodies against the schemas of openapi.yaml, with the JSON Schema keywords used there."""
+"""Check JSON bodies against the schemas of openapi.yaml, with the JSON Schema keywords used there.
+
+fastjsonschema checks twice as fast, but does not say which field of an alternative is wrong, or why; and the walk that
+drops and names unknown fields would still be needed.
+"""
 
 from __future__ import annotations
 
