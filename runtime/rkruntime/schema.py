@@ -6,6 +6,7 @@ Errors name the key or the field.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,7 +110,10 @@ class _Builder:
         if get_origin(kind) is None and type(data) is kind:
             return data
         if kind is float and type(data) is int:
-            return float(data)
+            try:
+                return float(data)
+            except OverflowError:
+                return math.inf if data > 0 else -math.inf
         if kind is Path and isinstance(data, str):
             return Path(data)
         if get_origin(kind) is Literal:

@@ -331,6 +331,8 @@ class RemoteChat:
             self._call("change", {})
             data = self._call("read")
             messages = check_conversation(data)["messages"]
+        except NoSuchSessionError:  # nothing came of its first question
+            data, messages = {}, []
         except (_BrokenError, ServiceError, InputError):
             yield Note("\nThe board did not report what it has kept of this answer.")
             return

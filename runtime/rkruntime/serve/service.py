@@ -37,6 +37,7 @@ from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.prompts import RESERVED
+from rkruntime.text.template import Message
 from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
@@ -338,6 +339,18 @@ class Service:
     def name(self) -> str:
         """Name of the served bundle."""
         return self.host.name
+
+    async def check(self, messages: Sequence[Message], client: Client) -> None:
+        """Have the loaded model's template check a conversation, in a turn of its own. Without a model, all pass.
+
+        Raises:
+            UsageError: The template refuses it.
+            BusyError, BundleError.
+        """
+        async with self.queue.turn(client):
+            model = self.host.current
+            if model is not None:
+                await self._prepared(model, model.prompts.check, messages)
 
     async def embed(
         self, texts: Sequence[str], client: Client, hold: Callable[[int], None]

@@ -141,6 +141,10 @@ class Bodies:
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
 
+    def check(self, schema: str, data: Any) -> None:
+        """Raise BodyError if `data`, which is not from a request, does not match the schema."""
+        self._validator.read(schema, data, Ignored())
+
     async def _read(self, request: Request) -> bytes:
         held: Held = request.scope["rkedge.held"]
         declared = request.headers.get("content-length", "")

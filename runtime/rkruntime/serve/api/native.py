@@ -13,27 +13,30 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.engine.generation import PER_REQUEST
-from rkruntime.errors import BodyError, InputError, NoSuchSessionError
+from rkruntime.engine.generation import PER_REQUEST, TokenId
+from rkruntime.errors import BodyError, InputError, NoSuchSessionError, UsageError
 from rkruntime.model import Model
-from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split, stops
-from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes
+from rkruntime.schema import Between, build
+from rkruntime.serve.api.asks import Begun, ask_of, begin, client_of, dropping_notes, items, split, stops
+from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes, while_connected
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
+from rkruntime.text.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_Moment = Annotated[float, Between(0, 1e15)]
 _OPTIONS: Final = ("max_tokens", *PER_REQUEST, "stop")
 
 
@@ -51,6 +54,50 @@ class _Place:
     @classmethod
     def of(cls, request: Request) -> _Place:
         return cls(request.scope["rkedge.user"], check_name(request.path_params["name"], "session"))
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """An answer that was broken off, as the session's file has it: the question, what was kept, and since when.
+
+    Attributes:
+        tokens: Ids of `text`, by the model with the fingerprint `model`.
+        drop, options: As asked.
+        boot, since_boot, at: See `_now`.
+    """
+
+    question: str
+    text: str
+    tokens: tuple[TokenId, ...]
+    model: str
+    options: dict[str, Any]
+    since_boot: _Moment
+    at: _Moment
+    boot: str = ""
+    drop: bool = False
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the daemon adds to a conversation: the last answer's name, and why it ended, or what there is of it."""
+
+    number: str = ""
+    reason: Literal["stop", "length", "abort", "pause"] = "stop"
+    broken: _Partial | None = None
+
+    @classmethod
+    def check(cls, data: Mapping[str, Any], bodies: Bodies) -> None:
+        """Raise InputError for a file that no daemon has written."""
+        known = {name: data[name] for name in ("number", "reason", "broken") if name in data}
+        broken = build(cls, known, lambda what: InputError(f"{what}.")).broken
+        if broken is None:
+            return
+        if not broken.tokens:
+            raise InputError("broken.tokens is empty.")
+        try:
+            bodies.check("SessionMessage", {**broken.options, "content": broken.question})
+        except BodyError as error:
+            raise InputError(f"broken.options: {error.message}") from error
 
 
 @dataclass(frozen=True)
@@ -103,6 +150,8 @@ class _Turn:
         fingerprint = model.bundle.manifest.fingerprint
         if self.begun and self.made_by != fingerprint:
             raise NoSuchSessionError("That answer was begun by another model.", hint="Ask again.")
+        if max(self.begun, default=0) >= model.prompts.vocabulary.vocab_size:
+            raise NoSuchSessionError("What is kept of that answer is not from this model.", hint="Ask again.")
         # Before the run: what it adds would be kept, and taken for what the client has.
         self.received.check(AnswerReader(model.prompts.vocabulary, 0, stops(self.options), self.begun).text)
         self.made_by = fingerprint
@@ -165,6 +214,12 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
         return data
     answer = {"role": "assistant", "content": broken["text"], "tokens": broken["tokens"]}
     return {**data, "messages": [*data["messages"], {"role": "user", "content": broken["question"]}, answer]}
+
+
+def _before(data: Mapping[str, Any], question: str, number: str) -> Mapping[str, Any]:
+    """The session without its partial answer, if its question is put again: the client could not resume it."""
+    again = "broken" in data and number and (data.get("number"), data["broken"]["question"]) == (number, question)
+    return {key: value for key, value in data.items() if key != "broken"} if again else data
 
 
 def _update(body: dict[str, Any]) -> dict[str, Any]:
@@ -238,11 +293,25 @@ class Sessions:
         body = await self._bodies.read(request, "SessionUpdate", _update)
         async with self._order(place):
             await self._take_over(place)
+            if "conversation" in body:
+                await while_connected(request, self._check_template(request, body))
             await on_disk(self._write_changed, place, body)
         return json_response({"changed": place.name})
 
+    async def _check_template(self, request: Request, body: Mapping[str, Any]) -> None:
+        """Raise BodyError if the loaded model's template refuses the conversation."""
+        conversation = body["conversation"]
+        turns = [(item["role"], item["content"]) for item in conversation["messages"]]
+        if system := body.get("system", conversation["system"]):
+            turns.insert(0, ("system", system))
+        try:
+            await self._service.check([Message(*turn) for turn in (*turns, ("user", ""))], client_of(request, body))
+        except UsageError as error:
+            raise _not_a_conversation(error.message) from error
+
     def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
-        data = body["conversation"] if "conversation" in body else self._data(place)
+        stored = None if "conversation" in body else self._data(place)
+        data = body["conversation"] if stored is None else stored
         system = body.get("system", data["system"])
         # The daemon's own notes are not accepted from a client, and are dropped with the turns.
         # An answer that was begun under another system prompt is not resumed.
@@ -252,7 +321,8 @@ class Sessions:
         kept |= {key: data[key] for key in own if key in data} | {"system": system}
         if body.get("clear"):
             kept["messages"] = []
-        self._store.write(place.user, place.name, kept)
+        if kept != stored:  # of a session that is not there, there is nothing to clear
+            self._store.write(place.user, place.name, kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
         try:
@@ -262,8 +332,9 @@ class Sessions:
 
     def _stored(self, place: _Place) -> dict[str, Any]:
         """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
-        data = self._store.read(place.user, place.name)
+        data = {key: value for key, value in self._store.read(place.user, place.name).items() if value is not None}
         try:
+            _Notes.check(data, self._bodies)
             return {**data, **check_conversation(data)}
         except InputError as error:
             raise damaged(place.name, error.message.rstrip(".")) from error
@@ -281,8 +352,9 @@ class Sessions:
         drop = bool(body.get("drop_oldest"))
         async with self._order(place):
             await self._take_over(place)
-            data = await read_in_thread(self._data, place)
-            run = self._start(request, place, _Turn(data, body["content"], body.get("id", ""), options, drop))
+            question, number = body["content"], body.get("id", "")
+            data = _before(await read_in_thread(self._data, place), question, number)
+            run = self._start(request, place, _Turn(data, question, number, options, drop))
         return await self._answer(request, place, run, 0)
 
     async def _resume(self, request: Request) -> Response:
