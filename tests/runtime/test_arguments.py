@@ -209,4 +209,4 @@ def test_what_used_to_be_taken_for_something_else(fake_bundle: Bundle) -> None:
     ):
         with pytest.raises(UsageError):
             call()
-    assert Request([1], save_prompt_cache="x").save_prompt_cache == Path("x")  # type: ignore[arg-type]
+    assert Request([1], save_prompt_cache="x").save_prompt_cache == Path("x")

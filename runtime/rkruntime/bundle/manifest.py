@@ -17,7 +17,7 @@ import yaml
 
 from rkruntime.checks.preflight import Model
 from rkruntime.errors import BundleError
-from rkruntime.files import as_path, read_regular, sha256_file
+from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
 from rkruntime.folders import own_folder
 from rkruntime.schema import Between, Length, build, check_value
 from rkruntime.words import counted
@@ -315,7 +315,7 @@ class _Stamp:
             pass
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(path: AnyPath) -> Bundle:
     """Read a bundle's manifest; `Bundle.verify` compares the files.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, che
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.library.identify import Identity, identify
 from rkruntime.schema import check_value
 
@@ -37,7 +37,7 @@ class Engine:
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
         check_value("options", LoadOptions, options)
         identity = identify(options.library, options.release)
-        check_readable(options.model)
+        check_readable(Path(options.model))
         self.options, findings = checked(options, identity)
         self._connection = Connection(self.options, on_log)
         try:
@@ -76,7 +76,7 @@ class Engine:
         self._connection.begin(
             {
                 "call": "load",
-                "library": str(self.options.library.resolve()),
+                "library": str(Path(self.options.library).resolve()),
                 "machine": identity.machine,
                 "version": identity.release.version,
                 "params": self.options.params(),
@@ -213,7 +213,7 @@ class Engine:
         check_value("lora", Lora, lora)
         self._call("load_lora", *lora.as_dict().values())
 
-    def load_prompt_cache(self, path: str | os.PathLike[str]) -> None:
+    def load_prompt_cache(self, path: AnyPath) -> None:
         """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
         self._call("load_prompt_cache", str(as_path("path", path).resolve()))
 

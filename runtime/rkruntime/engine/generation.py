@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeAlias
 
 from rkruntime.errors import UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.schema import Between, check_fields, check_value, types_of
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ class Request:
     sampling: Sampling | None = None
     keep_history: bool = False
     lora: str | None = None
-    save_prompt_cache: Path | None = None
+    save_prompt_cache: AnyPath | None = None
     prompt: Prompt | None = None
     pause_tokens: frozenset[TokenId] = field(default_factory=frozenset)
 

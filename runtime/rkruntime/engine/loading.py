@@ -14,7 +14,7 @@ from rkruntime.checks.preflight import Finding, Model, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.engine.worker.process import python_command
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
 from rkruntime.stop import Stop
@@ -30,7 +30,7 @@ class Lora:
     """An adapter file for the runtime; runs refer to it by name. Raises UsageError for a field of a wrong type."""
 
     name: str
-    path: Path
+    path: AnyPath
     scale: Annotated[float, Between(-1_000_000, 1_000_000)] = 1.0
 
     def __post_init__(self) -> None:
@@ -39,9 +39,10 @@ class Lora:
 
     def as_dict(self) -> dict[str, Any]:
         """The arguments of rkllm_load_lora, in order. Raises AdapterError if there is no such file."""
-        if not self.path.is_file():
-            raise AdapterError(f"There is no adapter file {self.path}.")
-        return {"name": self.name, "path": str(self.path.resolve()), "scale": self.scale}
+        path = Path(self.path)
+        if not path.is_file():
+            raise AdapterError(f"There is no adapter file {path}.")
+        return {"name": self.name, "path": str(path.resolve()), "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class LoadOptions:
         UsageError: A field has a wrong type or is out of range.
     """
 
-    library: Path
-    model: Path
+    library: AnyPath
+    model: AnyPath
     max_context: Context | None = None
     release: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
@@ -249,7 +250,7 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
 
 def environment_of(options: LoadOptions) -> dict[str, str]:
     """The worker's environment: librkllmrt.so needs libraries that may be next to it (libomp.so)."""
-    paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
+    paths = (str(Path(options.library).resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
 

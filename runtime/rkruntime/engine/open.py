@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, MaxNewTokens, RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import BundleError, LibraryError, UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.packages import import_failed
 from rkruntime.schema import Between, check_fields, check_value, types_of
 from rkruntime.stop import Stop
@@ -64,7 +64,7 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 class RuntimeOptions:
     """--library, --release, --max-context and --force as given. Raises UsageError for a wrong type or range."""
 
-    library: str | os.PathLike[str] | None = None
+    library: AnyPath | None = None
     release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.errors import LibraryError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.library.elf import ElfFile, read_elf
 from rkruntime.schema import check_value
 
@@ -174,7 +174,7 @@ def inspect_library(path: Path, release: str | None = None) -> Identity:
     )
 
 
-def identify(path: str | os.PathLike[str], release: str | None = None) -> Identity:
+def identify(path: AnyPath, release: str | None = None) -> Identity:
     """Identify a library that may be called with the layout of its `release`.
 
     Raises:
