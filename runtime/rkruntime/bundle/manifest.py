@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 
 import yaml
 
-from rkruntime.checks.preflight import Model
+from rkruntime.checks.preflight import ModelFacts
 from rkruntime.errors import BundleError
 from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
 from rkruntime.folders import own_folder
@@ -186,11 +186,11 @@ class Bundle:
         return self.path / TEMPLATE
 
     @property
-    def known(self) -> Model:
+    def known(self) -> ModelFacts:
         """What is known about the model before it is loaded, for preflight."""
         made = self.manifest
-        record = made.files[made.model_file]
-        return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
+        size = made.files[made.model_file].size
+        return ModelFacts(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, size)
 
     def read_tokenizer(self) -> bytes:
         """tokenizer.json. Raises BundleError as `verify` does."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from rkruntime.engine.connection import Connection
+from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
 from rkruntime.engine.runs import Runs
@@ -39,7 +39,7 @@ class Engine:
         identity = identify(options.library, options.release)
         check_readable(Path(options.model))
         self.options, findings = checked(options, identity)
-        self._connection = Connection(self.options, on_log)
+        self._connection = WorkerConnection(self.options, on_log)
         try:
             with options.stop.ending(self._connection.worker.process.terminate):
                 started = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 from rkruntime.abi import since, within
-from rkruntime.checks.preflight import Finding, Model, preflight
+from rkruntime.checks.preflight import Finding, ModelFacts, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.engine.worker.process import python_command
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
@@ -91,7 +91,7 @@ class LoadOptions:
     release: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
     max_new_tokens: int = -1
-    known: Model | None = None
+    known: ModelFacts | None = None
     force: bool = False
     cpus: Sequence[Annotated[int, Between(0, 31)]] | None = None
     n_batch: Annotated[int, Between(1, 255)] = 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
-from rkruntime.engine.connection import Connection
+from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.worker import protocol
@@ -29,7 +29,7 @@ class Runs:
         active: Number of the current run; None without one.
     """
 
-    def __init__(self, connection: Connection, options: LoadOptions, info: ModelInfo) -> None:
+    def __init__(self, connection: WorkerConnection, options: LoadOptions, info: ModelInfo) -> None:
         self.active: int | None = None
         self._abandoned = False
         self._connection, self._options, self._info = connection, options, info

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rkruntime.bundle.rkemu import TensorSpec, Writer, read_container
-from rkruntime.checks.preflight import Model
+from rkruntime.checks.preflight import ModelFacts
 from rkruntime.engine.engine import Engine, LoadOptions, Lora
 from rkruntime.engine.generation import (
     GREEDY,
@@ -673,7 +673,7 @@ def test_preflight_is_asked(load: Load, bundle: Any) -> None:
     engine = load(known=known, max_context=8192)
     assert engine.info.max_context == known.max_context
     assert [finding.code for finding in engine.info.findings] == ["context-clamped"]
-    assert isinstance(known, Model)
+    assert isinstance(known, ModelFacts)
 
 
 def test_closed_engines(load: Load, question: list[int]) -> None:

@@ -20,7 +20,7 @@ from rkruntime.engine.generation import Event, Finished, FinishReason, Request
 from rkruntime.errors import HostError, WorkerCrashedError
 from rkruntime.serve.api.native import _Turn
 from rkruntime.serve.host import Host
-from rkruntime.serve.service import Ask, Outcome, Prompt, Run, Service
+from rkruntime.serve.service import GenerationRequest, Outcome, Prompt, Run, Service
 from rkruntime.serve.settings import Limits, PromptCache, Sessions, Settings
 from rkruntime.serve.threads import on_disk
 from rkruntime.testing import fake_model
@@ -111,7 +111,7 @@ def one_run(
         async def work(run: Run) -> None:
             nonlocal waits
             waits = await cancelled_at(
-                service._run(Ask(prompt, ("ann", "", ""), "1", stop=stop, keep=keep), run), steps, late
+                service._run(GenerationRequest(prompt, ("ann", "", ""), "1", stop=stop, save=keep), run), steps, late
             )
 
         run = Run(work)

@@ -97,7 +97,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(body, status, headers, "application/json")
 
 
-class Bodies:
+class BodyReader:
     """Read and check request bodies.
 
     Args:

@@ -24,8 +24,25 @@ from rkruntime.engine.generation import PER_REQUEST, TokenId
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError, UsageError
 from rkruntime.model import Model
 from rkruntime.schema import Between, build
-from rkruntime.serve.api.asks import Begun, ask_of, begin, client_of, dropping_notes, items, split, stops
-from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes, while_connected
+from rkruntime.serve.api.generate import (
+    StartedRun,
+    client_of,
+    dropping_notes,
+    generation_request,
+    items,
+    split,
+    started_run,
+    stops,
+)
+from rkruntime.serve.api.http import (
+    BodyReader,
+    Stream,
+    error_body,
+    json_response,
+    refuse_together,
+    routes,
+    while_connected,
+)
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
@@ -86,7 +103,7 @@ class _Notes:
     broken: _Partial | None = None
 
     @classmethod
-    def check(cls, data: Mapping[str, Any], bodies: Bodies) -> None:
+    def check(cls, data: Mapping[str, Any], bodies: BodyReader) -> None:
         """Raise InputError for a file that no daemon has written."""
         known = {name: data[name] for name in ("number", "reason", "broken") if name in data}
         broken = build(cls, known, lambda what: InputError(f"{what}.")).broken
@@ -241,10 +258,10 @@ def _not_a_conversation(what: str) -> BodyError:
     return BodyError(what, details={"param": "conversation"})
 
 
-class Sessions:
+class SessionEndpoints:
     """The endpoints of /sessions."""
 
-    def __init__(self, service: Service, bodies: Bodies) -> None:
+    def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._store = service.sessions
         self._bodies = bodies
@@ -392,15 +409,15 @@ class Sessions:
         return _Turn(data, broken["question"], data["number"], options, drop, begun, received, broken["model"])
 
     def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
-        async def keep(answer: Answer, whole: bool) -> None:
-            await on_disk(self._keep, place, turn, answer, whole)
+        async def save(answer: Answer, whole: bool) -> None:
+            await on_disk(self._save, place, turn, answer, whole)
 
-        ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
+        wanted = generation_request(request, turn.prompt, turn.options, turn.options.get("max_tokens"), save)
         # Registered while it still waits for its turn.
-        run = self._runs[place] = self._service.start(ask)
+        run = self._runs[place] = self._service.start(wanted)
         return run
 
-    def _keep(self, place: _Place, turn: _Turn, answer: Answer, whole: bool) -> None:
+    def _save(self, place: _Place, turn: _Turn, answer: Answer, whole: bool) -> None:
         data = turn.kept(answer, whole)
         if data is not None:
             self._store.write(place.user, place.name, data)
@@ -413,31 +430,31 @@ class Sessions:
                 del self._runs[place]
 
         try:
-            begun = await begin(request, run)
+            started = await started_run(request, run)
         except BaseException:
             await close()
             raise
-        lines = _lines(begun, received, request.scope["rkedge.ignored"].names)
-        return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=close)
+        lines = _lines(started, received, request.scope["rkedge.ignored"].names)
+        return Stream(lines, "application/x-ndjson", started.headers, failed=_failed, close=close)
 
 
 def _failed(error: Exception) -> bytes:
     return _line("error", **error_body(error, "openai"))
 
 
-async def _lines(begun: Begun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
+async def _lines(started: StartedRun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
     """The events of an answer, without what the client already has."""
-    info = begun.begin.model.engine.info
+    info = started.start.model.engine.info
     yield _line(
         "begin",
-        notes=begun.begin.notes,
+        notes=started.start.notes,
         ignored=ignored,
         emulated=info.emulated,
         max_context=info.max_context,
     )
-    if late := begun.begin.text[received:]:
+    if late := started.start.text[received:]:
         yield _line("text", text=late)
-    async for batch in items(begun):
+    async for batch in items(started):
         text, outcome = split(batch)
         if text:
             yield _line("text", text=text)

@@ -23,18 +23,17 @@ from starlette.types import ASGIApp
 
 from rkruntime.errors import BodyError, BundleError, ContextFullError, ServiceError, UsageError
 from rkruntime.serve import doors
-from rkruntime.serve.api.http import Bodies, Stream
-from rkruntime.serve.api.native import Sessions
-from rkruntime.serve.api.ollama import Ollama, _read_manifest
-from rkruntime.serve.api.openai import OpenAI
+from rkruntime.serve.api.http import BodyReader, Stream
+from rkruntime.serve.api.native import SessionEndpoints
+from rkruntime.serve.api.ollama import OllamaEndpoints, _read_manifest
+from rkruntime.serve.api.openai import OpenAIEndpoints
 from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.app import openapi
 from rkruntime.serve.connections import Requests
 from rkruntime.serve.host import Host
 from rkruntime.serve.service import Run, Service
 from rkruntime.serve.sessions import SessionStore
-from rkruntime.serve.settings import PromptCache, Settings
-from rkruntime.serve.settings import Sessions as SessionSettings
+from rkruntime.serve.settings import PromptCache, Sessions, Settings
 from rkruntime.serve.threads import LARGE, on_disk, with_data
 from rkruntime.serve.users import User
 from rkruntime.testing import fake_model
@@ -67,12 +66,12 @@ def known(app: ASGIApp) -> ASGIApp:
     return asked
 
 
-def sessions_of(store: SessionStore, work: Any = None) -> Sessions:
+def sessions_of(store: SessionStore, work: Any = None) -> SessionEndpoints:
     async def check(*_: Any) -> None:
         pass
 
     service: Any = SimpleNamespace(sessions=store, start=lambda _: Run(work), check=check)
-    return Sessions(service, Bodies(Validator(openapi()), 1 << 20, 5))
+    return SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
 
 
 def test_a_refused_question_to_a_session_is_forgotten(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_a_conversation_that_the_template_refuses_is_not_taken(tmp_path: Path, l
 
     model.prompts.check = check  # type: ignore[method-assign]
     service.host._model = model if loaded else None
-    sessions = Sessions(service, Bodies(Validator(openapi()), 1 << 20, 5))
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
     with TestClient(known(Starlette(routes=sessions.routes()))) as client:
         assert client.put("/sessions/a", json={"conversation": conversation("Q", "A")}).status_code == 200
         for body in (
@@ -249,7 +248,7 @@ WRONG: list[dict[str, Any]] = [
 
 def test_whatever_a_hand_has_written_into_a_session_is_no_bug(tmp_path: Path) -> None:
     service = service_of(tmp_path, fake_model(*["Yes."] * 2 * len(WRONG)))
-    sessions = Sessions(service, Bodies(Validator(openapi()), 1 << 20, 5))
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
     base = {**conversation("Q", "A"), "number": "q"}
     with TestClient(known(Starlette(routes=sessions.routes()))) as client:
         for wrong in WRONG:
@@ -269,7 +268,7 @@ def test_whatever_a_hand_has_written_into_a_session_is_no_bug(tmp_path: Path) ->
 def test_a_question_that_is_put_again_stands_once(tmp_path: Path) -> None:
     """Its client could not have the rest of the answer, for that was too long ago."""
     service = service_of(tmp_path, fake_model("Yes.", "Yes.", "Yes."))
-    sessions = Sessions(service, Bodies(Validator(openapi()), 1 << 20, 5))
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
     partial = PARTIAL | {"question": "R", "text": "B"}
     with TestClient(known(Starlette(routes=sessions.routes()))) as client:
         for content, number, expected in (
@@ -429,7 +428,7 @@ def named(name: str) -> Any:
 
 
 def service_of(folder: Path, model: Any) -> Service:
-    settings = Settings(sessions=SessionSettings(folder / "s"), prompt_cache=PromptCache(folder / "c"))
+    settings = Settings(sessions=Sessions(folder / "s"), prompt_cache=PromptCache(folder / "c"))
     return Service(settings, Host(settings, lambda *_: model))
 
 
@@ -456,8 +455,8 @@ def test_an_answer_names_the_model_that_gave_it(tmp_path: Path, path: str, body:
         return found
 
     service.host.model = model_and_then_another  # type: ignore[method-assign]
-    bodies = Bodies(Validator(openapi()), 1 << 20, 5)
-    apis = [kind(service, bodies).routes() for kind in (OpenAI, Ollama, Sessions)]
+    bodies = BodyReader(Validator(openapi()), 1 << 20, 5)
+    apis = [kind(service, bodies).routes() for kind in (OpenAIEndpoints, OllamaEndpoints, SessionEndpoints)]
     with TestClient(known(Starlette(routes=[route for each in apis for route in each]))) as client:
         answer = client.post(path, json=body | ({} if "sessions" in path else {"stream": stream}))
     assert answer.status_code == 200, answer.text
