@@ -231,9 +231,9 @@ class Service:
         prompt: Prompt = await self._prepared(model, wanted.prompt, model)
         request, ignored = self._request(wanted, model, prompt)
         reader = run.reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), wanted.stop, prompt.begun)
-        begin = Started(model, ignored, prompt.notes, reader.text)
+        started = Started(model, ignored, prompt.notes, reader.text)
         if not request.max_new_tokens:
-            return self._at_its_limit(run, begin, reader, prompt, model, queue_s)
+            return self._at_its_limit(run, started, reader, prompt, model, queue_s)
         began, first = time.monotonic(), 0.0
         try:
             request = await self.caches.prepare(model, request)
@@ -241,7 +241,7 @@ class Service:
                 async for event in events:
                     if not first:
                         first = time.monotonic()
-                        run.put(begin)
+                        run.put(started)
                     if text := reader.feed(event):
                         run.put(text)
                     if reader.done:
@@ -279,10 +279,10 @@ class Service:
             raise
 
     def _at_its_limit(
-        self, run: Run, begin: Started, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
+        self, run: Run, started: Started, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
     ) -> Outcome:
         """The end of a resumed answer that already has its full length."""
-        run.put(begin)
+        run.put(started)
         if text := reader.feed(Finished(FinishReason.LENGTH, len(prompt.tokens), 0)):
             run.put(text)
         return Outcome(reader.answer(), 0, queue_s, 0.0, 0.0, model.engine.info.emulated)

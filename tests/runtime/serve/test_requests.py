@@ -36,7 +36,7 @@ from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import PromptCache, Sessions, Settings
 from rkruntime.serve.threads import LARGE, on_disk, with_data
 from rkruntime.serve.users import User
-from rkruntime.testing import fake_model
+from rkruntime.testing import fake_manifest, fake_model
 
 LOOP: list[int] = []
 
@@ -221,12 +221,12 @@ PARTIAL: dict[str, Any] = {
     "question": "Q",
     "text": "A",
     "tokens": [65],
-    "model": "",
+    "model": fake_manifest().fingerprint,
     "drop": False,
     "options": {},
     "boot": "",
     "since_boot": 0,
-    "at": 1e12,
+    "at": time.time(),
 }
 
 
@@ -239,7 +239,7 @@ WRONG: list[dict[str, Any]] = [
     *(
         {"broken": PARTIAL | {"options": {name: value}}}
         for name in ("max_tokens", "temperature", "top_k", "stop", "content", "x")
-        for value in (-5, [1], {"a": 1}, "x", None, True, 10**400)
+        for value in (-5, [1], {"a": 1}, "x", None, True, 3.0, 10**400)
     ),
     *({"number": value} for value in (5, None, [])),
     *({"reason": value} for value in ("bored", 5, None)),

@@ -141,9 +141,9 @@ class BodyReader:
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
 
-    def check(self, schema: str, data: Any) -> None:
-        """Raise BodyError if `data`, which is not from a request, does not match the schema."""
-        self._validator.read(schema, data, Ignored())
+    def check(self, schema: str, data: Any) -> Any:
+        """`data` that does not come from a request, likewise. Raises BodyError."""
+        return self._validator.read(schema, data, Ignored())
 
     async def _read(self, request: Request) -> bytes:
         held: Held = request.scope["rkedge.held"]

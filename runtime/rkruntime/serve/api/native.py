@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from weakref import WeakValueDictionary
@@ -61,6 +61,11 @@ def _line(kind: str, **values: Any) -> bytes:
     return (_encode({"type": kind, **values}) + "\n").encode("utf-8", "replace")
 
 
+def _options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a question says of its answer."""
+    return {name: body[name] for name in _OPTIONS if name in body}
+
+
 @dataclass(frozen=True)
 class _Place:
     """A session: its user and its name."""
@@ -102,19 +107,21 @@ class _Notes:
     reason: Literal["stop", "length", "abort", "pause"] = "stop"
     broken: _Partial | None = None
 
-    @classmethod
-    def check(cls, data: Mapping[str, Any], bodies: BodyReader) -> None:
-        """Raise InputError for a file that no daemon has written."""
-        known = {name: data[name] for name in ("number", "reason", "broken") if name in data}
-        broken = build(cls, known, lambda what: InputError(f"{what}.")).broken
-        if broken is None:
-            return
-        if not broken.tokens:
-            raise InputError("broken.tokens is empty.")
-        try:
-            bodies.check("SessionMessage", {**broken.options, "content": broken.question})
-        except BodyError as error:
-            raise InputError(f"broken.options: {error.message}") from error
+
+def _checked(data: Mapping[str, Any], bodies: BodyReader) -> dict[str, Any]:
+    """A session's file with its notes checked. Raises InputError for what no daemon has written."""
+    given = {key: value for key, value in data.items() if value is not None}
+    notes = {item.name: given[item.name] for item in fields(_Notes) if item.name in given}
+    broken = build(_Notes, notes, lambda what: InputError(f"{what}.")).broken
+    if broken is None:
+        return given
+    if not broken.tokens:
+        raise InputError("broken.tokens is empty.")
+    try:
+        read = bodies.check("SessionMessage", {**broken.options, "content": broken.question})
+    except BodyError as error:
+        raise InputError(f"broken.options: {error.message}") from error
+    return {**given, "broken": {**given["broken"], "options": _options(read)}}
 
 
 @dataclass(frozen=True)
@@ -349,10 +356,9 @@ class SessionEndpoints:
 
     def _stored(self, place: _Place) -> dict[str, Any]:
         """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
-        data = {key: value for key, value in self._store.read(place.user, place.name).items() if value is not None}
+        stored = self._store.read(place.user, place.name)
         try:
-            _Notes.check(data, self._bodies)
-            return {**data, **check_conversation(data)}
+            return {**_checked(stored, self._bodies), **check_conversation(stored)}
         except InputError as error:
             raise damaged(place.name, error.message.rstrip(".")) from error
 
@@ -365,13 +371,12 @@ class SessionEndpoints:
     async def _ask(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionMessage")
-        options = {name: body[name] for name in _OPTIONS if name in body}
         drop = bool(body.get("drop_oldest"))
         async with self._order(place):
             await self._take_over(place)
             question, number = body["content"], body.get("id", "")
             data = _before(await read_in_thread(self._data, place), question, number)
-            run = self._start(request, place, _Turn(data, question, number, options, drop))
+            run = self._start(request, place, _Turn(data, question, number, _options(body), drop))
         return await self._answer(request, place, run, 0)
 
     async def _resume(self, request: Request) -> Response:
