@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from rkconvert.adapters.merged_model import Lora
+from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.commands.options import lora_option, max_context_option, revision_option
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
@@ -195,7 +195,7 @@ def options_of(
     """Build a conversion's options from the command's own. Raises UsageError."""
     if checkpoint is None:
         raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
-    adapters = tuple(Lora.parse(text) for text in loras)
+    adapters = tuple(AdapterSource.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
     if release is None:
         emulated = values["target"] == "emulator"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.adapters.merged_model import Lora, MergedModel, resume_key
+from rkconvert.adapters.merged_model import AdapterSource, MergedModel, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.conversion.opened import Loaded
 from rkconvert.conversion.target import Target
@@ -64,7 +64,7 @@ class Options(ToolkitOptions):
     checkpoint: str
     output: Path
     revision: str | None = None
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[AdapterSource, ...] = ()
     target: str = "emulator"
     platform: str = "rk3588"
     dtype: str = "w8a8"
@@ -278,7 +278,7 @@ def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Me
     return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
 
 
-def _check_runtime_lora(loras: Sequence[Lora]) -> None:
+def _check_runtime_lora(loras: Sequence[AdapterSource]) -> None:
     """Raise unless there is exactly one adapter, and it can be kept in a separate file unchanged."""
     if not loras:
         raise UsageError(

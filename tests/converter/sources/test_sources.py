@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from rkconvert import demo
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.output import hf_folder
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
@@ -217,7 +217,10 @@ def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, as
     for file in floats.glob("*.safetensors*"):
         file.unlink()
     save_file(quantize(base, "nf4", nested=True), floats / "model.safetensors")
-    mine, theirs = merged_model(open_checkpoint(base), [Lora(str(adapter))]), peft_merge(floats, {adapter: 1.0})
+    mine, theirs = (
+        merged_model(open_checkpoint(base), [AdapterSource(str(adapter))]),
+        peft_merge(floats, {adapter: 1.0}),
+    )
     for name, info in mine.weights.tensors.items():
         assert_merged(name, mine.weights.read(name, 0, info.shape[0]), theirs[name])
 
@@ -740,7 +743,7 @@ def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, assert
     base = make_model()
     adapter = make_adapter(base)
     serve(hub, adapter, "someone/pirate")
-    model = merged_model(open_checkpoint(base), [Lora("someone/pirate", 0.5)])
+    model = merged_model(open_checkpoint(base), [AdapterSource("someone/pirate", 0.5)])
     assert [(item.name, item.revision) for item in model.adapters] == [("someone/pirate", COMMIT)]
     theirs = peft_merge(base, {adapter: 0.5})
     for name, info in model.weights.tensors.items():
