@@ -93,7 +93,8 @@ class Runs:
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
         if self._options.n_keep is None and self._outgrows(requests):
-            # From 1.3.0 on, the runtime would drop the start of the conversation to go on to such a limit.
+            # From 1.3.0 on, the runtime has the limit and would drop the start of the conversation to reach it. That is
+            # a guess (docs/emulator.md), but no limit is right in any case.
             header["max_new_tokens"] = -1
         self._worker.drain_log()
         self._worker.alarm = ""
