@@ -11,14 +11,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from rkruntime.errors import HostError, InputError, OutputError, UsageError
 
 _BLOCK = 4 << 20
+# What callers may give for a path; `as_path` checks it.
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 
-def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+def as_path(name: str, value: AnyPath) -> Path:
     """A path that a caller gave as the argument `name`. Raises UsageError if no file can have it."""
     try:
         path = Path(value)
@@ -71,7 +73,7 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-def path_hint(error: OSError, path: str | os.PathLike[str]) -> str | None:
+def path_hint(error: OSError, path: AnyPath) -> str | None:
     """The next step where the path itself is at fault; None where something else is."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "Check the spelling of the path."
@@ -100,7 +102,7 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
     return OutputError(f"Cannot write {path}: {error.strerror or error}.", hint=hint)
 
 
-def readable(path: str | os.PathLike[str]) -> str:
+def readable(path: AnyPath) -> str:
     """A path as a string for YAML, JSON and terminals: bytes that are not UTF-8 become escapes such as `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 

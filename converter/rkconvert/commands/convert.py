@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from rkconvert.adapters.merged_model import Lora
+from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.commands.options import (
     dtype_option,
     lora_option,
@@ -202,7 +202,7 @@ def options_of(
     """Build a conversion's options from the command's own. Raises UsageError."""
     if checkpoint is None:
         raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
-    adapters = tuple(Lora.parse(text) for text in loras)
+    adapters = tuple(AdapterSource.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
     options = Options(checkpoint=checkpoint, output=Path(), loras=adapters, release=release, **values)
     release = release or target_of(options).release

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.adapters.merged_model import Lora, resume_key
+from rkconvert.adapters.merged_model import AdapterSource, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.conversion.opened import OpenedModels
 from rkconvert.emulated.lora_file import plain_pairs
@@ -60,7 +60,7 @@ class Options(ToolkitOptions):
     checkpoint: str
     output: Path
     revision: str | None = None
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[AdapterSource, ...] = ()
     target: str = "emulator"
     platform: str = "rk3588"
     dtype: str = "w8a8"
@@ -257,7 +257,7 @@ def _refuse_bytes(paths: Mapping[str, Path]) -> None:
             )
 
 
-def _check_runtime_lora(loras: Sequence[Lora]) -> None:
+def _check_runtime_lora(loras: Sequence[AdapterSource]) -> None:
     """Raise unless there is exactly one adapter, and it can be kept in a separate file unchanged."""
     if not loras:
         raise UsageError(

@@ -145,7 +145,7 @@ class _Link:
 
 
 class RemoteChat:
-    """See `rkruntime.chat.repl.Chat`.
+    """See `rkruntime.chat.repl.ChatBackend`.
 
     Args:
         destination: Destination for ssh: `user@board`, or `ssh://user@board:port`.
@@ -260,16 +260,16 @@ class RemoteChat:
 
     @property
     def system(self) -> str:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         return self._system
 
     def set_system(self, text: str) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._steady("change", {"system": text})
         self._system = text
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
-        """See `Chat`.
+        """See `ChatBackend`.
 
         Raises:
             ServiceError: The daemon refuses, or can no longer be reached.
@@ -331,6 +331,8 @@ class RemoteChat:
             self._call("change", {})
             data = self._call("read")
             messages = check_conversation(data)["messages"]
+        except NoSuchSessionError:  # nothing came of its first question
+            data, messages = {}, []
         except (_BrokenError, ServiceError, InputError):
             yield Note("\nThe board did not report what it has kept of this answer.")
             return
@@ -377,7 +379,7 @@ class RemoteChat:
         self.last = Turn(event["tokens"], FinishReason(event["reason"]), first, event["tokens_per_s"])
 
     def stop(self) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         with self._sending:
             if self._stopping is None or self._link is None:
                 return
@@ -399,21 +401,21 @@ class RemoteChat:
                 link.kill()
 
     def clear(self) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._steady("change", {"clear": True})
 
     def save(self, path: Path) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         write_conversation(path, check_conversation(self._read()))
 
     def load(self, path: Path) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         data = read_conversation(path)
         self._steady("change", {"conversation": data})
         self._system = str(data.get("system", ""))
 
     def stats(self) -> Mapping[str, str]:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         status = self._steady("hello")
         queue, temperatures = (_mapping(status.get(name)) for name in ("queue", "temperatures"))
         degrees = [value for value in temperatures.values() if _is_number(value)]

@@ -45,7 +45,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What is known of a model before it is loaded; None or "" means unknown.
 
     Attributes:
@@ -88,7 +88,7 @@ class Preflight:
 
 
 def preflight(
-    model: Model,
+    model: ModelFacts,
     *,
     runtime: str | None = None,
     context: int | None = None,
@@ -123,7 +123,7 @@ def preflight(
 
 
 def _check_arguments(**given: object) -> None:
-    kinds = {"model": Model, "runtime": str | None, "context": int | None, "allowed": Collection[int] | None}
+    kinds = {"model": ModelFacts, "runtime": str | None, "context": int | None, "allowed": Collection[int] | None}
     for name, kind in kinds.items():
         check_value(name, kind, given[name])
     try:
@@ -147,7 +147,7 @@ def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, lis
     ]
 
 
-def _memory(model: Model, root: Path) -> Iterator[Finding]:
+def _memory(model: ModelFacts, root: Path) -> Iterator[Finding]:
     memory = machine.memory(root)
     if memory is None or model.size is None or model.size <= memory.available:
         return
@@ -161,7 +161,7 @@ def _memory(model: Model, root: Path) -> Iterator[Finding]:
     )
 
 
-def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) -> Iterator[Finding]:
+def _board(model: ModelFacts, runtime: str | None, cores: machine.Cores, root: Path) -> Iterator[Finding]:
     driver, chip = machine.driver(root), machine.soc(root)
     facts = {
         "runtime": runtime,
@@ -190,7 +190,7 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
         )
 
 
-def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
+def _platform(model: ModelFacts, chip: str | None) -> Iterator[Finding]:
     if chip is None:
         yield Finding(
             "notice",
@@ -219,7 +219,7 @@ def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
         )
 
 
-def _dtype(model: Model) -> Iterator[Finding]:
+def _dtype(model: ModelFacts) -> Iterator[Finding]:
     offered = types_by_soc()[0].get(model.platform.lower())
     if offered and model.dtype.lower().startswith("w") and model.dtype.lower() not in offered:
         yield Finding(

@@ -20,7 +20,7 @@ from rkruntime.errors import RKEdgeError, RunError, WorkerError
 _SHOWN_LINES: Final = 40
 
 
-class Connection:
+class WorkerConnection:
     """A worker process that accepts commands until it is closed or lost.
 
     Attributes:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from rkruntime.engine.connection import Connection
+from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.library.identify import Identity, identify
 from rkruntime.schema import check_value
 
@@ -36,10 +36,10 @@ class Engine:
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
         check_value("options", LoadOptions, options)
-        identity = identify(options.library, options.abi)
-        check_readable(options.model)
+        identity = identify(options.library, options.release)
+        check_readable(Path(options.model))
         self.options, findings = checked(options, identity)
-        self._connection = Connection(self.options, on_log)
+        self._connection = WorkerConnection(self.options, on_log)
         try:
             with options.stop.ending(self._connection.worker.process.terminate):
                 started = time.perf_counter()
@@ -76,7 +76,7 @@ class Engine:
         self._connection.begin(
             {
                 "call": "load",
-                "library": str(self.options.library.resolve()),
+                "library": str(Path(self.options.library).resolve()),
                 "machine": identity.machine,
                 "version": identity.release.version,
                 "params": self.options.params(),
@@ -213,7 +213,7 @@ class Engine:
         check_value("lora", Lora, lora)
         self._call("load_lora", *lora.as_dict().values())
 
-    def load_prompt_cache(self, path: str | os.PathLike[str]) -> None:
+    def load_prompt_cache(self, path: AnyPath) -> None:
         """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
         self._call("load_prompt_cache", str(as_path("path", path).resolve()))
 

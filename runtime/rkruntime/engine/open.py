@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, MaxNewTokens, RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import BundleError, LibraryError, UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.packages import import_failed
 from rkruntime.schema import Between, check_fields, check_value, types_of
 from rkruntime.stop import Stop
@@ -64,8 +64,8 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 class RuntimeOptions:
     """--library, --release, --max-context and --force as given. Raises UsageError for a wrong type or range."""
 
-    library: str | os.PathLike[str] | None = None
-    abi: str | None = None
+    library: AnyPath | None = None
+    release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
 
@@ -90,8 +90,8 @@ class SamplingOptions:
 
     def over(self, base: Sampling) -> Sampling:
         """`base` with the given options applied."""
-        names = ("temperature", "top_k", "top_p", "repeat_penalty")
-        return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
+        wanted = {name: getattr(self, name, None) for name in types_of(Sampling)}
+        return base.changed({name: value for name, value in wanted.items() if value is not None})
 
 
 def default_sampling(bundle: Bundle) -> Sampling:
@@ -158,7 +158,7 @@ def find_library(
         return Path(options.library)
     provider = PROVIDERS.get(bundle.manifest.target)
     if provider is not None:
-        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress, stop)
+        return _provide(provider, options.release or bundle.manifest.toolkit_version, progress, stop)
     places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
     found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
     if found is None:
@@ -211,7 +211,7 @@ def load_engine(
         LoadOptions(
             library=find_library(bundle, options, progress, stop),
             model=bundle.model,
-            abi=options.abi,
+            release=options.release,
             known=bundle.known,
             force=options.force,
             max_context=options.max_context,

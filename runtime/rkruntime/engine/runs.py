@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
-from rkruntime.engine.connection import Connection
+from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.worker import protocol
@@ -29,7 +29,7 @@ class Runs:
         active: Number of the current run; None without one.
     """
 
-    def __init__(self, connection: Connection, options: LoadOptions, info: ModelInfo) -> None:
+    def __init__(self, connection: WorkerConnection, options: LoadOptions, info: ModelInfo) -> None:
         self.active: int | None = None
         self._abandoned = False
         self._connection, self._options, self._info = connection, options, info
@@ -92,6 +92,10 @@ class Runs:
             check_limit(request.max_new_tokens)
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
+        if self._options.n_keep is None and self._outgrows(requests):
+            # From 1.3.0 on, the runtime has the limit and would drop the start of the conversation to reach it. That is
+            # a guess (docs/emulator.md), but no limit is right in any case.
+            header["max_new_tokens"] = -1
         self._worker.drain_log()
         self._worker.alarm = ""
         # Releases may return rows for the prompt or for more, but never more than the context has room for.
@@ -101,6 +105,11 @@ class Runs:
         self._abandoned = False
         self.active = self._connection.number + 1
         self._connection.begin(header, data, mode=mode, **limits)
+
+    def _outgrows(self, requests: Sequence[Request]) -> bool:
+        """Whether the context has no room for as many new tokens as are allowed."""
+        shortest = min(len(request.tokens) for request in requests)
+        return 0 < self._info.max_context < shortest + requests[0].max_new_tokens
 
     def _check_room(self, request: Request) -> None:
         if 0 < self._info.max_context <= len(request.tokens):

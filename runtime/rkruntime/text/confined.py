@@ -53,7 +53,7 @@ MEMORY: Final = 1 << 30
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     """The limits of one call.
 
     Attributes:
@@ -84,7 +84,7 @@ class Confined:
         """Process id of the child, if there is one with the state of earlier calls."""
         return self._process.pid if self._process else None
 
-    def call(self, name: str, limits: Limits, data: bytes = b"", **values: Any) -> Answer:
+    def call(self, name: str, limits: CallLimits, data: bytes = b"", **values: Any) -> Answer:
         """Call the child's function `name`; starts a child if there is none.
 
         Raises:
@@ -163,7 +163,7 @@ class Confined:
         process, self._process = self._process, None
         return (process and self._killed()) or (0, "")
 
-    def _gone(self, limits: Limits) -> RKEdgeError:
+    def _gone(self, limits: CallLimits) -> RKEdgeError:
         """The reason why the child has closed its socket."""
         process = self._process
         assert process is not None

@@ -113,7 +113,7 @@ def test_models(client: openai.OpenAI) -> None:
         {"extra_body": {"grammar": "root ::= 'yes'"}},
         {"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}},
         {"logit_bias": {"5": 1}},
-        {"temperature": 3},
+        {"temperature": 11},
         {"top_p": -1},
         {"max_tokens": 0},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},

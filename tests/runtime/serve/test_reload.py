@@ -44,7 +44,17 @@ IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "sessions.resume_s": lambda daemon: daemon.service.settings.sessions.resume_s,
 }
 # What has an effect on a model that is loaded.
-OF_THE_MODEL = {"bundle", "library", "abi", "max_context", "force", "temperature", "top_k", "top_p", "repeat_penalty"}
+OF_THE_MODEL = {
+    "bundle",
+    "library",
+    "release",
+    "max_context",
+    "force",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repeat_penalty",
+}
 
 
 def names(kind: Any = Settings, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -62,7 +72,7 @@ def other(name: str, hint: Any, value: Any, folder: Path) -> Any:
         path.write_text(f"ann {'a' * 32}")
         path.chmod(0o600)
         return path
-    special = {"listen.host": "127.0.0.2", "listen.socket_mode": "0600", "abi": "1.2.0", "top_p": 0.5}
+    special = {"listen.host": "127.0.0.2", "listen.socket_mode": "0600", "release": "1.2.0", "top_p": 0.5}
     if name in special:
         return special[name]
     choices = [item for item in get_args(hint) if isinstance(item, str) and item != value]

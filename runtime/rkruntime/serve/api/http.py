@@ -97,7 +97,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(body, status, headers, "application/json")
 
 
-class Bodies:
+class BodyReader:
     """Read and check request bodies.
 
     Args:
@@ -140,6 +140,10 @@ class Bodies:
             raise BodyError(f"The body must be a JSON object, not a {type(data).__name__}.")
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
+
+    def check(self, schema: str, data: Any) -> Any:
+        """`data` that does not come from a request, likewise. Raises BodyError."""
+        return self._validator.read(schema, data, Ignored())
 
     async def _read(self, request: Request) -> bytes:
         held: Held = request.scope["rkedge.held"]
