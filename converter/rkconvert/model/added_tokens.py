@@ -35,16 +35,32 @@ def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) 
     Raises:
         InputError: (of class `kind`) One of them is not a JSON object.
     """
+    settings = _settings(folder, kind)
+    if _DECODER not in settings and _EXTRA not in settings:
+        settings[_EXTRA] = settings.get(_EXTRA_BEFORE)
+    return settings
+
+
+def _settings(folder: Place, kind: type[InputError]) -> dict[str, Any]:
+    """The settings in which the list of further special tokens may still have its older name."""
     settings = _json(folder / CONFIG, kind)
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
+    settings = _with_named(settings)
     if _DECODER in settings:
         return settings
     older = _json(folder / "special_tokens_map.json", kind)
     if isinstance(older.get(_EXTRA), list):
         older[_EXTRA] = [*_extra(settings), *older[_EXTRA]]
-    settings |= older
-    return {_EXTRA: settings.get(_EXTRA_BEFORE), **settings}
+    return _with_named(settings | older)
+
+
+def _with_named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Special tokens that the file has as a table of named ones, among the others by name."""
+    if not isinstance(table := settings.get(_EXTRA), dict):
+        return settings
+    rest = {name: value for name, value in settings.items() if name != _EXTRA}
+    return rest | {name: value for name, value in table.items() if name.endswith("_token")}
 
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:
@@ -54,10 +70,10 @@ def _extra(settings: Mapping[str, Any]) -> list[Any]:
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens by name, such as `eos_token`: each a text or a mapping with its `content`."""
-    extra = settings.get(_EXTRA)
-    given = {**settings, **(extra if isinstance(extra, dict) else {})}
-    order = dict.fromkeys((*_NAMES, *given))
-    return {name: given[name] for name in order if name.endswith("_token") and text_of(given.get(name)) is not None}
+    order = dict.fromkeys((*_NAMES, *settings))
+    return {
+        name: settings[name] for name in order if name.endswith("_token") and text_of(settings.get(name)) is not None
+    }
 
 
 def text_of(token: Any) -> str | None:
@@ -169,12 +185,13 @@ def _declared(
     settings = tokenizer_settings(folder, kind)
     named = named_tokens(settings)
     more = _extra(settings)
-    special = {text for token in (*named.values(), *more) if (text := text_of(token)) is not None}
     table: dict[int, dict[str, Any]]
     if _DECODER in settings:
         table = {int(index): _token(token) for index, token in settings[_DECODER].items()}
     else:
         older = _json(folder / "added_tokens.json", kind)
+        # A list under its older name is no sign here.
+        special = {text_of(token) for token in (*named.values(), *_extra(_settings(folder, kind)))}
         table = {
             int(index): _token({"content": text, "special": text in special, "normalized": text not in special})
             for text, index in older.items()
@@ -183,11 +200,12 @@ def _declared(
     ids = {token["content"]: index for index, token in table.items()}
     names = {text_of(token) for token in named.values()}
     tokens = {token["content"]: token for token in (table[index] for index in sorted(table))}
-    known = {token["content"] for token in own}
-    # A special token that has an entry keeps its behaviour, and only its name makes it special.
+    known = {token["content"] for token in own} | set(tokens)
+    # A special token that has an entry keeps its behaviour, and only its name makes it special. Of two others, the last
+    # counts.
     for given in (*named.values(), *more):
         text = text_of(given)
-        if text and text not in known and text not in tokens:
+        if text and text not in known:
             tokens[text] = _token(given if isinstance(given, dict) else {"content": text, "special": True})
     return ids, [{**token, "special": token["special"] or text in names} for text, token in tokens.items() if text]
 
