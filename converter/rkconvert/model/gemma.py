@@ -131,6 +131,10 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
             raise CheckpointError(
                 f"config.json: {key} is 0, by which transformers divides.", hint="Write null for no cap."
             )
+    if "sliding_window" in family.defaults and config.get("sliding_window", 1) == 0:
+        raise CheckpointError(
+            "config.json: sliding_window is 0: no token would see any other.", hint="Write null for no window."
+        )
     sizes = {key: _integer(key, values[key], 1, _MAX_SIZE) for key in _SIZES}
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
         raise CheckpointError(

@@ -143,6 +143,17 @@ def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
     return [Message("user", f"{system}\n\n{first}" if system.strip() else first), *messages[2:]]
 
 
+def _start(parts: Sequence[Part], bos: int) -> int:
+    """Where a prompt goes on after the `<bos>` that it begins with, also after white space before one."""
+    start = 0
+    for at, part in enumerate(parts, 1):
+        if part == bos:
+            start = at
+        elif not isinstance(part, str) or part.strip():
+            break
+    return start
+
+
 def _merged(parts: Sequence[Part]) -> list[Part]:
     """Join adjacent texts, since they are encoded together, and omit empty ones."""
     merged: list[Part] = []
@@ -199,8 +210,7 @@ class JinjaTemplate:
                 )
         parts = _merged([*self._filled(self._rendered(messages), messages)])
         bos = self._tokenizer.control[BOS]
-        first = next((at for at, part in enumerate(parts) if part != bos), len(parts))
-        return [bos, *parts[first:]]
+        return [bos, *parts[_start(parts, bos) :]]
 
     def _rendered(self, messages: Sequence[Message]) -> Tracked:
         from rkruntime.text.chat_jinja import Refusal, UnfollowedError

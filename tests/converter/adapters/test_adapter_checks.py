@@ -18,6 +18,7 @@ from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkconvert.model.chat_template import read_template
 from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.tensors.weights import read_float32
 from rkruntime.cli import main
 from rkruntime.errors import AdapterError, UsageError
 
@@ -226,6 +227,23 @@ def test_a_tokenizer_of_rows_that_were_not_saved(make_model, make_adapter, token
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     (note,) = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))]).notes
     assert "has a tokenizer of 1,025 tokens" in note
+
+
+def test_magnitudes_under_both_of_their_names(make_model, make_adapter, peft_merge):
+    base = make_model()
+    adapter = make_adapter(base, target_modules=["q_proj", "up_proj"], use_dora=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = [name for name in tensors if name.endswith("lora_magnitude_vector")]
+    twice = tensors | {f"{name}.weight": tensors[name].clone() for name in names}
+    save_file(twice, adapter / "adapter_model.safetensors")
+    assert names
+    expected = peft_merge(base, {adapter: 1.0})
+    model = merged_model(open_checkpoint(base), [Lora(str(adapter))])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_allclose(read_float32(model.weights, name), expected[name].float().numpy(), atol=1e-5)
+    save_file(twice | {f"{names[0]}.weight": tensors[names[0]] + 1}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="two values for one tensor"):
+        merged_model(open_checkpoint(base), [Lora(str(adapter))])
 
 
 OWN_TOKENS = {

@@ -188,12 +188,36 @@ def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monk
         lambda writer: writer.add_rope_dimension_count(8),
         lambda writer: writer.add_attention_scale(0.5),
         lambda writer: writer.add_causal_attention(False),
+        lambda writer: writer.add_float32("gemma2.rope.freq_base_swa", 123.0),
+        lambda writer: writer.add_rope_scaling_attn_factors(2.0),
+        lambda writer: writer.add_float32("gemma2.rope.scaling.alpha", 2.0),
+        lambda writer: writer.add_uint32("gemma2.rope.dimension_count_swa", 4),
+        lambda writer: writer.add_uint32("gemma2.attention.key_length_swa", 4),
+        lambda writer: writer.add_uint32("gemma2.attention.value_length_swa", 4),
+        lambda writer: writer.add_sliding_window_pattern(3),
+        lambda writer: writer.add_expert_used_count(1),
     ],
 )  # fmt: skip
 def test_a_gguf_that_asks_for_another_computation_is_refused(make_model, tmp_path, more):
     write_gguf(tmp_path / "model.gguf", make_model(), TYPES.F16, more=more)
     with pytest.raises(CheckpointError, match="Gemma 1 and 2"):
         open_source(str(tmp_path / "model.gguf"))
+
+
+def test_keys_that_change_nothing_are_accepted(make_model, tmp_path):
+    def more(writer):
+        head = 16
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_attn_factors(1.0)
+        writer.add_float32("gemma2.rope.freq_base_swa", 10000.0)
+        writer.add_rope_dimension_count(head)
+        writer.add_uint32("gemma2.attention.key_length_swa", head)
+        writer.add_sliding_window_pattern(2)
+
+    base = make_model()
+    assert open_checkpoint(base).config.head_dim == 16
+    write_gguf(tmp_path / "model.gguf", base, TYPES.F16, more=more)
+    assert open_source(str(tmp_path / "model.gguf")).config == open_checkpoint(base).config
 
 
 def test_the_end_of_a_turn_in_a_gguf_ends_an_answer(make_model, tmp_path):

@@ -235,7 +235,8 @@ def test_a_system_message_is_never_dropped(tokenizer: Tokenizer, roles: str) -> 
 
 def test_bos_stands_once_whatever_the_template_does(tokenizer: Tokenizer) -> None:
     bos = tokenizer.control["<bos>"]
-    for source in ("{{ messages[0].content }}", "<bos>{{ bos_token }}{{ messages[0].content }}"):
+    for start in ("", "<bos>{{ bos_token }}", " \n<bos>", "\n{{ bos_token }} <bos>"):
+        source = start + "{{ messages[0].content }}"
         template = JinjaTemplate(source, tokenizer, fold=True)
         assert made(tokenizer, template, [Message("user", "hi")]) == [bos, *tokenizer.encode("hi")]
 
