@@ -105,6 +105,7 @@ class TcpDoor:
 
     def __init__(self, listener: socket.socket, keys: Mapping[str, str]) -> None:
         self.listener = listener
+        self.keys: Mapping[str, str] = {}
         self.check(keys)
         self.keys = keys
         # Accepted connections inherit it, and asyncio does not set it on sockets whose protocol number is 0: the end of
@@ -142,7 +143,12 @@ class TcpDoor:
         return fits[0] if fits and kind.lower() == "bearer" else None
 
     def check(self, keys: Mapping[str, str]) -> None:
-        """See Door."""
+        """See Door. A file that an editor has just emptied must not let everyone in."""
+        if self.keys and not keys:
+            raise UsageError(
+                "The settings no longer name API keys, but the TCP port is open to who has one.",
+                hint="Set listen.api_keys again, or restart the daemon to do without keys.",
+            )
         address = self.listener.getsockname()[0]
         if not keys and not is_loopback(address):
             raise without_keys(address)
