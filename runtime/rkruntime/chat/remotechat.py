@@ -496,7 +496,7 @@ _FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
     "error": {},
     "end": {"status": lambda value: type(value) is int, "body": lambda value: value is None or isinstance(value, dict)},
 }
-_LEFT_OUT: Final = {"tokens": 0, "tokens_per_s": 0.0, "body": None, "ignored": []}
+_LEFT_OUT: Final[Mapping[str, Any]] = {"tokens": 0, "tokens_per_s": 0.0, "body": None, "ignored": []}
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
