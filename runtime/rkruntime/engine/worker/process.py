@@ -61,14 +61,12 @@ class WorkerProcess:
         log: The last lines that it printed, with control characters escaped.
         alarm: The first line, since this was last cleared, that says that a run's results are wrong.
         log_open: Whether more lines may follow.
+        owner: The process that may use it.
 
     Args:
         interpreter: Command of the Python to use. Raises HostError if it cannot be started.
         environment: The worker's environment.
         on_log: Called with each line that the worker prints.
-
-    Attributes:
-        owner: The process that may use it.
     """
 
     def __init__(
