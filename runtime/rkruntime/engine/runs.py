@@ -30,7 +30,7 @@ class Runs:
 
     Attributes:
         active: Number of the current run; None without one.
-        reader: The thread that last waited for its events.
+        reader: The thread that last waited for its events; 0 if nobody reads them any more.
     """
 
     def __init__(self, connection: Connection, options: LoadOptions, info: ModelInfo) -> None:
@@ -68,7 +68,10 @@ class Runs:
                 self._worker.end(grace=0)  # nothing more is asked of it
                 raise
             finally:
-                self.settle(timeout)
+                try:
+                    self.settle(timeout)
+                finally:
+                    self.reader = 0
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
@@ -95,6 +98,7 @@ class Runs:
                 finally:
                     await self._settle_async(records)
             finally:
+                self.reader = 0
                 records.close()
 
     def _start(self, requests: Sequence[Request], mode: str) -> None:
