@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
 class Engine:
     """A model in a worker process. Use it as a context manager, or call `close()`.
 
-    One run at a time; `abort()` may be called from any thread, everything else from one thread at a time.
+    One run at a time; `abort()` and `close()` may be called from any thread, everything else from one thread at a time.
+    A fork of this process must not use it.
     """
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
@@ -39,6 +41,7 @@ class Engine:
         identity = identify(options.library, options.release)
         check_readable(Path(options.model))
         self.options, findings = checked(options, identity)
+        self._closing = threading.RLock()
         self._connection = WorkerConnection(self.options, on_log)
         try:
             with options.stop.ending(self._connection.worker.process.terminate):
@@ -88,14 +91,22 @@ class Engine:
         return self._connection.reply(self.options.load_timeout)
 
     def close(self) -> None:
-        """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed."""
-        if self._connection.closed:
-            return
-        if self._connection.gone is None:
-            with contextlib.suppress(RKEdgeError):
-                self._runs.settle(self.options.close_timeout)
-                self._connection.close()
-        self._connection.end()
+        """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed.
+
+        A run that another thread reads ends there with a RunError. In a fork, only the fork's pipes are closed.
+        """
+        with self._closing:
+            if self._connection.closed:
+                return
+            self._connection.closing = True
+            try:
+                if self._connection.gone is None and self._connection.worker.owner.here:
+                    # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
+                    with contextlib.suppress(RKEdgeError, RuntimeError):
+                        self._runs.finish(self.options.close_timeout)
+                        self._connection.close()
+            finally:
+                self._connection.end()
 
     @property
     def alive(self) -> bool:

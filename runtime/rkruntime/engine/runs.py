@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
-from rkruntime.engine.connection import WorkerConnection
+from rkruntime.engine.connection import WorkerConnection, closed_meanwhile
 from rkruntime.engine.generation import ArrayEvent, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.worker import protocol
@@ -20,6 +21,8 @@ from rkruntime.schema import Between, check_value
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
+# Seconds between two looks at a run that another thread reads.
+_LOOK: Final = 0.005
 
 
 class Runs:
@@ -27,10 +30,12 @@ class Runs:
 
     Attributes:
         active: Number of the current run; None without one.
+        reader: The thread that last waited for its events; 0 if nobody reads them any more.
     """
 
     def __init__(self, connection: WorkerConnection, options: LoadOptions, info: ModelInfo) -> None:
         self.active: int | None = None
+        self.reader = 0
         self._abandoned = False
         self._connection, self._options, self._info = connection, options, info
         self._worker = connection.worker
@@ -50,8 +55,12 @@ class Runs:
             timeout = self._options.token_timeout
             try:
                 while self.active is not None:
+                    self.reader = threading.get_ident()
                     record = self._connection.next(timeout, time.monotonic() + timeout)
-                    yield record.batch, self._event(record)
+                    event = self._event(record)
+                    if self._connection.closing:
+                        raise closed_meanwhile()
+                    yield record.batch, event
             except GeneratorExit:
                 self._settle_quietly()
                 raise
@@ -59,7 +68,10 @@ class Runs:
                 self._worker.end(grace=0)  # nothing more is asked of it
                 raise
             finally:
-                self.settle(timeout)
+                try:
+                    self.settle(timeout)
+                finally:
+                    self.reader = 0
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
@@ -74,13 +86,19 @@ class Runs:
                 self._start([request], "generate")
                 try:
                     while self.active is not None:
-                        yield self._event(records.waiting() or await records.next(timeout, time.monotonic() + timeout))
+                        self.reader = threading.get_ident()
+                        record = records.waiting() or await records.next(timeout, time.monotonic() + timeout)
+                        event = self._event(record)
+                        if self._connection.closing:
+                            raise closed_meanwhile()
+                        yield event
                 except WorkerProtocolError:
                     self._worker.end(grace=0)  # nothing more is asked of it
                     raise
                 finally:
                     await self._settle_async(records)
             finally:
+                self.reader = 0
                 records.close()
 
     def _start(self, requests: Sequence[Request], mode: str) -> None:
@@ -157,6 +175,18 @@ class Runs:
                 self._drop(self._connection.next(timeout, deadline))
             self._abandoned = False
 
+    def finish(self, timeout: float) -> None:
+        """`settle`; a run that another thread reads ends there. Raises WorkerHungError if it does not, RKEdgeError."""
+        if self.reader in (0, threading.get_ident()):
+            self.settle(timeout)
+            return
+        self.abort()
+        deadline = time.monotonic() + timeout
+        while self.active is not None and not self._worker.ended:
+            if time.monotonic() > deadline:
+                raise self._worker.hung(timeout)
+            time.sleep(_LOOK)
+
     async def _settle_async(self, records: AsyncRecords) -> None:
         if self._abandon():
             timeout = self._options.token_timeout
@@ -167,7 +197,7 @@ class Runs:
 
     def _abandon(self) -> bool:
         """Abort a run if one is going on. If interrupted while it ends, leave the rest to the next run."""
-        if self.active is None or self._connection.closed or self._worker.ended:
+        if self.active is None or self._connection.closed or self._worker.ended or not self._worker.owner.here:
             return False
         self._abandoned = True
         self._connection.send({"call": "abort", "run": self.active})

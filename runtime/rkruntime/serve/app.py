@@ -80,6 +80,7 @@ class AccessMiddleware:
         """ASGI."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope, target = _origin_form(scope)
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         scope["rkedge.id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
@@ -89,7 +90,7 @@ class AccessMiddleware:
         scope["rkedge.ignored"] = Ignored()
         send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
         try:
-            check_page(headers, any_host=self._door.any_host)
+            check_page(headers, any_host=self._door.any_host, target=target)
             if scope["path"] in _OPEN:
                 return await self._app(scope, receive, send)
             user = await self._door.user(connection.peer, headers)
@@ -101,6 +102,15 @@ class AccessMiddleware:
         except asyncio.CancelledError:
             # uvicorn would log it as our error.
             connection.give_up()
+
+
+def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
+    """The scope with a path as its target, and the host of a target that is a whole URL (RFC 9112)."""
+    match = re.fullmatch(r"(?i:https?)://([^/?#]*)(/.*)?", scope["path"], re.DOTALL)
+    if not match:
+        return scope, None
+    path = match[2] or "/"
+    return {**scope, "path": path, "raw_path": path.encode("latin-1", "replace")}, match[1]
 
 
 def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:

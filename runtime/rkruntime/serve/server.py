@@ -318,6 +318,11 @@ class Daemon:
     def _take(self) -> Settings:
         """Read the settings and apply those that need no load. Raises UsageError, and then applies none."""
         settings = self._reread()
+        if settings.bundle is None and self.service.settings.bundle is not None:
+            raise UsageError(
+                "The settings no longer name a bundle.",
+                hint="Set bundle again, or stop the daemon: systemctl stop rkedge.",
+            )
         keys = check_listen(settings.listen)
         for door in self._doors:
             door.check(keys)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from weakref import ref
 
 from rkruntime.abi import within
@@ -105,6 +105,15 @@ class Outcome:
     queue_s: float
     prefill_s: float
     total_s: float
+    emulated: bool
+
+
+class Embedded(NamedTuple):
+    """Vectors of texts, as float32 in little-endian order; the tokens of all texts, and the model's name."""
+
+    vectors: Sequence[bytes]
+    tokens: int
+    model: str
     emulated: bool
 
 
@@ -352,10 +361,8 @@ class Service:
             if model is not None:
                 await self._prepared(model, model.prompts.check, messages)
 
-    async def embed(
-        self, texts: Sequence[str], client: Client, hold: Callable[[int], None]
-    ) -> tuple[list[bytes], int, str]:
-        """One vector of length 1 per text, the mean of the last layer's output over its tokens; tokens; model's name.
+    async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> Embedded:
+        """One vector of length 1 per text, the mean of the last layer's output over its tokens.
 
         Each text takes its own turn, so that others wait for at most one. Vectors are float32, little-endian.
 
@@ -368,12 +375,13 @@ class Service:
         """
         vectors: list[bytes] = []
         made_by: Manifest | None = None
+        emulated = False
         total, left = 0, self.settings.limits.request_s
         for text in texts:
             async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
                 start = time.monotonic()
                 model = await self._model()
-                made_by = made_by or model.bundle.manifest
+                made_by, emulated = made_by or model.bundle.manifest, model.engine.info.emulated
                 if model.bundle.manifest != made_by:
                     raise stopped()
                 vector, tokens = await self._embed_one(model, text)
@@ -383,7 +391,7 @@ class Service:
             vectors.append(vector)
             total += tokens
         self.last_used = time.monotonic()
-        return vectors, total, made_by.name if made_by else self.name
+        return Embedded(vectors, total, made_by.name if made_by else self.name, emulated)
 
     async def _embed_one(self, model: Model, text: str) -> tuple[bytes, int]:
         encoded: list[int] = await self._prepared(model, model.prompts.encode, text, model.engine.info.max_context)

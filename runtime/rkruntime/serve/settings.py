@@ -258,11 +258,11 @@ def state_folder(kind: Literal["state", "cache"]) -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` cannot be reached from another machine."""
+    """Whether `host` cannot be reached from another machine. Names have no case, and may end with a dot."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower().removesuffix(".") == "localhost"
 
 
 def read_keys(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
-from rkruntime.errors import BundleError, RunError
+from rkruntime.errors import BundleError, RKEdgeError, RunError
 from rkruntime.printable import one_line
 from rkruntime.stop import Stop
 from rkruntime.text.confined import Answer, CallLimits, Confined, serve
@@ -69,7 +69,12 @@ class PromptProcess:
                 self.lost = True
                 self._open()
                 self.lost = False
-            return self._child.call(name, self._limits, **values)[0]
+            try:
+                return self._child.call(name, self._limits, **values)[0]
+            except RKEdgeError:
+                if self._closed:  # by another thread, which killed the child
+                    raise RunError("The model was closed before the prompt was made.", hint="Open it again.") from None
+                raise
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """See `Prompts`."""

@@ -238,12 +238,12 @@ def test_magnitudes_under_both_of_their_names(make_model, make_adapter, peft_mer
     save_file(twice, adapter / "adapter_model.safetensors")
     assert names
     expected = peft_merge(base, {adapter: 1.0})
-    model = merged_model(open_checkpoint(base), [Lora(str(adapter))])
+    model = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
     name = "model.layers.0.self_attn.q_proj.weight"
     np.testing.assert_allclose(read_float32(model.weights, name), expected[name].float().numpy(), atol=1e-5)
     save_file(twice | {f"{names[0]}.weight": tensors[names[0]] + 1}, adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="two values for one tensor"):
-        merged_model(open_checkpoint(base), [Lora(str(adapter))])
+        merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
 
 
 OWN_TOKENS = {

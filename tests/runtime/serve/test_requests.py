@@ -475,7 +475,7 @@ def test_vectors_of_two_models_are_not_one_answer(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(service, "_embed_one", embed_one)
         after = named("first")
         result = await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)
-        assert result == ([b"1234"] * 2, 2, "first")
+        assert result[:3] == ([b"1234"] * 2, 2, "first")
         after = named("second")
         with pytest.raises(ServiceError, match="stopped before its end"):
             await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)

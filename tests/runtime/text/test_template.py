@@ -20,6 +20,7 @@ from rkruntime.text.template import (
     Message,
     Template,
     load_template,
+    no_question,
 )
 from rkruntime.text.tokenizer import Tokenizer
 
@@ -217,6 +218,20 @@ def test_orders_that_gemma_refuses(tokenizer: Tokenizer, roles: str) -> None:
     names = {"u": "user", "a": "assistant", "s": "system"}
     with pytest.raises(UsageError):
         GemmaTemplate(tokenizer).parts([Message(names.get(role, role), "hi") for role in roles])
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ([], "it is empty"),
+        (["system"], "its only message is a system prompt"),
+        (["assistant"], "its only message is an answer"),
+        (["user", "assistant"], "the last of its messages is an answer"),
+        (["user", "assistant", "system"], "the last of its messages is a system prompt"),
+    ],
+)
+def test_a_conversation_that_asks_nothing_says_what_it_ends_with(roles: list[str], words: str) -> None:
+    assert words in no_question([Message(role, "x") for role in roles]).message
 
 
 def test_a_template_may_refuse(tokenizer: Tokenizer) -> None:

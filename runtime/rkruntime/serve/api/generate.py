@@ -36,8 +36,13 @@ class StartedRun:
     @property
     def headers(self) -> dict[str, str]:
         """Headers with what the client should know before the answer."""
-        headers = {EMULATED_HEADER: "1"} if self.start.model.engine.info.emulated else {}
+        headers = emulated_header(self.start.model.engine.info.emulated)
         return {**headers, NOTES_HEADER: " ".join(self.start.notes)} if self.start.notes else headers
+
+
+def emulated_header(emulated: bool) -> dict[str, str]:
+    """The header of what an emulated runtime has computed."""
+    return {EMULATED_HEADER: "1"} if emulated else {}
 
 
 def text_of(content: Any) -> str:

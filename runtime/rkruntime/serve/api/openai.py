@@ -20,6 +20,7 @@ from rkruntime.serve.api.generate import (
     WholeChat,
     client_of,
     collect,
+    emulated_header,
     generation_request,
     items,
     split,
@@ -181,14 +182,14 @@ class OpenAIEndpoints:
         body = await self._bodies.read(request, "EmbeddingRequest")
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         held: Held = request.scope["rkedge.held"]
-        vectors, tokens, model = await while_connected(
+        found = await while_connected(
             request,
             self._service.embed(texts, client_of(request, body), lambda size: held.at_least(_AS_TEXT * size)),
         )
         shown = _base64 if body.get("encoding_format") == "base64" else _numbers
-        end = {"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-        content = await read_in_thread(_embeddings, vectors, shown, end)
-        return Response(content, media_type="application/json")
+        end = {"model": found.model, "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens}}
+        content = await read_in_thread(_embeddings, found.vectors, shown, end)
+        return Response(content, headers=emulated_header(found.emulated), media_type="application/json")
 
     def _card(self) -> dict[str, Any]:
         model = self._service.host.current
