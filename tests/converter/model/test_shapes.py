@@ -182,6 +182,7 @@ WRONG = st.recursive(
 @example(model_type="llama", changes={"layer_types": "full_attention"})
 @example(model_type="qwen3", changes={"layer_types": [5, None]})
 @example(model_type="gemma2", changes={"layer_types": [[]] * 3})
+@example(model_type="gemma2", changes={"tie_word_embeddings": []})
 def test_damage_to_a_config_is_no_defect_of_the_plan(tmp_path, capsys, model_type, changes):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**config_of(model_type), **changes}))
