@@ -32,6 +32,7 @@ from rkruntime.words import NAME, NAME_RULE, counted
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
 # A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
+_ATTACH: Final = ("rkedge", "attach")
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 # How long a connection attempt may still take after a stop, to ask what the board has kept.
 _PATIENCE_S: Final = 3.0
@@ -153,7 +154,7 @@ class RemoteChat:
 
     Args:
         destination: Destination for ssh: `user@board`, or `ssh://user@board:port`.
-        remote: Command to run on the board.
+        remote: Command to run on the board; `rkedge attach` if empty.
         session: Name of the conversation; without one, a temporary conversation that is deleted at the end.
         options: Fields of each question, such as max_tokens.
 
@@ -170,7 +171,7 @@ class RemoteChat:
                 f"{session[:80]!r} cannot be the name of a conversation.", hint=f"Use {NAME_RULE}, such as monday-2."
             )
         ssh = _words(os.environ.get(SSH_VARIABLE, ""), SSH_VARIABLE) or _SSH
-        self._command = [*ssh, "--", destination, *_words(remote, ATTACH_VARIABLE)]
+        self._command = [*ssh, "--", destination, *(_words(remote, ATTACH_VARIABLE) or _ATTACH)]
         self._destination = destination
         self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
         self._temporary = session is None

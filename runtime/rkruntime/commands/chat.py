@@ -43,7 +43,7 @@ def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOption
     wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
     del wishes["max_new_tokens"]
     options = {name: value for name, value in wishes.items() if value is not None}
-    remote = os.environ.get(ATTACH_VARIABLE, "rkedge attach")
+    remote = os.environ.get(ATTACH_VARIABLE, "")
     return RemoteChat(model, remote=remote, session=session, system=system, options=options)
 
 

@@ -95,12 +95,16 @@ class Engine:
 
         A run that another thread reads ends there with a RunError. In a fork, only the fork's pipes are closed.
         """
+        if not self._connection.worker.owner.here:  # In a fork, a thread that it does not have may hold the lock.
+            if not self._connection.closed:
+                self._connection.end()
+            return
         with self._closing:
             if self._connection.closed:
                 return
             self._connection.closing = True
             try:
-                if self._connection.gone is None and self._connection.worker.owner.here:
+                if self._connection.gone is None:
                     # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
                     with contextlib.suppress(RKEdgeError, RuntimeError):
                         self._runs.finish(self.options.close_timeout)

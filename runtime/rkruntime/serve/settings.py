@@ -12,10 +12,11 @@ from typing import Annotated, Any, Final, Literal
 
 from rkruntime.engine.generation import RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import UsageError
+from rkruntime.files import path_hint, read_regular
 from rkruntime.folders import own_folder
 from rkruntime.schema import Between, build, types_of
 from rkruntime.serve.users import is_free, key_user
-from rkruntime.yamltext import read_mapping
+from rkruntime.yamltext import MAX_FILE, read_mapping
 
 SYSTEM_SOCKET: Final = Path("/run/rkedge/rkedge.sock")
 SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
@@ -274,9 +275,13 @@ def read_keys(path: Path) -> dict[str, str]:
     """
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The API keys in {path} cannot be read: {error}") from error
+        lines = read_regular(path, MAX_FILE).decode().splitlines()
+    except OSError as error:
+        raise UsageError(
+            f"The API keys in {path} cannot be read: {error.strerror or error}.", hint=path_hint(error, path)
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The API keys in {path} cannot be read: they are not UTF-8.", hint=_KEY_HINT) from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UsageError(f"Others can read the API keys in {path}.", hint=f"chmod 600 {path}")
     keys: dict[str, str] = {}

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeError, UsageError
+from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeError, RunError, UsageError
 from rkruntime.owner import Owner
 from rkruntime.packages import import_failed
 from rkruntime.printable import one_line
@@ -76,7 +76,7 @@ class Confined:
 
     def __init__(self, module: str, what: str) -> None:
         self._module, self._what = module, what
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `close` may be called by the handler of a signal that comes during a call
         self._deadline, self._hurried = 0.0, math.inf
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = Owner()
@@ -172,7 +172,8 @@ class Confined:
     def _gone(self, limits: CallLimits) -> RKEdgeError:
         """The reason why the child has closed its socket."""
         process = self._process
-        assert process is not None
+        if process is None:
+            return RunError(f"The model was closed while the process for {self._what.lower()} worked.")
         try:
             process.wait(_GRACE)
         except subprocess.TimeoutExpired:

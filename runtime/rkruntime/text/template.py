@@ -130,8 +130,7 @@ def no_question(messages: Sequence[Message]) -> UsageError:
     """The error for a conversation whose last message is not a user's."""
     kinds = {"assistant": "an answer", "system": "a system prompt"}
     kind = kinds.get(messages[-1].role, f"of the role {messages[-1].role!r}") if messages else ""
-    last = f"the last of its messages is {kind}" if len(messages) > 1 else f"its only message is {kind}"
-    last = last if messages else "it is empty"
+    last = f"the last of its messages is {kind}" if messages else "it is empty"
     return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a user message.")
 
 

@@ -18,6 +18,7 @@ from rkruntime.engine.engine import Engine
 from rkruntime.engine.generation import Finished, Request
 from rkruntime.errors import RKEdgeError
 from rkruntime.model import Model, open_model
+from rkruntime.text.template import Message
 
 # "What is the RK3588?" for the demo model; its answer has 15 tokens.
 REQUEST = Request([2, 106, 451, 364, 472, 474, 441, 477, 373, 375, 378, 378, 381, 107, 364, 106, 443, 364])
@@ -178,3 +179,35 @@ def test_a_prompt_that_is_being_made_when_the_model_is_closed(model: Model) -> N
     model.close()
     thread.join(20)
     assert found[0].startswith(("RunError: The model ", "ContextFullError")), found
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(model: Model) -> None:
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with model.engine._closing:
+            held.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    try:
+        assert forked(model.close) == "NoneType"
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_a_signals_handler_closes_while_a_prompt_is_made(model: Model) -> None:
+    before = signal.signal(signal.SIGALRM, lambda *_: model.close())
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    try:
+        with pytest.raises(RKEdgeError):
+            for _ in range(1000):
+                model.prompts.prompt([Message("user", "word " * 3000)], 4096, drop=True)
+        assert not model.engine.alive
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

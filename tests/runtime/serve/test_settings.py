@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -130,6 +131,14 @@ def test_without_a_port_no_address_matters() -> None:
 def test_nonsense_is_refused(listen: Listen) -> None:
     with pytest.raises(UsageError):
         check_listen(listen)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.write_bytes(b"#" * (2 << 20))])
+def test_a_key_file_that_has_no_end(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "odd")
+    (tmp_path / "odd").chmod(0o600)
+    with pytest.raises(UsageError, match=r"cannot be read: it (is not a regular file|has more than)"):
+        read_keys(tmp_path / "odd")
 
 
 def test_keys_are_kept_from_others(keys: Path) -> None:

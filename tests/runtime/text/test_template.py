@@ -224,8 +224,8 @@ def test_orders_that_gemma_refuses(tokenizer: Tokenizer, roles: str) -> None:
     ("roles", "words"),
     [
         ([], "it is empty"),
-        (["system"], "its only message is a system prompt"),
-        (["assistant"], "its only message is an answer"),
+        (["system"], "the last of its messages is a system prompt"),
+        (["assistant"], "the last of its messages is an answer"),
         (["user", "assistant"], "the last of its messages is an answer"),
         (["user", "assistant", "system"], "the last of its messages is a system prompt"),
     ],
