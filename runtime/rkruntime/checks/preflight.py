@@ -112,14 +112,22 @@ def preflight(
     _check_arguments(model=model, runtime=runtime, context=context, allowed=allowed)
     root = as_path("root", root)
     wanted, clamped = clamp_context(context, model.max_context)
-    cores = machine.cores(model.npu_cores, root, allowed)
-    if emulated and len(cores.cpus) < model.npu_cores:
-        cores = machine.Cores(tuple(range(model.npu_cores)), False, "the emulator pins nothing")
+    cores = cores_for(model.npu_cores, emulated=emulated, root=root, allowed=allowed)
     found = [*clamped, *_memory(model, root)]
     if not emulated:
         found += _board(model, runtime, cores, root)
     found.sort(key=lambda finding: LEVELS.index(finding.level))
     return Preflight(tuple(found), wanted, cores)
+
+
+def cores_for(
+    npu_cores: int, *, emulated: bool, root: Path = machine.ROOT, allowed: Collection[int] | None = None
+) -> machine.Cores:
+    """The CPU cores for a model of so many NPU cores; the emulator always gets as many."""
+    cores = machine.cores(npu_cores, root, allowed)
+    if emulated and len(cores.cpus) < npu_cores:
+        return machine.Cores(tuple(range(npu_cores)), False, "the emulator pins nothing")
+    return cores
 
 
 def _check_arguments(**given: object) -> None:

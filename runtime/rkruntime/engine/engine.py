@@ -79,7 +79,7 @@ class Engine:
                 "library": str(self.options.library.resolve()),
                 "machine": identity.machine,
                 "version": identity.release.version,
-                "params": self.options.params(),
+                "params": self.options.params(identity.release.version),
                 "loras": [item.as_dict() for item in self.options.loras],
                 "tokenizer": self.options.tokenizer is not None,
                 "embed": self.options.embed is not None,
