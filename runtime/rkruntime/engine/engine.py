@@ -11,9 +11,11 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from rkruntime.checks.preflight import Finding
 from rkruntime.engine.connection import Connection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
+from rkruntime.engine.observed import WrappedError
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
@@ -98,6 +100,11 @@ class Engine:
         self._connection.end()
 
     @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What preflight found, then what runs have shown about the library."""
+        return (*self.info.findings, *self._runs.observed.findings)
+
+    @property
     def alive(self) -> bool:
         """Whether the worker lives. Once it does not, every call raises the reason."""
         return not self._connection.closed
@@ -157,6 +164,12 @@ class Engine:
 
     def _first_array(self, request: Request, mode: str) -> NDArray[np.float32]:
         _need_numpy()
+        try:
+            return self._array_of_run(request, mode)
+        except WrappedError:
+            return self._array_of_run(request, mode)
+
+    def _array_of_run(self, request: Request, mode: str) -> NDArray[np.float32]:
         with contextlib.closing(self._runs.events([request], mode)) as events:
             for _, event in events:
                 if isinstance(event, (Logits, HiddenStates)):
@@ -222,9 +235,13 @@ class Engine:
         self._call("release_prompt_cache")
 
     def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
-        """Set the texts around a TextPrompt (since 1.2.0); other prompts are used as given. Clears the KV cache."""
+        """Set the texts around a TextPrompt (since 1.2.0). Clears the KV cache.
+
+        Other prompts are used as given: if the runtime wraps them as well, a run with one of them sets empty texts.
+        """
         _check_texts(system=system, prefix=prefix, postfix=postfix)
         self._call("set_chat_template", system, prefix, postfix)
+        self._runs.observed.template_set()
 
     def set_function_tools(self, system: str, tools: Sequence[dict[str, Any]], response_tag: str) -> None:
         """Set the tools for a TextPrompt (since 1.2.1), in OpenAI's format."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeAlias
 
 from rkruntime.errors import UsageError
 from rkruntime.files import as_path
@@ -25,6 +25,8 @@ RepeatPenalty: TypeAlias = Annotated[float, Between(0.000001, 10)]
 Penalty: TypeAlias = Annotated[float, Between(-2, 2)]
 TokenId: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]
 MaxNewTokens: TypeAlias = Annotated[int, Between(1, (1 << 31) - 1)]
+# A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
+RESERVED: Final = 4
 
 
 def check_limit(limit: int) -> None:
@@ -163,6 +165,13 @@ class Request:
         if self.save_prompt_cache is not None:
             object.__setattr__(self, "save_prompt_cache", as_path("save_prompt_cache", self.save_prompt_cache))
         check_fields(self)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the prompt; None if only the runtime knows."""
+        if self.prompt is None:
+            return len(self.tokens)
+        return len(self.prompt.values) if isinstance(self.prompt, EmbeddingPrompt) else None
 
 
 def _ids(name: str, tokens: Any) -> frozenset[int]:
