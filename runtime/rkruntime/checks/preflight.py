@@ -26,6 +26,10 @@ from rkruntime.words import counted
 Level: TypeAlias = Literal["error", "warning", "notice"]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "notice")
 
+_OPEN_FILES: Final = 16_384
+# Since 1.2.0 the runtime can leave the embedding table on flash. It is 0.37 of the smallest Gemma 2's file (2B:
+# 256,000 x 2,304 of fp16 in 3.2 GB), and less of the others'.
+_TABLE_SHARE: Final = 0.4
 _PERMISSION: Final = "https://github.com/rockchip-linux/rknn-toolkit2/issues/244 (reported; the reporter confirmed it)"
 
 
@@ -160,7 +164,7 @@ def _memory(model: Model, root: Path) -> Iterator[Finding]:
     if memory is None or model.size is None or model.size <= memory.available:
         return
     yield Finding(
-        "error" if model.size > memory.total else "warning",
+        "error" if model.size * (1 - _TABLE_SHARE) > memory.total else "warning",
         "memory-short",
         f"The model file has {model.size / 1e9:.2f} GB, but only {memory.available / 1e9:.2f} GB of "
         f"{memory.total / 1e9:.2f} GB memory are free.",
@@ -187,6 +191,7 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
     yield from _driver(driver)
     yield from _nodes(root, driver, chip)
     yield from _pairs(known)
+    yield from _open_files()
     if len(cores.cpus) < model.npu_cores:
         yield Finding(
             "error",
@@ -278,6 +283,28 @@ def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Fin
             f"This process cannot open the NPU ({names}): the nodes are missing here, or belong to root or a group.",
             "sudo usermod -aG video,render $USER, then log in again; in a container, pass --device /dev/dri.",
             _PERMISSION,
+        )
+    elif nodes and all(node in closed or node.name.startswith("renderD") for node in nodes):
+        names = ", ".join(str(node) for node in closed)
+        yield Finding(
+            "warning",
+            "npu-render-only",
+            f"This process can open the NPU's render node, but not {names or 'a card node'}, which librkllmrt opens.",
+            "sudo usermod -aG video $USER, then log in again; in a container, pass the whole of /dev/dri.",
+            f"texts in librkllmrt: /dev/rknpu, %s/card%d; {_PERMISSION}",
+        )
+
+
+def _open_files() -> Iterator[Finding]:
+    limit = machine.most_open_files()
+    if limit is not None and limit < _OPEN_FILES:
+        yield Finding(
+            "notice",
+            "open-files-limit",
+            f"This process may open at most {limit:,} files; the runtime opens one for each buffer on the NPU.",
+            f"If a load fails with errno 24, raise the hard limit to {_OPEN_FILES:,} or more: nofile in"
+            " /etc/security/limits.conf, LimitNOFILE= in a unit, --ulimit nofile= in a container.",
+            "https://github.com/airockchip/rknn-llm/issues/17 (reported); the vendor's demos ask for 102400",
         )
 
 

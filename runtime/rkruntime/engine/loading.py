@@ -15,6 +15,7 @@ from rkruntime.checks.preflight import Finding, Model, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
 from rkruntime.files import as_path
+from rkruntime.folders import hint_if_hidden
 from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
 from rkruntime.stop import Stop
@@ -270,7 +271,7 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
 
 
 def environment_of(options: LoadOptions) -> dict[str, str]:
-    """The worker's environment: librkllmrt.so needs libraries that may be next to it (libomp.so)."""
+    """The worker's environment: librkllmrt.so needs libraries that may be next to it (libgomp.so.1)."""
     paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
@@ -279,8 +280,8 @@ def check_readable(path: Path) -> None:
     """Raise ModelFileError if the file does not exist or cannot be read."""
     try:
         if not path.is_file():
-            raise ModelFileError(f"There is no model file {path}.")
+            raise ModelFileError(f"There is no model file {path}.", hint=hint_if_hidden(path))
         with path.open("rb"):
             return
     except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.", hint=hint_if_hidden(path)) from error

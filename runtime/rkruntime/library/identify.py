@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from typing import Any, Final
 from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.errors import LibraryError
 from rkruntime.files import as_path
+from rkruntime.folders import hint_if_hidden
 from rkruntime.library.elf import ElfFile, read_elf
 from rkruntime.schema import check_value
 
@@ -106,7 +108,8 @@ def _look(path: Path) -> tuple[ElfFile, list[str]]:
     except ValueError as error:  # mmap of an empty file
         raise LibraryError(f"{path} is empty.") from error
     except OSError as error:
-        raise LibraryError(f"{path} cannot be read: {error.strerror or error}.") from error
+        hint = hint_if_hidden(path)
+        raise LibraryError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from error
 
 
 def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None) -> tuple[Release | None, str, str]:
@@ -193,6 +196,11 @@ def identify(path: str | os.PathLike[str], abi: str | None = None) -> Identity:
 def check_machine(path: Path, machine: str) -> None:
     """Raise LibraryError if a library is for another machine than this one."""
     here = os.uname().machine
+    if sys.maxsize < 1 << 32:  # on a 64-bit kernel, uname says nothing of it
+        raise LibraryError(
+            f"This Python is a 32-bit program, which cannot load {path}.",
+            hint="Use a 64-bit Python, and a 64-bit system image: getconf LONG_BIT must say 64.",
+        )
     if machine != here:
         raise LibraryError(
             f"{path} is for {machine}, but this machine is {here}.",

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from rkboard.emulator import build as emulator
 from rkruntime.abi import CALLABLE, EMULATED, LAYOUTS, RELEASES, abi_of, release_named
-from rkruntime.errors import LibraryError
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.engine.loading import check_readable
+from rkruntime.errors import LibraryError, RKEdgeError
 from rkruntime.library.elf import read_elf
 from rkruntime.library.identify import check_machine, identify, inspect_library
 
@@ -230,3 +232,23 @@ def test_damaged_files_are_refused_or_read(make_library: MakeLibrary, tmp_path: 
 
 
 _sample = b""
+
+
+def test_a_32_bit_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.maxsize", (1 << 31) - 1)
+    with pytest.raises(LibraryError, match="This Python is a 32-bit program"):
+        check_machine(Path("librkllmrt.so"), os.uname().machine)
+
+
+def test_what_a_unit_cannot_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Path("/root/nowhere/librkllmrt.so")
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    for unit in (False, True):
+        for use in (identify, open_bundle, check_readable):
+            with pytest.raises(RKEdgeError) as caught:
+                use(library)
+            assert ("ProtectHome=" in caught.value.hint) == unit
+        monkeypatch.setenv("INVOCATION_ID", "0123")
+    with pytest.raises(LibraryError) as caught:
+        identify(Path("/opt/nowhere/librkllmrt.so"))
+    assert "ProtectHome=" not in caught.value.hint
