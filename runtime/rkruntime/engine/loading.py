@@ -254,7 +254,7 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
     if options.known is None:
         cores = cores_for(_MOST_NPU_CORES, emulated=identity.emulated)
         cpus = options.cpus or (cores.cpus if has_mask else None)
-        return replace(options, max_context=options.max_context or _DEFAULT_CONTEXT, cpus=cpus), ()
+        return replace(options, max_context=options.max_context or _DEFAULT_CONTEXT, cpus=cpus), _odd(identity)
     result = preflight(options.known, runtime=version, context=options.max_context, emulated=identity.emulated)
     if result.errors and not options.force:
         first = result.errors[0]
@@ -266,8 +266,17 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
     if flash is None and within(version, since("RKLLMExtendParam.embed_flash"), ""):
         # All the vendor's programs ask for it, and `rkedge plan` relies on it: a table in RAM takes gigabytes.
         flash = True
-    context, findings = result.context or _DEFAULT_CONTEXT, result.findings
+    context, findings = result.context or _DEFAULT_CONTEXT, (*result.findings, *_odd(identity))
     return replace(options, max_context=context, cpus=options.cpus or cpus, embed_flash=flash), findings
+
+
+def _odd(identity: Identity) -> tuple[Finding, ...]:
+    """A notice if there is something odd about the library."""
+    if not identity.notice:
+        return ()
+    message = f"About {identity.path}: {identity.notice}."
+    hint = "If runs crash or answers are wrong, use the vendor's original file of a release in docs/abi.md."
+    return (Finding("notice", "library-odd", message, hint, "the file itself"),)
 
 
 def environment_of(options: LoadOptions) -> dict[str, str]:

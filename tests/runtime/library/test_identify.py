@@ -120,14 +120,44 @@ def test_contradictions(make_library: MakeLibrary) -> None:
         LibraryError, match=r"says 1\.2\.3, but release 1\.2\.3 has rkllm_get_kv_cache_size, which this file"
     ):
         identify(make_library([line("1.2.3")], declared("1.2.0")))
-    with pytest.raises(
-        LibraryError, match=r"says 1\.1\.4, but this file exports rkllm_clear_kv_cache, which came with 1\.2\.0"
-    ):
-        identify(make_library([line("1.1.4")], declared("1.2.0")))
     with pytest.raises(LibraryError, match=r"several version texts: 1\.2\.3, 1\.3\.0"):
         identify(make_library([line("1.2.3"), line("1.3.0")], declared("1.2.3")))
     # The same version twice is one.
     assert identify(make_library([line("1.2.3"), "x " + line("1.2.3")], declared("1.2.3"))).version == "1.2.3"
+
+
+def test_additional_functions_are_a_notice(make_library: MakeLibrary) -> None:
+    """A library may export what its header declares later only."""
+    odd = identify(make_library([line("1.1.4")], declared("1.2.0")))
+    assert odd.release == RELEASES["1.1.4"]
+    assert "exports rkllm_clear_kv_cache, which came with 1.2.0, after 1.1.4" in odd.notice
+    assert identify(make_library([line("1.1.4")], [*declared("1.1.4"), "rkllm_print_timings"])).notice == ""
+
+
+LOG_FORMAT = "I rkllm: rkllm-runtime version: %s, rknpu driver version: %s, platform: %s"
+
+
+@pytest.mark.parametrize(
+    ("texts", "symbols", "release"),
+    [
+        (["1.2.2", LOG_FORMAT], "1.2.2", "1.2.2"),
+        ([LOG_FORMAT, "1.1.4"], "1.1.4", "1.1.4"),
+        ([line("1.2.3"), "1.2.0", LOG_FORMAT], "1.2.3", "1.2.3"),
+        (["1.2.2", LOG_FORMAT], "1.1.4", None),  # symbols contradict it
+        (["1.2.2", "something", LOG_FORMAT, "else", "1.3.0"], "1.2.2", None),
+        (["1.2.2", LOG_FORMAT, "1.3.0"], "1.2.2", None),
+        ([LOG_FORMAT, "2.3.3b0"], "1.2.2", None),  # of another library
+        (["1.2.2"], "1.2.2", None),
+    ],
+)
+def test_a_version_next_to_the_logs_format(
+    make_library: MakeLibrary, texts: list[str], symbols: str, release: str | None
+) -> None:
+    # In one array, so that the compiler keeps them next to each other.
+    library = make_library(["\\000".join(["first", *texts, "last"])], declared(symbols))
+    identity = inspect_library(library)
+    assert identity.release == (RELEASES[release] if release else None)
+    assert ("next to the format of its log" in identity.notice) == (release is not None and len(texts) == 2)
 
 
 @pytest.mark.parametrize("names", [declared("1.2.3"), declared("1.3.0")])
