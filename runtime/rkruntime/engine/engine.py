@@ -16,6 +16,7 @@ from rkruntime.engine.connection import Connection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
 from rkruntime.engine.observed import WrappedError
+from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
@@ -36,7 +37,12 @@ class Engine:
     One run at a time; `abort()` may be called from any thread, everything else from one thread at a time.
     """
 
-    def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        options: LoadOptions,
+        on_log: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
         check_value("options", LoadOptions, options)
         identity = identify(options.library, options.abi)
         check_readable(options.model)
@@ -45,7 +51,7 @@ class Engine:
         try:
             with options.stop.ending(self._connection.worker.process.terminate):
                 started = time.perf_counter()
-                reply = self._load(identity)
+                reply = self._load(identity, progress)
                 seconds = time.perf_counter() - started
             self.info: ModelInfo = info_of(identity, whole(reply), seconds, findings, list(self.log))
         except BaseException as error:  # The worker must end with it, even after Ctrl-C.
@@ -56,11 +62,17 @@ class Engine:
         self._runs = Runs(self._connection, self.options, self.info)
 
     @classmethod
-    def load(cls, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> Engine:
+    def load(
+        cls,
+        options: LoadOptions,
+        on_log: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Engine:
         """Start a worker and load a model.
 
         Args:
             on_log: Called with each line that the library prints.
+            progress: Called with lines such as `reading 9.5 GB, 34 %`.
 
         Raises:
             LibraryError: The library must not be called, or cannot be loaded.
@@ -71,9 +83,9 @@ class Engine:
             HostError: The worker cannot be started.
             WorkerError: The library crashed, ended its process, or did not respond within `load_timeout`.
         """
-        return cls(options, on_log)
+        return cls(options, on_log, progress)
 
-    def _load(self, identity: Identity) -> Any:
+    def _load(self, identity: Identity, progress: Callable[[str], None] | None) -> Any:
         assert identity.release is not None
         self._connection.begin(
             {
@@ -87,7 +99,9 @@ class Engine:
                 "embed": self.options.embed is not None,
             }
         )
-        return self._connection.reply(self.options.load_timeout)
+        size = self.options.model.stat().st_size
+        reading = Reading(self._connection.worker.process.pid, size, progress)
+        return self._connection.reply(load_limit(self.options.load_timeout, size), reading.more_time)
 
     def close(self) -> None:
         """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed."""

@@ -79,7 +79,7 @@ class LoadOptions:
             208, 320, 396), so it is off by default.
         tokenizer: Text to ids, for a model file without a tokenizer (since 1.3.0).
         embed: Ids to float32 [ids, hidden size], for a model file without an embedding table (since 1.3.0).
-        load_timeout: Seconds before a load counts as hung.
+        load_timeout: Seconds before a load counts as hung; more for a large file (8 MB/s), and as long as it is read.
         token_timeout: Seconds without an event before a run counts as hung, prefill included.
         close_timeout: Seconds for the library to exit by itself.
         interpreter: Command of the Python that the worker runs in.

@@ -202,6 +202,23 @@ def _not_listed(names: Sequence[str]) -> Finding:
     )
 
 
+def _checking(bundle: Bundle, stop: Stop, progress: Callable[[str], None] | None) -> Callable[[int], None]:
+    """What to call with the size of each block that is checked."""
+    size = sum(record.size for record in bundle.manifest.files.values())
+    done = shown = 0
+
+    def block(read: int) -> None:
+        nonlocal done, shown
+        stop.check()
+        done += read
+        percent = done * 100 // max(1, size)
+        if progress is not None and percent > shown:
+            shown = percent
+            progress(f"checking {size / 1e9:.1f} GB, {percent} %")
+
+    return block
+
+
 def load_engine(
     bundle: Bundle,
     options: RuntimeOptions,
@@ -215,7 +232,7 @@ def load_engine(
 
     Args:
         show: Called with each preflight finding.
-        progress: Called with lines while the emulator is built.
+        progress: Called with lines while the files are checked, the emulator is built and the model is read.
         stop: Stops the load from another thread.
         timeouts: Timeouts of LoadOptions, in seconds.
 
@@ -228,7 +245,7 @@ def load_engine(
 
     ending = stop or Stop()
     ending.check()
-    bundle.verify(progress=ending.check)
+    bundle.verify(progress=_checking(bundle, ending, progress))
     adapter = Lora(bundle.lora.stem, bundle.lora) if bundle.lora else None
     engine = Engine.load(
         LoadOptions(
@@ -243,7 +260,8 @@ def load_engine(
             lora=adapter.name if adapter else None,
             stop=ending,
             **timeouts,
-        )
+        ),
+        progress=progress,
     )
     for finding in engine.info.findings:
         show(finding)

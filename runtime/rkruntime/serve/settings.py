@@ -63,7 +63,7 @@ class Limits:
         queue: requests that may wait for the NPU.
         wait_s: how long a request may wait for the NPU.
         request_s: how long an answer may take once it has its turn.
-        load_s: how long a load may take.
+        load_s: how long a load may take; longer for a large file and while it is read.
         token_s: how long a token may take, including the prefill of a long prompt, before the worker counts as hung and
             is killed.
         body_mb: largest body of a request.
