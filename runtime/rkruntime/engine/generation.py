@@ -143,7 +143,7 @@ class Request:
         save_prompt_cache: File that the runtime writes after the run.
         pause_tokens: Tokens that end the run with PAUSE; they are part of the answer, and the KV cache is kept as it is
             for a run that continues (since 1.2.1). One board is reported to ignore the next run's prompt and continue
-            this answer: that run ends with a RunError.
+            this answer: that run ends with a RunError. Another one is reported to crash; nothing here pauses by itself.
 
     Raises:
         UsageError: A field has a wrong type or is out of range.
