@@ -326,8 +326,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     manifest = path / MANIFEST
     try:
         if not path.is_dir():
-            hint = hint_if_hidden(path) or "Name the folder that `rkedge convert` wrote."
-            raise BundleError(f"{path} is not a folder.", hint=hint)
+            what_to_name = "Name the folder that `rkedge convert` wrote."
+            raise BundleError(f"{path} is not a folder.", hint=hint_if_hidden(path) or what_to_name)
         if not manifest.is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
         return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))

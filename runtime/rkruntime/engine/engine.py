@@ -15,7 +15,6 @@ from rkruntime.checks.preflight import Finding
 from rkruntime.engine.connection import Connection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
-from rkruntime.engine.observed import WrappedError
 from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
@@ -178,10 +177,13 @@ class Engine:
 
     def _first_array(self, request: Request, mode: str) -> NDArray[np.float32]:
         _need_numpy()
+        known = self._runs.observed.wraps
         try:
             return self._array_of_run(request, mode)
-        except WrappedError:
-            return self._array_of_run(request, mode)
+        except RunError:
+            if known or not self._runs.observed.wraps:
+                raise
+            return self._array_of_run(request, mode)  # with an empty template
 
     def _array_of_run(self, request: Request, mode: str) -> NDArray[np.float32]:
         with contextlib.closing(self._runs.events([request], mode)) as events:

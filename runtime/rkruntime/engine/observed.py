@@ -20,15 +20,12 @@ log = logging.getLogger("rkedge")
 _SOURCE: Final = "public board programs differ on whether token input needs an empty chat template"
 
 
-class WrappedError(RunError):
-    """The runtime read more than was sent; the next run gets an empty template."""
-
-
 class Observed:
     """What the runs of one loaded model have shown.
 
     Attributes:
         findings: In the order in which they were made; each is logged once.
+        wraps: Whether the runtime puts its template around token ids, or may do so and would not show it.
     """
 
     def __init__(self, release: str, max_context: int) -> None:
@@ -36,7 +33,7 @@ class Observed:
         self._max_context = max_context
         self._can_empty = within(release, since("rkllm_set_chat_template"), "")
         # Nothing would show it on these releases.
-        self._wraps = self._can_empty and not within(release, since("RKLLMResult.perf"), "")
+        self.wraps = self._can_empty and not within(release, since("RKLLMResult.perf"), "")
         self._empty = self._paused = False
 
     def template_set(self) -> None:
@@ -53,7 +50,7 @@ class Observed:
                     "Call set_chat_template, or load the model again, before runs with texts.",
                 )
             return False
-        empties = self._wraps and not self._empty
+        empties = self.wraps and not self._empty
         self._empty = self._empty or empties
         return empties
 
@@ -68,14 +65,13 @@ class Observed:
         """Check that a prompt's array has a row for each of its tokens.
 
         Raises:
-            WrappedError: It has more, which an empty template may help.
-            RunError: It does not.
+            RunError: It does not. If `wraps` has become true, another run can go better.
         """
         sent = request.length
         if sent is None or request.keep_history or rows == sent:
             return
         if self._read(request, rows):
-            raise WrappedError(
+            raise RunError(
                 f"The runtime put its template around a prompt of {sent:,} tokens and returned {rows:,} rows.",
                 hint="The template is switched off now: try again.",
             )
@@ -98,7 +94,7 @@ class Observed:
                 "Answers may be worse than they could be. Try another release of librkllmrt.so.",
             )
             return False
-        self._wraps = True
+        self.wraps = True
         self._note(
             "token-input-wrapped",
             f"{what}: it puts its own chat template around token ids. This answer may be worse for it.",
