@@ -62,12 +62,17 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --release, --max-context and --force as given. Raises UsageError for a wrong type or range."""
+    """--library, --release, --max-context and --force as given, and the daemon's `base_domain_id`.
+
+    Raises:
+        UsageError: One has a wrong type or is out of range.
+    """
 
     library: str | os.PathLike[str] | None = None
     abi: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
+    base_domain_id: Annotated[int, Between(0, 15)] | None = None
 
     def __post_init__(self) -> None:
         if self.library is not None:
@@ -254,6 +259,7 @@ def load_engine(
             abi=options.abi,
             known=bundle.known,
             force=options.force,
+            base_domain_id=options.base_domain_id,
             max_context=options.max_context,
             sampling=sampling.over(default_sampling(bundle)),
             loras=[adapter] if adapter else [],

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-# Bytes per second of a slow SD card.
+# Bytes per second: chosen, below what any SD card of today reads.
 _SLOWEST: Final = 8_000_000
 # Seconds that a load may go on after each sign that it reads.
 _PATIENCE: Final = 60.0

@@ -76,7 +76,7 @@ def _folder(settings: Settings) -> Path | None:
 
 
 def _options(settings: Settings) -> RuntimeOptions:
-    return RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force)
+    return RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force, settings.base_domain_id)
 
 
 def _log_finding(finding: Finding) -> None:

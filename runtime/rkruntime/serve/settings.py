@@ -144,6 +144,7 @@ class Settings:
         abi: RKLLM release to treat the library as; null is what the library says it is.
         max_context: context length in tokens; null is the model's limit.
         force: load the model even if it is known not to work on this board.
+        base_domain_id: the NPU's memory domain, of 4 GB; another one than that of other models on the NPU; null is 0.
         temperature, top_k, top_p, repeat_penalty: sampling where a request does not set it; null is the bundle's own.
         per_request_sampling: what to do with a request's sampling where the runtime, before 1.3.0, cannot change it:
             `ignore` it and say so in a header, or `refuse` the request.
@@ -158,6 +159,7 @@ class Settings:
     abi: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
+    base_domain_id: Annotated[int, Between(0, 15)] | None = None
     temperature: Annotated[float, Between(0, 10)] | None = None
     top_k: Annotated[int, Between(1, 1 << 24)] | None = None
     top_p: Annotated[float, Between(0.000001, 1)] | None = None
@@ -199,6 +201,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
             "abi",
             "max_context",
             "force",
+            "base_domain_id",
             "temperature",
             "top_k",
             "top_p",

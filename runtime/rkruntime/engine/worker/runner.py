@@ -67,11 +67,11 @@ class Runner:
             RunError: The library refused the run or reported an error.
             UnsupportedCallError: The release has no such field or mode.
         """
+        if header["empty_template"]:  # before anything can fail: the parent relies on it
+            self.model.set_chat_template("", "", "")
         self._begin(header)
         prompts = [self._input(prompt, data) for prompt in header["prompts"]]
         infer = self._infer(header)
-        if header["empty_template"]:
-            self.model.set_chat_template("", "", "")
         if self._mode != "generate" and not header["keep_history"]:
             self._forget_prompts()
         with self._running:
