@@ -62,7 +62,7 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --release, --max-context and --force as given, and the daemon's `base_domain_id`.
+    """--library, --release, --max-context, --force and --base-domain-id as given.
 
     Raises:
         UsageError: One has a wrong type or is out of range.
