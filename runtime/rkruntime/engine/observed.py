@@ -57,9 +57,10 @@ class Observed:
     def finished(self, requests: Sequence[Request], end: Finished) -> None:
         """Compare what the runtime read with what it was sent."""
         after_pause, self._paused = self._paused, end.reason is FinishReason.PAUSE
-        # A batch has one figure for all, and a run after a pause may read the last token of the answer before.
-        if end.perf is not None and len(requests) == 1 and not after_pause:
-            self._read(requests[0], int(end.perf.prefill_tokens))
+        # A batch has one figure for all. A run after a pause may read the last token of the answer before.
+        lengths = [request.length for request in requests if not request.keep_history and request.length is not None]
+        if end.perf is not None and len(lengths) == len(requests) and not after_pause:
+            self._read(sum(lengths), int(end.perf.prefill_tokens))
 
     def check_rows(self, request: Request, rows: int) -> None:
         """Check that a prompt's array has a row for each of its tokens.
@@ -70,7 +71,7 @@ class Observed:
         sent = request.length
         if sent is None or request.keep_history or rows == sent:
             return
-        if self._read(request, rows):
+        if self._read(sent, rows):
             raise RunError(
                 f"The runtime put its template around a prompt of {sent:,} tokens and returned {rows:,} rows.",
                 hint="The template is switched off now: try again.",
@@ -80,11 +81,10 @@ class Observed:
             hint="What is computed from them would be wrong. Try another release of librkllmrt.so.",
         )
 
-    def _read(self, request: Request, read: int) -> bool:
+    def _read(self, sent: int, read: int) -> bool:
         """Note how many tokens were read; returns whether another run can go better."""
-        sent = request.length
-        # Figures beyond the context are none: a library may leave the structure untouched.
-        if sent is None or request.keep_history or not sent < read <= self._max_context:
+        # Figures far beyond the context are none: a library may leave the structure untouched.
+        if not sent < read <= sent + self._max_context:
             return False
         what = f"The runtime read {read:,} tokens of a prompt of {sent:,}"
         if self._empty or not self._can_empty:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rkboard.emulator.faults import guesses
-from rkruntime.engine.generation import FinishReason, Request, TextPrompt
+from rkruntime.engine.generation import Finished, FinishReason, Request, TextPrompt
 from rkruntime.errors import RunError
 from rkruntime.text.template import GemmaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
@@ -174,3 +174,15 @@ def test_no_default_of_the_library_is_relied_upon(
     engine = load(release, max_context=None)
     assert engine.info.max_context == 512
     assert len(list(engine.generate(Request(prompt, max_new_tokens=2)))) == 3
+
+
+def test_a_template_around_a_batch_is_noticed(load: Any, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(n_batch=2)
+    requests = [Request(prompt, max_new_tokens=2), Request(prompt[:9], max_new_tokens=2)]
+    reads = []
+    for _ in range(2):
+        ends = [event for _, event in engine.generate_batch(requests) if isinstance(event, Finished)]
+        reads.append(ends[-1].perf.prefill_tokens)
+    assert reads[0] > reads[1] == len(prompt) + 9
+    assert [finding.code for finding in engine.findings] == ["token-input-wrapped"]
