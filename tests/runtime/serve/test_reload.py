@@ -44,7 +44,12 @@ IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "sessions.resume_s": lambda daemon: daemon.service.settings.sessions.resume_s,
 }
 # What has an effect on a model that is loaded.
-OF_THE_MODEL = {"bundle", "library", "abi", "max_context", "force", "temperature", "top_k", "top_p", "repeat_penalty"}
+OF_THE_MODEL = {"bundle", "library", "abi", "max_context", "force", "base_domain_id"} | {
+    "temperature",
+    "top_k",
+    "top_p",
+    "repeat_penalty",
+}
 
 
 def names(kind: Any = Settings, where: str = "") -> Iterator[tuple[str, Any]]:
