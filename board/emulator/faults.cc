@@ -49,6 +49,10 @@ bool strikes_nowhere(const Fault& fault) {
   return fault.stage == Stage::none;
 }
 
+bool at_every_token(const Fault& fault) {
+  return fault.act == Act::sleep || fault.act == Act::noise;
+}
+
 Fault chosen(const std::string& entry) {
   const size_t mark = std::min(entry.find_first_of("=:"), entry.size());
   const std::string name = entry.substr(0, mark);
@@ -63,9 +67,11 @@ Fault chosen(const std::string& entry) {
     char* end = nullptr;
     errno = 0;
     fault.value = std::strtoll(entry.c_str() + mark + 1, &end, 10);
-    if (!*fault.meant || mark + 1 == entry.size() || *end || errno || fault.value < 0) {
+    // Tokens are counted from 1: the 0th would never come.
+    const int64_t least = fault.stage == Stage::token && !at_every_token(fault) ? 1 : 0;
+    if (!*fault.meant || mark + 1 == entry.size() || *end || errno || fault.value < least) {
       throw failure("emulator: RKEMU_FAULT " + name + " takes " +
-                    (*fault.meant ? "a number: " + std::string(fault.meant) : "no value"));
+                    (*fault.meant ? "a number from " + std::to_string(least) + ": " + fault.meant : "no value"));
     }
   }
   return fault;
@@ -98,8 +104,7 @@ bool Faults::strike(Stage stage, const std::string& model_path, int64_t token) {
   bool asked = false;
   for (const Fault& fault : faults_) {
     const bool dead = stalled_ && fault.act == Act::stall && stage == Stage::run;
-    const bool every = fault.act == Act::sleep || fault.act == Act::noise;
-    const bool due = stage != Stage::token || every || fault.value == token;
+    const bool due = stage != Stage::token || at_every_token(fault) || fault.value == token;
     if (dead || (fault.stage == stage && due && !strikes_nowhere(fault))) {
       asked = act(fault, model_path) || asked;
     }

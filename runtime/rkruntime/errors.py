@@ -70,7 +70,7 @@ class UsageError(RKEdgeError):
     """The command line or a setting is wrong."""
 
     exit_code = 2
-    default_hint = "See the command's --help."
+    default_hint = "Correct what the message names, and try again."
 
 
 class BodyError(UsageError):

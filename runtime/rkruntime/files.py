@@ -11,14 +11,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from rkruntime.errors import HostError, InputError, OutputError, UsageError
 
 _BLOCK = 4 << 20
+# What callers may give for a path; `as_path` checks it.
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 
-def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+def as_path(name: str, value: AnyPath) -> Path:
     """A path that a caller gave as the argument `name`. Raises UsageError if no file can have it."""
     try:
         path = Path(value)
@@ -71,7 +73,7 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-def path_hint(error: OSError, path: str | os.PathLike[str]) -> str | None:
+def path_hint(error: OSError, path: AnyPath) -> str | None:
     """The next step where the path itself is at fault; None where something else is."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "Check the spelling of the path."
@@ -96,11 +98,11 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
             f"The disk is full: writing {path} stopped with {free / 1e9:.2f} GB free.",
             hint="Free space on that disk, or name an output folder on another one. Nothing half-written was left.",
         )
-    hint = path_hint(error, path.parent)
+    hint = "Use a shorter name." if error.errno == errno.ENAMETOOLONG else path_hint(error, path.parent)
     return OutputError(f"Cannot write {path}: {error.strerror or error}.", hint=hint)
 
 
-def readable(path: str | os.PathLike[str]) -> str:
+def readable(path: AnyPath) -> str:
     """A path as a string for YAML, JSON and terminals: bytes that are not UTF-8 become escapes such as `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -135,7 +137,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     refuse_existing(final)
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+        partial = Path(tempfile.mkdtemp(prefix=_partial(final), dir=final.parent))
     except OSError as error:
         raise write_error(final, error) from error
     try:
@@ -154,7 +156,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
     if not final.parent.is_dir():
         raise _no_folder(final.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+        handle, name = tempfile.mkstemp(prefix=_partial(final), dir=final.parent)
     except OSError as error:
         raise write_error(final, error) from error
     os.close(handle)
@@ -167,6 +169,11 @@ def atomic_file(final: Path) -> Iterator[Path]:
         raise write_error(final, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(final: Path) -> str:
+    """Start of a temporary name; cut, so that it fits wherever `final`'s own name does."""
+    return f".{os.fsencode(final.name)[:100].decode('utf-8', 'ignore')}.partial-"
 
 
 def umask() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
@@ -14,6 +13,7 @@ from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.engine.generation import Request, Sampling, check_limit
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
 from rkruntime.errors import RunError
+from rkruntime.files import AnyPath
 from rkruntime.schema import check_value
 from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, astream_answer, stream_answer
@@ -185,14 +185,15 @@ def _texts(stop: str | Sequence[str]) -> Sequence[str]:
 
 
 def open_model(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: AnyPath | Bundle,
     options: RuntimeOptions | None = None,
     sampling: SamplingOptions | None = None,
     *,
     finding: Callable[[Finding], None] | None = None,
     progress: Callable[[str], None] | None = None,
     stop: Stop | None = None,
-    **timeouts: Any,
+    load_timeout: float | None = None,
+    token_timeout: float | None = None,
 ) -> Model:
     """Open a bundle, find the library, and load the model in a worker process.
 
@@ -202,7 +203,7 @@ def open_model(
         finding: Called with each finding about this machine.
         progress: Called with lines while the emulator is built.
         stop: Stops the load from another thread, with whatever error.
-        timeouts: `load_timeout` and `token_timeout` of LoadOptions, in seconds.
+        load_timeout, token_timeout: See LoadOptions, which has the defaults; in seconds.
 
     Raises:
         RKEdgeError: Anything wrong with the bundle, the library, the machine or the model.
@@ -215,6 +216,8 @@ def open_model(
     for name, function in (("finding", finding), ("progress", progress)):
         check_value(name, Callable[..., object] | None, function)
     options, sampling = options or RuntimeOptions(), sampling or SamplingOptions()
+    given = {"load_timeout": load_timeout, "token_timeout": token_timeout}
+    timeouts = {name: seconds for name, seconds in given.items() if seconds is not None}
     prompts = PromptProcess(bundle, stop=stop)
     try:
         engine = load_engine(bundle, options, sampling, finding or _ignore, progress, stop, **timeouts)

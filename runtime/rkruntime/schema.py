@@ -56,7 +56,8 @@ def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exceptio
 
     Raises:
         `fail`'s result for "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE",
-        "KEY is NUMBER; it must be from NUMBER to NUMBER" or "KEY has NUMBER characters; it may have NUMBER".
+        "KEY is NUMBER; it must be from NUMBER to NUMBER", "KEY is too large a number" or "KEY has NUMBER characters; it
+        may have NUMBER".
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
     return value
@@ -109,7 +110,10 @@ class _Builder:
         if get_origin(kind) is None and type(data) is kind:
             return data
         if kind is float and type(data) is int:
-            return float(data)
+            try:
+                return float(data)
+            except OverflowError:
+                raise self._fail(f"{where} is too large a number") from None
         if kind is Path and isinstance(data, str):
             return Path(data)
         if get_origin(kind) is Literal:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
@@ -23,15 +24,58 @@ BLOCK: Final = '"""'
 _HISTORY_LINES: Final = 1000
 
 
+def open_streams() -> Sequence[str]:
+    """Put something in place of each standard stream that was closed when this process was started.
+
+    Else the next file or pipe that is opened would take its number. Reading the input or writing an answer there fails
+    with EBADF; messages to standard error are lost.
+
+    Returns:
+        What was closed, in words.
+    """
+    streams = (
+        ("stdin", "standard input", "r", os.O_WRONLY),
+        ("stdout", "standard output", "w", os.O_RDONLY),
+        ("stderr", "standard error", "w", os.O_WRONLY),
+    )
+    closed = []
+    for number, (name, words, mode, access) in enumerate(streams):
+        if getattr(sys, name) is None:
+            _put(os.open(os.devnull, access), number)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - stays open
+            closed.append(words)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # the C locales would pass on what is not UTF-8
+    return closed
+
+
+def settle_streams() -> None:
+    """Drop output that cannot be written, as its writer has been told: Python would complain again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # noqa: PERF203 - there are two
+            _put(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _put(handle: int, number: int) -> None:
+    """Give an open file this number."""
+    if handle != number:
+        os.dup2(handle, number)
+        os.close(handle)
+
+
 def say(text: str = "", *, lead: str = "", err: bool = False, nl: bool = True, **style: Any) -> None:
     """Print a text that may contain anything. Commands print only through this; see rkruntime.printable.
 
     Args:
         lead: Our own text in front of it, with or without style.
+        err: Print to standard error. If nothing can be written there, the message is lost, and the work goes on.
         style: Options of click.style.
     """
     text = printable(text)
-    click.echo(lead + (click.style(text, **style) if any(style.values()) else text), err=err, nl=nl)
+    with suppress(OSError) if err else nullcontext():
+        click.echo(lead + (click.style(text, **style) if any(style.values()) else text), err=err, nl=nl)
 
 
 def say_json(value: Any, indent: int | None = 2) -> None:
@@ -48,6 +92,9 @@ def console(**options: Any) -> Console:
         def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
             for segment in super().render(*arguments, **options):
                 yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+        def on_broken_pipe(self) -> None:
+            raise  # rich calls this where it handles the error, and would exit with 1 itself
 
     return Printable(**options)
 

@@ -1,6 +1,13 @@
-"""Numbers with their nouns, in messages for people."""
+"""Wording that messages share: numbers with their nouns, and what a name may be."""
 
 from __future__ import annotations
+
+import re
+from typing import Final
+
+# What users and conversations may be called; the names are also those of files.
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_RULE: Final = "letters, digits, dot, dash and underscore, at most 64, of which the first is a letter or a digit"
 
 
 def counted(count: float, noun: str) -> str:

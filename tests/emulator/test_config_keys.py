@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
+from rkconvert.adapters.merged_model import merged_model
 from rkconvert.demo import tokenizer as demo_tokenizer
-from rkconvert.emulated.model_file import EmulatorModel, write_emulator_file
+from rkconvert.emulated.model_file import write_emulator_file
 from rkconvert.model.chat_template import read_template
 from rkconvert.model.tokenizer import read_tokenizer
 from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.target import ModelSpec
 from rkruntime.errors import CheckpointError
 
 LOGITS = 2
@@ -103,13 +105,12 @@ def one_thread() -> Iterator[None]:
 
 def write_model(folder: Path, path: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
-    tokenizer = read_tokenizer(folder / "tokenizer.json", config.vocab_size)
-    model = EmulatorModel(
-        config=config, tokenizer=tokenizer, template=read_template(folder, "<bos>"), eos_token_ids=(1,), name="m",
-        platform="rk3588", dtype="fp32", toolkit_version="1.2.3", max_context=256, npu_cores=3,
+    spec = ModelSpec(
+        model=merged_model(checkpoint, ()), lora=None, template=read_template(folder, "<bos>"),
+        tokenizer=read_tokenizer(folder / "tokenizer.json", checkpoint.config.vocab_size),
+        platform="rk3588", dtype="fp32", release="1.2.3", max_context=256, npu_cores=3,
     )  # fmt: skip
-    write_emulator_file(path, model, checkpoint.weights, lambda _: None)
+    write_emulator_file(path, spec, lambda _: None)
 
 
 def reference(folder: Path, prompt: list[int]) -> Any:

@@ -194,6 +194,18 @@ def test_the_token_before_which_it_strikes(fault: str, library: Any, small: Any,
     assert outcome.states == "NN"
 
 
+@pytest.mark.parametrize(
+    "fault", ["segv-token", "exit-token", "assert-token", "hang-token", "error-token", "job-timeout"]
+)
+def test_a_token_that_never_comes_is_refused(fault: str, load: Any, small: Any, monkeypatch: Any, capfd: Any) -> None:
+    for value in ("0", "-1", "", "x", "1x", "99999999999999999999"):
+        monkeypatch.setenv("RKEMU_FAULT", f"{fault}={value}")
+        load(small.path, expect=-1)
+        assert f"RKEMU_FAULT {fault} takes a number from 1" in capfd.readouterr().err
+    monkeypatch.setenv("RKEMU_FAULT", "slow-token=0")
+    assert load(small.path).answer([7, 8, 9])
+
+
 def test_the_second_handle_alone_is_refused(library: Any, small: Any, monkeypatch: Any, load: Any) -> None:
     monkeypatch.setenv("RKEMU_FAULT", "second-init")
     assert load(small.path).answer([7, 8, 9])

@@ -258,6 +258,13 @@ def test_paths_are_texts_or_pathlike(bundle: rkruntime.Bundle, tmp_path: Path, k
     assert (load.library, load.model, load.loras[0].path) == (library, file, file)
 
 
+def test_an_argument_that_is_not_there_is_a_type_error() -> None:
+    """At once: neither the bundle nor the library is looked for."""
+    for name in ("load_timeot", "max_context", "timeouts"):
+        with pytest.raises(TypeError, match=name):
+            rkruntime.open_model("no such bundle", **{name: 1})  # type: ignore[arg-type]
+
+
 def test_nothing_starts_for_a_model_that_was_closed(bundle: rkruntime.Bundle) -> None:  # noqa: F811
     model = rkruntime.open_model(bundle)
     chat = model.chat()

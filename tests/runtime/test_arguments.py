@@ -104,7 +104,7 @@ def test_files_logs_and_machines(fake_bundle: Bundle, tmp_path: Path, value: Any
         lambda given: rkruntime.preflight(fake_bundle.known, context=given),
         lambda given: rkruntime.preflight(fake_bundle.known, allowed=given),
         lambda given: rkruntime.diagnose("log", context=given),
-        lambda given: rkruntime.identify(tmp_path, abi=given),
+        lambda given: rkruntime.identify(tmp_path, release=given),
         lambda given: rkruntime.open_model(fake_bundle, given or 1),
         lambda given: rkruntime.open_model(fake_bundle, sampling=given or 1),
     ):
@@ -209,4 +209,4 @@ def test_what_used_to_be_taken_for_something_else(fake_bundle: Bundle) -> None:
     ):
         with pytest.raises(UsageError):
             call()
-    assert Request([1], save_prompt_cache="x").save_prompt_cache == Path("x")  # type: ignore[arg-type]
+    assert Request([1], save_prompt_cache="x").save_prompt_cache == Path("x")

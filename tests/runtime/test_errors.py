@@ -37,6 +37,12 @@ def test_no_other_module_adds_to_the_tree() -> None:
     assert {kind.__module__ for kind in tree(RKEdgeError)} == {errors.__name__}
 
 
+def test_hints_hold_wherever_an_error_is_raised() -> None:
+    """The same classes come from commands, from the Python API and, as a response, from the daemon."""
+    for kind in (errors.UsageError, errors.BodyError):
+        assert "--" not in kind("It is wrong.").hint
+
+
 def test_as_dict_is_json() -> None:
     error = errors.LoadError("no", hint="h", details={"lines": ["a"]})
     assert json.loads(json.dumps(error.as_dict())) == {

@@ -66,6 +66,16 @@ def test_a_file_is_replaced_at_the_end_only(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f"]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "\udce9" * 255])
+def test_any_name_that_a_file_can_have_can_be_written(tmp_path: Path, name: str) -> None:
+    with atomic_file(tmp_path / name) as partial:
+        partial.write_text("whole")
+    with atomic_folder(tmp_path / f"{name[:-1]}y") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / name).read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_sha256_is_the_known_one(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     seen: list[int] = []

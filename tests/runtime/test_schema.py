@@ -58,6 +58,7 @@ def test_bounds() -> None:
         ({"count": 10**12}, "count is 1,000,000,000,000; it must be from 1 to 16"),
         ({"rates": [0.5, 1.6]}, r"rates\[1\] is 1.6; it must be from 0 to 1.5"),
         ({"rates": [float("nan")]}, "rates.* is nan"),
+        ({"rates": [10**400]}, r"rates\[0\] is too large a number"),
         ({"other": 10}, "other is 10"),
         ({"count": "x"}, "count is str"),
         ({"text": "abcd"}, "text has 4 characters; it may have 3"),

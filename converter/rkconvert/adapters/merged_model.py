@@ -29,7 +29,7 @@ KEY_FORMAT: Final = 3
 
 
 @dataclass(frozen=True)
-class Lora:
+class AdapterSource:
     """An adapter on the command line: a folder or hub id, and the factor for its update."""
 
     source: str
@@ -41,7 +41,7 @@ class Lora:
         return Path(self.source).resolve().name
 
     @classmethod
-    def parse(cls, text: str) -> Lora:
+    def parse(cls, text: str) -> AdapterSource:
         """`FOLDER` or `FOLDER=WEIGHT`; a folder with the whole name wins. Raises UsageError for a bad weight."""
         source, equals, weight = text.rpartition("=")
         if not equals or Path(text).exists():
@@ -107,7 +107,7 @@ def _installed(package: str) -> str:
     return ""
 
 
-def merged_model(base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
+def merged_model(base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedModel:
     """Open adapters and apply them to a checkpoint. Raises AdapterError if one cannot be used or does not fit."""
     opened = [_open_adapter(lora, base) for lora in loras]
     adapters = tuple(adapter for adapter, _ in opened)
@@ -151,7 +151,7 @@ def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) 
     return base.path
 
 
-def _open_adapter(lora: Lora, base: Checkpoint) -> tuple[Adapter, Inputs]:
+def _open_adapter(lora: AdapterSource, base: Checkpoint) -> tuple[Adapter, Inputs]:
     folder, commit = Path(lora.source), ""
     name = readable(folder.resolve().name)
     if not folder.exists() and is_hub_id(lora.source):

@@ -79,13 +79,12 @@ def _tokens(path: Place, kind: type[InputError]) -> dict[str, Any]:
     """The parts of tokenizer.json that determine its results, in a common form; empty for parts of unknown form."""
     content = read_json(path, kind, limit=MAX_TOKENIZER)
     model = _if_a(dict, content.get("model"))
-    added = [token for token in _if_a(list, added_tokens(content, path, kind)) if isinstance(token, dict)]
     merges = _if_a(list, model.get("merges"))
     return {
         "vocab": _if_a(dict, model.get("vocab")),
         # Written as "a b" until 2024, and as ["a", "b"] since.
         "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in merges],
-        "added": {str(token.get("content")): token.get("id") for token in added},
+        "added": {token["content"]: token["id"] for token in added_tokens(content, path.parent, kind)},
         "normalizer": content.get("normalizer"),
     }
 

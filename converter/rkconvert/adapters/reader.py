@@ -130,13 +130,19 @@ def _group(weights: Weights) -> dict[str, dict[str, str]]:
             raise AdapterError(f"The adapter has the tensor {name}, which no supported kind of LoRA has.")
         found = parts.setdefault(match["module"], {})
         part = match["part"].removesuffix(".weight")
-        if part in found:
-            raise AdapterError(f"The adapter has both {found[part]} and {name}: the file contains two adapters.")
+        # peft writes a tied head's DoRA magnitudes under their older name too.
+        if part in found and not _same(weights, found[part], name):
+            raise AdapterError(f"The adapter has both {found[part]} and {name}, two values for one tensor.")
         found[part] = name
     for module, name in copies.items():
         if "weight" not in parts.get(module, ()):
             raise AdapterError(f"The adapter has {name} but not {module}.weight, from which peft loads that module.")
     return parts
+
+
+def _same(weights: Weights, first: str, second: str) -> bool:
+    known = all(weights.tensors[name].dtype in FLOATS for name in (first, second))
+    return known and same_values((weights, first), (weights, second))
 
 
 def _tied(embedding: TensorUpdate, head: TensorUpdate) -> dict[str, TensorUpdate]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_model
 from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
 from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
@@ -111,7 +111,7 @@ def run(
     Without --text and --chats, the questions that come with RKEdge are used.
     """
     reporter = Reporter(quiet)
-    model = merged_model(open_checkpoint(checkpoint), [Lora.parse(text) for text in loras])
+    model = merged_model(open_checkpoint(checkpoint), [AdapterSource.parse(text) for text in loras])
     template = read_template(model.tokenizer_folder, BOS, model.checkpoint.path)
     count = TokenCounter(model.tokenizer_folder / TOKENIZER)
     context = choose_context(max_context, model.weights.config.max_position_embeddings)

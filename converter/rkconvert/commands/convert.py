@@ -13,15 +13,21 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from rkconvert.adapters.merged_model import Lora
-from rkconvert.commands.options import lora_option, max_context_option, revision_option
+from rkconvert.adapters.merged_model import AdapterSource
+from rkconvert.commands.options import (
+    dtype_option,
+    lora_option,
+    max_context_option,
+    public_option,
+    release_option,
+    revision_option,
+)
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
-from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert
+from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert, target_of
 from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
-from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS, known_types
-from rkconvert.toolkit import find_toolkit
+from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS
 from rkconvert.toolkit.options import toolkit_options
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.bundle.manifest import Bundle
@@ -32,7 +38,8 @@ from rkruntime.yamltext import read_mapping
 
 _PATH = click.Path(path_type=Path)
 # Parameters for what happens to a conversion's result, not for the conversion itself.
-_NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
+_OF_THE_RUN: Final = ("as_json", "quiet")
+_NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
 
 
 @click.command("convert")
@@ -50,23 +57,13 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option(
     "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="Build for this SoC."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice([*known_types(), *EMULATOR_ONLY]),
-    default="w8a8",
-    show_default=True,
-    help="Quantize to this type.",
-)
+@dtype_option(*EMULATOR_ONLY)
 @click.option("--force-dtype", is_flag=True, help="Convert even to a type that is known to fail or work badly.")
 @max_context_option()
 @click.option(
     "--npu-cores", type=click.IntRange(1, 16), show_default="all of the SoC's", help="Use this many NPU cores."
 )
-@click.option(
-    "--release",
-    show_default=f"the toolkit's, or {DEFAULT_RELEASE} for the emulator",
-    help="Build for this RKLLM release.",
-)
+@release_option(show_default=f"the toolkit's, or {DEFAULT_RELEASE} for the emulator")
 @click.option(
     "--lora-mode",
     type=click.Choice(LORA_MODES),
@@ -85,7 +82,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", "as_json", "quiet")
 @click.option(
     "--push-to-hub", metavar="OWNER/NAME", help="Upload the bundle to the Hugging Face hub, as a private repository."
 )
-@click.option("--public", is_flag=True, help="Make the uploaded repository public.")
+@public_option()
 @click.option(
     "--matrix", type=_PATH, help="Convert every combination of values that the key `matrix` of this recipe lists."
 )
@@ -106,10 +103,9 @@ def run(
 
     CHECKPOINT is a folder in Hugging Face layout, a .gguf file or a hub id such as google/gemma-2-2b-it.
     """
-    reporter = Reporter(quiet)
     if matrix is not None:
-        context.exit(_run_matrix(context, matrix, reporter, as_json))
-    options, to = options_of(**values), _destination(push_to_hub, public)
+        context.exit(_run_matrix(context, matrix))
+    reporter, options, to = Reporter(quiet), options_of(**values), _destination(push_to_hub, public)
     if to:
         check_destination(to)
     bundle = convert(options, reporter)
@@ -128,12 +124,15 @@ def _destination(repo: str | None, public: bool) -> Destination | None:
     return Destination(repo, public) if repo else None
 
 
-def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json: bool) -> int:
+def _run_matrix(context: click.Context, path: Path) -> int:
     """Convert every cell, print its outcome, and return the exit code."""
     fail = recipes.failure(path)
     content = read_mapping(path, fail)
     found = matrices.combinations(content.pop(matrices.KEY, None), fail)
-    pairs = [_cell(context, {**content, **combination}, combination, path) for combination in found]
+    shared = {**(context.default_map or {}), **recipes.resolve(content, context.command, path), **_given(context)}
+    with _filled(context, shared) as filled:
+        reporter, as_json = Reporter(filled.params["quiet"]), filled.params["as_json"]
+    pairs = [_cell(context, shared, combination, path) for combination in found]
     cells = matrices.distinct([cell for cell, _ in pairs])
     destinations = {cell.options.output: to for cell, (_, to) in zip(cells, pairs, strict=True) if to}
     if len({to.repo for to in destinations.values()}) < len(destinations):
@@ -156,20 +155,28 @@ def _run_matrix(context: click.Context, path: Path, reporter: Reporter, as_json:
     return matrices.exit_code(outcomes)
 
 
+def _given(context: click.Context) -> dict[str, Any]:
+    """Parameters on the command line, which override the matrix file as that overrides a recipe."""
+    source = context.get_parameter_source
+    return {name: value for name, value in context.params.items() if source(name) is ParameterSource.COMMANDLINE}
+
+
+def _filled(context: click.Context, values: dict[str, Any]) -> click.Context:
+    """The command's context as if these values were its line."""
+    return context.command.make_context("convert", [], parent=context.parent, default_map=values)
+
+
 def _cell(
-    context: click.Context, content: dict[str, Any], combination: dict[str, Any], path: Path
+    context: click.Context, shared: dict[str, Any], combination: dict[str, Any], path: Path
 ) -> tuple[matrices.Cell, Destination | None]:
-    """A cell's options: those of the matrix file, then a recipe's; the command line overrides both."""
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-    varied = [name for name in recipes.resolve(combination, context.command, path) if name in given]
-    if varied:
-        raise UsageError(f"The matrix in {path} varies {varied[0]}, which is also set on the command line.")
-    values = {**(context.default_map or {}), **recipes.resolve(content, context.command, path), **given}
-    with context.command.make_context("convert", [], parent=context.parent, default_map=values) as filled:
+    """A cell, and where its bundle is uploaded to."""
+    varied, keys = recipes.resolve(combination, context.command, path), recipes.keys(context.command)
+    for key in combination:
+        if keys[key].name in _OF_THE_RUN:
+            raise UsageError(f"The matrix in {path} varies {key}, which applies to all conversions.")
+        if keys[key].name in _given(context):
+            raise UsageError(f"The matrix in {path} varies {key}, which is also set on the command line.")
+    with _filled(context, {**shared, **varied}) as filled:
         options = {name: value for name, value in filled.params.items() if name not in _NOT_OPTIONS}
         to = _destination(filled.params["push_to_hub"], filled.params["public"])
     output = options.pop("output")
@@ -195,10 +202,9 @@ def options_of(
     """Build a conversion's options from the command's own. Raises UsageError."""
     if checkpoint is None:
         raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
-    adapters = tuple(Lora.parse(text) for text in loras)
+    adapters = tuple(AdapterSource.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
-    if release is None:
-        emulated = values["target"] == "emulator"
-        release = DEFAULT_RELEASE if emulated else find_toolkit(values["toolkit_python"]).version
-    folder = output or Path(f"{name}-{values['platform']}-{values['dtype']}-{release}")
-    return Options(checkpoint, folder, loras=adapters, release=release, **values)
+    options = Options(checkpoint=checkpoint, output=Path(), loras=adapters, release=release, **values)
+    release = release or target_of(options).release
+    folder = output or Path(f"{name}-{options.platform}-{options.dtype}-{release}")
+    return replace(options, output=folder, release=release)

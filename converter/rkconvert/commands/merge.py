@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model, resume_key
+from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_model, resume_key
 from rkconvert.commands.options import lora_option, revision_option
 from rkconvert.model.chat_template import find_template
 from rkconvert.output.disk import require_space
@@ -22,7 +22,7 @@ from rkruntime.terminal import say, say_json
 from rkruntime.words import counted
 
 
-def merge(model: MergedModel, loras: Sequence[Lora], output: Path, reporter: Reporter) -> None:
+def merge(model: MergedModel, loras: Sequence[AdapterSource], output: Path, reporter: Reporter) -> None:
     """Write the merged model to the new folder `output`; resumes a killed run."""
     require_space(output, model.nbytes)
     key = resume_key(model.inputs, command="merge", weights=[lora.weight for lora in loras])
@@ -60,7 +60,7 @@ def run(
     After a killed run, the same command continues where it stopped.
     """
     refuse_made(output)
-    adapters = [Lora.parse(text) for text in loras]
+    adapters = [AdapterSource.parse(text) for text in loras]
     model = merged_model(open_source(checkpoint, revision), adapters)
     reporter, notes = Reporter(quiet), (*model.checkpoint.notes, *model.notes)
     for note in notes:

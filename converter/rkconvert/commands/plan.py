@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from rkconvert.commands.options import max_context_option, revision_option
+from rkconvert.commands.options import dtype_option, max_context_option, release_option, revision_option
 from rkconvert.plan.boards import DEFAULT_BOARD
 from rkconvert.plan.planner import Embedding, PlanRequest, make_plan
-from rkconvert.rules.quantized_types import known_types
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.cli.flags import Number, Renamed, json_option
 from rkruntime.errors import RefusedError
@@ -29,23 +28,9 @@ from rkruntime.terminal import console, say_json
     show_default="every size it is sold with",
     help="Set the board's RAM.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(list(known_types())),
-    default="w8a8",
-    show_default=True,
-    help="Plan for this quantized type.",
-)
+@dtype_option()
 @max_context_option()
-@click.option(
-    "--release",
-    "toolkit",
-    cls=Renamed,
-    former="--toolkit",
-    default=DEFAULT_RELEASE,
-    show_default=True,
-    help="Plan for this RKLLM release.",
-)
+@release_option(cls=Renamed, former="--toolkit", default=DEFAULT_RELEASE, show_default=True)
 @click.option(
     "--embedding",
     type=click.Choice(["flash", "ram"]),
@@ -63,7 +48,7 @@ def run(
     ram: float | None,
     dtype: str,
     max_context: int | None,
-    toolkit: str,
+    release: str,
     embedding: Embedding | None,
     html: Path | None,
     as_json: bool,
@@ -84,7 +69,7 @@ def run(
             ram_gib=ram,
             dtype=dtype,
             context=max_context,
-            toolkit=toolkit,
+            toolkit=release,
             embedding=embedding,
         )
     )

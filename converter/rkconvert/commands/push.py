@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from rkconvert.commands.options import public_option
 from rkconvert.output.publish import Destination, push
 from rkconvert.progress import Reporter
 from rkruntime.bundle.manifest import open_bundle
@@ -16,7 +17,7 @@ from rkruntime.terminal import say, say_json
 @click.command("push")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="Make the repository public; otherwise it is private.")
+@public_option()
 @json_option()
 @quiet_option()
 def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool) -> None:

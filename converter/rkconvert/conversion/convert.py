@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.adapters.merged_model import Lora, MergedModel, resume_key
+from rkconvert.adapters.merged_model import AdapterSource, resume_key
 from rkconvert.adapters.reader import Adapter
-from rkconvert.conversion.opened import Loaded
-from rkconvert.conversion.target import Target
+from rkconvert.conversion.opened import OpenedModels
 from rkconvert.emulated.lora_file import plain_pairs
-from rkconvert.emulated.model_file import EmulatorModel
-from rkconvert.emulated.target import EmulatedModel
+from rkconvert.emulated.target import EmulatorTarget
 from rkconvert.model.chat_template import ChatTemplate, read_template
-from rkconvert.model.tokenizer import Tokenizer, read_tokenizer
+from rkconvert.model.tokenizer import read_tokenizer
 from rkconvert.output import bundle_folder
 from rkconvert.output.bundle_folder import ModelFile
 from rkconvert.output.disk import require_space
@@ -28,16 +26,14 @@ from rkconvert.rules import quantized_types as dtypes
 from rkconvert.rules.context import choose_context
 from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
+from rkconvert.target import ModelSpec, Target
 from rkconvert.tensors.inputs import Inputs, states_of
-from rkconvert.toolkit import Toolkit, find_toolkit
-from rkconvert.toolkit.board_file import BoardModel
 from rkconvert.toolkit.options import ToolkitOptions
-from rkruntime.abi import CALLABLE, DEFAULT_RELEASE, EMULATED, check_release
+from rkconvert.toolkit.target import ToolkitTarget
 from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
 from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
 from rkruntime.text.template import END_OF_TURN, SPECIAL_TOKENS
-from rkruntime.versions import version
 
 TARGETS: Final = ("emulator", "toolkit")
 LORA_MODES: Final = ("merge", "runtime")
@@ -64,7 +60,7 @@ class Options(ToolkitOptions):
     checkpoint: str
     output: Path
     revision: str | None = None
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[AdapterSource, ...] = ()
     target: str = "emulator"
     platform: str = "rk3588"
     dtype: str = "w8a8"
@@ -80,28 +76,17 @@ class Job:
     """A conversion that has passed every check.
 
     Attributes:
-        lora: Adapter that becomes a separate file.
-        toolkit: None for the emulator.
+        spec: The model file to be made.
         inputs: State of every file to be read, taken before the work.
+        plan: None for a type that no board runs.
     """
 
     options: Options
-    release: str
-    toolkit: Toolkit | None
-    model: MergedModel
-    lora: Adapter | None
+    target: Target
+    spec: ModelSpec
     inputs: tuple[Inputs, ...]
-    tokenizer: Tokenizer
-    template: ChatTemplate
     plan: Plan | None
-    max_context: int
-    npu_cores: int
     notes: tuple[str, ...]
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """All adapters: the merged ones, and the one that stays separate."""
-        return (*self.model.adapters, *([self.lora] if self.lora else []))
 
 
 def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
@@ -112,30 +97,30 @@ def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
         CheckpointError, AdapterError: The input cannot be used.
         OutputError, HostError: The output cannot be written, or the toolkit is missing.
     """
-    loaded = Loaded()
-    return make(check(options, reporter, loaded), reporter, loaded)
+    opened = OpenedModels()
+    return make(check(options, reporter, opened), reporter, opened)
 
 
-def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
+def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
     """Carry out a job from `check`; see `convert`."""
-    started, options = time.monotonic(), job.options
-    checkpoint, target = job.model.checkpoint, _target(job)
+    started, options, target, spec = time.monotonic(), job.options, job.target, job.spec
+    checkpoint = spec.model.checkpoint
     key = resume_key(
         job.inputs,
         options=asdict(options),
-        release=job.release,
-        toolkit=job.toolkit.as_dict() if job.toolkit else None,
-        limits=[job.max_context, job.npu_cores],
+        release=spec.release,
+        toolkit=target.maker,
+        limits=[spec.max_context, spec.npu_cores],
     )
-    with work_folder(options.output, key, target.resumable) as folder:
-        made = target.write(folder, reporter)
-        bundle_folder.write_side_files(folder, checkpoint, job.model.tokenizer_folder, job.template)
-        source = loaded.source(checkpoint, reporter)
-        adapters = tuple(loaded.source(adapter, reporter) for adapter in job.adapters)
+    with work_folder(options.output, key, target.resumable(spec)) as folder:
+        made = target.write(spec, folder, reporter)
+        bundle_folder.write_side_files(folder, checkpoint, spec.model.tokenizer_folder, spec.template)
+        source = opened.source(checkpoint, reporter)
+        adapters = tuple(opened.source(adapter, reporter) for adapter in spec.adapters)
         seconds = round(time.monotonic() - started, 3)
         report = {
             "options": plain_options(options),
-            "made_of": made_of(options, job.release, job.toolkit, job.inputs, (source, *adapters)),
+            "made_of": made_of(options, target, checkpoint, job.inputs, (source, *adapters)),
             "notes": job.notes,
             "seconds": seconds,
         }
@@ -149,37 +134,56 @@ def make(job: Job, reporter: Reporter, loaded: Loaded) -> Bundle:
     return Bundle(options.output, manifest)
 
 
-def check(options: Options, reporter: Reporter, loaded: Loaded) -> Job:
+def check(options: Options, reporter: Reporter, opened: OpenedModels) -> Job:
     """Run every check that needs no work; see `convert` for what it raises."""
-    _check_target(options)
-    toolkit = _toolkit(options)
-    if toolkit:
-        _refuse_bytes(options)
-    release = _release(options, toolkit)
+    _check_options(options)
+    target = target_of(options)
     refuse_made(options.output)
-    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
-    plan = _plan(options, checkpoint, release)
-    notes = (*checkpoint.notes, *_notes(plan))
-    max_context = (
-        plan.context if plan else choose_context(options.max_context, checkpoint.config.max_position_embeddings)
-    )
-    model, lora = _model(options, checkpoint, loaded)
-    inputs = inputs_of(options, checkpoint, loaded)
+    checkpoint = opened.checkpoint(str(options.checkpoint), options.revision)
+    plan = _plan(options, checkpoint, target.release)
+    inputs = inputs_of(options, checkpoint, opened)
+    spec = _spec(options, target.release, checkpoint, plan, opened)
+    if spec.lora:
+        plain_pairs(spec.lora)
+    of_adapters = opened.model(checkpoint, options.loras).notes
+    notes = (*checkpoint.notes, *_notes(plan), *of_adapters, *spec.template.notes, *target.check(spec))
+    if spec.lora and plan:
+        notes = (*notes, _LORA_NOT_PLANNED)
+    require_space(options.output, target.needed_bytes(spec))
+    for note in notes:
+        reporter.note(f"note: {note}")
+    return Job(options, target, spec, inputs, plan, notes)
+
+
+def _spec(options: Options, release: str, checkpoint: Checkpoint, plan: Plan | None, opened: OpenedModels) -> ModelSpec:
+    """Open the weights, and the adapter that stays separate, with their tokenizer and template."""
+    merged = opened.model(checkpoint, options.loras)
+    separate = options.lora_mode == "runtime"
+    model = opened.model(checkpoint, ()) if separate else merged
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
     bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
-    template = read_template(model.tokenizer_folder, bos, checkpoint.path)
-    cores = _npu_cores(options, release)
-    job = Job(options, release, toolkit, model, lora, inputs, tokenizer, template, plan, max_context, cores, notes)
-    of_adapters = loaded.model(checkpoint, options.loras).notes
-    job = replace(job, notes=(*notes, *of_adapters, *template.notes, *_check_model_file(job)))
-    if lora and plan:
-        job = replace(job, notes=(*job.notes, _LORA_NOT_PLANNED))
-    for note in job.notes:
-        reporter.note(f"note: {note}")
-    return job
+    most = checkpoint.config.max_position_embeddings
+    return ModelSpec(
+        model=model,
+        lora=merged.adapters[0] if separate else None,
+        tokenizer=tokenizer,
+        template=read_template(model.tokenizer_folder, bos, checkpoint.path),
+        platform=options.platform,
+        dtype=options.dtype,
+        release=release,
+        max_context=plan.context if plan else choose_context(options.max_context, most),
+        npu_cores=_npu_cores(options, release),
+    )
 
 
-def _check_target(options: Options) -> None:
+def target_of(options: Options) -> Target:
+    """What makes the model file. Raises HostError or UsageError if it is missing, or of another release."""
+    if options.target == "toolkit":
+        return ToolkitTarget.of(options, options.release)
+    return EmulatorTarget.of(options.release)
+
+
+def _check_options(options: Options) -> None:
     """Raise unless something can build and run what these options ask for."""
     if options.target not in TARGETS:
         raise UsageError(f"There is no target {options.target!r}.", hint=f"Targets are {' and '.join(TARGETS)}.")
@@ -197,39 +201,30 @@ def _check_target(options: Options) -> None:
         raise UsageError(f"There is no LoRA mode {options.lora_mode!r}.", hint=f"Modes are {' and '.join(LORA_MODES)}.")
     if options.lora_mode == "runtime":
         _check_runtime_lora(options.loras)
+    if options.target == "toolkit":
+        _refuse_bytes({"--output": options.output, **options.files})
 
 
-def _release(options: Options, toolkit: Toolkit | None) -> str:
-    if toolkit is None:
-        return check_release(options.release or DEFAULT_RELEASE, EMULATED, "The emulator").version
-    if options.release and not _same_release(options.release, toolkit.version):
-        raise UsageError(
-            f"--release {options.release}, but the toolkit is {toolkit.version} ({toolkit.python}).",
-            hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
-        )
-    return toolkit.version
-
-
-def inputs_of(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[Inputs, ...]:
+def inputs_of(options: Options, checkpoint: Checkpoint, opened: OpenedModels) -> tuple[Inputs, ...]:
     """Files of the checkpoint, of each adapter and of other options, in this order."""
-    others = [path for path in (options.calibration, options.qparams) if path]
-    return (*loaded.model(checkpoint, options.loras).inputs, Inputs(CalibrationError, {}, states_of(others)))
+    others = Inputs(CalibrationError, {}, states_of(options.files.values()))
+    return (*opened.model(checkpoint, options.loras).inputs, others)
 
 
-def identify(options: Options, loaded: Loaded, reporter: Reporter) -> dict[str, Any]:
+def identify(options: Options, opened: OpenedModels, reporter: Reporter) -> dict[str, Any]:
     """Return `made_of` for the bundle that these options would give now, hashing every source."""
-    toolkit = _toolkit(options)
-    checkpoint = loaded.checkpoint(str(options.checkpoint), options.revision)
-    inputs = inputs_of(options, checkpoint, loaded)
-    sources: list[Checkpoint | Adapter] = [checkpoint, *loaded.model(checkpoint, options.loras).adapters]
-    hashed = [loaded.source(item, reporter) for item in sources]
+    target = target_of(options)
+    checkpoint = opened.checkpoint(str(options.checkpoint), options.revision)
+    inputs = inputs_of(options, checkpoint, opened)
+    sources: list[Checkpoint | Adapter] = [checkpoint, *opened.model(checkpoint, options.loras).adapters]
+    hashed = [opened.source(item, reporter) for item in sources]
     for files in inputs:
         files.check()
-    return made_of(options, _release(options, toolkit), toolkit, inputs, hashed)
+    return made_of(options, target, checkpoint, inputs, hashed)
 
 
 def made_of(
-    options: Options, release: str, toolkit: Toolkit | None, inputs: Sequence[Inputs], sources: Sequence[Source]
+    options: Options, target: Target, checkpoint: Checkpoint, inputs: Sequence[Inputs], sources: Sequence[Source]
 ) -> dict[str, Any]:
     """Everything that determines a bundle, without paths, as in its report: equal results mean equal bundles.
 
@@ -241,9 +236,10 @@ def made_of(
     weights = [*(source.sha256 for source in sources), ""]
     return {
         "made_by": bundle_folder.created_by(),
+        **({"libraries": dict(checkpoint.libraries)} if checkpoint.libraries else {}),
         "options": plain,
-        "release": release,
-        "toolkit": toolkit.as_dict() if toolkit else None,
+        "release": target.release,
+        "toolkit": target.maker,
         "files": [
             {"weights": sha256, "small": [list(pair) for pair in item.digests]}
             for sha256, item in zip(weights, inputs, strict=True)
@@ -251,34 +247,17 @@ def made_of(
     }
 
 
-def _refuse_bytes(options: Options) -> None:
+def _refuse_bytes(paths: Mapping[str, Path]) -> None:
     """Refuse paths that are not UTF-8: libraries of the toolkit (tokenizers is one) take paths as Unicode."""
-    given = {"output": options.output, "calibration": options.calibration, "qparams": options.qparams}
-    for name, path in given.items():
-        if path and (text := readable(path.absolute())) != str(path.absolute()):
+    for option, path in paths.items():
+        if (text := readable(path.absolute())) != str(path.absolute()):
             raise UsageError(
-                f"--{name}: the toolkit cannot use the path {text} because it is not UTF-8.",
+                f"{option}: the toolkit cannot use the path {text} because it is not UTF-8.",
                 hint="Rename that folder or file.",
             )
 
 
-def _toolkit(options: Options) -> Toolkit | None:
-    return find_toolkit(options.toolkit_python) if options.target == "toolkit" else None
-
-
-def _same_release(named: str, installed: str) -> bool:
-    """Whether the requested release is the installed one, which may have a local part such as `+cpu`."""
-    return named == installed or (named in CALLABLE and version(named) == version(installed))
-
-
-def _model(options: Options, checkpoint: Checkpoint, loaded: Loaded) -> tuple[MergedModel, Adapter | None]:
-    """Open the weights, and the adapter that stays separate."""
-    if options.lora_mode == "merge":
-        return loaded.model(checkpoint, options.loras), None
-    return loaded.model(checkpoint, ()), loaded.model(checkpoint, options.loras).adapters[0]
-
-
-def _check_runtime_lora(loras: Sequence[Lora]) -> None:
+def _check_runtime_lora(loras: Sequence[AdapterSource]) -> None:
     """Raise unless there is exactly one adapter, and it can be kept in a separate file unchanged."""
     if not loras:
         raise UsageError(
@@ -295,16 +274,6 @@ def _check_runtime_lora(loras: Sequence[Lora]) -> None:
             f"--lora {loras[0].source}={_exact(loras[0].weight)}: rkedge loads a separate adapter file with weight 1.",
             hint="Leave the weight out, or merge the adapter with that weight: --lora-mode merge.",
         )
-
-
-def _check_model_file(job: Job) -> tuple[str, ...]:
-    """Check the file that will be made; returns notes for the user."""
-    if job.lora:
-        plain_pairs(job.lora)
-    target = _target(job)
-    notes = target.check()
-    require_space(job.options.output, target.needed_bytes)
-    return notes
 
 
 def _plan(options: Options, checkpoint: Checkpoint, release: str) -> Plan | None:
@@ -348,39 +317,9 @@ def _npu_cores(options: Options, release: str) -> int:
     return cores
 
 
-def _target(job: Job) -> Target:
-    """The target that makes the model file."""
-    options = job.options
-    if job.toolkit is None:
-        described = EmulatorModel(
-            config=job.model.weights.config,
-            tokenizer=job.tokenizer,
-            template=job.template,
-            eos_token_ids=job.model.checkpoint.eos_token_ids,
-            name=job.model.name,
-            platform=options.platform,
-            dtype=options.dtype,
-            toolkit_version=job.release,
-            max_context=job.max_context,
-            npu_cores=job.npu_cores,
-        )
-        return EmulatedModel(described, job.model, job.lora)
-    return BoardModel(
-        model=job.model,
-        lora=job.lora,
-        template=job.template,
-        tokens=job.tokenizer.added,
-        platform=options.platform,
-        dtype=options.dtype,
-        max_context=job.max_context,
-        npu_cores=job.npu_cores,
-        toolkit=job.toolkit,
-        options=options,
-    )
-
-
 def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: ModelFile) -> Manifest:
-    config, options = job.model.weights.config, job.options
+    options, spec = job.options, job.spec
+    config = spec.config
     return Manifest(
         name=readable(options.output.resolve().name),
         family=config.family,
@@ -389,16 +328,16 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
         source=source,
         adapters=adapters,
         target=options.target,
-        platform=options.platform,
-        dtype=options.dtype,
-        npu_cores=job.npu_cores,
-        max_context=job.max_context,
-        toolkit_version=job.release,
+        platform=spec.platform,
+        dtype=spec.dtype,
+        npu_cores=spec.npu_cores,
+        max_context=spec.max_context,
+        toolkit_version=spec.release,
         model_file=made.name,
         bos_token_id=config.bos_token_id,
-        stop_token_ids=_stop_tokens(job),
-        system_role=job.template.system_role,
-        special_tokens=_special_tokens(job.template),
+        stop_token_ids=_stop_tokens(spec),
+        system_role=spec.template.system_role,
+        special_tokens=_special_tokens(spec.template),
         created_by=bundle_folder.created_by(),
         licence=bundle_folder.LICENCE,
         notes=(*job.notes, *made.notes),
@@ -407,11 +346,11 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
     )
 
 
-def _stop_tokens(job: Job) -> tuple[int, ...]:
+def _stop_tokens(spec: ModelSpec) -> tuple[int, ...]:
     """The checkpoint's end tokens and those that end a turn: many generation_config.json files list only `<eos>`."""
-    added = job.tokenizer.added
-    ends = [added[text] for text in (END_OF_TURN, job.template.special_tokens.get("eos_token")) if text in added]
-    return tuple(dict.fromkeys([*job.model.checkpoint.eos_token_ids, *ends]))
+    added = spec.tokenizer.added
+    ends = [added[text] for text in (END_OF_TURN, spec.template.special_tokens.get("eos_token")) if text in added]
+    return tuple(dict.fromkeys([*spec.model.checkpoint.eos_token_ids, *ends]))
 
 
 def _special_tokens(template: ChatTemplate) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.conversion.convert import Job, Options, check, identify, make
-from rkconvert.conversion.opened import Loaded
+from rkconvert.conversion.opened import OpenedModels
 from rkconvert.output.bundle_folder import read_report
 from rkconvert.output.work_folder import forget_kill
 from rkconvert.progress import Reporter
@@ -140,8 +140,8 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     Args:
         after: Called with each bundle that was made; if it raises, that cell counts as failed.
     """
-    loaded = Loaded()
-    checked = [(cell, _checked(cell, reporter, loaded)) for cell in cells]
+    opened = OpenedModels()
+    checked = [(cell, _checked(cell, reporter, opened)) for cell in cells]
     for cell, found in checked:
         if isinstance(found, CellResult):
             reporter.note(f"{cell.label}: {found.status}{': ' * bool(found.message)}{found.message}")
@@ -149,7 +149,7 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     for at, (cell, found) in enumerate(checked, 1):
         if isinstance(found, Job):
             reporter.note(f"{at} of {len(checked)}: {cell.label}")
-            found = _made(cell, found, reporter, loaded, after)
+            found = _made(cell, found, reporter, opened, after)
         outcomes.append(found)
     return outcomes
 
@@ -160,54 +160,54 @@ def exit_code(outcomes: Sequence[CellResult]) -> int:
     return next((outcome.exit_code for outcome in ordered if outcome.exit_code), 0)
 
 
-def _checked(cell: Cell, reporter: Reporter, loaded: Loaded) -> Job | CellResult:
+def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | CellResult:
     output = cell.options.output
     try:
         if output.is_dir():
             forget_kill(output)
-            return _there(cell, reporter, loaded)
-        return check(cell.options, reporter, loaded)
+            return _existing(cell, reporter, opened)
+        return check(cell.options, reporter, opened)
     except RKEdgeError as error:
-        return _lost(cell, error)
+        return _failure(cell, error)
     except OSError as error:
-        return _lost(cell, write_error(output, error))
+        return _failure(cell, write_error(output, error))
 
 
-def _there(cell: Cell, reporter: Reporter, loaded: Loaded) -> CellResult:
+def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> CellResult:
     """The bundle of an earlier run. Raises OutputError if it was made from something else than is asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
-    found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, loaded, reporter)
+    found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, opened, reporter)
     if found != asked:
         other = next((key for key in asked if not isinstance(found, dict) or found.get(key) != asked[key]), "report")
         raise OutputError(
             f"{bundle.path} already exists but was made from something else: its {other.replace('_', ' ')} differ.",
             hint="Remove it, or name another output folder.",
         )
-    return _whole(cell, bundle, "there", 0.0)
+    return _success(cell, bundle, "there", 0.0)
 
 
 def _made(
-    cell: Cell, job: Job, reporter: Reporter, loaded: Loaded, after: Callable[[Cell, Bundle], None]
+    cell: Cell, job: Job, reporter: Reporter, opened: OpenedModels, after: Callable[[Cell, Bundle], None]
 ) -> CellResult:
     started = time.monotonic()
     try:
-        bundle = make(job, reporter, loaded)
+        bundle = make(job, reporter, opened)
         after(cell, bundle)
     except RKEdgeError as error:
         reporter.note(f"{cell.label}: failed: {error.message}")
-        return _lost(cell, error)
+        return _failure(cell, error)
     except OSError as error:
-        return _lost(cell, write_error(cell.options.output, error))
-    return _whole(cell, bundle, "made", time.monotonic() - started)
+        return _failure(cell, write_error(cell.options.output, error))
+    return _success(cell, bundle, "made", time.monotonic() - started)
 
 
-def _whole(cell: Cell, bundle: Bundle, status: str, seconds: float) -> CellResult:
+def _success(cell: Cell, bundle: Bundle, status: str, seconds: float) -> CellResult:
     nbytes = sum(record.size for record in bundle.manifest.files.values())
     return CellResult(cell.label, str(bundle.path), status, nbytes, round(seconds, 3))
 
 
-def _lost(cell: Cell, error: RKEdgeError) -> CellResult:
+def _failure(cell: Cell, error: RKEdgeError) -> CellResult:
     status = "refused" if isinstance(error, RefusedError) else "failed"
     output: Path = cell.options.output
     return CellResult(cell.label, str(output), status, message=error.message, exit_code=error.exit_code)

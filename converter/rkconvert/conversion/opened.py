@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 
-from rkconvert.adapters.merged_model import Lora, MergedModel, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_model
 from rkconvert.adapters.reader import Adapter
 from rkconvert.progress import Reporter
 from rkconvert.sources.checkpoint import Checkpoint
@@ -15,15 +15,15 @@ from rkruntime.bundle.manifest import Source
 from rkruntime.files import sha256_file
 
 
-class Loaded:
+class OpenedModels:
     """Cache of models and hashes by request. For one run: files that change meanwhile are not noticed."""
 
     def __init__(self) -> None:
         self.checkpoint = cache(open_source)
-        self._models: dict[tuple[int, tuple[Lora, ...]], MergedModel] = {}
+        self._models: dict[tuple[int, tuple[AdapterSource, ...]], MergedModel] = {}
         self._sources: dict[int, Source] = {}
 
-    def model(self, base: Checkpoint, loras: Sequence[Lora]) -> MergedModel:
+    def model(self, base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedModel:
         """A checkpoint from this cache with adapters; see `merged_model` for what it raises."""
         key = id(base), tuple(loras)
         if key not in self._models:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import click
 
-from rkconvert.adapters.merged_model import Lora
+from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.sources.hub import is_hub_id
 from rkruntime.errors import UsageError
 from rkruntime.resources import resource
@@ -119,6 +119,6 @@ def _located(key: str, value: Any, folder: Path) -> Any:
     if isinstance(value, Path):
         return folder / value
     if key in _SOURCES:
-        source = Lora.parse(value).source
+        source = AdapterSource.parse(value).source
         return value if is_hub_id(source) and not (folder / source).exists() else str(folder / value)
     return value

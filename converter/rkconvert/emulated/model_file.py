@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkconvert.emulated.quantize import group_size, quantize_rows
-from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import GemmaConfig
-from rkconvert.model.tokenizer import Tokenizer
 from rkconvert.progress import Advance
+from rkconvert.target import ModelSpec
 from rkconvert.tensors.formats import STORAGE, to_float32
 from rkconvert.tensors.parallel import ordered_map
-from rkconvert.tensors.weights import Weights, read_finite, row_blocks
+from rkconvert.tensors.weights import read_finite, row_blocks
 from rkruntime.bundle import rkemu
 from rkruntime.errors import ModelFileError
 from rkruntime.text.template import END_OF_TURN
@@ -24,37 +22,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class EmulatorModel:
-    """Contents of the file besides the weights; fields as in docs/rkemu-format.md."""
-
-    config: GemmaConfig
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    eos_token_ids: tuple[int, ...]
-    name: str
-    platform: str
-    dtype: str
-    toolkit_version: str
-    max_context: int
-    npu_cores: int
-
-
-def metadata(model: EmulatorModel) -> dict[str, rkemu.Value]:
-    """The container's keys and values."""
-    config = model.config
+def metadata(spec: ModelSpec) -> dict[str, rkemu.Value]:
+    """The container's keys and values, as in docs/rkemu-format.md."""
+    config = spec.config
     return {
         "general.kind": "model",
         "general.architecture": config.family,
-        "general.name": model.name,
-        "rkllm.target_platform": model.platform.upper(),
-        "rkllm.model_dtype": model.dtype.upper(),
-        "rkllm.toolkit_version": model.toolkit_version,
-        "rkllm.max_context": model.max_context,
-        "rkllm.npu_core_num": model.npu_cores,
+        "general.name": spec.model.name,
+        "rkllm.target_platform": spec.platform.upper(),
+        "rkllm.model_dtype": spec.dtype.upper(),
+        "rkllm.toolkit_version": spec.release,
+        "rkllm.max_context": spec.max_context,
+        "rkllm.npu_core_num": spec.npu_cores,
         "rkllm.chat_template.system": "",
-        "rkllm.chat_template.prefix": model.template.prefix,
-        "rkllm.chat_template.suffix": model.template.suffix,
+        "rkllm.chat_template.prefix": spec.template.prefix,
+        "rkllm.chat_template.suffix": spec.template.suffix,
         "model.vocab_size": config.vocab_size,
         "model.hidden_size": config.hidden_size,
         "model.intermediate_size": config.intermediate_size,
@@ -70,16 +52,16 @@ def metadata(model: EmulatorModel) -> dict[str, rkemu.Value]:
         "model.attn_logit_softcapping": config.attn_logit_softcapping,
         "model.final_logit_softcapping": config.final_logit_softcapping,
         "tokenizer.bos_token_id": config.bos_token_id,
-        "tokenizer.unk_token_id": model.tokenizer.unk_token_id,
+        "tokenizer.unk_token_id": spec.tokenizer.unk_token_id,
         "tokenizer.add_bos": 1,
-        "tokenizer.eos_token_ids": _ends_of_answers(model),
+        "tokenizer.eos_token_ids": _ends_of_answers(spec),
     }
 
 
-def _ends_of_answers(model: EmulatorModel) -> list[int]:
+def _ends_of_answers(spec: ModelSpec) -> list[int]:
     """Put the end of a turn first: runtimes before 1.3.0 know only one id, and a chat needs this one."""
-    ids = list(model.eos_token_ids)
-    end_of_turn = model.tokenizer.added.get(END_OF_TURN)
+    ids = list(spec.model.checkpoint.eos_token_ids)
+    end_of_turn = spec.tokenizer.added.get(END_OF_TURN)
     return sorted(ids, key=lambda token: token != end_of_turn)
 
 
@@ -93,42 +75,43 @@ def _specs(config: GemmaConfig, dtype: str) -> Iterator[rkemu.TensorSpec]:
             yield rkemu.TensorSpec(f"{target}.scale", "float32", (shape[0], shape[1] // group_size(dtype, shape[1])))
 
 
-def tensor_specs(model: EmulatorModel) -> Sequence[rkemu.TensorSpec]:
+def tensor_specs(spec: ModelSpec) -> Sequence[rkemu.TensorSpec]:
     """Return the container's directory. Raises RefusedError if the type's group size does not divide a row."""
-    tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in model.tokenizer.arrays.items()]
-    return [*_specs(model.config, model.dtype), *tables]
+    tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in spec.tokenizer.arrays.items()]
+    return [*_specs(spec.config, spec.dtype), *tables]
 
 
-def write_emulator_file(path: Path, model: EmulatorModel, weights: Weights, advance: Advance) -> None:
+def write_emulator_file(path: Path, spec: ModelSpec, advance: Advance) -> None:
     """Write model.rkemu; `advance` gets the bytes of each block read.
 
     Raises:
         CheckpointError, AdapterError: Weights are NaN or infinite.
         ModelFileError: The file, read back, differs from what was written.
     """
-    with rkemu.Writer(path, metadata(model), tensor_specs(model)) as writer:
-        for name in model.config.tensors():
-            _write_tensor(writer, name, model, weights, advance)
-        for name, array in model.tokenizer.arrays.items():
+    with rkemu.Writer(path, metadata(spec), tensor_specs(spec)) as writer:
+        for name in spec.config.tensors():
+            _write_tensor(writer, name, spec, advance)
+        for name, array in spec.tokenizer.arrays.items():
             writer.write(name, array)
-    _read_back(path, model)
+    _read_back(path, spec)
 
 
-def _read_back(path: Path, model: EmulatorModel) -> None:
+def _read_back(path: Path, spec: ModelSpec) -> None:
     """Verify the file on disk: sizes, and checksums of the header, metadata and directory."""
     found = rkemu.read_container(path)
     directory = {name: entry.spec for name, entry in found.tensors.items()}
     if (
-        directory != {spec.name: spec for spec in tensor_specs(model)}
-        or found.metadata.keys() != metadata(model).keys()
+        directory != {tensor.name: tensor for tensor in tensor_specs(spec)}
+        or found.metadata.keys() != metadata(spec).keys()
     ):
         raise ModelFileError(f"{path} differs from what was written to it: the disk or the memory is faulty.")
 
 
-def _write_tensor(writer: rkemu.Writer, name: str, model: EmulatorModel, weights: Weights, advance: Advance) -> None:
-    info, target = weights.tensors[name], FAMILIES[model.config.family].to_rkemu(name)
-    plain = len(info.shape) == 1 or model.dtype == "fp32"
-    group = 0 if plain else group_size(model.dtype, info.shape[1])
+def _write_tensor(writer: rkemu.Writer, name: str, spec: ModelSpec, advance: Advance) -> None:
+    weights = spec.model.weights
+    info, target = weights.tensors[name], FAMILIES[spec.config.family].to_rkemu(name)
+    plain = len(info.shape) == 1 or spec.dtype == "fp32"
+    group = 0 if plain else group_size(spec.dtype, info.shape[1])
 
     def prepare(place: tuple[int, int]) -> tuple[int, list[NDArray[Any]]]:
         rows = to_float32(read_finite(weights, name, *place), info.dtype)

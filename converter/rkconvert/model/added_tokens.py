@@ -6,15 +6,15 @@ tokenizer_config.json, or before it special_tokens_map.json and added_tokens.jso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, Final
 
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import BundleError, CheckpointError, InputError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 CONFIG: Final = "tokenizer_config.json"
 _DECODER: Final = "added_tokens_decoder"
@@ -24,6 +24,9 @@ _EXTRA_BEFORE: Final = "additional_special_tokens"
 # In the order in which transformers adds them; those of other names follow.
 _NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Gemma 3 has 6,415. The library builds its matcher from them: this many characters take some seconds and 100 MB.
+_MAX_ADDED: Final = 1 << 16
+_MAX_TEXT: Final = 1 << 19
 
 
 def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
@@ -32,16 +35,32 @@ def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) 
     Raises:
         InputError: (of class `kind`) One of them is not a JSON object.
     """
+    settings = _settings(folder, kind)
+    if _DECODER not in settings and _EXTRA not in settings:
+        settings[_EXTRA] = settings.get(_EXTRA_BEFORE)
+    return settings
+
+
+def _settings(folder: Place, kind: type[InputError]) -> dict[str, Any]:
+    """The settings in which the list of further special tokens may still have its older name."""
     settings = _json(folder / CONFIG, kind)
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
+    settings = _with_named(settings)
     if _DECODER in settings:
         return settings
     older = _json(folder / "special_tokens_map.json", kind)
     if isinstance(older.get(_EXTRA), list):
         older[_EXTRA] = [*_extra(settings), *older[_EXTRA]]
-    settings |= older
-    return {_EXTRA: settings.get(_EXTRA_BEFORE), **settings}
+    return _with_named(settings | older)
+
+
+def _with_named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Special tokens that the file has as a table of named ones, among the others by name."""
+    if not isinstance(table := settings.get(_EXTRA), dict):
+        return settings
+    rest = {name: value for name, value in settings.items() if name != _EXTRA}
+    return rest | {name: value for name, value in table.items() if name.endswith("_token")}
 
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:
@@ -51,10 +70,10 @@ def _extra(settings: Mapping[str, Any]) -> list[Any]:
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens by name, such as `eos_token`: each a text or a mapping with its `content`."""
-    extra = settings.get(_EXTRA)
-    given = {**settings, **(extra if isinstance(extra, dict) else {})}
-    order = dict.fromkeys((*_NAMES, *given))
-    return {name: given[name] for name in order if name.endswith("_token") and text_of(given.get(name)) is not None}
+    order = dict.fromkeys((*_NAMES, *settings))
+    return {
+        name: settings[name] for name in order if name.endswith("_token") and text_of(settings.get(name)) is not None
+    }
 
 
 def text_of(token: Any) -> str | None:
@@ -63,40 +82,100 @@ def text_of(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def added_tokens(content: Mapping[str, Any], path: Place, kind: type[InputError] = CheckpointError) -> Any:
-    """The `added_tokens` of a tokenizer.json together with those that other files of its folder name.
+def added_tokens(
+    content: Mapping[str, Any], folder: Place, kind: type[InputError] = CheckpointError
+) -> list[dict[str, Any]]:
+    """Added tokens of a tokenizer.json and of the files next to it, by id, as those files declare them.
+
+    A token without a declared id gets the next one. Only JSON is read; `agreed_tokens` asks the library.
 
     Args:
         content: The file's JSON.
 
-    Returns:
-        The file's own value if the other files add and change nothing.
+    Raises:
+        InputError: (of class `kind`) A file cannot be read.
+    """
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    vocab = vocab if isinstance(vocab, dict) else {}
+    try:
+        own = _own(content)
+        ids, tokens = _declared(own, folder, kind)
+        ids = {token["content"]: token["id"] for token in own} | ids
+        following = max([len(vocab), *(index + 1 for index in ids.values())])
+        for token in tokens:
+            index = ids.setdefault(token["content"], vocab.get(token["content"], following))
+            following = max(following, index + 1)
+        whole = {token["content"]: token for token in (*own, *tokens)}
+        return sorted(({**token, "id": ids[text]} for text, token in whole.items()), key=itemgetter("id"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise kind(f"{folder} has added tokens of an unknown form: {error!r}.") from error
+
+
+def agreed_tokens(content: Mapping[str, Any], folder: Place) -> list[dict[str, Any]]:
+    """`added_tokens`, if the library gives each the same id and flags in whatever way the folder is loaded.
+
+    Args:
+        content: JSON of a tokenizer.json that works like Gemma's: the library runs it, in this process.
 
     Raises:
-        InputError: (of class `kind`) A file gives a token another id than transformers does, or cannot be read.
+        CheckpointError: It depends on the way, or a file cannot be read.
     """
-    own = content.get("added_tokens") or []
+    whole = added_tokens(content, folder)
+    size = sum(len(token["content"]) for token in whole)
+    if len(whole) > _MAX_ADDED or size > _MAX_TEXT:
+        raise CheckpointError(
+            f"{folder} has {len(whole):,} added tokens with {size:,} characters; at most {_MAX_ADDED:,} with"
+            f" {_MAX_TEXT:,} are allowed."
+        )
+    own = _own(content)
+    known = {token["content"]: token for token in whole}
+    rebuilt = [known[token["content"]] for token in _declared(own, folder, CheckpointError)[1]]
+    # The library and transformers' general class add the file's tokens in the file's order, then the others. Its class
+    # for Gemma takes only the vocabulary from the file, and adds those that are declared. A bundle has all, by id.
+    for way in (own, rebuilt, whole):
+        loaded = _loaded(_without_merges(content, way), str(folder))
+        for token in way:
+            if loaded.get(token["content"]) != token:
+                raise _contradiction(folder, token, loaded.get(token["content"]))
+    return whole
+
+
+def _contradiction(folder: Place, token: Mapping[str, Any], loaded: Mapping[str, Any] | None) -> CheckpointError:
+    text, index = token["content"][:80], token["id"]
+    got = "none" if loaded is None else loaded["id"]
+    what = f"the id {index}, but with its tokenizer.json it gets {got}" if got != index else "two sets of flags"
+    return CheckpointError(
+        f"{folder} gives the added token {text!r} {what}.",
+        hint="Save the tokenizer again with transformers, or copy it anew from where the model was trained.",
+    )
+
+
+def _without_merges(content: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> bytes:
+    """A tokenizer.json in which the added tokens are those of `content`: no token's id depends on merges."""
+    whole = {**content, "truncation": None, "padding": None, "added_tokens": added}
+    return json.dumps({**whole, "model": {**content["model"], "merges": []}}).encode()
+
+
+@lru_cache(maxsize=4)
+def _loaded(data: bytes, where: str) -> dict[str, dict[str, Any]]:
+    """Added tokens by text, as the library has them after it has loaded a tokenizer.json."""
+    from rkruntime.text.tokenizer import open_backend
+
     try:
-        ids, tokens = _declared(own, path.parent, kind)
-        known = {token["content"]: _token(token) for token in own}
-        if all(known.get(token["content"]) == token for token in tokens):
-            result: Any = content.get("added_tokens")
-            found = {token["content"]: token["id"] for token in own}
-        else:
-            result = _numbered(path, tokens)
-            found = {token["content"]: token["id"] for token in result}
+        found = open_backend(data, where).get_added_tokens_decoder()
     except BundleError as error:
-        raise kind(error.message) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise kind(f"{path} or a file next to it has added tokens of an unknown form: {error!r}.") from error
-    for text, index in ids.items():
-        if found.get(text) != index:
-            raise kind(
-                f"{path.parent} gives the added token {text[:80]!r} the id {index}, but with its tokenizer.json "
-                f"it gets {found.get(text, 'none')}.",
-                hint="Save the tokenizer again with transformers, or copy it anew from where the model was trained.",
-            )
-    return result
+        raise CheckpointError(error.message) from error
+    flags = {index: {name: getattr(token, name) for name in _FLAGS} for index, token in found.items()}
+    return {token.content: {"id": index, "content": token.content, **flags[index]} for index, token in found.items()}
+
+
+def _own(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Added tokens of the file itself, in its order; an empty one is none."""
+    tokens = [{"id": token["id"], **_token(token)} for token in content.get("added_tokens") or []]
+    if wrong := next((token["id"] for token in tokens if type(token["id"]) is not int), None):
+        raise TypeError(f"an added token has the id {str(wrong)[:80]}")
+    return [token for token in tokens if token["content"]]
 
 
 def _declared(
@@ -106,12 +185,13 @@ def _declared(
     settings = tokenizer_settings(folder, kind)
     named = named_tokens(settings)
     more = _extra(settings)
-    special = {text for token in (*named.values(), *more) if (text := text_of(token)) is not None}
     table: dict[int, dict[str, Any]]
     if _DECODER in settings:
         table = {int(index): _token(token) for index, token in settings[_DECODER].items()}
     else:
         older = _json(folder / "added_tokens.json", kind)
+        # A list under its older name is no sign here.
+        special = {text_of(token) for token in (*named.values(), *_extra(_settings(folder, kind)))}
         table = {
             int(index): _token({"content": text, "special": text in special, "normalized": text not in special})
             for text, index in older.items()
@@ -120,11 +200,12 @@ def _declared(
     ids = {token["content"]: index for index, token in table.items()}
     names = {text_of(token) for token in named.values()}
     tokens = {token["content"]: token for token in (table[index] for index in sorted(table))}
-    known = {token["content"] for token in own}
-    # A special token that has an entry keeps its behaviour, and only its name makes it special.
+    known = {token["content"] for token in own} | set(tokens)
+    # A special token that has an entry keeps its behaviour, and only its name makes it special. Of two others, the last
+    # counts.
     for given in (*named.values(), *more):
         text = text_of(given)
-        if text and text not in known and text not in tokens:
+        if text and text not in known:
             tokens[text] = _token(given if isinstance(given, dict) else {"content": text, "special": True})
     return ids, [{**token, "special": token["special"] or text in names} for text, token in tokens.items() if text]
 
@@ -136,22 +217,6 @@ def _token(given: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"an added token is {str(text)[:80]}")
     flags = {name: bool(given.get(name, name == "normalized" and not special)) for name in _FLAGS}
     return {"content": text, **flags, "special": special}
-
-
-def _numbered(path: Place, tokens: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Added tokens with the ids that the library gives them."""
-    from tokenizers import AddedToken
-
-    from rkruntime.text.tokenizer import open_backend
-
-    backend: tokenizers.Tokenizer = open_backend(path.read_bytes(), path)
-    for token in tokens:
-        backend.add_tokens([AddedToken(**token)])
-    found = backend.get_added_tokens_decoder()
-    return [
-        {"id": index, "content": token.content, **{name: getattr(token, name) for name in _FLAGS}}
-        for index, token in sorted(found.items())
-    ]
 
 
 def _json(file: Place, kind: type[InputError]) -> dict[str, Any]:

@@ -76,9 +76,15 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
     if found is not None and not text.startswith(tokens["bos_token"]):
         notes.append(f"the chat template does not start with {BOS}, which RKEdge puts in front of every prompt")
-    return ChatTemplate(
-        source, found is not None, prefix.removeprefix(tokens["bos_token"]), suffix, role, tokens, tuple(notes)
-    )
+    prefix = _after_bos(prefix, tokens["bos_token"])
+    return ChatTemplate(source, found is not None, prefix, suffix, role, tokens, tuple(notes))
+
+
+def _after_bos(text: str, bos: str) -> str:
+    """The text without the `<bos>` that it begins with, as the runtime cuts it, also after white space before one."""
+    while bos and (rest := text.lstrip()).startswith(bos):
+        text = rest.removeprefix(bos)
+    return text
 
 
 def _config(folder: Place) -> dict[str, Any]:

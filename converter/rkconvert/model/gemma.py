@@ -131,6 +131,10 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
             raise CheckpointError(
                 f"config.json: {key} is 0, by which transformers divides.", hint="Write null for no cap."
             )
+    if "sliding_window" in family.defaults and config.get("sliding_window", 1) == 0:
+        raise CheckpointError(
+            "config.json: sliding_window is 0: no token would see any other.", hint="Write null for no window."
+        )
     sizes = {key: _integer(key, values[key], 1, _MAX_SIZE) for key in _SIZES}
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
         raise CheckpointError(
@@ -191,10 +195,8 @@ def _refuse_features(config: Mapping[str, Any], family: Family) -> None:
     for key, names in family.activations.items():
         if (activation := config.get(key)) is not None and activation not in names:
             raise CheckpointError(f"config.json: {key} is {activation!r}; Gemma's activation is gelu_pytorch_tanh.")
-    if not isinstance(config.get("tie_word_embeddings") or False, bool):
-        raise CheckpointError(
-            f"config.json: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false."
-        )
+    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
+        raise CheckpointError(f"config.json: tie_word_embeddings is {tied!r}; it must be true or false.")
     for key, plain in (("attention_bias", False), ("use_bidirectional_attention", False), ("is_causal", True)):
         if bool(config.get(key, plain)) is not plain:
             raise CheckpointError(f"config.json: {key} is {config[key]!r}, which no conversion supports.")

@@ -8,12 +8,12 @@ from typing import Final
 from rkruntime.bundle.manifest import MAX_TEMPLATE
 from rkruntime.errors import BundleError, CheckpointError
 from rkruntime.text import prompt_process
-from rkruntime.text.confined import Confined, Limits
+from rkruntime.text.confined import CallLimits, Confined
 
 _MAX_TEXT: Final = 1 << 20
 _HINT: Final = "Use the chat_template.jinja of the model that this one was made from."
 _child: Final = Confined(prompt_process.__name__, "The chat template")
-_LIMITS: Final = Limits(cpu_s=2)
+_LIMITS: Final = CallLimits(cpu_s=2)
 
 
 def rendered(

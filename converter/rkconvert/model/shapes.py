@@ -135,7 +135,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and "hidden_size" not in config:
         inherited = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-        shape = parse_shape({**inherited, **nested})
+        shape = parse_shape({**inherited, **nested, "text_config": None})
         return _with_note(shape, "only the language part; parts that read images or sound are not counted")
     if _is_gemma(config):
         return _of_gemma(parse_config(config))
@@ -178,8 +178,10 @@ def _of_gemma(config: GemmaConfig) -> ModelShape:
 
 def _refuse_unusual(config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
-    kinds = config.get("layer_types") or []
-    other = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}) if kinds else []
+    kinds = config.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise CheckpointError(f"config.json: layer_types is {str(kinds)[:80]!r}; it must be a list.")
+    other = sorted({str(kind)[:80] for kind in kinds or ()} - {"full_attention", "sliding_attention"})
     keys = sorted(key for key, value in config.items() if value and _NOT_PLAIN.search(key))
     if other or keys:
         raise CheckpointError(

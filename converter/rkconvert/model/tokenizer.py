@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rkconvert.model.added_tokens import added_tokens
+from rkconvert.model.added_tokens import agreed_tokens
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TOKENIZER
 from rkruntime.errors import CheckpointError
-from rkruntime.text.tokenizer import is_control, too_long, unlike_gemma
+from rkruntime.text.tokenizer import is_control, too_large, unlike_gemma
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,21 +101,9 @@ def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
         CheckpointError: No such file, or a tokenizer that works differently from Gemma's.
     """
     content = _read(path)
-    try:
-        return _parse({**content, "added_tokens": added_tokens(content, path)}, vocab_size)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
-
-
-def _read(path: Place) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.",
-            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
-        )
-    return read_json(path, CheckpointError, limit=MAX_TOKENIZER)
+    whole = {**content, "added_tokens": agreed_tokens(content, path.parent)}
+    with _named(path):
+        return _tables(whole, vocab_size)
 
 
 def tokenizer_bytes(path: Place) -> bytes:
@@ -122,29 +111,58 @@ def tokenizer_bytes(path: Place) -> bytes:
     truncation and padding that trainers leave in it.
 
     Raises:
-        CheckpointError: There is no such file, it is not JSON, or the files contradict each other.
+        CheckpointError: See `read_tokenizer`; or the files contradict each other.
     """
     content = _read(path)
-    whole = {**content, "truncation": None, "padding": None, "added_tokens": added_tokens(content, path)}
+    whole = {**content, "truncation": None, "padding": None, "added_tokens": agreed_tokens(content, path.parent)}
     if all(content.get(key) == value for key, value in whole.items()):
         return path.read_bytes()
-    return json.dumps(whole, ensure_ascii=False).encode()
+    return json.dumps(whole).encode()
 
 
-def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+def _read(path: Place) -> dict[str, Any]:
+    """JSON of a tokenizer.json that works like Gemma's and is no larger by far.
+
+    Everything passes here before the library, which has no limits of its own, sees it.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}.",
+            hint="Take tokenizer.json from the model that this one was made from; fine-tuning scripts may not copy it.",
+        )
+    content = read_json(path, CheckpointError, limit=MAX_TOKENIZER)
+    with _named(path):
+        if unlike := unlike_gemma(content):
+            raise CheckpointError(f"{unlike}.")
+        added = [token["content"] for token in content.get("added_tokens") or []]
+        if large := too_large({**content["model"]["vocab"], **dict.fromkeys(added)}):
+            raise CheckpointError(f"{large}.")
+    return content
+
+
+@contextmanager
+def _named(path: Place) -> Iterator[None]:
+    """Put the file's path in front of errors, and make one of what a file of another form raises."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
+
+
+def _tables(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     model = content["model"]
-    if unlike := unlike_gemma(content):
-        raise CheckpointError(f"{unlike}.")
-    vocab: dict[str, int] = dict(model["vocab"])
-    added = {str(token["content"]): token for token in content.get("added_tokens") or []}
+    vocab: dict[str, int] = model["vocab"]
+    added = {token["content"]: token for token in content["added_tokens"]}
     ids = vocab | {text: token["id"] for text, token in added.items()}
-    if long := too_long(ids):
-        raise CheckpointError(f"{long}.")
+    texts, kinds = [b""] * vocab_size, [Kind.UNUSED] * vocab_size
+    taken: dict[int, str] = {}
     for text, index in ids.items():
         if type(index) is not int or not 0 <= index < vocab_size:
             raise CheckpointError(f"the token {text!r} has the id {index!r}, but the model has {vocab_size} tokens.")
-    texts, kinds = [b""] * vocab_size, [Kind.UNUSED] * vocab_size
-    for text, index in ids.items():
+        if (other := taken.setdefault(index, text)) != text:
+            raise CheckpointError(f"the tokens {other!r} and {text!r} both have the id {index}.")
         kinds[index] = _kind(text, added.get(text))
         byte = _BYTE.fullmatch(text)
         texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
@@ -152,7 +170,7 @@ def _parse(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
         raise CheckpointError("it does not have a token for every byte, so some characters could not be encoded.")
     flags = {token["id"]: _flags(token) for token in added.values()}
     flags = {index: flag for index, flag in flags.items() if flag}
-    single_words = tuple(text for text, token in added.items() if token.get("single_word"))
+    single_words = tuple(text for text, token in added.items() if token["single_word"])
     return Tokenizer(
         tuple(texts), tuple(kinds), flags, single_words, _merges(model["merges"], vocab), ids[model["unk_token"]]
     )

@@ -20,6 +20,7 @@ from typing import IO, Final
 from rkruntime.errors import OutputError
 from rkruntime.files import refuse_existing, umask, write_error
 
+_PARTIAL: Final = ".{}.partial"
 _OTHERS_WRITE: Final = 0o022
 _NEW_SECONDS: Final = 10.0
 _KINDS: Final = {
@@ -47,7 +48,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[P
         HostError: The disk is full.
     """
     refuse_made(final)
-    partial = final.parent / f".{final.name}.partial"
+    partial = final.parent / _PARTIAL.format(final.name)
     try:
         _refuse_planted(partial, stat.S_IFDIR)
         _refuse_planted(_note(final), stat.S_IFREG)
@@ -113,9 +114,16 @@ def forget_kill(final: Path) -> None:
 
 
 def refuse_made(final: Path) -> None:
-    """Raise OutputError if `final` already exists, or its parent does not."""
+    """Raise OutputError if `final` already exists, its parent does not, or its name leaves no room for the work's."""
     forget_kill(final)
     refuse_existing(final)
+    limit = os.pathconf(final.parent, "PC_NAME_MAX")  # not above 0 if the file system does not say
+    most, size = limit - len(_PARTIAL.format("")), len(os.fsencode(final.name))
+    if size > most and limit > 0:
+        raise OutputError(
+            f"Cannot write {final}: its name has {size} bytes, too many for the folder in which it is made.",
+            hint=f"Use a name of at most {most} bytes.",
+        )
 
 
 @contextmanager

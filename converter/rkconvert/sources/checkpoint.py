@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +46,7 @@ class Checkpoint:
         revision: Commit of a hub model.
         notes: Notes for the user.
         own_head: Whether a stored head is kept although config.json ties the head to the embedding.
+        libraries: Releases of packages that compute what is read from its files.
     """
 
     path: Place
@@ -57,6 +58,7 @@ class Checkpoint:
     revision: str = ""
     notes: tuple[str, ...] = ()
     own_head: bool = False
+    libraries: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:

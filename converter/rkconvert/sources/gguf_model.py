@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,6 +71,7 @@ def open_gguf(path: Path) -> Checkpoint:
         inputs=inputs,
         name=readable(_PART.sub("", path.stem)),
         notes=weights.notes(),
+        libraries={"gguf": version("gguf")},
     )
 
 
@@ -172,23 +174,37 @@ def _is_norm(name: str) -> bool:
 
 
 def _refuse_other_computations(file: GgufFile, family: str) -> None:
-    """Raise CheckpointError for features of a file that Gemma 1 and 2 do not have."""
+    """Raise CheckpointError for features of a file that Gemma 1 and 2 do not have.
+
+    The keys are those that llama.cpp reads for these two and `_config` does not
+    (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp, load_hparams; src/models/gemma2.cpp).
+    """
     known = file.metadata
-    head = known.get(f"{family}.attention.key_length")
-    # The value with which each key changes nothing.
+    head, base = known.get(f"{family}.attention.key_length"), known.get(f"{family}.rope.freq_base", 10000.0)
+    # The values with which each key changes nothing.
     idle: dict[str, tuple[Any, ...]] = {
-        f"{family}.rope.scaling.type": ("none",),
-        f"{family}.rope.scaling.factor": (0.0, 1.0),
-        f"{family}.rope.scale_linear": (0.0, 1.0),
-        f"{family}.rope.dimension_count": (head,),
-        f"{family}.attention.value_length": (head,),
-        f"{family}.attention.causal": (True,),
-        f"{family}.attention.scale": (),
-        f"{family}.attention.sliding_window_pattern": (2,),
-        f"{family}.attention.max_alibi_bias": (0.0,),
-        f"{family}.expert_count": (0,),
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0.0, 1.0),
+        "rope.scale_linear": (0.0, 1.0),
+        "rope.scaling.attn_factor": (1.0,),
+        "rope.scaling.alpha": (0.0,),
+        "rope.freq_base_swa": (base,),
+        "rope.dimension_count": (head,),
+        "rope.dimension_count_swa": (head,),
+        "attention.key_length_swa": (head,),
+        "attention.value_length": (head,),
+        "attention.value_length_swa": (head,),
+        "attention.causal": (True,),
+        "attention.sliding_window_pattern": (2,),
+        "attention.scale": (),
+        "attention.max_alibi_bias": (0.0,),
+        "expert_count": (0,),
+        "expert_used_count": (0,),
+        "expert_group_count": (0,),
+        "expert_group_used_count": (0,),
     }
-    for key, values in idle.items():
+    for name, values in idle.items():
+        key = f"{family}.{name}"
         if key in known and known[key] not in values:
             raise CheckpointError(
                 f"{file.path}: {key} is {str(known[key])[:80]}, which Gemma 1 and 2 do not have.",

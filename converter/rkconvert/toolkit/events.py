@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
 from rkruntime.errors import ToolkitError
+from rkruntime.schema import build
 
 MAX_LINE: Final = 1 << 20
+StageName: TypeAlias = Literal["import", "load", "build", "export"]
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step started: `import`, `load`, `build` or `export`."""
+    """A step started."""
 
-    stage: str
+    stage: StageName
 
 
 @dataclass(frozen=True)
 class StageDone:
     """A step returned; `seconds` is wall-clock time."""
 
-    stage: str
+    stage: StageName
     seconds: float
 
 
@@ -91,27 +93,16 @@ _KINDS: Final[dict[str, type[WorkerEvent]]] = {
     "done": Done,
     "failure": Failure,
 }
-_TYPES: Final[dict[str, type]] = {"str": str, "int": int, "float": float}
 
 
 def parse_event(line: bytes) -> WorkerEvent:
     """Parse one line of the worker. Raises ToolkitError for anything unexpected."""
     try:
         data = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        kind = _KINDS[data.pop("event")]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:  # not JSON, or not an event
         raise _protocol(line) from error
-    kind = _KINDS.get(str(data.pop("event", None))) if isinstance(data, dict) else None
-    if kind is None:
-        raise _protocol(line)
-    known = {item.name: item for item in fields(kind)}
-    missing = [name for name, item in known.items() if item.default is MISSING and name not in data]
-    if missing or not all(name in known and _is(value, str(known[name].type)) for name, value in data.items()):
-        raise _protocol(line)
-    return kind(**data)
-
-
-def _is(value: Any, name: str) -> bool:
-    return isinstance(value, (int, float) if name == "float" else _TYPES[name]) and not isinstance(value, bool)
+    return build(kind, data, lambda _: _protocol(line))
 
 
 def _protocol(line: bytes) -> ToolkitError:

@@ -35,10 +35,10 @@ class ToolkitJob(ToolkitOptions):
 
     model: Path
     output: Path
-    platform: str = "rk3588"
-    dtype: str = "w8a8"
-    npu_cores: int = 3
-    max_context: int = 4096
+    platform: str
+    dtype: str
+    npu_cores: int
+    max_context: int
     lora: Path | None = None
     parameters: int = 0
 
@@ -118,14 +118,14 @@ def _check_values(job: ToolkitJob) -> None:
 
 def _check_unquantized(job: ToolkitJob) -> None:
     """Refuse options that have no effect without quantization."""
-    told = {
+    changed = {
         "algorithm": job.algorithm != "normal",
         "hybrid-rate": job.hybrid_rate != 0,
         "calibration": job.calibration is not None,
         "qparams": job.qparams is not None,
     }
-    if job.dtype == UNQUANTIZED and any(told.values()):
-        names = " and ".join(f"--{name}" for name, given in told.items() if given)
+    if job.dtype == UNQUANTIZED and any(changed.values()):
+        names = " and ".join(f"--{name}" for name, differs in changed.items() if differs)
         raise UsageError(
             f"{names}: {UNQUANTIZED} is not quantized, so this would have no effect.",
             hint="Leave it out, or choose a quantized --dtype.",

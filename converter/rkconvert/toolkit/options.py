@@ -88,9 +88,15 @@ class ToolkitOptions:
     )
 
     @property
-    def asked_of_the_toolkit(self) -> dict[str, Any]:
-        """Take these options from a record, which may have more fields."""
+    def by_name(self) -> dict[str, Any]:
+        """These options alone; a record that inherits them has further fields."""
         return {item.name: getattr(self, item.name) for item in fields(ToolkitOptions)}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Files that the toolkit itself reads, by the command's option."""
+        given = (item.name for item in fields(ToolkitOptions) if item.metadata["argument"])
+        return {_flag(name): value for name in given if isinstance(value := getattr(self, name), Path)}
 
     @property
     def arguments(self) -> dict[str, Any]:

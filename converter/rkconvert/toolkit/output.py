@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Final
 
 from rkconvert.toolkit.events import Notice, Progress
 from rkruntime.checks import logtext
+from rkruntime.folders import own_folder
 
 _BREAK: Final = re.compile(rb"[\r\n]+")
 # `Optimizing model:  88%|####4  | 28/32 [1:04:19<09:28, 142.23s/it]` (tqdm, with any block characters)
@@ -24,6 +28,21 @@ _VERSION: Final = re.compile(r"rkllm-toolkit version: (\S{1,40})")
 _LONGEST_LINE: Final = 64 << 10
 _MOST_LOG: Final = 32 << 20
 _LAST_LINES: Final = 20
+_LOGS_KEPT: Final = 10
+
+
+def new_log() -> Path:
+    """A new log in the user's cache, kept there if the conversion fails; deletes the oldest."""
+    cache = own_folder("cache") / "logs"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for old in sorted(cache.glob("toolkit-*.log"))[: -_LOGS_KEPT + 1]:
+            old.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(prefix=time.strftime("toolkit-%Y%m%d-%H%M%S-"), suffix=".log", dir=cache)
+    except OSError:
+        handle, name = tempfile.mkstemp(prefix="rkedge-toolkit-", suffix=".log")
+    os.close(handle)
+    return Path(name)
 
 
 class Output:

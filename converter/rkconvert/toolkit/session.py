@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.toolkit import failures
 from rkconvert.toolkit.events import (
     MAX_LINE,
     Done,
@@ -33,8 +32,9 @@ from rkconvert.toolkit.events import (
 )
 from rkconvert.toolkit.interpreter import WORKER, Toolkit, clean_environment
 from rkconvert.toolkit.job import Calls
-from rkconvert.toolkit.life import Life, peak_memory, runs
 from rkconvert.toolkit.output import Output
+from rkconvert.toolkit.watchdog import Watchdog, is_running, out_of_memory_kills, peak_memory
+from rkruntime.errors import HostError
 
 _TICK: Final = 0.25
 _HEARTBEAT: Final = 1.0
@@ -48,20 +48,25 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass
-class Session:
-    """One run of the worker, and its outcome.
+class WorkerRun:
+    """One run of the worker: what it is given, and, once `execute` has returned, what happened.
 
     Attributes:
+        calls: What it is to do.
         scratch: Its working folder; nothing should be written elsewhere.
+        patience: Seconds without activity after which it is killed.
         stage: Last stage that started.
         outcome: Its last event, or None if it broke off.
         exit_code: Exit code; negative for a signal.
-        hung: Whether it was killed because it showed no sign of life.
+        hung: Whether it was killed because it showed no activity.
         out_of_memory_kills: Processes on this machine that the kernel killed for lack of memory meanwhile.
-        warnings: The toolkit's own warnings.
+        peak_memory: Of the worker, in bytes.
+        seconds: Seconds by stage.
+        warnings: The toolkit's own warnings, each once.
     """
 
     toolkit: Toolkit
+    calls: Calls
     scratch: Path
     output: Output
     on_event: OnEvent
@@ -73,13 +78,27 @@ class Session:
     peak_memory: int = 0
     out_of_memory_kills: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
     _pending: bytes = b""
     _deadline: float = 0.0
 
-    def talk(self, steps: Calls) -> None:
-        """Start the worker, hand it the job, and listen until it and everything it started have exited."""
-        kills = failures.out_of_memory_kills()
+    @property
+    def failure(self) -> Failure | None:
+        """What the worker gave up with, if it did."""
+        return self.outcome if isinstance(self.outcome, Failure) else None
+
+    @property
+    def killed(self) -> bool:
+        """Whether signal 9 that is not ours killed it; a shell script around the interpreter reports 137."""
+        return not self.hung and self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+    def execute(self) -> None:
+        """Start the worker, hand it the job, and listen until it and everything it started have exited.
+
+        Raises:
+            HostError: The interpreter cannot be started.
+        """
+        kills = out_of_memory_kills()
         events_in, events_out = os.pipe()
         python = self.toolkit.python
         caches = {"HF_HOME": str(self.scratch / "cache"), "XDG_CACHE_HOME": str(self.scratch / "cache")}
@@ -97,11 +116,12 @@ class Session:
             )
         except OSError as error:
             os.close(events_in)
-            raise failures.cannot_start(python, error) from error
+            message = f"{python} cannot be started: {error.strerror or error}."
+            raise HostError(message, hint="Run `rkedge toolkit info`.") from error
         finally:
             os.close(events_out)
         try:
-            self._send(process, steps)
+            self._send(process)
             self._listen(process, events_in)
         finally:
             end_session(process)
@@ -110,45 +130,45 @@ class Session:
                 if pipe is not None:
                     pipe.close()
         self.exit_code = process.returncode
-        self.out_of_memory_kills = failures.out_of_memory_kills() - kills
+        self.out_of_memory_kills = out_of_memory_kills() - kills
 
-    def _send(self, process: subprocess.Popen[bytes], steps: Calls) -> None:
+    def _send(self, process: subprocess.Popen[bytes]) -> None:
         # Standard input stays open: the worker kills its session when the other end is closed.
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # It died before reading; its output says why.
-            process.stdin.write(steps.document().encode())
+            process.stdin.write(self.calls.document().encode())
 
     def _listen(self, process: subprocess.Popen[bytes], events_in: int) -> None:
         assert process.stdout is not None
-        life = Life(process.pid)
+        watchdog = Watchdog(process.pid)
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ, self._take_output)
             selector.register(events_in, selectors.EVENT_READ, self._take_events)
             while selector.get_map():
                 for key, _ in selector.select(_TICK):
-                    life.sign()
+                    watchdog.feed()
                     if data := os.read(key.fd, _BLOCK):
                         key.data(data)
                     else:
                         selector.unregister(key.fileobj)
-                self._watch(process, life)
+                self._watch(process, watchdog)
                 if self._deadline and time.monotonic() > self._deadline + _DRAIN:
                     break
         for event in self.output.finish():
             self._take(event)
 
-    def _watch(self, process: subprocess.Popen[bytes], life: Life) -> None:
-        """Once per tick: report life, and kill the session when its time is up."""
+    def _watch(self, process: subprocess.Popen[bytes], watchdog: Watchdog) -> None:
+        """Once per tick: send a heartbeat, and kill the session when its time is up."""
         now = time.monotonic()
-        if life.due(_HEARTBEAT):
+        if watchdog.heartbeat_due(_HEARTBEAT):
             self.peak_memory = max(self.peak_memory, peak_memory(process.pid))
-            self.on_event(Heartbeat(life.seconds, self.peak_memory))
+            self.on_event(Heartbeat(watchdog.seconds, self.peak_memory))
         if has_ended(process):
             # Its children may live on, and hold its output open.
             self._deadline = min(self._deadline or now, now)
         elif self.outcome is not None:
             self._deadline = self._deadline or now + _GRACE
-        elif life.silence() > self.patience:
+        elif watchdog.idle_seconds() > self.patience:
             self.hung, self._deadline = True, now
         if self._deadline and now >= self._deadline:
             end_session(process)
@@ -172,7 +192,7 @@ class Session:
         elif isinstance(event, Done | Failure):
             self.outcome = event
         elif isinstance(event, Notice) and event.level == "warning":
-            self.warnings.append(event.text)
+            self.warnings[event.text] = None
         self.on_event(event)
 
 
@@ -190,6 +210,6 @@ def end_session(process: subprocess.Popen[Any]) -> None:
     # The leader has not been reaped yet, so its group ID cannot have been reused.
     os.killpg(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + _DRAIN
-    while runs(process.pid) and time.monotonic() < deadline:
+    while is_running(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.wait()

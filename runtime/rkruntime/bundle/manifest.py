@@ -15,9 +15,9 @@ from typing import Annotated, Any, Final
 
 import yaml
 
-from rkruntime.checks.preflight import Model
+from rkruntime.checks.preflight import ModelFacts
 from rkruntime.errors import BundleError
-from rkruntime.files import as_path, read_regular, sha256_file
+from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
 from rkruntime.folders import hint_if_hidden, own_folder
 from rkruntime.schema import Between, Length, build, check_value
 from rkruntime.words import counted
@@ -186,11 +186,11 @@ class Bundle:
         return self.path / TEMPLATE
 
     @property
-    def known(self) -> Model:
+    def known(self) -> ModelFacts:
         """What is known about the model before it is loaded, for preflight."""
         made = self.manifest
-        record = made.files[made.model_file]
-        return Model(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, record.size)
+        size = made.files[made.model_file].size
+        return ModelFacts(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, size)
 
     def read_tokenizer(self) -> bytes:
         """tokenizer.json. Raises BundleError as `verify` does."""
@@ -315,7 +315,7 @@ class _Stamp:
             pass
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(path: AnyPath) -> Bundle:
     """Read a bundle's manifest; `Bundle.verify` compares the files.
 
     Raises:

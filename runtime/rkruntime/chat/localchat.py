@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LocalChat:
-    """See `rkruntime.chat.repl.Chat`.
+    """See `rkruntime.chat.repl.ChatBackend`.
 
     Args:
         bundle: Bundle whose tokenizer, template and stop tokens are used.
@@ -60,15 +60,15 @@ class LocalChat:
 
     @property
     def system(self) -> str:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         return self._conversation.system
 
     def set_system(self, text: str) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._conversation.system = text
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
-        """See `Chat`.
+        """See `ChatBackend`.
 
         Raises:
             ContextFullError, RunError, WorkerError: The conversation stays as it was.
@@ -113,24 +113,24 @@ class LocalChat:
             self._conversation.add(text, answer, dropped)
 
     def stop(self) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         if self._engine is not None:
             self._engine.abort()
 
     def clear(self) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._conversation.clear()
 
     def save(self, path: Path) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._conversation.save(path)
 
     def load(self, path: Path) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._conversation.load(path)
 
     def stats(self) -> Mapping[str, str]:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         return {
             "model": self.title,
             "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",

@@ -23,13 +23,14 @@ from typing import IO, Any, Final
 from rkruntime.chat.attach import GONE, MAX_LINE
 from rkruntime.chat.repl import Note, Turn
 from rkruntime.engine.generation import FinishReason
-from rkruntime.errors import BusyError, InputError, NoSuchSessionError, ServiceError
+from rkruntime.errors import BusyError, InputError, NoSuchSessionError, ServiceError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
 from rkruntime.text.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
-from rkruntime.words import counted
+from rkruntime.words import NAME, NAME_RULE, counted
 
 SSH_VARIABLE: Final = "RKEDGE_SSH"
+ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
 # A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 # How long a connection attempt may still take after a stop, to ask what the board has kept.
@@ -40,6 +41,9 @@ _LONGEST_NOTE: Final = 4096
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
 # Times in a row that an operation may be interrupted; for an answer, without any new text.
 _MOST_BREAKS: Final = 8
+_SAMPLING_RULE: Final = (
+    "Before RKLLM 1.3.0, sampling is set when a model is loaded: set it in the daemon's settings on the board."
+)
 _LOOK: Final = "Ask again. The daemon's log on the board has the cause: journalctl -u rkedge."
 
 
@@ -145,20 +149,28 @@ class _Link:
 
 
 class RemoteChat:
-    """See `rkruntime.chat.repl.Chat`.
+    """See `rkruntime.chat.repl.ChatBackend`.
 
     Args:
         destination: Destination for ssh: `user@board`, or `ssh://user@board:port`.
         remote: Command to run on the board.
         session: Name of the conversation; without one, a temporary conversation that is deleted at the end.
         options: Fields of each question, such as max_tokens.
+
+    Raises:
+        UsageError: No conversation can have that name, or a variable with a command cannot be read.
+        ServiceError: No daemon answers.
     """
 
     def __init__(
         self, destination: str, *, remote: str, session: str | None, system: str, options: Mapping[str, Any]
     ) -> None:
-        ssh = shlex.split(os.environ.get(SSH_VARIABLE, "")) or list(_SSH)
-        self._command = [*ssh, "--", destination, *shlex.split(remote)]
+        if session is not None and not NAME.fullmatch(session):
+            raise UsageError(
+                f"{session[:80]!r} cannot be the name of a conversation.", hint=f"Use {NAME_RULE}, such as monday-2."
+            )
+        ssh = _words(os.environ.get(SSH_VARIABLE, ""), SSH_VARIABLE) or _SSH
+        self._command = [*ssh, "--", destination, *_words(remote, ATTACH_VARIABLE)]
         self._destination = destination
         self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
         self._temporary = session is None
@@ -170,6 +182,7 @@ class RemoteChat:
         # The link from which no daemon has answered yet.
         self._connecting: _Link | None = None
         self._answered = self._generated = 0
+        self._ignored: list[str] = []
         self.last: Turn | None = None
         status = self._first_contact()
         self.emulated = bool(status.get("emulated"))
@@ -260,16 +273,16 @@ class RemoteChat:
 
     @property
     def system(self) -> str:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         return self._system
 
     def set_system(self, text: str) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._steady("change", {"system": text})
         self._system = text
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
-        """See `Chat`.
+        """See `ChatBackend`.
 
         Raises:
             ServiceError: The daemon refuses, or can no longer be reached.
@@ -300,7 +313,7 @@ class RemoteChat:
                             seen += event["text"]
                             yield event["text"]
                         elif event["type"] == "begin":
-                            yield from (Note(one_line(note)) for note in event["notes"])
+                            yield from self._notes(event)
                         elif event["type"] == "done":
                             self._keep(event, first)
                 return seen
@@ -324,6 +337,14 @@ class RemoteChat:
                     ) from None
                 message = question
 
+    def _notes(self, begin: Mapping[str, Any]) -> Iterator[Note]:
+        """What the board says before an answer; what it ignores, once."""
+        yield from (Note(one_line(note)) for note in begin["notes"])
+        if begin["ignored"] not in ([], self._ignored):
+            names = one_line(", ".join(begin["ignored"]))
+            yield Note(f"The board ignores {names}. {_SAMPLING_RULE}")
+        self._ignored = begin["ignored"]
+
     def _rest(self, number: str, seen: str) -> Iterator[str | Note]:
         """The part of a stopped answer that only the board has: the conversation continues after it."""
         try:
@@ -331,6 +352,8 @@ class RemoteChat:
             self._call("change", {})
             data = self._call("read")
             messages = check_conversation(data)["messages"]
+        except NoSuchSessionError:  # nothing came of its first question
+            data, messages = {}, []
         except (_BrokenError, ServiceError, InputError):
             yield Note("\nThe board did not report what it has kept of this answer.")
             return
@@ -377,7 +400,7 @@ class RemoteChat:
         self.last = Turn(event["tokens"], FinishReason(event["reason"]), first, event["tokens_per_s"])
 
     def stop(self) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         with self._sending:
             if self._stopping is None or self._link is None:
                 return
@@ -399,21 +422,21 @@ class RemoteChat:
                 link.kill()
 
     def clear(self) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         self._steady("change", {"clear": True})
 
     def save(self, path: Path) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         write_conversation(path, check_conversation(self._read()))
 
     def load(self, path: Path) -> None:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         data = read_conversation(path)
         self._steady("change", {"conversation": data})
         self._system = str(data.get("system", ""))
 
     def stats(self) -> Mapping[str, str]:
-        """See `Chat`."""
+        """See `ChatBackend`."""
         status = self._steady("hello")
         queue, temperatures = (_mapping(status.get(name)) for name in ("queue", "temperatures"))
         degrees = [value for value in temperatures.values() if _is_number(value)]
@@ -436,6 +459,16 @@ class RemoteChat:
         self._link.close()
 
 
+def _words(command: str, variable: str) -> list[str]:
+    """A command from an environment variable, word by word. Raises UsageError."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UsageError(
+            f"The command in {variable} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."
+        ) from error
+
+
 def _nonsense(what: str) -> ServiceError:
     hint = "Compare `rkedge --version` here and there; something else may be answering instead."
     return ServiceError(f"The board sent {what}.", hint=hint)
@@ -445,13 +478,17 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 # The fields that each kind of event must have, for everything that is done with it here.
 _FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
-    "begin": {"notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value)},
+    "begin": {"notes": _are_texts, "ignored": _are_texts},
     "text": {"text": lambda value: isinstance(value, str)},
     "done": {
         "tokens": lambda value: type(value) is int and 0 <= value < 1e9,
@@ -461,7 +498,7 @@ _FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
     "error": {},
     "end": {"status": lambda value: type(value) is int, "body": lambda value: value is None or isinstance(value, dict)},
 }
-_LEFT_OUT: Final = {"tokens": 0, "tokens_per_s": 0.0, "body": None}
+_LEFT_OUT: Final[Mapping[str, Any]] = {"tokens": 0, "tokens_per_s": 0.0, "body": None, "ignored": []}
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

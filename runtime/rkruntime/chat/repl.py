@@ -56,7 +56,7 @@ class Note:
     text: str
 
 
-class Chat(Protocol):
+class ChatBackend(Protocol):
     """A conversation with a model, wherever the model is.
 
     Attributes:
@@ -116,7 +116,7 @@ class Command:
 class Repl:
     """Read messages and commands until the input ends."""
 
-    def __init__(self, chat: Chat, terminal: Terminal) -> None:
+    def __init__(self, chat: ChatBackend, terminal: Terminal) -> None:
         self.chat = chat
         self.terminal = terminal
         self.leaving = False

@@ -19,7 +19,7 @@ _TESTS: Final[dict[str, Callable[[Any, Any], bool]]] = {
 _PART = re.compile(r"([<>]=?|)(.+)")
 
 
-def fits(facts: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+def meets(facts: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Whether every wanted fact is known and meets its conditions.
 
     Args:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Final
 
 from rkruntime import resources
-from rkruntime.checks.conditions import fits
+from rkruntime.checks.conditions import meets
 from rkruntime.checks.signatures import Log, Signature, simplified
 
 CONFIDENCES: Final = ("high", "medium", "low")
@@ -43,7 +43,7 @@ class Rule:
 
     def hit(self, log: Log, facts: Mapping[str, str]) -> Hit | None:
         """The hit, or None if the rule does not match."""
-        if not fits(facts, self.where):
+        if not meets(facts, self.where):
             return None
         found: list[int] = []
         confidence = self.confidence
@@ -83,7 +83,7 @@ class Exclusion:
     def told(self, log: Log, facts: Mapping[str, str]) -> str | None:
         """The sentence, if the log supports it."""
         there = not self.any or any(True for signature in self.any for _ in signature.matches(log))
-        return self.says.format_map(facts) if there and fits(facts, self.where) else None
+        return self.says.format_map(facts) if there and meets(facts, self.where) else None
 
 
 @dataclass(frozen=True)

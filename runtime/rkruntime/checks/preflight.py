@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeAlias
 
 from rkruntime import resources
 from rkruntime.checks import machine
-from rkruntime.checks.conditions import fits
+from rkruntime.checks.conditions import meets
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import UsageError
 from rkruntime.files import as_path
@@ -49,7 +49,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What is known of a model before it is loaded; None or "" means unknown.
 
     Attributes:
@@ -92,7 +92,7 @@ class Preflight:
 
 
 def preflight(
-    model: Model,
+    model: ModelFacts,
     *,
     runtime: str | None = None,
     context: int | None = None,
@@ -135,7 +135,7 @@ def cores_for(
 
 
 def _check_arguments(**given: object) -> None:
-    kinds = {"model": Model, "runtime": str | None, "context": int | None, "allowed": Collection[int] | None}
+    kinds = {"model": ModelFacts, "runtime": str | None, "context": int | None, "allowed": Collection[int] | None}
     for name, kind in kinds.items():
         check_value(name, kind, given[name])
     try:
@@ -159,7 +159,7 @@ def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, lis
     ]
 
 
-def _memory(model: Model, root: Path) -> Iterator[Finding]:
+def _memory(model: ModelFacts, root: Path) -> Iterator[Finding]:
     memory = machine.memory(root)
     if memory is None or model.size is None or model.size <= memory.available:
         return
@@ -173,7 +173,7 @@ def _memory(model: Model, root: Path) -> Iterator[Finding]:
     )
 
 
-def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) -> Iterator[Finding]:
+def _board(model: ModelFacts, runtime: str | None, cores: machine.Cores, root: Path) -> Iterator[Finding]:
     driver, chip = machine.driver(root), machine.soc(root)
     facts = {
         "runtime": runtime,
@@ -203,7 +203,7 @@ def _board(model: Model, runtime: str | None, cores: machine.Cores, root: Path) 
         )
 
 
-def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
+def _platform(model: ModelFacts, chip: str | None) -> Iterator[Finding]:
     if chip is None:
         yield Finding(
             "notice",
@@ -232,7 +232,7 @@ def _platform(model: Model, chip: str | None) -> Iterator[Finding]:
         )
 
 
-def _dtype(model: Model) -> Iterator[Finding]:
+def _dtype(model: ModelFacts) -> Iterator[Finding]:
     offered = types_by_soc()[0].get(model.platform.lower())
     if offered and model.dtype.lower().startswith("w") and model.dtype.lower() not in offered:
         yield Finding(
@@ -312,7 +312,7 @@ def _pairs(facts: Mapping[str, str]) -> Iterator[Finding]:
     groups = set()
     for pair in resources.table("known_pairs")["pairs"]:
         group = pair.get("group", pair["code"])
-        if group not in groups and fits(facts, pair["when"]):
+        if group not in groups and meets(facts, pair["when"]):
             groups.add(group)
             texts = (" ".join(pair[name].format_map(facts).split()) for name in ("message", "hint", "source"))
             yield Finding(pair["level"], pair["code"], *texts)

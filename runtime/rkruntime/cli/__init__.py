@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, NamedTuple
 
@@ -17,8 +19,11 @@ import click
 from rkruntime.cli.flags import Flags, asks_for_json, flag
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.printable import one_line
-from rkruntime.terminal import say, say_json
+from rkruntime.terminal import open_streams, say, say_json, settle_streams
 
+_NAME: Final = "rkedge"
+# What a shell sets to ask for completions, as click spells it.
+_COMPLETE: Final = "_RKEDGE_COMPLETE"
 # Most lines of another program's output to show above an error.
 _MOST_LINES: Final = 12
 
@@ -89,7 +94,7 @@ def cli(debug: bool) -> None:
 
 def _report(error: RKEdgeError, as_json: bool) -> int:
     if as_json:
-        say_json(error.as_dict())
+        _say_as_json(error)
     else:
         for line in error.log[-_MOST_LINES:]:
             say(one_line(line), lead="  ", err=True, dim=True)
@@ -99,12 +104,22 @@ def _report(error: RKEdgeError, as_json: bool) -> int:
     return error.exit_code
 
 
+def _say_as_json(error: RKEdgeError) -> None:
+    # The error may be that nothing can be written there; standard error and the exit code tell it too.
+    with suppress(OSError):
+        say_json(error.as_dict())
+
+
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     say("".join(traceback.format_exception(kind, error, trace)), err=True, nl=False)
 
 
-def _typed(error: Exception) -> RKEdgeError:
-    """The error to show for an exception: few are defects, most concern this machine or its installation."""
+def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
+    """The error to show for an exception: few are defects, most concern this machine or its installation.
+
+    Args:
+        closed: See open_streams.
+    """
     if isinstance(error, RKEdgeError):
         return error
     if isinstance(error, ImportError):
@@ -116,6 +131,11 @@ def _typed(error: Exception) -> RKEdgeError:
     if isinstance(error, OSError):
         from rkruntime.files import path_hint
 
+        if closed and error.errno == errno.EBADF:
+            return HostError(
+                f"This command was started with {' and '.join(closed)} closed, and needs it.",
+                hint="Leave it open; a file, a pipe or /dev/null will do.",
+            )
         named = error.filename
         hint = path_hint(error, named) if isinstance(named, str | os.PathLike) else None
         return HostError(f"{error.strerror or error}{f': {named}' if named else ''}.", hint=hint)
@@ -126,6 +146,21 @@ def _typed(error: Exception) -> RKEdgeError:
     return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
 
 
+def _run(words: Sequence[str], flags: Flags) -> int:
+    """Run a command line; returns its exit code.
+
+    Not by `cli.main`, which also exits with 1 on its own if the reader of the output is gone.
+    """
+    if os.environ.get(_COMPLETE):
+        cli.main(list(words), prog_name=_NAME)  # exits
+    try:
+        with cli.make_context(_NAME, list(words), obj=flags) as context:
+            status = cli.invoke(context)
+    except click.exceptions.Exit as left:
+        return left.exit_code
+    return status if isinstance(status, int) else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the console script.
 
@@ -133,27 +168,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     flags, words = Flags(), sys.argv[1:] if argv is None else list(argv)
     sys.excepthook = _print_traceback  # for --debug
+    closed = open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A path may contain bytes that are not UTF-8; they are written as escapes that are also valid in JSON.
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = cli.main(words, prog_name="rkedge", standalone_mode=False, obj=flags)
-        return status if isinstance(status, int) else 0
+        return _run(words, flags)
     except click.ClickException as error:
         error.message = one_line(error.message)  # type: ignore[misc]  # it may contain a file name
         if flags.json or asks_for_json(cli, words):
-            say_json(UsageError(error.format_message()).as_dict())
-        error.show()
+            _say_as_json(UsageError(error.format_message()))
+        with suppress(OSError):
+            error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         say("\nstopped", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader of our output, such as `head`, is gone; Python must not complain about that at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # such as `head`
         return 141
     except Exception as error:  # Users never see a traceback.
         if flags.debug:
             raise
-        return _report(_typed(error), as_json=flags.json or asks_for_json(cli, words))
+        return _report(_typed(error, closed), as_json=flags.json or asks_for_json(cli, words))
+    finally:
+        settle_streams()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 import click
 
 from rkruntime.cli.flags import TOKENS, Number, Renamed
 from rkruntime.engine.open import LIBRARY, LIBRARY_VARIABLE, RuntimeOptions, SamplingOptions, load_engine
 from rkruntime.printable import one_line
+from rkruntime.schema import types_of
 from rkruntime.terminal import say
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ runtime_options = _packed(
     ),
     click.option(
         "--release",
-        "abi",
         cls=Renamed,
         former="--abi",
         metavar="RELEASE",
@@ -81,30 +81,22 @@ runtime_options = _packed(
     ),
 )
 
+# How options are shown whose names and types do not say enough.
+_SHOWN: Final[Mapping[str, Any]] = {
+    "max_new_tokens": {"metavar": "TOKENS", "show_default": "what the context has room for"},
+}
+
+
+def _number(name: str, kind: Any) -> Callable[[Any], Any]:
+    """The option for a number that may be None, with the range and the help in its type."""
+    number, bounds, text = get_args(get_args(kind)[0])
+    allowed = click.IntRange if number is int else Number
+    type_ = allowed(bounds.least, bounds.most)
+    return click.option(f"--{name.replace('_', '-')}", type=type_, help=text, **_SHOWN.get(name, {}))
+
+
 sampling_options = _packed(
-    "sampling",
-    SamplingOptions,
-    click.option(
-        "--temperature", type=Number(0, 10), help="Set the sampling temperature; 0 takes the most likely token."
-    ),
-    click.option("--top-k", type=click.IntRange(1, 1 << 24), help="Sample from this many of the most likely tokens."),
-    click.option(
-        "--top-p",
-        type=Number(0, 1, min_open=True),
-        help="Sample from the most likely tokens that together have this probability.",
-    ),
-    click.option(
-        "--repeat-penalty",
-        type=Number(0, 10, min_open=True),
-        help="Penalize tokens that have occurred already; 1 is no penalty.",
-    ),
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(1, 1 << 20),
-        metavar="TOKENS",
-        show_default="what the context has room for",
-        help="Limit the length of the answer.",
-    ),
+    "sampling", SamplingOptions, *(_number(name, kind) for name, kind in types_of(SamplingOptions).items())
 )
 
 

@@ -38,12 +38,12 @@ def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions
 
 
 def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, session: str | None) -> RemoteChat:
-    from rkruntime.chat.remotechat import RemoteChat
+    from rkruntime.chat.remotechat import ATTACH_VARIABLE, RemoteChat
 
     wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
     del wishes["max_new_tokens"]
     options = {name: value for name, value in wishes.items() if value is not None}
-    remote = os.environ.get("RKEDGE_ATTACH", "rkedge attach")
+    remote = os.environ.get(ATTACH_VARIABLE, "rkedge attach")
     return RemoteChat(model, remote=remote, session=session, system=system, options=options)
 
 

@@ -20,11 +20,12 @@ from rkruntime.errors import RKEdgeError, RunError, WorkerError
 _SHOWN_LINES: Final = 40
 
 
-class Connection:
+class WorkerConnection:
     """A worker process that accepts commands until it is closed or lost.
 
     Attributes:
         closed: Whether the worker is gone.
+        closing: Whether it is being closed, perhaps by another thread than the one that waits for it.
         gone: The error with which it was lost.
         number: Number of the last command.
 
@@ -32,7 +33,7 @@ class Connection:
     """
 
     def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None) -> None:
-        self.closed = False
+        self.closed = self.closing = False
         self.gone: WorkerError | None = None
         self._options = options
         self.number = 0
@@ -49,13 +50,16 @@ class Connection:
         return tuple(self.worker.log)
 
     def check(self) -> None:
-        """Raise the error of a worker that is gone, or RunError if it was closed."""
+        """Raise the error of a worker that is gone, or RunError if it was closed or is another process's."""
+        self.worker.owner.check()
         if self.gone is not None:
             raise type(self.gone)(
                 f"The worker is gone: {self.gone.message}", hint="Load the model again.", details=self.gone.details
             )
         if self.closed:
             raise RunError("The model is closed.", hint="Load it again.")
+        if self.closing:
+            raise closed_meanwhile()
 
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
         """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
@@ -70,6 +74,7 @@ class Connection:
 
     def next(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
         """The next record (see WorkerProcess.next_record); answers the library's questions on the way."""
+        self.worker.owner.check()
         while True:
             record = self.worker.next_record(timeout, deadline, more_time)
             if record.kind < protocol.TOKENIZE or not self.answered(record):
@@ -115,6 +120,8 @@ class Connection:
         try:
             yield
         except RKEdgeError as error:
+            if self.closing and isinstance(error, WorkerError):  # it was lost to the one who closed it
+                raise closed_meanwhile() from error
             self.explain(error)
             if self.gone is not None:
                 self.end()
@@ -127,8 +134,16 @@ class Connection:
             self.worker.end(self._options.close_timeout)
 
     def end(self) -> None:
-        """Kill what is left of the worker. May be called twice."""
+        """Kill what is left of the worker, unless it is another process's. May be called twice."""
         self.closed = True
+        if not self.worker.owner.here:
+            self.worker.close_pipes()
+            return
         self.worker.end(grace=0)
         with self._sending:
             self.worker.close_pipes()
+
+
+def closed_meanwhile() -> RunError:
+    """The error for who waits for a model that another thread closes."""
+    return RunError("The model was closed before the answer's end.", hint="Load it again.")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from rkruntime.checks.preflight import Finding
-from rkruntime.engine.connection import Connection
+from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
 from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.library.identify import Identity, identify
 from rkruntime.schema import check_value
 
@@ -33,7 +34,8 @@ __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
 class Engine:
     """A model in a worker process. Use it as a context manager, or call `close()`.
 
-    One run at a time; `abort()` may be called from any thread, everything else from one thread at a time.
+    One run at a time; `abort()` and `close()` may be called from any thread, everything else from one thread at a time.
+    A fork of this process must not use it.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class Engine:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         check_value("options", LoadOptions, options)
-        identity = identify(options.library, options.abi)
-        check_readable(options.model)
+        identity = identify(options.library, options.release)
+        check_readable(Path(options.model))
         self.options, findings = checked(options, identity)
-        self._connection = Connection(self.options, on_log)
+        self._closing = threading.RLock()
+        self._connection = WorkerConnection(self.options, on_log)
         try:
             with options.stop.ending(self._connection.worker.process.terminate):
                 started = time.perf_counter()
@@ -89,7 +92,7 @@ class Engine:
         self._connection.begin(
             {
                 "call": "load",
-                "library": str(self.options.library.resolve()),
+                "library": str(Path(self.options.library).resolve()),
                 "machine": identity.machine,
                 "version": identity.release.version,
                 "params": self.options.params(identity.release.version),
@@ -98,19 +101,27 @@ class Engine:
                 "embed": self.options.embed is not None,
             }
         )
-        size = self.options.model.stat().st_size
+        size = Path(self.options.model).stat().st_size
         reading = Reading(self._connection.worker.process.pid, size, progress)
         return self._connection.reply(load_limit(self.options.load_timeout, size), reading.more_time)
 
     def close(self) -> None:
-        """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed."""
-        if self._connection.closed:
-            return
-        if self._connection.gone is None:
-            with contextlib.suppress(RKEdgeError):
-                self._runs.settle(self.options.close_timeout)
-                self._connection.close()
-        self._connection.end()
+        """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed.
+
+        A run that another thread reads ends there with a RunError. In a fork, only the fork's pipes are closed.
+        """
+        with self._closing:
+            if self._connection.closed:
+                return
+            self._connection.closing = True
+            try:
+                if self._connection.gone is None and self._connection.worker.owner.here:
+                    # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
+                    with contextlib.suppress(RKEdgeError, RuntimeError):
+                        self._runs.finish(self.options.close_timeout)
+                        self._connection.close()
+            finally:
+                self._connection.end()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -242,7 +253,7 @@ class Engine:
         check_value("lora", Lora, lora)
         self._call("load_lora", *lora.as_dict().values())
 
-    def load_prompt_cache(self, path: str | os.PathLike[str]) -> None:
+    def load_prompt_cache(self, path: AnyPath) -> None:
         """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
         self._call("load_prompt_cache", str(as_path("path", path).resolve()))
 

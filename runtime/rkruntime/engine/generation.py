@@ -5,26 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeAlias
 
 from rkruntime.errors import UsageError
-from rkruntime.files import as_path
-from rkruntime.schema import Between, check_fields, check_value
+from rkruntime.files import AnyPath, as_path
+from rkruntime.schema import Between, check_fields, check_value, types_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-# What may be asked for; the smallest repeat_penalty is what float32 still tells from 0.
-Temperature: TypeAlias = Annotated[float, Between(0, 10)]
-TopK: TypeAlias = Annotated[int, Between(1, 1 << 24)]
-TopP: TypeAlias = Annotated[float, Between(0, 1)]
-RepeatPenalty: TypeAlias = Annotated[float, Between(0.000001, 10)]
+# What may be asked for, with the help of its option; command line, settings and the daemon's interfaces read it here.
+# RKLLM's manuals (https://github.com/airockchip/rknn-llm/tree/main/doc, 1.3.0, p. 28-30) give only the ranges of
+# mirostat and of the two penalties from -2 to 2; in the others, the emulator takes each value as it is.
+Temperature: TypeAlias = Annotated[
+    float, Between(0, 10), "Set the sampling temperature; 0 takes the most likely token."
+]
+TopK: TypeAlias = Annotated[int, Between(1, 1 << 24), "Sample from this many of the most likely tokens."]
+TopP: TypeAlias = Annotated[
+    float, Between(0, 1), "Sample from the most likely tokens that together have this probability."
+]
+RepeatPenalty: TypeAlias = Annotated[
+    float, Between(0.01, 10), "Penalize tokens that have occurred already; 1 is no penalty."
+]
 Penalty: TypeAlias = Annotated[float, Between(-2, 2)]
+# No answer is longer than the longest context.
+MaxNewTokens: TypeAlias = Annotated[int, Between(1, 1 << 20), "Limit the length of the answer."]
 TokenId: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]
-MaxNewTokens: TypeAlias = Annotated[int, Between(1, (1 << 31) - 1)]
 # A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
 RESERVED: Final = 4
 
@@ -63,8 +71,8 @@ class Sampling:
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     mirostat: Annotated[int, Between(0, 2)] = 0
-    mirostat_tau: Annotated[float, Between(0, 1000)] = 5.0
-    mirostat_eta: Annotated[float, Between(0, 10)] = 0.1
+    mirostat_tau: Annotated[float, Between(0, 100)] = 5.0
+    mirostat_eta: Annotated[float, Between(0, 1)] = 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,6 +92,8 @@ class Sampling:
 
 DEFAULT_SAMPLING = Sampling()
 GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repeat_penalty=1.0)
+# What a request to the daemon may set, by the same names; how a model is loaded decides on mirostat.
+PER_REQUEST: Final = tuple(name for name in types_of(Sampling) if not name.startswith("mirostat"))
 
 
 @dataclass(frozen=True)
@@ -150,12 +160,12 @@ class Request:
     """
 
     tokens: Sequence[int] = ()
-    max_new_tokens: Annotated[int, Between(-1, (1 << 31) - 1)] = -1
+    max_new_tokens: Annotated[int, Between(-1, 1 << 20)] = -1
     stop_tokens: frozenset[TokenId] = field(default_factory=frozenset)
     sampling: Sampling | None = None
     keep_history: bool = False
     lora: str | None = None
-    save_prompt_cache: Path | None = None
+    save_prompt_cache: AnyPath | None = None
     prompt: Prompt | None = None
     pause_tokens: frozenset[TokenId] = field(default_factory=frozenset)
 

@@ -6,15 +6,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 from rkruntime.abi import since, within
-from rkruntime.checks.preflight import Finding, Model, cores_for, preflight
+from rkruntime.checks.preflight import Finding, ModelFacts, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.folders import hint_if_hidden
 from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
@@ -35,7 +35,7 @@ class Lora:
     """An adapter file for the runtime; runs refer to it by name. Raises UsageError for a field of a wrong type."""
 
     name: str
-    path: Path
+    path: AnyPath
     scale: Annotated[float, Between(-1_000_000, 1_000_000)] = 1.0
 
     def __post_init__(self) -> None:
@@ -44,9 +44,10 @@ class Lora:
 
     def as_dict(self) -> dict[str, Any]:
         """The arguments of rkllm_load_lora, in order. Raises AdapterError if there is no such file."""
-        if not self.path.is_file():
-            raise AdapterError(f"There is no adapter file {self.path}.")
-        return {"name": self.name, "path": str(self.path.resolve()), "scale": self.scale}
+        path = Path(self.path)
+        if not path.is_file():
+            raise AdapterError(f"There is no adapter file {path}.")
+        return {"name": self.name, "path": str(path.resolve()), "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class LoadOptions:
         model: Path of the .rkllm or .rkemu file.
         max_context: Context in tokens, at most what is built into the model; default: that number if `known` has it,
             else 512, RKLLM's own.
-        abi: Release whose layout to use for a library of an unknown release.
+        release: Release whose layout to use for a library of an unknown release.
         sampling: Sampling of all runs; since 1.3.0 a run can have its own.
         max_new_tokens: Limit of all runs; -1 for as many as the context has room for.
         known: What the manifest says about the model; preflight needs it.
@@ -90,13 +91,13 @@ class LoadOptions:
         UsageError: A field has a wrong type or is out of range.
     """
 
-    library: Path
-    model: Path
+    library: AnyPath
+    model: AnyPath
     max_context: Context | None = None
-    abi: str | None = None
+    release: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
     max_new_tokens: int = -1
-    known: Model | None = None
+    known: ModelFacts | None = None
     force: bool = False
     cpus: Sequence[Annotated[int, Between(0, 31)]] | None = None
     n_batch: Annotated[int, Between(1, 255)] = 1
@@ -128,20 +129,11 @@ class LoadOptions:
         """Fields of RKLLMParam for a release, by their names in the header; None leaves the library's default."""
         has_batches = within(release, since("RKLLMExtendParam.n_batch"), "")
         markers = self.image_markers or (None, None, None)
-        sampling = self.sampling
         return {
             "model_path": str(self.model),
             "max_context_len": self.max_context,
             "max_new_tokens": self.max_new_tokens,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "temperature": sampling.temperature,
-            "repeat_penalty": sampling.repeat_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "presence_penalty": sampling.presence_penalty,
-            "mirostat": sampling.mirostat,
-            "mirostat_tau": sampling.mirostat_tau,
-            "mirostat_eta": sampling.mirostat_eta,
+            **asdict(self.sampling),
             "n_keep": self.n_keep,
             "ignore_eos_token": self.ignore_eos or None,
             # Texts come from ids here, and the library may not report the tokens that it skips: a stop token, say.
@@ -167,7 +159,7 @@ class ModelInfo:
     """A loaded model. Strings are empty if the runtime did not report them.
 
     Attributes:
-        release: Release of the library, or the one given as `abi`.
+        release: Release of the library, or the one given in LoadOptions.
         layout: `L3` to `L8`.
         runtime_version, driver_version, platform: As reported in the load log.
         toolkit_version: Toolkit that made the model file; `unknown` for some.
@@ -281,7 +273,7 @@ def _odd(identity: Identity) -> tuple[Finding, ...]:
 
 def environment_of(options: LoadOptions) -> dict[str, str]:
     """The worker's environment: librkllmrt.so needs libraries that may be next to it (libgomp.so.1)."""
-    paths = (str(options.library.resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
+    paths = (str(Path(options.library).resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
 

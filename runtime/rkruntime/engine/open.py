@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
 from rkruntime.engine.generation import GREEDY, MaxNewTokens, RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import BundleError, LibraryError, UsageError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.packages import import_failed
 from rkruntime.schema import Between, check_fields, check_value, types_of
 from rkruntime.stop import Stop
@@ -34,7 +34,7 @@ _GIVEN: Final = {
     "repetition_penalty": "repeat_penalty",
 }
 # Other settings that change transformers' answers and are not supported, with the value that has no effect.
-_NOT_DONE: Final[Mapping[str, Any]] = {
+_NOT_SUPPORTED: Final[Mapping[str, Any]] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
     "encoder_repetition_penalty": 1,
@@ -68,8 +68,8 @@ class RuntimeOptions:
         UsageError: One has a wrong type or is out of range.
     """
 
-    library: str | os.PathLike[str] | None = None
-    abi: str | None = None
+    library: AnyPath | None = None
+    release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
     base_domain_id: Annotated[int, Between(0, 15)] | None = None
@@ -95,8 +95,8 @@ class SamplingOptions:
 
     def over(self, base: Sampling) -> Sampling:
         """`base` with the given options applied."""
-        names = ("temperature", "top_k", "top_p", "repeat_penalty")
-        return base.changed({name: value for name in names if (value := getattr(self, name)) is not None})
+        wanted = {name: getattr(self, name, None) for name in types_of(Sampling)}
+        return base.changed({name: value for name, value in wanted.items() if value is not None})
 
 
 def default_sampling(bundle: Bundle) -> Sampling:
@@ -129,7 +129,7 @@ def default_sampling(bundle: Bundle) -> Sampling:
 def ignored_settings(bundle: Bundle) -> list[str]:
     """Names in generation_config.json that would change an answer but have no effect here. Raises BundleError."""
     config = bundle.read_generation_config()
-    found = [name for name, neutral in _NOT_DONE.items() if not _is_neutral(config.get(name), neutral)]
+    found = [name for name, neutral in _NOT_SUPPORTED.items() if not _is_neutral(config.get(name), neutral)]
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(token not in bundle.manifest.stop_token_ids for token in ends):
@@ -163,7 +163,7 @@ def find_library(
         return Path(options.library)
     provider = PROVIDERS.get(bundle.manifest.target)
     if provider is not None:
-        return _provide(provider, options.abi or bundle.manifest.toolkit_version, progress, stop)
+        return _provide(provider, options.release or bundle.manifest.toolkit_version, progress, stop)
     places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
     found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
     if found is None:
@@ -181,30 +181,6 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
     except ImportError as error:
         raise import_failed(error) from error
     return build(release, progress=progress or (lambda _: None), stop=stop)
-
-
-def _not_done(names: Sequence[str]) -> Finding:
-    from rkruntime.checks.preflight import Finding
-
-    return Finding(
-        "warning",
-        "generation-config",
-        f"{GENERATION_CONFIG} asks for {', '.join(names)}, which has no effect here.",
-        "Answers may differ from those of transformers; use --temperature and the other sampling options instead.",
-        f"Only {', '.join(_GIVEN)} and do_sample are read from it; the manifest has the tokens that end answers.",
-    )
-
-
-def _not_listed(names: Sequence[str]) -> Finding:
-    from rkruntime.checks.preflight import Finding
-
-    return Finding(
-        "warning",
-        "unlisted-file",
-        f"The bundle's folder contains {', '.join(names[:4])}, which its manifest does not list, so it is not loaded.",
-        "Remove it, or convert again: the manifest may have been changed.",
-        "rkedge.yaml lists every file of a bundle.",
-    )
 
 
 def _checking(bundle: Bundle, stop: Stop, progress: Callable[[str], None] | None) -> Callable[[int], None]:
@@ -245,6 +221,7 @@ def load_engine(
         RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
     # So that a command can show its help, and a chat its prompt, before the engine is imported.
+    from rkruntime.checks import ignored
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora
 
@@ -256,7 +233,7 @@ def load_engine(
         LoadOptions(
             library=find_library(bundle, options, progress, stop),
             model=bundle.model,
-            abi=options.abi,
+            release=options.release,
             known=bundle.known,
             force=options.force,
             base_domain_id=options.base_domain_id,
@@ -271,8 +248,8 @@ def load_engine(
     )
     for finding in engine.info.findings:
         show(finding)
-    if ignored := ignored_settings(bundle):
-        show(_not_done(ignored))
+    if settings := ignored_settings(bundle):
+        show(ignored.ignored_settings(GENERATION_CONFIG, settings, _GIVEN))
     if unlisted := bundle.unlisted:
-        show(_not_listed(unlisted))
+        show(ignored.unlisted_files(unlisted))
     return engine

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
-from rkruntime.engine.connection import Connection
+from rkruntime.engine.connection import WorkerConnection, closed_meanwhile
 from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.observed import Observed
@@ -21,6 +22,8 @@ from rkruntime.schema import Between, check_value
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
+# Seconds between two looks at a run that another thread reads.
+_LOOK: Final = 0.005
 
 
 class Runs:
@@ -29,11 +32,13 @@ class Runs:
     Attributes:
         active: Number of the current run; None without one.
         observed: What the runs have shown.
+        reader: The thread that last waited for its events; 0 if nobody reads them any more.
     """
 
-    def __init__(self, connection: Connection, options: LoadOptions, info: ModelInfo) -> None:
+    def __init__(self, connection: WorkerConnection, options: LoadOptions, info: ModelInfo) -> None:
         self.active: int | None = None
         self.observed = Observed(info.release, info.max_context)
+        self.reader = 0
         self._abandoned = False
         self._requests: Sequence[Request] = ()
         self._connection, self._options, self._info = connection, options, info
@@ -54,8 +59,12 @@ class Runs:
             timeout = self._options.token_timeout
             try:
                 while self.active is not None:
+                    self.reader = threading.get_ident()
                     record = self._connection.next(timeout, time.monotonic() + timeout)
-                    yield record.batch, self._event(record)
+                    event = self._event(record)
+                    if self._connection.closing:
+                        raise closed_meanwhile()
+                    yield record.batch, event
             except GeneratorExit:
                 self._settle_quietly()
                 raise
@@ -63,7 +72,10 @@ class Runs:
                 self._worker.end(grace=0)  # nothing more is asked of it
                 raise
             finally:
-                self.settle(timeout)
+                try:
+                    self.settle(timeout)
+                finally:
+                    self.reader = 0
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
@@ -78,13 +90,19 @@ class Runs:
                 self._start([request], "generate")
                 try:
                     while self.active is not None:
-                        yield self._event(records.waiting() or await records.next(timeout, time.monotonic() + timeout))
+                        self.reader = threading.get_ident()
+                        record = records.waiting() or await records.next(timeout, time.monotonic() + timeout)
+                        event = self._event(record)
+                        if self._connection.closing:
+                            raise closed_meanwhile()
+                        yield event
                 except WorkerProtocolError:
                     self._worker.end(grace=0)  # nothing more is asked of it
                     raise
                 finally:
                     await self._settle_async(records)
             finally:
+                self.reader = 0
                 records.close()
 
     def _start(self, requests: Sequence[Request], mode: str) -> None:
@@ -100,6 +118,10 @@ class Runs:
         header["limit"] = limit
         if all(request.length is not None and not request.keep_history for request in requests):
             header["max_new_tokens"] = limit
+        elif limit < header["max_new_tokens"]:
+            # Only the library knows how full the context is. From 1.3.0 on, it has the limit and would drop the start
+            # of the conversation to reach it. That is a guess (docs/emulator.md), but no limit is right in any case.
+            header["max_new_tokens"] = -1
         header["empty_template"] = self.observed.empties_template(requests)
         self._requests, self._rows_due = requests, set(range(len(requests)))
         self._worker.drain_log()
@@ -179,6 +201,18 @@ class Runs:
                 self._drop(self._connection.next(timeout, deadline))
             self._abandoned = False
 
+    def finish(self, timeout: float) -> None:
+        """`settle`; a run that another thread reads ends there. Raises WorkerHungError if it does not, RKEdgeError."""
+        if self.reader in (0, threading.get_ident()):
+            self.settle(timeout)
+            return
+        self.abort()
+        deadline = time.monotonic() + timeout
+        while self.active is not None and not self._worker.ended:
+            if time.monotonic() > deadline:
+                raise self._worker.hung(timeout)
+            time.sleep(_LOOK)
+
     async def _settle_async(self, records: AsyncRecords) -> None:
         if self._abandon():
             timeout = self._options.token_timeout
@@ -189,7 +223,7 @@ class Runs:
 
     def _abandon(self) -> bool:
         """Abort a run if one is going on. If interrupted while it ends, leave the rest to the next run."""
-        if self.active is None or self._connection.closed or self._worker.ended:
+        if self.active is None or self._connection.closed or self._worker.ended or not self._worker.owner.here:
             return False
         self._abandoned = True
         self._connection.send({"call": "abort", "run": self.active})

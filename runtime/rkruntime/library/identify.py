@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.errors import LibraryError
-from rkruntime.files import as_path
+from rkruntime.files import AnyPath, as_path
 from rkruntime.folders import hint_if_hidden
 from rkruntime.library.elf import ElfFile, read_elf
 from rkruntime.schema import check_value
@@ -135,7 +135,7 @@ def _look(path: Path) -> tuple[ElfFile, list[str], list[str]]:
         raise LibraryError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from error
 
 
-def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None) -> tuple[Release | None, str, str]:
+def _judge(elf: ElfFile, lines: list[str], versions: list[str], given: str | None) -> tuple[Release | None, str, str]:
     """The release whose layout fits, or the reason why none does and what to do."""
     functions = elf.symbols & _KNOWN_FUNCTIONS
     if elf.bits != 64:
@@ -145,9 +145,9 @@ def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None)
     if len(versions) > 1:
         return None, f"it contains several version texts: {', '.join(versions)}", "Use the vendor's original file."
     version = versions[0] if versions else ""
-    if abi is not None and version not in RELEASES:
-        release = release_named(abi)
-        problem = _missing(abi, functions) or _additional(abi, functions)
+    if given is not None and version not in RELEASES:
+        release = release_named(given)
+        problem = _missing(given, functions) or _additional(given, functions)
         return (None, problem, "Name another release with --release.") if problem else (release, "", "")
     if version not in RELEASES:
         return None, _unknown(version, lines), "Update rkedge, or try the nearest release with --release (docs/abi.md)."
@@ -155,8 +155,8 @@ def _judge(elf: ElfFile, lines: list[str], versions: list[str], abi: str | None)
         return None, f"it is release {version}: {RELEASES[version].refused}", "Install librkllmrt.so 1.2.3."
     if problem := _missing(version, functions):
         return None, f"its version text says {version}, but {problem}", "Use the vendor's original file."
-    if abi is not None and release_named(abi).layout != RELEASES[version].layout:
-        return None, f"it is release {version}, whose layout is not that of {abi}", "Omit --release."
+    if given is not None and release_named(given).layout != RELEASES[version].layout:
+        return None, f"it is release {version}, whose layout is not that of {given}", "Omit --release."
     return RELEASES[version], "", ""
 
 
@@ -171,32 +171,32 @@ def _unknown(version: str, lines: list[str]) -> str:
     return f"it is release {version}, {age} {newest}, and its layout is not known"
 
 
-def inspect_library(path: Path, abi: str | None = None) -> Identity:
+def inspect_library(path: Path, release: str | None = None) -> Identity:
     """Identify a library file, even one for another machine or of an unknown release.
 
     Args:
-        abi: Release whose layout to use if the file's own release is unknown.
+        release: Release whose layout to use if the file's own release is unknown.
 
     Raises:
-        LibraryError: Not a readable shared library, or `abi` is not a release.
+        LibraryError: Not a readable shared library, or `release` is not a release.
     """
-    if abi is not None:
-        release_named(abi)
+    if release is not None:
+        release_named(release)
     elf, lines, versions = _look(path)
-    release, problem, hint = _judge(elf, lines, versions, abi)
+    found, problem, hint = _judge(elf, lines, versions, release)
     return Identity(
         path=path,
         bits=elf.bits,
         machine=elf.machine,
         version=versions[0] if len(versions) == 1 else "",
         version_line=lines[0] if lines else "",
-        release=release,
-        forced=abi is not None and release is not None and release.version != (versions or [""])[0],
+        release=found,
+        forced=release is not None and found is not None and found.version != (versions or [""])[0],
         emulated=any("emulator" in line.lower() for line in lines),
         problem=problem,
         hint=hint,
         functions=elf.symbols & _KNOWN_FUNCTIONS,
-        notice=_notice(release, lines, elf.symbols) if release else "",
+        notice=_notice(found, lines, elf.symbols) if found else "",
     )
 
 
@@ -206,15 +206,15 @@ def _notice(release: Release, lines: list[str], functions: frozenset[str]) -> st
     return "; ".join(filter(None, [*found, _additional(release.version, functions)]))
 
 
-def identify(path: str | os.PathLike[str], abi: str | None = None) -> Identity:
+def identify(path: AnyPath, release: str | None = None) -> Identity:
     """Identify a library that may be called with the layout of its `release`.
 
     Raises:
         LibraryError: It must not be called; message and hint say why.
     """
     path = as_path("path", path)
-    check_value("abi", str | None, abi)
-    identity = inspect_library(path, abi)
+    check_value("release", str | None, release)
+    identity = inspect_library(path, release)
     if identity.release is None:
         raise LibraryError(
             f"{path} cannot be used: {identity.problem}.", hint=identity.hint, details=identity.as_dict()

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import yaml
 from starlette.applications import Starlette
@@ -20,11 +20,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkruntime.engine.generation import PER_REQUEST, MaxNewTokens, Sampling
 from rkruntime.errors import BodyError, BusyError, ServiceError
-from rkruntime.serve.api.http import Bodies, error_response, json_response, routes
-from rkruntime.serve.api.native import Sessions
-from rkruntime.serve.api.ollama import Ollama
-from rkruntime.serve.api.openai import OpenAI
+from rkruntime.schema import types_of
+from rkruntime.serve.api.http import BodyReader, error_response, json_response, routes
+from rkruntime.serve.api.native import SessionEndpoints
+from rkruntime.serve.api.ollama import OllamaEndpoints
+from rkruntime.serve.api.openai import OpenAIEndpoints
 from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.connections import CONNECTION, Connection, Requests
 from rkruntime.serve.doors import Door, check_page, refused
@@ -49,12 +51,24 @@ _PAGE_POLICY: Final = (
 
 
 def openapi() -> dict[str, Any]:
-    """The document in openapi.yaml."""
+    """The document in openapi.yaml, with the sampling fields of generation.py."""
     document: dict[str, Any] = yaml.load((_HERE / "openapi.yaml").read_bytes(), _YamlLoader)  # noqa: S506
+    schemas, kinds = document["components"]["schemas"], types_of(Sampling)
+    for schema in schemas.values():
+        if schema.pop("x-sampling", False):
+            schema["properties"] |= {name: _number(kinds[name]) for name in PER_REQUEST}
+    schemas["Tokens"] = _number(MaxNewTokens)
     return document
 
 
-class Front:
+def _number(kind: Any) -> dict[str, Any]:
+    """The schema of a number with a range, or null."""
+    number, bounds, *_ = get_args(kind)
+    words = ["integer" if number is int else "number", "null"]
+    return {"type": words, "minimum": bounds.least, "maximum": bounds.most}
+
+
+class AccessMiddleware:
     """Wraps the application at one listener: rejects foreign web pages, identifies users, sets request ids."""
 
     def __init__(self, app: ASGIApp, door: Door, requests: Requests) -> None:
@@ -66,6 +80,7 @@ class Front:
         """ASGI."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope, target = _origin_form(scope)
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         scope["rkedge.id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
@@ -75,7 +90,7 @@ class Front:
         scope["rkedge.ignored"] = Ignored()
         send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
         try:
-            check_page(headers, any_host=self._door.any_host)
+            check_page(headers, any_host=self._door.any_host, target=target)
             if scope["path"] in _OPEN:
                 return await self._app(scope, receive, send)
             user = await self._door.user(connection.peer, headers)
@@ -87,6 +102,15 @@ class Front:
         except asyncio.CancelledError:
             # uvicorn would log it as our error.
             connection.give_up()
+
+
+def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
+    """The scope with a path as its target, and the host of a target that is a whole URL (RFC 9112)."""
+    match = re.fullmatch(r"(?i:https?)://([^/?#]*)(/.*)?", scope["path"], re.DOTALL)
+    if not match:
+        return scope, None
+    path = match[2] or "/"
+    return {**scope, "path": path, "raw_path": path.encode("latin-1", "replace")}, match[1]
 
 
 def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
@@ -124,7 +148,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return response
 
 
-class About:
+class DaemonEndpoints:
     """The daemon's own endpoints: page, health, status, metrics."""
 
     def __init__(self, service: Service, document: Mapping[str, Any]) -> None:
@@ -196,11 +220,16 @@ class About:
 
 
 def make_app(service: Service) -> Starlette:
-    """The application for a service, for any listener; a Front controls access."""
+    """The application for a service, for any listener; an AccessMiddleware controls access."""
     document = openapi()
     limits = service.settings.limits
-    bodies = Bodies(Validator(document), int(limits.body_mb * 1e6), limits.header_s)
-    interfaces = (OpenAI(service, bodies), Ollama(service, bodies), Sessions(service, bodies), About(service, document))
+    bodies = BodyReader(Validator(document), int(limits.body_mb * 1e6), limits.header_s)
+    interfaces = (
+        OpenAIEndpoints(service, bodies),
+        OllamaEndpoints(service, bodies),
+        SessionEndpoints(service, bodies),
+        DaemonEndpoints(service, document),
+    )
     routes = [route for interface in interfaces for route in interface.routes()]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
     # A path has one spelling; a session without a name is not the list of sessions.

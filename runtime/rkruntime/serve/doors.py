@@ -105,6 +105,7 @@ class TcpDoor:
 
     def __init__(self, listener: socket.socket, keys: Mapping[str, str]) -> None:
         self.listener = listener
+        self.keys: Mapping[str, str] = {}
         self.check(keys)
         self.keys = keys
         # Accepted connections inherit it, and asyncio does not set it on sockets whose protocol number is 0: the end of
@@ -142,7 +143,12 @@ class TcpDoor:
         return fits[0] if fits and kind.lower() == "bearer" else None
 
     def check(self, keys: Mapping[str, str]) -> None:
-        """See Door."""
+        """See Door. A file that an editor has just emptied must not let everyone in."""
+        if self.keys and not keys:
+            raise UsageError(
+                "The settings name no API keys, but the TCP port was opened for those who have one.",
+                hint="Set listen.api_keys again, or restart the daemon to do without keys.",
+            )
         address = self.listener.getsockname()[0]
         if not keys and not is_loopback(address):
             raise without_keys(address)
@@ -167,19 +173,24 @@ def refused(status: int, code: str, message: str) -> BodyError:
     return BodyError(message, hint="See docs/serve.md.", details={"status": status, "code": code})
 
 
-def check_page(headers: Headers, *, any_host: bool) -> None:
+def check_page(headers: Headers, *, any_host: bool, target: str | None = None) -> None:
     """Reject requests that foreign web pages make a browser send.
 
     A browser lets any page send requests to this machine: directly, through a tunnel, or by a name that resolves to it
     (DNS rebinding). Host, Origin and Sec-Fetch-Site give it away. A body of a type that a browser would send without
     asking first is accepted only from programs such as curl, whose -d says `application/x-www-form-urlencoded`.
 
+    Args:
+        any_host: Whether every Host is accepted.
+        target: Host in the request's target, if that is a whole URL: the same holds for it.
+
     Raises:
         BodyError: 403, or 415 for the body's type.
     """
-    host = headers.get("host", "")
-    if not any_host and not is_loopback(_host(host)):
-        raise refused(403, "host", f"This daemon does not answer to the name {_host(host)[:80]!r}.")
+    host = headers.get("host", "").lower()
+    for name in map(_host, (host, host if target is None else target)):
+        if not any_host and not is_loopback(name):
+            raise refused(403, "host", f"This daemon does not answer to the name {name[:80]!r}.")
     own = {f"http://{host}", f"https://{host}"}
     if not own.issuperset(headers.getlist("origin")) or not {"same-origin", "none"}.issuperset(
         headers.getlist("sec-fetch-site")

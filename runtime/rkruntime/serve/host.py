@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.engine.generation import Sampling
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
+from rkruntime.schema import types_of
 from rkruntime.serve.settings import Settings, changed
 from rkruntime.serve.threads import in_thread
 from rkruntime.stop import Stop, stopped_work
@@ -41,7 +43,7 @@ def load_model(settings: Settings, stop: Stop) -> Model:
     return open_model(
         _bundle(settings),
         _options(settings),
-        SamplingOptions(settings.temperature, settings.top_k, settings.top_p, settings.repeat_penalty),
+        SamplingOptions(**{name: value for name, value in vars(settings).items() if name in types_of(Sampling)}),
         finding=_log_finding,
         load_timeout=settings.limits.load_s,
         token_timeout=settings.limits.token_s,
@@ -76,7 +78,9 @@ def _folder(settings: Settings) -> Path | None:
 
 
 def _options(settings: Settings) -> RuntimeOptions:
-    return RuntimeOptions(settings.library, settings.abi, settings.max_context, settings.force, settings.base_domain_id)
+    return RuntimeOptions(
+        settings.library, settings.release, settings.max_context, settings.force, settings.base_domain_id
+    )
 
 
 def _log_finding(finding: Finding) -> None:

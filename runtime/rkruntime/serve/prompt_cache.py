@@ -108,7 +108,7 @@ class PromptCaches:
             return
         except WorkerError:
             if request.save_prompt_cache is not None:
-                self._drop(request.save_prompt_cache)
+                self._drop(Path(request.save_prompt_cache))
                 self._switch_off(model)
             raise
         except RunError as error:
@@ -116,7 +116,7 @@ class PromptCaches:
             if request.save_prompt_cache is None:
                 raise
             failure = error
-        self._drop(request.save_prompt_cache)
+        self._drop(Path(request.save_prompt_cache))
         if left == 0:
             self._pause(failure)
             yield Finished(FinishReason.LENGTH, len(request.tokens), len(said))
@@ -157,8 +157,8 @@ class PromptCaches:
         """
         held = common_prefix(self._on_npu, list(request.tokens))
         self._on_npu = [*request.tokens, *answer.tokens]
-        path = request.save_prompt_cache
-        if path is not None:
+        if request.save_prompt_cache is not None:
+            path = Path(request.save_prompt_cache)
             try:
                 if path.is_file():
                     self._keep(model, path, list(request.tokens))

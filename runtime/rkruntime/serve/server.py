@@ -21,7 +21,7 @@ import uvicorn
 
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.serve import systemd
-from rkruntime.serve.app import Front, make_app
+from rkruntime.serve.app import AccessMiddleware, make_app
 from rkruntime.serve.connections import Connection, Requests
 from rkruntime.serve.doors import door_of
 from rkruntime.serve.host import Host
@@ -253,7 +253,7 @@ class Daemon:
         return [
             _Server(
                 uvicorn.Config(
-                    Front(app, door, requests),
+                    AccessMiddleware(app, door, requests),
                     http=Connection.of(door, most, limits.header_s, limits.write_s),
                     loop="asyncio",
                     ws="none",
@@ -320,6 +320,11 @@ class Daemon:
     def _take(self) -> Settings:
         """Read the settings and apply those that need no load. Raises UsageError, and then applies none."""
         settings = self._reread()
+        if settings.bundle is None and self.service.settings.bundle is not None:
+            raise UsageError(
+                "The settings no longer name a bundle.",
+                hint="Set bundle again, or stop the daemon: systemctl stop rkedge.",
+            )
         keys = check_listen(settings.listen)
         for door in self._doors:
             door.check(keys)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from weakref import ref
 
 from rkruntime.abi import within
@@ -36,6 +36,7 @@ from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer, AnswerReader
+from rkruntime.text.template import Message
 from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
@@ -43,10 +44,9 @@ log = logging.getLogger("rkedge")
 # Tokens that follow each other more closely go out together: this is less than a frame on a screen, and each wake-up
 # costs the board's CPU. A board's tokens are further apart, and go out one by one.
 _GATHER_S: Final = 0.016
-_FIELDS: Final = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 T = TypeVar("T")
-Keep = Callable[[Answer, bool], Awaitable[None]]
+SaveAnswer = Callable[[Answer, bool], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """A request from any interface.
 
     Attributes:
         prompt: Makes the prompt once the model is loaded; called in a thread.
         client: Whose turn it takes.
-        sampling: Values by Sampling's field names; None keeps the model's own.
-        keep: Called once with the answer and whether it is complete, however a run that began has ended. A cancel must
+        sampling: Values by Sampling's field names; others keep the model's own.
+        save: Called once with the answer and whether it is complete, however a run that began has ended. A cancel must
             not cut it short. An exception from it goes to the client if nothing else went wrong.
     """
 
@@ -81,12 +81,12 @@ class Ask:
     request_id: str
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    sampling: Mapping[str, float | int | None] = field(default_factory=dict)
-    keep: Keep | None = None
+    sampling: Mapping[str, float | int] = field(default_factory=dict)
+    save: SaveAnswer | None = None
 
 
 @dataclass(frozen=True)
-class Begin:
+class Started:
     """The run has begun: which model answers, which wishes were ignored, and what else the client should know."""
 
     model: Model
@@ -107,7 +107,16 @@ class Outcome:
     emulated: bool
 
 
-Item = Begin | str | Outcome
+class Embedded(NamedTuple):
+    """Vectors of texts, as float32 in little-endian order; the tokens of all texts, and the model's name."""
+
+    vectors: Sequence[bytes]
+    tokens: int
+    model: str
+    emulated: bool
+
+
+Item = Started | str | Outcome
 
 
 class Run:
@@ -140,7 +149,7 @@ class Run:
         self._wake.set()
 
     async def take(self) -> list[Item]:
-        """All available items, at least one: a Begin, texts, an Outcome; empty at the end. Raises the run's error."""
+        """All available items, at least one: a Started, texts, an Outcome; empty at the end. Raises the run's error."""
         await self._wake.wait()
         self._wake.clear()
         items, self._items = self._items, []
@@ -182,26 +191,26 @@ class Service:
         self.metrics = Metrics(self.queue, self.host)
         self.last_used = time.monotonic()
 
-    def start(self, ask: Ask) -> Run:
+    def start(self, wanted: GenerationRequest) -> Run:
         """Queue a request. The caller must close the run."""
-        return Run(lambda run: self._run(ask, run))
+        return Run(lambda run: self._run(wanted, run))
 
-    async def _run(self, ask: Ask, run: Run) -> None:
+    async def _run(self, wanted: GenerationRequest, run: Run) -> None:
         outcome = "cancelled"
         start = time.monotonic()
         try:
             try:
-                async with self.queue.turn(ask.client) as queue_s, _time_limit(self.settings.limits.request_s):
-                    result = await self._generate(ask, run, queue_s)
+                async with self.queue.turn(wanted.client) as queue_s, _time_limit(self.settings.limits.request_s):
+                    result = await self._generate(wanted, run, queue_s)
             except BaseException:
                 try:
-                    await _keep(ask, run.reader)
+                    await _save(wanted, run.reader)
                 except RKEdgeError as error:
                     # The client must hear what interrupted the answer.
-                    log.error("request %s: the interrupted answer was not saved: %s", ask.request_id, error.message)
+                    log.error("request %s: the interrupted answer was not saved: %s", wanted.request_id, error.message)
                 raise
             # Others use the NPU meanwhile.
-            await _keep(ask, run.reader)
+            await _save(wanted, run.reader)
             run.put(result)
             outcome = "ok"
             run.end(None)
@@ -211,28 +220,28 @@ class Service:
             level = logging.DEBUG if isinstance(error, BusyError) else logging.WARNING
             # A template's message can contain the user's words, so it is only for the client.
             said = "" if isinstance(error, (UsageError, BundleError)) else f": {error.message}"
-            log.log(level, "request %s: %s%s", ask.request_id, outcome, said)
+            log.log(level, "request %s: %s%s", wanted.request_id, outcome, said)
             run.end(error)
         except asyncio.CancelledError:
             run.end(stopped())
             raise
         except Exception as error:
             outcome = "bug"
-            log.exception("request %s", ask.request_id)
+            log.exception("request %s", wanted.request_id)
             run.end(error)
         finally:
             self.last_used = time.monotonic()
             self.metrics.ended(outcome, time.monotonic() - start)
 
-    async def _generate(self, ask: Ask, run: Run, queue_s: float) -> Outcome:
+    async def _generate(self, wanted: GenerationRequest, run: Run, queue_s: float) -> Outcome:
         start = time.monotonic()
         model = await self._model()
-        prompt: Prompt = await self._prepared(model, ask.prompt, model)
-        request, ignored = self._request(ask, model, prompt)
-        reader = run.reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), ask.stop, prompt.begun)
-        begin = Begin(model, ignored, prompt.notes, reader.text)
+        prompt: Prompt = await self._prepared(model, wanted.prompt, model)
+        request, ignored = self._request(wanted, model, prompt)
+        reader = run.reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), wanted.stop, prompt.begun)
+        started = Started(model, ignored, prompt.notes, reader.text)
         if not request.max_new_tokens:
-            return self._at_its_limit(run, begin, reader, prompt, model, queue_s)
+            return self._at_its_limit(run, started, reader, prompt, model, queue_s)
         began, first = time.monotonic(), 0.0
         try:
             request = await self.caches.prepare(model, request)
@@ -240,7 +249,7 @@ class Service:
                 async for event in events:
                     if not first:
                         first = time.monotonic()
-                        run.put(begin)
+                        run.put(started)
                     if text := reader.feed(event):
                         run.put(text)
                     if reader.done:
@@ -253,7 +262,7 @@ class Service:
         reused = min(await in_thread(self.caches.finished, model, request, answer), answer.prompt_tokens)
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
-        self._report(ask, outcome)
+        self._report(wanted, outcome)
         if answer.reason is FinishReason.ABORT:
             raise stopped()
         return outcome
@@ -278,15 +287,15 @@ class Service:
             raise
 
     def _at_its_limit(
-        self, run: Run, begin: Begin, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
+        self, run: Run, started: Started, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
     ) -> Outcome:
         """The end of a resumed answer that already has its full length."""
-        run.put(begin)
+        run.put(started)
         if text := reader.feed(Finished(FinishReason.LENGTH, len(prompt.tokens), 0)):
             run.put(text)
         return Outcome(reader.answer(), 0, queue_s, 0.0, 0.0, model.engine.info.emulated)
 
-    def _request(self, ask: Ask, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
+    def _request(self, wanted: GenerationRequest, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
         room = model.engine.info.max_context - RESERVED
         if prompt.begun and len(prompt.tokens) > room:  # what was begun has come to the end of the context
             return Request(prompt.tokens, 0, model.stop_tokens), ()
@@ -295,20 +304,19 @@ class Service:
                 f"The prompt has {len(prompt.tokens):,} tokens; the context has room for {room:,}.",
                 details={"prompt_tokens": len(prompt.tokens), "max_context": model.engine.info.max_context},
             )
-        limits = [count for count in (ask.max_new_tokens, self.settings.limits.max_new_tokens) if count]
-        sampling, ignored = self._sampling(ask, model)
+        limits = [count for count in (wanted.max_new_tokens, self.settings.limits.max_new_tokens) if count]
+        sampling, ignored = self._sampling(wanted, model)
         left = max(0, min(limits) - len(prompt.begun)) if limits else -1
         return Request(prompt.tokens, left, model.stop_tokens, sampling), ignored
 
-    def _sampling(self, ask: Ask, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
+    def _sampling(self, wanted: GenerationRequest, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
         """The run's sampling, if the runtime accepts one; else the parts that must be ignored."""
-        wanted = {name: ask.sampling[name] for name in _FIELDS if ask.sampling.get(name) is not None}
-        changed = model.sampling.changed(wanted)
+        changed = model.sampling.changed(wanted.sampling)
         if changed == model.sampling:
             return None, ()
         if within(model.engine.info.release, PER_RUN_SAMPLING, ""):
             return changed, ()
-        names = tuple(wanted)
+        names = tuple(wanted.sampling)
         if self.settings.per_request_sampling == "refuse":
             raise BodyError(
                 f"{', '.join(names)}: RKLLM {model.engine.info.release} takes sampling only when it loads a model; "
@@ -318,12 +326,12 @@ class Service:
             )
         return None, names
 
-    def _report(self, ask: Ask, outcome: Outcome) -> None:
+    def _report(self, wanted: GenerationRequest, outcome: Outcome) -> None:
         answer = outcome.answer
         self.metrics.answered(answer, outcome.reused, outcome.queue_s, outcome.prefill_s)
         log.info(
             "request %s: %d prompt tokens (%d reused), %d generated, %s, queued %.3f s, first token %.3f s, %.3f s",
-            ask.request_id,
+            wanted.request_id,
             answer.prompt_tokens,
             outcome.reused,
             len(answer.tokens),
@@ -333,17 +341,27 @@ class Service:
             outcome.total_s,
         )
         if self.settings.log_prompts:
-            log.info("request %s answered: %r", ask.request_id, answer.text)
+            log.info("request %s answered: %r", wanted.request_id, answer.text)
 
     @property
     def name(self) -> str:
         """Name of the served bundle."""
         return self.host.name
 
-    async def embed(
-        self, texts: Sequence[str], client: Client, hold: Callable[[int], None]
-    ) -> tuple[list[bytes], int, str]:
-        """One vector of length 1 per text, the mean of the last layer's output over its tokens; tokens; model's name.
+    async def check(self, messages: Sequence[Message], client: Client) -> None:
+        """Have the loaded model's template check a conversation, in a turn of its own. Without a model, all pass.
+
+        Raises:
+            UsageError: The template refuses it.
+            BusyError, BundleError.
+        """
+        async with self.queue.turn(client):
+            model = self.host.current
+            if model is not None:
+                await self._prepared(model, model.prompts.check, messages)
+
+    async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> Embedded:
+        """One vector of length 1 per text, the mean of the last layer's output over its tokens.
 
         Each text takes its own turn, so that others wait for at most one. Vectors are float32, little-endian.
 
@@ -356,12 +374,13 @@ class Service:
         """
         vectors: list[bytes] = []
         made_by: Manifest | None = None
+        emulated = False
         total, left = 0, self.settings.limits.request_s
         for text in texts:
             async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
                 start = time.monotonic()
                 model = await self._model()
-                made_by = made_by or model.bundle.manifest
+                made_by, emulated = made_by or model.bundle.manifest, model.engine.info.emulated
                 if model.bundle.manifest != made_by:
                     raise stopped()
                 vector, tokens = await self._embed_one(model, text)
@@ -371,7 +390,7 @@ class Service:
             vectors.append(vector)
             total += tokens
         self.last_used = time.monotonic()
-        return vectors, total, made_by.name if made_by else self.name
+        return Embedded(vectors, total, made_by.name if made_by else self.name, emulated)
 
     async def _embed_one(self, model: Model, text: str) -> tuple[bytes, int]:
         encoded: list[int] = await self._prepared(model, model.prompts.encode, text, model.engine.info.max_context)
@@ -422,11 +441,11 @@ def stopped() -> RKEdgeError:
     return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
 
 
-async def _keep(ask: Ask, reader: AnswerReader | None) -> None:
-    """Pass the answer to `ask.keep`, if it was begun."""
-    if ask.keep is not None and reader is not None:
+async def _save(wanted: GenerationRequest, reader: AnswerReader | None) -> None:
+    """Pass the answer to `wanted.save`, if it was begun."""
+    if wanted.save is not None and reader is not None:
         answer = reader.answer()
-        await ask.keep(answer, answer.reason is not FinishReason.ABORT)
+        await wanted.save(answer, answer.reason is not FinishReason.ABORT)
 
 
 @asynccontextmanager

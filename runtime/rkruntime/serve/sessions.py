@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.errors import BodyError, HostError, NoSuchSessionError
-from rkruntime.files import atomic_file, write_error
+from rkruntime.files import atomic_file, open_regular, write_error
 from rkruntime.serve.users import User, check_name, shares
+from rkruntime.words import NAME
 
 # What a small file takes on the disk, whatever is in it.
 _BLOCK: Final = 4096
@@ -27,6 +30,15 @@ class Summary:
     name: str
     size: int
     changed: float
+
+
+def _conversations(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """The files that a store may have written; whatever else someone has put there stays as it is."""
+    for path in folder.glob("*/*.json"):
+        with suppress(OSError):
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode) and NAME.fullmatch(path.stem):
+                yield found, path
 
 
 def _on_disk(size: int) -> int:
@@ -72,10 +84,9 @@ class SessionStore:
             # A daemon was killed while it wrote this. It may stay if nothing can be written there.
             with suppress(OSError):
                 path.unlink()
-        found = [(path.stat(), path) for path in folder.glob("*/*.json")]
-        for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
+        for found, path in sorted(_conversations(folder), key=lambda item: item[0].st_mtime):
             account, _, name = path.parent.name.partition("+")
-            self._note(User(account, name), Summary(path.stem, _on_disk(stat.st_size), stat.st_mtime))
+            self._note(User(account, name), Summary(path.stem, _on_disk(found.st_size), found.st_mtime))
 
     def limit(self, max_bytes: int, max_number: int) -> None:
         """Set other limits, for the next writes."""
@@ -104,7 +115,8 @@ class SessionStore:
         """
         path = self._file(user, name)
         try:
-            data = json.loads(path.read_bytes())
+            with open_regular(path) as file:
+                data = json.loads(file.read())
         except FileNotFoundError as error:
             raise NoSuchSessionError(f"There is no session {name!r}.") from error
         except OSError as error:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from rkruntime.engine.generation import RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import UsageError
 from rkruntime.folders import own_folder
-from rkruntime.schema import Between, build
+from rkruntime.schema import Between, build, types_of
 from rkruntime.serve.users import is_free, key_user
 from rkruntime.yamltext import read_mapping
 
@@ -141,7 +142,7 @@ class Settings:
     Attributes:
         bundle: folder of the model.
         library: librkllmrt.so to load; null is the emulator for its bundles, else the one that is found.
-        abi: RKLLM release to treat the library as; null is what the library says it is.
+        release: RKLLM release to treat the library as; null is what the library says it is.
         max_context: context length in tokens; null is the model's limit.
         force: load the model even if it is known not to work on this board.
         base_domain_id: the NPU's memory domain, of 4 GB; another one than that of other models on the NPU; null is 0.
@@ -156,14 +157,14 @@ class Settings:
 
     bundle: Path | None = None
     library: Path | None = None
-    abi: str | None = None
+    release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
     base_domain_id: Annotated[int, Between(0, 15)] | None = None
-    temperature: Annotated[float, Between(0, 10)] | None = None
-    top_k: Annotated[int, Between(1, 1 << 24)] | None = None
-    top_p: Annotated[float, Between(0.000001, 1)] | None = None
-    repeat_penalty: Annotated[float, Between(0.000001, 10)] | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    repeat_penalty: RepeatPenalty | None = None
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
     idle_unload_s: _Seconds = 0.0
     load_at_start: bool = True
@@ -198,14 +199,11 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
         {
             "bundle",
             "library",
-            "abi",
+            "release",
             "max_context",
             "force",
             "base_domain_id",
-            "temperature",
-            "top_k",
-            "top_p",
-            "repeat_penalty",
+            *types_of(Sampling),
         }
     ),
     "next load": frozenset({"limits.load_s", "limits.token_s"}),
@@ -263,11 +261,11 @@ def state_folder(kind: Literal["state", "cache"]) -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` cannot be reached from another machine."""
+    """Whether `host` cannot be reached from another machine. Names have no case, and may end with a dot."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower().removesuffix(".") == "localhost"
 
 
 def read_keys(path: Path) -> dict[str, str]:

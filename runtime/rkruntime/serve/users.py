@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from rkruntime.errors import BodyError
+from rkruntime.words import NAME, NAME_RULE
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Names that the daemon assigns itself: they cannot be chosen.
 NETWORK: Final = "network"
 _OWN: Final = re.compile(r"network|local|(uid|key)-.*")
@@ -21,9 +21,9 @@ _SHARE: Final = 4
 
 def check_name(name: str, what: str) -> str:
     """`name` if it can name a file. Raises BodyError."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise BodyError(
-            f"{name[:80]!r} cannot be the name of a {what}: letters, digits, dot, dash and underscore, at most 64.",
+            f"{name[:80]!r} cannot be the name of a {what}: {NAME_RULE}.",
             details={"param": what},
         )
     return name
@@ -31,7 +31,7 @@ def check_name(name: str, what: str) -> str:
 
 def is_free(name: str) -> bool:
     """Whether `name` can be a user's, and is not one that the daemon assigns itself."""
-    return bool(_NAME.fullmatch(name)) and not _OWN.fullmatch(name)
+    return bool(NAME.fullmatch(name)) and not _OWN.fullmatch(name)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeError, UsageError
+from rkruntime.owner import Owner
 from rkruntime.packages import import_failed
 from rkruntime.printable import one_line
 
@@ -53,7 +54,7 @@ MEMORY: Final = 1 << 30
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     """The limits of one call.
 
     Attributes:
@@ -78,20 +79,23 @@ class Confined:
         self._lock = threading.Lock()
         self._deadline, self._hurried = 0.0, math.inf
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = Owner()
 
     @property
     def pid(self) -> int | None:
         """Process id of the child, if there is one with the state of earlier calls."""
         return self._process.pid if self._process else None
 
-    def call(self, name: str, limits: Limits, data: bytes = b"", **values: Any) -> Answer:
+    def call(self, name: str, limits: CallLimits, data: bytes = b"", **values: Any) -> Answer:
         """Call the child's function `name`; starts a child if there is none.
 
         Raises:
             BundleError: It reached a limit; the child is then gone.
             HostError: The child cannot be started, or was killed by something else.
             RKEdgeError: The error that the function raised.
+            RunError: This is a fork of the process that made it.
         """
+        self._owner.check()
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
             if self._process is None:
@@ -119,6 +123,8 @@ class Confined:
 
     def close(self) -> None:
         """Kill the child, and with it the current call. The next call starts another."""
+        if not self._owner.here:
+            return
         self._hurried = 0.0
         with self._lock:
             self._end()
@@ -156,14 +162,14 @@ class Confined:
             theirs.close()
         self._socket = ours
         # Also when this program exits, and without a call of `close`.
-        self._killed = weakref.finalize(self, _kill, self._process, ours, log)
+        self._killed = weakref.finalize(self, _kill, self._process, ours, log, self._owner)
 
     def _end(self) -> tuple[int, str]:
         """Exit code of the child, and what it printed."""
         process, self._process = self._process, None
         return (process and self._killed()) or (0, "")
 
-    def _gone(self, limits: Limits) -> RKEdgeError:
+    def _gone(self, limits: CallLimits) -> RKEdgeError:
         """The reason why the child has closed its socket."""
         process = self._process
         assert process is not None
@@ -193,7 +199,9 @@ class Confined:
         )
 
 
-def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int) -> tuple[int, str]:
+def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int, owner: Owner) -> tuple[int, str]:
+    if not owner.here:  # a fork that exits
+        return 0, ""
     process.kill()
     code = process.wait()
     one.close()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.errors import InputError, OutputError, UsageError
-from rkruntime.files import as_path, atomic_file
+from rkruntime.files import AnyPath, as_path, atomic_file
 from rkruntime.schema import check_value
 from rkruntime.text.answer import Answer
 from rkruntime.text.template import Message
@@ -83,11 +82,11 @@ class Conversation:
         self._prompts.check([*messages, Message("user", "")])
         self.system, self.messages = system, messages
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write the conversation to a JSON file. Raises OutputError or HostError."""
         write_conversation(path, self.as_dict())
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: AnyPath) -> None:
         """Read a file that `save` wrote. Raises InputError."""
         try:
             self.restore(read_conversation(path))
@@ -95,7 +94,7 @@ class Conversation:
             raise InputError(f"{path} is not a saved conversation: {error}") from error
 
 
-def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+def write_conversation(path: AnyPath, data: Mapping[str, Any]) -> None:
     """Write the result of `Conversation.as_dict` to a JSON file; overwrites only another such file.
 
     Raises:
@@ -114,7 +113,7 @@ def write_conversation(path: str | os.PathLike[str], data: Mapping[str, Any]) ->
         partial.write_bytes(f"{json.dumps(data, ensure_ascii=False, indent=1)}\n".encode("utf-8", "surrogatepass"))
 
 
-def read_conversation(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_conversation(path: AnyPath) -> dict[str, Any]:
     """Read what `write_conversation` wrote. Raises InputError."""
     path = as_path("path", path)
     try:

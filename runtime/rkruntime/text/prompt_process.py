@@ -1,6 +1,6 @@
 """A bundle's tokenizer and template in their own process, because both are untrusted.
 
-Whatever they do, the daemon's event loop and the terminal stay responsive, and memory stays free: see `Limits`.
+Whatever they do, the daemon's event loop and the terminal stay responsive, and memory stays free: see `CallLimits`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
-from rkruntime.errors import BundleError, RunError
+from rkruntime.errors import BundleError, RKEdgeError, RunError
 from rkruntime.printable import one_line
 from rkruntime.stop import Stop
-from rkruntime.text.confined import Answer, Confined, Limits, serve
+from rkruntime.text.confined import Answer, CallLimits, Confined, serve
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-_LIMITS: Final = Limits()
+_LIMITS: Final = CallLimits()
 # A tokenizer of 256,000 tokens takes 2 s of CPU time on a PC, and a board's small cores are ten times slower.
-_LOAD: Final = Limits(cpu_s=120, wall_s=300)
+_LOAD: Final = CallLimits(cpu_s=120, wall_s=300)
 
 
 class PromptProcess:
@@ -38,7 +38,7 @@ class PromptProcess:
         lost: Whether the process exited and could not be restarted, perhaps because the bundle has changed.
     """
 
-    def __init__(self, bundle: Bundle, limits: Limits = _LIMITS, stop: Stop | None = None) -> None:
+    def __init__(self, bundle: Bundle, limits: CallLimits = _LIMITS, stop: Stop | None = None) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.Lock()
@@ -69,7 +69,12 @@ class PromptProcess:
                 self.lost = True
                 self._open()
                 self.lost = False
-            return self._child.call(name, self._limits, **values)[0]
+            try:
+                return self._child.call(name, self._limits, **values)[0]
+            except RKEdgeError:
+                if self._closed:  # by another thread, which killed the child
+                    raise RunError("The model was closed before the prompt was made.", hint="Open it again.") from None
+                raise
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """See `Prompts`."""
@@ -143,7 +148,7 @@ def render(
     source: str,
     conversations: Sequence[Sequence[Mapping[str, str]]],
     special_tokens: Mapping[str, str],
-    limits: Limits,
+    limits: CallLimits,
     *,
     add_generation_prompt: bool = True,
 ) -> list[dict[str, str]]:

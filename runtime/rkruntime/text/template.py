@@ -128,7 +128,10 @@ class GemmaTemplate:
 
 def no_question(messages: Sequence[Message]) -> UsageError:
     """The error for a conversation whose last message is not a user's."""
-    last = f"the last of its {len(messages)} messages is an answer" if messages else "it is empty"
+    kinds = {"assistant": "an answer", "system": "a system prompt"}
+    kind = kinds.get(messages[-1].role, f"of the role {messages[-1].role!r}") if messages else ""
+    last = f"the last of its messages is {kind}" if len(messages) > 1 else f"its only message is {kind}"
+    last = last if messages else "it is empty"
     return UsageError(f"This conversation asks nothing: {last}.", hint="End it with a user message.")
 
 
@@ -141,6 +144,17 @@ def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
         return messages
     system, first = messages[0].content, messages[1].content
     return [Message("user", f"{system}\n\n{first}" if system.strip() else first), *messages[2:]]
+
+
+def _start(parts: Sequence[Part], bos: int) -> int:
+    """Where a prompt goes on after the `<bos>` that it begins with, also after white space before one."""
+    start = 0
+    for at, part in enumerate(parts, 1):
+        if part == bos:
+            start = at
+        elif not isinstance(part, str) or part.strip():
+            break
+    return start
 
 
 def _merged(parts: Sequence[Part]) -> list[Part]:
@@ -199,8 +213,7 @@ class JinjaTemplate:
                 )
         parts = _merged([*self._filled(self._rendered(messages), messages)])
         bos = self._tokenizer.control[BOS]
-        first = next((at for at, part in enumerate(parts) if part != bos), len(parts))
-        return [bos, *parts[first:]]
+        return [bos, *parts[_start(parts, bos) :]]
 
     def _rendered(self, messages: Sequence[Message]) -> Tracked:
         from rkruntime.text.chat_jinja import Refusal, UnfollowedError

@@ -87,9 +87,11 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
     return None
 
 
-def too_long(tokens: Iterable[str]) -> str | None:
-    """Which of a tokenizer's texts, which answers consist of, are far longer than Gemma's, as a message."""
+def too_large(tokens: Iterable[str]) -> str | None:
+    """How a tokenizer's texts, which answers consist of, are far more or far longer than Gemma's, as a message."""
     lengths = [*map(len, tokens)]
+    if len(lengths) > _MAX_IDS:
+        return f"there are {len(lengths):,} tokens; Gemma's have fewer than {_MAX_IDS:,}"
     longest, all_ = max(lengths, default=0), sum(lengths)
     if longest > _MAX_TOKEN:
         return f"a token has {longest:,} characters; at most {_MAX_TOKEN:,} are allowed"
@@ -99,7 +101,8 @@ def too_long(tokens: Iterable[str]) -> str | None:
 def _steps(part: Any, key: str) -> list[Any]:
     if part is None:
         return []
-    steps: list[Any] = part.get(key, [part])
+    # The library ignores keys that a part's type does not have.
+    steps: list[Any] = part[key] if part["type"] == "Sequence" else [part]
     return steps
 
 
@@ -149,8 +152,8 @@ class Tokenizer(Vocabulary):
         if size > _MAX_IDS:
             raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
         tokens = [backend.id_to_token(at) or "" for at in range(size)]
-        if long := too_long(tokens):
-            raise BundleError(f"In the tokenizer, {long}.")
+        if large := too_large(tokens):
+            raise BundleError(f"In the tokenizer, {large}.")
         texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
         super().__init__([*map(_bytes, texts)], control)
         self.longest = max(1, *map(len, texts))

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 
 from rkconvert import demo
 from rkconvert.adapters.base_names import is_other_base, plain_name
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkconvert.model.chat_template import read_template
 from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.tensors.weights import read_float32
 from rkruntime.cli import main
 from rkruntime.errors import AdapterError, UsageError
 
@@ -37,7 +38,7 @@ def opened(make_model, make_adapter, edit_json):
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors")
         edit_json(folder / "adapter_config.json", **settings or {})
-        return merged_model(open_checkpoint(base), [Lora(str(folder))])
+        return merged_model(open_checkpoint(base), [AdapterSource(str(folder))])
 
     return make
 
@@ -203,7 +204,7 @@ def test_several_adapters_on_one_embedding(make_model, make_adapter):
     )
 
     def of(*paths):
-        return merged_model(base, [Lora(str(path)) for path in paths]).weights
+        return merged_model(base, [AdapterSource(str(path)) for path in paths]).weights
 
     both = of(first, other)
     assert both.config.tie_word_embeddings
@@ -224,8 +225,25 @@ def test_a_tokenizer_of_rows_that_were_not_saved(make_model, make_adapter, token
     content = json.loads((adapter / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 1024, "content": "<more>"})
     (adapter / "tokenizer.json").write_text(json.dumps(content))
-    (note,) = merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes
+    (note,) = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))]).notes
     assert "has a tokenizer of 1,025 tokens" in note
+
+
+def test_magnitudes_under_both_of_their_names(make_model, make_adapter, peft_merge):
+    base = make_model()
+    adapter = make_adapter(base, target_modules=["q_proj", "up_proj"], use_dora=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = [name for name in tensors if name.endswith("lora_magnitude_vector")]
+    twice = tensors | {f"{name}.weight": tensors[name].clone() for name in names}
+    save_file(twice, adapter / "adapter_model.safetensors")
+    assert names
+    expected = peft_merge(base, {adapter: 1.0})
+    model = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_allclose(read_float32(model.weights, name), expected[name].float().numpy(), atol=1e-5)
+    save_file(twice | {f"{names[0]}.weight": tensors[names[0]] + 1}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="two values for one tensor"):
+        merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
 
 
 OWN_TOKENS = {
@@ -251,7 +269,7 @@ def test_whose_tokenizer_is_used(make_model, make_adapter, tokenizer, edit_json,
     vocab["<mine>"] = vocab.pop(content["added_tokens"][-1]["content"])
     content["added_tokens"][-1]["content"] = "<mine>"
     (adapter / "tokenizer.json").write_text(json.dumps(content))
-    notes = merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes
+    notes = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))]).notes
     assert main(["merge", str(base), "--lora", str(adapter), "-o", str(tmp_path / "merged"), "-q"]) == 0
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     own = kind != "nothing of these"
@@ -274,7 +292,7 @@ def test_an_adapter_without_a_template_leaves_the_bases(make_model, make_adapter
     demo_tokenizer.save(tokenizer, adapter)
     (adapter / "chat_template.jinja").unlink()
     edit_json(adapter / "tokenizer_config.json", chat_template=None)
-    model = merged_model(open_checkpoint(base), [Lora(str(adapter))])
+    model = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
     assert model.tokenizer_folder == adapter
     template = read_template(model.tokenizer_folder, "<bos>", base)
     assert template.source == TEMPLATE
@@ -293,7 +311,7 @@ def test_the_same_tokenizer_in_another_form(make_model, make_adapter, tokenizer)
         pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]
     ]
     (adapter / "tokenizer.json").write_text(json.dumps(content, indent=1))
-    assert merged_model(open_checkpoint(base), [Lora(str(adapter))]).notes == ()
+    assert merged_model(open_checkpoint(base), [AdapterSource(str(adapter))]).notes == ()
 
 
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [3]}])
@@ -313,9 +331,9 @@ def test_an_adapters_tokenizer_that_its_rows_do_not_suffice_for(make_model, make
     checkpoint = open_checkpoint(base)
     if grow_to:
         with pytest.raises(AdapterError, match="tokenizer of 1,031 tokens, but its embeddings have 1,030 rows"):
-            merged_model(checkpoint, [Lora(str(adapter))])
+            merged_model(checkpoint, [AdapterSource(str(adapter))])
     else:
-        model = merged_model(checkpoint, [Lora(str(adapter))])
+        model = merged_model(checkpoint, [AdapterSource(str(adapter))])
         assert model.tokenizer_folder == base
         assert any("has a tokenizer of 1,031 tokens" in note for note in model.notes)
 
@@ -335,16 +353,16 @@ def test_a_folder_whose_name_looks_like_a_weight(make_adapter, make_model, tmp_p
     base = make_model()
     folder = make_adapter(base, "a=0.5")
     monkeypatch.chdir(tmp_path)
-    assert Lora.parse("a=0.5") == Lora("a=0.5", 1.0)
-    assert Lora.parse("a=0.5=0.25") == Lora("a=0.5", 0.25)
+    assert AdapterSource.parse("a=0.5") == AdapterSource("a=0.5", 1.0)
+    assert AdapterSource.parse("a=0.5=0.25") == AdapterSource("a=0.5", 0.25)
     folder.rename(tmp_path / "a")
-    assert Lora.parse("a=0.5") == Lora("a", 0.5)
+    assert AdapterSource.parse("a=0.5") == AdapterSource("a", 0.5)
 
 
 @pytest.mark.parametrize("weight", ["1_0", "nan", "inf", "", "0x1", "x"])
 def test_weights_that_are_no_numbers(weight):
     with pytest.raises(UsageError, match="is not a number"):
-        Lora.parse(f"folder={weight}")
+        AdapterSource.parse(f"folder={weight}")
 
 
 @pytest.mark.filterwarnings("error")

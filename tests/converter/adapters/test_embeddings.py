@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.errors import AdapterError
 
@@ -99,7 +99,9 @@ def logits(model: Any, rows: int) -> torch.Tensor:
 
 def merged_logits(base: Any, adapters: list[Path], rows: int) -> torch.Tensor:
     """Of our merge, computed by transformers."""
-    weights = merged_model(open_checkpoint(Path(base.name_or_path)), [Lora(str(path)) for path in adapters]).weights
+    weights = merged_model(
+        open_checkpoint(Path(base.name_or_path)), [AdapterSource(str(path)) for path in adapters]
+    ).weights
     config = copy.deepcopy(base.config)
     config.vocab_size, config.tie_word_embeddings = weights.config.vocab_size, weights.config.tie_word_embeddings
     state = {name: torch.from_numpy(weights.read(name, 0, info.shape[0])) for name, info in weights.tensors.items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.output.hf_folder import plan_shards, resumable, write_weights
 from rkconvert.output.work_folder import work_folder
 from rkconvert.sources.checkpoint import open_checkpoint
@@ -58,9 +58,9 @@ def test_weights_of_adapters(make_model, make_adapter, peft_merge, tmp_path):
     assert main(["merge", str(base), "--lora", f"{adapter}=0.25", "-o", str(output), "--quiet"]) == 0
     theirs, mine = peft_merge(base, {adapter: 0.25}), AutoModelForCausalLM.from_pretrained(output)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
-    assert Lora.parse(str(adapter)) == Lora(str(adapter))
+    assert AdapterSource.parse(str(adapter)) == AdapterSource(str(adapter))
     with pytest.raises(UsageError, match="not a number"):
-        Lora.parse("folder=half")
+        AdapterSource.parse("folder=half")
 
 
 class Counting:
@@ -81,7 +81,7 @@ LIMIT = 40_000
 
 def test_finished_shards_are_kept_and_verified(make_model, make_adapter, tmp_path):
     base = make_model()
-    model = merged_model(open_checkpoint(base), [Lora(str(make_adapter(base)))])
+    model = merged_model(open_checkpoint(base), [AdapterSource(str(make_adapter(base)))])
     plans = plan_shards(model.weights.tensors, LIMIT)
     assert len(plans) > 5
     whole, output = tmp_path / "whole", tmp_path / "out"

@@ -1,9 +1,9 @@
 """Checkpoints, adapters, GGUF files and recipes made to do harm: to run code, leave their folder, hang, eat memory,
 crash a parser, or say two things at once. Each is given to `rkedge convert`.
 
-`python hostile.py FOLDER [CASE ...]` makes them below FOLDER, one after another, and prints for each a
-line of JSON: exit code, message, what was left, whether code ran, peak memory. test_hostile.py judges the lines.
-(Plain damage is the subject of test_broken_inputs.py.)
+`python -m tests.converter.conversion.hostile FOLDER [CASE ...]` makes them below FOLDER, one after another, and prints
+for each a line of JSON: exit code, message, what was left, whether code ran, peak memory. test_hostile.py judges the
+lines. (Plain damage is the subject of test_broken_inputs.py.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from hostile_box import CASES, LFS, SECONDS, Box, case, gguf_bytes, gguf_metadata, text
+from tests.converter.conversion.hostile_box import CASES, LFS, SECONDS, Box, case, gguf_bytes, gguf_metadata, text
 
 from rkruntime.cli import main
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.converter.conversion.hostile import CASES
 
-SCRIPT = Path(__file__).with_name("hostile.py")
-CASES = runpy.run_path(str(SCRIPT))["CASES"]
 MIB = 256
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """All cases in one process without torch, so that memory is theirs."""
-    command = [sys.executable, str(SCRIPT), str(tmp_path_factory.mktemp("hostile"))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.converter.conversion.hostile", str(tmp_path_factory.mktemp("hostile"))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     found = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert done.returncode == 0, f"{done.stderr}\nafter {list(found)[-1:]}"
     return found

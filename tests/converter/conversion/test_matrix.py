@@ -78,7 +78,8 @@ def test_combinations_are_products_one_after_another():
         ([], "matrix is an empty list"),
         ([{}], "matrix is dict"),
         ({"force_dtype": [False, True]}, "are the same: force_dtype=False and force_dtype=True"),
-        ({"quiet": [False, True]}, "are the same"),
+        ({"quiet": [False, True]}, "varies quiet, which applies to all conversions"),
+        ({"json": [True], "dtype": ["w8a8"]}, "varies json, which applies to all conversions"),
         ({"lora": [[str(demo.adapter())], [f"{demo.adapter()}=1"]]}, "are the same"),
         (["dtype"], "matrix is str"),
         ({"dtype": "w8a8"}, "matrix.dtype is str; it must be a list of values"),
@@ -110,6 +111,20 @@ def test_types_and_adapters(write, convert, tmp_path):
     assert [bundle.manifest.dtype for bundle in made] == ["w8a8"] * 3 + ["fp32"] * 3
     assert [bundle.manifest.options["loras"] for bundle in made[:3]] == [[], ["pirate=1"], ["pirate=0.5"]]
     assert outcomes[2]["cell"] == "dtype=w8a8 lora=pirate=0.5"
+
+
+def test_the_keys_of_the_whole_run_are_obeyed(write, tmp_path, capsys):
+    path = write({"max_context": [64]}, quiet=True, json=True)
+    assert cli.main(["convert", "--matrix", str(path)]) == 0
+    said = capsys.readouterr()
+    assert ([item["status"] for item in json.loads(said.out)], said.err) == (["made"], "")
+    # An error is shown as the file asks, too, and a key that says no is not a yes.
+    assert cli.main(["convert", "--matrix", str(write({"max_context": [64, 64]}, json=True))]) == 2
+    assert "are the same" in json.loads(capsys.readouterr().out)["message"]
+    assert cli.main(["convert", "--matrix", str(write({"dtype": ["fp32"]}, quiet=False, json=False))]) == 0
+    said = capsys.readouterr()
+    assert "1 of 1" in said.err
+    assert not said.out.startswith("[")
 
 
 def test_a_cell_is_what_the_command_alone_makes(write, convert, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rkconvert import demo
-from rkconvert.adapters.merged_model import Lora
+from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.output.hf_folder import write_weights
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.cli import main
@@ -103,6 +103,6 @@ def test_a_matrix_keeps_what_it_would_make_again(tmp_path, capsys, change):
 def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=0.5").mkdir()
-    assert Lora.parse("a=0.5") == Lora("a=0.5")
-    assert Lora.parse("b=0.5") == Lora("b", 0.5)
-    assert Lora.parse("a=0.5=2") == Lora("a=0.5", 2.0)
+    assert AdapterSource.parse("a=0.5") == AdapterSource("a=0.5")
+    assert AdapterSource.parse("b=0.5") == AdapterSource("b", 0.5)
+    assert AdapterSource.parse("a=0.5=2") == AdapterSource("a=0.5", 2.0)

@@ -13,9 +13,11 @@ import transformers
 from tokenizers import Tokenizer
 
 from rkconvert import demo
+from rkconvert.adapters.notes import token_count
 from rkconvert.model.tokenizer import read_tokenizer, tokenizer_bytes
 from rkruntime import cli
 from rkruntime.errors import CheckpointError
+from rkruntime.text.tokenizer import open_backend
 
 NEW, WORD = "<|tool|>", "thinking"
 TEXT = f"say {NEW} or {WORD}: <end_of_turn> hello  thinking{NEW} \n<unused5> ok"
@@ -125,3 +127,115 @@ def test_strange_settings(folder: Path, settings: Any) -> None:
         tokenizer_bytes(folder / "tokenizer.json")
     except CheckpointError as error:
         assert "unknown form" in error.message
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+
+
+def add(folder: Path, *tokens: tuple[int, str]) -> None:
+    own = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    more = [{"id": index, "content": text, **FLAGS} for index, text in tokens]
+    change(folder, "tokenizer.json", added_tokens=[*own, *more])
+
+
+GROWING = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 16}
+SLOW = {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Sequence", "normalizers": [GROWING] * 12},
+        SLOW,
+        # The library ignores keys that a type does not have.
+        {**SLOW, "normalizers": [SPACES]},
+        {"type": "Sequence", "normalizers": [SPACES, SLOW]},
+    ],
+)
+def test_the_library_never_runs_another_normalizer(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, normalizer: Any
+) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("the library was given a tokenizer unlike Gemma's")
+
+    monkeypatch.setattr("rkruntime.text.tokenizer.open_backend", run)
+    change(folder, "tokenizer.json", normalizer=normalizer)
+    change(folder, "tokenizer_config.json", extra_special_tokens=["x" * 60])
+    assert cli.main(["convert", str(folder), "-q", "-o", str(folder.parent / "bundle")]) == CheckpointError.exit_code
+    assert "its normalizer is" in capsys.readouterr().err
+    assert token_count(folder / "tokenizer.json") == 1025  # an adapter's, of which only JSON is read
+
+
+def test_thousands_of_added_tokens_are_loaded_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+
+    def counted(*arguments: Any) -> Tokenizer:
+        loads.append(arguments)
+        return open_backend(*arguments)
+
+    monkeypatch.setattr("rkruntime.text.tokenizer.open_backend", counted)
+    table = decoder_of(folder) | {str(1024 + at): {"content": f"word{at}", **FLAGS} for at in range(4000)}
+    change(folder, "tokenizer_config.json", added_tokens_decoder=table)
+    path = folder / "tokenizer.json"
+    found = [tokenizer_bytes(path), tokenizer_bytes(path)]
+    assert read_tokenizer(path, 8192).added["word3999"] == 5023
+    assert found[0] == found[1] == tokenizer_bytes(path)
+    assert len(loads) <= 3
+    assert agrees(folder).token_to_id("word3999") == 5023
+
+
+def test_more_than_the_library_can_take_is_refused(folder: Path) -> None:
+    add(folder, *((1024 + at, f"{at:04}".ljust(1000, "x")) for at in range(1000)))
+    with pytest.raises(CheckpointError, match=r"1,108 added tokens with 1,00[0-9,]+ characters; at most"):
+        tokenizer_bytes(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GemmaTokenizer"])
+@pytest.mark.parametrize("beside", ["", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "tokens", [((1025, "beta"), (1024, "alpha")), ((1024, "alpha"), (1026, "beta")), ((1025, "alpha"), (1025, "beta"))]
+)
+def test_ids_that_depend_on_who_loads_the_file_are_refused(folder: Path, tokens: Any, kind: str, beside: str) -> None:
+    add(folder, *tokens)
+    change(folder, "tokenizer_config.json", tokenizer_class=kind)
+    if beside:
+        change(folder, beside, added_tokens_decoder=decoder_of(folder))
+    for read in (tokenizer_bytes, lambda path: read_tokenizer(path, 2048)):
+        with pytest.raises(CheckpointError, match=r"gives the added token '(alpha|beta)' the id"):
+            read(folder / "tokenizer.json")
+
+
+def test_tokens_of_the_vocabulary_may_be_in_any_order(folder: Path) -> None:
+    own = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    change(folder, "tokenizer.json", added_tokens=random.Random(1).sample(own, k=len(own)))
+    agrees(folder)
+    control = read_tokenizer(folder / "tokenizer.json", 1024).added
+    assert control == {token["content"]: token["id"] for token in own}
+
+
+def test_two_tokens_with_one_id_are_refused(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["another"] = 300
+    change(folder, "tokenizer.json", model=content["model"])
+    with pytest.raises(CheckpointError, match="both have the id 300"):
+        read_tokenizer(folder / "tokenizer.json", 1025)
+
+
+def flags_of(tokenizer: Tokenizer) -> dict[int, str]:
+    return {index: repr(token) for index, token in tokenizer.get_added_tokens_decoder().items()}
+
+
+@pytest.mark.parametrize("table", [None, {}, {"image_token": "<image>"}])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_table_of_tokens_and_an_older_list(folder: Path, table: Any, listed: bool) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["additional_special_tokens"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    sep = {"__type": "AddedToken", "content": WORD, **FLAGS, "lstrip": True}
+    change(folder, "tokenizer_config.json", extra_special_tokens=table, sep_token=sep)
+    change(folder, "special_tokens_map.json", additional_special_tokens=[NEW, WORD])
+    if listed:
+        change(folder, "added_tokens.json", **{NEW: 1024})
+    oracle = transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    assert flags_of(agrees(folder)) == flags_of(oracle)

@@ -81,6 +81,13 @@ def test_a_missing_bos_is_said(folder: Path) -> None:
     assert read_template(folder, "<bos>").notes == ()
 
 
+@pytest.mark.parametrize("start", [" \n<bos>", "<bos><bos>", "\n<bos> <bos>", "<bos>"])
+def test_bos_is_first_and_once_in_the_text_that_a_library_adds(folder: Path, start: str) -> None:
+    (folder / "chat_template.jinja").write_text(start + "\n{{ messages[0].content }}!")
+    found = read_template(folder, "<bos>")
+    assert (found.prefix, found.suffix) == ("\n", "!")
+
+
 def test_named_templates_whose_names_are_none(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     configure(folder, chat_template=[{"name": []}, {"name": "default", "template": "{{ messages[0].content }}"}])

@@ -24,3 +24,10 @@ def test_a_cap_of_zero_is_not_no_cap(key):
 def test_some_token_ends_an_answer():
     with pytest.raises(CheckpointError, match="empty list"):
         parse_config({**CONFIG, "eos_token_id": []})
+
+
+def test_a_window_of_zero_is_not_no_window():
+    """transformers cannot build its mask."""
+    with pytest.raises(CheckpointError, match="sliding_window is 0"):
+        parse_config({**CONFIG, "sliding_window": 0})
+    assert not any(parse_config({**CONFIG, "sliding_window": None}).sliding_layers)

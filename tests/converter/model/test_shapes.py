@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rkconvert.model.shapes import FAMILIES, parse_shape
 from rkconvert.plan.prediction import vendor_rows
+from rkruntime.cli import main
 from rkruntime.errors import CheckpointError
 
 # Those of the table that transformers itself can build; the others come with code of their own.
@@ -155,3 +157,45 @@ def test_every_family_can_be_parsed():
         shape = parse_shape(renamed)
         assert shape.num_hidden_layers == 3
         assert shape.hidden_size == 96
+
+
+KEYS = {key for family in FAMILIES.values() for key in family.keys.values()} | {*config_of("gemma2")} | {
+    "attention_bias", "mlp_bias", "bias", "add_qkv_bias", "attn_logit_softcapping", "bos_token_id", "dtype",
+    "eos_token_id", "final_logit_softcapping", "hidden_act", "hidden_activation", "kv_lora_rank", "layer_types",
+    "num_local_experts", "q_lora_rank", "qk_nope_head_dim", "quantization_config", "query_pre_attn_scalar",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "text_config",
+    "tie_word_embeddings", "torch_dtype", "v_head_dim",
+}  # fmt: skip
+WRONG = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("full_attention"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(KEYS)), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model_type=st.sampled_from([*BUILT_IN, "chatglm", "minicpm3", "telechat", "unheard-of"]),
+    changes=st.dictionaries(st.sampled_from(sorted(KEYS)), WRONG, min_size=1, max_size=2),
+)
+@example(model_type="llama", changes={"layer_types": 5})
+@example(model_type="llama", changes={"layer_types": "full_attention"})
+@example(model_type="qwen3", changes={"layer_types": [5, None]})
+@example(model_type="gemma2", changes={"layer_types": [[]] * 3})
+@example(model_type="gemma2", changes={"tie_word_embeddings": []})
+def test_damage_to_a_config_is_no_defect_of_the_plan(tmp_path, capsys, model_type, changes):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config_of(model_type), **changes}))
+    code = main(["plan", str(path)])
+    said = capsys.readouterr()
+    assert code in (0, 2, CheckpointError.exit_code), said.err
+    assert "defect" not in said.err
+    assert "l, l" not in said.err  # a text is no list of letters
+
+
+def test_language_parts_within_each_other_end():
+    config: dict[str, Any] = {}
+    for _ in range(5000):
+        config = {"text_config": config}
+    with pytest.raises(CheckpointError):
+        parse_shape(config)

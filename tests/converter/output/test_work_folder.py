@@ -153,6 +153,24 @@ def test_names_that_no_folder_can_have(tmp_path, monkeypatch, capsys, command, n
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("end", "size"), [("x", 1), ("é", 2)])
+def test_the_longest_name_is_known_before_the_work(tmp_path, monkeypatch, end, size):
+    longest = tmp_path / f"{'x' * (246 - size)}{end}"
+    with work_folder.work_folder(longest, "job"):
+        pass
+    assert longest.is_dir()
+    with pytest.raises(OutputError, match="its name has 247 bytes") as caught:
+        work_folder.refuse_made(tmp_path / f"{'x' * (247 - size)}{end}")
+    assert caught.value.hint == "Use a name of at most 246 bytes."
+    for limit in (-1, 0):  # a file system that does not say
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pathconf", lambda *_, limit=limit: limit)
+            work_folder.refuse_made(tmp_path / "any")
+    with pytest.raises(OutputError) as caught:
+        work_folder.refuse_made(tmp_path / ("x" * 256))
+    assert caught.value.hint == "Use a shorter name."
+
+
 def test_a_lock_on_a_note_that_is_gone_keeps_nobody_out(tmp_path, monkeypatch):
     """The run that held the note removes it after this one has opened it: the lock must be on the new one."""
     real, calls = fcntl.flock, []

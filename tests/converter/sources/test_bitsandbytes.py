@@ -11,7 +11,7 @@ from bitsandbytes import utils as bnb_utils
 from safetensors.torch import load_file, save_file
 from tests.converter.sources.other_formats import everything, quantize
 
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.tensors.formats import to_float32
 from rkruntime.errors import CheckpointError
@@ -41,7 +41,10 @@ def test_an_adapter_on_a_quantized_base(make_model, make_adapter, peft_merge, as
     for file in floats.glob("*.safetensors*"):
         file.unlink()
     save_file(quantize(base, "nf4", nested=True), floats / "model.safetensors")
-    mine, theirs = merged_model(open_checkpoint(base), [Lora(str(adapter))]), peft_merge(floats, {adapter: 1.0})
+    mine, theirs = (
+        merged_model(open_checkpoint(base), [AdapterSource(str(adapter))]),
+        peft_merge(floats, {adapter: 1.0}),
+    )
     for name, info in mine.weights.tensors.items():
         assert_merged(name, mine.weights.read(name, 0, info.shape[0]), theirs[name])
 

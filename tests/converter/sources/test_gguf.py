@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -186,6 +188,14 @@ def test_gguf_of_the_27b_scales_its_queries_otherwise(make_model, tmp_path, monk
         lambda writer: writer.add_rope_dimension_count(8),
         lambda writer: writer.add_attention_scale(0.5),
         lambda writer: writer.add_causal_attention(False),
+        lambda writer: writer.add_float32("gemma2.rope.freq_base_swa", 123.0),
+        lambda writer: writer.add_rope_scaling_attn_factors(2.0),
+        lambda writer: writer.add_float32("gemma2.rope.scaling.alpha", 2.0),
+        lambda writer: writer.add_uint32("gemma2.rope.dimension_count_swa", 4),
+        lambda writer: writer.add_uint32("gemma2.attention.key_length_swa", 4),
+        lambda writer: writer.add_uint32("gemma2.attention.value_length_swa", 4),
+        lambda writer: writer.add_sliding_window_pattern(3),
+        lambda writer: writer.add_expert_used_count(1),
     ],
 )  # fmt: skip
 def test_a_gguf_that_asks_for_another_computation_is_refused(make_model, tmp_path, more):
@@ -194,6 +204,39 @@ def test_a_gguf_that_asks_for_another_computation_is_refused(make_model, tmp_pat
         open_source(str(tmp_path / "model.gguf"))
 
 
+def test_keys_that_change_nothing_are_accepted(make_model, tmp_path):
+    def more(writer):
+        head = 16
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_attn_factors(1.0)
+        writer.add_float32("gemma2.rope.freq_base_swa", 10000.0)
+        writer.add_rope_dimension_count(head)
+        writer.add_uint32("gemma2.attention.key_length_swa", head)
+        writer.add_sliding_window_pattern(2)
+
+    base = make_model()
+    assert open_checkpoint(base).config.head_dim == 16
+    write_gguf(tmp_path / "model.gguf", base, TYPES.F16, more=more)
+    assert open_source(str(tmp_path / "model.gguf")).config == open_checkpoint(base).config
+
+
 def test_the_end_of_a_turn_in_a_gguf_ends_an_answer(make_model, tmp_path):
     write_gguf(tmp_path / "model.gguf", make_model(), TYPES.F16, more=lambda writer: writer.add_eot_token_id(7))
     assert open_source(str(tmp_path / "model.gguf")).config.eos_token_ids == (1, 7)
+
+
+def test_a_bundle_of_another_release_of_gguf_is_another(make_model, tmp_path, monkeypatch, capsys):
+    write_gguf(tmp_path / "model.gguf", make_model(), TYPES.Q8_0)
+    recipe = {"checkpoint": "model.gguf", "output": "out", "force_dtype": True, "matrix": {"max_context": [64]}}
+    (tmp_path / "m.yaml").write_text(json.dumps(recipe))
+
+    def outcome():
+        main(["convert", "--matrix", str(tmp_path / "m.yaml"), "--json", "-q"])
+        return json.loads(capsys.readouterr().out)[0]
+
+    made = outcome()
+    assert (made["status"], outcome()["status"]) == ("made", "there")
+    report = json.loads((Path(made["output"]) / "report" / "convert.json").read_text())
+    assert report["made_of"]["libraries"] == {"gguf": metadata.version("gguf")}
+    monkeypatch.setattr("rkconvert.sources.gguf_model.version", lambda _: "0.0.1")
+    assert "made from something else: its libraries differ" in outcome()["message"]

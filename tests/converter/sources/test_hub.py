@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.converter.sources.other_formats import everything, state_of
 
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.sources.open import open_source
 from rkruntime.errors import CheckpointError, HostError
@@ -90,7 +90,7 @@ def test_an_adapter_of_the_hub(hub, make_model, make_adapter, peft_merge, assert
     base = make_model()
     adapter = make_adapter(base)
     serve(hub, adapter, "someone/pirate")
-    model = merged_model(open_checkpoint(base), [Lora("someone/pirate", 0.5)])
+    model = merged_model(open_checkpoint(base), [AdapterSource("someone/pirate", 0.5)])
     assert [(item.name, item.revision) for item in model.adapters] == [("someone/pirate", COMMIT)]
     theirs = peft_merge(base, {adapter: 0.5})
     for name, info in model.weights.tensors.items():

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rkconvert.toolkit import Toolkit, ToolkitJob
-from rkconvert.toolkit.interpreter import inspect_toolkit
+from rkconvert.toolkit.interpreter import Toolkit, inspect_toolkit
+from rkconvert.toolkit.job import ToolkitJob
 
 STANDINS = Path(__file__).parent / "standins"
 # The stand-in's folder, and the Python that the vendor had a wheel for at that time.
@@ -100,7 +100,8 @@ def job(tmp_path: Path, model: Callable[..., Path]) -> Callable[..., ToolkitJob]
     """A job that the stand-ins do; `job(field=value)` changes it."""
     out = tmp_path / "out"
     out.mkdir()
-    return lambda **fields: ToolkitJob(**{"model": model(), "output": out / "model.rkllm", **fields})
+    usual = {"platform": "rk3588", "dtype": "w8a8", "npu_cores": 3, "max_context": 4096}
+    return lambda **fields: ToolkitJob(**{"model": model(), "output": out / "model.rkllm", **usual, **fields})
 
 
 @pytest.fixture

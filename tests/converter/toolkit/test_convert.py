@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from rkconvert.adapters.merged_model import Lora
+from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
-from rkconvert.toolkit import board_file
+from rkconvert.toolkit import target
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.errors import (
@@ -117,14 +117,14 @@ def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Option
 
 
 def test_an_adapter_merged(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:
-    bundle = convert(options(loras=(Lora(str(make_adapter(base))),)))
+    bundle = convert(options(loras=(AdapterSource(str(make_adapter(base))),)))
     assert is_complete(bundle.path)
     assert [adapter.name for adapter in bundle.manifest.adapters] == ["lora"]
 
 
 def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:
     adapter = make_adapter(base)
-    bundle = convert(options(loras=(Lora(str(adapter)),), lora_mode="runtime"))
+    bundle = convert(options(loras=(AdapterSource(str(adapter)),), lora_mode="runtime"))
     assert is_complete(bundle.path)
     assert read_rkllm(bundle.path / "model_lora.rkllm").toolkit_version == "1.2.3"
     assert [item.name for item in bundle.manifest.adapters] == ["lora"]
@@ -144,8 +144,12 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
         ({"calibration": Path("none.json")}, CalibrationError, "No such file"),
         ({"npu_cores": 4}, UsageError, "has 3"),
         ({"lora_mode": "runtime"}, UsageError, "no adapter is given"),
-        ({"lora_mode": "runtime", "loras": (Lora("a"), Lora("b"))}, UsageError, "but 2 are given"),
-        ({"lora_mode": "runtime", "loras": (Lora("a", 0.5),)}, UsageError, "a=0.5: rkedge loads .* with weight 1"),
+        ({"lora_mode": "runtime", "loras": (AdapterSource("a"), AdapterSource("b"))}, UsageError, "but 2 are given"),
+        (
+            {"lora_mode": "runtime", "loras": (AdapterSource("a", 0.5),)},
+            UsageError,
+            "a=0.5: rkedge loads .* with weight 1",
+        ),
         ({"lora_mode": "other"}, UsageError, "no LoRA mode"),
         ({"dtype": "w8a8_g512"}, RefusedError, "multiple of 512"),
     ],
@@ -154,7 +158,7 @@ def test_refused_before_anything_starts(
     options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any], error: type[RKEdgeError], words: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(board_file, "run_toolkit", None)
+    monkeypatch.setattr(target, "run_toolkit", None)
     asked = options(**fields)
     with pytest.raises(error, match=words) as caught:
         convert(asked)
@@ -178,7 +182,7 @@ def test_no_toolkit_here(options: Callable[..., Options]) -> None:
 def test_an_adapter_that_a_lora_file_cannot_say(
     options: Callable[..., Options], base: Path, make_adapter: Make
 ) -> None:
-    asked = options(loras=(Lora(str(make_adapter(base, use_dora=True))),), lora_mode="runtime")
+    asked = options(loras=(AdapterSource(str(make_adapter(base, use_dora=True))),), lora_mode="runtime")
     with pytest.raises(AdapterError, match="all that an RKLLM LoRA file"):
         convert(asked)
     adapter = make_adapter(base, name="pickled")
@@ -187,7 +191,7 @@ def test_an_adapter_that_a_lora_file_cannot_say(
     from safetensors.torch import load_file
 
     torch.save(load_file(adapter / "kept"), adapter / "adapter_model.bin")
-    asked = options(loras=(Lora(str(adapter)),), lora_mode="runtime")
+    asked = options(loras=(AdapterSource(str(adapter)),), lora_mode="runtime")
     with pytest.raises(AdapterError, match="would unpickle"):
         convert(asked)
 
@@ -216,7 +220,7 @@ def test_what_the_toolkit_has_finished_is_not_done_again(
         patch.setattr(bundle_folder, "write_manifest", interrupt)
         convert(asked)
     assert not asked.output.exists()
-    monkeypatch.setattr(board_file, "run_toolkit", None)
+    monkeypatch.setattr(target, "run_toolkit", None)
     bundle = convert(asked)
     assert is_complete(bundle.path)
     bundle.verify(trust_stamps=False)
@@ -232,7 +236,7 @@ def test_nothing_foreign_gets_from_an_unfinished_folder_into_the_bundle(
     options: Callable[..., Options], base: Path, make_adapter: Make, monkeypatch: pytest.MonkeyPatch, name: str,
     lora_mode: str,
 ) -> None:  # fmt: skip
-    asked = options(loras=(Lora(str(make_adapter(base))),), lora_mode=lora_mode)
+    asked = options(loras=(AdapterSource(str(make_adapter(base))),), lora_mode=lora_mode)
     expected = contents(convert(replace(asked, output=asked.output.with_name("other"))).path)
 
     def interrupt(*_: object) -> None:
@@ -291,8 +295,8 @@ def test_a_finished_file_is_kept_only_if_it_would_be_the_same(
 ) -> None:  # fmt: skip
     texts, lora, runs = tmp_path / "data.json", make_adapter(base), []
     texts.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
-    asked = options(loras=(Lora(str(lora)),), calibration=texts, lora_mode=lora_mode)
-    real = board_file.run_toolkit
+    asked = options(loras=(AdapterSource(str(lora)),), calibration=texts, lora_mode=lora_mode)
+    real = target.run_toolkit
 
     def run_toolkit(*arguments: Any, **others: Any) -> Any:
         runs.append(arguments)
@@ -301,7 +305,7 @@ def test_a_finished_file_is_kept_only_if_it_would_be_the_same(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(board_file, "run_toolkit", run_toolkit)
+    monkeypatch.setattr(target, "run_toolkit", run_toolkit)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bundle_folder, "write_manifest", interrupt)
         convert(asked)
@@ -317,15 +321,15 @@ def test_a_source_that_changes_while_the_toolkit_works(
 ) -> None:  # fmt: skip
     texts = tmp_path / "data.json"
     texts.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
-    asked = options(loras=(Lora(str(make_adapter(base))),), calibration=texts)
-    real = board_file.run_toolkit
+    asked = options(loras=(AdapterSource(str(make_adapter(base))),), calibration=texts)
+    real = target.run_toolkit
 
     def run_toolkit(*arguments: Any, **others: Any) -> Any:
         path = tmp_path / which
         path.write_bytes(path.read_bytes() + b" ")
         return real(*arguments, **others)
 
-    monkeypatch.setattr(board_file, "run_toolkit", run_toolkit)
+    monkeypatch.setattr(target, "run_toolkit", run_toolkit)
     with pytest.raises(InputError, match=f"{Path(which).name} changed while it was read"):
         convert(asked)
     assert left(asked) == []
@@ -337,7 +341,7 @@ def test_paths_that_are_not_utf8(
     odd, lora = tmp_path / os.fsdecode(b"base\xff"), make_adapter(base)
     base.rename(odd)
     lora = lora.rename(tmp_path / os.fsdecode(b"lora\xe9"))
-    bundle = convert(options(checkpoint=str(odd), loras=(Lora(str(lora)),)))
+    bundle = convert(options(checkpoint=str(odd), loras=(AdapterSource(str(lora)),)))
     assert (bundle.manifest.source.name, bundle.manifest.adapters[0].name) == (r"base\xff", r"lora\xe9")
     bundle.verify(trust_stamps=False)
     # Its own libraries take no such path.

@@ -35,8 +35,9 @@ def test_events(line: dict[str, Any], event: object) -> None:
     [
         b"", b"{", b"[]", b'"done"', b"null", b'{"event": "made up"}', b'{"event": ["done"]}', b'{"event": {}}',
         b'{"event": "done", "more": 1}', b'{"event": "stage"}', b'{"event": "stage", "stage": 1}',
-        b'{"event": "started", "python": "3", "pid": true}', b'{"event": "stage_done", "stage": "x", "seconds": "1"}',
-        b"\xff\xfe", b"[" * 100_000,
+        b'{"event": "started", "python": "3", "pid": true}',
+        b'{"event": "stage_done", "stage": "load", "seconds": "1"}', b'{"event": "stage", "stage": "x"}',
+        b'{"event": "stage_done", "stage": "load", "seconds": 1' + b"0" * 400 + b"}", b"\xff\xfe", b"[" * 100_000,
     ],
 )  # fmt: skip
 def test_anything_else_is_refused(line: bytes) -> None:

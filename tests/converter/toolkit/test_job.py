@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 
 from rkconvert.rules import releases as versions
 from rkconvert.rules.releases import LOADED_BYTES
-from rkconvert.toolkit import ToolkitJob
-from rkconvert.toolkit.job import calls
+from rkconvert.toolkit.job import ToolkitJob, calls
+from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import HostError, RefusedError, UsageError
 
@@ -68,6 +68,14 @@ def test_values_arrive(job: Callable[..., ToolkitJob], tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["load_huggingface"]["model_lora"] == str(tmp_path / "lora")
     assert found["load_huggingface"]["dtype"] == "bfloat16"
+
+
+def test_the_files_that_the_toolkit_reads_are_known(job: Callable[..., ToolkitJob], tmp_path: Path) -> None:
+    paths = {item.name: tmp_path / item.name for item in fields(ToolkitOptions) if "Path" in str(item.type)}
+    asked = job(**paths)
+    given = {value for values in arguments(asked, "1.2.3").values() for value in values.values()}
+    assert {str(path) for path in asked.files.values()} == given & {str(path) for path in paths.values()}
+    assert len(asked.files) == 2
 
 
 def test_no_type_means_no_quantization(job: Callable[..., ToolkitJob]) -> None:

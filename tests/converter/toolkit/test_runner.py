@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from rkconvert.toolkit import Toolkit, ToolkitJob, run_toolkit
 from rkconvert.toolkit.events import Event, Heartbeat, Notice, Progress, Stage, Started
+from rkconvert.toolkit.interpreter import Toolkit
+from rkconvert.toolkit.job import ToolkitJob
+from rkconvert.toolkit.target import run_toolkit
 from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
 
 Job = Callable[..., ToolkitJob]
@@ -32,19 +34,19 @@ def test_a_conversion(job: Job, toolkit: Find, version: str, open_descriptors: C
     result = run_toolkit(asked, toolkit(version), events.append)
     assert open_descriptors() == before
     assert os.listdir(asked.output.parent) == ["model.rkllm"]
-    assert result.path == asked.output
+    assert result.file.path == asked.output
     assert (result.file.toolkit_version, result.file.container_version) == (version, 3)
-    assert result.toolkit.version == f"{version}+standin"
+    assert result.run.toolkit.version == f"{version}+standin"
     assert result.notes == (f"the toolkit reports version {version}, but its package is {version}+standin",)
-    assert set(result.seconds) == {"import", "load", "build", "export"}
-    assert any("two ids" in text for text in result.warnings)
-    assert b"Optimizing model: 100%" in result.log.read_bytes()
-    assert result.calls[1]["arguments"]["quantized_dtype"] == "w8a8"
+    assert set(result.run.seconds) == {"import", "load", "build", "export"}
+    assert any("two ids" in text for text in result.run.warnings)
+    assert b"Optimizing model: 100%" in result.run.output.path.read_bytes()
+    assert result.run.calls.steps[1]["arguments"]["quantized_dtype"] == "w8a8"
     assert [event.stage for event in events if isinstance(event, Stage)] == ["import", "load", "build", "export"]
     assert Progress("Optimizing model", 8, 8) in events
     assert Progress("Exporting model", 597, 597) in events
     started = next(event for event in events if isinstance(event, Started))
-    assert started.python == result.toolkit.python_version
+    assert started.python == result.run.toolkit.python_version
 
 
 def test_an_adapter_of_its_own(job: Job, toolkit: Find, tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_an_adapter_of_its_own(job: Job, toolkit: Find, tmp_path: Path) -> None:
     result = run_toolkit(job(lora=tmp_path / "lora"), toolkit())
     assert result.lora is not None
     assert (
-        sorted(os.listdir(result.path.parent))
+        sorted(os.listdir(result.file.path.parent))
         == ["model.rkllm", result.lora.name]
         == ["model.rkllm", "model_lora.rkllm"]
     )
@@ -67,7 +69,7 @@ def test_low_rank_brings_its_adapter(job: Job, toolkit: Find) -> None:
 
 def test_the_suffix_that_1_3_0_appends(job: Job, toolkit: Find, fail: Fail) -> None:
     fail("write:suffix")
-    assert run_toolkit(job(), toolkit("1.3.0")).path.name == "model.rkllm"
+    assert run_toolkit(job(), toolkit("1.3.0")).file.path.name == "model.rkllm"
 
 
 def nothing_left(job: ToolkitJob) -> bool:
@@ -114,7 +116,7 @@ def test_a_fault(
     if diagnosed:
         assert caught.value.details["diagnosis"]["class"] == diagnosed
     fail("")
-    assert run_toolkit(asked, toolkit()).path.is_file()
+    assert run_toolkit(asked, toolkit()).file.path.is_file()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_an_interpreter_that_went_away(job: Job, toolkit: Find, tmp_path: Path) 
 
 
 def test_no_sign_of_life(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
+    monkeypatch.setattr("rkconvert.toolkit.watchdog._LOOK_EVERY", 0.2)
     fail("build:hang")
     asked = job()
     with pytest.raises(ToolkitError, match="no activity for 2 s while it quantized"):
@@ -173,9 +175,9 @@ def test_no_sign_of_life(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytes
 
 
 def test_busy_and_silent_is_alive(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
+    monkeypatch.setattr("rkconvert.toolkit.watchdog._LOOK_EVERY", 0.2)
     fail("build:spin")
-    assert run_toolkit(job(toolkit_patience=1.5), toolkit()).path.is_file()
+    assert run_toolkit(job(toolkit_patience=1.5), toolkit()).file.path.is_file()
 
 
 def child_of(events: list[Event]) -> int:
@@ -185,7 +187,7 @@ def child_of(events: list[Event]) -> int:
 def test_what_it_started_ends_with_it(job: Job, toolkit: Find, fail: Fail, is_alive: Callable[[int], bool]) -> None:
     fail("build:child")
     events: list[Event] = []
-    assert run_toolkit(job(), toolkit(), events.append).path.is_file()
+    assert run_toolkit(job(), toolkit(), events.append).file.path.is_file()
     assert not is_alive(child_of(events))
 
 
@@ -213,13 +215,13 @@ def test_a_callback_that_raises_ends_it(
 
 
 def test_heartbeats_tell_memory(job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkconvert.toolkit.life._LOOK_EVERY", 0.2)
+    monkeypatch.setattr("rkconvert.toolkit.watchdog._LOOK_EVERY", 0.2)
     fail("build:spin")
     events: list[Event] = []
     result = run_toolkit(job(), toolkit(), events.append)
     beats = [event for event in events if isinstance(event, Heartbeat)]
     assert beats
-    assert beats[-1].peak_memory == result.peak_memory > 1 << 20
+    assert beats[-1].peak_memory == result.run.peak_memory > 1 << 20
     assert beats == sorted(beats, key=lambda beat: beat.seconds)
 
 
@@ -231,10 +233,14 @@ def test_it_ends_when_this_process_is_killed(
     code = textwrap.dedent(
         f"""
         from pathlib import Path
-        from rkconvert.toolkit import ToolkitJob, run_toolkit
         from rkconvert.toolkit.interpreter import inspect_toolkit
+        from rkconvert.toolkit.job import ToolkitJob
+        from rkconvert.toolkit.target import run_toolkit
         toolkit = inspect_toolkit(Path({str(environments("1.2.3"))!r}), "the test")
-        job = ToolkitJob(model=Path({str(asked.model)!r}), output=Path({str(asked.output)!r}))
+        job = ToolkitJob(
+            model=Path({str(asked.model)!r}), output=Path({str(asked.output)!r}),
+            platform="rk3588", dtype="w8a8", npu_cores=3, max_context=4096,
+        )
         run_toolkit(job, toolkit, lambda event: print(event, flush=True))
         """
     )
@@ -270,5 +276,5 @@ def test_old_logs_go(job: Job, toolkit: Find, home: Path) -> None:
     for number in range(20):
         (logs / f"toolkit-20240101-0000{number:02}-x.log").touch()
     result = run_toolkit(job(), toolkit())
-    assert result.log.parent == logs
+    assert result.run.output.path.parent == logs
     assert len(list(logs.iterdir())) == 10

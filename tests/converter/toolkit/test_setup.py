@@ -16,9 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from rkconvert.commands.toolkit import run
-from rkconvert.toolkit import find_toolkit
 from rkconvert.toolkit.environment import find_python, setup
-from rkconvert.toolkit.interpreter import environments_folder
+from rkconvert.toolkit.interpreter import environments_folder, find_toolkit
 from rkconvert.toolkit.wheel import check_host, read_wheel
 from rkruntime.errors import HostError, InputError, OutputError
 

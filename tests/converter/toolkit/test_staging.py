@@ -13,7 +13,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rkconvert.adapters.merged_model import Lora, merged_model
+from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.model.chat_template import read_template
 from rkconvert.rules.releases import release
 from rkconvert.sources.checkpoint import open_checkpoint
@@ -23,7 +23,7 @@ MakeModel = Callable[..., Path]
 
 
 def staged(base: Path, into: Path, loras: tuple[Path, ...] = (), version: str = "1.2.3") -> Path:
-    model = merged_model(open_checkpoint(base), [Lora(path) for path in loras])
+    model = merged_model(open_checkpoint(base), [AdapterSource(path) for path in loras])
     into.mkdir()
     stage(model, read_template(model.tokenizer_folder, "<bos>"), release(version), into, lambda done: None)
     return into

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rkruntime import cli
 from rkruntime.chat.remotechat import _SSH, RemoteChat
 from rkruntime.chat.repl import Note
-from rkruntime.errors import RKEdgeError, ServiceError
+from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 
 # A board that answers each line with the next answer of a script, and repeats the last one.
 BOARD = """
@@ -79,6 +80,36 @@ def test_a_board_that_makes_sense(board: Callable[..., RemoteChat]) -> None:
     assert chat.stats()["board"] == "ready, 0 waiting, hottest zone 40 °C"
 
 
+def test_what_the_board_ignores_is_said_once(board: Callable[..., RemoteChat]) -> None:
+    """An older daemon does not say what it ignores; a newer one may stop ignoring it."""
+    begins = [["temperature", "top_k"], ["temperature", "top_k"], [], ["top_p"]]
+    answers = [lines({"type": "begin", "notes": [], "ignored": names}, DONE, end()) for names in begins]
+    chat = board(HELLO, READ, *answers, ANSWER)
+    notes = [[piece.text for piece in chat.ask("?") if isinstance(piece, Note)] for _ in range(5)]
+    assert [len(each) for each in notes] == [1, 0, 0, 1, 0]
+    assert "temperature, top_k" in notes[0][0]
+    assert "the daemon's settings" in notes[0][0]
+    assert "top_p" in notes[3][0]
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".x", "a/b", "a b", "x" * 65, "\x1b[2J", "é", "-x"])
+def test_a_name_that_no_conversation_can_have_is_refused_at_once(board: Callable[..., RemoteChat], name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a conversation") as error:
+        RemoteChat("board", remote="rkedge attach", session=name, system="", options={})
+    assert "letters" in error.value.hint
+
+
+@pytest.mark.parametrize("variable", ["RKEDGE_SSH", "RKEDGE_ATTACH"])
+@pytest.mark.parametrize("command", ["ssh 'x", 'ssh "x', "ssh \\"])
+def test_a_command_that_is_no_shell_words_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, command: str
+) -> None:
+    monkeypatch.setenv("RKEDGE_SSH", "false")
+    monkeypatch.setenv(variable, command)
+    assert cli.main(["chat", "me@board"]) == 2
+    assert f"The command in {variable} cannot be read" in capsys.readouterr().err
+
+
 NONSENSE = [
     b"{}\n",
     b'{"a": 1}\n',
@@ -91,6 +122,9 @@ NONSENSE = [
     b'{"type": "text", "text": "\\ud800"}\n',
     b'{"type": "begin"}\n',
     b'{"type": "begin", "notes": [3]}\n',
+    b'{"type": "begin", "notes": [], "ignored": "temperature"}\n',
+    b'{"type": "begin", "notes": [], "ignored": [3]}\n',
+    b'{"type": "begin", "notes": [], "ignored": null}\n',
     b'{"type": "begin", "notes": "text"}\n',
     b'{"type": "done", "reason": "because"}\n',
     b'{"type": "done", "reason": ["stop"]}\n',
@@ -194,7 +228,9 @@ def test_an_answer_that_breaks_off_for_ever(board: Callable[..., RemoteChat]) ->
 
 
 EVENTS = st.dictionaries(
-    st.sampled_from(["type", "status", "body", "text", "notes", "tokens", "reason", "tokens_per_s", "error"]),
+    st.sampled_from(
+        ["type", "status", "body", "text", "notes", "ignored", "tokens", "reason", "tokens_per_s", "error"]
+    ),
     st.sampled_from(["begin", "text", "done", "error", "end", "stop", 200, 404, 429, 499, 500, "", None, -1, [], {}])
     | st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),

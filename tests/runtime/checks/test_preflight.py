@@ -9,8 +9,8 @@ import pytest
 
 from rkruntime import resources
 from rkruntime.checks import machine
-from rkruntime.checks.conditions import fits
-from rkruntime.checks.preflight import LEVELS, Finding, Model, clamp_context, preflight
+from rkruntime.checks.conditions import meets
+from rkruntime.checks.preflight import LEVELS, Finding, ModelFacts, clamp_context, preflight
 from rkruntime.versions import version
 
 ROCK_5B = ("radxa,rock-5b", "rockchip,rk3588")
@@ -72,7 +72,7 @@ def _codes(found: Any) -> list[str]:
     return [finding.code for finding in found.findings]
 
 
-GEMMA = Model(platform="rk3588", toolkit="1.2.3", dtype="w8a8", npu_cores=3, max_context=4096, size=3 * GB)
+GEMMA = ModelFacts(platform="rk3588", toolkit="1.2.3", dtype="w8a8", npu_cores=3, max_context=4096, size=3 * GB)
 RK3588 = [530] * 4 + [1024] * 4
 
 
@@ -232,7 +232,7 @@ def test_a_good_board_has_no_findings(board: Board) -> None:
 def test_findings(
     board: Board, model: dict[str, Any], runtime: str | None, parts: dict[str, Any], codes: list[str]
 ) -> None:
-    facts = Model(**{**GEMMA.__dict__, **model})
+    facts = ModelFacts(**{**GEMMA.__dict__, **model})
     found = preflight(facts, runtime=runtime, root=board(**parts), allowed=range(8))
     assert _codes(found) == codes
     assert [finding.code for finding in found.errors] == [item.code for item in found.findings if item.level == "error"]
@@ -245,7 +245,7 @@ def test_findings(
 
 
 def test_a_model_larger_than_the_memory_is_an_error(board: Board) -> None:
-    found = preflight(Model(size=30 * GB), runtime=None, root=board(), allowed=range(8))
+    found = preflight(ModelFacts(size=30 * GB), runtime=None, root=board(), allowed=range(8))
     assert [(item.level, item.code) for item in found.findings] == [("error", "memory-short")]
 
 
@@ -291,7 +291,7 @@ def test_context(asked: int | None, limit: int | None, context: int, notices: in
 
 
 def test_findings_come_worst_first(board: Board) -> None:
-    model = Model(platform="rk3576", toolkit="1.2.2", npu_cores=1, max_context=512, size=15 * GB)
+    model = ModelFacts(platform="rk3576", toolkit="1.2.2", npu_cores=1, max_context=512, size=15 * GB)
     found = preflight(model, runtime="1.3.0", context=1024, root=board(), allowed=range(8))
     levels = [LEVELS.index(finding.level) for finding in found.findings]
     assert levels == sorted(levels)
@@ -309,7 +309,7 @@ def test_the_table_of_pairs_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "wanted", "meets"),
+    ("facts", "wanted", "expected"),
     [
         ({"driver": "0.9.6"}, {"driver": "<0.9.7"}, True),
         ({"driver": "0.9.10"}, {"driver": "<0.9.7"}, False),
@@ -326,8 +326,8 @@ def test_the_table_of_pairs_is_whole() -> None:
         ({}, {}, True),
     ],
 )
-def test_conditions(facts: dict[str, str], wanted: dict[str, str], meets: bool) -> None:
-    assert fits(facts, wanted) is meets
+def test_conditions(facts: dict[str, str], wanted: dict[str, str], expected: bool) -> None:
+    assert meets(facts, wanted) is expected
 
 
 def test_versions_are_ordered() -> None:
@@ -388,5 +388,5 @@ def test_a_hard_limit_of_open_files_is_named(
 
 
 def test_a_model_whose_table_can_stay_on_flash_is_not_refused(board: Board) -> None:
-    found = preflight(Model(size=18 * GB), runtime="1.2.3", root=board(capacities=RK3588), allowed=range(8))
+    found = preflight(ModelFacts(size=18 * GB), runtime="1.2.3", root=board(capacities=RK3588), allowed=range(8))
     assert [(item.level, item.code) for item in found.findings] == [("warning", "memory-short")]

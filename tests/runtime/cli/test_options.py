@@ -99,7 +99,7 @@ def test_options_are_taken_out_of_what_the_command_gets() -> None:
         click.echo(str(runtime))
 
     done = CliRunner().invoke(run, ["--abi", "1.2.0", "--max-context", "64"])
-    assert "abi='1.2.0', max_context=64" in done.output
+    assert "release='1.2.0', max_context=64" in done.output
 
 
 RKEDGE = Path(sys.executable).with_name("rkedge")

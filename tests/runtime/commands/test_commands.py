@@ -62,6 +62,35 @@ def test_run_with_a_prompt_leaves_standard_input_alone(bundle: Path) -> None:
     assert done.stdout == f"{QA[FIRST].answer}\n{QA['Does it work?'].answer}\n", done.stderr
 
 
+def test_run_answers_whatever_else_is_closed(bundle: Path) -> None:
+    line = f'"{sys.executable}" -m rkruntime.cli run "{bundle}" --temperature 0 -p "{FIRST}" <&- 2>&-'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, QA[FIRST].answer + "\n")
+
+
+def test_a_program_without_standard_streams_has_a_model_too(bundle: Path, tmp_path: Path) -> None:
+    """Its first pipe gets the number of standard input, in whose place the worker has something else."""
+    program = (
+        "import sys; from pathlib import Path; from rkruntime import open_model, SamplingOptions\n"
+        "with open_model(sys.argv[1], sampling=SamplingOptions(temperature=0)) as model:\n"
+        "    Path(sys.argv[2]).write_text(model.ask(sys.argv[3]).text)\n"
+    )
+    said = tmp_path / "said"
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", program, str(bundle), str(said), FIRST]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+    assert said.read_text() == QA[FIRST].answer
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "POSIX"])
+@pytest.mark.parametrize("name", ["run", "chat"])
+def test_an_input_that_is_not_utf8_is_refused_in_every_locale(bundle: Path, name: str, locale: str) -> None:
+    command = [sys.executable, "-m", "rkruntime.cli", name, str(bundle)]
+    environment = {**os.environ, "LC_ALL": locale}
+    done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=120, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (2, b""), done.stderr
+    assert b"is not UTF-8" in done.stderr
+
+
 def test_run_as_json(bundle: Path) -> None:
     done = rkedge("run", bundle, "-p", FIRST, "--max-new-tokens", "3", "--temperature", "0", "--json")
     report = json.loads(done.stdout)

@@ -61,7 +61,7 @@ def model_without(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> C
 def options(bundle: Bundle) -> Callable[..., LoadOptions]:
     """Options for the demo model over an emulated release."""
 
-    def make(release: str = "1.2.3", **changes: Any) -> LoadOptions:
+    def make(release: str = "1.2.3", /, **changes: Any) -> LoadOptions:
         values: dict[str, Any] = {
             "library": emulator.build(release),
             "model": bundle.model,
@@ -80,7 +80,7 @@ def load(options: Callable[..., LoadOptions]) -> Iterator[Callable[..., Engine]]
     """Loads the demo model; what is still loaded at the end is closed."""
     engines: list[Engine] = []
 
-    def make(release: str = "1.2.3", **changes: Any) -> Engine:
+    def make(release: str = "1.2.3", /, **changes: Any) -> Engine:
         engines.append(Engine.load(options(release, **changes)))
         return engines[-1]
 

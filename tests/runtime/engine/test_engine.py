@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rkruntime.bundle.rkemu import TensorSpec, Writer, read_container
-from rkruntime.checks.preflight import Model
+from rkruntime.checks.preflight import ModelFacts
 from rkruntime.engine.engine import Engine, LoadOptions, Lora
 from rkruntime.engine.generation import (
     GREEDY,
@@ -416,6 +416,27 @@ def test_sampling_of_the_load(load: Load, release: str, question: list[int], ids
     assert any(ids_of(hot.generate(Request(question, max_new_tokens=8))) != greedy[0] for _ in range(5))
 
 
+def test_an_answer_ends_with_its_context(load: Load, question: list[int]) -> None:
+    """Allowed more tokens than it has room for, 1.3.0 would drop the start of the conversation and go on."""
+    hot = Sampling(temperature=5.0, top_k=500, top_p=1.0, repeat_penalty=1.0)
+    kept, slid = load("1.3.0", max_context=64, sampling=hot), load("1.3.0", max_context=64, sampling=hot, n_keep=0)
+    request = Request(question, max_new_tokens=1000)
+    assert all(len(list(kept.generate(request))) <= 65 for _ in range(5))
+    assert any(len(list(slid.generate(request))) > 65 for _ in range(5))
+
+
+def test_a_continued_conversation_ends_with_its_context(load: Load, question: list[int]) -> None:
+    """Only the runtime knows how full its context is: a limit beyond it would drop the start, so none is passed on."""
+    hot = Sampling(temperature=5.0, top_k=500, top_p=1.0, repeat_penalty=1.0)
+    engine = load("1.3.0", max_context=64, sampling=hot)
+    for _ in range(5):
+        engine.clear_cache()
+        list(engine.generate(Request(question, max_new_tokens=1, keep_history=True)))
+        room = 64 - engine.cache_sizes()[0] - len(question)
+        *tokens, _ = engine.generate(Request(question, max_new_tokens=1000, keep_history=True))
+        assert 0 < len(tokens) <= room + 1
+
+
 def test_fields_that_a_release_lacks(load: Load, release: str) -> None:
     for changes, since in (
         ({"n_keep": 4}, "1.2.0"),
@@ -664,7 +685,7 @@ def test_preflight_is_asked(load: Load, bundle: Any) -> None:
     engine = load(known=known, max_context=8192)
     assert engine.info.max_context == known.max_context
     assert [finding.code for finding in engine.info.findings] == ["context-clamped"]
-    assert isinstance(known, Model)
+    assert isinstance(known, ModelFacts)
 
 
 def test_closed_engines(load: Load, question: list[int]) -> None:

@@ -28,7 +28,7 @@ PROMPT = [2, 5, 9, 30, 31, 32, 33]
 @pytest.mark.parametrize(("library", "layout"), PAIRS)
 def test_a_forced_layout_is_refused(options: Callable[..., LoadOptions], library: str, layout: str) -> None:
     with pytest.raises(LibraryError, match=f"release {library}, whose layout is not that of {layout}"):
-        Engine.load(options(library, abi=layout))
+        Engine.load(options(library, release=layout))
 
 
 def renamed(library: Path, version: str, folder: Path) -> Path:
@@ -48,14 +48,14 @@ def test_an_unknown_release_with_the_wrong_layout(
 ) -> None:
     """What a person does with a library of tomorrow: names a release that it is not."""
     unknown = renamed(emulator.build(library), library, tmp_path)
-    forced = options(library, library=unknown, abi=layout, load_timeout=30.0, token_timeout=30.0)
+    forced = options(library, library=unknown, release=layout, load_timeout=30.0, token_timeout=30.0)
     if (library, layout) in SAME_FOR_TOKENS:
         assert answer(forced) == answer(options(library))
     else:
         with pytest.raises(RKEdgeError):
             answer(forced)
     # The right name works.
-    assert answer(options(library, library=unknown, abi=library)) == answer(options(library))
+    assert answer(options(library, library=unknown, release=library)) == answer(options(library))
 
 
 @pytest.mark.parametrize(("library", "layout"), PAIRS)
@@ -64,8 +64,8 @@ def test_a_wrong_layout_without_any_check_of_the_file(
 ) -> None:
     """Even if identification were wrong, nothing but an error reaches the parent."""
 
-    def wrong(path: Path, abi: str | None = None) -> Identity:
-        return dataclasses.replace(identify(path, abi), release=RELEASES[layout])
+    def wrong(path: Path, release: str | None = None) -> Identity:
+        return dataclasses.replace(identify(path, release), release=RELEASES[layout])
 
     expected = answer(options(library))
     with monkeypatch.context() as patch:

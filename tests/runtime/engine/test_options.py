@@ -16,7 +16,7 @@ from tests.runtime.conftest import with_file
 
 from rkruntime.abi import RELEASES
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.checks.preflight import Model
+from rkruntime.checks.preflight import ModelFacts
 from rkruntime.cli import options
 from rkruntime.engine import open as opening
 from rkruntime.engine.generation import GREEDY, Sampling
@@ -46,7 +46,7 @@ def test_options_arrive_as_two_values() -> None:
         "--repeat-penalty nan",
         "--temperature -1",
         "--top-k 0",
-        "--top-p 0",
+        "--top-p -0.1",
         "--top-p 1.1",
         "--max-new-tokens 0",
         "--max-context 8",
@@ -168,7 +168,7 @@ def test_the_emulator_is_asked_for_by_name(fake_bundle: Bundle, monkeypatch: pyt
 
     monkeypatch.setattr(opening.importlib, "import_module", lambda name: SimpleNamespace(build=build))
     assert find_library(fake_bundle, RuntimeOptions()) == Path("/built.so")
-    find_library(fake_bundle, RuntimeOptions(abi="1.3.0"))
+    find_library(fake_bundle, RuntimeOptions(release="1.3.0"))
     assert asked == ["1.2.3", "1.3.0"]
 
 
@@ -206,7 +206,7 @@ def test_the_embedding_table_stays_in_the_file_where_the_release_can(
     release: str, asked: bool | None, flash: bool | None
 ) -> None:
     """As `rkedge plan` counts on it; what the library's own default is has not been published."""
-    known = Model(platform="rk3588", toolkit=release, npu_cores=3, max_context=512, size=1 << 20)
+    known = ModelFacts(platform="rk3588", toolkit=release, npu_cores=3, max_context=512, size=1 << 20)
     given = LoadOptions(Path("librkllmrt.so"), Path("model"), known=known, embed_flash=asked)
     identity: Any = SimpleNamespace(release=RELEASES[release], emulated=True)
     assert checked(given, identity)[0].embed_flash is flash

@@ -503,7 +503,7 @@ def test_prompt_caches_for_conversations_in_turn(start_daemon: Callable[..., Any
 
 def test_an_old_runtime_gets_its_reuse_from_files(start_daemon: Callable[..., Any]) -> None:
     """Releases before 1.2.0 reuse nothing themselves, and give no figures to count by."""
-    daemon = start_daemon("abi: 1.1.4\nprompt_cache: {min_tokens: 20}", port=False)
+    daemon = start_daemon("release: 1.1.4\nprompt_cache: {min_tokens: 20}", port=False)
     first = "word " * 60
     assert daemon.lines("/sessions/a/messages", {"content": first, "max_tokens": 2})[-1]["type"] == "done"
     assert len(list((daemon.state / "cache" / "prompts").glob("*.kv"))) == 1
@@ -519,7 +519,7 @@ def test_sampling_per_request_needs_a_new_runtime(start_daemon: Callable[..., An
     status, _, answer = strict.request("POST", "/v1/chat/completions", body)
     assert status == 400
     assert "1.3.0" in answer["error"]["message"]
-    new = start_daemon("abi: 1.3.0", port=False)
+    new = start_daemon("release: 1.3.0", port=False)
     status, headers, _ = new.request("POST", "/v1/chat/completions", body)
     assert status == 200
     assert "x-rkedge-ignored" not in headers

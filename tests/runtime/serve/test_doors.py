@@ -179,12 +179,27 @@ def test_pages_of_others_are_kept_out_by_every_door(
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
+@pytest.mark.parametrize("host", ["LOCALHOST", "localhost.", "LocalHost.:8080", "127.0.0.1", "[::1]:80"])
+def test_names_have_no_case_and_a_target_may_be_a_whole_url(daemon: Any, kind: str, host: str) -> None:
+    for target in ("/sessions", f"http://{host}/sessions", f"HTTP://{host}/sessions?a=b"):
+        assert status(daemon, kind, f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()) == 200, target
+    assert status(daemon, kind, f"GET http://{host} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()) == 200
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_no_spelling_of_a_request_leads_around(daemon: Any, kind: str) -> None:
     host = b"Host: evil.example\r\n"
     for attack in (
         b"GET /sessions HTTP/1.0\r\n\r\n",
         b"GET /sessions HTTP/1.0\r\n" + host + b"\r\n",
         b"GET http://localhost/sessions HTTP/1.1\r\n" + host + b"\r\n",
+        b"GET http://evil.example/sessions HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http://localhost@evil.example/sessions HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http:///sessions HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET ftp://localhost/sessions HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http://localhosthttp://localhost/sessions HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /sessions HTTP/1.1\r\nHost: localhost..\r\n\r\n",
+        b"GET /sessions HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n",
         b"GET /health/../sessions HTTP/1.1\r\n" + host + b"\r\n",
         b"GET /sessions HTTP/1.1\r\nHost: localhost\r\n" + host + b"\r\n",
         b"GET /sessions HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nOrigin: http://evil.example\r\n\r\n",

@@ -20,7 +20,7 @@ from rkruntime.engine.generation import Event, Finished, FinishReason, Request
 from rkruntime.errors import HostError, WorkerCrashedError
 from rkruntime.serve.api.native import _Turn
 from rkruntime.serve.host import Host
-from rkruntime.serve.service import Ask, Outcome, Prompt, Run, Service
+from rkruntime.serve.service import GenerationRequest, Outcome, Prompt, Run, Service
 from rkruntime.serve.settings import Limits, PromptCache, Sessions, Settings
 from rkruntime.serve.threads import on_disk
 from rkruntime.testing import fake_model
@@ -111,7 +111,7 @@ def one_run(
         async def work(run: Run) -> None:
             nonlocal waits
             waits = await cancelled_at(
-                service._run(Ask(prompt, ("ann", "", ""), "1", stop=stop, keep=keep), run), steps, late
+                service._run(GenerationRequest(prompt, ("ann", "", ""), "1", stop=stop, save=keep), run), steps, late
             )
 
         run = Run(work)
@@ -233,7 +233,7 @@ def test_a_stopped_turn_is_saved_as_it_was_seen_and_goes_on_from_there(
     assert done["prompt_tokens"] == expected
 
 
-def test_stopping_before_anything_came(chat: RemoteChat, tmp_path: Path) -> None:
+def test_stopping_before_anything_came(chat: RemoteChat, slow: Any, tmp_path: Path) -> None:
     pieces = chat.ask(FIRST)
     chat.stop()  # nothing is asked yet
     seen = ""
@@ -243,6 +243,7 @@ def test_stopping_before_anything_came(chat: RemoteChat, tmp_path: Path) -> None
     chat.save(tmp_path / "talk.json")
     contents = [item["content"] for item in read_conversation(tmp_path / "talk.json")["messages"]]
     assert contents == ([FIRST, seen] if seen else [])
+    assert [item["name"] for item in slow.request("GET", "/sessions")[2]["sessions"]] == ["talk"] * bool(seen)
 
 
 def test_a_chat_whose_reader_goes_away_goes_on(chat: RemoteChat) -> None:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from rkconvert.demo import checkpoint, questions
 from rkruntime.errors import WorkerCrashedError
-from rkruntime.serve.api.asks import WholeChat
+from rkruntime.serve.api.generate import WholeChat
 from rkruntime.serve.host import Host
 from rkruntime.serve.memory import AnswerMemory
-from rkruntime.serve.service import Ask, Service
+from rkruntime.serve.service import GenerationRequest, Service
 from rkruntime.serve.settings import PromptCache, Sessions, Settings
 from rkruntime.serve.users import User
 from rkruntime.testing import fake_model
@@ -174,7 +174,7 @@ def test_no_answer_outlives_its_model(tmp_path: Path, how: str) -> None:
         request: Any = SimpleNamespace(scope={"rkedge.user": ANN})
         for texts in (["Is it?"], ["Is it?", "Yes.", "Why?"], ["Is it?", "Yes.", "Why?"]):
             talk = WholeChat(request, service, ask(*texts))
-            run = service.start(Ask(talk.prompt, ("ann", "", ""), "1", keep=talk.keep))
+            run = service.start(GenerationRequest(talk.prompt, ("ann", "", ""), "1", save=talk.save))
             while await run.take():
                 pass
             if len(seen) == 2:

@@ -23,7 +23,7 @@ from rkconvert.demo import questions
 from rkruntime.resources import resource
 from rkruntime.serve.host import Host
 from rkruntime.serve.server import Daemon
-from rkruntime.serve.settings import Listen, PromptCache, Sessions, Settings
+from rkruntime.serve.settings import Listen, PromptCache, Sessions, Settings, load_settings
 from rkruntime.testing import fake_model
 
 FIRST = "What is the RK3588?"
@@ -44,7 +44,7 @@ IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "sessions.resume_s": lambda daemon: daemon.service.settings.sessions.resume_s,
 }
 # What has an effect on a model that is loaded.
-OF_THE_MODEL = {"bundle", "library", "abi", "max_context", "force", "base_domain_id"} | {
+OF_THE_MODEL = {"bundle", "library", "release", "max_context", "force", "base_domain_id"} | {
     "temperature",
     "top_k",
     "top_p",
@@ -67,7 +67,7 @@ def other(name: str, hint: Any, value: Any, folder: Path) -> Any:
         path.write_text(f"ann {'a' * 32}")
         path.chmod(0o600)
         return path
-    special = {"listen.host": "127.0.0.2", "listen.socket_mode": "0600", "abi": "1.2.0", "top_p": 0.5}
+    special = {"listen.host": "127.0.0.2", "listen.socket_mode": "0600", "release": "1.2.0", "top_p": 0.5}
     if name in special:
         return special[name]
     choices = [item for item in get_args(hint) if isinstance(item, str) and item != value]
@@ -185,6 +185,48 @@ def test_a_revoked_key_is_refused_whatever_the_npu_does(
         asking.join()
     else:
         assert daemon.ask("Does it work?")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# nothing\n", "log_level: debug\n", "listen: {}\nlimits: {queue: 1}\n", "listen: {api_keys: null}\n", "{}"],
+)
+@pytest.mark.parametrize("named", ["bundle in the settings", "bundle in the command"])
+def test_settings_without_keys_do_not_open_a_port_that_had_some(
+    short: Path, caplog: pytest.LogCaptureFixture, text: str, named: str
+) -> None:
+    """An editor empties a file for a moment; what it says then is no decision of anybody's."""
+    caplog.set_level(logging.INFO, "rkedge")
+    (short / "keys").write_text(f"ann {'a' * 32}")
+    (short / "keys").chmod(0o600)
+    settings = Settings(
+        bundle=short / "bundle",
+        listen=Listen(short / "s", port=0, api_keys=short / "keys"),
+        sessions=Sessions(short / "sessions"),
+        prompt_cache=PromptCache(short / "prompts"),
+    )
+
+    def reread() -> Settings:
+        (short / "daemon.yaml").write_text(text)
+        found = load_settings(short / "daemon.yaml")
+        bundle = settings.bundle if named == "bundle in the command" else found.bundle
+        return replace(found, bundle=bundle, listen=replace(found.listen, socket=short / "s", port=0))
+
+    async def main() -> None:
+        daemon = Daemon(settings, reread, Host(settings, lambda *_: fake_model(), lambda *_: None))
+        try:
+            for _ in range(2):
+                await daemon.reload()
+                assert [*daemon._doors[1].keys.values()] == ["ann"]
+                assert daemon.service.settings is settings
+                assert "the settings were not applied" in caplog.text
+                assert daemon.service.host.settings == settings
+        finally:
+            for door in daemon._doors:
+                door.listener.close()
+            daemon._locks.close()
+
+    asyncio.run(main())
 
 
 def copy_over(source: Path, target: Path) -> None:

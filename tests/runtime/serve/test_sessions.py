@@ -223,6 +223,31 @@ def test_what_cannot_be_deleted_stays_in_the_list(store: SessionStore, tmp_path:
     assert names(store, ANN) == []
 
 
+def test_what_else_someone_puts_into_the_folder_is_left_alone(tmp_path: Path) -> None:
+    user, other = ANN, tmp_path / "ann"
+    SessionStore(tmp_path, 1_000_000, 10).write(user, "good", {})
+    (other / "dangling.json").symlink_to("/no/such")
+    (other / "circle.json").symlink_to("circle.json")
+    (other / "folder.json").mkdir()
+    (other / "bad name (copy).json").write_text("{}")
+    (other / ".json").write_text("{}")
+    (other / f"{'x' * 65}.json").write_text("{}")
+    os.mkfifo(other / "fifo.json")
+    store = SessionStore(tmp_path, 1_000_000, 1)
+    assert [item.name for item in store.list(user)] == ["good"]
+    store.write(user, "next", {})
+    assert [item.name for item in store.list(user)] == ["next"]
+    assert len([*other.iterdir()]) == 8
+    for name, kind in (
+        ("dangling", NoSuchSessionError),
+        ("circle", HostError),
+        ("folder", HostError),
+        ("fifo", HostError),
+    ):
+        with pytest.raises(kind):
+            store.read(user, name)
+
+
 def test_a_folder_that_nobody_can_write_into(start_daemon: Callable[..., Any], small_disk: Path) -> None:
     daemon = start_daemon(f"sessions: {{folder: {small_disk}/sessions}}", port=False)
     assert daemon.request("PUT", "/sessions/talk", {"system": "x"})[0] == 200
@@ -234,7 +259,8 @@ def test_a_folder_that_nobody_can_write_into(start_daemon: Callable[..., Any], s
         assert (status, body["error"]["code"]) == (503, "host")
         assert "Read-only file system" in body["error"]["message"]
         assert [item["name"] for item in daemon.request("GET", "/sessions")[2]["sessions"]] == ["talk"]
-        assert daemon.request("PUT", "/sessions/talk", {"system": "y"})[0] != 500
+        status, _, body = daemon.request("PUT", "/sessions/talk", {"system": "y"})
+        assert (status, body["error"]["code"]) == (503, "host")
         daemon.restart()
         daemon.wait_until(daemon.socket.exists)
         assert daemon.request("GET", "/sessions/talk")[2]["system"] == "x"

@@ -118,6 +118,7 @@ def test_the_command(board: Board) -> None:
     done = run_chat(board, board.destination, "--temperature", "0", text=f"{FIRST}\nDoes it work?\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{QA[FIRST]}\n{QA['Does it work?']}\n"
+    assert done.stderr.count("ignores temperature") == 1, done.stderr
 
 
 @pytest.mark.parametrize("where", ["nobody@nowhere.invalid", "-oProxyCommand=touch x@y"])

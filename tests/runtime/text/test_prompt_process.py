@@ -22,7 +22,7 @@ from tests.runtime.conftest import with_file
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
 from rkruntime.text import confined
-from rkruntime.text.confined import Confined, Limits
+from rkruntime.text.confined import CallLimits, Confined
 from rkruntime.text.prompt_process import PromptProcess
 from rkruntime.text.prompts import RESERVED, PromptMaker
 from rkruntime.text.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
@@ -30,7 +30,7 @@ from rkruntime.text.tokenizer import Tokenizer
 
 from .chat_templates import FOLDED
 
-QUICK = Limits(cpu_s=1, wall_s=20)
+QUICK = CallLimits(cpu_s=1, wall_s=20)
 
 
 def chat(*contents: str) -> list[Message]:
@@ -184,7 +184,7 @@ def test_after_a_limit_it_goes_on(fake_bundle: Bundle) -> None:
 
 def test_computing_is_counted_per_call(fake_bundle: Bundle) -> None:
     source = "{% for i in range(4) %}{% for j in range(50000) %}{% endfor %}{% endfor %}" + WORDS
-    with closing(PromptProcess(with_file(fake_bundle, "chat_template.jinja", source), Limits(cpu_s=1))) as prompts:
+    with closing(PromptProcess(with_file(fake_bundle, "chat_template.jinja", source), CallLimits(cpu_s=1))) as prompts:
         pid = prompts._child.pid
         used = 0.0
         while used < 2.5:
@@ -198,7 +198,7 @@ def test_computing_is_counted_per_call(fake_bundle: Bundle) -> None:
 def test_a_call_can_be_ended_from_outside(fake_bundle: Bundle, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confined, "_GRACE", 0.2)
     bundle = with_file(fake_bundle, "chat_template.jinja", TREACHEROUS)
-    with closing(PromptProcess(bundle, Limits(cpu_s=100))) as prompts:
+    with closing(PromptProcess(bundle, CallLimits(cpu_s=100))) as prompts:
         errors: list[Exception] = []
 
         def ask() -> None:
@@ -217,7 +217,7 @@ def test_a_call_can_be_ended_from_outside(fake_bundle: Bundle, end: str, monkeyp
             getattr(prompts, end)()
         asking.join(30)
         assert not asking.is_alive()
-        assert isinstance(errors[0], HostError if end == "kill" else BundleError)
+        assert type(errors[0]) is {"kill": HostError, "close": RunError, "hurry": BundleError}[end]
         if end == "close":
             with pytest.raises(RunError, match="is closed"):
                 prompts.prompt(chat("hello"), 512)

@@ -20,6 +20,7 @@ from rkruntime.text.template import (
     Message,
     Template,
     load_template,
+    no_question,
 )
 from rkruntime.text.tokenizer import Tokenizer
 
@@ -219,6 +220,20 @@ def test_orders_that_gemma_refuses(tokenizer: Tokenizer, roles: str) -> None:
         GemmaTemplate(tokenizer).parts([Message(names.get(role, role), "hi") for role in roles])
 
 
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ([], "it is empty"),
+        (["system"], "its only message is a system prompt"),
+        (["assistant"], "its only message is an answer"),
+        (["user", "assistant"], "the last of its messages is an answer"),
+        (["user", "assistant", "system"], "the last of its messages is a system prompt"),
+    ],
+)
+def test_a_conversation_that_asks_nothing_says_what_it_ends_with(roles: list[str], words: str) -> None:
+    assert words in no_question([Message(role, "x") for role in roles]).message
+
+
 def test_a_template_may_refuse(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="System role not supported"):
         JinjaTemplate(GEMMA, tokenizer, fold=False).parts([Message("system", "x"), Message("user", "y")])
@@ -235,7 +250,8 @@ def test_a_system_message_is_never_dropped(tokenizer: Tokenizer, roles: str) -> 
 
 def test_bos_stands_once_whatever_the_template_does(tokenizer: Tokenizer) -> None:
     bos = tokenizer.control["<bos>"]
-    for source in ("{{ messages[0].content }}", "<bos>{{ bos_token }}{{ messages[0].content }}"):
+    for start in ("", "<bos>{{ bos_token }}", " \n<bos>", "\n{{ bos_token }} <bos>"):
+        source = start + "{{ messages[0].content }}"
         template = JinjaTemplate(source, tokenizer, fold=True)
         assert made(tokenizer, template, [Message("user", "hi")]) == [bos, *tokenizer.encode("hi")]
 

@@ -25,6 +25,8 @@ class AsyncRecords:
     def __init__(self, worker: WorkerProcess, answered: Callable[[Record], bool], gather: float = 0.0) -> None:
         self._worker, self._answered, self._gather = worker, answered, gather
         self._loop = asyncio.get_running_loop()
+        # The numbers as they are now: another thread may close the pipes.
+        self._records_fd, self._log_fd = worker.records_fd, worker.log_fd
         self._waiter: asyncio.Future[None] | None = None
         self._failed: WorkerError | None = None
         self._received = 0
@@ -59,14 +61,14 @@ class AsyncRecords:
     async def _readable(self, deadline: float) -> None:
         """Wait until there may be something to read. The descriptor is watched only here: each event costs CPU."""
         self._waiter = self._loop.create_future()
-        self._loop.add_reader(self._worker.records_fd, self._wake)
+        self._loop.add_reader(self._records_fd, self._wake)
         alarm = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._wake)
         try:
             await self._waiter
         finally:
             self._waiter = None
             alarm.cancel()
-            self._loop.remove_reader(self._worker.records_fd)
+            self._loop.remove_reader(self._records_fd)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -90,12 +92,12 @@ class AsyncRecords:
 
     def _watch_log(self) -> None:
         self._log_timer = None
-        self._loop.add_reader(self._worker.log_fd, self._read_log)
+        self._loop.add_reader(self._log_fd, self._read_log)
 
     def _read_log(self) -> None:
         more = self._worker.read_log()
         if more or not self._worker.log_open:
-            self._loop.remove_reader(self._worker.log_fd)
+            self._loop.remove_reader(self._log_fd)
         if more:  # others get their turn first
             self._log_timer = self._loop.call_later(LOG_PAUSE, self._watch_log)
 
@@ -104,4 +106,4 @@ class AsyncRecords:
         self._timer.cancel()
         if self._log_timer is not None:
             self._log_timer.cancel()
-        self._loop.remove_reader(self._worker.log_fd)
+        self._loop.remove_reader(self._log_fd)

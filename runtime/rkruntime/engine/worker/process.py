@@ -22,6 +22,7 @@ from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.exchange import Exchange
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
+from rkruntime.owner import Owner
 from rkruntime.printable import one_line
 from rkruntime.words import counted
 
@@ -60,6 +61,7 @@ class WorkerProcess:
         log: The last lines that it printed, with control characters escaped.
         alarm: The first line, since this was last cleared, that says that a run's results are wrong.
         log_open: Whether more lines may follow.
+        owner: The process that may use it.
 
     Args:
         interpreter: Command of the Python to use. Raises HostError if it cannot be started.
@@ -71,6 +73,7 @@ class WorkerProcess:
         self, interpreter: Sequence[str], environment: Mapping[str, str], on_log: Callable[[str], None] | None = None
     ) -> None:
         self._on_log = on_log
+        self.owner = Owner()
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
         self.alarm = ""
         self.log_open = True
@@ -86,7 +89,7 @@ class WorkerProcess:
         self._next_look = 0.0
         self._log_again = 0.0
         with contextlib.ExitStack() as on_error:
-            fds = [fd for _ in range(3) for fd in os.pipe()]
+            fds = [_no_standard_stream(fd) for _ in range(3) for fd in os.pipe()]
             for fd in fds:
                 on_error.callback(_close_quietly, fd)
             command_read, self._commands, self._records, record_write, self._log, log_write = fds
@@ -102,7 +105,7 @@ class WorkerProcess:
         for fd in (command_read, record_write, log_write):
             os.close(fd)
         pipes = (self._commands, self._records, self._log)
-        self._forgotten = weakref.finalize(self, _let_go, self.process, pipes, os.getpid())
+        self._forgotten = weakref.finalize(self, _let_go, self.process, pipes, self.owner)
         self._poll = select.poll()
         self._poll.register(self._records, select.POLLIN)
         self._poll.register(self._log, select.POLLIN)
@@ -190,6 +193,8 @@ class WorkerProcess:
             data = b""
             if self._left is None:
                 return 0
+        except OSError:  # closed by another thread
+            data = b""
         if not data:
             raise self.crashed()
         if self._left is not None:
@@ -375,13 +380,22 @@ def _start(
         ) from error
 
 
-def _let_go(process: subprocess.Popen[bytes], pipes: tuple[int, ...], owner: int) -> None:
+def _let_go(process: subprocess.Popen[bytes], pipes: tuple[int, ...], owner: Owner) -> None:
     """End a worker that was never closed, without waiting for it. A fork of its parent leaves it alone."""
     for fd in pipes:
         _close_quietly(fd)
-    if os.getpid() == owner:
+    if owner.here:
         process.terminate()
         _let_go_of.append(process)
+
+
+def _no_standard_stream(fd: int) -> int:
+    """A pipe's end under a number that the worker's own streams do not take, even if some of ours are closed."""
+    if fd > 2:
+        return fd
+    higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return higher
 
 
 def _waiting(fd: int) -> int:

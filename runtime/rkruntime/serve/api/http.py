@@ -21,6 +21,7 @@ from rkruntime.errors import (
     HostError,
     ModelError,
     NoSuchSessionError,
+    OutputError,
     RefusedError,
     RKEdgeError,
     ServiceError,
@@ -46,6 +47,7 @@ _ERRORS: Final[tuple[tuple[type[RKEdgeError], int, str, str | None], ...]] = (
     (TimeLimitError, 504, "server_error", "time_limit"),
     (ServiceError, 503, "server_error", "unavailable"),
     (HostError, 503, "server_error", "host"),
+    (OutputError, 503, "server_error", "host"),
     (ModelError, 502, "server_error", "model"),
     (RefusedError, 400, "invalid_request_error", None),
     (RKEdgeError, 503, "server_error", "model_unavailable"),
@@ -97,7 +99,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(body, status, headers, "application/json")
 
 
-class Bodies:
+class BodyReader:
     """Read and check request bodies.
 
     Args:
@@ -140,6 +142,10 @@ class Bodies:
             raise BodyError(f"The body must be a JSON object, not a {type(data).__name__}.")
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
+
+    def check(self, schema: str, data: Any) -> Any:
+        """`data` that does not come from a request, likewise. Raises BodyError."""
+        return self._validator.read(schema, data, Ignored())
 
     async def _read(self, request: Request) -> bytes:
         held: Held = request.scope["rkedge.held"]

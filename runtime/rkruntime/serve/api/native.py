@@ -11,42 +11,59 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.errors import BodyError, InputError, NoSuchSessionError
+from rkruntime.engine.generation import PER_REQUEST, TokenId
+from rkruntime.errors import BodyError, InputError, NoSuchSessionError, UsageError
 from rkruntime.model import Model
-from rkruntime.serve.api.asks import Begun, ask_of, begin, dropping_notes, items, split, stops
-from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes
+from rkruntime.schema import Between, build
+from rkruntime.serve.api.generate import (
+    StartedRun,
+    client_of,
+    dropping_notes,
+    generation_request,
+    items,
+    split,
+    started_run,
+    stops,
+)
+from rkruntime.serve.api.http import (
+    BodyReader,
+    Stream,
+    error_body,
+    json_response,
+    refuse_together,
+    routes,
+    while_connected,
+)
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
+from rkruntime.text.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_OPTIONS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "stop",
-)
+_Moment = Annotated[float, Between(0, 1e15)]
+_OPTIONS: Final = ("max_tokens", *PER_REQUEST, "stop")
 
 
 def _line(kind: str, **values: Any) -> bytes:
     return (_encode({"type": kind, **values}) + "\n").encode("utf-8", "replace")
+
+
+def _options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a question says of its answer."""
+    return {name: body[name] for name in _OPTIONS if name in body}
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,52 @@ class _Place:
     @classmethod
     def of(cls, request: Request) -> _Place:
         return cls(request.scope["rkedge.user"], check_name(request.path_params["name"], "session"))
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """An answer that was broken off, as the session's file has it: the question, what was kept, and since when.
+
+    Attributes:
+        tokens: Ids of `text`, by the model with the fingerprint `model`.
+        drop, options: As asked.
+        boot, since_boot, at: See `_now`.
+    """
+
+    question: str
+    text: str
+    tokens: tuple[TokenId, ...]
+    model: str
+    options: dict[str, Any]
+    since_boot: _Moment
+    at: _Moment
+    boot: str = ""
+    drop: bool = False
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the daemon adds to a conversation: the last answer's name, and why it ended, or what there is of it."""
+
+    number: str = ""
+    reason: Literal["stop", "length", "abort", "pause"] = "stop"
+    broken: _Partial | None = None
+
+
+def _checked(data: Mapping[str, Any], bodies: BodyReader) -> dict[str, Any]:
+    """A session's file with its notes checked. Raises InputError for what no daemon has written."""
+    given = {key: value for key, value in data.items() if value is not None}
+    notes = {item.name: given[item.name] for item in fields(_Notes) if item.name in given}
+    broken = build(_Notes, notes, lambda what: InputError(f"{what}.")).broken
+    if broken is None:
+        return given
+    if not broken.tokens:
+        raise InputError("broken.tokens is empty.")
+    try:
+        read = bodies.check("SessionMessage", {**broken.options, "content": broken.question})
+    except BodyError as error:
+        raise InputError(f"broken.options: {error.message}") from error
+    return {**given, "broken": {**given["broken"], "options": _options(read)}}
 
 
 @dataclass(frozen=True)
@@ -111,6 +174,8 @@ class _Turn:
         fingerprint = model.bundle.manifest.fingerprint
         if self.begun and self.made_by != fingerprint:
             raise NoSuchSessionError("That answer was begun by another model.", hint="Ask again.")
+        if max(self.begun, default=0) >= model.prompts.vocabulary.vocab_size:
+            raise NoSuchSessionError("What is kept of that answer is not from this model.", hint="Ask again.")
         # Before the run: what it adds would be kept, and taken for what the client has.
         self.received.check(AnswerReader(model.prompts.vocabulary, 0, stops(self.options), self.begun).text)
         self.made_by = fingerprint
@@ -175,6 +240,12 @@ def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**data, "messages": [*data["messages"], {"role": "user", "content": broken["question"]}, answer]}
 
 
+def _before(data: Mapping[str, Any], question: str, number: str) -> Mapping[str, Any]:
+    """The session without its partial answer, if its question is put again: the client could not resume it."""
+    again = "broken" in data and number and (data.get("number"), data["broken"]["question"]) == (number, question)
+    return {key: value for key, value in data.items() if key != "broken"} if again else data
+
+
 def _update(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a change, with its `conversation` reduced to what belongs there. Raises BodyError."""
     refuse_together(body, "clear", "conversation")
@@ -194,10 +265,10 @@ def _not_a_conversation(what: str) -> BodyError:
     return BodyError(what, details={"param": "conversation"})
 
 
-class Sessions:
+class SessionEndpoints:
     """The endpoints of /sessions."""
 
-    def __init__(self, service: Service, bodies: Bodies) -> None:
+    def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._store = service.sessions
         self._bodies = bodies
@@ -246,11 +317,25 @@ class Sessions:
         body = await self._bodies.read(request, "SessionUpdate", _update)
         async with self._order(place):
             await self._take_over(place)
+            if "conversation" in body:
+                await while_connected(request, self._check_template(request, body))
             await on_disk(self._write_changed, place, body)
         return json_response({"changed": place.name})
 
+    async def _check_template(self, request: Request, body: Mapping[str, Any]) -> None:
+        """Raise BodyError if the loaded model's template refuses the conversation."""
+        conversation = body["conversation"]
+        turns = [(item["role"], item["content"]) for item in conversation["messages"]]
+        if system := body.get("system", conversation["system"]):
+            turns.insert(0, ("system", system))
+        try:
+            await self._service.check([Message(*turn) for turn in (*turns, ("user", ""))], client_of(request, body))
+        except UsageError as error:
+            raise _not_a_conversation(error.message) from error
+
     def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
-        data = body["conversation"] if "conversation" in body else self._data(place)
+        stored = None if "conversation" in body else self._data(place)
+        data = body["conversation"] if stored is None else stored
         system = body.get("system", data["system"])
         # The daemon's own notes are not accepted from a client, and are dropped with the turns.
         # An answer that was begun under another system prompt is not resumed.
@@ -260,7 +345,8 @@ class Sessions:
         kept |= {key: data[key] for key in own if key in data} | {"system": system}
         if body.get("clear"):
             kept["messages"] = []
-        self._store.write(place.user, place.name, kept)
+        if kept != stored:  # of a session that is not there, there is nothing to clear
+            self._store.write(place.user, place.name, kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
         try:
@@ -270,9 +356,9 @@ class Sessions:
 
     def _stored(self, place: _Place) -> dict[str, Any]:
         """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
-        data = self._store.read(place.user, place.name)
+        stored = self._store.read(place.user, place.name)
         try:
-            return {**data, **check_conversation(data)}
+            return {**_checked(stored, self._bodies), **check_conversation(stored)}
         except InputError as error:
             raise damaged(place.name, error.message.rstrip(".")) from error
 
@@ -285,12 +371,12 @@ class Sessions:
     async def _ask(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionMessage")
-        options = {name: body[name] for name in _OPTIONS if name in body}
         drop = bool(body.get("drop_oldest"))
         async with self._order(place):
             await self._take_over(place)
-            data = await read_in_thread(self._data, place)
-            run = self._start(request, place, _Turn(data, body["content"], body.get("id", ""), options, drop))
+            question, number = body["content"], body.get("id", "")
+            data = _before(await read_in_thread(self._data, place), question, number)
+            run = self._start(request, place, _Turn(data, question, number, _options(body), drop))
         return await self._answer(request, place, run, 0)
 
     async def _resume(self, request: Request) -> Response:
@@ -328,15 +414,15 @@ class Sessions:
         return _Turn(data, broken["question"], data["number"], options, drop, begun, received, broken["model"])
 
     def _start(self, request: Request, place: _Place, turn: _Turn) -> Run:
-        async def keep(answer: Answer, whole: bool) -> None:
-            await on_disk(self._keep, place, turn, answer, whole)
+        async def save(answer: Answer, whole: bool) -> None:
+            await on_disk(self._save, place, turn, answer, whole)
 
-        ask = ask_of(request, turn.prompt, turn.options, turn.options.get("max_tokens"), keep)
+        wanted = generation_request(request, turn.prompt, turn.options, turn.options.get("max_tokens"), save)
         # Registered while it still waits for its turn.
-        run = self._runs[place] = self._service.start(ask)
+        run = self._runs[place] = self._service.start(wanted)
         return run
 
-    def _keep(self, place: _Place, turn: _Turn, answer: Answer, whole: bool) -> None:
+    def _save(self, place: _Place, turn: _Turn, answer: Answer, whole: bool) -> None:
         data = turn.kept(answer, whole)
         if data is not None:
             self._store.write(place.user, place.name, data)
@@ -349,31 +435,31 @@ class Sessions:
                 del self._runs[place]
 
         try:
-            begun = await begin(request, run)
+            started = await started_run(request, run)
         except BaseException:
             await close()
             raise
-        lines = _lines(begun, received, request.scope["rkedge.ignored"].names)
-        return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=close)
+        lines = _lines(started, received, request.scope["rkedge.ignored"].names)
+        return Stream(lines, "application/x-ndjson", started.headers, failed=_failed, close=close)
 
 
 def _failed(error: Exception) -> bytes:
     return _line("error", **error_body(error, "openai"))
 
 
-async def _lines(begun: Begun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
+async def _lines(started: StartedRun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
     """The events of an answer, without what the client already has."""
-    info = begun.begin.model.engine.info
+    info = started.start.model.engine.info
     yield _line(
         "begin",
-        notes=begun.begin.notes,
+        notes=started.start.notes,
         ignored=ignored,
         emulated=info.emulated,
         max_context=info.max_context,
     )
-    if late := begun.begin.text[received:]:
+    if late := started.start.text[received:]:
         yield _line("text", text=late)
-    async for batch in items(begun):
+    async for batch in items(started):
         text, outcome = split(batch)
         if text:
             yield _line("text", text=text)

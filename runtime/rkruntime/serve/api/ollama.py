@@ -18,19 +18,27 @@ from starlette.routing import Route
 from rkruntime.bundle.manifest import MANIFEST, Manifest, open_bundle
 from rkruntime.errors import UsageError
 from rkruntime.model import Model
-from rkruntime.serve.api.asks import (
-    Begun,
+from rkruntime.serve.api.generate import (
+    StartedRun,
     WholeChat,
-    ask_of,
-    begin,
     client_of,
     collect,
+    generation_request,
     items,
     split,
+    started_run,
     text_prompt,
 )
-from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes, while_connected
-from rkruntime.serve.service import Keep, Outcome, Prompt, Service
+from rkruntime.serve.api.http import (
+    BodyReader,
+    Stream,
+    error_body,
+    json_response,
+    refuse_together,
+    routes,
+    while_connected,
+)
+from rkruntime.serve.service import Outcome, Prompt, SaveAnswer, Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
@@ -78,9 +86,9 @@ def _line(model: Model, shape: Shape, text: str) -> dict[str, Any]:
     return {"model": model.bundle.manifest.name, "created_at": _time(), **shape(text), "done": False}
 
 
-async def _lines(begun: Begun, shape: Shape) -> AsyncGenerator[bytes, None]:
-    model = begun.begin.model
-    async for batch in items(begun):
+async def _lines(started: StartedRun, shape: Shape) -> AsyncGenerator[bytes, None]:
+    model = started.start.model
+    async for batch in items(started):
         text, outcome = split(batch)
         if text:
             yield (_encode(_line(model, shape, text)) + "\n").encode("utf-8", "replace")
@@ -113,10 +121,10 @@ def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
     return open_bundle(bundle).manifest
 
 
-class Ollama:
+class OllamaEndpoints:
     """The endpoints. Any model name stands for the one model that is served; answers give its real name."""
 
-    def __init__(self, service: Service, bodies: Bodies) -> None:
+    def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._bodies = bodies
 
@@ -138,7 +146,7 @@ class Ollama:
         if not messages:
             return await self._load_only(request, body, _as_message)
         chat = WholeChat(request, self._service, messages, drop=bool(body.get("truncate")))
-        return await self._answer(request, body, chat.prompt, _as_message, chat.keep)
+        return await self._answer(request, body, chat.prompt, _as_message, chat.save)
 
     async def _generate(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaGenerate")
@@ -172,22 +180,22 @@ class Ollama:
         body: Mapping[str, Any],
         prompt: Callable[[Model], Prompt],
         shape: Shape,
-        keep: Keep | None = None,
+        save: SaveAnswer | None = None,
     ) -> Response:
         options = body.get("options") or {}
         # -1 means no limit and -2 the rest of the context, which is the same here.
         limit = options.get("num_predict", -1)
-        ask = ask_of(request, prompt, options, int(limit) if limit > 0 else None, keep)
-        begun = await begin(request, self._service.start(ask))
+        wanted = generation_request(request, prompt, options, int(limit) if limit > 0 else None, save)
+        started = await started_run(request, self._service.start(wanted))
         if body.get("stream", True):
-            lines = _lines(begun, shape)
-            return Stream(lines, "application/x-ndjson", begun.headers, failed=_failed, close=begun.run.close)
-        outcome = await collect(request, begun)
+            lines = _lines(started, shape)
+            return Stream(lines, "application/x-ndjson", started.headers, failed=_failed, close=started.run.close)
+        outcome = await collect(request, started)
         text = outcome.answer.text
         return await with_data(
             len(text),
             lambda: json_response(
-                {**_line(begun.begin.model, shape, text), **_figures(outcome)}, headers=begun.headers
+                {**_line(started.start.model, shape, text), **_figures(outcome)}, headers=started.headers
             ),
         )
 

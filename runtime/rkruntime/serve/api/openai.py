@@ -15,21 +15,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rkruntime.errors import BodyError
-from rkruntime.serve.api.asks import (
-    Begun,
+from rkruntime.serve.api.generate import (
+    StartedRun,
     WholeChat,
-    ask_of,
-    begin,
     client_of,
     collect,
+    emulated_header,
+    generation_request,
     items,
     split,
+    started_run,
     text_of,
     text_prompt,
 )
-from rkruntime.serve.api.http import Bodies, Stream, error_body, json_response, refuse_together, routes, while_connected
+from rkruntime.serve.api.http import (
+    BodyReader,
+    Stream,
+    error_body,
+    json_response,
+    refuse_together,
+    routes,
+    while_connected,
+)
 from rkruntime.serve.connections import Held
-from rkruntime.serve.service import Ask, Outcome, Service
+from rkruntime.serve.service import GenerationRequest, Outcome, Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
@@ -63,17 +72,17 @@ class _Chunks:
     What they share is encoded once: in a stream of short texts, that is most of it.
     """
 
-    def __init__(self, begun: Begun, *, chat: bool, usage: bool) -> None:
-        self._begun = begun
+    def __init__(self, started: StartedRun, *, chat: bool, usage: bool) -> None:
+        self._started = started
         self._chat = chat
         self._with_usage = usage
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if chat else "text_completion",
             "created": int(time.time()),
-            "model": begun.begin.model.bundle.manifest.name,
+            "model": started.start.model.bundle.manifest.name,
         }
-        notes = begun.begin.notes
+        notes = started.start.notes
         self._notes = {"rkedge": {"notes": notes}} if notes else {}
         before, after = _encode(self._with([self._choice("\0", None)])).split('"\\u0000"')
         self._before, self._after = f"data: {before}", f"{after}\n\n"
@@ -90,7 +99,7 @@ class _Chunks:
     async def events(self) -> AsyncGenerator[bytes, None]:
         if self._chat:
             yield _event(_encode(self._with([self._choice("", None, role="assistant")], **self._notes)))
-        async for batch in items(self._begun):
+        async for batch in items(self._started):
             text, outcome = split(batch)
             if text:
                 yield f"{self._before}{_encode(text)}{self._after}".encode("utf-8", "replace")
@@ -114,10 +123,10 @@ class _Chunks:
         return self._with([choice], usage=_usage(outcome), **self._notes)
 
 
-class OpenAI:
+class OpenAIEndpoints:
     """The endpoints."""
 
-    def __init__(self, service: Service, bodies: Bodies) -> None:
+    def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._bodies = bodies
 
@@ -142,26 +151,28 @@ class OpenAI:
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         if body.get("max_tokens", limit) != limit:
             refuse_together(body, "max_completion_tokens", "max_tokens")
-        ask = ask_of(request, chat.prompt, body, limit, chat.keep)
-        return await self._answer(request, body, ask, chat=True)
+        wanted = generation_request(request, chat.prompt, body, limit, chat.save)
+        return await self._answer(request, body, wanted, chat=True)
 
     async def _complete(self, request: Request) -> Response:
         body = await self._bodies.read(request, "CompletionRequest")
         given = body["prompt"]
         prompt = text_prompt(given if isinstance(given, str) else given[0])
         # OpenAI's own default, which clients of this older interface rely on.
-        ask = ask_of(request, prompt, body, body.get("max_tokens", 16))
-        return await self._answer(request, body, ask, chat=False)
+        wanted = generation_request(request, prompt, body, body.get("max_tokens", 16))
+        return await self._answer(request, body, wanted, chat=False)
 
-    async def _answer(self, request: Request, body: Any, ask: Ask, *, chat: bool) -> Response:
-        begun = await begin(request, self._service.start(ask))
+    async def _answer(self, request: Request, body: Any, wanted: GenerationRequest, *, chat: bool) -> Response:
+        started = await started_run(request, self._service.start(wanted))
         usage = bool(body.get("stream_options", {}).get("include_usage"))
-        chunks = _Chunks(begun, chat=chat, usage=usage)
+        chunks = _Chunks(started, chat=chat, usage=usage)
         if not body.get("stream") and "stream_options" in body:
             request.scope["rkedge.ignored"].add("stream_options")
         if body.get("stream"):
-            return Stream(chunks.events(), "text/event-stream", begun.headers, failed=_failed, close=begun.run.close)
-        return await self._whole(chunks, await collect(request, begun), begun.headers)
+            return Stream(
+                chunks.events(), "text/event-stream", started.headers, failed=_failed, close=started.run.close
+            )
+        return await self._whole(chunks, await collect(request, started), started.headers)
 
     async def _whole(self, chunks: _Chunks, outcome: Outcome, headers: Mapping[str, str]) -> Response:
         size = len(outcome.answer.text)
@@ -171,14 +182,14 @@ class OpenAI:
         body = await self._bodies.read(request, "EmbeddingRequest")
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         held: Held = request.scope["rkedge.held"]
-        vectors, tokens, model = await while_connected(
+        found = await while_connected(
             request,
             self._service.embed(texts, client_of(request, body), lambda size: held.at_least(_AS_TEXT * size)),
         )
         shown = _base64 if body.get("encoding_format") == "base64" else _numbers
-        end = {"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-        content = await read_in_thread(_embeddings, vectors, shown, end)
-        return Response(content, media_type="application/json")
+        end = {"model": found.model, "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens}}
+        content = await read_in_thread(_embeddings, found.vectors, shown, end)
+        return Response(content, headers=emulated_header(found.emulated), media_type="application/json")
 
     def _card(self) -> dict[str, Any]:
         model = self._service.host.current

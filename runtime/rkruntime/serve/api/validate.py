@@ -1,4 +1,8 @@
-"""Check JSON bodies against the schemas of openapi.yaml, with the JSON Schema keywords used there."""
+"""Check JSON bodies against the schemas of openapi.yaml, with the JSON Schema keywords used there.
+
+fastjsonschema checks twice as fast, but does not say which field of an alternative is wrong, or why; and the walk that
+drops and names unknown fields would still be needed.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +204,6 @@ _RULES: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
     "enum": lambda wanted, value: any(value == item and type(value) is type(item) for item in wanted),
     "minimum": lambda wanted, value: not _is_number(value) or value >= wanted,
     "maximum": lambda wanted, value: not _is_number(value) or value <= wanted,
-    "exclusiveMinimum": lambda wanted, value: not _is_number(value) or value > wanted,
     "minLength": lambda wanted, value: not isinstance(value, str) or len(value) >= wanted,
     "maxLength": lambda wanted, value: not isinstance(value, str) or len(value) <= wanted,
     "pattern": lambda wanted, value: not isinstance(value, str) or re.search(wanted, value) is not None,
@@ -213,7 +216,6 @@ _SAYINGS: Final[Mapping[str, str]] = {
     "enum": "must be one of {wanted}",
     "minimum": "must be at least {wanted}",
     "maximum": "must be at most {wanted}",
-    "exclusiveMinimum": "must be more than {wanted}",
     "minLength": "must have at least {wanted} characters",
     "maxLength": "must have at most {wanted} characters",
     "pattern": "must match {wanted}",

@@ -1,4 +1,4 @@
-"""Code shared by the interfaces: from a request's fields to an Ask, and from items to an answer or a stream."""
+"""Code shared by the interfaces: from a body to a GenerationRequest, and from items to an answer or a stream."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
+from rkruntime.engine.generation import PER_REQUEST
 from rkruntime.model import Model
 from rkruntime.serve.api.http import while_connected
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
-from rkruntime.serve.service import Ask, Begin, Item, Keep, Outcome, Prompt, Run, Service, stopped
+from rkruntime.serve.service import GenerationRequest, Item, Outcome, Prompt, Run, SaveAnswer, Service, Started, stopped
 from rkruntime.serve.threads import in_thread
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
@@ -22,22 +23,26 @@ from rkruntime.words import dropped_turns
 
 NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
-_SAMPLING: Final = ("temperature", "top_p", "top_k", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedRun:
     """A stream whose first items have arrived, so that its status is known."""
 
-    begin: Begin
+    start: Started
     first: list[Item]
     run: Run
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers with what the client should know before the answer."""
-        headers = {EMULATED_HEADER: "1"} if self.begin.model.engine.info.emulated else {}
-        return {**headers, NOTES_HEADER: " ".join(self.begin.notes)} if self.begin.notes else headers
+        headers = emulated_header(self.start.model.engine.info.emulated)
+        return {**headers, NOTES_HEADER: " ".join(self.start.notes)} if self.start.notes else headers
+
+
+def emulated_header(emulated: bool) -> dict[str, str]:
+    """The header of what an emulated runtime has computed."""
+    return {EMULATED_HEADER: "1"} if emulated else {}
 
 
 def text_of(content: Any) -> str:
@@ -56,22 +61,22 @@ def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
 
 
-def ask_of(
+def generation_request(
     request: Request,
     prompt: Callable[[Model], Prompt],
     body: Mapping[str, Any],
     max_new_tokens: int | None,
-    keep: Keep | None = None,
-) -> Ask:
-    """An Ask from the fields that all interfaces share."""
-    return Ask(
+    save: SaveAnswer | None = None,
+) -> GenerationRequest:
+    """A GenerationRequest from the fields that all interfaces share."""
+    return GenerationRequest(
         prompt=prompt,
         client=client_of(request, body),
         request_id=request.scope["rkedge.id"],
         max_new_tokens=max_new_tokens,
         stop=stops(body),
-        sampling={name: body.get(name) for name in _SAMPLING},
-        keep=keep,
+        sampling={name: body[name] for name in PER_REQUEST if name in body},
+        save=save,
     )
 
 
@@ -93,7 +98,7 @@ class WholeChat:
         self._memory: AnswerMemory | None = None
 
     def prompt(self, model: Model) -> Prompt:
-        """See Ask."""
+        """See GenerationRequest."""
         messages = self._messages
         if not messages or messages[-1].role != "user":
             raise no_question(messages)
@@ -104,8 +109,8 @@ class WholeChat:
         tokens, dropped = conversation.prompt(messages[-1].content, model.engine.info.max_context, drop=self._drop)
         return Prompt(tokens, notes=dropping_notes(dropped))
 
-    async def keep(self, answer: Answer, whole: bool) -> None:
-        """Keep the ids of a complete answer, for when the client sends it back as text. See Ask."""
+    async def save(self, answer: Answer, whole: bool) -> None:
+        """Keep the ids of a complete answer, for when the client sends it back as text. See GenerationRequest."""
         if whole and self._memory:
             # The memory of the model that answered: there may be another by now.
             await in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
@@ -121,7 +126,7 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
     return build
 
 
-async def begin(request: Request, run: Run) -> Begun:
+async def started_run(request: Request, run: Run) -> StartedRun:
     """Wait for the first items of a run just started; whoever takes them must close it.
 
     Raises:
@@ -130,24 +135,24 @@ async def begin(request: Request, run: Run) -> Begun:
     """
     try:
         first = await while_connected(request, run.take())
-        if not isinstance(first[0], Begin):
+        if not isinstance(first[0], Started):
             raise stopped()
     except BaseException:
         await run.close()
         raise
     for name in first[0].ignored:
         request.scope["rkedge.ignored"].add(name)
-    return Begun(first[0], first[1:], run)
+    return StartedRun(first[0], first[1:], run)
 
 
-async def items(begun: Begun) -> AsyncGenerator[list[Item], None]:
-    """All items after the Begin."""
-    yield begun.first
-    while batch := await begun.run.take():
+async def items(started: StartedRun) -> AsyncGenerator[list[Item], None]:
+    """All items after the Started."""
+    yield started.first
+    while batch := await started.run.take():
         yield batch
 
 
-async def collect(request: Request, begun: Begun) -> Outcome:
+async def collect(request: Request, started: StartedRun) -> Outcome:
     """The end of the answer.
 
     Raises:
@@ -157,7 +162,7 @@ async def collect(request: Request, begun: Begun) -> Outcome:
 
     async def last() -> Outcome:
         outcome = None
-        async for batch in items(begun):
+        async for batch in items(started):
             _, outcome = split(batch)
         if outcome is None:
             raise stopped()
@@ -166,7 +171,7 @@ async def collect(request: Request, begun: Begun) -> Outcome:
     try:
         return await while_connected(request, last())
     finally:
-        await begun.run.close()
+        await started.run.close()
 
 
 def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:

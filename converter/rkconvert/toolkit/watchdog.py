@@ -1,8 +1,9 @@
-"""Signs of life of a session of processes that prints nothing for a long time, read from Linux's /proc."""
+"""Watchdog for a session of processes that prints nothing for a long time: its activity, as Linux's /proc shows it."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +15,16 @@ _LOOK_EVERY: Final = 5.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
-class Life:
-    """How long a session has been idle: no output (`sign`), no CPU time, no paging from disk."""
+class Watchdog:
+    """How long a session has been idle: no output (`feed`), no CPU time, no paging from disk."""
 
     def __init__(self, session: int) -> None:
         self._session = session
-        self._start = self._last = self._looked = time.monotonic()
-        self._beat = self._start
+        self._start = self._active = self._looked = self._beat = time.monotonic()
         self._used, self._faults = 0.0, 0
 
-    def due(self, interval: float) -> bool:
-        """Whether a heartbeat is due: once every `interval` seconds."""
+    def heartbeat_due(self, interval: float) -> bool:
+        """Whether it is time for a heartbeat: once every `interval` seconds."""
         now = time.monotonic()
         if now - self._beat < interval:
             return False
@@ -36,19 +36,19 @@ class Life:
         """Seconds since the start."""
         return time.monotonic() - self._start
 
-    def sign(self) -> None:
+    def feed(self) -> None:
         """Record that the session printed something."""
-        self._last = time.monotonic()
+        self._active = time.monotonic()
 
-    def silence(self) -> float:
-        """Seconds since the last sign of life."""
+    def idle_seconds(self) -> float:
+        """Seconds since the last activity."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_EVERY:
             used, faults = _usage(self._session)
             if used - self._used > _BUSY * (now - self._looked) or faults - self._faults > now - self._looked:
-                self._last = now
+                self._active = now
             self._used, self._faults, self._looked = used, faults, now
-        return now - self._last
+        return now - self._active
 
 
 def _stats(session: int) -> Iterator[list[bytes]]:
@@ -69,7 +69,7 @@ def _usage(session: int) -> tuple[float, int]:
     return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS, sum(int(fields[9]) for fields in stats)
 
 
-def runs(session: int) -> bool:
+def is_running(session: int) -> bool:
     """Whether any process of a session still runs, even for the moment that dying of a signal takes."""
     return any(fields[0] not in (b"Z", b"X") for fields in _stats(session))
 
@@ -83,3 +83,12 @@ def peak_memory(pid: int) -> int:
     except (OSError, ValueError):
         pass
     return 0
+
+
+def out_of_memory_kills() -> int:
+    """Processes that the kernel has killed for lack of memory since boot; 0 if it does not report this."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    except OSError:
+        return 0

@@ -21,23 +21,22 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from rkruntime.errors import BodyError, BundleError, ContextFullError, ServiceError
+from rkruntime.errors import BodyError, BundleError, ContextFullError, ServiceError, UsageError
 from rkruntime.serve import doors
-from rkruntime.serve.api.http import Bodies, Stream
-from rkruntime.serve.api.native import Sessions
-from rkruntime.serve.api.ollama import Ollama, _read_manifest
-from rkruntime.serve.api.openai import OpenAI
+from rkruntime.serve.api.http import BodyReader, Stream
+from rkruntime.serve.api.native import SessionEndpoints
+from rkruntime.serve.api.ollama import OllamaEndpoints, _read_manifest
+from rkruntime.serve.api.openai import OpenAIEndpoints
 from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.app import openapi
 from rkruntime.serve.connections import Requests
 from rkruntime.serve.host import Host
 from rkruntime.serve.service import Run, Service
 from rkruntime.serve.sessions import SessionStore
-from rkruntime.serve.settings import PromptCache, Settings
-from rkruntime.serve.settings import Sessions as SessionSettings
+from rkruntime.serve.settings import PromptCache, Sessions, Settings
 from rkruntime.serve.threads import LARGE, on_disk, with_data
 from rkruntime.serve.users import User
-from rkruntime.testing import fake_model
+from rkruntime.testing import fake_manifest, fake_model
 
 LOOP: list[int] = []
 
@@ -67,9 +66,12 @@ def known(app: ASGIApp) -> ASGIApp:
     return asked
 
 
-def sessions_of(store: SessionStore, work: Any = None) -> Sessions:
-    service: Any = SimpleNamespace(sessions=store, start=lambda _: Run(work))
-    return Sessions(service, Bodies(Validator(openapi()), 1 << 20, 5))
+def sessions_of(store: SessionStore, work: Any = None) -> SessionEndpoints:
+    async def check(*_: Any) -> None:
+        pass
+
+    service: Any = SimpleNamespace(sessions=store, start=lambda _: Run(work), check=check)
+    return SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
 
 
 def test_a_refused_question_to_a_session_is_forgotten(tmp_path: Path) -> None:
@@ -166,6 +168,118 @@ def test_only_what_the_schema_knows_is_kept() -> None:
 def test_what_is_wrong_is_said_of_the_form_that_was_sent(value: Any, said: str) -> None:
     with pytest.raises(BodyError, match=f"^input.*{said}"):
         Validator(openapi()).read("EmbeddingRequest", {"input": value}, Ignored())
+
+
+def conversation(*contents: str, system: str = "") -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[at % 2], "content": content} for at, content in enumerate(contents)]
+    return {"schema": "rkedge-conversation/1", "system": system, "messages": messages}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_conversation_that_the_template_refuses_is_not_taken(tmp_path: Path, loaded: bool) -> None:
+    """As far as there is a model whose template can be asked."""
+    service, model = service_of(tmp_path, None), fake_model()
+    seen: list[list[tuple[str, str]]] = []
+
+    def check(messages: Any) -> None:
+        seen.append([(item.role, item.content) for item in messages])
+        if messages[0].role == "system":
+            raise UsageError("The model's template refuses this conversation: no system.", hint="Change it.")
+
+    model.prompts.check = check  # type: ignore[method-assign]
+    service.host._model = model if loaded else None
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
+    with TestClient(known(Starlette(routes=sessions.routes()))) as client:
+        assert client.put("/sessions/a", json={"conversation": conversation("Q", "A")}).status_code == 200
+        for body in (
+            {"conversation": conversation("Q", "no", system="Be kind.")},
+            {"conversation": conversation("Q", "no"), "system": "Be kind."},
+        ):
+            answer = client.put("/sessions/a", json=body)
+            assert answer.status_code == (400 if loaded else 200)
+            assert ("no system" in answer.text) == loaded
+            if loaded:
+                assert answer.json()["error"]["param"] == "conversation"
+                assert client.get("/sessions/a").json() == conversation("Q", "A")
+    expected = [("user", "Q"), ("assistant", "no"), ("user", "")]
+    assert seen[1:] == [[("system", "Be kind."), *expected]] * 2 * loaded
+
+
+def test_a_session_that_nothing_came_of_is_not_there(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path / "sessions", 1 << 20, 100)
+    with TestClient(known(Starlette(routes=sessions_of(store).routes()))) as client:
+        for body in ({}, {"clear": True}, {"clear": False}, {"system": ""}):
+            assert client.put("/sessions/a", json=body).status_code == 200
+            assert store.list(User("ann")) == []
+        assert client.put("/sessions/a", json={"system": "Be kind."}).status_code == 200
+        assert client.put("/sessions/a", json={"system": ""}).status_code == 200
+        assert client.get("/sessions/a").json() == conversation()
+
+
+PARTIAL: dict[str, Any] = {
+    "question": "Q",
+    "text": "A",
+    "tokens": [65],
+    "model": fake_manifest().fingerprint,
+    "drop": False,
+    "options": {},
+    "boot": "",
+    "since_boot": 0,
+    "at": time.time(),
+}
+
+
+WRONG: list[dict[str, Any]] = [
+    *({"broken": value} for value in (5, "x", [], {}, True, None)),
+    *({"broken": PARTIAL | {name: value}} for name in PARTIAL for value in ([[]], 5, None, {"a": []}, "x", True)),
+    *({"broken": {name: PARTIAL[name] for name in PARTIAL if name != missing}} for missing in PARTIAL),
+    *({"broken": PARTIAL | {"tokens": value}} for value in ([], [-1], ["a"], [1 << 31], [1.5], [1 << 20])),
+    *({"broken": PARTIAL | {name: value}} for name in ("at", "since_boot") for value in (10**400, -(10**400), 1e308)),
+    *(
+        {"broken": PARTIAL | {"options": {name: value}}}
+        for name in ("max_tokens", "temperature", "top_k", "stop", "content", "x")
+        for value in (-5, [1], {"a": 1}, "x", None, True, 3.0, 10**400)
+    ),
+    *({"number": value} for value in (5, None, [])),
+    *({"reason": value} for value in ("bored", 5, None)),
+]
+
+
+def test_whatever_a_hand_has_written_into_a_session_is_no_bug(tmp_path: Path) -> None:
+    service = service_of(tmp_path, fake_model(*["Yes."] * 2 * len(WRONG)))
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
+    base = {**conversation("Q", "A"), "number": "q"}
+    with TestClient(known(Starlette(routes=sessions.routes()))) as client:
+        for wrong in WRONG:
+            for method, path, body in (
+                ("POST", "/sessions/a/resume", {"id": "q"}),
+                ("POST", "/sessions/a/messages", {"content": "R", "id": "q"}),
+                ("PUT", "/sessions/a", {"system": "Be kind."}),
+            ):
+                service.sessions.write(User("ann"), "a", base | wrong)
+                answer = client.request(method, path, json=body)
+                assert answer.status_code in (200, 404, 503), (wrong, answer.text)
+                assert "bug" not in answer.text
+                if answer.status_code == 503:
+                    assert "damaged" in answer.text
+
+
+def test_a_question_that_is_put_again_stands_once(tmp_path: Path) -> None:
+    """Its client could not have the rest of the answer, for that was too long ago."""
+    service = service_of(tmp_path, fake_model("Yes.", "Yes.", "Yes."))
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
+    partial = PARTIAL | {"question": "R", "text": "B"}
+    with TestClient(known(Starlette(routes=sessions.routes()))) as client:
+        for content, number, expected in (
+            ("R", "r", ["Q", "A", "R", "Yes."]),
+            ("R", "s", ["Q", "A", "R", "B", "R", "Yes."]),
+            ("S", "r", ["Q", "A", "R", "B", "S", "Yes."]),
+        ):
+            service.sessions.write(User("ann"), "a", conversation("Q", "A") | {"number": "r", "broken": partial})
+            assert client.post("/sessions/a/messages", json={"content": content, "id": number}).status_code == 200
+            kept = client.get("/sessions/a").json()["messages"]
+            assert [item["content"] for item in kept] == expected
 
 
 @pytest.mark.parametrize("size", [10, 2 * LARGE])
@@ -314,7 +428,7 @@ def named(name: str) -> Any:
 
 
 def service_of(folder: Path, model: Any) -> Service:
-    settings = Settings(sessions=SessionSettings(folder / "s"), prompt_cache=PromptCache(folder / "c"))
+    settings = Settings(sessions=Sessions(folder / "s"), prompt_cache=PromptCache(folder / "c"))
     return Service(settings, Host(settings, lambda *_: model))
 
 
@@ -341,8 +455,8 @@ def test_an_answer_names_the_model_that_gave_it(tmp_path: Path, path: str, body:
         return found
 
     service.host.model = model_and_then_another  # type: ignore[method-assign]
-    bodies = Bodies(Validator(openapi()), 1 << 20, 5)
-    apis = [kind(service, bodies).routes() for kind in (OpenAI, Ollama, Sessions)]
+    bodies = BodyReader(Validator(openapi()), 1 << 20, 5)
+    apis = [kind(service, bodies).routes() for kind in (OpenAIEndpoints, OllamaEndpoints, SessionEndpoints)]
     with TestClient(known(Starlette(routes=[route for each in apis for route in each]))) as client:
         answer = client.post(path, json=body | ({} if "sessions" in path else {"stream": stream}))
     assert answer.status_code == 200, answer.text
@@ -361,7 +475,7 @@ def test_vectors_of_two_models_are_not_one_answer(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(service, "_embed_one", embed_one)
         after = named("first")
         result = await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)
-        assert result == ([b"1234"] * 2, 2, "first")
+        assert result[:3] == ([b"1234"] * 2, 2, "first")
         after = named("second")
         with pytest.raises(ServiceError, match="stopped before its end"):
             await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)

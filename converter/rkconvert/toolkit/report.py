@@ -1,0 +1,72 @@
+"""The toolkit's part of a bundle's report: how the file was made, and the log, without this machine's paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.output.bundle_folder import REPORT, read_report, write_report
+from rkconvert.toolkit.result import ToolkitResult
+from rkruntime.bundle.manifest import LORA
+from rkruntime.files import readable, sha256_file
+
+RKLLM_FILE: Final = "model.rkllm"
+NAME: Final = "toolkit"
+_LOG: Final = f"{REPORT}/{NAME}.log"
+MADE: Final = (RKLLM_FILE, f"{LORA}.rkllm", _LOG)
+"""The model file, an adapter's file beside it, and the log: complete once the report is written."""
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The report of an earlier run that got this far; empty if there is none.
+
+    `folder` contains work of this exact conversion (see `resume_key`), but its disk may have lost a part, and files may
+    have come from elsewhere.
+    """
+    report = read_report(folder, NAME)
+    if report and _sums(folder) == report.get("sha256"):
+        return report
+    for name in MADE:
+        (folder / name).unlink(missing_ok=True)
+    return {}
+
+
+def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None, folder: Path) -> dict[str, Any]:
+    """Move the log into `folder`, write the report beside it, and return that; `notes` are added to the result's."""
+    run = result.run
+    (folder / REPORT).mkdir(exist_ok=True)
+    log = run.output.path.read_bytes()
+    for path in (str(folder.resolve()), str(folder), str(Path.home())):
+        log = log.replace(os.fsencode(path), b"...")
+    (folder / _LOG).write_bytes(log)
+    run.output.path.unlink()
+    report = {
+        "toolkit": run.toolkit.as_dict(),
+        "calls": [_public(call) for call in run.calls.steps],
+        "calibration": {"sha256": sha256_file(calibration)} if calibration else None,
+        "file": result.file.as_dict(),
+        "sha256": _sums(folder),
+        "lora": result.lora.name if result.lora else None,
+        "seconds": run.seconds,
+        "peak_memory_bytes": run.peak_memory,
+        "notes": [*result.notes, *notes],
+        "warnings": list(run.warnings),
+    }
+    write_report(folder, NAME, report)
+    return report
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file from the toolkit that is present."""
+    return {name: sha256_file(folder / name) for name in MADE if (folder / name).is_file()}
+
+
+def _public(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with names instead of paths, so that reports do not reveal directories."""
+    arguments = {
+        name: readable(Path(value).name) if isinstance(value, str) and value.startswith("/") else value
+        for name, value in call["arguments"].items()
+    }
+    return {**call, "arguments": arguments}

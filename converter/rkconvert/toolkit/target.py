@@ -1,0 +1,222 @@
+"""The toolkit's target: model.rkllm for a board, with an adapter's file beside it.
+
+A conversion goes down this module: it is checked, its model is staged, the toolkit runs, and what it wrote is read back
+and reported. Each stage is a module that knows none of the others above it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.adapters.reader import Adapter
+from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
+from rkconvert.model.shapes import parse_shape
+from rkconvert.model.sizes import file_bytes
+from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile
+from rkconvert.output.hf_folder import resumable
+from rkconvert.output.host_memory import read_memory
+from rkconvert.progress import Reporter
+from rkconvert.rules.type_names import parse_type
+from rkconvert.target import ModelSpec
+from rkconvert.toolkit import checks, report
+from rkconvert.toolkit.events import Event, Progress, Stage
+from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
+from rkconvert.toolkit.job import ToolkitJob, calls
+from rkconvert.toolkit.options import ToolkitOptions
+from rkconvert.toolkit.output import Output, new_log
+from rkconvert.toolkit.result import ToolkitResult, read_back
+from rkconvert.toolkit.session import OnEvent, WorkerRun
+from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
+from rkruntime.abi import CALLABLE
+from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.errors import AdapterError, CalibrationError, UsageError
+from rkruntime.files import write_error
+from rkruntime.versions import version
+
+_STAGED: Final = ".staged"
+_STAGED_LORA: Final = "lora"
+_TITLES: Final = {
+    "import": "starting the toolkit",
+    "load": "loading the model",
+    "build": "quantizing",
+    "export": "writing model.rkllm",
+}
+
+
+@dataclass(frozen=True)
+class ToolkitTarget:
+    """Makes a board's model file with the vendor's toolkit (a `rkconvert.target.Target`)."""
+
+    toolkit: Toolkit
+    options: ToolkitOptions
+
+    @classmethod
+    def of(cls, options: ToolkitOptions, release: str | None) -> ToolkitTarget:
+        """The target for the toolkit that these options name.
+
+        Raises:
+            HostError: There is none, or it cannot be used.
+            UsageError: It is of another release than `release`.
+        """
+        toolkit = find_toolkit(options.toolkit_python)
+        if release and not _same_release(release, toolkit.version):
+            raise UsageError(
+                f"--release {release}, but the toolkit is {toolkit.version} ({toolkit.python}).",
+                hint="Leave --release out, or name the interpreter of that release with --toolkit-python.",
+            )
+        return cls(toolkit, options)
+
+    @property
+    def release(self) -> str:
+        """The toolkit's version."""
+        return self.toolkit.version
+
+    @property
+    def maker(self) -> Mapping[str, Any]:
+        """The toolkit, its Python and its packages."""
+        return self.toolkit.as_dict()
+
+    def needed_bytes(self, spec: ModelSpec) -> int:
+        """Disk space that the work needs, in bytes: the file, and the merged weights that the toolkit reads."""
+        file = int(file_bytes(parse_shape(spec.model.hf_config()), parse_type(spec.dtype)))
+        return file + (0 if is_linked(spec.model) else spec.model.nbytes)
+
+    def resumable(self, spec: ModelSpec) -> Sequence[str]:
+        """Files from which `write` resumes after a killed run; it verifies each by checksum."""
+        linked = is_linked(spec.model)
+        staged = [] if linked else [f"{_STAGED}/{name}" for name in resumable(spec.model.weights)]
+        return [*staged, *report.MADE, f"{REPORT}/{report.NAME}.json"]
+
+    def check(self, spec: ModelSpec) -> tuple[str, ...]:
+        """Run every check that needs no work; returns notes for the user.
+
+        Raises:
+            RefusedError, UsageError: The installed release does not support this, or the model does not fit the type.
+            CheckpointError, AdapterError, CalibrationError, HostError: See `checks` and `validate_dataset`.
+        """
+        options, anywhere = self.options, Path()
+        if spec.lora:
+            _check_lora(spec.lora)
+        steps = calls(self._job(spec, anywhere, anywhere), self.toolkit.release, anywhere)
+        if options.qparams and not options.qparams.is_file():
+            raise CalibrationError(
+                f"{options.qparams} does not exist or is not a file.", hint="Name the *.qparams file of an earlier run."
+            )
+        if options.calibration:
+            count = TokenCounter(spec.model.tokenizer_folder / TOKENIZER)
+            validate_dataset(options.calibration, spec.template, count, spec.max_context)
+        case = checks.Conversion(
+            folder=spec.model.checkpoint.path,
+            shape=parse_shape(spec.model.hf_config()),
+            dtype=spec.dtype,
+            load_dtype=options.toolkit_load_dtype,
+            memory=read_memory(),
+            tokens=spec.tokenizer.added,
+            bos_token_id=spec.config.bos_token_id,
+            calibrated=options.calibration is not None,
+        )
+        return (*checks.require(case), *steps.notes)
+
+    def write(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ModelFile:
+        """Make model.rkllm, its report and its log in `folder`; whatever a killed run finished there is kept.
+
+        Raises:
+            ToolkitError, HostError, CheckpointError, CalibrationError, RefusedError: See `run_toolkit`.
+        """
+        done = report.finished(folder)
+        if not done:
+            job = self._stage(spec, folder, reporter)
+            with reporter.steps() as show:
+                result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
+            shutil.rmtree(job.model)
+            notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
+            done = report.write(result, notes, self.options.calibration, folder)
+        for text in done["warnings"]:
+            reporter.note(f"toolkit: {text}")
+        return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
+
+    def _stage(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ToolkitJob:
+        """Write what the toolkit reads; returns its job."""
+        staged = folder / _STAGED
+        staged.mkdir(exist_ok=True)
+        with reporter.bar("writing the merged model", spec.model.nbytes) as advance:
+            stage(spec.model, spec.template, self.toolkit.release, staged, advance)
+        if spec.lora:
+            stage_adapter(spec.lora, staged / _STAGED_LORA)
+        return self._job(spec, staged, folder / report.RKLLM_FILE)
+
+    def _job(self, spec: ModelSpec, staged: Path, output: Path) -> ToolkitJob:
+        return ToolkitJob(
+            **self.options.by_name,
+            model=staged,
+            output=output,
+            platform=spec.platform,
+            dtype=spec.dtype,
+            npu_cores=spec.npu_cores,
+            max_context=spec.max_context,
+            lora=staged / _STAGED_LORA if spec.lora else None,
+            parameters=spec.config.parameters,
+        )
+
+
+def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = lambda _: None) -> ToolkitResult:
+    """Convert a staged model. `job.output` is complete when this returns, and does not exist when it raises.
+
+    Args:
+        on_event: Called with every event, and a heartbeat each second; an exception in it kills the toolkit
+            and is raised here.
+
+    Raises:
+        RefusedError, UsageError: The installed release does not support this; nothing was started.
+        ToolkitError, HostError, CheckpointError, CalibrationError: It failed; `details` holds the diagnosis and lines.
+    """
+    with _scratch(job.output) as scratch:
+        steps = calls(job, toolkit.release, scratch / "model.rkllm")
+        with Output(new_log()) as output:
+            run = WorkerRun(toolkit, steps, scratch, output, on_event, job.toolkit_patience)
+            run.execute()
+            return read_back(run, job)
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder beside the result, on the same disk, deleted afterwards with everything the toolkit left in it."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".toolkit-", dir=output.parent.absolute()))
+    except OSError as error:
+        raise write_error(output, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _same_release(named: str, installed: str) -> bool:
+    """Whether the requested release is the installed one, which may have a local part such as `+cpu`."""
+    return named == installed or (named in CALLABLE and version(named) == version(installed))
+
+
+def _check_lora(lora: Adapter) -> None:
+    """Refuse an adapter with pickles, which the toolkit would read itself."""
+    pickles = [file.name for file in lora.weight_files if file.suffix != ".safetensors"]
+    if pickles:
+        raise AdapterError(
+            f"The adapter's weights are in {pickles[0]}; with --lora-mode runtime the toolkit would unpickle them.",
+            hint="Save the adapter as safetensors, or merge it: --lora-mode merge.",
+        )
+
+
+def _show_events(reporter: Reporter, show: Callable[[str, int, int], None]) -> OnEvent:
+    def on_event(event: Event) -> None:
+        if isinstance(event, Stage):
+            reporter.note(f"toolkit: {_TITLES[event.stage]}")
+        elif isinstance(event, Progress):
+            show(event.title, event.done, event.total)
+
+    return on_event

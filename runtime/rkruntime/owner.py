@@ -1,0 +1,27 @@
+"""What a process may use that was started by it, and a fork of it may not."""
+
+from __future__ import annotations
+
+import os
+
+from rkruntime.errors import RunError
+
+
+class Owner:
+    """The process that made this object. A fork shares its pipes and knows its children's ids."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    @property
+    def here(self) -> bool:
+        """Whether this is that process."""
+        return os.getpid() == self._pid
+
+    def check(self) -> None:
+        """Raise RunError in a fork."""
+        if not self.here:
+            raise RunError(
+                "The model was opened before this process was forked, and belongs to its parent.",
+                hint="Open it after the fork, in the process that uses it.",
+            )

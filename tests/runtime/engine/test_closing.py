@@ -1,0 +1,180 @@
+"""A model closed by whoever can: another thread, a signal's handler, an event loop, a fork."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.generation import Finished, Request
+from rkruntime.errors import RKEdgeError
+from rkruntime.model import Model, open_model
+
+# "What is the RK3588?" for the demo model; its answer has 15 tokens.
+REQUEST = Request([2, 106, 451, 364, 472, 474, 441, 477, 373, 375, 378, 378, 381, 107, 364, 106, 443, 364])
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RKEMU_TOKEN_US", "50000")
+
+
+def gone(engine: Engine) -> bool:
+    return not engine.alive and engine._connection.worker.process.returncode is not None
+
+
+def outcome(work: Callable[[], Any]) -> str:
+    try:
+        return type(work()).__name__
+    except RKEdgeError as error:
+        return f"{type(error).__name__}: {error.message}"
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[str]]:
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(outcome(work)))
+    thread.start()
+    return thread, found
+
+
+@pytest.mark.parametrize("after", [0.0, 0.01, 0.05, 0.2])
+def test_another_thread_closes_what_this_one_reads(load: Callable[..., Engine], after: float) -> None:
+    engine = load()
+    begun = threading.Event()
+
+    def read() -> list[Any]:
+        begun.set()
+        return list(engine.generate(REQUEST))
+
+    thread, found = in_thread(read)
+    begun.wait()
+    time.sleep(after)
+    engine.close()
+    thread.join(20)
+    assert gone(engine)
+    assert found[0].startswith("RunError: The model ")
+    assert outcome(lambda: list(engine.generate(REQUEST))).startswith("RunError: The model is closed")
+    engine.close()
+
+
+def test_many_threads_close_at_once(load: Callable[..., Engine]) -> None:
+    engine = load()
+    thread, found = in_thread(lambda: list(engine.generate(REQUEST)))
+    closers = [in_thread(engine.close) for _ in range(4)]
+    for one, _ in [(thread, found), *closers]:
+        one.join(20)
+    assert gone(engine)
+    assert [said for _, said in closers] == [["NoneType"]] * 4
+    assert found[0].startswith("RunError: The model ")
+
+
+def test_a_stream_that_another_thread_has_put_aside(load: Callable[..., Engine]) -> None:
+    engine = load(close_timeout=0.3)
+    stream = engine.generate(REQUEST)
+    thread, _ = in_thread(lambda: next(stream))
+    thread.join(20)
+    engine.close()
+    assert gone(engine)
+    assert outcome(lambda: list(stream)).startswith("RunError: The model ")
+
+
+def test_a_signals_handler_closes(load: Callable[..., Engine]) -> None:
+    engine = load()
+    before = signal.signal(signal.SIGALRM, lambda *_: engine.close())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.15)
+        assert outcome(lambda: list(engine.generate(REQUEST))).startswith("RunError: The model ")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert gone(engine)
+
+
+def test_a_thread_closes_what_an_event_loop_reads(load: Callable[..., Engine]) -> None:
+    engine = load()
+
+    async def main() -> None:
+        closing: asyncio.Future[None] | None = None
+        async with contextlib.aclosing(engine.agenerate(REQUEST)) as events:
+            async for _ in events:
+                closing = closing or asyncio.ensure_future(asyncio.to_thread(engine.close))
+        assert closing is not None
+        await closing
+
+    assert outcome(lambda: asyncio.run(main())).startswith("RunError: The model ")
+    assert gone(engine)
+
+
+@pytest.fixture
+def model(bundle: Bundle) -> Iterator[Model]:
+    with open_model(bundle) as opened:
+        yield opened
+
+
+def forked(work: Callable[[], Any]) -> str:
+    """What a fork makes of it; the fork leaves as programs do, with everything that Python runs at exit."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(write, outcome(work).encode())
+        finally:
+            os.close(write)
+            import atexit
+
+            atexit._run_exitfuncs()
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as said:  # noqa: PTH123 - a descriptor
+        words = said.read().decode()
+    os.waitpid(child, 0)
+    return words
+
+
+def left(model: Model) -> None:
+    with model:
+        pass
+
+
+FORKS: dict[str, Callable[[Model], Any]] = {
+    "leaves": left,
+    "closes": lambda model: model.engine.close(),
+    "asks": lambda model: model.ask("What is the RK3588?"),
+    "generates": lambda model: list(model.engine.generate(REQUEST)),
+    "calls": lambda model: model.engine.clear_cache(),
+    "prompts": lambda model: model.prompts.encode("x", 64),
+    "nothing": lambda model: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_can_do_nothing_to_its_parents_model(model: Model) -> None:
+    for name, work in FORKS.items():
+        said = forked(lambda work=work: work(model))
+        assert said == "NoneType" or ("RunError" in said and "forked" in said), (name, said)
+        assert (said == "NoneType") is (name in ("leaves", "closes", "nothing")), (name, said)
+    events = model.engine.generate(REQUEST)
+    first = next(events)
+    assert "forked" in forked(lambda: list(events))
+    assert "NoneType" in forked(events.close)
+    rest = list(events)
+    assert isinstance(rest[-1], Finished)
+    assert [first, *rest][:-1] == list(model.engine.generate(REQUEST))[:-1]
+    assert model.ask("What is the RK3588?", max_new_tokens=2).text
+
+
+def test_a_prompt_that_is_being_made_when_the_model_is_closed(model: Model) -> None:
+    thread, found = in_thread(lambda: [model.prompts.encode("word " * 200_000, 10) for _ in range(50)])
+    time.sleep(0.3)
+    model.close()
+    thread.join(20)
+    assert found[0].startswith(("RunError: The model ", "ContextFullError")), found
