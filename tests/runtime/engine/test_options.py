@@ -208,7 +208,7 @@ def test_the_embedding_table_stays_in_the_file_where_the_release_can(
     """As `rkedge plan` counts on it; what the library's own default is has not been published."""
     known = ModelFacts(platform="rk3588", toolkit=release, npu_cores=3, max_context=512, size=1 << 20)
     given = LoadOptions(Path("librkllmrt.so"), Path("model"), known=known, embed_flash=asked)
-    identity: Any = SimpleNamespace(release=RELEASES[release], emulated=True)
+    identity: Any = SimpleNamespace(release=RELEASES[release], emulated=True, notice="")
     assert checked(given, identity)[0].embed_flash is flash
     assert checked(replace(given, known=None), identity)[0].embed_flash is asked
 
