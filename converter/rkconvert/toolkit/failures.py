@@ -75,14 +75,14 @@ def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
     return _error(ToolkitError, run, f"failed while {_STAGES[run.stage]}: {run.failure.message}")
 
 
-def no_file(run: WorkerRun) -> RKEdgeError:
-    """The error for a run that returned 0 but wrote nothing."""
-    return _error(ToolkitError, run, "returned 0 for every step but wrote no .rkllm file")
+def no_file(run: WorkerRun, what: str) -> RKEdgeError:
+    """The error for a run that returned 0 but did not write `what`."""
+    return _error(ToolkitError, run, f"returned 0 for every step but wrote no {what}")
 
 
-def bad_file(run: WorkerRun, why: str) -> RKEdgeError:
-    """The error for a file that is not a whole .rkllm file."""
-    return _error(ToolkitError, run, f"returned 0 for every step, but its file is incomplete: {why}")
+def bad_file(run: WorkerRun, name: str, why: str) -> RKEdgeError:
+    """The error for a file that is not a whole .rkllm file, or should not be there."""
+    return _error(ToolkitError, run, f"returned 0 for every step, but its file {name} cannot be used: {why}")
 
 
 def _out_of_memory(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:

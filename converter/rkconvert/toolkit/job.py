@@ -31,6 +31,7 @@ class ToolkitJob(ToolkitOptions):
         max_context: Largest context of the file, in tokens.
         lora: Folder of one adapter that becomes a separate file, for rkllm_load_lora.
         parameters: Number of weights, 0 if unknown; memory and the file's size are judged by it.
+        file_size: Expected size of the file in bytes, 0 if unknown.
     """
 
     model: Path
@@ -41,11 +42,17 @@ class ToolkitJob(ToolkitOptions):
     max_context: int
     lora: Path | None = None
     parameters: int = 0
+    file_size: int = 0
 
     @property
     def least_size(self) -> int:
         """Lower bound of a complete file's size, in bytes: the weights in their type."""
         return self.parameters * parse_type(self.dtype).bits // 8
+
+    @property
+    def has_adapter_file(self) -> bool:
+        """Whether a second file belongs to the result: the adapter, or what normal_r8 and its like split off."""
+        return self.lora is not None or _LOW_RANK.fullmatch(self.algorithm) is not None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None,
         "lora": result.lora.name if result.lora else None,
         "seconds": run.seconds,
         "peak_memory_bytes": run.peak_memory,
-        "notes": [*result.notes, *notes],
+        "notes": [*run.calls.notes, *result.doubts, *notes],
+        "doubts": list(result.doubts),
         "warnings": list(run.warnings),
     }
     write_report(folder, NAME, report)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from rkconvert.toolkit import failures
 from rkconvert.toolkit.events import Done
@@ -12,6 +14,12 @@ from rkconvert.toolkit.job import ToolkitJob
 from rkconvert.toolkit.session import WorkerRun
 from rkruntime.bundle.rkllm_file import RkllmFile, read_rkllm
 from rkruntime.errors import ModelFileError
+from rkruntime.files import umask
+from rkruntime.versions import version
+
+# The only release of which a file was described that names its toolkit at the end; older ones may not.
+_SIGNED: Final = "1.3.1"
+_LEAST_SHARE: Final = 0.97
 
 
 @dataclass(frozen=True)
@@ -22,43 +30,64 @@ class ToolkitResult:
         file: The new file, and what it says about itself.
         lora: Separate adapter file, if any.
         run: How it was made. Its log, `run.output.path`, is for report/; the caller moves it.
-        notes: Notes on what the release could not do exactly as asked, and on what disagrees with the file.
+        doubts: What in the files makes one doubt that they are whole, and from this release.
     """
 
     file: RkllmFile
     lora: Path | None
     run: WorkerRun
-    notes: tuple[str, ...]
+    doubts: tuple[str, ...]
 
 
 def read_back(run: WorkerRun, job: ToolkitJob) -> ToolkitResult:
     """Check what a run wrote, and move it to `job.output`. Raises the error of `failures` that fits what happened."""
     if not isinstance(run.outcome, Done):
         raise failures.explain(run, job)
-    written = sorted(path for path in run.scratch.glob("*.rkllm*") if path.is_file())
+    written = sorted(run.scratch.glob("*.rkllm*"))
     loras = [path for path in written if "_lora" in path.name]
-    file = _complete(run, job, [path for path in written if path not in loras])
-    lora = loras[0].replace(job.output.with_name(f"{job.output.stem}_lora{job.output.suffix}")) if loras else None
-    file.path.replace(job.output)
-    return ToolkitResult(read_rkllm(job.output), lora, run, (*run.calls.notes, *_disagreements(run, file)))
+    model, *more = _whole(run, [path for path in written if path not in loras], "model file (.rkllm)")
+    if model.size < job.least_size:
+        raise failures.bad_file(
+            run, model.path.name, f"it has {model.size:,} bytes, but the weights alone take {job.least_size:,}"
+        )
+    lora = None
+    if job.has_adapter_file:
+        first, *others = _whole(run, loras, "file for the adapter (_lora.rkllm)")
+        more += others
+        lora = first.path.replace(job.output.with_name(f"{job.output.stem}_lora{job.output.suffix}"))
+    elif loras:
+        raise failures.bad_file(run, loras[0].name, "no adapter was to become a separate file")
+    model.path.replace(job.output)
+    return ToolkitResult(read_rkllm(job.output), lora, run, (*_doubts(run, model, job), *map(_left_out, more)))
 
 
-def _complete(run: WorkerRun, job: ToolkitJob, files: list[Path]) -> RkllmFile:
-    """The largest of the files, if it is a whole .rkllm file."""
+def _whole(run: WorkerRun, files: list[Path], what: str) -> list[RkllmFile]:
+    """The files, the largest first; each is a regular .rkllm file of its own, readable as any new file."""
     if not files:
-        raise failures.no_file(run)
+        raise failures.no_file(run, what)
+    for path in files:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise failures.bad_file(run, path.name, "it is a link or a folder, not a file of its own")
+        path.chmod(0o666 & ~umask())
     try:
-        file = read_rkllm(max(files, key=lambda path: path.stat().st_size))
+        return sorted(map(read_rkllm, files), key=lambda file: -file.size)
     except ModelFileError as error:
-        raise failures.bad_file(run, error.message.replace(f"{run.scratch}/", "")) from error
-    if file.size < job.least_size:
-        raise failures.bad_file(run, f"it has {file.size:,} bytes, but the weights alone take {job.least_size:,}")
-    return file
+        raise failures.bad_file(run, files[0].name, error.message.replace(f"{run.scratch}/", "")) from error
 
 
-def _disagreements(run: WorkerRun, file: RkllmFile) -> Iterator[str]:
+def _left_out(file: RkllmFile) -> str:
+    return f"it also wrote {file.path.name} ({file.size:,} bytes), which is not in the bundle"
+
+
+def _doubts(run: WorkerRun, file: RkllmFile, job: ToolkitJob) -> Iterator[str]:
     said = run.output.version
     if said and said != run.toolkit.version:
         yield f"the toolkit reports version {said}, but its package is {run.toolkit.version}"
     if file.toolkit_version and said and file.toolkit_version != said:
         yield f"the file says that rkllm-toolkit {file.toolkit_version} made it"
+    # What is known of the layout comes from public descriptions, so a smaller file is no error.
+    if file.size < _LEAST_SHARE * job.file_size:
+        yield f"the file has {file.size:,} bytes, but about {job.file_size:,} were expected: it may be truncated"
+    if not file.toolkit_version and version(run.toolkit.version) >= version(_SIGNED):
+        yield f"the file does not end with its version, as those of {_SIGNED} do: it may be truncated"

@@ -43,6 +43,8 @@ _GRACE: Final = 30.0
 # The rest of a dead session's output can be read at once; a process that escaped may hold the pipes open.
 _DRAIN: Final = 2.0
 _BLOCK: Final = 1 << 16
+_MOST_WARNINGS: Final = 100
+_MORE_WARNINGS: Final = "(more warnings are in the log)"
 
 OnEvent = Callable[[Event], None]
 
@@ -62,7 +64,7 @@ class WorkerRun:
         out_of_memory_kills: Processes on this machine that the kernel killed for lack of memory meanwhile.
         peak_memory: Of the worker, in bytes.
         seconds: Seconds by stage.
-        warnings: The toolkit's own warnings, each once.
+        warnings: The toolkit's own warnings and errors, each once.
     """
 
     toolkit: Toolkit
@@ -191,8 +193,8 @@ class WorkerRun:
             self.seconds[event.stage] = event.seconds
         elif isinstance(event, Done | Failure):
             self.outcome = event
-        elif isinstance(event, Notice) and event.level == "warning":
-            self.warnings[event.text] = None
+        elif isinstance(event, Notice) and event.level != "info":
+            self.warnings[event.text if len(self.warnings) < _MOST_WARNINGS else _MORE_WARNINGS] = None
         self.on_event(event)
 
 

@@ -84,8 +84,7 @@ class ToolkitTarget:
 
     def needed_bytes(self, spec: ModelSpec) -> int:
         """Disk space that the work needs, in bytes: the file, and the merged weights that the toolkit reads."""
-        file = int(file_bytes(parse_shape(spec.model.hf_config()), parse_type(spec.dtype)))
-        return file + (0 if is_linked(spec.model) else spec.model.nbytes)
+        return _file_size(spec) + (0 if is_linked(spec.model) else spec.model.nbytes)
 
     def resumable(self, spec: ModelSpec) -> Sequence[str]:
         """Files from which `write` resumes after a killed run; it verifies each by checksum."""
@@ -137,7 +136,7 @@ class ToolkitTarget:
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
             done = report.write(result, notes, self.options.calibration, folder)
-        for text in done["warnings"]:
+        for text in (*done["warnings"], *done["doubts"]):
             reporter.note(f"toolkit: {text}")
         return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
 
@@ -162,6 +161,7 @@ class ToolkitTarget:
             max_context=spec.max_context,
             lora=staged / _STAGED_LORA if spec.lora else None,
             parameters=spec.config.parameters,
+            file_size=_file_size(spec),
         )
 
 
@@ -195,6 +195,11 @@ def _scratch(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _file_size(spec: ModelSpec) -> int:
+    """Size of model.rkllm in bytes, without tokenizer and NPU program."""
+    return int(file_bytes(parse_shape(spec.model.hf_config()), parse_type(spec.dtype)))
 
 
 def _same_release(named: str, installed: str) -> bool:

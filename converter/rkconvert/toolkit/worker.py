@@ -140,7 +140,7 @@ def run_call(toolkit: Any, call: dict[str, Any]) -> None:
     """Make one call; anything but 0 is a failure, as the toolkit returns -1 and prints why."""
     method = getattr(toolkit, call["method"])
     returned = guarded("exception", call["stage"], partial(method, **call["arguments"]))
-    if returned != 0:
+    if returned != 0 or isinstance(returned, bool):
         raise JobError("returned", call["stage"], call["method"] + " returned " + repr(returned) + ".")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,7 @@ def test_a_conversion(job: Job, toolkit: Find, version: str, open_descriptors: C
     assert result.file.path == asked.output
     assert (result.file.toolkit_version, result.file.container_version) == (version, 3)
     assert result.run.toolkit.version == f"{version}+standin"
-    assert result.notes == (f"the toolkit reports version {version}, but its package is {version}+standin",)
+    assert result.doubts == (f"the toolkit reports version {version}, but its package is {version}+standin",)
     assert set(result.run.seconds) == {"import", "load", "build", "export"}
     assert any("two ids" in text for text in result.run.warnings)
     assert b"Optimizing model: 100%" in result.run.output.path.read_bytes()
@@ -59,6 +60,38 @@ def test_an_adapter_of_its_own(job: Job, toolkit: Find, tmp_path: Path) -> None:
         == ["model.rkllm", result.lora.name]
         == ["model.rkllm", "model_lora.rkllm"]
     )
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("lora:nothing", "wrote no file for the adapter"), ("lora:empty", "is empty"), ("lora:cut", "not a .rkllm file"),
+     ("lora:link", "it is a link")],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", [{"lora": "lora"}, {"algorithm": "normal_r8"}], ids=["adapter", "low rank"])
+def test_an_adapter_that_is_lost(
+    job: Job, toolkit: Find, fail: Fail, tmp_path: Path, asked: dict[str, str], fault: str, words: str
+) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    fail(fault)
+    made = job(**{name: tmp_path / value if name == "lora" else value for name, value in asked.items()})
+    with pytest.raises(ToolkitError, match=words):
+        run_toolkit(made, toolkit())
+    assert nothing_left(made)
+
+
+def test_a_file_that_nobody_may_read_is_readable_in_the_end(job: Job, toolkit: Find, fail: Fail) -> None:
+    fail("write:closed")
+    assert stat.S_IMODE(run_toolkit(job(), toolkit()).file.path.stat().st_mode) & 0o400
+
+
+def test_what_makes_one_doubt_is_told(job: Job, toolkit: Find, fail: Fail) -> None:
+    assert not any("truncated" in text for text in run_toolkit(job(file_size=4000), toolkit()).doubts)
+    (job().output).unlink()
+    assert any("truncated" in text for text in run_toolkit(job(file_size=8000), toolkit()).doubts)
+    (job().output).unlink()
+    fail("write:two")
+    assert any("which is not in the bundle" in text for text in run_toolkit(job(), toolkit()).doubts)
 
 
 def test_low_rank_brings_its_adapter(job: Job, toolkit: Find) -> None:
@@ -85,8 +118,12 @@ FAULTS = [
     ("build:return", ToolkitError, "build returned -1", None),
     ("export:return", ToolkitError, "export_rkllm returned -1", None),
     ("export:none", ToolkitError, "returned 'no code'", None),
-    ("write:nothing", ToolkitError, "wrote no .rkllm file", None),
-    ("write:magic", ToolkitError, "incomplete: .* GGUF", None),
+    ("write:nothing", ToolkitError, "wrote no model file", None),
+    ("write:magic", ToolkitError, "cannot be used: .* GGUF", None),
+    ("write:link", ToolkitError, "it is a link or a folder", None),
+    ("write:hard-link", ToolkitError, "it is a link or a folder", None),
+    ("export:false", ToolkitError, "export_rkllm returned False", None),
+    ("lora:unasked", ToolkitError, "no adapter was to become", None),
     ("write:short", ToolkitError, "the weights alone take 4,000", None),
     ("build:chinese", RefusedError, "目标平台不支持", "convert-dtype-unsupported"),
     ("build:cuda-memory", HostError, "CUDA out of memory", "convert-out-of-memory"),

@@ -90,6 +90,7 @@ FAULTS = {
     "raise": raise_it,
     "return": lambda: -1,
     "none": lambda: "no code",
+    "false": lambda: False,
     "hang": lambda: time.sleep(1000),
     "spin": spin,
     "child": leave_child,
@@ -205,11 +206,31 @@ class Standin:
             path += ".rkllm"
         if fault("write") != "nothing":
             self._write(Path(path))
-        if self.lora is not None or "_r" in algorithm:
-            self._write(Path(path).with_name(f"{Path(path).stem}_lora.rkllm"))
+        self._spoil(Path(path), fault("write"))
+        beside = Path(path).with_name(f"{Path(path).stem}_lora.rkllm")
+        if self.lora is not None or "_r" in algorithm or fault("lora") == "unasked":
+            self._write(beside)
+        self._spoil(beside, fault("lora"))
         print("[=================================================>] 597/597 (100%)")
         print(f"INFO: Model has been saved to {path}!")
         return 0
+
+    def _spoil(self, path, how):
+        if how == "nothing":
+            path.unlink(missing_ok=True)
+        elif how == "empty":
+            path.write_bytes(b"")
+        elif how == "cut":
+            path.write_bytes(b"rk")
+        elif how == "closed":
+            path.chmod(0)
+        elif how == "two":
+            self._write(path.with_name("second.rkllm"))
+        elif how == "link":
+            path.rename(path.with_suffix(".data"))
+            path.symlink_to(path.with_suffix(".data"))
+        elif how == "hard-link":
+            os.link(path, path.with_suffix(".data"))
 
     def _write(self, path):
         magic = b"GGUF" if fault("write") == "magic" else MAGIC
