@@ -88,7 +88,6 @@ int on_idle(LLMHandle key, const Work& work) {
 LLMHandle load(const RKLLMParam& param, RKLLMInitCallback callback) {
   rkemu::Faults faults = rkemu::Faults::from_environment();
   rkemu::Settings settings = rkemu::settings_of(param);
-  settings.guesses = rkemu::Guesses::from_environment();
   settings.device = faults.device();
   faults.strike(rkemu::Stage::device, settings.model_path);
   settings.device.warn_if_old();

@@ -15,6 +15,7 @@ namespace {
 constexpr size_t kMaxPrompt = 1u << 20;
 [[maybe_unused]] constexpr int kDefaultCpus = 4;
 [[maybe_unused]] constexpr uint32_t kBigCores = 0xF0;
+[[maybe_unused]] constexpr uint32_t kStackBytes = 0xCDCDCDCD;  // what was in memory before
 
 constexpr Rules rules_of(const char* release, int number, int layout) {
   Rules rules{};
@@ -35,6 +36,15 @@ std::string text_of(const char* text) {
   return text ? text : "";
 }
 
+// rkllm_init reports a name that is not in the table.
+Guesses guesses_or_none() {
+  try {
+    return Guesses::from_environment();
+  } catch (const Failure&) {
+    return {};
+  }
+}
+
 Sampling sampling_of(const RKLLMParam& p) {
   return {p.top_k,
           p.top_p,
@@ -53,7 +63,9 @@ void check_cpus([[maybe_unused]] const RKLLMExtendParam& extend,
   const int count = extend.enabled_cpus_num > 0 ? extend.enabled_cpus_num : kDefaultCpus;
   const auto in_mask = std::bitset<32>(extend.enabled_cpus_mask).count();
   if (extend.enabled_cpus_num > 0 && in_mask && in_mask != static_cast<size_t>(count)) {
-    warn("Mismatch between enabled CPUs mask and expected count");
+    const char* mismatch = "Mismatch between enabled CPUs mask and expected count";
+    if (settings.guesses.defaults_unset) throw failure(mismatch);
+    warn(mismatch);
   }
   settings.cpus = count;
 #endif
@@ -182,6 +194,8 @@ const Rules& rules() {
 RKLLMParam default_param() {
   RKLLMParam param{};
   const Settings settings;
+  const Guesses guesses = guesses_or_none();
+  param.skip_special_token = guesses.special_hidden;
   param.max_context_len = settings.max_context;
   param.max_new_tokens = settings.max_new_tokens;
   param.top_k = settings.sampling.top_k;
@@ -196,16 +210,17 @@ RKLLMParam default_param() {
 #if RKEMU_LAYOUT >= RKEMU_1_2_0
   param.n_keep = settings.n_keep;
   param.extend_param.enabled_cpus_num = kDefaultCpus;
-  param.extend_param.enabled_cpus_mask = kBigCores;
+  param.extend_param.enabled_cpus_mask = guesses.defaults_unset ? kStackBytes : kBigCores;
 #endif
 #if RKEMU_LAYOUT >= RKEMU_1_2_1
-  param.extend_param.n_batch = 1;
+  param.extend_param.n_batch = guesses.defaults_unset ? 0 : 1;
 #endif
   return param;
 }
 
 Settings settings_of(const RKLLMParam& param) {
   Settings settings;
+  settings.guesses = Guesses::from_environment();
   settings.model_path = text_of(param.model_path);
   settings.max_context = param.max_context_len;
   settings.max_new_tokens = param.max_new_tokens;
@@ -216,6 +231,8 @@ Settings settings_of(const RKLLMParam& param) {
   settings.n_keep = param.n_keep;
 #endif
 #if RKEMU_LAYOUT >= RKEMU_1_2_1
+  if (settings.guesses.defaults_unset && param.extend_param.n_batch == 0)
+    throw failure("n_batch must be between 1 and 100, but got 0");
   settings.n_batch = std::max<int>(1, param.extend_param.n_batch);
   if (settings.n_batch > kMaxBatch) {
     throw failure(format("n_batch[%d] must be at most %d", settings.n_batch, kMaxBatch));

@@ -12,6 +12,11 @@ struct Guesses {
   bool pause_resumes = false;
   bool abort_fails = false;
   bool calls_wait = false;
+  bool arrays_whole = false;
+  bool tokens_wrapped = false;
+  bool special_hidden = false;
+  bool context_shifts = false;
+  bool defaults_unset = false;
 
   // Reads RKEMU_GUESS. Failure: a name that is not in the table.
   static Guesses from_environment();

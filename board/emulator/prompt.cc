@@ -51,6 +51,17 @@ void Run::start_text(Batch& batch, const Input& input, bool first) {
   if (log_level() >= 2) info("prompt: " + head + body);
 }
 
+void Run::start_tokens(Batch& batch, const Input& input) {
+  const bool wrapped = loaded_.settings.guesses.tokens_wrapped && loaded_.rules.chat_template;
+  const auto add = [&](const std::vector<int32_t>& ids) {
+    batch.keys.insert(batch.keys.end(), ids.begin(), ids.end());
+  };
+  const ChatTemplate& around = loaded_.chat_template;
+  if (wrapped && !around.prefix.empty()) add(tokenize(around.prefix));
+  add(input.tokens);
+  if (wrapped && !around.suffix.empty()) add(tokenize(around.suffix));
+}
+
 void Run::prepare(Batch& batch, const Input& input, Past past) {
   Conversation& conversation = *batch.conversation;
   const bool goes_on = past == Past::history && conversation.cache.length() > 0;
@@ -61,7 +72,7 @@ void Run::prepare(Batch& batch, const Input& input, Past past) {
       start_text(batch, input, !goes_on);
       break;
     case Input::Kind::tokens:
-      batch.keys.insert(batch.keys.end(), input.tokens.begin(), input.tokens.end());
+      start_tokens(batch, input);
       break;
     case Input::Kind::embeddings:
       batch.rows = input.rows;
@@ -81,7 +92,8 @@ void Run::prepare(Batch& batch, const Input& input, Past past) {
   const bool may_reuse = input.kind == Input::Kind::embeddings ? loaded_.rules.embedding_reuse
                                                                : loaded_.rules.prefix_reuse;
   if (!goes_on) {
-    reuse_prefix(batch, mode_ == Mode::generate && conversation.adapter == adapter &&
+    const bool whole = mode_ != Mode::generate && loaded_.settings.guesses.arrays_whole;
+    reuse_prefix(batch, !whole && conversation.adapter == adapter &&
                             (may_reuse || past == Past::prompt_cache));
   }
   conversation.adapter = adapter;

@@ -124,9 +124,9 @@ bool Run::choose(Batch& batch) {
   batch.conversation->pending = batch.token;
   batch.text.clear();
   if (ends(batch.token)) return false;
-  const bool hidden = loaded_.settings.skip_special_token &&
-                      engine().tokenizer.kind(batch.token) == TokenKind::control;
-  batch.bytes += hidden ? "" : engine().tokenizer.decode(batch.token);
+  batch.skipped = loaded_.settings.skip_special_token &&
+                  engine().tokenizer.kind(batch.token) == TokenKind::control;
+  batch.bytes += batch.skipped ? "" : engine().tokenizer.decode(batch.token);
   const size_t unfinished = loaded_.faults.with(Act::cut_text) ? 0 : utf8_unfinished(batch.bytes);
   const size_t complete = batch.bytes.size() - unfinished;
   batch.text = batch.bytes.substr(0, complete);
@@ -159,6 +159,8 @@ bool Run::report_tokens(bool first) {
     results.push_back(result);
   }
   loaded_.faults.strike(Stage::token, loaded_.settings.model_path, perf_.generated_tokens);
+  if (loaded_.settings.guesses.special_hidden && batches_.size() == 1 && batches_[0].skipped)
+    return false;
   return sink_(results, any && waiting ? State::waiting : State::normal) && loaded_.rules.pause;
 }
 
@@ -167,7 +169,7 @@ bool Run::report_tokens(bool first) {
 bool Run::step() {
   for (Batch& batch : batches_) {
     if (batch.done || batch.conversation->cache.length() < loaded_.settings.max_context) continue;
-    if (wanted_ > 0) {
+    if (wanted_ > 0 || loaded_.settings.guesses.context_shifts) {
       make_room(*batch.conversation, 1);
     } else {
       batch.done = true;

@@ -83,6 +83,7 @@ struct Batch {
   std::string bytes, text;
   int32_t token = -1;
   bool done = false;
+  bool skipped = false;  // a special token whose text is left out
 };
 
 class Run {
@@ -112,6 +113,7 @@ class Run {
   bool aborted() const { return abort_; }
   void prepare(Batch& batch, const Input& input, Past past);
   void start_text(Batch& batch, const Input& input, bool first);
+  void start_tokens(Batch& batch, const Input& input);
   std::vector<int32_t> tokenize(const std::string& text) const;
   void reuse_prefix(Batch& batch, bool allowed);
   void make_room(Conversation& conversation, size_t needed);

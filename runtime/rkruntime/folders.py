@@ -10,7 +10,16 @@ import os
 from pathlib import Path
 from typing import Final, Literal
 
+# By ProtectHome=, which the daemon's unit has. INVOCATION_ID tells a unit's process.
+_HIDDEN: Final = ("/home", "/root", "/run/user")
 _DEFAULTS: Final = {"cache": ".cache", "config": ".config", "data": ".local/share", "state": ".local/state"}
+
+
+def hint_if_hidden(path: Path) -> str | None:
+    """What to do about a path that is not found because systemd hides it from this process; None if it does not."""
+    if "INVOCATION_ID" not in os.environ or not any(map(path.absolute().is_relative_to, _HIDDEN)):
+        return None
+    return "A unit with ProtectHome= sees nothing below /home and /root. Put it into /var/lib/rkedge or /opt instead."
 
 
 def own_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:

@@ -138,6 +138,50 @@ def test_calls_that_need_an_idle_handle_are_refused_or_wait(
         assert inside == [-1]
 
 
+@pytest.mark.parametrize("release", ["1.2.0", "1.2.3"])
+def test_arrays_of_the_rest_of_a_prompt_or_of_all(
+    release: str, load: Any, small: Any, prompt: list[int], guess: Any
+) -> None:
+    for name, rows in (("", 1), ("arrays-whole", len(prompt))):
+        guess(name)
+        client = load(small.path, release)
+        for mode in (HIDDEN, LOGITS):
+            client.answer(prompt)
+            assert client.run(prompt, mode=mode) == 0
+            first = client.events[0][0]
+            assert len(first.hidden if mode == HIDDEN else first.logits) == rows
+
+
+def test_token_input_as_given_or_in_the_template(load: Any, small: Any, prompt: list[int], guess: Any) -> None:
+    guess("tokens-wrapped")
+    client = load(small.path)
+    for texts, wrapped in (((b"", b"a b", b"c d"), True), ((b"", b"", b""), False)):
+        assert client.lib.rkllm_set_chat_template(client.handle, *texts) == 0
+        assert client.run(prompt) == 0
+        assert (client.last.perf.prefill_tokens > len(prompt)) == wrapped
+
+
+def test_a_full_context_ends_an_answer_or_shifts(load: Any, talker: Any, guess: Any) -> None:
+    guess("context-shifts")
+    client = load(talker.path, max_context_len=64, max_new_tokens=-1)
+    seen: list[int] = []
+
+    def until_enough(event: Any) -> int:
+        seen.append(event.state)
+        return client.lib.rkllm_abort(client.handle) if len(seen) == 200 else 0
+
+    client.on_event = until_enough
+    assert client.run([7] * 40) == 0
+    assert len(seen) >= 200
+    assert client.cache_size() <= 64
+
+
+def test_defaults_that_are_set_or_not(load: Any, small: Any, guess: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    guess("defaults-unset")
+    load(small.path, expect=-1)
+    assert "Mismatch between enabled CPUs mask and expected count" in capfd.readouterr().err
+
+
 def test_unknown_names_fail_the_load(load: Any, small: Any, guess: Any, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("logits-twice", "logits-once,", "logits-once,x", "logits-once=1", " logits-once"):
         guess(name)

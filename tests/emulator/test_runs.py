@@ -185,6 +185,7 @@ def test_hidden_states_have_a_state_of_their_own_in_1_1(load: Any, talker: Any, 
 def test_logits_come_for_the_prompt_first_then_token_by_token(load: Any, talker: Any, prompt: list[int]) -> None:
     client = load(talker.path)
     expected = client.answer(prompt)
+    client.clear()
     client.run(prompt, mode=LOGITS)
     shapes = [batch[0].logits.shape for batch in client.events[:-1]]
     assert shapes == [(60, 320)] + [(1, 320)] * 7

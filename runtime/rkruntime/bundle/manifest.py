@@ -18,7 +18,7 @@ import yaml
 from rkruntime.checks.preflight import ModelFacts
 from rkruntime.errors import BundleError
 from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
-from rkruntime.folders import own_folder
+from rkruntime.folders import hint_if_hidden, own_folder
 from rkruntime.schema import Between, Length, build, check_value
 from rkruntime.words import counted
 from rkruntime.yamltext import MAX_FILE, load_yaml
@@ -326,11 +326,13 @@ def open_bundle(path: AnyPath) -> Bundle:
     manifest = path / MANIFEST
     try:
         if not path.is_dir():
-            raise BundleError(f"{path} is not a folder.", hint="Name the folder that `rkedge convert` wrote.")
+            what_to_name = "Name the folder that `rkedge convert` wrote."
+            raise BundleError(f"{path} is not a folder.", hint=hint_if_hidden(path) or what_to_name)
         if not manifest.is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
         return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))
     except OSError as error:
-        raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.") from error
+        hint = hint_if_hidden(path)
+        raise BundleError(f"{manifest} cannot be read: {error.strerror or error}.", hint=hint) from error
     except UnicodeDecodeError as error:
         raise BundleError(f"{manifest} is not UTF-8: {error}.") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,12 @@ def memory(root: Path = ROOT) -> Memory | None:
         total = min(total, int(limit))
         available = min(available, max(0, int(limit) - int(used)))
     return Memory(total, available)
+
+
+def most_open_files() -> int | None:
+    """The hard limit of open files of this process, which a worker raises its own to; None without one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:

@@ -26,6 +26,10 @@ from rkruntime.words import counted
 Level: TypeAlias = Literal["error", "warning", "notice"]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "notice")
 
+_OPEN_FILES: Final = 16_384
+# Since 1.2.0 the runtime can leave the embedding table on flash. It is 0.37 of the smallest Gemma 2's file (2B:
+# 256,000 x 2,304 of fp16 in 3.2 GB), and less of the others'.
+_TABLE_SHARE: Final = 0.4
 _PERMISSION: Final = "https://github.com/rockchip-linux/rknn-toolkit2/issues/244 (reported; the reporter confirmed it)"
 
 
@@ -112,14 +116,22 @@ def preflight(
     _check_arguments(model=model, runtime=runtime, context=context, allowed=allowed)
     root = as_path("root", root)
     wanted, clamped = clamp_context(context, model.max_context)
-    cores = machine.cores(model.npu_cores, root, allowed)
-    if emulated and len(cores.cpus) < model.npu_cores:
-        cores = machine.Cores(tuple(range(model.npu_cores)), False, "the emulator pins nothing")
+    cores = cores_for(model.npu_cores, emulated=emulated, root=root, allowed=allowed)
     found = [*clamped, *_memory(model, root)]
     if not emulated:
         found += _board(model, runtime, cores, root)
     found.sort(key=lambda finding: LEVELS.index(finding.level))
     return Preflight(tuple(found), wanted, cores)
+
+
+def cores_for(
+    npu_cores: int, *, emulated: bool, root: Path = machine.ROOT, allowed: Collection[int] | None = None
+) -> machine.Cores:
+    """The CPU cores for a model of so many NPU cores; the emulator always gets as many."""
+    cores = machine.cores(npu_cores, root, allowed)
+    if emulated and len(cores.cpus) < npu_cores:
+        return machine.Cores(tuple(range(npu_cores)), False, "the emulator pins nothing")
+    return cores
 
 
 def _check_arguments(**given: object) -> None:
@@ -152,7 +164,7 @@ def _memory(model: ModelFacts, root: Path) -> Iterator[Finding]:
     if memory is None or model.size is None or model.size <= memory.available:
         return
     yield Finding(
-        "error" if model.size > memory.total else "warning",
+        "error" if model.size * (1 - _TABLE_SHARE) > memory.total else "warning",
         "memory-short",
         f"The model file has {model.size / 1e9:.2f} GB, but only {memory.available / 1e9:.2f} GB of "
         f"{memory.total / 1e9:.2f} GB memory are free.",
@@ -179,6 +191,7 @@ def _board(model: ModelFacts, runtime: str | None, cores: machine.Cores, root: P
     yield from _driver(driver)
     yield from _nodes(root, driver, chip)
     yield from _pairs(known)
+    yield from _open_files()
     if len(cores.cpus) < model.npu_cores:
         yield Finding(
             "error",
@@ -270,6 +283,28 @@ def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Fin
             f"This process cannot open the NPU ({names}): the nodes are missing here, or belong to root or a group.",
             "sudo usermod -aG video,render $USER, then log in again; in a container, pass --device /dev/dri.",
             _PERMISSION,
+        )
+    elif nodes and all(node in closed or node.name.startswith("renderD") for node in nodes):
+        names = ", ".join(str(node) for node in closed)
+        yield Finding(
+            "warning",
+            "npu-render-only",
+            f"This process can open the NPU's render node, but not {names or 'a card node'}, which librkllmrt opens.",
+            "sudo usermod -aG video $USER, then log in again; in a container, pass the whole of /dev/dri.",
+            f"texts in librkllmrt: /dev/rknpu, %s/card%d; {_PERMISSION}",
+        )
+
+
+def _open_files() -> Iterator[Finding]:
+    limit = machine.most_open_files()
+    if limit is not None and limit < _OPEN_FILES:
+        yield Finding(
+            "notice",
+            "open-files-limit",
+            f"This process may open at most {limit:,} files; the runtime opens one for each buffer on the NPU.",
+            f"If a load fails with errno 24, raise the hard limit to {_OPEN_FILES:,} or more: nofile in"
+            " /etc/security/limits.conf, LimitNOFILE= in a unit, --ulimit nofile= in a container.",
+            "https://github.com/airockchip/rknn-llm/issues/17 (reported); the vendor's demos ask for 102400",
         )
 
 

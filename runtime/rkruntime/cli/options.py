@@ -72,6 +72,13 @@ runtime_options = _packed(
         help="Set the context length.",
     ),
     click.option("--force", is_flag=True, help="Load the model even if it is known not to work on this board."),
+    click.option(
+        "--base-domain-id",
+        type=click.IntRange(0, 15),
+        metavar="NUMBER",
+        show_default="0",
+        help="Use this memory domain of the NPU, if other models use the first ones.",
+    ),
 )
 
 # How options are shown whose names and types do not say enough.

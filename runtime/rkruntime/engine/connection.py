@@ -72,11 +72,11 @@ class WorkerConnection:
         self.worker.expect(Exchange(self.number, questions=self._questions, **expected))
         self.send({**header, "run": self.number}, data)
 
-    def next(self, timeout: float, deadline: float) -> Record:
+    def next(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
         """The next record (see WorkerProcess.next_record); answers the library's questions on the way."""
         self.worker.owner.check()
         while True:
-            record = self.worker.next_record(timeout, deadline)
+            record = self.worker.next_record(timeout, deadline, more_time)
             if record.kind < protocol.TOKENIZE or not self.answered(record):
                 return record
 
@@ -101,9 +101,9 @@ class WorkerConnection:
         ids = array("i", record.data).tolist()
         return np.ascontiguousarray(self._options.embed(ids), dtype=np.float32).tobytes()
 
-    def reply(self, timeout: float) -> Any:
+    def reply(self, timeout: float, more_time: Callable[[], float] | None = None) -> Any:
         """The JSON reply to the last command. Raises its error instead if it failed."""
-        record = self.next(timeout, time.monotonic() + timeout)
+        record = self.next(timeout, time.monotonic() + timeout, more_time)
         if record.kind == protocol.ERROR:
             raise error_of(record)
         return json_of(record)

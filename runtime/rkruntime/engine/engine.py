@@ -12,9 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from rkruntime.checks.preflight import Finding
 from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
+from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import whole
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
@@ -36,7 +38,12 @@ class Engine:
     A fork of this process must not use it.
     """
 
-    def __init__(self, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        options: LoadOptions,
+        on_log: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
         check_value("options", LoadOptions, options)
         identity = identify(options.library, options.release)
         check_readable(Path(options.model))
@@ -46,7 +53,7 @@ class Engine:
         try:
             with options.stop.ending(self._connection.worker.process.terminate):
                 started = time.perf_counter()
-                reply = self._load(identity)
+                reply = self._load(identity, progress)
                 seconds = time.perf_counter() - started
             self.info: ModelInfo = info_of(identity, whole(reply), seconds, findings, list(self.log))
         except BaseException as error:  # The worker must end with it, even after Ctrl-C.
@@ -57,11 +64,17 @@ class Engine:
         self._runs = Runs(self._connection, self.options, self.info)
 
     @classmethod
-    def load(cls, options: LoadOptions, on_log: Callable[[str], None] | None = None) -> Engine:
+    def load(
+        cls,
+        options: LoadOptions,
+        on_log: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Engine:
         """Start a worker and load a model.
 
         Args:
             on_log: Called with each line that the library prints.
+            progress: Called with lines such as `reading 9.5 GB, 34 %`.
 
         Raises:
             LibraryError: The library must not be called, or cannot be loaded.
@@ -72,9 +85,9 @@ class Engine:
             HostError: The worker cannot be started.
             WorkerError: The library crashed, ended its process, or did not respond within `load_timeout`.
         """
-        return cls(options, on_log)
+        return cls(options, on_log, progress)
 
-    def _load(self, identity: Identity) -> Any:
+    def _load(self, identity: Identity, progress: Callable[[str], None] | None) -> Any:
         assert identity.release is not None
         self._connection.begin(
             {
@@ -82,13 +95,15 @@ class Engine:
                 "library": str(Path(self.options.library).resolve()),
                 "machine": identity.machine,
                 "version": identity.release.version,
-                "params": self.options.params(),
+                "params": self.options.params(identity.release.version),
                 "loras": [item.as_dict() for item in self.options.loras],
                 "tokenizer": self.options.tokenizer is not None,
                 "embed": self.options.embed is not None,
             }
         )
-        return self._connection.reply(self.options.load_timeout)
+        size = Path(self.options.model).stat().st_size
+        reading = Reading(self._connection.worker.process.pid, size, progress)
+        return self._connection.reply(load_limit(self.options.load_timeout, size), reading.more_time)
 
     def close(self) -> None:
         """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed.
@@ -111,6 +126,11 @@ class Engine:
                         self._connection.close()
             finally:
                 self._connection.end()
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What preflight found, then what runs have shown about the library."""
+        return (*self.info.findings, *self._runs.observed.findings)
 
     @property
     def alive(self) -> bool:
@@ -172,6 +192,15 @@ class Engine:
 
     def _first_array(self, request: Request, mode: str) -> NDArray[np.float32]:
         _need_numpy()
+        known = self._runs.observed.wraps
+        try:
+            return self._array_of_run(request, mode)
+        except RunError:
+            if known or not self._runs.observed.wraps:
+                raise
+            return self._array_of_run(request, mode)  # with an empty template
+
+    def _array_of_run(self, request: Request, mode: str) -> NDArray[np.float32]:
         with contextlib.closing(self._runs.events([request], mode)) as events:
             for _, event in events:
                 if isinstance(event, (Logits, HiddenStates)):
@@ -237,9 +266,13 @@ class Engine:
         self._call("release_prompt_cache")
 
     def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
-        """Set the texts around a TextPrompt (since 1.2.0); other prompts are used as given. Clears the KV cache."""
+        """Set the texts around a TextPrompt (since 1.2.0). Clears the KV cache.
+
+        Other prompts are used as given: if the runtime wraps them as well, a run with one of them sets empty texts.
+        """
         _check_texts(system=system, prefix=prefix, postfix=postfix)
         self._call("set_chat_template", system, prefix, postfix)
+        self._runs.observed.template_set()
 
     def set_function_tools(self, system: str, tools: Sequence[dict[str, Any]], response_tag: str) -> None:
         """Set the tools for a TextPrompt (since 1.2.1), in OpenAI's format."""

@@ -33,6 +33,8 @@ Penalty: TypeAlias = Annotated[float, Between(-2, 2)]
 # No answer is longer than the longest context.
 MaxNewTokens: TypeAlias = Annotated[int, Between(1, 1 << 20), "Limit the length of the answer."]
 TokenId: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]
+# A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
+RESERVED: Final = 4
 
 
 def check_limit(limit: int) -> None:
@@ -151,7 +153,7 @@ class Request:
         save_prompt_cache: File that the runtime writes after the run.
         pause_tokens: Tokens that end the run with PAUSE; they are part of the answer, and the KV cache is kept as it is
             for a run that continues (since 1.2.1). One board is reported to ignore the next run's prompt and continue
-            this answer: that run ends with a RunError.
+            this answer: that run ends with a RunError. Another one is reported to crash; nothing here pauses by itself.
 
     Raises:
         UsageError: A field has a wrong type or is out of range.
@@ -173,6 +175,13 @@ class Request:
         if self.save_prompt_cache is not None:
             object.__setattr__(self, "save_prompt_cache", as_path("save_prompt_cache", self.save_prompt_cache))
         check_fields(self)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the prompt; None if only the runtime knows."""
+        if self.prompt is None:
+            return len(self.tokens)
+        return len(self.prompt.values) if isinstance(self.prompt, EmbeddingPrompt) else None
 
 
 def _ids(name: str, tokens: Any) -> frozenset[int]:

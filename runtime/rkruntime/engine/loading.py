@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 from rkruntime.abi import since, within
-from rkruntime.checks.preflight import Finding, ModelFacts, preflight
+from rkruntime.checks.preflight import Finding, ModelFacts, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
 from rkruntime.files import AnyPath, as_path
+from rkruntime.folders import hint_if_hidden
 from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
 from rkruntime.stop import Stop
@@ -22,6 +23,10 @@ from rkruntime.stop import Stop
 # More than the vendor's library or a machine could take; a time limit of 0 would end everything at once.
 Time: TypeAlias = Annotated[float, Between(0.001, 1_000_000_000)]
 Context: TypeAlias = Annotated[int, Between(1, 1 << 20)]
+# What RKLLM takes where nobody says a number, on every release. The library's defaults are not relied upon.
+_DEFAULT_CONTEXT: Final = 512
+# Of the RK3588; for a model of which nothing is known.
+_MOST_NPU_CORES: Final = 3
 Position: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]  # in the KV cache
 
 
@@ -52,14 +57,15 @@ class LoadOptions:
     Attributes:
         library: Path of librkllmrt.so.
         model: Path of the .rkllm or .rkemu file.
-        max_context: Context in tokens, at most what is built into the model.
+        max_context: Context in tokens, at most what is built into the model; default: that number if `known` has it,
+            else 512, RKLLM's own.
         release: Release whose layout to use for a library of an unknown release.
         sampling: Sampling of all runs; since 1.3.0 a run can have its own.
         max_new_tokens: Limit of all runs; -1 for as many as the context has room for.
         known: What the manifest says about the model; preflight needs it.
         force: Load even if preflight knows that it will not work.
         cpus: CPU cores for the runtime's own work (since 1.2.0), at least as many as the model's NPU cores; default:
-            the big cores, if `known` is given.
+            the big cores.
         n_batch: Prompts per run (since 1.2.1; the vendor advises at most 8).
         n_keep: KV cache positions kept at the front when the window shifts (since 1.2.0).
         base_domain_id: NPU memory domain, 0 to 15; one for each large model on the NPU.
@@ -74,7 +80,7 @@ class LoadOptions:
             208, 320, 396), so it is off by default.
         tokenizer: Text to ids, for a model file without a tokenizer (since 1.3.0).
         embed: Ids to float32 [ids, hidden size], for a model file without an embedding table (since 1.3.0).
-        load_timeout: Seconds before a load counts as hung.
+        load_timeout: Seconds before a load counts as hung; more for a large file (8 MB/s), and as long as it is read.
         token_timeout: Seconds without an event before a run counts as hung, prefill included.
         close_timeout: Seconds for the library to exit by itself.
         interpreter: Command of the Python that the worker runs in.
@@ -119,8 +125,9 @@ class LoadOptions:
         check_limit(self.max_new_tokens)
         check_fields(self)
 
-    def params(self) -> dict[str, Any]:
-        """Fields of RKLLMParam, by their names in the header; None leaves the library's default."""
+    def params(self, release: str) -> dict[str, Any]:
+        """Fields of RKLLMParam for a release, by their names in the header; None leaves the library's default."""
+        has_batches = within(release, since("RKLLMExtendParam.n_batch"), "")
         markers = self.image_markers or (None, None, None)
         return {
             "model_path": str(self.model),
@@ -129,6 +136,8 @@ class LoadOptions:
             **asdict(self.sampling),
             "n_keep": self.n_keep,
             "ignore_eos_token": self.ignore_eos or None,
+            # Texts come from ids here, and the library may not report the tokens that it skips: a stop token, say.
+            "skip_special_token": False,
             "is_async": self.asynchronous,
             "img_start": markers[0],
             "img_end": markers[1],
@@ -138,7 +147,8 @@ class LoadOptions:
                 "embed_flash": None if self.embed_flash is None else int(self.embed_flash),
                 "enabled_cpus_num": None if self.cpus is None else len(self.cpus),
                 "enabled_cpus_mask": None if self.cpus is None else sum(1 << cpu for cpu in set(self.cpus)),
-                "n_batch": None if self.n_batch == 1 else self.n_batch,
+                # Some boards refuse the 0 that their library's default may be.
+                "n_batch": self.n_batch if has_batches or self.n_batch != 1 else None,
                 "use_cross_attn": int(self.use_cross_attention) or None,
             },
         }
@@ -231,25 +241,38 @@ def info_of(
 def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
     """The options adjusted by preflight, and its findings. Raises RefusedError for what is known not to work."""
     assert identity.release is not None
-    if options.known is None:
-        return options, ()
     version = identity.release.version
+    has_mask = within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "")
+    if options.known is None:
+        cores = cores_for(_MOST_NPU_CORES, emulated=identity.emulated)
+        cpus = options.cpus or (cores.cpus if has_mask else None)
+        return replace(options, max_context=options.max_context or _DEFAULT_CONTEXT, cpus=cpus), _odd(identity)
     result = preflight(options.known, runtime=version, context=options.max_context, emulated=identity.emulated)
     if result.errors and not options.force:
         first = result.errors[0]
         raise RefusedError(
             first.message, hint=first.hint, details={"findings": [item.as_dict() for item in result.findings]}
         )
-    cpus = result.cores.cpus if within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "") else None
+    cpus = result.cores.cpus if has_mask else None
     flash = options.embed_flash
     if flash is None and within(version, since("RKLLMExtendParam.embed_flash"), ""):
         # All the vendor's programs ask for it, and `rkedge plan` relies on it: a table in RAM takes gigabytes.
         flash = True
-    return replace(options, max_context=result.context, cpus=options.cpus or cpus, embed_flash=flash), result.findings
+    context, findings = result.context or _DEFAULT_CONTEXT, (*result.findings, *_odd(identity))
+    return replace(options, max_context=context, cpus=options.cpus or cpus, embed_flash=flash), findings
+
+
+def _odd(identity: Identity) -> tuple[Finding, ...]:
+    """A notice if there is something odd about the library."""
+    if not identity.notice:
+        return ()
+    message = f"About {identity.path}: {identity.notice}."
+    hint = "If runs crash or answers are wrong, use the vendor's original file of a release in docs/abi.md."
+    return (Finding("notice", "library-odd", message, hint, "the file itself"),)
 
 
 def environment_of(options: LoadOptions) -> dict[str, str]:
-    """The worker's environment: librkllmrt.so needs libraries that may be next to it (libomp.so)."""
+    """The worker's environment: librkllmrt.so needs libraries that may be next to it (libgomp.so.1)."""
     paths = (str(Path(options.library).resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
@@ -258,8 +281,8 @@ def check_readable(path: Path) -> None:
     """Raise ModelFileError if the file does not exist or cannot be read."""
     try:
         if not path.is_file():
-            raise ModelFileError(f"There is no model file {path}.")
+            raise ModelFileError(f"There is no model file {path}.", hint=hint_if_hidden(path))
         with path.open("rb"):
             return
     except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.", hint=hint_if_hidden(path)) from error

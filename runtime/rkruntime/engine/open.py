@@ -62,12 +62,17 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --release, --max-context and --force as given. Raises UsageError for a wrong type or range."""
+    """--library, --release, --max-context, --force and --base-domain-id as given.
+
+    Raises:
+        UsageError: One has a wrong type or is out of range.
+    """
 
     library: AnyPath | None = None
     release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
+    base_domain_id: Annotated[int, Between(0, 15)] | None = None
 
     def __post_init__(self) -> None:
         if self.library is not None:
@@ -178,6 +183,23 @@ def _provide(provider: str, release: str, progress: Callable[[str], None] | None
     return build(release, progress=progress or (lambda _: None), stop=stop)
 
 
+def _checking(bundle: Bundle, stop: Stop, progress: Callable[[str], None] | None) -> Callable[[int], None]:
+    """What to call with the size of each block that is checked."""
+    size = sum(record.size for record in bundle.manifest.files.values())
+    done = shown = 0
+
+    def block(read: int) -> None:
+        nonlocal done, shown
+        stop.check()
+        done += read
+        percent = done * 100 // max(1, size)
+        if progress is not None and percent > shown:
+            shown = percent
+            progress(f"checking {size / 1e9:.1f} GB, {percent} %")
+
+    return block
+
+
 def load_engine(
     bundle: Bundle,
     options: RuntimeOptions,
@@ -191,7 +213,7 @@ def load_engine(
 
     Args:
         show: Called with each preflight finding.
-        progress: Called with lines while the emulator is built.
+        progress: Called with lines while the files are checked, the emulator is built and the model is read.
         stop: Stops the load from another thread.
         timeouts: Timeouts of LoadOptions, in seconds.
 
@@ -205,7 +227,7 @@ def load_engine(
 
     ending = stop or Stop()
     ending.check()
-    bundle.verify(progress=ending.check)
+    bundle.verify(progress=_checking(bundle, ending, progress))
     adapter = Lora(bundle.lora.stem, bundle.lora) if bundle.lora else None
     engine = Engine.load(
         LoadOptions(
@@ -214,13 +236,15 @@ def load_engine(
             release=options.release,
             known=bundle.known,
             force=options.force,
+            base_domain_id=options.base_domain_id,
             max_context=options.max_context,
             sampling=sampling.over(default_sampling(bundle)),
             loras=[adapter] if adapter else [],
             lora=adapter.name if adapter else None,
             stop=ending,
             **timeouts,
-        )
+        ),
+        progress=progress,
     )
     for finding in engine.info.findings:
         show(finding)

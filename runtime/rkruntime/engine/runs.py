@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
 from rkruntime.engine.connection import WorkerConnection, closed_meanwhile
-from rkruntime.engine.generation import ArrayEvent, Request, Token, check_limit
+from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
+from rkruntime.engine.observed import Observed
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import array_of, error_of, finished_of
 from rkruntime.engine.worker.encode import run_command
@@ -30,13 +31,16 @@ class Runs:
 
     Attributes:
         active: Number of the current run; None without one.
+        observed: What the runs have shown.
         reader: The thread that last waited for its events; 0 if nobody reads them any more.
     """
 
     def __init__(self, connection: WorkerConnection, options: LoadOptions, info: ModelInfo) -> None:
         self.active: int | None = None
+        self.observed = Observed(info.release, info.max_context)
         self.reader = 0
         self._abandoned = False
+        self._requests: Sequence[Request] = ()
         self._connection, self._options, self._info = connection, options, info
         self._worker = connection.worker
 
@@ -110,24 +114,37 @@ class Runs:
             check_limit(request.max_new_tokens)
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
-        if self._options.n_keep is None and self._outgrows(requests):
-            # From 1.3.0 on, the runtime has the limit and would drop the start of the conversation to reach it. That is
-            # a guess (docs/emulator.md), but no limit is right in any case.
+        limit = self._limit(requests)
+        header["limit"] = limit
+        if all(request.length is not None and not request.keep_history for request in requests):
+            header["max_new_tokens"] = limit
+        elif limit < header["max_new_tokens"]:
+            # Only the library knows how full the context is. From 1.3.0 on, it has the limit and would drop the start
+            # of the conversation to reach it. That is a guess (docs/emulator.md), but no limit is right in any case.
             header["max_new_tokens"] = -1
+        header["empty_template"] = self.observed.empties_template(requests)
+        self._requests, self._rows_due = requests, set(range(len(requests)))
         self._worker.drain_log()
         self._worker.alarm = ""
         # Releases may return rows for the prompt or for more, but never more than the context has room for.
         most_rows = self._info.max_context or _LONGEST_CONTEXT
-        most_tokens = requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else -1
-        limits = {"batches": self._options.n_batch, "most_tokens": most_tokens, "most_rows": most_rows}
+        limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
         self.active = self._connection.number + 1
         self._connection.begin(header, data, mode=mode, **limits)
 
-    def _outgrows(self, requests: Sequence[Request]) -> bool:
-        """Whether the context has no room for as many new tokens as are allowed."""
-        shortest = min(len(request.tokens) for request in requests)
-        return 0 < self._info.max_context < shortest + requests[0].max_new_tokens
+    def _limit(self, requests: Sequence[Request]) -> int:
+        """The most tokens of an answer; -1 only for a library that does not report its context.
+
+        Boards are reported not to end an answer when the context is full, but to drop the oldest tokens, the prompt
+        included. Only a program that asks for both `n_keep` and more tokens than there is room for gets that.
+        """
+        asked = requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else self._options.max_new_tokens
+        if not self._info.max_context or (asked > 0 and self._options.n_keep is not None):
+            return asked
+        longest = max(request.length or 0 for request in requests)
+        room = max(1, self._info.max_context - RESERVED - longest)
+        return min(asked, room) if asked > 0 else room
 
     def _check_room(self, request: Request) -> None:
         if 0 < self._info.max_context <= len(request.tokens):
@@ -156,8 +173,17 @@ class Runs:
         if self._worker.alarm:
             raise RunError(f"The run failed; the runtime logged: {self._worker.alarm}")
         if record.kind in (protocol.LOGITS, protocol.HIDDEN):
-            return array_of(record)
-        return finished_of(record)
+            return self._array(record)
+        finished = finished_of(record)
+        self.observed.finished(self._requests, finished)
+        return finished
+
+    def _array(self, record: Record) -> Logits | HiddenStates:
+        array = array_of(record)
+        if record.batch in self._rows_due:  # the prompt's; what follows is the answer's
+            self._rows_due.remove(record.batch)
+            self.observed.check_rows(self._requests[record.batch], len(array.values))
+        return array
 
     def abort(self) -> None:
         """Ask the current run, if any, to end; from any thread."""

@@ -84,7 +84,8 @@ class Library:
         except OSError as error:
             raise LibraryError(
                 f"{path} cannot be loaded: {error}.",
-                hint="Put the libraries it needs (such as libomp.so) next to it, or install them.",
+                hint="Install what it needs, or put it next to it: sudo apt install libgomp1; libomp.so comes with the"
+                " vendor's toolchain.",
             ) from error
         self._functions: dict[str, Any] = {}
         for name, prototype in self.abi.functions.items():

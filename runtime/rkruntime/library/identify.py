@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +17,15 @@ from typing import Any, Final
 from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.errors import LibraryError
 from rkruntime.files import AnyPath, as_path
+from rkruntime.folders import hint_if_hidden
 from rkruntime.library.elf import ElfFile, read_elf
 from rkruntime.schema import check_value
 
 # Seen in 1.2.0, 1.2.1b1 and 1.3.1, as
 # `RKLLM SDK (version: 1.2.1b1 | target: Linux | build: 27637c95 2025-05-02 17:46:07)`.
 _MARK: Final = b"RKLLM SDK (version: "
+# Seen in 1.2.1b1, next to the version alone. For releases whose own text nobody has shown.
+_LOG_FORMAT: Final = b"rkllm-runtime version: %s"
 _VERSION: Final = re.compile(r"\d+\.\d+\.\d+(?:b\d*)?")
 _KNOWN_FUNCTIONS: Final = frozenset(name for version in RELEASES for name in abi_of(version).functions)
 
@@ -41,6 +45,7 @@ class Identity:
         problem: Why it must not be called; empty if it may be.
         hint: What to do about the problem.
         functions: The functions of rkllm.h that it exports.
+        notice: What is odd about it, although it may be called; empty as a rule.
     """
 
     path: Path
@@ -54,6 +59,7 @@ class Identity:
     problem: str
     hint: str
     functions: frozenset[str]
+    notice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -68,6 +74,7 @@ class Identity:
             "forced": self.forced,
             "emulated": self.emulated,
             "problem": self.problem or None,
+            "notice": self.notice or None,
             "functions": sorted(self.functions),
         }
 
@@ -89,24 +96,43 @@ def _version_in(line: str) -> str:
     return found.group() if found and line[found.end() :].lstrip()[:1] in ("|", ")") else ""
 
 
-def _contradiction(version: str, functions: frozenset[str]) -> str:
-    """How the exported functions contradict a release; empty if they do not."""
-    declared = frozenset(abi_of(version).functions)
-    if missing := sorted(declared - functions):
-        return f"release {version} has {missing[0]}, which this file does not export"
-    if extra := sorted((functions & _KNOWN_FUNCTIONS) - declared):
-        return f"this file exports {extra[0]}, which came with {since(extra[0])}, after {version}"
-    return ""
+def _bare_versions(data: mmap.mmap) -> list[str]:
+    """Known releases that stand alone before or after the format of the log's line on the release."""
+    found: dict[str, None] = {}
+    at = data.find(_LOG_FORMAT)
+    while at >= 0:
+        texts = [text for text in data[max(0, at - 256) : at + 256].split(b"\0") if text]
+        place = next(i for i, text in enumerate(texts) if _LOG_FORMAT in text)
+        for text in (*texts[max(0, place - 1) : place], *texts[place + 1 : place + 2]):
+            if (name := text.decode("ascii", "replace")) in RELEASES:
+                found[name] = None
+        at = data.find(_LOG_FORMAT, at + 1)
+    return list(found)
 
 
-def _look(path: Path) -> tuple[ElfFile, list[str]]:
+def _missing(version: str, functions: frozenset[str]) -> str:
+    """What a release has and this file does not; empty if nothing."""
+    missing = sorted(frozenset(abi_of(version).functions) - functions)
+    return f"release {version} has {missing[0]}, which this file does not export" if missing else ""
+
+
+def _additional(version: str, functions: frozenset[str]) -> str:
+    """What this file has and a release does not declare; empty if nothing."""
+    extra = sorted((functions & _KNOWN_FUNCTIONS) - frozenset(abi_of(version).functions))
+    return f"this file exports {extra[0]}, which came with {since(extra[0])}, after {version}" if extra else ""
+
+
+def _look(path: Path) -> tuple[ElfFile, list[str], list[str]]:
+    """The file's head, its version texts, and the releases that they name."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return read_elf(path, data), _version_lines(data)
+            elf, lines = read_elf(path, data), _version_lines(data)
+            return elf, lines, list(dict.fromkeys(map(_version_in, lines))) if lines else _bare_versions(data)
     except ValueError as error:  # mmap of an empty file
         raise LibraryError(f"{path} is empty.") from error
     except OSError as error:
-        raise LibraryError(f"{path} cannot be read: {error.strerror or error}.") from error
+        hint = hint_if_hidden(path)
+        raise LibraryError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from error
 
 
 def _judge(elf: ElfFile, lines: list[str], versions: list[str], given: str | None) -> tuple[Release | None, str, str]:
@@ -121,13 +147,13 @@ def _judge(elf: ElfFile, lines: list[str], versions: list[str], given: str | Non
     version = versions[0] if versions else ""
     if given is not None and version not in RELEASES:
         release = release_named(given)
-        problem = _contradiction(given, functions)
+        problem = _missing(given, functions) or _additional(given, functions)
         return (None, problem, "Name another release with --release.") if problem else (release, "", "")
     if version not in RELEASES:
         return None, _unknown(version, lines), "Update rkedge, or try the nearest release with --release (docs/abi.md)."
     if RELEASES[version].refused:
         return None, f"it is release {version}: {RELEASES[version].refused}", "Install librkllmrt.so 1.2.3."
-    if problem := _contradiction(version, functions):
+    if problem := _missing(version, functions):
         return None, f"its version text says {version}, but {problem}", "Use the vendor's original file."
     if given is not None and release_named(given).layout != RELEASES[version].layout:
         return None, f"it is release {version}, whose layout is not that of {given}", "Omit --release."
@@ -156,8 +182,7 @@ def inspect_library(path: Path, release: str | None = None) -> Identity:
     """
     if release is not None:
         release_named(release)
-    elf, lines = _look(path)
-    versions = list(dict.fromkeys(_version_in(line) for line in lines))
+    elf, lines, versions = _look(path)
     found, problem, hint = _judge(elf, lines, versions, release)
     return Identity(
         path=path,
@@ -171,7 +196,14 @@ def inspect_library(path: Path, release: str | None = None) -> Identity:
         problem=problem,
         hint=hint,
         functions=elf.symbols & _KNOWN_FUNCTIONS,
+        notice=_notice(found, lines, elf.symbols) if found else "",
     )
+
+
+def _notice(release: Release, lines: list[str], functions: frozenset[str]) -> str:
+    """What is odd about a library that may be called."""
+    found = [] if lines else [f"it has no RKLLM version text, but {release.version} next to the format of its log"]
+    return "; ".join(filter(None, [*found, _additional(release.version, functions)]))
 
 
 def identify(path: AnyPath, release: str | None = None) -> Identity:
@@ -193,6 +225,11 @@ def identify(path: AnyPath, release: str | None = None) -> Identity:
 def check_machine(path: Path, machine: str) -> None:
     """Raise LibraryError if a library is for another machine than this one."""
     here = os.uname().machine
+    if sys.maxsize < 1 << 32:  # on a 64-bit kernel, uname says nothing of it
+        raise LibraryError(
+            f"This Python is a 32-bit program, which cannot load {path}.",
+            hint="Use a 64-bit Python, and a 64-bit system image: getconf LONG_BIT must say 64.",
+        )
     if machine != here:
         raise LibraryError(
             f"{path} is for {machine}, but this machine is {here}.",

@@ -78,7 +78,9 @@ def _folder(settings: Settings) -> Path | None:
 
 
 def _options(settings: Settings) -> RuntimeOptions:
-    return RuntimeOptions(settings.library, settings.release, settings.max_context, settings.force)
+    return RuntimeOptions(
+        settings.library, settings.release, settings.max_context, settings.force, settings.base_domain_id
+    )
 
 
 def _log_finding(finding: Finding) -> None:

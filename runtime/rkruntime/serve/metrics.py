@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _THERMAL: Final = "sys/class/thermal"
-# debugfs: for root, or a group with a rule; rknpu 0.9.x writes "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,".
-_NPU_LOAD: Final = "sys/kernel/debug/rknpu/load"
+# The first exists only in kernels built with RKNPU_PROC_FS, the second is root's; rknpu 0.9.x writes
+# "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,".
+_NPU_LOAD: Final = ("proc/rknpu/load", "sys/kernel/debug/rknpu/load")
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float]:
@@ -33,10 +34,10 @@ def temperatures(root: Path = Path("/")) -> dict[str, float]:
 
 def npu_load(root: Path = Path("/")) -> dict[str, float]:
     """Share of time that each NPU core was busy, 0 to 1, by core; empty if it cannot be read."""
-    try:
-        text = (root / _NPU_LOAD).read_text()
-    except OSError:
-        return {}
+    text = ""
+    for name in _NPU_LOAD:
+        with suppress(OSError):
+            text = text or (root / name).read_text()
     loads = {}
     for part in text.replace("NPU load:", "").split(","):
         core, _, value = part.strip().partition(":")

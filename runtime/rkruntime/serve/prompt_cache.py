@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.abi import within
 from rkruntime.engine.generation import Event, Finished, FinishReason, Request, Token
-from rkruntime.errors import ModelError, RKEdgeError, RunError, UnsupportedCallError
+from rkruntime.errors import ModelError, RKEdgeError, RunError, UnsupportedCallError, WorkerError
 from rkruntime.files import atomic_file
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer
@@ -65,6 +65,7 @@ class PromptCaches:
         self._on_npu: list[int] = []
         self._loaded = False
         self._paused_until = 0.0
+        self._crashed: set[str] = set()
 
     def forget(self) -> None:
         """Another model, or none, is on the NPU."""
@@ -76,7 +77,7 @@ class PromptCaches:
 
     async def prepare(self, model: Model, request: Request) -> Request:
         """Load the file that saves most, if any; returns the request, with a file to write if worthwhile."""
-        if not self._quota(model) or time.monotonic() < self._paused_until:
+        if not self._quota(model) or time.monotonic() < self._paused_until or _identity(model) in self._crashed:
             return request
         try:
             return await self._prepared(model, request)
@@ -105,6 +106,11 @@ class PromptCaches:
                         said.append(event.token_id)
                     yield event
             return
+        except WorkerError:
+            if request.save_prompt_cache is not None:
+                self._drop(Path(request.save_prompt_cache))
+                self._switch_off(model)
+            raise
         except RunError as error:
             left = request.max_new_tokens - len(said) if request.max_new_tokens > 0 else -1
             if request.save_prompt_cache is None:
@@ -125,6 +131,12 @@ class PromptCaches:
                     continue
                 said.append(event.token_id)
                 yield event
+
+    def _switch_off(self, model: Model) -> None:
+        """Use no files for this model until the daemon starts anew: a board is reported to crash with them."""
+        if _identity(model) not in self._crashed:
+            self._crashed.add(_identity(model))
+            log.warning("the runtime was lost in a call with a prompt cache file: no more of them for this model")
 
     def _pause(self, error: OSError | RKEdgeError) -> None:
         self._files, self._paused_until = None, time.monotonic() + _PAUSE_S
@@ -166,6 +178,8 @@ class PromptCaches:
         except (ModelError, UnsupportedCallError) as error:
             log.warning("prompt cache %s: %s", path.name, error.message)
             self._drop(path)
+            if isinstance(error, WorkerError):
+                self._switch_off(model)
             return False
         self._loaded = True
         return True

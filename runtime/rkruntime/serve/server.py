@@ -295,6 +295,8 @@ class Daemon:
             await asyncio.sleep(min(_TICK_S, beat or _TICK_S))
             if beat:
                 systemd.notify("WATCHDOG=1")
+            if self._reloading.locked():  # a model is loaded, perhaps from an SD card
+                systemd.still_at_it()
             for server in self._servers:
                 for connection in list(server.server_state.connections):
                     cast("Connection", connection).check_writing()

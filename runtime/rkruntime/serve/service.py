@@ -13,7 +13,7 @@ from weakref import ref
 
 from rkruntime.abi import within
 from rkruntime.bundle.manifest import Manifest
-from rkruntime.engine.generation import Finished, FinishReason, Request, Sampling
+from rkruntime.engine.generation import RESERVED, Finished, FinishReason, Request, Sampling
 from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
 from rkruntime.errors import (
     BodyError,
@@ -36,7 +36,6 @@ from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer, AnswerReader
-from rkruntime.text.prompts import RESERVED
 from rkruntime.text.template import Message
 from rkruntime.words import counted
 

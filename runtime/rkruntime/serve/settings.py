@@ -65,7 +65,7 @@ class Limits:
         queue: requests that may wait for the NPU.
         wait_s: how long a request may wait for the NPU.
         request_s: how long an answer may take once it has its turn.
-        load_s: how long a load may take.
+        load_s: how long a load may take; longer for a large file and while it is read.
         token_s: how long a token may take, including the prefill of a long prompt, before the worker counts as hung and
             is killed.
         body_mb: largest body of a request.
@@ -146,6 +146,7 @@ class Settings:
         release: RKLLM release to treat the library as; null is what the library says it is.
         max_context: context length in tokens; null is the model's limit.
         force: load the model even if it is known not to work on this board.
+        base_domain_id: the NPU's memory domain, of 4 GB; another one than that of other models on the NPU; null is 0.
         temperature, top_k, top_p, repeat_penalty: sampling where a request does not set it; null is the bundle's own.
         per_request_sampling: what to do with a request's sampling where the runtime, before 1.3.0, cannot change it:
             `ignore` it and say so in a header, or `refuse` the request.
@@ -160,6 +161,7 @@ class Settings:
     release: str | None = None
     max_context: Annotated[int, Between(32, 1 << 20)] | None = None
     force: bool = False
+    base_domain_id: Annotated[int, Between(0, 15)] | None = None
     temperature: Temperature | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None
@@ -201,6 +203,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
             "release",
             "max_context",
             "force",
+            "base_domain_id",
             *types_of(Sampling),
         }
     ),

@@ -14,6 +14,7 @@ from rkruntime.errors import UsageError
 from rkruntime.printable import one_line
 
 _FIRST_FD: Final = 3
+_MORE_TIME_USEC: Final = 60_000_000
 # Python's levels to syslog's, which journald reads between angle brackets.
 _LEVELS: Final = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
@@ -31,8 +32,14 @@ def notify(*fields: str) -> None:
 
 
 def reloading() -> None:
-    """Notify systemd that a reload has begun; READY=1 ends it."""
+    """Notify systemd that a reload has begun; READY=1 ends it, and `still_at_it` keeps it from timing out."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    still_at_it()
+
+
+def still_at_it() -> None:
+    """Ask systemd for more time than TimeoutStartSec= for what is going on; to be repeated until it is done."""
+    notify(f"EXTEND_TIMEOUT_USEC={_MORE_TIME_USEC}")
 
 
 def watchdog_s() -> float | None:

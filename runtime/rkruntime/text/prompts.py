@@ -7,17 +7,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from rkruntime.engine.generation import RESERVED
 from rkruntime.errors import BundleError, ContextFullError, UsageError
 from rkruntime.text.template import Message, Template
 from rkruntime.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from rkruntime.text.tokenizer import Part, Tokenizer
-
-# A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
-RESERVED: Final = 4
 
 
 class Prompts(Protocol):

@@ -245,7 +245,7 @@ def test_findings(
 
 
 def test_a_model_larger_than_the_memory_is_an_error(board: Board) -> None:
-    found = preflight(ModelFacts(size=20 * GB), runtime=None, root=board(), allowed=range(8))
+    found = preflight(ModelFacts(size=30 * GB), runtime=None, root=board(), allowed=range(8))
     assert [(item.level, item.code) for item in found.findings] == [("error", "memory-short")]
 
 
@@ -357,3 +357,36 @@ def test_nodes_by_the_name_of_the_driver_and_of_the_misc_device(board: Board) ->
     _drm(root, "card1", "npu@fdab0000")
     _write(root / "sys/devices/platform/npu@fdab0000/uevent", "DRIVER=RKNPU\nOF_NAME=npu\n")
     assert machine.npu_nodes(root) == (root / "dev/dri/card1", root / "dev/rknpu")
+
+
+@pytest.mark.parametrize(
+    ("closed", "code"),
+    [
+        (["card1"], "npu-render-only"),
+        (["card1", "renderD129"], "npu-device-closed"),
+        (["renderD129"], None),
+    ],
+)
+def test_a_render_node_alone_does_not_do(board: Board, closed: list[str], code: str | None) -> None:
+    root = board(capacities=RK3588)
+    for name in closed:
+        (root / "dev/dri" / name).unlink()
+    found = preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8)).findings
+    assert [finding.code for finding in found] == ([code] if code else [])
+    assert all("video" in finding.hint for finding in found)
+    _write(root / "dev/rknpu", "")
+    assert not preflight(GEMMA, runtime="1.2.3", root=root, allowed=range(8)).findings
+
+
+@pytest.mark.parametrize(("hard", "said"), [(1024, True), (16_383, True), (16_384, False), (-1, False)])
+def test_a_hard_limit_of_open_files_is_named(
+    board: Board, monkeypatch: pytest.MonkeyPatch, hard: int, said: bool
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (min(hard, 1024), hard))
+    found = preflight(GEMMA, runtime="1.2.3", root=board(capacities=RK3588), allowed=range(8)).findings
+    assert [(finding.level, finding.code) for finding in found] == [("notice", "open-files-limit")] * said
+
+
+def test_a_model_whose_table_can_stay_on_flash_is_not_refused(board: Board) -> None:
+    found = preflight(ModelFacts(size=18 * GB), runtime="1.2.3", root=board(capacities=RK3588), allowed=range(8))
+    assert [(item.level, item.code) for item in found.findings] == [("warning", "memory-short")]

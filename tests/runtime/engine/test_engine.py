@@ -425,6 +425,18 @@ def test_an_answer_ends_with_its_context(load: Load, question: list[int]) -> Non
     assert any(len(list(slid.generate(request))) > 65 for _ in range(5))
 
 
+def test_a_continued_conversation_ends_with_its_context(load: Load, question: list[int]) -> None:
+    """Only the runtime knows how full its context is: a limit beyond it would drop the start, so none is passed on."""
+    hot = Sampling(temperature=5.0, top_k=500, top_p=1.0, repeat_penalty=1.0)
+    engine = load("1.3.0", max_context=64, sampling=hot)
+    for _ in range(5):
+        engine.clear_cache()
+        list(engine.generate(Request(question, max_new_tokens=1, keep_history=True)))
+        room = 64 - engine.cache_sizes()[0] - len(question)
+        *tokens, _ = engine.generate(Request(question, max_new_tokens=1000, keep_history=True))
+        assert 0 < len(tokens) <= room + 1
+
+
 def test_fields_that_a_release_lacks(load: Load, release: str) -> None:
     for changes, since in (
         ({"n_keep": 4}, "1.2.0"),

@@ -550,3 +550,9 @@ def test_a_library_that_needs_another(misbehaving: Misbehaving, tmp_path: Path) 
     other.unlink()
     with pytest.raises(LibraryError, match=r"cannot be loaded: libother\.so"):
         Engine.load(replace(options, library=library))
+
+
+def test_the_kernel_kills_the_worker_first(misbehaving: Any, worker_of: Any) -> None:
+    with Engine.load(misbehaving("fine")) as engine:
+        assert int(Path(f"/proc/{worker_of(engine)}/oom_score_adj").read_text()) >= 500
+    assert int(Path("/proc/self/oom_score_adj").read_text()) < 500

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rkboard.emulator.faults import guesses
-from rkruntime.engine.generation import FinishReason, Request
+from rkruntime.engine.generation import Finished, FinishReason, Request, TextPrompt
 from rkruntime.errors import RunError
 from rkruntime.text.template import GemmaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
@@ -43,6 +43,10 @@ def test_runs_are_right_either_way(
     hidden = usual.hidden_states(Request(prompt))
     monkeypatch.setenv("RKEMU_GUESS", guess)
     engine = load(release, asynchronous=bool(asynchronous))
+    wraps = "tokens-wrapped" in guess and newer(release, "1.2.0")
+    if wraps:  # which shows in the first run only
+        list(engine.generate(Request(prompt, max_new_tokens=1)))
+    assert [finding.code for finding in engine.findings] == ["token-input-wrapped"] * wraps
 
     def answers() -> None:
         *tokens, finished = engine.generate(Request(prompt, max_new_tokens=8))
@@ -80,3 +84,105 @@ def test_a_prompt_that_is_not_read_is_an_error(
     assert list(engine.generate(pausing))[-1].reason is FinishReason.PAUSE
     engine.clear_cache()
     assert ids_of(engine.generate(Request(prompt, max_new_tokens=8))) == expected
+
+
+def arrays(engine: Any, prompt: list[int], release: str) -> list[Any]:
+    found = [engine.hidden_states(Request(prompt))]
+    return found + ([engine.logits(Request(prompt))] if newer(release, "1.2.0") else [])
+
+
+@pytest.mark.parametrize("guess", ["", "arrays-whole", "tokens-wrapped", "tokens-wrapped,arrays-whole"])
+@pytest.mark.parametrize("release", ["1.1.4", "1.2.0", "1.2.3"])
+def test_arrays_do_not_depend_on_the_runs_before(
+    release: str, guess: str, load: Any, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = arrays(load(release), prompt, release)
+    monkeypatch.setenv("RKEMU_GUESS", guess)
+    engine = load(release)
+    for before in (prompt, prompt[:-3], [*prompt[:5], *prompt]):
+        list(engine.generate(Request(before, max_new_tokens=3)))
+        for _ in range(2):
+            for found, right in zip(arrays(engine, prompt, release), expected, strict=True):
+                np.testing.assert_array_equal(found, right)
+    fresh = load(release)  # nothing has shown yet what the library does
+    np.testing.assert_array_equal(fresh.hidden_states(Request(prompt)), expected[0])
+
+
+@pytest.mark.parametrize("release", ["1.2.0", "1.2.3", "1.3.0"])
+def test_a_template_around_token_ids_is_noticed_and_emptied(
+    release: str,
+    load: Any,
+    prompt: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    usual = load(release)
+    list(usual.generate(Request(prompt, max_new_tokens=2)))
+    assert not usual.findings
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(release)
+    noticed = ["token-input-wrapped"] if newer(release, "1.2.1") else []  # 1.2.0 reports no figures
+
+    def read() -> int:
+        *_, finished = engine.generate(Request(prompt, max_new_tokens=2))
+        return finished.perf.prefill_tokens if finished.perf else len(prompt)
+
+    if noticed:
+        assert read() > len(prompt)
+        assert "puts its own chat template around token ids" in caplog.text
+    assert read() == len(prompt)
+    engine.set_chat_template("", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n")
+    assert read() == len(prompt)
+    assert [finding.code for finding in engine.findings] == noticed
+    list(engine.generate(Request(prompt=TextPrompt("What is the RK3588?"), max_new_tokens=1)))
+    assert [finding.code for finding in engine.findings] == [*noticed, "template-empty"]
+
+
+@pytest.mark.parametrize("guess", ["", "context-shifts"])
+@pytest.mark.parametrize("release", ["1.1.4", "1.2.3", "1.3.0"])
+def test_an_endless_answer_ends_with_the_context(
+    release: str, guess: str, load: Any, prompt: list[int], ids_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RKEMU_GUESS", guess)
+    monkeypatch.setenv("RKEMU_FAULT", "wrong-eos")
+    engine = load(release, max_context=64)
+    for asked in (-1, 1000):
+        *tokens, finished = engine.generate(Request(prompt, max_new_tokens=asked))
+        assert (finished.reason, len(tokens)) == (FinishReason.LENGTH, 64 - 4 - len(prompt))
+    # Only the runtime knows how long a text is: the window may shift, but the answer ends.
+    assert len(ids_of(engine.generate(Request(prompt=TextPrompt("What is the RK3588?"))))) <= 60
+
+
+@pytest.mark.parametrize("release", ["1.1.4", "1.2.3"])
+def test_stop_tokens_are_seen_where_special_tokens_are_not_reported(
+    release: str, load: Any, prompt: list[int], demo_tokenizer: Tokenizer, ids_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RKEMU_FAULT", "wrong-eos")  # else the emulator ends the answer itself
+    request = Request(prompt, stop_tokens=frozenset({demo_tokenizer.control["<end_of_turn>"]}))
+    *tokens, finished = load(release).generate(request)
+    assert finished.reason is FinishReason.STOP
+    monkeypatch.setenv("RKEMU_GUESS", "special-hidden")
+    *again, finished = load(release).generate(request)
+    assert (ids_of(again), finished.reason) == (ids_of(tokens), FinishReason.STOP)
+
+
+@pytest.mark.parametrize("release", ["1.2.0", "1.2.3", "1.3.0"])
+def test_no_default_of_the_library_is_relied_upon(
+    release: str, load: Any, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RKEMU_GUESS", "defaults-unset")
+    engine = load(release, max_context=None)
+    assert engine.info.max_context == 512
+    assert len(list(engine.generate(Request(prompt, max_new_tokens=2)))) == 3
+
+
+def test_a_template_around_a_batch_is_noticed(load: Any, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(n_batch=2)
+    requests = [Request(prompt, max_new_tokens=2), Request(prompt[:9], max_new_tokens=2)]
+    reads = []
+    for _ in range(2):
+        ends = [event for _, event in engine.generate_batch(requests) if isinstance(event, Finished)]
+        reads.append(ends[-1].perf.prefill_tokens)
+    assert reads[0] > reads[1] == len(prompt) + 9
+    assert [finding.code for finding in engine.findings] == ["token-input-wrapped"]

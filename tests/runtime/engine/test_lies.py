@@ -62,6 +62,7 @@ def end(reason: str = "stop", generated: int = 2, **changes: Any) -> str:
 
 
 LOADED = [record(REPLY, 512)]
+ENDLESS = [record(REPLY, 0)]  # a context that is not known limits nothing
 HONEST = [record(TOKEN, b"a", value=7), record(TOKEN, b"b", value=8), end()]
 SAID = [Token(7, b"a"), Token(8, b"b")]
 
@@ -226,7 +227,8 @@ def test_a_child_that_goes_on_when_the_worker_is_gone(fake: Fake, loop: bool) ->
         async for _ in engine.agenerate(request):
             pass
 
-    with fake(["fork", record(TOKEN, b"a", value=7)]) as engine, pytest.raises(WorkerCrashedError, match="exit code 3"):
+    script = ["fork", record(TOKEN, b"a", value=7)]
+    with fake(script, loaded=ENDLESS) as engine, pytest.raises(WorkerCrashedError, match="exit code 3"):
         asyncio.run(go(engine)) if loop else list(engine.generate(request))
 
 
@@ -237,7 +239,7 @@ def test_an_abort_that_is_not_heard_has_an_end(fake: Fake, loop: bool) -> None:
         await anext(events)
         await events.aclose()
 
-    with fake(["repeat", record(TOKEN, b"a", value=7)]) as engine:
+    with fake(["repeat", record(TOKEN, b"a", value=7)], loaded=ENDLESS) as engine:
         if loop:
             with pytest.raises(WorkerHungError):
                 asyncio.run(go(engine))

@@ -208,6 +208,21 @@ def test_the_embedding_table_stays_in_the_file_where_the_release_can(
     """As `rkedge plan` counts on it; what the library's own default is has not been published."""
     known = ModelFacts(platform="rk3588", toolkit=release, npu_cores=3, max_context=512, size=1 << 20)
     given = LoadOptions(Path("librkllmrt.so"), Path("model"), known=known, embed_flash=asked)
-    identity: Any = SimpleNamespace(release=RELEASES[release], emulated=True)
+    identity: Any = SimpleNamespace(release=RELEASES[release], emulated=True, notice="")
     assert checked(given, identity)[0].embed_flash is flash
     assert checked(replace(given, known=None), identity)[0].embed_flash is asked
+
+
+def test_the_memory_domain_reaches_the_load(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LoadOptions] = []
+
+    def load(options: LoadOptions, **_: Any) -> Any:
+        seen.append(options)
+        raise LibraryError("enough")
+
+    monkeypatch.setattr("rkruntime.engine.engine.Engine.load", load)
+    for domain in (None, 3):
+        options = RuntimeOptions(base_domain_id=domain)
+        with pytest.raises(LibraryError, match="enough"):
+            opening.load_engine(bundle, options, SamplingOptions(), lambda finding: None)
+    assert [each.params("1.2.3")["extend_param"]["base_domain_id"] for each in seen] == [None, 3]

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from rkboard.emulator import build as emulator
 from rkruntime.abi import CALLABLE, EMULATED, LAYOUTS, RELEASES, abi_of, release_named
-from rkruntime.errors import LibraryError
+from rkruntime.bundle.manifest import open_bundle
+from rkruntime.engine.loading import check_readable
+from rkruntime.errors import LibraryError, RKEdgeError
 from rkruntime.library.elf import read_elf
 from rkruntime.library.identify import check_machine, identify, inspect_library
 
@@ -118,14 +120,44 @@ def test_contradictions(make_library: MakeLibrary) -> None:
         LibraryError, match=r"says 1\.2\.3, but release 1\.2\.3 has rkllm_get_kv_cache_size, which this file"
     ):
         identify(make_library([line("1.2.3")], declared("1.2.0")))
-    with pytest.raises(
-        LibraryError, match=r"says 1\.1\.4, but this file exports rkllm_clear_kv_cache, which came with 1\.2\.0"
-    ):
-        identify(make_library([line("1.1.4")], declared("1.2.0")))
     with pytest.raises(LibraryError, match=r"several version texts: 1\.2\.3, 1\.3\.0"):
         identify(make_library([line("1.2.3"), line("1.3.0")], declared("1.2.3")))
     # The same version twice is one.
     assert identify(make_library([line("1.2.3"), "x " + line("1.2.3")], declared("1.2.3"))).version == "1.2.3"
+
+
+def test_additional_functions_are_a_notice(make_library: MakeLibrary) -> None:
+    """A library may export what its header declares later only."""
+    odd = identify(make_library([line("1.1.4")], declared("1.2.0")))
+    assert odd.release == RELEASES["1.1.4"]
+    assert "exports rkllm_clear_kv_cache, which came with 1.2.0, after 1.1.4" in odd.notice
+    assert identify(make_library([line("1.1.4")], [*declared("1.1.4"), "rkllm_print_timings"])).notice == ""
+
+
+LOG_FORMAT = "I rkllm: rkllm-runtime version: %s, rknpu driver version: %s, platform: %s"
+
+
+@pytest.mark.parametrize(
+    ("texts", "symbols", "release"),
+    [
+        (["1.2.2", LOG_FORMAT], "1.2.2", "1.2.2"),
+        ([LOG_FORMAT, "1.1.4"], "1.1.4", "1.1.4"),
+        ([line("1.2.3"), "1.2.0", LOG_FORMAT], "1.2.3", "1.2.3"),
+        (["1.2.2", LOG_FORMAT], "1.1.4", None),  # symbols contradict it
+        (["1.2.2", "something", LOG_FORMAT, "else", "1.3.0"], "1.2.2", None),
+        (["1.2.2", LOG_FORMAT, "1.3.0"], "1.2.2", None),
+        ([LOG_FORMAT, "2.3.3b0"], "1.2.2", None),  # of another library
+        (["1.2.2"], "1.2.2", None),
+    ],
+)
+def test_a_version_next_to_the_logs_format(
+    make_library: MakeLibrary, texts: list[str], symbols: str, release: str | None
+) -> None:
+    # In one array, so that the compiler keeps them next to each other.
+    library = make_library(["\\000".join(["first", *texts, "last"])], declared(symbols))
+    identity = inspect_library(library)
+    assert identity.release == (RELEASES[release] if release else None)
+    assert ("next to the format of its log" in identity.notice) == (release is not None and len(texts) == 2)
 
 
 @pytest.mark.parametrize("names", [declared("1.2.3"), declared("1.3.0")])
@@ -230,3 +262,23 @@ def test_damaged_files_are_refused_or_read(make_library: MakeLibrary, tmp_path: 
 
 
 _sample = b""
+
+
+def test_a_32_bit_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.maxsize", (1 << 31) - 1)
+    with pytest.raises(LibraryError, match="This Python is a 32-bit program"):
+        check_machine(Path("librkllmrt.so"), os.uname().machine)
+
+
+def test_what_a_unit_cannot_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Path("/root/nowhere/librkllmrt.so")
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    for unit in (False, True):
+        for use in (identify, open_bundle, check_readable):
+            with pytest.raises(RKEdgeError) as caught:
+                use(library)
+            assert ("ProtectHome=" in caught.value.hint) == unit
+        monkeypatch.setenv("INVOCATION_ID", "0123")
+    with pytest.raises(LibraryError) as caught:
+        identify(Path("/opt/nowhere/librkllmrt.so"))
+    assert "ProtectHome=" not in caught.value.hint

@@ -14,7 +14,7 @@ import pytest
 
 from rkconvert.demo import questions
 from rkruntime.engine.generation import Finished, FinishReason, Request, Token
-from rkruntime.errors import RunError
+from rkruntime.errors import RunError, WorkerCrashedError
 from rkruntime.serve.prompt_cache import PromptCaches
 
 QA = {row.question: row.answer for row in list(questions())[:8]}
@@ -139,3 +139,56 @@ def test_a_run_that_fails_for_something_else_fails(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         _run(engine, Request([1, 2, 3]))
     assert len(engine.runs) == 1
+
+
+class _CrashesWithFiles(_Engine):
+    """Is lost in each call with a file: as it is saved, or as it is loaded."""
+
+    def __init__(self, in_load: bool) -> None:
+        super().__init__(99)
+        self.in_load = in_load
+        self.loads = 0
+
+    def load_prompt_cache(self, path: Path) -> None:
+        self.loads += 1
+        if self.in_load:
+            raise WorkerCrashedError("gone")
+
+    def release_prompt_cache(self) -> None: ...
+
+    async def agenerate(self, request: Request, gather: float) -> AsyncGenerator[Any, None]:
+        self.runs.append(request)
+        yield Token(10)
+        if request.save_prompt_cache and not self.in_load:
+            raise WorkerCrashedError("gone")
+        yield Finished(FinishReason.STOP, len(request.tokens), 1)
+
+
+@pytest.mark.parametrize("in_load", [False, True], ids=["save", "load"])
+def test_files_that_crash_the_runtime_are_tried_once_for_a_model(
+    in_load: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = _CrashesWithFiles(in_load)
+    files = {"model.rkllm": SimpleNamespace(sha256="one")}
+    model: Any = SimpleNamespace(engine=engine)
+    model.bundle = SimpleNamespace(manifest=SimpleNamespace(files=files, model_file="model.rkllm"))
+    caches = PromptCaches(tmp_path, 50, 4)
+    tokens = list(range(20))
+    if in_load:
+        caches._keep(model, tmp_path / "a.kv", tokens)
+
+    async def ask() -> bool:
+        """Whether the answer came."""
+        request = await caches.prepare(model, Request([*tokens, 99]))
+        try:
+            return isinstance([event async for event in caches.events(model, request, 0)][-1], Finished)
+        except WorkerCrashedError:
+            return False
+
+    assert [asyncio.run(ask()) for _ in range(4)] == [in_load, True, True, True]
+    assert engine.loads == in_load
+    assert sum(run.save_prompt_cache is not None for run in engine.runs) <= 1
+    assert caplog.text.count("no more of them for this model") == 1
+    files["model.rkllm"] = SimpleNamespace(sha256="another")
+    asyncio.run(ask())
+    assert caplog.text.count("no more of them for this model") == 1 + (not in_load)

@@ -44,12 +44,7 @@ IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "sessions.resume_s": lambda daemon: daemon.service.settings.sessions.resume_s,
 }
 # What has an effect on a model that is loaded.
-OF_THE_MODEL = {
-    "bundle",
-    "library",
-    "release",
-    "max_context",
-    "force",
+OF_THE_MODEL = {"bundle", "library", "release", "max_context", "force", "base_domain_id"} | {
     "temperature",
     "top_k",
     "top_p",

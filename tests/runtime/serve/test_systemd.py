@@ -99,6 +99,7 @@ def test_a_life_under_systemd(unit: Unit, tmp_path: Path) -> None:
     unit.hears("WATCHDOG=1")
     unit.process.send_signal(signal.SIGHUP)
     assert "MONOTONIC_USEC=" in unit.hears("RELOADING=1")
+    unit.hears("EXTEND_TIMEOUT_USEC=")
     unit.hears("READY=1")
     unit.process.send_signal(signal.SIGTERM)
     unit.hears("STOPPING=1")
@@ -161,6 +162,7 @@ def test_the_service_is_shut_in() -> None:
         "TasksMax=",
         "UMask=0077",
         "PrivateNetwork=yes",
+        "OOMPolicy=continue",
     ):
         assert f"\n{setting}" in text
 
@@ -199,3 +201,16 @@ def test_systemd_itself_counts_little_exposure(installed: Path) -> None:
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)
     assert found, said
     assert float(found[1]) <= 1.2
+
+
+def test_every_group_of_the_unit_is_made(tmp_path: Path) -> None:
+    if shutil.which("systemd-sysusers") is None:
+        pytest.skip("systemd is not installed")
+    unit = (UNITS / "rkedge.service").read_text()
+    wanted = re.findall(r"^(?:Group|SupplementaryGroups)=(.*)$", unit, re.MULTILINE)
+    (tmp_path / "etc").mkdir()
+    command = ["systemd-sysusers", f"--root={tmp_path}", str(UNITS / "rkedge.sysusers")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = {line.split(":")[0] for line in (tmp_path / "etc/group").read_text().splitlines()}
+    assert {name for names in wanted for name in names.split()} <= made

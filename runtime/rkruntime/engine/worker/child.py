@@ -6,6 +6,7 @@ the parent is gone, the process exits.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -167,6 +168,8 @@ class Worker:
         return self._ask(protocol.EMBED, array("i", ids).tobytes())
 
 
+# Of 1000. Buffers on the NPU do not count as this process's memory, so the kernel would choose another one.
+_OOM_SCORE: Final = 500
 _LIBC: Final = ctypes.CDLL(None)
 
 
@@ -174,6 +177,14 @@ def _raise_open_files() -> None:
     """Raise the limit of open files: each NPU buffer needs one, 1024 are too few (rknn-llm issues 17, 26, 47, 62)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _die_first() -> None:
+    """Let the kernel kill this process when memory runs out, and not the one that reports it."""
+    path = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):  # without /proc, as it is
+        if int(path.read_text()) < _OOM_SCORE:
+            path.write_text(str(_OOM_SCORE))
 
 
 def _write_lines_at_once() -> None:
@@ -186,5 +197,6 @@ def main(commands: int, records: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for fd in (commands, records):
         os.set_inheritable(fd, False)
+    _die_first()
     _write_lines_at_once()
     Worker(commands, records).serve()

@@ -207,8 +207,11 @@ class WorkerProcess:
             self._at = 0
         return len(data)
 
-    def next_record(self, timeout: float, deadline: float) -> Record:
+    def next_record(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
         """Wait for a record until `deadline` (time.monotonic()), the end of a limit of `timeout` seconds.
+
+        Args:
+            more_time: Asked twice a second for a later deadline.
 
         Raises:
             WorkerCrashedError: the worker ended.
@@ -225,11 +228,12 @@ class WorkerProcess:
                 self.receive()
                 record = self.buffered()
             now = time.monotonic()
-            if record is None and now > deadline:
-                raise self.hung(timeout)
             if now > self._next_look:
                 self._next_look = now + _SLICE
                 self.check_alive()
+                deadline = max(deadline, more_time() if more_time else 0.0)
+            if record is None and now > deadline:
+                raise self.hung(timeout)
         return record
 
     def _ready(self, seconds: float) -> bool:

@@ -67,9 +67,13 @@ class Runner:
             RunError: The library refused the run or reported an error.
             UnsupportedCallError: The release has no such field or mode.
         """
+        if header["empty_template"]:  # before anything can fail: the parent relies on it
+            self.model.set_chat_template("", "", "")
         self._begin(header)
         prompts = [self._input(prompt, data) for prompt in header["prompts"]]
         infer = self._infer(header)
+        if self._mode != "generate" and not header["keep_history"]:
+            self._forget_prompts()
         with self._running:
             self._run = header["run"]
         try:
@@ -100,6 +104,11 @@ class Runner:
             if self._failed or None in self._ended:
                 raise
 
+    def _forget_prompts(self) -> None:
+        """Empty the KV cache: boards are reported to return no rows for what it holds (rknn-llm issues 278, 453)."""
+        if "rkllm_clear_kv_cache" in self._library.abi.functions:
+            self.model.clear_kv_cache()
+
     def _check_prompt_was_read(self) -> None:
         after_pause, self._paused = self._paused, "pause" in self._ended
         if after_pause and self._perf and self._perf["prefill_tokens"] == 0:
@@ -115,7 +124,7 @@ class Runner:
         self._pauses = frozenset(header["pause_tokens"])
         if self._pauses and not self._can_pause:
             raise UnsupportedCallError("Pausing a run requires release 1.2.1 or later.")
-        self._limit = header["max_new_tokens"]
+        self._limit = header["limit"]
         self._counts = [0] * len(header["prompts"])
         self._ended: list[str | None] = [None] * len(header["prompts"])
         self._aborting: threading.Thread | None = None
@@ -148,8 +157,9 @@ class Runner:
         if header["keep_history"]:
             values["keep_history"] = 1
         # Older releases only have the limit of the load: there, `_count` ends the run.
-        if self._limit > 0 and "max_new_tokens" in dict(self._library.abi.structs["RKLLMInferParam"]._fields_):
-            values["max_new_tokens"] = self._limit
+        limit = header["max_new_tokens"]
+        if limit > 0 and "max_new_tokens" in dict(self._library.abi.structs["RKLLMInferParam"]._fields_):
+            values["max_new_tokens"] = limit
         return values
 
     # During a run, in the computing thread.

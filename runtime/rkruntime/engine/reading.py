@@ -1,0 +1,55 @@
+"""How far a load has read its model file: a 9 GB file takes ten minutes on a slow SD card, which is no hang."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+# Bytes per second: chosen, below what any SD card of today reads.
+_SLOWEST: Final = 8_000_000
+# Seconds that a load may go on after each sign that it reads.
+_PATIENCE: Final = 60.0
+# A load that reads its file more often than this does not end.
+_MOST_PASSES: Final = 4
+
+
+def load_limit(seconds: float, size: int) -> float:
+    """Seconds after which the load of a file of `size` bytes counts as hung: at least what reading it may take."""
+    return max(seconds, size / _SLOWEST)
+
+
+class Reading:
+    """A load in progress, as its process's I/O counter shows it.
+
+    Args:
+        keeper: Pid of the process above the worker.
+        size: Size of the model file, in bytes.
+        progress: Called with lines such as `reading 9.5 GB, 34 %`.
+    """
+
+    def __init__(self, keeper: int, size: int, progress: Callable[[str], None] | None) -> None:
+        self._keeper, self._size, self._progress = keeper, size, progress
+        self._read = 0
+
+    def more_time(self) -> float:
+        """Until when (time.monotonic()) the load may go on; 0 if it has not read since the last call."""
+        read = read_bytes(self._keeper)
+        grown, self._read = read > self._read, max(read, self._read)
+        if not grown or read > self._size * _MOST_PASSES:
+            return 0.0
+        if self._progress is not None:
+            self._progress(f"reading {self._size / 1e9:.1f} GB, {min(99, read * 100 // max(1, self._size))} %")
+        return time.monotonic() + _PATIENCE
+
+
+def read_bytes(keeper: int) -> int:
+    """Bytes that a keeper's worker has read from disks, mapped pages included; 0 if the kernel does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        worker = int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split(maxsplit=1)[0])
+        found = re.search(r"^read_bytes: (\d+)$", Path(f"/proc/{worker}/io").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
