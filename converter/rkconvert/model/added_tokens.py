@@ -44,15 +44,35 @@ def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) 
 def _settings(folder: Place, kind: type[InputError]) -> dict[str, Any]:
     """The settings in which the list of further special tokens may still have its older name."""
     settings = _json(folder / CONFIG, kind)
+    older = {} if _DECODER in settings else _json(folder / "special_tokens_map.json", kind)
+    _refuse_ambiguous(settings, older, folder / CONFIG, kind)
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
     settings = _with_named(settings)
     if _DECODER in settings:
         return settings
-    older = _json(folder / "special_tokens_map.json", kind)
     if isinstance(older.get(_EXTRA), list):
         older[_EXTRA] = [*_extra(settings), *older[_EXTRA]]
     return _with_named(settings | older)
+
+
+def _refuse_ambiguous(
+    settings: Mapping[str, Any], older: Mapping[str, Any], path: Place, kind: type[InputError]
+) -> None:
+    """Refuse what transformers reads in ways that prompts here do not follow."""
+    if settings.get("split_special_tokens"):
+        raise kind(
+            f"{path} sets split_special_tokens, with which not even <start_of_turn> would be one token.",
+            hint="Remove that key, and save the tokenizer again.",
+        )
+    table = settings.get(_EXTRA)
+    for name, token in table.items() if isinstance(table, dict) else ():
+        if not name.endswith("_token") or (name in older and text_of(older[name]) != text_of(token)):
+            raise kind(
+                f"{path} names the special token {name[:80]!r} in its table {_EXTRA}, but no name there may lack the"
+                " ending _token, or stand for another text in special_tokens_map.json.",
+                hint=f"Write the texts into a list {_EXTRA}, and save the tokenizer again.",
+            )
 
 
 def _with_named(settings: dict[str, Any]) -> dict[str, Any]:

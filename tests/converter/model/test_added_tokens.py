@@ -239,3 +239,19 @@ def test_a_table_of_tokens_and_an_older_list(folder: Path, table: Any, listed: b
         change(folder, "added_tokens.json", **{NEW: 1024})
     oracle = transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
     assert flags_of(agrees(folder)) == flags_of(oracle)
+
+
+@pytest.mark.parametrize(
+    ("settings", "older"),
+    [({"split_special_tokens": True}, {}), ({"extra_special_tokens": {"my_word": NEW}}, {}),
+     ({"extra_special_tokens": {"image_token": NEW}}, {"image_token": WORD})],
+)  # fmt: skip
+def test_what_transformers_reads_otherwise_is_refused(folder: Path, settings: Any, older: Any) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("additional_special_tokens", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    read_tokenizer(folder / "tokenizer.json", 1100)
+    change(folder, "tokenizer_config.json", **settings)
+    change(folder, "special_tokens_map.json", **older)
+    with pytest.raises(CheckpointError, match=r"split_special_tokens|extra_special_tokens"):
+        read_tokenizer(folder / "tokenizer.json", 1100)
