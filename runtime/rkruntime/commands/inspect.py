@@ -55,7 +55,9 @@ def _rkllm(path: Path, _: bool) -> dict[str, Any]:
 def _library(path: Path, _: bool) -> dict[str, Any]:
     from rkruntime.library.identify import inspect_library
 
-    return {"kind": "RKLLM runtime library", **inspect_library(path).as_dict()}
+    library = inspect_library(path)
+    kind = "RKLLM runtime library" if library.functions else "a program or another library"
+    return {"kind": kind, **library.as_dict()}
 
 
 def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:

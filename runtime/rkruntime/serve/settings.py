@@ -236,7 +236,7 @@ def load_settings(path: Path) -> Settings:
     """Read a settings file. Raises UsageError with the key that is wrong."""
 
     def fail(what: str) -> UsageError:
-        return UsageError(f"{path}: {what}.", hint="See docs/serve.md for the keys.")
+        return UsageError(f"{path}: {what}.", hint="See docs/settings.md for the keys.")
 
     return build(Settings, read_mapping(path, fail), fail)
 

@@ -153,6 +153,12 @@ def test_inspect_a_library(bundle: Path) -> None:
     assert (report["version"], report["emulated"]) == ("1.2.3", True)
 
 
+def test_inspect_takes_no_program_for_the_runtime() -> None:
+    report = json.loads(rkedge("inspect", "--json", Path(sys.executable).resolve()).stdout)
+    assert report["kind"] == "a program or another library"
+    assert report["problem"]
+
+
 def test_inspect_a_vendor_model_file(tmp_path: Path) -> None:
     """Only the plain fields: nothing of it is the vendor's, the bytes are as public studies describe them."""
     path = tmp_path / "x.rkllm"
