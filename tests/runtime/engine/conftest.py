@@ -147,3 +147,25 @@ def nothing_is_left() -> Iterator[None]:
 def ids_of() -> Callable[[Sequence[Any]], list[int]]:
     """The token ids among events."""
     return lambda events: [event.token_id for event in events if isinstance(event, Token)]
+
+
+@pytest.fixture(scope="session")
+def question(demo_tokenizer: Tokenizer) -> list[int]:
+    """Ids of the question in `one_question`, as a prompt."""
+    control = demo_tokenizer.control
+    encode = demo_tokenizer.encode
+    return [
+        control["<bos>"],
+        control["<start_of_turn>"],
+        *encode("user\nWhat is the RK3588?"),
+        control["<end_of_turn>"],
+        *encode("\n"),
+        control["<start_of_turn>"],
+        *encode("model\n"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def stops(demo_tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end its answer."""
+    return frozenset({demo_tokenizer.control["<eos>"], demo_tokenizer.control["<end_of_turn>"]})

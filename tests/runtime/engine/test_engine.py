@@ -1,4 +1,4 @@
-"""The whole API, over the emulator's library of every layout."""
+"""Answers over the library of every layout: tokens, ends, aborts, asyncio, settings of a run and of a load."""
 
 from __future__ import annotations
 
@@ -7,71 +7,29 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.runtime.engine.one_question import ANSWER, Load, collect, newer, text_of
 
-from rkruntime.bundle.rkemu import TensorSpec, Writer, read_container
-from rkruntime.checks.preflight import ModelFacts
-from rkruntime.engine.engine import Engine, LoadOptions, Lora
+from rkruntime.engine.engine import Engine, LoadOptions
 from rkruntime.engine.generation import (
     GREEDY,
-    EmbeddingPrompt,
     Finished,
     FinishReason,
-    HiddenStates,
-    Logits,
     Request,
     Sampling,
     TextPrompt,
-    Token,
 )
 from rkruntime.errors import (
-    AdapterError,
     ContextFullError,
-    LibraryError,
     LoadError,
-    ModelFileError,
     RunError,
     UnsupportedCallError,
     UsageError,
 )
 from rkruntime.text.tokenizer import Tokenizer
-from rkruntime.versions import version as order
-
-Load = Callable[..., Engine]
-QUESTION = "<bos><start_of_turn>user\nWhat is the RK3588?<end_of_turn>\n<start_of_turn>model\n"
-ANSWER = "A Rockchip chip with eight Arm cores and an NPU of 6 TOPS."
-
-
-def newer(release: str, than: str) -> bool:
-    return order(release) >= order(than)
-
-
-@pytest.fixture(scope="module")
-def question(demo_tokenizer: Tokenizer) -> list[int]:
-    control = demo_tokenizer.control
-    encode = demo_tokenizer.encode
-    return [
-        control["<bos>"],
-        control["<start_of_turn>"],
-        *encode("user\nWhat is the RK3588?"),
-        control["<end_of_turn>"],
-        *encode("\n"),
-        control["<start_of_turn>"],
-        *encode("model\n"),
-    ]
-
-
-@pytest.fixture(scope="module")
-def stops(demo_tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset({demo_tokenizer.control["<eos>"], demo_tokenizer.control["<end_of_turn>"]})
-
-
-def text_of(events: list[Any]) -> str:
-    return b"".join(event.text for event in events if isinstance(event, Token)).decode()
 
 
 def test_an_answer(load: Load, release: str, question: list[int], stops: frozenset[int]) -> None:
@@ -208,7 +166,7 @@ def test_asyncio(load: Load, release: str, question: list[int], ids_of: Any, sto
         assert (await anext(events)).token_id == whole[0]
         await events.aclose()
         assert not engine.running
-        task = asyncio.create_task(_collect(engine, Request(question)))
+        task = asyncio.create_task(collect(engine, Request(question)))
         await asyncio.sleep(0.003)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -219,16 +177,12 @@ def test_asyncio(load: Load, release: str, question: list[int], ids_of: Any, sto
     asyncio.run(go())
 
 
-async def _collect(engine: Engine, request: Request) -> list[Any]:
-    return [event async for event in engine.agenerate(request)]
-
-
 def test_asyncio_cancelled_twice(load: Load, question: list[int], ids_of: Any) -> None:
     """A run whose end nobody waited for is ended before the next one."""
     engine = load(environment={"RKEMU_TOKEN_US": "20000"})
 
     async def go() -> None:
-        task = asyncio.create_task(_collect(engine, Request(question)))
+        task = asyncio.create_task(collect(engine, Request(question)))
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.sleep(0)
@@ -238,160 +192,6 @@ def test_asyncio_cancelled_twice(load: Load, question: list[int], ids_of: Any) -
 
     asyncio.run(go())
     assert len(ids_of(engine.generate(Request(question, max_new_tokens=3)))) == 3
-
-
-# --- other prompts -----------------------------------------------------------------------------------------------
-
-
-def test_text_prompts(load: Load, release: str, stops: frozenset[int]) -> None:
-    """From 1.2.0 on the runtime wraps a text in the model's template; before, the caller does."""
-    engine = load(release)
-    text = "What is the RK3588?"
-    if not newer(release, "1.2.0"):
-        text = QUESTION.removeprefix("<bos>")
-    *tokens, finished = engine.generate(Request(prompt=TextPrompt(text), stop_tokens=stops))
-    assert text_of(tokens) == ANSWER
-    assert (finished.prompt_tokens > 0) == newer(release, "1.2.1")
-
-
-def test_roles(load: Load, release: str) -> None:
-    request = Request(prompt=TextPrompt("{}", role="tool"), max_new_tokens=2)
-    if newer(release, "1.2.1"):
-        assert len(list(load(release).generate(request))) == 3
-    else:
-        with pytest.raises(UnsupportedCallError, match=r"RKLLMInput\.role requires release 1\.2\.1"):
-            list(load(release).generate(request))
-
-
-def test_embedding_prompts(load: Load, release: str, bundle: Any, question: list[int], ids_of: Any) -> None:
-    container = read_container(bundle.model)
-    table = container.read("token_embd").astype(np.float32) * container.read("token_embd.scale")
-    engine = load(release)
-    expected = ids_of(engine.generate(Request(question, max_new_tokens=10)))
-    *tokens, finished = engine.generate(Request(prompt=EmbeddingPrompt(table[question]), max_new_tokens=10))
-    assert ids_of(tokens) == expected
-    assert finished.prompt_tokens == len(question)
-    for shape in ((3,), (0, 128), (2, 2, 128)):
-        with pytest.raises(UsageError, match="2 dimensions"):
-            list(engine.generate(Request(prompt=EmbeddingPrompt(np.zeros(shape, np.float32)))))
-
-
-@pytest.mark.parametrize("tokens", [[], [2**31], [-1], ["a"], [1.5]])
-def test_prompts_that_are_none(load: Load, tokens: list[Any]) -> None:
-    engine = load()
-    with pytest.raises(UsageError):
-        list(engine.generate(Request(tokens)))
-    with pytest.raises(UsageError, match="NUL"):
-        list(engine.generate(Request(prompt=TextPrompt("a\0b"))))
-    with pytest.raises(RunError) as caught:
-        list(engine.generate(Request([1023, 1024])))
-    assert any("not in the vocabulary" in line for line in caught.value.details["log"])
-    assert len(list(engine.generate(Request([2, 3], max_new_tokens=1)))) == 2
-
-
-# --- arrays ------------------------------------------------------------------------------------------------------
-
-
-def test_hidden_states_and_logits(load: Load, release: str, bundle: Any, question: list[int], ids_of: Any) -> None:
-    engine = load(release)
-    hidden = engine.hidden_states(Request(question))
-    assert (hidden.shape, hidden.dtype) == ((len(question), 128), np.float32)
-    assert np.isfinite(hidden).all()
-    expected = ids_of(engine.generate(Request(question, max_new_tokens=6)))
-    if not newer(release, "1.2.0"):
-        with pytest.raises(UnsupportedCallError, match="RKLLM_INFER_GET_LOGITS"):
-            engine.logits(Request(question))
-        return
-    logits = engine.logits(Request(question))
-    assert logits.shape == (len(question), 1024)
-    assert int(logits[-1].argmax()) == expected[0]
-    events = list(engine.generate_arrays(Request(question, max_new_tokens=6), "logits"))
-    assert ids_of(events) == expected
-    arrays = [event.values for event in events if isinstance(event, Logits)]
-    assert [array.shape[0] for array in arrays] == [len(question), 1, 1, 1, 1, 1]
-    assert [int(array[-1].argmax()) for array in arrays][:1] == expected[:1]
-    only = list(engine.generate_arrays(Request(question), "hidden"))
-    assert [type(event) for event in only] == [HiddenStates, Finished]
-    with pytest.raises(UsageError, match="no mode"):
-        list(engine.generate_arrays(Request(question), "embeddings"))
-
-
-# --- cache, history, pause ---------------------------------------------------------------------------------------
-
-
-def test_cache_calls(load: Load, release: str, question: list[int]) -> None:
-    engine = load(release)
-    list(engine.generate(Request(question, max_new_tokens=5)))
-    if not newer(release, "1.2.0"):
-        with pytest.raises(UnsupportedCallError, match=r"rkllm_clear_kv_cache requires release 1\.2\.0 or later"):
-            engine.clear_cache()
-        return
-    if newer(release, "1.2.1"):
-        assert engine.cache_sizes()[0] >= len(question)
-        engine.clear_cache()
-        assert engine.cache_sizes() == [0]
-    else:
-        with pytest.raises(UnsupportedCallError, match=r"rkllm_get_kv_cache_size requires release 1\.2\.1 or later"):
-            engine.cache_sizes()
-        engine.clear_cache(keep_system_prompt=True)
-        with pytest.raises(UnsupportedCallError, match="ranges"):
-            engine.clear_cache(ranges=[(0, 1)])
-
-
-def test_keep_history(load: Load, release: str, question: list[int]) -> None:
-    engine = load(release)
-    request = Request(question, max_new_tokens=4, keep_history=True)
-    if not newer(release, "1.2.0"):
-        with pytest.raises(UnsupportedCallError, match=r"keep_history requires release 1\.2\.0"):
-            list(engine.generate(request))
-        return
-    list(engine.generate(request))
-    if newer(release, "1.2.1"):
-        first = engine.cache_sizes()[0]
-        list(engine.generate(request))
-        assert engine.cache_sizes()[0] >= first + len(question)
-
-
-def test_pause_and_ranges(load: Load, release: str, question: list[int], ids_of: Any) -> None:
-    """A run pauses at a token; a range of its cache is taken out, and it goes on from there."""
-    engine = load(release)
-    whole = ids_of(engine.generate(Request(question, max_new_tokens=8)))
-    request = Request(question, pause_tokens=frozenset({whole[3]}))
-    if not newer(release, "1.2.1"):
-        with pytest.raises(UnsupportedCallError, match=r"Pausing a run requires release 1\.2\.1"):
-            list(engine.generate(request))
-        return
-    *tokens, finished = engine.generate(request)
-    assert (ids_of(tokens), finished.reason) == (whole[:4], FinishReason.PAUSE)
-    size = engine.cache_sizes()[0]
-    engine.clear_cache(ranges=[(size - 2, size)])
-    assert engine.cache_sizes() == [size - 2]
-    # What was taken out is said again as the next prompt, and the answer goes on as if nothing had been.
-    *tokens, _ = engine.generate(Request(whole[1:4], max_new_tokens=4))
-    assert ids_of(tokens) == whole[4:8]
-
-
-def test_prompt_cache_files(load: Load, release: str, question: list[int], tmp_path: Path, ids_of: Any) -> None:
-    path = tmp_path / "prompt.cache"
-    engine = load(release)
-    expected = ids_of(engine.generate(Request(question, max_new_tokens=6, save_prompt_cache=path)))
-    assert path.stat().st_size > 0
-    engine.close()
-    engine = load(release)
-    engine.load_prompt_cache(path)
-    *tokens, finished = engine.generate(Request(question, max_new_tokens=6))
-    assert ids_of(tokens) == expected
-    if finished.perf:
-        assert finished.perf.prefill_tokens == 1
-    engine.release_prompt_cache()
-    path.write_bytes(b"damaged")
-    with pytest.raises(RunError, match="rkllm_load_prompt_cache returned -1") as caught:
-        engine.load_prompt_cache(path)
-    assert caught.value.details["log"]
-    assert ids_of(engine.generate(Request(question, max_new_tokens=6))) == expected
-
-
-# --- per run, per load -------------------------------------------------------------------------------------------
 
 
 def test_sampling_per_run(load: Load, release: str, question: list[int], ids_of: Any) -> None:
@@ -541,184 +341,3 @@ def test_cross_attention(load: Load, misbehaving: Callable[..., LoadOptions], re
     with Engine.load(misbehaving("", release)) as engine:
         engine.set_cross_attention(k, k * 2, mask, positions)
         assert engine.log[-1] == "cross attention: 3 tokens, k 2, v 4, mask -1, position 5"
-
-
-# --- adapters ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def adapter(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A rank-2 adapter that says something else."""
-    container = read_container(bundle.model)
-    random = np.random.default_rng(3)
-    tensors = {}
-    for layer in range(4):
-        columns, rows = 128, 384
-        tensors[f"blk.{layer}.ffn_up.lora_a"] = random.normal(0, 0.5, (2, columns)).astype(np.float32)
-        tensors[f"blk.{layer}.ffn_up.lora_b"] = random.normal(0, 0.5, (rows, 2)).astype(np.float32)
-    metadata = {
-        "general.kind": "adapter",
-        "general.architecture": "gemma2",
-        "general.name": "noise",
-        "adapter.alpha": 4.0,
-        "adapter.base_fingerprint": container.fingerprint,
-    }
-    path = tmp_path_factory.mktemp("adapter") / "noise.rkemu"
-    with Writer(path, metadata, [TensorSpec(name, "float32", a.shape) for name, a in tensors.items()]) as writer:
-        for name, array in tensors.items():
-            writer.write(name, array)
-    return path
-
-
-def test_lora(load: Load, release: str, adapter: Path, question: list[int], ids_of: Any) -> None:
-    """Loaded with the model or later; a run has the one it names, and no other."""
-    engine = load(release, loras=(Lora("noise", adapter),))
-    base = ids_of(engine.generate(Request(question, max_new_tokens=12)))
-    noisy = ids_of(engine.generate(Request(question, max_new_tokens=12, lora="noise")))
-    assert noisy != base
-    engine.load_lora(Lora("quiet", adapter, scale=0.0))
-    assert ids_of(engine.generate(Request(question, max_new_tokens=12, lora="quiet"))) == base
-    assert ids_of(engine.generate(Request(question, max_new_tokens=12, lora="noise"))) == noisy
-    assert ids_of(engine.generate(Request(question, max_new_tokens=12))) == base
-    with pytest.raises(RunError):
-        list(engine.generate(Request(question, lora="unknown")))
-    with pytest.raises(AdapterError, match="no adapter file"):
-        engine.load_lora(Lora("none", adapter.parent / "none.rkemu"))
-    with pytest.raises(RunError, match="rkllm_load_lora returned -1"):
-        engine.load_lora(Lora("self", engine.options.model))
-    assert ids_of(engine.generate(Request(question, max_new_tokens=12))) == base
-
-
-# --- models without tokenizer or embeddings ----------------------------------------------------------------------
-
-
-def test_tokenizer_callback(
-    load: Load, model_without: Callable[[str], Path], demo_tokenizer: Tokenizer, stops: frozenset[int]
-) -> None:
-    asked: list[str] = []
-
-    def tokenize(text: str) -> list[int]:
-        asked.append(text)
-        control = demo_tokenizer.control
-        if "fail" in text:
-            raise ValueError("no such text")
-        body = text.removeprefix("<start_of_turn>user\n").removesuffix("<end_of_turn>\n<start_of_turn>model\n")
-        ids = [control["<start_of_turn>"], *demo_tokenizer.encode("user\n" + body), control["<end_of_turn>"]]
-        return [*ids, *demo_tokenizer.encode("\n"), control["<start_of_turn>"], *demo_tokenizer.encode("model\n")]
-
-    engine = load("1.3.0", model=model_without("tokenizer."), tokenizer=tokenize)
-    *tokens, finished = engine.generate(Request(prompt=TextPrompt("What is the RK3588?"), stop_tokens=stops))
-    assert demo_tokenizer.decode([token.token_id for token in tokens]) == ANSWER
-    assert asked == ["<start_of_turn>user\nWhat is the RK3588?<end_of_turn>\n<start_of_turn>model\n"]
-    assert finished.reason is FinishReason.STOP
-
-    async def go() -> list[Any]:
-        return await _collect(engine, Request(prompt=TextPrompt("What is the RK3588?"), stop_tokens=stops))
-
-    with pytest.raises(RunError, match="no such text"):
-        list(engine.generate(Request(prompt=TextPrompt("fail"))))
-    assert [event.token_id for event in asyncio.run(go())[:-1]] == [token.token_id for token in tokens]
-
-
-def test_embedding_callback(
-    load: Load, model_without: Callable[[str], Path], bundle: Any, question: list[int], ids_of: Any
-) -> None:
-    container = read_container(bundle.model)
-    table = container.read("token_embd").astype(np.float32) * container.read("token_embd.scale")
-    whole = _untied(container, bundle.model.parent.parent / "untied.rkemu", table)
-    expected = ids_of(load("1.3.0", model=bundle.model).generate(Request(question, max_new_tokens=8)))
-    calls: list[int] = []
-
-    def embed(ids: Any) -> Any:
-        calls.extend(ids)
-        return table[list(ids)]
-
-    engine = load("1.3.0", model=whole, embed=embed)
-    assert ids_of(engine.generate(Request(question, max_new_tokens=8))) == expected
-    assert calls[: len(question)] == question
-    broken = load("1.3.0", model=whole, embed=lambda ids: table[:0])
-    with pytest.raises(UsageError, match="returned 0 bytes; the runtime needs 512"):
-        list(broken.generate(Request(question)))
-
-
-def _untied(container: Any, path: Path, table: Any) -> Path:
-    """The model with its head as a tensor of its own, and no embedding table."""
-    kept = {name: entry.spec for name, entry in container.tensors.items() if not name.startswith("token_embd")}
-    head = container.tensors["token_embd"].spec, container.tensors["token_embd.scale"].spec
-    specs = [
-        *kept.values(),
-        TensorSpec("output", "int8", head[0].shape),
-        TensorSpec("output.scale", "float32", head[1].shape),
-    ]
-    with Writer(path, container.metadata, specs) as writer:
-        for name in kept:
-            writer.write(name, container.read(name))
-        writer.write("output", container.read("token_embd"))
-        writer.write("output.scale", container.read("token_embd.scale"))
-    return path
-
-
-# --- loads that fail ---------------------------------------------------------------------------------------------
-
-
-def test_loads_that_the_library_refuses(load: Load, release: str, tmp_path: Path, bundle: Any) -> None:
-    with pytest.raises(LoadError, match="rkllm_init returned -1") as caught:
-        load(release, max_context=8192)
-    assert caught.value.details["diagnosis"]["class"] == "context-limit"
-    damaged = tmp_path / "model.rkllm"
-    damaged.write_bytes(b"no model" * 1000)
-    with pytest.raises(LoadError) as caught:
-        load(release, model=damaged)
-    assert caught.value.details["diagnosis"]["class"] in ("model-file-invalid", "model-runtime-version-mismatch")
-    load(release)
-
-
-def test_files_that_are_not_there(load: Load, tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="no model file"):
-        load(model=tmp_path / "none.rkllm")
-    with pytest.raises(LibraryError, match="cannot be read"):
-        load(library=tmp_path / "librkllmrt.so")
-
-
-def test_preflight_is_asked(load: Load, bundle: Any) -> None:
-    known = bundle.known
-    engine = load(known=known, max_context=8192)
-    assert engine.info.max_context == known.max_context
-    assert [finding.code for finding in engine.info.findings] == ["context-clamped"]
-    assert isinstance(known, ModelFacts)
-
-
-def test_closed_engines(load: Load, question: list[int]) -> None:
-    engine = load()
-    engine.close()
-    engine.close()
-    engine.abort()
-    with pytest.raises(RunError, match="closed"):
-        list(engine.generate(Request(question)))
-    with pytest.raises(RunError, match="closed"):
-        engine.cache_sizes()
-    assert engine.log
-
-
-def test_close_during_a_run(load: Load, question: list[int]) -> None:
-    engine = load(environment={"RKEMU_TOKEN_US": "5000"})
-    events = engine.generate(Request(question))
-    next(events)
-    engine.close()
-    assert not Path(f"/proc/{engine._connection.worker.process.pid}").exists()
-    with pytest.raises((RunError, StopIteration)):
-        for _ in range(2):
-            next(events)
-
-
-def test_two_models_at_once(load: Load, question: list[int], ids_of: Any) -> None:
-    one, other = load("1.2.3"), load("1.3.0")
-    first, second = (
-        one.generate(Request(question, max_new_tokens=6)),
-        other.generate(Request(question, max_new_tokens=6)),
-    )
-    pairs = [(a.token_id, b.token_id) for a, b in zip(first, second, strict=False) if isinstance(a, Token)]
-    assert len(pairs) == 6
-    assert all(a == b for a, b in pairs)
-    first.close()
-    second.close()
