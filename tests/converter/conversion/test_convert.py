@@ -157,7 +157,8 @@ def test_a_grown_vocabulary_brings_its_own_tokenizer(make_model, make_adapter, t
     adapter = make_adapter(base, prepare=lambda model: model.resize_token_embeddings(1056, mean_resizing=False))
     demo_tokenizer.save(tokenizer, adapter)
     content = json.loads((adapter / "tokenizer.json").read_text())
-    content["added_tokens"].append(content["added_tokens"][0] | {"id": 1040, "content": "<new>"})
+    following = 1 + max(*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"]))
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": following, "content": "<new>"})
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     assert convert(base, "--lora", adapter, "-o", tmp_path / "bundle") == 0
     container = read_container(tmp_path / "bundle" / "model.rkemu")
