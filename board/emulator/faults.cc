@@ -71,7 +71,8 @@ Fault chosen(const std::string& entry) {
     const int64_t least = fault.stage == Stage::token && !at_every_token(fault) ? 1 : 0;
     if (!*fault.meant || mark + 1 == entry.size() || *end || errno || fault.value < least) {
       throw failure("emulator: RKEMU_FAULT " + name + " takes " +
-                    (*fault.meant ? "a number from " + std::to_string(least) + ": " + fault.meant : "no value"));
+                    (*fault.meant ? "a number from " + std::to_string(least) + ": " + fault.meant
+                                  : "no value"));
     }
   }
   return fault;
