@@ -95,6 +95,8 @@ class Confined:
             RKEdgeError: The error that the function raised.
             RunError: This is a fork of the process that made it.
         """
+        if not self._owner.here and self._process is None:  # Nothing of it is the parent's.
+            self._owner, self._lock = Owner(), threading.RLock()
         self._owner.check()
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
