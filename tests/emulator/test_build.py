@@ -141,7 +141,7 @@ def test_a_layout_that_nobody_emulates_yet_compiles(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++, which g++ alone does not replace")
 def test_clang_has_no_warnings_either() -> None:
     """The tests' own builds, by the first compiler that is there, have warnings as errors too."""
     sources = emulator.resource("emulator")
@@ -160,7 +160,7 @@ def test_clang_has_no_warnings_either() -> None:
             assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not shutil.which("clang-format"), reason="no clang-format")
+@pytest.mark.skipif(not shutil.which("clang-format"), reason="needs clang-format")
 def test_sources_are_formatted() -> None:
     sources = sorted(path for path in emulator.resource("emulator").iterdir() if path.suffix in (".cc", ".h"))
     done = subprocess.run(["clang-format", "--dry-run", *sources], capture_output=True, text=True, check=True)

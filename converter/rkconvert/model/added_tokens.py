@@ -210,7 +210,7 @@ def _declared(
         table = {int(index): _token(token) for index, token in settings[_DECODER].items()}
     else:
         older = _json(folder / "added_tokens.json", kind)
-        # A list under its older name is no sign here.
+        # A list under its older name does not make its tokens special here.
         special = {text_of(token) for token in (*named.values(), *_extra(_settings(folder, kind)))}
         table = {
             int(index): _token({"content": text, "special": text in special, "normalized": text not in special})

@@ -121,7 +121,7 @@ def tokenizer_bytes(path: Place) -> bytes:
 
 
 def _read(path: Place) -> dict[str, Any]:
-    """JSON of a tokenizer.json that works like Gemma's and is no larger by far.
+    """JSON of a tokenizer.json that works like Gemma's and is of a similar size.
 
     Everything passes here before the library, which has no limits of its own, sees it.
     """

@@ -270,8 +270,9 @@ def test_a_32_bit_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_machine(Path("librkllmrt.so"), os.uname().machine)
 
 
-def test_what_a_unit_cannot_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Path("/root/nowhere/librkllmrt.so")
+@pytest.mark.parametrize("home", ["home/someone", "root"])
+def test_what_a_unit_cannot_see_is_named(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    library = Path("/", home, "nowhere", "librkllmrt.so")
     monkeypatch.delenv("INVOCATION_ID", raising=False)
     for unit in (False, True):
         for use in (identify, open_bundle, check_readable):
