@@ -56,7 +56,7 @@ def commands_page() -> str:
         "# Which commands and options are there?",
         f"\n{_NOTE}\n",
         "Every command prints this with `--help`. An error is a message and a hint on standard error, and\n"
-        "with `--json` also an object on standard output; `rkedge --debug COMMAND ...` shows its traceback.",
+        "with `--json` also an object on standard output; `rkedge --debug COMMAND ...` shows its traceback first.",
         "\n| exit status | meaning |\n|---|---|",
         *(f"| {code} | {text} |" for code, text in _exits()),
     ]

@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Final, NamedTuple
 
 import click
@@ -110,10 +109,6 @@ def _say_as_json(error: RKEdgeError) -> None:
         say_json(error.as_dict())
 
 
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    say("".join(traceback.format_exception(kind, error, trace)), err=True, nl=False)
-
-
 def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
     """The error to show for an exception: few are defects, most concern this machine or its installation.
 
@@ -167,7 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes are those of the error tree, 130 for Ctrl-C, 141 if the reader of the output is gone.
     """
     flags, words = Flags(), sys.argv[1:] if argv is None else list(argv)
-    sys.excepthook = _print_traceback  # for --debug
     closed = open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -189,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:  # Users never see a traceback.
         if flags.debug:
-            raise
+            say(traceback.format_exc(), err=True, nl=False)
         return _report(_typed(error, closed), as_json=flags.json or asks_for_json(cli, words))
     finally:
         settle_streams()

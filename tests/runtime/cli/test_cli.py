@@ -66,9 +66,12 @@ def test_with_json_the_error_is_json_on_stdout(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("failing")
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(RKEdgeError):
-        cli.main(["--debug", "fail"])
+def test_debug_shows_the_traceback_and_changes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = cli.main(["fail", "--json"]), capsys.readouterr()
+    code, shown = cli.main(["--debug", "fail", "--json"]), capsys.readouterr()
+    assert (code, shown.out) == (usual[0], usual[1].out)
+    assert shown.err.startswith("Traceback")
+    assert shown.err.endswith(usual[1].err)
 
 
 def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,8 +81,8 @@ def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(cli.LazyGroup, "get_command", broken)
     assert cli.main(["run"]) == RKEdgeError.exit_code
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["--debug", "run"])
+    assert cli.main(["--debug", "run"]) == RKEdgeError.exit_code
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
