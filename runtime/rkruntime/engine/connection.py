@@ -40,6 +40,7 @@ class WorkerConnection:
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
         self._sending = threading.Lock()
+        self._turn = threading.RLock()
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
 
     @property
@@ -65,6 +66,22 @@ class WorkerConnection:
         """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
         with self._sending:
             self.worker.send(header, data)
+
+    @contextlib.contextmanager
+    def turn(self, patience: float = 0.0) -> Iterator[None]:
+        """Be the only thread that waits for the worker. Raises RunError if another one still does after `patience` s.
+
+        Entered again by the handler of a signal that came in the meantime, and by all that one event loop runs.
+        """
+        self.worker.owner.check()  # a fork has the lock, but not the thread that holds it
+        if not self._turn.acquire(timeout=patience):
+            raise closed_meanwhile() if self.closing else in_use()
+        try:
+            if self.closed:
+                raise closed_meanwhile()
+            yield
+        finally:
+            self._turn.release()
 
     def begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
         """Send a command under the next number; `expected` limits what may come back (see Exchange)."""
@@ -142,6 +159,11 @@ class WorkerConnection:
         self.worker.end(grace=0)
         with self._sending:
             self.worker.close_pipes()
+
+
+def in_use() -> RunError:
+    """The error for who wants something from a model that another thread or task is using."""
+    return RunError("Another run is in progress: one at a time.", hint="Wait for it to end, or abort it.")
 
 
 def closed_meanwhile() -> RunError:

@@ -122,8 +122,10 @@ class Engine:
                 if self._connection.gone is None:
                     # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
                     with contextlib.suppress(RKEdgeError, RuntimeError):
-                        self._runs.finish(self.options.close_timeout)
-                        self._connection.close()
+                        self._runs.abort()
+                        with self._connection.turn(self.options.close_timeout):
+                            self._runs.settle(self.options.close_timeout)
+                            self._connection.close()
             finally:
                 self._connection.end()
 
@@ -237,9 +239,11 @@ class Engine:
 
     def _command(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> Any:
         with self._connection.explained():
-            self._runs.check_free()
-            self._connection.begin(header, data)
-            return self._connection.reply(self.options.token_timeout)
+            self._connection.check()
+            with self._connection.turn():
+                self._runs.check_free()
+                self._connection.begin(header, data)
+                return self._connection.reply(self.options.token_timeout)
 
     def clear_cache(self, *, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Empty the KV cache (since 1.2.0), or cut positions [start, end) of each batch while paused (since 1.2.1)."""

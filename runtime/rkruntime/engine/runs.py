@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
-from rkruntime.engine.connection import WorkerConnection, closed_meanwhile
+from rkruntime.engine.connection import WorkerConnection, closed_meanwhile, in_use
 from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.observed import Observed
@@ -22,8 +21,6 @@ from rkruntime.schema import Between, check_value
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
-# Seconds between two looks at a run that another thread reads.
-_LOOK: Final = 0.005
 
 
 class Runs:
@@ -32,13 +29,11 @@ class Runs:
     Attributes:
         active: Number of the current run; None without one.
         observed: What the runs have shown.
-        reader: The thread that last waited for its events; 0 if nobody reads them any more.
     """
 
     def __init__(self, connection: WorkerConnection, options: LoadOptions, info: ModelInfo) -> None:
         self.active: int | None = None
         self.observed = Observed(info.release, info.max_context)
-        self.reader = 0
         self._abandoned = False
         self._requests: Sequence[Request] = ()
         self._connection, self._options, self._info = connection, options, info
@@ -50,7 +45,7 @@ class Runs:
         if self._abandoned:
             self.settle(self._options.token_timeout)
         if self.active is not None:
-            raise RunError("Another run is in progress: one at a time.", hint="Wait for it to end, or abort it.")
+            raise in_use()
 
     def events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
         """Run prompts; yields each event with its prompt's number. Closing the iterator aborts the run."""
@@ -58,10 +53,12 @@ class Runs:
             self._start(requests, mode)
             timeout = self._options.token_timeout
             try:
-                while self.active is not None:
-                    self.reader = threading.get_ident()
-                    record = self._connection.next(timeout, time.monotonic() + timeout)
-                    event = self._event(record)
+                more = True
+                while more:
+                    with self._connection.turn():
+                        record = self._connection.next(timeout, time.monotonic() + timeout)
+                        event = self._event(record)
+                        more = self.active is not None
                     if self._connection.closing:
                         raise closed_meanwhile()
                     yield record.batch, event
@@ -72,10 +69,7 @@ class Runs:
                 self._worker.end(grace=0)  # nothing more is asked of it
                 raise
             finally:
-                try:
-                    self.settle(timeout)
-                finally:
-                    self.reader = 0
+                self.settle(timeout)
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
@@ -89,10 +83,12 @@ class Runs:
                     await self._settle_async(records)
                 self._start([request], "generate")
                 try:
-                    while self.active is not None:
-                        self.reader = threading.get_ident()
-                        record = records.waiting() or await records.next(timeout, time.monotonic() + timeout)
-                        event = self._event(record)
+                    more = True
+                    while more:
+                        with self._connection.turn():
+                            record = records.waiting() or await records.next(timeout, time.monotonic() + timeout)
+                            event = self._event(record)
+                            more = self.active is not None
                         if self._connection.closing:
                             raise closed_meanwhile()
                         yield event
@@ -102,14 +98,18 @@ class Runs:
                 finally:
                     await self._settle_async(records)
             finally:
-                self.reader = 0
                 records.close()
 
     def _start(self, requests: Sequence[Request], mode: str) -> None:
         check_value("requests", Sequence[Request], requests)
         if not requests:
             raise UsageError("There is no request to run.")
-        self.check_free()
+        self._connection.check()
+        with self._connection.turn():
+            self.check_free()
+            self._begin(requests, mode)
+
+    def _begin(self, requests: Sequence[Request], mode: str) -> None:
         for request in requests:
             check_limit(request.max_new_tokens)
             self._check_room(request)
@@ -196,30 +196,20 @@ class Runs:
     def settle(self, timeout: float) -> None:
         """End a run whose events are no longer wanted, and wait for it, so that the next one starts clean."""
         if self._abandon():
-            deadline = time.monotonic() + timeout
-            while self.active is not None:
-                self._drop(self._connection.next(timeout, deadline))
-            self._abandoned = False
-
-    def finish(self, timeout: float) -> None:
-        """`settle`; a run that another thread reads ends there. Raises WorkerHungError if it does not, RKEdgeError."""
-        if self.reader in (0, threading.get_ident()):
-            self.settle(timeout)
-            return
-        self.abort()
-        deadline = time.monotonic() + timeout
-        while self.active is not None and not self._worker.ended:
-            if time.monotonic() > deadline:
-                raise self._worker.hung(timeout)
-            time.sleep(_LOOK)
+            with self._connection.turn():
+                deadline = time.monotonic() + timeout
+                while self.active is not None:
+                    self._drop(self._connection.next(timeout, deadline))
+                self._abandoned = False
 
     async def _settle_async(self, records: AsyncRecords) -> None:
         if self._abandon():
-            timeout = self._options.token_timeout
-            deadline = time.monotonic() + timeout
-            while self.active is not None:
-                self._drop(await records.next(timeout, deadline))
-            self._abandoned = False
+            with self._connection.turn():
+                timeout = self._options.token_timeout
+                deadline = time.monotonic() + timeout
+                while self.active is not None:
+                    self._drop(await records.next(timeout, deadline))
+                self._abandoned = False
 
     def _abandon(self) -> bool:
         """Abort a run if one is going on. If interrupted while it ends, leave the rest to the next run."""
@@ -231,7 +221,7 @@ class Runs:
 
     def _settle_quietly(self) -> None:
         """`settle` for an iterator that is closed, or collected as garbage: the next call reports what failed."""
-        with contextlib.suppress(WorkerError), self._connection.explained():
+        with contextlib.suppress(WorkerError, RunError), self._connection.explained():
             self.settle(self._options.token_timeout)
 
     def _drop(self, record: Record) -> None:

@@ -79,13 +79,52 @@ def test_many_threads_close_at_once(load: Callable[..., Engine]) -> None:
 
 
 def test_a_stream_that_another_thread_has_put_aside(load: Callable[..., Engine]) -> None:
-    engine = load(close_timeout=0.3)
+    engine = load(close_timeout=60)  # longer than the test may take
     stream = engine.generate(REQUEST)
     thread, _ = in_thread(lambda: next(stream))
     thread.join(20)
     engine.close()
     assert gone(engine)
+    assert engine._connection.worker.process.returncode == 0
     assert outcome(lambda: list(stream)).startswith("RunError: The model ")
+
+
+def test_a_stream_goes_on_while_another_thread_closes(load: Callable[..., Engine]) -> None:
+    for number in range(20):
+        engine = load(close_timeout=60)
+        stream = engine.generate(REQUEST)
+        next(stream)
+        closer, _ = in_thread(engine.close)
+        time.sleep(0.003 * number)
+        found = outcome(lambda stream=stream: [*stream][-1])  # type: ignore[misc]
+        closer.join(20)
+        assert found.startswith("RunError: The model ") or found == "Finished"
+        assert engine._connection.worker.process.returncode == 0
+
+
+def test_commands_of_several_threads_and_a_close(load: Callable[..., Engine]) -> None:
+    """Each is answered, told that another one is being answered, or told that the model is closed."""
+    said: set[str] = set()
+    for number in range(6):
+        engine = load(close_timeout=60)
+
+        def ask(engine: Engine = engine) -> None:
+            with contextlib.suppress(RunError):
+                while engine.alive:
+                    said.add(outcome(engine.clear_cache))
+                    said.add(outcome(engine.cache_sizes))
+
+        threads = [in_thread(ask)[0] for _ in range(3)]
+        time.sleep(0.02 * number)
+        engine.close()
+        for thread in threads:
+            thread.join(20)
+        assert engine._connection.worker.process.returncode == 0
+    assert said - {"NoneType", "list"} <= {
+        "RunError: Another run is in progress: one at a time.",
+        "RunError: The model was closed before the answer's end.",
+        "RunError: The model is closed.",
+    }
 
 
 def test_a_signals_handler_closes(load: Callable[..., Engine]) -> None:
