@@ -282,6 +282,22 @@ def test_a_question_that_is_put_again_stands_once(tmp_path: Path) -> None:
             assert [item["content"] for item in kept] == expected
 
 
+def test_a_question_whose_answer_did_not_arrive_stands_once(tmp_path: Path) -> None:
+    """It was complete and kept, and its client was away: a retry with the same id takes its place."""
+    service = service_of(tmp_path, fake_model("One.", "Two.", "Three.", "Four."))
+    sessions = SessionEndpoints(service, BodyReader(Validator(openapi()), 1 << 20, 5))
+    with TestClient(known(Starlette(routes=sessions.routes()))) as client:
+        for content, number, expected in (
+            ("Q", "q", ["Q", "One."]),
+            ("Q", "q", ["Q", "Two."]),
+            ("Q", "r", ["Q", "Two.", "Q", "Three."]),
+            ("R", "r", ["Q", "Two.", "Q", "Three.", "R", "Four."]),
+        ):
+            assert client.post("/sessions/a/messages", json={"content": content, "id": number}).status_code == 200
+            kept = client.get("/sessions/a").json()["messages"]
+            assert [item["content"] for item in kept] == expected
+
+
 @pytest.mark.parametrize("size", [10, 2 * LARGE])
 def test_no_session_is_read_or_written_in_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int

@@ -7,23 +7,18 @@ something else; then the partial answer stays as it is.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rkruntime.engine.generation import PER_REQUEST, TokenId
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError, UsageError
 from rkruntime.model import Model
-from rkruntime.schema import Between, build
 from rkruntime.serve.api.generate import (
     StartedRun,
     client_of,
@@ -43,6 +38,15 @@ from rkruntime.serve.api.http import (
     routes,
     while_connected,
 )
+from rkruntime.serve.api.last_answer import (
+    Received,
+    age,
+    answer_options,
+    checked,
+    moment,
+    with_broken,
+    without_answer_to,
+)
 from rkruntime.serve.service import Outcome, Prompt, Run, Service
 from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
@@ -52,18 +56,10 @@ from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
 from rkruntime.text.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_Moment = Annotated[float, Between(0, 1e15)]
-_OPTIONS: Final = ("max_tokens", *PER_REQUEST, "stop")
 
 
 def _line(kind: str, **values: Any) -> bytes:
     return (_encode({"type": kind, **values}) + "\n").encode("utf-8", "replace")
-
-
-def _options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What a question says of its answer."""
-    return {name: body[name] for name in _OPTIONS if name in body}
 
 
 @dataclass(frozen=True)
@@ -76,72 +72,6 @@ class _Place:
     @classmethod
     def of(cls, request: Request) -> _Place:
         return cls(request.scope["rkedge.user"], check_name(request.path_params["name"], "session"))
-
-
-@dataclass(frozen=True)
-class _Partial:
-    """An answer that was broken off, as the session's file has it: the question, what was kept, and since when.
-
-    Attributes:
-        tokens: Ids of `text`, by the model with the fingerprint `model`.
-        drop, options: As asked.
-        boot, since_boot, at: See `_now`.
-    """
-
-    question: str
-    text: str
-    tokens: tuple[TokenId, ...]
-    model: str
-    options: dict[str, Any]
-    since_boot: _Moment
-    at: _Moment
-    boot: str = ""
-    drop: bool = False
-
-
-@dataclass(frozen=True)
-class _Notes:
-    """What the daemon adds to a conversation: the last answer's name, and why it ended, or what there is of it."""
-
-    number: str = ""
-    reason: Literal["stop", "length", "abort", "pause"] = "stop"
-    broken: _Partial | None = None
-
-
-def _checked(data: Mapping[str, Any], bodies: BodyReader) -> dict[str, Any]:
-    """A session's file with its notes checked. Raises InputError for what no daemon has written."""
-    given = {key: value for key, value in data.items() if value is not None}
-    notes = {item.name: given[item.name] for item in fields(_Notes) if item.name in given}
-    broken = build(_Notes, notes, lambda what: InputError(f"{what}.")).broken
-    if broken is None:
-        return given
-    if not broken.tokens:
-        raise InputError("broken.tokens is empty.")
-    try:
-        read = bodies.check("SessionMessage", {**broken.options, "content": broken.question})
-    except BodyError as error:
-        raise InputError(f"broken.options: {error.message}") from error
-    return {**given, "broken": {**given["broken"], "options": _options(read)}}
-
-
-@dataclass(frozen=True)
-class _Received:
-    """What a client has of an answer that it wants the rest of.
-
-    Attributes:
-        characters: Number of them.
-        sha256: Hash of their UTF-8, in hex; empty if the client does not say.
-    """
-
-    characters: int = 0
-    sha256: str = ""
-
-    def check(self, text: str) -> None:
-        """Raise NoSuchSessionError unless `text` begins with it: the rest of another generation is not the rest."""
-        start = text[: self.characters]
-        same = self.sha256 in ("", hashlib.sha256(start.encode("utf-8", "replace")).hexdigest())
-        if len(start) < self.characters or not same:
-            raise NoSuchSessionError("What has arrived of that answer was not kept.", hint="Ask again.")
 
 
 @dataclass
@@ -165,7 +95,7 @@ class _Turn:
     options: Mapping[str, Any]
     drop: bool = False
     begun: tuple[int, ...] = ()
-    received: _Received = _Received()
+    received: Received = field(default_factory=Received)
     made_by: str = ""
     conversation: Conversation | None = None
     dropped: int = 0
@@ -180,7 +110,7 @@ class _Turn:
         self.received.check(AnswerReader(model.prompts.vocabulary, 0, stops(self.options), self.begun).text)
         self.made_by = fingerprint
         conversation = Conversation(model.prompts)
-        conversation.restore(self.data if self.begun else _with_broken(self.data))
+        conversation.restore(self.data if self.begun else with_broken(self.data))
         # As the question's own run made it: a resumed answer has no more and no fewer turns before it.
         context = model.engine.info.max_context
         tokens, self.dropped = conversation.prompt(self.question, context, drop=self.drop)
@@ -202,48 +132,9 @@ class _Turn:
             "model": self.made_by,
             "drop": self.drop,
             "options": dict(self.options),
-            **_now(),
+            **moment(),
         }
         return {**self.conversation.as_dict(), "number": self.number, "broken": broken}
-
-
-def _now() -> dict[str, Any]:
-    """The time, for `_age`: by the clock since boot, and by wall clock."""
-    return {"boot": _boot(), "since_boot": time.clock_gettime(time.CLOCK_BOOTTIME), "at": time.time()}
-
-
-def _age(then: Mapping[str, Any]) -> float:
-    """Seconds since this result of `_now`. A board without a clock battery may learn the date hours after boot.
-
-    So the wall clock counts only if the machine was rebooted.
-    """
-    now = _now()
-    clock = "since_boot" if now["boot"] and then.get("boot") == now["boot"] else "at"
-    age: float = now[clock] - then[clock]
-    return age
-
-
-def _boot() -> str:
-    """An id of this boot; empty if the kernel has none."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A session in which a partial answer that was never resumed becomes a turn as it is."""
-    broken = data.get("broken")
-    if not broken:
-        return data
-    answer = {"role": "assistant", "content": broken["text"], "tokens": broken["tokens"]}
-    return {**data, "messages": [*data["messages"], {"role": "user", "content": broken["question"]}, answer]}
-
-
-def _before(data: Mapping[str, Any], question: str, number: str) -> Mapping[str, Any]:
-    """The session without its partial answer, if its question is put again: the client could not resume it."""
-    again = "broken" in data and number and (data.get("number"), data["broken"]["question"]) == (number, question)
-    return {key: value for key, value in data.items() if key != "broken"} if again else data
 
 
 def _update(body: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +194,7 @@ class SessionEndpoints:
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
-        return await read_in_thread(lambda: json_response(_with_broken(self._stored(place))))
+        return await read_in_thread(lambda: json_response(with_broken(self._stored(place))))
 
     async def _delete(self, request: Request) -> Response:
         place = _Place.of(request)
@@ -341,7 +232,7 @@ class SessionEndpoints:
         # An answer that was begun under another system prompt is not resumed.
         other = "broken" in data and system != data["system"]
         own = () if "conversation" in body or body.get("clear") or other else ("number", "reason", "broken")
-        kept = check_conversation(_with_broken(data) if other else data)
+        kept = check_conversation(with_broken(data) if other else data)
         kept |= {key: data[key] for key in own if key in data} | {"system": system}
         if body.get("clear"):
             kept["messages"] = []
@@ -358,7 +249,7 @@ class SessionEndpoints:
         """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
         stored = self._store.read(place.user, place.name)
         try:
-            return {**_checked(stored, self._bodies), **check_conversation(stored)}
+            return {**checked(stored, self._bodies), **check_conversation(stored)}
         except InputError as error:
             raise damaged(place.name, error.message.rstrip(".")) from error
 
@@ -375,14 +266,14 @@ class SessionEndpoints:
         async with self._order(place):
             await self._take_over(place)
             question, number = body["content"], body.get("id", "")
-            data = _before(await read_in_thread(self._data, place), question, number)
-            run = self._start(request, place, _Turn(data, question, number, _options(body), drop))
+            data = without_answer_to(await read_in_thread(self._data, place), question, number)
+            run = self._start(request, place, _Turn(data, question, number, answer_options(body), drop))
         return await self._answer(request, place, run, 0)
 
     async def _resume(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionResume")
-        received = _Received(body.get("received", 0), body.get("sha256", ""))
+        received = Received(body.get("received", 0), body.get("sha256", ""))
         async with self._order(place):
             await self._take_over(place)
             data = await read_in_thread(self._stored, place)
@@ -404,10 +295,10 @@ class SessionEndpoints:
                 f"The session {place.name!r} has no answer {number!r} to resume.", hint="Ask again."
             )
 
-    def _broken(self, data: Mapping[str, Any], received: _Received) -> _Turn:
+    def _broken(self, data: Mapping[str, Any], received: Received) -> _Turn:
         """The turn that resumes a partial answer. Raises NoSuchSessionError."""
         broken = data["broken"]
-        if _age(broken) > self._service.settings.sessions.resume_s:
+        if age(broken) > self._service.settings.sessions.resume_s:
             raise NoSuchSessionError("That answer was interrupted too long ago to resume.", hint="Ask again.")
         begun = tuple(broken["tokens"])
         options, drop = broken["options"], broken.get("drop", False)
@@ -481,7 +372,7 @@ def _done(outcome: Outcome) -> bytes:
     )
 
 
-async def _rest(data: Mapping[str, Any], received: _Received) -> AsyncGenerator[bytes, None]:
+async def _rest(data: Mapping[str, Any], received: Received) -> AsyncGenerator[bytes, None]:
     """The rest of an answer that was finished while its client was away."""
     if text := data["messages"][-1]["content"][received.characters :]:
         yield _line("text", text=text)
