@@ -27,7 +27,7 @@ class Stop:
     def check(self, _: object = None) -> None:
         """Raise ServiceError if the work is to stop."""
         if self.asked:
-            raise stopped_work()
+            raise ServiceError("The load was stopped.", hint="Load the model again.")
 
     @contextmanager
     def ending(self, end: Callable[[], object]) -> Iterator[None]:
@@ -41,8 +41,3 @@ class Stop:
         finally:
             with self._lock:
                 self._ends.remove(end)
-
-
-def stopped_work() -> ServiceError:
-    """The error for work that is no longer wanted."""
-    return ServiceError("The daemon is stopping, so it loads no model.", hint="Ask again when it is back.")

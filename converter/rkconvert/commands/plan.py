@@ -10,7 +10,7 @@ from rkconvert.commands.options import dtype_option, max_context_option, release
 from rkconvert.plan.boards import DEFAULT_BOARD
 from rkconvert.plan.planner import Embedding, PlanRequest, make_plan
 from rkruntime.abi import DEFAULT_RELEASE
-from rkruntime.cli.flags import Number, Renamed, json_option
+from rkruntime.cli.flags import Number, RenamedOption, json_option
 from rkruntime.errors import RefusedError
 from rkruntime.terminal import console, say_json
 
@@ -30,7 +30,7 @@ from rkruntime.terminal import console, say_json
 )
 @dtype_option()
 @max_context_option()
-@release_option(cls=Renamed, former="--toolkit", default=DEFAULT_RELEASE, show_default=True)
+@release_option(cls=RenamedOption, former="--toolkit", default=DEFAULT_RELEASE, show_default=True)
 @click.option(
     "--embedding",
     type=click.Choice(["flash", "ram"]),

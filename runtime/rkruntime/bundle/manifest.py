@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 
 import yaml
 
-from rkruntime.checks.preflight import ModelFacts
+from rkruntime.checks.preflight import Context, ModelFacts
 from rkruntime.errors import BundleError
 from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
 from rkruntime.folders import hint_if_hidden, own_folder
@@ -93,7 +93,7 @@ class Manifest:
     platform: _Name
     dtype: _Name
     npu_cores: Annotated[int, Between(1, 16)]
-    max_context: Annotated[int, Between(1, 1 << 20)]
+    max_context: Context
     toolkit_version: _Name
     model_file: _Name
     bos_token_id: _TokenId

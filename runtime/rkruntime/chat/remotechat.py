@@ -6,26 +6,21 @@ that has kept it. An answer is complete only when its `done` has arrived.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import signal
-import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
-from rkruntime.chat.attach import GONE, MAX_LINE
+from rkruntime.chat.link import BrokenError, Link, error_of, is_number, mapping, nonsense, result_of
 from rkruntime.chat.repl import Note, Turn
 from rkruntime.engine.generation import FinishReason
-from rkruntime.errors import BusyError, InputError, NoSuchSessionError, ServiceError, UsageError
+from rkruntime.errors import InputError, NoSuchSessionError, ServiceError, UsageError
 from rkruntime.printable import one_line
-from rkruntime.terminal import say
 from rkruntime.text.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
 from rkruntime.words import NAME, NAME_RULE, counted
 
@@ -36,9 +31,6 @@ _ATTACH: Final = ("rkedge", "attach")
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 # How long a connection attempt may still take after a stop, to ask what the board has kept.
 _PATIENCE_S: Final = 3.0
-_MOST_LINES: Final = 1_000_000
-_MOST_NOTES: Final = 200
-_LONGEST_NOTE: Final = 4096
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
 # Times in a row that an operation may be interrupted; for an answer, without any new text.
 _MOST_BREAKS: Final = 8
@@ -46,107 +38,6 @@ _SAMPLING_RULE: Final = (
     "Before RKLLM 1.3.0, sampling is set when a model is loaded: set it in the daemon's settings on the board."
 )
 _LOOK: Final = "Ask again. The daemon's log on the board has the cause: journalctl -u rkedge."
-
-
-class _BrokenError(Exception):
-    """The connection, or the daemon behind it, is gone.
-
-    Attributes:
-        told: The board's message about it, if any.
-    """
-
-    def __init__(self, told: ServiceError | None = None) -> None:
-        super().__init__()
-        self.told = told
-
-
-class _Link:
-    """An ssh process and the lines that pass through it."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        # ssh keeps ignoring SIGINT if it is ignored at its start: Ctrl-C must stop the answer, not the connection.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        except OSError as error:
-            raise ServiceError(
-                f"{command[0]} cannot be started: {error.strerror or error}.", hint="Install the OpenSSH client."
-            ) from error
-        finally:
-            signal.signal(signal.SIGINT, before)
-        self._notes = threading.Thread(target=self._pass_on, daemon=True)
-        self._notes.start()
-        self._writing = threading.Lock()
-
-    @property
-    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        return self._process.stdin, self._process.stdout
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        with self._writing:
-            try:
-                self._pipes[0].write(json.dumps(message).encode() + b"\n")
-                self._pipes[0].flush()
-            except (OSError, ValueError) as error:
-                raise _BrokenError from error
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The events up to an `end`.
-
-        Raises:
-            _BrokenError: The `end` does not arrive.
-            ServiceError: The board sends nonsense. The connection is closed: the rest cannot be matched to anything.
-        """
-        for _ in range(_MOST_LINES):
-            try:
-                event = _event(self._line())
-            except ServiceError:
-                self.close()
-                raise
-            if event is not None:
-                yield event
-                if event["type"] == "end":
-                    return
-        self.close()
-        raise _nonsense("endless lines")
-
-    def _line(self) -> bytes:
-        try:
-            line = self._pipes[1].readline(MAX_LINE)
-        except ValueError:  # closed before
-            line = b""
-        if not line:
-            raise _BrokenError
-        return line
-
-    def _pass_on(self) -> None:
-        """Show what ssh, or the board through it, prints on standard error. ssh itself prompts on the terminal."""
-        assert self._process.stderr is not None
-        with self._process.stderr as stream:
-            for number, line in enumerate(iter(partial(stream.readline, _LONGEST_NOTE), b"")):
-                if number < _MOST_NOTES:
-                    say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
-
-    def kill(self) -> None:
-        """End ssh at once, from any thread: whoever waits for a line has waited long enough."""
-        self._process.kill()
-
-    def close(self) -> int:
-        """End ssh; returns its exit code."""
-        for pipe in self._pipes:
-            with suppress(OSError):
-                pipe.close()
-        try:
-            return self._process.wait(3)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-        finally:
-            # A child of ssh, such as the master of shared connections, may keep the pipe open.
-            self._notes.join(1)
 
 
 class RemoteChat:
@@ -179,9 +70,9 @@ class RemoteChat:
         # Set to stop the current answer; None if there is no current answer.
         self._stopping: threading.Event | None = None
         self._sending = threading.Lock()
-        self._link: _Link | None = None
+        self._link: Link | None = None
         # The link from which no daemon has answered yet.
-        self._connecting: _Link | None = None
+        self._connecting: Link | None = None
         self._answered = self._generated = 0
         self._ignored: list[str] = []
         self.last: Turn | None = None
@@ -194,10 +85,10 @@ class RemoteChat:
             self.set_system(system)
 
     def _first_contact(self) -> dict[str, Any]:
-        self._link = _Link(self._command)
+        self._link = Link(self._command)
         try:
             return self._call("hello")
-        except _BrokenError as error:
+        except BrokenError as error:
             code = self._link.close()
             raise error.told or ServiceError(
                 f"{shlex.join(self._command)} exited with code {code} before a daemon answered.",
@@ -210,13 +101,13 @@ class RemoteChat:
 
         Raises:
             ServiceError: The daemon refuses.
-            _BrokenError: The connection is gone.
+            BrokenError: The connection is gone.
         """
         assert self._link is not None
         self._link.send({"op": operation, "session": self._session, "body": body})
         for event in self._link.events():
             end = event
-        return _result(end)
+        return result_of(end)
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
         """`_call` that survives a broken connection; for operations that may be executed twice."""
@@ -224,7 +115,7 @@ class RemoteChat:
         for _ in range(_MOST_BREAKS):
             try:
                 return self._call(operation, body)
-            except _BrokenError as error:  # noqa: PERF203 - the loop is there to try again
+            except BrokenError as error:  # noqa: PERF203 - the loop is there to try again
                 told = error.told
                 self._reconnect(threading.Event())
         raise told or ServiceError("The connection keeps breaking.", hint=_LOOK)
@@ -239,7 +130,7 @@ class RemoteChat:
                 return
             try:
                 self._connect(stopping)
-            except _BrokenError as error:
+            except BrokenError as error:
                 told = error.told
             else:
                 return
@@ -253,7 +144,7 @@ class RemoteChat:
         with self._sending:
             if stopping.is_set():
                 return
-            self._link = self._connecting = _Link(self._command)
+            self._link = self._connecting = Link(self._command)
         try:
             self._call("hello")
         finally:
@@ -269,7 +160,7 @@ class RemoteChat:
         try:
             check_conversation(data)
         except InputError:
-            raise _nonsense("something that is not a conversation") from None
+            raise nonsense("something that is not a conversation") from None
         return data
 
     @property
@@ -318,7 +209,7 @@ class RemoteChat:
                         elif event["type"] == "done":
                             self._keep(event, first)
                 return seen
-            except _BrokenError:  # noqa: PERF203 - the loop is there to try again
+            except BrokenError:  # noqa: PERF203 - the loop is there to try again
                 if stopping.is_set():
                     return seen
                 breaks, before = (breaks + 1 if len(seen) == before else 1), len(seen)
@@ -355,7 +246,7 @@ class RemoteChat:
             messages = check_conversation(data)["messages"]
         except NoSuchSessionError:  # nothing came of its first question
             data, messages = {}, []
-        except (_BrokenError, ServiceError, InputError):
+        except (BrokenError, ServiceError, InputError):
             yield Note("\nThe board did not report what it has kept of this answer.")
             return
         ours = data.get("number") == number and ("broken" in data or "reason" in data)
@@ -379,17 +270,17 @@ class RemoteChat:
                     # The `end` that follows belongs to this answer.
                     for _ in events:
                         pass
-                    raise _error(0, event)
+                    raise error_of(0, event)
                 if event["type"] == "end":
                     if event["status"] != 499:
-                        _result(event)
+                        result_of(event)
                     if not whole and not stopping.is_set():
-                        raise _BrokenError
+                        raise BrokenError
                     return
                 yield event
         except GeneratorExit:
             self.stop()
-            with suppress(_BrokenError, ServiceError):
+            with suppress(BrokenError, ServiceError):
                 for _ in events:
                     pass
                 self._call("change", {})  # see `_rest`
@@ -413,10 +304,10 @@ class RemoteChat:
                 timer.daemon = True
                 timer.start()
             elif not again:
-                with suppress(_BrokenError):
+                with suppress(BrokenError):
                     self._link.send({"op": "stop"})
 
-    def _give_up(self, link: _Link) -> None:
+    def _give_up(self, link: Link) -> None:
         """Nobody waits any longer for the board's first answer on this link."""
         with self._sending:
             if self._connecting is link:
@@ -439,8 +330,8 @@ class RemoteChat:
     def stats(self) -> Mapping[str, str]:
         """See `ChatBackend`."""
         status = self._steady("hello")
-        queue, temperatures = (_mapping(status.get(name)) for name in ("queue", "temperatures"))
-        degrees = [value for value in temperatures.values() if _is_number(value)]
+        queue, temperatures = (mapping(status.get(name)) for name in ("queue", "temperatures"))
+        degrees = [value for value in temperatures.values() if is_number(value)]
         hottest = f"{max(degrees):.0f} °C" if degrees else "N/A"
         return {
             "model": self.title,
@@ -455,7 +346,7 @@ class RemoteChat:
         if self._link is None:
             return
         if self._temporary:
-            with suppress(_BrokenError, ServiceError):
+            with suppress(BrokenError, ServiceError):
                 self._call("delete")
         self._link.close()
 
@@ -468,84 +359,3 @@ def _words(command: str, variable: str) -> list[str]:
         raise UsageError(
             f"The command in {variable} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."
         ) from error
-
-
-def _nonsense(what: str) -> ServiceError:
-    hint = "Compare `rkedge --version` here and there; something else may be answering instead."
-    return ServiceError(f"The board sent {what}.", hint=hint)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-# The fields that each kind of event must have, for everything that is done with it here.
-_FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
-    "begin": {"notes": _are_texts, "ignored": _are_texts},
-    "text": {"text": lambda value: isinstance(value, str)},
-    "done": {
-        "tokens": lambda value: type(value) is int and 0 <= value < 1e9,
-        "tokens_per_s": _is_number,
-        "reason": lambda value: value in [reason.value for reason in FinishReason],
-    },
-    "error": {},
-    "end": {"status": lambda value: type(value) is int, "body": lambda value: value is None or isinstance(value, dict)},
-}
-_LEFT_OUT: Final[Mapping[str, Any]] = {"tokens": 0, "tokens_per_s": 0.0, "body": None, "ignored": []}
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    """The event of a line, with all its fields; None for something else, such as what a login script prints.
-
-    Raises:
-        ServiceError: An invalid event.
-    """
-    if len(line) >= MAX_LINE:
-        raise _nonsense("an endless line")
-    try:
-        event = json.loads(line)
-        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair can be neither shown nor saved
-    except RecursionError:
-        raise _nonsense("something nested too deeply") from None
-    except UnicodeEncodeError:
-        raise _nonsense("invalid characters") from None
-    except ValueError:
-        return None
-    if not isinstance(event, dict):
-        return None
-    if not isinstance(event.get("type"), str):
-        raise _nonsense("something that is not an event")
-    for name, holds in _FIELDS.get(event["type"], {}).items():
-        if name in _LEFT_OUT:
-            event.setdefault(name, _LEFT_OUT[name])
-        if name not in event or not holds(event[name]):
-            raise _nonsense(f"{event['type']!r} with an invalid or missing {name!r}")
-    return event
-
-
-def _result(end: Mapping[str, Any]) -> dict[str, Any]:
-    body = _mapping(end["body"])
-    if end["status"] >= 400:
-        error = _error(end["status"], body)
-        raise _BrokenError(error) if _is_gone(body) else error
-    return body
-
-
-def _error(status: int, body: Mapping[str, Any]) -> ServiceError:
-    error = body.get("error")
-    message = error.get("message") if isinstance(error, dict) else error
-    kind = {404: NoSuchSessionError, 429: BusyError}.get(status, ServiceError)
-    return kind(f"The board says: {message or status}", hint="")
-
-
-def _is_gone(body: Mapping[str, Any]) -> bool:
-    """Whether the board says that its daemon is gone, which may come back."""
-    return _mapping(body.get("error")).get("code") == GONE

@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from rkruntime import resources
 from rkruntime.checks import machine
@@ -19,11 +19,13 @@ from rkruntime.checks.conditions import meets
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import UsageError
 from rkruntime.files import as_path
-from rkruntime.schema import check_fields, check_value
+from rkruntime.schema import Between, check_fields, check_value
 from rkruntime.versions import version
 from rkruntime.words import counted
 
 Level: TypeAlias = Literal["error", "warning", "notice"]
+# Tokens. The upper limit is more than any machine has room for.
+Context: TypeAlias = Annotated[int, Between(1, 1 << 20)]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "notice")
 
 _OPEN_FILES: Final = 16_384

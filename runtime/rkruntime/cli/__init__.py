@@ -27,7 +27,7 @@ _COMPLETE: Final = "_RKEDGE_COMPLETE"
 _MOST_LINES: Final = 12
 
 
-class Entry(NamedTuple):
+class Command(NamedTuple):
     """Where a command lives, and its line in `rkedge --help` (shown without importing the module)."""
 
     module: str
@@ -36,21 +36,29 @@ class Entry(NamedTuple):
 
 # A table, not entry points: those have no help lines, and looking them up reads the metadata of all installed packages,
 # which took `--help` from 0.44 s to 0.58 s on a busy PC (medians of 15 alternated pairs).
-COMMANDS: dict[str, Entry] = {
-    "demo": Entry("rkconvert.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
-    "plan": Entry("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
-    "convert": Entry("rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."),
-    "merge": Entry("rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."),
-    "calibrate": Entry("rkconvert.commands.calibrate", "Make the texts that the toolkit quantizes a model with."),
-    "push": Entry("rkconvert.commands.push", "Upload a bundle to the Hugging Face hub, private by default."),
-    "toolkit": Entry("rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."),
-    "chat": Entry("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
-    "run": Entry("rkruntime.commands.run", "Answer one prompt, for scripts."),
-    "diagnose": Entry("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
-    "emulator": Entry("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
-    "serve": Entry("rkruntime.commands.serve", "Serve a model from the NPU over a Unix socket, SSH or loopback HTTP."),
-    "attach": Entry("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
-    "inspect": Entry("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
+COMMANDS: dict[str, Command] = {
+    "demo": Command("rkconvert.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
+    "plan": Command("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
+    "convert": Command(
+        "rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."
+    ),
+    "merge": Command(
+        "rkconvert.commands.merge", "Fold LoRA adapters into a checkpoint, as a plain Hugging Face folder."
+    ),
+    "calibrate": Command("rkconvert.commands.calibrate", "Make the texts that the toolkit quantizes a model with."),
+    "push": Command("rkconvert.commands.push", "Upload a bundle to the Hugging Face hub, private by default."),
+    "toolkit": Command(
+        "rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."
+    ),
+    "chat": Command("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
+    "run": Command("rkruntime.commands.run", "Answer one prompt, for scripts."),
+    "diagnose": Command("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
+    "emulator": Command("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
+    "serve": Command(
+        "rkruntime.commands.serve", "Serve a model from the NPU over a Unix socket, SSH or loopback HTTP."
+    ),
+    "attach": Command("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
+    "inspect": Command("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
 }
 
 

@@ -26,7 +26,7 @@ class Number(click.FloatRange):
 TOKENS: Final = click.IntRange(32, 1 << 20)
 
 
-class Renamed(click.Option):
+class RenamedOption(click.Option):
     """An option that still accepts a former name, which neither help nor completion shows."""
 
     def __init__(self, *names: Any, former: str, **options: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 import click
 
-from rkruntime.cli.flags import TOKENS, Number, Renamed
+from rkruntime.cli.flags import TOKENS, Number, RenamedOption
 from rkruntime.engine.open import LIBRARY, LIBRARY_VARIABLE, RuntimeOptions, SamplingOptions, load_engine
 from rkruntime.printable import one_line
 from rkruntime.schema import types_of
@@ -58,7 +58,7 @@ runtime_options = _packed(
     ),
     click.option(
         "--release",
-        cls=Renamed,
+        cls=RenamedOption,
         former="--abi",
         metavar="RELEASE",
         show_default="what the library says it is",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 from rkruntime.abi import since, within
-from rkruntime.checks.preflight import Finding, ModelFacts, cores_for, preflight
+from rkruntime.checks.preflight import Context, Finding, ModelFacts, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
 from rkruntime.files import AnyPath, as_path
@@ -22,7 +22,6 @@ from rkruntime.stop import Stop
 
 # More than the vendor's library or a machine could take; a time limit of 0 would end everything at once.
 Time: TypeAlias = Annotated[float, Between(0.001, 1_000_000_000)]
-Context: TypeAlias = Annotated[int, Between(1, 1 << 20)]
 # What RKLLM takes where nobody says a number, on every release. The library's defaults are not relied upon.
 _DEFAULT_CONTEXT: Final = 512
 # Of the RK3588; for a model of which nothing is known.

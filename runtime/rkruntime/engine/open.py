@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from rkruntime.bundle.manifest import GENERATION_CONFIG, Bundle
+from rkruntime.checks.preflight import Context
 from rkruntime.engine.generation import GREEDY, MaxNewTokens, RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import BundleError, LibraryError, UsageError
 from rkruntime.files import AnyPath, as_path
@@ -70,7 +71,7 @@ class RuntimeOptions:
 
     library: AnyPath | None = None
     release: str | None = None
-    max_context: Annotated[int, Between(32, 1 << 20)] | None = None
+    max_context: Context | None = None
     force: bool = False
     base_domain_id: Annotated[int, Between(0, 15)] | None = None
 

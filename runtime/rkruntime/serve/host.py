@@ -20,7 +20,7 @@ from rkruntime.model import Model, open_model
 from rkruntime.schema import types_of
 from rkruntime.serve.settings import Settings, changed
 from rkruntime.serve.threads import in_thread
-from rkruntime.stop import Stop, stopped_work
+from rkruntime.stop import Stop
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ class Host:
             model = await in_thread(self._load, replace(settings, bundle=folder), self._stop)
         except RKEdgeError as error:
             if self._stop.asked:
-                raise stopped_work() from error
+                raise ServiceError(
+                    "The daemon is stopping, so it loads no model.", hint="Ask again when it is back."
+                ) from error
             self._failed(error)
             raise
         finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from rkruntime.checks.preflight import Context
 from rkruntime.engine.generation import RepeatPenalty, Sampling, Temperature, TopK, TopP
 from rkruntime.errors import UsageError
 from rkruntime.files import path_hint, read_regular
@@ -159,7 +160,7 @@ class Settings:
     bundle: Path | None = None
     library: Path | None = None
     release: str | None = None
-    max_context: Annotated[int, Between(32, 1 << 20)] | None = None
+    max_context: Context | None = None
     force: bool = False
     base_domain_id: Annotated[int, Between(0, 15)] | None = None
     temperature: Temperature | None = None

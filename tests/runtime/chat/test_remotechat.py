@@ -166,7 +166,7 @@ def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteCh
 
 
 def test_lines_without_end(board: Callable[..., RemoteChat], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkruntime.chat.remotechat._MOST_LINES", 1000)
+    monkeypatch.setattr("rkruntime.chat.link._MOST_LINES", 1000)
     with pytest.raises(ServiceError, match="endless lines"):
         board(b"Welcome\n" * 2000 + HELLO)
 

@@ -46,7 +46,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LoadError("The load failed.", hint="Do this.", details={"lines": ["E rkllm: no"]})
 
     monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: run)
-    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Entry("nowhere", "Fail."))
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("nowhere", "Fail."))
 
 
 @pytest.mark.usefixtures("failing")
@@ -171,7 +171,7 @@ def test_a_word_that_only_looks_like_the_flag_is_not_it(capsys: pytest.CaptureFi
 def test_a_command_that_cannot_be_imported_fails_as_json_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "plan", cli.Entry("rkruntime.nowhere", "Fail."))
+    monkeypatch.setitem(cli.COMMANDS, "plan", cli.Command("rkruntime.nowhere", "Fail."))
     assert cli.main(["plan", "m", "--json"]) == 5
     assert json.loads(capsys.readouterr().out)["error"] == "HostError"
     assert cli.main(["plan", "m"]) == 5

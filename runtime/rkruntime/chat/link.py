@@ -1,0 +1,210 @@
+"""An ssh process with a board's `rkedge attach` at its end: messages to it, and its events, each one checked."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import IO, Any, Final
+
+from rkruntime.chat.attach import GONE, MAX_LINE
+from rkruntime.engine.generation import FinishReason
+from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
+
+_MOST_LINES: Final = 1_000_000
+_MOST_NOTES: Final = 200
+_LONGEST_NOTE: Final = 4096
+
+
+class BrokenError(Exception):
+    """The connection, or the daemon behind it, is gone.
+
+    Attributes:
+        told: The board's message about it, if any.
+    """
+
+    def __init__(self, told: ServiceError | None = None) -> None:
+        super().__init__()
+        self.told = told
+
+
+class Link:
+    """An ssh process and the lines that pass through it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        # ssh keeps ignoring SIGINT if it is ignored at its start: Ctrl-C must stop the answer, not the connection.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except OSError as error:
+            raise ServiceError(
+                f"{command[0]} cannot be started: {error.strerror or error}.", hint="Install the OpenSSH client."
+            ) from error
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self._notes = threading.Thread(target=self._pass_on, daemon=True)
+        self._notes.start()
+        self._writing = threading.Lock()
+
+    @property
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin, self._process.stdout
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message; from any thread. Raises BrokenError."""
+        with self._writing:
+            try:
+                self._pipes[0].write(json.dumps(message).encode() + b"\n")
+                self._pipes[0].flush()
+            except (OSError, ValueError) as error:
+                raise BrokenError from error
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events up to an `end`.
+
+        Raises:
+            BrokenError: The `end` does not arrive.
+            ServiceError: The board sends nonsense. The connection is closed: the rest cannot be matched to anything.
+        """
+        for _ in range(_MOST_LINES):
+            try:
+                event = _event(self._line())
+            except ServiceError:
+                self.close()
+                raise
+            if event is not None:
+                yield event
+                if event["type"] == "end":
+                    return
+        self.close()
+        raise nonsense("endless lines")
+
+    def _line(self) -> bytes:
+        try:
+            line = self._pipes[1].readline(MAX_LINE)
+        except ValueError:  # closed before
+            line = b""
+        if not line:
+            raise BrokenError
+        return line
+
+    def _pass_on(self) -> None:
+        """Show what ssh, or the board through it, prints on standard error. ssh itself prompts on the terminal."""
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            for number, line in enumerate(iter(partial(stream.readline, _LONGEST_NOTE), b"")):
+                if number < _MOST_NOTES:
+                    say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
+
+    def kill(self) -> None:
+        """End ssh at once, from any thread: whoever waits for a line has waited long enough."""
+        self._process.kill()
+
+    def close(self) -> int:
+        """End ssh; returns its exit code."""
+        for pipe in self._pipes:
+            with suppress(OSError):
+                pipe.close()
+        try:
+            return self._process.wait(3)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+        finally:
+            # A child of ssh, such as the master of shared connections, may keep the pipe open.
+            self._notes.join(1)
+
+
+def nonsense(what: str) -> ServiceError:
+    """The error for a board that sent something else than an event."""
+    hint = "Compare `rkedge --version` here and there; something else may be answering instead."
+    return ServiceError(f"The board sent {what}.", hint=hint)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a board's value is a number that can be shown."""
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A board's value, if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+# The fields that each kind of event must have, for everything that is done with it here.
+_FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
+    "begin": {"notes": _are_texts, "ignored": _are_texts},
+    "text": {"text": lambda value: isinstance(value, str)},
+    "done": {
+        "tokens": lambda value: type(value) is int and 0 <= value < 1e9,
+        "tokens_per_s": is_number,
+        "reason": lambda value: value in [reason.value for reason in FinishReason],
+    },
+    "error": {},
+    "end": {"status": lambda value: type(value) is int, "body": lambda value: value is None or isinstance(value, dict)},
+}
+_LEFT_OUT: Final[Mapping[str, Any]] = {"tokens": 0, "tokens_per_s": 0.0, "body": None, "ignored": []}
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, with all its fields; None for something else, such as what a login script prints.
+
+    Raises:
+        ServiceError: An invalid event.
+    """
+    if len(line) >= MAX_LINE:
+        raise nonsense("an endless line")
+    try:
+        event = json.loads(line)
+        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair can be neither shown nor saved
+    except RecursionError:
+        raise nonsense("something nested too deeply") from None
+    except UnicodeEncodeError:
+        raise nonsense("invalid characters") from None
+    except ValueError:
+        return None
+    if not isinstance(event, dict):
+        return None
+    if not isinstance(event.get("type"), str):
+        raise nonsense("something that is not an event")
+    for name, holds in _FIELDS.get(event["type"], {}).items():
+        if name in _LEFT_OUT:
+            event.setdefault(name, _LEFT_OUT[name])
+        if name not in event or not holds(event[name]):
+            raise nonsense(f"{event['type']!r} with an invalid or missing {name!r}")
+    return event
+
+
+def result_of(end: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of an `end`. Raises ServiceError for a refusal, BrokenError if the daemon is gone."""
+    body = mapping(end["body"])
+    if end["status"] >= 400:
+        error = error_of(end["status"], body)
+        raise BrokenError(error) if _is_gone(body) else error
+    return body
+
+
+def error_of(status: int, body: Mapping[str, Any]) -> ServiceError:
+    """The board's own words as an error, of the kind that the HTTP status names."""
+    error = body.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    kind = {404: NoSuchSessionError, 429: BusyError}.get(status, ServiceError)
+    return kind(f"The board says: {message or status}", hint="")
+
+
+def _is_gone(body: Mapping[str, Any]) -> bool:
+    """Whether the board says that its daemon is gone, which may come back."""
+    return mapping(body.get("error")).get("code") == GONE
