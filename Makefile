@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: help demo test lint test-long bench conformance fuzz test-sanitizers clean
+.PHONY: help demo test lint test-long test-guesses bench conformance fuzz test-sanitizers clean
 
 help: ## Say what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ conformance: $(VENV)/dev.stamp ## Ask programs of others the demo questions (VEN
 
 fuzz: $(VENV)/dev.stamp ## Feed the emulator's readers of files with damaged ones (INPUTS=500000 each; needs clang++)
 	$(BIN)/python -m tests.emulator.fuzz $(INPUTS)
+
+test-guesses: $(VENV)/dev.stamp ## The runtime's tests with each guess of the emulator turned round (long)
+	$(BIN)/python -m tests.runtime.guesses
 
 test-sanitizers: $(VENV)/dev.stamp ## The emulator's tests with address, undefined and thread sanitizers (long)
 	$(BIN)/python -m tests.emulator.sanitizers

@@ -118,6 +118,11 @@ class WorkerConnection:
         ids = array("i", record.data).tolist()
         return np.ascontiguousarray(self._options.embed(ids), dtype=np.float32).tobytes()
 
+    def ask(self, header: dict[str, Any], timeout: float, data: Sequence[bytes | memoryview] = ()) -> Any:
+        """Send a command and return its reply."""
+        self.begin(header, data)
+        return self.reply(timeout)
+
     def reply(self, timeout: float, more_time: Callable[[], float] | None = None) -> Any:
         """The JSON reply to the last command. Raises its error instead if it failed."""
         record = self.next(timeout, time.monotonic() + timeout, more_time)

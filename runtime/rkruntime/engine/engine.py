@@ -18,7 +18,8 @@ from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits,
 from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
 from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
-from rkruntime.engine.worker.decode import whole
+from rkruntime.engine.worker.decode import sizes_of, whole
+from rkruntime.engine.worker.encode import method
 from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
 from rkruntime.files import AnyPath, as_path
 from rkruntime.library.identify import Identity, identify
@@ -233,17 +234,16 @@ class Engine:
 
     # The rest of the API
 
-    def _call(self, method: str, *args: Any) -> Any:
+    def _call(self, name: str, *args: Any) -> Any:
         """Call a method of binding.Model in the worker."""
-        return self._command({"call": "call", "method": method, "args": list(args)})
+        return self._command(method(name, *args))
 
     def _command(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> Any:
         with self._connection.explained():
             self._connection.check()
             with self._connection.turn():
                 self._runs.check_free()
-                self._connection.begin(header, data)
-                return self._connection.reply(self.options.token_timeout)
+                return self._connection.ask(header, self.options.token_timeout, data)
 
     def clear_cache(self, *, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Empty the KV cache (since 1.2.0), or cut positions [start, end) of each batch while paused (since 1.2.1)."""
@@ -253,8 +253,7 @@ class Engine:
 
     def cache_sizes(self) -> list[int]:
         """Positions in the KV cache, per batch (since 1.2.1)."""
-        sizes = self._call("kv_cache_sizes")
-        return [whole(size) for size in (sizes if isinstance(sizes, list) else [sizes])]
+        return sizes_of(self._call("kv_cache_sizes"))
 
     def load_lora(self, lora: Lora) -> None:
         """Load an adapter for requests that name it. No release can unload one."""

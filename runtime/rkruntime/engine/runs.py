@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Annotated, Final
 
+from rkruntime.abi import since, within
 from rkruntime.engine.connection import WorkerConnection, closed_meanwhile, in_use
 from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.observed import Observed
 from rkruntime.engine.worker import protocol
-from rkruntime.engine.worker.decode import array_of, error_of, finished_of
-from rkruntime.engine.worker.encode import run_command
+from rkruntime.engine.worker.decode import array_of, error_of, finished_of, sizes_of
+from rkruntime.engine.worker.encode import method, run_command
 from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerError, WorkerProtocolError
@@ -114,9 +115,10 @@ class Runs:
             check_limit(request.max_new_tokens)
             self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
-        limit = self._limit(requests)
+        kept = self._kept(requests)
+        limit = self._limit(requests, kept or 0)
         header["limit"] = limit
-        if all(request.length is not None and not request.keep_history for request in requests):
+        if kept is not None and all(request.length is not None for request in requests):
             header["max_new_tokens"] = limit
         elif limit < header["max_new_tokens"]:
             # Only the library knows how full the context is. From 1.3.0 on, it has the limit and would drop the start
@@ -133,7 +135,19 @@ class Runs:
         self.active = self._connection.number + 1
         self._connection.begin(header, data, mode=mode, **limits)
 
-    def _limit(self, requests: Sequence[Request]) -> int:
+    def _kept(self, requests: Sequence[Request]) -> int | None:
+        """Positions of the context that are in use when these prompts are read; None if the library cannot say."""
+        if not any(request.keep_history for request in requests):
+            return 0
+        if not within(self._info.release, since("rkllm_get_kv_cache_size"), ""):
+            return None
+        try:
+            reply = self._connection.ask(method("kv_cache_sizes"), self._options.token_timeout)
+        except RunError:  # the library refuses to say
+            return None
+        return max([0, *sizes_of(reply)])
+
+    def _limit(self, requests: Sequence[Request], kept: int) -> int:
         """The most tokens of an answer; -1 only for a library that does not report its context.
 
         Boards are reported not to end an answer when the context is full, but to drop the oldest tokens, the prompt
@@ -143,7 +157,7 @@ class Runs:
         if not self._info.max_context or (asked > 0 and self._options.n_keep is not None):
             return asked
         longest = max(request.length or 0 for request in requests)
-        room = max(1, self._info.max_context - RESERVED - longest)
+        room = max(1, self._info.max_context - RESERVED - kept - longest)
         return min(asked, room) if asked > 0 else room
 
     def _check_room(self, request: Request) -> None:

@@ -16,6 +16,12 @@ from rkruntime.text.tokenizer import Tokenizer
 GUESSES = [guess.name for guess in guesses()]
 
 
+@pytest.fixture(autouse=True)
+def usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test says itself what is guessed."""
+    monkeypatch.delenv("RKEMU_GUESS", raising=False)
+
+
 def newer(release: str, than: str) -> bool:
     return tuple(map(int, release.split("b")[0].split("."))) >= tuple(map(int, than.split(".")))
 

@@ -102,6 +102,7 @@ def test_tokenizer_callback(
     assert [event.token_id for event in asyncio.run(go())[:-1]] == [token.token_id for token in tokens]
 
 
+@pytest.mark.usual("tokens-wrapped")  # then the callback is asked for the template's tokens first
 def test_embedding_callback(
     load: Load, model_without: Callable[[str], Path], bundle: Any, question: list[int], ids_of: Any
 ) -> None:

@@ -72,6 +72,7 @@ def test_prompts_that_are_none(load: Load, tokens: list[Any]) -> None:
     assert len(list(engine.generate(Request([2, 3], max_new_tokens=1)))) == 2
 
 
+@pytest.mark.usual("logits-once")
 def test_hidden_states_and_logits(load: Load, release: str, bundle: Any, question: list[int], ids_of: Any) -> None:
     engine = load(release)
     hidden = engine.hidden_states(Request(question))
@@ -129,6 +130,7 @@ def test_keep_history(load: Load, release: str, question: list[int]) -> None:
         assert engine.cache_sizes()[0] >= first + len(question)
 
 
+@pytest.mark.usual("pause-resumes")
 def test_pause_and_ranges(load: Load, release: str, question: list[int], ids_of: Any) -> None:
     """A run pauses at a token; a range of its cache is taken out, and it goes on from there."""
     engine = load(release)

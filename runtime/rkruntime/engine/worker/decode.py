@@ -33,6 +33,11 @@ def json_of(record: Record) -> Any:
         raise lie("a record that is not JSON") from None
 
 
+def sizes_of(value: Any) -> list[int]:
+    """The reply of binding.Model.kv_cache_sizes."""
+    return [whole(size) for size in (value if isinstance(value, list) else [value])]
+
+
 def whole(value: Any) -> int:
     """`value` as a count. Raises WorkerProtocolError if it is not one."""
     if type(value) is int and 0 <= value < 1 << 31:

@@ -46,6 +46,11 @@ def run_command(
     }, data
 
 
+def method(name: str, *args: Any) -> dict[str, Any]:
+    """Header of a call of a method of binding.Model."""
+    return {"call": "call", "method": name, "args": list(args)}
+
+
 def _settings(request: Request) -> tuple[Any, ...]:
     return (
         request.max_new_tokens,
