@@ -58,6 +58,7 @@ COMMANDS: dict[str, Command] = {
         "rkruntime.commands.serve", "Serve a model from the NPU over a Unix socket, SSH or loopback HTTP."
     ),
     "attach": Command("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
+    "firstrun": Command("rkruntime.commands.firstrun", "On a board: find out what its runtime library really does."),
     "inspect": Command("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
 }
 

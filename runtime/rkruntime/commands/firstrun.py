@@ -1,0 +1,87 @@
+"""`rkedge firstrun`: what a board's library does, in a file that can be sent to others."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rkruntime.cli.flags import json_option
+from rkruntime.cli.options import open_for_person, runtime_options
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions
+from rkruntime.errors import RKEdgeError
+from rkruntime.files import atomic_file
+from rkruntime.printable import one_line
+from rkruntime.terminal import say, say_json
+
+if TYPE_CHECKING:
+    from rkruntime.model import Model
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
+    text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
+    home = str(Path.home())
+    with atomic_file(path) as file:
+        file.write_text((text.replace(home, "~") if len(home) > 1 else text) + "\n", encoding="utf-8")
+
+
+@click.command("firstrun")
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="first-run.json",
+    show_default=True,
+    help="Write this file.",
+)
+@click.option(
+    "--risky", is_flag=True, help="Also try what is reported to have crashed a board: pause, prompt cache file."
+)
+@json_option()
+@runtime_options
+def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: RuntimeOptions) -> None:
+    """Find out what the runtime library on this board really does, with the model in the folder BUNDLE.
+
+    Takes a few short runs. The file has this board's kernel, driver, memory and log lines, and the answers; it names
+    neither host nor user.
+    """
+    from rkruntime.bundle.manifest import open_bundle
+    from rkruntime.firstrun import QUESTIONS, SCHEMA, Trial, answer, machine_report, report_of
+
+    opened = open_bundle(bundle)
+
+    def load() -> Model:
+        return open_for_person(opened, runtime, SamplingOptions(temperature=0))
+
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "rkedge": version("rkedge"),
+        "bundle": opened.manifest.name,
+        "machine": machine_report(),
+        "answers": {},
+    }
+    trial = Trial(load)
+    try:
+        report["model"] = report_of(trial.model)
+        for name, question in QUESTIONS.items():
+            if risky or not question.risky:
+                outcome = answer(name, trial)
+                report["answers"][name] = {"question": question.text, "says": outcome.says, **outcome.facts}
+                if not as_json:
+                    say(f"{question.text}\n  {one_line(outcome.says)}")
+        report["findings"] = [finding.as_dict() for finding in trial.model.engine.findings]
+    except RKEdgeError as error:
+        report["error"] = error.as_dict()
+        raise
+    finally:
+        trial.close()
+        _write(report, output)
+        say(f"\nWritten to {output}. Please send it to whoever gave you RKEdge: it answers what is open.", err=True)
+    if as_json:
+        say_json(report)
+    if report["model"]["emulated"]:
+        say("This is the emulator, so nothing of it is an answer about a board.", err=True)
