@@ -147,7 +147,7 @@ def test_a_character_over_several_tokens(
 
 
 def test_asyncio(load: Load, release: str, question: list[int], ids_of: Any, stops: frozenset[int]) -> None:
-    engine = load(release, environment={"RKEMU_TOKEN_US": "500"})
+    engine = load(release, environment={"RKEMU_TOKEN_US": "5000"})
     whole = ids_of(engine.generate(Request(question, stop_tokens=stops)))
 
     async def go() -> None:
@@ -167,7 +167,7 @@ def test_asyncio(load: Load, release: str, question: list[int], ids_of: Any, sto
         await events.aclose()
         assert not engine.running
         task = asyncio.create_task(collect(engine, Request(question)))
-        await asyncio.sleep(0.003)
+        await asyncio.sleep(0.02)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

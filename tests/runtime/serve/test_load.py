@@ -101,7 +101,7 @@ def run_storm(daemon: Any, seconds: float, kill_every: float) -> None:
     fds, memory = descriptors(daemon), memory_mb(daemon)
     counts = asyncio.run(storm(daemon, seconds, kill_every))
     print(dict(counts))
-    assert counts["exact"] > CLIENTS
+    assert counts["exact"] > 10
     assert counts["left"] > 0
     assert counts["kills"] > 0
     assert daemon.process.poll() is None
