@@ -32,6 +32,7 @@ class Conversion:
     Attributes:
         folder: Folder with the checkpoint's files.
         tokens: Token ids of the tokenizer by text.
+        load_dtype: Data type that weights will have in the toolkit's memory, and `half_hint` how to halve that.
         bos_token_id: From config.json.
         calibrated: Whether calibration data is given.
     """
@@ -40,6 +41,7 @@ class Conversion:
     shape: ModelShape
     dtype: str
     load_dtype: str
+    half_hint: str
     memory: HostMemory
     tokens: Mapping[str, int]
     bos_token_id: int
@@ -119,7 +121,13 @@ def _tight(case: Conversion) -> Mapping[str, Any] | None:
 
 def _memory_numbers(case: Conversion, need: float) -> Mapping[str, Any]:
     lack = max(0.0, need - case.memory.total)
-    return {"need": f"{need / 1e9:.1f}", "load_dtype": case.load_dtype, "has": case.memory, "lack": f"{lack / 1e9:.0f}"}
+    return {
+        "need": f"{need / 1e9:.1f}",
+        "load_dtype": case.load_dtype,
+        "has": case.memory,
+        "lack": f"{lack / 1e9:.0f}",
+        "half": case.half_hint,
+    }
 
 
 def _uncalibrated(case: Conversion) -> Mapping[str, Any] | None:
@@ -192,7 +200,7 @@ RULES: Final = (
         _too_large,
         HostError,
         "The toolkit holds the whole model: {need} GB as {load_dtype} alone, but this machine has {has}",
-        "Add more than {lack} GB of swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
+        "Add more than {lack} GB of swap{half}.",
         "airockchip/rknn-llm issues 21, 112, 163: 'Killed'",
     ),
     Check(
@@ -201,8 +209,8 @@ RULES: Final = (
         None,
         "The toolkit needs about {need} GB for the model as {load_dtype} and the new file, but this machine has {has}:"
         " it will be slow, and the kernel may kill it",
-        "Close other programs, add swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
-        "predicted: 4 bytes for each weight as float32, and the file",
+        "Close other programs, add swap{half}.",
+        "predicted: 4 bytes for each weight as float32, or 2 in 16 bits, and the file",
     ),
     Check(
         "uncalibrated",

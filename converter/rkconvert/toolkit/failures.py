@@ -88,16 +88,17 @@ def bad_file(run: WorkerRun, name: str, why: str) -> RKEdgeError:
 def _out_of_memory(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
     seen = "its out-of-memory killer was active" if run.out_of_memory_kills else "which it does when memory runs out"
     held = f", with {run.peak_memory / 1e9:.1f} GB in memory" if run.peak_memory else ""
-    needs = ""
+    needs, loading = "", (job.toolkit_device, job.toolkit_load_dtype)
     if job.parameters:
-        size = job.parameters * LOADED_BYTES.get(job.toolkit_load_dtype, 4)
-        needs = f" The weights alone take {size / 1e9:.1f} GB in {job.toolkit_load_dtype}."
+        loaded = run.toolkit.release.loaded_as(*loading)
+        size = job.parameters * LOADED_BYTES[loaded]
+        needs = f" The weights alone take {size / 1e9:.1f} GB in {loaded}."
     return _error(
         HostError,
         run,
         f"was killed by the kernel ({seen}) while {_STAGES[run.stage]}{held}; this machine has {read_memory()}.{needs}",
-        hint="Add swap (more than 4 bytes for each weight of the model), close other programs, raise the limit of"
-        " the container or of WSL, or load the weights in 16 bits: --toolkit-load-dtype bfloat16.",
+        hint="Add swap (more than 4 bytes for each weight of the model), close other programs, or raise the limit of"
+        f" the container or of WSL{run.toolkit.release.half_hint(*loading)}.",
     )
 
 

@@ -99,10 +99,11 @@ class ToolkitTarget:
             RefusedError, UsageError: The installed release does not support this, or the model does not fit the type.
             CheckpointError, AdapterError, CalibrationError, HostError: See `checks` and `validate_dataset`.
         """
-        options, anywhere = self.options, Path()
+        options, installed, anywhere = self.options, self.toolkit.release, Path()
+        loading = (options.toolkit_device, options.toolkit_load_dtype)
         if spec.lora:
             _check_lora(spec.lora)
-        steps = calls(self._job(spec, anywhere, anywhere), self.toolkit.release, anywhere)
+        steps = calls(self._job(spec, anywhere, anywhere), installed, anywhere)
         if options.qparams and not options.qparams.is_file():
             raise CalibrationError(
                 f"{options.qparams} does not exist or is not a file.", hint="Name the *.qparams file of an earlier run."
@@ -114,7 +115,8 @@ class ToolkitTarget:
             folder=spec.model.checkpoint.path,
             shape=parse_shape(spec.model.hf_config()),
             dtype=spec.dtype,
-            load_dtype=options.toolkit_load_dtype,
+            load_dtype=installed.loaded_as(*loading),
+            half_hint=installed.half_hint(*loading),
             memory=read_memory(),
             tokens=spec.tokenizer.added,
             bos_token_id=spec.config.bos_token_id,

@@ -40,7 +40,7 @@ def case(tmp_path: Path) -> Any:
 
     def make(size: str = "2B", settings: dict[str, int] | None = None, **fields: Any) -> Conversion:
         shape = parse_shape({"architectures": ["Gemma2ForCausalLM"], **GEMMA2[size], **(settings or {})})
-        good = Conversion(tmp_path, shape, "w8a8", "float32", PLENTY, TOKENS, 2, True)
+        good = Conversion(tmp_path, shape, "w8a8", "float32", "", PLENTY, TOKENS, 2, True)
         return replace(good, **fields)
 
     return make

@@ -17,6 +17,7 @@ import pytest
 from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
+from rkconvert.output.host_memory import HostMemory
 from rkconvert.toolkit import target
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
@@ -170,6 +171,31 @@ def test_too_narrow(options: Callable[..., Options], make_model: Make) -> None:
     asked = options(checkpoint=str(make_model("narrow")))
     with pytest.raises(RefusedError, match="keys have 32 dimensions"):
         convert(asked)
+
+
+@pytest.mark.parametrize(
+    ("version", "load_dtype", "fits", "helps"),
+    [
+        ("1.1.4", "bfloat16", False, False),
+        ("1.2.3", "float32", False, True),
+        ("1.2.3", "bfloat16", True, False),
+        ("1.3.0", "float32", False, False),
+        ("1.3.0", "bfloat16", False, False),
+    ],
+)
+def test_memory_for_half_of_the_weights_as_float32(
+    options: Callable[..., Options], base: Path, monkeypatch: pytest.MonkeyPatch,
+    version: str, load_dtype: str, fits: bool, helps: bool,
+) -> None:  # fmt: skip
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))  # bfloat16
+    monkeypatch.setattr(target, "read_memory", lambda: HostMemory(3 * size // 2, 0, 0))
+    asked = options(version, toolkit_load_dtype=load_dtype)
+    if fits:
+        convert(asked)
+        return
+    with pytest.raises(HostError, match="as float32 alone") as caught:
+        convert(asked)
+    assert ("bfloat16" in caught.value.hint) is helps
 
 
 def test_no_toolkit_here(options: Callable[..., Options]) -> None:

@@ -190,6 +190,29 @@ def test_out_of_memory_tells_the_numbers(job: Job, toolkit: Find, fail: Fail) ->
     assert "swap" in caught.value.hint
 
 
+# 1.1.x does not have the option, and 1.3.0 was reported to load float32 on the CPU regardless.
+LOADED = [
+    ("1.1.4", "bfloat16", "cpu", "10.4 GB in float32", False),
+    ("1.2.3", "float32", "cpu", "10.4 GB in float32", True),
+    ("1.2.3", "bfloat16", "cpu", "5.2 GB in bfloat16", False),
+    ("1.3.0", "float32", "cpu", "10.4 GB in float32", False),
+    ("1.3.0", "float16", "cpu", "10.4 GB in float32", False),
+    ("1.3.0", "float32", "cuda", "10.4 GB in float32", True),
+    ("1.3.0", "bfloat16", "cuda", "5.2 GB in bfloat16", False),
+]
+
+
+@pytest.mark.parametrize(("version", "asked", "device", "held", "helps"), LOADED)
+def test_a_load_type_is_advised_only_where_it_saves_memory(
+    job: Job, toolkit: Find, fail: Fail, version: str, asked: str, device: str, held: str, helps: bool
+) -> None:
+    fail("load:killed")
+    options = job(parameters=2_600_000_000, toolkit_load_dtype=asked, toolkit_device=device)
+    with pytest.raises(HostError, match=re.escape(held)) as caught:
+        run_toolkit(options, toolkit(version))
+    assert ("bfloat16" in caught.value.hint) is helps
+
+
 def test_a_method_that_lacks_an_argument_is_told_before_the_work(job: Job, toolkit: Find) -> None:
     found = toolkit("1.1.4")
     wrong = replace(found, release=replace(toolkit("1.2.3").release))
