@@ -6,7 +6,6 @@ context.py, wheels and Pythons in toolkit/wheel.py. The rules here depend on the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,8 +31,9 @@ class Conversion:
     Attributes:
         folder: Folder with the checkpoint's files.
         tokens: Token ids of the tokenizer by text.
+        pieces_problem: What is wrong with its tokenizer.model, or empty.
         load_dtype: Data type that weights will have in the toolkit's memory, and `half_hint` how to halve that.
-        bos_token_id: From config.json.
+        bos_token_id: From config.json; `bos_token` is the tokenizer's own.
         calibrated: Whether calibration data is given.
     """
 
@@ -44,7 +44,9 @@ class Conversion:
     half_hint: str
     memory: HostMemory
     tokens: Mapping[str, int]
+    pieces_problem: str
     bos_token_id: int
+    bos_token: str
     calibrated: bool
 
 
@@ -140,16 +142,14 @@ def _no_turns(case: Conversion) -> Mapping[str, Any] | None:
 
 
 def _two_bos(case: Conversion) -> Mapping[str, Any] | None:
-    path = case.folder / "tokenizer_config.json"
-    try:
-        token = json.loads(path.read_bytes()).get("bos_token")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    index = case.tokens.get(case.bos_token)
+    if index == case.bos_token_id:
         return None
-    token = token.get("content") if isinstance(token, dict) else token
-    index = case.tokens.get(str(token))
-    if token is None or index == case.bos_token_id:
-        return None
-    return {"token": token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
+    return {"token": case.bos_token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
+
+
+def _no_pieces(case: Conversion) -> Mapping[str, Any] | None:
+    return {"problem": case.pieces_problem} if case.pieces_problem else None
 
 
 def _head(path: Place) -> bytes:
@@ -225,10 +225,19 @@ RULES: Final = (
         "two-bos",
         _two_bos,
         None,
-        "config.json starts texts with the token {bos}, but tokenizer_config.json with {token!r} ({index}): the toolkit"
-        " warns about two ids and picks one",
-        "Make the two files agree.",
+        "config.json starts texts with the token {bos}, but the tokenizer with {token!r} ({index}): the toolkit is"
+        " given the first in both files",
+        "Make the two files agree, if the other one is right.",
         "airockchip/rknn-llm issue 163",
+    ),
+    Check(
+        "tokenizer-model",
+        _no_pieces,
+        None,
+        "The tokenizer.model {problem}, and so the toolkit gets none: if it exports tokens as llama.cpp does for Gemma,"
+        " it fails after all the work",
+        "Put the tokenizer.model of the model that this one was made from beside its tokenizer.json.",
+        "predicted: llama.cpp's converter takes Gemma's tokens from that file alone",
     ),
 )  # fmt: skip
 

@@ -33,6 +33,7 @@ from rkconvert.toolkit.output import Output, new_log
 from rkconvert.toolkit.result import ToolkitResult, read_back
 from rkconvert.toolkit.session import OnEvent, WorkerRun
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
+from rkconvert.toolkit.tokenizer_files import pieces_problem
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import AdapterError, CalibrationError, UsageError
@@ -119,7 +120,9 @@ class ToolkitTarget:
             half_hint=installed.half_hint(*loading),
             memory=read_memory(),
             tokens=spec.tokenizer.added,
+            pieces_problem=pieces_problem(spec.model.tokenizer_folder),
             bos_token_id=spec.config.bos_token_id,
+            bos_token=spec.template.special_tokens["bos_token"],
             calibrated=options.calibration is not None,
         )
         return (*checks.require(case), *steps.notes)

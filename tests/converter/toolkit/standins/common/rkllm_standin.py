@@ -83,6 +83,10 @@ def forge_events():
                 os.write(int(entry.name), b'{"event": "made up"}\n')
 
 
+def merges_of(path):
+    return json.loads(path.read_text())["model"]["merges"]
+
+
 FAULTS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
@@ -146,6 +150,11 @@ class Standin:
             return error(f"Catch exception when loading model: no file named model.safetensors found in {model}")
         if model_lora is not None and not (Path(model_lora) / "adapter_config.json").is_file():
             return error(f"Catch exception when loading model: Can't find 'adapter_config.json' at '{model_lora}'")
+        tokenizer = Path(model) / "tokenizer.json"
+        if tokenizer.is_file() and any(not isinstance(merge, str) for merge in merges_of(tokenizer)):
+            return error(
+                "Catch exception when loading model: data did not match any variant of untagged enum ModelWrapper"
+            )
         bar("Loading checkpoint shards", len(shards), 1)
         self.config, self.lora = config, model_lora
         return 0
