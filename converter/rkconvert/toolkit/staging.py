@@ -10,24 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from rkconvert.adapters.config import FILE as ADAPTER_CONFIG
 from rkconvert.adapters.merged_model import MergedModel
-from rkconvert.adapters.reader import Adapter
+from rkconvert.adapters.separate import SeparateLora
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import GemmaConfig
-from rkconvert.output.hf_folder import write_json, write_weights
+from rkconvert.output.hf_folder import ShardPlan, write_json, write_weights
 from rkconvert.progress import Advance
 from rkconvert.rules.releases import ToolkitRelease
 from rkconvert.sources.checkpoint import CONFIG
 from rkconvert.sources.names import Renamed
 from rkconvert.tensors.shards import read_json
-from rkconvert.tensors.tensor_files import MODEL_FILES
+from rkconvert.tensors.tensor_files import ADAPTER_FILES, MODEL_FILES
+from rkconvert.tensors.weights import TensorInfo
 from rkconvert.toolkit.tokenizer_files import stage_tokenizer
 from rkruntime.bundle.manifest import GENERATION_CONFIG
-from rkruntime.errors import AdapterError, CheckpointError
+from rkruntime.errors import CheckpointError
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
+_ADAPTER_FILE: Final = ADAPTER_FILES.pairs[0][0]
 # If omitted, transformers fills in 50 and 30.
 _NULL_MEANS_NONE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
 # transformers 5 writes the first; transformers 4 needs the second, which 5 reads too.
@@ -82,17 +86,35 @@ def _link_weights(model: MergedModel, folder: Path) -> None:
         write_json(folder / _INDEX, {"metadata": {}, "weight_map": index["weight_map"]})
 
 
-def stage_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write only the adapter's settings and weights, to the new `folder`."""
+def stage_adapter(lora: SeparateLora, folder: Path) -> None:
+    """Write an adapter into `folder`, below that of its base, as any release of peft reads it.
+
+    Each fails at keys of adapter_config.json that it does not know, and an exporter may take one rank and one alpha for
+    all pairs, as a GGUF file has them.
+    """
     folder.mkdir(exist_ok=True)
-    settings = read_json(adapter.path / ADAPTER_CONFIG, AdapterError)
-    # Names a Python module to import.
-    settings.pop("auto_mapping", None)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(folder.parent.absolute()),
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": [name.removesuffix(".weight") for name in lora.pairs],
+    }
     write_json(folder / ADAPTER_CONFIG, settings)
-    for file in adapter.weight_files:
-        link = folder / file.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(file.resolve())
+    tensors = {}
+    for name, (a, b) in lora.pairs.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    plan = ShardPlan(_ADAPTER_FILE, {name: TensorInfo("F32", array.shape) for name, array in tensors.items()})
+    with (folder / plan.name).open("wb") as file:
+        file.write(plan.header())
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).data)
 
 
 def config(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.adapters.reader import Adapter
+from rkconvert.adapters.separate import separate_lora
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
@@ -36,7 +36,7 @@ from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkconvert.toolkit.tokenizer_files import pieces_problem
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
-from rkruntime.errors import AdapterError, CalibrationError, UsageError
+from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import write_error
 from rkruntime.versions import version
 
@@ -84,8 +84,9 @@ class ToolkitTarget:
         return self.toolkit.as_dict()
 
     def needed_bytes(self, spec: ModelSpec) -> int:
-        """Disk space that the work needs, in bytes: the file, and the merged weights that the toolkit reads."""
-        return _file_size(spec) + (0 if is_linked(spec.model) else spec.model.nbytes)
+        """Disk space that the work needs, in bytes: the file, and the weights that the toolkit reads, if not linked."""
+        lora = separate_lora(spec.lora).nbytes if spec.lora else 0
+        return _file_size(spec) + lora + (0 if is_linked(spec.model) else spec.model.nbytes)
 
     def resumable(self, spec: ModelSpec) -> Sequence[str]:
         """Files from which `write` resumes after a killed run; it verifies each by checksum."""
@@ -102,8 +103,6 @@ class ToolkitTarget:
         """
         options, installed, anywhere = self.options, self.toolkit.release, Path()
         loading = (options.toolkit_device, options.toolkit_load_dtype)
-        if spec.lora:
-            _check_lora(spec.lora)
         steps = calls(self._job(spec, anywhere, anywhere), installed, anywhere)
         if options.qparams and not options.qparams.is_file():
             raise CalibrationError(
@@ -152,7 +151,7 @@ class ToolkitTarget:
         with reporter.bar("writing the merged model", spec.model.nbytes) as advance:
             stage(spec.model, spec.template, self.toolkit.release, staged, advance)
         if spec.lora:
-            stage_adapter(spec.lora, staged / _STAGED_LORA)
+            stage_adapter(separate_lora(spec.lora), staged / _STAGED_LORA)
         return self._job(spec, staged, folder / report.RKLLM_FILE)
 
     def _job(self, spec: ModelSpec, staged: Path, output: Path) -> ToolkitJob:
@@ -210,16 +209,6 @@ def _file_size(spec: ModelSpec) -> int:
 def _same_release(named: str, installed: str) -> bool:
     """Whether the requested release is the installed one, which may have a local part such as `+cpu`."""
     return named == installed or (named in CALLABLE and version(named) == version(installed))
-
-
-def _check_lora(lora: Adapter) -> None:
-    """Refuse an adapter with pickles, which the toolkit would read itself."""
-    pickles = [file.name for file in lora.weight_files if file.suffix != ".safetensors"]
-    if pickles:
-        raise AdapterError(
-            f"The adapter's weights are in {pickles[0]}; with --lora-mode runtime the toolkit would unpickle them.",
-            hint="Save the adapter as safetensors, or merge it: --lora-mode merge.",
-        )
 
 
 def _show_events(reporter: Reporter, show: Callable[[str, int, int], None]) -> OnEvent:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
@@ -211,15 +213,16 @@ def test_an_adapter_that_a_lora_file_cannot_say(
     asked = options(loras=(AdapterSource(str(make_adapter(base, use_dora=True))),), lora_mode="runtime")
     with pytest.raises(AdapterError, match="all that an RKLLM LoRA file"):
         convert(asked)
-    adapter = make_adapter(base, name="pickled")
-    (adapter / "adapter_model.safetensors").rename(adapter / "kept")
-    import torch
-    from safetensors.torch import load_file
 
-    torch.save(load_file(adapter / "kept"), adapter / "adapter_model.bin")
-    asked = options(loras=(AdapterSource(str(adapter)),), lora_mode="runtime")
-    with pytest.raises(AdapterError, match="would unpickle"):
-        convert(asked)
+
+def test_an_adapter_with_pickles_reaches_the_toolkit_without(
+    options: Callable[..., Options], base: Path, make_adapter: Make
+) -> None:
+    adapter = make_adapter(base)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    bundle = convert(options(loras=(AdapterSource(str(adapter)),), lora_mode="runtime"))
+    assert (bundle.path / "model_lora.rkllm").is_file()
 
 
 @pytest.mark.parametrize("fault", ["build:killed", "export:return", "write:nothing"])
