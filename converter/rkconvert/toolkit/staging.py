@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from rkconvert.tensors.weights import TensorInfo
 from rkconvert.toolkit.tokenizer_files import stage_tokenizer
 from rkruntime.bundle.manifest import GENERATION_CONFIG
 from rkruntime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
 _ADAPTER_FILE: Final = ADAPTER_FILES.pairs[0][0]
@@ -106,7 +109,7 @@ def stage_adapter(lora: SeparateLora, folder: Path) -> None:
         "target_modules": [name.removesuffix(".weight") for name in lora.pairs],
     }
     write_json(folder / ADAPTER_CONFIG, settings)
-    tensors = {}
+    tensors: dict[str, NDArray[np.float32]] = {}
     for name, (a, b) in lora.pairs.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
