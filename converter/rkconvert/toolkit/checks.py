@@ -148,6 +148,10 @@ def _two_bos(case: Conversion) -> Mapping[str, Any] | None:
     return {"token": case.bos_token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
 
 
+def _own_head(case: Conversion) -> Mapping[str, Any] | None:
+    return None if case.shape.tied else {}
+
+
 def _no_pieces(case: Conversion) -> Mapping[str, Any] | None:
     return {"problem": case.pieces_problem} if case.pieces_problem else None
 
@@ -229,6 +233,15 @@ RULES: Final = (
         " given the first in both files",
         "Make the two files agree, if the other one is right.",
         "airockchip/rknn-llm issue 163",
+    ),
+    Check(
+        "own-head",
+        _own_head,
+        None,
+        "The output head is not tied to the embedding, and whether the toolkit keeps a Gemma's own head is not known:"
+        " if it exports tensors as llama.cpp does for Gemma, the embedding takes its place without a word",
+        "Compare answers of the board with those of a bundle made with --target emulator before you rely on it.",
+        "predicted: llama.cpp's converter leaves out a Gemma's lm_head.weight",
     ),
     Check(
         "tokenizer-model",

@@ -31,6 +31,11 @@ _KINDS: Final[Mapping[str, type[RKEdgeError]]] = {
     "convert-gguf": CheckpointError,
     "convert-calibration-data": CalibrationError,
 }
+# What the diagnosis says of other stages, such as RKLLM_LOG_LEVEL, is for programs on a board.
+_READ_THE_LOG: Final = (
+    "Read that log from its end, and look for its last words among the vendor's issues"
+    " (https://github.com/airockchip/rknn-llm/issues). Another release of the toolkit may do better."
+)
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
 
@@ -106,12 +111,12 @@ def _error(kind: type[RKEdgeError], run: WorkerRun, what: str, hint: str | None 
     found = _diagnose(run)
     if kind is ToolkitError:
         kind = _KINDS.get(found.class_, kind)
-    meaning = f" {found.cause}" if found.explained and hint is None else ""
-    if hint is None:
-        hint = found.next_steps[0] if found.next_steps else None
+    meaning = ""
+    if hint is None and found.class_.startswith("convert-"):
+        meaning, hint = f" {found.cause}", found.next_steps[0]
     return kind(
         f"rkllm-toolkit {run.toolkit.version} {what.removesuffix('.')}.{meaning} Whole log: {run.output.path}",
-        hint=hint,
+        hint=hint or _READ_THE_LOG,
         details={
             "stage": run.stage,
             "exit_code": run.exit_code,

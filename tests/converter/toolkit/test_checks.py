@@ -129,6 +129,13 @@ def test_two_first_tokens(case: Any, token: str, broken_: bool) -> None:
     assert ("two-bos" in broken(case(bos_token=token))) is broken_
 
 
+def test_an_own_head(case: Any) -> None:
+    tied = case()
+    assert broken(tied) == []
+    assert broken(replace(tied, shape=replace(tied.shape, tied=False))) == ["own-head"]
+    assert "without a word" in checks.require(replace(tied, shape=replace(tied.shape, tied=False)))[0]
+
+
 def test_pointers(case: Any, tmp_path: Path) -> None:
     for name in ("tokenizer.model", "tokenizer.json"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
