@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from rkconvert.model.sizes import file_bytes
 from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile
 from rkconvert.output.hf_folder import resumable
 from rkconvert.output.host_memory import read_memory
+from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
 from rkconvert.rules.type_names import parse_type
 from rkconvert.target import ModelSpec
@@ -30,14 +31,14 @@ from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
 from rkconvert.toolkit.job import ToolkitJob, calls
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.output import Output, new_log
-from rkconvert.toolkit.result import ToolkitResult, read_back
+from rkconvert.toolkit.result import ToolkitResult, keep_qparams, read_back
 from rkconvert.toolkit.session import OnEvent, WorkerRun
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkconvert.toolkit.tokenizer_files import pieces_problem
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import CalibrationError, UsageError
-from rkruntime.files import write_error
+from rkruntime.files import read_error, write_error
 from rkruntime.versions import version
 
 _STAGED: Final = ".staged"
@@ -180,11 +181,12 @@ def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = lambda _:
         RefusedError, UsageError: The installed release does not support this; nothing was started.
         ToolkitError, HostError, CheckpointError, CalibrationError: It failed; `details` holds the diagnosis and lines.
     """
-    with _scratch(job.output) as scratch:
-        steps = calls(job, toolkit.release, scratch / "model.rkllm")
+    with _scratch(job.output) as scratch, _plainly_named(job) as renamed:
+        steps = calls(renamed, toolkit.release, scratch / "model.rkllm")
         with Output(new_log()) as output:
             run = WorkerRun(toolkit, steps, scratch, output, on_event, job.toolkit_patience)
             run.execute()
+            keep_qparams(run)
             return read_back(run, job)
 
 
@@ -199,6 +201,21 @@ def _scratch(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _plainly_named(job: ToolkitJob) -> Iterator[ToolkitJob]:
+    """The job with a copy of its calibration data: `datasets` takes brackets in a path for a pattern."""
+    if job.calibration is None:
+        yield job
+        return
+    with scratch_folder("rkedge-calibration-") as folder:
+        copy = folder / "calibration.json"
+        try:
+            shutil.copyfile(job.calibration, copy)
+        except OSError as error:
+            raise read_error(job.calibration, error, CalibrationError) from error
+        yield replace(job, calibration=copy)
 
 
 def _file_size(spec: ModelSpec) -> int:

@@ -108,15 +108,25 @@ def test_a_bundle(options: Callable[..., Options], version: str, tmp_path: Path,
     assert not list((home / "xdg_cache_home" / "rkedge" / "logs").glob("*"))
 
 
-def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Options], tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
+@pytest.mark.parametrize("name", ["data.json", "chats [v2]/{a,b} ::*.json"])
+def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Options], tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
     bundle = convert(options(calibration=path))
     report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
-    assert report["calls"][1]["arguments"]["dataset"] == "data.json"
+    assert report["calls"][1]["arguments"]["dataset"] == "calibration.json"
     assert len(report["calibration"]["sha256"]) == 64
     assert not any("without calibration data" in note for note in bundle.manifest.notes)
     assert "Generating train split: 20 examples" in (bundle.path / "report" / "toolkit.log").read_text()
+
+
+def test_parameters_that_an_algorithm_found_are_kept(options: Callable[..., Options]) -> None:
+    asked = {"platform": "rk3576", "dtype": "w4a16", "algorithm": "grq", "toolkit_device": "cuda"}
+    bundle = convert(options(**asked))
+    assert (bundle.path / "report" / "toolkit.qparams").read_text() == "scales"
+    bundle.verify(trust_stamps=False)
+    convert(options(**asked, output=bundle.path.with_name("again"), qparams=bundle.path / "report" / "toolkit.qparams"))
 
 
 def test_an_adapter_merged(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:

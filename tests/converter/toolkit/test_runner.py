@@ -147,6 +147,7 @@ def test_a_fault(
     assert re.search(words, "\n".join([caught.value.message, *caught.value.log]))
     assert nothing_left(asked)
     assert caught.value.hint
+    assert "RKLLM_LOG_LEVEL" not in caught.value.hint  # which only the runtime reads
     if fault != "load:events":
         assert Path(caught.value.details["log"]).is_file()
         assert str(caught.value.details["log"]) in caught.value.message
@@ -211,6 +212,14 @@ def test_a_load_type_is_advised_only_where_it_saves_memory(
     with pytest.raises(HostError, match=re.escape(held)) as caught:
         run_toolkit(options, toolkit(version))
     assert ("bfloat16" in caught.value.hint) is helps
+
+
+def test_parameters_found_before_a_failure_stay_beside_the_log(job: Job, toolkit: Find, fail: Fail) -> None:
+    fail("export:return")
+    asked = {"platform": "rk3576", "dtype": "w4a16", "algorithm": "gdq", "toolkit_device": "cuda", "npu_cores": 2}
+    with pytest.raises(ToolkitError) as caught:
+        run_toolkit(job(**asked), toolkit())
+    assert Path(str(caught.value.details["log"])).with_suffix(".qparams").read_text() == "scales"
 
 
 def test_a_method_that_lacks_an_argument_is_told_before_the_work(job: Job, toolkit: Find) -> None:

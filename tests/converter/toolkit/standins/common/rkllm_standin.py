@@ -191,12 +191,16 @@ class Standin:
             return -1
         if dataset is not None and self._read_dataset(dataset):
             return -1
+        if algorithm.split("_r")[0] in ("grq", "gdq"):
+            Path(f"{dtype}_{platform}.qparams").write_text("scales")
         bar("Building model", 399)
         bar("Optimizing model", self.config["num_hidden_layers"])
         self.built = (quantized, dtype, context, algorithm)
         return 0
 
     def _read_dataset(self, path):
+        if re.search(r"[\[\]*?{}]|::", path):
+            raise FileNotFoundError(f"Unable to find '{path}'")  # `datasets` takes it for a pattern
         try:
             rows = json.loads(Path(path).read_text())
         except (OSError, ValueError) as reason:
