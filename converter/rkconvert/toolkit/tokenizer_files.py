@@ -17,6 +17,8 @@ from rkconvert.model.tokenizer import tokenizer_json
 from rkconvert.output.hf_folder import write_json
 from rkconvert.tensors.memory_folder import Place
 from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.errors import CheckpointError
+from rkruntime.files import read_error
 from rkruntime.text.template import SPECIAL_TOKENS
 
 PIECES: Final = "tokenizer.model"
@@ -41,8 +43,9 @@ def stage_tokenizer(source: Place, bos_token_id: int, template: ChatTemplate, fo
     beyond = {token["content"]: token["id"] for token in content["added_tokens"] if token["content"] not in vocab}
     if beyond:
         write_json(folder / _ADDED, beyond)
-    if not pieces_problem(source):
-        (folder / PIECES).write_bytes((source / PIECES).read_bytes())
+    pieces, problem = _checked_pieces(source, content)
+    if not problem:
+        (folder / PIECES).write_bytes(pieces)
 
 
 def with_plain_merges(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,21 +91,28 @@ def pieces_problem(folder: Place) -> str:
     Raises:
         CheckpointError: See `read_tokenizer`.
     """
+    return _checked_pieces(folder, tokenizer_json(folder / TOKENIZER))[1]
+
+
+def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The bytes of tokenizer.model, and `pieces_problem`."""
     file = folder / PIECES
     if not file.is_file():
-        return "is missing"
-    with file.open("rb") as opened:
-        data = opened.read(_MOST_PIECES + 1)
+        return b"", "is missing"
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_PIECES + 1)
+    except OSError as error:
+        raise read_error(file, error, CheckpointError) from error
     try:
         pieces = [*_pieces(data)] if len(data) <= _MOST_PIECES else []
     except ValueError:
-        return "is not a SentencePiece model"
-    content = tokenizer_json(folder / TOKENIZER)
+        return data, "is not a SentencePiece model"
     added = {token["content"] for token in content["added_tokens"]}
     # The names of added tokens come from the other files.
     learned = ((text, index) for text, index in content["model"]["vocab"].items() if text not in added)
     fits = all(index < len(pieces) and pieces[index] == _piece(text) for text, index in learned)
-    return "" if fits else "is of another tokenizer"
+    return data, "" if fits else "is of another tokenizer"
 
 
 def _piece(text: str) -> bytes:

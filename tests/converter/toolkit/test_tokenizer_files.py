@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from gguf import SpecialVocab
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
+from rkconvert import demo
 from rkconvert.demo import tokenizer as demo_tokenizer
 from rkconvert.model.chat_template import read_template
-from rkconvert.toolkit.tokenizer_files import pieces_problem, stage_tokenizer, with_plain_merges
+from rkconvert.tensors.memory_folder import MemoryFolder
+from rkconvert.toolkit.tokenizer_files import _checked_pieces, pieces_problem, stage_tokenizer, with_plain_merges
+from rkruntime.errors import CheckpointError
 
 TEXTS = (
     "hello world",
@@ -180,6 +184,20 @@ def test_a_sentencepiece_model_that_does_not_fit_stays_behind(source: Path, how:
     (source / "tokenizer.model").write_bytes(write(learned(source)))
     assert pieces_problem(source) == words
     assert not (staged(source) / "tokenizer.model").exists()
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_model_or_not(data: bytes) -> None:
+    files = {name: (demo.checkpoint() / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    folder = MemoryFolder(Path("any.gguf"), {**files, "tokenizer.model": data})
+    assert pieces_problem(folder) in ("is of another tokenizer", "is not a SentencePiece model")
+
+
+def test_a_file_that_cannot_be_read_is_named(source: Path) -> None:
+    (source / "tokenizer.model").write_bytes(b"")
+    denied = mock.patch.object(Path, "open", side_effect=PermissionError(13, "Permission denied"))
+    with denied, pytest.raises(CheckpointError, match="Permission denied"):
+        _checked_pieces(source, {})
 
 
 def test_none_is_told(source: Path) -> None:
