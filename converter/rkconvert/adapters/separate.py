@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from rkruntime.errors import AdapterError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+# Filling up may not make an adapter much larger than it is: one matrix of a huge rank could exhaust the memory.
+_MOST_GROWTH: Final = 8
+_SMALL: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,11 @@ def separate_lora(adapter: Adapter) -> SeparateLora:
     """Return an adapter in that form: rows of zeros fill up a smaller rank, and b absorbs any other factor.
 
     Raises:
-        AdapterError: It does more than add such products to the layers' matrices.
+        AdapterError: It does more than add such products to the layers' matrices, or its ranks are too far apart.
     """
     changes = {name: _low_rank(adapter, name) for name in adapter.updates}
     rank = max(len(change.a) for change in changes.values())
+    _refuse_growth(changes.values(), rank)
     first = next(iter(changes.values()))
     # An ordinary adapter keeps its alpha and its matrices; the factors of rsLoRA and the like are not whole numbers.
     alpha = round(first.scaling * rank)
@@ -56,6 +62,17 @@ def separate_lora(adapter: Adapter) -> SeparateLora:
             raise AdapterError(f"The adapter's matrices for {name} are infinite when they are scaled.")
         pairs[name] = np.pad(change.a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
     return SeparateLora(rank, alpha, pairs)
+
+
+def _refuse_growth(changes: Iterable[LowRank], rank: int) -> None:
+    sizes = [(len(change.a), 4 * sum(change.shape)) for change in changes]
+    own, filled = (sum(length * width for length, width in sizes), sum(rank * width for _, width in sizes))
+    if filled > max(_SMALL, _MOST_GROWTH * own):
+        raise AdapterError(
+            f"The adapter's ranks go from {min(sizes)[0]} to {rank}: written with one rank for all, as an RKLLM LoRA"
+            f" file may need it, it would take {filled / 1e9:.1f} GB instead of {own / 1e9:.1f}.",
+            hint="Merge it: --lora-mode merge.",
+        )
 
 
 def _low_rank(adapter: Adapter, name: str) -> LowRank:

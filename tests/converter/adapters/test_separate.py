@@ -99,6 +99,15 @@ def test_nothing_of_a_stranger_s_files_goes_along(
     assert not any(b"rogue" in path.read_bytes().lower() for path in (tmp_path / "staged").iterdir())
 
 
+def test_ranks_too_far_apart(monkeypatch: pytest.MonkeyPatch, make_model: MakeFolder, make_adapter: MakeFolder) -> None:
+    base = make_model()
+    adapter = make_adapter(base, r=1, rank_pattern={"layers.0.self_attn.k_proj": 32})
+    assert separate(base, adapter).rank == 32  # nothing to worry about
+    monkeypatch.setattr("rkconvert.adapters.separate._SMALL", 0)
+    with pytest.raises(AdapterError, match="ranks go from 1 to 32"):
+        separate(base, adapter)
+
+
 def test_factors_that_lead_to_infinity(make_model: MakeFolder, make_adapter: MakeFolder) -> None:
     def huge(model: Any) -> None:
         for name, parameter in model.named_parameters():
