@@ -111,3 +111,20 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(seed: int, encode: Enco
 def test_whole_words_are_refused(encode: Encode) -> None:
     with pytest.raises(CheckpointError, match="'<code>' matches only as a whole word"):
         encode(content_with({"<code>": {"single_word": True}}), ["x"])
+
+
+def test_a_tab_that_is_no_byte_token(encode: Encode) -> None:
+    """transformers' GemmaConvert writes the token <0x09> as the tab, so that runs of tabs can be merged from it."""
+    content = content_with({})
+    vocab = content["model"]["vocab"]
+    vocab["\t"] = vocab.pop("<0x09>")
+    vocab["\t\t"] = vocab.pop("<unused98>")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<unused98>"]
+    content["model"]["merges"].append(["\t", "\t"])
+    texts = ["\t", "\t\t", "a\t\t\tb \u0009x", "\u00a0\t\x0b"]
+    oracle = Tokenizer.from_str(json.dumps(content))
+    assert encode(content, texts) == [oracle.encode(text, add_special_tokens=False).ids for text in texts]
+    vocab["tab"] = vocab.pop("\t")
+    content["model"]["merges"].pop()
+    with pytest.raises(CheckpointError, match="token for every byte"):
+        encode(content, texts)

@@ -55,7 +55,13 @@ class FloatModel:
         transformers.utils.logging.disable_progress_bar()
         try:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+                folder,
+                dtype="auto",
+                # Many releases default to sdpa, which leaves out Gemma 2's cap of the attention scores without a word.
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             ).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CalibrationError(f"transformers cannot load the model: {error}.") from error

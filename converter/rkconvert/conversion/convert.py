@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from rkconvert.adapters.merged_model import AdapterSource, resume_key
 from rkconvert.adapters.reader import Adapter
+from rkconvert.adapters.separate import separate_lora
 from rkconvert.conversion.opened import OpenedModels
-from rkconvert.emulated.lora_file import plain_pairs
 from rkconvert.emulated.target import EmulatorTarget
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.model.tokenizer import read_tokenizer
@@ -144,7 +144,7 @@ def check(options: Options, reporter: Reporter, opened: OpenedModels) -> Job:
     inputs = inputs_of(options, checkpoint, opened)
     spec = _spec(options, target.release, checkpoint, plan, opened)
     if spec.lora:
-        plain_pairs(spec.lora)
+        separate_lora(spec.lora)
     of_adapters = opened.model(checkpoint, options.loras).notes
     notes = (*checkpoint.notes, *_notes(plan), *of_adapters, *spec.template.notes, *target.check(spec))
     if spec.lora and plan:

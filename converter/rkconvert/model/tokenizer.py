@@ -107,17 +107,25 @@ def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_bytes(path: Place) -> bytes:
-    """Return tokenizer.json for a bundle: with the added tokens that only the files next to it name, and without the
-    truncation and padding that trainers leave in it.
+    """Return `tokenizer_json` for a bundle: the file itself if there is nothing to change. Raises CheckpointError."""
+    content = _read(path)
+    whole = _whole(content, path)
+    unchanged = all(content.get(key) == value for key, value in whole.items())
+    return path.read_bytes() if unchanged else json.dumps(whole).encode()
+
+
+def tokenizer_json(path: Place) -> dict[str, Any]:
+    """Return a tokenizer.json with the added tokens that only the files next to it name, and without the truncation and
+    padding that trainers leave in it.
 
     Raises:
         CheckpointError: See `read_tokenizer`; or the files contradict each other.
     """
-    content = _read(path)
-    whole = {**content, "truncation": None, "padding": None, "added_tokens": agreed_tokens(content, path.parent)}
-    if all(content.get(key) == value for key, value in whole.items()):
-        return path.read_bytes()
-    return json.dumps(whole).encode()
+    return _whole(_read(path), path)
+
+
+def _whole(content: Mapping[str, Any], path: Place) -> dict[str, Any]:
+    return {**content, "truncation": None, "padding": None, "added_tokens": agreed_tokens(content, path.parent)}
 
 
 def _read(path: Place) -> dict[str, Any]:
@@ -166,7 +174,9 @@ def _tables(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
         kinds[index] = _kind(text, added.get(text))
         byte = _BYTE.fullmatch(text)
         texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
-    if sum(kind is Kind.BYTE for kind in kinds) != 256:
+    # transformers writes Gemma's token <0x09> as the tab itself (GemmaConvert in convert_slow_tokenizer.py).
+    spelled = ({f"<0x{byte:02X}>", *([chr(byte)] if byte < 128 else [])} for byte in range(256))
+    if any(vocab.keys().isdisjoint(spellings) for spellings in spelled):
         raise CheckpointError("it does not have a token for every byte, so some characters could not be encoded.")
     flags = {token["id"]: _flags(token) for token in added.values()}
     flags = {index: flag for index, flag in flags.items() if flag}

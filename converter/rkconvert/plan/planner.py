@@ -34,7 +34,7 @@ from rkconvert.plan.prediction import (
 from rkconvert.plan.source import ModelSource, read_source
 from rkconvert.rules import quantized_types as dtypes
 from rkconvert.rules.context import CONTEXT_STEP, choose_context, round_down
-from rkconvert.rules.releases import LOADED_BYTES, release
+from rkconvert.rules.releases import LOADED_BYTES, ToolkitRelease, release
 from rkconvert.rules.type_names import QuantizedType, parse_type
 from rkruntime.abi import DEFAULT_RELEASE, check_release
 from rkruntime.errors import HostError, RefusedError, UsageError
@@ -89,10 +89,13 @@ class HostNeeds:
     """Predicted needs of the vendor's toolkit on the converting machine.
 
     Attributes:
+        ram_bytes: With weights loaded as float32, the toolkit's default.
+        half_bytes: With weights loaded in 16 bits; None if the release does not do that on a CPU.
         here: Memory of this machine; None if it cannot be read.
     """
 
     ram_bytes: float
+    half_bytes: float | None
     here: HostMemory | None
     disk_bytes: float
 
@@ -224,7 +227,7 @@ def plan_for(source: ModelSource, request: PlanRequest) -> Plan:
         memory_bytes=sizer.memory(kind, context),
         domains=tuple(place(shape, kind, context)),
         ram=tuple(sizer.choice(gib, kind, most) for gib in sizer.rams),
-        host=_host_needs(source, shape, kind),
+        host=_host_needs(source, shape, kind, toolkit),
         verdicts=tuple(sizer.verdict(name) for name in _types(board.soc, request)),
         vendor=sizer.vendor(kind),
         notes=(*source.notes, *shape.notes, *_notes(shape, board, costs, request)),
@@ -394,18 +397,16 @@ def _types(soc: str, request: PlanRequest) -> list[str]:
     return list(dict.fromkeys([*dtypes.accepted(soc, request.toolkit), *dtypes.known_types()]))
 
 
-def _host_needs(source: ModelSource, shape: ModelShape, kind: QuantizedType) -> HostNeeds:
-    """Memory: the model in float32, as the vendor's examples load it, and the converted file. Disk: both files.
-
-    1.3.0 is reported to load float32 on a CPU whatever type was asked for.
-    """
+def _host_needs(source: ModelSource, shape: ModelShape, kind: QuantizedType, toolkit: ToolkitRelease) -> HostNeeds:
+    """Memory: the loaded model and the converted file. Disk: both files."""
     made = file_bytes(shape, kind)
     stored = source.stored_bytes or 2 * shape.parameters
     try:
         here = read_memory()
     except HostError:
         here = None
-    return HostNeeds(LOADED_BYTES["float32"] * shape.parameters + made, here, stored + made)
+    whole, half = (LOADED_BYTES[name] * shape.parameters + made for name in ("float32", "bfloat16"))
+    return HostNeeds(whole, half if toolkit.loads_half("cpu") else None, here, stored + made)
 
 
 def _notes(shape: ModelShape, board: Board, costs: Costs, request: PlanRequest) -> list[str]:

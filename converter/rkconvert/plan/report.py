@@ -78,6 +78,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "ram": [{**asdict(choice), "usable_bytes": round(choice.usable_bytes)} for choice in plan.ram],
         "host": {
             "ram_bytes": round(plan.host.ram_bytes),
+            "ram_16_bit_bytes": plan.host.half_bytes and round(plan.host.half_bytes),
             "ram_here_bytes": plan.host.here and plan.host.here.ram,
             "swap_here_bytes": plan.host.here and plan.host.here.swap,
             "missing_bytes": round(plan.host.missing_bytes),
@@ -190,8 +191,11 @@ def embedding_size(plan: Plan) -> float:
 
 
 def _missing(plan: Plan) -> str:
-    missing = plan.host.missing_bytes
-    return f", {gigabytes(missing)} more than this one has with its swap" if missing else ""
+    host = plan.host
+    if not host.missing_bytes:
+        return ""
+    half = f" ({gigabytes(host.half_bytes)} with --toolkit-load-dtype bfloat16)" if host.half_bytes else ""
+    return f", {gigabytes(host.missing_bytes)} more than this one has with its swap{half}"
 
 
 def _picture(plan: Plan) -> list[RenderableType]:

@@ -15,7 +15,7 @@ from rkruntime.errors import HostError
 from rkruntime.versions import Version
 from rkruntime.versions import version as parse
 
-# Bytes per weight in the toolkit's memory, by the data type that it is asked to load.
+# Bytes per weight in the toolkit's memory, by the data type of loaded weights.
 LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
@@ -59,6 +59,19 @@ class ToolkitRelease:
     def takes(self, method: str, argument: str) -> bool:
         """Whether a method has an argument of that name."""
         return argument in self.arguments[method]
+
+    def loads_half(self, device: str) -> bool:
+        """Whether weights take 16 bits in memory if that is asked for, on `cpu` or `cuda`."""
+        return bool(self.load_dtypes) and (self.half_on_cpu or device != "cpu")
+
+    def loaded_as(self, device: str, asked: str) -> str:
+        """Data type that weights have in memory, a key of LOADED_BYTES; `asked` if the release obeys that."""
+        return asked if self.loads_half(device) else "float32"
+
+    def half_hint(self, device: str, asked: str) -> str:
+        """The end of a hint for too little memory: how to load in 16 bits, or nothing if that is impossible or done."""
+        useful = self.loads_half(device) and LOADED_BYTES[asked] > LOADED_BYTES["bfloat16"]
+        return ", or load the weights in 16 bits: --toolkit-load-dtype bfloat16" if useful else ""
 
     def source(self, key: str) -> str:
         """Source of a field, for messages."""

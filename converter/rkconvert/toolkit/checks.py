@@ -6,7 +6,6 @@ context.py, wheels and Pythons in toolkit/wheel.py. The rules here depend on the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,7 +31,9 @@ class Conversion:
     Attributes:
         folder: Folder with the checkpoint's files.
         tokens: Token ids of the tokenizer by text.
-        bos_token_id: From config.json.
+        pieces_problem: What is wrong with its tokenizer.model, or empty.
+        load_dtype: Data type that weights will have in the toolkit's memory, and `half_hint` how to halve that.
+        bos_token_id: From config.json; `bos_token` is the tokenizer's own.
         calibrated: Whether calibration data is given.
     """
 
@@ -40,9 +41,12 @@ class Conversion:
     shape: ModelShape
     dtype: str
     load_dtype: str
+    half_hint: str
     memory: HostMemory
     tokens: Mapping[str, int]
+    pieces_problem: str
     bos_token_id: int
+    bos_token: str
     calibrated: bool
 
 
@@ -119,7 +123,13 @@ def _tight(case: Conversion) -> Mapping[str, Any] | None:
 
 def _memory_numbers(case: Conversion, need: float) -> Mapping[str, Any]:
     lack = max(0.0, need - case.memory.total)
-    return {"need": f"{need / 1e9:.1f}", "load_dtype": case.load_dtype, "has": case.memory, "lack": f"{lack / 1e9:.0f}"}
+    return {
+        "need": f"{need / 1e9:.1f}",
+        "load_dtype": case.load_dtype,
+        "has": case.memory,
+        "lack": f"{lack / 1e9:.0f}",
+        "half": case.half_hint,
+    }
 
 
 def _uncalibrated(case: Conversion) -> Mapping[str, Any] | None:
@@ -132,16 +142,18 @@ def _no_turns(case: Conversion) -> Mapping[str, Any] | None:
 
 
 def _two_bos(case: Conversion) -> Mapping[str, Any] | None:
-    path = case.folder / "tokenizer_config.json"
-    try:
-        token = json.loads(path.read_bytes()).get("bos_token")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    index = case.tokens.get(case.bos_token)
+    if index == case.bos_token_id:
         return None
-    token = token.get("content") if isinstance(token, dict) else token
-    index = case.tokens.get(str(token))
-    if token is None or index == case.bos_token_id:
-        return None
-    return {"token": token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
+    return {"token": case.bos_token, "index": "no id" if index is None else index, "bos": case.bos_token_id}
+
+
+def _own_head(case: Conversion) -> Mapping[str, Any] | None:
+    return None if case.shape.tied else {}
+
+
+def _no_pieces(case: Conversion) -> Mapping[str, Any] | None:
+    return {"problem": case.pieces_problem} if case.pieces_problem else None
 
 
 def _head(path: Place) -> bytes:
@@ -192,7 +204,7 @@ RULES: Final = (
         _too_large,
         HostError,
         "The toolkit holds the whole model: {need} GB as {load_dtype} alone, but this machine has {has}",
-        "Add more than {lack} GB of swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
+        "Add more than {lack} GB of swap{half}.",
         "airockchip/rknn-llm issues 21, 112, 163: 'Killed'",
     ),
     Check(
@@ -201,8 +213,8 @@ RULES: Final = (
         None,
         "The toolkit needs about {need} GB for the model as {load_dtype} and the new file, but this machine has {has}:"
         " it will be slow, and the kernel may kill it",
-        "Close other programs, add swap, or load in 16 bits: --toolkit-load-dtype bfloat16.",
-        "predicted: 4 bytes for each weight as float32, and the file",
+        "Close other programs, add swap{half}.",
+        "predicted: 4 bytes for each weight as float32, or 2 in 16 bits, and the file",
     ),
     Check(
         "uncalibrated",
@@ -217,10 +229,28 @@ RULES: Final = (
         "two-bos",
         _two_bos,
         None,
-        "config.json starts texts with the token {bos}, but tokenizer_config.json with {token!r} ({index}): the toolkit"
-        " warns about two ids and picks one",
-        "Make the two files agree.",
+        "config.json starts texts with the token {bos}, but the tokenizer with {token!r} ({index}): the toolkit is"
+        " given the first in both files",
+        "Make the two files agree, if the other one is right.",
         "airockchip/rknn-llm issue 163",
+    ),
+    Check(
+        "own-head",
+        _own_head,
+        None,
+        "The output head is not tied to the embedding, and whether the toolkit keeps a Gemma's own head is not known:"
+        " if it exports tensors as llama.cpp does for Gemma, the embedding takes its place without a word",
+        "Compare answers of the board with those of a bundle made with --target emulator before you rely on it.",
+        "predicted: llama.cpp's converter leaves out a Gemma's lm_head.weight",
+    ),
+    Check(
+        "tokenizer-model",
+        _no_pieces,
+        None,
+        "The tokenizer.model {problem}, and so the toolkit gets none: if it exports tokens as llama.cpp does for Gemma,"
+        " it fails after all the work",
+        "Put the tokenizer.model of the model that this one was made from beside its tokenizer.json.",
+        "predicted: llama.cpp's converter takes Gemma's tokens from that file alone",
     ),
 )  # fmt: skip
 

@@ -31,6 +31,11 @@ _KINDS: Final[Mapping[str, type[RKEdgeError]]] = {
     "convert-gguf": CheckpointError,
     "convert-calibration-data": CalibrationError,
 }
+# What the diagnosis says of other stages, such as RKLLM_LOG_LEVEL, is for programs on a board.
+_READ_THE_LOG: Final = (
+    "Read that log from its end, and look for its last words among the vendor's issues"
+    " (https://github.com/airockchip/rknn-llm/issues). Another release of the toolkit may do better."
+)
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
 
@@ -88,16 +93,17 @@ def bad_file(run: WorkerRun, name: str, why: str) -> RKEdgeError:
 def _out_of_memory(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
     seen = "its out-of-memory killer was active" if run.out_of_memory_kills else "which it does when memory runs out"
     held = f", with {run.peak_memory / 1e9:.1f} GB in memory" if run.peak_memory else ""
-    needs = ""
+    needs, loading = "", (job.toolkit_device, job.toolkit_load_dtype)
     if job.parameters:
-        size = job.parameters * LOADED_BYTES.get(job.toolkit_load_dtype, 4)
-        needs = f" The weights alone take {size / 1e9:.1f} GB in {job.toolkit_load_dtype}."
+        loaded = run.toolkit.release.loaded_as(*loading)
+        size = job.parameters * LOADED_BYTES[loaded]
+        needs = f" The weights alone take {size / 1e9:.1f} GB in {loaded}."
     return _error(
         HostError,
         run,
         f"was killed by the kernel ({seen}) while {_STAGES[run.stage]}{held}; this machine has {read_memory()}.{needs}",
-        hint="Add swap (more than 4 bytes for each weight of the model), close other programs, raise the limit of"
-        " the container or of WSL, or load the weights in 16 bits: --toolkit-load-dtype bfloat16.",
+        hint="Add swap (more than 4 bytes for each weight of the model), close other programs, or raise the limit of"
+        f" the container or of WSL{run.toolkit.release.half_hint(*loading)}.",
     )
 
 
@@ -105,12 +111,12 @@ def _error(kind: type[RKEdgeError], run: WorkerRun, what: str, hint: str | None 
     found = _diagnose(run)
     if kind is ToolkitError:
         kind = _KINDS.get(found.class_, kind)
-    meaning = f" {found.cause}" if found.explained and hint is None else ""
-    if hint is None:
-        hint = found.next_steps[0] if found.next_steps else None
+    meaning = ""
+    if hint is None and found.class_.startswith("convert-"):
+        meaning, hint = f" {found.cause}", found.next_steps[0]
     return kind(
         f"rkllm-toolkit {run.toolkit.version} {what.removesuffix('.')}.{meaning} Whole log: {run.output.path}",
-        hint=hint,
+        hint=hint or _READ_THE_LOG,
         details={
             "stage": run.stage,
             "exit_code": run.exit_code,

@@ -146,7 +146,8 @@ def inspect_toolkit(python: Path, origin: str) -> Toolkit:
     if not found["toolkit"]:
         raise HostError(
             f"{python}, named by {origin}, has no rkllm-toolkit.",
-            hint="Install the vendor's wheel there, or create an environment: `rkedge toolkit setup --wheel FILE`.",
+            hint="Install the vendor's wheel there (what `pip install --user` installed is not seen), or create an"
+            " environment: `rkedge toolkit setup --wheel FILE`.",
         )
     return Toolkit(python, origin, release(found["toolkit"]), found["python"], found["parts"])
 

@@ -221,14 +221,15 @@ def _context_notes(job: ToolkitJob, installed: ToolkitRelease) -> list[str]:
 
 
 def _load_notes(job: ToolkitJob, installed: ToolkitRelease) -> list[str]:
-    load = job.toolkit_load_dtype
-    if not installed.takes("load_huggingface", "dtype"):
-        if load != "float32":
-            return [f"rkllm-toolkit {installed.version} cannot be told to load {load}; it decides by itself"]
+    asked = job.toolkit_load_dtype
+    loaded = installed.loaded_as(job.toolkit_device, asked)
+    if loaded == asked:
         return []
-    if load != "float32" and job.toolkit_device == "cpu" and not installed.half_on_cpu:
-        return [
-            f"rkllm-toolkit {installed.version} is reported to load float32 on the CPU regardless of this option"
-            f" ({installed.source('half_on_cpu')}): {load} may save no memory"
-        ]
-    return []
+    if installed.load_dtypes:
+        why = f"is reported to load {loaded} on the CPU whatever is asked for"
+    else:
+        why = "cannot be told a type to load"
+    source = installed.source("half_on_cpu" if installed.load_dtypes else "load_dtypes")
+    return [
+        f"rkllm-toolkit {installed.version} {why} ({source}): {asked} saves no memory, which is counted for {loaded}"
+    ]

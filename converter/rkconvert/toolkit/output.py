@@ -37,12 +37,18 @@ def new_log() -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for old in sorted(cache.glob("toolkit-*.log"))[: -_LOGS_KEPT + 1]:
-            old.unlink(missing_ok=True)
+            for path in (old, qparams_of(old)):
+                path.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(prefix=time.strftime("toolkit-%Y%m%d-%H%M%S-"), suffix=".log", dir=cache)
     except OSError:
         handle, name = tempfile.mkstemp(prefix="rkedge-toolkit-", suffix=".log")
     os.close(handle)
     return Path(name)
+
+
+def qparams_of(log: Path) -> Path:
+    """Where the quantization parameters of a log's run are kept, if it made any."""
+    return log.with_suffix(".qparams")
 
 
 class Output:

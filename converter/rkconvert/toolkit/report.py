@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
+from rkconvert.toolkit.output import qparams_of
 from rkconvert.toolkit.result import ToolkitResult
 from rkruntime.bundle.manifest import LORA
 from rkruntime.files import readable, sha256_file
@@ -15,8 +17,9 @@ from rkruntime.files import readable, sha256_file
 RKLLM_FILE: Final = "model.rkllm"
 NAME: Final = "toolkit"
 _LOG: Final = f"{REPORT}/{NAME}.log"
-MADE: Final = (RKLLM_FILE, f"{LORA}.rkllm", _LOG)
-"""The model file, an adapter's file beside it, and the log: complete once the report is written."""
+_QPARAMS: Final = f"{REPORT}/{NAME}.qparams"
+MADE: Final = (RKLLM_FILE, f"{LORA}.rkllm", _LOG, _QPARAMS)
+"""The model, an adapter's file, the log and quantization parameters: complete once the report is written."""
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -42,6 +45,8 @@ def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None,
         log = log.replace(os.fsencode(path), b"...")
     (folder / _LOG).write_bytes(log)
     run.output.path.unlink()
+    if (kept := qparams_of(run.output.path)).is_file():
+        shutil.move(kept, folder / _QPARAMS)
     report = {
         "toolkit": run.toolkit.as_dict(),
         "calls": [_public(call) for call in run.calls.steps],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Final
 from rkconvert.toolkit import failures
 from rkconvert.toolkit.events import Done
 from rkconvert.toolkit.job import ToolkitJob
+from rkconvert.toolkit.output import qparams_of
 from rkconvert.toolkit.session import WorkerRun
 from rkruntime.bundle.rkllm_file import RkllmFile, read_rkllm
 from rkruntime.errors import ModelFileError
@@ -59,6 +61,21 @@ def read_back(run: WorkerRun, job: ToolkitJob) -> ToolkitResult:
         raise failures.bad_file(run, loras[0].name, "no adapter was to become a separate file")
     model.path.replace(job.output)
     return ToolkitResult(read_rkllm(job.output), lora, run, (*_doubts(run, model, job), *map(_left_out, more)))
+
+
+def keep_qparams(run: WorkerRun) -> None:
+    """Move what grq and gdq leave for `--qparams` from the working folder to the log, whether or not the run failed.
+
+    The name of that file is not documented: of several, the largest is kept.
+    """
+    files = [path for path in run.scratch.glob("*.qparams") if stat.S_ISREG(path.lstat().st_mode)]
+    if not files:
+        return
+    kept = qparams_of(run.output.path)
+    try:
+        shutil.move(max(files, key=lambda path: path.stat().st_size), kept)
+    except OSError:  # A full cache is no reason to lose the model.
+        kept.unlink(missing_ok=True)
 
 
 def _whole(run: WorkerRun, files: list[Path], what: str) -> list[RkllmFile]:

@@ -8,34 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from rkconvert.adapters.config import FILE as ADAPTER_CONFIG
 from rkconvert.adapters.merged_model import MergedModel
-from rkconvert.adapters.reader import Adapter
+from rkconvert.adapters.separate import SeparateLora
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import GemmaConfig
-from rkconvert.model.tokenizer import tokenizer_bytes
-from rkconvert.output.hf_folder import copy_side_files, write_json, write_weights
+from rkconvert.output.hf_folder import ShardPlan, write_json, write_weights
 from rkconvert.progress import Advance
 from rkconvert.rules.releases import ToolkitRelease
 from rkconvert.sources.checkpoint import CONFIG
 from rkconvert.sources.names import Renamed
 from rkconvert.tensors.shards import read_json
-from rkconvert.tensors.tensor_files import MODEL_FILES
-from rkruntime.bundle.manifest import GENERATION_CONFIG, TOKENIZER
-from rkruntime.errors import AdapterError, CheckpointError
-from rkruntime.text.template import BOS
+from rkconvert.tensors.tensor_files import ADAPTER_FILES, MODEL_FILES
+from rkconvert.tensors.weights import TensorInfo
+from rkconvert.toolkit.tokenizer_files import stage_tokenizer
+from rkruntime.bundle.manifest import GENERATION_CONFIG
+from rkruntime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
-# Tokenizer files without code; tokenizer.json and tokenizer_config.json are rewritten.
-_TOKENIZER_FILES: Final = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-# transformers 5 writes these names; transformers 4 needs others, which 5 reads too.
-_NEW_CLASSES: Final = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+_ADAPTER_FILE: Final = ADAPTER_FILES.pairs[0][0]
 # If omitted, transformers fills in 50 and 30.
 _NULL_MEANS_NONE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
+# transformers 5 writes the first; transformers 4 needs the second, which 5 reads too.
 _RENAMED: Final = {"dtype": "torch_dtype"}
 # Code, quantization that has been undone, and what is written under its older name.
 _DROPPED: Final = ("auto_map", "quantization_config", "rope_parameters", "rope_scaling", "transformers_version")
@@ -57,12 +59,9 @@ def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, f
         write_weights(folder, model.weights, advance)
     eos = model.checkpoint.eos_token_ids
     write_json(folder / CONFIG, config(model.hf_config(), model.weights.config, release, eos))
-    copy_side_files(model.tokenizer_folder, folder, _TOKENIZER_FILES)
-    (folder / TOKENIZER).write_bytes(tokenizer_bytes(model.tokenizer_folder / TOKENIZER))
-    found = model.tokenizer_folder / _TOKENIZER_CONFIG
-    raw = read_json(found, CheckpointError) if found.is_file() else {}
-    write_json(folder / _TOKENIZER_CONFIG, tokenizer_config(raw, template))
-    ids = {"bos_token_id": model.weights.config.bos_token_id, "eos_token_id": list(eos)}
+    bos = model.weights.config.bos_token_id
+    stage_tokenizer(model.tokenizer_folder, bos, template, folder)
+    ids = {"bos_token_id": bos, "eos_token_id": list(eos)}
     write_json(folder / GENERATION_CONFIG, {**model.checkpoint.generation_config, **ids})
 
 
@@ -90,17 +89,35 @@ def _link_weights(model: MergedModel, folder: Path) -> None:
         write_json(folder / _INDEX, {"metadata": {}, "weight_map": index["weight_map"]})
 
 
-def stage_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write only the adapter's settings and weights, to the new `folder`."""
+def stage_adapter(lora: SeparateLora, folder: Path) -> None:
+    """Write an adapter into `folder`, below that of its base, as any release of peft reads it.
+
+    Each fails at keys of adapter_config.json that it does not know, and an exporter may take one rank and one alpha for
+    all pairs, as a GGUF file has them.
+    """
     folder.mkdir(exist_ok=True)
-    settings = read_json(adapter.path / ADAPTER_CONFIG, AdapterError)
-    # Names a Python module to import.
-    settings.pop("auto_mapping", None)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(folder.parent.absolute()),
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": [name.removesuffix(".weight") for name in lora.pairs],
+    }
     write_json(folder / ADAPTER_CONFIG, settings)
-    for file in adapter.weight_files:
-        link = folder / file.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(file.resolve())
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for name, (a, b) in lora.pairs.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    plan = ShardPlan(_ADAPTER_FILE, {name: TensorInfo("F32", array.shape) for name, array in tensors.items()})
+    with (folder / plan.name).open("wb") as file:
+        file.write(plan.header())
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).data)
 
 
 def config(
@@ -108,12 +125,15 @@ def config(
 ) -> dict[str, Any]:
     """config.json for the toolkit: checked values for what is null, absent or named as in transformers 5.
 
-    The exporter needs numbers instead of null (airockchip/rknn-llm issue 148), and releases before 1.3.0 store only
-    one end token (CHANGELOG.md @ 1.3.0).
+    The exporter needs numbers instead of null (airockchip/rknn-llm issue 148), chooses by the first architecture (issue
+    220), and before 1.3.0 stores only one end token (CHANGELOG.md @ 1.3.0). transformers chooses by `model_type`.
     """
     settings = {_RENAMED.get(key, key): value for key, value in raw.items() if key not in _DROPPED}
     settings = {key: value for key, value in settings.items() if value is not None or key in _NULL_MEANS_NONE}
+    family = FAMILIES[checked.family]
     sizes = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": checked.vocab_size,
         "hidden_size": checked.hidden_size,
         "intermediate_size": checked.intermediate_size,
@@ -129,20 +149,9 @@ def config(
         "bos_token_id": checked.bos_token_id,
         "eos_token_id": list(eos) if release.several_eos else eos[0],
     }
-    if "sliding_window" in FAMILIES[checked.family].defaults:
+    if "sliding_window" in family.defaults:
         scalar = checked.query_pre_attn_scalar
         sizes["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
         # A window as long as the context has no effect.
         sizes["sliding_window"] = checked.sliding_window or checked.max_position_embeddings
     return settings | sizes
-
-
-def tokenizer_config(raw: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
-    """tokenizer_config.json for the toolkit: with the chat template in it, where every release looks."""
-    settings = {key: value for key, value in raw.items() if key not in _DROPPED}
-    name = settings.get("tokenizer_class")
-    settings["tokenizer_class"] = _NEW_CLASSES.get(str(name), name) or "GemmaTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    defaults = {"bos_token": BOS, "eos_token": "<eos>", "add_bos_token": True, "add_eos_token": False}
-    return defaults | settings | {"chat_template": template.source}

@@ -10,17 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.adapters.reader import Adapter
+from rkconvert.adapters.separate import separate_lora
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
 from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile
 from rkconvert.output.hf_folder import resumable
 from rkconvert.output.host_memory import read_memory
+from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
 from rkconvert.rules.type_names import parse_type
 from rkconvert.target import ModelSpec
@@ -30,13 +31,14 @@ from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
 from rkconvert.toolkit.job import ToolkitJob, calls
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.output import Output, new_log
-from rkconvert.toolkit.result import ToolkitResult, read_back
+from rkconvert.toolkit.result import ToolkitResult, keep_qparams, read_back
 from rkconvert.toolkit.session import OnEvent, WorkerRun
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
+from rkconvert.toolkit.tokenizer_files import pieces_problem
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
-from rkruntime.errors import AdapterError, CalibrationError, UsageError
-from rkruntime.files import write_error
+from rkruntime.errors import CalibrationError, UsageError
+from rkruntime.files import read_error, write_error
 from rkruntime.versions import version
 
 _STAGED: Final = ".staged"
@@ -83,8 +85,9 @@ class ToolkitTarget:
         return self.toolkit.as_dict()
 
     def needed_bytes(self, spec: ModelSpec) -> int:
-        """Disk space that the work needs, in bytes: the file, and the merged weights that the toolkit reads."""
-        return _file_size(spec) + (0 if is_linked(spec.model) else spec.model.nbytes)
+        """Disk space that the work needs, in bytes: the file, and the weights that the toolkit reads, if not linked."""
+        lora = separate_lora(spec.lora).nbytes if spec.lora else 0
+        return _file_size(spec) + lora + (0 if is_linked(spec.model) else spec.model.nbytes)
 
     def resumable(self, spec: ModelSpec) -> Sequence[str]:
         """Files from which `write` resumes after a killed run; it verifies each by checksum."""
@@ -99,10 +102,9 @@ class ToolkitTarget:
             RefusedError, UsageError: The installed release does not support this, or the model does not fit the type.
             CheckpointError, AdapterError, CalibrationError, HostError: See `checks` and `validate_dataset`.
         """
-        options, anywhere = self.options, Path()
-        if spec.lora:
-            _check_lora(spec.lora)
-        steps = calls(self._job(spec, anywhere, anywhere), self.toolkit.release, anywhere)
+        options, installed, anywhere = self.options, self.toolkit.release, Path()
+        loading = (options.toolkit_device, options.toolkit_load_dtype)
+        steps = calls(self._job(spec, anywhere, anywhere), installed, anywhere)
         if options.qparams and not options.qparams.is_file():
             raise CalibrationError(
                 f"{options.qparams} does not exist or is not a file.", hint="Name the *.qparams file of an earlier run."
@@ -114,10 +116,13 @@ class ToolkitTarget:
             folder=spec.model.checkpoint.path,
             shape=parse_shape(spec.model.hf_config()),
             dtype=spec.dtype,
-            load_dtype=options.toolkit_load_dtype,
+            load_dtype=installed.loaded_as(*loading),
+            half_hint=installed.half_hint(*loading),
             memory=read_memory(),
             tokens=spec.tokenizer.added,
+            pieces_problem=pieces_problem(spec.model.tokenizer_folder),
             bos_token_id=spec.config.bos_token_id,
+            bos_token=spec.template.special_tokens["bos_token"],
             calibrated=options.calibration is not None,
         )
         return (*checks.require(case), *steps.notes)
@@ -147,7 +152,7 @@ class ToolkitTarget:
         with reporter.bar("writing the merged model", spec.model.nbytes) as advance:
             stage(spec.model, spec.template, self.toolkit.release, staged, advance)
         if spec.lora:
-            stage_adapter(spec.lora, staged / _STAGED_LORA)
+            stage_adapter(separate_lora(spec.lora), staged / _STAGED_LORA)
         return self._job(spec, staged, folder / report.RKLLM_FILE)
 
     def _job(self, spec: ModelSpec, staged: Path, output: Path) -> ToolkitJob:
@@ -176,11 +181,12 @@ def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = lambda _:
         RefusedError, UsageError: The installed release does not support this; nothing was started.
         ToolkitError, HostError, CheckpointError, CalibrationError: It failed; `details` holds the diagnosis and lines.
     """
-    with _scratch(job.output) as scratch:
-        steps = calls(job, toolkit.release, scratch / "model.rkllm")
+    with _scratch(job.output) as scratch, _plainly_named(job) as renamed:
+        steps = calls(renamed, toolkit.release, scratch / "model.rkllm")
         with Output(new_log()) as output:
             run = WorkerRun(toolkit, steps, scratch, output, on_event, job.toolkit_patience)
             run.execute()
+            keep_qparams(run)
             return read_back(run, job)
 
 
@@ -197,6 +203,21 @@ def _scratch(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _plainly_named(job: ToolkitJob) -> Iterator[ToolkitJob]:
+    """The job with a copy of its calibration data: `datasets` takes brackets in a path for a pattern."""
+    if job.calibration is None:
+        yield job
+        return
+    with scratch_folder("rkedge-calibration-") as folder:
+        copy = folder / "calibration.json"
+        try:
+            shutil.copyfile(job.calibration, copy)
+        except OSError as error:
+            raise read_error(job.calibration, error, CalibrationError) from error
+        yield replace(job, calibration=copy)
+
+
 def _file_size(spec: ModelSpec) -> int:
     """Size of model.rkllm in bytes, without tokenizer and NPU program."""
     return int(file_bytes(parse_shape(spec.model.hf_config()), parse_type(spec.dtype)))
@@ -205,16 +226,6 @@ def _file_size(spec: ModelSpec) -> int:
 def _same_release(named: str, installed: str) -> bool:
     """Whether the requested release is the installed one, which may have a local part such as `+cpu`."""
     return named == installed or (named in CALLABLE and version(named) == version(installed))
-
-
-def _check_lora(lora: Adapter) -> None:
-    """Refuse an adapter with pickles, which the toolkit would read itself."""
-    pickles = [file.name for file in lora.weight_files if file.suffix != ".safetensors"]
-    if pickles:
-        raise AdapterError(
-            f"The adapter's weights are in {pickles[0]}; with --lora-mode runtime the toolkit would unpickle them.",
-            hint="Save the adapter as safetensors, or merge it: --lora-mode merge.",
-        )
 
 
 def _show_events(reporter: Reporter, show: Callable[[str, int, int], None]) -> OnEvent:

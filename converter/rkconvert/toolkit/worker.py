@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 SCHEMA = "rkedge-toolkit-job/1"
 DISTRIBUTIONS = ("rkllm-toolkit", "rkllm_toolkit")
 # Versions that help when an environment does not work.
-PARTS = ("torch", "transformers", "numpy", "setuptools", "auto_gptq", "datasets")
+PARTS = (
+    *("torch", "transformers", "tokenizers", "sentencepiece", "peft", "accelerate", "numpy", "setuptools"),
+    *("auto_gptq", "datasets"),
+)
 METHODS = ("load_huggingface", "build", "export_rkllm")
 CALL_KEYS = {"stage", "method", "arguments"}
 

@@ -14,12 +14,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from rkconvert import demo
 from rkconvert.calibrate import Sample, validate_dataset, write_dataset
 from rkconvert.calibrate.build import Builder
 from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
+from rkconvert.calibrate.targets import FloatModel
 from rkconvert.commands import calibrate as command
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.output.host_memory import HostMemory
@@ -327,6 +329,18 @@ def test_the_checkpoints_own_generation_is_not_obeyed(tmp_path: Path, more: dict
     (folder / "generation_config.json").write_text(json.dumps({**config, **more}))
     rkedge(folder, "-o", tmp_path / "other.json", *asked)
     assert (tmp_path / "other.json").read_text() == (tmp_path / "plain.json").read_text()
+
+
+def test_attention_scores_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many releases of transformers run Gemma 2 by sdpa, which has no cap: newer ones fail, others leave it out."""
+    chat = [{"role": "user", "content": "Who are you?"}]
+    prompt = AutoTokenizer.from_pretrained(BASE).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto", attn_implementation="eager")
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, repetition_penalty=1.1)
+    tokenizer = Tokenizer.load(BASE / "tokenizer.json")
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    answer = FloatModel(BASE, 1, tokenizer, [1, 107]).answer(prompt, 12)
+    assert answer == tokenizer.decode(ids[0, len(prompt) :].tolist()).strip() != ""
 
 
 def test_lines_end_where_an_editor_ends_them(tmp_path: Path) -> None:

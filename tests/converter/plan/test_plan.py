@@ -22,7 +22,7 @@ from rkconvert.conversion.convert import Options, convert
 from rkconvert.demo import checkpoint
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import cache_bytes_per_token, npu_bytes
-from rkconvert.output.host_memory import read_memory
+from rkconvert.output.host_memory import HostMemory, read_memory
 from rkconvert.plan import ModelSource, PlanRequest, make_plan, plan_for, require
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
 from rkconvert.plan.domains import place
@@ -383,6 +383,19 @@ def test_plan_and_convert_count_this_machine_alike(tmp_path, monkeypatch, limits
     # 9.24 billion weights in float32, and the file.
     assert host.ram_bytes == pytest.approx(4 * 9_241_705_984 + 11.1e9, rel=0.01)
     assert host.missing_bytes == pytest.approx(max(0, host.ram_bytes - (ram + swap) * GIB))
+
+
+@pytest.mark.parametrize(("toolkit", "loads_half"), [("1.1.4", False), ("1.2.3", True), ("1.3.0", False)])
+def test_loading_in_16_bits_is_offered_where_the_release_does_it(model, capsys, monkeypatch, toolkit, loads_half):
+    little = HostMemory(8 * GIB, 0, 8 * GIB)
+    monkeypatch.setattr("rkconvert.plan.planner.read_memory", lambda: little)
+    folder = model()
+    host = as_json(folder, "--release", toolkit)["host"]
+    assert (host["ram_16_bit_bytes"] is not None) is loads_half
+    if loads_half:
+        assert host["ram_bytes"] - host["ram_16_bit_bytes"] == 2 * 2_614_341_888  # Google's own number of weights
+    assert cli.main(["plan", str(folder), "--release", toolkit]) == 0
+    assert ("--toolkit-load-dtype bfloat16" in " ".join(capsys.readouterr().out.split())) is loads_half
 
 
 def test_a_machine_that_does_not_say_its_memory_can_still_plan(monkeypatch):

@@ -40,7 +40,7 @@ def case(tmp_path: Path) -> Any:
 
     def make(size: str = "2B", settings: dict[str, int] | None = None, **fields: Any) -> Conversion:
         shape = parse_shape({"architectures": ["Gemma2ForCausalLM"], **GEMMA2[size], **(settings or {})})
-        good = Conversion(tmp_path, shape, "w8a8", "float32", PLENTY, TOKENS, 2, True)
+        good = Conversion(tmp_path, shape, "w8a8", "float32", "", PLENTY, TOKENS, "", 2, "<bos>", True)
         return replace(good, **fields)
 
     return make
@@ -124,21 +124,16 @@ def test_a_tokenizer_without_turns(case: Any, token: str) -> None:
         checks.require(case(tokens=tokens))
 
 
-@pytest.mark.parametrize(
-    ("written", "broken_"),
-    [
-        ('{"bos_token": "<bos>"}', False),
-        ('{"bos_token": {"content": "<bos>"}}', False),
-        ("{}", False),
-        ("[]", False),
-        ("not json", False),
-        ('{"bos_token": "<eos>"}', True),
-        ('{"bos_token": {"content": "<s>"}}', True),
-    ],
-)
-def test_two_first_tokens(case: Any, tmp_path: Path, written: str, broken_: bool) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(written)
-    assert ("two-bos" in broken(case())) is broken_
+@pytest.mark.parametrize(("token", "broken_"), [("<bos>", False), ("<eos>", True), ("<s>", True)])
+def test_two_first_tokens(case: Any, token: str, broken_: bool) -> None:
+    assert ("two-bos" in broken(case(bos_token=token))) is broken_
+
+
+def test_an_own_head(case: Any) -> None:
+    tied = case()
+    assert broken(tied) == []
+    assert broken(replace(tied, shape=replace(tied.shape, tied=False))) == ["own-head"]
+    assert "without a word" in checks.require(replace(tied, shape=replace(tied.shape, tied=False)))[0]
 
 
 def test_pointers(case: Any, tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
+from rkconvert.output.host_memory import HostMemory
 from rkconvert.toolkit import target
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
@@ -105,15 +108,25 @@ def test_a_bundle(options: Callable[..., Options], version: str, tmp_path: Path,
     assert not list((home / "xdg_cache_home" / "rkedge" / "logs").glob("*"))
 
 
-def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Options], tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
+@pytest.mark.parametrize("name", ["data.json", "chats [v2]/{a,b} ::*.json"])
+def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Options], tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
     bundle = convert(options(calibration=path))
     report = json.loads((bundle.path / "report" / "toolkit.json").read_text())
-    assert report["calls"][1]["arguments"]["dataset"] == "data.json"
+    assert report["calls"][1]["arguments"]["dataset"] == "calibration.json"
     assert len(report["calibration"]["sha256"]) == 64
     assert not any("without calibration data" in note for note in bundle.manifest.notes)
     assert "Generating train split: 20 examples" in (bundle.path / "report" / "toolkit.log").read_text()
+
+
+def test_parameters_that_an_algorithm_found_are_kept(options: Callable[..., Options]) -> None:
+    asked = {"platform": "rk3576", "dtype": "w4a16", "algorithm": "grq", "toolkit_device": "cuda"}
+    bundle = convert(options(**asked))
+    assert (bundle.path / "report" / "toolkit.qparams").read_text() == "scales"
+    bundle.verify(trust_stamps=False)
+    convert(options(**asked, output=bundle.path.with_name("again"), qparams=bundle.path / "report" / "toolkit.qparams"))
 
 
 def test_an_adapter_merged(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:
@@ -172,6 +185,31 @@ def test_too_narrow(options: Callable[..., Options], make_model: Make) -> None:
         convert(asked)
 
 
+@pytest.mark.parametrize(
+    ("version", "load_dtype", "fits", "helps"),
+    [
+        ("1.1.4", "bfloat16", False, False),
+        ("1.2.3", "float32", False, True),
+        ("1.2.3", "bfloat16", True, False),
+        ("1.3.0", "float32", False, False),
+        ("1.3.0", "bfloat16", False, False),
+    ],
+)
+def test_memory_for_half_of_the_weights_as_float32(
+    options: Callable[..., Options], base: Path, monkeypatch: pytest.MonkeyPatch,
+    version: str, load_dtype: str, fits: bool, helps: bool,
+) -> None:  # fmt: skip
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))  # bfloat16
+    monkeypatch.setattr(target, "read_memory", lambda: HostMemory(3 * size // 2, 0, 0))
+    asked = options(version, toolkit_load_dtype=load_dtype)
+    if fits:
+        convert(asked)
+        return
+    with pytest.raises(HostError, match="as float32 alone") as caught:
+        convert(asked)
+    assert ("bfloat16" in caught.value.hint) is helps
+
+
 def test_no_toolkit_here(options: Callable[..., Options]) -> None:
     asked = replace(options(), toolkit_python=None)
     with pytest.raises(HostError, match="none is set up"):
@@ -185,15 +223,16 @@ def test_an_adapter_that_a_lora_file_cannot_say(
     asked = options(loras=(AdapterSource(str(make_adapter(base, use_dora=True))),), lora_mode="runtime")
     with pytest.raises(AdapterError, match="all that an RKLLM LoRA file"):
         convert(asked)
-    adapter = make_adapter(base, name="pickled")
-    (adapter / "adapter_model.safetensors").rename(adapter / "kept")
-    import torch
-    from safetensors.torch import load_file
 
-    torch.save(load_file(adapter / "kept"), adapter / "adapter_model.bin")
-    asked = options(loras=(AdapterSource(str(adapter)),), lora_mode="runtime")
-    with pytest.raises(AdapterError, match="would unpickle"):
-        convert(asked)
+
+def test_an_adapter_with_pickles_reaches_the_toolkit_without(
+    options: Callable[..., Options], base: Path, make_adapter: Make
+) -> None:
+    adapter = make_adapter(base)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    bundle = convert(options(loras=(AdapterSource(str(adapter)),), lora_mode="runtime"))
+    assert (bundle.path / "model_lora.rkllm").is_file()
 
 
 @pytest.mark.parametrize("fault", ["build:killed", "export:return", "write:nothing"])

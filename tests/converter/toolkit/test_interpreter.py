@@ -80,8 +80,9 @@ def test_interpreters_that_are_none(tmp_path: Path, environments: Environments) 
         find_toolkit(program(tmp_path / "broken", "echo it is broken >&2; exit 1"))
     with pytest.raises(HostError, match="does not work as Python"):
         find_toolkit(program(tmp_path / "silent", "exit 0"))
-    with pytest.raises(HostError, match="has no rkllm-toolkit"):
+    with pytest.raises(HostError, match="has no rkllm-toolkit") as caught:
         find_toolkit(Path(__import__("sys").executable))
+    assert "--user" in caught.value.hint
 
 
 def test_a_package_of_a_release_that_is_not_used(environments: Environments, tmp_path: Path) -> None:

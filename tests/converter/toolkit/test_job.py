@@ -172,7 +172,7 @@ def test_what_is_done_otherwise_is_said(job: Callable[..., ToolkitJob]) -> None:
     assert notes(job(), "1.1.4") == notes(job(), "1.2.3") == notes(job(toolkit_load_dtype="bfloat16"), "1.2.3") == ()
     assert "allows 4,096" in notes(job(max_context=2048), "1.1.4")[0]
     assert "cannot be told" in notes(job(toolkit_load_dtype="bfloat16"), "1.1.4")[0]
-    assert "may save no memory" in notes(job(toolkit_load_dtype="bfloat16"), "1.3.0")[0]
+    assert "saves no memory" in notes(job(toolkit_load_dtype="bfloat16"), "1.3.0")[0]
     assert notes(job(toolkit_load_dtype="bfloat16", toolkit_device="cuda"), "1.3.0") == ()
 
 

@@ -147,6 +147,7 @@ def test_a_fault(
     assert re.search(words, "\n".join([caught.value.message, *caught.value.log]))
     assert nothing_left(asked)
     assert caught.value.hint
+    assert "RKLLM_LOG_LEVEL" not in caught.value.hint  # which only the runtime reads
     if fault != "load:events":
         assert Path(caught.value.details["log"]).is_file()
         assert str(caught.value.details["log"]) in caught.value.message
@@ -188,6 +189,37 @@ def test_out_of_memory_tells_the_numbers(job: Job, toolkit: Find, fail: Fail) ->
         run_toolkit(job(parameters=2_600_000_000), toolkit())
     assert caught.value.details["exit_code"] == -signal.SIGKILL
     assert "swap" in caught.value.hint
+
+
+# 1.1.x does not have the option, and 1.3.0 was reported to load float32 on the CPU regardless.
+LOADED = [
+    ("1.1.4", "bfloat16", "cpu", "10.4 GB in float32", False),
+    ("1.2.3", "float32", "cpu", "10.4 GB in float32", True),
+    ("1.2.3", "bfloat16", "cpu", "5.2 GB in bfloat16", False),
+    ("1.3.0", "float32", "cpu", "10.4 GB in float32", False),
+    ("1.3.0", "float16", "cpu", "10.4 GB in float32", False),
+    ("1.3.0", "float32", "cuda", "10.4 GB in float32", True),
+    ("1.3.0", "bfloat16", "cuda", "5.2 GB in bfloat16", False),
+]
+
+
+@pytest.mark.parametrize(("version", "asked", "device", "held", "helps"), LOADED)
+def test_a_load_type_is_advised_only_where_it_saves_memory(
+    job: Job, toolkit: Find, fail: Fail, version: str, asked: str, device: str, held: str, helps: bool
+) -> None:
+    fail("load:killed")
+    options = job(parameters=2_600_000_000, toolkit_load_dtype=asked, toolkit_device=device)
+    with pytest.raises(HostError, match=re.escape(held)) as caught:
+        run_toolkit(options, toolkit(version))
+    assert ("bfloat16" in caught.value.hint) is helps
+
+
+def test_parameters_found_before_a_failure_stay_beside_the_log(job: Job, toolkit: Find, fail: Fail) -> None:
+    fail("export:return")
+    asked = {"platform": "rk3576", "dtype": "w4a16", "algorithm": "gdq", "toolkit_device": "cuda", "npu_cores": 2}
+    with pytest.raises(ToolkitError) as caught:
+        run_toolkit(job(**asked), toolkit())
+    assert Path(str(caught.value.details["log"])).with_suffix(".qparams").read_text() == "scales"
 
 
 def test_a_method_that_lacks_an_argument_is_told_before_the_work(job: Job, toolkit: Find) -> None:

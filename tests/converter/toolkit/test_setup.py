@@ -87,6 +87,7 @@ def test_setup_and_use(wheel: Callable[..., Path]) -> None:
     made = json.loads(done.stdout)
     assert made["toolkit"] == "1.2.3"
     assert int(made["packages"]["setuptools"].partition(".")[0]) < 81
+    assert {"peft", "tokenizers", "sentencepiece", "accelerate"} <= set(made["packages"])
     found = find_toolkit()
     assert found.python == interrupted / "bin" / "python"
     assert (str(found.python), found.origin) == (made["python"], "rkedge toolkit setup")
@@ -166,6 +167,7 @@ def test_files_that_are_no_wheel(tmp_path: Path, wheel: Callable[..., Path]) -> 
     [
         ("1.0.1", "38", HostError, "is not supported"),
         ("1.4.0", "312", HostError, "newer than any"),
+        ("1.2.2", "38", InputError, "for Python 3.8"),
         ("1.2.3", "38", InputError, "for Python 3.8"),
         ("1.3.0", "39", InputError, "for Python 3.9"),
         ("1.2.3", "313", InputError, "for Python 3.13"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 
 from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.model.chat_template import read_template
@@ -91,7 +91,7 @@ def test_what_transformers_5_writes_is_said_as_4_reads_it(make_model: MakeModel,
     assert not {"rope_parameters", "dtype", "transformers_version"} & set(config)
     assert config["torch_dtype"] == "bfloat16"
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["tokenizer_class"] == "GemmaTokenizerFast"
     assert tokenizer["additional_special_tokens"] == ["<start_of_turn>"]
 
 
@@ -106,6 +106,26 @@ def test_nulls_are_filled_in(make_model: MakeModel, tmp_path: Path) -> None:
     assert {key for key, value in config.items() if value is None} == {"attn_logit_softcapping"}
     assert config["sliding_window"] == 1024
     assert torch.equal(logits(load(folder)), expected)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"architectures": None, "model_type": "gemma2"},
+        {"architectures": ["Gemma2ForSequenceClassification", "Gemma2ForCausalLM"], "model_type": "gemma2"},
+        {"architectures": ["Gemma2ForCausalLM"], "model_type": None},
+    ],
+)
+def test_the_architecture_is_named_as_the_toolkit_reads_it(
+    make_model: MakeModel, tmp_path: Path, edit_json: Callable[..., None], written: dict[str, Any]
+) -> None:
+    """It goes by the first architecture, transformers by the model_type."""
+    base = make_model()
+    edit_json(base / "config.json", **written)
+    folder = staged(base, tmp_path / "staged")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["Gemma2ForCausalLM"], "gemma2")
+    assert isinstance(load(folder), Gemma2ForCausalLM)
 
 
 @pytest.mark.parametrize(("version", "eos"), [("1.1.4", 1), ("1.2.3", 1), ("1.3.0", [1, 6])])

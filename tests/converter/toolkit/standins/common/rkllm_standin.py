@@ -83,6 +83,22 @@ def forge_events():
                 os.write(int(entry.name), b'{"event": "made up"}\n')
 
 
+def adapter_problems(folder):
+    """As peft 0.11, with which the toolkit may have been installed: it knows these keys, and loads pickles as well."""
+    known = (
+        "base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights lora_alpha lora_dropout"
+        " modules_to_save peft_type r target_modules task_type"
+    )
+    for key in set(json.loads((Path(folder) / "adapter_config.json").read_text())) - set(known.split()):
+        yield f"__init__() got an unexpected keyword argument '{key}'"
+    for path in Path(folder).glob("*.bin"):
+        yield f"{path.name} was unpickled"
+
+
+def merges_of(path):
+    return json.loads(path.read_text())["model"]["merges"]
+
+
 FAULTS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
@@ -146,6 +162,13 @@ class Standin:
             return error(f"Catch exception when loading model: no file named model.safetensors found in {model}")
         if model_lora is not None and not (Path(model_lora) / "adapter_config.json").is_file():
             return error(f"Catch exception when loading model: Can't find 'adapter_config.json' at '{model_lora}'")
+        for problem in adapter_problems(model_lora) if model_lora is not None else ():
+            return error(f"Catch exception when loading model: {problem}")
+        tokenizer = Path(model) / "tokenizer.json"
+        if tokenizer.is_file() and any(not isinstance(merge, str) for merge in merges_of(tokenizer)):
+            return error(
+                "Catch exception when loading model: data did not match any variant of untagged enum ModelWrapper"
+            )
         bar("Loading checkpoint shards", len(shards), 1)
         self.config, self.lora = config, model_lora
         return 0
@@ -168,12 +191,16 @@ class Standin:
             return -1
         if dataset is not None and self._read_dataset(dataset):
             return -1
+        if algorithm.split("_r")[0] in ("grq", "gdq"):
+            Path(f"{dtype}_{platform}.qparams").write_text("scales")
         bar("Building model", 399)
         bar("Optimizing model", self.config["num_hidden_layers"])
         self.built = (quantized, dtype, context, algorithm)
         return 0
 
     def _read_dataset(self, path):
+        if re.search(r"[\[\]*?{}]|::", path):
+            raise FileNotFoundError(f"Unable to find '{path}'")  # `datasets` takes it for a pattern
         try:
             rows = json.loads(Path(path).read_text())
         except (OSError, ValueError) as reason:

@@ -1,0 +1,164 @@
+"""The tokenizer for the toolkit: every file of it is written anew from one checked tokenizer.json, so that all agree.
+
+Which of them the exporter reads is not known: transformers' fast tokenizers take tokenizer.json; llama.cpp's converter,
+from which the vendor's seems to descend, takes tokenizer.model with added_tokens.json and tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings
+from rkconvert.model.chat_template import ChatTemplate
+from rkconvert.model.tokenizer import tokenizer_json
+from rkconvert.output.hf_folder import write_json
+from rkconvert.tensors.memory_folder import Place
+from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.errors import CheckpointError
+from rkruntime.files import read_error
+from rkruntime.text.template import SPECIAL_TOKENS
+
+PIECES: Final = "tokenizer.model"
+# Gemma 2's has 4.2 MB.
+_MOST_PIECES: Final = 64 << 20
+_ADDED: Final = "added_tokens.json"
+_NAMED: Final = (*SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
+_EXTRA: Final = "additional_special_tokens"
+
+
+def stage_tokenizer(source: Place, bos_token_id: int, template: ChatTemplate, folder: Path) -> None:
+    """Write the tokenizer of the folder `source` into `folder`.
+
+    Raises:
+        CheckpointError: See `read_tokenizer`.
+    """
+    content = tokenizer_json(source / TOKENIZER)
+    (folder / TOKENIZER).write_text(json.dumps(with_plain_merges(content)), encoding="utf-8")
+    settings = _settings(tokenizer_settings(source), content, bos_token_id)
+    write_json(folder / CONFIG, settings | {"chat_template": template.source})
+    vocab = content["model"]["vocab"]
+    beyond = {token["content"]: token["id"] for token in content["added_tokens"] if token["content"] not in vocab}
+    if beyond:
+        write_json(folder / _ADDED, beyond)
+    pieces, problem = _checked_pieces(source, content)
+    if not problem:
+        (folder / PIECES).write_bytes(pieces)
+
+
+def with_plain_merges(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tokenizer.json with each merge as "a b", the only form that `tokenizers` read before 0.20, and llama.cpp then.
+
+    They stay pairs if one of them would be read otherwise: split in another place, or taken for a line with a version.
+    """
+    model = content["model"]
+    texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    plain = all(text.count(" ") == 1 and not text.startswith("#version") for text in texts)
+    return {**content, "model": {**model, "merges": texts}} if plain else content
+
+
+def _settings(given: Mapping[str, Any], content: Mapping[str, Any], bos_token_id: int) -> dict[str, Any]:
+    """tokenizer_config.json: of what a stranger wrote, `given`, only the special tokens; no class and no path."""
+    added = {token["id"]: token for token in content["added_tokens"]}
+    known = {token["content"] for token in added.values()}
+    texts = {index: text for text, index in content["model"]["vocab"].items()}
+    named = {**SPECIAL_TOKENS} | {name: text_of(token) for name, token in named_tokens(given).items()}
+    tokens = {name: named[name] if named.get(name) in known else None for name in _NAMED}
+    # config.json names it too, and the toolkit warns if the two differ (airockchip/rknn-llm issue 163).
+    tokens["bos_token"] = texts[bos_token_id] if bos_token_id in texts else added[bos_token_id]["content"]
+    more = given.get("extra_special_tokens")
+    extra = [text for token in more if (text := text_of(token)) in known] if isinstance(more, list) else []
+    return {
+        # The class of every Gemma: the general one does not heed add_bos_token in older releases of transformers.
+        "tokenizer_class": "GemmaTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+        **tokens,
+        **({_EXTRA: extra} if extra else {}),
+        "added_tokens_decoder": {
+            str(index): {key: value for key, value in added[index].items() if key != "id"} for index in sorted(added)
+        },
+    }
+
+
+def pieces_problem(folder: Place) -> str:
+    """What is wrong with the tokenizer.model beside a tokenizer.json, as the end of a sentence; empty if it fits.
+
+    Raises:
+        CheckpointError: See `read_tokenizer`.
+    """
+    return _checked_pieces(folder, tokenizer_json(folder / TOKENIZER))[1]
+
+
+def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The bytes of tokenizer.model, and `pieces_problem`."""
+    file = folder / PIECES
+    if not file.is_file():
+        return b"", "is missing"
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_PIECES + 1)
+    except OSError as error:
+        raise read_error(file, error, CheckpointError) from error
+    try:
+        pieces = [*_pieces(data)] if len(data) <= _MOST_PIECES else []
+    except ValueError:
+        return data, "is not a SentencePiece model"
+    added = {token["content"] for token in content["added_tokens"]}
+    # The names of added tokens come from the other files.
+    learned = ((text, index) for text, index in content["model"]["vocab"].items() if text not in added)
+    fits = all(index < len(pieces) and pieces[index] == _piece(text) for text, index in learned)
+    return data, "" if fits else "is of another tokenizer"
+
+
+def _piece(text: str) -> bytes:
+    """A token as SentencePiece writes it; transformers writes the byte 9 as the tab (GemmaConvert)."""
+    return b"<0x09>" if text == "\t" else text.encode("utf-8", "surrogatepass")
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """Texts of a SentencePiece model: field 1 of each field 1 (sentencepiece_model.proto)."""
+    for number, piece in _fields(data):
+        if number == 1:
+            yield next((text for inner, text in _fields(piece) if inner == 1), b"")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Numbers and contents of the fields of a Protocol Buffers message; a number has no content here.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind, size = tag & 7, 0
+        if kind == 0:
+            _, at = _varint(data, at)
+        elif kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            raise ValueError(kind)
+        if at + size > len(data):
+            raise ValueError("cut")
+        yield tag >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """An integer of at most 64 bits, and where it ends. Raises ValueError."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        value, at = value | (byte & 0x7F) << shift, at + 1
+        if byte < 0x80:
+            return value, at
+    raise ValueError("not a number")
