@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
 from rkconvert.toolkit.result import ToolkitResult
+from rkconvert.toolkit.settings import Setting
 from rkruntime.bundle.manifest import LORA
 from rkruntime.files import readable, sha256_file
 
@@ -33,8 +34,19 @@ def finished(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None, folder: Path) -> dict[str, Any]:
-    """Move the log into `folder`, write the report beside it, and return that; `notes` are added to the result's."""
+def write(
+    result: ToolkitResult,
+    notes: Sequence[str],
+    calibration: Path | None,
+    folder: Path,
+    found: Sequence[Setting] = (),
+) -> dict[str, Any]:
+    """Move the log into `folder`, write the report beside it, and return that.
+
+    Args:
+        notes: Added to the result's.
+        found: Settings of the file; one that differs makes one doubt it.
+    """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
     log = run.output.path.read_bytes()
@@ -42,6 +54,7 @@ def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None,
         log = log.replace(os.fsencode(path), b"...")
     (folder / _LOG).write_bytes(log)
     run.output.path.unlink()
+    doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
     report = {
         "toolkit": run.toolkit.as_dict(),
         "calls": [_public(call) for call in run.calls.steps],
@@ -51,8 +64,9 @@ def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None,
         "lora": result.lora.name if result.lora else None,
         "seconds": run.seconds,
         "peak_memory_bytes": run.peak_memory,
-        "notes": [*run.calls.notes, *result.doubts, *notes],
-        "doubts": list(result.doubts),
+        "settings": [setting.as_dict() for setting in found],
+        "notes": [*run.calls.notes, *doubts, *notes],
+        "doubts": doubts,
         "warnings": list(run.warnings),
     }
     write_report(folder, NAME, report)

@@ -32,6 +32,7 @@ from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.output import Output, new_log
 from rkconvert.toolkit.result import ToolkitResult, read_back
 from rkconvert.toolkit.session import OnEvent, WorkerRun
+from rkconvert.toolkit.settings import settings
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
@@ -135,7 +136,8 @@ class ToolkitTarget:
                 result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
-            done = report.write(result, notes, self.options.calibration, folder)
+            found = settings(result.run.output.settings, spec, self.toolkit.release)
+            done = report.write(result, notes, self.options.calibration, folder, found)
         for text in (*done["warnings"], *done["doubts"]):
             reporter.note(f"toolkit: {text}")
         return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
