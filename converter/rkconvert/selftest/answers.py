@@ -104,6 +104,15 @@ def _settings(outcomes: Outcomes) -> str:
     return "; ".join(said) or f"{_UNKNOWN}: its log does not say"
 
 
+def _logits(outcomes: Outcomes) -> str:
+    asked = [outcome for outcome in outcomes if outcome.verified]
+    if problems := [outcome.problem for outcome in asked if outcome.problem]:
+        return f"no: {problems[0]}"
+    worst = [(max(item["kl"] for item in outcome.verified["prompts"]), outcome.case.name) for outcome in asked]
+    texts = ", ".join(f"{kl:.2g} ({name})" for kl, name in worst)
+    return f"yes; KL from the float model in nats: {texts}" if asked else _UNKNOWN
+
+
 _QUESTIONS: Final[dict[str, Callable[[Outcomes], str]]] = {
     "Does it take the model's settings?": _config,
     "Does it take the tokenizer?": _tokenizer,
@@ -111,5 +120,6 @@ _QUESTIONS: Final[dict[str, Callable[[Outcomes], str]]] = {
     "Does it take Gemma's chat template?": _template,
     "Does it keep a trained head?": _head,
     "Does it write an adapter's file?": _adapter,
+    "Does it compute logits (--verify)?": _logits,
     "What does it set in the file?": _settings,
 }

@@ -57,6 +57,16 @@ class Outcome:
         return bool(self.made)
 
     @property
+    def verified(self) -> Mapping[str, Any]:
+        """How the toolkit's logits compare with the float model's; empty if they were not asked for."""
+        return self.made.get("verify") or {}
+
+    @property
+    def problem(self) -> str:
+        """Why there are no logits, though they were asked for."""
+        return str(self.verified.get("problem", ""))
+
+    @property
     def stage(self) -> str:
         """Step of the toolkit that failed; empty if none did, or it had not started."""
         return str(self.error.get("details", {}).get("stage", ""))
@@ -114,12 +124,14 @@ def models() -> Iterator[Models]:
 
 def run(todo: Sequence[Case], made: Models, platform: str, options: ToolkitOptions) -> Iterator[Outcome]:
     """Yield the outcome of each case. What would fail in every other one as well ends the tests."""
-    stopped = False
+    stopped, options = False, replace(options, verify=True)
     for case in todo:
         if stopped:
             yield Outcome(case, NOT_RUN)
             continue
         outcome, stopped = _carry_out(case, made, platform, options)
+        # Logits that hang once would do so each time.
+        options = replace(options, verify=options.verify and not outcome.problem)
         yield outcome
 
 

@@ -86,6 +86,13 @@ class ToolkitOptions:
             help="Kill the toolkit after this long without output, CPU use or paging.",
         ),
     )
+    verify: bool = field(
+        default=False,
+        metadata=_row(
+            is_flag=True,
+            help="Compare the toolkit's logits of three prompts with those of the float model (toolkit only).",
+        ),
+    )
 
     @property
     def by_name(self) -> dict[str, Any]:

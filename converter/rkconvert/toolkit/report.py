@@ -10,6 +10,7 @@ from typing import Any, Final
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
 from rkconvert.toolkit.result import ToolkitResult
 from rkconvert.toolkit.settings import Setting
+from rkconvert.toolkit.verify import Verified
 from rkruntime.bundle.manifest import LORA
 from rkruntime.files import readable, sha256_file
 
@@ -40,12 +41,14 @@ def write(
     calibration: Path | None,
     folder: Path,
     found: Sequence[Setting] = (),
+    verified: Verified | None = None,
 ) -> dict[str, Any]:
     """Move the log into `folder`, write the report beside it, and return that.
 
     Args:
         notes: Added to the result's.
         found: Settings of the file; one that differs makes one doubt it.
+        verified: How the toolkit's logits compare, if that was asked for.
     """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
@@ -55,6 +58,8 @@ def write(
     (folder / _LOG).write_bytes(log)
     run.output.path.unlink()
     doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
+    if verified is not None and verified.doubt:
+        doubts.append(verified.doubt)
     report = {
         "toolkit": run.toolkit.as_dict(),
         "calls": [_public(call) for call in run.calls.steps],
@@ -65,6 +70,7 @@ def write(
         "seconds": run.seconds,
         "peak_memory_bytes": run.peak_memory,
         "settings": [setting.as_dict() for setting in found],
+        "verify": verified.as_dict() if verified else None,
         "notes": [*run.calls.notes, *doubts, *notes],
         "doubts": doubts,
         "warnings": list(run.warnings),

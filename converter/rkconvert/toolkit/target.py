@@ -34,6 +34,7 @@ from rkconvert.toolkit.result import ToolkitResult, read_back
 from rkconvert.toolkit.session import OnEvent, WorkerRun
 from rkconvert.toolkit.settings import settings
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
+from rkconvert.toolkit.verify import Verified, choose_prompts, needed_reads, verify
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import AdapterError, CalibrationError, UsageError
@@ -47,6 +48,7 @@ _TITLES: Final = {
     "load": "loading the model",
     "build": "quantizing",
     "export": "writing model.rkllm",
+    "verify": "computing its own logits",
 }
 
 
@@ -137,10 +139,21 @@ class ToolkitTarget:
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
             found = settings(result.run.output.settings, spec, self.toolkit.release)
-            done = report.write(result, notes, self.options.calibration, folder, found)
+            verified = self._verify(result, spec, job, reporter)
+            done = report.write(result, notes, self.options.calibration, folder, found, verified)
         for text in (*done["warnings"], *done["doubts"]):
             reporter.note(f"toolkit: {text}")
         return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
+
+    def _verify(self, result: ToolkitResult, spec: ModelSpec, job: ToolkitJob, reporter: Reporter) -> Verified | None:
+        """Compare logits, if that was asked for."""
+        if not self.options.verify:
+            return None
+        with reporter.bar("computing the float model's logits", needed_reads(spec)) as advance:
+            verified = verify(result, spec, job.prompts, advance)
+        for line in verified.lines():
+            reporter.note(line)
+        return verified
 
     def _stage(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ToolkitJob:
         """Write what the toolkit reads; returns its job."""
@@ -164,6 +177,7 @@ class ToolkitTarget:
             lora=staged / _STAGED_LORA if spec.lora else None,
             parameters=spec.config.parameters,
             file_size=_file_size(spec),
+            prompts=choose_prompts(spec, self.options),
         )
 
 

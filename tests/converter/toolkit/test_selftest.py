@@ -156,6 +156,7 @@ def test_a_failure_of_one_case_is_its_own(
         ("lora:nothing", "Does it write an adapter's file?", "no: "),
         ("settings:bos", "What does it set in the file?", "add_bos_token False (asked: True)"),
         ("settings:context", "What does it set in the file?", "max_context_limit 512 (asked: 2048)"),
+        ("logits:segfault", "Does it compute logits (--verify)?", "no: it ended with signal 11"),
         ("load:return", "Does it take the model's settings?", "no: "),
         ("export:return", "Does it take the tokenizer?", "probably not: "),
     ],
@@ -168,6 +169,21 @@ def test_questions_that_nobody_has_answered(
     assert answer in answers(outcomes)[question]
     doubts = [text for outcome in outcomes for text in outcome.made.get("doubts", ())]
     assert any("was asked for" in text for text in doubts) == fault.startswith("settings")
+    # What goes wrong once is not asked for again.
+    assert sum(bool(outcome.problem) for outcome in outcomes) <= 1
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize("fault", ["", "logits:head"])
+def test_logits(tried: Callable[..., list[Outcome]], fail: Fail, fault: str) -> None:
+    fail(fault)
+    outcomes = tried(USUAL, HEAD)
+    found = {outcome.case: [prompt["kl"] for prompt in outcome.verified["prompts"]] for outcome in outcomes}
+    assert [len(kls) for kls in found.values()] == [3, 3]
+    assert max(found[USUAL]) < 1e-5
+    assert (min(found[HEAD]) > 0.1) == bool(fault)
+    rest = Outcome(VOCABULARY, "not run")
+    assert answers([*outcomes, rest])["Does it compute logits (--verify)?"].startswith("yes; KL from the float model")
 
 
 def test_files_that_differ_by_themselves_tell_nothing_about_the_head(tried: Callable[..., list[Outcome]]) -> None:

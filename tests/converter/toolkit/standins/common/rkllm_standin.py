@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from rkllm_content import body, token_ids
+from rkllm_logits import ask, spoiled
 
 MAGIC = bytes.fromhex("daeeb336")
 FAMILIES = ("Gemma2ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
@@ -184,6 +186,23 @@ class Standin:
         if not all("input" in row for row in rows):
             return error("Catch exception when Optimizing model: 'input'")
         return 0
+
+    def get_logits(self, inputs):
+        """As in examples/test.py @ 1.1.0: input_ids [1, tokens] to logits [1, tokens, vocabulary]; None on failure."""
+        code = FAULTS.get(fault("logits"), lambda: None)()
+        if code is not None:
+            return None
+        (ids,) = inputs["input_ids"].tolist()
+        count = len(ids)
+        # A template around token ids.
+        ids = ids + ids if fault("logits") == "doubled" else ids
+        head = "embedding" if fault("logits") == "head" else "own"
+        adapter = self.lora if fault("logits") == "adapter" else None
+        logits = ask(self.folder, adapter, ids, head) if self.built else None
+        if logits is None:
+            error("Catch exception when getting logits")
+            return None
+        return spoiled(fault("logits"), torch.tensor([logits.tolist()[0][-count:]]))
 
     def _export(self, path):
         code = FAULTS.get(fault("export"), lambda: None)()
