@@ -64,7 +64,7 @@ def _head(outcomes: Outcomes) -> str:
     tied = outcomes[0]
     if not asked.worked:
         return f"it cannot be converted: {asked.error['message']}" if tied.worked and asked.error else _UNKNOWN
-    if not tied.worked:
+    if not (tied.content and asked.content):
         return _UNKNOWN
     more, tensors = len(asked.content) - len(tied.content), asked.made["file"]["tensors"] - tied.made["file"]["tensors"]
     if more >= _LEAST_HEAD:

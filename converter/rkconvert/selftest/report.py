@@ -6,7 +6,7 @@ import json
 import platform as host
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -51,13 +51,17 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether everything that the release promises works."""
-        return self.complete and not any(outcome.status in (FAILED, NOT_RUN) for outcome in self.outcomes)
+        return self.complete and all(outcome.status == PASSED for outcome in self._promised)
 
     @property
     def exit_code(self) -> int:
         """The first failure's; 0 if all passed."""
-        failed = next((outcome.exit_code for outcome in self.outcomes if outcome.exit_code), ToolkitError.exit_code)
+        failed = next((outcome.exit_code for outcome in self._promised if outcome.exit_code), ToolkitError.exit_code)
         return 0 if self.passed else failed
+
+    @property
+    def _promised(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if not outcome.case.asks]
 
     @property
     def head(self) -> str:
@@ -72,9 +76,8 @@ class Report:
     def summary(self) -> str:
         """The last line."""
         many = {status: sum(item.status == status for item in self.outcomes) for status in (PASSED, FAILED, NOT_RUN)}
-        promised = sum(not item.case.asks for item in self.outcomes)
         rest = ", ".join(f"{count} {status}" for status, count in many.items() if count and status != PASSED)
-        return f"{many[PASSED]} of {promised} passed{rest and f', {rest}'}"
+        return f"{many[PASSED]} of {len(self._promised)} passed{rest and f', {rest}'}"
 
     def as_dict(self) -> dict[str, Any]:
         """The whole report as JSON types, without paths of this machine."""
@@ -89,7 +92,8 @@ class Report:
             "answers": answers(self.outcomes) if self.complete else {},
             "cases": [outcome.as_dict() for outcome in self.outcomes],
         }
-        public: dict[str, Any] = _public(document)
+        private = (str(self.toolkit.python.parent.parent), str(Path.home()), tempfile.gettempdir())
+        public: dict[str, Any] = _public(document, [folder for folder in private if len(folder) > 1])
         return public
 
     def save(self, path: Path) -> None:
@@ -114,18 +118,17 @@ def lines(outcome: Outcome) -> Iterator[str]:
     size = f"{outcome.made['file']['size'] / 1e6:6.1f} MB" if outcome.worked else ""
     seconds = "" if outcome.status == NOT_RUN else f"{outcome.seconds:6.1f} s"
     yield f"{outcome.status:8} {outcome.case.name:45} {seconds} {size}".rstrip()
-    for text in filter(None, (outcome.error.get("message"), outcome.error.get("hint"))):
-        yield from wrap(
-            _public(text), _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT, break_long_words=False
-        )
+    for key in ("message", "hint"):
+        text = str(outcome.error.get(key, ""))
+        yield from wrap(text, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT, break_long_words=False)
 
 
-def _public(value: Any) -> Any:
-    """Texts without the user's folders."""
+def _public(value: Any, private: Sequence[str]) -> Any:
+    """The value without the names of these folders."""
     if isinstance(value, str):
-        for folder in (tempfile.gettempdir(), str(Path.home())):
-            value = value.replace(folder, "...") if folder not in ("", "/") else value
+        for folder in private:
+            value = value.replace(folder, "...")
         return value
     if isinstance(value, Mapping):
-        return {key: _public(item) for key, item in value.items()}
-    return [_public(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _public(item, private) for key, item in value.items()}
+    return [_public(item, private) for item in value] if isinstance(value, list | tuple) else value

@@ -28,6 +28,7 @@ FAILED: Final = "failed"
 TOLD: Final = "told"
 NOT_RUN: Final = "not run"
 _MOST_LOG: Final = 16_000
+_MOST_CONTENT: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Outcome:
         error: Why it failed, as `RKEdgeError.as_dict` gives it.
         made: The toolkit's part of the bundle's report, and the adapter's file as `lora_file`.
         log: End of the toolkit's log.
-        content: The model file, for comparisons.
+        content: The model file, for comparisons; empty if it is far too large for this model.
     """
 
     case: Case
@@ -175,4 +176,5 @@ def _read(outcome: Outcome, bundle: Bundle) -> Outcome:
     made = read_report(bundle.path, NAME)
     lora = read_rkllm(bundle.path / made["lora"]).as_dict() if made["lora"] else None
     log = (bundle.path / REPORT / f"{NAME}.log").read_text("utf-8", "replace")[-_MOST_LOG:]
-    return replace(outcome, made={**made, "lora_file": lora}, log=log, content=bundle.model.read_bytes())
+    content = bundle.model.read_bytes() if made["file"]["size"] <= _MOST_CONTENT else b""
+    return replace(outcome, made={**made, "lora_file": lora}, log=log, content=content)

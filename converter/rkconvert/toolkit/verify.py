@@ -6,8 +6,9 @@ never in memory together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,11 +19,11 @@ from rkconvert.model.float_model import FloatModel
 from rkconvert.model.rendering import rendered
 from rkconvert.progress import Advance
 from rkconvert.target import ModelSpec
-from rkconvert.tensors.weights import Weights
 from rkconvert.toolkit.job import LAST_ROWS
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.result import ToolkitResult
 from rkruntime.bundle.manifest import TOKENIZER
+from rkruntime.errors import RKEdgeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +39,7 @@ _QUESTIONS: Final = (
 # A longer prompt costs time and says no more.
 _MOST_TOKENS: Final = 256
 _TOP: Final = 5
+_MOST_PROBLEM: Final = 300
 # Worse than two bits for each weight: 0.45 nats and 71 % for q2_K, 0.001 and 98 % for 8 bits, of LLaMA 3 8B
 # (https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md).
 _MOST_KL: Final = 0.5
@@ -161,28 +163,41 @@ def verify(result: ToolkitResult, spec: ModelSpec, prompts: Sequence[Sequence[in
     found, problem = _rows(result, prompts, spec.config.vocab_size)
     if problem:
         return Verified(problem=problem)
-    best = Verified(problem="no model")
-    for name, weights in _models(spec).items():
-        expected = FloatModel(weights, spec.config, advance).logits(prompts, LAST_ROWS)
-        pairs = zip(prompts, expected, found, strict=True)
-        verified = Verified(tuple(Comparison.of(len(ids), ours, theirs) for ids, ours, theirs in pairs), model=name)
-        best = verified if best.problem or verified.kl < best.kl else best
-    return best
+    try:
+        return min((_compared(name, model, prompts, found) for name, model in _models(spec, advance)), key=_distance)
+    except (RKEdgeError, OSError) as error:
+        return Verified(problem=f"the float model cannot be computed: {error}")
 
 
-def _models(spec: ModelSpec) -> Mapping[str, Weights]:
+def _compared(name: str, model: FloatModel, prompts: Sequence[Sequence[int]], found: Sequence[Floats]) -> Verified:
+    with np.errstate(all="ignore"):
+        expected = model.logits(prompts, LAST_ROWS)
+    if not all(np.isfinite(rows).all() for rows in expected):
+        return Verified(problem="the float model's logits are not finite", model=name)
+    pairs = zip(prompts, expected, found, strict=True)
+    return Verified(tuple(Comparison.of(len(ids), ours, theirs) for ids, ours, theirs in pairs), model=name)
+
+
+def _distance(verified: Verified) -> float:
+    return verified.kl if verified.comparisons else np.inf
+
+
+def _models(spec: ModelSpec, advance: Advance) -> Iterator[tuple[str, FloatModel]]:
     """What the toolkit may have computed: whether its logits are with a separate adapter is not documented."""
-    if spec.lora is None:
-        return {"base": spec.model.weights}
-    checkpoint = spec.model.checkpoint
-    adapted = MergedWeights(checkpoint.weights, checkpoint.config, (spec.lora,))
-    return {"base": spec.model.weights, "adapter": adapted}
+    yield "base", FloatModel(spec.model.weights, spec.config, advance)
+    if spec.lora is not None:
+        checkpoint = spec.model.checkpoint
+        yield (
+            "adapter",
+            FloatModel(MergedWeights(checkpoint.weights, checkpoint.config, (spec.lora,)), spec.config, advance),
+        )
 
 
 def _rows(result: ToolkitResult, prompts: Sequence[Sequence[int]], vocabulary: int) -> tuple[list[Floats], str]:
     """The toolkit's logits by prompt, [positions, vocabulary]; or why there are none."""
-    if result.run.ending:
-        return [], result.run.ending
+    if ending := result.run.ending:
+        # It may name a file; where things were on this machine is nobody's business.
+        return [], shorten(ending.replace(str(result.run.scratch), "..."), _MOST_PROBLEM, placeholder=" ...")
     counts = [min(LAST_ROWS, len(prompt)) for prompt in prompts]
     size = 4 * sum(counts)
     if not result.logits or len(result.logits) % size or len(result.logits) < size * vocabulary:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from rkconvert.commands import toolkit as command
 from rkconvert.selftest import tiny
 from rkconvert.selftest.answers import answers
 from rkconvert.selftest.cases import NO_VOCABULARY_FILE, TRAINED_HEAD, Case
+from rkconvert.selftest.report import Report
 from rkconvert.selftest.run import Models, Outcome, run
+from rkconvert.toolkit.interpreter import Toolkit
 from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime.cli import cli
 
@@ -91,6 +94,8 @@ def test_nothing_of_this_machine_is_in_the_report(
 ) -> None:
     monkeypatch.setattr(command, "cases", lambda *_: [USUAL, ADAPTER, HEAD, VOCABULARY])
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     fail("lora:nothing")
     path = tmp_path / "report.json"
     done = selftest("--toolkit-python", environments("1.2.3"), "-o", path)
@@ -99,8 +104,21 @@ def test_nothing_of_this_machine_is_in_the_report(
     text = path.read_text()
     assert "wrote no file for the adapter" in text
     assert str(tmp_path) not in text
-    assert "rkedge-selftest-" not in text.replace(".../rkedge-selftest-", "")
-    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("rkedge-selftest-*"))
+    assert str(environments("1.2.3")) not in text
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_question_that_cannot_be_asked_fails_nothing(
+    toolkit: Callable[[str], Toolkit], tried: Callable[..., list[Outcome]], fail: Fail
+) -> None:
+    report = Report(toolkit("1.2.3"), "rk3588", tried(USUAL), complete=True)
+    fail("load:killed")
+    report.outcomes += tried(HEAD, VOCABULARY)
+    assert statuses(report.outcomes) == ["passed", "told", "not run"]
+    assert (report.passed, report.exit_code) == (True, 0)
+    assert "it cannot be converted" in answers(report.outcomes)["Does it keep a trained head?"]
+    report.complete = False
+    assert (report.passed, report.exit_code) == (False, 7)
 
 
 @pytest.mark.parametrize(

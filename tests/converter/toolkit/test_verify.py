@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkconvert import demo
@@ -99,6 +100,19 @@ def test_nothing_to_compare_is_no_failure(
     assert words in report["verify"]["problem"]
     assert report["verify"]["prompts"] == []
     assert report["file"]["size"] > 0
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "infinite weights"), (3e38, "not finite")])
+def test_a_float_model_that_cannot_be_computed_is_no_failure(
+    verified: Callable[..., tuple[Bundle, Any]], base: Path, value: float, words: str, make_model: Make
+) -> None:
+    folder = make_model("odd", shard_size="1GB", head_dim=64, query_pre_attn_scalar=64)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"][:] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    problem = verified(checkpoint=str(folder))[1]["verify"]["problem"]
+    assert words in problem or "NaN" in problem
 
 
 @pytest.mark.usefixtures("oracle")
