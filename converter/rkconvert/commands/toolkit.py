@@ -98,8 +98,8 @@ def run_selftest(
 ) -> None:
     """Convert a tiny random Gemma 2 in every way that the installed release promises: does this installation work?
 
-    It takes about two minutes. The exit status is 0 only if all of that worked; questions that nobody has answered yet
-    are answered beside it, whatever the answer is.
+    It should take about two minutes. The exit status is 0 only if all of that worked; questions that nobody has
+    answered yet are answered beside it, whatever the answer is.
     """
     toolkit = find_toolkit(options["toolkit_python"])
     if output is not None:

@@ -41,14 +41,12 @@ def write(
     calibration: Path | None,
     folder: Path,
     found: Sequence[Setting] = (),
-    verified: Verified | None = None,
 ) -> dict[str, Any]:
     """Move the log into `folder`, write the report beside it, and return that.
 
     Args:
         notes: Added to the result's.
         found: Settings of the file; one that differs makes one doubt it.
-        verified: How the toolkit's logits compare, if that was asked for.
     """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
@@ -58,8 +56,6 @@ def write(
     (folder / _LOG).write_bytes(log)
     run.output.path.unlink()
     doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
-    if verified is not None and verified.doubt:
-        doubts.append(verified.doubt)
     report = {
         "toolkit": run.toolkit.as_dict(),
         "calls": [_public(call) for call in run.calls.steps],
@@ -70,13 +66,22 @@ def write(
         "seconds": run.seconds,
         "peak_memory_bytes": run.peak_memory,
         "settings": [setting.as_dict() for setting in found],
-        "verify": verified.as_dict() if verified else None,
+        "verify": None,
         "notes": [*run.calls.notes, *doubts, *notes],
         "doubts": doubts,
         "warnings": list(run.warnings),
     }
     write_report(folder, NAME, report)
     return report
+
+
+def add_verified(report: Mapping[str, Any], verified: Verified, folder: Path) -> dict[str, Any]:
+    """Add how the toolkit's logits compare to the report in `folder`, and return that."""
+    doubts = [verified.doubt] if verified.doubt else []
+    more = {"notes": [*report["notes"], *doubts], "doubts": [*report["doubts"], *doubts]}
+    complete = {**report, **more, "verify": verified.as_dict()}
+    write_report(folder, NAME, complete)
+    return complete
 
 
 def _sums(folder: Path) -> dict[str, str]:

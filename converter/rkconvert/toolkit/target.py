@@ -139,16 +139,18 @@ class ToolkitTarget:
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
             found = settings(result.run.output.settings, spec, self.toolkit.release)
-            verified = self._verify(result, spec, job, reporter)
-            done = report.write(result, notes, self.options.calibration, folder, found, verified)
+            done = report.write(result, notes, self.options.calibration, folder, found)
+            # The hours of work above are safe by now, should someone stop this.
+            if self.options.verify:
+                done = report.add_verified(done, self._verify(result, spec, job, reporter), folder)
+        if self.options.verify and not done["verify"]:
+            reporter.note("verify: there is nothing to compare, an earlier run was stopped before it did")
         for text in (*done["warnings"], *done["doubts"]):
             reporter.note(f"toolkit: {text}")
         return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
 
-    def _verify(self, result: ToolkitResult, spec: ModelSpec, job: ToolkitJob, reporter: Reporter) -> Verified | None:
-        """Compare logits, if that was asked for."""
-        if not self.options.verify:
-            return None
+    def _verify(self, result: ToolkitResult, spec: ModelSpec, job: ToolkitJob, reporter: Reporter) -> Verified:
+        """Compare logits, and say how they do."""
         with reporter.bar("computing the float model's logits", needed_reads(spec)) as advance:
             verified = verify(result, spec, job.prompts, advance)
         for line in verified.lines():

@@ -142,7 +142,7 @@ def choose_prompts(spec: ModelSpec, options: ToolkitOptions) -> tuple[tuple[int,
     if options.calibration:
         texts = [*(row.input for row in validate_dataset(options.calibration)), *texts]
     bos, most = spec.config.bos_token_id, min(_MOST_TOKENS, spec.max_context)
-    ids = [count.encode(text) for text in texts]
+    ids = [count.encode(text) for text in texts if text]
     prompts = [tuple(found if found[:1] == [bos] else [bos, *found]) for found in ids]
     return tuple(prompt for prompt in prompts if len(prompt) <= most)[: len(_QUESTIONS)]
 
@@ -166,7 +166,8 @@ def verify(result: ToolkitResult, spec: ModelSpec, prompts: Sequence[Sequence[in
     try:
         return min((_compared(name, model, prompts, found) for name, model in _models(spec, advance)), key=_distance)
     except (RKEdgeError, OSError) as error:
-        return Verified(problem=f"the float model cannot be computed: {error}")
+        why = error.strerror if isinstance(error, OSError) else error
+        return Verified(problem=f"the float model cannot be computed: {why}")
 
 
 def _compared(name: str, model: FloatModel, prompts: Sequence[Sequence[int]], found: Sequence[Floats]) -> Verified:

@@ -16,6 +16,7 @@ from rkconvert import demo
 from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.progress import Reporter
+from rkconvert.toolkit import target
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import UsageError
 
@@ -146,6 +147,20 @@ def test_the_prompts_are_those_of_the_calibration_data(
     # The long one costs time and says no more.
     expected = [top_of(base, text) for text in (texts[0], texts[1], texts[3])]
     assert [(prompt["tokens"], prompt["expected"]) for prompt in found["prompts"]] == expected
+
+
+@pytest.mark.usefixtures("oracle")
+def test_a_comparison_that_is_stopped_costs_nothing_but_itself(
+    verified: Callable[..., tuple[Bundle, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, "verify", interrupt)
+        verified()
+    monkeypatch.setattr(target, "run_toolkit", None)
+    assert verified()[1]["verify"] is None
 
 
 def test_without_it_nothing_is_asked(verified: Callable[..., tuple[Bundle, Any]], fail: Fail) -> None:
