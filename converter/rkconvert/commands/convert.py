@@ -71,7 +71,7 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
     show_default=True,
     help="Merge the adapter, or write it to a file that is loaded with the model.",
 )
-@toolkit_options
+@toolkit_options()
 @click.option(
     "-o",
     "--output",

@@ -7,11 +7,17 @@ from typing import Any
 
 import click
 
+from rkconvert.rules.quantized_types import PLATFORMS
+from rkconvert.selftest import report as reports
+from rkconvert.selftest.cases import cases
+from rkconvert.selftest.run import models
+from rkconvert.selftest.run import run as run_cases
 from rkconvert.toolkit.environment import setup
 from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
-from rkconvert.toolkit.options import toolkit_python_option
+from rkconvert.toolkit.options import ToolkitOptions, toolkit_options
 from rkconvert.toolkit.wheel import read_wheel
 from rkruntime.cli.flags import json_option, quiet_option
+from rkruntime.files import refuse_existing
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 
@@ -44,7 +50,7 @@ def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: boo
 
 
 @run.command("info")
-@toolkit_python_option()
+@toolkit_options("toolkit_python")
 @json_option()
 def run_info(toolkit_python: Path | None, as_json: bool) -> None:
     """Say which toolkit `rkedge convert` will use and what that release supports, without running any of it."""
@@ -70,6 +76,61 @@ def run_info(toolkit_python: Path | None, as_json: bool) -> None:
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         say(f"{name:{width}}  {text}")
+
+
+@run.command("selftest")
+@click.option(
+    "--platform", type=click.Choice(sorted(PLATFORMS)), default="rk3588", show_default=True, help="Test for this SoC."
+)
+@toolkit_options("toolkit_python", "toolkit_device", "toolkit_load_dtype", "toolkit_patience", toolkit_patience=120.0)
+@click.option(
+    "-o",
+    "--output",
+    type=_PYTHON,
+    show_default="beside the toolkit's logs",
+    help="Write the report, to keep or to send, to this file.",
+)
+@json_option()
+@quiet_option("Print only the summary.")
+@click.pass_context
+def run_selftest(
+    context: click.Context, /, platform: str, output: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Convert a tiny random Gemma 2 in every way that the installed release promises: does this installation work?
+
+    It should take about two minutes. The exit status is 0 only if all of that worked; questions that nobody has
+    answered yet are answered beside it, whatever the answer is.
+    """
+    toolkit = find_toolkit(options["toolkit_python"])
+    if output is not None:
+        refuse_existing(output)
+    path, report = output or reports.default_file(), reports.Report(toolkit, platform)
+
+    def tell(text: str) -> None:
+        if not quiet:
+            say(text, err=as_json)
+
+    todo = tuple(cases(toolkit.release, platform))
+    report.save(path)
+    tell(report.head)
+    try:
+        with models() as made:
+            for outcome in run_cases(todo, made, platform, ToolkitOptions(**options)):
+                report.outcomes.append(outcome)
+                report.save(path)
+                for line in reports.lines(outcome):
+                    tell(line)
+    except KeyboardInterrupt:
+        say(f"stopped after {len(report.outcomes)} of {len(todo)} cases; the report so far: {path}", err=True)
+        raise
+    report.complete = True
+    report.save(path)
+    if as_json:
+        say_json(report.as_dict())
+    for line in (report.summary,) if quiet else report.closing():
+        say(line, err=as_json)
+    say(f"report, to read or to send: {path}", err=as_json)
+    context.exit(report.exit_code)
 
 
 def _facts(toolkit: Toolkit) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rkruntime.errors import ToolkitError
 from rkruntime.schema import build
 
 MAX_LINE: Final = 1 << 20
-StageName: TypeAlias = Literal["import", "load", "build", "export"]
+StageName: TypeAlias = Literal["import", "load", "build", "export", "verify"]
 
 
 @dataclass(frozen=True)

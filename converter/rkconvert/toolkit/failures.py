@@ -119,6 +119,7 @@ def _error(kind: type[RKEdgeError], run: WorkerRun, what: str, hint: str | None 
         hint=hint or _READ_THE_LOG,
         details={
             "stage": run.stage,
+            "hung": run.hung,
             "exit_code": run.exit_code,
             "peak_memory": run.peak_memory,
             "log": str(run.output.path),

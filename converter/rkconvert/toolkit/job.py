@@ -15,7 +15,10 @@ from rkconvert.toolkit.options import DEVICES, ToolkitOptions
 from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 
-SCHEMA: Final = "rkedge-toolkit-job/1"
+SCHEMA: Final = "rkedge-toolkit-job/2"
+# Logits of one position of Gemma are a megabyte.
+LAST_ROWS: Final = 16
+LOGITS: Final = "logits.f32"
 _LOW_RANK: Final = re.compile(r"(?P<algorithm>[a-z]+)_r(?P<rank>\d{1,3})")
 _MOST_RANK: Final = 64
 
@@ -32,6 +35,7 @@ class ToolkitJob(ToolkitOptions):
         lora: Folder of one adapter that becomes a separate file, for rkllm_load_lora.
         parameters: Number of weights, 0 if unknown; memory and the file's size are judged by it.
         file_size: Expected size of the file in bytes, 0 if unknown.
+        prompts: Token ids whose logits the toolkit computes once the file is written; none for not at all.
     """
 
     model: Path
@@ -43,6 +47,7 @@ class ToolkitJob(ToolkitOptions):
     lora: Path | None = None
     parameters: int = 0
     file_size: int = 0
+    prompts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def least_size(self) -> int:
@@ -62,14 +67,16 @@ class Calls:
     Attributes:
         steps: A dict of `stage`, `method` and `arguments` for each call, in order.
         notes: Notes on what the release cannot do exactly as asked.
+        logits: `prompts`, the `path` of a file for logits of their `last` positions; None for no such file.
     """
 
     steps: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
+    logits: Mapping[str, Any] | None = None
 
     def document(self) -> str:
         """The job as one line of JSON, which the worker reads."""
-        return json.dumps({"schema": SCHEMA, "calls": self.steps}, ensure_ascii=True) + "\n"
+        return json.dumps({"schema": SCHEMA, "calls": self.steps, "logits": self.logits}, ensure_ascii=True) + "\n"
 
 
 def calls(job: ToolkitJob, installed: ToolkitRelease, export_path: Path) -> Calls:
@@ -107,7 +114,8 @@ def calls(job: ToolkitJob, installed: ToolkitRelease, export_path: Path) -> Call
         }
         for stage, method in (("load", "load_huggingface"), ("build", "build"), ("export", "export_rkllm"))
     )
-    return Calls(steps, tuple(notes))
+    logits = {"prompts": job.prompts, "last": LAST_ROWS, "path": str(export_path.parent / LOGITS)}
+    return Calls(steps, tuple(notes), logits if job.prompts else None)
 
 
 def _check_values(job: ToolkitJob) -> None:

@@ -86,6 +86,13 @@ class ToolkitOptions:
             help="Kill the toolkit after this long without output, CPU use or paging.",
         ),
     )
+    verify: bool = field(
+        default=False,
+        metadata=_row(
+            is_flag=True,
+            help="Compare the toolkit's logits of three prompts with those of the float model (toolkit only).",
+        ),
+    )
 
     @property
     def by_name(self) -> dict[str, Any]:
@@ -113,14 +120,14 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def toolkit_python_option() -> Callable[[Any], Any]:
-    """Add only `--toolkit-python` to a command."""
-    (item,) = (item for item in fields(ToolkitOptions) if item.name == "toolkit_python")
-    return click.option(_flag(item.name), **item.metadata["option"])
+def toolkit_options(*only: str, **defaults: Any) -> Callable[[Any], Any]:
+    """Add these options to a command, or those named `only`; `defaults` replace their defaults."""
 
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for item in reversed(fields(ToolkitOptions)):
+            if not only or item.name in only:
+                default = defaults.get(item.name, item.default)
+                command = click.option(_flag(item.name), default=default, **item.metadata["option"])(command)
+        return command
 
-def toolkit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add all of these options to a command."""
-    for item in reversed(fields(ToolkitOptions)):
-        command = click.option(_flag(item.name), default=item.default, **item.metadata["option"])(command)
-    return command
+    return add

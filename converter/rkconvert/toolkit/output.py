@@ -24,10 +24,13 @@ _BAR: Final = re.compile(r"\[=*>?\s*\]\s*(?P<done>\d{1,12})/(?P<total>\d{1,12})\
 _EXPORT_TITLE: Final = "Exporting model"
 _LEVEL: Final = re.compile(r"(?P<level>INFO|WARNING|ERROR)\s*:\s*(?P<text>\S.*)")
 _VERSION: Final = re.compile(r"rkllm-toolkit version: (\S{1,40})")
+# `INFO: Setting token_id of bos to 2`, and its like for add_bos_token and max_context_limit.
+_SETTING: Final = re.compile(r"Setting ((?:token_id of |add_|max_)\w{1,30}) to (\S[^\r\n]{0,80})")
 # A line that never ends must not grow without bound, and a log must not fill the disk.
 _LONGEST_LINE: Final = 64 << 10
 _MOST_LOG: Final = 32 << 20
 _LAST_LINES: Final = 20
+_MOST_SETTINGS: Final = 100
 _LOGS_KEPT: Final = 10
 
 
@@ -60,6 +63,7 @@ class Output:
     Attributes:
         lines: Last lines that are not progress bars.
         version: Version that the toolkit reports (`INFO: rkllm-toolkit version: 1.2.3`), or empty.
+        settings: What the toolkit says it sets in the file, by name (`add_bos_token`), as it writes it.
     """
 
     def __init__(self, log: Path) -> None:
@@ -70,6 +74,7 @@ class Output:
         self._bar: str | None = None
         self.lines: deque[str] = deque(maxlen=_LAST_LINES)
         self.version = ""
+        self.settings: dict[str, str] = {}
 
     def __enter__(self) -> Output:
         return self
@@ -116,5 +121,7 @@ class Output:
             self.lines.append(line)
             if version := _VERSION.search(line):
                 self.version = version[1]
+            if (setting := _SETTING.search(line)) and len(self.settings) < _MOST_SETTINGS:
+                self.settings[setting[1]] = setting[2].strip()
             if level := _LEVEL.search(line):
                 yield Notice(level["level"].lower(), level["text"])

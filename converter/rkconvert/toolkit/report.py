@@ -11,6 +11,8 @@ from typing import Any, Final
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
 from rkconvert.toolkit.output import qparams_of
 from rkconvert.toolkit.result import ToolkitResult
+from rkconvert.toolkit.settings import Setting
+from rkconvert.toolkit.verify import Verified
 from rkruntime.bundle.manifest import LORA
 from rkruntime.files import readable, sha256_file
 
@@ -36,8 +38,19 @@ def finished(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None, folder: Path) -> dict[str, Any]:
-    """Move the log into `folder`, write the report beside it, and return that; `notes` are added to the result's."""
+def write(
+    result: ToolkitResult,
+    notes: Sequence[str],
+    calibration: Path | None,
+    folder: Path,
+    found: Sequence[Setting] = (),
+) -> dict[str, Any]:
+    """Move the log into `folder`, write the report beside it, and return that.
+
+    Args:
+        notes: Added to the result's.
+        found: Settings of the file; one that differs makes one doubt it.
+    """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
     log = run.output.path.read_bytes()
@@ -47,6 +60,7 @@ def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None,
     run.output.path.unlink()
     if (kept := qparams_of(run.output.path)).is_file():
         shutil.move(kept, folder / _QPARAMS)
+    doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
     report = {
         "toolkit": run.toolkit.as_dict(),
         "calls": [_public(call) for call in run.calls.steps],
@@ -56,12 +70,23 @@ def write(result: ToolkitResult, notes: Sequence[str], calibration: Path | None,
         "lora": result.lora.name if result.lora else None,
         "seconds": run.seconds,
         "peak_memory_bytes": run.peak_memory,
-        "notes": [*run.calls.notes, *result.doubts, *notes],
-        "doubts": list(result.doubts),
+        "settings": [setting.as_dict() for setting in found],
+        "verify": None,
+        "notes": [*run.calls.notes, *doubts, *notes],
+        "doubts": doubts,
         "warnings": list(run.warnings),
     }
     write_report(folder, NAME, report)
     return report
+
+
+def add_verified(report: Mapping[str, Any], verified: Verified, folder: Path) -> dict[str, Any]:
+    """Add how the toolkit's logits compare to the report in `folder`, and return that."""
+    doubts = [verified.doubt] if verified.doubt else []
+    more = {"notes": [*report["notes"], *doubts], "doubts": [*report["doubts"], *doubts]}
+    complete = {**report, **more, "verify": verified.as_dict()}
+    write_report(folder, NAME, complete)
+    return complete
 
 
 def _sums(folder: Path) -> dict[str, str]:

@@ -11,17 +11,18 @@ from typing import Final
 
 from rkconvert.toolkit import failures
 from rkconvert.toolkit.events import Done
-from rkconvert.toolkit.job import ToolkitJob
+from rkconvert.toolkit.job import LOGITS, ToolkitJob
 from rkconvert.toolkit.output import qparams_of
 from rkconvert.toolkit.session import WorkerRun
 from rkruntime.bundle.rkllm_file import RkllmFile, read_rkllm
 from rkruntime.errors import ModelFileError
-from rkruntime.files import umask
+from rkruntime.files import read_regular, umask
 from rkruntime.versions import version
 
 # The only release of which a file was described that names its toolkit at the end; older ones may not.
 _SIGNED: Final = "1.3.1"
 _LEAST_SHARE: Final = 0.97
+_MOST_LOGITS: Final = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,19 @@ class ToolkitResult:
         lora: Separate adapter file, if any.
         run: How it was made. Its log, `run.output.path`, is for report/; the caller moves it.
         doubts: What in the files makes one doubt that they are whole, and from this release.
+        logits: The toolkit's logits as bytes of float32, one row after the other; empty if it gave none.
     """
 
     file: RkllmFile
     lora: Path | None
     run: WorkerRun
     doubts: tuple[str, ...]
+    logits: bytes = b""
 
 
 def read_back(run: WorkerRun, job: ToolkitJob) -> ToolkitResult:
     """Check what a run wrote, and move it to `job.output`. Raises the error of `failures` that fits what happened."""
-    if not isinstance(run.outcome, Done):
+    if not run.exported:
         raise failures.explain(run, job)
     written = sorted(run.scratch.glob("*.rkllm*"))
     loras = [path for path in written if "_lora" in path.name]
@@ -60,7 +63,17 @@ def read_back(run: WorkerRun, job: ToolkitJob) -> ToolkitResult:
     elif loras:
         raise failures.bad_file(run, loras[0].name, "no adapter was to become a separate file")
     model.path.replace(job.output)
-    return ToolkitResult(read_rkllm(job.output), lora, run, (*_doubts(run, model, job), *map(_left_out, more)))
+    doubts = (*_doubts(run, model, job), *map(_left_out, more))
+    return ToolkitResult(read_rkllm(job.output), lora, run, doubts, _logits(run))
+
+
+def _logits(run: WorkerRun) -> bytes:
+    if run.calls.logits is None or not isinstance(run.outcome, Done):
+        return b""
+    try:
+        return read_regular(run.scratch / LOGITS, _MOST_LOGITS)
+    except OSError:
+        return b""
 
 
 def keep_qparams(run: WorkerRun) -> None:

@@ -90,6 +90,24 @@ class WorkerRun:
         return self.outcome if isinstance(self.outcome, Failure) else None
 
     @property
+    def exported(self) -> bool:
+        """Whether every step that makes files returned 0."""
+        return isinstance(self.outcome, Done) or self.stage == "verify"
+
+    @property
+    def ending(self) -> str:
+        """How it ended, if not well, in words."""
+        if isinstance(self.outcome, Done):
+            return ""
+        if self.failure is not None:
+            return self.failure.message.removesuffix(".")
+        if self.hung:
+            return f"it showed no activity for {self.patience:,.0f} s"
+        if self.killed:
+            return "it was killed, which the kernel does when memory runs out"
+        return f"it ended with signal {-self.exit_code}" if self.exit_code < 0 else f"it ended with {self.exit_code}"
+
+    @property
     def killed(self) -> bool:
         """Whether signal 9 that is not ours killed it; a shell script around the interpreter reports 137."""
         return not self.hung and self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)

@@ -33,8 +33,10 @@ from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.output import Output, new_log
 from rkconvert.toolkit.result import ToolkitResult, keep_qparams, read_back
 from rkconvert.toolkit.session import OnEvent, WorkerRun
+from rkconvert.toolkit.settings import settings
 from rkconvert.toolkit.staging import is_linked, stage, stage_adapter
 from rkconvert.toolkit.tokenizer_files import pieces_problem
+from rkconvert.toolkit.verify import Verified, choose_prompts, needed_reads, verify
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import CalibrationError, UsageError
@@ -48,6 +50,7 @@ _TITLES: Final = {
     "load": "loading the model",
     "build": "quantizing",
     "export": "writing model.rkllm",
+    "verify": "computing its own logits",
 }
 
 
@@ -140,10 +143,24 @@ class ToolkitTarget:
                 result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
-            done = report.write(result, notes, self.options.calibration, folder)
+            found = settings(result.run.output.settings, spec, self.toolkit.release)
+            done = report.write(result, notes, self.options.calibration, folder, found)
+            # The hours of work above are safe by now, should someone stop this.
+            if self.options.verify:
+                done = report.add_verified(done, self._verify(result, spec, job, reporter), folder)
+        if self.options.verify and not done["verify"]:
+            reporter.note("verify: there is nothing to compare, an earlier run was stopped before it did")
         for text in (*done["warnings"], *done["doubts"]):
             reporter.note(f"toolkit: {text}")
         return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
+
+    def _verify(self, result: ToolkitResult, spec: ModelSpec, job: ToolkitJob, reporter: Reporter) -> Verified:
+        """Compare logits, and say how they do."""
+        with reporter.bar("computing the float model's logits", needed_reads(spec)) as advance:
+            verified = verify(result, spec, job.prompts, advance)
+        for line in verified.lines():
+            reporter.note(line)
+        return verified
 
     def _stage(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ToolkitJob:
         """Write what the toolkit reads; returns its job."""
@@ -167,6 +184,7 @@ class ToolkitTarget:
             lora=staged / _STAGED_LORA if spec.lora else None,
             parameters=spec.config.parameters,
             file_size=_file_size(spec),
+            prompts=choose_prompts(spec, self.options),
         )
 
 

@@ -9,6 +9,8 @@ what is installed to standard output, and imports none of it.
 
 from __future__ import annotations
 
+import array
+import importlib
 import inspect
 import json
 import os
@@ -20,12 +22,13 @@ import time
 import traceback
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SCHEMA = "rkedge-toolkit-job/1"
+SCHEMA = "rkedge-toolkit-job/2"
 DISTRIBUTIONS = ("rkllm-toolkit", "rkllm_toolkit")
 # Versions that help when an environment does not work.
 PARTS = (
@@ -34,6 +37,7 @@ PARTS = (
 )
 METHODS = ("load_huggingface", "build", "export_rkllm")
 CALL_KEYS = {"stage", "method", "arguments"}
+LOGITS_KEYS = {"prompts", "last", "path"}
 
 
 class JobError(Exception):
@@ -79,17 +83,19 @@ def probe() -> dict[str, Any]:
     }
 
 
-def read_job(line: bytes) -> list[dict[str, Any]]:
-    """Parse the calls of a job. Raises JobError if it does not match the schema exactly."""
+def read_job(line: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Parse a job: its calls, and which logits to write. Raises JobError if it does not match the schema exactly."""
     try:
         job = json.loads(line)
-        calls = job["calls"]
-        if set(job) != {"schema", "calls"} or job["schema"] != SCHEMA or not calls:
+        calls, logits = job["calls"], job["logits"]
+        if set(job) != {"schema", "calls", "logits"} or job["schema"] != SCHEMA or not calls:
             raise ValueError(SCHEMA)
+        if logits is not None and set(logits) != LOGITS_KEYS:
+            raise ValueError(logits)
         for call in calls:
             if set(call) != CALL_KEYS or call["method"] not in METHODS or not isinstance(call["arguments"], dict):
                 raise ValueError(call)
-        return list(calls)
+        return list(calls), logits
     except (ValueError, TypeError, KeyError) as error:
         raise JobError("job", "", "The job is not of the form " + SCHEMA + ": " + str(error)) from error
 
@@ -131,12 +137,17 @@ def check_arguments(toolkit: Any, calls: list[dict[str, Any]]) -> None:
             raise JobError("argument", call["stage"], str(error) + "; the installed method is " + shown) from error
 
 
-def convert(calls: list[dict[str, Any]], events: Events) -> None:
-    """Import the toolkit and make the calls in order."""
+def convert(calls: list[dict[str, Any]], logits: dict[str, Any] | None, events: Events) -> None:
+    """Import the toolkit, make the calls in order, and then write logits if that is asked for.
+
+    Logits come last: whatever goes wrong with them, the file is there.
+    """
     toolkit = timed(events, "import", partial(guarded, "import", "import", import_toolkit))
     check_arguments(toolkit, calls)
     for call in calls:
         timed(events, call["stage"], partial(run_call, toolkit, call))
+    if logits is not None:
+        timed(events, "verify", partial(guarded, "exception", "verify", partial(write_logits, toolkit, logits)))
 
 
 def run_call(toolkit: Any, call: dict[str, Any]) -> None:
@@ -145,6 +156,22 @@ def run_call(toolkit: Any, call: dict[str, Any]) -> None:
     returned = guarded("exception", call["stage"], partial(method, **call["arguments"]))
     if returned != 0 or isinstance(returned, bool):
         raise JobError("returned", call["stage"], call["method"] + " returned " + repr(returned) + ".")
+
+
+def write_logits(toolkit: Any, wanted: dict[str, Any]) -> None:
+    """Write the logits of the last positions of each prompt as float32, one row after the other."""
+    torch = importlib.import_module("torch")
+    with Path(wanted["path"]).open("wb") as file:
+        for prompt in wanted["prompts"]:
+            found = toolkit.get_logits({"input_ids": torch.tensor([prompt])})
+            if found is None:
+                raise JobError("returned", "verify", "get_logits returned None.")
+            shape = tuple(found.shape)
+            if len(shape) != 3 or shape[:2] != (1, len(prompt)):
+                raise JobError("returned", "verify", "get_logits returned the shape " + repr(shape) + ".")
+            for row in found[0][-wanted["last"] :]:
+                # Of any type, on any device, and without numpy.
+                array.array("f", row.tolist()).tofile(file)
 
 
 def timed(events: Events, stage: str, work: Callable[[], Any]) -> Any:
@@ -189,7 +216,7 @@ def main() -> int:
         line = read_line(stdin)
         threading.Thread(target=end_with_parent, args=(stdin,), daemon=True).start()
         events.send("started", python=platform.python_version(), pid=os.getpid())
-        convert(read_job(line), events)
+        convert(*read_job(line), events)
     except JobError as error:
         events.send("failure", kind=error.kind, stage=error.stage, message=error.message, trace=error.trace)
         return 1

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
 
 from rkconvert.toolkit.interpreter import Toolkit, inspect_toolkit
 from rkconvert.toolkit.job import ToolkitJob
@@ -108,6 +114,36 @@ def job(tmp_path: Path, model: Callable[..., Path]) -> Callable[..., ToolkitJob]
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has the stand-in fail: `fail("build:killed")`."""
     return lambda what: monkeypatch.setenv("RKLLM_STANDIN_FAULT", what)
+
+
+class Oracle(socketserver.StreamRequestHandler):
+    """Computes what the stand-in's `get_logits` returns, with transformers and peft."""
+
+    def handle(self) -> None:
+        asked = json.loads(self.rfile.readline())
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            asked["folder"], dtype=torch.float32, attn_implementation="eager"
+        )
+        if asked["head"] == "embedding":
+            model.lm_head.weight = model.model.embed_tokens.weight
+        if asked["adapter"]:
+            model = PeftModel.from_pretrained(model, asked["adapter"])
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([asked["ids"]])).logits[0]
+        self.wfile.write(logits.float().numpy().tobytes())
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the stand-in answer `get_logits` with what transformers computes."""
+    with (
+        tempfile.TemporaryDirectory(prefix="oracle-") as folder,
+        socketserver.ThreadingUnixStreamServer(f"{folder}/socket", Oracle) as server,
+    ):
+        monkeypatch.setenv("RKLLM_STANDIN_ORACLE", f"{folder}/socket")
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield
+        server.shutdown()
 
 
 def alive(pid: int) -> bool:

@@ -110,3 +110,23 @@ def test_a_line_without_an_end_does_not_grow(tmp_path: Path) -> None:
     output, _ = feed(tmp_path, *[b"x" * 10_000] * 30)
     assert len(output._pending) < 70_000
     assert len("".join(output.lines)) <= 300_000
+
+
+def test_what_the_toolkit_says_that_it_sets(tmp_path: Path) -> None:
+    # From https://github.com/airockchip/rknn-llm/issues/220 and the like.
+    text = """INFO: Setting token_id of bos to 151646
+INFO: Setting token_id of eos to 151643
+INFO: Setting add_bos_token to True
+INFO: Setting add_eos_token to False
+INFO: Setting max_context_limit to 4096
+INFO: Setting out to work
+"""
+    assert feed(tmp_path, text.encode())[0].settings == {
+        "token_id of bos": "151646",
+        "token_id of eos": "151643",
+        "add_bos_token": "True",
+        "add_eos_token": "False",
+        "max_context_limit": "4096",
+    }
+    many = "".join(f"INFO: Setting token_id of t{number} to {number}\n" for number in range(10_000))
+    assert len(feed(tmp_path, many.encode())[0].settings) <= 100

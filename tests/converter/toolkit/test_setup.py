@@ -56,7 +56,7 @@ def wheel(tmp_path: Path) -> Callable[..., Path]:
         files = {
             "rkllm/__init__.py": "",
             "rkllm/api.py": "import a_part_that_is_missing\n" * broken + (folder / "rkllm" / "api.py").read_text(),
-            "rkllm_standin.py": (STANDINS / "common" / "rkllm_standin.py").read_text(),
+            **{path.name: path.read_text() for path in (STANDINS / "common").glob("*.py")},
         }
         tag = f"cp{python}-cp{python}-{platform_tag}"
         return write_wheel(tmp_path / f"rkllm_toolkit-{version}-{tag}.whl", files, version=version, tag=tag)

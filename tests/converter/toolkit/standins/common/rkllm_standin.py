@@ -19,6 +19,10 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from rkllm_content import body, token_ids
+from rkllm_logits import ask, spoiled
+
 MAGIC = bytes.fromhex("daeeb336")
 FAMILIES = ("Gemma2ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
 
@@ -138,7 +142,7 @@ class Standin:
 
     def __init__(self):
         print(f"INFO: rkllm-toolkit version: {self.VERSION}")
-        self.config = self.lora = self.built = None
+        self.config = self.lora = self.built = self.folder = None
 
     def _load(self, model, model_lora, device, dtype="float32"):
         code = FAULTS.get(fault("load"), lambda: None)()
@@ -170,7 +174,7 @@ class Standin:
                 "Catch exception when loading model: data did not match any variant of untagged enum ModelWrapper"
             )
         bar("Loading checkpoint shards", len(shards), 1)
-        self.config, self.lora = config, model_lora
+        self.config, self.lora, self.folder = config, model_lora, model
         return 0
 
     def _build(self, quantized, optimization_level, dtype, algorithm, platform, cores, dataset, hybrid_rate, context):
@@ -210,6 +214,23 @@ class Standin:
             return error("Catch exception when Optimizing model: 'input'")
         return 0
 
+    def get_logits(self, inputs):
+        """As in examples/test.py @ 1.1.0: input_ids [1, tokens] to logits [1, tokens, vocabulary]; None on failure."""
+        code = FAULTS.get(fault("logits"), lambda: None)()
+        if code is not None:
+            return None
+        (ids,) = inputs["input_ids"].tolist()
+        count = len(ids)
+        # A template around token ids.
+        ids = ids + ids if fault("logits") == "doubled" else ids
+        head = "embedding" if fault("logits") == "head" else "own"
+        adapter = self.lora if fault("logits") == "adapter" else None
+        logits = ask(self.folder, adapter, ids, head) if self.built else None
+        if logits is None:
+            error("Catch exception when getting logits")
+            return None
+        return spoiled(fault("logits"), torch.tensor([logits.tolist()[0][-count:]]))
+
     def _export(self, path):
         code = FAULTS.get(fault("export"), lambda: None)()
         if code is not None or self.built is None:
@@ -227,6 +248,17 @@ class Standin:
             "WARNING: The bos token has two ids: 2 and 1, please ensure that the bos token ids in config.json and "
             "tokenizer_config.json are consistent!"
         )
+        if fault("vocabulary") == "needed" and not (Path(self.folder) / "tokenizer.model").is_file():
+            return error(f"Catch exception when converting model: File not found: {self.folder}/tokenizer.model")
+        if fault("template") == "system":
+            return error("Catch exception when converting model: System role not supported")
+        said = token_ids(self.folder)
+        if fault("settings") == "bos":
+            said["add_bos_token"] = False
+        if fault("settings") == "context":
+            context = 512
+        for name, value in said.items():
+            print(f"INFO: Setting {name} to {value}")
         bar("Converting model", 339)
         print(f"INFO: Setting max_context_limit to {context}\nINFO: Exporting the model, please wait ....")
         if fault("write") == "suffix":  # as 1.3.0 was reported to do
@@ -261,6 +293,9 @@ class Standin:
 
     def _write(self, path):
         magic = b"GGUF" if fault("write") == "magic" else MAGIC
-        weights = self.config.get("standin_weights", 4096) // (2 if fault("write") == "short" else 1)
-        header = struct.pack("<IQQ", 3, 11 * self.config["num_hidden_layers"] + 2, 20)
-        path.write_bytes(magic + header + bytes(weights) + f"rkllm-toolkit version: {self.VERSION}".encode())
+        count, weights = 11 * self.config["num_hidden_layers"] + 2, bytes(self.config.get("standin_weights", 0))
+        if not weights and "_lora" not in path.name:
+            count, weights = body(self.folder, self.built[0], fault("head") != "dropped")
+        weights = weights[: len(weights) // (2 if fault("write") == "short" else 1)] or bytes(4096)
+        header = struct.pack("<IQQ", 3, count, 20)
+        path.write_bytes(magic + header + weights + f"rkllm-toolkit version: {self.VERSION}".encode())

@@ -1,0 +1,135 @@
+"""Logits of the float model, computed from its weights layer by layer: memory for a block of one matrix, not for all.
+
+The arithmetic is that of transformers' Gemma and Gemma 2 with eager attention, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rkconvert.model.family import EMBEDDING, FINAL_NORM, HEAD
+from rkconvert.model.gemma import GemmaConfig
+from rkconvert.tensors.formats import to_float32
+from rkconvert.tensors.parallel import ordered_map
+from rkconvert.tensors.weights import Weights, read_finite, read_float32, row_blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A Gemma or Gemma 2 that is read from its weights whenever it computes.
+
+    Attributes:
+        advance: Called with the bytes of each block read.
+    """
+
+    weights: Weights
+    config: GemmaConfig
+    advance: Callable[[int], None] = lambda _: None
+
+    def logits(self, prompts: Sequence[Sequence[int]], last: int) -> list[Floats]:
+        """Logits of the last positions of each prompt, [at most `last`, vocabulary]; the weights are read once.
+
+        Raises:
+            CheckpointError, AdapterError: Weights are NaN or infinite.
+        """
+        hidden = np.vstack([self._embedded(prompt) for prompt in prompts])
+        ends = np.cumsum([len(prompt) for prompt in prompts])
+        for layer in range(self.config.num_hidden_layers):
+            hidden = self._layer(f"model.layers.{layer}.", layer, hidden, ends[:-1])
+        hidden = self._norm(FINAL_NORM, hidden)
+        rows = [states[-last:] for states in np.split(hidden, ends[:-1])]
+        logits = self._product(EMBEDDING if self.config.tie_word_embeddings else HEAD, np.vstack(rows))
+        logits = _capped(logits, self.config.final_logit_softcapping)
+        return np.split(logits, np.cumsum([len(states) for states in rows])[:-1])
+
+    def _embedded(self, ids: Sequence[int]) -> Floats:
+        dtype = self.weights.tensors[EMBEDDING].dtype
+        rows = [to_float32(read_finite(self.weights, EMBEDDING, index, 1), dtype) for index in ids]
+        scaled: Floats = np.vstack(rows) * np.float32(self.config.hidden_size**0.5)
+        return scaled
+
+    def _layer(self, name: str, layer: int, hidden: Floats, ends: NDArray[np.int64]) -> Floats:
+        """One layer for all prompts at once; only attention tells them apart."""
+        # Gemma 2 has norms before and after; Gemma 1 names the one before the MLP after the attention that it follows.
+        around = f"{name}pre_feedforward_layernorm.weight" in self.weights.tensors
+        normed = self._norm(f"{name}input_layernorm.weight", hidden)
+        heads = [self._product(f"{name}self_attn.{part}_proj.weight", normed) for part in "qkv"]
+        mixed = [
+            self._attention(layer, *parts) for parts in zip(*(np.split(head, ends) for head in heads), strict=True)
+        ]
+        out = self._product(f"{name}self_attn.o_proj.weight", np.vstack(mixed))
+        between = f"{name}post_attention_layernorm.weight"
+        hidden = hidden + (self._norm(between, out) if around else out)
+        normed = self._norm(f"{name}pre_feedforward_layernorm.weight" if around else between, hidden)
+        gate = _gelu(self._product(f"{name}mlp.gate_proj.weight", normed))
+        gate *= self._product(f"{name}mlp.up_proj.weight", normed)
+        out = self._product(f"{name}mlp.down_proj.weight", gate)
+        return hidden + (self._norm(f"{name}post_feedforward_layernorm.weight", out) if around else out)
+
+    def _attention(self, layer: int, query: Floats, key: Floats, value: Floats) -> Floats:
+        """Attention of one prompt, [tokens, heads x width], for its three projections."""
+        config, count = self.config, len(query)
+        query, key, value = (part.reshape(count, -1, config.head_dim).swapaxes(0, 1) for part in (query, key, value))
+        shared = config.num_attention_heads // config.num_key_value_heads
+        query, key = _rotated(query, config.rope_theta), np.repeat(_rotated(key, config.rope_theta), shared, axis=0)
+        scores = query @ key.swapaxes(1, 2) * np.float32(config.query_pre_attn_scalar**-0.5)
+        scores = _capped(scores, config.attn_logit_softcapping)
+        back = np.arange(count)[:, None] - np.arange(count)
+        window = config.sliding_window if config.sliding_layers[layer] else count
+        scores = np.where((back < 0) | (back >= window), np.float32(-np.inf), scores)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        mixed: Floats = (shares @ np.repeat(value, shared, axis=0)).swapaxes(0, 1).reshape(count, -1)
+        return mixed
+
+    def _norm(self, name: str, hidden: Floats) -> Floats:
+        self.advance(self.weights.tensors[name].nbytes)
+        scale = 1 + read_float32(self.weights, name)
+        spread = np.square(hidden).mean(axis=-1, keepdims=True) + np.float32(self.config.rms_norm_eps)
+        normed: Floats = hidden / np.sqrt(spread) * scale
+        return normed
+
+    def _product(self, name: str, hidden: Floats) -> Floats:
+        """`hidden` times the matrix, whose rows are outputs."""
+        info = self.weights.tensors[name]
+
+        def product(rows: tuple[int, int]) -> tuple[int, Floats]:
+            block = read_finite(self.weights, name, *rows)
+            return block.nbytes, hidden @ to_float32(block, info.dtype).T
+
+        parts = []
+        for nbytes, part in ordered_map(product, row_blocks(info.shape)):
+            parts.append(part)
+            self.advance(nbytes)
+        return np.hstack(parts)
+
+
+def _rotated(heads: Floats, theta: float) -> Floats:
+    """Rotary embeddings of [heads, tokens, width], as Hugging Face lays the halves out."""
+    count, width = heads.shape[1:]
+    angles = np.arange(count)[:, None] * theta ** (-np.arange(0, width, 2) / width)
+    angles = np.hstack([angles, angles])
+    first, second = np.split(heads, 2, axis=-1)
+    quarter = np.concatenate([-second, first], axis=-1)
+    turned: Floats = heads * np.cos(angles).astype(np.float32) + quarter * np.sin(angles).astype(np.float32)
+    return turned
+
+
+def _capped(values: Floats, cap: float) -> Floats:
+    return np.tanh(values / np.float32(cap)) * np.float32(cap) if cap else values
+
+
+def _gelu(values: Floats) -> Floats:
+    """The approximation by tanh."""
+    inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
+    activated: Floats = np.float32(0.5) * values * (1 + np.tanh(inner))
+    return activated
