@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -15,9 +16,12 @@ from rkruntime.engine.worker.decode import add_log, error_of, json_of
 from rkruntime.engine.worker.exchange import Exchange
 from rkruntime.engine.worker.process import WorkerProcess
 from rkruntime.engine.worker.protocol import Record
-from rkruntime.errors import RKEdgeError, RunError, WorkerError
+from rkruntime.errors import RKEdgeError, RunError, WorkerCrashedError, WorkerError
 
 _SHOWN_LINES: Final = 40
+# Seconds to wait for another thread that only looks, and between two looks at whether it closes the model.
+_PATIENCE: Final = 1.0
+_LOOK: Final = 0.05
 
 
 class WorkerConnection:
@@ -39,7 +43,8 @@ class WorkerConnection:
         self.number = 0
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()
+        self._outgoing: deque[tuple[dict[str, Any], Sequence[bytes | memoryview]]] = deque()
         self._turn = threading.RLock()
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
 
@@ -63,22 +68,52 @@ class WorkerConnection:
             raise closed_meanwhile()
 
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
-        """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
+        """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError.
+
+        What a signal's handler sends in the middle of another message follows it.
+        """
         with self._sending:
-            self.worker.send(header, data)
+            if self._outgoing:
+                self._outgoing.append((header, data))
+                return
+            try:
+                self._outgoing.append((header, data))
+                while self._outgoing:
+                    self.worker.send(*self._outgoing[0])
+                    self._outgoing.popleft()
+            except BaseException as error:
+                self._outgoing.clear()
+                if not isinstance(error, RKEdgeError):  # Ctrl-C: nobody knows how much of it was sent
+                    self.gone = self.gone or WorkerCrashedError("An interrupt came in the middle of a command to it.")
+                    self.worker.end(grace=0)
+                raise
 
     @contextlib.contextmanager
-    def turn(self, patience: float = 0.0) -> Iterator[None]:
-        """Be the only thread that waits for the worker. Raises RunError if another one still does after `patience` s.
+    def turn(self) -> Iterator[None]:
+        """Be the only thread that waits for the worker. Raises RunError if another one still does after a second.
 
-        Entered again by the handler of a signal that came in the meantime, and by all that one event loop runs.
+        Never held across an await. Entered again by the handler of a signal that came in the meantime.
         """
         self.worker.owner.check()  # a fork has the lock, but not the thread that holds it
-        if not self._turn.acquire(timeout=patience):
-            raise closed_meanwhile() if self.closing else in_use()
+        deadline = time.monotonic() + _PATIENCE
+        while not self._turn.acquire(timeout=_LOOK):
+            if self.closing:
+                raise closed_meanwhile()
+            if time.monotonic() > deadline:
+                raise in_use()
         try:
             if self.closed:
                 raise closed_meanwhile()
+            yield
+        finally:
+            self._turn.release()
+
+    @contextlib.contextmanager
+    def last_turn(self, patience: float) -> Iterator[None]:
+        """`turn` for who closes the model: others leave it within `patience` seconds. Raises RunError if not."""
+        if not self._turn.acquire(timeout=patience):
+            raise in_use()
+        try:
             yield
         finally:
             self._turn.release()

@@ -124,8 +124,8 @@ class Engine:
                     # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
                     with contextlib.suppress(RKEdgeError, RuntimeError):
                         self._runs.abort()
-                        with self._connection.turn(self.options.close_timeout):
-                            self._runs.settle(self.options.close_timeout)
+                        with self._connection.last_turn(self.options.close_timeout):
+                            self._runs.finish(self.options.close_timeout)
                             self._connection.close()
             finally:
                 self._connection.end()
@@ -240,7 +240,7 @@ class Engine:
 
     def _command(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> Any:
         with self._connection.explained():
-            self._connection.check()
+            self._runs.check_free()
             with self._connection.turn():
                 self._runs.check_free()
                 return self._connection.ask(header, self.options.token_timeout, data)

@@ -34,14 +34,18 @@ class Observed:
         self._can_empty = within(release, since("rkllm_set_chat_template"), "")
         # Nothing would show it on these releases.
         self.wraps = self._can_empty and not within(release, since("RKLLMResult.perf"), "")
-        self._empty = self._paused = False
+        self._empty = self._paused = self._begun = False
 
     def template_set(self) -> None:
         """The program has set a chat template."""
         self._empty = False
 
-    def empties_template(self, requests: Sequence[Request]) -> bool:
-        """Whether the runtime's template must be emptied before this run."""
+    def empties_template(self, requests: Sequence[Request], *, fresh: bool) -> bool:
+        """Whether the runtime's template must be emptied before this run, which clears the cache.
+
+        Args:
+            fresh: Whether no conversation is continued that this would erase.
+        """
         if any(isinstance(request.prompt, TextPrompt) for request in requests):
             if self._empty:
                 self._note(
@@ -50,7 +54,8 @@ class Observed:
                     "Call set_chat_template, or load the model again, before runs with texts.",
                 )
             return False
-        empties = self.wraps and not self._empty
+        empties = self.wraps and not self._empty and (fresh or not self._begun)
+        self._begun = True
         self._empty = self._empty or empties
         return empties
 
@@ -98,7 +103,7 @@ class Observed:
         self._note(
             "token-input-wrapped",
             f"{what}: it puts its own chat template around token ids. This answer may be worse for it.",
-            "Nothing needs to be done: from the next run on, its template is empty.",
+            "Nothing needs to be done: the next run that does not continue a conversation has an empty template.",
         )
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
@@ -36,6 +37,9 @@ class Runs:
         self.active: int | None = None
         self.observed = Observed(info.release, info.max_context)
         self._abandoned = False
+        # Whose run `active` is: only that iterator may end it.
+        self._holder: object = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._requests: Sequence[Request] = ()
         self._connection, self._options, self._info = connection, options, info
         self._worker = connection.worker
@@ -43,17 +47,17 @@ class Runs:
     def check_free(self) -> None:
         """Raise the error of a worker that is gone, or RunError if a run is in progress and still being read."""
         self._connection.check()
-        if self._abandoned:
-            self.settle(self._options.token_timeout)
+        if self._abandoned or (self._loop is not None and self._loop.is_closed()):
+            self.settle(self._holder, self._options.token_timeout)
         if self.active is not None:
             raise in_use()
 
     def events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
         """Run prompts; yields each event with its prompt's number. Closing the iterator aborts the run."""
         with self._connection.explained():
-            self._start(requests, mode)
-            timeout = self._options.token_timeout
+            mine, timeout = object(), self._options.token_timeout
             try:
+                self._start(mine, requests, mode)
                 more = True
                 while more:
                     with self._connection.turn():
@@ -64,30 +68,36 @@ class Runs:
                         raise closed_meanwhile()
                     yield record.batch, event
             except GeneratorExit:
-                self._settle_quietly()
+                self._settle_quietly(mine)
                 raise
             except WorkerProtocolError:
                 self._worker.end(grace=0)  # nothing more is asked of it
                 raise
             finally:
-                self.settle(timeout)
+                self.settle(mine, timeout)
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
         check_value("gather", Annotated[float, Between(0, 3600)], gather)
         self._connection.check()
-        timeout = self._options.token_timeout
+        mine, timeout = object(), self._options.token_timeout
         with self._connection.explained():
-            records = AsyncRecords(self._worker, self._connection.answered, gather)
+            records = AsyncRecords(self._worker, self._connection.turn, self._connection.answered, gather)
             try:
+                for _ in range(2):  # a task that closes a forgotten iterator takes two steps to begin
+                    if self.active is not None and not self._abandoned:
+                        await asyncio.sleep(0)
                 if self._abandoned:
-                    await self._settle_async(records)
-                self._start([request], "generate")
+                    await self._settle_async(self._holder, records)
                 try:
+                    self._start(mine, [request], "generate")
+                    self._loop = asyncio.get_running_loop()
                     more = True
                     while more:
+                        record = await records.next(timeout, time.monotonic() + timeout, lambda: self._goes_on(mine))
+                        if record is None:
+                            raise closed_meanwhile()
                         with self._connection.turn():
-                            record = records.waiting() or await records.next(timeout, time.monotonic() + timeout)
                             event = self._event(record)
                             more = self.active is not None
                         if self._connection.closing:
@@ -97,25 +107,26 @@ class Runs:
                     self._worker.end(grace=0)  # nothing more is asked of it
                     raise
                 finally:
-                    await self._settle_async(records)
+                    await self._settle_async(mine, records)
             finally:
                 records.close()
 
-    def _start(self, requests: Sequence[Request], mode: str) -> None:
+    def _start(self, mine: object, requests: Sequence[Request], mode: str) -> None:
         check_value("requests", Sequence[Request], requests)
         if not requests:
             raise UsageError("There is no request to run.")
-        self._connection.check()
+        self.check_free()
         with self._connection.turn():
             self.check_free()
-            self._begin(requests, mode)
+            self._begin(mine, requests, mode)
 
-    def _begin(self, requests: Sequence[Request], mode: str) -> None:
+    def _begin(self, mine: object, requests: Sequence[Request], mode: str) -> None:
         for request in requests:
             check_limit(request.max_new_tokens)
-            self._check_room(request)
         header, data = run_command(requests, mode, self._info.release, self._options)
         kept = self._kept(requests)
+        for request in requests:
+            self._check_room(request, kept or 0)
         limit = self._limit(requests, kept or 0)
         header["limit"] = limit
         if kept is not None and all(request.length is not None for request in requests):
@@ -124,7 +135,6 @@ class Runs:
             # Only the library knows how full the context is. From 1.3.0 on, it has the limit and would drop the start
             # of the conversation to reach it. That is a guess (docs/emulator.md), but no limit is right in any case.
             header["max_new_tokens"] = -1
-        header["empty_template"] = self.observed.empties_template(requests)
         self._requests, self._rows_due = requests, set(range(len(requests)))
         self._worker.drain_log()
         self._worker.alarm = ""
@@ -132,7 +142,8 @@ class Runs:
         most_rows = self._info.max_context or _LONGEST_CONTEXT
         limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
-        self.active = self._connection.number + 1
+        self._holder, self.active = mine, self._connection.number + 1
+        header["empty_template"] = self.observed.empties_template(requests, fresh=kept == 0)
         self._connection.begin(header, data, mode=mode, **limits)
 
     def _kept(self, requests: Sequence[Request]) -> int | None:
@@ -160,12 +171,14 @@ class Runs:
         room = max(1, self._info.max_context - RESERVED - kept - longest)
         return min(asked, room) if asked > 0 else room
 
-    def _check_room(self, request: Request) -> None:
-        if 0 < self._info.max_context <= len(request.tokens):
+    def _check_room(self, request: Request, kept: int) -> None:
+        length, most = len(request.tokens), self._info.max_context
+        # A conversation that is continued would lose its beginning to the last places.
+        continues = f" after the conversation's {kept:,}" if kept and self._options.n_keep is None else ""
+        if 0 < most <= (length + kept + RESERVED if continues else length):
             raise ContextFullError(
-                f"The prompt has {len(request.tokens):,} tokens, but prompt and answer together must fit into "
-                f"{self._info.max_context:,}.",
-                details={"prompt_tokens": len(request.tokens), "max_context": self._info.max_context},
+                f"The prompt has {length:,} tokens{continues}, but prompt and answer together must fit into {most:,}.",
+                details={"prompt_tokens": length, "max_context": most},
             )
 
     def _event(self, record: Record) -> ArrayEvent:
@@ -175,15 +188,17 @@ class Runs:
 
     def _rare_event(self, record: Record) -> ArrayEvent:
         """The event of a record that is not a token. Raises the error that the worker sent or the log shows."""
+        # First of all: an interrupt in between would leave a run that nothing ends.
+        if record.kind == protocol.ERROR or (
+            record.kind == protocol.FINISHED and record.batch == self._options.n_batch - 1
+        ):
+            self._ended()
         self._worker.drain_log()
         if record.kind == protocol.ERROR:
-            self.active = None
             error = error_of(record)
             # The log says more than "it returned -1", whichever is read first.
             if not (self._worker.alarm and type(error) is RunError):
                 raise error
-        if record.kind == protocol.FINISHED and record.batch == self._options.n_batch - 1:
-            self.active = None
         if self._worker.alarm:
             raise RunError(f"The run failed; the runtime logged: {self._worker.alarm}")
         if record.kind in (protocol.LOGITS, protocol.HIDDEN):
@@ -191,6 +206,10 @@ class Runs:
         finished = finished_of(record)
         self.observed.finished(self._requests, finished)
         return finished
+
+    def _ended(self) -> None:
+        self.active = self._holder = self._loop = None
+        self._abandoned = False
 
     def _array(self, record: Record) -> Logits | HiddenStates:
         array = array_of(record)
@@ -207,36 +226,45 @@ class Runs:
             with contextlib.suppress(WorkerError, OSError):
                 self._connection.send({"call": "abort", "run": run})
 
-    def settle(self, timeout: float) -> None:
+    def finish(self, timeout: float) -> None:
+        """`settle` the current run, whoever began it."""
+        self.settle(self._holder, timeout)
+
+    def settle(self, mine: object, timeout: float) -> None:
         """End a run whose events are no longer wanted, and wait for it, so that the next one starts clean."""
-        if self._abandon():
+        if self._abandon(mine):
             with self._connection.turn():
                 deadline = time.monotonic() + timeout
-                while self.active is not None:
+                while self._goes_on(mine):
                     self._drop(self._connection.next(timeout, deadline))
-                self._abandoned = False
 
-    async def _settle_async(self, records: AsyncRecords) -> None:
-        if self._abandon():
-            with self._connection.turn():
-                timeout = self._options.token_timeout
-                deadline = time.monotonic() + timeout
-                while self.active is not None:
-                    self._drop(await records.next(timeout, deadline))
-                self._abandoned = False
+    async def _settle_async(self, mine: object, records: AsyncRecords) -> None:
+        if self._abandon(mine):
+            timeout = self._options.token_timeout
+            deadline = time.monotonic() + timeout
+            # The next run, or somebody who closes the model, may end it first.
+            while record := await records.next(timeout, deadline, lambda: self._goes_on(mine)):
+                with self._connection.turn():
+                    self._drop(record)
 
-    def _abandon(self) -> bool:
-        """Abort a run if one is going on. If interrupted while it ends, leave the rest to the next run."""
-        if self.active is None or self._connection.closed or self._worker.ended or not self._worker.owner.here:
+    def _goes_on(self, mine: object) -> bool:
+        """Whether the current run is the one that `mine` stands for."""
+        return self.active is not None and self._holder is mine
+
+    def _abandon(self, mine: object) -> bool:
+        """Abort this run if it is going on. If interrupted while it ends, leave the rest to the next run."""
+        if not self._goes_on(mine):
+            return False
+        if self._connection.closed or self._worker.ended or not self._worker.owner.here:
             return False
         self._abandoned = True
         self._connection.send({"call": "abort", "run": self.active})
         return True
 
-    def _settle_quietly(self) -> None:
+    def _settle_quietly(self, mine: object) -> None:
         """`settle` for an iterator that is closed, or collected as garbage: the next call reports what failed."""
         with contextlib.suppress(WorkerError, RunError), self._connection.explained():
-            self.settle(self._options.token_timeout)
+            self.settle(mine, self._options.token_timeout)
 
     def _drop(self, record: Record) -> None:
         if record.kind in (protocol.FINISHED, protocol.ERROR):

@@ -133,6 +133,11 @@ class Run:
         self._ended = False
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(work(self))
+        self._task.add_done_callback(self._cancelled)
+
+    def _cancelled(self, _: object) -> None:
+        if not self._ended:  # before its first step
+            self.end(stopped())
 
     def put(self, item: Item) -> None:
         """Called by the run: an item for the client."""

@@ -110,6 +110,9 @@ class Confined:
                 raise self._over(f"did not finish within {limits.wall_s:g} seconds") from None
             except (OSError, EOFError, ValueError):
                 raise self._gone(limits) from None
+            except BaseException:  # Ctrl-C, or what a signal's handler raised: the next call must not read this answer
+                self._end()
+                raise
         if "error" in header:
             kind = _ERRORS.get(str(header["error"]), BundleError)
             raise kind(str(header.get("message")), hint=str(header.get("hint")), details=header.get("details"))
@@ -150,7 +153,7 @@ class Confined:
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         try:
             # A session of its own: Ctrl-C in the terminal reaches only the parent.
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=log, stderr=log, env=environment, start_new_session=True
             )
         except OSError as error:
@@ -162,9 +165,9 @@ class Confined:
             ) from error
         finally:
             theirs.close()
-        self._socket = ours
         # Also when this program exits, and without a call of `close`.
-        self._killed = weakref.finalize(self, _kill, self._process, ours, log, self._owner)
+        self._killed = weakref.finalize(self, _kill, process, ours, log, self._owner)
+        self._socket, self._process = ours, process
 
     def _end(self) -> tuple[int, str]:
         """Exit code of the child, and what it printed."""

@@ -41,8 +41,8 @@ class PromptProcess:
     def __init__(self, bundle: Bundle, limits: CallLimits = _LIMITS, stop: Stop | None = None) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
-        self._lock = threading.Lock()
-        self.lost = self._closed = False
+        self._lock = threading.RLock()  # the handler of a signal that comes during a call may call, and is refused
+        self.lost = self._closed = self._busy = False
         with (stop or Stop()).ending(self._child.hurry):
             self.vocabulary = self._open()
 
@@ -64,17 +64,25 @@ class PromptProcess:
         with self._lock:
             if self._closed:
                 raise RunError("The model is closed.", hint="Open it again.")
-            self._child.take_time()
-            if self._child.pid is None:
-                self.lost = True
-                self._open()
-                self.lost = False
+            if self._busy:
+                raise RunError("A prompt is being made, and this is a signal's handler.", hint="Ask after it.")
             try:
-                return self._child.call(name, self._limits, **values)[0]
+                self._busy = True
+                return self._answer(name, values)
             except RKEdgeError:
                 if self._closed:  # by another thread, which killed the child
                     raise RunError("The model was closed before the prompt was made.", hint="Open it again.") from None
                 raise
+            finally:
+                self._busy = False
+
+    def _answer(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        self._child.take_time()
+        if self._child.pid is None:
+            self.lost = True
+            self._open()
+            self.lost = False
+        return self._child.call(name, self._limits, **values)[0]
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
         """See `Prompts`."""

@@ -497,3 +497,16 @@ def test_vectors_of_two_models_are_not_one_answer(tmp_path: Path, monkeypatch: p
             await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)
 
     asyncio.run(main())
+
+
+def test_a_run_that_is_stopped_before_its_first_step_has_an_end() -> None:
+    async def work(run: Run) -> None:
+        raise AssertionError
+
+    async def main() -> None:
+        run = Run(work)
+        await run.close()
+        with pytest.raises(ServiceError, match="stopped before its end"):
+            await asyncio.wait_for(run.take(), 20)
+
+    asyncio.run(main())

@@ -328,3 +328,37 @@ def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid or 0, 0)
         pytest.fail("the child is still there")
+
+
+def test_an_interrupted_call_leaves_no_answer_behind(prompts: PromptProcess) -> None:
+    expected = prompts.encode("What is the RK3588?", 4096)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for wait in (0.0005, 0.002, 0.005, 0.01, 0.02):
+            signal.setitimer(signal.ITIMER_REAL, wait)
+            with contextlib.suppress(KeyboardInterrupt, ContextFullError):
+                prompts.encode("word " * 20_000, 1 << 20)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert prompts.encode("What is the RK3588?", 4096) == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signals_handler_that_asks_is_refused(prompts: PromptProcess) -> None:
+    said: list[str] = []
+
+    def handler(*_: object) -> None:
+        try:
+            prompts.encode("Hello", 4096)
+        except RunError as error:
+            said.append(error.message)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.005)
+    try:
+        assert len(prompts.encode("word " * 20_000, 1 << 20)) > 20_000
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert said == ["A prompt is being made, and this is a signal's handler."]

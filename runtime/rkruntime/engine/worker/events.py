@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, WorkerProcess
@@ -18,12 +19,19 @@ class AsyncRecords:
     """The records of one run.
 
     Args:
+        turn: Held while records are read, and never across an await.
         answered: Handles the library's questions (see protocol.TOKENIZE); returns whether a record was one.
         gather: Seconds after a read during which further records do not wake the loop; they are then read together.
     """
 
-    def __init__(self, worker: WorkerProcess, answered: Callable[[Record], bool], gather: float = 0.0) -> None:
-        self._worker, self._answered, self._gather = worker, answered, gather
+    def __init__(
+        self,
+        worker: WorkerProcess,
+        turn: Callable[[], AbstractContextManager[None]],
+        answered: Callable[[Record], bool],
+        gather: float = 0.0,
+    ) -> None:
+        self._worker, self._turn, self._answered, self._gather = worker, turn, answered, gather
         self._loop = asyncio.get_running_loop()
         # The numbers as they are now: another thread may close the pipes.
         self._records_fd, self._log_fd = worker.records_fd, worker.log_fd
@@ -35,16 +43,21 @@ class AsyncRecords:
         if worker.log_open:
             self._watch_log()
 
-    def waiting(self) -> Record | None:
+    def _waiting(self) -> Record | None:
         """The next record, if it has arrived."""
         record = self._worker.buffered()
         while record is not None and self._answered(record):
             record = self._worker.buffered()
         return record
 
-    async def next(self, timeout: float, deadline: float) -> Record:
-        """See WorkerProcess.next_record."""
-        while (record := self.waiting()) is None:
+    async def next(self, timeout: float, deadline: float, wanted: Callable[[], bool]) -> Record | None:
+        """See WorkerProcess.next_record; None as soon as none is `wanted` any more."""
+        while True:
+            with self._turn():
+                if not wanted():
+                    return None
+                if record := self._waiting():
+                    return record
             if self._failed is not None:
                 raise self._failed
             if time.monotonic() > deadline:
@@ -55,20 +68,31 @@ class AsyncRecords:
                 await asyncio.sleep(self._gather)
             else:
                 await self._readable(deadline)
-            self._look(self._receive)
-        return record
+            with self._turn():
+                if wanted():
+                    self._look(self._receive)
 
     async def _readable(self, deadline: float) -> None:
         """Wait until there may be something to read. The descriptor is watched only here: each event costs CPU."""
         self._waiter = self._loop.create_future()
-        self._loop.add_reader(self._records_fd, self._wake)
+        self._watch(self._records_fd, self._wake)
         alarm = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._wake)
         try:
             await self._waiter
         finally:
             self._waiter = None
             alarm.cancel()
-            self._loop.remove_reader(self._records_fd)
+            self._unwatch(self._records_fd)
+
+    def _watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Watch a descriptor; a loop has one watcher for each, and the last one counts."""
+        self._worker.watchers[self._loop, fd] = self
+        self._loop.add_reader(fd, callback)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._worker.watchers.get((self._loop, fd)) is self:
+            del self._worker.watchers[self._loop, fd]
+            self._loop.remove_reader(fd)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -80,8 +104,7 @@ class AsyncRecords:
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TICK, self._tick)
         self._look(self._worker.check_alive)
-        if self._worker.ended:
-            self._wake()
+        self._wake()  # somebody else may have read what was waited for
 
     def _look(self, work: Callable[[], Any]) -> None:
         try:
@@ -92,12 +115,12 @@ class AsyncRecords:
 
     def _watch_log(self) -> None:
         self._log_timer = None
-        self._loop.add_reader(self._log_fd, self._read_log)
+        self._watch(self._log_fd, self._read_log)
 
     def _read_log(self) -> None:
         more = self._worker.read_log()
         if more or not self._worker.log_open:
-            self._loop.remove_reader(self._log_fd)
+            self._unwatch(self._log_fd)
         if more:  # others get their turn first
             self._log_timer = self._loop.call_later(LOG_PAUSE, self._watch_log)
 
@@ -106,4 +129,4 @@ class AsyncRecords:
         self._timer.cancel()
         if self._log_timer is not None:
             self._log_timer.cancel()
-        self._loop.remove_reader(self._log_fd)
+        self._unwatch(self._log_fd)

@@ -62,6 +62,7 @@ class WorkerProcess:
         alarm: The first line, since this was last cleared, that says that a run's results are wrong.
         log_open: Whether more lines may follow.
         owner: The process that may use it.
+        watchers: Who watches which descriptor for an event loop.
 
     Args:
         interpreter: Command of the Python to use. Raises HostError if it cannot be started.
@@ -77,6 +78,7 @@ class WorkerProcess:
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
         self.alarm = ""
         self.log_open = True
+        self.watchers: dict[tuple[object, int], object] = {}
         self._line = b""
         self._buffer = b""
         self._parts: list[bytes] = []

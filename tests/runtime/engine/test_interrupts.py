@@ -1,0 +1,203 @@
+"""Who ends whose run: Ctrl-C at any moment, iterators that are forgotten, tasks that are cancelled, loops that stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.generation import Finished, Request
+from rkruntime.engine.open import SamplingOptions
+from rkruntime.errors import ContextFullError, RunError, WorkerError
+from rkruntime.model import Model, open_model
+
+# "What is the RK3588?" for the demo model.
+QUESTION = [2, 106, 451, 364, 472, 474, 441, 477, 373, 375, 378, 378, 381, 107, 364, 106, 443, 364]
+REQUEST, SHORT = Request(QUESTION, max_new_tokens=12), Request(QUESTION, max_new_tokens=3)
+
+
+@pytest.fixture
+def engine(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setenv("RKEMU_TOKEN_US", "10000")
+    return load(token_timeout=4.0)  # what hangs is lost
+
+
+@contextlib.contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """KeyboardInterrupt after this time, if the block takes that long."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def ids(events: Any) -> list[Any]:
+    return [*events]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_answer_is_another_ones(bundle: Bundle, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an interrupt at any moment each question gets its own answer, from this model or from one opened again."""
+    monkeypatch.setenv("RKEMU_TOKEN_US", "1000")
+    rng = random.Random(seed)
+    questions = ["What is the RK3588?", "What is prefill?", "What is an NPU?", "What is a tokenizer? " * 200]
+
+    def fresh() -> Model:
+        return open_model(bundle, sampling=SamplingOptions(temperature=0, max_new_tokens=8))
+
+    model = fresh()
+    expected = {question: model.ask(question).text for question in questions}
+    reopened = 0
+    try:
+        for _ in range(40):
+            with contextlib.suppress(KeyboardInterrupt), interrupted(rng.uniform(0.0001, 0.02)):
+                model.ask(rng.choice(questions))
+            question = rng.choice(questions)
+            try:
+                assert model.ask(question).text == expected[question]
+            except (RunError, WorkerError):
+                assert not model.engine.alive  # it says so, and can be opened again
+                model.close()
+                model, reopened = fresh(), reopened + 1
+        assert reopened < 20
+    finally:
+        model.close()
+
+
+def test_a_forgotten_async_iterator(engine: Engine) -> None:
+    """Python closes it some time later, when another run has long begun."""
+    expected = ids(engine.generate(SHORT))[:-1]
+
+    async def main() -> None:
+        for _ in range(5):
+            async for _ in engine.agenerate(REQUEST):
+                break
+            assert [event async for event in engine.agenerate(SHORT)][:-1] == expected
+        await asyncio.sleep(1.2)
+        assert engine.alive
+
+    asyncio.run(main())
+    assert ids(engine.generate(SHORT))[:-1] == expected
+
+
+def test_a_cancelled_task_and_the_next_one(engine: Engine) -> None:
+    expected = ids(engine.generate(SHORT))[:-1]
+
+    async def collect(request: Request) -> list[Any]:
+        return [event async for event in engine.agenerate(request)][:-1]
+
+    async def main() -> None:
+        for wait in (0.0, 0.005, 0.02, 0.05):
+            first = asyncio.create_task(collect(REQUEST))
+            await asyncio.sleep(wait)
+            first.cancel()
+            await asyncio.sleep(0)
+            assert await collect(SHORT) == expected
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait_for(first, 3)
+            first = asyncio.create_task(collect(REQUEST))
+            await asyncio.sleep(wait)
+            first.cancel()
+            await asyncio.sleep(0)
+            engine.is_running()
+            engine.clear_cache()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait_for(first, 3)
+
+    asyncio.run(main())
+    assert engine.alive
+
+
+def test_an_iterator_whose_run_is_over_ends_no_other(engine: Engine) -> None:
+    expected = ids(engine.generate(SHORT))
+
+    def over() -> Any:
+        events = engine.generate(SHORT)
+        for event in events:
+            if isinstance(event, Finished):
+                break
+        return events
+
+    for end in (lambda events: events.close(), lambda events: None):
+        old = over()
+        found = []
+        for event in engine.generate(SHORT):
+            if old is not None:
+                end(old)
+                old = None
+                gc.collect()
+            found.append(event)
+        assert found[:-1] == expected[:-1]
+
+
+def test_an_iterator_whose_run_is_over_in_another_thread(engine: Engine) -> None:
+    expected = ids(engine.generate(REQUEST))[:-1]
+    old = engine.generate(SHORT)
+    while not isinstance(next(old), Finished):
+        pass
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.extend(engine.generate(REQUEST)))
+    thread.start()
+    time.sleep(0.03)
+    old.close()
+    thread.join(20)
+    assert found[:-1] == expected
+
+
+def test_a_loop_that_is_closed_in_the_middle(engine: Engine) -> None:
+    expected = ids(engine.generate(SHORT))[:-1]
+    loop = asyncio.new_event_loop()
+    events = engine.agenerate(REQUEST)
+    loop.run_until_complete(anext(events))
+    with pytest.raises(RunError, match="Another run"):
+        engine.clear_cache()
+    loop.close()
+    assert ids(engine.generate(SHORT))[:-1] == expected
+
+
+@pytest.mark.parametrize("release", ["1.2.3", "1.3.0"])
+def test_a_continued_prompt_that_does_not_fit(release: str, load: Callable[..., Engine]) -> None:
+    engine = load(release, max_context=64)
+    engine.clear_cache()
+    ids(engine.generate(Request(QUESTION, max_new_tokens=4, keep_history=True)))
+    (kept,) = engine.cache_sizes()
+    more = [451] * (64 - kept - 5)
+    with pytest.raises(ContextFullError, match=f"after the conversation's {kept}"):
+        ids(engine.generate(Request([*more, 451], max_new_tokens=4, keep_history=True)))
+    assert engine.cache_sizes() == [kept]
+    ids(engine.generate(Request(more, max_new_tokens=4, keep_history=True)))
+    assert kept + len(more) <= engine.cache_sizes()[0] <= 64
+
+
+@pytest.mark.parametrize("release", ["1.2.3", "1.3.0"])
+def test_a_template_is_not_emptied_where_that_would_erase_a_conversation(
+    release: str, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(release)
+    ids(engine.generate(SHORT))
+    assert [finding.code for finding in engine.findings] == ["token-input-wrapped"]
+    turn = Request(QUESTION, max_new_tokens=4, keep_history=True)
+    sizes = engine.cache_sizes()
+    for _ in range(2):
+        ids(engine.generate(turn))
+        sizes += engine.cache_sizes()
+    grown = [after - before for before, after in pairwise(sizes)]
+    assert min(grown) > len(QUESTION) + 4  # with the template's own tokens
+    engine.clear_cache()
+    ids(engine.generate(turn))
+    assert engine.cache_sizes()[0] < min(grown)
