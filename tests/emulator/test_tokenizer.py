@@ -27,6 +27,7 @@ VOCAB = 1024
 REAL = "RKEDGE_TEST_TOKENIZER"
 # What fine-tunes add: white space as it is and marked, words, tags, one within another, and beside white space.
 ADDED = ("  ", "▁▁", "▁▁▁▁", "\n\n", " \n", "<code>", "<mask>", "code", "<co", "the", "▁the", " the", "é", "🙂🙂", "> ")
+FLAGS = ("normalized", "lstrip", "rstrip")
 PIECES = (
     *ADDED,
     " ",
@@ -97,10 +98,9 @@ def content_with(tokens: dict[str, dict[str, bool]]) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(12))
 def test_added_tokens_are_found_as_tokenizers_finds_them(seed: int, encode: Encode) -> None:
     rng = random.Random(seed)
-    flags = ("normalized", "lstrip", "rstrip")
     vocab = json.loads((demo.checkpoint() / "tokenizer.json").read_text())["model"]["vocab"]
     chosen = [text for text in rng.sample(ADDED, 8) if text not in vocab]
-    tokens = {text: {flag: rng.random() < 0.4 for flag in flags} for text in chosen}
+    tokens = {text: {flag: rng.random() < 0.4 for flag in FLAGS} for text in chosen}
     for text in chosen:
         if text != text.strip():  # `tokenizers` itself panics where one such token begins in what another one took
             tokens[text] |= {"lstrip": False, "rstrip": False}
@@ -129,6 +129,10 @@ def test_a_tab_that_is_no_byte_token(encode: Encode) -> None:
     texts = ["\t", "\t\t", "a\t\t\tb \u0009x", "\u00a0\t\x0b"]
     oracle = Tokenizer.from_str(json.dumps(content))
     assert encode(content, texts) == [oracle.encode(text, add_special_tokens=False).ids for text in texts]
+    tab = {"id": vocab["\t"], "content": "\t", "special": True, "single_word": False}
+    control = {**content, "added_tokens": [*content["added_tokens"], tab | dict.fromkeys(FLAGS, False)]}
+    with pytest.raises(CheckpointError, match="token for every byte"):  # it would vanish from what a person writes
+        encode(control, texts)
     vocab["tab"] = vocab.pop("\t")
     content["model"]["merges"].pop()
     with pytest.raises(CheckpointError, match="token for every byte"):

@@ -176,7 +176,8 @@ def _tables(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
         texts[index] = bytes([int(byte[1], 16)]) if byte else text.encode()
     # transformers writes Gemma's token <0x09> as the tab itself (GemmaConvert in convert_slow_tokenizer.py).
     spelled = ({f"<0x{byte:02X}>", *([chr(byte)] if byte < 128 else [])} for byte in range(256))
-    if any(vocab.keys().isdisjoint(spellings) for spellings in spelled):
+    usable = {text for text in vocab if kinds[vocab[text]] is not Kind.CONTROL}
+    if any(usable.isdisjoint(spellings) for spellings in spelled):
         raise CheckpointError("it does not have a token for every byte, so some characters could not be encoded.")
     flags = {token["id"]: _flags(token) for token in added.values()}
     flags = {index: flag for index, flag in flags.items() if flag}

@@ -100,6 +100,13 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
     (folder / STATE).unlink(missing_ok=True)
 
 
+def check_finite(weights: Weights, advance: Advance) -> None:
+    """Read all weights. Raises CheckpointError or AdapterError if some are NaN or infinite."""
+    for name, info in weights.tensors.items():
+        for first, count in row_blocks(info.shape):
+            advance(read_finite(weights, name, first, count).nbytes)
+
+
 def _read_state(folder: Path) -> dict[str, int]:
     """Checksums of finished shards by name; empty if a crash left something else there."""
     try:

@@ -81,7 +81,7 @@ def keep_qparams(run: WorkerRun) -> None:
 
     The name of that file is not documented: of several, the largest is kept.
     """
-    files = [path for path in run.scratch.glob("*.qparams") if stat.S_ISREG(path.lstat().st_mode)]
+    files = [path for path in run.scratch.rglob("*.qparams") if stat.S_ISREG(path.lstat().st_mode)]
     if not files:
         return
     kept = qparams_of(run.output.path)

@@ -6,6 +6,7 @@ raises, on Ctrl-C, when it shows no activity, nor when this process dies.
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
@@ -46,6 +47,8 @@ _BLOCK: Final = 1 << 16
 _MOST_WARNINGS: Final = 100
 _MORE_WARNINGS: Final = "(more warnings are in the log)"
 
+VERIFY: Final = "verify"
+
 OnEvent = Callable[[Event], None]
 
 
@@ -60,7 +63,8 @@ class WorkerRun:
         stage: Last stage that started.
         outcome: Its last event, or None if it broke off.
         exit_code: Exit code; negative for a signal.
-        hung: Whether it was killed because it showed no activity.
+        hung: Whether it was killed because it showed no activity, or took too long for the logits.
+        stopped: Whether Ctrl-C ended the logits.
         out_of_memory_kills: Processes on this machine that the kernel killed for lack of memory meanwhile.
         peak_memory: Of the worker, in bytes.
         seconds: Seconds by stage.
@@ -77,12 +81,14 @@ class WorkerRun:
     outcome: Done | Failure | None = None
     exit_code: int = 0
     hung: bool = False
+    stopped: bool = False
     peak_memory: int = 0
     out_of_memory_kills: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
     _pending: bytes = b""
     _deadline: float = 0.0
+    _latest: float = math.inf
 
     @property
     def failure(self) -> Failure | None:
@@ -92,7 +98,7 @@ class WorkerRun:
     @property
     def exported(self) -> bool:
         """Whether every step that makes files returned 0."""
-        return isinstance(self.outcome, Done) or self.stage == "verify"
+        return isinstance(self.outcome, Done) or self.stage == VERIFY
 
     @property
     def ending(self) -> str:
@@ -101,6 +107,10 @@ class WorkerRun:
             return ""
         if self.failure is not None:
             return self.failure.message.removesuffix(".")
+        if self.stopped:
+            return "it was stopped"
+        if self.hung and self.stage == VERIFY:
+            return f"it did not end within {self.patience:,.0f} s"
         if self.hung:
             return f"it showed no activity for {self.patience:,.0f} s"
         if self.killed:
@@ -110,7 +120,7 @@ class WorkerRun:
     @property
     def killed(self) -> bool:
         """Whether signal 9 that is not ours killed it; a shell script around the interpreter reports 137."""
-        return not self.hung and self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        return not (self.hung or self.stopped) and self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
     def execute(self) -> None:
         """Start the worker, hand it the job, and listen until it and everything it started have exited.
@@ -142,7 +152,12 @@ class WorkerRun:
             os.close(events_out)
         try:
             self._send(process)
-            self._listen(process, events_in)
+            try:
+                self._listen(process, events_in)
+            except KeyboardInterrupt:
+                if self.stage != VERIFY:
+                    raise
+                self.stopped = True  # the files are there, and only the comparison is given up
         finally:
             end_session(process)
             os.close(events_in)
@@ -188,7 +203,7 @@ class WorkerRun:
             self._deadline = min(self._deadline or now, now)
         elif self.outcome is not None:
             self._deadline = self._deadline or now + _GRACE
-        elif watchdog.idle_seconds() > self.patience:
+        elif watchdog.idle_seconds() > self.patience or now > self._latest:
             self.hung, self._deadline = True, now
         if self._deadline and now >= self._deadline:
             end_session(process)
@@ -207,6 +222,8 @@ class WorkerRun:
     def _take(self, event: WorkerEvent | Progress | Notice) -> None:
         if isinstance(event, Stage):
             self.stage = event.stage
+            # Some prompts' logits take minutes at most, and a kill would cost the files that are made by then.
+            self._latest = time.monotonic() + self.patience if event.stage == VERIFY else math.inf
         elif isinstance(event, StageDone):
             self.seconds[event.stage] = event.seconds
         elif isinstance(event, Done | Failure):

@@ -18,7 +18,7 @@ from rkconvert.adapters.separate import SeparateLora
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import GemmaConfig
-from rkconvert.output.hf_folder import ShardPlan, write_json, write_weights
+from rkconvert.output.hf_folder import ShardPlan, check_finite, write_json, write_weights
 from rkconvert.progress import Advance
 from rkconvert.rules.releases import ToolkitRelease
 from rkconvert.sources.checkpoint import CONFIG
@@ -39,8 +39,20 @@ _ADAPTER_FILE: Final = ADAPTER_FILES.pairs[0][0]
 _NULL_MEANS_NONE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
 # transformers 5 writes the first; transformers 4 needs the second, which 5 reads too.
 _RENAMED: Final = {"dtype": "torch_dtype"}
-# Code, quantization that has been undone, and what is written under its older name.
-_DROPPED: Final = ("auto_map", "quantization_config", "rope_parameters", "rope_scaling", "transformers_version")
+# What else is passed on, as plain values. transformers obeys many other keys, such as `attribute_map`, by which one
+# name stands for another, and `attn_implementation`, which may name code to be loaded.
+_KEPT: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "attention_bias": bool,
+    "attention_dropout": (int, float),
+    "attn_logit_softcapping": (int, float),
+    "final_logit_softcapping": (int, float),
+    "hidden_act": str,
+    "initializer_range": (int, float),
+    "layer_types": list,
+    "pad_token_id": int,
+    "torch_dtype": str,
+    "use_cache": bool,
+}
 
 
 def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, folder: Path, advance: Advance) -> None:
@@ -54,6 +66,7 @@ def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, f
         CheckpointError, AdapterError: Weights are NaN or infinite.
     """
     if is_linked(model):
+        check_finite(model.weights, advance)
         _link_weights(model, folder)
     else:
         write_weights(folder, model.weights, advance)
@@ -120,6 +133,14 @@ def stage_adapter(lora: SeparateLora, folder: Path) -> None:
             file.write(np.ascontiguousarray(array).data)
 
 
+def _passes(key: str, kind: type | tuple[type, ...], settings: Mapping[str, Any]) -> bool:
+    """Whether a stranger's value is there, and of its type."""
+    value = settings.get(key)
+    if isinstance(value, list):
+        return kind is list and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind) or (value is None and key in settings and key in _NULL_MEANS_NONE)
+
+
 def config(
     raw: Mapping[str, Any], checked: GemmaConfig, release: ToolkitRelease, eos: tuple[int, ...]
 ) -> dict[str, Any]:
@@ -128,8 +149,8 @@ def config(
     The exporter needs numbers instead of null (airockchip/rknn-llm issue 148), chooses by the first architecture (issue
     220), and before 1.3.0 stores only one end token (CHANGELOG.md @ 1.3.0). transformers chooses by `model_type`.
     """
-    settings = {_RENAMED.get(key, key): value for key, value in raw.items() if key not in _DROPPED}
-    settings = {key: value for key, value in settings.items() if value is not None or key in _NULL_MEANS_NONE}
+    settings = {_RENAMED.get(key, key): value for key, value in raw.items()}
+    settings = {key: settings[key] for key, kind in _KEPT.items() if _passes(key, kind, settings)}
     family = FAMILIES[checked.family]
     sizes = {
         "architectures": [family.architecture],

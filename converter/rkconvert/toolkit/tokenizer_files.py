@@ -105,14 +105,20 @@ def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, s
     except OSError as error:
         raise read_error(file, error, CheckpointError) from error
     try:
-        pieces = [*_pieces(data)] if len(data) <= _MOST_PIECES else []
+        pieces = _pieces(data) if len(data) <= _MOST_PIECES else []
+        changes = len(data) <= _MOST_PIECES and _normalizes(data)
     except ValueError:
         return data, "is not a SentencePiece model"
     added = {token["content"] for token in content["added_tokens"]}
     # The names of added tokens come from the other files.
-    learned = ((text, index) for text, index in content["model"]["vocab"].items() if text not in added)
-    fits = all(index < len(pieces) and pieces[index] == _piece(text) for text, index in learned)
-    return data, "" if fits else "is of another tokenizer"
+    vocab = content["model"]["vocab"]
+    learned = ((text, index) for text, index in vocab.items() if text not in added)
+    fits = len(pieces) <= len(vocab) + len(added) and all(
+        index < len(pieces) and pieces[index] == _piece(text) for text, index in learned
+    )
+    if not fits:
+        return data, "is of another tokenizer"
+    return data, "changes white space or characters, which Gemma's does not" if changes else ""
 
 
 def _piece(text: str) -> bytes:
@@ -120,15 +126,32 @@ def _piece(text: str) -> bytes:
     return b"<0x09>" if text == "\t" else text.encode("utf-8", "surrogatepass")
 
 
-def _pieces(data: bytes) -> Iterator[bytes]:
+def _pieces(data: bytes) -> list[bytes]:
     """Texts of a SentencePiece model: field 1 of each field 1 (sentencepiece_model.proto)."""
-    for number, piece in _fields(data):
-        if number == 1:
-            yield next((text for inner, text in _fields(piece) if inner == 1), b"")
+    return [_once(piece).get(1, b"") for number, piece in _fields(data) if number == 1]
+
+
+def _normalizes(data: bytes) -> bool:
+    """Whether a SentencePiece model changes a text first: field 3, a NormalizerSpec, whose flags are true if absent."""
+    spec = _once(_once(data, 3).get(3, b""))
+    flags = spec.get(3, b"\1"), spec.get(4, b"\1")  # add_dummy_prefix, remove_extra_whitespaces
+    return bool(spec.get(2)) or any(int.from_bytes(flag, "little") for flag in flags)
+
+
+def _once(message: bytes, *only: int) -> dict[int, bytes]:
+    """Fields by number. Raises ValueError for one that is there twice: of these, readers take the last or all."""
+    found: dict[int, bytes] = {}
+    for number, content in _fields(message):
+        if only and number not in only:
+            continue
+        if number in found:
+            raise ValueError(number)
+        found[number] = content
+    return found
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Numbers and contents of the fields of a Protocol Buffers message; a number has no content here.
+    """Numbers and contents of the fields of a Protocol Buffers message; a number's content is its bytes, lowest first.
 
     Raises:
         ValueError: It is not one.
@@ -138,7 +161,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
         tag, at = _varint(data, at)
         kind, size = tag & 7, 0
         if kind == 0:
-            _, at = _varint(data, at)
+            value, at = _varint(data, at)
+            yield tag >> 3, value.to_bytes(10, "little")
+            continue
         elif kind == 2:
             size, at = _varint(data, at)
         elif kind in (1, 5):

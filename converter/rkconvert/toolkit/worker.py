@@ -140,7 +140,7 @@ def check_arguments(toolkit: Any, calls: list[dict[str, Any]]) -> None:
 def convert(calls: list[dict[str, Any]], logits: dict[str, Any] | None, events: Events) -> None:
     """Import the toolkit, make the calls in order, and then write logits if that is asked for.
 
-    Logits come last: whatever goes wrong with them, the file is there.
+    Logits come last: whatever goes wrong with them, the file is there, unless the parent is killed.
     """
     toolkit = timed(events, "import", partial(guarded, "import", "import", import_toolkit))
     check_arguments(toolkit, calls)

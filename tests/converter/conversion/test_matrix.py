@@ -287,7 +287,7 @@ def test_kills_at_random_moments(write, tmp_path):
 TOOLKIT_ONLY = {
     "toolkit_python": "/usr/bin/python3", "calibration": "data.json", "algorithm": "grq", "optimization_level": 0,
     "hybrid_rate": 0.5, "qparams": "a.qparams", "toolkit_device": "cuda", "toolkit_load_dtype": "float16",
-    "toolkit_patience": 5.0,
+    "toolkit_patience": 5.0, "verify": True,
 }  # fmt: skip
 
 
@@ -306,7 +306,8 @@ def test_an_option_that_the_emulator_cannot_follow_is_refused(write, convert, ca
         said = outcomes[0]["message"]
     else:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({key: value}))
-        more = ["--recipe", str(tmp_path / "recipe.yaml")] if how == "recipe" else [f"{option}={value}"]
+        given = option if value is True else f"{option}={value}"
+        more = ["--recipe", str(tmp_path / "recipe.yaml")] if how == "recipe" else [given]
         code, said = cli.main([*line, *more]), capsys.readouterr().err
     assert code == 2
     assert f"{option}: only the vendor's toolkit can do that" in said

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
 
@@ -18,6 +19,7 @@ from rkconvert.model.chat_template import read_template
 from rkconvert.rules.releases import release
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkconvert.toolkit.staging import stage
+from rkruntime.errors import CheckpointError
 
 MakeModel = Callable[..., Path]
 
@@ -78,6 +80,39 @@ def test_no_stranger_s_code(make_model: MakeModel, tmp_path: Path) -> None:
     folder = staged(base, tmp_path / "staged")
     assert not {path.suffix for path in folder.iterdir()} - {".json", ".safetensors"}
     assert "auto_map" not in "".join(path.read_text() for path in folder.glob("*.json"))
+
+
+STRANGE = {
+    "attribute_map": {"rms_norm_eps": "query_pre_attn_scalar"},
+    "attn_implementation": "owner/kernel",
+    "_attn_implementation": "owner/kernel",
+    "text_config": {"hidden_size": 1},
+    "peft_config": {},
+    "compression_config": {},
+    "torch_dtype": {"": "float32"},
+    "use_cache": "no",
+    "unheard_of": 1,
+}
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_no_stranger_s_settings(make_model: MakeModel, tmp_path: Path, key: str) -> None:
+    base = make_model()
+    expected = logits(load(base))
+    change(base, "config.json", **{key: STRANGE[key]})
+    folder = staged(base, tmp_path / "staged")
+    assert json.loads((folder / "config.json").read_text()).get(key) != STRANGE[key]
+    assert torch.equal(logits(load(folder)), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_linked(make_model: MakeModel, tmp_path: Path, value: float) -> None:
+    base = make_model(shard_size="1GB")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"][3, 2] = value
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        staged(base, tmp_path / "staged")
 
 
 def test_what_transformers_5_writes_is_said_as_4_reads_it(make_model: MakeModel, tmp_path: Path) -> None:

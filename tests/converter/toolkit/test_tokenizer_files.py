@@ -148,10 +148,14 @@ def field(number: int, content: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def sentencepiece(texts: Iterable[str]) -> bytes:
-    """A model as SentencePiece saves it: pieces with score and type, then the trainer's settings."""
+# Name, and the flags for a space in front and for spaces that are removed, both off as in Gemma's.
+IDENTITY = field(1, b"identity") + b"\x18\x00\x20\x00"
+
+
+def sentencepiece(texts: Iterable[str], normalizer: bytes = IDENTITY) -> bytes:
+    """A model as SentencePiece saves it: pieces with score and type, then the settings of trainer and normalizer."""
     pieces = (field(1, text.encode()) + b"\x15" + struct.pack("<f", -1.5) + b"\x18\x06" for text in texts)
-    return b"".join(field(1, piece) for piece in pieces) + field(2, b"\x18\x02")
+    return b"".join(field(1, piece) for piece in pieces) + field(2, b"\x18\x02") + field(3, normalizer)
 
 
 def learned(source: Path) -> list[str]:
@@ -168,9 +172,18 @@ def test_a_sentencepiece_model_of_this_tokenizer_goes_along(source: Path) -> Non
     assert (staged(source) / "tokenizer.model").read_bytes() == data
 
 
+NORMALIZES = "changes white space or characters, which Gemma's does not"
 SPOILED: dict[str, tuple[Callable[[list[str]], bytes], str]] = {
     "two swapped": (lambda texts: sentencepiece([*texts[:-2], texts[-1], texts[-2]]), "is of another tokenizer"),
     "one fewer": (lambda texts: sentencepiece(texts[:-1]), "is of another tokenizer"),
+    "one more": (lambda texts: sentencepiece([*texts, *map(str, range(2_000))]), "is of another tokenizer"),
+    "a piece with two texts": (
+        lambda texts: field(1, field(1, texts[0].encode()) + field(1, b"evil")) + sentencepiece(texts[1:]),
+        "is not a SentencePiece model",
+    ),
+    "spaces removed": (lambda texts: sentencepiece(texts, field(1, b"identity") + b"\x18\x00"), NORMALIZES),
+    "characters changed": (lambda texts: sentencepiece(texts, IDENTITY + field(2, b"map")), NORMALIZES),
+    "by default": (lambda texts: sentencepiece(texts, b""), NORMALIZES),
     "empty": (lambda texts: b"", "is of another tokenizer"),
     "cut": (lambda texts: sentencepiece(texts)[:-2], "is not a SentencePiece model"),
     "a pointer": (lambda texts: b"version https://git-lfs.github.com/spec/v1", "is not a SentencePiece model"),

@@ -102,6 +102,7 @@ LINES = {
     "emulator": ["emulator", "info"],
     "serve": ["serve", "--config", "{tmp}/none"],
     "attach": ["attach", "--socket", "{tmp}/socket"],
+    "firstrun": ["firstrun", "{tmp}/none"],
     "inspect": ["inspect", "{tmp}/none"],
 }
 
