@@ -159,6 +159,22 @@ def _named(path: Place) -> Iterator[None]:
         raise CheckpointError(f"{path} is not a tokenizer of the `tokenizers` library: {error!r}.") from error
 
 
+def bos_in_front(bos: str, index: int) -> dict[str, Any]:
+    """The post-processor that puts `<bos>` in front of each text, as Gemma's does."""
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            special,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": bos, "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
+    }
+
+
 def _tables(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     model = content["model"]
     vocab: dict[str, int] = model["vocab"]

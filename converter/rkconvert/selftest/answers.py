@@ -73,7 +73,7 @@ def _head(outcomes: Outcomes) -> str:
         return f"{_UNKNOWN}: a head has {_LEAST_HEAD:,} bytes or more, but the file's size differs by {more:,}"
     changed = _differences(asked, tied)
     if changed < _LEAST_HEAD // 2:
-        return f"no, it is lost: only {changed:,} bytes differ from the file with the embedding as head"
+        return f"it seems to be lost: only {changed:,} bytes differ from the file with the embedding as head"
     # Two files of the same weights show whether a file's bytes depend on anything else.
     again = [item for item in outcomes[1:] if item.worked and item.case == replace(tied.case, adapter=True)]
     if again and _differences(again[0], tied) >= _LEAST_HEAD // 2:

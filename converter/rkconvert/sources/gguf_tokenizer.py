@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from rkconvert.model.tokenizer import bos_in_front
 from rkconvert.sources.gguf_file import GgufFile
 from rkruntime.errors import CheckpointError
 
@@ -66,7 +67,7 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
             "behavior": "MergedWithPrevious",
             "invert": False,
         },
-        "post_processor": _post_processor(bos, vocab[bos]),
+        "post_processor": bos_in_front(bos, vocab[bos]),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -139,19 +140,4 @@ def _added(index: int, token: str, kind: int) -> dict[str, Any]:
         "rstrip": False,
         "normalized": False,
         "special": kind in _SPECIAL,
-    }
-
-
-def _post_processor(bos: str, index: int) -> dict[str, Any]:
-    special = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            special,
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": bos, "type_id": 1}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
     }

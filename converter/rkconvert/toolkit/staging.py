@@ -23,7 +23,7 @@ from rkconvert.progress import Advance
 from rkconvert.rules.releases import ToolkitRelease
 from rkconvert.sources.checkpoint import CONFIG
 from rkconvert.sources.names import Renamed
-from rkconvert.tensors.shards import read_json
+from rkconvert.tensors.shards import Shard, read_json
 from rkconvert.tensors.tensor_files import ADAPTER_FILES, MODEL_FILES
 from rkconvert.tensors.weights import TensorInfo
 from rkconvert.toolkit.tokenizer_files import stage_tokenizer
@@ -88,7 +88,12 @@ def is_linked(model: MergedModel) -> bool:
     plain = isinstance(stored, Renamed) and stored.as_stored
     own = plain and not model.weights.changed and model.weights.tensors == stored.tensors
     named = len(files) == 1 or (model.checkpoint.path / _INDEX).is_file()
-    return own and named and all(file.suffix == ".safetensors" for file in files)
+    return own and named and all(file.suffix == ".safetensors" and _is_marked(file) for file in files)
+
+
+def _is_marked(file: Path) -> bool:
+    """Whether the file says that its tensors are PyTorch's; transformers 4 fails at one that does not."""
+    return Shard(file, CheckpointError).metadata.get("format") == "pt"
 
 
 def _link_weights(model: MergedModel, folder: Path) -> None:

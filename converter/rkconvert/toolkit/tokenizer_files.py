@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings
 from rkconvert.model.chat_template import ChatTemplate
-from rkconvert.model.tokenizer import tokenizer_json
+from rkconvert.model.tokenizer import bos_in_front, tokenizer_json
 from rkconvert.output.hf_folder import write_json
 from rkconvert.tensors.memory_folder import Place
 from rkruntime.bundle.manifest import TOKENIZER
@@ -36,8 +36,10 @@ def stage_tokenizer(source: Place, bos_token_id: int, template: ChatTemplate, fo
         CheckpointError: See `read_tokenizer`.
     """
     content = tokenizer_json(source / TOKENIZER)
-    (folder / TOKENIZER).write_text(json.dumps(with_plain_merges(content)), encoding="utf-8")
     settings = _settings(tokenizer_settings(source), content, bos_token_id)
+    if content.get("post_processor") is None:  # transformers 4 would make one of add_bos_token, and 5 would not
+        content["post_processor"] = bos_in_front(settings["bos_token"], bos_token_id)
+    (folder / TOKENIZER).write_text(json.dumps(with_plain_merges(content)), encoding="utf-8")
     write_json(folder / CONFIG, settings | {"chat_template": template.source})
     vocab = content["model"]["vocab"]
     beyond = {token["content"]: token["id"] for token in content["added_tokens"] if token["content"] not in vocab}

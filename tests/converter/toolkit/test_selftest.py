@@ -169,7 +169,7 @@ def test_a_failure_of_one_case_is_its_own(
 @pytest.mark.parametrize(
     ("fault", "case", "question", "answer"),
     [
-        ("head:dropped", HEAD, "Does it keep a trained head?", "no, it is lost"),
+        ("head:dropped", HEAD, "Does it keep a trained head?", "it seems to be lost"),
         ("vocabulary:needed", VOCABULARY, "Is tokenizer.json alone enough?", "no, keep tokenizer.model"),
         ("template:system", HEAD, "Does it take Gemma's chat template?", "no: the toolkit renders a system message"),
         ("lora:nothing", ADAPTER, "Does it write an adapter's file?", "no: "),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
@@ -113,6 +114,16 @@ def test_weights_that_are_no_numbers_are_not_linked(make_model: MakeModel, tmp_p
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         staged(base, tmp_path / "staged")
+
+
+def test_weights_that_transformers_4_would_not_read_are_written(make_model: MakeModel, tmp_path: Path) -> None:
+    """It takes the `format` in the metadata without asking whether there are any."""
+    base = make_model(shard_size="1GB")
+    save_file(load_file(base / "model.safetensors"), base / "model.safetensors")
+    folder = staged(base, tmp_path / "staged")
+    assert not (folder / "model.safetensors").is_symlink()
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
 
 
 def test_what_transformers_5_writes_is_said_as_4_reads_it(make_model: MakeModel, tmp_path: Path) -> None:

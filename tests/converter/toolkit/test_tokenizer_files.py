@@ -140,6 +140,14 @@ def test_merges_mean_the_same_to_the_library(pairs: list[tuple[str, str]]) -> No
     assert found["model"]["merges"] == expected["model"]["merges"]
 
 
+def test_bos_stands_in_front_for_every_reader(source: Path) -> None:
+    content = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    folder = staged(source)
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a b").ids[0] == 2
+    assert AutoTokenizer.from_pretrained(folder)("a b")["input_ids"][0] == 2
+
+
 def varint(value: int) -> bytes:
     return (bytes([value & 0x7F | 0x80]) + varint(value >> 7)) if value > 0x7F else bytes([value])
 
