@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +33,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     other = GUESSED.intersection(marker.args if marker else ())
     if other:
         pytest.skip(f"is about the alternative to {', '.join(sorted(other))}")
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt, at which pytest would end the whole run."""
+
+
+@contextlib.contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """Run a block that a signal's handler leaves with an exception after this time, if it takes that long."""
+    armed = [True]
+
+    def leave(*_: object) -> None:
+        if armed:
+            raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, leave)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            armed.clear()
+    except Interrupt:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

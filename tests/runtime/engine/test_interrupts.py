@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import gc
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from tests.runtime.conftest import interrupted
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.engine.engine import Engine
@@ -31,18 +31,6 @@ REQUEST, SHORT = Request(QUESTION, max_new_tokens=12), Request(QUESTION, max_new
 def engine(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setenv("RKEMU_TOKEN_US", "10000")
     return load(token_timeout=4.0)  # what hangs is lost
-
-
-@contextlib.contextmanager
-def interrupted(seconds: float) -> Iterator[None]:
-    """KeyboardInterrupt after this time, if the block takes that long."""
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def ids(events: Any) -> list[Any]:
@@ -64,7 +52,7 @@ def test_no_answer_is_another_ones(bundle: Bundle, seed: int, monkeypatch: pytes
     reopened = 0
     try:
         for _ in range(40):
-            with contextlib.suppress(KeyboardInterrupt), interrupted(rng.uniform(0.0001, 0.02)):
+            with interrupted(rng.uniform(0.0001, 0.02)):
                 model.ask(rng.choice(questions))
             question = rng.choice(questions)
             try:

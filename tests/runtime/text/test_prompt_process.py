@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.runtime.conftest import with_file
+from tests.runtime.conftest import interrupted, with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
@@ -332,17 +332,10 @@ def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
 
 def test_an_interrupted_call_leaves_no_answer_behind(prompts: PromptProcess) -> None:
     expected = prompts.encode("What is the RK3588?", 4096)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for wait in (0.0005, 0.002, 0.005, 0.01, 0.02):
-            signal.setitimer(signal.ITIMER_REAL, wait)
-            with contextlib.suppress(KeyboardInterrupt, ContextFullError):
-                prompts.encode("word " * 20_000, 1 << 20)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert prompts.encode("What is the RK3588?", 4096) == expected
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    for wait in (0.0005, 0.002, 0.005, 0.01, 0.02):
+        with interrupted(wait), contextlib.suppress(ContextFullError):
+            prompts.encode("word " * 20_000, 1 << 20)
+        assert prompts.encode("What is the RK3588?", 4096) == expected
 
 
 def test_a_signals_handler_that_asks_is_refused(prompts: PromptProcess) -> None:
