@@ -37,6 +37,7 @@ def ids(events: Any) -> list[Any]:
     return [*events]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt within a __del__
 @pytest.mark.parametrize("seed", range(3))
 def test_no_answer_is_another_ones(bundle: Bundle, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an interrupt at any moment each question gets its own answer, from this model or from one opened again."""

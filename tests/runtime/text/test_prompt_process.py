@@ -330,6 +330,7 @@ def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
         pytest.fail("the child is still there")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt within a __del__
 def test_an_interrupted_call_leaves_no_answer_behind(prompts: PromptProcess) -> None:
     expected = prompts.encode("What is the RK3588?", 4096)
     for wait in (0.0005, 0.002, 0.005, 0.01, 0.02):
