@@ -87,7 +87,7 @@ def keep_qparams(run: WorkerRun) -> None:
     kept = qparams_of(run.output.path)
     try:
         shutil.move(max(files, key=lambda path: path.stat().st_size), kept)
-    except OSError:  # A full cache is no reason to lose the model.
+    except OSError:  # A full cache is not a reason to lose the model.
         kept.unlink(missing_ok=True)
 
 
@@ -116,7 +116,7 @@ def _doubts(run: WorkerRun, file: RkllmFile, job: ToolkitJob) -> Iterator[str]:
         yield f"the toolkit reports version {said}, but its package is {run.toolkit.version}"
     if file.toolkit_version and said and file.toolkit_version != said:
         yield f"the file says that rkllm-toolkit {file.toolkit_version} made it"
-    # What is known of the layout comes from public descriptions, so a smaller file is no error.
+    # What is known of the layout comes from public descriptions, so a smaller file is not an error.
     if file.size < _LEAST_SHARE * job.file_size:
         yield f"the file has {file.size:,} bytes, but about {job.file_size:,} were expected: it may be truncated"
     if not file.toolkit_version and version(run.toolkit.version) >= version(_SIGNED):

@@ -108,7 +108,7 @@ class ToolkitTarget:
         options, installed, anywhere = self.options, self.toolkit.release, Path()
         if not spec.tokenizer.texts[spec.config.bos_token_id]:
             raise CheckpointError(
-                f"config.json: bos_token_id is {spec.config.bos_token_id}, which is no token of tokenizer.json.",
+                f"config.json: bos_token_id is {spec.config.bos_token_id}, which is not a token of tokenizer.json.",
                 hint="In Gemma's own config.json it is 2.",
             )
         loading = (options.toolkit_device, options.toolkit_load_dtype)

@@ -153,7 +153,7 @@ def needed_reads(spec: ModelSpec) -> int:
 
 
 def verify(result: ToolkitResult, spec: ModelSpec, prompts: Sequence[Sequence[int]], advance: Advance) -> Verified:
-    """Compare the toolkit's logits with the float model's. What cannot be compared is said, and is no error.
+    """Compare the toolkit's logits with the float model's. What cannot be compared is reported, and is not an error.
 
     Args:
         advance: Called with the bytes of each block of weights read.

@@ -81,9 +81,9 @@ class WorkerConnection:
                 while self._outgoing:
                     self.worker.send(*self._outgoing[0])
                     self._outgoing.popleft()
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C, too: nobody knows how much of it was sent
                 self._outgoing.clear()
-                if not isinstance(error, RKEdgeError):  # Ctrl-C: nobody knows how much of it was sent
+                if not isinstance(error, RKEdgeError):
                     self.gone = self.gone or WorkerCrashedError("An interrupt came in the middle of a command to it.")
                     self.worker.end(grace=0)
                 raise

@@ -207,7 +207,7 @@ class Service:
             try:
                 async with self.queue.turn(wanted.client) as queue_s, _time_limit(self.settings.limits.request_s):
                     result = await self._generate(wanted, run, queue_s)
-            except BaseException:
+            except BaseException:  # Whatever ends it, a cancellation too: what there is of the answer is kept.
                 try:
                     await _save(wanted, run.reader)
                 except RKEdgeError as error:

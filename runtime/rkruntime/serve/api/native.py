@@ -327,7 +327,7 @@ class SessionEndpoints:
 
         try:
             started = await started_run(request, run)
-        except BaseException:
+        except BaseException:  # A client that leaves cancels this; the session must not keep its run.
             await close()
             raise
         lines = _lines(started, received, request.scope["rkedge.ignored"].names)
