@@ -64,6 +64,7 @@ def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: Runtime
         "machine": machine_report(),
         "answers": {},
     }
+    _write(report, output)  # what cannot be written shows before the minutes that a load takes
     trial = Trial(load)
     try:
         report["model"] = report_of(trial.model)

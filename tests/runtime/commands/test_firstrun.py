@@ -98,6 +98,15 @@ def test_a_crash_is_an_answer_and_the_next_question_is_asked(first: First) -> No
     assert said(report)["hidden"] == USUAL["hidden"]
 
 
+def test_a_place_that_cannot_be_written_shows_first(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["firstrun", str(bundles["1.3.0"]), "-o", str(tmp_path / "none" / "report.json")]) != 0
+    shown = capsys.readouterr()
+    assert "There is no folder" in shown.err
+    assert "Does it" not in shown.out
+
+
 def test_a_load_that_fails_is_written_down(first: First) -> None:
     code, report = first(RKEMU_FAULT="init-fails")
     assert code != 0
