@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.engine.generation import Request, Sampling, check_limit
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
-from rkruntime.errors import RunError
 from rkruntime.files import AnyPath
 from rkruntime.schema import check_value
 from rkruntime.stop import Stop
@@ -64,7 +63,8 @@ class Model:
             sampling: Put over the sampling that the model was loaded with, or in its place; requires release 1.3.0.
 
         Raises:
-            RunError: The model is closed, or its worker is gone.
+            RunError: The model is closed.
+            WorkerError: Its worker is gone.
             ContextFullError: The question does not fit.
             UsageError, BundleError: The template does not accept it, or an argument is invalid.
         """
@@ -79,9 +79,8 @@ class Model:
         return Request(tokens, limit, self.stop_tokens, sampling)
 
     def limit(self, max_new_tokens: int | None) -> int:
-        """The limit of tokens in an answer. Raises UsageError for an invalid one, RunError if no model could answer."""
-        if not self.engine.alive:
-            raise RunError("The model is closed, or its worker is gone.", hint="Open it again.")
+        """The limit of tokens in an answer. Raises UsageError for an invalid one, or what `Engine.check` does."""
+        self.engine.check()
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         check_limit(limit)
         return limit

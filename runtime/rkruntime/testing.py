@@ -84,10 +84,14 @@ class FakeEngine:
         """True until it is closed."""
         return not self.closed
 
-    def generate(self, request: Request) -> Generator[Event, None, None]:
-        """The next answer's tokens, then Finished."""
+    def check(self) -> None:
+        """See `alive`."""
         if self.closed:
             raise RunError("The model is closed.", hint="Load it again.")
+
+    def generate(self, request: Request) -> Generator[Event, None, None]:
+        """The next answer's tokens, then Finished."""
+        self.check()
         self.requests.append(request)
         if not self.answers:
             raise AssertionError("the fake engine has no answers left")

@@ -44,7 +44,7 @@ class WorkerConnection:
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
         self._sending = threading.RLock()
-        self._outgoing: deque[tuple[dict[str, Any], Sequence[bytes | memoryview]]] = deque()
+        self._outgoing: deque[list[bytes | memoryview]] = deque()
         self._turn = threading.RLock()
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
 
@@ -72,14 +72,15 @@ class WorkerConnection:
 
         What a signal's handler sends in the middle of another message follows it.
         """
+        command = protocol.pack_command(header, data)
         with self._sending:
             if self._outgoing:
-                self._outgoing.append((header, data))
+                self._outgoing.append(command)
                 return
             try:
-                self._outgoing.append((header, data))
+                self._outgoing.append(command)
                 while self._outgoing:
-                    self.worker.send(*self._outgoing[0])
+                    self.worker.send(self._outgoing[0])
                     self._outgoing.popleft()
             except BaseException as error:  # Ctrl-C, too: nobody knows how much of it was sent
                 self._outgoing.clear()
@@ -140,7 +141,7 @@ class WorkerConnection:
             ok, answer = True, self._ask(record)
         except Exception as error:  # The function is the caller's, and the worker waits for an answer.
             ok, answer = False, f"{type(error).__name__}: {error}".encode()
-        self.send({"call": "answer", "ok": ok}, [answer])
+        self.send({"call": "answer", "run": record.run, "ok": ok}, [answer])
         return True
 
     def _ask(self, record: Record) -> bytes:

@@ -138,7 +138,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the worker lives. Once it does not, every call raises the reason."""
-        return not self._connection.closed
+        return not self._connection.closed and self._connection.gone is None
+
+    def check(self) -> None:
+        """Raise WorkerError, the reason why the worker is gone, or RunError for a model that was closed."""
+        self._connection.check()
 
     def __enter__(self) -> Engine:
         return self

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Annotated, Final
 
 from rkruntime.abi import since, within
@@ -18,11 +19,15 @@ from rkruntime.engine.worker.decode import array_of, error_of, finished_of, size
 from rkruntime.engine.worker.encode import method, run_command
 from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
-from rkruntime.errors import ContextFullError, RKEdgeError, RunError, UsageError, WorkerError, WorkerProtocolError
+from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerError, WorkerProtocolError
 from rkruntime.schema import Between, check_value
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
+
+
+class _Holder:
+    """Stands for the iterator that holds a run, and is gone when it is."""
 
 
 class Runs:
@@ -37,8 +42,9 @@ class Runs:
         self.active: int | None = None
         self.observed = Observed(info.release, info.max_context)
         self._abandoned = False
-        # Whose run `active` is: only that iterator may end it.
-        self._holder: object = None
+        # Whose run `active` is: only that iterator may end it, as long as it lives.
+        self._holder: Callable[[], _Holder | None] = _nobody
+        self._late_rows = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._requests: Sequence[Request] = ()
         self._connection, self._options, self._info = connection, options, info
@@ -47,15 +53,15 @@ class Runs:
     def check_free(self) -> None:
         """Raise the error of a worker that is gone, or RunError if a run is in progress and still being read."""
         self._connection.check()
-        if self._abandoned or (self._loop is not None and self._loop.is_closed()):
-            self.settle(self._holder, self._options.token_timeout)
+        if self._forgotten() or (self._loop is not None and self._loop.is_closed()):
+            self.finish(self._options.token_timeout)
         if self.active is not None:
             raise in_use()
 
     def events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
         """Run prompts; yields each event with its prompt's number. Closing the iterator aborts the run."""
         with self._connection.explained():
-            mine, timeout = object(), self._options.token_timeout
+            mine, timeout = _Holder(), self._options.token_timeout
             try:
                 self._start(mine, requests, mode)
                 more = True
@@ -67,28 +73,28 @@ class Runs:
                     if self._connection.closing:
                         raise closed_meanwhile()
                     yield record.batch, event
-            except GeneratorExit:
+            except Exception as error:
+                if isinstance(error, WorkerProtocolError):
+                    self._worker.end(grace=0)  # nothing more is asked of it
+                self.settle(mine, timeout)
+                raise
+            except BaseException:  # the iterator is closed, or Ctrl-C: no other error takes its place
                 self._settle_quietly(mine)
                 raise
-            except WorkerProtocolError:
-                self._worker.end(grace=0)  # nothing more is asked of it
-                raise
-            finally:
-                self.settle(mine, timeout)
 
     async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
         check_value("gather", Annotated[float, Between(0, 3600)], gather)
         self._connection.check()
-        mine, timeout = object(), self._options.token_timeout
+        mine, timeout = _Holder(), self._options.token_timeout
         with self._connection.explained():
             records = AsyncRecords(self._worker, self._connection.turn, self._connection.answered, gather)
             try:
                 for _ in range(2):  # a task that closes a forgotten iterator takes two steps to begin
-                    if self.active is not None and not self._abandoned:
+                    if self.active is not None and not self._forgotten():
                         await asyncio.sleep(0)
-                if self._abandoned:
-                    await self._settle_async(self._holder, records)
+                if self._forgotten():
+                    await self._settle_async(self._holder(), records)
                 try:
                     self._start(mine, [request], "generate")
                     self._loop = asyncio.get_running_loop()
@@ -111,7 +117,7 @@ class Runs:
             finally:
                 records.close()
 
-    def _start(self, mine: object, requests: Sequence[Request], mode: str) -> None:
+    def _start(self, mine: _Holder, requests: Sequence[Request], mode: str) -> None:
         check_value("requests", Sequence[Request], requests)
         if not requests:
             raise UsageError("There is no request to run.")
@@ -120,7 +126,7 @@ class Runs:
             self.check_free()
             self._begin(mine, requests, mode)
 
-    def _begin(self, mine: object, requests: Sequence[Request], mode: str) -> None:
+    def _begin(self, mine: _Holder, requests: Sequence[Request], mode: str) -> None:
         for request in requests:
             check_limit(request.max_new_tokens)
         header, data = run_command(requests, mode, self._info.release, self._options)
@@ -142,7 +148,8 @@ class Runs:
         most_rows = self._info.max_context or _LONGEST_CONTEXT
         limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
-        self._holder, self.active = mine, self._connection.number + 1
+        self._late_rows = 0 if mode == "generate" else most_rows
+        self._holder, self.active = weakref.ref(mine), self._connection.number + 1
         header["empty_template"] = self.observed.empties_template(requests, fresh=kept == 0)
         self._connection.begin(header, data, mode=mode, **limits)
 
@@ -208,8 +215,8 @@ class Runs:
         return finished
 
     def _ended(self) -> None:
-        self.active = self._holder = self._loop = None
-        self._abandoned = False
+        self.active = self._loop = None
+        self._holder, self._abandoned = _nobody, False
 
     def _array(self, record: Record) -> Logits | HiddenStates:
         array = array_of(record)
@@ -228,30 +235,41 @@ class Runs:
 
     def finish(self, timeout: float) -> None:
         """`settle` the current run, whoever began it."""
-        self.settle(self._holder, timeout)
+        self.settle(self._holder(), timeout)
 
-    def settle(self, mine: object, timeout: float) -> None:
-        """End a run whose events are no longer wanted, and wait for it, so that the next one starts clean."""
+    def settle(self, mine: _Holder | None, timeout: float) -> None:
+        """End a run whose events are no longer wanted, and wait for it, so that the next one starts clean.
+
+        An interrupt may have lost its last event, or come before it was sent. So the worker gets a command of its own,
+        the fence, which it answers when the run is over; all that comes before is dropped.
+        """
         if self._abandon(mine):
             with self._connection.turn():
-                deadline = time.monotonic() + timeout
-                while self._goes_on(mine):
-                    self._drop(self._connection.next(timeout, deadline))
+                self._fence()
+                self._connection.next(timeout, time.monotonic() + timeout)
+                self._ended()
 
-    async def _settle_async(self, mine: object, records: AsyncRecords) -> None:
+    async def _settle_async(self, mine: _Holder | None, records: AsyncRecords) -> None:
         if self._abandon(mine):
             timeout = self._options.token_timeout
-            deadline = time.monotonic() + timeout
+            with self._connection.turn():
+                self._fence()
             # The next run, or somebody who closes the model, may end it first.
-            while record := await records.next(timeout, deadline, lambda: self._goes_on(mine)):
-                with self._connection.turn():
-                    self._drop(record)
+            if await records.next(timeout, time.monotonic() + timeout, lambda: self._goes_on(mine)):
+                self._ended()
 
-    def _goes_on(self, mine: object) -> bool:
+    def _fence(self) -> None:
+        self._connection.begin({"call": "fence"}, late_rows=self._late_rows)
+
+    def _goes_on(self, mine: _Holder | None) -> bool:
         """Whether the current run is the one that `mine` stands for."""
-        return self.active is not None and self._holder is mine
+        return self.active is not None and self._holder() is mine
 
-    def _abandon(self, mine: object) -> bool:
+    def _forgotten(self) -> bool:
+        """Whether nobody will end the current run: an interrupt came while it was being ended, or even before."""
+        return self._abandoned or self._goes_on(None)
+
+    def _abandon(self, mine: _Holder | None) -> bool:
         """Abort this run if it is going on. If interrupted while it ends, leave the rest to the next run."""
         if not self._goes_on(mine):
             return False
@@ -261,16 +279,11 @@ class Runs:
         self._connection.send({"call": "abort", "run": self.active})
         return True
 
-    def _settle_quietly(self, mine: object) -> None:
-        """`settle` for an iterator that is closed, or collected as garbage: the next call reports what failed."""
+    def _settle_quietly(self, mine: _Holder) -> None:
+        """`settle` for an iterator that is closed, collected or interrupted: the next call reports what failed."""
         with contextlib.suppress(WorkerError, RunError), self._connection.explained():
             self.settle(mine, self._options.token_timeout)
 
-    def _drop(self, record: Record) -> None:
-        if record.kind in (protocol.FINISHED, protocol.ERROR):
-            try:
-                self._rare_event(record)
-            except WorkerError:
-                raise
-            except RKEdgeError:
-                return
+
+def _nobody() -> None:
+    return None

@@ -6,24 +6,31 @@ import asyncio
 import contextlib
 import gc
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
-from tests.runtime.conftest import interrupted
+from tests.runtime.conftest import Interrupt, interrupted
 
+import rkruntime
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.engine.engine import Engine
-from rkruntime.engine.generation import Finished, Request
+from rkruntime.engine.generation import Finished, FinishReason, Request, TextPrompt
 from rkruntime.engine.open import SamplingOptions
 from rkruntime.errors import ContextFullError, RunError, WorkerError
 from rkruntime.model import Model, open_model
 
+# Python only prints what is raised while an object is collected.
+UNRAISABLE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 # "What is the RK3588?" for the demo model.
 QUESTION = [2, 106, 451, 364, 472, 474, 441, 477, 373, 375, 378, 378, 381, 107, 364, 106, 443, 364]
+PACKAGE = str(Path(rkruntime.__file__).parent)
 REQUEST, SHORT = Request(QUESTION, max_new_tokens=12), Request(QUESTION, max_new_tokens=3)
 
 
@@ -37,7 +44,7 @@ def ids(events: Any) -> list[Any]:
     return [*events]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt within a __del__
+@UNRAISABLE
 @pytest.mark.parametrize("seed", range(3))
 def test_no_answer_is_another_ones(bundle: Bundle, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an interrupt at any moment each question gets its own answer, from this model or from one opened again."""
@@ -65,6 +72,95 @@ def test_no_answer_is_another_ones(bundle: Bundle, seed: int, monkeypatch: pytes
         assert reopened < 20
     finally:
         model.close()
+
+
+class Steps:
+    """A profile function that interrupts the runtime once, where a signal could: as a function begins or C returns.
+
+    Python looks for signals there and at the end of a loop's body, but not between two assignments.
+    """
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PACKAGE):
+            self.left -= 1
+            if self.left == 0:
+                raise Interrupt
+
+
+def interrupt_steps(first: int, stride: int, opened: Callable[[], Any], asked: Callable[[Any], Any]) -> None:
+    """Interrupt a question at one step after the other. The next answer is right, or the model says it is lost."""
+    model = opened()
+    expected, lost, step, steps = asked(model), 0, first, Steps(0)
+    while steps.left <= 0:
+        steps = Steps(step)
+        sys.setprofile(steps)
+        try:
+            asked(model)
+        except Interrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        step += stride
+        try:
+            assert asked(model) == expected
+        except (RunError, WorkerError) as error:
+            assert "An interrupt came" in str(error)
+            model.close()
+            model, lost = opened(), lost + 1
+    model.close()
+    assert step > 100
+    assert lost < step / stride / 10
+
+
+Case = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+@pytest.fixture(params=["generate", "logits", "callback", "ask"])
+def case(
+    request: pytest.FixtureRequest,
+    bundle: Bundle,
+    load: Callable[..., Engine],
+    model_without: Callable[[str], Path],
+    ids_of: Callable[..., list[int]],
+) -> Case:
+    """How to open a model, and a question to it."""
+
+    def callback() -> Engine:
+        return load("1.3.0", model=model_without("tokenizer"), tokenizer=lambda text: QUESTION, token_timeout=4.0)
+
+    sampling = SamplingOptions(temperature=0, max_new_tokens=3)
+    text = Request(prompt=TextPrompt("What is the RK3588?"), max_new_tokens=3)
+    cases: dict[str, Case] = {
+        "generate": (lambda: load(token_timeout=4.0), lambda engine: ids_of(engine.generate(SHORT))),
+        "logits": (lambda: load(token_timeout=4.0), lambda engine: engine.logits(SHORT).tolist()),
+        "callback": (callback, lambda engine: ids_of(engine.generate(text))),
+        "ask": (lambda: open_model(bundle, sampling=sampling), lambda model: model.ask("What is prefill?").text),
+    }
+    return cases[request.param]
+
+
+@UNRAISABLE
+def test_an_interrupt_at_some_steps(case: Case) -> None:
+    interrupt_steps(3, 11, *case)
+
+
+@UNRAISABLE
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_an_interrupt_at_each_step(case: Case) -> None:
+    interrupt_steps(1, 1, *case)
+
+
+def test_an_abort_that_overtakes_its_run(engine: Engine) -> None:
+    """The worker reads commands while it computes, or is still busy with the one before."""
+    expected = ids(engine.generate(SHORT))[:-1]
+    engine._connection.send({"call": "abort", "run": engine._connection.number + 1})
+    (finished,) = engine.generate(REQUEST)
+    assert (finished.reason, finished.generated_tokens) == (FinishReason.ABORT, 0)
+    assert ids(engine.generate(SHORT))[:-1] == expected
 
 
 def test_a_forgotten_async_iterator(engine: Engine) -> None:

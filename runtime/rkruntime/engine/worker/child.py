@@ -34,11 +34,11 @@ class Worker:
     def __init__(self, commands: int, records: int) -> None:
         self._commands, self._records = commands, records
         self._todo: queue.SimpleQueue[tuple[dict[str, Any], list[memoryview]]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[bool, bytes]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, bool, bytes]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
         self._runner: Runner | None = None
-        self._number = 0
+        self._number = self._aborted = 0
 
     def serve(self) -> NoReturn:
         """Execute commands until the parent sends `close` or is gone."""
@@ -64,8 +64,10 @@ class Worker:
     def _immediate(self, header: dict[str, Any], data: list[memoryview]) -> None:
         call = header["call"]
         if call == "answer":
-            self._answers.put((header["ok"], bytes(data[0])))
+            self._answers.put((header["run"], header["ok"], bytes(data[0])))
         elif call == "abort" and self._runner is not None:
+            self._aborted = header["run"]
+            self._answers.put((header["run"] & 0xFFFF, False, _NO_ANSWER))  # the parent may be past answering
             self._runner.abort(header["run"])
         elif call == "is_running":
             self._answer(call, header, data)
@@ -148,6 +150,9 @@ class Worker:
             }
         )
 
+    def _do_fence(self, _header: dict[str, Any], _data: list[memoryview]) -> None:
+        """Nothing: the reply says that the run before is over."""
+
     def _do_close(self, _header: dict[str, Any], _data: list[memoryview]) -> None:
         if self._model is not None:
             self._model.close()
@@ -155,8 +160,12 @@ class Worker:
     # Callbacks of 1.3.0 for models without tokenizer or embeddings, which the parent has.
 
     def _ask(self, kind: int, data: bytes) -> bytes:
+        if self._aborted == self._number:
+            raise RunError(_NO_ANSWER.decode())
         self.send(kind, self._number, 0, data)
-        ok, answer = self._answers.get()
+        while (answered := self._answers.get())[0] != self._number & 0xFFFF:
+            continue  # an answer that came too late
+        _, ok, answer = answered
         if not ok:
             raise RunError(answer.decode())
         return answer
@@ -171,6 +180,7 @@ class Worker:
 # Of 1000. Buffers on the NPU do not count as this process's memory, so the kernel would choose another one.
 _OOM_SCORE: Final = 500
 _LIBC: Final = ctypes.CDLL(None)
+_NO_ANSWER: Final = b"The run was aborted."
 
 
 def _raise_open_files() -> None:

@@ -34,6 +34,7 @@ class Exchange:
         batches: Prompts of the run.
         most_tokens: Most tokens per prompt; -1 for any number.
         most_rows: Most rows of an array.
+        late_rows: Most rows of an array of an earlier run, which is dropped; without, such an array is a lie.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Exchange:
         batches: int = 1,
         most_tokens: int = -1,
         most_rows: int = 0,
+        late_rows: int = 0,
     ) -> None:
         self._number = number & 0xFFFF
         self._kinds = {ERROR, *questions, *({REPLY} if mode is None else _MODES[mode] | {FINISHED})}
-        self._batches, self._most_tokens, self._most_rows = batches, most_tokens, most_rows
+        self._batches, self._most_tokens = batches, most_tokens
+        self._most_rows, self._late_rows = most_rows, late_rows
         self._tokens = [0] * batches
         self._finished = 0
 
@@ -62,8 +65,11 @@ class Exchange:
             raise lie(f"a record of the kind {kind} with {size:,} bytes")
         if run != self._number:
             # A library may call back after its run is over, but arrays are too large to be read for nothing.
-            if (run - self._number) & 0xFFFF < 1 << 15 or kind in (LOGITS, HIDDEN):
+            is_array = kind in (LOGITS, HIDDEN)
+            if (run - self._number) & 0xFFFF < 1 << 15 or (is_array and not self._late_rows):
                 raise lie(f"a record of the run {run} during the run {self._number}")
+            if is_array:
+                _check_array(value, size, self._late_rows)
             return False
         if kind not in self._kinds or batch >= self._batches:
             raise lie(f"a record of the kind {kind} for the prompt {batch}, which was not asked for")
@@ -72,7 +78,7 @@ class Exchange:
         elif kind == FINISHED:
             self._finish(batch)
         elif kind in (LOGITS, HIDDEN):
-            self._array(value, size)
+            _check_array(value, size, self._most_rows)
         return True
 
     def _token(self, batch: int, token: int) -> None:
@@ -85,9 +91,10 @@ class Exchange:
             raise lie(f"the end of prompt {batch} instead of {self._finished}")
         self._finished += 1
 
-    def _array(self, columns: int, size: int) -> None:
-        if not 0 < columns <= _MOST_COLUMNS or size % (columns * 4) or size > columns * 4 * self._most_rows:
-            raise lie(f"an array of {size:,} bytes with {columns:,} columns and at most {self._most_rows:,} rows")
+
+def _check_array(columns: int, size: int, most_rows: int) -> None:
+    if not 0 < columns <= _MOST_COLUMNS or size % (columns * 4) or size > columns * 4 * most_rows:
+        raise lie(f"an array of {size:,} bytes with {columns:,} columns and at most {most_rows:,} rows")
 
 
 def lie(what: str) -> WorkerProtocolError:

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.exchange import Exchange
@@ -82,6 +82,7 @@ class WorkerProcess:
         self._line = b""
         self._buffer = b""
         self._parts: list[bytes] = []
+        self._counted = 0
         self._missing = 0
         self._at = 0
         self._exchange = Exchange(0)
@@ -129,15 +130,15 @@ class WorkerProcess:
         """Whether the process is known to be gone."""
         return self.process.returncode is not None
 
-    def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
-        """Send a command.
+    def send(self, command: Sequence[bytes | memoryview]) -> None:
+        """Send a command (see protocol.pack_command).
 
         Raises:
             WorkerCrashedError: the worker is gone.
             WorkerHungError: It does not read; it was killed.
         """
         deadline = time.monotonic() + _COMMAND_TIMEOUT
-        for part in protocol.pack_command(header, data):
+        for part in command:
             view = memoryview(part).cast("B") if len(part) else memoryview(b"")
             while view:
                 view = view[self._write(view, deadline) :]
@@ -164,7 +165,9 @@ class WorkerProcess:
         Raises:
             WorkerProtocolError: the worker must not send this.
         """
-        while not self._parts:  # parts of a long record: `receive` joins them when the last one has arrived
+        if self._parts:
+            self._join()
+        while not self._parts:  # parts of a long record: they are joined when the last one has arrived
             start = self._at + _HEAD
             if self._head is None:
                 if start > len(self._buffer):
@@ -185,29 +188,36 @@ class WorkerProcess:
     def receive(self) -> int:
         """Read what has arrived, without waiting: at most SMALL_READ bytes, or what a record lacks.
 
+        An interrupt loses nothing of it: Python runs signal handlers between calls, not between assignments.
+
         Returns:
             The number of bytes. Raises WorkerCrashedError if the worker has exited.
         """
         size = min(max(self._missing, SMALL_READ), _LARGE_READ)
+        size = size if self._left is None else min(size, self._left)
         try:
-            data = os.read(self._records, size if self._left is None else min(size, self._left))
+            self._parts.extend(map(os.read, (self._records,), (size,)))  # one call, unlike append(os.read(...))
         except BlockingIOError:
-            data = b""
             if self._left is None:
                 return 0
+            raise self.crashed() from None
         except OSError:  # closed by another thread
-            data = b""
-        if not data:
+            raise self.crashed() from None
+        last = self._parts[-1:]
+        self._join()
+        if last == [b""]:
             raise self.crashed()
-        if self._left is not None:
-            self._left -= len(data)
-        self._parts.append(data)
-        self._missing -= len(data)
+        return sum(map(len, last))
+
+    def _join(self) -> None:
+        """Count the parts that were read; once there are enough of them, make one buffer of all."""
+        while self._counted < len(self._parts):
+            count = len(self._parts[self._counted])
+            left = None if self._left is None else self._left - count
+            self._counted, self._missing, self._left = self._counted + 1, self._missing - count, left
         if self._missing <= 0:  # joined once per record, even an array of megabytes
-            self._buffer = b"".join([self._buffer[self._at :], *self._parts])
-            self._parts.clear()
-            self._at = 0
-        return len(data)
+            joined = b"".join([self._buffer[self._at :], *self._parts])
+            self._buffer, self._at, self._parts, self._counted = joined, 0, [], 0
 
     def next_record(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
         """Wait for a record until `deadline` (time.monotonic()), the end of a limit of `timeout` seconds.

@@ -47,6 +47,8 @@ class Runner:
         self._can_pause = library.abi.functions and "perf" in dict(library.abi.structs["RKLLMResult"]._fields_)
         self._running = threading.Lock()
         self._run: int | None = None
+        self._aborted = 0
+        self._ended: list[str | None] = []
         self._paused = False  # the run before
         self._model: LoadedModel | None = None
 
@@ -75,6 +77,9 @@ class Runner:
         if self._mode != "generate" and not header["keep_history"]:
             self._forget_prompts()
         with self._running:
+            if self._aborted == header["run"]:  # before it began
+                self._ended = ["abort" for _ in self._ended]
+                return self._results(header)
             self._run = header["run"]
         try:
             if header["asynchronous"]:
@@ -126,7 +131,7 @@ class Runner:
             raise UnsupportedCallError("Pausing a run requires release 1.2.1 or later.")
         self._limit = header["limit"]
         self._counts = [0] * len(header["prompts"])
-        self._ended: list[str | None] = [None] * len(header["prompts"])
+        self._ended = [None] * len(header["prompts"])
         self._aborting: threading.Thread | None = None
         self._done = threading.Event()
         self._failed = self._has_arrays = self._heard = self._finished = False
@@ -199,6 +204,8 @@ class Runner:
 
     def _on_token(self, result: Any) -> int:
         if self._ended[0] is not None:
+            if self._ended[0] == "abort":  # it came too early for the library to notice
+                self._end(0, "abort")
             return CONTINUE
         token = result.token_id
         if token in self._stops:
@@ -292,6 +299,7 @@ class Runner:
     def abort(self, run: int) -> None:
         """End a run early, if it is still in progress."""
         with self._running:
+            self._aborted = run
             if self._run != run:
                 return
             self._ended = [ended or "abort" for ended in self._ended]
