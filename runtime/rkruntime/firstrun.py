@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from rkruntime.checks import machine
 from rkruntime.engine.generation import Finished, FinishReason, Request, Token
-from rkruntime.errors import RKEdgeError, UnsupportedCallError
+from rkruntime.errors import HostError, RKEdgeError, UnsupportedCallError
 from rkruntime.model import Model
 from rkruntime.words import counted
 
@@ -218,6 +218,8 @@ def answer(name: str, trial: Trial) -> Outcome:
         return QUESTIONS[name].answer(trial)
     except UnsupportedCallError as error:
         return Outcome(f"Not with this release: {error.message}")
+    except HostError as error:  # a missing package
+        return Outcome(f"Not asked: {error.message}")
     except RKEdgeError as error:
         return Outcome(f"It FAILED: {error.message}", {"error": error.as_dict()})
 

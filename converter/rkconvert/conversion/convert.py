@@ -31,7 +31,7 @@ from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.target import ToolkitTarget
 from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
-from rkruntime.errors import CalibrationError, UsageError
+from rkruntime.errors import CalibrationError, CheckpointError, UsageError
 from rkruntime.files import readable
 from rkruntime.text.template import END_OF_TURN, SPECIAL_TOKENS
 
@@ -161,7 +161,13 @@ def _spec(options: Options, release: str, checkpoint: Checkpoint, plan: Plan | N
     separate = options.lora_mode == "runtime"
     model = opened.model(checkpoint, ()) if separate else merged
     tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
-    bos = tokenizer.texts[model.weights.config.bos_token_id].decode("utf-8", "replace")
+    bos_token_id = model.weights.config.bos_token_id
+    bos = tokenizer.texts[bos_token_id].decode("utf-8", "replace")
+    if not bos:
+        raise CheckpointError(
+            f"config.json: bos_token_id is {bos_token_id}, which is not a token of tokenizer.json.",
+            hint="In Gemma's own config.json it is 2.",
+        )
     most = checkpoint.config.max_position_embeddings
     return ModelSpec(
         model=model,

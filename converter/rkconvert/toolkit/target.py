@@ -39,7 +39,7 @@ from rkconvert.toolkit.tokenizer_files import pieces_problem
 from rkconvert.toolkit.verify import Verified, choose_prompts, needed_reads, verify
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
-from rkruntime.errors import CalibrationError, CheckpointError, UsageError
+from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import read_error, write_error
 from rkruntime.versions import version
 
@@ -106,11 +106,6 @@ class ToolkitTarget:
             CheckpointError, AdapterError, CalibrationError, HostError: See `checks` and `validate_dataset`.
         """
         options, installed, anywhere = self.options, self.toolkit.release, Path()
-        if not spec.tokenizer.texts[spec.config.bos_token_id]:
-            raise CheckpointError(
-                f"config.json: bos_token_id is {spec.config.bos_token_id}, which is not a token of tokenizer.json.",
-                hint="In Gemma's own config.json it is 2.",
-            )
         loading = (options.toolkit_device, options.toolkit_load_dtype)
         steps = calls(self._job(spec, anywhere, anywhere), installed, anywhere)
         if options.qparams and not options.qparams.is_file():

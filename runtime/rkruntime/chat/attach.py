@@ -82,9 +82,10 @@ class Bridge:
         self._connection: UnixConnection | None = None
         self._request: threading.Thread | None = None
         self._stopped = False
+        self._unread: OSError | None = None
 
     def run(self) -> None:
-        """Run until the input ends, then stop the current request."""
+        """Run until the input ends, then stop the current request. Raises OSError if the output cannot be written."""
         while line := self._lines.readline(MAX_LINE):
             message = _parse(line)
             if message is None:
@@ -99,6 +100,8 @@ class Bridge:
             self._request.start()
         self._stop()
         self._wait()
+        if self._unread is not None:
+            raise self._unread
 
     def _wait(self) -> None:
         if self._request is not None:
@@ -169,8 +172,8 @@ class Bridge:
             try:
                 self._out.write(line)
                 self._out.flush()
-            except (OSError, ValueError):
-                # The client is gone, which ends the input too.
+            except OSError as error:  # the client is gone, which ends the input too
+                self._unread = error
                 self._stop()
 
 

@@ -136,6 +136,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "rope_scaling asks for 'linear'",
     ),
     "an end token beyond the vocabulary": (lambda f: config(f, eos_token_id=99999), "eos_token_id is 99999"),
+    "a first token that does not exist": (lambda f: config(f, bos_token_id=1023), "bos_token_id is 1023, which is not"),
     "an awq checkpoint": (lambda f: config(f, quantization_config={"quant_method": "awq"}), "already quantized by awq"),
     "a file of text": (lambda f: write(f / "model.safetensors", "x" * 500), "is not a safetensors file"),
     "an empty weight file": (lambda f: write(f / "model.safetensors", b""), "is not a safetensors file"),

@@ -234,3 +234,12 @@ def test_filling_the_store_costs_nobody_else(open_daemon: Any) -> None:
 def test_a_user_is_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["attach", f"--user={name}"]) == 2
     assert "cannot be the name of a user" in capsys.readouterr().err
+
+
+def test_a_client_that_is_gone(open_daemon: Any) -> None:
+    """What could not be written is an error at the end, after the daemon was told to stop."""
+    asked = io.BytesIO(b'{"op": "hello"}\n')
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb", buffering=0) as out, pytest.raises(BrokenPipeError):
+        Bridge(open_daemon.socket, None, asked, out).run()
