@@ -59,6 +59,11 @@ def open_gguf(path: Path) -> Checkpoint:
             f"{path} has the architecture {family[:80]!r}; supported are {', '.join(FAMILIES)}.",
             hint="Convert a Gemma 2 (or Gemma 1) text model.",
         )
+    if file.metadata.get("general.type") == "adapter":
+        raise CheckpointError(
+            f"{path} is an adapter, not a model.",
+            hint="Name its base model, and with --lora the adapter as peft wrote it, a folder: GGUF adapters cannot be read.",
+        )
     raw = _config(file, family)
     config = parse_config(raw)
     weights = GgufWeights(files, family)

@@ -240,3 +240,16 @@ def test_a_bundle_of_another_release_of_gguf_is_another(make_model, tmp_path, mo
     assert report["made_of"]["libraries"] == {"gguf": metadata.version("gguf")}
     monkeypatch.setattr("rkconvert.sources.gguf_model.version", lambda _: "0.0.1")
     assert "made from something else: its libraries differ" in outcome()["message"]
+
+
+def test_an_adapter_in_place_of_a_model(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "gemma2")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="is an adapter, not a model"):
+        open_source(str(tmp_path / "lora.gguf"))
