@@ -62,7 +62,7 @@ def open_gguf(path: Path) -> Checkpoint:
     if file.metadata.get("general.type") == "adapter":
         raise CheckpointError(
             f"{path} is an adapter, not a model.",
-            hint="Name its base model, and with --lora the adapter as peft wrote it, a folder: GGUF adapters cannot be read.",
+            hint="Name its base model; --lora takes the adapter as peft wrote it, a folder, and not as GGUF.",
         )
     raw = _config(file, family)
     config = parse_config(raw)
