@@ -11,7 +11,7 @@ from rkconvert.adapters.merged_model import MergedModel
 from rkconvert.adapters.reader import Adapter
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.gemma import GemmaConfig
-from rkconvert.model.tokenizer import Tokenizer
+from rkconvert.model.tokenizer import TokenizerTables
 from rkconvert.output.bundle_folder import ModelFile
 from rkconvert.progress import Reporter
 
@@ -28,7 +28,7 @@ class ModelSpec:
 
     model: MergedModel
     lora: Adapter | None
-    tokenizer: Tokenizer
+    tokenizer: TokenizerTables
     template: ChatTemplate
     platform: str
     dtype: str

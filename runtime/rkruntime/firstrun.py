@@ -30,7 +30,7 @@ _KEPT_LINES: Final = 40
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Observation:
     """What one question was answered with: a sentence, and the figures behind it."""
 
     says: str
@@ -83,73 +83,75 @@ class Trial:
             self._model = None
 
 
-def _template(trial: Trial) -> Outcome:
+def _template(trial: Trial) -> Observation:
     run = trial.run(trial.request())  # the first of a fresh model: nothing is in its cache
     sent = run.end.prompt_tokens
     if run.read is None:
-        return Outcome("This release does not say how many tokens it has read.", run.facts)
+        return Observation("This release does not say how many tokens it has read.", run.facts)
     if run.read > sent:
-        return Outcome(f"It read {run.read} tokens of a prompt of {sent}: it adds its own template.", run.facts)
-    return Outcome(f"It read {run.read} tokens of a prompt of {sent}: it adds nothing.", run.facts)
+        return Observation(f"It read {run.read} tokens of a prompt of {sent}: it adds its own template.", run.facts)
+    return Observation(f"It read {run.read} tokens of a prompt of {sent}: it adds nothing.", run.facts)
 
 
-def _reuse(trial: Trial) -> Outcome:
+def _reuse(trial: Trial) -> Observation:
     request = trial.request()
     first, again = trial.run(request), trial.run(request)
     same = f"It gives {_same(first.ids == again.ids)}"
     facts = {"first": first.facts, "again": again.facts}
     if again.read is None:
-        return Outcome(f"{same}; this release does not say how many tokens it has read.", facts)
+        return Observation(f"{same}; this release does not say how many tokens it has read.", facts)
     kept = max(0, again.end.prompt_tokens - again.read)
-    return Outcome(f"{same}; {counted(kept, 'token')} of {again.end.prompt_tokens} came from the cache.", facts)
+    return Observation(f"{same}; {counted(kept, 'token')} of {again.end.prompt_tokens} came from the cache.", facts)
 
 
-def _end(trial: Trial) -> Outcome:
+def _end(trial: Trial) -> Observation:
     request = trial.request(stop_tokens=frozenset(), max_new_tokens=_LONG)
     run = trial.run(request)
     stops = trial.model.stop_tokens
     shown = next((number for number in run.ids if number in stops), None)
     facts = {**run.facts, "stop_ids": sorted(stops)}
     if run.end.reason is FinishReason.LENGTH and shown is not None:
-        return Outcome(f"It does not end at token {shown}, which it passes on: RKEdge ends answers there.", facts)
+        return Observation(f"It does not end at token {shown}, which it passes on: RKEdge ends answers there.", facts)
     if run.end.reason is FinishReason.LENGTH:
-        return Outcome(f"No answer ended within {_LONG} tokens.", facts)
+        return Observation(f"No answer ended within {_LONG} tokens.", facts)
     if shown is not None:
-        return Outcome(f"It ends by itself, and passes token {shown} on before.", facts)
-    return Outcome("It ends by itself, and does not pass the last token on.", facts)
+        return Observation(f"It ends by itself, and passes token {shown} on before.", facts)
+    return Observation("It ends by itself, and does not pass the last token on.", facts)
 
 
-def _abort(trial: Trial) -> Outcome:
+def _abort(trial: Trial) -> Observation:
     request = trial.request()
     expected = trial.run(request).ids
     events = trial.model.engine.generate(request)
     next(events)
     events.close()
     after = trial.run(request)
-    return Outcome(f"The next run gives {_same(after.ids == expected)}.", after.facts)
+    return Observation(f"The next run gives {_same(after.ids == expected)}.", after.facts)
 
 
-def _hidden(trial: Trial) -> Outcome:
+def _hidden(trial: Trial) -> Observation:
     return _rows(trial, trial.model.engine.hidden_states)
 
 
-def _logits(trial: Trial) -> Outcome:
+def _logits(trial: Trial) -> Observation:
     found = _rows(trial, trial.model.engine.logits)
     likeliest = int(trial.model.engine.logits(trial.request())[-1].argmax())
     chosen = trial.run(trial.request(max_new_tokens=1)).ids
     fits = "the answer begins with the likeliest token" if chosen == [likeliest] else "the answer begins otherwise"
-    return Outcome(f"{found.says} By the last one, {fits}.", {**found.facts, "likeliest": likeliest, "chosen": chosen})
+    return Observation(
+        f"{found.says} By the last one, {fits}.", {**found.facts, "likeliest": likeliest, "chosen": chosen}
+    )
 
 
-def _rows(trial: Trial, arrays: Callable[[Request], Any]) -> Outcome:
+def _rows(trial: Trial, arrays: Callable[[Request], Any]) -> Observation:
     request = trial.request()
     rows = [len(arrays(request)) for _ in range(2)]
     whole = all(count == request.length for count in rows)
     says = "a row for each token, also the second time" if whole else f"{rows} rows for {request.length} tokens"
-    return Outcome(f"It returns {says}.", {"rows": rows, "prompt_tokens": request.length})
+    return Observation(f"It returns {says}.", {"rows": rows, "prompt_tokens": request.length})
 
 
-def _history(trial: Trial) -> Outcome:
+def _history(trial: Trial) -> Observation:
     engine = trial.model.engine
     request = trial.request(keep_history=True, max_new_tokens=4)
     engine.clear_cache()
@@ -158,10 +160,10 @@ def _history(trial: Trial) -> Outcome:
         trial.run(request)
         sizes.append(engine.cache_sizes()[0])
     engine.clear_cache()
-    return Outcome(f"The cache holds {sizes[0]} tokens after one turn and {sizes[1]} after two.", {"sizes": sizes})
+    return Observation(f"The cache holds {sizes[0]} tokens after one turn and {sizes[1]} after two.", {"sizes": sizes})
 
 
-def _pause(trial: Trial) -> Outcome:
+def _pause(trial: Trial) -> Observation:
     request = trial.request(max_new_tokens=8)
     expected = trial.run(request).ids
     trial.run(replace(request, pause_tokens=frozenset(expected[2:3])))
@@ -169,10 +171,10 @@ def _pause(trial: Trial) -> Outcome:
     trial.model.engine.clear_cache()
     again = trial.run(request)
     says = f"It read {after.read} tokens of a prompt of {after.end.prompt_tokens}"
-    return Outcome(f"{says}; once the cache is cleared, {_same(again.ids == expected)}.", after.facts)
+    return Observation(f"{says}; once the cache is cleared, {_same(again.ids == expected)}.", after.facts)
 
 
-def _prompt_cache(trial: Trial) -> Outcome:
+def _prompt_cache(trial: Trial) -> Observation:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt.cache"
         expected = trial.run(trial.request(save_prompt_cache=path)).ids
@@ -183,7 +185,7 @@ def _prompt_cache(trial: Trial) -> Outcome:
         after = trial.run(trial.request())
     read = "" if after.read is None else f", with {counted(after.read, 'token')} read"
     says = f"With this file of {size:,} bytes, another load gives {_same(after.ids == expected)}{read}."
-    return Outcome(says, {"size": size, **after.facts})
+    return Observation(says, {"size": size, **after.facts})
 
 
 def _same(same: bool) -> str:
@@ -194,7 +196,7 @@ class Question(NamedTuple):
     """A question about the library. One that is `risky` is reported to have crashed a board."""
 
     text: str
-    answer: Callable[[Trial], Outcome]
+    answer: Callable[[Trial], Observation]
     risky: bool = False
 
 
@@ -212,16 +214,16 @@ QUESTIONS: Final[Mapping[str, Question]] = {
 }
 
 
-def answer(name: str, trial: Trial) -> Outcome:
+def answer(name: str, trial: Trial) -> Observation:
     """Try one of QUESTIONS. A failure is an answer, too: `facts` has the error."""
     try:
         return QUESTIONS[name].answer(trial)
     except UnsupportedCallError as error:
-        return Outcome(f"Not with this release: {error.message}")
+        return Observation(f"Not with this release: {error.message}")
     except HostError as error:  # a missing package
-        return Outcome(f"Not asked: {error.message}")
+        return Observation(f"Not asked: {error.message}")
     except RKEdgeError as error:
-        return Outcome(f"It FAILED: {error.message}", {"error": error.as_dict()})
+        return Observation(f"It FAILED: {error.message}", {"error": error.as_dict()})
 
 
 def report_of(model: Model) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def missing_packages() -> list[str]:
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
-class FloatModel:
+class CpuModel:
     """The model before quantization, on this machine's CPU.
 
     Args:

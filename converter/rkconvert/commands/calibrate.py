@@ -13,7 +13,7 @@ from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_m
 from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
 from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
-from rkconvert.calibrate.targets import NEW_TOKENS, FloatModel, missing_packages
+from rkconvert.calibrate.targets import NEW_TOKENS, CpuModel, missing_packages
 from rkconvert.commands.options import lora_option, max_context_option
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.model.tokenizer import tokenizer_bytes
@@ -160,7 +160,7 @@ def _answers(
         with reporter.bar("reading the model", model.nbytes) as advance:
             stage(model, template, newest, folder, advance)
         stop = [*model.checkpoint.eos_token_ids, *filter(None, [tokenizer.control.get(END_OF_TURN)])]
-        float_model = FloatModel(folder, model.nbytes, tokenizer, list(dict.fromkeys(stop)))
+        float_model = CpuModel(folder, model.nbytes, tokenizer, list(dict.fromkeys(stop)))
         yield lambda prompt: float_model.answer(prompt, new_tokens), ""
 
 

@@ -72,7 +72,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Family:
+class LayerFacts:
     """Facts about a model type that config.json does not state.
 
     A bias may be the key of config.json that switches it. `keys` maps our names to the family's own.
@@ -87,9 +87,9 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
 
 
-_LLAMA: Final = Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
-_QWEN2: Final = Family(qkv_bias=True)
-_QWEN3: Final = Family(qk_norm=True, qkv_bias="attention_bias", out_bias="attention_bias")
+_LLAMA: Final = LayerFacts(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
+_QWEN2: Final = LayerFacts(qkv_bias=True)
+_QWEN3: Final = LayerFacts(qk_norm=True, qkv_bias="attention_bias", out_bias="attention_bias")
 _GLM_KEYS: Final = {
     "num_hidden_layers": "num_layers",
     "vocab_size": "padded_vocab_size",
@@ -105,10 +105,10 @@ _TELECHAT_KEYS: Final = {
     "max_position_embeddings": "seq_length",
 }
 # model_type of config.json -> family; Gemma 1 and 2 have their own parser in gemma.py.
-FAMILIES: Final[Mapping[str, Family]] = {
+MODEL_TYPES: Final[Mapping[str, LayerFacts]] = {
     "llama": _LLAMA,
-    "mistral": Family(),
-    "smollm3": Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
+    "mistral": LayerFacts(),
+    "smollm3": LayerFacts(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
     "qwen2": _QWEN2,
     "qwen2_vl": _QWEN2,
     "qwen2_vl_text": _QWEN2,
@@ -116,13 +116,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen2_5_vl_text": _QWEN2,
     "qwen3": _QWEN3,
     "qwen3_vl_text": _QWEN3,
-    "gemma3_text": Family(norms=4, qk_norm=True, tied=True),
-    "phi3": Family(),
-    "minicpm": Family(tied=True),
-    "minicpm3": Family(tied=True),
-    "internlm2": Family(qkv_bias="bias", out_bias="bias"),
-    "chatglm": Family(qkv_bias="add_qkv_bias", keys=_GLM_KEYS),
-    "telechat": Family(out_bias=True, keys=_TELECHAT_KEYS),
+    "gemma3_text": LayerFacts(norms=4, qk_norm=True, tied=True),
+    "phi3": LayerFacts(),
+    "minicpm": LayerFacts(tied=True),
+    "minicpm3": LayerFacts(tied=True),
+    "internlm2": LayerFacts(qkv_bias="bias", out_bias="bias"),
+    "chatglm": LayerFacts(qkv_bias="add_qkv_bias", keys=_GLM_KEYS),
+    "telechat": LayerFacts(out_bias=True, keys=_TELECHAT_KEYS),
 }
 
 
@@ -141,7 +141,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
         return _of_gemma(parse_config(config))
     _refuse_unusual(config)
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    family = MODEL_TYPES.get(str(model_type))
     if family is None:
         shape = _parse(config, str(model_type), _LLAMA)
         return _with_note(shape, f"the model type {model_type!r} is unknown and was read as if it were Llama's")
@@ -187,12 +187,12 @@ def _refuse_unusual(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"A {model_type} is not a plain decoder: {', '.join([*other, *keys][:4])} in its config.json.",
             hint="Layers must be attention and a gated MLP of one size. Known are gemma, gemma2, "
-            + ", ".join(FAMILIES)
+            + ", ".join(MODEL_TYPES)
             + ".",
         )
 
 
-def _parse(config: Mapping[str, Any], model_type: str, family: Family) -> ModelShape:
+def _parse(config: Mapping[str, Any], model_type: str, family: LayerFacts) -> ModelShape:
     read = _Reader(config, family)
     hidden, layers, vocab = read.size("hidden_size"), read.size("num_hidden_layers"), read.size("vocab_size")
     heads, inner = read.size("num_attention_heads"), read.size("intermediate_size")
@@ -254,7 +254,7 @@ def _latent_attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Mat
 @dataclass(frozen=True)
 class _Reader:
     config: Mapping[str, Any]
-    family: Family
+    family: LayerFacts
 
     def size(self, name: str, default: int | None = None) -> int:
         key = self.family.keys.get(name, name)

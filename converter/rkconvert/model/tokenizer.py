@@ -45,7 +45,7 @@ class Flag(IntFlag):
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class TokenizerTables:
     """The tables.
 
     Attributes:
@@ -94,7 +94,7 @@ class Tokenizer:
         }
 
 
-def read_tokenizer(path: Place, vocab_size: int) -> Tokenizer:
+def read_tokenizer(path: Place, vocab_size: int) -> TokenizerTables:
     """Read the tokenizer.json of a model with `vocab_size` embedding rows.
 
     Raises:
@@ -175,7 +175,7 @@ def bos_in_front(bos: str, index: int) -> dict[str, Any]:
     }
 
 
-def _tables(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+def _tables(content: Mapping[str, Any], vocab_size: int) -> TokenizerTables:
     model = content["model"]
     vocab: dict[str, int] = model["vocab"]
     added = {token["content"]: token for token in content["added_tokens"]}
@@ -198,7 +198,7 @@ def _tables(content: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     flags = {token["id"]: _flags(token) for token in added.values()}
     flags = {index: flag for index, flag in flags.items() if flag}
     single_words = tuple(text for text, token in added.items() if token["single_word"])
-    return Tokenizer(
+    return TokenizerTables(
         tuple(texts), tuple(kinds), flags, single_words, _merges(model["merges"], vocab), ids[model["unk_token"]]
     )
 

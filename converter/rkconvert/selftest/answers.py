@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from rkconvert.selftest.cases import NO_VOCABULARY_FILE, TRAINED_HEAD
-from rkconvert.selftest.run import NOT_RUN, Outcome
+from rkconvert.selftest.run import NOT_RUN, CaseResult
 from rkconvert.selftest.tiny import HEAD_WEIGHTS
 
 _UNKNOWN: Final = "not known"
@@ -17,7 +17,7 @@ _UNKNOWN: Final = "not known"
 _LEAST_HEAD: Final = HEAD_WEIGHTS // 2
 _SYSTEM_ROLE: Final = "system role not supported"
 
-Outcomes = Sequence[Outcome]
+Outcomes = Sequence[CaseResult]
 
 
 def answers(outcomes: Outcomes) -> dict[str, str]:
@@ -81,7 +81,7 @@ def _head(outcomes: Outcomes) -> str:
     return f"{'yes' if again else 'probably'}: {changed:,} bytes differ from the file with the embedding as head"
 
 
-def _differences(one: Outcome, other: Outcome) -> int:
+def _differences(one: CaseResult, other: CaseResult) -> int:
     """Number of bytes that differ; the larger file's if their sizes do."""
     if len(one.content) != len(other.content):
         return max(len(one.content), len(other.content))

@@ -15,7 +15,7 @@ from typing import Any, Final
 from rkconvert.output.bundle_folder import created_by
 from rkconvert.output.host_memory import read_memory
 from rkconvert.selftest.answers import answers
-from rkconvert.selftest.run import FAILED, NOT_RUN, PASSED, Outcome
+from rkconvert.selftest.run import FAILED, NOT_RUN, PASSED, CaseResult
 from rkconvert.toolkit.interpreter import Toolkit
 from rkruntime.errors import ToolkitError
 from rkruntime.files import atomic_file, write_error
@@ -45,7 +45,7 @@ class Report:
 
     toolkit: Toolkit
     platform: str
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[CaseResult] = field(default_factory=list)
     complete: bool = False
 
     @property
@@ -60,7 +60,7 @@ class Report:
         return 0 if self.passed else failed
 
     @property
-    def _promised(self) -> list[Outcome]:
+    def _promised(self) -> list[CaseResult]:
         return [outcome for outcome in self.outcomes if not outcome.case.asks]
 
     @property
@@ -113,7 +113,7 @@ class Report:
         yield self.summary
 
 
-def lines(outcome: Outcome) -> Iterator[str]:
+def lines(outcome: CaseResult) -> Iterator[str]:
     """A case in one line, and below it why it failed."""
     size = f"{outcome.made['file']['size'] / 1e6:6.1f} MB" if outcome.worked else ""
     seconds = "" if outcome.status == NOT_RUN else f"{outcome.seconds:6.1f} s"

@@ -32,7 +32,7 @@ _MOST_CONTENT: Final = 64 << 20
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CaseResult:
     """What became of a case.
 
     Attributes:
@@ -123,12 +123,12 @@ def models() -> Iterator[Models]:
         raise write_error(Path("a temporary folder"), error) from error
 
 
-def run(todo: Sequence[Case], made: Models, platform: str, options: ToolkitOptions) -> Iterator[Outcome]:
+def run(todo: Sequence[Case], made: Models, platform: str, options: ToolkitOptions) -> Iterator[CaseResult]:
     """Yield the outcome of each case. What would fail in every other one as well ends the tests."""
     stopped, options = False, replace(options, verify=True)
     for case in todo:
         if stopped:
-            yield Outcome(case, NOT_RUN)
+            yield CaseResult(case, NOT_RUN)
             continue
         outcome, stopped = _carry_out(case, made, platform, options)
         # Logits that hang once would do so each time.
@@ -136,10 +136,10 @@ def run(todo: Sequence[Case], made: Models, platform: str, options: ToolkitOptio
         yield outcome
 
 
-def _carry_out(case: Case, made: Models, platform: str, options: ToolkitOptions) -> tuple[Outcome, bool]:
+def _carry_out(case: Case, made: Models, platform: str, options: ToolkitOptions) -> tuple[CaseResult, bool]:
     """The outcome, and whether the other cases need not be tried."""
     started, output = time.monotonic(), made.folder / "bundle"
-    outcome, stop = Outcome(case, TOLD if case.asks else PASSED), False
+    outcome, stop = CaseResult(case, TOLD if case.asks else PASSED), False
     try:
         outcome = _read(outcome, convert(_options(case, made, output, platform, options)))
     except (RKEdgeError, OSError) as raised:
@@ -170,7 +170,7 @@ def _options(case: Case, made: Models, output: Path, platform: str, options: Too
     )
 
 
-def _read(outcome: Outcome, bundle: Bundle) -> Outcome:
+def _read(outcome: CaseResult, bundle: Bundle) -> CaseResult:
     """Read the bundle back, every checksum too."""
     bundle.verify(trust_stamps=False)
     made = read_report(bundle.path, NAME)

@@ -14,7 +14,7 @@ StageName: TypeAlias = Literal["import", "load", "build", "export", "verify"]
 
 
 @dataclass(frozen=True)
-class Started:
+class WorkerStarted:
     """The worker started. `python` is its release, `pid` its process ID."""
 
     python: str
@@ -82,12 +82,12 @@ class Heartbeat:
     peak_memory: int
 
 
-WorkerEvent: TypeAlias = Started | Stage | StageDone | Done | Failure
+WorkerEvent: TypeAlias = WorkerStarted | Stage | StageDone | Done | Failure
 Event: TypeAlias = WorkerEvent | Progress | Notice | Heartbeat
 
 # The worker's own events, by the value of `event`.
 _KINDS: Final[dict[str, type[WorkerEvent]]] = {
-    "started": Started,
+    "started": WorkerStarted,
     "stage": Stage,
     "stage_done": StageDone,
     "done": Done,

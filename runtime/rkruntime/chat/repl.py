@@ -105,7 +105,7 @@ class ChatBackend(Protocol):
 
 
 @dataclass(frozen=True)
-class Command:
+class ChatCommand:
     """A command of the chat: its usage, its help, and its function."""
 
     usage: str
@@ -258,12 +258,12 @@ def _exit(repl: Repl, _: str) -> None:
     repl.leaving = True
 
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "/help": Command("/help", "This list.", _help),
-    "/clear": Command("/clear", "Start a new conversation.", _clear),
-    "/system": Command("/system [TEXT]", "Show or set the system prompt; - removes it.", _system),
-    "/save": Command("/save FILE", "Write the conversation to a file.", _save),
-    "/load": Command("/load FILE", "Continue a saved conversation.", _load),
-    "/stats": Command("/stats", "Show tokens, speed and context so far.", _stats),
-    "/exit": Command("/exit", "Leave (as do /quit and Ctrl-D).", _exit),
+COMMANDS: Final[Mapping[str, ChatCommand]] = {
+    "/help": ChatCommand("/help", "This list.", _help),
+    "/clear": ChatCommand("/clear", "Start a new conversation.", _clear),
+    "/system": ChatCommand("/system [TEXT]", "Show or set the system prompt; - removes it.", _system),
+    "/save": ChatCommand("/save FILE", "Write the conversation to a file.", _save),
+    "/load": ChatCommand("/load FILE", "Continue a saved conversation.", _load),
+    "/stats": ChatCommand("/stats", "Show tokens, speed and context so far.", _stats),
+    "/exit": ChatCommand("/exit", "Leave (as do /quit and Ctrl-D).", _exit),
 }

@@ -21,7 +21,7 @@ from rkconvert.calibrate import Sample, validate_dataset, write_dataset
 from rkconvert.calibrate.build import Builder
 from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
-from rkconvert.calibrate.targets import FloatModel
+from rkconvert.calibrate.targets import CpuModel
 from rkconvert.commands import calibrate as command
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.output.host_memory import HostMemory
@@ -339,7 +339,7 @@ def test_attention_scores_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, repetition_penalty=1.1)
     tokenizer = Tokenizer.load(BASE / "tokenizer.json")
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
-    answer = FloatModel(BASE, 1, tokenizer, [1, 107]).answer(prompt, 12)
+    answer = CpuModel(BASE, 1, tokenizer, [1, 107]).answer(prompt, 12)
     assert answer == tokenizer.decode(ids[0, len(prompt) :].tolist()).strip() != ""
 
 

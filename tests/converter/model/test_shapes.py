@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rkconvert.model.shapes import FAMILIES, parse_shape
+from rkconvert.model.shapes import MODEL_TYPES, parse_shape
 from rkconvert.plan.prediction import vendor_rows
 from rkruntime.cli import main
 from rkruntime.errors import CheckpointError
@@ -151,7 +151,7 @@ def test_what_is_no_plain_decoder_is_refused(config):
 
 
 def test_every_family_can_be_parsed():
-    for model_type, family in FAMILIES.items():
+    for model_type, family in MODEL_TYPES.items():
         config = config_of(model_type)
         renamed = {family.keys.get(key, key): value for key, value in config.items()}
         shape = parse_shape(renamed)
@@ -159,7 +159,7 @@ def test_every_family_can_be_parsed():
         assert shape.hidden_size == 96
 
 
-KEYS = {key for family in FAMILIES.values() for key in family.keys.values()} | {*config_of("gemma2")} | {
+KEYS = {key for family in MODEL_TYPES.values() for key in family.keys.values()} | {*config_of("gemma2")} | {
     "attention_bias", "mlp_bias", "bias", "add_qkv_bias", "attn_logit_softcapping", "bos_token_id", "dtype",
     "eos_token_id", "final_logit_softcapping", "hidden_act", "hidden_activation", "kv_lora_rank", "layer_types",
     "num_local_experts", "q_lora_rank", "qk_nope_head_dim", "quantization_config", "query_pre_attn_scalar",

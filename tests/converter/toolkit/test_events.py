@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkconvert.toolkit.events import Done, Failure, Notice, Progress, Stage, StageDone, Started, parse_event
+from rkconvert.toolkit.events import Done, Failure, Notice, Progress, Stage, StageDone, WorkerStarted, parse_event
 from rkconvert.toolkit.output import Output
 from rkruntime.errors import ToolkitError
 
@@ -18,7 +18,7 @@ from rkruntime.errors import ToolkitError
 @pytest.mark.parametrize(
     ("line", "event"),
     [
-        ({"event": "started", "python": "3.8.18", "pid": 5}, Started("3.8.18", 5)),
+        ({"event": "started", "python": "3.8.18", "pid": 5}, WorkerStarted("3.8.18", 5)),
         ({"event": "stage", "stage": "load"}, Stage("load")),
         ({"event": "stage_done", "stage": "load", "seconds": 1.5}, StageDone("load", 1.5)),
         ({"event": "stage_done", "stage": "load", "seconds": 2}, StageDone("load", 2)),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rkconvert.toolkit.events import Event, Heartbeat, Notice, Progress, Stage, Started
+from rkconvert.toolkit.events import Event, Heartbeat, Notice, Progress, Stage, WorkerStarted
 from rkconvert.toolkit.interpreter import Toolkit
 from rkconvert.toolkit.job import ToolkitJob
 from rkconvert.toolkit.target import run_toolkit
@@ -46,7 +46,7 @@ def test_a_conversion(job: Job, toolkit: Find, version: str, open_descriptors: C
     assert [event.stage for event in events if isinstance(event, Stage)] == ["import", "load", "build", "export"]
     assert Progress("Optimizing model", 8, 8) in events
     assert Progress("Exporting model", 597, 597) in events
-    started = next(event for event in events if isinstance(event, Started))
+    started = next(event for event in events if isinstance(event, WorkerStarted))
     assert started.python == result.run.toolkit.python_version
 
 
@@ -276,7 +276,7 @@ def test_a_callback_that_raises_ends_it(
 
     with pytest.raises(error):
         run_toolkit(asked, found, watch)
-    started = next(event for event in events if isinstance(event, Started))
+    started = next(event for event in events if isinstance(event, WorkerStarted))
     assert not is_alive(started.pid)
     assert not is_alive(child_of(events))
     assert nothing_left(asked)

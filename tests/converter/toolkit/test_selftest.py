@@ -26,7 +26,7 @@ from rkconvert.selftest import tiny
 from rkconvert.selftest.answers import answers
 from rkconvert.selftest.cases import NO_VOCABULARY_FILE, TRAINED_HEAD, Case
 from rkconvert.selftest.report import Report
-from rkconvert.selftest.run import Models, Outcome, run
+from rkconvert.selftest.run import CaseResult, Models, run
 from rkconvert.toolkit.interpreter import Toolkit
 from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime.cli import cli
@@ -44,10 +44,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture
-def tried(made: Models, environments: Callable[[str], Path]) -> Callable[..., list[Outcome]]:
+def tried(made: Models, environments: Callable[[str], Path]) -> Callable[..., list[CaseResult]]:
     """Carry cases out: `tried(USUAL, ADAPTER, version="1.3.0", patience=2)`."""
 
-    def carry_out(*cases: Case, version: str = "1.2.3", patience: float = 900) -> list[Outcome]:
+    def carry_out(*cases: Case, version: str = "1.2.3", patience: float = 900) -> list[CaseResult]:
         options = ToolkitOptions(toolkit_python=environments(version), toolkit_patience=patience)
         return list(run(cases, made, "rk3588", options))
 
@@ -58,7 +58,7 @@ def selftest(*words: object) -> Result:
     return CliRunner().invoke(command.run, ["selftest", *map(str, words)], standalone_mode=True)
 
 
-def statuses(outcomes: Sequence[Outcome]) -> list[str]:
+def statuses(outcomes: Sequence[CaseResult]) -> list[str]:
     return [outcome.status for outcome in outcomes]
 
 
@@ -112,7 +112,7 @@ def test_nothing_of_this_machine_is_in_the_report(
 
 
 def test_a_question_that_cannot_be_asked_fails_nothing(
-    toolkit: Callable[[str], Toolkit], tried: Callable[..., list[Outcome]], fail: Fail
+    toolkit: Callable[[str], Toolkit], tried: Callable[..., list[CaseResult]], fail: Fail
 ) -> None:
     report = Report(toolkit("1.2.3"), "rk3588", tried(USUAL), complete=True)
     fail("load:killed")
@@ -134,7 +134,7 @@ def test_a_question_that_cannot_be_asked_fails_nothing(
     ],
 )
 def test_what_would_fail_in_every_case_ends_it(
-    tried: Callable[..., list[Outcome]], fail: Fail, fault: str, words: str, exit_code: int
+    tried: Callable[..., list[CaseResult]], fail: Fail, fault: str, words: str, exit_code: int
 ) -> None:
     fail(fault)
     first, *others = tried(USUAL, ADAPTER, HEAD, VOCABULARY, patience=2)
@@ -155,7 +155,7 @@ def test_what_would_fail_in_every_case_ends_it(
     ],
 )  # fmt: skip
 def test_a_failure_of_one_case_is_its_own(
-    tried: Callable[..., list[Outcome]], fail: Fail, fault: str, words: str
+    tried: Callable[..., list[CaseResult]], fail: Fail, fault: str, words: str
 ) -> None:
     fail(fault)
     outcomes = tried(USUAL, VOCABULARY)
@@ -163,7 +163,7 @@ def test_a_failure_of_one_case_is_its_own(
     assert all(words in outcome.error["message"] for outcome in outcomes)
     assert (
         "fails with tokenizer.model, too"
-        in answers([*outcomes, Outcome(HEAD, "not run")])["Is tokenizer.json alone enough?"]
+        in answers([*outcomes, CaseResult(HEAD, "not run")])["Is tokenizer.json alone enough?"]
     )
 
 
@@ -182,11 +182,11 @@ def test_a_failure_of_one_case_is_its_own(
     ],
 )
 def test_questions_that_nobody_has_answered(
-    tried: Callable[..., list[Outcome]], fail: Fail, fault: str, case: Case, question: str, answer: str
+    tried: Callable[..., list[CaseResult]], fail: Fail, fault: str, case: Case, question: str, answer: str
 ) -> None:
     fail(fault)
     outcomes = tried(USUAL, case)
-    rest = [Outcome(other, "not run") for other in (ADAPTER, HEAD, VOCABULARY) if other != case]
+    rest = [CaseResult(other, "not run") for other in (ADAPTER, HEAD, VOCABULARY) if other != case]
     assert answer in answers([*outcomes, *rest])[question]
     doubts = [text for outcome in outcomes for text in outcome.made.get("doubts", ())]
     assert any("was asked for" in text for text in doubts) == fault.startswith("settings")
@@ -196,22 +196,22 @@ def test_questions_that_nobody_has_answered(
 
 @pytest.mark.usefixtures("oracle")
 @pytest.mark.parametrize("fault", ["", "logits:head"])
-def test_logits(tried: Callable[..., list[Outcome]], fail: Fail, fault: str) -> None:
+def test_logits(tried: Callable[..., list[CaseResult]], fail: Fail, fault: str) -> None:
     fail(fault)
     outcomes = tried(USUAL, HEAD)
     found = {outcome.case: [prompt["kl"] for prompt in outcome.verified["prompts"]] for outcome in outcomes}
     assert [len(kls) for kls in found.values()] == [3, 3]
     assert max(found[USUAL]) < 1e-5
     assert (min(found[HEAD]) > 0.1) == bool(fault)
-    rest = Outcome(VOCABULARY, "not run")
+    rest = CaseResult(VOCABULARY, "not run")
     assert answers([*outcomes, rest])["Does it compute logits (--verify)?"].startswith("yes; KL from the float model")
 
 
-def test_files_that_differ_by_themselves_tell_nothing_about_the_head(tried: Callable[..., list[Outcome]]) -> None:
+def test_files_that_differ_by_themselves_tell_nothing_about_the_head(tried: Callable[..., list[CaseResult]]) -> None:
     tied, again, head, rest = tried(USUAL, ADAPTER, HEAD, VOCABULARY)
     masked = [replace(item, content=os.urandom(len(item.content))) for item in (tied, again, head)]
     assert "files of the same weights differ" in answers([*masked, rest])["Does it keep a trained head?"]
-    assert "probably" in answers([tied, Outcome(ADAPTER, "not run"), head, rest])["Does it keep a trained head?"]
+    assert "probably" in answers([tied, CaseResult(ADAPTER, "not run"), head, rest])["Does it keep a trained head?"]
 
 
 def test_no_toolkit() -> None:
