@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -16,7 +15,7 @@ from rkruntime.engine.worker.decode import add_log, error_of, json_of
 from rkruntime.engine.worker.exchange import Exchange
 from rkruntime.engine.worker.process import WorkerProcess
 from rkruntime.engine.worker.protocol import Record
-from rkruntime.errors import RKEdgeError, RunError, WorkerCrashedError, WorkerError
+from rkruntime.errors import RKEdgeError, RunError, WorkerError
 
 _SHOWN_LINES: Final = 40
 # Seconds to wait for another thread that only looks, and between two looks at whether it closes the model.
@@ -43,8 +42,6 @@ class WorkerConnection:
         self.number = 0
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
-        self._sending = threading.RLock()
-        self._outgoing: deque[list[bytes | memoryview]] = deque()
         self._turn = threading.RLock()
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
 
@@ -68,26 +65,8 @@ class WorkerConnection:
             raise closed_meanwhile()
 
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
-        """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError.
-
-        What a signal's handler sends in the middle of another message follows it.
-        """
-        command = protocol.pack_command(header, data)
-        with self._sending:
-            if self._outgoing:
-                self._outgoing.append(command)
-                return
-            try:
-                self._outgoing.append(command)
-                while self._outgoing:
-                    self.worker.send(self._outgoing[0])
-                    self._outgoing.popleft()
-            except BaseException as error:  # Ctrl-C, too: nobody knows how much of it was sent
-                self._outgoing.clear()
-                if not isinstance(error, RKEdgeError):
-                    self.gone = self.gone or WorkerCrashedError("An interrupt came in the middle of a command to it.")
-                    self.worker.end(grace=0)
-                raise
+        """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
+        self.worker.send(protocol.pack_command(header, data))
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -198,8 +177,7 @@ class WorkerConnection:
             self.worker.close_pipes()
             return
         self.worker.end(grace=0)
-        with self._sending:
-            self.worker.close_pipes()
+        self.worker.close_pipes()
 
 
 def in_use() -> RunError:

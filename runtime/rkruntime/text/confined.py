@@ -79,12 +79,18 @@ class Confined:
         self._lock = threading.RLock()  # `close` may be called by the handler of a signal that comes during a call
         self._deadline, self._hurried = 0.0, math.inf
         self._process: subprocess.Popen[bytes] | None = None
+        self._answering = False
         self._owner = Owner()
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, if there is one with the state of earlier calls."""
+        """Process id of the child, if there is one."""
         return self._process.pid if self._process else None
+
+    @property
+    def idle_pid(self) -> int | None:
+        """The same, unless it still has to answer: the next call then starts another."""
+        return None if self._answering else self.pid
 
     def call(self, name: str, limits: CallLimits, data: bytes = b"", **values: Any) -> Answer:
         """Call the child's function `name`; starts a child if there is none.
@@ -100,17 +106,21 @@ class Confined:
         self._owner.check()
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
+            if self._answering:  # an interrupt left its answer to the call before: nobody may take it for this one's
+                self._end()
             if self._process is None:
                 self._start()
+            self._answering = True
             try:
                 _send(self._socket, {**values, "call": name, "cpu_s": limits.cpu_s}, data, self._left)
                 header, data = _receive(self._socket, self._left)
+                self._answering = False
             except TimeoutError:
                 self._end()
                 raise self._over(f"did not finish within {limits.wall_s:g} seconds") from None
             except (OSError, EOFError, ValueError):
                 raise self._gone(limits) from None
-            except BaseException:  # Ctrl-C, or what a signal's handler raised: the next call must not read this answer
+            except BaseException:  # Ctrl-C, or what a signal's handler raised
                 self._end()
                 raise
         if "error" in header:
@@ -167,7 +177,7 @@ class Confined:
             theirs.close()
         # Also when this program exits, and without a call of `close`.
         self._killed = weakref.finalize(self, _kill, process, ours, log, self._owner)
-        self._socket, self._process = ours, process
+        self._socket, self._process, self._answering = ours, process, False
 
     def _end(self) -> tuple[int, str]:
         """Exit code of the child, and what it printed."""

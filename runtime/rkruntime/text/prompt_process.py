@@ -43,6 +43,7 @@ class PromptProcess:
         self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.RLock()  # the handler of a signal that comes during a call may call, and is refused
         self.lost = self._closed = self._busy = False
+        self._ready: int | None = None
         with (stop or Stop()).ending(self._child.hurry):
             self.vocabulary = self._open()
 
@@ -54,6 +55,7 @@ class PromptProcess:
                 self._child, tokenizer, bundle.tokenizer, source, manifest.system_role, manifest.special_tokens
             )
             _check_ids(manifest, vocabulary)
+            self._ready = self._child.idle_pid
             return vocabulary
         except BaseException:
             self._child.close()
@@ -78,7 +80,7 @@ class PromptProcess:
 
     def _answer(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
         self._child.take_time()
-        if self._child.pid is None:
+        if self._ready is None or self._child.idle_pid != self._ready:
             self.lost = True
             self._open()
             self.lost = False

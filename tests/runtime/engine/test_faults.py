@@ -422,8 +422,8 @@ def test_the_worker_ends_with_its_parent(misbehaving: Misbehaving) -> None:
     engine = Engine.load(misbehaving("", us=100_000, tokens=1000))
     events = engine.generate(REQUEST)
     next(events)
-    os.close(engine._connection.worker._commands)
-    engine._connection.worker._commands = -1
+    os.close(engine._connection.worker._commands._fd)
+    engine._connection.worker._commands._fd = -1
     assert engine._connection.worker.process.wait(10) == 0
     with pytest.raises(WorkerCrashedError):
         list(events)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.runtime.conftest import interrupted, with_file
+from tests.runtime.conftest import Interrupt, interrupted, with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
@@ -337,6 +337,24 @@ def test_an_interrupted_call_leaves_no_answer_behind(prompts: PromptProcess) -> 
         with interrupted(wait), contextlib.suppress(ContextFullError):
             prompts.encode("word " * 20_000, 1 << 20)
         assert prompts.encode("What is the RK3588?", 4096) == expected
+
+
+@pytest.mark.parametrize("when", ["asked", "opened"])
+def test_an_interrupt_while_an_interrupted_call_ends(
+    when: str, prompts: PromptProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise Interrupt
+
+    expected = prompts.encode("What is the RK3588?", 4096)
+    if when == "opened":
+        prompts._child.close()
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(prompts._child, "_end", leave)
+        patch.setattr(prompts._child, "close", leave)
+        patch.setattr(confined, "_receive", leave)
+        prompts.encode("What is prefill?", 4096)
+    assert prompts.encode("What is the RK3588?", 4096) == expected
 
 
 def test_a_signals_handler_that_asks_is_refused(prompts: PromptProcess) -> None:

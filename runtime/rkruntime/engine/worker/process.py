@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from rkruntime.engine.worker import protocol
+from rkruntime.engine.worker.command_pipe import CommandPipe
 from rkruntime.engine.worker.exchange import Exchange
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import HostError, WorkerCrashedError, WorkerHungError
@@ -95,11 +96,11 @@ class WorkerProcess:
             fds = [_no_standard_stream(fd) for _ in range(3) for fd in os.pipe()]
             for fd in fds:
                 on_error.callback(_close_quietly, fd)
-            command_read, self._commands, self._records, record_write, self._log, log_write = fds
+            command_read, commands, self._records, record_write, self._log, log_write = fds
             # A full log pipe must not stop the library: whatever does not fit is lost.
-            for fd in (self._commands, self._records, self._log, log_write):
+            for fd in (commands, self._records, self._log, log_write):
                 os.set_blocking(fd, False)
-            for fd in (self._commands, log_write):
+            for fd in (commands, log_write):
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
             command = [*interpreter, "-c", _START, _ROOT, str(command_read), str(record_write)]
@@ -107,13 +108,12 @@ class WorkerProcess:
             on_error.pop_all()
         for fd in (command_read, record_write, log_write):
             os.close(fd)
-        pipes = (self._commands, self._records, self._log)
+        self._commands = CommandPipe(commands)
+        pipes = (commands, self._records, self._log)
         self._forgotten = weakref.finalize(self, _let_go, self.process, pipes, self.owner)
         self._poll = select.poll()
         self._poll.register(self._records, select.POLLIN)
         self._poll.register(self._log, select.POLLIN)
-        self._writable = select.poll()
-        self._writable.register(self._commands, select.POLLOUT)
 
     @property
     def records_fd(self) -> int:
@@ -131,27 +131,16 @@ class WorkerProcess:
         return self.process.returncode is not None
 
     def send(self, command: Sequence[bytes | memoryview]) -> None:
-        """Send a command (see protocol.pack_command).
+        """Send a command (see protocol.pack_command), from any thread.
 
         Raises:
             WorkerCrashedError: the worker is gone.
             WorkerHungError: It does not read; it was killed.
         """
-        deadline = time.monotonic() + _COMMAND_TIMEOUT
-        for part in command:
-            view = memoryview(part).cast("B") if len(part) else memoryview(b"")
-            while view:
-                view = view[self._write(view, deadline) :]
-
-    def _write(self, view: memoryview, deadline: float) -> int:
         try:
-            return os.write(self._commands, view)
-        except BlockingIOError:
-            wait = deadline - time.monotonic()
-            if wait <= 0:
-                raise self.hung(_COMMAND_TIMEOUT) from None
-            self._writable.poll(wait * 1000)
-            return 0
+            self._commands.send(command, _COMMAND_TIMEOUT)
+        except TimeoutError:
+            raise self.hung(_COMMAND_TIMEOUT) from None
         except OSError:
             raise self.crashed() from None
 
@@ -342,7 +331,8 @@ class WorkerProcess:
     def close_pipes(self) -> None:
         """Close the parent's ends."""
         self._forgotten.detach()
-        for name in ("_commands", "_records", "_log"):
+        self._commands.close()
+        for name in ("_records", "_log"):
             fd = getattr(self, name)
             setattr(self, name, -1)
             if fd >= 0:
