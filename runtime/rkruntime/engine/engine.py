@@ -278,8 +278,8 @@ class Engine:
         Other prompts are used as given: if the runtime wraps them as well, a run with one of them sets empty texts.
         """
         _check_texts(system=system, prefix=prefix, postfix=postfix)
-        self._call("set_chat_template", system, prefix, postfix)
         self._runs.observed.template_set()
+        self._call("set_chat_template", system, prefix, postfix)
 
     def set_function_tools(self, system: str, tools: Sequence[dict[str, Any]], response_tag: str) -> None:
         """Set the tools for a TextPrompt (since 1.2.1), in OpenAI's format."""

@@ -34,11 +34,23 @@ class Observed:
         self._can_empty = within(release, since("rkllm_set_chat_template"), "")
         # Nothing would show it on these releases.
         self.wraps = self._can_empty and not within(release, since("RKLLMResult.perf"), "")
+        self._certain = not self.wraps
         self._empty = self._paused = self._begun = False
 
-    def template_set(self) -> None:
-        """The program has set a chat template."""
-        self._empty = False
+    def template_set(self, *, empty: bool = False) -> None:
+        """Note that a chat template is about to be set, or that an `empty` one was."""
+        self._empty = empty
+
+    def template_stays(self, error: RunError) -> None:
+        """Note that the library refuses an empty template. Raises the error if it is known to matter."""
+        if self._certain:
+            raise error
+        self.wraps = False
+        self._note(
+            "template-not-emptied",
+            "The runtime refuses an empty chat template. If it puts its own one around token ids, answers suffer.",
+            "This release does not show whether it does: compare answers with those of another release.",
+        )
 
     def empties_template(self, requests: Sequence[Request], *, fresh: bool) -> bool:
         """Whether the runtime's template must be emptied before this run, which clears the cache.
@@ -54,10 +66,11 @@ class Observed:
                     "Call set_chat_template, or load the model again, before runs with texts.",
                 )
             return False
-        empties = self.wraps and not self._empty and (fresh or not self._begun)
+        return self.wraps and not self._empty and (fresh or not self._begun)
+
+    def begins(self) -> None:
+        """Note that a run is about to begin."""
         self._begun = True
-        self._empty = self._empty or empties
-        return empties
 
     def finished(self, requests: Sequence[Request], end: Finished) -> None:
         """Compare what the runtime read with what it was sent."""
@@ -99,7 +112,7 @@ class Observed:
                 "Answers may be worse than they could be. Try another release of librkllmrt.so.",
             )
             return False
-        self.wraps = True
+        self.wraps = self._certain = True
         self._note(
             "token-input-wrapped",
             f"{what}: it puts its own chat template around token ids. This answer may be worse for it.",

@@ -149,9 +149,20 @@ class Runs:
         limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
         self._late_rows = 0 if mode == "generate" else most_rows
+        self._empty_template(requests, fresh=kept == 0)
+        self.observed.begins()
         self._holder, self.active = weakref.ref(mine), self._connection.number + 1
-        header["empty_template"] = self.observed.empties_template(requests, fresh=kept == 0)
         self._connection.begin(header, data, mode=mode, **limits)
+
+    def _empty_template(self, requests: Sequence[Request], *, fresh: bool) -> None:
+        if not self.observed.empties_template(requests, fresh=fresh):
+            return
+        try:
+            self._connection.ask(method("set_chat_template", "", "", ""), self._options.token_timeout)
+        except RunError as error:
+            self.observed.template_stays(error)
+        else:
+            self.observed.template_set(empty=True)
 
     def _kept(self, requests: Sequence[Request]) -> int | None:
         """Positions of the context that are in use when these prompts are read; None if the library cannot say."""

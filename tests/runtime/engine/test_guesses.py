@@ -192,3 +192,30 @@ def test_a_template_around_a_batch_is_noticed(load: Any, prompt: list[int], monk
         reads.append(ends[-1].perf.prefill_tokens)
     assert reads[0] > reads[1] == len(prompt) + 9
     assert [finding.code for finding in engine.findings] == ["token-input-wrapped"]
+
+
+@pytest.mark.parametrize("release", ["1.2.0", "1.2.3"])
+def test_a_library_that_refuses_an_empty_template(
+    release: str, load: Any, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run says so where it is known to wrap token ids; where that cannot be seen, a finding does."""
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(release)
+    ask = engine._runs._connection.ask
+
+    def refuses(header: dict[str, Any], *rest: Any) -> Any:
+        if header.get("method") == "set_chat_template":
+            raise RunError("rkllm_set_chat_template returned -1.")
+        return ask(header, *rest)
+
+    engine._runs._connection.ask = refuses
+    request = Request(prompt, max_new_tokens=2)
+    list(engine.generate(request))
+    for _ in range(2):
+        if newer(release, "1.2.1"):
+            with pytest.raises(RunError, match="set_chat_template"):
+                list(engine.generate(request))
+        else:
+            list(engine.generate(request))
+    codes = ["token-input-wrapped" if newer(release, "1.2.1") else "template-not-emptied"]
+    assert [finding.code for finding in engine.findings] == codes

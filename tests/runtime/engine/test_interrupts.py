@@ -112,24 +112,32 @@ def interrupt_steps(first: int, stride: int, opened: Callable[[], Any], asked: C
 Case = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
-@pytest.fixture(params=["generate", "logits", "callback", "ask"])
+@pytest.fixture(params=["generate", "logits", "callback", "wrapped", "ask"])
 def case(
     request: pytest.FixtureRequest,
     bundle: Bundle,
     load: Callable[..., Engine],
     model_without: Callable[[str], Path],
     ids_of: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Case:
     """How to open a model, and a question to it."""
 
     def callback() -> Engine:
         return load("1.3.0", model=model_without("tokenizer"), tokenizer=lambda text: QUESTION, token_timeout=4.0)
 
+    def wrapped(engine: Engine) -> list[int]:
+        engine.set_chat_template("", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n")
+        return ids_of(engine.generate(SHORT))
+
+    if request.param == "wrapped":
+        monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
     sampling = SamplingOptions(temperature=0, max_new_tokens=3)
     text = Request(prompt=TextPrompt("What is the RK3588?"), max_new_tokens=3)
     cases: dict[str, Case] = {
         "generate": (lambda: load(token_timeout=4.0), lambda engine: ids_of(engine.generate(SHORT))),
         "logits": (lambda: load(token_timeout=4.0), lambda engine: engine.logits(SHORT).tolist()),
+        "wrapped": (lambda: load("1.2.0", token_timeout=4.0), wrapped),
         "callback": (callback, lambda engine: ids_of(engine.generate(text))),
         "ask": (lambda: open_model(bundle, sampling=sampling), lambda model: model.ask("What is prefill?").text),
     }

@@ -69,8 +69,6 @@ class Runner:
             RunError: The library refused the run or reported an error.
             UnsupportedCallError: The release has no such field or mode.
         """
-        if header["empty_template"]:  # before anything can fail: the parent relies on it
-            self.model.set_chat_template("", "", "")
         self._begin(header)
         prompts = [self._input(prompt, data) for prompt in header["prompts"]]
         infer = self._infer(header)
