@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -15,6 +15,7 @@ import yaml
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rkruntime.engine.generation import PER_REQUEST, MaxNewTokens, Sampling
 from rkruntime.errors import BodyError, BusyError, ServiceError
 from rkruntime.schema import types_of
+from rkruntime.serve.api.generate import EMULATED_HEADER, NOTES_HEADER
 from rkruntime.serve.api.http import BodyReader, error_response, json_response, routes
 from rkruntime.serve.api.native import SessionEndpoints
 from rkruntime.serve.api.ollama import OllamaEndpoints
@@ -57,7 +59,9 @@ def openapi() -> dict[str, Any]:
     for schema in schemas.values():
         if schema.pop("x-sampling", False):
             schema["properties"] |= {name: _number(kinds[name]) for name in PER_REQUEST}
-    schemas["Tokens"] = _number(MaxNewTokens)
+    schemas["Tokens"] = {**_number(MaxNewTokens), "x-capped": True}
+    limit = schemas["OllamaOptions"]["properties"]["num_predict"]
+    limit["maximum"] = schemas["Tokens"]["maximum"]
     return document
 
 
@@ -71,10 +75,11 @@ def _number(kind: Any) -> dict[str, Any]:
 class AccessMiddleware:
     """Wraps the application at one listener: rejects foreign web pages, identifies users, sets request ids."""
 
-    def __init__(self, app: ASGIApp, door: Door, requests: Requests) -> None:
+    def __init__(self, app: ASGIApp, door: Door, requests: Requests, origins: Collection[str] = ()) -> None:
         self._app = app
         self._door = door
         self._requests = requests
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -90,7 +95,7 @@ class AccessMiddleware:
         scope["rkedge.ignored"] = Ignored()
         send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
         try:
-            check_page(headers, any_host=self._door.any_host, target=target)
+            check_page(headers, any_host=self._door.any_host, target=target, origins=self._origins)
             if scope["path"] in _OPEN:
                 return await self._app(scope, receive, send)
             user = await self._door.user(connection.peer, headers)
@@ -102,6 +107,15 @@ class AccessMiddleware:
         except asyncio.CancelledError:
             # uvicorn would log it as our error.
             connection.give_up()
+
+
+def guarded(app: ASGIApp, door: Door, requests: Requests, origins: Collection[str]) -> ASGIApp:
+    """The application as one listener offers it; web pages of these origins may send requests and read answers."""
+    access = AccessMiddleware(app, door, requests, origins)
+    if not origins:
+        return access
+    shown = (REQUEST_ID, IGNORED, NOTES_HEADER, EMULATED_HEADER)
+    return CORSMiddleware(access, origins, ("GET", "POST", "PUT", "DELETE"), ("*",), expose_headers=shown)
 
 
 def _origin_form(scope: Scope) -> tuple[Scope, str | None]:

@@ -14,7 +14,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Final, Protocol
 
 from starlette.datastructures import Headers
@@ -173,7 +173,7 @@ def refused(status: int, code: str, message: str) -> BodyError:
     return BodyError(message, hint="See docs/serve.md.", details={"status": status, "code": code})
 
 
-def check_page(headers: Headers, *, any_host: bool, target: str | None = None) -> None:
+def check_page(headers: Headers, *, any_host: bool, target: str | None = None, origins: Collection[str] = ()) -> None:
     """Reject requests that foreign web pages make a browser send.
 
     A browser lets any page send requests to this machine: directly, through a tunnel, or by a name that resolves to it
@@ -183,6 +183,7 @@ def check_page(headers: Headers, *, any_host: bool, target: str | None = None) -
     Args:
         any_host: Whether every Host is accepted.
         target: Host in the request's target, if that is a whole URL: the same holds for it.
+        origins: Other pages that may.
 
     Raises:
         BodyError: 403, or 415 for the body's type.
@@ -191,10 +192,10 @@ def check_page(headers: Headers, *, any_host: bool, target: str | None = None) -
     for name in map(_host, (host, host if target is None else target)):
         if not any_host and not is_loopback(name):
             raise refused(403, "host", f"This daemon does not answer to the name {name[:80]!r}.")
-    own = {f"http://{host}", f"https://{host}"}
-    if not own.issuperset(headers.getlist("origin")) or not {"same-origin", "none"}.issuperset(
-        headers.getlist("sec-fetch-site")
-    ):
+    own, given = {f"http://{host}", f"https://{host}"}, headers.getlist("origin")
+    named = len(given) == 1 and given[0] in origins
+    sites = set() if named else set(headers.getlist("sec-fetch-site"))
+    if not (named or own.issuperset(given)) or not {"same-origin", "none"}.issuperset(sites):
         raise refused(403, "origin", "Requests from other web pages are refused.")
     if from_browser(headers) and _has_body(headers) and not _is_json(headers):
         raise refused(415, "content_type", "A browser's request needs Content-Type: application/json.")

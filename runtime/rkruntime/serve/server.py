@@ -21,7 +21,7 @@ import uvicorn
 
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.serve import systemd
-from rkruntime.serve.app import AccessMiddleware, make_app
+from rkruntime.serve.app import guarded, make_app
 from rkruntime.serve.connections import Connection, Requests
 from rkruntime.serve.doors import door_of
 from rkruntime.serve.host import Host
@@ -253,7 +253,7 @@ class Daemon:
         return [
             _Server(
                 uvicorn.Config(
-                    AccessMiddleware(app, door, requests),
+                    guarded(app, door, requests, self.settings.listen.origins),
                     http=Connection.of(door, most, limits.header_s, limits.write_s),
                     loop="asyncio",
                     ws="none",

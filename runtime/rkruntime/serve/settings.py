@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -24,6 +25,10 @@ SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
 # When a reload applies a setting: at once, by reloading the model, with the next load, or only after a restart.
 Taken = Literal["now", "load", "next load", "restart"]
 _MIN_KEY: Final = 16
+# As a browser writes it: no path, no user, no wildcard, no opaque `null`.
+_ORIGIN: Final = re.compile(
+    r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:.]+\](:\d{1,5})?"
+)
 _KEY_HINT: Final = "Generate one: openssl rand -hex 24"
 _NAME_HINT: Final = (
     "Names may have letters, digits, dot, dash and underscore. network, local, uid-... and key-... are reserved."
@@ -48,6 +53,8 @@ class Listen:
         port: TCP port; null is no TCP, 0 any free port.
         api_keys: file with `NAME KEY`, or a key alone, on each line, readable only by its owner; TCP clients need a
             key, those of the Unix socket do not.
+        origins: other web pages that may send requests from a browser, such as `http://localhost:3000`; each one can
+            then read and change every conversation of the users whose browsers open it.
     """
 
     socket: Path | None = None
@@ -55,6 +62,7 @@ class Listen:
     host: str = "127.0.0.1"
     port: int | None = None
     api_keys: Path | None = None
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,7 @@ class Settings:
         temperature, top_k, top_p, repeat_penalty: sampling where a request does not set it; null is the bundle's own.
         per_request_sampling: what to do with a request's sampling where the runtime, before 1.3.0, cannot change it:
             `ignore` it and say so in a header, or `refuse` the request.
+        strict_roles: refuse conversations in which user and assistant do not alternate, instead of joining neighbours.
         idle_unload_s: free the NPU after this long without a request; 0 is never.
         load_at_start: load the model at the start, not with the first request.
         log_prompts: write prompts and answers, which are private, to the log.
@@ -168,6 +177,7 @@ class Settings:
     top_p: TopP | None = None
     repeat_penalty: RepeatPenalty | None = None
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
+    strict_roles: bool = False
     idle_unload_s: _Seconds = 0.0
     load_at_start: bool = True
     log_prompts: bool = False
@@ -184,6 +194,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
     "now": frozenset(
         {
             "per_request_sampling",
+            "strict_roles",
             "idle_unload_s",
             "log_prompts",
             "log_level",
@@ -317,6 +328,12 @@ def check_listen(listen: Listen) -> dict[str, str]:
         mode = -1
     if not 0 <= mode <= 0o777:
         raise UsageError(f"listen.socket_mode is {listen.socket_mode!r}; write it in octal, as in '0660'.")
+    for origin in listen.origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise UsageError(
+                f"listen.origins has {origin[:80]!r}.",
+                hint="Write each as http://HOST:PORT or https://HOST, without a path.",
+            )
     if listen.api_keys is not None:
         return read_keys(listen.api_keys)
     if listen.port is not None and not is_loopback(listen.host):

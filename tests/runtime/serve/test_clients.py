@@ -29,6 +29,13 @@ def client(daemon: Any) -> Iterator[openai.OpenAI]:
         yield one
 
 
+@pytest.fixture
+def olla(daemon: Any) -> Iterator[ollama.Client]:
+    one = ollama.Client(host=daemon.url)
+    yield one
+    one._client.close()
+
+
 def user(text: str) -> Any:
     return [{"role": "user", "content": text}]
 
@@ -58,6 +65,69 @@ def test_system_and_developer_messages(client: openai.OpenAI) -> None:
         assert client.chat.completions.create(model="x", messages=messages, max_tokens=3).usage.completion_tokens == 3
 
 
+HELLO: dict[str, Any] = {"role": "assistant", "content": "Hello."}
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        ([*user("Does it"), *user("work?")], user("Does it\n\nwork?")),
+        ([*user("Hi."), HELLO, {"role": "system", "content": "Be kind."}, *user(FIRST)],
+         [*user("Hi."), HELLO, *user(f"Be kind.\n\n{FIRST}")]),
+        ([HELLO, *user(FIRST)], [*user(""), HELLO, *user(FIRST)]),
+    ],
+    ids=["neighbours", "late system text", "greeting"],
+)  # fmt: skip
+def test_turns_that_do_not_alternate(client: openai.OpenAI, olla: ollama.Client, sent: Any, read: Any) -> None:
+    answers = [client.chat.completions.create(model="x", messages=given) for given in (sent, read)]
+    first, second = ((one.choices[0].message.content, one.usage) for one in answers)
+    assert first[0] == second[0] == olla.chat(model="x", messages=sent).message.content
+    assert first[1].prompt_tokens == second[1].prompt_tokens
+
+
+def test_turns_that_must_alternate(start_daemon: Callable[..., Any]) -> None:
+    daemon = start_daemon("strict_roles: true")
+    refused = pytest.raises(openai.BadRequestError, match="must alternate")
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="x", max_retries=0) as client, refused:
+        client.chat.completions.create(model="x", messages=[*user("Does it"), *user("work?")])
+
+
+def test_tools_that_may_not_be_called(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    raw = client.chat.completions.with_raw_response.create(
+        model="x", messages=user(FIRST), tools=tools, tool_choice="none"
+    )
+    assert raw.parse().choices[0].message.content == QA[FIRST]
+    assert raw.headers["x-rkedge-ignored"] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: this model cannot call tools. Leave"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "reads text only"),
+        ({"messages": [*user("x"), {"role": "tool", "content": "x"}]}, "cannot call tools"),
+        ({"response_format": {"type": "json_object"}}, "RKLLM cannot hold an answer to a format"),
+        ({"n": 3}, "one answer at a time"),
+    ],
+    ids=["tools", "image", "tool", "format", "n"],
+)  # fmt: skip
+def test_a_person_understands_why(client: openai.OpenAI, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "x", "messages": user("hi"), **wrong})
+    message = str(caught.value.body["message"])  # type: ignore[index]
+    assert said in message
+    assert not any(word in message for word in ("at most", "items", "null", "openapi", "schema"))
+
+
+def test_more_tokens_than_there_can_be(client: openai.OpenAI, olla: ollama.Client) -> None:
+    raw = client.chat.completions.with_raw_response.create(model="x", messages=user(FIRST), max_tokens=(1 << 31) - 1)
+    assert raw.parse().choices[0].message.content == QA[FIRST]
+    assert raw.headers["x-rkedge-ignored"] == "max_tokens"
+    most = {"num_predict": (1 << 31) - 1}
+    assert olla.chat(model="x", messages=user(FIRST), options=most).message.content == QA[FIRST]
+
+
 def test_limits_and_stop_strings(client: openai.OpenAI) -> None:
     for options in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
         choice = client.chat.completions.create(model="x", messages=user(FIRST), **options).choices[0]  # type: ignore[call-overload]
@@ -68,8 +138,13 @@ def test_limits_and_stop_strings(client: openai.OpenAI) -> None:
         assert (choice.message.content, choice.finish_reason) == (QA[FIRST].partition("with eight")[0], "stop")
 
 
-def test_completions(client: openai.OpenAI) -> None:
+def test_completions(start_daemon: Callable[..., Any]) -> None:
     """A plain text, continued; control tokens in it are text."""
+    with openai.OpenAI(base_url=f"{start_daemon('temperature: 0').url}/v1", api_key="x", max_retries=0) as client:
+        check_completions(client)
+
+
+def check_completions(client: openai.OpenAI) -> None:
     done = client.completions.create(model="x", prompt="What is", max_tokens=4)
     assert done.usage is not None
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (3, 4)
@@ -97,6 +172,7 @@ def test_embeddings(client: openai.OpenAI) -> None:
 def test_models(client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert client.models.retrieve(card.id).id == card.id
+    assert client.models.retrieve(f"{card.id}:latest").id == card.id
     with pytest.raises(openai.NotFoundError, match="this daemon has"):
         client.models.retrieve("gpt-4")
 
@@ -153,13 +229,6 @@ def guarded_status(daemon: Any, key: str) -> int:
     return int(subprocess.run([*command, f"{daemon.url}/v1/models"], capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.fixture
-def olla(daemon: Any) -> Iterator[ollama.Client]:
-    one = ollama.Client(host=daemon.url)
-    yield one
-    one._client.close()
-
-
 def test_ollama_chat(olla: ollama.Client) -> None:
     whole = olla.chat(model="any", messages=user(FIRST), options={"temperature": 0, "seed": 1})
     assert (whole.message.content, whole.done, whole.done_reason) == (QA[FIRST], True, "stop")
@@ -184,11 +253,30 @@ def test_ollama_says_what_there_is(olla: ollama.Client, daemon: Any) -> None:
     (card,) = olla.list().models
     assert card.details.family == "gemma2"
     assert olla.ps().models[0].model == card.model
+    assert olla.ps().models[0].context_length == 4096
     shown = olla.show("any")
     assert shown.modelinfo["gemma2.context_length"] == 4096
     assert "completion" in shown.capabilities
     assert daemon.request("GET", "/api/version")[2]["version"]
     assert daemon.request("GET", "/")[2] == b"Ollama is running"
+
+
+def test_ollama_stops_a_model(olla: ollama.Client) -> None:
+    """As `ollama stop` does; the next question loads it again."""
+    for zero in (0, "0s", "0m0s"):
+        assert olla.generate(model="x", keep_alive=zero).done_reason == "unload"
+        assert olla.ps().models == []
+    assert olla.chat(model="x", messages=user(FIRST)).message.content == QA[FIRST]
+
+
+def test_ollama_embeds(olla: ollama.Client, client: openai.OpenAI) -> None:
+    texts = [FIRST, "Does it work?"]
+    expected = [item.embedding for item in client.embeddings.create(model="x", input=texts).data]
+    found = olla.embed(model="x", input=texts)
+    assert [list(vector) for vector in found.embeddings] == expected
+    assert found.prompt_eval_count == client.embeddings.create(model="x", input=texts).usage.prompt_tokens
+    assert [list(vector) for vector in olla.embed(model="x", input=FIRST, truncate=True).embeddings] == expected[:1]
+    assert list(olla.embeddings(model="x", prompt=FIRST).embedding) == expected[0]
 
 
 def test_ollama_errors(olla: ollama.Client) -> None:
@@ -278,8 +366,7 @@ def test_ollama_is_told_what_has_no_effect(olla: ollama.Client) -> None:
             assert set(found.split(", ")) == {f"options.{name}" for name in ("num_ctx", "min_p", "mirostat", "seed")}
         else:
             assert found == named
-    # A request without a prompt loads; Ollama's would unload here.
-    assert olla.generate(model="x", keep_alive=0).done_reason == "load"
+    assert olla.generate(model="x", keep_alive=5).done_reason == "load"
     assert answers[-1].headers["x-rkedge-ignored"] == "keep_alive"
     for wrong in ({"logprobs": True}, {"top_logprobs": 3}):
         for ask in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,11 +10,25 @@ from typing import Any, Final
 from starlette.requests import Request
 
 from rkruntime.engine.generation import PER_REQUEST
+from rkruntime.errors import BodyError
 from rkruntime.model import Model
 from rkruntime.serve.api.http import while_connected
+from rkruntime.serve.api.turns import alternating
+from rkruntime.serve.connections import Held
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
-from rkruntime.serve.service import GenerationRequest, Item, Outcome, Prompt, Run, SaveAnswer, Service, Started, stopped
+from rkruntime.serve.service import (
+    Embedded,
+    GenerationRequest,
+    Item,
+    Outcome,
+    Prompt,
+    Run,
+    SaveAnswer,
+    Service,
+    Started,
+    stopped,
+)
 from rkruntime.serve.threads import in_thread
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
@@ -23,6 +38,8 @@ from rkruntime.words import dropped_turns
 
 NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
+# Most characters of a number per byte of its float.
+_AS_TEXT: Final = 6
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,8 @@ class WholeChat:
 
     def __init__(self, request: Request, service: Service, messages: Sequence[Message], *, drop: bool = False) -> None:
         self._user: User = request.scope["rkedge.user"]
-        self._service, self._messages, self._drop = service, messages, drop
+        self._service, self._drop = service, drop
+        self._messages = messages if service.settings.strict_roles else alternating(messages)
         self._memory: AnswerMemory | None = None
 
     def prompt(self, model: Model) -> Prompt:
@@ -172,6 +190,27 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
         return await while_connected(request, last())
     finally:
         await started.run.close()
+
+
+async def embedded(request: Request, service: Service, body: Mapping[str, Any], texts: Sequence[str]) -> Embedded:
+    """The vectors of texts; as much memory is held for their user as the response takes."""
+    held: Held = request.scope["rkedge.held"]
+    client = client_of(request, body)
+    return await while_connected(request, service.embed(texts, client, lambda size: held.at_least(_AS_TEXT * size)))
+
+
+def numbers(vector: bytes) -> Sequence[float]:
+    """A vector's numbers."""
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
+def refuse_tools(body: Mapping[str, Any], request: Request) -> None:
+    """Raise BodyError for a request with tools that the model may call."""
+    for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if body.get(name) and body.get(choice) == "none":
+            request.scope["rkedge.ignored"].add(name)
+        elif body.get(name):
+            raise BodyError(f"{name}: this model cannot call tools.", hint="Leave them out.", details={"param": name})
 
 
 def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:

@@ -70,7 +70,9 @@ def error_body(error: BaseException, style: str) -> dict[str, Any]:
     """
     _, kind, code = status_of(error)
     message = (
-        f"{error.message} {error.hint}" if isinstance(error, RKEdgeError) else "The daemon has a bug; see its log."
+        f"{error.message} {error.hint}".rstrip()
+        if isinstance(error, RKEdgeError)
+        else "The daemon has a bug; see its log."
     )
     if style == "ollama":
         return {"error": message}

@@ -1,10 +1,11 @@
-"""Ollama's interface: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version."""
+"""Ollama's interface: /api/chat, /generate, /embed, /embeddings, /tags, /show, /ps, /version."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,8 +24,12 @@ from rkruntime.serve.api.generate import (
     WholeChat,
     client_of,
     collect,
+    embedded,
+    emulated_header,
     generation_request,
     items,
+    numbers,
+    refuse_tools,
     split,
     started_run,
     text_prompt,
@@ -121,6 +126,18 @@ def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
     return open_bundle(bundle).manifest
 
 
+def _vectors(vectors: Sequence[bytes], end: Mapping[str, Any]) -> bytes:
+    """The response, encoded vector by vector, since no other thread runs while a piece of JSON is encoded."""
+    return f'{{"embeddings":[{",".join(_encode(numbers(vector)) for vector in vectors)}],{_encode(end)[1:]}'.encode()
+
+
+def _is_zero(keep_alive: object) -> bool:
+    """Whether a number of seconds, or a duration such as `0s`, is 0; with that, Ollama's clients unload a model."""
+    if isinstance(keep_alive, str):
+        return re.fullmatch(r"(0+(\.0+)?(ns|us|ms|s|m|h)?)+", keep_alive) is not None
+    return keep_alive == 0 and keep_alive is not None
+
+
 class OllamaEndpoints:
     """The endpoints. Any model name stands for the one model that is served; answers give its real name."""
 
@@ -134,6 +151,8 @@ class OllamaEndpoints:
             "ollama",
             ("POST", "/api/chat", self._chat),
             ("POST", "/api/generate", self._generate),
+            ("POST", "/api/embed", self._embed),
+            ("POST", "/api/embeddings", self._embed_one),
             ("POST", "/api/show", self._show),
             ("GET", "/api/tags", self._tags),
             ("GET", "/api/ps", self._ps),
@@ -142,6 +161,7 @@ class OllamaEndpoints:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaChat")
+        refuse_tools(body, request)
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
             return await self._load_only(request, body, _as_message)
@@ -162,17 +182,41 @@ class OllamaEndpoints:
         return await self._answer(request, body, prompt, _as_response)
 
     async def _load_only(self, request: Request, body: Mapping[str, Any], shape: Shape) -> Response:
-        """Answer a request without a prompt, which loads the model so that the next one finds it ready."""
+        """Answer a request without a prompt: load the model, so that the next one finds it ready, or unload it."""
         for name in ("system", "options", "raw", "truncate"):
             if body.get(name):
                 request.scope["rkedge.ignored"].add(name)
 
-        async def load() -> Model:
-            async with self._service.queue.turn(client_of(request, {})):
-                return await self._service.host.model()
+        unload = _is_zero(body.get("keep_alive"))
+        if not unload:
+            self._keeps(request, body)
 
-        model = await while_connected(request, load())
-        return json_response({**_line(model, shape, ""), "done": True, "done_reason": "load"})
+        async def change() -> None:
+            async with self._service.queue.turn(client_of(request, {})):
+                await (self._service.host.unload() if unload else self._service.host.model())
+
+        await while_connected(request, change())
+        line = {"model": self._service.name, "created_at": _time(), **shape("")}
+        return json_response({**line, "done": True, "done_reason": "unload" if unload else "load"})
+
+    async def _embed(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "OllamaEmbed")
+        texts, start = [body["input"]] if isinstance(body["input"], str) else body["input"], time.monotonic()
+        found = await embedded(request, self._service, body, texts)
+        end = {
+            "model": found.model,
+            "total_duration": _nanoseconds(time.monotonic() - start),
+            "load_duration": 0,
+            "prompt_eval_count": found.tokens,
+        }
+        content = await read_in_thread(_vectors, found.vectors, end)
+        return Response(content, headers=emulated_header(found.emulated), media_type="application/json")
+
+    async def _embed_one(self, request: Request) -> Response:
+        body = await self._bodies.read(request, "OllamaEmbeddings")
+        found = await embedded(request, self._service, body, [body["prompt"]])
+        content = {"embedding": numbers(found.vectors[0])}
+        return json_response(content, headers=emulated_header(found.emulated))
 
     async def _answer(
         self,
@@ -183,6 +227,7 @@ class OllamaEndpoints:
         save: SaveAnswer | None = None,
     ) -> Response:
         options = body.get("options") or {}
+        self._keeps(request, body)
         # -1 means no limit and -2 the rest of the context, which is the same here.
         limit = options.get("num_predict", -1)
         wanted = generation_request(request, prompt, options, int(limit) if limit > 0 else None, save)
@@ -198,6 +243,10 @@ class OllamaEndpoints:
                 {**_line(started.start.model, shape, text), **_figures(outcome)}, headers=started.headers
             ),
         )
+
+    def _keeps(self, request: Request, body: Mapping[str, Any]) -> None:
+        if body.get("keep_alive") is not None:  # the settings say how long, for all clients
+            request.scope["rkedge.ignored"].add("keep_alive")
 
     async def _manifest(self) -> Manifest:
         model = self._service.host.current
@@ -226,11 +275,13 @@ class OllamaEndpoints:
         return json_response({"models": [await self._card()]})
 
     async def _ps(self, request: Request) -> Response:
-        if self._service.host.current is None:
+        model = self._service.host.current
+        if model is None:
             return json_response({"models": []})
         idle = self._service.settings.idle_unload_s
         until = _time(time.time() + idle) if idle else "9999-12-31T23:59:59Z"
-        return json_response({"models": [{**await self._card(), "expires_at": until, "size_vram": 0}]})
+        loaded = {"expires_at": until, "size_vram": 0, "context_length": model.engine.info.max_context}
+        return json_response({"models": [{**await self._card(), **loaded}]})
 
     async def _show(self, request: Request) -> Response:
         await self._bodies.read(request, "OllamaShow")

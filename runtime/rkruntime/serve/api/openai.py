@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import struct
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -18,11 +17,13 @@ from rkruntime.errors import BodyError
 from rkruntime.serve.api.generate import (
     StartedRun,
     WholeChat,
-    client_of,
     collect,
+    embedded,
     emulated_header,
     generation_request,
     items,
+    numbers,
+    refuse_tools,
     split,
     started_run,
     text_of,
@@ -35,16 +36,12 @@ from rkruntime.serve.api.http import (
     json_response,
     refuse_together,
     routes,
-    while_connected,
 )
-from rkruntime.serve.connections import Held
 from rkruntime.serve.service import GenerationRequest, Outcome, Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
 _DONE: Final = b"data: [DONE]\n\n"
-# Most characters of a number per byte of its float.
-_AS_TEXT: Final = 6
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -143,6 +140,7 @@ class OpenAIEndpoints:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "ChatRequest")
+        refuse_tools(body, request)
         roles = {"developer": "system"}
         messages = [
             Message(roles.get(item["role"], item["role"]), text_of(item["content"])) for item in body["messages"]
@@ -181,12 +179,8 @@ class OpenAIEndpoints:
     async def _embed(self, request: Request) -> Response:
         body = await self._bodies.read(request, "EmbeddingRequest")
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        held: Held = request.scope["rkedge.held"]
-        found = await while_connected(
-            request,
-            self._service.embed(texts, client_of(request, body), lambda size: held.at_least(_AS_TEXT * size)),
-        )
-        shown = _base64 if body.get("encoding_format") == "base64" else _numbers
+        found = await embedded(request, self._service, body, texts)
+        shown = _base64 if body.get("encoding_format") == "base64" else numbers
         end = {"model": found.model, "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens}}
         content = await read_in_thread(_embeddings, found.vectors, shown, end)
         return Response(content, headers=emulated_header(found.emulated), media_type="application/json")
@@ -200,7 +194,7 @@ class OpenAIEndpoints:
         return json_response({"object": "list", "data": [self._card()]})
 
     async def _model(self, request: Request) -> Response:
-        if request.path_params["model"] != self._service.name:
+        if request.path_params["model"] not in (self._service.name, f"{self._service.name}:latest"):
             raise BodyError(
                 f"There is no model {request.path_params['model'][:80]!r}; this daemon has {self._service.name!r}.",
                 details={"status": 404, "param": "model", "code": "model_not_found"},
@@ -218,7 +212,3 @@ def _embeddings(vectors: Sequence[bytes], shown: Callable[[bytes], Any], end: Ma
 
 def _base64(vector: bytes) -> str:
     return base64.b64encode(vector).decode()
-
-
-def _numbers(vector: bytes) -> Sequence[float]:
-    return struct.unpack(f"<{len(vector) // 4}f", vector)

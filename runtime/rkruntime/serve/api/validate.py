@@ -141,8 +141,8 @@ class Validator:
         """What the schema `name` declares of `value`: no other properties, no nulls in objects, integers as int.
 
         Args:
-            ignored: Collects properties that the schema does not declare, or marks as `x-ignored`, and empty texts
-                where it says `x-empty-ignored`.
+            ignored: Collects properties that the schema does not declare, or marks as `x-ignored`, empty texts where it
+                says `x-empty-ignored`, and numbers that are taken for their maximum where it says `x-capped`.
 
         Raises:
             BodyError: `value` does not match the schema; names the field.
@@ -154,6 +154,9 @@ class Validator:
             schema = self._schemas[schema["$ref"].rpartition("/")[2]]
         if "anyOf" in schema:
             return self._read_any(schema, value, where, ignored)
+        if "x-capped" in schema and _is_number(value) and value > schema["maximum"]:
+            ignored.add(where)
+            return schema["maximum"]
         for word, rule in _RULES.items():
             if word in schema and not rule(schema[word], value):
                 raise _error(schema, word, value, where)
@@ -176,9 +179,6 @@ class Validator:
         return self._read((alike or schema["anyOf"])[-1], value, where, ignored)
 
     def _read_object(self, schema: Schema, value: Mapping[str, Any], where: str, ignored: Ignored) -> Mapping[str, Any]:
-        for name in schema.get("required", ()):
-            if name not in value:
-                raise BodyError(f"{_name(where, name)} is missing.", details={"param": _name(where, name)})
         if "properties" not in schema:
             return value
         properties, known = schema["properties"], {}
@@ -187,6 +187,10 @@ class Validator:
                 known[name] = self._read(properties[name], item, _name(where, name), ignored)
             if item is not None and (name not in properties or "x-ignored" in properties[name]):
                 ignored.add(_name(where, name[:_LONGEST_IGNORED]))
+        # Last, because a part of another kind, such as an image, lacks a text for a reason.
+        for name in schema.get("required", ()):
+            if name not in value:
+                raise BodyError(f"{_name(where, name)} is missing.", details={"param": _name(where, name)})
         return {name: item for name, item in known.items() if item is not None}
 
 
@@ -225,6 +229,8 @@ _SAYINGS: Final[Mapping[str, str]] = {
 
 
 def _error(schema: Schema, word: str, value: Any, where: str) -> BodyError:
+    if "x-says" in schema:
+        return BodyError(f"{where or 'The body'}: {schema['x-says']}", hint="", details={"param": where or None})
     kind = next(name for name, test in _TYPES.items() if test(value))
     wanted = schema[word]
     wanted = " or ".join(map(json.dumps, wanted)) if isinstance(wanted, list) else str(wanted)
