@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from rkruntime.abi import within
 from rkruntime.bundle.manifest import Bundle, open_bundle
-from rkruntime.engine.generation import Sampling
+from rkruntime.engine.generation import PER_REQUEST, Sampling
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
+from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
 from rkruntime.schema import types_of
@@ -40,7 +42,7 @@ def load_model(settings: Settings, stop: Stop) -> Model:
     Raises:
         RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
-    return open_model(
+    model = open_model(
         _bundle(settings),
         _options(settings),
         SamplingOptions(**{name: value for name, value in vars(settings).items() if name in types_of(Sampling)}),
@@ -49,6 +51,11 @@ def load_model(settings: Settings, stop: Stop) -> Model:
         token_timeout=settings.limits.token_s,
         stop=stop,
     )
+    release = model.engine.info.release
+    if not within(release, PER_RUN_SAMPLING, ""):
+        sampling = ", ".join(f"{name} {getattr(model.sampling, name):g}" for name in PER_REQUEST)
+        log.info("RKLLM %s takes sampling only with the model (%s): requests cannot change it", release, sampling)
+    return model
 
 
 def check_model(settings: Settings, stop: Stop) -> None:

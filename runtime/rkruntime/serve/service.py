@@ -267,7 +267,7 @@ class Service:
         reused = min(await in_thread(self.caches.finished, model, request, answer), answer.prompt_tokens)
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
-        self._report(wanted, outcome)
+        self._report(wanted, outcome, ignored)
         if answer.reason is FinishReason.ABORT:
             raise stopped()
         return outcome
@@ -331,11 +331,11 @@ class Service:
             )
         return None, names
 
-    def _report(self, wanted: GenerationRequest, outcome: Outcome) -> None:
+    def _report(self, wanted: GenerationRequest, outcome: Outcome, ignored: Sequence[str]) -> None:
         answer = outcome.answer
         self.metrics.answered(answer, outcome.reused, outcome.queue_s, outcome.prefill_s)
         log.info(
-            "request %s: %d prompt tokens (%d reused), %d generated, %s, queued %.3f s, first token %.3f s, %.3f s",
+            "request %s: %d prompt tokens (%d reused), %d generated, %s, queued %.3f s, first token %.3f s, %.3f s%s",
             wanted.request_id,
             answer.prompt_tokens,
             outcome.reused,
@@ -344,6 +344,7 @@ class Service:
             outcome.queue_s,
             outcome.prefill_s,
             outcome.total_s,
+            f"; ignored: {', '.join(ignored)}" if ignored else "",
         )
         if self.settings.log_prompts:
             log.info("request %s answered: %r", wanted.request_id, answer.text)

@@ -422,3 +422,11 @@ print()
 '"""  # noqa: E501 - quoted
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def test_the_log_says_what_requests_cannot_change(daemon: Any, client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(model="x", messages=user(FIRST), temperature=0)
+    assert raw.headers["x-rkedge-ignored"] == "temperature"
+    lines = daemon.log.splitlines()
+    assert any("takes sampling only with the model (temperature 0.8, " in line for line in lines)
+    assert any(raw.headers["x-request-id"] in line and line.endswith("; ignored: temperature") for line in lines)

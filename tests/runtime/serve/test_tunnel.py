@@ -19,6 +19,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from rkconvert.demo import questions
+from rkruntime.errors import UsageError
+from rkruntime.serve.settings import Listen, check_listen
 
 from .browsing import BROWSER, DRIVER, chromium, wait
 from .sshd import SSHD, connect, forwarding, free_port, running_board
@@ -181,3 +183,32 @@ def test_a_page_that_frames_the_chat_page_shows_nothing(
     browser.switch_to.frame(0)
     assert not browser.find_elements(By.ID, "text")
     browser.switch_to.default_content()
+
+
+ASK = """
+const [target, done] = arguments;
+const body = JSON.stringify({messages: [{role: "user", content: "What is the RK3588?"}], seed: 5});
+fetch(target + "/v1/chat/completions", {method: "POST", body, headers: {"Content-Type": "application/json"}})
+  .then(async (found) => done([(await found.json()).choices[0].message.content, found.headers.get("X-RKEdge-Ignored")]))
+  .catch((error) => done(String(error)));
+"""
+
+
+def test_a_page_that_the_settings_name(
+    browser: webdriver.Chrome, start_daemon: Callable[..., Any], elsewhere: int
+) -> None:
+    daemon = start_daemon(f"listen: {{origins: ['http://127.0.0.1:{elsewhere}']}}")
+    browser.set_script_timeout(30)
+    browser.get(f"http://127.0.0.1:{elsewhere}/")
+    assert browser.execute_async_script(ASK, daemon.url) == [QA[FIRST], "seed"]
+    browser.get(f"http://localhost:{elsewhere}/")  # another origin, the same server
+    assert "TypeError" in browser.execute_async_script(ASK, daemon.url)
+    for origin in ("null", "http://evil.example", f"http://127.0.0.1:{elsewhere}.evil.example"):
+        headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+        assert daemon.request("GET", "/sessions", headers=headers)[0] == 403
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "http://*.example", "http://a/", "http://a@b", "a", "HTTP://A", ""])
+def test_what_is_not_an_origin(origin: str) -> None:
+    with pytest.raises(UsageError, match=r"listen\.origins"):
+        check_listen(Listen(origins=(origin,)))

@@ -191,12 +191,14 @@ class OllamaEndpoints:
         if not unload:
             self._keeps(request, body)
 
-        async def change() -> None:
+        async def change() -> str:
             async with self._service.queue.turn(client_of(request, {})):
-                await (self._service.host.unload() if unload else self._service.host.model())
+                if not unload:
+                    return (await self._service.host.model()).bundle.manifest.name
+                await self._service.host.unload()
+                return self._service.name
 
-        await while_connected(request, change())
-        line = {"model": self._service.name, "created_at": _time(), **shape("")}
+        line = {"model": await while_connected(request, change()), "created_at": _time(), **shape("")}
         return json_response({**line, "done": True, "done_reason": "unload" if unload else "load"})
 
     async def _embed(self, request: Request) -> Response:
