@@ -9,12 +9,32 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol, TypeVar
 
 ROOT: Final = Path("/")
+P = TypeVar("P", bound="Place")
+
+
+class Place(Protocol):
+    """What is asked of a path: a pathlib.Path, or something that stands for a file on another machine."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def parent(self: P) -> P: ...  # noqa: D102
+
+    def __lt__(self, other: Any, /) -> bool: ...
+    def __truediv__(self: P, path: str, /) -> P: ...
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str: ...  # noqa: D102
+    def is_dir(self) -> bool: ...  # noqa: D102
+    def exists(self) -> bool: ...  # noqa: D102
+    def glob(self: P, pattern: str, /) -> Iterable[P]: ...  # noqa: D102
+    def resolve(self: P) -> P: ...  # noqa: D102
+
 
 # Where mainline's NPU driver shows up, as a module or built in.
 _MAINLINE: Final = ("sys/module/rocket", "sys/bus/platform/drivers/rocket")
@@ -85,20 +105,20 @@ class Memory:
     available: int
 
 
-def _attempt(path: Path) -> str | OSError:
+def _attempt(path: Place) -> str | OSError:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         return error
 
 
-def _read(path: Path) -> str:
+def _read(path: Place) -> str:
     """The file's text, or "" if it cannot be read."""
     found = _attempt(path)
     return found if isinstance(found, str) else ""
 
 
-def driver(root: Path = ROOT) -> Driver:
+def driver(root: Place = ROOT) -> Driver:
     """The version of the NPU driver, and where it was found."""
     found = {name: _attempt(root / name) for name in _DRIVER_VERSION}
     for name, text in found.items():
@@ -111,7 +131,7 @@ def driver(root: Path = ROOT) -> Driver:
     return Driver(None, f"{', '.join(closed)} can be read only by root" if closed else "no file states it")
 
 
-def compatible(root: Path = ROOT) -> tuple[str, ...]:
+def compatible(root: Place = ROOT) -> tuple[str, ...]:
     """The device tree's names for the board and its chip, most specific first; empty if they cannot be read."""
     for name in _COMPATIBLE:
         if text := _read(root / name):
@@ -119,7 +139,7 @@ def compatible(root: Path = ROOT) -> tuple[str, ...]:
     return ()
 
 
-def soc(root: Path = ROOT) -> str | None:
+def soc(root: Place = ROOT) -> str | None:
     """The Rockchip SoC (`rk3588s`, `rk3566`), supported or not; None on another machine or if unreadable."""
     for name in reversed(compatible(root)):
         vendor, _, chip = name.partition(",")
@@ -133,7 +153,7 @@ def platform_of(chip: str | None) -> str | None:
     return _PLATFORMS.get(chip or "")
 
 
-def memory(root: Path = ROOT) -> Memory | None:
+def memory(root: Place = ROOT) -> Memory | None:
     """Main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
     found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
     if len(found) < 2:
@@ -152,7 +172,7 @@ def most_open_files() -> int | None:
     return None if hard == resource.RLIM_INFINITY else hard
 
 
-def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
+def npu_nodes(root: P) -> tuple[P, ...]:
     """The NPU's device nodes, which may be missing in /dev: its DRM nodes, by the device's or the driver's name, and
     /dev/rknpu of the driver's older form.
     """
@@ -166,11 +186,11 @@ def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
     return (*nodes, legacy) if legacy.exists() or (root / "sys/class/misc/rknpu").exists() else nodes
 
 
-def _is_npu(device: Path) -> bool:
+def _is_npu(device: Place) -> bool:
     return device.resolve().name.endswith(".npu") or "DRIVER=RKNPU" in _read(device / "uevent").splitlines()
 
 
-def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None = None) -> Cores:
+def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None = None) -> Cores:
     """The big CPU cores, plus the next best ones until there are `at_least`.
 
     Big and little are told apart by the kernel's cpu_capacity, the cpufreq policies' highest clock or the platform,
@@ -197,14 +217,14 @@ def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None 
     return Cores(tuple(online), False, "all cores alike")
 
 
-def _online(root: Path) -> list[int]:
+def _online(root: Place) -> list[int]:
     found: list[int] = []
     for first, last in re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", _read(root / _CPUS / "online")):
         found += range(int(first), int(last or first) + 1)
     return found
 
 
-def _capacities(root: Path) -> dict[int, int]:
+def _capacities(root: Place) -> dict[int, int]:
     return {
         int(path.parent.name[3:]): int(text)
         for path in (root / _CPUS).glob("cpu[0-9]*/cpu_capacity")
@@ -212,7 +232,7 @@ def _capacities(root: Path) -> dict[int, int]:
     }
 
 
-def _clocks(root: Path) -> dict[int, int]:
+def _clocks(root: Place) -> dict[int, int]:
     clocks: dict[int, int] = {}
     for policy in (root / _CPUS / "cpufreq").glob("policy[0-9]*"):
         highest = _read(policy / "cpuinfo_max_freq").strip()
