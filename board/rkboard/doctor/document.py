@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from rkruntime.checks import machine
+from rkruntime.checks.preflight import ModelFacts
 from rkruntime.errors import ServiceError
 from rkruntime.library.elf import MACHINES, ElfFile
 from rkruntime.library.identify import Identity, identify_parts
@@ -104,7 +105,9 @@ class Library:
     @cached_property
     def identity(self) -> Identity:
         """Its release, or why it must not be called."""
-        elf = ElfFile(self.bits, MACHINES.get(self.elf_machine, f"machine {self.elf_machine}"), frozenset(self.functions))
+        elf = ElfFile(
+            self.bits, MACHINES.get(self.elf_machine, f"machine {self.elf_machine}"), frozenset(self.functions)
+        )
         texts = "\0".join((*self.version_texts, *self.log_formats))
         return identify_parts(self.path, elf, texts.encode("utf-8", "replace"))
 
@@ -234,11 +237,12 @@ class Board:
 
     Attributes:
         now: This machine's clock, in seconds since 1970, if the board's can be compared with it.
+        model: A bundle's model, to be judged on this board.
     """
 
     document: Document
     now: float | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    model: ModelFacts | None = None
 
     @property
     def me(self) -> Me:

@@ -92,7 +92,7 @@ def ok(said: str) -> Verdict:
 
 
 def write(value: str, *paths: str) -> tuple[Fix, ...]:
-    """Repairs that write a value into files of the kernel. It ends in a newline: some drivers overwrite the last byte."""
+    """Repairs that write a value and a newline into files of the kernel: some drivers overwrite the last byte."""
     return tuple(Fix(("tee", f"/{path}"), value) for path in paths)
 
 

@@ -27,8 +27,9 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 SCHEMA = "rkedge-probe/1"
 MARK = "rkedge-probe: "
@@ -93,7 +94,9 @@ class Tree:
 
     def real(self, path: str) -> str:
         """The path without links. Raises OSError for too many of them."""
-        left, found, hops = path.split("/")[::-1], [], 0  # type: Tuple[List[str], List[str], int]
+        left = path.split("/")[::-1]
+        found: list[str] = []
+        hops = 0
         while left:
             part = left.pop()
             if part == "..":
@@ -115,7 +118,7 @@ class Tree:
         """Where the file is for the kernel."""
         return os.path.join(self.root, self.real(path))
 
-    def names(self, path: str) -> List[str]:
+    def names(self, path: str) -> list[str]:
         """The first names in a folder. Raises OSError."""
         found = []
         with os.scandir(self.place(path)) as entries:
@@ -148,7 +151,7 @@ class Tree:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a regular file")
 
-    def read(self, path: str, most: int) -> Tuple[bytes, bool]:
+    def read(self, path: str, most: int) -> tuple[bytes, bool]:
         """The first bytes of a regular file, and whether there are more. Raises OSError."""
         handle, data = self.open(path), b""
         try:
@@ -178,7 +181,7 @@ class Probe:
     def __init__(self, root: str) -> None:
         self.tree, self.whole = Tree(root), os.path.abspath(root) == "/"
         self.lock, self.at, self.left = threading.Lock(), "", MOST_TOTAL
-        self.found: Dict[str, Any] = {
+        self.found: dict[str, Any] = {
             "schema": SCHEMA, "root": self.tree.root, "files": {}, "folders": {}, "links": {}, "nodes": {},
             "processes": [], "libraries": [], "disks": {}, "log": [], "problems": [],
         }  # fmt: skip
@@ -205,7 +208,7 @@ class Probe:
             if len(self.found["problems"]) < 32:
                 self.found["problems"].append(text[:200])
 
-    def each(self, patterns: Tuple[str, ...]) -> Iterator[str]:
+    def each(self, patterns: tuple[str, ...]) -> Iterator[str]:
         """The paths of patterns, at most so many; `at` names the current one for whoever waits."""
         number = 0
         for pattern in " ".join(patterns).split():
@@ -217,7 +220,7 @@ class Probe:
                 self.at = path
                 yield path
 
-    def put_text(self, path: str, read: Callable[[], Tuple[str, bool]]) -> None:
+    def put_text(self, path: str, read: Callable[[], tuple[str, bool]]) -> None:
         """Note what a file says, or why it cannot be read."""
         try:
             text, more = read()
@@ -232,7 +235,7 @@ class Probe:
         self.put("files", path, {"text": text, "more": True} if more else {"text": text})
 
     def files(self) -> None:
-        def read() -> Tuple[str, bool]:
+        def read() -> tuple[str, bool]:
             data, more = self.tree.read(self.at, MOST_TEXT)
             return text_of(data), more
 
@@ -251,7 +254,8 @@ class Probe:
         """Where links lead, without a link left in it; only those that exist."""
         for path in self.each(LINKS):
             try:
-                if os.path.islink(os.path.join(self.tree.root, self.tree.real(os.path.dirname(path)), path.split("/")[-1])):
+                folder, _, name = path.rpartition("/")
+                if os.path.islink(os.path.join(self.tree.place(folder), name)):
                     self.put("links", path, self.tree.real(path))
             except OSError as error:
                 self.put("files", path, {"error": code_of(error)})
@@ -339,7 +343,7 @@ class Probe:
 
     def log(self) -> None:
         """What the kernel has said of the NPU, its clocks and its temperature."""
-        lines: List[str] = []
+        lines: list[str] = []
         self.at = "dev/kmsg"
         try:
             if not self.whole:
@@ -369,7 +373,7 @@ class Probe:
 
     def processes(self) -> None:
         """The processes with the most memory, and those that have the NPU open."""
-        rows: List[Dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         hidden = 0
         for name in [name for name in self.tree.names("proc") if name.isdigit()][:MOST_PROCESSES]:
             self.at = f"proc/{name}"
@@ -381,7 +385,7 @@ class Probe:
         with self.lock:
             self.found["processes"], self.found["hidden_processes"] = rows[:MOST_SHOWN], hidden
 
-    def process(self, name: str) -> Optional[Dict[str, Any]]:
+    def process(self, name: str) -> dict[str, Any] | None:
         folder, nodes, hidden = f"proc/{name}", set(), 0
         try:
             comm = text_of(self.tree.read(f"{folder}/comm", 64)[0]).strip()
@@ -406,7 +410,7 @@ class Probe:
     def libraries(self) -> None:
         """Every librkllmrt.so in the places where it is looked for, in that order."""
         named, loader = self.library_folders()
-        seen = set()
+        seen: set[str] = set()
         for folder in [*named, *loader, "opt/rkedge/lib", "opt/rkllm/lib", "var/lib/rkedge/lib", "usr/local/lib/rkllm"]:
             self.at = folder
             try:
@@ -424,7 +428,7 @@ class Probe:
                     self.at = path
                     self.add("libraries", self.library(path, folder in loader, [*loader, os.path.dirname(real)]))
 
-    def library_folders(self) -> Tuple[List[str], List[str]]:
+    def library_folders(self) -> tuple[list[str], list[str]]:
         """The folders that the environment or the daemon's settings name, and those of the loader."""
         named = os.environ.get("LD_LIBRARY_PATH", "").split(":") if self.whole else []
         settings = self.found["files"].get("etc/rkedge/daemon.yaml", {}).get("text", "")
@@ -441,8 +445,8 @@ class Probe:
         tidy = [[path.strip("/") for path in paths if path.startswith("/")][:32] for paths in (named, configured)]
         return tidy[0], list(dict.fromkeys([*usual, *tidy[1]]))
 
-    def library(self, path: str, loader: bool, folders: List[str]) -> Dict[str, Any]:
-        fact: Dict[str, Any] = {"path": f"/{path}", "loader": loader}
+    def library(self, path: str, loader: bool, folders: list[str]) -> dict[str, Any]:
+        fact: dict[str, Any] = {"path": f"/{path}", "loader": loader}
         try:
             handle = self.tree.open(path)
             try:
@@ -457,7 +461,7 @@ class Probe:
         fact["missing"] = [name for name in fact.get("needs", []) if not self.is_there(name, folders)]
         return fact
 
-    def is_there(self, name: str, folders: List[str]) -> bool:
+    def is_there(self, name: str, folders: list[str]) -> bool:
         for folder in folders:
             try:
                 if "/" not in name and os.path.exists(self.tree.place(f"{folder}/{name}")):
@@ -502,7 +506,7 @@ _DRM_IOCTL_VERSION = 3 << 30 | _DRM_VERSION.size << 16 | ord("d") << 8
 _ACTION, _IOCTL_ACTION, _GET_DRIVER_VERSION = struct.Struct("=II"), 0xC0087200, 1
 
 
-def ask_node(path: str, legacy: bool) -> Dict[str, Any]:
+def ask_node(path: str, legacy: bool) -> dict[str, Any]:
     """Open one of the NPU's nodes and ask for its driver: what counts in a container or under SELinux."""
     import ctypes
     import fcntl
@@ -516,7 +520,11 @@ def ask_node(path: str, legacy: bool) -> Dict[str, Any]:
             asked = bytearray(_ACTION.pack(_GET_DRIVER_VERSION, 0))
             fcntl.ioctl(handle, _IOCTL_ACTION, asked)
             number = _ACTION.unpack(asked)[1]
-            return {"access": True, "driver": "rknpu", "version": f"{number // 10000}.{number // 100 % 100}.{number % 100}"}
+            return {
+                "access": True,
+                "driver": "rknpu",
+                "version": f"{number // 10000}.{number // 100 % 100}.{number % 100}",
+            }
         name = ctypes.create_string_buffer(64)
         version = bytearray(_DRM_VERSION.pack(0, 0, 0, 63, ctypes.addressof(name), 0, 0, 0, 0))
         fcntl.ioctl(handle, _DRM_IOCTL_VERSION, version)
@@ -543,14 +551,17 @@ def kernel_messages() -> Iterator[str]:
         os.close(handle)
 
 
-def elf_facts(data: mmap.mmap) -> Dict[str, Any]:
+def elf_facts(data: mmap.mmap) -> dict[str, Any]:
     """Class, machine, what it needs and exports, its version texts. Raises struct.error for a file that is cut."""
     if data[:4] != b"\x7fELF":
         return {"error": "not ELF"}
-    facts: Dict[str, Any] = {"bits": {1: 32, 2: 64}.get(data[4], 0), "elf_machine": struct.unpack_from("<H", data, 18)[0]}
+    facts: dict[str, Any] = {
+        "bits": {1: 32, 2: 64}.get(data[4], 0),
+        "elf_machine": struct.unpack_from("<H", data, 18)[0],
+    }
     if facts["bits"] != 64 or data[5] != 1:
         return facts
-    texts = []
+    texts: list[str] = []
     for mark, before in ((b"RKLLM SDK (version: ", 0), (b"rkllm-runtime version: %s", 256)):
         at = data.find(mark)
         while at >= 0 and len(texts) < 16:
@@ -565,7 +576,7 @@ def elf_facts(data: mmap.mmap) -> Dict[str, Any]:
     return facts
 
 
-def dynamic_names(data: mmap.mmap) -> Tuple[List[str], List[str]]:
+def dynamic_names(data: mmap.mmap) -> tuple[list[str], list[str]]:
     """All names in the dynamic string table, and those of needed libraries."""
     (table,) = struct.unpack_from("<Q", data, 32)
     size, count = struct.unpack_from("<HH", data, 54)
@@ -586,7 +597,7 @@ def dynamic_names(data: mmap.mmap) -> Tuple[List[str], List[str]]:
     return [text_of(name) for name in strings.split(b"\0")], [text_of(name)[:128] for name in needed[:32]]
 
 
-def main(words: List[str]) -> None:
+def main(words: list[str]) -> None:
     root = words[words.index("--root") + 1] if "--root" in words[:-1] else "/"
     begun, probe = time.monotonic(), Probe(root)
     thread = threading.Thread(target=probe.run, daemon=True)
