@@ -275,7 +275,8 @@ class Probe:
                 "groups": groups[:256],
                 "known_groups": {entry.gr_name: entry.gr_gid for entry in self.known_groups()},
                 "open_files": [None if value == resource.RLIM_INFINITY else value for value in (soft, hard)],
-                "cpus": sorted(os.sched_getaffinity(0))[:1024],
+                # Of another tree, all cores.
+                "cpus": sorted(os.sched_getaffinity(0))[:1024] if self.whole else list(range(64)),
                 "python": platform.python_version(),
                 "bits": 64 if sys.maxsize > 1 << 32 else 32,
                 "machine": platform.machine(),
@@ -375,7 +376,11 @@ class Probe:
         """The processes with the most memory, and those that have the NPU open."""
         rows: list[dict[str, Any]] = []
         hidden = 0
-        for name in [name for name in self.tree.names("proc") if name.isdigit()][:MOST_PROCESSES]:
+        try:
+            names = self.tree.names("proc")
+        except FileNotFoundError:
+            return
+        for name in [name for name in names if name.isdigit()][:MOST_PROCESSES]:
             self.at = f"proc/{name}"
             row = self.process(name)
             if row:

@@ -7,6 +7,7 @@ from typing import Final
 from rkboard.doctor.document import Board
 from rkboard.doctor.finding import Check, Verdict, ok, worst
 from rkruntime.checks import machine, preflight
+from rkruntime.words import counted
 
 _LEAST: Final = 1 << 30
 _MUCH: Final = 1 << 30
@@ -115,7 +116,13 @@ def cpu_cores(board: Board) -> Verdict | None:
     if not board.me.cpus:
         return None
     if len(usable.cpus) < 3:
-        return worst(list(preflight.check_cpu_cores(preflight.ModelFacts(npu_cores=3), usable)), "")
+        return Verdict(
+            "failure",
+            f"Only {counted(len(usable.cpus), 'CPU core')} may be used here.",
+            "The runtime refuses a model that was built for more NPU cores than it has CPU cores, and an RK3588 has three.",
+            "taskset, the unit's CPUAffinity, the container's --cpuset-cpus",
+            "text in librkllmrt: the number of enabled CPUs must be greater than or equal to that of NPU cores",
+        )
     if online and possible and online != possible:
         return Verdict(
             "warning",
