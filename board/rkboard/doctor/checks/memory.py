@@ -119,7 +119,7 @@ def cpu_cores(board: Board) -> Verdict | None:
         return Verdict(
             "failure",
             f"Only {counted(len(usable.cpus), 'CPU core')} may be used here.",
-            "The runtime refuses a model that was built for more NPU cores than it has CPU cores, and an RK3588 has three.",
+            "The runtime refuses a model with more NPU cores than that, and an RK3588 has three.",
             "taskset, the unit's CPUAffinity, the container's --cpuset-cpus",
             "text in librkllmrt: the number of enabled CPUs must be greater than or equal to that of NPU cores",
         )

@@ -105,7 +105,7 @@ def dma_heaps(board: Board) -> Verdict | None:
         return ok("DMA heaps can be opened.")
     return Verdict(
         "note",
-        f"None of {len(heaps)} DMA heaps can be opened.",
+        f"The DMA heaps ({len(heaps)}) cannot be opened.",
         "Drivers that were built with CONFIG_ROCKCHIP_RKNPU_DMA_HEAP, and vision models, take their buffers there.",
         "sudo cp board/udev/60-rkedge.rules /etc/udev/rules.d/ && sudo udevadm trigger",
         "https://github.com/armbian/build/pull/10085",
