@@ -13,6 +13,7 @@ from .sysroots import (
     Mode,
     clocks,
     driver,
+    drm,
     elf,
     functions_of,
     kernel,
@@ -29,6 +30,22 @@ BOARDS: dict[str, Board] = {
         {
             "proc/device-tree/compatible": "xunlong,orangepi-5-plus\0rockchip,rk3588\0",
             **kernel("6.1.43-rockchip-rk3588"),
+        },
+    ),
+    "rk3576": Board(
+        "https://github.com/airockchip/rknn-llm/blob/release-v1.2.3/scripts/fix_freq_rk3576.sh",
+        {
+            "proc/device-tree/compatible": "friendlyelec,nanopi-r76s\0rockchip,rk3576\0",
+            "proc/device-tree/npu@fdab0000/status": None,
+            "proc/device-tree/npu@27700000/status": "okay\0",
+            "proc/device-tree/iommu@fdab9000/status": None,
+            **dict.fromkeys(path for path in GOOD if "fdab0000.npu" in path or "card1" in path or "renderD129" in path),
+            **drm("card1", "27700000.npu", "RKNPU"),
+            "sys/bus/platform/devices/27700000.npu": Link("/sys/devices/platform/27700000.npu"),
+            "sys/devices/platform/27700000.npu/driver": Link("/sys/bus/platform/drivers/RKNPU"),
+            "sys/devices/platform/27700000.npu/iommu_group": Link("/sys/kernel/iommu_groups/0"),
+            **clocks("27700000.npu", "performance", 10**9, 10**9, "300000000 1000000000", "userspace performance"),
+            "var/log/dmesg": "[drm] Initialized rknpu 0.9.8 20240828 for 27700000.npu on minor 1\n",
         },
     ),
     "ubuntu-rockchip-24.04": Board(

@@ -43,7 +43,7 @@ MOST_TOTAL = 2 << 20  # characters of all files
 MOST_PROCESSES = 8192
 MOST_SHOWN = 48
 MOST_LIBRARIES = 16
-MOST_LIBRARY = 512 << 20
+MOST_LIBRARY = 128 << 20
 LIBRARY = "librkllmrt.so"
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"

@@ -59,6 +59,7 @@ class _Visit:
             ) from error
         self.notes: list[str] = []
         self.status: int | None = None
+        self.flooded = False
         self._found: bytes | None = None
 
     def line(self) -> bytes | None:
@@ -95,6 +96,7 @@ class _Visit:
                 if line.startswith(MARK):
                     self._found = line
                     return
+        self.flooded = left <= 0
 
     def _note(self, stream: IO[bytes]) -> None:
         with stream:
@@ -109,6 +111,9 @@ def _failed(visit: _Visit, destination: str | None) -> ServiceError:
     where = destination or "this machine"
     details = {"lines": visit.notes, "exit": visit.status}
     said = " ".join(visit.notes).lower()
+    if visit.flooded:
+        hint = f"What does this print? ssh {destination} true" if destination else None
+        return ServiceError(f"{where} sent megabytes of something else than the probe's document.", hint=hint)
     if "sudo:" in said:
         return ServiceError(
             f"sudo on {where} asks for a password, or refuses.",

@@ -38,6 +38,8 @@ class Place(Protocol):
 
 # Where mainline's NPU driver shows up, as a module or built in.
 _MAINLINE: Final = ("sys/module/rocket", "sys/bus/platform/drivers/rocket")
+VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}")
+"""The driver's version in a text."""
 # In this order: the first needs no root and exists for every driver that sets a module version.
 _DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
 # Containers hide one or both.
@@ -122,7 +124,7 @@ def driver(root: Place = ROOT) -> Driver:
     """The version of the NPU driver, and where it was found."""
     found = {name: _attempt(root / name) for name in _DRIVER_VERSION}
     for name, text in found.items():
-        if isinstance(text, str) and (match := re.search(r"\d+\.\d+\.\d+", text)):
+        if isinstance(text, str) and (match := VERSION.search(text)):
             return Driver(match.group(), f"/{name}")
     # First, because debugfs is closed to users whether or not rknpu is there.
     if any((root / name).is_dir() for name in _MAINLINE) and not (root / "sys/module/rknpu").is_dir():

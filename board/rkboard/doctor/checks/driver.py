@@ -8,7 +8,7 @@ from typing import Final
 from rkboard.doctor.document import Board
 from rkboard.doctor.finding import Check, Fix, Verdict, ok, worst
 from rkruntime.abi import DEFAULT_RELEASE
-from rkruntime.checks import preflight
+from rkruntime.checks import machine, preflight
 from rkruntime.checks.diagnosis import diagnose
 
 _VENDOR_KERNEL: Final = "Boot an image with the vendor's driver: docs/images.md lists them."
@@ -176,12 +176,12 @@ def driver_versions_agree(board: Board) -> Verdict | None:
     places = {
         f"/{path}": match.group()
         for path in ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
-        if (match := re.search(r"\d+\.\d+\.\d+", board.text(path) or ""))
+        if (match := machine.VERSION.search(board.text(path) or ""))
     }
     places |= {f"/{path}": node.version for path, node in board.document.nodes.items() if node.driver == "rknpu"}
     for line in board.document.log:
-        if match := re.search(r"Initialized (?:rknpu|RKNPU driver:)\s*v?(\d+\.\d+\.\d+)", line):
-            places["the kernel's log"] = match.group(1)
+        if "Initialized" in line and "rknpu" in line.lower() and (match := machine.VERSION.search(line)):
+            places["the kernel's log"] = match.group()
     if not places:
         return None
     listed = ", ".join(f"{place}: {version}" for place, version in places.items())
