@@ -125,7 +125,23 @@ BOARDS: dict[str, Board] = {
             "driver-build": "warning",
             "kernel-log": "warning",
             "iommu": "failure",
+            "memory-above-4gb": "warning",
             "npu-clock": "note",
+        },
+    ),
+    "orange-pi-5-pro-mainline": Board(
+        "https://github.com/antonioacg/rknpu-rk3588/blob/main/docs/porting-journal.md",
+        {
+            **dict.fromkeys(path for path in GOOD if path.startswith("sys/class/devfreq/dmc/")),
+            **kernel("6.18.22-current-rockchip64", "", "updates/dkms/rknpu.ko:\n"),
+            **clocks("fdab0000.npu", "simple_ondemand", 200000000, 1000000000, "300000000 1000000000", "performance"),
+        },
+        expected={
+            "kernel": "note",
+            "driver-build": "warning",
+            "memory-above-4gb": "warning",
+            "npu-clock": "warning",
+            "ddr-scaling": "note",
         },
     ),
     "npu-disabled-in-device-tree": Board(

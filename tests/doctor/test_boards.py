@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def test_exit_status_and_verdict(verdicts: dict[str, list[Finding]], name: str, 
             ],
         ),
         ("armbian-edge-rocket", []),
+        # Writing a clock of the NPU froze that board.
+        ("orange-pi-5-pro-mainline", []),
     ],
 )
 def test_repairs(verdicts: dict[str, list[Finding]], name: str, commands: list[str]) -> None:
@@ -147,3 +150,11 @@ def test_what_a_board_lacks_is_there_on_the_good_one(name: str) -> None:
     """So that leaving it out means something; boards with another kernel take its files out wherever they are."""
     lacking = {path for path, content in BOARDS[name].files.items() if content is None}
     assert not {path for path in lacking if path not in GOOD and not path.startswith(("boot/", "lib/modules/"))}
+
+
+def test_every_row_on_images_has_an_address_and_a_date() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| image", "| build"))]
+    assert len(rows) >= 15
+    assert [row for row in rows if "](https://" not in row] == []
+    assert [row for row in rows if not re.search(r"\| 20\d\d-[01]\d-[0-3]\d \|$", row)] == []

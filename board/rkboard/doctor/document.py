@@ -315,6 +315,11 @@ class Board:
         return self.text("proc/sys/kernel/osrelease") or ""
 
     @property
+    def vendor_kernel(self) -> bool:
+        """Whether it is of the lines that the vendor's driver is made for: those that the RKLLM manuals name."""
+        return re.match(r"(?:5\.10|6\.1)(?!\d)", self.release) is not None
+
+    @property
     def in_container(self) -> bool:
         """Whether this is the inside of a container."""
         text = self.text("proc/1/cgroup") or ""

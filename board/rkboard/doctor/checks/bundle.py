@@ -11,21 +11,21 @@ from rkruntime.checks import machine, preflight
 
 
 def bundle_platform(board: Board) -> Verdict | None:
-    """Made for this chip."""
+    """Whether it was made for this chip."""
     if board.model is None:
         return None
     return worst(list(preflight.check_platform(board.model, board.chip)), f"It was made for {board.model.platform}.")
 
 
 def bundle_type(board: Board) -> Verdict | None:
-    """A type that the chip has."""
+    """Whether its quantized type exists for the chip."""
     if board.model is None:
         return None
     return worst(list(preflight.check_dtype(board.model)), f"{board.model.dtype} exists for {board.model.platform}.")
 
 
 def bundle_releases(board: Board) -> Verdict | None:
-    """Library, driver and toolkit fit each other."""
+    """Whether library, driver and toolkit fit each other."""
     if board.model is None:
         return None
     library = first_library(board)
@@ -35,14 +35,14 @@ def bundle_releases(board: Board) -> Verdict | None:
 
 
 def bundle_memory(board: Board) -> Verdict | None:
-    """Room in memory."""
+    """Whether it fits into free memory."""
     if board.model is None:
         return None
     return worst(list(preflight.check_memory(board.model, machine.memory(board.root))), "It fits into free memory.")
 
 
 def bundle_cores(board: Board) -> Verdict | None:
-    """CPU cores for its NPU cores."""
+    """Whether there are CPU cores for its NPU cores."""
     if board.model is None:
         return None
     cores = machine.cores(board.model.npu_cores, board.root, board.me.cpus)
@@ -50,7 +50,7 @@ def bundle_cores(board: Board) -> Verdict | None:
 
 
 def bundle_disk(board: Board) -> Verdict | None:
-    """Room on the disk."""
+    """Whether the disk has room for it."""
     disk = board.document.disks.get("/var/lib/rkedge") or board.document.disks.get("/")
     if board.model is None or board.model.size is None or disk is None:
         return None

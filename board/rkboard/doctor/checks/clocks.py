@@ -14,6 +14,7 @@ _DEVFREQ: Final = "sys/class/devfreq"
 _SCRIPT: Final = "scripts/fix_freq_rk3588.sh of https://github.com/airockchip/rknn-llm"
 _DDR: Final = "https://github.com/airockchip/rknn-llm/issues/532 (reported; the reporter confirmed it)"
 _UPTHRESHOLD: Final = "https://github.com/ThomasKaiser/Knowledge/tree/master/articles (ROCK 5B, measured)"
+_FROZEN: Final = "https://github.com/antonioacg/rknpu-rk3588 (measured on an Orange Pi 5 Pro, Linux 6.18.22)"
 _FAST: Final = ("performance", "userspace")
 _MOST_UPTHRESHOLD: Final = 25
 # Degrees Celsius. The first trip points of the vendor's device tree for the RK3588 are 75 and 85.
@@ -41,7 +42,7 @@ def _mhz(hertz: int | None) -> str:
 
 
 def cpu_governor(board: Board) -> Verdict | None:
-    """Governors of the CPU."""
+    """Whether the CPU's governors keep its clocks up."""
     policies = _policies(board)
     slow = [path for path in policies if (board.text(f"{path}/scaling_governor") or "performance") not in _FAST]
     if not policies:
@@ -61,7 +62,7 @@ def cpu_governor(board: Board) -> Verdict | None:
 
 
 def cpu_limit(board: Board) -> Verdict | None:
-    """A limit below what the chip can do."""
+    """Whether the CPU's clock is limited below what the chip can do."""
     rows = [
         (path, board.number(f"{path}/scaling_max_freq"), board.number(f"{path}/cpuinfo_max_freq"))
         for path in _policies(board)
@@ -86,7 +87,7 @@ def cpu_limit(board: Board) -> Verdict | None:
 
 
 def cpu_idle(board: Board) -> Verdict | None:
-    """The vendor's script switches idle states off."""
+    """Whether deep idle states are off, as the vendor's script sets them."""
     states = [board.text(path) for path in board.matching("sys/devices/system/cpu/cpu*/cpuidle/state1/disable")]
     if not states:
         return None
@@ -102,7 +103,7 @@ def cpu_idle(board: Board) -> Verdict | None:
 
 
 def npu_clock(board: Board) -> Verdict | None:
-    """Clock of the NPU against the best that it lists."""
+    """Whether the NPU's clock is the best that it lists."""
     path = _npu(board)
     if path is None:
         if not board.npu_nodes:
@@ -120,10 +121,19 @@ def npu_clock(board: Board) -> Verdict | None:
         return Verdict("unknown", "The NPU's clock could not be read.")
     if now >= best and (limit is None or limit >= best):
         return ok(f"The NPU's clock is {_mhz(now)}.")
+    said = f"The NPU's clock is {_mhz(now)}, at most {_mhz(limit)}; the chip lists {_mhz(best)}."
+    if not board.vendor_kernel:
+        return Verdict(
+            "warning",
+            said,
+            "This build of the driver lacks what changes clock and voltage together: writing a clock froze a board.",
+            "Leave the clock alone here. For the full clock, boot the vendor's kernel: docs/images.md",
+            _FROZEN,
+        )
     able = "performance" in (board.text(f"{path}/available_governors") or "").split()
     return Verdict(
         "warning",
-        f"The NPU's clock is {_mhz(now)}, at most {_mhz(limit)}; the chip lists {_mhz(best)}.",
+        said,
         "The governor rknpu_ondemand keeps the clock that was set last, whatever the load.",
         f"echo performance | sudo tee /{path}/governor (until the next boot)",
         f"rknpu_devfreq.c of the vendor's kernel; {_SCRIPT}",
@@ -148,7 +158,7 @@ def ddr_scaling(board: Board) -> Verdict | None:
 
 
 def ddr_clock(board: Board) -> Verdict | None:
-    """The memory's clock: the largest factor in the speed of answers."""
+    """Whether the memory's clock is the best that it lists: the largest factor in the speed of answers."""
     path = f"{_DEVFREQ}/dmc"
     best = max(board.numbers(f"{path}/available_frequencies"), default=None)
     now, limit = board.number(f"{path}/cur_freq"), board.number(f"{path}/max_freq")
@@ -174,7 +184,7 @@ def ddr_clock(board: Board) -> Verdict | None:
 
 
 def ddr_upthreshold(board: Board) -> Verdict | None:
-    """When the memory's governor raises its clock."""
+    """Whether the memory's governor raises the clock early enough."""
     path = f"{_DEVFREQ}/dmc"
     value = board.number(f"{path}/upthreshold")
     if value is None or board.text(f"{path}/governor") in _FAST:
@@ -192,7 +202,7 @@ def ddr_upthreshold(board: Board) -> Verdict | None:
 
 
 def temperature(board: Board) -> Verdict | None:
-    """The hottest zone."""
+    """Whether the hottest zone is cool enough."""
     zones = {
         board.text(f"{path}/type") or "": number / 1000
         for path in _folders(board, "sys/class/thermal", r"thermal_zone\d{1,3}")

@@ -19,7 +19,7 @@ def _installed(board: Board) -> bool:
 
 
 def daemon_unit(board: Board) -> Verdict | None:
-    """Whether the unit is installed."""
+    """Whether the daemon's unit is installed."""
     if not board.names("run/systemd/system") and not _installed(board):
         return None
     if _installed(board):
@@ -28,7 +28,7 @@ def daemon_unit(board: Board) -> Verdict | None:
 
 
 def daemon_running(board: Board) -> Verdict | None:
-    """Whether it runs."""
+    """Whether the daemon runs."""
     if not _installed(board):
         return None
     if board.text("sys/fs/cgroup/system.slice/rkedge.service/cgroup.procs"):
@@ -46,7 +46,7 @@ def daemon_running(board: Board) -> Verdict | None:
 
 
 def daemon_socket(board: Board) -> Verdict | None:
-    """Whether this user may connect."""
+    """Whether this user may connect to it."""
     node = board.document.nodes.get(_SOCKET)
     if node is None:
         return None
@@ -66,7 +66,7 @@ def daemon_socket(board: Board) -> Verdict | None:
 
 
 def daemon_model(board: Board) -> Verdict | None:
-    """What it says of its model."""
+    """Whether it has loaded its model."""
     text = board.text(_SOCKET)
     if text is None:
         return None
@@ -91,7 +91,7 @@ def _status(text: str) -> dict[str, Any]:
 
 
 def udev_rule(board: Board) -> Verdict | None:
-    """The rule that gives the NPU to the group video."""
+    """Whether the rule that gives the NPU to the group video is installed."""
     if not _installed(board):
         return None
     if any(path.endswith("60-rkedge.rules") for path in board.document.files):

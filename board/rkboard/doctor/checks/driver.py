@@ -12,7 +12,7 @@ from rkruntime.checks import machine, preflight
 from rkruntime.checks.diagnosis import diagnose
 
 _VENDOR_KERNEL: Final = "Boot an image with the vendor's driver: docs/images.md lists them."
-_DKMS: Final = "https://github.com/w568w/rknpu-module (its README; tried on an RK3566)"
+_DKMS: Final = "https://github.com/w568w/rknpu-module (tried on an RK3566), https://github.com/gahingwoo/kiln (RK3576)"
 _PARTS: Final = {"rk3582": 2, "rk3583": 2}
 _MANUAL: Final = "Rockchip_RKLLM_SDK manuals 1.1.0 to 1.3.0; drivers/rknpu of the vendor's kernel"
 # Why an NPU does not compute although its driver is there.
@@ -28,7 +28,7 @@ def soc(board: Board) -> Verdict:
 
 
 def soc_cores(board: Board) -> Verdict | None:
-    """RK3582 and RK3583 are RK3588s of which parts are switched off."""
+    """Whether parts of the chip are switched off (RK3582, RK3583)."""
     names = (board.text("proc/device-tree/compatible") or "").split("\0")
     chip = next((chip for chip in _PARTS if f"rockchip,{chip}" in names), None)
     if board.platform != "rk3588":
@@ -71,11 +71,10 @@ def device_tree(board: Board) -> Verdict:
 
 
 def kernel(board: Board) -> Verdict:
-    """Whether this is a kernel of the line that the vendor's driver is made for."""
-    found = re.match(r"(\d{1,4})\.(\d{1,4})", board.release)
-    if found is None:
+    """Whether the kernel is of a line that the vendor's driver is made for."""
+    if not board.release:
         return Verdict("unknown", "The kernel's release could not be read.")
-    if f"{found[1]}.{found[2]}" in ("5.10", "6.1"):
+    if board.vendor_kernel:
         return ok(f"The kernel is {board.release}.")
     return Verdict(
         "note",
@@ -87,7 +86,7 @@ def kernel(board: Board) -> Verdict:
 
 
 def npu_driver(board: Board) -> Verdict:
-    """Which driver owns the NPU."""
+    """Whether the vendor's driver owns the NPU: not mainline's rocket, and not none."""
     bound = {path.rpartition("/")[2] for path in _bound(board)} | {
         name for name in ("RKNPU", "rocket") if name in board.names("sys/bus/platform/drivers")
     }
@@ -122,7 +121,7 @@ def _bound(board: Board) -> list[str]:
 
 
 def driver_module(board: Board) -> Verdict | None:
-    """A driver that is there as a module, but not loaded."""
+    """Whether the driver is loaded, if it is a module."""
     built = _modules(board)
     if not any("rknpu" in line for line in built):
         return None
@@ -144,7 +143,7 @@ def _modules(board: Board) -> list[str]:
 
 
 def driver_build(board: Board) -> Verdict | None:
-    """The DKMS builds for mainline kernels lack what the vendor's kernel has."""
+    """Whether the driver came with the kernel; builds for mainline kernels lack what the vendor's has."""
     if not board.driver.version and not board.npu_nodes:
         return None
     if not any("dkms/" in line or "extra/" in line for line in _modules(board) if "rknpu" in line):
@@ -152,8 +151,8 @@ def driver_build(board: Board) -> Verdict | None:
     return Verdict(
         "warning",
         "The driver is a build for another kernel than the vendor's (DKMS).",
-        "It has no clock control: the NPU runs at the clock of the device tree. With more than 4 GB of memory its IOMMU"
-        " may be unusable, and without IOMMU a model does not fit.",
+        "It has no clock control: the NPU runs at the clock of the device tree. On chips whose NPU has several IOMMUs,"
+        " mainline's driver manages only the first.",
         "If loads fail or the NPU is slow, boot an image with the vendor's kernel: docs/images.md",
         _DKMS,
     )
@@ -172,7 +171,7 @@ def driver_version(board: Board) -> Verdict | None:
 
 
 def driver_versions_agree(board: Board) -> Verdict | None:
-    """Every place that states the version, also what the device itself answers."""
+    """Whether all places that state the version agree, and with what the device itself answers."""
     places = {
         f"/{path}": match.group()
         for path in ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
@@ -197,7 +196,7 @@ def driver_versions_agree(board: Board) -> Verdict | None:
 
 
 def driver_parameters(board: Board) -> Verdict | None:
-    """Switches of the driver that are for debugging."""
+    """Whether the driver's switches for debugging are off."""
     names = ("bypass_irq_handler", "bypass_soft_reset")
     read = {name: board.text(f"sys/module/rknpu/parameters/{name}") for name in names}
     if all(value is None for value in read.values()):
@@ -215,7 +214,7 @@ def driver_parameters(board: Board) -> Verdict | None:
 
 
 def driver_reset(board: Board) -> Verdict | None:
-    """Soft resets can be switched off in debugfs."""
+    """Whether the driver may reset an NPU that hangs."""
     state = board.text("sys/kernel/debug/rknpu/reset")
     if state is None:
         return None
@@ -232,7 +231,7 @@ def driver_reset(board: Board) -> Verdict | None:
 
 
 def kernel_options(board: Board) -> Verdict | None:
-    """How the kernel was built."""
+    """Whether the kernel was built with the vendor's driver."""
     text = next(filter(None, map(board.text, [*board.matching("boot/config-*"), "proc/config.gz"])), None)
     if text is None:
         return None
@@ -249,7 +248,7 @@ def kernel_options(board: Board) -> Verdict | None:
 
 
 def kernel_log(board: Board) -> Verdict:
-    """What the kernel has said of the NPU since it was started."""
+    """Whether the kernel's log reports trouble with the NPU, and what it means."""
     closed = board.closed("dev/kmsg") and not board.document.log
     if closed:
         return Verdict("unknown", "The kernel's log can be read only by root.", mend="sudo dmesg | rkedge diagnose -")

@@ -26,7 +26,7 @@ def _exact(library: Library) -> bool:
 
 
 def library_found(board: Board) -> Verdict:
-    """Whether there is one."""
+    """Whether there is a librkllmrt.so."""
     library = first_library(board)
     if library:
         return ok(f"The library is {library.path}.")
@@ -79,7 +79,7 @@ def _expected(library: Library, here: str) -> Verdict:
 
 
 def library_twice(board: Board) -> Verdict | None:
-    """Another release that is first on the path is the one that is loaded."""
+    """Whether there are several releases of it: the first on the path is the one that is loaded."""
     found = [one for one in board.document.libraries if not one.error]
     if not found:
         return None
@@ -97,7 +97,7 @@ def library_twice(board: Board) -> Verdict | None:
 
 
 def library_on_path(board: Board) -> Verdict | None:
-    """Programs other than rkedge find it through the loader only."""
+    """Whether programs other than rkedge find it."""
     library = first_library(board)
     if library is None:
         return None
@@ -113,7 +113,7 @@ def library_on_path(board: Board) -> Verdict | None:
 
 
 def library_needs(board: Board) -> Verdict | None:
-    """The libraries that it needs itself."""
+    """Whether the libraries that it needs are there."""
     library = first_library(board)
     if library is None or library.error:
         return None
@@ -131,7 +131,7 @@ def library_needs(board: Board) -> Verdict | None:
 
 
 def library_libc(board: Board) -> Verdict | None:
-    """A library built for a newer system does not load."""
+    """Whether the system is new enough for it."""
     library = first_library(board)
     here = board.me.libc.removeprefix("glibc").strip()
     if library is None or not library.glibc:

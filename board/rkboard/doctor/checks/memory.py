@@ -15,7 +15,7 @@ _DOMAINS: Final = "https://github.com/airockchip/rknn-llm/issues/262 and 437 (re
 
 
 def memory_free(board: Board) -> Verdict:
-    """Free memory."""
+    """Whether memory is free."""
     found = machine.memory(board.root)
     if found is None:
         return Verdict("unknown", "/proc/meminfo could not be read.")
@@ -31,8 +31,24 @@ def memory_free(board: Board) -> Verdict:
     )
 
 
+def memory_above_4gb(board: Board) -> Verdict | None:
+    """Whether the NPU reaches all of the memory, with a driver on a kernel that is not the vendor's."""
+    found = machine.memory(board.root)
+    if found is None or not board.npu_nodes:
+        return None
+    if found.total <= 4 << 30 or board.vendor_kernel:
+        return ok("The NPU reaches all of the memory.")
+    return Verdict(
+        "warning",
+        f"The driver runs on a kernel that is not the vendor's, with {found.total / 1e9:.0f} GB of memory.",
+        "Mainline's IOMMU driver can put its tables above 4 GB, where some NPUs cannot read them: jobs then time out.",
+        "Use the vendor's kernel; or, to find out, boot once with mem=3840M on the kernel's command line.",
+        "https://github.com/armbian/build/pull/9403 (RK3568), https://github.com/w568w/rknpu-module (RK3566)",
+    )
+
+
 def memory_limit(board: Board) -> Verdict | None:
-    """A container or a unit can have a limit of its own."""
+    """Whether a container or a unit limits memory."""
     limit = board.number("sys/fs/cgroup/memory.max")
     total = next(iter(board.numbers("proc/meminfo")), 0) * 1024
     if limit is None or not total or limit >= total:
@@ -47,7 +63,7 @@ def memory_limit(board: Board) -> Verdict | None:
 
 
 def memory_holders(board: Board) -> Verdict | None:
-    """What holds much memory."""
+    """Whether a process holds much memory."""
     if not board.document.processes:
         return None
     large = [one for one in board.document.processes if one.memory >= _MUCH and not one.me]
@@ -58,7 +74,7 @@ def memory_holders(board: Board) -> Verdict | None:
 
 
 def npu_users(board: Board) -> Verdict | None:
-    """Who else has the NPU open."""
+    """Whether another process has the NPU open."""
     if not board.npu_nodes:
         return None
     npu = {f"/{path}" for path in board.npu_nodes}
@@ -79,7 +95,7 @@ def npu_users(board: Board) -> Verdict | None:
 
 
 def iommu(board: Board) -> Verdict | None:
-    """Without its IOMMU, the NPU needs contiguous memory."""
+    """Whether the NPU uses its IOMMU; without it, it needs contiguous memory."""
     if not board.npu_nodes:
         return None
     links = board.document.links
@@ -100,14 +116,14 @@ def iommu(board: Board) -> Verdict | None:
 
 
 def open_files(board: Board) -> Verdict:
-    """The runtime opens a file for each buffer."""
+    """Whether a process may open as many files as the runtime needs buffers."""
     hard = board.me.open_files[1] if len(board.me.open_files) == 2 else None
     limit = "no limit" if hard is None else f"{hard:,}"
     return worst(list(preflight.check_open_files(hard)), f"Open files of a process: {limit}.")
 
 
 def cpu_cores(board: Board) -> Verdict | None:
-    """The runtime computes on the big CPU cores too."""
+    """Whether there are CPU cores for the runtime, and the big ones are on."""
     usable = machine.cores(3, board.root, board.me.cpus)
     online, possible = (
         len(board.numbers(path)) and board.text(path)
@@ -136,6 +152,7 @@ def cpu_cores(board: Board) -> Verdict | None:
 
 CHECKS: Final[tuple[Check, ...]] = (
     memory_free,
+    memory_above_4gb,
     memory_limit,
     memory_holders,
     npu_users,

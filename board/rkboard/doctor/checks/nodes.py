@@ -59,7 +59,7 @@ def _join(board: Board) -> tuple[Fix, ...]:
 
 
 def rknpu_link(board: Board) -> Verdict | None:
-    """A link /dev/rknpu to a DRM node makes the library speak another language to it."""
+    """Whether /dev/rknpu is a link to a DRM node, to which the library would speak another language."""
     node = board.document.nodes.get("dev/rknpu")
     if node is None:
         return ok("There is no wrong /dev/rknpu.") if board.npu_nodes else None
@@ -77,7 +77,7 @@ def rknpu_link(board: Board) -> Verdict | None:
 
 
 def node_modes(board: Board) -> Verdict | None:
-    """Nodes that are open to everybody, or to root alone."""
+    """Whether the nodes are open to everybody, or to root alone."""
     shown = {path: board.document.nodes[path] for path in board.npu_nodes if path in board.document.nodes}
     shown = {path: node for path, node in shown.items() if node.kind == "device" or board.document.root != "/"}
     if not shown:
@@ -97,7 +97,7 @@ def node_modes(board: Board) -> Verdict | None:
 
 
 def dma_heaps(board: Board) -> Verdict | None:
-    """The library can take buffers from DMA heaps."""
+    """Whether the DMA heaps can be opened."""
     heaps = {path: node for path, node in board.document.nodes.items() if path.startswith("dev/dma_heap/")}
     if not heaps or not board.npu_nodes:
         return None

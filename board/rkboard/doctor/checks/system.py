@@ -26,7 +26,7 @@ _FOR_ROOT: Final = {
 
 
 def python(board: Board) -> Verdict:
-    """rkedge itself needs a newer Python than this probe."""
+    """Whether Python is new enough for rkedge itself."""
     try:
         enough = version(board.me.python) >= version(_PYTHON)
     except ValueError:
@@ -43,7 +43,7 @@ def python(board: Board) -> Verdict:
 
 
 def python_bits(board: Board) -> Verdict:
-    """A 32-bit program cannot load a 64-bit library."""
+    """Whether programs have 64 bits."""
     if board.me.bits == 64:
         return ok("Programs here have 64 bits.")
     return Verdict(
@@ -56,7 +56,7 @@ def python_bits(board: Board) -> Verdict:
 
 
 def python_venv(board: Board) -> Verdict:
-    """Debian packages venv apart."""
+    """Whether Python can make virtual environments."""
     if board.me.venv:
         return ok("Python can make virtual environments.")
     return Verdict(
@@ -70,7 +70,7 @@ def python_venv(board: Board) -> Verdict:
 
 
 def disk_space(board: Board) -> Verdict | None:
-    """Room for a bundle."""
+    """Whether the disk has room for a bundle."""
     disks = board.document.disks
     disk = disks.get("/var/lib/rkedge") or disks.get("/")
     if disk is None:
@@ -97,7 +97,7 @@ def _root_disk(board: Board) -> str | None:
 
 
 def disk_kind(board: Board) -> Verdict | None:
-    """An SD card makes loads slow."""
+    """Whether the system is on an SD card."""
     disk = _root_disk(board)
     if disk is None:
         return None
@@ -113,7 +113,7 @@ def disk_kind(board: Board) -> Verdict | None:
 
 
 def read_ahead(board: Board) -> Verdict | None:
-    """How far the kernel reads ahead on NVMe disks."""
+    """Whether the kernel reads far enough ahead on NVMe disks."""
     rows = {
         name: value
         for name in board.names("sys/block")
@@ -136,7 +136,7 @@ def read_ahead(board: Board) -> Verdict | None:
 
 
 def time_right(board: Board) -> Verdict:
-    """A board without a battery begins in the past."""
+    """Whether the clock is right."""
     if board.me.time < _OLDEST:
         when = "in the past"
     elif board.now is not None and abs(board.me.time - board.now) > _SKEW_S:
@@ -154,7 +154,7 @@ def time_right(board: Board) -> Verdict:
 
 
 def time_synchronized(board: Board) -> Verdict | None:
-    """Whether something sets the clock."""
+    """Whether the clock is set from the network."""
     names = board.names("run/systemd/timesync")
     if not names:
         return None
@@ -170,7 +170,7 @@ def time_synchronized(board: Board) -> Verdict | None:
 
 
 def systemd(board: Board) -> Verdict:
-    """The daemon is a unit of systemd."""
+    """Whether systemd runs."""
     if board.names("run/systemd/system") or board.text("proc/1/comm") == "systemd":
         return ok("systemd runs here.")
     return Verdict(
@@ -191,7 +191,7 @@ def image(board: Board) -> Verdict:
 
 
 def seen(board: Board) -> Verdict:
-    """What could not be looked at."""
+    """Whether everything could be looked at."""
     if board.document.problems:
         return Verdict(
             "warning",
@@ -203,7 +203,7 @@ def seen(board: Board) -> Verdict:
 
 
 def more_as_root(board: Board) -> Verdict:
-    """What root would add."""
+    """Whether root could read more."""
     told = list(dict.fromkeys(_closed(board)))
     if not told:
         return ok("Nothing more could be read as root.")
