@@ -377,6 +377,24 @@ BOARDS: dict[str, Board] = {
         {"var/log/dmesg": "[  99.1] RKNPU: job timeout, irq status: 0x0, raw status: 0x0\n"},
         expected={"kernel-log": "warning"},
     ),
+    "a-log-about-something-else": Board(
+        "https://docs.kernel.org/input/input.html",
+        {"var/log/dmesg": "[ 3.1] input: failed to register; usb 1-1 iommu: using iommu mode, job timeout of a disk\n"},
+    ),
+    "rocket-owns-it-though-rknpu-is-there": Board(
+        "https://github.com/w568w/rknpu-module",
+        {
+            **NO_DRIVER,
+            **NO_DEVFREQ,
+            **kernel("6.18.2-edge-rockchip64", "", "updates/dkms/rknpu.ko:\n"),
+            "sys/bus/platform/drivers/RKNPU/bind": "",
+            "sys/bus/platform/drivers/rocket/bind": "",
+            f"{NPU}/driver": Link("/sys/bus/platform/drivers/rocket"),
+            "sys/module/rocket/refcnt": "0\n",
+            "sys/module/rknpu/version": "0.9.8\n",
+        },
+        expected={"kernel": "note", "npu-driver": "failure", "driver-build": "warning", "npu-nodes": "failure"},
+    ),
     "new-module-not-loaded": Board(
         "https://github.com/Joshua-Riek/ubuntu-rockchip/issues/1093",
         {"sys/kernel/debug/rknpu/version": "RKNPU driver: v0.9.7\n"},

@@ -378,3 +378,31 @@ def test_what_is_not_a_document_is_refused(line: bytes) -> None:
 def test_a_mode_is_kept(good: Path) -> None:
     plant(good, {"dev/dma_heap/cma": Mode(0o640)})
     assert run(good).nodes["dev/dma_heap/cma"].mode == 0o640
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("files", {f"sys/class/drm/card{number}/device/uevent": {"text": ""} for number in range(10_000)}),
+        ("folders", {"sys/class/drm": [f"card{number}" for number in range(600)]}),
+        ("links", {str(number): "x" for number in range(5000)}),
+        ("processes", [{"pid": 1, "name": "", "uid": 0, "memory": 0, "nodes": []}] * 100),
+        ("libraries", [{"path": "x", "loader": True}] * 100),
+        ("log", ["npu failed to"] * 1000),
+        ("files", {"sys/devices/system/cpu/online": {"text": "0-9999," * 100_000}}),
+    ],
+    ids=["files", "folders", "links", "processes", "libraries", "log", "text"],
+)
+def test_a_document_longer_than_the_probes_is_refused(example: dict[str, Any], section: str, value: Any) -> None:
+    """What takes a check seconds or the host's memory does not get that far."""
+    with pytest.raises(ServiceError, match="longer than the probe's|it may have"):
+        Document.parse(MARK + json.dumps({**example, section: value}).encode())
+
+
+def test_as_much_as_a_document_may_have_is_judged(example: dict[str, Any]) -> None:
+    digits = {path: {"text": "0-9999," * 18_000} for path in example["files"]}
+    cards = {f"sys/class/drm/card{number}/device/uevent": {"text": "DRIVER=RKNPU"} for number in range(7500)}
+    names = {folder: [f"card{number}" for number in range(512)] for folder in example["folders"]}
+    for files in (example["files"] | cards, dict(list(digits.items())[:40])):
+        line = MARK + json.dumps({**example, "files": files, "folders": names}).encode()
+        assert judged(Document.parse(line))

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Final
 
+from rkboard.doctor import probe
 from rkruntime.checks import machine
 from rkruntime.checks.preflight import ModelFacts
 from rkruntime.errors import ServiceError
@@ -17,13 +18,16 @@ from rkruntime.library.elf import MACHINES, ElfFile
 from rkruntime.library.identify import Identity, identify_parts
 from rkruntime.schema import Between, Length, build
 
-SCHEMA: Final = "rkedge-probe/1"
-MARK: Final = b"rkedge-probe: "
-MOST_BYTES: Final = 8 << 20
+MARK: Final = probe.MARK.encode()
+MOST_BYTES: Final = 2 * probe.MOST_TOTAL
 """A document is at most this long: more than the probe's own bounds add up to."""
+_MOST: Final = {
+    "files": 2 * probe.MOST_FILES, "folders": 64, "links": probe.MOST_FILES, "nodes": probe.MOST_FILES, "disks": 8,
+    "processes": probe.MOST_SHOWN, "libraries": probe.MOST_LIBRARIES, "log": probe.MOST_LINES, "problems": 32,
+}  # fmt: skip
 
 _Name = Annotated[str, Length(4096)]
-_Text = Annotated[str, Length(1 << 21)]
+_Text = Annotated[str, Length(1 << 17)]
 _Count = Annotated[int, Between(0, 1 << 63)]
 _Id = Annotated[int, Between(0, 1 << 32)]
 _NPU_NODE: Final = re.compile(r"dev/(?:dri/(?:card|renderD)\d+|rknpu)")
@@ -154,9 +158,14 @@ class Document:
             raise _nonsense("something nested too deeply") from None
         except ValueError:
             raise _nonsense("something that is not JSON") from None
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") != probe.SCHEMA:
             raise _nonsense("something else than what the probe prints")
-        return build(cls, data, lambda what: _nonsense(f"a document in which {what}"))
+        found = build(cls, data, lambda what: _nonsense(f"a document in which {what}"))
+        if any(len(getattr(found, name)) > most for name, most in _MOST.items()) or any(
+            len(names) > probe.MOST_NAMES for names in found.folders.values()
+        ):
+            raise _nonsense("a document that is longer than the probe's")
+        return found
 
 
 def _nonsense(what: str) -> ServiceError:

@@ -39,12 +39,12 @@ MOST_FILTERED = 8 << 20  # bytes of a file of which only a few lines are kept
 MOST_LINES = 200
 MOST_NAMES = 512  # of a folder
 MOST_FILES = 4000
-MOST_TOTAL = 2 << 20  # characters of all files
+MOST_TOTAL = 4 << 20  # characters of the document
 MOST_PROCESSES = 8192
 MOST_SHOWN = 48
 MOST_LIBRARIES = 16
 MOST_LIBRARY = 128 << 20
-LIBRARY = "librkllmrt.so"
+LIBRARY = re.compile(r"librkllmrt\.so(?:\.[\d.b]{1,16})?\Z")
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"
 FILES = (
@@ -83,7 +83,7 @@ LINKS = (
 NODES = ("dev/dri/* dev/accel/* dev/rknpu dev/dma_heap/* run/rkedge/rkedge.sock .dockerenv run/.containerenv",)
 OPTIONS = re.compile(r"^(?:# )?CONFIG_(?:ROCKCHIP_RKNPU\w*|DRM_ACCEL_ROCKET|ARM_ROCKCHIP_DMC_DEVFREQ)\b")
 MODULES = re.compile(r"/(?:rknpu|rocket)\.ko")
-LOG = re.compile(r"rknpu|fdab0000|27700000|npu|iommu|rockchip-dmc|rocket|swiotlb|hermal|oom-kill|Out of memory", re.I)
+LOG = re.compile(r"rknpu|\bnpu\b|iommu|rockchip-dmc|rocket|swiotlb|hermal|oom-kill|Out of memory", re.I)
 
 
 class Tree:
@@ -196,16 +196,27 @@ class Probe:
                 self.problem(f"{part.__name__}: {code_of(error)}")
 
     def put(self, section: str, key: str, value: Any) -> None:
-        with self.lock:
-            self.found[section][key] = value
+        if self.has_room({key: value}):
+            with self.lock:
+                self.found[section][key] = value
 
     def add(self, section: str, value: Any) -> None:
-        with self.lock:
-            self.found[section].append(value)
+        if self.has_room(value):
+            with self.lock:
+                self.found[section].append(value)
+
+    def has_room(self, value: Any) -> bool:
+        """Whether the document can take this; it is noted if not."""
+        size = len(json.dumps(value))
+        if size > self.left:
+            self.problem("there is more than the document has room for")
+            return False
+        self.left -= size
+        return True
 
     def problem(self, text: str) -> None:
         with self.lock:
-            if len(self.found["problems"]) < 32:
+            if len(self.found["problems"]) < 32 and text not in self.found["problems"]:
                 self.found["problems"].append(text[:200])
 
     def each(self, patterns: tuple[str, ...]) -> Iterator[str]:
@@ -228,10 +239,6 @@ class Probe:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self.put("files", path, {"error": code_of(error)})
             return
-        if len(text) > self.left:
-            self.put("files", path, {"error": "EFBIG"})
-            return
-        self.left -= len(text)
         self.put("files", path, {"text": text, "more": True} if more else {"text": text})
 
     def files(self) -> None:
@@ -419,7 +426,7 @@ class Probe:
         for folder in [*named, *loader, "opt/rkedge/lib", "opt/rkllm/lib", "var/lib/rkedge/lib", "usr/local/lib/rkllm"]:
             self.at = folder
             try:
-                names = fnmatch.filter(self.tree.names(folder), f"{LIBRARY}*")
+                names = [name for name in self.tree.names(folder) if LIBRARY.match(name)]
             except OSError:
                 names = []
             for name in names[:MOST_NAMES]:

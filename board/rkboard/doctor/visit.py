@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from rkboard.doctor.document import MARK, MOST_BYTES, Document
-from rkruntime.chat.ssh import ssh_command
+from rkruntime.chat.ssh import SSH_VARIABLE, ssh_command
 from rkruntime.errors import ServiceError
 from rkruntime.printable import one_line
 
@@ -19,6 +19,7 @@ PROBE: Final = Path(__file__).with_name("probe.py")
 # The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
 _PATIENCE_S: Final = 120.0
 _MOST_NOTES: Final = 1 << 14
+_MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 
 
 def look(destination: str | None, root: Path | None = None, *, sudo: bool = False) -> Document:
@@ -55,7 +56,7 @@ class _Visit:
         except OSError as error:
             raise ServiceError(
                 f"{command[0]} cannot be started: {error.strerror or error}.",
-                hint="Install the OpenSSH client." if command[0] == "ssh" else None,
+                hint=_MISSING.get(command[0], f"Install it, or change {SSH_VARIABLE}, which names it."),
             ) from error
         self.notes: list[str] = []
         self.status: int | None = None

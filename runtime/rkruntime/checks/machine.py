@@ -220,10 +220,10 @@ def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None
 
 
 def _online(root: Place) -> list[int]:
-    found: list[int] = []
+    found: set[int] = set()  # a list of overlapping ranges could be long
     for first, last in re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", _read(root / _CPUS / "online")):
-        found += range(int(first), int(last or first) + 1)
-    return found
+        found |= set(range(int(first), int(last or first) + 1))
+    return sorted(found)
 
 
 def _capacities(root: Place) -> dict[int, int]:

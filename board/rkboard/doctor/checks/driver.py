@@ -15,6 +15,7 @@ _VENDOR_KERNEL: Final = "Boot an image with the vendor's driver: docs/images.md 
 _DKMS: Final = "https://github.com/w568w/rknpu-module (tried on an RK3566), https://github.com/gahingwoo/kiln (RK3576)"
 _PARTS: Final = {"rk3582": 2, "rk3583": 2}
 _MANUAL: Final = "Rockchip_RKLLM_SDK manuals 1.1.0 to 1.3.0; drivers/rknpu of the vendor's kernel"
+_OF_NPU: Final = re.compile(r"rknpu|\bnpu\b", re.IGNORECASE)  # and not "input"
 # Why an NPU does not compute although its driver is there.
 _TROUBLE: Final = re.compile(
     r"job (?:timeout|abort)|failed to|mismatch domain|non-iommu|swiotlb|soft reset|dma_map_sgtable", re.IGNORECASE
@@ -87,9 +88,8 @@ def kernel(board: Board) -> Verdict:
 
 def npu_driver(board: Board) -> Verdict:
     """Whether the vendor's driver owns the NPU: not mainline's rocket, and not none."""
-    bound = {path.rpartition("/")[2] for path in _bound(board)} | {
-        name for name in ("RKNPU", "rocket") if name in board.names("sys/bus/platform/drivers")
-    }
+    bound = {path.rpartition("/")[2] for path in _bound(board)}
+    bound = bound or {"RKNPU", "rocket"} & set(board.names("sys/bus/platform/drivers"))
     accel = [name for name in board.names("dev/accel") if name.startswith("accel")]
     if board.driver.mainline or (bound == {"rocket"}):
         named = f" (/dev/accel/{accel[0]})" if accel else ""
@@ -252,7 +252,7 @@ def kernel_log(board: Board) -> Verdict:
     closed = board.closed("dev/kmsg") and not board.document.log
     if closed:
         return Verdict("unknown", "The kernel's log can be read only by root.", mend="sudo dmesg | rkedge diagnose -")
-    trouble = [line for line in board.document.log if "npu" in line.lower() and _TROUBLE.search(line)]
+    trouble = [line for line in board.document.log if _OF_NPU.search(line) and _TROUBLE.search(line)]
     if not trouble:
         return ok("The kernel's log reports no trouble with the NPU.")
     found = diagnose(trouble)

@@ -80,7 +80,8 @@ def _expected(library: Library, here: str) -> Verdict:
 
 def library_twice(board: Board) -> Verdict | None:
     """Whether there are several releases of it: the first on the path is the one that is loaded."""
-    found = [one for one in board.document.libraries if not one.error]
+    first = first_library(board)
+    found = [one for one in board.document.libraries if not one.error and (one.loader or one is first)]
     if not found:
         return None
     releases = {one.identity.version for one in found}

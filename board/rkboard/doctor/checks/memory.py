@@ -125,10 +125,7 @@ def open_files(board: Board) -> Verdict:
 def cpu_cores(board: Board) -> Verdict | None:
     """Whether there are CPU cores for the runtime, and the big ones are on."""
     usable = machine.cores(3, board.root, board.me.cpus)
-    online, possible = (
-        len(board.numbers(path)) and board.text(path)
-        for path in ("sys/devices/system/cpu/online", "sys/devices/system/cpu/possible")
-    )
+    online, possible = (board.text(f"sys/devices/system/cpu/{name}") for name in ("online", "possible"))
     if not board.me.cpus:
         return None
     if len(usable.cpus) < 3:

@@ -207,6 +207,10 @@ def more_as_root(board: Board) -> Verdict:
     told = list(dict.fromkeys(_closed(board)))
     if not told:
         return ok("Nothing more could be read as root.")
+    if board.me.uid == 0:
+        return Verdict(
+            "note", f"Not even root can read {', '.join(told)} here: a container hides it, or the kernel does."
+        )
     return Verdict(
         "note",
         f"Only root can read {', '.join(told)}.",
