@@ -565,7 +565,7 @@ def kernel_messages() -> Iterator[str]:
 
 def elf_facts(data: mmap.mmap) -> dict[str, Any]:
     """Class, machine, what it needs and exports, its version texts. Raises struct.error for a file that is cut."""
-    if data[:4] != b"\x7fELF":
+    if data[:4] != b"\x7fELF" or len(data) < 64:
         return {"error": "not ELF"}
     facts: dict[str, Any] = {
         "bits": {1: 32, 2: 64}.get(data[4], 0),

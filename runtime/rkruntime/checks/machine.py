@@ -220,9 +220,9 @@ def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None
 
 
 def _online(root: Place) -> list[int]:
-    found: set[int] = set()  # a list of overlapping ranges could be long
+    found: set[int] = set()
     for first, last in re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", _read(root / _CPUS / "online")):
-        found |= set(range(int(first), int(last or first) + 1))
+        found.update(range(int(first), min(int(last or first), _MASKABLE - 1) + 1))
     return sorted(found)
 
 
