@@ -280,7 +280,7 @@ def test_options_that_do_not_go_together(words: list[str], capsys: pytest.Captur
     assert "defect" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--all"], ["--json"]])
+@pytest.mark.parametrize("words", [[], ["--verbose"], ["--json"]])
 def test_nothing_that_a_board_says_instructs_the_terminal(
     practice: Practice, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,5 +323,5 @@ def test_the_table_begins_with_the_worst_group(practice: Practice, capsys: pytes
 def test_this_machine_and_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) in (0, 4, 9)
     assert json.loads(capsys.readouterr().out)["board"]["kernel"] == os.uname().release
-    cli.main(["doctor", "--root", str(plant(tmp_path, GOOD)), "--all"])
+    cli.main(["doctor", "--root", str(plant(tmp_path, GOOD)), "--verbose"])
     assert "driver 0.9.8" in capsys.readouterr().out

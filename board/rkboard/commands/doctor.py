@@ -70,7 +70,7 @@ def _mend(practice: _Practice, board: Board, findings: list[Finding], yes: bool)
 @click.option("--fix", is_flag=True, help="Offer the safe repairs, then run those that you agree to, with sudo.")
 @click.option("--yes", is_flag=True, help="Agree to every repair that --fix offers.")
 @click.option("--sudo", is_flag=True, help="Look as root; sudo must not ask for a password.")
-@click.option("--all", "every", is_flag=True, help="Show the findings that are ok, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the findings that are ok, too.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -83,7 +83,7 @@ def run(
     fix: bool,
     yes: bool,
     sudo: bool,
-    every: bool,
+    verbose: bool,
     root: Path | None,
     as_json: bool,
 ) -> None:
@@ -104,10 +104,10 @@ def run(
     board, findings = practice.look()
     if fix:
         if not as_json:
-            report.show(board, findings, every=every)
+            report.show(board, findings, every=verbose)
         board, findings = _mend(practice, board, findings, yes)
     if as_json:
         say_json(report.as_dict(board, findings, destination))
     else:
-        report.show(board, findings, every=every)
+        report.show(board, findings, every=verbose)
     raise click.exceptions.Exit(report.exit_status(findings))
