@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rkboard.doctor.checks import GROUPS, code_of, judge
 from rkboard.doctor.document import MARK, Document
 from rkboard.doctor.document import Board as Judged
 from rkboard.doctor.finding import STATUSES, Finding
-from rkboard.doctor.probe import Probe
+from rkboard.doctor.probe import FILES, Probe
 from rkboard.doctor.repair import fixes_of
 from rkruntime.checks.preflight import ModelFacts
 
@@ -119,6 +121,7 @@ def test_exit_status_and_verdict(verdicts: dict[str, list[Finding]], name: str, 
     [
         ("armbian-vendor", []),
         ("no-group", ["sudo usermod -aG video,render radxa"]),
+        ("32-bit-system", ["sudo apt-get install -y python3-venv"]),
         ("wrong-rknpu-link", ["sudo rm /dev/rknpu"]),
         ("module-not-loaded", ["sudo modprobe rknpu"]),
         (
@@ -158,3 +161,24 @@ def test_every_row_on_images_has_an_address_and_a_date() -> None:
     assert len(rows) >= 15
     assert [row for row in rows if "](https://" not in row] == []
     assert [row for row in rows if not re.search(r"\| 20\d\d-[01]\d-[0-3]\d \|$", row)] == []
+
+
+class Asked(dict[str, Any]):
+    """The files of a document, which remember what was asked for."""
+
+    paths: set[str] = set()  # noqa: RUF012 - of all boards
+
+    def get(self, path: str, default: Any = None) -> Any:
+        self.paths.add(path)
+        return super().get(path, default)
+
+
+def test_what_a_check_asks_for_the_probe_reads(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for board in BOARDS.values():
+        tree = plant(tmp_path_factory.mktemp("board"), GOOD | dict(board.files))
+        document = Document.parse(MARK + json.dumps(document_of(tree, board)).encode())
+        judge(Judged(replace(document, files=Asked(document.files)), 1.0, ModelFacts(**GEMMA)))
+    patterns = [*" ".join(FILES).split(), "boot/config-*", "lib/modules/*/modules.*", "proc/config.gz"]
+    asked = {path for path in Asked.paths if not any(fnmatchcase(path, pattern) for pattern in patterns)}
+    # The kernel's log and the daemon's answer are no files.
+    assert asked == {"dev/kmsg", "run/rkedge/rkedge.sock"}

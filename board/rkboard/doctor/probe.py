@@ -37,7 +37,7 @@ SECONDS = 20.0
 MOST_TEXT = 16 << 10  # bytes of a file
 MOST_FILTERED = 8 << 20  # bytes of a file of which only a few lines are kept
 MOST_LINES = 200
-MOST_NAMES = 512  # of a folder
+MOST_NAMES = 1024  # of a folder; the device tree of a board has half as many
 MOST_FILES = 4000
 MOST_TOTAL = 4 << 20  # characters of the document
 MOST_PROCESSES = 8192
@@ -48,37 +48,32 @@ LIBRARY = re.compile(r"librkllmrt\.so(?:\.[\d.b]{1,16})?\Z")
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"
 FILES = (
-    "proc/meminfo proc/swaps proc/mounts proc/cmdline proc/version proc/sys/kernel/osrelease proc/1/cgroup proc/1/comm",
-    "proc/sys/kernel/dmesg_restrict proc/rknpu/version proc/rknpu/load",
-    "etc/os-release etc/armbian-release etc/orangepi-release etc/ld.so.conf etc/ld.so.conf.d/*.conf",
-    "etc/rkedge/daemon.yaml etc/systemd/system/rkedge.service etc/systemd/system/rkedge.socket",
+    "proc/meminfo proc/mounts proc/sys/kernel/osrelease proc/1/cgroup proc/1/comm",
+    "proc/rknpu/version etc/os-release etc/debian_version etc/ld.so.conf etc/ld.so.conf.d/*.conf",
+    "etc/rkedge/daemon.yaml etc/systemd/system/rkedge.service",
     "usr/lib/systemd/system/rkedge.service etc/udev/rules.d/60-rkedge.rules usr/lib/udev/rules.d/60-rkedge.rules",
-    f"{_TREE}/compatible {_TREE}/model {_TREE}/npu@*/status {_TREE}/npu@*/compatible {_TREE}/iommu@*/status",
+    f"{_TREE}/compatible {_TREE}/model {_TREE}/npu@*/status {_TREE}/iommu@*/status",
     "sys/firmware/devicetree/base/compatible sys/firmware/devicetree/base/npu@*/status",
     "sys/module/rknpu/version sys/module/rknpu/parameters/bypass_irq_handler",
     "sys/module/rknpu/parameters/bypass_soft_reset",
-    "sys/kernel/debug/rknpu/version sys/kernel/debug/rknpu/load sys/kernel/debug/rknpu/power",
-    "sys/kernel/debug/rknpu/reset sys/class/drm/*/device/uevent sys/class/accel/*/device/uevent",
-    *(f"{_DEVFREQ}/{name}" for name in ("governor", "available_governors", "cur_freq", "min_freq", "max_freq")),
-    f"{_DEVFREQ}/available_frequencies {_DEVFREQ}/upthreshold {_DEVFREQ}/downdifferential",
+    "sys/kernel/debug/rknpu/version sys/kernel/debug/rknpu/reset sys/class/drm/*/device/uevent",
+    *(f"{_DEVFREQ}/{name}" for name in ("governor", "available_governors", "cur_freq", "max_freq")),
+    f"{_DEVFREQ}/available_frequencies {_DEVFREQ}/upthreshold",
     f"{_CPU}/online {_CPU}/possible {_CPU}/cpu*/cpu_capacity {_CPU}/cpu*/cpuidle/state1/disable",
     *(f"{_CPU}/cpufreq/policy*/scaling_{name}" for name in ("governor", "available_governors", "cur_freq", "max_freq")),
-    f"{_CPU}/cpufreq/policy*/scaling_available_frequencies {_CPU}/cpufreq/policy*/cpuinfo_max_freq",
-    f"{_CPU}/cpufreq/policy*/related_cpus",
+    f"{_CPU}/cpufreq/policy*/cpuinfo_max_freq {_CPU}/cpufreq/policy*/related_cpus",
     "sys/class/thermal/thermal_zone*/type sys/class/thermal/thermal_zone*/temp",
     "sys/class/thermal/cooling_device*/type sys/class/thermal/cooling_device*/cur_state",
-    "sys/class/thermal/cooling_device*/max_state sys/block/*/queue/read_ahead_kb",
+    "sys/block/*/queue/read_ahead_kb",
     "sys/fs/cgroup/memory.max sys/fs/cgroup/memory.current",
     "sys/fs/cgroup/system.slice/rkedge.service/cgroup.procs",
 )
 FOLDERS = (
-    "sys/class/drm sys/class/accel sys/class/misc sys/class/devfreq sys/class/iommu sys/block sys/firmware",
-    "sys/firmware/devicetree/base sys/module sys/bus/platform/drivers dev dev/dri dev/accel dev/dma_heap",
-    f"{_CPU}/cpufreq sys/class/thermal run/systemd/system run/systemd/timesync var/lib/rkedge proc/device-tree",
+    "sys/class/drm sys/class/misc sys/class/devfreq sys/class/thermal sys/block sys/module sys/bus/platform/drivers",
+    f"{_CPU}/cpufreq run/systemd/system run/systemd/timesync dev/accel proc/device-tree",
 )
 LINKS = (
-    "sys/class/drm/*/device sys/class/accel/*/device sys/bus/platform/devices/*.npu",
-    "sys/bus/platform/devices/*.npu/driver sys/bus/platform/devices/*.npu/iommu_group dev/rknpu",
+    "sys/class/drm/*/device sys/bus/platform/devices/*.npu/driver sys/bus/platform/devices/*.npu/iommu_group dev/rknpu",
 )
 NODES = ("dev/dri/* dev/accel/* dev/rknpu dev/dma_heap/* run/rkedge/rkedge.sock .dockerenv run/.containerenv",)
 OPTIONS = re.compile(r"^(?:# )?CONFIG_(?:ROCKCHIP_RKNPU\w*|DRM_ACCEL_ROCKET|ARM_ROCKCHIP_DMC_DEVFREQ)\b")

@@ -106,15 +106,13 @@ def _show(finding: Finding) -> None:
     say("\n".join(_lines(f"{one_line(found.said)} [{finding.code}]"))[_MARGIN:])
     if finding.status == "ok":
         return
-    for text in (found.why, f"-> {found.mend}" if found.mend else ""):
-        for line in _lines(one_line(text)):
-            say(line, dim=text == found.why)
+    for line in _lines(one_line(found.why)):
+        say(line, dim=True)
+    if found.mend:  # in one line, so that a command can be copied
+        say(f"{'-> ':>{_MARGIN + 3}}{one_line(found.mend)}")
 
 
 def _lines(text: str) -> Iterator[str]:
     width = min(max(shutil.get_terminal_size().columns, _WIDTH[0]), _WIDTH[1])
     margin = " " * _MARGIN
-    # A command that is to be copied stays whole.
-    yield from textwrap.wrap(
-        text, width, initial_indent=margin, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
-    )
+    yield from textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin)

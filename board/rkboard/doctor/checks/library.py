@@ -61,19 +61,16 @@ def library_release(board: Board) -> Verdict | None:
 def library_machine(board: Board) -> Verdict | None:
     """Whether it is for this machine's processor."""
     library = first_library(board)
-    if library is None or library.error or board.document.root != "/":
-        return None if library is None or library.error else _expected(library, "aarch64")
-    return _expected(library, board.me.machine)
-
-
-def _expected(library: Library, here: str) -> Verdict:
+    if library is None or library.error:
+        return None
+    here = board.me.machine if board.document.root == "/" else "aarch64"
     if library.identity.machine == here and library.bits == 64:
         return ok(f"{library.path} is for {here}.")
     return Verdict(
         "failure",
         f"{library.path} is for {library.identity.machine} ({library.bits} bits), but this machine is {here}.",
         "The loader refuses it.",
-        "Take the library from runtime/Linux/librkllm_api/aarch64 of the vendor's repository.",
+        "Take the library from rkllm-runtime/Linux/librkllm_api/aarch64 of the vendor's repository.",
         _VENDOR,
     )
 
