@@ -157,14 +157,14 @@ def platform_of(chip: str | None) -> str | None:
 
 def memory(root: Place = ROOT) -> Memory | None:
     """Main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
-    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+([0-9]{1,15}) kB", _read(root / "proc/meminfo"), re.MULTILINE))
     if len(found) < 2:
         return None
     total, available = (int(found[name]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limit, used = (_read(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
-    if limit.strip().isdecimal() and used.strip().isdecimal():
-        total = min(total, int(limit))
-        available = min(available, max(0, int(limit) - int(used)))
+    limit, used = (_number(_read(root / "sys/fs/cgroup" / name)) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        total = min(total, limit)
+        available = min(available, max(0, limit - used))
     return Memory(total, available)
 
 
@@ -228,16 +228,22 @@ def _online(root: Place) -> list[int]:
 
 def _capacities(root: Place) -> dict[int, int]:
     return {
-        int(path.parent.name[3:]): int(text)
+        cpu: capacity
         for path in (root / _CPUS).glob("cpu[0-9]*/cpu_capacity")
-        if (text := _read(path).strip()).isdecimal()
+        if (cpu := _number(path.parent.name[3:])) is not None and (capacity := _number(_read(path))) is not None
     }
 
 
 def _clocks(root: Place) -> dict[int, int]:
     clocks: dict[int, int] = {}
     for policy in (root / _CPUS / "cpufreq").glob("policy[0-9]*"):
-        highest = _read(policy / "cpuinfo_max_freq").strip()
-        if highest.isdecimal():
-            clocks |= {int(cpu): int(highest) for cpu in _read(policy / "related_cpus").split()}
+        highest = _number(_read(policy / "cpuinfo_max_freq"))
+        if highest is not None:
+            cpus = map(_number, _read(policy / "related_cpus").split())
+            clocks |= {cpu: highest for cpu in cpus if cpu is not None}
     return clocks
+
+
+def _number(text: str) -> int | None:
+    """The whole number that a file says; None if it says something else."""
+    return int(text) if re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else None
