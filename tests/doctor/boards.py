@@ -195,6 +195,11 @@ BOARDS: dict[str, Board] = {
         {"dev/rknpu": Link("dri/card1")},
         expected={"rknpu-link": "failure"},
     ),
+    "rknpu-link-to-nothing": Board(
+        "https://github.com/invisiofficial/rk-llama.cpp/issues/19",
+        {"dev/rknpu": Link("dri/card9")},
+        expected={"rknpu-link": "failure"},
+    ),
     "container-without-device-tree": Board(
         "https://github.com/airockchip/rknn-toolkit2/issues/33",
         {

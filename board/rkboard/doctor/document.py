@@ -211,12 +211,12 @@ class Place:
         return self.path in self.document.folders or self.exists()
 
     def exists(self) -> bool:
-        """Whether something of that name was seen."""
+        """Whether something of that name was seen, which is not a link to nothing."""
         folder, _, name = self.path.rpartition("/")
-        return (
-            name in self.document.folders.get(folder, ())
-            or self.path in self.document.nodes
-            or any(path.startswith(f"{self.path}/") for path in self.document.files)
+        if self.path in self.document.nodes:
+            return self.document.nodes[self.path].kind != "broken link"
+        return name in self.document.folders.get(folder, ()) or any(
+            path.startswith(f"{self.path}/") for path in self.document.files
         )
 
     def glob(self, pattern: str) -> Iterator[Place]:

@@ -183,8 +183,11 @@ class Probe:
 
     def run(self) -> None:
         """Everything, in order of importance."""
-        for part in (self.me, self.files, self.folders, self.links, self.nodes, self.kernel, self.libraries,
-                     self.disks, self.processes, self.log, self.daemon):  # fmt: skip
+        parts = (
+            self.me, self.names_of_accounts, self.files, self.folders, self.links, self.nodes, self.kernel,
+            self.libraries, self.disks, self.processes, self.log, self.daemon,
+        )  # fmt: skip
+        for part in parts:
             try:
                 part()
             except Exception as error:  # one part that fails leaves the others
@@ -264,18 +267,14 @@ class Probe:
 
     def me(self) -> None:
         """Who asks, with which limits, on what Python."""
-        try:
-            user = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            user = ""
         groups = sorted({os.getegid(), *os.getgroups()})
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with self.lock:
             self.found["me"] = {
                 "uid": os.geteuid(),
-                "user": user,
+                "user": "",
                 "groups": groups[:256],
-                "known_groups": {entry.gr_name: entry.gr_gid for entry in self.known_groups()},
+                "known_groups": {},
                 "open_files": [None if value == resource.RLIM_INFINITY else value for value in (soft, hard)],
                 # Of another tree, all cores.
                 "cpus": sorted(os.sched_getaffinity(0))[:1024] if self.whole else list(range(64)),
@@ -289,13 +288,18 @@ class Probe:
                 "library_path": os.environ.get("LD_LIBRARY_PATH", "")[:4096],
             }
 
-    @staticmethod
-    def known_groups() -> Iterator[grp.struct_group]:
-        for name in ("video", "render", "rkedge", "adm"):
+    def names_of_accounts(self) -> None:
+        """The user's name and the groups of the NPU; apart from `me`, because a directory service may not answer."""
+        self.at = "etc/passwd"
+        for name in ("video", "render"):
             try:
-                yield grp.getgrnam(name)
+                self.found["me"]["known_groups"][name] = grp.getgrnam(name).gr_gid
             except KeyError:
                 pass
+        try:
+            self.found["me"]["user"] = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            pass
 
     def nodes(self) -> None:
         npu = {name for name in self.found["folders"].get("sys/class/drm", []) if self.is_npu(name)}
@@ -305,7 +309,8 @@ class Probe:
                 own, node = os.lstat(whole), os.stat(self.tree.place(path))
             except OSError as error:
                 if os.path.islink(whole):
-                    self.put("nodes", path, {"kind": "broken link", "mode": 0, "uid": 0, "gid": 0, "access": False})
+                    broken = {"kind": "broken link", "mode": 0, "uid": 0, "gid": 0, "access": False, "link": True}
+                    self.put("nodes", path, broken)
                 elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
                     self.put("files", path, {"error": code_of(error)})
                 continue

@@ -157,7 +157,8 @@ def platform_of(chip: str | None) -> str | None:
 
 def memory(root: Place = ROOT) -> Memory | None:
     """Main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
-    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+([0-9]{1,15}) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    lines = _read(root / "proc/meminfo")
+    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+([0-9]{1,15}) kB", lines, re.MULTILINE))
     if len(found) < 2:
         return None
     total, available = (int(found[name]) * 1024 for name in ("MemTotal", "MemAvailable"))
