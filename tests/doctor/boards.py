@@ -428,6 +428,11 @@ BOARDS: dict[str, Board] = {
         document={"files": {"run/rkedge/rkedge.sock": {"text": '{"state": "failed", "error": "no \\u001b[2Jmemory"}'}}},
         expected={"daemon-model": "failure"},
     ),
+    "daemon-says-nothing": Board(
+        "https://www.freedesktop.org/software/systemd/man/latest/systemd.service.html",
+        document={"files": {"run/rkedge/rkedge.sock": {"text": "[]"}}},
+        expected={"daemon-model": "unknown"},
+    ),
     "no-daemon": Board(
         "https://www.freedesktop.org/software/systemd/man/latest/systemd.service.html",
         {"etc/systemd/system/rkedge.service": None, "run/rkedge/rkedge.sock": None},

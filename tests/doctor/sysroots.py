@@ -154,7 +154,7 @@ GOOD: dict[str, Any] = {
     "sys/fs/cgroup/system.slice/rkedge.service/cgroup.procs": "812\n",
     "run/systemd/system/x": "",
     "run/systemd/timesync/synchronized": "",
-    "run/rkedge/rkedge.sock": Mode(0o660, '{"state": "loaded", "error": null}'),
+    "run/rkedge/rkedge.sock": Mode(0o660, '{"state": "ready", "error": null}'),
     "etc/systemd/system/rkedge.service": "[Service]\n",
     "etc/udev/rules.d/60-rkedge.rules": "# rules\n",
     "usr/lib/librkllmrt.so": elf(),

@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -406,3 +409,46 @@ def test_as_much_as_a_document_may_have_is_judged(example: dict[str, Any]) -> No
     for files in (example["files"] | cards, dict(list(digits.items())[:40])):
         line = MARK + json.dumps({**example, "files": files, "folders": names}).encode()
         assert judged(Document.parse(line))
+
+
+# The daemon
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{"state": "loaded"}', {"text": '{"state": "loaded"}'}),
+        (b"", {"text": ""}),
+        (b"garbage\x00\xff", {"text": ""}),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 100_000, {"text": "x" * probe_module.MOST_TEXT}),
+        (None, {"error": "timeout"}),
+    ],
+    ids=["status", "nothing", "garbage", "endless", "silence"],
+)
+def test_a_daemon_that_answers_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, found: dict[str, str]
+) -> None:
+    path = str(tmp_path / "socket")
+    monkeypatch.setattr(probe_module, "SOCKET", path)
+    stop = threading.Event()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            link, _ = listener.accept()
+            with link, suppress(OSError):
+                link.recv(1000)
+                if answer is None:
+                    stop.wait(30)
+                else:
+                    link.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        probe = Probe("/")
+        probe.daemon()
+        stop.set()
+        thread.join(30)
+    said = probe.found["files"][path.lstrip("/")]
+    assert said == found or ("error" in found and "imeout" in said["error"])

@@ -44,6 +44,7 @@ MOST_PROCESSES = 8192
 MOST_SHOWN = 48
 MOST_LIBRARIES = 16
 MOST_LIBRARY = 128 << 20
+SOCKET = "/run/rkedge/rkedge.sock"
 LIBRARY = re.compile(r"librkllmrt\.so(?:\.[\d.b]{1,16})?\Z")
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"
@@ -484,16 +485,17 @@ class Probe:
 
     def daemon(self) -> None:
         """What the daemon says of itself."""
-        self.at = "run/rkedge/rkedge.sock"
-        if not self.whole or not os.path.exists("/run/rkedge/rkedge.sock"):
+        self.at = SOCKET.lstrip("/")
+        if not self.whole or not os.path.exists(SOCKET):
             return
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(2)
+            end = time.monotonic() + 4
             try:
-                link.connect("/run/rkedge/rkedge.sock")
+                link.connect(SOCKET)
                 link.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 answer = b""
-                while len(answer) < 1 << 16:
+                while len(answer) < 1 << 16 and time.monotonic() < end:
                     block = link.recv(1 << 14)
                     if not block:
                         break

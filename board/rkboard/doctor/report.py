@@ -115,4 +115,4 @@ def _show(finding: Finding) -> None:
 def _lines(text: str) -> Iterator[str]:
     width = min(max(shutil.get_terminal_size().columns, _WIDTH[0]), _WIDTH[1])
     margin = " " * _MARGIN
-    yield from textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin)
+    yield from textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)

@@ -72,10 +72,10 @@ def daemon_model(board: Board) -> Verdict | None:
         return None
     status = _status(text)
     state = status.get("state")
-    if state in ("loaded", "unloaded", "loading"):
-        return ok(f"The daemon's model is {one_line(str(state))}.")
-    if state is None:
+    if not isinstance(state, str):
         return Verdict("unknown", "The daemon did not say how it is.", mend="journalctl -u rkedge")
+    if state != "failed":
+        return ok(f"The daemon's model is {one_line(state)[:40]}.")
     error = one_line(str(status.get("error") or state))[:300]
     return Verdict(
         "failure", f"The daemon could not load its model: {error}", mend="journalctl -u rkedge", source=_SERVE
