@@ -30,7 +30,7 @@ def soc(board: Board) -> Verdict:
 
 def soc_cores(board: Board) -> Verdict | None:
     """Whether parts of the chip are switched off (RK3582, RK3583)."""
-    names = (board.text("proc/device-tree/compatible") or "").split("\0")
+    names = machine.compatible(board.root)
     chip = next((chip for chip in _PARTS if f"rockchip,{chip}" in names), None)
     if board.platform != "rk3588":
         return None

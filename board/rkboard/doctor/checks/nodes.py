@@ -34,8 +34,7 @@ def groups(board: Board) -> Verdict | None:
     """Whether this user is in the groups of the NPU's nodes."""
     if not board.npu_nodes:
         return None
-    me = board.me
-    missing = [name for name in _GROUPS if name in me.known_groups and me.known_groups[name] not in me.groups]
+    me, missing = board.me, _missing(board)
     if me.uid == 0:
         return ok("root needs no group.")
     if not missing:
@@ -50,9 +49,14 @@ def groups(board: Board) -> Verdict | None:
     )
 
 
+def _missing(board: Board) -> list[str]:
+    """The groups that exist there and this user is not in."""
+    known = board.me.known_groups
+    return [name for name in _GROUPS if name in known and known[name] not in board.me.groups]
+
+
 def _join(board: Board) -> tuple[Fix, ...]:
-    me = board.me
-    missing = [name for name in _GROUPS if name in me.known_groups and me.known_groups[name] not in me.groups]
+    me, missing = board.me, _missing(board)
     if not missing or me.uid == 0 or not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", me.user):
         return ()
     return (Fix(("usermod", "-aG", ",".join(missing), me.user)),)
