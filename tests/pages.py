@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from rkboard.doctor.checks import GROUPS, code_of
 from rkruntime import cli, errors
 from rkruntime.schema import Between
 from rkruntime.serve.settings import Settings, how_taken
@@ -129,7 +130,21 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"commands.md": commands_page, "settings.md": settings_page}
+def checks_page() -> str:
+    """docs/checks.md."""
+    lines = [
+        "# What does the doctor look at?",
+        f"\n{_NOTE}\n",
+        "`rkedge doctor` makes these checks; [doctor](doctor.md) says how to read its findings. A check says nothing\n"
+        "where its question does not arise: those on a bundle need `--bundle`.",
+    ]
+    for group, checks in GROUPS.items():
+        lines += [f"\n## {group[0].upper()}{group[1:]}\n\n| check | |\n|---|---|"]
+        lines += [f"| `{code_of(check)}` | {_cell(check.__doc__ or '')} |" for check in checks]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"checks.md": checks_page, "commands.md": commands_page, "settings.md": settings_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -68,7 +68,7 @@ class _Builder:
         self._fail = fail
 
     def dataclass(self, kind: Any, data: Mapping[str, Any], where: str) -> Any:
-        hints = get_type_hints(kind, include_extras=True)
+        hints = types_of(kind)
         known = {item.name: item for item in fields(kind)}
         for key in data:
             if key not in known:

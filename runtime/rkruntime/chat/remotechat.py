@@ -6,7 +6,6 @@ that has kept it. An answer is complete only when its `done` has arrived.
 
 from __future__ import annotations
 
-import os
 import shlex
 import threading
 import time
@@ -18,17 +17,15 @@ from typing import Any, Final
 
 from rkruntime.chat.link import BrokenError, Link, error_of, is_number, mapping, nonsense, result_of
 from rkruntime.chat.repl import Note, Turn
+from rkruntime.chat.ssh import ssh_command, words_of
 from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import InputError, NoSuchSessionError, ServiceError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.text.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
 from rkruntime.words import NAME, NAME_RULE, counted
 
-SSH_VARIABLE: Final = "RKEDGE_SSH"
 ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
-# A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
 _ATTACH: Final = ("rkedge", "attach")
-_SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 # How long a connection attempt may still take after a stop, to ask what the board has kept.
 _PATIENCE_S: Final = 3.0
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
@@ -61,8 +58,7 @@ class RemoteChat:
             raise UsageError(
                 f"{session[:80]!r} cannot be the name of a conversation.", hint=f"Use {NAME_RULE}, such as monday-2."
             )
-        ssh = _words(os.environ.get(SSH_VARIABLE, ""), SSH_VARIABLE) or _SSH
-        self._command = [*ssh, "--", destination, *(_words(remote, ATTACH_VARIABLE) or _ATTACH)]
+        self._command = ssh_command(destination, *(words_of(remote, ATTACH_VARIABLE) or _ATTACH))
         self._destination = destination
         self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
         self._temporary = session is None
@@ -349,13 +345,3 @@ class RemoteChat:
             with suppress(BrokenError, ServiceError):
                 self._call("delete")
         self._link.close()
-
-
-def _words(command: str, variable: str) -> list[str]:
-    """A command from an environment variable, word by word. Raises UsageError."""
-    try:
-        return shlex.split(command)
-    except ValueError as error:
-        raise UsageError(
-            f"The command in {variable} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."
-        ) from error

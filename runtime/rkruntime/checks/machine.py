@@ -9,15 +9,37 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol, TypeVar
 
 ROOT: Final = Path("/")
+P = TypeVar("P", bound="Place")
+
+
+class Place(Protocol):
+    """What is asked of a path: a pathlib.Path, or something that stands for a file on another machine."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def parent(self: P) -> P: ...  # noqa: D102
+
+    def __lt__(self, other: Any, /) -> bool: ...
+    def __truediv__(self: P, path: str, /) -> P: ...
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str: ...  # noqa: D102
+    def is_dir(self) -> bool: ...  # noqa: D102
+    def exists(self) -> bool: ...  # noqa: D102
+    def glob(self: P, pattern: str, /) -> Iterable[P]: ...  # noqa: D102
+    def resolve(self: P) -> P: ...  # noqa: D102
+
 
 # Where mainline's NPU driver shows up, as a module or built in.
 _MAINLINE: Final = ("sys/module/rocket", "sys/bus/platform/drivers/rocket")
+VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}")
+"""The driver's version in a text."""
 # In this order: the first needs no root and exists for every driver that sets a module version.
 _DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
 # Containers hide one or both.
@@ -85,24 +107,24 @@ class Memory:
     available: int
 
 
-def _attempt(path: Path) -> str | OSError:
+def _attempt(path: Place) -> str | OSError:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         return error
 
 
-def _read(path: Path) -> str:
+def _read(path: Place) -> str:
     """The file's text, or "" if it cannot be read."""
     found = _attempt(path)
     return found if isinstance(found, str) else ""
 
 
-def driver(root: Path = ROOT) -> Driver:
+def driver(root: Place = ROOT) -> Driver:
     """The version of the NPU driver, and where it was found."""
     found = {name: _attempt(root / name) for name in _DRIVER_VERSION}
     for name, text in found.items():
-        if isinstance(text, str) and (match := re.search(r"\d+\.\d+\.\d+", text)):
+        if isinstance(text, str) and (match := VERSION.search(text)):
             return Driver(match.group(), f"/{name}")
     # First, because debugfs is closed to users whether or not rknpu is there.
     if any((root / name).is_dir() for name in _MAINLINE) and not (root / "sys/module/rknpu").is_dir():
@@ -111,7 +133,7 @@ def driver(root: Path = ROOT) -> Driver:
     return Driver(None, f"{', '.join(closed)} can be read only by root" if closed else "no file states it")
 
 
-def compatible(root: Path = ROOT) -> tuple[str, ...]:
+def compatible(root: Place = ROOT) -> tuple[str, ...]:
     """The device tree's names for the board and its chip, most specific first; empty if they cannot be read."""
     for name in _COMPATIBLE:
         if text := _read(root / name):
@@ -119,7 +141,7 @@ def compatible(root: Path = ROOT) -> tuple[str, ...]:
     return ()
 
 
-def soc(root: Path = ROOT) -> str | None:
+def soc(root: Place = ROOT) -> str | None:
     """The Rockchip SoC (`rk3588s`, `rk3566`), supported or not; None on another machine or if unreadable."""
     for name in reversed(compatible(root)):
         vendor, _, chip = name.partition(",")
@@ -133,16 +155,17 @@ def platform_of(chip: str | None) -> str | None:
     return _PLATFORMS.get(chip or "")
 
 
-def memory(root: Path = ROOT) -> Memory | None:
+def memory(root: Place = ROOT) -> Memory | None:
     """Main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
-    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    lines = _read(root / "proc/meminfo")
+    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+([0-9]{1,15}) kB", lines, re.MULTILINE))
     if len(found) < 2:
         return None
     total, available = (int(found[name]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limit, used = (_read(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
-    if limit.strip().isdecimal() and used.strip().isdecimal():
-        total = min(total, int(limit))
-        available = min(available, max(0, int(limit) - int(used)))
+    limit, used = (_number(_read(root / "sys/fs/cgroup" / name)) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        total = min(total, limit)
+        available = min(available, max(0, limit - used))
     return Memory(total, available)
 
 
@@ -152,7 +175,7 @@ def most_open_files() -> int | None:
     return None if hard == resource.RLIM_INFINITY else hard
 
 
-def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
+def npu_nodes(root: P) -> tuple[P, ...]:
     """The NPU's device nodes, which may be missing in /dev: its DRM nodes, by the device's or the driver's name, and
     /dev/rknpu of the driver's older form.
     """
@@ -166,11 +189,11 @@ def npu_nodes(root: Path = ROOT) -> tuple[Path, ...]:
     return (*nodes, legacy) if legacy.exists() or (root / "sys/class/misc/rknpu").exists() else nodes
 
 
-def _is_npu(device: Path) -> bool:
+def _is_npu(device: Place) -> bool:
     return device.resolve().name.endswith(".npu") or "DRIVER=RKNPU" in _read(device / "uevent").splitlines()
 
 
-def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None = None) -> Cores:
+def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None = None) -> Cores:
     """The big CPU cores, plus the next best ones until there are `at_least`.
 
     Big and little are told apart by the kernel's cpu_capacity, the cpufreq policies' highest clock or the platform,
@@ -197,25 +220,31 @@ def cores(at_least: int = 1, root: Path = ROOT, allowed: Collection[int] | None 
     return Cores(tuple(online), False, "all cores alike")
 
 
-def _online(root: Path) -> list[int]:
-    found: list[int] = []
+def _online(root: Place) -> list[int]:
+    found: set[int] = set()
     for first, last in re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", _read(root / _CPUS / "online")):
-        found += range(int(first), int(last or first) + 1)
-    return found
+        found.update(range(int(first), min(int(last or first), _MASKABLE - 1) + 1))
+    return sorted(found)
 
 
-def _capacities(root: Path) -> dict[int, int]:
+def _capacities(root: Place) -> dict[int, int]:
     return {
-        int(path.parent.name[3:]): int(text)
+        cpu: capacity
         for path in (root / _CPUS).glob("cpu[0-9]*/cpu_capacity")
-        if (text := _read(path).strip()).isdecimal()
+        if (cpu := _number(path.parent.name[3:])) is not None and (capacity := _number(_read(path))) is not None
     }
 
 
-def _clocks(root: Path) -> dict[int, int]:
+def _clocks(root: Place) -> dict[int, int]:
     clocks: dict[int, int] = {}
     for policy in (root / _CPUS / "cpufreq").glob("policy[0-9]*"):
-        highest = _read(policy / "cpuinfo_max_freq").strip()
-        if highest.isdecimal():
-            clocks |= {int(cpu): int(highest) for cpu in _read(policy / "related_cpus").split()}
+        highest = _number(_read(policy / "cpuinfo_max_freq"))
+        if highest is not None:
+            cpus = map(_number, _read(policy / "related_cpus").split())
+            clocks |= {cpu: highest for cpu in cpus if cpu is not None}
     return clocks
+
+
+def _number(text: str) -> int | None:
+    """The whole number that a file says; None if it says something else."""
+    return int(text) if re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else None

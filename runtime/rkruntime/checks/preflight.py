@@ -8,7 +8,7 @@ outdated. The known bad pairs are a table, data/known_pairs.yaml; docs/preflight
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
@@ -119,7 +119,7 @@ def preflight(
     root = as_path("root", root)
     wanted, clamped = clamp_context(context, model.max_context)
     cores = cores_for(model.npu_cores, emulated=emulated, root=root, allowed=allowed)
-    found = [*clamped, *_memory(model, root)]
+    found = [*clamped, *check_memory(model, machine.memory(root))]
     if not emulated:
         found += _board(model, runtime, cores, root)
     found.sort(key=lambda finding: LEVELS.index(finding.level))
@@ -161,8 +161,8 @@ def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, lis
     ]
 
 
-def _memory(model: ModelFacts, root: Path) -> Iterator[Finding]:
-    memory = machine.memory(root)
+def check_memory(model: ModelFacts, memory: machine.Memory | None) -> Iterator[Finding]:
+    """Whether the model's file fits into free memory."""
     if memory is None or model.size is None or model.size <= memory.available:
         return
     yield Finding(
@@ -177,23 +177,17 @@ def _memory(model: ModelFacts, root: Path) -> Iterator[Finding]:
 
 def _board(model: ModelFacts, runtime: str | None, cores: machine.Cores, root: Path) -> Iterator[Finding]:
     driver, chip = machine.driver(root), machine.soc(root)
-    facts = {
-        "runtime": runtime,
-        "toolkit": model.toolkit,
-        "driver": driver.version,
-        "platform": machine.platform_of(chip),
-        "model_bytes": model.size,
-    }
-    # A toolkit version that is not a version, such as "unknown", counts as unknown.
-    known = {
-        name: str(value) for name, value in facts.items() if value and str(value)[0].isalnum() and value != "unknown"
-    }
-    yield from _platform(model, chip)
-    yield from _dtype(model)
-    yield from _driver(driver)
-    yield from _nodes(root, driver, chip)
-    yield from _pairs(known)
-    yield from _open_files()
+    yield from check_platform(model, chip)
+    yield from check_dtype(model)
+    yield from check_driver(driver)
+    yield from check_nodes(root, driver, chip, lambda node: os.access(node, os.R_OK | os.W_OK))
+    yield from check_pairs(model, runtime, driver.version, chip)
+    yield from check_open_files(machine.most_open_files())
+    yield from check_cpu_cores(model, cores)
+
+
+def check_cpu_cores(model: ModelFacts, cores: machine.Cores) -> Iterator[Finding]:
+    """Whether this process may use as many CPU cores as the model has NPU cores."""
     if len(cores.cpus) < model.npu_cores:
         yield Finding(
             "error",
@@ -205,7 +199,8 @@ def _board(model: ModelFacts, runtime: str | None, cores: machine.Cores, root: P
         )
 
 
-def _platform(model: ModelFacts, chip: str | None) -> Iterator[Finding]:
+def check_platform(model: ModelFacts, chip: str | None) -> Iterator[Finding]:
+    """Whether RKLLM runs on this chip, and the model was made for it."""
     if chip is None:
         yield Finding(
             "notice",
@@ -234,7 +229,8 @@ def _platform(model: ModelFacts, chip: str | None) -> Iterator[Finding]:
         )
 
 
-def _dtype(model: ModelFacts) -> Iterator[Finding]:
+def check_dtype(model: ModelFacts) -> Iterator[Finding]:
+    """Whether the model's type exists for its platform."""
     offered = types_by_soc()[0].get(model.platform.lower())
     if offered and model.dtype.lower().startswith("w") and model.dtype.lower() not in offered:
         yield Finding(
@@ -246,7 +242,8 @@ def _dtype(model: ModelFacts) -> Iterator[Finding]:
         )
 
 
-def _driver(driver: machine.Driver) -> Iterator[Finding]:
+def check_driver(driver: machine.Driver) -> Iterator[Finding]:
+    """Whether it is the vendor's NPU driver, and its version is known."""
     if driver.mainline:
         yield Finding(
             "error",
@@ -265,7 +262,10 @@ def _driver(driver: machine.Driver) -> Iterator[Finding]:
         )
 
 
-def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Finding]:
+def check_nodes(
+    root: machine.P, driver: machine.Driver, chip: str | None, can_open: Callable[[machine.P], bool]
+) -> Iterator[Finding]:
+    """Whether there is a device node of the NPU that this user can open."""
     nodes = machine.npu_nodes(root)
     # Elsewhere than on such a board, or in a container without /sys, missing nodes mean nothing.
     if not nodes and not driver.mainline and machine.platform_of(chip) and (root / "sys/class/misc").is_dir():
@@ -276,7 +276,7 @@ def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Fin
             "Boot the board's vendor kernel (5.10 or 6.1) with rknpu, whose device tree enables the NPU.",
             "drivers/rknpu, rknpu_drv.c: the driver registers a DRM device, or the misc device rknpu",
         )
-    closed = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
+    closed = [node for node in nodes if not can_open(node)]
     if nodes and len(closed) == len(nodes):
         names = ", ".join(str(node) for node in closed)
         yield Finding(
@@ -297,8 +297,8 @@ def _nodes(root: Path, driver: machine.Driver, chip: str | None) -> Iterator[Fin
         )
 
 
-def _open_files() -> Iterator[Finding]:
-    limit = machine.most_open_files()
+def check_open_files(limit: int | None) -> Iterator[Finding]:
+    """Whether the runtime may open as many files as it needs."""
     if limit is not None and limit < _OPEN_FILES:
         yield Finding(
             "notice",
@@ -310,7 +310,19 @@ def _open_files() -> Iterator[Finding]:
         )
 
 
-def _pairs(facts: Mapping[str, str]) -> Iterator[Finding]:
+def check_pairs(model: ModelFacts, runtime: str | None, driver: str | None, chip: str | None) -> Iterator[Finding]:
+    """What is known of the combination of releases; what is unknown meets no rule."""
+    given = {
+        "runtime": runtime,
+        "toolkit": model.toolkit,
+        "driver": driver,
+        "platform": machine.platform_of(chip),
+        "model_bytes": model.size,
+    }
+    # A toolkit version that is not a version, such as "unknown", counts as unknown.
+    facts: Mapping[str, str] = {
+        name: str(value) for name, value in given.items() if value and str(value)[0].isalnum() and value != "unknown"
+    }
     groups = set()
     for pair in resources.table("known_pairs")["pairs"]:
         group = pair.get("group", pair["code"])

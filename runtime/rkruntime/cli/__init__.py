@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "run": Command("rkruntime.commands.run", "Answer one prompt, for scripts."),
     "diagnose": Command("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
     "emulator": Command("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
+    "doctor": Command("rkboard.commands.doctor", "Say what is wrong with a board, here or over SSH, and mend it."),
     "serve": Command(
         "rkruntime.commands.serve", "Serve a model from the NPU over a Unix socket, SSH or loopback HTTP."
     ),

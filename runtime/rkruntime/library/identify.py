@@ -79,7 +79,7 @@ class Identity:
         }
 
 
-def _version_lines(data: mmap.mmap) -> list[str]:
+def _version_lines(data: mmap.mmap | bytes) -> list[str]:
     """Every distinct version text in the file."""
     lines: dict[str, None] = {}
     at = data.find(_MARK)
@@ -96,7 +96,7 @@ def _version_in(line: str) -> str:
     return found.group() if found and line[found.end() :].lstrip()[:1] in ("|", ")") else ""
 
 
-def _bare_versions(data: mmap.mmap) -> list[str]:
+def _bare_versions(data: mmap.mmap | bytes) -> list[str]:
     """Known releases that stand alone before or after the format of the log's line on the release."""
     found: dict[str, None] = {}
     at = data.find(_LOG_FORMAT)
@@ -122,12 +122,17 @@ def _additional(version: str, functions: frozenset[str]) -> str:
     return f"this file exports {extra[0]}, which came with {since(extra[0])}, after {version}" if extra else ""
 
 
+def _versions(data: mmap.mmap | bytes) -> tuple[list[str], list[str]]:
+    """The version texts, and the releases that they name."""
+    lines = _version_lines(data)
+    return lines, list(dict.fromkeys(map(_version_in, lines))) if lines else _bare_versions(data)
+
+
 def _look(path: Path) -> tuple[ElfFile, list[str], list[str]]:
     """The file's head, its version texts, and the releases that they name."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            elf, lines = read_elf(path, data), _version_lines(data)
-            return elf, lines, list(dict.fromkeys(map(_version_in, lines))) if lines else _bare_versions(data)
+            return read_elf(path, data), *_versions(data)
     except ValueError as error:  # mmap of an empty file
         raise LibraryError(f"{path} is empty.") from error
     except OSError as error:
@@ -182,7 +187,15 @@ def inspect_library(path: Path, release: str | None = None) -> Identity:
     """
     if release is not None:
         release_named(release)
-    elf, lines, versions = _look(path)
+    return _identity(path, *_look(path), release)
+
+
+def identify_parts(path: str, elf: ElfFile, excerpts: bytes) -> Identity:
+    """Identify a library on another machine: from its head, and the parts of it around version texts."""
+    return _identity(Path(path), elf, *_versions(excerpts), None)
+
+
+def _identity(path: Path, elf: ElfFile, lines: list[str], versions: list[str], release: str | None) -> Identity:
     found, problem, hint = _judge(elf, lines, versions, release)
     return Identity(
         path=path,

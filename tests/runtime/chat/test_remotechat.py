@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkruntime import cli
-from rkruntime.chat.remotechat import _SSH, RemoteChat
+from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
+from rkruntime.chat.ssh import _SSH
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 
 # A board that answers each line with the next answer of a script, and repeats the last one.

@@ -390,3 +390,18 @@ def test_a_hard_limit_of_open_files_is_named(
 def test_a_model_whose_table_can_stay_on_flash_is_not_refused(board: Board) -> None:
     found = preflight(ModelFacts(size=18 * GB), runtime="1.2.3", root=board(capacities=RK3588), allowed=range(8))
     assert [(item.level, item.code) for item in found.findings] == [("warning", "memory-short")]
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "\u00b2", "\u0663", "-1", "1e9", "0x10", "", "x", "1 2 x", "\x1b[2J"])
+def test_numbers_that_are_none_are_unknown(board: Board, text: str) -> None:
+    root = board(capacities=RK3588, clocks=RK3588_CLOCKS)
+    for path in [*root.rglob("cpu_capacity"), *root.rglob("cpuinfo_max_freq"), *root.rglob("related_cpus")]:
+        path.write_text(text)
+    (root / "sys/devices/system/cpu/cpu4x").mkdir()
+    _write(root / "sys/devices/system/cpu/cpu4x/cpu_capacity", "1024\n")
+    _write(root / "sys/fs/cgroup/memory.max", text)
+    _write(root / "sys/fs/cgroup/memory.current", text)
+    assert machine.cores(3, root, range(8)).cpus == (4, 5, 6, 7)  # by the platform
+    assert machine.memory(root) == machine.Memory(16_384_000_000, 12_288_000_000)
+    _write(root / "proc/meminfo", f"MemTotal: {text} kB\nMemAvailable: {text} kB\n")
+    assert machine.memory(root) is None

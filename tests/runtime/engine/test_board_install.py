@@ -100,6 +100,7 @@ LINES = {
     "run": ["run", "{tmp}/none", "-p", "x"],
     "diagnose": ["diagnose", "{tmp}/none"],
     "emulator": ["emulator", "info"],
+    "doctor": ["doctor", "--root", "{tmp}"],
     "serve": ["serve", "--config", "{tmp}/none"],
     "attach": ["attach", "--socket", "{tmp}/socket"],
     "firstrun": ["firstrun", "{tmp}/none"],

@@ -1,0 +1,37 @@
+"""Checks by subject: functions from a board's document to a verdict. A new one is a row of its module's CHECKS."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rkboard.doctor.checks import bundle, clocks, daemon, driver, library, memory, nodes, system
+from rkboard.doctor.document import Board
+from rkboard.doctor.finding import STATUSES, Check, Finding
+
+GROUPS: Final[dict[str, tuple[Check, ...]]] = {
+    "driver": driver.CHECKS,
+    "nodes and permissions": nodes.CHECKS,
+    "memory and NPU users": memory.CHECKS,
+    "library": library.CHECKS,
+    "clocks": clocks.CHECKS,
+    "system": system.CHECKS,
+    "daemon": daemon.CHECKS,
+    "bundle": bundle.CHECKS,
+}
+
+
+def code_of(check: Check) -> str:
+    """A check's name for programs."""
+    return check.__name__.replace("_", "-")
+
+
+def judge(board: Board) -> list[Finding]:
+    """Every finding, by group, within each the worst first."""
+    found = [
+        Finding(group, code_of(check), verdict)
+        for group, checks in GROUPS.items()
+        for check in checks
+        if (verdict := check(board)) is not None
+    ]
+    order = list(GROUPS)
+    return sorted(found, key=lambda one: (order.index(one.group), STATUSES.index(one.status)))

@@ -1,0 +1,135 @@
+"""Run the probe: on this machine, or on a board over ssh. Nothing is installed there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Final
+
+from rkboard.doctor.document import MARK, MOST_BYTES, Document
+from rkruntime.chat.ssh import SSH_VARIABLE, ssh_command
+from rkruntime.errors import ServiceError
+from rkruntime.printable import one_line
+
+PROBE: Final = Path(__file__).with_name("probe.py")
+# The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
+_PATIENCE_S: Final = 120.0
+_MOST_NOTES: Final = 1 << 14
+_MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
+
+
+def look(destination: str | None, root: Path | None = None, *, sudo: bool = False) -> Document:
+    """What a board says of itself.
+
+    Args:
+        destination: For ssh, such as `user@board`; None for this machine.
+        root: Another file tree of this machine.
+        sudo: Look as root, by a sudo that asks for no password.
+
+    Raises:
+        ServiceError: The board cannot be reached, has no Python, or sends something else.
+        UsageError: The command for ssh cannot be read.
+    """
+    words = ["sudo", "-n"] if sudo else []
+    if destination is None:
+        command = [*words, sys.executable, "-I", "-", *(["--root", str(root)] if root else [])]
+    else:
+        command = ssh_command(destination, *words, "python3", "-I", "-")
+    visit = _Visit(command)
+    line = visit.line()
+    if line is None:
+        raise _failed(visit, destination)
+    return Document.parse(line)
+
+
+class _Visit:
+    """A process that runs the probe, which is its standard input."""
+
+    def __init__(self, command: list[str]) -> None:
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except OSError as error:
+            raise ServiceError(
+                f"{command[0]} cannot be started: {error.strerror or error}.",
+                hint=_MISSING.get(command[0], f"Install it, or change {SSH_VARIABLE}, which names it."),
+            ) from error
+        self.notes: list[str] = []
+        self.status: int | None = None
+        self.flooded = False
+        self._found: bytes | None = None
+
+    def line(self) -> bytes | None:
+        """The probe's line; None if it did not come. What hangs on the board may never end: nobody waits for that."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        threads = [
+            threading.Thread(target=self._read, args=(process.stdout,), daemon=True),
+            threading.Thread(target=self._note, args=(process.stderr,), daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            with suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(PROBE.read_bytes())
+            threads[0].join(_PATIENCE_S)
+            with suppress(subprocess.TimeoutExpired):
+                self.status = process.wait(2 if self._found is None else 0.2)
+        finally:
+            process.kill()
+            process.wait()
+            for thread in threads:
+                thread.join(1)  # a child of ssh may keep a pipe open
+        return self._found
+
+    def _read(self, stream: IO[bytes]) -> None:
+        """Find the line among what a login script prints, in bounded memory."""
+        left = MOST_BYTES
+        with stream:
+            while left > 0 and (line := stream.readline(left)):
+                left -= len(line)
+                if line.startswith(MARK):
+                    self._found = line
+                    return
+        self.flooded = left <= 0
+
+    def _note(self, stream: IO[bytes]) -> None:
+        with stream:
+            text = stream.read(_MOST_NOTES).decode("utf-8", "replace")
+            self.notes = [one_line(line) for line in text.splitlines()][-12:]
+            deadline = time.monotonic() + _PATIENCE_S
+            while time.monotonic() < deadline and stream.read(_MOST_NOTES):
+                pass
+
+
+def _failed(visit: _Visit, destination: str | None) -> ServiceError:
+    where = destination or "this machine"
+    details = {"lines": visit.notes, "exit": visit.status}
+    said = " ".join(visit.notes).lower()
+    if visit.flooded:
+        hint = f"What does this print? ssh {destination} true" if destination else None
+        return ServiceError(f"{where} sent megabytes of something else than the probe's document.", hint=hint)
+    if "sudo:" in said:
+        return ServiceError(
+            f"sudo on {where} asks for a password, or refuses.",
+            hint="Leave out --sudo: the doctor says what could not be read.",
+            details=details,
+        )
+    if visit.status == 255 and destination:
+        hint = f"Try it by hand: ssh {destination} true"
+        return ServiceError(f"{destination} cannot be reached with ssh.", hint=hint, details=details)
+    if visit.status == 127 and destination:
+        hint = "On the board: sudo apt install python3"
+        return ServiceError(f"{destination} has no python3.", hint=hint, details=details)
+    ended = "did not end" if visit.status is None else f"ended with {visit.status}"
+    return ServiceError(
+        f"The probe {ended} on {where} before it had said anything.",
+        hint="It needs Python 3.7 or later: python3 --version",
+        details=details,
+    )
