@@ -37,6 +37,7 @@ from rkruntime.terminal import console, say_json
     show_default="flash since release 1.2.0, RAM before",
     help="Keep the embedding table in flash or in RAM.",
 )
+@click.option("--why", is_flag=True, help="Show the reason for each type's verdict.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page with plots.")
 @json_option()
 @click.pass_context
@@ -50,6 +51,7 @@ def run(
     max_context: int | None,
     release: str,
     embedding: Embedding | None,
+    why: bool,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -78,6 +80,6 @@ def run(
     if as_json:
         say_json(report.as_dict(plan))
     else:
-        report.show(plan, console())
+        report.show(plan, console(), why=why)
     if plan.verdict.status == "refuse":
         context.exit(RefusedError.exit_code)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import jinja2
 
 from rkconvert.model.sizes import cache_bytes_per_token, file_bytes, npu_bytes
+from rkconvert.plan.answer import answer
 from rkconvert.plan.planner import Plan
 from rkconvert.plan.prediction import PROMPT_TOKENS
 from rkconvert.plan.report import embedding_size, gigabytes, origin
@@ -79,6 +80,7 @@ def render(plan: Plan) -> str:
         figures=_figures(plan),
         domains=[_bar(domain.parts) for domain in plan.domains],
         curves=[_memory_curve(plan), *([_speed_curve(plan)] if plan.prediction else [])],
+        answer=answer(plan),
         origin=origin(plan),
         prompt_tokens=PROMPT_TOKENS,
     )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkconvert.model.sizes import cache_bytes_per_token, embedding_bytes, file_bytes, npu_bytes, table_bytes
+from rkconvert.plan.answer import answer
 from rkconvert.plan.domains import Domain
 from rkconvert.plan.planner import Plan, TypeVerdict
 from rkconvert.plan.prediction import PROMPT_TOKENS, accuracy, vendor_rows
@@ -21,6 +22,9 @@ from rkruntime.words import counted
 _PARTS: Final = {"layers": "blue", "head": "magenta", "cache": "yellow"}
 _STATUS: Final = {"ok": "green", "warn": "yellow", "refuse": "red", "impossible": "red dim"}
 _BAR: Final = 64
+# One for each of _PARTS, and one for what is free.
+_BLOCKS: Final = "█▓▒░"
+_PLAIN: Final = "#=+."
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -111,9 +115,12 @@ def _verdict(verdict: TypeVerdict) -> dict[str, Any]:
     return {**plain, "decode_tokens_per_s": None if speed is None else round(speed, 2)}
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print the plan as text."""
-    console.print(Group(_heading(plan), _figures(plan), *_picture(plan), _ram(plan), _verdicts(plan)))
+def show(plan: Plan, console: Console, *, why: bool = False) -> None:
+    """Print the plan as text; with `why`, the reason for each type's verdict."""
+    picture = _picture(plan, _glyphs(console), min(_BAR, console.width - 16))
+    console.print(Group(_heading(plan), _figures(plan), *picture, _ram(plan), _verdicts(plan, why=why)))
+    if not why:
+        console.print("--why shows the reasons.", style="dim")
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
 
@@ -126,6 +133,7 @@ def gigabytes(size: float) -> str:
 def _heading(plan: Plan) -> Text:
     shape = plan.shape
     return Text.assemble(
+        (f"{answer(plan)}\n\n", _STATUS[plan.verdict.status]),
         (plan.source.name, "bold"),
         f"  {shape.family}, {shape.parameters / 1e9:.2f} billion weights, {counted(shape.num_hidden_layers, 'layer')}",
         f"\n{plan.kind.name} on {plan.board.name}, context {plan.context}, toolkit {plan.request.toolkit}",
@@ -135,7 +143,7 @@ def _heading(plan: Plan) -> Text:
 
 
 def _warning(verdict: TypeVerdict) -> list[tuple[str, str]]:
-    return [] if verdict.status == "ok" else [(f"\n{verdict.status}: {verdict.reason}", _STATUS[verdict.status])]
+    return [(f"\nwarn: {verdict.reason}", _STATUS["warn"])] if verdict.status == "warn" else []
 
 
 def _figures(plan: Plan) -> Table:
@@ -198,23 +206,32 @@ def _missing(plan: Plan) -> str:
     return f", {gigabytes(host.missing_bytes)} more than this one has with its swap{half}"
 
 
-def _picture(plan: Plan) -> list[RenderableType]:
+def _glyphs(console: Console) -> str:
+    """A mark for each part and for what is free, to be told apart without colour."""
+    try:
+        _BLOCKS.encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return _PLAIN
+    return _BLOCKS
+
+
+def _picture(plan: Plan, glyphs: str, width: int) -> list[RenderableType]:
     legend = Text("\nNPU memory  ")
-    for part, colour in _PARTS.items():
-        legend.append("█ ", colour).append(f"{part}  ")
-    legend.append("░ free")
-    return [legend, *(_domain(number, domain) for number, domain in enumerate(plan.domains))]
+    for (part, colour), glyph in zip(_PARTS.items(), glyphs, strict=False):
+        legend.append(f"{glyph} ", colour).append(f"{part}  ")
+    legend.append(f"{glyphs[-1]} free")
+    return [legend, *(_domain(number, domain, glyphs, width) for number, domain in enumerate(plan.domains))]
 
 
-def _domain(number: int, domain: Domain) -> Text:
+def _domain(number: int, domain: Domain, glyphs: str, width: int) -> Text:
     line = Text(f"domain {number:<2} ")
     drawn, size = 0, 0.0
-    for part, colour in _PARTS.items():
+    for (part, colour), glyph in zip(_PARTS.items(), glyphs, strict=False):
         size += domain.parts.get(part, 0.0)
-        end = round(_BAR * size / DOMAIN_BYTES)
-        line.append("█" * (end - drawn), colour)
+        end = round(width * size / DOMAIN_BYTES)
+        line.append(glyph * (end - drawn), colour)
         drawn = end
-    line.append("░" * (_BAR - drawn), "dim")
+    line.append(glyphs[-1] * (width - drawn), "dim")
     return line.append(f" {domain.used / DOMAIN_BYTES:4.0%}")
 
 
@@ -228,9 +245,9 @@ def _ram(plan: Plan) -> Table:
     return table
 
 
-def _verdicts(plan: Plan) -> Table:
+def _verdicts(plan: Plan, *, why: bool) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("\ntype", "\n", "\nfile", "\ntokens/s", "\nwhy"):
+    for column in ("\ntype", "\n", "\nfile", "\ntokens/s", "\nwhy" if why else "\nby"):
         table.add_column(column, no_wrap=column != "\nwhy")
     for group in _alike(plan.verdicts):
         first = group[0]
@@ -241,7 +258,7 @@ def _verdicts(plan: Plan) -> Table:
             "\n".join(
                 f"{speed:.2f}" if (speed := verdict.decode_tokens_per_s) is not None else "" for verdict in group
             ),
-            Text(f"{first.reason} ({first.evidence})"),
+            Text(f"{first.reason} ({first.evidence})" if why else first.evidence),
         )
     return table
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -284,10 +287,53 @@ def test_the_picture(model, monkeypatch):
     result = CliRunner().invoke(run, [str(model("gemma-2-9b-it"))], catch_exceptions=False)
     bars = [line for line in result.output.splitlines() if line.startswith("domain ")]
     assert len(bars) == 3
-    assert all(line.count("█") + line.count("░") == 64 for line in bars)
+    assert all(len(re.findall("[█▓▒░]", line)) == 64 for line in bars)
     assert bars[2].count("░") > bars[0].count("░")
     assert "16 GiB     yes" in result.output
     assert "predicted" in result.output
+
+
+@pytest.mark.parametrize(("columns", "encoding"), [("40", "utf-8"), ("80", "ascii"), ("400", "latin-1")])
+def test_the_picture_without_colour(model, columns, encoding):
+    """Each part is told from the others by its mark, and no line breaks."""
+    environment = os.environ | {"COLUMNS": columns, "PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "rkruntime.cli", "plan", str(model("gemma-2-2b-it"))]
+    found = subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode(encoding)
+    (bar,) = (line for line in found.splitlines() if line.startswith("domain "))
+    marks = "█▓▒░" if encoding == "utf-8" else "#=+."
+    assert all(mark in bar for mark in marks)
+    assert len(re.findall(f"[{re.escape(marks)}]", bar)) == min(64, int(columns) - 16)
+    assert len(bar) <= int(columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        # 9.80 tokens/s at https://github.com/airockchip/rknn-llm/blob/release-v1.2.3/benchmark.md
+        ("gemma-2-2b-it", [], "Yes, from 4 GiB of board memory on: about 9.8 tokens/s (the vendor's figure"),
+        ("gemma-2-2b-it", ["--ram", "8"], "Yes, with 8 GiB of board memory: "),
+        ("gemma-2-9b-it", [], "Probably, from 16 GiB of board memory on: "),
+        ("gemma-2-9b-it", ["--ram", "8"], "No: it needs "),
+        ("gemma-2-2b-it", ["--dtype", "fp16"], "No: unquantized weights"),
+    ],
+)
+def test_the_answer_comes_first(model, monkeypatch, tmp_path, name, options, said):
+    monkeypatch.setenv("COLUMNS", "400")
+    page = tmp_path / "plan.html"
+    result = CliRunner().invoke(run, [str(model(name)), *options, "--html", str(page)], catch_exceptions=False)
+    assert result.output.startswith(said)
+    assert (result.exit_code == 4) == said.startswith("No")
+    answer = html.unescape(page.read_text())
+    assert result.output.splitlines()[0] in answer
+
+
+def test_reasons_are_asked_for(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    path = str(model("gemma-2-2b-it"))
+    short, long = (CliRunner().invoke(run, [path, *more]).output for more in ([], ["--why"]))
+    assert "--why shows the reasons." in short
+    assert "the NPU reads a scale" not in short
+    assert "the NPU reads a scale" in " ".join(long.split())
 
 
 class Tags(HTMLParser):
