@@ -87,7 +87,7 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
     except ImportError as error:
         raise HostError(
             f"{model} is not a local folder, and huggingface_hub, needed to fetch it from the hub, is missing.",
-            hint=f"{install('convert')}; or download the model and name its folder.",
+            hint=f"{install('huggingface_hub')}; or download the model and name its folder.",
         ) from error
     try:
         yield
