@@ -19,6 +19,7 @@ from rkruntime.cli.options import runtime_options
 
 # The same name with a meaning of its own in each command.
 SEVERAL_MEANINGS = {
+    "--port",
     "--output",
     "--system",
     "--socket",

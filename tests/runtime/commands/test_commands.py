@@ -217,5 +217,5 @@ def test_save_leaves_other_files_alone(bundle: Path, tmp_path: Path) -> None:
 def test_serve_ends_at_once_where_there_is_no_bundle(tmp_path: Path) -> None:
     done = rkedge("serve", tmp_path / "nowhere", "--socket", tmp_path / "socket")
     assert done.returncode == 3
-    assert "nowhere is not a folder" in done.stderr
+    assert "There is no folder" in done.stderr
     assert not (tmp_path / "socket").exists()
