@@ -84,7 +84,7 @@ def test_a_release_is_called_release_and_former_names_work(path: str, former: st
     command = cli.cli.get_command(click.Context(cli.cli), path)
     assert command is not None
     assert former not in command.get_help(click.Context(command))
-    words = [] if path == "serve" else ["x"]
+    words = [] if path == "serve" else ["./x"]
     given = []
     for flag in (former, "--release"):
         with command.make_context(path, [*words, flag, "1.1.4"]) as context:
