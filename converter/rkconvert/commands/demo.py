@@ -16,7 +16,8 @@ import click
 
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.names import name_of
-from rkruntime.files import sha256_file
+from rkruntime.errors import OutputError
+from rkruntime.files import sha256_file, write_error
 from rkruntime.folders import own_folder
 from rkruntime.terminal import say
 
@@ -100,7 +101,11 @@ def run(output: Path | None) -> None:
     """
     model = importlib.import_module(_MODEL)
     folder = output or _cache(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        written = write_error(folder, error)
+        raise OutputError(written.message, hint="Choose a folder that you may write, with --output.") from error
     checkpoint = model.checkpoint()
     base = _bundle(folder / _BASE, checkpoint)
     pirate = _bundle(folder / _PIRATE, checkpoint, "--lora", model.adapter())

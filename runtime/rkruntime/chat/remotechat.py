@@ -312,6 +312,16 @@ class RemoteChat:
         """See `ChatBackend`."""
         self._steady("change", {"clear": True})
 
+    def take_back(self) -> str | None:
+        """See `ChatBackend`."""
+        data = check_conversation(self._read())
+        kept: list[Any]
+        *kept, question, _ = data["messages"] or [None, None]
+        if question is None:
+            return None
+        self._steady("change", {"conversation": {**data, "messages": kept}})
+        return str(question["content"])
+
     def save(self, path: Path) -> None:
         """See `ChatBackend`."""
         write_conversation(path, check_conversation(self._read()))

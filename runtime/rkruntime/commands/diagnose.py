@@ -35,6 +35,12 @@ def _read(name: str) -> str:
         ) from error
 
 
+def _is_binary(text: str) -> bool:
+    """Whether most of it is neither a letter nor any other character of a log."""
+    shown = sum(character.isprintable() or character.isspace() or character == "\x1b" for character in text)
+    return shown < len(text) / 2 or text.count("\0") > len(text) / 50
+
+
 def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
     if not entries:
         return
@@ -71,7 +77,16 @@ def run(log: str, as_json: bool) -> None:
     FILE is the output of a program, a journal, a kernel log or a container's log; only the head and the tail of a long
     one are read. With -, standard input is read: sudo dmesg | rkedge diagnose -
     """
-    found = diagnose(_read(log))
+    text = _read(log)
+    if not text.strip():
+        raise InputError(
+            "The log is empty.", hint="Was it written at all? dmesg needs sudo: sudo dmesg | rkedge diagnose -"
+        )
+    if _is_binary(text):
+        raise InputError(
+            "This is not text.", hint="Give what a program printed; `rkedge inspect` tells what a file is."
+        )
+    found = diagnose(text)
     if as_json:
         say_json(found.as_dict())
     else:

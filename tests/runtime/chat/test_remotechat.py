@@ -93,6 +93,24 @@ def test_what_the_board_ignores_is_said_once(board: Callable[..., RemoteChat]) -
     assert "top_p" in notes[3][0]
 
 
+def test_a_continued_conversation_says_so(board: Callable[..., RemoteChat]) -> None:
+    again = TALK | {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]}
+    assert "s continues after 2 turns" in board(HELLO, lines(end(200, again))).title
+    assert "continues" not in board(HELLO, READ).title
+
+
+def test_a_daemon_that_is_still_loading(board: Callable[..., RemoteChat]) -> None:
+    status = STATUS | {"state": "loading", "release": None, "max_context": None}
+    assert board(lines(end(200, status)), READ).title.endswith(": loading")
+
+
+def test_sessions_are_listed(board: Callable[..., RemoteChat]) -> None:
+    rows = [{"name": "monday", "size": 1200, "changed": 1.7e9}, {"name": "x", "size": "much"}, 7]
+    chat = board(HELLO, READ, lines(end(200, {"sessions": rows})), lines(end(200, {"sessions": None})))
+    assert chat.sessions() == {"monday": "1,200 bytes"}
+    assert chat.sessions() == {}
+
+
 @pytest.mark.parametrize("name", ["", "../x", ".x", "a/b", "a b", "x" * 65, "\x1b[2J", "é", "-x"])
 def test_a_name_that_no_conversation_can_have_is_refused_at_once(board: Callable[..., RemoteChat], name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a conversation") as error:
