@@ -36,9 +36,9 @@ def _read(name: str) -> str:
 
 
 def _is_binary(text: str) -> bool:
-    """Whether most of it is neither a letter nor any other character of a log."""
-    shown = sum(character.isprintable() or character.isspace() or character == "\x1b" for character in text)
-    return shown < len(text) / 2 or text.count("\0") > len(text) / 50
+    """Whether it has many control characters, other than those of a terminal."""
+    odd = sum(not (character.isprintable() or character.isspace() or character in "\b\x1b") for character in text)
+    return odd > len(text) / 20
 
 
 def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
