@@ -21,6 +21,8 @@ _MEANING = {
 }
 _WIDTH = 100
 _MOST_SOURCES = 5
+# Control characters that a short log may have.
+_MOST_ODD = 100
 
 
 def _read(name: str) -> str:
@@ -38,7 +40,7 @@ def _read(name: str) -> str:
 def _is_binary(text: str) -> bool:
     """Whether it has many control characters, other than those of a terminal."""
     odd = sum(not (character.isprintable() or character.isspace() or character in "\b\x1b") for character in text)
-    return odd > len(text) / 20
+    return odd > max(_MOST_ODD, len(text) / 20)
 
 
 def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
