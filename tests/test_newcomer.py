@@ -188,7 +188,7 @@ def test_a_line_that_fails_is_noticed(folder: Path, environment: Mapping[str, st
         play(["rkedge inspect none", "true"], [], folder, environment)
 
 
-def _has_an_index() -> bool:
+def has_an_index() -> bool:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", os.devnull, "click"]
     return b"No matching distribution" not in subprocess.run(command, capture_output=True, check=False).stderr
 
@@ -196,7 +196,7 @@ def _has_an_index() -> bool:
 @pytest.mark.long
 def test_a_fresh_clone(tmp_path: Path) -> None:
     """With `make demo` as it is, in an environment and a home of its own."""
-    if not _has_an_index():
+    if not has_an_index():
         pytest.skip("pip reaches no index")
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--local", ROOT, clone], check=True)
