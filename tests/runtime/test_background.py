@@ -155,6 +155,16 @@ def test_a_port_that_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert rkedge("up", "plain", "--no-chat", "--port", str(port)).returncode == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the daemon outlives its starter here
+def test_a_port_that_is_lost_at_the_last_moment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = iter([other.getsockname()[1]])
+        found = background.free_port
+        monkeypatch.setattr(background, "free_port", lambda: next(taken, None) or found())
+        assert cli.main(["up", "plain", "--no-chat"]) == 0
+        assert Background().settings.listen.port != other.getsockname()[1]
+
+
 def test_a_load_that_fails_is_told_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
     library = tmp_path / "librkllmrt.so"
     library.write_text("not a library")

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from rkruntime.cli.options import bundle_argument, progress_line, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
-from rkruntime.errors import RKEdgeError, UsageError
+from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.terminal import say
 
 if TYPE_CHECKING:
     from rkruntime.background import Background
+
+# How many ports to try.
+_PORTS: Final = 3
 
 
 def _settings(bundle: Path, runtime: RuntimeOptions, sampling: SamplingOptions) -> dict[str, Any]:
@@ -65,6 +68,24 @@ def _undone(background: Background, work: Callable[[], None]) -> None:
         raise
 
 
+def _start(background: Background, settings: dict[str, Any], port: int | None) -> bool:
+    """Start the daemon and wait for its model; returns whether that was needed.
+
+    A port that was free may be somebody else's a moment later: then another one is tried.
+    """
+    for left in reversed(range(_PORTS)):
+        if not background.start(settings, port):
+            return False
+        try:
+            _undone(background, lambda: _load(background))
+        except ServiceError as error:
+            if port is not None or not left or not any("Cannot listen on" in line for line in error.log):
+                raise
+        else:
+            break
+    return True
+
+
 @click.command("up")
 @bundle_argument()
 @click.option(
@@ -87,9 +108,7 @@ def run(bundle: Path, port: int | None, no_chat: bool, sampling: SamplingOptions
 
     open_bundle(bundle)
     background = Background()
-    if background.start(_settings(bundle, runtime, sampling), port):
-        _undone(background, lambda: _load(background))
-    else:
+    if not _start(background, _settings(bundle, runtime, sampling), port):
         _check_same(background, bundle)
         say("It is up already, with the options that it was started with.", err=True)
         _load(background)
