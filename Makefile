@@ -51,6 +51,7 @@ $(VENV)/pip.stamp:
 	@touch $@
 
 $(VENV)/base.stamp: $(VENV)/pip.stamp pyproject.toml
+	@echo "Installing RKEdge into $(VENV); this takes about half a minute."
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

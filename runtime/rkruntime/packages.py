@@ -1,9 +1,15 @@
-"""What to install if a package is missing, according to rkedge's own metadata."""
+"""What to install if a package is missing, according to rkedge's own metadata.
+
+The commands name other people's packages only: no index has rkedge itself, so whoever registered its name there could
+have anything installed.
+"""
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 from rkruntime.errors import HostError
@@ -21,45 +27,55 @@ def import_failed(error: ImportError) -> HostError:
     if not module or module in _OWN:
         return HostError(
             f"rkedge is not completely installed: {error}.",
-            hint=f"Reinstall it: {_pip('--force-reinstall', 'rkedge')}",
+            hint=f"Install it again from its folder or its wheel: {_pip('--force-reinstall', 'FOLDER')}",
         )
-    package = _PACKAGES.get(module, module.replace("_", "-"))
+    package = _PACKAGES.get(module, module)
     if isinstance(error, ModuleNotFoundError):
         message = f"This needs the Python package {package}, which is not installed."
     else:
         message = f"The Python package {package} is installed but cannot be used: {error}."
-    return HostError(message, hint=f"Install it: {_pip(_wanted(package))}")
+    return HostError(message, hint=install(package))
 
 
-def install(extra: str) -> str:
-    """The command that installs one of rkedge's extras into this Python."""
-    return f"Install it: {_pip(f'rkedge[{extra}]')}"
+def install(*packages: str) -> str:
+    """The command that installs packages into this Python, in the versions that rkedge needs.
+
+    With one that every command may need, all others of that kind that are missing are named too: a board's installation
+    leaves several out.
+    """
+    base, extras = dict(_requirements(extra=False)), dict(_requirements(extra=True))
+    wanted = [_canonical(package) for package in packages]
+    more = [name for name in base if name not in wanted and not _is_installed(name)] if set(wanted) & set(base) else []
+    return f"Install it: {_pip(*({**extras, **base}.get(name, name) for name in [*wanted, *more]))}"
 
 
-def _wanted(package: str) -> str:
-    """What to install for a package: rkedge itself, its smallest extra with the package, or the package alone."""
+def _requirements(*, extra: bool) -> Iterator[tuple[str, str]]:
+    """Each package that rkedge's metadata names, with its versions: of the extras, or of the base."""
     import importlib.metadata  # slow to import, and needed only for an error
 
     try:
-        from packaging.requirements import Requirement
-        from packaging.utils import canonicalize_name
-    except ImportError:
-        return "rkedge"  # which brings packaging
-    try:
-        requirements = [Requirement(text) for text in importlib.metadata.requires("rkedge") or ()]
-        extras = importlib.metadata.metadata("rkedge").get_all("Provides-Extra") or []
+        lines = importlib.metadata.requires("rkedge") or []
     except importlib.metadata.PackageNotFoundError:
-        return package
+        return
+    for line in lines:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        if ("extra ==" in marker) == extra and "[" not in requirement:
+            yield _canonical(re.split(r"[^\w.-]", requirement)[0]), requirement
 
-    def brought(extra: str) -> set[str]:
-        of = {"extra": extra}
-        return {canonicalize_name(item.name) for item in requirements if not item.marker or item.marker.evaluate(of)}
 
-    fitting = [extra for extra in ("", *extras) if canonicalize_name(package) in brought(extra)]
-    if not fitting:
-        return package
-    smallest = min(fitting, key=lambda extra: len(brought(extra)))
-    return f"rkedge[{smallest}]" if smallest else "rkedge"
+def _canonical(name: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _is_installed(package: str) -> bool:
+    import importlib.metadata
+
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _pip(*words: str) -> str:

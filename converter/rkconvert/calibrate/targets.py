@@ -43,7 +43,7 @@ class CpuModel:
         if missing := missing_packages():
             raise HostError(
                 f"To let the model answer, {' and '.join(missing)} must be installed.",
-                hint=f"{install('convert')}; or use --targets given with chats that have answers.",
+                hint=f"{install(*missing)}; or use --targets given with chats that have answers.",
             )
         if (free := read_memory().available) < nbytes:
             raise HostError(

@@ -201,7 +201,7 @@ def options_of(
 ) -> Options:
     """Build a conversion's options from the command's own. Raises UsageError."""
     if checkpoint is None:
-        raise UsageError("There is no CHECKPOINT to convert.", hint="Name a folder, a .gguf file or a hub id.")
+        raise UsageError("Name what to convert.", hint="CHECKPOINT is a folder, a .gguf file or a hub id.")
     adapters = tuple(AdapterSource.parse(text) for text in loras)
     name = "-".join([Path(checkpoint).resolve().name.removesuffix(".gguf"), *(lora.short_name for lora in adapters)])
     options = Options(checkpoint=checkpoint, output=Path(), loras=adapters, release=release, **values)

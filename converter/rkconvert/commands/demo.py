@@ -15,7 +15,9 @@ from typing import Any, Final
 import click
 
 from rkruntime.bundle.manifest import open_bundle
-from rkruntime.files import sha256_file
+from rkruntime.bundle.names import name_of
+from rkruntime.errors import OutputError
+from rkruntime.files import sha256_file, write_error
 from rkruntime.folders import own_folder
 from rkruntime.terminal import say
 
@@ -31,7 +33,7 @@ def _program() -> str:
     found, own = shutil.which("rkedge"), Path(sys.argv[0])
     if own.name != "rkedge" or (found and Path(found).samefile(own)):
         return "rkedge"
-    return shlex.quote(os.path.relpath(own))
+    return os.path.relpath(own)
 
 
 def _rkedge(*arguments: str | Path) -> None:
@@ -39,7 +41,7 @@ def _rkedge(*arguments: str | Path) -> None:
     from rkruntime.cli import cli
 
     words = [str(word) for word in arguments]
-    say(f"$ {_program()} {shlex.join(words)}", bold=True)
+    say(f"$ {shlex.join([_program(), *words])}", bold=True)
     cli.main(words, prog_name="rkedge", standalone_mode=False)
 
 
@@ -61,17 +63,27 @@ def _bundle(folder: Path, checkpoint: Path, *options: str | Path) -> Path:
 
 
 def _next_steps(base: Path, pirate: Path) -> None:
-    steps: Sequence[tuple[str, Sequence[str | Path]]] = (
-        ("talk to it", ("chat", pirate)),
-        ("use it in a script", ("run", base, "-p", _ASKED[0])),
-        ("see what a bundle says about itself", ("inspect", pirate)),
+    first, second = name_of(base), name_of(pirate)
+    steps: Sequence[tuple[str, Sequence[str]]] = (
+        ("talk to it; it knows some 40 questions about the RK3588, such as: What can you do?", ("chat", second)),
+        ("use it in a script", ("run", first, _ASKED[0])),
+        ("keep it loaded, with a chat page and the APIs of OpenAI and Ollama", ("up", second)),
         ("convert a checkpoint of your own", ("convert", "CHECKPOINT", "--lora", "ADAPTER", "-o", "my-bundle")),
     )
     say("\nThe answers came from the emulator, which computes in W8A8 on this machine; no board was used.")
     say("Next:")
     for purpose, words in steps:
-        say(f"  {_program()} {shlex.join(map(str, words))}")
+        say(f"  rkedge {shlex.join(words)}")
         say(f"      {purpose}", dim=True)
+    program = Path(_program())
+    if program.name != str(program):
+        say("First put rkedge on the PATH of this shell:")
+        activate = program.parent / "activate"
+        say(
+            f"  . {shlex.quote(str(activate))}"
+            if activate.is_file()
+            else f"  export PATH={program.parent.resolve()}:$PATH"
+        )
 
 
 @click.command("demo")
@@ -89,7 +101,11 @@ def run(output: Path | None) -> None:
     """
     model = importlib.import_module(_MODEL)
     folder = output or _cache(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        written = write_error(folder, error)
+        raise OutputError(written.message, hint="Choose a folder that you may write, with --output.") from error
     checkpoint = model.checkpoint()
     base = _bundle(folder / _BASE, checkpoint)
     pirate = _bundle(folder / _PIRATE, checkpoint, "--lora", model.adapter())

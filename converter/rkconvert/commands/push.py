@@ -11,11 +11,12 @@ from rkconvert.output.publish import Destination, push
 from rkconvert.progress import Reporter
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.cli.flags import json_option, quiet_option
+from rkruntime.cli.options import bundle_argument
 from rkruntime.terminal import say, say_json
 
 
 @click.command("push")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.argument("repository")
 @public_option()
 @json_option()

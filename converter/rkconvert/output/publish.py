@@ -182,7 +182,7 @@ def _hub(repo: str) -> Iterator[HfApi]:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise HostError(f"To upload to {repo}, huggingface_hub is missing.", hint=install("convert")) from error
+        raise HostError(f"To upload to {repo}, huggingface_hub is missing.", hint=install("huggingface_hub")) from error
     token = huggingface_hub.get_token()
     if token is None:
         raise HostError(f"Uploading to {repo} requires a login to the hub.", hint=_LOGIN)

@@ -87,7 +87,7 @@ class GgufWeights:
         try:
             from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
         except ImportError as error:
-            raise HostError(f"Reading {files[0].path} needs the gguf package.", hint=install("convert")) from error
+            raise HostError(f"Reading {files[0].path} needs the gguf package.", hint=install("gguf")) from error
         self._dequantize, self._types = quants.dequantize, GGMLQuantizationType
         self._places: dict[str, tuple[GgufTensor, Entry, RowReader]] = {}
         self.tensors: dict[str, TensorInfo] = {}

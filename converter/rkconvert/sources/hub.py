@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from rkruntime.errors import CheckpointError, HostError
 from rkruntime.packages import install
@@ -48,7 +52,9 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
         if isinstance(cached, str):
             return Path(cached)
         try:
-            return Path(huggingface_hub.hf_hub_download(model, name, revision=revision))
+            return Path(
+                huggingface_hub.hf_hub_download(model, name, revision=revision, local_files_only=not _is_reachable())
+            )
         except errors.LocalEntryNotFoundError:
             raise
         except errors.EntryNotFoundError:
@@ -68,12 +74,28 @@ def download(model: str, revision: str | None = None, weights: str = "pytorch_mo
     with _answers(model, "files", revision):
         import huggingface_hub
 
-        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_FILES]))
+        local = not _is_reachable()
+        fetch = partial(huggingface_hub.snapshot_download, model, revision=revision, local_files_only=local)
+        folder = Path(fetch(allow_patterns=[*_FILES]))
         if not any(folder.glob("*.safetensors")):
             patterns = [*_FILES, f"{weights}*.bin"]
-            folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+            folder = Path(fetch(allow_patterns=patterns))
     # The cache keeps each commit in a folder of that name.
     return folder, folder.name
+
+
+def _is_reachable() -> bool:
+    """Whether the hub's name is known here, or a proxy's business: huggingface_hub tries six times in half a minute."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or getproxies() or host is None:
+        return True
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -87,7 +109,7 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
     except ImportError as error:
         raise HostError(
             f"{model} is not a local folder, and huggingface_hub, needed to fetch it from the hub, is missing.",
-            hint=f"{install('convert')}; or download the model and name its folder.",
+            hint=f"{install('huggingface_hub')}; or download the model and name its folder.",
         ) from error
     try:
         yield
@@ -103,6 +125,8 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if not _is_reachable():
+            lines = ["the name of its server is not known here, so there seems to be no network."]
         path = Path(model)
         here = f"{path.parent} has no {path.name}: check the spelling. " if path.parent.is_dir() else ""
         raise HostError(

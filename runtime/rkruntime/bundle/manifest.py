@@ -35,6 +35,8 @@ _READ: Final = (TOKENIZER, TEMPLATE, GENERATION_CONFIG)
 MAX_TOKENIZER: Final = 128 << 20
 MAX_TEMPLATE: Final = 1 << 20
 _MAX_SETTINGS: Final = 1 << 20
+# Bundles to list in a message about the folder that holds them.
+_MOST_NAMED: Final = 8
 
 
 # What converters write is far shorter. Names appear in each message and in each event of a stream; a path of 4,096
@@ -112,6 +114,11 @@ class Manifest:
         """The manifest as YAML, in field order."""
         plain = json.loads(json.dumps(asdict(self)))
         return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files that the manifest lists."""
+        return sum(record.size for record in self.files.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -315,6 +322,31 @@ class _Stamp:
             pass
 
 
+def bundles_in(folder: Path) -> list[Path]:
+    """The bundles in a folder, complete or not, by name. Raises OSError."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_bundle(path))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether there is a bundle at `path`, complete or not."""
+    return os.path.isfile(path / MANIFEST)  # noqa: PTH113 - false for every name that no file can have
+
+
+def _not_a_bundle(folder: Path) -> BundleError:
+    """What a folder without a manifest is instead, and what to name."""
+    if (folder / "config.json").is_file():
+        hint = "Convert it first: rkedge convert CHECKPOINT -o BUNDLE"
+        return BundleError(f"{folder} is a checkpoint, not a bundle.", hint=hint)
+    if (folder / "adapter_config.json").is_file():
+        hint = "Convert its base model with it: rkedge convert CHECKPOINT --lora ADAPTER -o BUNDLE"
+        return BundleError(f"{folder} is an adapter, not a bundle.", hint=hint)
+    if within := bundles_in(folder):
+        names = ", ".join(path.name for path in within[:_MOST_NAMED])
+        more = f" and {len(within) - _MOST_NAMED} more" if len(within) > _MOST_NAMED else ""
+        return BundleError(f"{folder} is a folder of bundles, not a bundle.", hint=f"Name one of them: {names}{more}.")
+    return BundleError(f"{folder} is not a bundle: it has no {MANIFEST}.")
+
+
 def open_bundle(path: AnyPath) -> Bundle:
     """Read a bundle's manifest; `Bundle.verify` compares the files.
 
@@ -326,10 +358,11 @@ def open_bundle(path: AnyPath) -> Bundle:
     manifest = path / MANIFEST
     try:
         if not path.is_dir():
+            message = f"{path} is not a folder." if path.exists() else f"There is no folder {path}."
             what_to_name = "Name the folder that `rkedge convert` wrote."
-            raise BundleError(f"{path} is not a folder.", hint=hint_if_hidden(path) or what_to_name)
+            raise BundleError(message, hint=hint_if_hidden(path) or what_to_name)
         if not manifest.is_file():
-            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
+            raise _not_a_bundle(path)
         return Bundle(path, Manifest.from_yaml(read_regular(manifest, MAX_FILE).decode()))
     except OSError as error:
         hint = hint_if_hidden(path)

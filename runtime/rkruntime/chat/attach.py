@@ -25,6 +25,8 @@ _STREAM: Final = "application/x-ndjson"
 _LAST: Final = ("done", "error")
 # The daemon sends nothing while a request waits for its turn and during prefill.
 _SILENCE_S: Final = 3600
+# For a look at it, which it answers at once.
+_LOOK_S: Final = 5
 
 
 class Operation(NamedTuple):
@@ -48,8 +50,8 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
 class UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_SILENCE_S)
+    def __init__(self, path: Path, timeout_s: float = _SILENCE_S) -> None:
+        super().__init__("localhost", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
@@ -60,10 +62,30 @@ class UnixConnection(http.client.HTTPConnection):
             self.sock.connect(str(self._path))
         except OSError as error:
             self.sock.close()
+            if isinstance(error, PermissionError):
+                raise ServiceError(
+                    f"You may not use the daemon on {self._path}.",
+                    hint="sudo usermod -aG rkedge $USER, then log in again.",
+                ) from error
             raise ServiceError(
                 f"No daemon answers on {self._path}: {error.strerror or error}.",
-                hint="Start it on the board: systemctl start rkedge, or rkedge serve BUNDLE.",
+                hint="Start it there: rkedge up BUNDLE, or, if it is a service, systemctl start rkedge.",
             ) from error
+
+
+def fetch(path: Path, target: str) -> dict[str, Any]:
+    """The JSON object that the daemon at this socket has at `target`. Raises ServiceError if it has none."""
+    connection = UnixConnection(path, _LOOK_S)
+    try:
+        connection.request("GET", target)
+        found = json.loads(connection.getresponse().read(MAX_LINE))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ServiceError(f"The daemon on {path} does not answer: {error}.") from error
+    finally:
+        connection.close()
+    if not isinstance(found, dict):
+        raise ServiceError(f"What listens on {path} is not the daemon.")
+    return found
 
 
 class Bridge:

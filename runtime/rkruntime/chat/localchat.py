@@ -121,6 +121,10 @@ class LocalChat:
         """See `ChatBackend`."""
         self._conversation.clear()
 
+    def take_back(self) -> str | None:
+        """See `ChatBackend`."""
+        return self._conversation.take_back()
+
     def save(self, path: Path) -> None:
         """See `ChatBackend`."""
         self._conversation.save(path)

@@ -1,4 +1,4 @@
-"""A chat with a model on a board, over the user's own ssh.
+"""A chat with a daemon's model, on this machine or on a board.
 
 A broken connection is re-established, and the answer continues where it was; so it does after a restart of a daemon
 that has kept it. An answer is complete only when its `done` has arrived.
@@ -17,15 +17,13 @@ from typing import Any, Final
 
 from rkruntime.chat.link import BrokenError, Link, error_of, is_number, mapping, nonsense, result_of
 from rkruntime.chat.repl import Note, Turn
-from rkruntime.chat.ssh import ssh_command, words_of
+from rkruntime.chat.ways import Way
 from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import InputError, NoSuchSessionError, ServiceError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.text.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
 from rkruntime.words import NAME, NAME_RULE, counted
 
-ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
-_ATTACH: Final = ("rkedge", "attach")
 # How long a connection attempt may still take after a stop, to ask what the board has kept.
 _PATIENCE_S: Final = 3.0
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
@@ -34,32 +32,27 @@ _MOST_BREAKS: Final = 8
 _SAMPLING_RULE: Final = (
     "Before RKLLM 1.3.0, sampling is set when a model is loaded: set it in the daemon's settings on the board."
 )
-_LOOK: Final = "Ask again. The daemon's log on the board has the cause: journalctl -u rkedge."
 
 
 class RemoteChat:
     """See `rkruntime.chat.repl.ChatBackend`.
 
     Args:
-        destination: Destination for ssh: `user@board`, or `ssh://user@board:port`.
-        remote: Command to run on the board; `rkedge attach` if empty.
+        way: How to reach the daemon.
         session: Name of the conversation; without one, a temporary conversation that is deleted at the end.
         options: Fields of each question, such as max_tokens.
 
     Raises:
-        UsageError: No conversation can have that name, or a variable with a command cannot be read.
+        UsageError: No conversation can have that name.
         ServiceError: No daemon answers.
     """
 
-    def __init__(
-        self, destination: str, *, remote: str, session: str | None, system: str, options: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, way: Way, *, session: str | None, system: str, options: Mapping[str, Any]) -> None:
         if session is not None and not NAME.fullmatch(session):
             raise UsageError(
                 f"{session[:80]!r} cannot be the name of a conversation.", hint=f"Use {NAME_RULE}, such as monday-2."
             )
-        self._command = ssh_command(destination, *(words_of(remote, ATTACH_VARIABLE) or _ATTACH))
-        self._destination = destination
+        self._way = way
         self._session = session or f"chat-{uuid.uuid4().hex[:12]}"
         self._temporary = session is None
         self._options = dict(options)
@@ -74,22 +67,24 @@ class RemoteChat:
         self.last: Turn | None = None
         status = self._first_contact()
         self.emulated = bool(status.get("emulated"))
-        kind = f"emulated runtime {status.get('release')}" if self.emulated else f"runtime {status.get('release')}"
-        self.title = one_line(f"{status.get('model')} on {destination}: {kind}")
-        self._system = str(self._read().get("system", ""))
+        self.title = one_line(f"{status.get('model')} on {way.place}: {_kind(status)}")
+        data = self._read()
+        self._system = str(data.get("system", ""))
+        if data["messages"]:
+            turns = counted(len(data["messages"]) // 2, "turn")
+            self.title += f"\n{self._session} continues after {turns}; /clear begins anew"
         if system:
             self.set_system(system)
 
     def _first_contact(self) -> dict[str, Any]:
-        self._link = Link(self._command)
+        self._link = Link(self._way.command)
         try:
             return self._call("hello")
         except BrokenError as error:
             code = self._link.close()
             raise error.told or ServiceError(
-                f"{shlex.join(self._command)} exited with code {code} before a daemon answered.",
-                hint=f"Try it by hand: ssh {self._destination} true. rkedge must be installed on the board, and its "
-                "daemon running.",
+                f"{shlex.join(self._way.command)} exited with code {code} before a daemon answered.",
+                hint=self._way.hint,
             ) from None
 
     def _call(self, operation: str, body: Any = None) -> dict[str, Any]:
@@ -114,7 +109,7 @@ class RemoteChat:
             except BrokenError as error:  # noqa: PERF203 - the loop is there to try again
                 told = error.told
                 self._reconnect(threading.Event())
-        raise told or ServiceError("The connection keeps breaking.", hint=_LOOK)
+        raise told or ServiceError("The connection keeps breaking.", hint=self._look)
 
     def _reconnect(self, stopping: threading.Event) -> None:
         """Reconnect, unless `stopping` is set. Raises ServiceError if that fails for two minutes."""
@@ -133,14 +128,14 @@ class RemoteChat:
         if stopping.is_set():
             return
         raise told or ServiceError(
-            f"The connection to {self._destination} is lost.", hint="The conversation is kept on the board; try again."
+            f"The connection to {self._way.place} is lost.", hint="The conversation is kept on the board; try again."
         )
 
     def _connect(self, stopping: threading.Event) -> None:
         with self._sending:
             if stopping.is_set():
                 return
-            self._link = self._connecting = Link(self._command)
+            self._link = self._connecting = Link(self._way.command)
         try:
             self._call("hello")
         finally:
@@ -210,7 +205,7 @@ class RemoteChat:
                     return seen
                 breaks, before = (breaks + 1 if len(seen) == before else 1), len(seen)
                 if breaks > _MOST_BREAKS:
-                    raise ServiceError("The answer keeps being interrupted.", hint=_LOOK) from None
+                    raise ServiceError("The answer keeps being interrupted.", hint=self._look) from None
                 yield Note("\nThe connection broke; reconnecting ...")
                 self._reconnect(stopping)
                 resume = {"id": number, "received": len(seen)}
@@ -221,7 +216,7 @@ class RemoteChat:
                     raise
                 if seen:
                     raise ServiceError(
-                        "The answer was interrupted, and the board has not kept it.", hint=_LOOK
+                        "The answer was interrupted, and the board has not kept it.", hint=self._look
                     ) from None
                 message = question
 
@@ -287,6 +282,10 @@ class RemoteChat:
         self._generated += event["tokens"]
         self.last = Turn(event["tokens"], FinishReason(event["reason"]), first, event["tokens_per_s"])
 
+    @property
+    def _look(self) -> str:
+        return f"Ask again. The daemon's log has the cause: {self._way.log}"
+
     def stop(self) -> None:
         """See `ChatBackend`."""
         with self._sending:
@@ -313,6 +312,16 @@ class RemoteChat:
         """See `ChatBackend`."""
         self._steady("change", {"clear": True})
 
+    def take_back(self) -> str | None:
+        """See `ChatBackend`."""
+        data = check_conversation(self._read())
+        kept: list[Any]
+        *kept, question, _ = data["messages"] or [None, None]
+        if question is None:
+            return None
+        self._steady("change", {"conversation": {**data, "messages": kept}})
+        return str(question["content"])
+
     def save(self, path: Path) -> None:
         """See `ChatBackend`."""
         write_conversation(path, check_conversation(self._read()))
@@ -334,8 +343,15 @@ class RemoteChat:
             "session": self._session,
             "answers": f"{self._answered}, {counted(self._generated, 'token')} generated",
             "last answer": self.last.summary(self.emulated) if self.last else "(none)",
-            "board": one_line(f"{status.get('state')}, {queue.get('waiting', 0)} waiting, hottest zone {hottest}"),
+            "context": _context(status),
+            "daemon": one_line(f"{status.get('state')}, {queue.get('waiting', 0)} waiting, hottest zone {hottest}"),
         }
+
+    def sessions(self) -> Mapping[str, str]:
+        """The user's conversations there by name, each with its size. Raises ServiceError."""
+        found = self._steady("list").get("sessions")
+        rows = [mapping(row) for row in found] if isinstance(found, list) else []
+        return {str(row.get("name")): counted(row["size"], "byte") for row in rows if is_number(row.get("size"))}
 
     def close(self) -> None:
         """Disconnect; a conversation without a name is deleted."""
@@ -345,3 +361,15 @@ class RemoteChat:
             with suppress(BrokenError, ServiceError):
                 self._call("delete")
         self._link.close()
+
+
+def _kind(status: Mapping[str, Any]) -> str:
+    """What runs a daemon's model, or why nothing does yet."""
+    if status.get("release") is None:
+        return f"{status.get('state')}"
+    return f"{'emulated ' if status.get('emulated') else ''}runtime {status['release']}, context of {_context(status)}"
+
+
+def _context(status: Mapping[str, Any]) -> str:
+    most = status.get("max_context")
+    return f"up to {most:,} tokens" if is_number(most) else "not known yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import signal
 import threading
@@ -91,6 +92,10 @@ class ChatBackend(Protocol):
         """Forget the turns."""
         ...
 
+    def take_back(self) -> str | None:
+        """Forget the last turn; returns its question, or None if there is none."""
+        ...
+
     def save(self, path: Path) -> None:
         """Write the conversation to a file."""
         ...
@@ -149,10 +154,12 @@ class Repl:
     def _handle(self, text: str) -> None:
         self.failure = None
         try:
-            if text.startswith("/"):
+            if self.terminal.interactive and text.strip().lower() in _LEAVING:
+                self._command("/exit")
+            elif text.startswith("/"):
                 self._command(text)
             else:
-                self._answer(text)
+                self.answer(text)
         except RKEdgeError as error:
             if not self.terminal.interactive:
                 self.failure, self.leaving = error, True
@@ -164,12 +171,16 @@ class Repl:
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
-        command = COMMANDS.get("/exit" if name.strip() == "/quit" else name.strip())
+        word = name.strip().lower()
+        command = COMMANDS.get(_ALIASES.get(word, word))
         if command is None:
-            raise UsageError(f"Unknown command {name}.", hint=f"Commands: {' '.join(COMMANDS)}")
+            near = difflib.get_close_matches(word, COMMANDS, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise UsageError(f"Unknown command {name}.", hint=f"{hint}Commands: {' '.join(COMMANDS)}")
         command.action(self, rest.strip())
 
-    def _answer(self, text: str) -> None:
+    def answer(self, text: str) -> None:
+        """Ask the model and show its answer."""
         try:
             with self._stopped_by_ctrl_c() as stopped, closing(self.chat.ask(text)) as pieces:
                 for piece in pieces:
@@ -254,6 +265,23 @@ def _stats(repl: Repl, _: str) -> None:
         repl.terminal.note(f"{name:{width}}  {value}")
 
 
+def _regenerate(repl: Repl, _: str) -> None:
+    question = repl.chat.take_back()
+    if question is None:
+        raise UsageError("There is no answer to give again.", hint="Ask something first.")
+    repl.answer(question)
+
+
+def _set(repl: Repl, text: str) -> None:
+    name, _, rest = text.partition(" ")
+    if name != "system":
+        raise UsageError(
+            f"/set {name}".strip() + " is not possible in a chat.",
+            hint="/set system TEXT is; --temperature, --max-new-tokens and others are options of the command.",
+        )
+    _system(repl, rest.strip())
+
+
 def _exit(repl: Repl, _: str) -> None:
     repl.leaving = True
 
@@ -265,5 +293,13 @@ COMMANDS: Final[Mapping[str, ChatCommand]] = {
     "/save": ChatCommand("/save FILE", "Write the conversation to a file.", _save),
     "/load": ChatCommand("/load FILE", "Continue a saved conversation.", _load),
     "/stats": ChatCommand("/stats", "Show tokens, speed and context so far.", _stats),
-    "/exit": ChatCommand("/exit", "Leave (as do /quit and Ctrl-D).", _exit),
+    "/regenerate": ChatCommand("/regenerate", "Give the last answer again (also /retry).", _regenerate),
+    "/set": ChatCommand("/set system TEXT", "The same as /system.", _set),
+    "/exit": ChatCommand("/exit", "Leave (also /quit, /bye, exit and Ctrl-D).", _exit),
 }
+# What other chats call them, and what people type to leave.
+_ALIASES: Final[Mapping[str, str]] = {
+    "/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/?": "/help", "/retry": "/regenerate", "/reset": "/clear",
+    "/new": "/clear",
+}  # fmt: skip
+_LEAVING: Final = ("exit", "quit", "bye")

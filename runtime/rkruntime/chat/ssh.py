@@ -19,13 +19,13 @@ def ssh_command(destination: str, *remote: str) -> list[str]:
     Raises:
         UsageError: The variable with the user's ssh command cannot be read.
     """
-    return [*(words_of(os.environ.get(SSH_VARIABLE, ""), SSH_VARIABLE) or _SSH), "--", destination, *remote]
+    return [*(words_of(SSH_VARIABLE) or _SSH), "--", destination, *remote]
 
 
-def words_of(command: str, variable: str) -> list[str]:
-    """A command from an environment variable, word by word. Raises UsageError."""
+def words_of(variable: str) -> list[str]:
+    """The command in an environment variable, word by word; empty if it is not set. Raises UsageError."""
     try:
-        return shlex.split(command)
+        return shlex.split(os.environ.get(variable, ""))
     except ValueError as error:
         raise UsageError(
             f"The command in {variable} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."

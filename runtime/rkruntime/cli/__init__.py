@@ -50,17 +50,20 @@ COMMANDS: dict[str, Command] = {
     "toolkit": Command(
         "rkconvert.commands.toolkit", "Set up the vendor's rkllm-toolkit, which makes files for a board."
     ),
-    "chat": Command("rkruntime.commands.chat", "Chat with a bundle in the terminal."),
+    "up": Command("rkruntime.commands.up", "Load a bundle in the background, with chat, page and APIs."),
+    "down": Command("rkruntime.commands.down", "End what `rkedge up` started."),
+    "chat": Command("rkruntime.commands.chat", "Chat with a bundle here, or with a daemon here or on a board."),
     "run": Command("rkruntime.commands.run", "Answer one prompt, for scripts."),
+    "list": Command("rkruntime.commands.list", "List the bundles that can be named without a path."),
+    "rm": Command("rkruntime.commands.rm", "Remove a bundle."),
     "diagnose": Command("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
     "emulator": Command("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
     "doctor": Command("rkboard.commands.doctor", "Say what is wrong with a board, here or over SSH, and mend it."),
-    "serve": Command(
-        "rkruntime.commands.serve", "Serve a model from the NPU over a Unix socket, SSH or loopback HTTP."
-    ),
+    "serve": Command("rkruntime.commands.serve", "Serve a model over HTTP and SSH."),
     "attach": Command("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
     "firstrun": Command("rkruntime.commands.firstrun", "On a board: find out what its runtime library really does."),
     "inspect": Command("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
+    "help": Command("rkruntime.commands.help", "Explain a command."),
 }
 
 
@@ -96,7 +99,7 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @flag("debug", "--debug", help="Show the traceback of an error.")
-@click.version_option(package_name="rkedge")
+@click.version_option(None, "-V", "--version", package_name="rkedge")
 def cli(debug: bool) -> None:
     """From a Gemma 2 checkpoint to a private chat on the NPU of an RK3588 board."""
 

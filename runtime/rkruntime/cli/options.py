@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 import click
+from click.shell_completion import CompletionItem
 
 from rkruntime.cli.flags import TOKENS, Number, RenamedOption
 from rkruntime.engine.open import LIBRARY, LIBRARY_VARIABLE, RuntimeOptions, SamplingOptions, load_engine
@@ -25,6 +26,38 @@ if TYPE_CHECKING:
     from rkruntime.model import Model
 
 Command: TypeAlias = Callable[..., None]
+
+
+class BundleName(click.ParamType):  # type: ignore[type-arg]  # it takes none in earlier releases of click
+    """A bundle by its name or path, as a Path; see `find_bundle`.
+
+    Args:
+        what: What the argument may be, for messages.
+        hint: What else to try, likewise.
+    """
+
+    name = "bundle"
+
+    def __init__(self, what: str = "bundle", hint: str = "") -> None:
+        self._what, self._hint = what, hint
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """See click."""
+        from rkruntime.bundle.names import find_bundle
+
+        return value if isinstance(value, Path) else find_bundle(value, self._what, self._hint)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """See click: names first, and paths for what is no name."""
+        from rkruntime.bundle.names import named_bundles
+
+        names = [name for name in named_bundles() if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in names] or click.Path().shell_complete(ctx, param, incomplete)
+
+
+def bundle_argument(**options: Any) -> Callable[[Any], Any]:
+    """The argument BUNDLE, as the parameter `bundle`."""
+    return click.argument("bundle", metavar="BUNDLE", type=BundleName(), **options)
 
 
 def _packed(

@@ -2,32 +2,83 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rkruntime.cli.options import open_engine, runtime_options, sampling_options
+from rkruntime.cli.options import BundleName, open_engine, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
-from rkruntime.errors import UsageError
+from rkruntime.errors import BundleError, UsageError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
 
 if TYPE_CHECKING:
     from rkruntime.chat.localchat import LocalChat
     from rkruntime.chat.remotechat import RemoteChat
+    from rkruntime.chat.ways import Way
 
 
-def _is_board(model: str) -> bool:
-    """Whether `model` is an ssh destination, not a folder."""
-    return not Path(model).exists() and ("@" in model or model.startswith("ssh://"))
+class _Model(BundleName):
+    """A bundle as a Path, or the Way to a daemon. What is a bundle's name is never taken for a host."""
+
+    def __init__(self) -> None:
+        super().__init__("bundle or host", "For a board that ~/.ssh/config does not name, write user@board.")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        from rkruntime.bundle.manifest import is_bundle
+        from rkruntime.chat.ways import is_destination, over_ssh
+
+        if not isinstance(value, str):
+            return value
+        with suppress(BundleError):
+            if is_bundle(found := super().convert(value, param, ctx)):
+                return found
+        return over_ssh(value) if is_destination(value) else super().convert(value, param, ctx)
 
 
-def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, runtime: RuntimeOptions) -> LocalChat:
+def daemon_here() -> Way:
+    """The way to the daemon on this machine. Raises ServiceError if none answers."""
+    from rkruntime.background import local_daemon
+    from rkruntime.chat.attach import UnixConnection
+    from rkruntime.chat.ways import on_this_machine
+
+    socket, log = local_daemon()
+    connection = UnixConnection(socket)
+    connection.connect()
+    connection.close()
+    return on_this_machine(socket, log)
+
+
+def options_of_questions(sampling: SamplingOptions, drop_oldest: bool) -> Mapping[str, Any]:
+    """The fields of each question to a daemon."""
+    wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
+    del wishes["max_new_tokens"]
+    return {name: value for name, value in wishes.items() if value is not None}
+
+
+def talk(chat: LocalChat | RemoteChat) -> None:
+    """A conversation at the terminal, until its end; closes the chat."""
+    from rkruntime.chat.repl import COMMANDS, Repl
+    from rkruntime.terminal import Terminal, history_file
+
+    terminal = Terminal(history_file(), list(COMMANDS))
+    try:
+        Repl(chat, terminal).run()
+    finally:
+        terminal.close()
+        chat.close()
+
+
+def _local(path: Path, system: str, drop_oldest: bool, sampling: SamplingOptions, runtime: RuntimeOptions) -> LocalChat:
     from rkruntime.bundle.manifest import open_bundle
     from rkruntime.chat.localchat import LocalChat
 
-    bundle = open_bundle(Path(model))
+    bundle = open_bundle(path)
     return LocalChat(
         bundle,
         partial(open_engine, bundle, runtime, sampling),
@@ -37,52 +88,54 @@ def _local(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions
     )
 
 
-def _remote(model: str, system: str, drop_oldest: bool, sampling: SamplingOptions, session: str | None) -> RemoteChat:
-    from rkruntime.chat.remotechat import ATTACH_VARIABLE, RemoteChat
-
-    wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
-    del wishes["max_new_tokens"]
-    options = {name: value for name, value in wishes.items() if value is not None}
-    remote = os.environ.get(ATTACH_VARIABLE, "")
-    return RemoteChat(model, remote=remote, session=session, system=system, options=options)
+def _show_sessions(chat: RemoteChat) -> None:
+    names = chat.sessions()
+    for name, size in names.items():
+        say(f"{one_line(name)}  {size}")
+    if not names:
+        say("There are no conversations there.", err=True)
 
 
 @click.command("chat")
-@click.argument("model", metavar="BUNDLE|USER@BOARD")
+@click.argument("model", metavar="[BUNDLE|HOST]", type=_Model(), required=False)
 @click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
-@click.option("--session", metavar="NAME", help="Continue or start this conversation (on a board only).")
+@click.option("--session", metavar="NAME", help="Continue or start this conversation (with a daemon only).")
+@click.option("--sessions", is_flag=True, help="List your conversations with a daemon.")
 @click.option("--drop-oldest", is_flag=True, help="Forget the oldest turns when the context is full.")
 @sampling_options
 @runtime_options
 def run(
-    model: str,
+    model: Path | Way | None,
     system: str,
     session: str | None,
+    sessions: bool,
     drop_oldest: bool,
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
 ) -> None:
-    """Chat with the model in a folder, or over SSH with the one that `rkedge serve` runs on a board.
+    """Chat with a bundle here, with the daemon on this machine, or over SSH with the one on a board.
+
+    BUNDLE is a folder or a name (`rkedge list`), HOST is user@board, ssh://user@board:port or a host of ~/.ssh/config.
+    A name that a bundle has is that bundle, whatever ~/.ssh/config says. With neither, the chat is with the daemon on
+    this machine, which `rkedge up`, `rkedge serve` or systemd has started.
 
     Without a terminal, each line of standard input is a message, and only the answers go to standard output.
     """
-    from rkruntime.chat.repl import COMMANDS, Repl
-    from rkruntime.terminal import Terminal, history_file
-
-    terminal = Terminal(history_file(), list(COMMANDS))
-    chat: LocalChat | RemoteChat
-    if _is_board(model):
-        if runtime != RuntimeOptions():
-            raise UsageError("On a board, --library, --release, --max-context and --force are settings of the daemon.")
-        chat = _remote(model, system, drop_oldest, sampling, session)
-    else:
-        if session is not None:
+    if isinstance(model, Path):
+        if session is not None or sessions:
             raise UsageError(
-                "--session names a conversation on a board.", hint="Use /save and /load to keep one in a file."
+                "Conversations have names with a daemon only.", hint="Use /save and /load to keep one in a file."
             )
-        chat = _local(model, system, drop_oldest, sampling, runtime)
-    try:
-        Repl(chat, terminal).run()
-    finally:
-        terminal.close()
+        talk(_local(model, system, drop_oldest, sampling, runtime))
+        return
+    from rkruntime.chat.remotechat import RemoteChat
+
+    if runtime != RuntimeOptions():
+        raise UsageError("With a daemon, --library, --release, --max-context and --force are among its own settings.")
+    options = options_of_questions(sampling, drop_oldest)
+    chat = RemoteChat(model or daemon_here(), session=session, system=system, options=options)
+    if sessions:
+        _show_sessions(chat)
         chat.close()
+    else:
+        talk(chat)

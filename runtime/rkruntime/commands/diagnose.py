@@ -21,6 +21,8 @@ _MEANING = {
 }
 _WIDTH = 100
 _MOST_SOURCES = 5
+# Control characters that a short log may have.
+_MOST_ODD = 100
 
 
 def _read(name: str) -> str:
@@ -33,6 +35,12 @@ def _read(name: str) -> str:
         raise InputError(
             f"The log {name!r} cannot be read: {error.strerror}.", hint="Name a log file, or - to read a pipe."
         ) from error
+
+
+def _is_binary(text: str) -> bool:
+    """Whether it has many control characters, other than those of a terminal."""
+    odd = sum(not (character.isprintable() or character.isspace() or character in "\b\x1b") for character in text)
+    return odd > max(_MOST_ODD, len(text) / 20)
 
 
 def _section(title: str, entries: tuple[str, ...], bullet: str = "  ") -> None:
@@ -71,7 +79,16 @@ def run(log: str, as_json: bool) -> None:
     FILE is the output of a program, a journal, a kernel log or a container's log; only the head and the tail of a long
     one are read. With -, standard input is read: sudo dmesg | rkedge diagnose -
     """
-    found = diagnose(_read(log))
+    text = _read(log)
+    if not text.strip():
+        raise InputError(
+            "The log is empty.", hint="Was it written at all? dmesg needs sudo: sudo dmesg | rkedge diagnose -"
+        )
+    if _is_binary(text):
+        raise InputError(
+            "This is not text.", hint="Give what a program printed; `rkedge inspect` tells what a file is."
+        )
+    found = diagnose(text)
     if as_json:
         say_json(found.as_dict())
     else:

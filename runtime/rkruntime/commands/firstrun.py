@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkruntime.cli.flags import json_option
-from rkruntime.cli.options import open_for_person, runtime_options
+from rkruntime.cli.options import bundle_argument, open_for_person, runtime_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import RKEdgeError
 from rkruntime.files import atomic_file
@@ -29,7 +29,7 @@ def _write(report: dict[str, Any], path: Path) -> None:
 
 
 @click.command("firstrun")
-@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option(
     "-o",
     "--output",
@@ -44,7 +44,7 @@ def _write(report: dict[str, Any], path: Path) -> None:
 @json_option()
 @runtime_options
 def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: RuntimeOptions) -> None:
-    """Find out what the runtime library on this board really does, with the model in the folder BUNDLE.
+    """Find out what the runtime library on this board really does, with the model of a BUNDLE, a folder or its name.
 
     Takes a few short runs. The file has this board's kernel, driver, memory and log lines, and the answers; it names
     neither host nor user.

@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from rkruntime.cli.flags import json_option
+from rkruntime.cli.options import BundleName
 from rkruntime.errors import InputError, UsageError
 from rkruntime.files import open_regular
 from rkruntime.printable import one_line
@@ -92,17 +93,19 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         return ", ".join(map(_text, value))
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
         return f"{value:,}"
     return one_line(str(value))
 
 
 @click.command("inspect")
-@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.argument("path", metavar="PATH", type=BundleName("bundle or file"))
 @click.option("--verify", is_flag=True, help="Read every byte and check it against the checksums.")
 @json_option()
 def run(path: Path, verify: bool, as_json: bool) -> None:
-    """Say what PATH is: a bundle, a model file (.rkemu, .rkllm) or a librkllmrt.so.
+    """Say what PATH is: a bundle (also by its name), a model file (.rkemu, .rkllm) or a librkllmrt.so.
 
     Nothing is executed. A .rkllm file has no checksum; only its plain header fields are read.
     """
@@ -113,4 +116,6 @@ def run(path: Path, verify: bool, as_json: bool) -> None:
     if as_json:
         say_json({"path": str(path), **values})
     else:
+        if values.get("verified") is False:
+            values["verified"] = "not asked (--verify)"
         say("\n".join(_lines(values)))

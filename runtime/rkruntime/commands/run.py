@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from rkruntime.cli.flags import json_option
-from rkruntime.cli.options import open_for_person, runtime_options, sampling_options
+from rkruntime.cli.options import bundle_argument, open_for_person, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import UsageError
 from rkruntime.terminal import Terminal, say, say_json
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def _prompt(text: str | None, file: BinaryIO | None) -> str:
-    """The text of -p, then that of -f; standard input if there is neither.
+    """The text given, then that of -f; standard input if there is neither.
 
-    With only -p, standard input is not read: `while read line; do rkedge run ... -p "$line"; done` loses no line.
+    With only a text, standard input is not read: `while read line; do rkedge run ... -p "$line"; done` loses no line.
     """
     if text is None and file is None:
         if sys.stdin.isatty():
@@ -37,13 +37,16 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
         ) from error
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
-        raise UsageError("There is no prompt.", hint='Pass -p "...", or write it to standard input.')
+        raise UsageError(
+            "There is no prompt.", hint='Write it behind the bundle: rkedge run BUNDLE "...", or to standard input.'
+        )
     return prompt
 
 
 @click.command("run")
-@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", metavar="TEXT", show_default="standard input", help="Ask this.")
+@bundle_argument()
+@click.argument("words", metavar="[PROMPT]", nargs=-1)
+@click.option("-p", "--prompt", metavar="TEXT", show_default="standard input", help="Ask this; the same as PROMPT.")
 @click.option("-f", "--file", type=click.File("rb"), help="Append this file to the prompt; - is standard input.")
 @click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
@@ -52,6 +55,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 @runtime_options
 def run(
     bundle: Path,
+    words: tuple[str, ...],
     prompt: str | None,
     file: BinaryIO | None,
     system: str,
@@ -60,13 +64,18 @@ def run(
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
 ) -> None:
-    """Answer one prompt with the model in the folder BUNDLE. Only the answer goes to standard output."""
+    """Answer one PROMPT with the model of a BUNDLE, a folder or its name (`rkedge list`).
+
+    Only the answer goes to standard output. Without PROMPT, -p and -f the prompt is read from standard input.
+    """
     from rkruntime.bundle.manifest import open_bundle
     from rkruntime.text.answer import Answer
     from rkruntime.text.template import Message
 
+    if words and prompt is not None:
+        raise UsageError("PROMPT and -p are the same.", hint="Give one of them; -f appends a file.")
     opened = open_bundle(bundle)
-    text = _prompt(prompt, file)
+    text = _prompt(" ".join(words) if words else prompt, file)
     terminal = Terminal()
     messages = [*([Message("system", system)] if system else []), Message("user", text)]
     with open_for_person(opened, runtime, sampling) as model:

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from rkruntime.cli.options import runtime_options
+from rkruntime.cli.options import bundle_argument, runtime_options
 from rkruntime.engine.open import RuntimeOptions
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("serve")
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@bundle_argument(required=False)
 @click.option("--config", type=_FILE, help="Read settings from this file; docs/settings.md explains them.")
 @click.option(
     "--socket",
@@ -29,7 +29,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--api-keys", type=_FILE, help="Read API keys from this file: NAME KEY on each line, mode 600.")
 @runtime_options
 def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **listen: Any) -> None:
-    """Serve the model in the folder BUNDLE on a Unix socket, and on loopback TCP with --port.
+    """Serve the model of a BUNDLE, a folder or its name, on a Unix socket, and on loopback TCP with --port.
 
     Clients are `rkedge chat user@board` over SSH, programs that speak OpenAI's or Ollama's API, and the chat page in a
     browser. Command-line options override the settings file.

@@ -176,6 +176,11 @@ def _name(one: socket.socket) -> str:
     return address if isinstance(address, str) else f"http://{address[0]}:{address[1]}"
 
 
+def _user() -> str:
+    """Somebody to log in as: whoever started this, unless it is a service."""
+    return "USER" if os.environ.get("INVOCATION_ID") else os.environ.get("USER", "USER")
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, with signals left to the daemon."""
 
@@ -232,7 +237,11 @@ class Daemon:
             self._start_task(self._load)
         try:
             systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
-            log.info("serving %s on %s", self.service.name, ", ".join(_name(door.listener) for door in self._doors))
+            places = [_name(door.listener) for door in self._doors]
+            log.info("serving %s on %s", self.service.name, ", ".join(places))
+            log.info("chat with it here: rkedge chat; from elsewhere: rkedge chat %s@%s", _user(), socket.gethostname())
+            if pages := [place for place in places if place.startswith("http")]:
+                log.info("the chat page, for a browser: %s", ", ".join(pages))
             await asyncio.gather(
                 *(server.serve([door.listener]) for server, door in zip(self._servers, self._doors, strict=True))
             )

@@ -65,6 +65,14 @@ class Conversation:
         """Forget the turns; the system prompt stays."""
         self.messages.clear()
 
+    def take_back(self) -> str | None:
+        """Forget the last turn; returns its question, or None if there is none."""
+        if not self.messages:
+            return None
+        question = self.messages[-2].content
+        del self.messages[-2:]
+        return question
+
     def as_dict(self) -> dict[str, Any]:
         """The conversation as JSON types, as written by `save`."""
         return _as_dict(self.system, self.messages)

@@ -116,6 +116,17 @@ def test_offline(hub, monkeypatch):
         open_source("google/gemma-2-2b-it")
 
 
+def test_without_a_network_the_answer_comes_at_once(hub, monkeypatch):
+    """huggingface_hub would try a name that does not resolve for half a minute."""
+    for module in ("constants", "file_download", "hf_api", "_snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.ENDPOINT", "http://hub.invalid", raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", None)
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(HostError, match="there seems to be no network"):
+        open_source("google/gemma-2-2b-it")
+
+
 def test_a_folder_has_no_revision(make_model):
     with pytest.raises(CheckpointError, match="not a hub model"):
         open_source(str(make_model()), "main")

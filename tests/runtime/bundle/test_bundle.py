@@ -234,7 +234,7 @@ def test_any_bytes_are_a_manifest_or_a_clear_error(tmp_path_factory: pytest.Temp
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not a folder"):
+    with pytest.raises(BundleError, match="no folder"):
         open_bundle(tmp_path / "nothing")
     with pytest.raises(BundleError, match="not a bundle"):
         open_bundle(tmp_path)

@@ -96,6 +96,51 @@ def test_a_wrong_command_is_said_to_be_wrong(talk: Any, line: str) -> None:
     assert "hi there" in shown
 
 
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye", "/BYE", "exit", " Quit ", "bye"])
+def test_ways_to_leave(talk: Any, word: str) -> None:
+    _, engine, _ = talk(["hello", word, "again"], "hi", "no")
+    assert len(engine.requests) == 1
+
+
+def test_a_program_may_say_exit(
+    monkeypatch: pytest.MonkeyPatch, fake_bundle: Bundle, fake_engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, "exit\n")
+    Repl(LocalChat(fake_bundle, lambda: fake_engine("That is a command.", max_context=512)), Terminal()).run()
+    assert capsys.readouterr().out == "That is a command.\n"
+
+
+@pytest.mark.parametrize("word", ["/regenerate", "/retry"])
+def test_the_last_answer_again(talk: Any, word: str) -> None:
+    chat, engine, shown = talk(["one", "two", word, "/stats"], "first", "second", "another")
+    assert "another" in shown
+    assert engine.requests[2].tokens == engine.requests[1].tokens
+    assert [message.content for message in chat._conversation.messages] == ["one", "first", "two", "another"]
+
+
+def test_no_answer_to_give_again(talk: Any) -> None:
+    _, engine, shown = talk(["/retry", "/regenerate"])
+    assert shown.count("no answer to give again") == 2
+    assert engine.requests == []
+
+
+def test_settings_as_other_chats_have_them(talk: Any) -> None:
+    chat, _, shown = talk(["/set system Be kind.", "/set temperature 1", "/set"])
+    assert chat.system == "Be kind."
+    assert "/set temperature is not possible in a chat" in shown
+    assert "--temperature" in shown
+
+
+def test_the_nearest_command_is_suggested(talk: Any) -> None:
+    _, _, shown = talk(["/regenrate"])
+    assert "Did you mean /regenerate?" in shown
+
+
+def test_one_turn_is_singular(talk: Any) -> None:
+    _, _, shown = talk(["hello", "/stats"], "hi")
+    assert "1 turn\n" in shown
+
+
 def test_several_lines(talk: Any) -> None:
     chat, _, _ = talk(['"""one', "two", 'three"""', "four\\", "five", '"""six"""'], "a", "b", "c")
     asked = [item.content for item in chat._conversation.messages if item.role == "user"]

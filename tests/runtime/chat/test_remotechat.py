@@ -23,6 +23,7 @@ from rkruntime import cli
 from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
 from rkruntime.chat.ssh import _SSH
+from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 
 # A board that answers each line with the next answer of a script, and repeats the last one.
@@ -65,7 +66,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     def connect(*answers: bytes, errors: bytes = b"") -> RemoteChat:
         (tmp_path / "script.json").write_text(json.dumps([[answer.hex() for answer in answers], errors.hex()]))
-        opened.append(RemoteChat("board", remote="rkedge attach", session="s", system="", options={}))
+        opened.append(RemoteChat(over_ssh("board"), session="s", system="", options={}))
         return opened[-1]
 
     yield connect
@@ -78,7 +79,7 @@ def test_a_board_that_makes_sense(board: Callable[..., RemoteChat]) -> None:
     assert list(chat.ask("?")) == ["Hi"]
     assert chat.last is not None
     assert (chat.last.tokens, chat.last.tokens_per_s) == (2, 1.5)
-    assert chat.stats()["board"] == "ready, 0 waiting, hottest zone 40 °C"
+    assert chat.stats()["daemon"] == "ready, 0 waiting, hottest zone 40 °C"
 
 
 def test_what_the_board_ignores_is_said_once(board: Callable[..., RemoteChat]) -> None:
@@ -93,10 +94,28 @@ def test_what_the_board_ignores_is_said_once(board: Callable[..., RemoteChat]) -
     assert "top_p" in notes[3][0]
 
 
+def test_a_continued_conversation_says_so(board: Callable[..., RemoteChat]) -> None:
+    again = TALK | {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]}
+    assert "s continues after 2 turns" in board(HELLO, lines(end(200, again))).title
+    assert "continues" not in board(HELLO, READ).title
+
+
+def test_a_daemon_that_is_still_loading(board: Callable[..., RemoteChat]) -> None:
+    status = STATUS | {"state": "loading", "release": None, "max_context": None}
+    assert board(lines(end(200, status)), READ).title.endswith(": loading")
+
+
+def test_sessions_are_listed(board: Callable[..., RemoteChat]) -> None:
+    rows = [{"name": "monday", "size": 1200, "changed": 1.7e9}, {"name": "x", "size": "much"}, 7]
+    chat = board(HELLO, READ, lines(end(200, {"sessions": rows})), lines(end(200, {"sessions": None})))
+    assert chat.sessions() == {"monday": "1,200 bytes"}
+    assert chat.sessions() == {}
+
+
 @pytest.mark.parametrize("name", ["", "../x", ".x", "a/b", "a b", "x" * 65, "\x1b[2J", "é", "-x"])
 def test_a_name_that_no_conversation_can_have_is_refused_at_once(board: Callable[..., RemoteChat], name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a conversation") as error:
-        RemoteChat("board", remote="rkedge attach", session=name, system="", options={})
+        RemoteChat(over_ssh("board"), session=name, system="", options={})
     assert "letters" in error.value.hint
 
 
@@ -159,7 +178,7 @@ def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteCh
         {"temperatures": {"a": "hot"}},
         {"model": [1], "release": {}},
     ):
-        assert board(lines(end(200, status)), READ, lines(end(200, status))).stats()["board"]
+        assert board(lines(end(200, status)), READ, lines(end(200, status))).stats()["daemon"]
     for talk in ({}, {"system": 3}, {**TALK, "messages": 3}, {**TALK, "messages": [{"role": "x"}]}):
         with pytest.raises(ServiceError, match="not a conversation"):
             board(HELLO, lines(end(200, talk)))
@@ -298,7 +317,7 @@ def test_a_stop_while_the_connection_is_made_again(
     monkeypatch.setenv("RKEDGE_SSH", shlex.join(words))
     monkeypatch.setattr("rkruntime.chat.remotechat._RETRY_S", (0.0,))
     monkeypatch.setattr("rkruntime.chat.remotechat._PATIENCE_S", 1.0 if stops == 1 else 250.0)
-    chat = RemoteChat("board", remote="rkedge attach", session="s", system="", options={})
+    chat = RemoteChat(over_ssh("board"), session="s", system="", options={})
 
     def stop() -> None:
         while not (tmp_path / "greeting").exists():

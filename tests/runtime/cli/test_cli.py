@@ -91,11 +91,11 @@ def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys
         (PermissionError(13, "Permission denied", "/etc/shadow"), "HostError", "Permission denied: /etc/shadow"),
         (OSError("odd"), "HostError", "odd"),
         (MemoryError(), "HostError", "not enough memory"),
-        (ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"), "HostError", "rkedge[convert]"),
-        (ModuleNotFoundError("No module named 'starlette'", name="starlette"), "HostError", "rkedge[serve]"),
-        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), "HostError", "install rkedge"),
+        (ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"), "HostError", "install torch=="),
+        (ModuleNotFoundError("No module named 'starlette'", name="starlette"), "HostError", "install 'starlette>="),
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), "HostError", "install 'pyyaml>="),
         (ModuleNotFoundError("No module named 'h11'", name="h11"), "HostError", "install h11"),
-        (ModuleNotFoundError("No module named 'rkboard'", name="rkboard"), "HostError", "--force-reinstall rkedge"),
+        (ModuleNotFoundError("No module named 'rkboard'", name="rkboard"), "HostError", "--force-reinstall FOLDER"),
         (ImportError("libgomp.so.1: cannot open", name="torch"), "HostError", "cannot be used: libgomp"),
     ],
 )
@@ -176,3 +176,21 @@ def test_a_command_that_cannot_be_imported_fails_as_json_too(
     assert json.loads(capsys.readouterr().out)["error"] == "HostError"
     assert cli.main(["plan", "m"]) == 5
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["help"], ["help", "run"], ["help", "emulator", "build"], ["help", "help"]])
+def test_help_is_what_the_option_says(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    found = capsys.readouterr().out
+    assert cli.main([*words[1:], "--help"]) == 0
+    assert found == capsys.readouterr().out
+
+
+def test_help_on_nothing_suggests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help", "covnert"]) == 2
+    assert "Did you mean 'convert'?" in capsys.readouterr().err
+
+
+def test_the_version_in_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["-V"]) == 0
+    assert capsys.readouterr().out.startswith("rkedge, version ")

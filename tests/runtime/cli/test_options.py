@@ -19,6 +19,7 @@ from rkruntime.cli.options import runtime_options
 
 # The same name with a meaning of its own in each command.
 SEVERAL_MEANINGS = {
+    "--port",
     "--output",
     "--system",
     "--socket",
@@ -30,6 +31,7 @@ SEVERAL_MEANINGS = {
     "--json",
     "--quiet",
     "--python",
+    "--yes",
 }
 WITH_A_NUMBER = click.types.IntParamType, click.types.FloatParamType
 
@@ -83,7 +85,7 @@ def test_a_release_is_called_release_and_former_names_work(path: str, former: st
     command = cli.cli.get_command(click.Context(cli.cli), path)
     assert command is not None
     assert former not in command.get_help(click.Context(command))
-    words = [] if path == "serve" else ["x"]
+    words = [] if path == "serve" else ["./x"]
     given = []
     for flag in (former, "--release"):
         with command.make_context(path, [*words, flag, "1.1.4"]) as context:

@@ -217,5 +217,71 @@ def test_save_leaves_other_files_alone(bundle: Path, tmp_path: Path) -> None:
 def test_serve_ends_at_once_where_there_is_no_bundle(tmp_path: Path) -> None:
     done = rkedge("serve", tmp_path / "nowhere", "--socket", tmp_path / "socket")
     assert done.returncode == 3
-    assert "nowhere is not a folder" in done.stderr
+    assert "There is no folder" in done.stderr
     assert not (tmp_path / "socket").exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (b"", "The log is empty"),
+        (b" \n\r\n\t", "The log is empty"),
+        (bytes(range(256)) * 40, "is not text"),
+        (b"\0" * 5000, "is not text"),
+        (b"\x7fELF\x02\x01" + b"\0\x90\x01\xff" * 500, "is not text"),
+    ],
+)
+def test_what_is_not_a_log_is_not_diagnosed(log: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(log)
+    done = rkedge("diagnose", tmp_path / "log")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk", "utf-16"])
+def test_what_is_a_log_is_one_in_every_encoding(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(
+        "\x1b[31mE RKNN: 打开设备失败, failed to open rknpu module\x1b[0m\r\n".encode(encoding)
+    )
+    assert rkedge("diagnose", tmp_path / "log").returncode == 0
+
+
+def test_run_takes_the_prompt_behind_the_bundle(bundle: Path) -> None:
+    for words in ([FIRST], FIRST.split()):
+        done = rkedge("run", bundle, *words, "--temperature", "0", text="not read")
+        assert (done.returncode, done.stdout) == (0, QA[FIRST].answer + "\n"), done.stderr
+    assert rkedge("run", bundle, FIRST, "-p", FIRST).returncode == 2
+
+
+def test_inspect_says_that_nobody_asked_for_a_check(bundle: Path) -> None:
+    assert "not asked (--verify)" in rkedge("inspect", bundle).stdout
+    assert "yes" in rkedge("inspect", bundle, "--verify").stdout.splitlines()[1]
+    assert json.loads(rkedge("inspect", bundle, "--json").stdout)["verified"] is False
+
+
+def test_a_demo_that_may_not_write_says_where_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for done in (rkedge("demo", "--output", "/proc/x"), rkedge("demo", XDG_CACHE_HOME="/proc/x")):
+        assert done.returncode == 3
+        assert "--output" in done.stderr
+
+
+def test_serve_says_how_to_chat(bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rkruntime.cli",
+        "serve",
+        str(bundle),
+        "--socket",
+        str(tmp_path / "s"),
+        "--port",
+        "0",
+    ]
+    folders = {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("STATE",)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **folders}) as daemon:
+        assert daemon.stderr is not None
+        said = [daemon.stderr.readline() for _ in range(3)]
+        daemon.terminate()
+    assert "rkedge chat" in said[1]
+    assert "http://127.0.0.1:" in said[2]

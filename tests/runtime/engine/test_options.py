@@ -176,7 +176,7 @@ def test_without_the_boards_tools_there_is_no_emulator(fake_bundle: Bundle, monk
     monkeypatch.setitem(sys.modules, "rkboard.emulator.build", None)
     with pytest.raises(HostError, match=r"rkboard\.emulator") as caught:
         find_library(fake_bundle, RuntimeOptions())
-    assert caught.value.hint.endswith("pip install --force-reinstall rkedge")
+    assert caught.value.hint.endswith("pip install --force-reinstall FOLDER")
 
 
 @pytest.mark.parametrize("base", [Sampling(), GREEDY, Sampling(temperature=0.3, repeat_penalty=1.5)])

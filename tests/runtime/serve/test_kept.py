@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import types
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pytest
 from rkconvert.demo import questions
 from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
+from rkruntime.chat.ways import on_this_machine
 from rkruntime.engine.generation import Event, Finished, FinishReason, Request
 from rkruntime.errors import HostError, WorkerCrashedError
 from rkruntime.serve.api.native import _Turn
@@ -184,14 +184,9 @@ def slow(start_daemon: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def chat(slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A chat over an `ssh` that runs the command here."""
-    program = tmp_path / "ssh"
-    program.write_text("#!/bin/sh\nshift 2\nexec $*\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("RKEDGE_SSH", str(program))
-    remote = f"{sys.executable} -m rkruntime.cli attach --socket {slow.socket}"
-    one = RemoteChat("me@board", remote=remote, session="talk", system="", options={"temperature": 0})
+def chat(slow: Any) -> Any:
+    way = on_this_machine(slow.socket, "its log")
+    one = RemoteChat(way, session="talk", system="", options={"temperature": 0})
     yield one
     one.close()
     slow.request("DELETE", "/sessions/talk")

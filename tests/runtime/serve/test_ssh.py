@@ -16,6 +16,7 @@ import pytest
 from rkconvert.demo import questions
 from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
+from rkruntime.chat.ways import over_ssh
 
 from .sshd import SSHD, Board, connect, forwarding, free_port, running_board
 
@@ -39,7 +40,7 @@ def chat(board: Board, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
 
     def connect(**options: Any) -> RemoteChat:
         given = {"session": None, "system": "", "options": {"temperature": 0}, **options}
-        opened.append(RemoteChat(board.destination, remote="rkedge attach", **given))
+        opened.append(RemoteChat(over_ssh(board.destination), **given))
         return opened[-1]
 
     yield connect

@@ -1,0 +1,235 @@
+"""A daemon of the user's own in the background: `rkedge up` starts it, `rkedge chat` finds it, `rkedge down` ends it.
+
+A lock tells whether it runs. The daemon's process holds it from its start to its end, so the kernel releases it however
+the daemon ends, and as long as it is held, the process id in the file beside it is that of a living daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from rkruntime.chat.attach import fetch
+from rkruntime.errors import HostError, RKEdgeError, ServiceError
+from rkruntime.files import read_regular, write_error
+from rkruntime.folders import own_folder
+from rkruntime.program import own_command
+from rkruntime.serve.settings import SOCKET_VARIABLE, Settings, default_socket, load_settings
+
+PORT: Final = 8080
+_HOST: Final = "127.0.0.1"
+# Most bytes of a Unix socket's path, by <sys/un.h>.
+_LONGEST_PATH: Final = 107
+_TICK_S: Final = 0.1
+_TRIES: Final = 5
+# How long a daemon may take to tell its process id, and to end after what its settings allow.
+_PATIENCE_S: Final = 10.0
+_MOST_LINES: Final = 12
+# Writes its own id, and becomes the daemon.
+_SHELL: Final = ("/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"')
+
+
+class Background:
+    """The user's daemon in the background, whether it runs or not.
+
+    Attributes:
+        folder: Where its files are; nobody else may read them.
+        log: What it writes.
+    """
+
+    def __init__(self) -> None:
+        self.folder = own_folder("state") / "up"
+        self.log = self.folder / "log"
+        self._settings = self.folder / "daemon.yaml"
+        self._pid = self.folder / "pid"
+        self._lock_file = self.folder / "lock"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs, at work or not."""
+        try:
+            handle = os.open(self._lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the daemon that runs, or of the last one. Raises UsageError."""
+        return load_settings(self._settings)
+
+    @property
+    def socket(self) -> Path:
+        """Where a daemon that is started now listens."""
+        path = self.folder / "rkedge.sock"
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        if len(os.fsencode(path)) <= _LONGEST_PATH or not Path(runtime).is_absolute():
+            return path
+        return Path(runtime) / "rkedge" / "up.sock"
+
+    def start(self, settings: Mapping[str, Any], port: int | None) -> bool:
+        """Start a daemon with these settings, on its socket and a port of loopback.
+
+        Args:
+            port: None takes the usual one, or any other if that is taken.
+
+        Returns:
+            Whether it was started; False if one runs already.
+
+        Raises:
+            OutputError, HostError: Its files cannot be written.
+        """
+        with self._lock() as lock:
+            if lock is None:
+                return False
+            listen = {"socket": str(self.socket), "host": _HOST, "port": free_port() if port is None else port}
+            # Its own, as a folder belongs to one daemon at a time, and the user may run another.
+            own = {name: {"folder": str(self.folder / name)} for name in ("sessions", "prompt_cache")}
+            try:
+                self._pid.unlink(missing_ok=True)
+                self._settings.write_text(yaml.safe_dump({**settings, **own, "listen": listen}), encoding="utf-8")
+                with self.log.open("wb") as log:
+                    command = [*_SHELL, str(self._pid), *own_command("serve", "--config", str(self._settings))]
+                    self._process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
+                        pass_fds=[lock],
+                    )  # fmt: skip
+            except OSError as error:
+                raise write_error(self.folder, error) from error
+        return True
+
+    def wait(self) -> Iterator[str]:
+        """Wait until the model is loaded; yields what the daemon is doing, several times a second.
+
+        Raises:
+            ServiceError: The load failed, or the daemon ended. It does not run any more if it was started here.
+        """
+        while True:
+            if self._process is not None:
+                self._process.poll()
+            if not self.runs:
+                raise ServiceError(
+                    "The daemon ended before the model was loaded.", hint=self._look, details=self._last_lines()
+                )
+            state = self._state()
+            if state.get("state") == "ready":
+                return
+            if state.get("state") == "failed":
+                raise ServiceError(f"The model cannot be loaded: {state.get('error')}", hint=self._look)
+            yield str(state.get("state", "starting"))
+            time.sleep(_TICK_S)
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return fetch(self.settings.listen.socket or self.socket, "/status")
+        except RKEdgeError:  # not yet
+            return {}
+
+    @property
+    def _look(self) -> str:
+        return f"Its log has the cause: {self.log}"
+
+    def _last_lines(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError):
+            return {"lines": self.log.read_text(errors="replace").splitlines()[-_MOST_LINES:]}
+        return {}
+
+    def stop(self) -> bool:
+        """End the daemon: running answers may finish, for as long as its settings allow. Returns whether one ran.
+
+        Raises:
+            HostError: It does not say what its process is.
+        """
+        before = time.monotonic()
+        asked: int | None = None
+        allowed = 0.0
+        while self.runs:
+            pid, waited = self._running_pid(), time.monotonic() - before
+            if pid is None and waited > _PATIENCE_S:
+                raise HostError(f"A daemon holds {self.folder}, but does not say what its process is.", hint=self._look)
+            if pid is not None and asked is None:
+                asked, allowed = signal.SIGTERM, self._allowed_s()
+                self._signal(pid, asked)
+            elif pid is not None and asked == signal.SIGTERM and waited > allowed:
+                asked = signal.SIGKILL
+                self._signal(pid, asked)
+            if self._process is not None:
+                self._process.poll()
+            time.sleep(_TICK_S)
+        return asked is not None
+
+    def _allowed_s(self) -> float:
+        try:
+            return self.settings.limits.stop_s + _PATIENCE_S
+        except RKEdgeError:
+            return _PATIENCE_S
+
+    def _running_pid(self) -> int | None:
+        try:
+            return int(read_regular(self._pid, 20))
+        except (OSError, ValueError):
+            return None
+
+    def _signal(self, pid: int, number: int) -> None:
+        if self.runs:  # so the id is that of the daemon
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[int | None]:
+        """The lock's file while it is locked here; None if a daemon holds it. Raises OutputError or HostError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        try:
+            yield handle if _taken(handle) else None
+        finally:
+            os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    """Lock a file, unless a daemon has it; who only looks whether one does lets it go at once."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # noqa: PERF203 - the loop is there to try again
+            time.sleep(_TICK_S / _TRIES)
+        else:
+            return True
+    return False
+
+
+def free_port() -> int:
+    """The usual port, or any other if that is taken."""
+    for port in (PORT, 0):
+        with contextlib.suppress(OSError), socket.create_server((_HOST, port)) as server:
+            return int(server.getsockname()[1])
+    return 0
+
+
+def local_daemon() -> tuple[Path, str]:
+    """The socket of the daemon on this machine, the user's own or the service's, and where its log is."""
+    background = Background()
+    if SOCKET_VARIABLE not in os.environ and background.runs:
+        with contextlib.suppress(RKEdgeError):
+            return background.settings.listen.socket or background.socket, str(background.log)
+    return default_socket(), "journalctl -u rkedge"

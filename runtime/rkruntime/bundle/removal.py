@@ -1,0 +1,70 @@
+"""Remove a bundle, and nothing else: what its manifest lists, within its folder, without following links."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from rkruntime.bundle.manifest import MANIFEST, Bundle
+from rkruntime.errors import OutputError
+from rkruntime.files import write_error
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def remove_bundle(bundle: Bundle) -> list[str]:
+    """Remove a bundle's files and, if nothing else is in it, its folder. Of a link to a bundle, only the link goes.
+
+    The manifest goes last: after an interruption the rest is still a bundle, and can be removed.
+
+    Returns:
+        What is left in the folder, as it is not the bundle's.
+
+    Raises:
+        OutputError: Something cannot be removed.
+    """
+    folder = Path(os.path.abspath(bundle.path))  # noqa: PTH100 - links stay links
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+            return []
+        handle = os.open(folder, _FOLDER)
+        try:
+            for name in [*bundle.manifest.files, MANIFEST]:
+                _remove(handle, PurePosixPath(name))
+        finally:
+            os.close(handle)
+        if left := sorted(os.listdir(folder)):  # noqa: PTH208
+            return left
+        folder.rmdir()
+    except OSError as error:
+        raise _failed(folder, error) from error
+    return []
+
+
+def _remove(folder: int, path: PurePosixPath) -> None:
+    """Remove a file, and the folders above it that are then empty. Names that lead out of it by a link stay."""
+    first, *rest = path.parts
+    if not rest:
+        with suppress(FileNotFoundError, IsADirectoryError):
+            os.unlink(first, dir_fd=folder)
+        return
+    try:
+        within = os.open(first, _FOLDER, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone already; a link or a file in its place
+            return
+        raise
+    try:
+        _remove(within, PurePosixPath(*rest))
+    finally:
+        os.close(within)
+    with suppress(OSError):  # not empty yet
+        os.rmdir(first, dir_fd=folder)
+
+
+def _failed(folder: Path, error: OSError) -> OutputError:
+    reason = write_error(folder, error)
+    return OutputError(f"{folder} cannot be removed: {error.strerror or error}.", hint=reason.hint)

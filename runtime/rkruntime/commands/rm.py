@@ -1,0 +1,42 @@
+"""`rkedge rm`: remove a bundle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from rkruntime.cli.options import bundle_argument
+from rkruntime.errors import BundleError, UsageError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
+
+
+@click.command("rm")
+@bundle_argument()
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def run(bundle: Path, yes: bool) -> None:
+    """Remove a BUNDLE, a folder or its name, after a question.
+
+    Exactly what its manifest lists is removed. Other files in the folder stay, and so does all that links lead to.
+    """
+    from rkruntime.bundle.manifest import open_bundle
+    from rkruntime.bundle.removal import remove_bundle
+
+    path = bundle.absolute()
+    try:
+        opened = open_bundle(path)
+    except BundleError as error:
+        hint = "Only bundles are removed. What else is in the way is yours to remove, with rm."
+        raise BundleError(error.message, hint=hint) from error
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"{path} was not removed: there is nobody to ask.", hint="Say --yes.")
+        if not click.confirm(one_line(f"Remove {path} ({opened.manifest.size_bytes / 1e6:,.1f} MB)?")):
+            say("Nothing was removed.")
+            return
+    if left := remove_bundle(opened):
+        say(f"Removed the bundle. {path} still holds what is not part of it: {', '.join(left)}.")
+    else:
+        say(f"Removed {path}.")

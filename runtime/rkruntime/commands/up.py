@@ -1,0 +1,118 @@
+"""`rkedge up`: a daemon in the background, and a chat with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from rkruntime.cli.options import bundle_argument, progress_line, runtime_options, sampling_options
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions
+from rkruntime.errors import RKEdgeError, ServiceError, UsageError
+from rkruntime.terminal import say
+
+if TYPE_CHECKING:
+    from rkruntime.background import Background
+
+# How many ports to try.
+_PORTS: Final = 3
+
+
+def _settings(bundle: Path, runtime: RuntimeOptions, sampling: SamplingOptions) -> dict[str, Any]:
+    """The daemon's settings, as in its file."""
+    most = sampling.max_new_tokens
+    given = {"bundle": bundle, **vars(runtime), **vars(sampling), "limits": {"max_new_tokens": most} if most else None}
+    del given["max_new_tokens"]
+    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in given.items()}
+    return {name: value for name, value in plain.items() if value not in (None, False)}
+
+
+def _check_same(background: Background, bundle: Path) -> None:
+    """Raise UsageError if the daemon that runs is one with another bundle."""
+    running = background.settings.bundle
+    if running is None or not running.exists() or not running.samefile(bundle):
+        name = running.name if running else "another model"
+        raise UsageError(f"{name} is up already.", hint="End it first: rkedge down; or chat with it: rkedge chat")
+
+
+def _load(background: Background) -> None:
+    """Wait for the model, with what the daemon does on the terminal."""
+    with progress_line() as progress:
+        for state in background.wait():
+            progress(f"{state} ...")
+
+
+def _announce(background: Background) -> None:
+    listen = background.settings.listen
+    address = f"http://{listen.host}:{listen.port}"
+    for name, value in {
+        "chat page": address,
+        "OpenAI API": f"{address}/v1",
+        "Ollama API": address,
+        "log": str(background.log),
+    }.items():
+        say(f"{name:10}  {value}", err=True)
+    say("It stays loaded: `rkedge chat` comes back to it, `rkedge down` ends it.", err=True)
+
+
+def _undone(background: Background, work: Callable[[], None]) -> None:
+    """Do what belongs to a start: if it fails, nothing stays in the background."""
+    try:
+        work()
+    except BaseException:
+        with suppress(RKEdgeError):
+            background.stop()
+        raise
+
+
+def _start(background: Background, settings: dict[str, Any], port: int | None) -> bool:
+    """Start the daemon and wait for its model; returns whether that was needed.
+
+    A port that was free may be somebody else's a moment later: then another one is tried.
+    """
+    for left in reversed(range(_PORTS)):
+        if not background.start(settings, port):
+            return False
+        try:
+            _undone(background, lambda: _load(background))
+        except ServiceError as error:
+            if port is not None or not left or not any("Cannot listen on" in line for line in error.log):
+                raise
+        else:
+            break
+    return True
+
+
+@click.command("up")
+@bundle_argument()
+@click.option(
+    "--port", type=click.IntRange(1, 65535), show_default="8080, or any if that is taken", help="Set the port."
+)
+@click.option("--no-chat", is_flag=True, help="Return as soon as the model is loaded.")
+@sampling_options
+@runtime_options
+def run(bundle: Path, port: int | None, no_chat: bool, sampling: SamplingOptions, runtime: RuntimeOptions) -> None:
+    """Load a BUNDLE, a folder or its name, in the background, and chat with it.
+
+    The daemon serves the chat page and the APIs of OpenAI and Ollama to all programs on this machine (loopback), and
+    stays until `rkedge down`. If it is up already, this is a chat with it.
+    """
+    from rkruntime.background import Background
+    from rkruntime.bundle.manifest import open_bundle
+    from rkruntime.chat.remotechat import RemoteChat
+    from rkruntime.chat.ways import on_this_machine
+    from rkruntime.commands.chat import talk
+
+    open_bundle(bundle)
+    background = Background()
+    if not _start(background, _settings(bundle, runtime, sampling), port):
+        _check_same(background, bundle)
+        say("It is up already, with the options that it was started with.", err=True)
+        _load(background)
+    _announce(background)
+    if not no_chat:
+        way = on_this_machine(background.settings.listen.socket or background.socket, str(background.log))
+        talk(RemoteChat(way, session=None, system="", options={}))
