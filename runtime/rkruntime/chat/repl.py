@@ -84,7 +84,7 @@ class ChatBackend(Protocol):
         ...
 
     def stop(self) -> None:
-        """Stop the current answer; may be called from any thread."""
+        """Stop the current answer, and all that is done for it; the second time, at once. From any thread."""
         ...
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from rkruntime.engine.loading import LoadOptions, environment_of
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import add_log, error_of, json_of
 from rkruntime.engine.worker.exchange import Exchange
-from rkruntime.engine.worker.process import WorkerProcess
+from rkruntime.engine.worker.process import Limiting, WorkerProcess
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import RKEdgeError, RunError, WorkerError
 
@@ -104,11 +104,11 @@ class WorkerConnection:
         self.worker.expect(Exchange(self.number, questions=self._questions, **expected))
         self.send({**header, "run": self.number}, data)
 
-    def next(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
+    def next(self, timeout: float, deadline: float, limiting: Limiting | None = None) -> Record:
         """The next record (see WorkerProcess.next_record); answers the library's questions on the way."""
         self.worker.owner.check()
         while True:
-            record = self.worker.next_record(timeout, deadline, more_time)
+            record = self.worker.next_record(timeout, deadline, limiting)
             if record.kind < protocol.TOKENIZE or not self.answered(record):
                 return record
 
@@ -138,9 +138,9 @@ class WorkerConnection:
         self.begin(header, data)
         return self.reply(timeout)
 
-    def reply(self, timeout: float, more_time: Callable[[], float] | None = None) -> Any:
+    def reply(self, timeout: float, limiting: Limiting | None = None) -> Any:
         """The JSON reply to the last command. Raises its error instead if it failed."""
-        record = self.next(timeout, time.monotonic() + timeout, more_time)
+        record = self.next(timeout, time.monotonic() + timeout, limiting)
         if record.kind == protocol.ERROR:
             raise error_of(record)
         return json_of(record)

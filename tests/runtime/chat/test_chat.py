@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,13 @@ import pytest
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.localchat import LocalChat
 from rkruntime.chat.repl import COMMANDS, Repl
-from rkruntime.errors import RunError, WorkerCrashedError
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.generation import FinishReason
+from rkruntime.engine.loading import LoadOptions
+from rkruntime.errors import BundleError, RunError, WorkerCrashedError
+from rkruntime.stop import Stop
 from rkruntime.terminal import Terminal, printable
+from rkruntime.text.conversation import Conversation
 from rkruntime.text.tokenizer import Tokenizer
 
 
@@ -141,10 +149,111 @@ def test_a_crashed_worker_is_loaded_again(
     fake_bundle: Bundle, fake_engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engines = [fake_engine([WorkerCrashedError("gone")]), fake_engine("fine")]
-    chat = LocalChat(fake_bundle, lambda: engines.pop(0))
+    chat = LocalChat(fake_bundle, lambda **_: engines.pop(0))
     Repl(chat, Typed(iter(["hello", "again"]))).run()
     assert "fine" in capsys.readouterr().out
     assert engines == []
+
+
+def test_a_stop_while_the_prompt_is_made_is_not_forgotten(
+    talk: Any, fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the prompt is made nevertheless, or is cut short."""
+    real = Conversation.prompt
+    chat = LocalChat(fake_bundle, lambda: fake_engine("not said", "not said", "fine"))
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        chat.stop()
+        return real(*arguments, **options)
+
+    def cut_short(*arguments: Any, **options: Any) -> Any:
+        chat.stop()
+        raise BundleError("It took too long.")
+
+    for prompt in (stopped, cut_short):
+        monkeypatch.setattr(Conversation, "prompt", prompt)
+        assert list(chat.ask("hello")) == []
+        assert chat.last is not None
+        assert chat.last.reason is FinishReason.ABORT
+        assert chat._conversation.messages == []
+    monkeypatch.setattr(Conversation, "prompt", real)
+    assert "".join(map(str, chat.ask("hello"))) in ("fine", "not said")
+    chat.close()
+
+
+@pytest.fixture
+def hanging(double: Callable[..., Path], tmp_path: Path, fake_bundle: Bundle) -> Iterator[Callable[..., LocalChat]]:
+    """A chat with a library that does so at its first load, another thing at the next one, and so on."""
+    model, chats = tmp_path / "model.rkllm", []
+    model.write_bytes(b"not read")
+
+    def make(*behaviours: str, **limits: float) -> LocalChat:
+        left = list(behaviours)
+
+        def load(*, stop: Stop | None = None) -> Engine:
+            environment = {"RKDOUBLE": left.pop(0), "RKDOUBLE_TOKENS": "5", "RKDOUBLE_AT": "3"}
+            given = LoadOptions(double("1.2.3"), model, environment=environment, stop=stop or Stop(), **limits)
+            return Engine.load(given)
+
+        chats.append(LocalChat(fake_bundle, load))
+        return chats[-1]
+
+    yield make
+    for chat in chats:
+        chat.close()
+
+
+def pressing(chat: LocalChat, when: Callable[[], object], times: int = 1) -> threading.Thread:
+    """A person who presses Ctrl-C as soon as `when` holds."""
+
+    def press() -> None:
+        while not when():
+            time.sleep(0.01)
+        for _ in range(times):
+            time.sleep(0.2)
+            if chat._stop is not None:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_ctrl_c_twice_leaves_a_run_that_hangs(
+    hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was said before stays; the next question loads the model again."""
+    chat = hanging("token-hang", "", abort_timeout=300)
+    person = pressing(chat, lambda: chat._answering, times=2)
+    Repl(chat, Typed(iter(["hello", "again"]))).run()
+    person.join()
+    shown = capsys.readouterr()
+    assert "stopped" in shown.out
+    assert "error" not in shown.err
+    assert chat._generated == 3 + 5
+    assert len(chat._conversation.messages) == 4
+
+
+def test_ctrl_c_once_ends_a_run_that_hangs_in_a_while(
+    hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = hanging("token-hang", "", abort_timeout=0.3)
+    person = pressing(chat, lambda: chat._answering)
+    Repl(chat, Typed(iter(["hello", "again"]))).run()
+    person.join()
+    assert "did not respond for 0.3 seconds and was killed" in capsys.readouterr().err
+    assert len(chat._conversation.messages) == 2
+
+
+def test_ctrl_c_stops_a_reload(hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]) -> None:
+    chat = hanging("token-segv", "init-hang", "")
+    person = pressing(chat, lambda: chat._engine and not chat._engine.alive)
+    Repl(chat, Typed(iter(["hello", "again", "at last"]))).run()
+    person.join()
+    shown = capsys.readouterr()
+    assert shown.err.count("error") == 1  # of the crash
+    assert "[stopped]" in shown.out
+    assert [item.content for item in chat._conversation.messages if item.role == "user"] == ["at last"]
 
 
 def test_a_full_context(talk: Any) -> None:
