@@ -162,6 +162,9 @@ def test_prompt_cache_files(load: Load, release: str, question: list[int], tmp_p
     assert ids_of(tokens) == expected
     if finished.perf:
         assert finished.perf.prefill_tokens == 1
+    engine.load_prompt_cache(path)
+    for _ in range(2):  # a row for each token, and not only for those that the file does not have
+        assert len(engine.hidden_states(Request(question))) == len(question)
     engine.release_prompt_cache()
     path.write_bytes(b"damaged")
     with pytest.raises(RunError, match="rkllm_load_prompt_cache returned -1") as caught:

@@ -111,6 +111,8 @@ class Runner:
 
     def _forget_prompts(self) -> None:
         """Empty the KV cache: boards are reported to return no rows for what it holds (rknn-llm issues 278, 453)."""
+        if self.model.has_prompt_cache:
+            self.model.release_prompt_cache()
         if "rkllm_clear_kv_cache" in self._library.abi.functions:
             self.model.clear_kv_cache()
 
