@@ -141,7 +141,7 @@ class Repl:
                 continue
             if text is None:
                 break
-            if text.strip():
+            if text.strip() or not self.terminal.interactive:
                 self._handle(text)
         if self.failure and not self.terminal.interactive:
             raise self.failure
@@ -149,7 +149,8 @@ class Repl:
     def _handle(self, text: str) -> None:
         self.failure = None
         try:
-            if text.startswith("/"):
+            # A program may pass on what others have written, and a command can write files.
+            if self.terminal.interactive and text.startswith("/"):
                 self._command(text)
             else:
                 self._answer(text)

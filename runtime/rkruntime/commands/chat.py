@@ -64,7 +64,8 @@ def run(
 ) -> None:
     """Chat with the model in a folder, or over SSH with the one that `rkedge serve` runs on a board.
 
-    Without a terminal, each line of standard input is a message, and only the answers go to standard output.
+    Without a terminal, each line of standard input is a message as it is, also an empty one or one that looks like a
+    command, and only the answers go to standard output.
     """
     from rkruntime.chat.repl import COMMANDS, Repl
     from rkruntime.terminal import Terminal, history_file

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.localchat import LocalChat
@@ -285,11 +287,31 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_at_a_pipe_only_answers_are_on_standard_output(
     fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    piped(monkeypatch, "hello\r\n/stats\nagain")
+    piped(monkeypatch, "hello\r\nagain")
     Repl(LocalChat(fake_bundle, lambda: fake_engine("hi \x1b there", "yes")), Terminal()).run()
     shown = capsys.readouterr()
     assert shown.out == "hi \x1b there\nyes\n"
-    assert "context" in shown.err
+    assert shown.err == ""
+
+
+LINE = st.sampled_from(["", " ", '"""', '"""a', 'a"""', "\\", "a\\", *COMMANDS, "/save x", "/nonsense", " /exit"])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lines=st.lists(LINE | st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), max_size=9), max_size=6))
+@example([*COMMANDS, "/save x", '"""', "a\\", "", "b"])
+def test_at_a_pipe_each_line_is_a_message(
+    fake_bundle: Bundle, fake_engine: Any, tmp_path: Path, lines: list[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path)
+        piped(monkeypatch, "".join(f"{line}\n" for line in lines))
+        engine = fake_engine(*("yes" for _ in lines), max_context=100_000)
+        chat = LocalChat(fake_bundle, lambda: engine)
+        Repl(chat, Terminal()).run()
+        chat.close()
+    assert [item.content for item in chat._conversation.messages if item.role == "user"] == lines
+    assert not (tmp_path / "x").exists()
 
 
 def test_at_a_pipe_an_error_ends_the_chat(
