@@ -142,8 +142,19 @@ def memory(root: Path = ROOT) -> Memory | None:
     limit, used = (_read(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
     if limit.strip().isdecimal() and used.strip().isdecimal():
         total = min(total, int(limit))
-        available = min(available, max(0, int(limit) - int(used)))
+        available = min(available, max(0, int(limit) - int(used) + _reclaimable(root)))
     return Memory(total, available)
+
+
+def _reclaimable(root: Path) -> int:
+    """Bytes that are charged to the container and given back when a program needs them.
+
+    As MemAvailable counts them for a machine: the page cache, active or not, such as a model file that was just
+    checked, and the kernel's own caches. Shared memory is in neither of these lists.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+    """
+    stat = dict(re.findall(r"^(\w+) (\d+)$", _read(root / "sys/fs/cgroup/memory.stat"), re.MULTILINE))
+    return sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file", "slab_reclaimable"))
 
 
 def most_open_files() -> int | None:
