@@ -157,6 +157,12 @@ def _reclaimable(root: Path) -> int:
     return sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file", "slab_reclaimable"))
 
 
+def kills_for_memory(root: Path = ROOT) -> int | None:
+    """How many processes the kernel has killed for lack of memory since its start; None if it does not say."""
+    found = re.search(r"^oom_kill (\d+)$", _read(root / "proc/vmstat"), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
 def most_open_files() -> int | None:
     """The hard limit of open files of this process, which a worker raises its own to; None without one."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -158,6 +158,12 @@ def test_memory_within_a_container(board: Board) -> None:
     assert machine.memory(root / "nothing") is None
 
 
+def test_kills_for_lack_of_memory(tmp_path: Path) -> None:
+    assert machine.kills_for_memory(tmp_path) is None
+    _write(tmp_path / "proc/vmstat", "pgfault 3\noom_kill 12\noom_kill_x 5\n")
+    assert machine.kills_for_memory(tmp_path) == 12
+
+
 RK3588_CLOCKS = {(0, 1, 2, 3): 1_800_000, (4, 5): 2_256_000, (6, 7): 2_400_000}
 
 

@@ -596,6 +596,28 @@ def test_a_killed_worker(misbehaving: Misbehaving, worker_of: Callable[[Engine],
             engine.cache_sizes()
 
 
+@pytest.mark.parametrize(("kills", "word"), [((7, 7), "Something else"), ((None, None), "dmesg"), ((7, 8), "memory")])
+def test_a_kill_is_for_lack_of_memory_only_if_the_kernel_says_so(
+    misbehaving: Misbehaving,
+    worker_of: Callable[[Engine], int],
+    monkeypatch: pytest.MonkeyPatch,
+    kills: tuple[int | None, int | None],
+    word: str,
+) -> None:
+    with Engine.load(misbehaving("", tokens=1000, us=10_000)) as engine:
+        monkeypatch.setattr("rkruntime.checks.machine.kills_for_memory", lambda: kills[0])
+        events = engine.generate(REQUEST)
+        next(events)
+        monkeypatch.setattr("rkruntime.checks.machine.kills_for_memory", lambda: kills[1])
+        os.kill(worker_of(engine), signal.SIGKILL)
+        with pytest.raises(WorkerCrashedError, match="SIGKILL") as caught:
+            list(events)
+    found = caught.value.details["diagnosis"]
+    assert word in caught.value.hint
+    assert (found["class"] == "host-ram-at-load") is (kills == (7, 8))
+    assert ("GB of memory are available" in caught.value.hint) is (kills != (7, 8))
+
+
 def test_no_interpreter(misbehaving: Misbehaving, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="python: No such file"):
         Engine.load(misbehaving("", interpreter=(str(tmp_path / "python"),)))
