@@ -28,6 +28,10 @@ from rkruntime.library.identify import check_machine
 _IMMEDIATE: Final = frozenset({"abort", "is_running", "answer"})
 
 
+class _AbortedError(RunError):
+    """The run was aborted while a callback waited for its answer."""
+
+
 class Worker:
     """Commands in, records out."""
 
@@ -129,7 +133,10 @@ class Worker:
 
     def _do_run(self, header: dict[str, Any], data: list[memoryview]) -> list[dict[str, Any]]:
         assert self._runner is not None
-        return self._runner.run(header, data)
+        try:
+            return self._runner.run(header, data)
+        except _AbortedError:
+            return self._runner.aborted_results(header)
 
     def _do_is_running(self, _header: dict[str, Any], _data: list[memoryview]) -> bool:
         return self.model.is_running()
@@ -161,13 +168,13 @@ class Worker:
 
     def _ask(self, kind: int, data: bytes) -> bytes:
         if self._aborted == self._number:
-            raise RunError(_NO_ANSWER.decode())
+            raise _AbortedError(_NO_ANSWER.decode())
         self.send(kind, self._number, 0, data)
         while (answered := self._answers.get())[0] != self._number & 0xFFFF:
             continue  # an answer that came too late
         _, ok, answer = answered
         if not ok:
-            raise RunError(answer.decode())
+            raise (_AbortedError if self._aborted == self._number else RunError)(answer.decode())
         return answer
 
     def _ask_tokens(self, text: bytes) -> list[int]:

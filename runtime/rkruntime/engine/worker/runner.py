@@ -307,6 +307,11 @@ class Runner:
             self._ended = [ended or "abort" for ended in self._ended]
             self._abort_quietly()
 
+    def aborted_results(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `run` returns for a run that an abort has ended within one of the program's callbacks."""
+        self._ended = [ended or "abort" for ended in self._ended]
+        return self._results(header)
+
     def _results(self, header: dict[str, Any]) -> list[dict[str, Any]]:
         results = []
         for prompt, ended, count in zip(header["prompts"], self._ended, self._counts, strict=True):
