@@ -28,10 +28,6 @@ from rkruntime.library.identify import check_machine
 _IMMEDIATE: Final = frozenset({"abort", "is_running", "answer"})
 
 
-class _AbortedError(RunError):
-    """The run was aborted while a callback waited for its answer."""
-
-
 class Worker:
     """Commands in, records out."""
 
@@ -43,6 +39,7 @@ class Worker:
         self._model: LoadedModel | None = None
         self._runner: Runner | None = None
         self._number = self._aborted = 0
+        self._unanswered = 0  # the run that was aborted while a callback waited for its answer
 
     def serve(self) -> NoReturn:
         """Execute commands until the parent sends `close` or is gone."""
@@ -135,7 +132,9 @@ class Worker:
         assert self._runner is not None
         try:
             return self._runner.run(header, data)
-        except _AbortedError:
+        except RunError:
+            if self._unanswered != header["run"]:
+                raise
             return self._runner.aborted_results(header)
 
     def _do_is_running(self, _header: dict[str, Any], _data: list[memoryview]) -> bool:
@@ -168,13 +167,15 @@ class Worker:
 
     def _ask(self, kind: int, data: bytes) -> bytes:
         if self._aborted == self._number:
-            raise _AbortedError(_NO_ANSWER.decode())
+            self._unanswered = self._number
+            raise RunError(_NO_ANSWER.decode())
         self.send(kind, self._number, 0, data)
         while (answered := self._answers.get())[0] != self._number & 0xFFFF:
             continue  # an answer that came too late
         _, ok, answer = answered
         if not ok:
-            raise (_AbortedError if self._aborted == self._number else RunError)(answer.decode())
+            self._unanswered = self._aborted
+            raise RunError(answer.decode())
         return answer
 
     def _ask_tokens(self, text: bytes) -> list[int]:
