@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from rkruntime.abi import since, within
 from rkruntime.checks import machine
 from rkruntime.engine.generation import Finished, FinishReason, Request, Token
 from rkruntime.errors import HostError, RKEdgeError, UnsupportedCallError
@@ -49,6 +50,13 @@ class _Run(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         return {"last_ids": self.ids[-8:], "end": asdict(self.end)}
+
+
+def _silence(trial: Trial) -> str:
+    """Why there is no figure of what was read."""
+    if within(trial.model.engine.info.release, since("RKLLMResult.perf"), ""):
+        return "this run did not say how many tokens it has read"
+    return "this release does not say how many tokens it has read"
 
 
 class Trial:
@@ -87,7 +95,7 @@ def _template(trial: Trial) -> Observation:
     run = trial.run(trial.request())  # the first of a fresh model: nothing is in its cache
     sent = run.end.prompt_tokens
     if run.read is None:
-        return Observation("This release does not say how many tokens it has read.", run.facts)
+        return Observation(f"{_silence(trial).capitalize()}.", run.facts)
     if run.read > sent:
         return Observation(f"It read {run.read} tokens of a prompt of {sent}: it adds its own template.", run.facts)
     return Observation(f"It read {run.read} tokens of a prompt of {sent}: it adds nothing.", run.facts)
@@ -99,7 +107,7 @@ def _reuse(trial: Trial) -> Observation:
     same = f"It gives {_same(first.ids == again.ids)}"
     facts = {"first": first.facts, "again": again.facts}
     if again.read is None:
-        return Observation(f"{same}; this release does not say how many tokens it has read.", facts)
+        return Observation(f"{same}; {_silence(trial)}.", facts)
     kept = max(0, again.end.prompt_tokens - again.read)
     return Observation(f"{same}; {counted(kept, 'token')} of {again.end.prompt_tokens} came from the cache.", facts)
 
@@ -113,7 +121,7 @@ def _end(trial: Trial) -> Observation:
     if run.end.reason is FinishReason.LENGTH and shown is not None:
         return Observation(f"It does not end at token {shown}, which it passes on: RKEdge ends answers there.", facts)
     if run.end.reason is FinishReason.LENGTH:
-        return Observation(f"No answer ended within {_LONG} tokens.", facts)
+        return Observation(f"No answer ended within {counted(len(run.ids), 'token')}.", facts)
     if shown is not None:
         return Observation(f"It ends by itself, and passes token {shown} on before.", facts)
     return Observation("It ends by itself, and does not pass the last token on.", facts)
@@ -166,11 +174,14 @@ def _history(trial: Trial) -> Observation:
 def _pause(trial: Trial) -> Observation:
     request = trial.request(max_new_tokens=8)
     expected = trial.run(request).ids
-    trial.run(replace(request, pause_tokens=frozenset(expected[2:3])))
+    paused = trial.run(replace(request, pause_tokens=frozenset(expected[:3][-1:])))
+    if paused.end.reason is not FinishReason.PAUSE:
+        return Observation("Not answered: the run did not pause.", {"expected": expected, **paused.facts})
     after = trial.run(request)
     trial.model.engine.clear_cache()
     again = trial.run(request)
-    says = f"It read {after.read} tokens of a prompt of {after.end.prompt_tokens}"
+    read = _silence(trial).capitalize() if after.read is None else f"It read {counted(after.read, 'token')}"
+    says = f"{read} of a prompt of {after.end.prompt_tokens}"
     return Observation(f"{says}; once the cache is cleared, {_same(again.ids == expected)}.", after.facts)
 
 

@@ -115,16 +115,17 @@ class Terminal:
         self._within_line = False
 
     def read(self, prompt: str) -> str | None:
-        """The next message, or None at the end of the input.
+        """The next message, or None at the end of the input: from a program, a line as it is.
 
-        A line that begins with three quotes opens a block up to three more; a backslash at its end joins the next one.
+        A person's line that begins with three quotes opens a block up to three more; a backslash at its end joins the
+        next one.
 
         Raises:
             KeyboardInterrupt: Ctrl-C while typing.
         """
         line = self._line(prompt)
-        if line is None:
-            return None
+        if line is None or not self.interactive:
+            return line
         if line.lstrip().startswith(BLOCK):
             return self._block(line.lstrip()[len(BLOCK) :])
         lines = [line]

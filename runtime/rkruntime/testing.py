@@ -22,6 +22,7 @@ from rkruntime.engine.generation import GREEDY, Event, Finished, FinishReason, R
 from rkruntime.engine.loading import ModelInfo
 from rkruntime.errors import ContextFullError, RunError, WorkerError
 from rkruntime.model import Model
+from rkruntime.stop import Stop
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
@@ -89,39 +90,42 @@ class FakeEngine:
         if self.closed:
             raise RunError("The model is closed.", hint="Load it again.")
 
-    def generate(self, request: Request) -> Generator[Event, None, None]:
+    def generate(self, request: Request, stop: Stop | None = None) -> Generator[Event, None, None]:
         """The next answer's tokens, then Finished."""
         self.check()
         self.requests.append(request)
         if not self.answers:
             raise AssertionError("the fake engine has no answers left")
         answer = self.answers.pop(0)
-        steps: Sequence[Any] = self.encode(answer) if isinstance(answer, str) else answer
-        reason, count = FinishReason.STOP, 0
         self._abort.clear()
         try:
-            for step in steps:
-                if isinstance(step, BaseException):
-                    self.closed = self.closed or isinstance(step, WorkerError)
-                    raise step
-                if step in request.stop_tokens:
-                    break
-                if callable(step):
-                    step()
-                    if not self._abort.wait(5):
-                        raise TimeoutError("nobody called abort()")
-                if self._abort.is_set():
-                    reason = FinishReason.ABORT
-                    break
-                if count == request.max_new_tokens:
-                    reason = FinishReason.LENGTH
-                    break
-                count += 1
-                yield Token(step)
-            yield Finished(reason, len(request.tokens), count)
+            with (stop or Stop()).ending(self.abort):
+                yield from self._events(request, self.encode(answer) if isinstance(answer, str) else answer)
         except GeneratorExit:
             self.aborted += 1
             raise
+
+    def _events(self, request: Request, steps: Sequence[Any]) -> Generator[Event, None, None]:
+        reason, count = FinishReason.STOP, 0
+        for step in steps:
+            if isinstance(step, BaseException):
+                self.closed = self.closed or isinstance(step, WorkerError)
+                raise step
+            if step in request.stop_tokens:
+                break
+            if callable(step):
+                step()
+                if not self._abort.wait(5):
+                    raise TimeoutError("nobody called abort()")
+            if self._abort.is_set():
+                reason = FinishReason.ABORT
+                break
+            if count == request.max_new_tokens:
+                reason = FinishReason.LENGTH
+                break
+            count += 1
+            yield Token(step)
+        yield Finished(reason, len(request.tokens), count)
 
     async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
         """`generate` for asyncio."""
@@ -131,6 +135,10 @@ class FakeEngine:
     def abort(self) -> None:
         """End the run."""
         self._abort.set()
+
+    def kill(self) -> None:
+        """See `alive`."""
+        self.closed = True
 
     def close(self) -> None:
         """See `alive`."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,8 +19,18 @@ from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
+from rkruntime.words import counted
 
 _MOST_LINES: Final = 1_000_000
+# What each event begins with.
+_EVENT: Final = b'{"type"'
+# Seconds that a login may take: ssh may ask for a password, for which sshd waits this long by default.
+_LOGIN_S: Final = 120.0
+# Seconds to the first event once the board sends anything. A busy board takes some to start Python.
+_GREETING_S: Final = 30.0
+# Seconds between two looks at whether ssh still runs, in case one of its children keeps its output open.
+_LOOK_S: Final = 0.5
+_READ: Final = 1 << 16
 _MOST_NOTES: Final = 200
 _LONGEST_NOTE: Final = 4096
 
@@ -35,7 +48,7 @@ class BrokenError(Exception):
 
 
 class Link:
-    """An ssh process and the lines that pass through it."""
+    """An ssh process and the lines that pass through it. If no event ever comes, the link breaks by itself."""
 
     def __init__(self, command: Sequence[str]) -> None:
         # ssh keeps ignoring SIGINT if it is ignored at its start: Ctrl-C must stop the answer, not the connection.
@@ -52,6 +65,12 @@ class Link:
         self._notes = threading.Thread(target=self._pass_on, daemon=True)
         self._notes.start()
         self._writing = threading.Lock()
+        self._readable = select.poll()
+        self._readable.register(self._pipes[1], select.POLLIN)
+        self._received = bytearray()
+        self._any = False
+        # When the board must have answered; None once it has.
+        self._deadline: float | None = time.monotonic() + _LOGIN_S
 
     @property
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
@@ -82,6 +101,7 @@ class Link:
                 self.close()
                 raise
             if event is not None:
+                self._deadline = None
                 yield event
                 if event["type"] == "end":
                     return
@@ -89,13 +109,42 @@ class Link:
         raise nonsense("endless lines")
 
     def _line(self) -> bytes:
-        try:
-            line = self._pipes[1].readline(MAX_LINE)
-        except ValueError:  # closed before
-            line = b""
-        if not line:
-            raise BrokenError
+        """The next line; of an endless one, what makes it one. Raises BrokenError, also at a line that is cut off."""
+        looked_at = 0
+        while (end := self._received.find(b"\n", looked_at)) < 0 and len(self._received) < MAX_LINE:
+            looked_at = len(self._received)
+            self._received += self._more()
+        size = end + 1 or len(self._received)
+        line = bytes(self._received[:size])
+        del self._received[:size]
         return line
+
+    def _more(self) -> bytes:
+        """Wait for what the board sends next. Raises BrokenError if nothing more comes."""
+        while True:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.kill()
+                raise BrokenError(self._silent())
+            exited = self._process.poll() is not None
+            try:
+                ready = self._readable.poll(0 if exited else _LOOK_S * 1000)
+                data = os.read(self._pipes[1].fileno(), _READ) if ready else None
+            except (OSError, ValueError):  # closed before
+                raise BrokenError from None
+            if data:
+                if not self._any and self._deadline is not None:
+                    self._any, self._deadline = True, time.monotonic() + _GREETING_S
+                return data
+            if data is not None or exited:
+                raise BrokenError
+
+    def _silent(self) -> ServiceError:
+        seconds = counted(_GREETING_S if self._any else _LOGIN_S, "second")
+        what = f"the board sent text, but in {seconds} no answer" if self._any else f"nothing came in {seconds}"
+        return ServiceError(
+            f"No daemon answered over ssh: {what}.",
+            hint="Log in by hand: start-up files such as ~/.bashrc must neither wait nor read for a command over ssh.",
+        )
 
     def _pass_on(self) -> None:
         """Show what ssh, or the board through it, prints on standard error. ssh itself prompts on the terminal."""
@@ -107,7 +156,11 @@ class Link:
 
     def kill(self) -> None:
         """End ssh at once, from any thread: whoever waits for a line has waited long enough."""
-        self._process.kill()
+        self._process.terminate()  # at which ssh restores a terminal where it asks for a password
+        try:
+            self._process.wait(_LOOK_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
     def close(self) -> int:
         """End ssh; returns its exit code."""
@@ -162,19 +215,24 @@ _LEFT_OUT: Final[Mapping[str, Any]] = {"tokens": 0, "tokens_per_s": 0.0, "body":
 def _event(line: bytes) -> dict[str, Any] | None:
     """The event of a line, with all its fields; None for something else, such as what a login script prints.
 
+    What it prints without a line feed comes before the event in the same line.
+
     Raises:
-        ServiceError: An invalid event.
+        ServiceError: An invalid event, or what is left of one.
     """
     if len(line) >= MAX_LINE:
         raise nonsense("an endless line")
+    start = line.find(_EVENT)
     try:
-        event = json.loads(line)
+        event = json.loads(line[max(start, 0) :])
         json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair can be neither shown nor saved
     except RecursionError:
         raise nonsense("something nested too deeply") from None
     except UnicodeEncodeError:
         raise nonsense("invalid characters") from None
     except ValueError:
+        if start >= 0:  # left out, it would be missing in the answer, or be waited for
+            raise nonsense("a damaged event") from None
         return None
     if not isinstance(event, dict):
         return None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.repl import Note, Turn
 from rkruntime.engine.generation import FinishReason, Request
-from rkruntime.errors import ContextFullError, WorkerError
+from rkruntime.errors import ContextFullError, RKEdgeError
+from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import Conversation
 from rkruntime.text.prompt_process import PromptProcess
@@ -21,12 +22,20 @@ if TYPE_CHECKING:
     from rkruntime.engine.engine import Engine
 
 
+class Load(Protocol):
+    """Starts the worker and loads the model."""
+
+    def __call__(self, *, stop: Stop = ...) -> Engine:
+        """See LoadOptions for `stop`."""
+        ...
+
+
 class LocalChat:
     """See `rkruntime.chat.repl.ChatBackend`.
 
     Args:
         bundle: Bundle whose tokenizer, template and stop tokens are used.
-        load: Starts the worker and loads the model; called again after the worker is gone.
+        load: Called again after the worker is gone.
         max_new_tokens: Limit per answer; -1 for as many as the context holds.
         drop_oldest: Drop the oldest turns when the context is full.
     """
@@ -34,7 +43,7 @@ class LocalChat:
     def __init__(
         self,
         bundle: Bundle,
-        load: Callable[[], Engine],
+        load: Load,
         *,
         system: str = "",
         max_new_tokens: int = -1,
@@ -53,7 +62,12 @@ class LocalChat:
             raise
         self._answered = self._generated = 0
         self.last: Turn | None = None
+        # Of the current answer; None if there is none.
+        self._stop: Stop | None = None
+        # What answers at the moment; None once it was killed.
+        self._answering: Engine | None = None
         info = self._engine.info
+        self._max_context = info.max_context
         self.emulated = info.emulated
         kind = f"emulated runtime {info.release}" if info.emulated else f"runtime {info.release}"
         self.title = f"{bundle.manifest.name}: {kind}, context of {info.max_context:,} tokens"
@@ -73,36 +87,57 @@ class LocalChat:
         Raises:
             ContextFullError, RunError, WorkerError: The conversation stays as it was.
         """
-        engine = self._running_engine()
-        tokens, dropped = self._conversation.prompt(text, engine.info.max_context, drop=self._drop_oldest)
+        stop = self._stop = Stop()
+        self.last = Turn(0, FinishReason.ABORT, 0.0, 0.0)
+        try:
+            prepared = self._prepared(text, stop)
+            if prepared is not None:
+                yield from self._answer(text, stop, *prepared)
+        finally:
+            self._stop = None
+
+    def _prepared(self, text: str, stop: Stop) -> tuple[Engine, list[int], int] | None:
+        """The model, the prompt, and the number of turns left out of it; None if stopped meanwhile."""
+        try:
+            engine = self._running_engine(stop)
+            with stop.ending(self._prompts.hurry):
+                return engine, *self._conversation.prompt(text, self._max_context, drop=self._drop_oldest)
+        except RKEdgeError:
+            if stop.asked:
+                return None
+            raise
+
+    def _answer(
+        self, text: str, stop: Stop, engine: Engine, tokens: list[int], dropped: int
+    ) -> Generator[str | Note, None, None]:
         if dropped:
             yield Note(f"The context was full: {dropped_turns(dropped)}.")
         reader = AnswerReader(self._prompts.vocabulary, len(tokens))
+        request = Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
         start = time.monotonic()
         first = 0.0
-        failed = False
+        failed, self._answering = False, engine
         try:
-            with closing(engine.generate(self._request(tokens))) as events:
+            with closing(engine.generate(request, stop)) as events:
                 for event in events:
                     first = first or time.monotonic() - start
                     if piece := reader.feed(event):
                         yield piece
-        except WorkerError:
-            failed, self._engine = True, None
-            raise
-        except Exception:  # After any error the turn is dropped; after Ctrl-C what there is is kept.
-            failed = True
-            raise
+        except Exception:  # After any error the turn is dropped; after Ctrl-C, even twice, what there is is kept.
+            failed = not stop.asked or self._answering is engine
+            if failed:
+                raise
         finally:
+            self._answering = None
             if not failed:
                 self._keep(text, reader.answer(), dropped, first, time.monotonic() - start)
 
-    def _request(self, tokens: list[int]) -> Request:
-        return Request(tokens, max_new_tokens=self._max_new_tokens, stop_tokens=self._stop_tokens)
-
-    def _running_engine(self) -> Engine:
+    def _running_engine(self, stop: Stop) -> Engine:
         if self._engine is None or not self._engine.alive:
-            self._engine = self._load()
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = self._load(stop=stop)
+            self._max_context = self._engine.info.max_context
         return self._engine
 
     def _keep(self, text: str, answer: Answer, dropped: int, first_s: float, total_s: float) -> None:
@@ -113,9 +148,14 @@ class LocalChat:
             self._conversation.add(text, answer, dropped)
 
     def stop(self) -> None:
-        """See `ChatBackend`."""
-        if self._engine is not None:
-            self._engine.abort()
+        """See `ChatBackend`. The second time, the worker is killed: the next question loads the model again."""
+        stop, engine = self._stop, self._answering
+        if stop is None:
+            return
+        if stop.asked and engine is not None:
+            self._answering = None
+            engine.kill()
+        stop.ask()
 
     def clear(self) -> None:
         """See `ChatBackend`."""
@@ -143,7 +183,7 @@ class LocalChat:
         }
 
     def _used(self) -> str:
-        limit = self._running_engine().info.max_context
+        limit = self._max_context
         try:
             return f"{len(self._conversation.prompt('', limit)[0]):,} of {limit:,}"
         except ContextFullError:

@@ -175,11 +175,11 @@ class RemoteChat:
         self.last = Turn(0, FinishReason.ABORT, 0.0, 0.0)
         try:
             seen = yield from self._answer(text, number, stopping)
+            if stopping.is_set():
+                yield from self._rest(number, seen)
         finally:
             with self._sending:  # A stop that comes later would end the next question.
                 self._stopping = None
-        if stopping.is_set():
-            yield from self._rest(number, seen)
 
     def _answer(self, text: str, number: str, stopping: threading.Event) -> Generator[str | Note, None, str]:
         """`ask` up to the end of the answer or a stop; returns the text yielded."""
@@ -287,18 +287,20 @@ class RemoteChat:
         return f"Ask again. The daemon's log has the cause: {self._way.log}"
 
     def stop(self) -> None:
-        """See `ChatBackend`."""
+        """See `ChatBackend`. The second time, the connection is given up."""
         with self._sending:
             if self._stopping is None or self._link is None:
                 return
             again = self._stopping.is_set()
             self._stopping.set()
-            if self._connecting is not None:
+            if again:
+                self._link.kill()
+            elif self._connecting is not None:
                 # A stop that is sent now would end the greeting.
-                timer = threading.Timer(0 if again else _PATIENCE_S, self._give_up, [self._connecting])
+                timer = threading.Timer(_PATIENCE_S, self._give_up, [self._connecting])
                 timer.daemon = True
                 timer.start()
-            elif not again:
+            else:
                 with suppress(BrokenError):
                     self._link.send({"op": "stop"})
 

@@ -85,7 +85,7 @@ class ChatBackend(Protocol):
         ...
 
     def stop(self) -> None:
-        """Stop the current answer; may be called from any thread."""
+        """Stop the current answer, and all that is done for it; the second time, at once. From any thread."""
         ...
 
     def clear(self) -> None:
@@ -146,7 +146,7 @@ class Repl:
                 continue
             if text is None:
                 break
-            if text.strip():
+            if text.strip() or not self.terminal.interactive:
                 self._handle(text)
         if self.failure and not self.terminal.interactive:
             raise self.failure
@@ -154,9 +154,10 @@ class Repl:
     def _handle(self, text: str) -> None:
         self.failure = None
         try:
+            # A program may pass on what others have written, and a command can write files.
             if self.terminal.interactive and text.strip().lower() in _LEAVING:
                 self._command("/exit")
-            elif text.startswith("/"):
+            elif self.terminal.interactive and text.startswith("/"):
                 self._command(text)
             else:
                 self.answer(text)

@@ -165,8 +165,25 @@ def memory(root: Place = ROOT) -> Memory | None:
     limit, used = (_number(_read(root / "sys/fs/cgroup" / name)) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
         total = min(total, limit)
-        available = min(available, max(0, limit - used))
+        available = min(available, max(0, limit - used + _reclaimable(root)))
     return Memory(total, available)
+
+
+def _reclaimable(root: Place) -> int:
+    """Bytes that are charged to the container and given back when a program needs them.
+
+    As MemAvailable counts them for a machine: the page cache, active or not, such as a model file that was just
+    checked, and the kernel's own caches. Shared memory is in neither of these lists.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+    """
+    stat = dict(re.findall(r"^(\w+) (\d+)$", _read(root / "sys/fs/cgroup/memory.stat"), re.MULTILINE))
+    return sum(_number(stat.get(name, "")) or 0 for name in ("active_file", "inactive_file", "slab_reclaimable"))
+
+
+def kills_for_memory(root: Path = ROOT) -> int | None:
+    """How many processes the kernel has killed for lack of memory since its start; None if it does not say."""
+    found = re.search(r"^oom_kill (\d+)$", _read(root / "proc/vmstat"), re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def most_open_files() -> int | None:

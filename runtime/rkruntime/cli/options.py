@@ -17,6 +17,7 @@ from rkruntime.cli.flags import TOKENS, Number, RenamedOption
 from rkruntime.engine.open import LIBRARY, LIBRARY_VARIABLE, RuntimeOptions, SamplingOptions, load_engine
 from rkruntime.printable import one_line
 from rkruntime.schema import types_of
+from rkruntime.stop import Stop
 from rkruntime.terminal import say
 
 if TYPE_CHECKING:
@@ -154,10 +155,12 @@ def show_finding(finding: Finding) -> None:
     say(f"{finding.message} {finding.hint}", lead=click.style(f"{finding.level}: ", fg=color), err=True)
 
 
-def open_engine(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Engine:
+def open_engine(
+    bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, *, stop: Stop | None = None
+) -> Engine:
     """`load_engine` with findings and progress shown on standard error."""
     with progress_line() as progress:
-        return load_engine(bundle, options, sampling, show_finding, progress)
+        return load_engine(bundle, options, sampling, show_finding, progress, stop)
 
 
 def open_for_person(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Model:

@@ -119,7 +119,8 @@ def run(
     A name that a bundle has is that bundle, whatever ~/.ssh/config says. With neither, the chat is with the daemon on
     this machine, which `rkedge up`, `rkedge serve` or systemd has started.
 
-    Without a terminal, each line of standard input is a message, and only the answers go to standard output.
+    Without a terminal, each line of standard input is a message as it is, also an empty one or one that looks like a
+    command, and only the answers go to standard output.
     """
     if isinstance(model, Path):
         if session is not None or sessions:

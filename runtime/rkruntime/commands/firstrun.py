@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from rkruntime.errors import RKEdgeError
 from rkruntime.files import atomic_file
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
+from rkruntime.words import counted
 
 if TYPE_CHECKING:
     from rkruntime.model import Model
@@ -26,6 +28,12 @@ def _write(report: dict[str, Any], path: Path) -> None:
     home = str(Path.home())
     with atomic_file(path) as file:
         file.write_text((text.replace(home, "~") if len(home) > 1 else text) + "\n", encoding="utf-8")
+
+
+def _wish(report: Mapping[str, Any]) -> str:
+    if report["complete"] or "error" in report:
+        return ". Please send it to whoever gave you RKEdge: it answers what is open."
+    return f" as far as it went, with {counted(len(report['answers']), 'answer')}. Run it again for the rest."
 
 
 @click.command("firstrun")
@@ -63,6 +71,7 @@ def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: Runtime
         "bundle": opened.manifest.name,
         "machine": machine_report(),
         "answers": {},
+        "complete": False,
     }
     _write(report, output)  # what cannot be written shows before the minutes that a load takes
     trial = Trial(load)
@@ -75,13 +84,14 @@ def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: Runtime
                 if not as_json:
                     say(f"{question.text}\n  {one_line(outcome.says)}")
         report["findings"] = [finding.as_dict() for finding in trial.model.engine.findings]
+        report["complete"] = True
     except RKEdgeError as error:
         report["error"] = error.as_dict()
         raise
     finally:
+        _write(report, output)  # before the model is closed, which may take time and be interrupted
         trial.close()
-        _write(report, output)
-        say(f"\nWritten to {output}. Please send it to whoever gave you RKEdge: it answers what is open.", err=True)
+        say(f"\nWritten to {output}{_wish(report)}", err=True)
     if as_json:
         say_json(report)
     if report["model"]["emulated"]:

@@ -9,11 +9,12 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
+from rkruntime.checks import machine
 from rkruntime.engine.loading import LoadOptions, environment_of
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import add_log, error_of, json_of
 from rkruntime.engine.worker.exchange import Exchange
-from rkruntime.engine.worker.process import WorkerProcess
+from rkruntime.engine.worker.process import Limiting, WorkerProcess
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import RKEdgeError, RunError, WorkerError
 
@@ -40,6 +41,8 @@ class WorkerConnection:
         self.gone: WorkerError | None = None
         self._options = options
         self.number = 0
+        # Processes that the kernel had killed for lack of memory when the last command was sent.
+        self._kills: int | None = None
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
         self._turn = threading.RLock()
@@ -101,14 +104,15 @@ class WorkerConnection:
     def begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
         """Send a command under the next number; `expected` limits what may come back (see Exchange)."""
         self.number += 1
+        self._kills = machine.kills_for_memory()
         self.worker.expect(Exchange(self.number, questions=self._questions, **expected))
         self.send({**header, "run": self.number}, data)
 
-    def next(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
+    def next(self, timeout: float, deadline: float, limiting: Limiting | None = None) -> Record:
         """The next record (see WorkerProcess.next_record); answers the library's questions on the way."""
         self.worker.owner.check()
         while True:
-            record = self.worker.next_record(timeout, deadline, more_time)
+            record = self.worker.next_record(timeout, deadline, limiting)
             if record.kind < protocol.TOKENIZE or not self.answered(record):
                 return record
 
@@ -138,9 +142,9 @@ class WorkerConnection:
         self.begin(header, data)
         return self.reply(timeout)
 
-    def reply(self, timeout: float, more_time: Callable[[], float] | None = None) -> Any:
+    def reply(self, timeout: float, limiting: Limiting | None = None) -> Any:
         """The JSON reply to the last command. Raises its error instead if it failed."""
-        record = self.next(timeout, time.monotonic() + timeout, more_time)
+        record = self.next(timeout, time.monotonic() + timeout, limiting)
         if record.kind == protocol.ERROR:
             raise error_of(record)
         return json_of(record)
@@ -149,7 +153,9 @@ class WorkerConnection:
         """Add the last log lines and their diagnosis."""
         if isinstance(error, WorkerError):
             self.gone = self.gone or error
-        add_log(error, self.log[-_SHOWN_LINES:])
+        kills = machine.kills_for_memory()
+        ran_out = self._kills != kills if None not in (kills, self._kills) else None
+        add_log(error, self.log[-_SHOWN_LINES:], loading=self.number < 2, ran_out=ran_out)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rkruntime.checks.preflight import Finding
 from rkruntime.engine.connection import WorkerConnection
@@ -24,12 +24,17 @@ from rkruntime.errors import HostError, RKEdgeError, RunError, UsageError
 from rkruntime.files import AnyPath, as_path
 from rkruntime.library.identify import Identity, identify
 from rkruntime.schema import check_value
+from rkruntime.stop import Stop
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
+
+
+# Seconds that a library still gets at the end if somebody did not wait for the end of its run.
+_HURRY: Final = 1.0
 
 
 class Engine:
@@ -104,7 +109,8 @@ class Engine:
         )
         size = Path(self.options.model).stat().st_size
         reading = Reading(self._connection.worker.process.pid, size, progress)
-        return self._connection.reply(load_limit(self.options.load_timeout, size), reading.more_time)
+        limit = load_limit(self.options.load_timeout, size)
+        return self._connection.reply(limit, lambda seconds, end: (seconds, max(end, reading.more_time())))
 
     def close(self) -> None:
         """Unload the model and end the worker; may be called twice. A worker that does not exit in time is killed.
@@ -124,11 +130,17 @@ class Engine:
                     # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
                     with contextlib.suppress(RKEdgeError, RuntimeError):
                         self._runs.abort()
-                        with self._connection.last_turn(self.options.close_timeout):
-                            self._runs.finish(self.options.close_timeout)
+                        patience = _HURRY if self._runs.given_up else self.options.close_timeout
+                        with self._connection.last_turn(patience):
+                            self._runs.finish(patience)
                             self._connection.close()
             finally:
                 self._connection.end()
+
+    def kill(self) -> None:
+        """Kill the worker at once, from any thread: what another thread waits for ends with a RunError. Then close."""
+        self._connection.closing = True
+        self._connection.worker.process.terminate()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -138,7 +150,8 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the worker lives. Once it does not, every call raises the reason."""
-        return not self._connection.closed and self._connection.gone is None
+        connection = self._connection
+        return not (connection.closing or connection.closed) and connection.gone is None
 
     def check(self) -> None:
         """Raise WorkerError, the reason why the worker is gone, or RunError for a model that was closed."""
@@ -159,10 +172,13 @@ class Engine:
 
     # Runs
 
-    def generate(self, request: Request) -> Generator[Event, None, None]:
+    def generate(self, request: Request, stop: Stop | None = None) -> Generator[Event, None, None]:
         """Run a prompt: yields tokens as they arrive, then Finished. Closing the iterator early aborts the run.
 
         If the worker is lost while the iterator is being closed, the next call reports it.
+
+        Args:
+            stop: Aborts the run from another thread, even if asked before it begins.
 
         Raises:
             ContextFullError: The prompt alone fills the context.
@@ -170,7 +186,7 @@ class Engine:
             RunError: The library refused the run or reported an error; the model stays loaded.
             WorkerError: The worker is gone.
         """
-        with contextlib.closing(self._runs.events([request], "generate")) as events:
+        with contextlib.closing(self._runs.events([request], "generate", stop)) as events:
             for _, event in events:
                 yield event  # type: ignore[misc]  # arrays only come in other modes
 
@@ -215,7 +231,10 @@ class Engine:
         raise RunError(f"The run ended, but the library returned no {mode}.")
 
     def abort(self) -> None:
-        """Abort the current run, if any, from any thread: its iterator then yields Finished with ABORT."""
+        """Abort the current run, if any, from any thread: its iterator then yields Finished with ABORT.
+
+        A worker that does not end the run in time (`abort_timeout`) is killed; the iterator raises WorkerHungError.
+        """
         self._runs.abort()
 
     @property

@@ -81,6 +81,8 @@ class LoadOptions:
         embed: Ids to float32 [ids, hidden size], for a model file without an embedding table (since 1.3.0).
         load_timeout: Seconds before a load counts as hung; more for a large file (8 MB/s), and as long as it is read.
         token_timeout: Seconds without an event before a run counts as hung, prefill included.
+        abort_timeout: Seconds for a run to end after it was aborted. They begin when its prompt must have been read: a
+            library may notice an abort only then.
         close_timeout: Seconds for the library to exit by itself.
         interpreter: Command of the Python that the worker runs in.
         environment: Variables for the worker on top of the parent's, such as RKLLM_LOG_LEVEL.
@@ -113,6 +115,7 @@ class LoadOptions:
     embed: Callable[[Sequence[int]], Any] | None = None
     load_timeout: Time = 600.0
     token_timeout: Time = 300.0
+    abort_timeout: Time = 10.0
     close_timeout: Time = 10.0
     interpreter: Sequence[str] = (sys.executable, "-I", "-S", "-B")
     environment: Mapping[str, str] = field(default_factory=dict)

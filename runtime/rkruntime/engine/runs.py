@@ -21,9 +21,13 @@ from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerError, WorkerProtocolError
 from rkruntime.schema import Between, check_value
+from rkruntime.stop import Stop
 
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
+# Seconds per token that a library may take to read a prompt, ten times what Gemma 2 2B takes on an RK3588 (598 ms for
+# 128: https://github.com/airockchip/rknn-llm/blob/main/benchmark.md): a needless kill costs more than a late one.
+_READING: Final = 0.05
 
 
 class _Holder:
@@ -42,6 +46,9 @@ class Runs:
         self.active: int | None = None
         self.observed = Observed(info.release, info.max_context)
         self._abandoned = False
+        # The run that was aborted last, and until when it must have ended.
+        self._aborted: tuple[int, float] | None = None
+        self._read_at = 0.0
         # Whose run `active` is: only that iterator may end it, as long as it lives.
         self._holder: Callable[[], _Holder | None] = _nobody
         self._late_rows = 0
@@ -58,16 +65,20 @@ class Runs:
         if self.active is not None:
             raise in_use()
 
-    def events(self, requests: Sequence[Request], mode: str) -> Generator[tuple[int, ArrayEvent], None, None]:
-        """Run prompts; yields each event with its prompt's number. Closing the iterator aborts the run."""
-        with self._connection.explained():
+    def events(
+        self, requests: Sequence[Request], mode: str, stop: Stop | None = None
+    ) -> Generator[tuple[int, ArrayEvent], None, None]:
+        """Run prompts; yields each event with its prompt's number. Closing the iterator, or `stop`, aborts the run."""
+        with self._connection.explained(), contextlib.ExitStack() as stopping:
             mine, timeout = _Holder(), self._options.token_timeout
             try:
                 self._start(mine, requests, mode)
+                if stop is not None:
+                    stopping.enter_context(stop.ending(self.abort))
                 more = True
                 while more:
                     with self._connection.turn():
-                        record = self._connection.next(timeout, time.monotonic() + timeout)
+                        record = self._connection.next(timeout, time.monotonic() + timeout, self._limiting)
                         event = self._event(record)
                         more = self.active is not None
                     if self._connection.closing:
@@ -100,7 +111,7 @@ class Runs:
                     self._loop = asyncio.get_running_loop()
                     more = True
                     while more:
-                        record = await records.next(timeout, time.monotonic() + timeout, lambda: self._goes_on(mine))
+                        record = await records.next(timeout, lambda: self._goes_on(mine), self._limiting)
                         if record is None:
                             raise closed_meanwhile()
                         with self._connection.turn():
@@ -125,6 +136,9 @@ class Runs:
         with self._connection.turn():
             self.check_free()
             self._begin(mine, requests, mode)
+        longest = self._info.max_context or _LONGEST_CONTEXT
+        lengths = [longest if request.length is None else request.length for request in requests]
+        self._read_at = time.monotonic() + _READING * sum(lengths)
 
     def _begin(self, mine: _Holder, requests: Sequence[Request], mode: str) -> None:
         for request in requests:
@@ -242,7 +256,23 @@ class Runs:
         if run is not None and self._connection.gone is None and not self._connection.closed:
             # If the worker is gone by now, the iterator reports it.
             with contextlib.suppress(WorkerError, OSError):
-                self._connection.send({"call": "abort", "run": run})
+                self._send_abort(run)
+
+    def _send_abort(self, run: int) -> None:
+        if self._aborted is None or self._aborted[0] != run:  # asked again, it gets no more time
+            self._aborted = run, max(time.monotonic(), self._read_at) + self._options.abort_timeout
+        self._connection.send({"call": "abort", "run": run})
+
+    def _limiting(self, seconds: float, end: float) -> tuple[float, float]:
+        """The limit for what is being waited for, given the usual one: a run that was aborted has less time."""
+        if self._aborted is None or self._aborted[0] != self.active or self._aborted[1] >= end:
+            return seconds, end
+        return self._options.abort_timeout, self._aborted[1]
+
+    @property
+    def given_up(self) -> bool:
+        """Whether somebody was interrupted while waiting for the run to end."""
+        return self._abandoned
 
     def finish(self, timeout: float) -> None:
         """`settle` the current run, whoever began it."""
@@ -257,16 +287,15 @@ class Runs:
         if self._abandon(mine):
             with self._connection.turn():
                 self._fence()
-                self._connection.next(timeout, time.monotonic() + timeout)
+                self._connection.next(*self._limiting(timeout, time.monotonic() + timeout), self._limiting)
                 self._ended()
 
     async def _settle_async(self, mine: _Holder | None, records: AsyncRecords) -> None:
         if self._abandon(mine):
-            timeout = self._options.token_timeout
             with self._connection.turn():
                 self._fence()
             # The next run, or somebody who closes the model, may end it first.
-            if await records.next(timeout, time.monotonic() + timeout, lambda: self._goes_on(mine)):
+            if await records.next(self._options.token_timeout, lambda: self._goes_on(mine), self._limiting):
                 self._ended()
 
     def _fence(self) -> None:
@@ -286,8 +315,9 @@ class Runs:
             return False
         if self._connection.closed or self._worker.ended or not self._worker.owner.here:
             return False
-        self._abandoned = True
-        self._connection.send({"call": "abort", "run": self.active})
+        self._abandoned, self._aborted = True, None  # the time counts from now, where it is waited for
+        assert self.active is not None
+        self._send_abort(self.active)
         return True
 
     def _settle_quietly(self, mine: _Holder) -> None:

@@ -186,6 +186,7 @@ class LoadedModel:
         self.library = library
         self._on_result, self._tokenizer, self._embed = on_result, tokenizer, embed
         self.failure: BaseException | None = None
+        self.has_prompt_cache = False
         self._kept: list[Any] = []
         self.param = fill(library.default_param(), params)
         self.batches = max(1, getattr(self.param.extend_param, "n_batch", 1))
@@ -309,10 +310,12 @@ class LoadedModel:
     def load_prompt_cache(self, path: str) -> None:
         """Restore the KV cache from a file that a run saved."""
         self.call("rkllm_load_prompt_cache", text(path))
+        self.has_prompt_cache = True
 
     def release_prompt_cache(self) -> None:
         """Drop what load_prompt_cache restored."""
         self.call("rkllm_release_prompt_cache")
+        self.has_prompt_cache = False
 
     def clear_kv_cache(self, keep_system_prompt: bool = False, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Empty the KV cache, or remove positions [start, end) of each batch (since 1.2.1, while paused)."""

@@ -210,7 +210,7 @@ class Host:
         log.error("%s: %s", type(error).__name__, error.message)
 
     def succeeded(self) -> None:
-        """An answer was complete: reset the count of failures."""
+        """An answer or an embedding was complete: reset the count of failures."""
         self._failures = 0
 
     async def lost(self, error: RKEdgeError) -> None:

@@ -72,8 +72,8 @@ class PromptCaches:
         self._on_npu, self._files, self._loaded = [], None, False
 
     def forget_position(self) -> None:
-        """The KV cache no longer holds what the last run left."""
-        self._on_npu = []
+        """The KV cache no longer holds what the last run left, nor what a file restored: see Runner."""
+        self._on_npu, self._loaded = [], False
 
     async def prepare(self, model: Model, request: Request) -> Request:
         """Load the file that saves most, if any; returns the request, with a file to write if worthwhile."""
@@ -90,6 +90,7 @@ class PromptCaches:
         held, best, saved = await in_thread(self._found, model, tokens)
         if best and saved - held >= self._min_tokens and await self._load(model, best):
             self._known(model).move_to_end(best)
+            self._on_npu = self._known(model)[best]
             held = saved
         if len(tokens) - max(held if not self._reuses(model) else 0, saved) < self._min_tokens:
             return request
@@ -156,7 +157,8 @@ class PromptCaches:
         Reads and writes files, so call it in a thread.
         """
         held = common_prefix(self._on_npu, list(request.tokens))
-        self._on_npu = [*request.tokens, *answer.tokens]
+        # Without the runtime's own reuse, the next run has only what a file restores.
+        self._on_npu = [*request.tokens, *answer.tokens] if self._reuses(model) else []
         if request.save_prompt_cache is not None:
             path = Path(request.save_prompt_cache)
             try:
@@ -168,7 +170,7 @@ class PromptCaches:
         if answer.perf is not None and answer.perf.prefill_tokens > 0:
             return max(0, len(request.tokens) - answer.perf.prefill_tokens)
         # At least the last token is computed; releases before 1.2.1 give no figures.
-        return min(held, len(request.tokens) - 1) if self._reuses(model) else 0
+        return min(held, len(request.tokens) - 1)
 
     async def _load(self, model: Model, path: Path) -> bool:
         try:

@@ -407,6 +407,7 @@ class Service:
         except WorkerError as error:
             await self.host.lost(error)
             raise
+        self.host.succeeded()
         return vector, len(tokens)
 
     def take(self, settings: Settings) -> None:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.localchat import LocalChat
 from rkruntime.chat.repl import COMMANDS, Repl
-from rkruntime.errors import RunError, WorkerCrashedError
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.generation import FinishReason
+from rkruntime.engine.loading import LoadOptions
+from rkruntime.errors import BundleError, RunError, WorkerCrashedError
+from rkruntime.stop import Stop
 from rkruntime.terminal import Terminal, printable
+from rkruntime.text.conversation import Conversation
 from rkruntime.text.tokenizer import Tokenizer
 
 
@@ -186,10 +196,111 @@ def test_a_crashed_worker_is_loaded_again(
     fake_bundle: Bundle, fake_engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engines = [fake_engine([WorkerCrashedError("gone")]), fake_engine("fine")]
-    chat = LocalChat(fake_bundle, lambda: engines.pop(0))
+    chat = LocalChat(fake_bundle, lambda **_: engines.pop(0))
     Repl(chat, Typed(iter(["hello", "again"]))).run()
     assert "fine" in capsys.readouterr().out
     assert engines == []
+
+
+def test_a_stop_while_the_prompt_is_made_is_not_forgotten(
+    talk: Any, fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the prompt is made nevertheless, or is cut short."""
+    real = Conversation.prompt
+    chat = LocalChat(fake_bundle, lambda: fake_engine("not said", "not said", "fine"))
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        chat.stop()
+        return real(*arguments, **options)
+
+    def cut_short(*arguments: Any, **options: Any) -> Any:
+        chat.stop()
+        raise BundleError("It took too long.")
+
+    for prompt in (stopped, cut_short):
+        monkeypatch.setattr(Conversation, "prompt", prompt)
+        assert list(chat.ask("hello")) == []
+        assert chat.last is not None
+        assert chat.last.reason is FinishReason.ABORT
+        assert chat._conversation.messages == []
+    monkeypatch.setattr(Conversation, "prompt", real)
+    assert "".join(map(str, chat.ask("hello"))) in ("fine", "not said")
+    chat.close()
+
+
+@pytest.fixture
+def hanging(double: Callable[..., Path], tmp_path: Path, fake_bundle: Bundle) -> Iterator[Callable[..., LocalChat]]:
+    """A chat with a library that does so at its first load, another thing at the next one, and so on."""
+    model, chats = tmp_path / "model.rkllm", []
+    model.write_bytes(b"not read")
+
+    def make(*behaviours: str, **limits: float) -> LocalChat:
+        left = list(behaviours)
+
+        def load(*, stop: Stop | None = None) -> Engine:
+            environment = {"RKDOUBLE": left.pop(0), "RKDOUBLE_TOKENS": "5", "RKDOUBLE_AT": "3"}
+            given = LoadOptions(double("1.2.3"), model, environment=environment, stop=stop or Stop(), **limits)
+            return Engine.load(given)
+
+        chats.append(LocalChat(fake_bundle, load))
+        return chats[-1]
+
+    yield make
+    for chat in chats:
+        chat.close()
+
+
+def pressing(chat: LocalChat, when: Callable[[], object], times: int = 1) -> threading.Thread:
+    """A person who presses Ctrl-C as soon as `when` holds."""
+
+    def press() -> None:
+        while not when():
+            time.sleep(0.01)
+        for _ in range(times):
+            time.sleep(0.2)
+            if chat._stop is not None:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_ctrl_c_twice_leaves_a_run_that_hangs(
+    hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was said before stays; the next question loads the model again."""
+    chat = hanging("token-hang", "", abort_timeout=300)
+    person = pressing(chat, lambda: chat._answering, times=2)
+    Repl(chat, Typed(iter(["hello", "again"]))).run()
+    person.join()
+    shown = capsys.readouterr()
+    assert "stopped" in shown.out
+    assert "error" not in shown.err
+    assert chat._generated == 3 + 5
+    assert len(chat._conversation.messages) == 4
+
+
+def test_ctrl_c_once_ends_a_run_that_hangs_in_a_while(
+    hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = hanging("token-hang", "", abort_timeout=0.3)
+    person = pressing(chat, lambda: chat._answering)
+    Repl(chat, Typed(iter(["hello", "again"]))).run()
+    person.join()
+    assert "did not respond for 0.3 seconds and was killed" in capsys.readouterr().err
+    assert len(chat._conversation.messages) == 2
+
+
+def test_ctrl_c_stops_a_reload(hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]) -> None:
+    chat = hanging("token-segv", "init-hang", "")
+    person = pressing(chat, lambda: chat._engine and not chat._engine.alive)
+    Repl(chat, Typed(iter(["hello", "again", "at last"]))).run()
+    person.join()
+    shown = capsys.readouterr()
+    assert shown.err.count("error") == 1  # of the crash
+    assert "[stopped]" in shown.out
+    assert [item.content for item in chat._conversation.messages if item.role == "user"] == ["at last"]
 
 
 def test_a_full_context(talk: Any) -> None:
@@ -221,11 +332,31 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_at_a_pipe_only_answers_are_on_standard_output(
     fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    piped(monkeypatch, "hello\r\n/stats\nagain")
+    piped(monkeypatch, "hello\r\nagain")
     Repl(LocalChat(fake_bundle, lambda: fake_engine("hi \x1b there", "yes")), Terminal()).run()
     shown = capsys.readouterr()
     assert shown.out == "hi \x1b there\nyes\n"
-    assert "context" in shown.err
+    assert shown.err == ""
+
+
+LINE = st.sampled_from(["", " ", '"""', '"""a', 'a"""', "\\", "a\\", *COMMANDS, "/save x", "/nonsense", " /exit"])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lines=st.lists(LINE | st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), max_size=9), max_size=6))
+@example([*COMMANDS, "/save x", '"""', "a\\", "", "b"])
+def test_at_a_pipe_each_line_is_a_message(
+    fake_bundle: Bundle, fake_engine: Any, tmp_path: Path, lines: list[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path)
+        piped(monkeypatch, "".join(f"{line}\n" for line in lines))
+        engine = fake_engine(*("yes" for _ in lines), max_context=100_000)
+        chat = LocalChat(fake_bundle, lambda: engine)
+        Repl(chat, Terminal()).run()
+        chat.close()
+    assert [item.content for item in chat._conversation.messages if item.role == "user"] == lines
+    assert not (tmp_path / "x").exists()
 
 
 def test_at_a_pipe_an_error_ends_the_chat(

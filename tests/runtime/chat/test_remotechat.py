@@ -82,6 +82,45 @@ def test_a_board_that_makes_sense(board: Callable[..., RemoteChat]) -> None:
     assert chat.stats()["daemon"] == "ready, 0 waiting, hottest zone 40 °C"
 
 
+# What start-up files print without a line feed: a terminal's title, a greeting, half a character, half of some JSON.
+PREFIXES = [b"\x1b]0;orangepi\x07", b"Welcome to {board}: ", b"\xe2\x82", b'{"a": [', b"\0\xff\xfe", b"[1] ", b"true"]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=repr)
+def test_text_before_an_event_in_its_line(board: Callable[..., RemoteChat], prefix: bytes) -> None:
+    """At the first event, and at any other: what runs in the background prints when it likes."""
+    begin, text, done = ANSWER.splitlines(keepends=True)[:3]
+    answer = b"".join([prefix, begin, prefix, text, prefix, done, prefix, lines(end())])
+    chat = board(prefix + HELLO, prefix + READ, answer)
+    assert list(chat.ask("?")) == ["Hi"]
+
+
+SILENT = "import time; time.sleep(300)"
+BANNER = "print('Welcome', end='', flush=True); " + SILENT
+ENDLESS = "import time\nwhile True: print('Welcome', flush=True); time.sleep(0.01)"
+WITH_CHILD = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'input()'])"
+
+
+@pytest.mark.parametrize(
+    ("program", "login_s", "said"),
+    [
+        (SILENT, 0.5, "nothing came in 0.5 seconds"),
+        (BANNER, 60, "sent text, but in 0.3 seconds no answer"),
+        (ENDLESS, 60, "sent text, but in 0.3 seconds no answer"),
+        ("import signal; signal.signal(15, signal.SIG_IGN); " + SILENT, 2, "nothing came in 2 seconds"),
+        (WITH_CHILD, 60, "exited with code 0 before a daemon answered"),
+    ],
+    ids=["silent", "banner", "endless", "deaf", "child"],
+)
+def test_a_board_that_never_answers(monkeypatch: pytest.MonkeyPatch, program: str, login_s: float, said: str) -> None:
+    monkeypatch.setattr("rkruntime.chat.link._LOGIN_S", login_s)
+    monkeypatch.setattr("rkruntime.chat.link._GREETING_S", 0.3)
+    monkeypatch.setenv("RKEDGE_SSH", shlex.join([sys.executable, "-I", "-S", "-c", program]))
+    with pytest.raises(ServiceError, match=said) as caught:
+        RemoteChat("board", remote="rkedge attach", session="s", system="", options={})
+    assert "by hand" in caught.value.hint
+
+
 def test_what_the_board_ignores_is_said_once(board: Callable[..., RemoteChat]) -> None:
     """An older daemon does not say what it ignores; a newer one may stop ignoring it."""
     begins = [["temperature", "top_k"], ["temperature", "top_k"], [], ["top_p"]]
@@ -155,6 +194,8 @@ NONSENSE = [
     b'{"type": "done", "reason": "stop", "tokens_per_s": "fast"}\n',
     b'{"type": "done", "reason": "stop", "tokens_per_s": NaN}\n',
     b'{"type": "done", "reason": "stop", "tokens_per_s": ' + b"9" * 4000 + b"}\n",
+    b'{"type": "text", "text": "H\n',
+    b'Welcome{"type": "text", "te{"type": "text", "text": "Hi"}\n',
     b"[" * 100_000 + b"\n",
     b'{"type":' * 100_000 + b"\n",
     b"x" * (17 << 20),

@@ -146,9 +146,22 @@ def test_memory_within_a_container(board: Board) -> None:
     _write(root / "sys/fs/cgroup/memory.max", "4000000000\n")
     _write(root / "sys/fs/cgroup/memory.current", "1000000000\n")
     assert machine.memory(root) == machine.Memory(4_000_000_000, 3_000_000_000)
+    # A model file that was just copied or checked is no reason to refuse the model.
+    _write(root / "sys/fs/cgroup/memory.current", "3900000000\n")
+    stat = "anon 200000000\nfile 3700000000\nshmem 100000000\ninactive_file 3300000000\nactive_file 200000000\n"
+    _write(root / "sys/fs/cgroup/memory.stat", stat + "slab_reclaimable 50000000\nslab 90000000\nworkingset_x 7\n")
+    assert machine.memory(root) == machine.Memory(4_000_000_000, 3_650_000_000)
+    _write(root / "sys/fs/cgroup/memory.stat", "anon\ninactive_file -3\nactive_file x\n\0")
+    assert machine.memory(root) == machine.Memory(4_000_000_000, 100_000_000)
     _write(root / "sys/fs/cgroup/memory.max", "max\n")
     assert machine.memory(root) == machine.Memory(16_384_000_000, 12_288_000_000)
     assert machine.memory(root / "nothing") is None
+
+
+def test_kills_for_lack_of_memory(tmp_path: Path) -> None:
+    assert machine.kills_for_memory(tmp_path) is None
+    _write(tmp_path / "proc/vmstat", "pgfault 3\noom_kill 12\noom_kill_x 5\n")
+    assert machine.kills_for_memory(tmp_path) == 12
 
 
 RK3588_CLOCKS = {(0, 1, 2, 3): 1_800_000, (4, 5): 2_256_000, (6, 7): 2_400_000}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from rkconvert.demo import checkpoint
 from rkruntime import cli
+from rkruntime import firstrun as first_run
+from rkruntime.engine.generation import Finished, FinishReason, Request
 from rkruntime.errors import RefusedError, WorkerCrashedError
 
 USUAL = {
@@ -96,6 +99,65 @@ def test_a_crash_is_an_answer_and_the_next_question_is_asked(first: First) -> No
     assert code == 0
     assert report["answers"]["template"]["error"]["error"] == WorkerCrashedError.__name__
     assert said(report)["hidden"] == USUAL["hidden"]
+
+
+def test_a_run_without_its_end_is_not_a_release_without_figures(first: First) -> None:
+    code, report = first("--risky", RKEMU_FAULT="lost-finish")
+    assert code == 0
+    assert said(report)["template"] == "This run did not say how many tokens it has read."
+    assert said(report)["reuse"] == "It gives the same answer; this run did not say how many tokens it has read."
+    assert "None" not in json.dumps(said(report))
+    assert report["complete"] is True
+
+
+def test_a_small_context_is_said_as_it_is(first: First, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_run, "_PROMPT", "What is the RK3588?")  # its answer takes 15 tokens
+    code, report = first("--max-context", "32")
+    assert code == 0
+    words = said(report)["end"].split()
+    assert words[:4] == ["No", "answer", "ended", "within"]
+    assert 0 < int(words[4]) < 15
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3])
+def test_a_short_answer_is_paused_too_or_the_question_not_answered(
+    first: First, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    short = first_run._Run([], Finished(FinishReason.STOP, 19, 0))
+    real = first_run.Trial.run
+
+    def run(trial: Any, request: Request) -> Any:
+        if request.pause_tokens or not tokens:
+            return real(trial, request) if tokens else short
+        return real(trial, replace(request, max_new_tokens=tokens))
+
+    monkeypatch.setattr(first_run, "QUESTIONS", {"pause": first_run.QUESTIONS["pause"]})
+    monkeypatch.setattr(first_run.Trial, "run", run)
+    _, report = first("--risky")
+    says = said(report)["pause"]
+    assert says == (USUAL["pause"] if tokens else "Not answered: the run did not pause.")
+
+
+def test_what_is_broken_off_says_so(
+    first: First, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    real = first_run.Trial.run
+
+    def run(trial: Any, request: Request) -> Any:
+        runs.append(request)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return real(trial, request)
+
+    monkeypatch.setattr(first_run.Trial, "run", run)
+    code, report = first()
+    shown = capsys.readouterr()
+    assert code == 130
+    assert report["complete"] is False
+    assert list(report["answers"]) == ["template", "reuse"]
+    assert "as far as it went, with 2 answers" in shown.err
+    assert "Please send" not in shown.err
 
 
 def test_a_place_that_cannot_be_written_shows_first(

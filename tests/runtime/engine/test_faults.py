@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.runtime.conftest import Interrupt
 
 from rkruntime.engine.engine import Engine, LoadOptions, Lora
 from rkruntime.engine.generation import FinishReason, Request
@@ -30,6 +31,7 @@ from rkruntime.errors import (
     WorkerHungError,
     WorkerProtocolError,
 )
+from rkruntime.stop import Stop
 
 Misbehaving = Callable[..., LoadOptions]
 REQUEST = Request([1, 2, 3])
@@ -125,6 +127,71 @@ def test_other_calls_that_hang(misbehaving: Misbehaving) -> None:
             engine.cache_sizes()
     engine.close()
     works(misbehaving)
+
+
+def test_an_abort_that_does_not_help(misbehaving: Misbehaving) -> None:
+    """The worker is killed long before a token counts as late, whoever waits for the end of the run."""
+
+    def aborted(engine: Engine) -> None:
+        threading.Timer(0.2, engine.abort).start()
+        list(engine.generate(REQUEST))
+
+    async def cancelled(engine: Engine) -> None:
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(collected(engine), 0.2)
+
+    for way in (aborted, cancelled):
+        # at=0: also before the first token
+        options = misbehaving("token-hang", at=0, token_timeout=300.0, close_timeout=300.0, abort_timeout=0.3)
+        with Engine.load(options) as engine:
+            with pytest.raises(WorkerHungError, match=r"did not respond for 0\.3 seconds"):
+                asyncio.run(way(engine)) if way is cancelled else way(engine)
+            assert not engine.alive
+
+
+def test_a_run_that_is_left_for_good(misbehaving: Misbehaving) -> None:
+    """A second interrupt, while the end of the run is waited for: to close the model takes no longer."""
+    presses: list[int] = []
+
+    def press(*_: object) -> None:
+        presses.append(len(presses))
+        if len(presses) < 3:
+            raise Interrupt
+
+    limits = {"token_timeout": 300.0, "close_timeout": 300.0, "abort_timeout": 300.0}
+    before = signal.signal(signal.SIGALRM, press)
+    try:
+        with Engine.load(misbehaving("token-hang", **limits)) as engine, pytest.raises(Interrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.4, 0.4)
+            list(engine.generate(REQUEST))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not engine.alive
+    assert len(presses) > 1
+
+
+def test_a_stop_is_not_forgotten(misbehaving: Misbehaving) -> None:
+    """One that comes before the run begins."""
+    stop = Stop()
+    stop.ask()
+    with Engine.load(misbehaving("", tokens=100_000, us=1000)) as engine:
+        *_, finished = engine.generate(REQUEST, stop)
+        assert finished.reason is FinishReason.ABORT
+        assert list(engine.generate(Request([1], max_new_tokens=3)))[-1].reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("reading", [0.0, 60.0])
+def test_a_long_prompt_is_not_taken_for_a_hang(
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, reading: float
+) -> None:
+    """A library that notices an abort late gets the time that its prompt may take."""
+    monkeypatch.setattr("rkruntime.engine.runs._READING", reading)
+    with Engine.load(misbehaving("abort-deaf", tokens=150, us=20_000, abort_timeout=0.5)) as engine:
+        events = engine.generate(REQUEST)
+        next(events)
+        events.close()
+        assert engine.alive is (reading > 0)
 
 
 @pytest.mark.parametrize("end", ["close", "collect"])
@@ -527,6 +594,28 @@ def test_a_killed_worker(misbehaving: Misbehaving, worker_of: Callable[[Engine],
         os.kill(worker_of(engine), signal.SIGKILL)
         with pytest.raises(WorkerCrashedError, match="SIGKILL"):
             engine.cache_sizes()
+
+
+@pytest.mark.parametrize(("kills", "word"), [((7, 7), "Something else"), ((None, None), "dmesg"), ((7, 8), "memory")])
+def test_a_kill_is_for_lack_of_memory_only_if_the_kernel_says_so(
+    misbehaving: Misbehaving,
+    worker_of: Callable[[Engine], int],
+    monkeypatch: pytest.MonkeyPatch,
+    kills: tuple[int | None, int | None],
+    word: str,
+) -> None:
+    with Engine.load(misbehaving("", tokens=1000, us=10_000)) as engine:
+        monkeypatch.setattr("rkruntime.checks.machine.kills_for_memory", lambda: kills[0])
+        events = engine.generate(REQUEST)
+        next(events)
+        monkeypatch.setattr("rkruntime.checks.machine.kills_for_memory", lambda: kills[1])
+        os.kill(worker_of(engine), signal.SIGKILL)
+        with pytest.raises(WorkerCrashedError, match="SIGKILL") as caught:
+            list(events)
+    found = caught.value.details["diagnosis"]
+    assert word in caught.value.hint
+    assert (found["class"] == "host-ram-at-load") is (kills == (7, 8))
+    assert ("GB of memory are available" in caught.value.hint) is (kills != (7, 8))
 
 
 def test_no_interpreter(misbehaving: Misbehaving, tmp_path: Path) -> None:

@@ -162,9 +162,34 @@ def test_prompt_cache_files(load: Load, release: str, question: list[int], tmp_p
     assert ids_of(tokens) == expected
     if finished.perf:
         assert finished.perf.prefill_tokens == 1
+    engine.load_prompt_cache(path)
+    for _ in range(2):  # a row for each token, and not only for those that the file does not have
+        assert len(engine.hidden_states(Request(question))) == len(question)
     engine.release_prompt_cache()
     path.write_bytes(b"damaged")
     with pytest.raises(RunError, match="rkllm_load_prompt_cache returned -1") as caught:
         engine.load_prompt_cache(path)
     assert caught.value.details["log"]
     assert ids_of(engine.generate(Request(question, max_new_tokens=6))) == expected
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_abort_while_a_callback_is_asked(load: Load, model_without: Any, question: list[int], late: bool) -> None:
+    """The run ends as aborted, whether the program answers or fails afterwards; the next one is right."""
+    held: list[Any] = []
+
+    def tokenize(text: str) -> list[int]:
+        if held:
+            held.pop().abort()
+            if late:
+                raise ValueError("no longer wanted")
+        return question
+
+    engine = load("1.3.0", model=model_without("tokenizer"), tokenizer=tokenize, token_timeout=20.0)
+    request = Request(prompt=TextPrompt("What is the RK3588?"), max_new_tokens=3)
+    expected = list(engine.generate(request))[:-1]
+    held.append(engine)
+    events = list(engine.generate(request))
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason is FinishReason.ABORT
+    assert list(engine.generate(request))[:-1] == expected

@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +176,21 @@ def test_embeddings_end_with_their_client(start_daemon: Callable[..., Any]) -> N
     assert daemon.request("GET", "/status")[2]["queue"]["busy"]
     one.close()
     daemon.wait_until(lambda: not daemon.request("GET", "/status")[2]["queue"]["busy"], 5)
+
+
+def test_embeddings_after_many_failures_that_are_not_in_a_row(start_daemon: Callable[..., Any]) -> None:
+    """A daemon that makes nothing else: each failure is the first one, after which the model is loaded at once."""
+    daemon = start_daemon(port=False)
+
+    def embedding() -> int:
+        status, _, _ = daemon.request("POST", "/v1/embeddings", {"input": "What"})
+        return int(status)
+
+    for _ in range(6):
+        assert embedding() == 200
+        (worker,) = daemon.workers()
+        os.kill(worker, signal.SIGKILL)
+        assert embedding() == 502
 
 
 def test_embeddings_have_a_time_limit(start_daemon: Callable[..., Any]) -> None:

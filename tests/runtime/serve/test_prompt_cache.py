@@ -90,6 +90,33 @@ def test_files_that_vanish_or_are_no_caches(start_daemon: Callable[..., Any], tm
     assert [daemon.ask(question) for question in QA] == list(QA.values())
 
 
+@pytest.mark.parametrize("release", ["1.1.4", "1.2.0", "1.2.3"])
+def test_embeddings_between_the_turns_of_a_chat(start_daemon: Callable[..., Any], tmp_path: Path, release: str) -> None:
+    """A file that was loaded for the chat takes no row from them, and what it saves is told, also before 1.2.0."""
+    folder = tmp_path / "prompts"
+    daemon = start_daemon(f"release: '{release}'\n" + SETTINGS.format(folder=folder), port=False)
+
+    def embedding() -> Any:
+        status, _, body = daemon.request("POST", "/v1/embeddings", {"input": "What is an NPU?"})
+        assert status == 200, body
+        return body["data"][0]["embedding"]
+
+    expected = embedding()
+    messages: list[dict[str, str]] = []
+    reused = []
+    for question, answer in list(QA.items())[:3]:
+        messages.append({"role": "user", "content": question})
+        _, _, body = daemon.request("POST", "/v1/chat/completions", {"messages": messages, "temperature": 0})
+        assert len(messages) > 1 or body["choices"][0]["message"]["content"] == answer
+        messages.append({"role": "assistant", "content": body["choices"][0]["message"]["content"]})
+        reused.append(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert embedding() == expected
+    assert list(folder.glob("*.kv"))
+    assert reused[0] <= 1
+    assert 4 < reused[1] < reused[2] < body["usage"]["prompt_tokens"]
+    assert daemon.metric("rkedge_prefill_saved_tokens_total") == sum(reused)
+
+
 class _Engine:
     """Answers with 10, 11, 12, ... behind a prompt of 3 tokens, up to 15; fails behind so many if it has a file."""
 

@@ -39,6 +39,7 @@ class Worker:
         self._model: LoadedModel | None = None
         self._runner: Runner | None = None
         self._number = self._aborted = 0
+        self._unanswered = 0  # the run that was aborted while a callback waited for its answer
 
     def serve(self) -> NoReturn:
         """Execute commands until the parent sends `close` or is gone."""
@@ -129,7 +130,12 @@ class Worker:
 
     def _do_run(self, header: dict[str, Any], data: list[memoryview]) -> list[dict[str, Any]]:
         assert self._runner is not None
-        return self._runner.run(header, data)
+        try:
+            return self._runner.run(header, data)
+        except RunError:
+            if self._unanswered != header["run"]:
+                raise
+            return self._runner.aborted_results(header)
 
     def _do_is_running(self, _header: dict[str, Any], _data: list[memoryview]) -> bool:
         return self.model.is_running()
@@ -161,12 +167,14 @@ class Worker:
 
     def _ask(self, kind: int, data: bytes) -> bytes:
         if self._aborted == self._number:
+            self._unanswered = self._number
             raise RunError(_NO_ANSWER.decode())
         self.send(kind, self._number, 0, data)
         while (answered := self._answers.get())[0] != self._number & 0xFFFF:
             continue  # an answer that came too late
         _, ok, answer = answered
         if not ok:
+            self._unanswered = self._aborted
             raise RunError(answer.decode())
         return answer
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Final
 
+from rkruntime.checks import machine
 from rkruntime.engine.generation import Finished, FinishReason, HiddenStates, Logits, Perf
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.exchange import lie
@@ -57,22 +58,42 @@ def error_of(record: Record) -> RKEdgeError:
     return kind(message, hint=hint)
 
 
-def add_log(error: RKEdgeError, lines: Sequence[str]) -> None:
-    """Add the last lines of the library's log to an error, and their diagnosis."""
+def add_log(error: RKEdgeError, lines: Sequence[str], *, loading: bool, ran_out: bool | None) -> None:
+    """Add the last lines of the library's log to an error, and their diagnosis.
+
+    Args:
+        loading: Whether the model was not loaded yet.
+        ran_out: Whether the kernel killed a process for lack of memory meanwhile; None if it does not say.
+    """
     error.details.setdefault("log", list(lines))
     if isinstance(error, ModelError):
         from rkruntime.checks.diagnosis import diagnose
 
         # What a shell would have printed below the log; a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
+        killed = error.details.get("signal") == "SIGKILL" and not ran_out
+        likely = ending if killed and loading else []  # anybody can kill a process, but a load is what takes memory
+        ending = [] if killed else ending
         if error.message.startswith("rkllm_load_lora "):
             # For an adapter that cannot be read, the log says "model"; adapters are read after the model.
             ending.append("rkllm_load_lora failed")
         found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
+        if killed:
+            error.hint = _killed_hint(ran_out)
+        if likely and not found.explained:
+            found = replace(diagnose("\n".join([*lines, *likely]), context={"library": "librkllmrt"}), confidence="low")
         error.details.setdefault("diagnosis", found.as_dict())
         if found.explained:
             step = f" First: {found.next_steps[0]}" if found.next_steps else ""
             error.hint = f"Diagnosis ({found.confidence} confidence): {found.title}.{step}"
+
+
+def _killed_hint(ran_out: bool | None) -> str:
+    memory = machine.memory()
+    free = f" {memory.available / 1e9:.1f} GB of memory are available now." if memory else ""
+    if ran_out is None:
+        return f"Something killed it: look for 'Out of memory' in dmesg.{free}"
+    return f"Something else than the kernel's lack of memory killed it, such as a person or a service manager.{free}"
 
 
 def array_of(record: Record) -> Logits | HiddenStates:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
-from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, WorkerProcess
+from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, Limiting, WorkerProcess
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import WorkerError
 
@@ -50,9 +50,11 @@ class AsyncRecords:
             record = self._worker.buffered()
         return record
 
-    async def next(self, timeout: float, deadline: float, wanted: Callable[[], bool]) -> Record | None:
+    async def next(self, timeout: float, wanted: Callable[[], bool], limiting: Limiting) -> Record | None:
         """See WorkerProcess.next_record; None as soon as none is `wanted` any more."""
+        deadline = time.monotonic() + timeout
         while True:
+            timeout, deadline = limiting(timeout, deadline)
             with self._turn():
                 if not wanted():
                     return None

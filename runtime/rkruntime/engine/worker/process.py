@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.command_pipe import CommandPipe
@@ -51,6 +51,8 @@ SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
+# Another limit for what is being waited for, and its end (time.monotonic()), from those so far.
+Limiting: TypeAlias = Callable[[float, float], tuple[float, float]]
 # Workers that were never closed and had not yet exited at the last check.
 _let_go_of: Final[list[subprocess.Popen[bytes]]] = []
 
@@ -208,11 +210,11 @@ class WorkerProcess:
             joined = b"".join([self._buffer[self._at :], *self._parts])
             self._buffer, self._at, self._parts, self._counted = joined, 0, [], 0
 
-    def next_record(self, timeout: float, deadline: float, more_time: Callable[[], float] | None = None) -> Record:
+    def next_record(self, timeout: float, deadline: float, limiting: Limiting | None = None) -> Record:
         """Wait for a record until `deadline` (time.monotonic()), the end of a limit of `timeout` seconds.
 
         Args:
-            more_time: Asked twice a second for a later deadline.
+            limiting: Asked twice a second for another limit.
 
         Raises:
             WorkerCrashedError: the worker ended.
@@ -232,7 +234,7 @@ class WorkerProcess:
             if now > self._next_look:
                 self._next_look = now + _SLICE
                 self.check_alive()
-                deadline = max(deadline, more_time() if more_time else 0.0)
+                timeout, deadline = limiting(timeout, deadline) if limiting else (timeout, deadline)
             if record is None and now > deadline:
                 raise self.hung(timeout)
         return record

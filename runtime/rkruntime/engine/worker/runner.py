@@ -109,6 +109,8 @@ class Runner:
 
     def _forget_prompts(self) -> None:
         """Empty the KV cache: boards are reported to return no rows for what it holds (rknn-llm issues 278, 453)."""
+        if self.model.has_prompt_cache:
+            self.model.release_prompt_cache()
         if "rkllm_clear_kv_cache" in self._library.abi.functions:
             self.model.clear_kv_cache()
 
@@ -302,6 +304,11 @@ class Runner:
                 return
             self._ended = [ended or "abort" for ended in self._ended]
             self._abort_quietly()
+
+    def aborted_results(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `run` returns for a run that an abort has ended within one of the program's callbacks."""
+        self._ended = [ended or "abort" for ended in self._ended]
+        return self._results(header)
 
     def _results(self, header: dict[str, Any]) -> list[dict[str, Any]]:
         results = []
