@@ -6,6 +6,7 @@ data_quant.json @ 1.3.0 has 19 such objects).
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +19,10 @@ from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CalibrationError, InputError
-from rkruntime.files import atomic_file, read_error
+from rkruntime.files import atomic_file, read_error, read_regular
 
 KEYS: Final = ("input", "target")
-_MOST_BYTES: Final = 64 << 20
+MOST_BYTES: Final = 64 << 20
 _SHOWN: Final = 60
 
 
@@ -99,12 +100,12 @@ def validate_dataset(
 
 def _read(path: Path) -> Any:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise CalibrationError(
-                f"{path} exceeds {_MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
-            )
-        data = path.read_bytes()
+        data = read_regular(path, MOST_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise CalibrationError(
+                f"{path} exceeds {MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
+            ) from error
         raise read_error(path, error, CalibrationError) from error
     refuse_lfs_pointer(path, data[:64], CalibrationError)
     try:

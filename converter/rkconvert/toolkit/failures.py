@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from rkconvert.output.host_memory import read_memory
@@ -51,14 +53,8 @@ def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
         )
     if run.killed:
         return _out_of_memory(run, job)
-    free = shutil.disk_usage(run.scratch).free
-    if free < _FULL_DISK or _NO_SPACE.search("\n".join(run.output.tail())):
-        return _error(
-            HostError,
-            run,
-            f"stopped while {_STAGES[run.stage]}: the disk is full, with {free / 1e9:.2f} GB free",
-            hint="Free space on the disk of the output folder, or name one on another disk.",
-        )
+    if full := _full_disk(run):
+        return full
     if run.failure is None:
         how = f"signal {-run.exit_code}" if run.exit_code < 0 else f"exit code {run.exit_code}"
         return _error(ToolkitError, run, f"exited with {how} while {_STAGES[run.stage]}")
@@ -90,6 +86,27 @@ def bad_file(run: WorkerRun, name: str, why: str) -> RKEdgeError:
     return _error(ToolkitError, run, f"returned 0 for every step, but its file {name} cannot be used: {why}")
 
 
+def _full_disk(run: WorkerRun) -> RKEdgeError | None:
+    """The error for a full disk, with the one that it is: temporary files may be on another one than the output."""
+    places = {"output folder": run.scratch, "temporary folder": Path(tempfile.gettempdir())}
+    free = {place: shutil.disk_usage(path).free for place, path in places.items()}
+    told = _NO_SPACE.search("\n".join(run.output.tail()))
+    if not told and free["output folder"] >= _FULL_DISK:
+        return None
+    place = min(free, key=lambda name: free[name])
+    if free[place] < _FULL_DISK:
+        where, hint = f"the disk of the {place} is full", f"Free space on the disk of the {place}"
+    else:  # What it had written went when it ended; or it writes where nobody expects it.
+        where, hint = "it found a disk full", "Free space on the disks of the output folder and the temporary folder"
+    sizes = ", ".join(f"{size / 1e9:.2f} GB in the {name}" for name, size in free.items())
+    return _error(
+        HostError,
+        run,
+        f"stopped while {_STAGES[run.stage]}: {where}; free are {sizes}",
+        hint=f"{hint}, or name another one (--output, TMPDIR).",
+    )
+
+
 def _out_of_memory(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
     seen = "its out-of-memory killer was active" if run.out_of_memory_kills else "which it does when memory runs out"
     held = f", with {run.peak_memory / 1e9:.1f} GB in memory" if run.peak_memory else ""
@@ -115,14 +132,14 @@ def _error(kind: type[RKEdgeError], run: WorkerRun, what: str, hint: str | None 
     if hint is None and found.class_.startswith("convert-"):
         meaning, hint = f" {found.cause}", found.next_steps[0]
     return kind(
-        f"rkllm-toolkit {run.toolkit.version} {what.removesuffix('.')}.{meaning} Whole log: {run.output.path}",
+        f"rkllm-toolkit {run.toolkit.version} {what.removesuffix('.')}.{meaning} {run.output.whereabouts}",
         hint=hint or _READ_THE_LOG,
         details={
             "stage": run.stage,
             "hung": run.hung,
             "exit_code": run.exit_code,
             "peak_memory": run.peak_memory,
-            "log": str(run.output.path),
+            "log": str(run.output.path or ""),
             "lines": run.output.tail(),
             "trace": run.failure.trace if run.failure else "",
             "diagnosis": found.as_dict(),

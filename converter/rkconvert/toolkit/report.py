@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
-from rkconvert.toolkit.output import qparams_of
 from rkconvert.toolkit.result import ToolkitResult
 from rkconvert.toolkit.settings import Setting
 from rkconvert.toolkit.verify import Verified
@@ -53,13 +51,12 @@ def write(
     """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
-    log = run.output.path.read_bytes()
+    log = run.output.take()
     for path in (str(folder.resolve()), str(folder), str(Path.home())):
         log = log.replace(os.fsencode(path), b"...")
     (folder / _LOG).write_bytes(log)
-    run.output.path.unlink()
-    if (kept := qparams_of(run.output.path)).is_file():
-        shutil.move(kept, folder / _QPARAMS)
+    if result.qparams:
+        result.qparams.replace(folder / _QPARAMS)
     doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
     report = {
         "toolkit": run.toolkit.as_dict(),
@@ -74,7 +71,7 @@ def write(
         "verify": None,
         "notes": [*run.calls.notes, *doubts, *notes],
         "doubts": doubts,
-        "warnings": list(run.warnings),
+        "warnings": [*run.warnings, *([f"its log is not whole: {run.output.lost}"] if run.output.lost else [])],
     }
     write_report(folder, NAME, report)
     return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
 from rkconvert.output.host_memory import HostMemory
-from rkconvert.toolkit import target
+from rkconvert.toolkit import result, target
+from rkconvert.toolkit.result import ToolkitResult
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.errors import (
@@ -127,6 +129,21 @@ def test_parameters_that_an_algorithm_found_are_kept(options: Callable[..., Opti
     assert (bundle.path / "report" / "toolkit.qparams").read_text() == "scales"
     bundle.verify(trust_stamps=False)
     convert(options(**asked, output=bundle.path.with_name("again"), qparams=bundle.path / "report" / "toolkit.qparams"))
+
+
+def test_a_log_that_others_deleted_does_not_cost_the_model(
+    options: Callable[..., Options], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_back(*given: Any) -> ToolkitResult:
+        shutil.rmtree(home / "xdg_cache_home")
+        return result.read_back(*given)
+
+    monkeypatch.setattr(target, "read_back", read_back)
+    asked = {"platform": "rk3576", "dtype": "w4a16", "algorithm": "grq", "toolkit_device": "cuda"}
+    bundle = convert(options(**asked))
+    assert is_complete(bundle.path)
+    assert "Model has been saved" in (bundle.path / "report" / "toolkit.log").read_text()
+    assert (bundle.path / "report" / "toolkit.qparams").read_text() == "scales"
 
 
 def test_an_adapter_merged(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:
