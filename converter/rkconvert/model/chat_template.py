@@ -12,7 +12,7 @@ from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenize
 from rkconvert.model.rendering import rendered, try_out
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.inputs import templates
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TEMPLATE, TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
@@ -153,7 +153,7 @@ def find_template(folder: Place) -> str | None:
 
 def _read(file: Place) -> str:
     try:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             data = stream.read(MAX_TEMPLATE + 1)
         if len(data) > MAX_TEMPLATE:
             raise CheckpointError(f"{file} exceeds {MAX_TEMPLATE:,} bytes, too many for a chat template.")
