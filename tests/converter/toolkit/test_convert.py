@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,27 @@ def test_a_bundle(options: Callable[..., Options], version: str, tmp_path: Path,
     for path in bundle.path.rglob("*"):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path
     assert not list((home / "xdg_cache_home" / "rkedge" / "logs").glob("*"))
+
+
+def test_no_path_of_this_machine_is_in_a_bundle(
+    options: Callable[..., Options], fail: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home of somebody"
+    (home / "tmp files").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "tmp files"))
+    monkeypatch.setenv("TMPDIR", str(home / "tmp files"))
+    fail("build:paths")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
+    bundle = convert(options(calibration=data))
+    private = {*tmp_path.parts, "somebody", "tmp files", *Path(__file__).parts[:-4], "site-packages"} - {"/", "tmp"}
+    for path in (file for file in bundle.path.rglob("*") if file.is_file() and file.parent.name == "report"):
+        text = path.read_bytes().decode("utf-8", "replace")
+        assert not [name for name in private if f"/{name}" in text or f"{name}/" in text], path
+    log = (bundle.path / "report" / "toolkit.log").read_text()
+    assert ".../rkllm_standin.py:13: and/or 3/4 </s> https://github.com/airockchip/rknn-llm/issues" in log
+    assert ".../calibration.json" in log
 
 
 @pytest.mark.parametrize("name", ["data.json", "chats [v2]/{a,b} ::*.json"])
