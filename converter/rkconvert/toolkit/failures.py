@@ -40,6 +40,8 @@ _READ_THE_LOG: Final = (
 )
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
+# Quantizing takes as much again as the weights, and other programs need some.
+_MUCH: Final = 0.4
 
 
 def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
@@ -52,7 +54,7 @@ def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
             hint="Check that the disk and the GPU work, then try again; --toolkit-patience sets another limit.",
         )
     if run.killed:
-        return _out_of_memory(run, job)
+        return _killed(run, job)
     if full := _full_disk(run):
         return full
     if run.failure is None:
@@ -107,20 +109,29 @@ def _full_disk(run: WorkerRun) -> RKEdgeError | None:
     )
 
 
-def _out_of_memory(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
-    seen = "its out-of-memory killer was active" if run.out_of_memory_kills else "which it does when memory runs out"
+def _killed(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
+    """The error for signal 9, which the kernel sends when memory runs out, and so does a person or a batch system."""
+    counted = run.out_of_memory_kills
+    memory = read_memory()
     held = f", with {run.peak_memory / 1e9:.1f} GB in memory" if run.peak_memory else ""
-    needs, loading = "", (job.toolkit_device, job.toolkit_load_dtype)
+    needs, loading, size = "", (job.toolkit_device, job.toolkit_load_dtype), 0
     if job.parameters:
         loaded = run.toolkit.release.loaded_as(*loading)
         size = job.parameters * LOADED_BYTES[loaded]
         needs = f" The weights alone take {size / 1e9:.1f} GB in {loaded}."
+    if counted:
+        how = "was killed by the kernel (its out-of-memory killer was active)"
+    elif max(size, run.peak_memory) > memory.total * _MUCH:
+        how = "was killed, probably by the kernel (which does so when memory runs out)"
+    else:
+        how = "was killed by signal 9, and the kernel counted no kill for lack of memory"
     return _error(
         HostError,
         run,
-        f"was killed by the kernel ({seen}) while {_STAGES[run.stage]}{held}; this machine has {read_memory()}.{needs}",
+        f"{how} while {_STAGES[run.stage]}{held}; this machine has {memory}.{needs}",
         hint="Add swap (more than 4 bytes for each weight of the model), close other programs, or raise the limit of"
-        f" the container or of WSL{run.toolkit.release.half_hint(*loading)}.",
+        f" the container or of WSL{run.toolkit.release.half_hint(*loading)}."
+        + ("" if counted else " Or somebody, or a batch system, ended it: try again."),
     )
 
 
@@ -151,6 +162,6 @@ def _diagnose(run: WorkerRun) -> Diagnosis:
     text = run.output.text()
     if run.failure:
         text += f"\n{run.failure.trace}\n{run.failure.message}\n"
-    if run.killed:
+    if run.killed and run.out_of_memory_kills:
         text += "\nKilled\n"  # as a shell prints it, and as people report it
     return diagnose(text, context={"stage": "convert", "toolkit": run.toolkit.version})

@@ -22,7 +22,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from rkconvert.toolkit import target
+from rkconvert.toolkit import session, target
 from rkconvert.toolkit.events import Event, Heartbeat, Notice, Progress, Stage, WorkerStarted
 from rkconvert.toolkit.interpreter import Toolkit
 from rkconvert.toolkit.job import ToolkitJob
@@ -117,7 +117,7 @@ def nothing_left(job: ToolkitJob) -> bool:
 
 
 FAULTS = [
-    ("build:killed", HostError, "killed by the kernel", "convert-out-of-memory"),
+    ("build:killed", HostError, "killed by signal 9, and the kernel counted no kill", None),
     ("load:segfault", ToolkitError, "exited with signal 11", None),
     ("build:exit", ToolkitError, r"exit\(3\)", None),
     ("build:raise", CheckpointError, "RuntimeError", "convert-checkpoint-unusable"),
@@ -196,6 +196,19 @@ def test_out_of_memory_tells_the_numbers(job: Job, toolkit: Find, fail: Fail) ->
         run_toolkit(job(parameters=2_600_000_000), toolkit())
     assert caught.value.details["exit_code"] == -signal.SIGKILL
     assert "swap" in caught.value.hint
+
+
+def test_a_kill_by_the_kernel_is_told_from_others(
+    job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail("build:killed")
+    monkeypatch.setattr(session, "out_of_memory_kills", Mock(side_effect=[3, 4]))
+    with pytest.raises(HostError, match="killed by the kernel") as caught:
+        run_toolkit(job(parameters=4000), toolkit())
+    assert caught.value.details["diagnosis"]["class"] == "convert-out-of-memory"
+    with pytest.raises(HostError, match="probably by the kernel"):
+        monkeypatch.setattr(session, "out_of_memory_kills", lambda: 3)
+        run_toolkit(job(parameters=10**13), toolkit())
 
 
 # 1.1.x does not have the option, and 1.3.0 was reported to load float32 on the CPU regardless.
