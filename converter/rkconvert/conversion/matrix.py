@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -102,11 +102,31 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
     twice = [output for output, count in Counter(cell.options.output for cell in found).items() if count > 1]
     if twice:
         raise UsageError(f"Two conversions of the matrix are the same: both would write {twice[0]}.")
-    labels: dict[Options, str] = {}
-    for cell in found:
-        if (other := labels.setdefault(_deciding(cell.options), cell.label)) != cell.label:
-            raise UsageError(f"Two conversions of the matrix are the same: {other} and {cell.label}.")
+    _refuse_same((cell.label, _deciding(cell.options)) for cell in found)
     return found
+
+
+def _refuse_twice(jobs: Sequence[tuple[str, Job]]) -> None:
+    """Refuse what is the same only once defaults are filled in: a context that is the model's own, all cores."""
+    _refuse_same(
+        (
+            label,
+            replace(
+                _deciding(job.options),
+                max_context=job.spec.max_context,
+                npu_cores=job.spec.npu_cores,
+                release=job.spec.release,
+            ),
+        )
+        for label, job in jobs
+    )
+
+
+def _refuse_same(labelled: Iterable[tuple[str, Options]]) -> None:
+    labels: dict[Options, str] = {}
+    for label, options in labelled:
+        if (other := labels.setdefault(options, label)) != label:
+            raise UsageError(f"Two conversions of the matrix are the same: {other} and {label}.")
 
 
 def _deciding(options: Options) -> Options:
@@ -143,6 +163,7 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     """
     opened = OpenedModels()
     checked = [(cell, _checked(cell, reporter, opened)) for cell in cells]
+    _refuse_twice([(cell.label, found) for cell, found in checked if isinstance(found, Job)])
     for cell, found in checked:
         if isinstance(found, CellResult):
             reporter.note(f"{cell.label}: {found.status}: {found.message}")
