@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from rkconvert.adapters.patterns import are_safe
 from rkconvert.model.family import HEAD
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import AdapterError
@@ -68,6 +69,7 @@ class AdapterConfig:
 
     path: Path
     raw: Mapping[str, Any]
+    _compiled: dict[str, list[tuple[re.Pattern[str], Any]]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> AdapterConfig:
@@ -151,24 +153,30 @@ class AdapterConfig:
 
     def _setting(self, patterns: str, default: str, module: str) -> float:
         """A module's own rank or alpha: that of the first matching pattern, as in peft's get_pattern_key."""
-        value, table = self.raw.get(default), self.raw.get(patterns) or {}
-        if not isinstance(table, dict):
-            raise AdapterError(f"{self.path}: {patterns} is a {type(table).__name__}, not a table.")
-        for pattern, own in table.items():
-            if self._matches(pattern, module):
-                value = own
-                break
+        value = self.raw.get(default)
+        value = next((own for pattern, own in self._patterns(patterns) if pattern.match(module)), value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise AdapterError(f"{self.path}: {default} of {module} is {value!r}; it must be a positive number.")
         return float(value)
 
-    def _matches(self, pattern: str, module: str) -> bool:
-        if not _is_simple(pattern):
-            raise AdapterError(f"{self.path}: the pattern {pattern[:80]!r} is too complex to be matched safely.")
+    def _patterns(self, key: str) -> list[tuple[re.Pattern[str], Any]]:
+        """The table under a key, with its patterns as peft matches them."""
+        if key in self._compiled:
+            return self._compiled[key]
+        table = self.raw.get(key) or {}
+        if not isinstance(table, dict):
+            raise AdapterError(f"{self.path}: {key} is a {type(table).__name__}, not a table.")
+        wholes = {rf"(.*\.)?({pattern})$": own for pattern, own in table.items()}
         try:
-            return re.match(rf"(.*\.)?({pattern})$", module) is not None
+            safe = are_safe(wholes)
         except re.error as error:
-            raise AdapterError(f"{self.path}: {pattern!r} is not a regular expression: {error}.") from error
+            raise AdapterError(f"{self.path}: {key} has what is not a regular expression: {error}.") from error
+        if not safe:
+            raise AdapterError(
+                f"{self.path}: the patterns of {key} are too complex to be matched safely.",
+                hint="Write the names of modules, or fewer repeats and alternatives.",
+            )
+        return self._compiled.setdefault(key, [(re.compile(whole), own) for whole, own in wholes.items()])
 
     def token_indices(self, module: str) -> list[int]:
         """Ids of individually trained tokens, from a list or a table by module name."""
@@ -270,11 +278,6 @@ def _names(names: list[str], module: str) -> bool:
 def _is_plain_pattern(pattern: str) -> bool:
     """Whether it is a regular expression that is safe to match, and not one of peft's words for many modules."""
     try:
-        return pattern != "all-linear" and _is_simple(pattern) and bool(re.compile(pattern))
+        return pattern != "all-linear" and are_safe([pattern])
     except re.error:
         return False
-
-
-def _is_simple(pattern: str) -> bool:
-    """Whether a stranger's pattern is safe to match: a repeated group, or many repeats, can take forever."""
-    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 4 and len(pattern) <= 1000

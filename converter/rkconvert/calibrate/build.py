@@ -10,7 +10,6 @@ from typing import Final
 from rkconvert.calibrate.chats import Dialogue
 from rkconvert.calibrate.dataset import Sample, TokenCounter
 from rkconvert.model.chat_template import ChatTemplate
-from rkconvert.model.rendering import rendered
 from rkruntime.errors import CalibrationError, CheckpointError
 from rkruntime.text.tokenizer import Tokenizer
 from rkruntime.words import counted
@@ -19,6 +18,7 @@ from rkruntime.words import counted
 FEW_ROWS: Final = 16
 
 _CONTROL: Final = "with control tokens in their text"
+_OTHER_ENDING: Final = "for which the template ends the prompt in another way than usual"
 
 Answer = Callable[[Sequence[int]], str]
 
@@ -54,8 +54,10 @@ class Builder:
         """
         rows: list[Sample] = []
         left_out: Counter[str] = Counter()
-        for number, chat in enumerate(chats, start=1):
-            row = self._row(chat)
+        # All of them before the first answer, which may take minutes: what the template refuses is told at once.
+        prompts = [self._render(chat) for chat in chats]
+        for number, (chat, prompt) in enumerate(zip(chats, prompts, strict=True), start=1):
+            row = self._row(chat, prompt)
             if isinstance(row, Sample):
                 rows.append(row)
             else:
@@ -69,12 +71,13 @@ class Builder:
             )
         return Built(tuple(rows), left_out)
 
-    def _row(self, chat: Dialogue) -> Sample | str:
-        """Return the row, or the reason why there is none."""
+    def _row(self, chat: Dialogue, text: str | None) -> Sample | str:
+        """Return the row of a prompt, or the reason why there is none."""
         too_long = f"with more than {self.max_context} tokens"
-        text = self._render(chat)
         if text is None:
             return _CONTROL
+        if not text.endswith(self.template.ending):
+            return _OTHER_ENDING
         prompt = self.count.encode(text)
         if len(prompt) >= self.max_context:
             return too_long
@@ -93,8 +96,8 @@ class Builder:
         if any(self._has_control(message["content"]) for message in messages):
             return None
         try:
-            # <bos> is kept, as in the vendor's own generator: a second one does less harm to Gemma than none.
-            return rendered(self.template.source, [messages], self.template.special_tokens)[0]
+            # With <bos>, as from the vendor's own generator: a second one does less harm to Gemma than none.
+            return self.template.prompts([messages])[0]
         except CheckpointError as error:
             hint = "Let user and assistant take turns."
             raise CalibrationError(f"{chat.origin}: {error.message}", hint=hint) from error

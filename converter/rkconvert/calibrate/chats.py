@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import yaml
 
 from rkconvert.calibrate.dataset import is_unicode
 from rkruntime.errors import CalibrationError
-from rkruntime.files import read_error
+from rkruntime.files import read_error, read_regular
 from rkruntime.text.template import ROLES, Message
 
 _DEFAULT: Final = Path(__file__).with_name("default.yaml")
@@ -83,12 +84,12 @@ def _some(chats: list[Dialogue], path: Path) -> list[Dialogue]:
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        return read_regular(path, _MOST_BYTES).decode("utf-8-sig")
+    except OSError as error:
+        if error.errno == errno.EFBIG:
             raise CalibrationError(
                 f"{path} exceeds {_MOST_BYTES >> 20} MiB.", hint="Use a part of it: a few dozen chats are enough."
-            )
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
+            ) from error
         raise read_error(path, error, CalibrationError) from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not text in UTF-8: {error}.", hint="Save it as UTF-8.") from error

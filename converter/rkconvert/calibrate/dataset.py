@@ -6,6 +6,7 @@ data_quant.json @ 1.3.0 has 19 such objects).
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,15 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.model.chat_template import ChatTemplate
-from rkconvert.model.rendering import rendered
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CalibrationError, InputError
-from rkruntime.files import atomic_file, read_error
+from rkruntime.files import atomic_file, read_error, read_regular
 
 KEYS: Final = ("input", "target")
-_MOST_BYTES: Final = 64 << 20
+MOST_BYTES: Final = 64 << 20
 _SHOWN: Final = 60
 
 
@@ -54,13 +54,6 @@ class TokenCounter:
         return ids
 
 
-def generation_prompt(template: ChatTemplate) -> str:
-    """The text that ends every prompt, after which the answer starts."""
-    chats, tokens = [[{"role": "user", "content": "x"}]], template.special_tokens
-    whole = rendered(template.source, chats, tokens)[0]
-    return whole.removeprefix(rendered(template.source, chats, tokens, add_generation_prompt=False)[0])
-
-
 def validate_dataset(
     path: Path,
     template: ChatTemplate | None = None,
@@ -70,7 +63,7 @@ def validate_dataset(
     """Read a calibration file and check all of it.
 
     Args:
-        template: Chat template of the model; every input must end where its answer starts.
+        template: Chat template of the model; every input must begin with `<bos>` and end where its answer starts.
         count, max_context: Most tokens in a row, and the function that counts them.
 
     Raises:
@@ -81,13 +74,19 @@ def validate_dataset(
         raise CalibrationError(f"{path} is a JSON {type(data).__name__}; calibration data is a list of objects.")
     if not data:
         raise CalibrationError(f"{path} is an empty list.")
-    ending = generation_prompt(template) if template else ""
+    ending, bos = (template.ending, template.special_tokens["bos_token"]) if template else ("", "")
     rows = [_row(path, number, item) for number, item in enumerate(data, start=1)]
     for number, row in enumerate(rows, start=1):
         if not row.input.endswith(ending):
             raise CalibrationError(
                 f"{path}: the input of row {number} is not in this model's chat template: it should end with"
                 f" {ending!r}, but ends with {row.input[-_SHOWN:]!r}."
+            )
+        if not row.input.startswith(bos):
+            raise CalibrationError(
+                f"{path}: the input of row {number} does not begin with {bos}, without which Gemma computes other"
+                " activations.",
+                hint="Make the file with `rkedge calibrate`, or put it in front of every input.",
             )
         if count and max_context and (tokens := count(row.input) + count(row.target)) > max_context:
             raise CalibrationError(
@@ -99,12 +98,12 @@ def validate_dataset(
 
 def _read(path: Path) -> Any:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise CalibrationError(
-                f"{path} exceeds {_MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
-            )
-        data = path.read_bytes()
+        data = read_regular(path, MOST_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise CalibrationError(
+                f"{path} exceeds {MOST_BYTES >> 20} MiB; a few dozen rows are enough, and each costs time."
+            ) from error
         raise read_error(path, error, CalibrationError) from error
     refuse_lfs_pointer(path, data[:64], CalibrationError)
     try:

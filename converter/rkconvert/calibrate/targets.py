@@ -19,6 +19,7 @@ from rkruntime.text.tokenizer import Tokenizer
 NEW_TOKENS: Final = 128
 _REPETITION_PENALTY: Final = 1.1
 _NEEDED: Final = ("torch", "transformers")
+_OTHER_TARGETS: Final = "Use --targets given with chats that have answers."
 
 
 def missing_packages() -> list[str]:
@@ -63,8 +64,8 @@ class CpuModel:
                 trust_remote_code=False,
                 use_safetensors=True,
             ).eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise CalibrationError(f"transformers cannot load the model: {error}.") from error
+        except Exception as error:  # Each release raises errors of its own, and of the packages below it.
+            raise CalibrationError(f"transformers cannot load the model: {error}.", hint=_OTHER_TARGETS) from error
         # The checkpoint's settings for sampling, beams and lengths must not apply.
         self._model.generation_config = transformers.GenerationConfig()
         self._tokenizer, self._stop = tokenizer, list(stop)
@@ -75,17 +76,17 @@ class CpuModel:
         from transformers import GenerationConfig
 
         ids = torch.tensor([list(prompt)])
-        with torch.inference_mode():
-            made = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    repetition_penalty=_REPETITION_PENALTY,
-                    eos_token_id=self._stop,
-                    pad_token_id=self._stop[0],
-                ),
-            )
+        settings = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            repetition_penalty=_REPETITION_PENALTY,
+            eos_token_id=self._stop,
+            pad_token_id=self._stop[0],
+        )
+        try:
+            with torch.inference_mode():
+                made = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        except Exception as error:
+            raise CalibrationError(f"transformers cannot run the model: {error}.", hint=_OTHER_TARGETS) from error
         # Ids that end an answer are control tokens, which have no text.
         return self._tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip()

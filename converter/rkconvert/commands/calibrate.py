@@ -9,27 +9,27 @@ from typing import Any
 
 import click
 
+from rkconvert.adapters.chat import read_chat, stop_tokens
 from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_model
 from rkconvert.calibrate.build import FEW_ROWS, Answer, Builder, Built
 from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset, write_dataset
 from rkconvert.calibrate.targets import NEW_TOKENS, CpuModel, missing_packages
-from rkconvert.commands.options import lora_option, max_context_option
-from rkconvert.model.chat_template import ChatTemplate, read_template
+from rkconvert.commands.options import lora_option, max_context_option, revision_option
+from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.output.host_memory import read_memory
 from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
 from rkconvert.rules.context import choose_context
 from rkconvert.rules.releases import release
-from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.sources.open import open_source
 from rkconvert.toolkit.staging import stage
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.cli.flags import json_option, quiet_option
 from rkruntime.files import refuse_existing
 from rkruntime.terminal import say, say_json
-from rkruntime.text.template import BOS, END_OF_TURN
 from rkruntime.text.tokenizer import Tokenizer
 from rkruntime.words import counted
 
@@ -38,7 +38,8 @@ TARGETS = ("auto", "model", "given")
 
 
 @click.command("calibrate")
-@click.argument("checkpoint", type=_PATH)
+@click.argument("checkpoint")
+@revision_option()
 @lora_option()
 @click.option(
     "--text",
@@ -91,7 +92,8 @@ TARGETS = ("auto", "model", "given")
 @json_option()
 @quiet_option()
 def run(
-    checkpoint: Path,
+    checkpoint: str,
+    revision: str | None,
     loras: tuple[str, ...],
     texts: tuple[Path, ...],
     chat_files: tuple[Path, ...],
@@ -108,28 +110,33 @@ def run(
 ) -> None:
     """Make calibration data for a CHECKPOINT, for `rkedge convert --target toolkit --calibration FILE`.
 
+    CHECKPOINT is a folder in Hugging Face layout, a .gguf file or a hub id such as google/gemma-2-2b-it.
+
     Without --text and --chats, the questions that come with RKEdge are used.
     """
     reporter = Reporter(quiet)
-    model = merged_model(open_checkpoint(checkpoint), [AdapterSource.parse(text) for text in loras])
-    template = read_template(model.tokenizer_folder, BOS, model.checkpoint.path)
+    if not check_file:
+        refuse_existing(output)
+    model = merged_model(open_source(checkpoint, revision), [AdapterSource.parse(text) for text in loras])
+    tables, template = read_chat(model)
+    for note in (*model.checkpoint.notes, *model.notes, *template.notes):
+        reporter.note(f"note: {note}")
     count = TokenCounter(model.tokenizer_folder / TOKENIZER)
     context = choose_context(max_context, model.weights.config.max_position_embeddings)
     if check_file:
         rows = validate_dataset(check_file, template, count, context)
         _say({"file": str(check_file), "rows": len(rows)}, f"{check_file}: {counted(len(rows), 'usable row')}", as_json)
         return
-    refuse_existing(output)
     chats = _collect(texts, chat_files, with_default, system, limit)
     file = model.tokenizer_folder / TOKENIZER
     tokenizer = Tokenizer.parse(tokenizer_bytes(file), file)
-    with _answers(model, template, tokenizer, targets, new_tokens, reporter) as (answer, reason):
+    stop = stop_tokens(model, tables, template)
+    with _answers(model, template, tokenizer, stop, targets, new_tokens, reporter) as (answer, reason):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)
     for files in model.inputs:
         files.check()
     write_dataset(output, built.rows)
-    validate_dataset(output, template, count, context)
     _report(built, output, answer is None, reason, as_json, reporter)
 
 
@@ -147,7 +154,13 @@ def _collect(
 
 @contextmanager
 def _answers(
-    model: MergedModel, template: ChatTemplate, tokenizer: Tokenizer, targets: str, new_tokens: int, reporter: Reporter
+    model: MergedModel,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    stop: Sequence[int],
+    targets: str,
+    new_tokens: int,
+    reporter: Reporter,
 ) -> Iterator[tuple[Answer | None, str]]:
     """Return the model that answers; or None, with a reason if any, to use the given answers."""
     reason = _why_not(model) if targets == "auto" else ""
@@ -159,8 +172,7 @@ def _answers(
     with scratch_folder("rkedge-calibrate-") as folder:
         with reporter.bar("reading the model", model.nbytes) as advance:
             stage(model, template, newest, folder, advance)
-        stop = [*model.checkpoint.eos_token_ids, *filter(None, [tokenizer.control.get(END_OF_TURN)])]
-        float_model = CpuModel(folder, model.nbytes, tokenizer, list(dict.fromkeys(stop)))
+        float_model = CpuModel(folder, model.nbytes, tokenizer, stop)
         yield lambda prompt: float_model.answer(prompt, new_tokens), ""
 
 

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rkconvert.adapters.chat import read_chat, stop_tokens
 from rkconvert.adapters.merged_model import AdapterSource, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.adapters.separate import separate_lora
 from rkconvert.conversion.opened import OpenedModels
 from rkconvert.emulated.target import EmulatorTarget
-from rkconvert.model.chat_template import ChatTemplate, read_template
-from rkconvert.model.tokenizer import read_tokenizer
+from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.output import bundle_folder
 from rkconvert.output.bundle_folder import ModelFile
 from rkconvert.output.disk import require_space
@@ -30,13 +30,15 @@ from rkconvert.target import ModelSpec, Target
 from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.target import ToolkitTarget
-from rkruntime.bundle.manifest import TOKENIZER, Bundle, Manifest, Source
-from rkruntime.errors import CalibrationError, CheckpointError, UsageError
+from rkruntime.bundle.manifest import Bundle, Manifest, Source
+from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
-from rkruntime.text.template import END_OF_TURN, SPECIAL_TOKENS
+from rkruntime.text.template import SPECIAL_TOKENS
 
 TARGETS: Final = ("emulator", "toolkit")
 LORA_MODES: Final = ("merge", "runtime")
+# Options that do not change what is in the bundle; the release is known better than as an option.
+_NOT_OF_THE_BUNDLE: Final = ("output", "release", "force_dtype", "toolkit_patience")
 # The emulator claims to be an RK3588, and a runtime refuses a model made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
 _LORA_NOT_PLANNED: Final = (
@@ -160,20 +162,13 @@ def _spec(options: Options, release: str, checkpoint: Checkpoint, plan: Plan | N
     merged = opened.model(checkpoint, options.loras)
     separate = options.lora_mode == "runtime"
     model = opened.model(checkpoint, ()) if separate else merged
-    tokenizer = read_tokenizer(model.tokenizer_folder / TOKENIZER, model.weights.config.vocab_size)
-    bos_token_id = model.weights.config.bos_token_id
-    bos = tokenizer.texts[bos_token_id].decode("utf-8", "replace")
-    if not bos:
-        raise CheckpointError(
-            f"config.json: bos_token_id is {bos_token_id}, which is not a token of tokenizer.json.",
-            hint="In Gemma's own config.json it is 2.",
-        )
+    tokenizer, template = read_chat(model)
     most = checkpoint.config.max_position_embeddings
     return ModelSpec(
         model=model,
         lora=merged.adapters[0] if separate else None,
         tokenizer=tokenizer,
-        template=read_template(model.tokenizer_folder, bos, checkpoint.path),
+        template=template,
         platform=options.platform,
         dtype=options.dtype,
         release=release,
@@ -237,7 +232,7 @@ def made_of(
     Args:
         sources: Sources with the weight hashes, for the first of `inputs`.
     """
-    plain = {key: value for key, value in plain_options(options).items() if key not in ("output", "release")}
+    plain = {key: value for key, value in plain_options(options).items() if key not in _NOT_OF_THE_BUNDLE}
     # The last of `inputs` has no weights.
     weights = [*(source.sha256 for source in sources), ""]
     return {
@@ -341,7 +336,7 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
         toolkit_version=spec.release,
         model_file=made.name,
         bos_token_id=config.bos_token_id,
-        stop_token_ids=_stop_tokens(spec),
+        stop_token_ids=stop_tokens(spec.model, spec.tokenizer, spec.template),
         system_role=spec.template.system_role,
         special_tokens=_special_tokens(spec.template),
         created_by=bundle_folder.created_by(),
@@ -350,13 +345,6 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
         options=plain_options(options),
         files={},
     )
-
-
-def _stop_tokens(spec: ModelSpec) -> tuple[int, ...]:
-    """The checkpoint's end tokens and those that end a turn: many generation_config.json files list only `<eos>`."""
-    added = spec.tokenizer.added
-    ends = [added[text] for text in (END_OF_TURN, spec.template.special_tokens.get("eos_token")) if text in added]
-    return tuple(dict.fromkeys([*spec.model.checkpoint.eos_token_ids, *ends]))
 
 
 def _special_tokens(template: ChatTemplate) -> dict[str, str]:

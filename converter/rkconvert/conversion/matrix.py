@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -102,11 +102,31 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
     twice = [output for output, count in Counter(cell.options.output for cell in found).items() if count > 1]
     if twice:
         raise UsageError(f"Two conversions of the matrix are the same: both would write {twice[0]}.")
-    labels: dict[Options, str] = {}
-    for cell in found:
-        if (other := labels.setdefault(_deciding(cell.options), cell.label)) != cell.label:
-            raise UsageError(f"Two conversions of the matrix are the same: {other} and {cell.label}.")
+    _refuse_same((cell.label, _deciding(cell.options)) for cell in found)
     return found
+
+
+def _refuse_twice(jobs: Sequence[tuple[str, Job]]) -> None:
+    """Refuse what is the same only once defaults are filled in: a context that is the model's own, all cores."""
+    _refuse_same(
+        (
+            label,
+            replace(
+                _deciding(job.options),
+                max_context=job.spec.max_context,
+                npu_cores=job.spec.npu_cores,
+                release=job.spec.release,
+            ),
+        )
+        for label, job in jobs
+    )
+
+
+def _refuse_same(labelled: Iterable[tuple[str, Options]]) -> None:
+    labels: dict[Options, str] = {}
+    for label, options in labelled:
+        if (other := labels.setdefault(options, label)) != label:
+            raise UsageError(f"Two conversions of the matrix are the same: {other} and {label}.")
 
 
 def _deciding(options: Options) -> Options:
@@ -138,18 +158,23 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     """Check all cells, then convert those that passed; returns outcomes in the order of the cells.
 
     Args:
-        after: Called with each bundle that was made; if it raises, that cell counts as failed.
+        after: Called with each bundle, also with one that an earlier run made: that may have been stopped just before
+            this. If it raises, that cell counts as failed.
     """
     opened = OpenedModels()
     checked = [(cell, _checked(cell, reporter, opened)) for cell in cells]
+    _refuse_twice([(cell.label, found) for cell, found in checked if isinstance(found, Job)])
     for cell, found in checked:
         if isinstance(found, CellResult):
-            reporter.note(f"{cell.label}: {found.status}{': ' * bool(found.message)}{found.message}")
+            reporter.note(f"{cell.label}: {found.status}: {found.message}")
+        elif isinstance(found, Bundle):
+            reporter.note(f"{cell.label}: there")
     outcomes = []
     for at, (cell, found) in enumerate(checked, 1):
         if isinstance(found, Job):
             reporter.note(f"{at} of {len(checked)}: {cell.label}")
-            found = _made(cell, found, reporter, opened, after)
+        if not isinstance(found, CellResult):
+            found = _finished(cell, found, reporter, opened, after)
         outcomes.append(found)
     return outcomes
 
@@ -160,7 +185,7 @@ def exit_code(outcomes: Sequence[CellResult]) -> int:
     return next((outcome.exit_code for outcome in ordered if outcome.exit_code), 0)
 
 
-def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | CellResult:
+def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | Bundle | CellResult:
     output = cell.options.output
     try:
         if output.is_dir():
@@ -173,7 +198,7 @@ def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | Cell
         return _failure(cell, write_error(output, error))
 
 
-def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> CellResult:
+def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Bundle:
     """The bundle of an earlier run. Raises OutputError if it was made from something else than is asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
@@ -184,22 +209,22 @@ def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> CellResul
             f"{bundle.path} already exists but was made from something else: its {other.replace('_', ' ')} differ.",
             hint="Remove it, or name another output folder.",
         )
-    return _success(cell, bundle, "there", 0.0)
+    return bundle
 
 
-def _made(
-    cell: Cell, job: Job, reporter: Reporter, opened: OpenedModels, after: Callable[[Cell, Bundle], None]
+def _finished(
+    cell: Cell, found: Job | Bundle, reporter: Reporter, opened: OpenedModels, after: Callable[[Cell, Bundle], None]
 ) -> CellResult:
-    started = time.monotonic()
+    started, there = time.monotonic(), isinstance(found, Bundle)
     try:
-        bundle = make(job, reporter, opened)
+        bundle = found if isinstance(found, Bundle) else make(found, reporter, opened)
         after(cell, bundle)
     except RKEdgeError as error:
         reporter.note(f"{cell.label}: failed: {error.message}")
         return _failure(cell, error)
     except OSError as error:
         return _failure(cell, write_error(cell.options.output, error))
-    return _success(cell, bundle, "made", time.monotonic() - started)
+    return _success(cell, bundle, "there" if there else "made", 0.0 if there else time.monotonic() - started)
 
 
 def _success(cell: Cell, bundle: Bundle, status: str, seconds: float) -> CellResult:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
 from typing import Any, Final
 
 from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings
 from rkconvert.model.rendering import rendered, try_out
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.inputs import templates
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TEMPLATE, TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
@@ -46,6 +48,25 @@ class ChatTemplate:
         """Messages for the template; a system message is folded in if the template does not render one."""
         known = messages if self.system_role == "native" else fold_system(messages)
         return [{"role": message.role, "content": message.content} for message in known]
+
+    def prompts(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+        """Each conversation as the board sees it, up to where the answer starts: with one `<bos>` in front.
+
+        Raises:
+            CheckpointError, HostError: See `rendered`.
+        """
+        bos = self.special_tokens["bos_token"]
+        texts = rendered(self.source, conversations, self.special_tokens)
+        return [bos + _after_bos(text, bos) if text else "" for text in texts]
+
+    @cached_property
+    def ending(self) -> str:
+        """What prompts end with, whatever is in them."""
+        turns = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
+        short, long = self.prompts([turns[:1], turns])
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(short), reversed(long), strict=False))
+        # A template that refuses the longer one: texts after its only user turn.
+        return short[len(short) - len(list(same)) :] if long else self.suffix
 
 
 def read_template(folder: Place, bos_token: str, base: Place | None = None) -> ChatTemplate:
@@ -132,7 +153,7 @@ def find_template(folder: Place) -> str | None:
 
 def _read(file: Place) -> str:
     try:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             data = stream.read(MAX_TEMPLATE + 1)
         if len(data) > MAX_TEMPLATE:
             raise CheckpointError(f"{file} exceeds {MAX_TEMPLATE:,} bytes, too many for a chat template.")

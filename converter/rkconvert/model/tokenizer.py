@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from rkconvert.model.added_tokens import agreed_tokens
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TOKENIZER
 from rkruntime.errors import CheckpointError
@@ -111,7 +111,10 @@ def tokenizer_bytes(path: Place) -> bytes:
     content = _read(path)
     whole = _whole(content, path)
     unchanged = all(content.get(key) == value for key, value in whole.items())
-    return path.read_bytes() if unchanged else json.dumps(whole).encode()
+    if not unchanged:
+        return json.dumps(whole).encode()
+    with open_file(path) as file:
+        return file.read()
 
 
 def tokenizer_json(path: Place) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from rkconvert.progress import Advance
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.parallel import ordered_map
 from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights, read_finite, row_blocks
@@ -170,7 +170,7 @@ def copy_side_files(folder: Place, into: Path, names: Iterable[str]) -> None:
     for name in names:
         if (folder / name).is_file():
             (into / name).parent.mkdir(exist_ok=True)
-            with (folder / name).open("rb") as source, (into / name).open("wb") as copy:
+            with open_file(folder / name) as source, (into / name).open("wb") as copy:
                 shutil.copyfileobj(source, copy)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,7 @@ from rkruntime.yamltext import MAX_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import RepoSibling
 
 # The hub itself creates these with a repository.
 _THE_HUBS_OWN: Final = (".gitattributes",)
@@ -45,8 +47,11 @@ class Destination:
         return self.repo.partition("/")[0]
 
 
-def check_destination(to: Destination) -> None:
+def check_destination(to: Destination, *, empty: bool = True) -> None:
     """Raise unless this user may write there, before any work is done.
+
+    Args:
+        empty: Whether it must not contain files.
 
     Raises:
         UsageError: The name is malformed or not the user's, or the repository is not public or private as requested.
@@ -58,7 +63,7 @@ def check_destination(to: Destination) -> None:
     with _hub(to.repo) as api:
         person = api.whoami()
         _check_person(to, person)
-        _check_repository(to, api)
+        _check_repository(to, api, empty)
 
 
 def _check_person(to: Destination, person: dict[str, Any]) -> None:
@@ -74,7 +79,7 @@ def _check_person(to: Destination, person: dict[str, Any]) -> None:
         raise HostError(f"The token of {name} is read-only.", hint=_LOGIN)
 
 
-def _check_repository(to: Destination, api: HfApi) -> None:
+def _check_repository(to: Destination, api: HfApi, empty: bool) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -88,11 +93,37 @@ def _check_repository(to: Destination, api: HfApi) -> None:
             f"{to.repo} exists and is {there}, but {asked} was asked for.", hint=f"{hint}, or name a new repository."
         )
     there_already = [item.rfilename for item in found.siblings or () if item.rfilename not in _THE_HUBS_OWN]
-    if there_already:
+    if there_already and empty:
         raise OutputError(
             f"{to.repo} already contains files ({there_already[0]}), and nothing is overwritten.",
             hint="Name a new repository.",
         )
+
+
+def is_uploaded(bundle: Bundle, to: Destination) -> bool:
+    """Whether the repository holds exactly this bundle: an earlier run uploaded it. Raises as `push` does."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _hub(to.repo) as api:
+        try:
+            listed = api.model_info(to.repo, files_metadata=True).siblings or ()
+        except RepositoryNotFoundError:
+            return False
+    there = {item.rfilename: item for item in listed if item.rfilename not in _THE_HUBS_OWN}
+    if there.keys() != {*bundle.manifest.files, MANIFEST}:
+        return False
+    bundle.verify(trust_stamps=False)
+    return all(_holds(there[file.path_in_repo], file) for file in _files(bundle))
+
+
+def _holds(there: RepoSibling, file: CommitOperationAdd) -> bool:
+    """Whether a file on the hub has these bytes, by the hash that it is stored under."""
+    if there.lfs is not None:
+        return there.lfs.sha256 == file.upload_info.sha256.hex()
+    data = file.path_or_fileobj
+    if not isinstance(data, bytes):
+        return False
+    return there.blob_id == sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:

@@ -72,8 +72,11 @@ class Benchmark:
     @property
     def held_bytes(self) -> float:
         """Bytes that the process certainly holds: weights and scales, cache, and before 1.2.0 the embedding table."""
-        cache = (self.prompt_tokens + self.new_tokens) * cache_bytes_per_token(self.shape)
-        return npu_bytes(self.shape, self.kind) + cache + (0 if has_flash(self.release) else table_bytes(self.shape))
+        return _held_bytes(self.shape, self.kind, self.prompt_tokens + self.new_tokens, not has_flash(self.release))
+
+
+def _held_bytes(shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
+    return npu_bytes(shape, kind) + tokens * cache_bytes_per_token(shape) + (table_bytes(shape) if table else 0)
 
 
 def has_flash(release: str) -> bool:
@@ -143,18 +146,24 @@ class Costs:
         return weights * per_weight + layers + scale_groups(shape, kind) * self.prefill_group_ms
 
     def memory_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
-        """Peak memory in bytes with `tokens` in the cache; `table`: the embedding table is in RAM."""
-        weights = npu_bytes(shape, kind.ungrouped) + scale_groups(shape, kind) * self.group_bytes
-        held = tokens * cache_bytes_per_token(shape)
+        """Peak memory in bytes with `tokens` in the cache; `table`: the embedding table is in RAM.
+
+        Never less than weights with scales, cache and table, which the process certainly holds: a fitted cost of a
+        group may be smaller than its scale, and some of the vendor's figures are smaller than that sum.
+        """
+        return max(_held_bytes(shape, kind, tokens, table), self._fitted_bytes(shape, kind, tokens, table))
+
+    def _fitted_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
+        grouped = (scale_groups(shape, kind) * self.group_bytes) + npu_bytes(shape, kind.ungrouped)
         other = self.fixed_bytes + shape.vocab_size * self.vocabulary_bytes
-        return weights + held + other + (table_bytes(shape) if table else 0)
+        return grouped + tokens * cache_bytes_per_token(shape) + other + (table_bytes(shape) if table else 0)
 
     def corrected(self, row: Benchmark) -> Costs:
         """The same constants, shifted to reproduce the vendor's own figures for the model of `row`."""
         speed = row.token_ms / self.token_ms(row.shape, row.kind, row.decoded_at)
         prompt = row.prompt_ms / self.prompt_ms(row.shape, row.kind)
         tokens = row.prompt_tokens + row.new_tokens
-        held = self.memory_bytes(row.shape, row.kind, tokens, not has_flash(row.release))
+        held = self._fitted_bytes(row.shape, row.kind, tokens, not has_flash(row.release))
         return replace(
             self,
             byte_ms={bits: speed * value for bits, value in self.byte_ms.items()},

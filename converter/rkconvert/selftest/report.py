@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import platform as host
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 from rkconvert.output.bundle_folder import created_by
 from rkconvert.output.host_memory import read_memory
+from rkconvert.output.paths import without_paths
 from rkconvert.selftest.answers import answers
 from rkconvert.selftest.run import FAILED, NOT_RUN, PASSED, CaseResult
 from rkconvert.toolkit.interpreter import Toolkit
@@ -92,8 +92,7 @@ class Report:
             "answers": answers(self.outcomes) if self.complete else {},
             "cases": [outcome.as_dict() for outcome in self.outcomes],
         }
-        private = (str(self.toolkit.python.parent.parent), str(Path.home()), tempfile.gettempdir())
-        public: dict[str, Any] = _public(document, [folder for folder in private if len(folder) > 1])
+        public: dict[str, Any] = without_paths(document, [self.toolkit.python.parent.parent])
         return public
 
     def save(self, path: Path) -> None:
@@ -121,14 +120,3 @@ def lines(outcome: CaseResult) -> Iterator[str]:
     for key in ("message", "hint"):
         text = str(outcome.error.get(key, ""))
         yield from wrap(text, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT, break_long_words=False)
-
-
-def _public(value: Any, private: Sequence[str]) -> Any:
-    """The value without the names of these folders."""
-    if isinstance(value, str):
-        for folder in private:
-            value = value.replace(folder, "...")
-        return value
-    if isinstance(value, Mapping):
-        return {key: _public(item, private) for key, item in value.items()}
-    return [_public(item, private) for item in value] if isinstance(value, list | tuple) else value

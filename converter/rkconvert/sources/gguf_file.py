@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import CheckpointError
-from rkruntime.files import read_error
+from rkruntime.files import open_regular, read_error
 from rkruntime.words import counted
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Parse a file's header. Raises CheckpointError if it is not a GGUF file, or is damaged."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
             refuse_lfs_pointer(path, head, CheckpointError)
             if head[:4] != MAGIC:

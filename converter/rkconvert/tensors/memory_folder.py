@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import BinaryIO, Literal, Protocol
 
+from rkruntime.files import open_regular
+
 
 class Place(Protocol):
     """The part of a `Path` that readers of a model's small files use."""
@@ -43,6 +45,15 @@ class Place(Protocol):
     def read_bytes(self) -> bytes:
         """Return the whole content. Raises OSError."""
         ...
+
+
+def open_file(place: Place) -> BinaryIO:
+    """Open a stranger's file for reading: each that is read is opened here, or by `rkruntime.files` itself.
+
+    Raises:
+        OSError: It cannot be read, or is not a regular file: a FIFO would block, and a device has no end.
+    """
+    return open_regular(place) if isinstance(place, Path) else place.open("rb")
 
 
 class MemoryFolder:

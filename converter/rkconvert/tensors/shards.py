@@ -20,7 +20,7 @@ import numpy as np
 
 from rkconvert.tensors.formats import STORAGE
 from rkconvert.tensors.inputs import FileState, changed
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
 from rkruntime.files import read_error
@@ -74,7 +74,7 @@ def parse_json(data: bytes) -> Any:
 def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dict[str, Any]:
     """Read a JSON object from a file. Raises `kind` with the reason if that fails."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise read_error(path, error, kind) from error
@@ -106,7 +106,7 @@ class RowReader:
         with self._lock:
             if self._descriptor is None:
                 try:
-                    descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                    descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 except OSError as error:
                     raise read_error(self._path, error, self._kind) from error
                 if (now := FileState.of(descriptor)) != self._state:
@@ -148,7 +148,7 @@ class Shard:
         self._file = RowReader(path, kind)
         try:
             size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 start = file.read(64)
                 length = int.from_bytes(start[:8], "little")
                 self._check_start(start, length, size)

@@ -20,7 +20,7 @@ from rkconvert.tensors.shards import Entry, RowReader, refuse_lfs_pointer
 from rkconvert.tensors.torch_pickle import MAX_PICKLE, Tensor, unpickle
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
-from rkruntime.files import read_error
+from rkruntime.files import open_regular, read_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,7 +62,7 @@ class TorchFile:
         # The one read last, by name: it is requested block by block.
         self._rearranged: tuple[str, NDArray[Any]] = ("", np.empty(0))
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 refuse_lfs_pointer(path, file.read(64), kind)
                 self.entries: Mapping[str, Entry] = self._read_archive(file)
         except OSError as error:

@@ -15,7 +15,7 @@ from rkconvert.model.sizes import file_bytes
 from rkconvert.output.host_memory import HostMemory
 from rkconvert.rules.releases import LOADED_BYTES
 from rkconvert.rules.type_names import parse_type
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.shards import is_lfs_pointer
 from rkruntime.errors import CheckpointError, HostError, RefusedError, RKEdgeError
 from rkruntime.text.template import BOS, END_OF_TURN, START_OF_TURN
@@ -157,7 +157,7 @@ def _no_pieces(case: Conversion) -> Mapping[str, Any] | None:
 
 
 def _head(path: Place) -> bytes:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(64)
 
 

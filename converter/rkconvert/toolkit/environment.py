@@ -5,6 +5,7 @@ The marker file is written last: an environment without it was interrupted, and 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -58,26 +60,64 @@ def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = 
         replace: Recreate an existing environment of this wheel.
 
     Raises:
-        HostError: This machine lacks something, or packages could not be installed. Nothing is left behind.
-        OutputError: The environment exists already.
+        HostError: This machine lacks something, or packages could not be installed. Nothing is left behind, and an
+            environment that was to be replaced is there as before.
+        OutputError: The environment exists already, or another setup is making it.
     """
     check_host(wheel)
     python = find_python(wheel.python, named)
     folder = environments_folder() / f"{wheel.release.version}-py{wheel.python}"
-    if (folder / MARKER).is_file() and not replace:
-        raise OutputError(
-            f"{folder} exists already, with rkllm-toolkit {wheel.release.version}.",
-            hint="Use it as it is (`rkedge toolkit info`), or recreate it with --replace.",
-        )
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return _make(folder, wheel, python, on_line)
+        with _alone(folder.parent):
+            _recover(folder)
+            if (folder / MARKER).is_file() and not replace:
+                raise OutputError(
+                    f"{folder} exists already, with rkllm-toolkit {wheel.release.version}.",
+                    hint="Use it as it is (`rkedge toolkit info`), or recreate it with --replace.",
+                )
+            return _replace(folder, wheel, python, on_line)
     except OSError as error:
         raise write_error(folder, error) from error
+
+
+@contextmanager
+def _alone(environments: Path) -> Iterator[None]:
+    """Keep other setups out of the folder of all environments. Raises OutputError if there is one."""
+    handle = os.open(environments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OutputError(
+            f"Another `rkedge toolkit setup` is running in {environments}.", hint="Wait until it has ended."
+        ) from error
     finally:
-        if not (folder / MARKER).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _previous(folder: Path) -> Path:
+    """Where an environment is kept while its successor is made; it works there, too."""
+    return folder.with_name(f"{folder.name}.old")
+
+
+def _recover(folder: Path) -> None:
+    """Remove an environment that is not complete, and put back the one that it was to replace."""
+    if not (folder / MARKER).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        if _previous(folder).is_dir():
+            _previous(folder).rename(folder)
+    shutil.rmtree(_previous(folder), ignore_errors=True)
+
+
+def _replace(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
+    if folder.is_dir():
+        # Not made beside it and renamed: scripts in an environment name its path.
+        folder.rename(_previous(folder))
+    try:
+        return _make(folder, wheel, python, on_line)
+    finally:
+        _recover(folder)
 
 
 def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
@@ -109,7 +149,8 @@ def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
 def _pip_environment(constraints: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name.startswith(_PIP_KEPT)}
     # pip accepts several, and the user's own stay in force; builds of old packages obey them too.
-    kept["PIP_CONSTRAINT"] = " ".join(filter(None, [kept.get("PIP_CONSTRAINT"), str(constraints)]))
+    # As a URL, which has no spaces: they separate the constraints.
+    kept["PIP_CONSTRAINT"] = " ".join(filter(None, [kept.get("PIP_CONSTRAINT"), constraints.absolute().as_uri()]))
     return {**_SETTINGS, **kept}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from rkconvert.output.host_memory import read_memory
@@ -38,6 +40,8 @@ _READ_THE_LOG: Final = (
 )
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
+# Quantizing takes as much again as the weights, and other programs need some.
+_MUCH: Final = 0.4
 
 
 def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
@@ -50,15 +54,9 @@ def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
             hint="Check that the disk and the GPU work, then try again; --toolkit-patience sets another limit.",
         )
     if run.killed:
-        return _out_of_memory(run, job)
-    free = shutil.disk_usage(run.scratch).free
-    if free < _FULL_DISK or _NO_SPACE.search("\n".join(run.output.tail())):
-        return _error(
-            HostError,
-            run,
-            f"stopped while {_STAGES[run.stage]}: the disk is full, with {free / 1e9:.2f} GB free",
-            hint="Free space on the disk of the output folder, or name one on another disk.",
-        )
+        return _killed(run, job)
+    if full := _full_disk(run):
+        return full
     if run.failure is None:
         how = f"signal {-run.exit_code}" if run.exit_code < 0 else f"exit code {run.exit_code}"
         return _error(ToolkitError, run, f"exited with {how} while {_STAGES[run.stage]}")
@@ -90,20 +88,50 @@ def bad_file(run: WorkerRun, name: str, why: str) -> RKEdgeError:
     return _error(ToolkitError, run, f"returned 0 for every step, but its file {name} cannot be used: {why}")
 
 
-def _out_of_memory(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
-    seen = "its out-of-memory killer was active" if run.out_of_memory_kills else "which it does when memory runs out"
+def _full_disk(run: WorkerRun) -> RKEdgeError | None:
+    """The error for a full disk, with the one that it is: temporary files may be on another one than the output."""
+    places = {"output folder": run.scratch, "temporary folder": Path(tempfile.gettempdir())}
+    free = {place: shutil.disk_usage(path).free for place, path in places.items()}
+    told = _NO_SPACE.search("\n".join(run.output.tail()))
+    if not told and free["output folder"] >= _FULL_DISK:
+        return None
+    place = min(free, key=lambda name: free[name])
+    if free[place] < _FULL_DISK:
+        where, hint = f"the disk of the {place} is full", f"Free space on the disk of the {place}"
+    else:  # What it had written went when it ended; or it writes where nobody expects it.
+        where, hint = "it found a disk full", "Free space on the disks of the output folder and the temporary folder"
+    sizes = ", ".join(f"{size / 1e9:.2f} GB in the {name}" for name, size in free.items())
+    return _error(
+        HostError,
+        run,
+        f"stopped while {_STAGES[run.stage]}: {where}; free are {sizes}",
+        hint=f"{hint}, or name another one (--output, TMPDIR).",
+    )
+
+
+def _killed(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
+    """The error for signal 9, which the kernel sends when memory runs out, and so does a person or a batch system."""
+    counted = run.out_of_memory_kills
+    memory = read_memory()
     held = f", with {run.peak_memory / 1e9:.1f} GB in memory" if run.peak_memory else ""
-    needs, loading = "", (job.toolkit_device, job.toolkit_load_dtype)
+    needs, loading, size = "", (job.toolkit_device, job.toolkit_load_dtype), 0
     if job.parameters:
         loaded = run.toolkit.release.loaded_as(*loading)
         size = job.parameters * LOADED_BYTES[loaded]
         needs = f" The weights alone take {size / 1e9:.1f} GB in {loaded}."
+    if counted:
+        how = "was killed by the kernel (its out-of-memory killer was active)"
+    elif max(size, run.peak_memory) > memory.total * _MUCH:
+        how = "was killed, probably by the kernel (which does so when memory runs out)"
+    else:
+        how = "was killed by signal 9, and the kernel counted no kill for lack of memory"
     return _error(
         HostError,
         run,
-        f"was killed by the kernel ({seen}) while {_STAGES[run.stage]}{held}; this machine has {read_memory()}.{needs}",
+        f"{how} while {_STAGES[run.stage]}{held}; this machine has {memory}.{needs}",
         hint="Add swap (more than 4 bytes for each weight of the model), close other programs, or raise the limit of"
-        f" the container or of WSL{run.toolkit.release.half_hint(*loading)}.",
+        f" the container or of WSL{run.toolkit.release.half_hint(*loading)}."
+        + ("" if counted else " Or somebody, or a batch system, ended it: try again."),
     )
 
 
@@ -115,14 +143,14 @@ def _error(kind: type[RKEdgeError], run: WorkerRun, what: str, hint: str | None 
     if hint is None and found.class_.startswith("convert-"):
         meaning, hint = f" {found.cause}", found.next_steps[0]
     return kind(
-        f"rkllm-toolkit {run.toolkit.version} {what.removesuffix('.')}.{meaning} Whole log: {run.output.path}",
+        f"rkllm-toolkit {run.toolkit.version} {what.removesuffix('.')}.{meaning} {run.output.whereabouts}",
         hint=hint or _READ_THE_LOG,
         details={
             "stage": run.stage,
             "hung": run.hung,
             "exit_code": run.exit_code,
             "peak_memory": run.peak_memory,
-            "log": str(run.output.path),
+            "log": str(run.output.path or ""),
             "lines": run.output.tail(),
             "trace": run.failure.trace if run.failure else "",
             "diagnosis": found.as_dict(),
@@ -134,6 +162,6 @@ def _diagnose(run: WorkerRun) -> Diagnosis:
     text = run.output.text()
     if run.failure:
         text += f"\n{run.failure.trace}\n{run.failure.message}\n"
-    if run.killed:
+    if run.killed and run.out_of_memory_kills:
         text += "\nKilled\n"  # as a shell prints it, and as people report it
     return diagnose(text, context={"stage": "convert", "toolkit": run.toolkit.version})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -34,19 +37,33 @@ _MOST_SETTINGS: Final = 100
 _LOGS_KEPT: Final = 10
 
 
-def new_log() -> Path:
-    """A new log in the user's cache, kept there if the conversion fails; deletes the oldest."""
+def new_log() -> FileIO | None:
+    """A new log in the user's cache, else in the temporary folder; None if no disk takes one.
+
+    It is kept there if the conversion fails. Deletes the oldest, but none that a run still writes.
+    """
     cache = own_folder("cache") / "logs"
-    try:
+    with suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         for old in sorted(cache.glob("toolkit-*.log"))[: -_LOGS_KEPT + 1]:
-            for path in (old, qparams_of(old)):
-                path.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(prefix=time.strftime("toolkit-%Y%m%d-%H%M%S-"), suffix=".log", dir=cache)
-    except OSError:
-        handle, name = tempfile.mkstemp(prefix="rkedge-toolkit-", suffix=".log")
-    os.close(handle)
-    return Path(name)
+            _delete_unused(old)
+    for folder, prefix in ((cache, time.strftime("toolkit-%Y%m%d-%H%M%S-")), (None, "rkedge-toolkit-")):
+        with suppress(OSError):
+            handle, name = tempfile.mkstemp(prefix=prefix, suffix=".log", dir=folder)
+            os.close(handle)
+            # Without a buffer, which would fail again when the file is closed.
+            log = FileIO(name, "w")
+            fcntl.flock(log, fcntl.LOCK_SH)
+            return log
+    return None
+
+
+def _delete_unused(log: Path) -> None:
+    """Delete a log and what is kept with it, unless the run that writes it has it locked."""
+    with suppress(OSError), log.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in (log, qparams_of(log)):
+            path.unlink(missing_ok=True)
 
 
 def qparams_of(log: Path) -> Path:
@@ -55,20 +72,23 @@ def qparams_of(log: Path) -> Path:
 
 
 class Output:
-    """Collects the output as it arrives.
+    """Collects the output as it arrives. A log that cannot be written ends the log, and not the conversion.
 
     Args:
-        log: File for the raw bytes, at most 32 MiB.
+        log: File for the raw bytes, at most 32 MiB; closed with this. None for no log.
 
     Attributes:
+        path: Where the log is; None if there is none.
+        lost: Why the log is not whole, or empty.
         lines: Last lines that are not progress bars.
         version: Version that the toolkit reports (`INFO: rkllm-toolkit version: 1.2.3`), or empty.
         settings: What the toolkit says it sets in the file, by name (`add_bos_token`), as it writes it.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.path = log
-        self._log = log.open("wb")
+    def __init__(self, log: FileIO | None) -> None:
+        self.path = Path(log.name) if log else None
+        self.lost = "" if log else "there was no disk to write it to"
+        self._log = log
         self._room = _MOST_LOG
         self._pending = b""
         self._bar: str | None = None
@@ -82,13 +102,12 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._log.close()
+        if self._log:
+            self._log.close()
 
     def feed(self, data: bytes) -> Iterator[Progress | Notice]:
         """Log some bytes, and yield the events of the lines that they complete."""
-        self._log.write(data[: self._room])
-        self._log.flush()
-        self._room -= min(self._room, len(data))
+        self._write(data[: self._room])
         *complete, self._pending = _BREAK.split(self._pending + data)
         if len(self._pending) > _LONGEST_LINE:
             complete, self._pending = [*complete, self._pending], b""
@@ -104,10 +123,42 @@ class Output:
         """The last lines, and the bar below them."""
         return [*self.lines, self._bar] if self._bar else list(self.lines)
 
+    @property
+    def whereabouts(self) -> str:
+        """Where to read the log, as a sentence."""
+        if self.path is None:
+            return f"There is no log: {self.lost}."
+        return (
+            f"Log, as far as it could be written ({self.lost}): {self.path}" if self.lost else f"Whole log: {self.path}"
+        )
+
     def text(self) -> str:
         """The log so far, decoded; for a long one its head and tail."""
-        with self.path.open("rb") as file:
-            return logtext.read_log(file)
+        kept = ""
+        if self.path:
+            with suppress(OSError), self.path.open("rb") as file:
+                kept = logtext.read_log(file)
+        return kept if kept and not self.lost else "\n".join([kept, *self.tail()])
+
+    def take(self) -> bytes:
+        """The raw log, deleted where it was kept. What is missing of it is replaced by the last lines."""
+        kept = b""
+        if self.path:
+            with suppress(OSError):
+                kept = self.path.read_bytes()
+                self.path.unlink()
+        return kept if kept and not self.lost else b"\n".join([kept, *(os.fsencode(line) for line in self.tail())])
+
+    def _write(self, data: bytes) -> None:
+        if self.lost or not self._log:
+            return
+        try:
+            while data:
+                written = self._log.write(data)
+                self._room -= written
+                data = data[written:]
+        except OSError as error:
+            self.lost = error.strerror or str(error)
 
     def _line(self, raw: bytes) -> Iterator[Progress | Notice]:
         for line in logtext.clean_lines(logtext.decode(raw)):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.output.bundle_folder import REPORT, read_report, write_report
-from rkconvert.toolkit.output import qparams_of
+from rkconvert.output.paths import bytes_without_paths, without_paths
 from rkconvert.toolkit.result import ToolkitResult
+from rkconvert.toolkit.session import WorkerRun
 from rkconvert.toolkit.settings import Setting
 from rkconvert.toolkit.verify import Verified
 from rkruntime.bundle.manifest import LORA
@@ -53,14 +52,19 @@ def write(
     """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
-    log = run.output.path.read_bytes()
-    for path in (str(folder.resolve()), str(folder), str(Path.home())):
-        log = log.replace(os.fsencode(path), b"...")
-    (folder / _LOG).write_bytes(log)
-    run.output.path.unlink()
-    if (kept := qparams_of(run.output.path)).is_file():
-        shutil.move(kept, folder / _QPARAMS)
+    private = _private(run, folder)
+    (folder / _LOG).write_bytes(bytes_without_paths(run.output.take(), private))
+    if result.qparams:
+        result.qparams.replace(folder / _QPARAMS)
     doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
+    warnings = [*run.warnings, *([f"its log is not whole: {run.output.lost}"] if run.output.lost else [])]
+    said: dict[str, Any] = {
+        "settings": [setting.as_dict() for setting in found],
+        "verify": None,
+        "notes": [*run.calls.notes, *doubts, *notes],
+        "doubts": doubts,
+        "warnings": warnings,
+    }
     report = {
         "toolkit": run.toolkit.as_dict(),
         "calls": [_public(call) for call in run.calls.steps],
@@ -70,11 +74,7 @@ def write(
         "lora": result.lora.name if result.lora else None,
         "seconds": run.seconds,
         "peak_memory_bytes": run.peak_memory,
-        "settings": [setting.as_dict() for setting in found],
-        "verify": None,
-        "notes": [*run.calls.notes, *doubts, *notes],
-        "doubts": doubts,
-        "warnings": list(run.warnings),
+        **without_paths(said, private),
     }
     write_report(folder, NAME, report)
     return report
@@ -87,6 +87,11 @@ def add_verified(report: Mapping[str, Any], verified: Verified, folder: Path) ->
     complete = {**report, **more, "verify": verified.as_dict()}
     write_report(folder, NAME, complete)
     return complete
+
+
+def _private(run: WorkerRun, folder: Path) -> list[Path]:
+    """Folders of this conversion that the toolkit may name."""
+    return [run.scratch, folder, run.toolkit.python.parent.parent]
 
 
 def _sums(folder: Path) -> dict[str, str]:

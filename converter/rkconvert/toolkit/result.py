@@ -32,13 +32,15 @@ class ToolkitResult:
     Attributes:
         file: The new file, and what it says about itself.
         lora: Separate adapter file, if any.
-        run: How it was made. Its log, `run.output.path`, is for report/; the caller moves it.
+        qparams: Quantization parameters that grq and gdq leave for `--qparams`, if any.
+        run: How it was made. Its log, `run.output`, is for report/; the caller takes it.
         doubts: What in the files makes one doubt that they are whole, and from this release.
         logits: The toolkit's logits as bytes of float32, one row after the other; empty if it gave none.
     """
 
     file: RkllmFile
     lora: Path | None
+    qparams: Path | None
     run: WorkerRun
     doubts: tuple[str, ...]
     logits: bytes = b""
@@ -64,7 +66,9 @@ def read_back(run: WorkerRun, job: ToolkitJob) -> ToolkitResult:
         raise failures.bad_file(run, loras[0].name, "no adapter was to become a separate file")
     model.path.replace(job.output)
     doubts = (*_doubts(run, model, job), *map(_left_out, more))
-    return ToolkitResult(read_rkllm(job.output), lora, run, doubts, _logits(run))
+    if qparams := _qparams(run):
+        qparams = qparams.replace(job.output.with_suffix(".qparams"))
+    return ToolkitResult(read_rkllm(job.output), lora, qparams, run, doubts, _logits(run))
 
 
 def _logits(run: WorkerRun) -> bytes:
@@ -77,18 +81,19 @@ def _logits(run: WorkerRun) -> bytes:
 
 
 def keep_qparams(run: WorkerRun) -> None:
-    """Move what grq and gdq leave for `--qparams` from the working folder to the log, whether or not the run failed.
+    """Move the parameters of a run that failed to its log: finding them took hours, and `--qparams` takes them."""
+    if (found := _qparams(run)) and run.output.path:
+        kept = qparams_of(run.output.path)
+        try:
+            shutil.move(found, kept)
+        except OSError:  # The run's own error is the one to tell.
+            kept.unlink(missing_ok=True)
 
-    The name of that file is not documented: of several, the largest is kept.
-    """
+
+def _qparams(run: WorkerRun) -> Path | None:
+    """What grq and gdq wrote. The name of that file is not documented: of several, it is the largest."""
     files = [path for path in run.scratch.rglob("*.qparams") if stat.S_ISREG(path.lstat().st_mode)]
-    if not files:
-        return
-    kept = qparams_of(run.output.path)
-    try:
-        shutil.move(max(files, key=lambda path: path.stat().st_size), kept)
-    except OSError:  # A full cache is not a reason to lose the model.
-        kept.unlink(missing_ok=True)
+    return max(files, key=lambda path: path.stat().st_size, default=None)
 
 
 def _whole(run: WorkerRun, files: list[Path], what: str) -> list[RkllmFile]:

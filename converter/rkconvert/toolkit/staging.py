@@ -35,24 +35,7 @@ if TYPE_CHECKING:
 
 _SINGLE, _INDEX = MODEL_FILES.pairs[0]
 _ADAPTER_FILE: Final = ADAPTER_FILES.pairs[0][0]
-# If omitted, transformers fills in 50 and 30.
-_NULL_MEANS_NONE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
-# transformers 5 writes the first; transformers 4 needs the second, which 5 reads too.
-_RENAMED: Final = {"dtype": "torch_dtype"}
-# What else is passed on, as plain values. transformers obeys many other keys, such as `attribute_map`, by which one
-# name stands for another, and `attn_implementation`, which may name code to be loaded.
-_KEPT: Final[Mapping[str, type | tuple[type, ...]]] = {
-    "attention_bias": bool,
-    "attention_dropout": (int, float),
-    "attn_logit_softcapping": (int, float),
-    "final_logit_softcapping": (int, float),
-    "hidden_act": str,
-    "initializer_range": (int, float),
-    "layer_types": list,
-    "pad_token_id": int,
-    "torch_dtype": str,
-    "use_cache": bool,
-}
+_DTYPES: Final = ("float32", "float16", "bfloat16")
 
 
 def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, folder: Path, advance: Advance) -> None:
@@ -75,7 +58,8 @@ def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, f
     bos = model.weights.config.bos_token_id
     stage_tokenizer(model.tokenizer_folder, bos, template, folder)
     ids = {"bos_token_id": bos, "eos_token_id": list(eos)}
-    write_json(folder / GENERATION_CONFIG, {**model.checkpoint.generation_config, **ids})
+    # No sampling: nothing is generated there, and transformers refuses a folder for a setting that it does not accept.
+    write_json(folder / GENERATION_CONFIG, ids)
 
 
 def is_linked(model: MergedModel) -> bool:
@@ -138,29 +122,22 @@ def stage_adapter(lora: SeparateLora, folder: Path) -> None:
             file.write(np.ascontiguousarray(array).data)
 
 
-def _passes(key: str, kind: type | tuple[type, ...], settings: Mapping[str, Any]) -> bool:
-    """Whether a stranger's value is there, and of its type."""
-    value = settings.get(key)
-    if isinstance(value, list):
-        return kind is list and all(isinstance(item, str) for item in value)
-    return isinstance(value, kind) or (value is None and key in settings and key in _NULL_MEANS_NONE)
-
-
 def config(
     raw: Mapping[str, Any], checked: GemmaConfig, release: ToolkitRelease, eos: tuple[int, ...]
 ) -> dict[str, Any]:
-    """config.json for the toolkit: checked values for what is null, absent or named as in transformers 5.
+    """config.json for the toolkit: checked values only, in the types that transformers 5 insists on.
 
+    transformers obeys many other keys, such as `attribute_map`, by which one name stands for another, and
+    `attn_implementation`, which may name code to be loaded; what matters to training only is left to its defaults.
     The exporter needs numbers instead of null (airockchip/rknn-llm issue 148), chooses by the first architecture (issue
     220), and before 1.3.0 stores only one end token (CHANGELOG.md @ 1.3.0). transformers chooses by `model_type`.
     """
-    settings = {_RENAMED.get(key, key): value for key, value in raw.items()}
-    settings = {key: settings[key] for key, kind in _KEPT.items() if _passes(key, kind, settings)}
     family = FAMILIES[checked.family]
-    sizes = {
+    pad, vocabulary = raw.get("pad_token_id"), checked.vocab_size
+    settings: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "vocab_size": checked.vocab_size,
+        "vocab_size": vocabulary,
         "hidden_size": checked.hidden_size,
         "intermediate_size": checked.intermediate_size,
         "num_hidden_layers": checked.num_hidden_layers,
@@ -170,14 +147,33 @@ def config(
         "max_position_embeddings": checked.max_position_embeddings,
         "rms_norm_eps": checked.rms_norm_eps,
         "rope_theta": checked.rope_theta,
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": checked.tie_word_embeddings,
         "bos_token_id": checked.bos_token_id,
         "eos_token_id": list(eos) if release.several_eos else eos[0],
+        "pad_token_id": pad if type(pad) is int and 0 <= pad < vocabulary else 0,
+        "attention_bias": False,
     }
+    # transformers 5 writes the first; transformers 4 needs the second, which 5 reads too.
+    dtype = raw.get("torch_dtype", raw.get("dtype"))
+    if dtype in _DTYPES:
+        settings["torch_dtype"] = dtype
     if "sliding_window" in family.defaults:
-        scalar = checked.query_pre_attn_scalar
-        sizes["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
+        settings |= _gemma2(raw, checked)
+    return settings
+
+
+def _gemma2(raw: Mapping[str, Any], checked: GemmaConfig) -> dict[str, Any]:
+    """Settings that Gemma 1 does not have."""
+    scalar = checked.query_pre_attn_scalar
+    settings: dict[str, Any] = {
+        # transformers 5 takes a whole number only.
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
         # A window as long as the context has no effect.
-        sizes["sliding_window"] = checked.sliding_window or checked.max_position_embeddings
-    return settings | sizes
+        "sliding_window": checked.sliding_window or checked.max_position_embeddings,
+        # If omitted, transformers fills in 50 and 30.
+        "attn_logit_softcapping": checked.attn_logit_softcapping or None,
+        "final_logit_softcapping": checked.final_logit_softcapping or None,
+    }
+    return settings | ({"layer_types": raw["layer_types"]} if raw.get("layer_types") else {})

@@ -9,13 +9,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.adapters.separate import separate_lora
-from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
+from rkconvert.calibrate.dataset import MOST_BYTES, TokenCounter, validate_dataset
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
 from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile
@@ -39,8 +39,8 @@ from rkconvert.toolkit.tokenizer_files import pieces_problem
 from rkconvert.toolkit.verify import Verified, choose_prompts, needed_reads, verify
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
-from rkruntime.errors import CalibrationError, UsageError
-from rkruntime.files import read_error, write_error
+from rkruntime.errors import CalibrationError, RKEdgeError, UsageError
+from rkruntime.files import read_error, read_regular, write_error
 from rkruntime.versions import version
 
 _STAGED: Final = ".staged"
@@ -205,8 +205,11 @@ def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = lambda _:
         with Output(new_log()) as output:
             run = WorkerRun(toolkit, steps, scratch, output, on_event, job.toolkit_patience)
             run.execute()
-            keep_qparams(run)
-            return read_back(run, job)
+            try:
+                return read_back(run, job)
+            except RKEdgeError:
+                keep_qparams(run)
+                raise
 
 
 @contextmanager
@@ -228,12 +231,16 @@ def _plainly_named(job: ToolkitJob) -> Iterator[ToolkitJob]:
     if job.calibration is None:
         yield job
         return
-    with scratch_folder("rkedge-calibration-") as folder:
-        copy = folder / "calibration.json"
+    try:
+        data = read_regular(job.calibration, MOST_BYTES)
+    except OSError as error:
+        raise read_error(job.calibration, error, CalibrationError) from error
+    with ExitStack() as stack:
         try:
-            shutil.copyfile(job.calibration, copy)
+            copy = stack.enter_context(scratch_folder("rkedge-calibration-")) / "calibration.json"
+            copy.write_bytes(data)
         except OSError as error:
-            raise read_error(job.calibration, error, CalibrationError) from error
+            raise write_error(Path(tempfile.gettempdir()) / "calibration.json", error) from error
         yield replace(job, calibration=copy)
 
 

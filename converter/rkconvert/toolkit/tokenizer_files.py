@@ -15,7 +15,7 @@ from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenize
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.tokenizer import bos_in_front, tokenizer_json
 from rkconvert.output.hf_folder import write_json
-from rkconvert.tensors.memory_folder import Place
+from rkconvert.tensors.memory_folder import Place, open_file
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import CheckpointError
 from rkruntime.files import read_error
@@ -102,7 +102,7 @@ def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, s
     if not file.is_file():
         return b"", "is missing"
     try:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             data = opened.read(_MOST_PIECES + 1)
     except OSError as error:
         raise read_error(file, error, CheckpointError) from error

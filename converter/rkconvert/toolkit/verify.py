@@ -16,7 +16,7 @@ import numpy as np
 from rkconvert.adapters.merge import MergedWeights
 from rkconvert.calibrate.dataset import TokenCounter, validate_dataset
 from rkconvert.model.float_model import FloatModel
-from rkconvert.model.rendering import rendered
+from rkconvert.output.paths import without_paths
 from rkconvert.progress import Advance
 from rkconvert.target import ModelSpec
 from rkconvert.toolkit.job import LAST_ROWS
@@ -138,7 +138,7 @@ def choose_prompts(spec: ModelSpec, options: ToolkitOptions) -> tuple[tuple[int,
         return ()
     count = TokenCounter(spec.model.tokenizer_folder / TOKENIZER)
     chats = [[{"role": "user", "content": text}] for text in _QUESTIONS]
-    texts = rendered(spec.template.source, chats, spec.template.special_tokens)
+    texts = spec.template.prompts(chats)
     if options.calibration:
         texts = [*(row.input for row in validate_dataset(options.calibration)), *texts]
     bos, most = spec.config.bos_token_id, min(_MOST_TOKENS, spec.max_context)
@@ -166,7 +166,7 @@ def verify(result: ToolkitResult, spec: ModelSpec, prompts: Sequence[Sequence[in
     try:
         return min((_compared(name, model, prompts, found) for name, model in _models(spec, advance)), key=_distance)
     except (RKEdgeError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        why = error.strerror if isinstance(error, OSError) else without_paths(error.message)
         return Verified(problem=f"the float model cannot be computed: {why}")
 
 
@@ -198,7 +198,7 @@ def _rows(result: ToolkitResult, prompts: Sequence[Sequence[int]], vocabulary: i
     """The toolkit's logits by prompt, [positions, vocabulary]; or why there are none."""
     if ending := result.run.ending:
         # It may name a file; where things were on this machine is nobody's business.
-        return [], shorten(ending.replace(str(result.run.scratch), "..."), _MOST_PROBLEM, placeholder=" ...")
+        return [], shorten(without_paths(ending, [result.run.scratch]), _MOST_PROBLEM, placeholder=" ...")
     counts = [min(LAST_ROWS, len(prompt)) for prompt in prompts]
     size = 4 * sum(counts)
     if not result.logits or len(result.logits) % size or len(result.logits) < size * vocabulary:

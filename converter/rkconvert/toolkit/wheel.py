@@ -14,7 +14,7 @@ from typing import Final
 from rkconvert.rules.releases import ToolkitRelease, release
 from rkconvert.tensors.shards import refuse_lfs_pointer
 from rkruntime.errors import HostError, InputError
-from rkruntime.files import read_error
+from rkruntime.files import open_regular, read_error
 
 # PEP 427: name-version[-build]-python-abi-platform.whl
 _NAME: Final = re.compile(
@@ -73,9 +73,9 @@ def read_wheel(path: Path) -> Wheel:
 def _read_metadata(path: Path) -> tuple[dict[str, str], str]:
     """Return METADATA's headers, and the first tag in WHEEL."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             refuse_lfs_pointer(path, file.read(64), InputError)
-        with zipfile.ZipFile(path) as archive:
+            archive = zipfile.ZipFile(file)
             parts = {name.rpartition("/")[2]: name for name in archive.namelist() if name.count("/") == 1}
             texts = [_read_text(archive, parts[name]) for name in ("METADATA", "WHEEL")]
     except OSError as error:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.converter.sources.other_formats import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
@@ -20,13 +24,15 @@ from rkconvert import demo
 from rkconvert.calibrate import Sample, validate_dataset, write_dataset
 from rkconvert.calibrate.build import Builder
 from rkconvert.calibrate.chats import Dialogue, default_chats, read_chats, read_texts
-from rkconvert.calibrate.dataset import TokenCounter, generation_prompt
+from rkconvert.calibrate.dataset import TokenCounter
 from rkconvert.calibrate.targets import CpuModel
 from rkconvert.commands import calibrate as command
+from rkconvert.conversion.convert import Options, convert
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.output.host_memory import HostMemory
+from rkconvert.sources.open import open_source
 from rkruntime.errors import CalibrationError, HostError, OutputError, RKEdgeError
-from rkruntime.text.template import Message
+from rkruntime.text.template import Message, load_template
 from rkruntime.text.tokenizer import Tokenizer
 
 BASE = demo.checkpoint()
@@ -239,8 +245,115 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
 PROMPT = "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n"
 
 
-def test_the_generation_prompt_is_found() -> None:
-    assert generation_prompt(TEMPLATE) == "<start_of_turn>model\n"
+def test_what_every_prompt_ends_with_is_found() -> None:
+    assert TEMPLATE.ending == "<end_of_turn>\n<start_of_turn>model\n"
+
+
+TURNS = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+TEMPLATES = {
+    "no bos": TURNS + "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "two bos": "{{ bos_token * 2 }}" + TURNS + "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "eos": "{{ bos_token }}"
+    + TURNS
+    + "{% if add_generation_prompt %}<start_of_turn>model\n{% else %}{{ eos_token }}{% endif %}",
+    "always": "{{ bos_token }}" + TURNS + "<start_of_turn>model\n",
+    "one turn": "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    + TURNS
+    + "<start_of_turn>model\n",
+    "counted": "{{ bos_token }}" + TURNS + "<start_of_turn>{{ messages|length }}\n",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_of_other_templates_are_the_boards(tmp_path: Path, name: str) -> None:
+    """The same token ids as the runtime's: one `<bos>` in front."""
+    folder = tmp_path / "model"
+    shutil.copytree(BASE, folder, copy_function=shutil.copyfile)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    output = tmp_path / "data.json"
+    rkedge(folder, "-o", output, "--limit", 3, "--new-tokens", 3)
+    assert rkedge(folder, "--check", output)["rows"] == 3
+    tokenizer = Tokenizer.load(BASE / "tokenizer.json")
+    board = load_template(TEMPLATES[name], "native", {}, tokenizer)
+    count = TokenCounter(BASE / "tokenizer.json")
+    asked = command._collect([], [], True, "", 3)
+    for row, chat in zip(json.loads(output.read_text()), asked, strict=True):
+        parts = (
+            [part] if isinstance(part, int) else tokenizer.encode(str(part)) for part in board.parts(chat.messages)
+        )
+        assert count.encode(row["input"]) == [*chain(*parts)]
+
+
+def test_a_file_without_bos_is_refused(tmp_path: Path) -> None:
+    path = lines(tmp_path / "data.json", [{"input": PROMPT.removeprefix("<bos>"), "target": "a"}])
+    with pytest.raises(CalibrationError, match="does not begin with <bos>"):
+        rkedge(BASE, "--check", path)
+
+
+def test_notes_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BASE, folder, copy_function=shutil.copyfile)
+    (folder / "chat_template.jinja").write_text(TEMPLATES["no bos"])
+    adapter = tmp_path / "adapter"
+    shutil.copytree(demo.adapter(), adapter, copy_function=shutil.copyfile)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    more = {"target_modules": [*config["target_modules"], "embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **more}))
+    asked = [folder, "-o", tmp_path / "data.json", "--targets", "given", "--lora", adapter]
+    done = CliRunner().invoke(command.run, [*map(str, asked)], catch_exceptions=False)
+    assert "note: the chat template does not start with <bos>" in done.stderr
+    assert "targets model.embed_tokens but has no matrices for it" in done.stderr
+
+
+def test_an_answer_ends_at_the_tokenizers_end_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns end with <|im_end|>, which only tokenizer_config.json names; generation_config.json lists another."""
+    folder = tmp_path / "model"
+    shutil.copytree(BASE, folder, copy_function=shutil.copyfile)
+    text = (folder / "tokenizer.json").read_text().replace("<end_of_turn>", "<|im_end|>")
+    (folder / "tokenizer.json").write_text(text.replace("<unused5>", "<end_of_turn>"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|im_end|>"}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (folder / "chat_template.jinja").write_text(NATIVE.replace("<end_of_turn>", "{{ eos_token }}"))
+    stops: list[list[int]] = []
+
+    def started(self: CpuModel, folder: Path, nbytes: int, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
+        stops.append(list(stop))
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr(CpuModel, "__init__", started)
+    with pytest.raises(CalibrationError, match="enough"):
+        rkedge(folder, "-o", tmp_path / "data.json")
+    expected = AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert expected in stops[0]
+    assert expected in convert(Options(str(folder), tmp_path / "bundle")).manifest.stop_token_ids
+
+
+def test_a_gguf_is_calibrated(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, BASE, gguf.GGMLQuantizationType.F32)
+    rkedge(path, "-o", tmp_path / "gguf.json", "--limit", 2, "--new-tokens", 5)
+    rkedge(BASE, "-o", tmp_path / "folder.json", "--limit", 2, "--new-tokens", 5)
+    assert json.loads((tmp_path / "gguf.json").read_text()) == json.loads((tmp_path / "folder.json").read_text())
+
+
+def test_a_model_of_the_hub_is_opened_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(command, "open_source", lambda *given: asked.append(given) or open_source(str(BASE)))
+    rkedge("google/gemma-2-2b-it", "--revision", "main", "-o", tmp_path / "data.json", "--targets", "given")
+    assert asked == [("google/gemma-2-2b-it", "main")]
+
+
+@pytest.mark.parametrize("device", ["fifo", "/dev/zero"])
+@pytest.mark.parametrize("option", ["--text", "--chats", "--check"])
+def test_what_is_not_a_regular_file_is_not_read(tmp_path: Path, option: str, device: str) -> None:
+    path = Path(device)
+    if device == "fifo":
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+    with pytest.raises(CalibrationError, match="not a regular file"):
+        rkedge(BASE, option, path, "-o", tmp_path / "data.json")
 
 
 @pytest.mark.parametrize(

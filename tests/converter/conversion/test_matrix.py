@@ -209,6 +209,19 @@ def test_a_bundle_of_other_options_is_not_taken_for_done(write, convert, tmp_pat
     assert "already exists" in outcome["message"]
 
 
+def test_a_bundle_is_done_whatever_does_not_change_it(write, convert):
+    convert(write({"dtype": ["w8a8"], "force_dtype": [False]}))
+    code, [outcome], _ = convert(write({"dtype": ["w8a8"], "force_dtype": [True]}))
+    assert (code, outcome["status"]) == (0, "there")
+
+
+@pytest.mark.parametrize("other", [{"max_context": [4096]}, {"npu_cores": [3]}, {"release": ["1.2.3"]}])
+def test_defaults_written_out_are_the_same_conversion(write, capsys, tmp_path, other):
+    assert cli.main(["convert", "--matrix", str(write([{"dtype": ["w8a8"]}, other]))]) == 2
+    assert "Two conversions of the matrix are the same" in capsys.readouterr().err
+    assert not names(tmp_path / "out")
+
+
 def test_a_damaged_bundle_is_not_taken_for_done(write, convert, tmp_path):
     _, [outcome], _ = convert(write({"dtype": ["w8a8"]}))
     os.truncate(Path(outcome["output"]) / "model.rkemu", 1000)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import shutil
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -27,6 +28,15 @@ from rkruntime.errors import BundleError, HostError, OutputError, UsageError
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 TOKEN = "hf_averysecrettoken"
 TO = Destination("me/gemma-demo")
+
+
+def described(name, data):
+    """A file as the hub lists it: by the hash of Git LFS if it is large, else by Git's own."""
+    if len(data) > 10_000:
+        lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        return {"rfilename": name, "size": len(data), "blobId": "0" * 40, "lfs": lfs}
+    git = subprocess.run(["git", "hash-object", "--stdin"], input=data, capture_output=True, check=True)
+    return {"rfilename": name, "size": len(data), "blobId": git.stdout.decode().strip()}
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -89,7 +99,7 @@ class StandIn(BaseHTTPRequestHandler):
         if repo is None:
             return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         if not rest:
-            files = [{"rfilename": file, "size": len(data)} for file, data in repo["files"].items()]
+            files = [described(file, data) for file, data in repo["files"].items()]
             return self.answer({"id": f"{owner}/{name}", "private": repo["private"], "siblings": files})
         if rest[0] == "preupload":
             large = [(file["path"], file["size"] > 10_000) for file in json.loads(body)["files"]]
@@ -355,3 +365,41 @@ def test_a_matrix_gives_each_bundle_a_repository(hub, tmp_path, capsys):
     path.write_text(path.read_text().replace("me/fp32", "me/w8a8"))
     assert cli.main(["convert", "--matrix", str(path), "-q"]) == 2
     assert "several conversions of the matrix would push to the same repository" in capsys.readouterr().err
+
+
+@pytest.fixture
+def matrix(hub, tmp_path):
+    """A matrix of two bundles with a repository each; the exit code of a run and the outcomes."""
+    grid = [{"dtype": [dtype], "push_to_hub": [f"me/{dtype}"]} for dtype in ("w8a8", "fp32")]
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump({"checkpoint": str(demo.checkpoint()), "output": ".", "matrix": grid}))
+
+    def run(capsys):
+        code = cli.main(["convert", "--matrix", str(path), "--json"])
+        return code, [(item["status"], item["message"]) for item in json.loads(capsys.readouterr().out)]
+
+    return run
+
+
+def test_a_matrix_uploads_what_an_earlier_run_could_not(hub, matrix, capsys):
+    hub.refuses = ("/me/fp32/commit/", 403)
+    code, outcomes = matrix(capsys)
+    assert (code, [status for status, _ in outcomes]) == (5, ["made", "failed"])
+    code, outcomes = matrix(capsys)
+    assert (code, [status for status, _ in outcomes]) == (5, ["there", "failed"])
+    hub.refuses = None
+    assert matrix(capsys) == (0, [("there", ""), ("there", "")])
+    assert "model.rkemu" in hub.repos["me/fp32"]["files"]
+    commits = [path for _, path, _ in hub.calls if "/me/w8a8/commit/" in path]
+    assert matrix(capsys)[0] == 0
+    assert len(commits) == len([path for _, path, _ in hub.calls if "/me/w8a8/commit/" in path]) == 1
+
+
+@pytest.mark.parametrize("name", ["model.rkemu", "rkedge.yaml", "more.txt"])
+def test_a_matrix_does_not_take_other_files_for_its_upload(hub, matrix, capsys, name):
+    assert matrix(capsys)[0] == 0
+    files = hub.repos["me/w8a8"]["files"]
+    files[name] = files.get(name, b"x")[::-1]
+    code, [(status, message), _] = matrix(capsys)
+    assert (code, status) == (3, "failed")
+    assert "already contains files" in message

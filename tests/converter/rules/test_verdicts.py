@@ -292,6 +292,9 @@ def test_every_rule_is_reached_by_some_model() -> None:
     for name, soc, dtype in product(CONFIGS, TAKEN, ALL_TYPES):
         if dtype in TAKEN[soc]:
             reached.add(plan_of(name, soc, dtype).judgement.rule.reason)
+    small = CONFIGS["gemma-2-2b-it"] | {"num_hidden_layers": 1, "hidden_size": 256}
+    plans = (plan_for(ModelSource("small", small), PlanRequest("small", board=soc)) for soc in TAKEN)
+    reached |= {plan.judgement.rule.reason for plan in plans}
     assert [rule.reason for rule in dtypes.rules() if rule.reason not in reached] == []
 
 
@@ -358,3 +361,18 @@ def test_other_socs_are_refused_by_name(soc: str) -> None:
     with pytest.raises(UsageError, match=f"does not support '{soc}'") as caught:
         dtypes.accepted(soc, "1.3.0")
     assert caught.value.hint == "It supports rk3588, rk3576."
+
+
+@pytest.mark.parametrize("platform", ["rk3588", "rk3576"])
+@pytest.mark.parametrize("layers", [1, 2, 4, 8, 16, 26, 40])
+@pytest.mark.parametrize("width", [64, 256, 1024, 2304])
+def test_others_of_its_size_have_its_size(platform: str, layers: int, width: int) -> None:
+    """The vendor's models have 0.43 (MiniCPM4 0.5B) to 8 billion weights (benchmark.md @ 1.3.0, README.md @ 1.1.1)."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+    config = CONFIGS["gemma-2-2b-it"] | sizes
+    plan = plan_for(ModelSource("x", config), PlanRequest(model="x", board=platform))
+    for verdict in plan.verdicts:
+        if "of its size" in verdict.reason:
+            assert 0.4e9 < plan.shape.parameters < 9e9
+        if "this small" in verdict.reason:
+            assert plan.shape.parameters < 0.434e9

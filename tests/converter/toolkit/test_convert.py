@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
 from rkconvert.output import bundle_folder
 from rkconvert.output.host_memory import HostMemory
-from rkconvert.toolkit import target
+from rkconvert.toolkit import result, target
+from rkconvert.toolkit.result import ToolkitResult
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.errors import (
@@ -108,6 +111,27 @@ def test_a_bundle(options: Callable[..., Options], version: str, tmp_path: Path,
     assert not list((home / "xdg_cache_home" / "rkedge" / "logs").glob("*"))
 
 
+def test_no_path_of_this_machine_is_in_a_bundle(
+    options: Callable[..., Options], fail: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home of somebody"
+    (home / "tmp files").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "tmp files"))
+    monkeypatch.setenv("TMPDIR", str(home / "tmp files"))
+    fail("build:paths")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"input": PROMPT, "target": "a"}] * 20))
+    bundle = convert(options(calibration=data))
+    private = {*tmp_path.parts, "somebody", "tmp files", *Path(__file__).parts[:-4], "site-packages"} - {"/", "tmp"}
+    for path in (file for file in bundle.path.rglob("*") if file.is_file() and file.parent.name == "report"):
+        text = path.read_bytes().decode("utf-8", "replace")
+        assert not [name for name in private if f"/{name}" in text or f"{name}/" in text], path
+    log = (bundle.path / "report" / "toolkit.log").read_text()
+    assert ".../rkllm_standin.py:13: and/or 3/4 </s> https://github.com/airockchip/rknn-llm/issues" in log
+    assert ".../calibration.json" in log
+
+
 @pytest.mark.parametrize("name", ["data.json", "chats [v2]/{a,b} ::*.json"])
 def test_calibration_is_used_and_named_by_its_hash(options: Callable[..., Options], tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -127,6 +151,21 @@ def test_parameters_that_an_algorithm_found_are_kept(options: Callable[..., Opti
     assert (bundle.path / "report" / "toolkit.qparams").read_text() == "scales"
     bundle.verify(trust_stamps=False)
     convert(options(**asked, output=bundle.path.with_name("again"), qparams=bundle.path / "report" / "toolkit.qparams"))
+
+
+def test_a_log_that_others_deleted_does_not_cost_the_model(
+    options: Callable[..., Options], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_back(*given: Any) -> ToolkitResult:
+        shutil.rmtree(home / "xdg_cache_home")
+        return result.read_back(*given)
+
+    monkeypatch.setattr(target, "read_back", read_back)
+    asked = {"platform": "rk3576", "dtype": "w4a16", "algorithm": "grq", "toolkit_device": "cuda"}
+    bundle = convert(options(**asked))
+    assert is_complete(bundle.path)
+    assert "Model has been saved" in (bundle.path / "report" / "toolkit.log").read_text()
+    assert (bundle.path / "report" / "toolkit.qparams").read_text() == "scales"
 
 
 def test_an_adapter_merged(options: Callable[..., Options], base: Path, make_adapter: Make) -> None:

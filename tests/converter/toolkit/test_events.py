@@ -46,7 +46,7 @@ def test_anything_else_is_refused(line: bytes) -> None:
 
 
 def feed(tmp_path: Path, *pieces: bytes) -> tuple[Output, list[Progress | Notice]]:
-    with Output(tmp_path / "log") as output:
+    with Output((tmp_path / "log").open("wb", buffering=0)) as output:
         events = [event for piece in pieces for event in output.feed(piece)]
         return output, [*events, *output.finish()]
 

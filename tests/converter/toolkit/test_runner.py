@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from rkconvert.toolkit import session, target
 from rkconvert.toolkit.events import Event, Heartbeat, Notice, Progress, Stage, WorkerStarted
 from rkconvert.toolkit.interpreter import Toolkit
 from rkconvert.toolkit.job import ToolkitJob
+from rkconvert.toolkit.output import new_log
 from rkconvert.toolkit.target import run_toolkit
 from rkruntime.errors import CalibrationError, CheckpointError, HostError, RefusedError, RKEdgeError, ToolkitError
 
@@ -41,7 +48,7 @@ def test_a_conversion(job: Job, toolkit: Find, version: str, open_descriptors: C
     assert result.doubts == (f"the toolkit reports version {version}, but its package is {version}+standin",)
     assert set(result.run.seconds) == {"import", "load", "build", "export"}
     assert any("two ids" in text for text in result.run.warnings)
-    assert b"Optimizing model: 100%" in result.run.output.path.read_bytes()
+    assert "Optimizing model: 100%" in result.run.output.text()
     assert result.run.calls.steps[1]["arguments"]["quantized_dtype"] == "w8a8"
     assert [event.stage for event in events if isinstance(event, Stage)] == ["import", "load", "build", "export"]
     assert Progress("Optimizing model", 8, 8) in events
@@ -110,7 +117,7 @@ def nothing_left(job: ToolkitJob) -> bool:
 
 
 FAULTS = [
-    ("build:killed", HostError, "killed by the kernel", "convert-out-of-memory"),
+    ("build:killed", HostError, "killed by signal 9, and the kernel counted no kill", None),
     ("load:segfault", ToolkitError, "exited with signal 11", None),
     ("build:exit", ToolkitError, r"exit\(3\)", None),
     ("build:raise", CheckpointError, "RuntimeError", "convert-checkpoint-unusable"),
@@ -127,7 +134,7 @@ FAULTS = [
     ("write:short", ToolkitError, "the weights alone take 4,000", None),
     ("build:chinese", RefusedError, "目标平台不支持", "convert-dtype-unsupported"),
     ("build:cuda-memory", HostError, "CUDA out of memory", "convert-out-of-memory"),
-    ("export:disk", HostError, "disk is full", None),
+    ("export:disk", HostError, "found a disk full", None),
     ("build:endless", ToolkitError, "build returned -1", None),
     ("load:ask", ToolkitError, "EOFError", None),
     ("load:events", ToolkitError, "does not understand", None),
@@ -189,6 +196,19 @@ def test_out_of_memory_tells_the_numbers(job: Job, toolkit: Find, fail: Fail) ->
         run_toolkit(job(parameters=2_600_000_000), toolkit())
     assert caught.value.details["exit_code"] == -signal.SIGKILL
     assert "swap" in caught.value.hint
+
+
+def test_a_kill_by_the_kernel_is_told_from_others(
+    job: Job, toolkit: Find, fail: Fail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail("build:killed")
+    monkeypatch.setattr(session, "out_of_memory_kills", Mock(side_effect=[3, 4]))
+    with pytest.raises(HostError, match="killed by the kernel") as caught:
+        run_toolkit(job(parameters=4000), toolkit())
+    assert caught.value.details["diagnosis"]["class"] == "convert-out-of-memory"
+    with pytest.raises(HostError, match="probably by the kernel"):
+        monkeypatch.setattr(session, "out_of_memory_kills", lambda: 3)
+        run_toolkit(job(parameters=10**13), toolkit())
 
 
 # 1.1.x does not have the option, and 1.3.0 was reported to load float32 on the CPU regardless.
@@ -317,7 +337,7 @@ def test_it_ends_when_this_process_is_killed(
         assert process.stdout is not None
         worker = child = 0
         for line in process.stdout:
-            if line.startswith("Started"):
+            if line.startswith("WorkerStarted"):
                 worker = int(line.rpartition("pid=")[2].rstrip(")\n"))
             if "child" in line:
                 child = int(line.rpartition("child ")[2].rstrip("')\n"))
@@ -345,5 +365,77 @@ def test_old_logs_go(job: Job, toolkit: Find, home: Path) -> None:
     for number in range(20):
         (logs / f"toolkit-20240101-0000{number:02}-x.log").touch()
     result = run_toolkit(job(), toolkit())
+    assert result.run.output.path is not None
     assert result.run.output.path.parent == logs
     assert len(list(logs.iterdir())) == 10
+
+
+def test_a_log_in_use_stays(job: Job, toolkit: Find) -> None:
+    def start_others(event: Event) -> None:
+        if isinstance(event, Stage) and event.stage == "build":
+            for _ in range(30):
+                log = new_log()
+                assert log is not None
+                log.close()
+
+    result = run_toolkit(job(), toolkit(), start_others)
+    assert result.run.output.path is not None
+    assert "Optimizing model" in result.run.output.path.read_text()
+
+
+class FullDisk(FileIO):
+    """A file on a disk with room for a few bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() >= 200:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data[: 200 - self.tell()])
+
+
+@pytest.mark.parametrize("disk", ["full", "absent"])
+@pytest.mark.parametrize("ending", ["", "build:return", "build:chinese"])
+def test_a_log_that_cannot_be_written(
+    job: Job, toolkit: Find, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str, ending: str
+) -> None:
+    log = tmp_path / "short.log"
+    monkeypatch.setattr(target, "new_log", lambda: FullDisk(log, "w") if disk == "full" else None)
+    fail(ending)
+    if not ending:
+        result = run_toolkit(job(), toolkit())
+        assert result.file.path.is_file()
+        assert result.run.output.take().endswith(
+            b"Model has been saved to " + bytes(result.run.scratch) + b"/model.rkllm!"
+        )
+        assert not log.exists()
+        return
+    with pytest.raises(RKEdgeError) as caught:
+        run_toolkit(job(), toolkit())
+    assert "disk is full" not in caught.value.message
+    assert ("as far as it could be written (No space left" if disk == "full" else "no log") in caught.value.message
+    # What the log would have been read for is still known.
+    assert isinstance(caught.value, RefusedError if "chinese" in ending else ToolkitError)
+
+
+def test_no_folder_takes_a_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "mkstemp", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert new_log() is None
+
+
+@pytest.mark.parametrize(("full", "words"), [("out", "output folder"), ("tmp", "temporary folder")])
+def test_the_full_disk_is_named(
+    job: Job, toolkit: Find, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str, words: str
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: usage._replace(free=0 if tmp_path / full in (path, *path.parents) else 9 << 30),
+    )
+    fail("export:disk")
+    with pytest.raises(
+        HostError, match=f"the disk of the {words} is full; free are .*0.00 GB in the {words}"
+    ) as caught:
+        run_toolkit(job(), toolkit())
+    assert words in caught.value.hint

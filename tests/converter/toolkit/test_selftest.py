@@ -128,7 +128,7 @@ def test_a_question_that_cannot_be_asked_fails_nothing(
     ("fault", "words", "exit_code"),
     [
         ("import:pkg_resources", "cannot be imported", 5),
-        ("load:killed", "killed by the kernel", 5),
+        ("load:killed", "killed by signal 9", 5),
         ("export:disk", "disk is full", 5),
         ("build:hang", "showed no activity", 7),
     ],

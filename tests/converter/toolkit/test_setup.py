@@ -97,6 +97,47 @@ def test_setup_and_use(wheel: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("no_index")
+def test_a_data_folder_with_spaces(
+    wheel: Callable[..., Path], tmp_path: Path, no_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "my data #1 %41"))
+    write_wheel(no_index / "setuptools-90.0.0-py3-none-any.whl", {"setuptools.py": ""}, "setuptools", "90.0.0")
+    (tmp_path / "own.txt").write_text("")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "own.txt"))
+    made = setup(read_wheel(wheel()), Path(sys.executable), lambda line: None)
+    assert made.python.is_relative_to(tmp_path / "my data #1 %41")
+    assert find_toolkit().python == made.python
+
+
+@pytest.mark.usefixtures("no_index")
+def test_one_setup_at_a_time_and_a_failed_one_keeps_the_old(wheel: Callable[..., Path]) -> None:
+    path, refused = wheel(), []
+
+    def start_another(line: str) -> None:
+        if "Processing" in line:
+            with pytest.raises(OutputError, match="Another `rkedge toolkit setup`") as caught:
+                setup(read_wheel(path), Path(sys.executable), lambda line: None, replace=True)
+            refused.append(caught.value)
+
+    made = setup(read_wheel(path), Path(sys.executable), start_another)
+    assert refused
+    with pytest.raises(HostError, match="cannot be imported"):
+        setup(read_wheel(wheel(broken=True)), Path(sys.executable), lambda line: None, replace=True)
+    assert find_toolkit() == made
+    assert os.listdir(environments_folder()) == [made.python.parent.parent.name]
+    # As after a kill in the middle of a replacement.
+    folder = made.python.parent.parent
+    folder.rename(folder.with_name(f"{folder.name}.old"))
+    (folder / "bin").mkdir(parents=True)
+    assert find_toolkit().version == made.version
+    with pytest.raises(OutputError, match="exists already"):
+        setup(read_wheel(wheel()), Path(sys.executable), lambda line: None)
+    assert find_toolkit() == made
+    setup(read_wheel(wheel()), Path(sys.executable), lambda line: None, replace=True)
+    assert os.listdir(environments_folder()) == [folder.name]
+
+
+@pytest.mark.usefixtures("no_index")
 def test_what_cannot_be_imported_leaves_nothing(wheel: Callable[..., Path]) -> None:
     lines: list[str] = []
     with pytest.raises(HostError, match="cannot be imported") as caught:
@@ -154,6 +195,11 @@ def test_files_that_are_no_wheel(tmp_path: Path, wheel: Callable[..., Path]) -> 
             read_wheel(path)
     with pytest.raises(InputError, match="No such file"):
         read_wheel(tmp_path / "none.whl")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="not a regular file"):
+        read_wheel(path)
+    path.unlink()
     with pytest.raises(InputError, match="a wheel of torch, not of"):
         read_wheel(write_wheel(tmp_path / "torch-2.6.0-cp312-cp312-linux_x86_64.whl", {}, "torch", "2.6.0"))
     with zipfile.ZipFile(path, "w") as archive:

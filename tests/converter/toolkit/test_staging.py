@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+from rkconvert import demo
 from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.model.chat_template import read_template
 from rkconvert.rules.releases import release
@@ -104,6 +108,74 @@ def test_no_stranger_s_settings(make_model: MakeModel, tmp_path: Path, key: str)
     folder = staged(base, tmp_path / "staged")
     assert json.loads((folder / "config.json").read_text()).get(key) != STRANGE[key]
     assert torch.equal(logits(load(folder)), expected)
+
+
+CAPS = st.none() | st.integers(1, 80) | st.floats(0.5, 80)
+# Values that transformers 4 took as they are.
+LEGAL = st.fixed_dictionaries(
+    {},
+    optional={
+        "attn_logit_softcapping": CAPS,
+        "final_logit_softcapping": CAPS,
+        "query_pre_attn_scalar": st.integers(1, 300) | st.integers(1, 300).map(float),
+        "rms_norm_eps": st.sampled_from([1e-6, 1e-5, 1]),
+        "rope_theta": st.integers(100, 10**6) | st.floats(100, 1e6),
+        "sliding_window": st.integers(1, 4096),
+        "initializer_range": st.integers(0, 1) | st.floats(0, 1),
+        "attention_dropout": st.none() | st.integers(0, 7) | st.floats(0, 1),
+        "pad_token_id": st.none() | st.integers(-2, 1_000_000) | st.just("x"),
+        "torch_dtype": st.sampled_from(["float99", "int8", "float32", None, "", 5, ["float32"]]),
+        "hidden_act": st.sampled_from(["gelu_pytorch_tanh", "gelu", None, 3]),
+        "use_cache": st.sampled_from([True, False, None, 1]),
+        "layer_types": st.none() | st.permutations(["full_attention", "sliding_attention"]),
+    },
+)
+SAMPLING = st.dictionaries(
+    st.sampled_from(
+        ["pad_token_id", "temperature", "num_beams", "watermarking_config", "cache_implementation", "stop_strings",
+         "constraints", "early_stopping", "compile_config", "max_new_tokens", "suppress_tokens", "do_sample"]
+    ),
+    st.none() | st.integers(-2, 2) | st.text(max_size=3) | st.dictionaries(st.text(max_size=3), st.integers()),
+    max_size=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest model that has everything."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    config = Gemma2Config(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(demo.checkpoint() / name, folder / name)
+    return folder
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=LEGAL, generation=SAMPLING)
+def test_what_transformers_4_took_is_loaded_by_the_installed_one(
+    small: Path, tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], generation: dict[str, Any]
+) -> None:
+    base = shutil.copytree(small, tmp_path_factory.mktemp("random") / "base")
+    change(base, "config.json", **config)
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    folder = staged(base, base.with_name("staged"))
+    # The oracle's own configuration has no strict fields once it is made.
+    expected = load(small)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if key in config:
+            setattr(expected.config, key, config[key] and float(config[key]))
+    for layer in expected.model.layers:
+        layer.self_attn.attn_logit_softcapping = expected.config.attn_logit_softcapping
+        layer.self_attn.scaling = config.get("query_pre_attn_scalar", 256) ** -0.5
+    found = load(folder)
+    assert found.config.pad_token_id in range(1024)
+    if config.keys().isdisjoint({"rms_norm_eps", "rope_theta", "sliding_window", "layer_types"}):
+        assert torch.equal(logits(found), logits(expected))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

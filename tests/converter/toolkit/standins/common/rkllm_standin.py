@@ -15,7 +15,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,6 +45,16 @@ def error(text):
     """What the toolkit does when something is wrong: a line, and -1."""
     print(f"ERROR: {text}")
     return -1
+
+
+def name_paths():
+    """Where things are on this machine, as Python and packages print it."""
+    warnings.warn("pkg_resources is deprecated", stacklevel=1)
+    print(
+        f"WARNING: no file {tempfile.gettempdir()}/rkedge-calibration-x1/calibration.json, '{Path.cwd()}/a b/c d.json'"
+    )
+    print(f"WARNING: {sys.executable} and {Path.home()}/.cache/huggingface/x y, file://{Path.home()}/models/mine")
+    print(f"WARNING: {Path(__file__).resolve()}:13: and/or 3/4 </s> https://github.com/airockchip/rknn-llm/issues")
 
 
 def raise_it():
@@ -107,6 +119,7 @@ FAULTS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "exit": lambda: sys.exit(3),
+    "paths": name_paths,
     "raise": raise_it,
     "return": lambda: -1,
     "none": lambda: "no code",
