@@ -61,7 +61,7 @@ def forced(board: sshd.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with (folder / "authorized_keys").open("a") as keys:
             keys.write(f'command="sh {tmp_path / name}" {key}\n')
         config = (folder / "config").read_text().split("Host ")[1]
-        (tmp_path / "config").write_text("Host " + config.replace("open", name))
+        (tmp_path / "config").write_text("Host " + re.sub(r"\bopen\b", name, config))
         monkeypatch.setenv("RKEDGE_SSH", f"ssh -T -F {tmp_path / 'config'}")
         return f"{getpass.getuser()}@{name}"
 

@@ -64,6 +64,8 @@ class CpuModel:
                 trust_remote_code=False,
                 use_safetensors=True,
             ).eval()
+        except ImportError:  # a package is missing, which is told as for every command
+            raise
         except Exception as error:  # Each release raises errors of its own, and of the packages below it.
             raise CalibrationError(f"transformers cannot load the model: {error}.", hint=_OTHER_TARGETS) from error
         # The checkpoint's settings for sampling, beams and lengths must not apply.

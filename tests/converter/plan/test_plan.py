@@ -229,7 +229,7 @@ def hub(monkeypatch) -> Any:
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
 
     def answers(answer: Callable[[str], Path] | type[Exception]) -> None:
-        def fetch(_: str, name: str, revision: str | None = None) -> str:
+        def fetch(_: str, name: str, **__: object) -> str:
             if isinstance(answer, type):
                 raise answer.__new__(answer, "no")  # their own constructors want a whole HTTP response
             return str(answer(name))

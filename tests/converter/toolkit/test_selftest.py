@@ -129,7 +129,7 @@ def test_a_question_that_cannot_be_asked_fails_nothing(
     [
         ("import:pkg_resources", "cannot be imported", 5),
         ("load:killed", "killed by signal 9", 5),
-        ("export:disk", "disk is full", 5),
+        ("export:disk", "found a disk full", 5),
         ("build:hang", "showed no activity", 7),
     ],
 )

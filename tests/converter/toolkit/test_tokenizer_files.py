@@ -216,7 +216,7 @@ def test_any_bytes_are_a_model_or_not(data: bytes) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(source: Path) -> None:
     (source / "tokenizer.model").write_bytes(b"")
-    denied = mock.patch.object(Path, "open", side_effect=PermissionError(13, "Permission denied"))
+    denied = mock.patch("rkruntime.files.os.open", side_effect=PermissionError(13, "Permission denied"))
     with denied, pytest.raises(CheckpointError, match="Permission denied"):
         _checked_pieces(source, {})
 

@@ -117,7 +117,7 @@ def test_a_board_that_never_answers(monkeypatch: pytest.MonkeyPatch, program: st
     monkeypatch.setattr("rkruntime.chat.link._GREETING_S", 0.3)
     monkeypatch.setenv("RKEDGE_SSH", shlex.join([sys.executable, "-I", "-S", "-c", program]))
     with pytest.raises(ServiceError, match=said) as caught:
-        RemoteChat("board", remote="rkedge attach", session="s", system="", options={})
+        RemoteChat(over_ssh("board"), session="s", system="", options={})
     assert "by hand" in caught.value.hint
 
 

@@ -205,13 +205,10 @@ def test_a_failed_load_shows_its_log_and_its_diagnosis(bundle: Path) -> None:
     assert "there is no RKEMU_FAULT typo" in chat.stderr
 
 
-def test_save_leaves_other_files_alone(bundle: Path, tmp_path: Path) -> None:
-    mine, talk = tmp_path / "mine.txt", tmp_path / "talk.json"
-    mine.write_text("important")
-    done = rkedge("chat", bundle, text=f"{FIRST}\n/save {talk}\n/save {talk}\n/save {mine}\n")
-    assert mine.read_text() == "important"
-    assert "not a saved conversation" in done.stderr
-    assert json.loads(talk.read_text())["messages"][0]["content"] == FIRST
+def test_what_comes_through_a_pipe_writes_no_files(bundle: Path, tmp_path: Path) -> None:
+    done = rkedge("chat", bundle, text=f"/save {tmp_path / 'talk.json'}\n{FIRST}\n")
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_serve_ends_at_once_where_there_is_no_bundle(tmp_path: Path) -> None:

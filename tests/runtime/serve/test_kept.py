@@ -193,12 +193,11 @@ def chat(slow: Any) -> Any:
 
 
 def stopped_after(chat: RemoteChat, question: str, number: int) -> str:
-    """What a person sees of an answer that they stop, twice, after so many pieces."""
+    """What a person sees of an answer that they stop after so many pieces."""
     seen: list[str | Note] = []
     for piece in chat.ask(question):
         seen.append(piece)
         if len(seen) == number:
-            chat.stop()
             chat.stop()
     chat.stop()  # Ctrl-C came too late
     assert all(isinstance(piece, str) for piece in seen), seen

@@ -31,6 +31,7 @@ BASE, PIRATE = next((row.answer, row.pirate) for row in questions() if row.quest
 # What is read when it is needed, and where it is read.
 IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "per_request_sampling": lambda daemon: daemon.service.settings.per_request_sampling,
+    "strict_roles": lambda daemon: daemon.service.settings.strict_roles,
     "idle_unload_s": lambda daemon: daemon.service.settings.idle_unload_s,
     "log_prompts": lambda daemon: daemon.service.settings.log_prompts,
     "log_level": lambda _: logging.getLevelName(logging.getLogger("rkedge").level).lower(),
@@ -67,7 +68,13 @@ def other(name: str, hint: Any, value: Any, folder: Path) -> Any:
         path.write_text(f"ann {'a' * 32}")
         path.chmod(0o600)
         return path
-    special = {"listen.host": "127.0.0.2", "listen.socket_mode": "0600", "release": "1.2.0", "top_p": 0.5}
+    special: dict[str, Any] = {
+        "listen.origins": ("http://other",),
+        "listen.host": "127.0.0.2",
+        "listen.socket_mode": "0600",
+        "release": "1.2.0",
+        "top_p": 0.5,
+    }
     if name in special:
         return special[name]
     choices = [item for item in get_args(hint) if isinstance(item, str) and item != value]
