@@ -455,7 +455,7 @@ def a_gguf_with_another_tokenizer(box):
 # recipes
 
 
-@case("cannot be read: it is not a regular file")
+@case("cannot be read: Is a directory")
 def a_folder_for_a_recipe(box):
     return [box.model, "--recipe", box.model]
 
