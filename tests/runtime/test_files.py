@@ -103,6 +103,7 @@ def _stranger(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize("read", [open_regular, sha256_file, lambda path: read_regular(path, 10)])
 def test_only_regular_files_are_read(tmp_path: Path, kind: str, read: Callable[[Path], object]) -> None:
     descriptors = os.listdir("/proc/self/fd")
+    # A socket is not opened at all.
     with pytest.raises(
         OSError, match=r"not a regular file|No such device|Is a directory"
     ):  # a socket is not opened at all
