@@ -104,9 +104,7 @@ def _stranger(kind: str, path: Path) -> Path:
 def test_only_regular_files_are_read(tmp_path: Path, kind: str, read: Callable[[Path], object]) -> None:
     descriptors = os.listdir("/proc/self/fd")
     # A socket is not opened at all.
-    with pytest.raises(
-        OSError, match=r"not a regular file|No such device|Is a directory"
-    ):  # a socket is not opened at all
+    with pytest.raises(OSError, match=r"not a regular file|No such device|Is a directory"):
         read(_stranger(kind, tmp_path / "file"))
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
 
