@@ -88,7 +88,7 @@ class CpuModel:
         try:
             with torch.inference_mode():
                 made = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        except Exception as error:
+        except Exception as error:  # as above: a model that loads can still fail in its first step
             raise CalibrationError(f"transformers cannot run the model: {error}.", hint=_OTHER_TARGETS) from error
         # Ids that end an answer are control tokens, which have no text.
         return self._tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip()

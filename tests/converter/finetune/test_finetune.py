@@ -46,7 +46,6 @@ def test_from_texts_to_an_answer(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_from_texts_to_an_answer_in_4_bits(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     learns(tmp_path, "--nf4")
 
 
