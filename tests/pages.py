@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
+from tests.converter.compat.gemma2 import matrices as gemma2_matrices
 
 from rkboard.doctor.checks import GROUPS, code_of
+from rkconvert.compat import report as compat
+from rkconvert.compat.matrix import Matrix
 from rkruntime import cli, errors
 from rkruntime.schema import Between
 from rkruntime.serve.settings import Settings, how_taken
@@ -144,8 +147,21 @@ def checks_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def matrix_page(matrices: Iterable[Matrix]) -> str:
+    """docs/matrix.md, from the matrices of several models with the same dimensions."""
+    head = [
+        "# Which type of Gemma 2 runs on which board?",
+        f"\n{_NOTE}\n",
+        "Made by `rkedge compat` for the releases at which something changes; [compat](compat.md) says what the words",
+        "and letters mean. Nothing here was measured on a board by RKEdge.\n",
+    ]
+    parts = [f"\n{compat.markdown(matrix)}".replace("\n#", "\n##") for matrix in matrices]
+    return "\n".join(head) + "".join(parts)
+
+
 PAGES = {"checks.md": checks_page, "commands.md": commands_page, "settings.md": settings_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
+    (DOCS / "matrix.md").write_text(matrix_page(gemma2_matrices()))

@@ -8,7 +8,8 @@ import click
 
 from rkconvert.commands.options import dtype_option, max_context_option, release_option, revision_option
 from rkconvert.plan.boards import DEFAULT_BOARD
-from rkconvert.plan.planner import Embedding, PlanRequest, make_plan
+from rkconvert.plan.planner import PlanRequest, make_plan
+from rkconvert.plan.sizing import Embedding
 from rkruntime.abi import DEFAULT_RELEASE
 from rkruntime.cli.flags import Number, RenamedOption, json_option
 from rkruntime.errors import RefusedError
@@ -37,8 +38,8 @@ from rkruntime.terminal import console, say_json
     show_default="flash since release 1.2.0, RAM before",
     help="Keep the embedding table in flash or in RAM.",
 )
-@click.option("--why", is_flag=True, help="Show the reason for each type's verdict.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page with plots.")
+@click.option("--why", is_flag=True, help="Show the reasons.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page.")
 @json_option()
 @click.pass_context
 def run(

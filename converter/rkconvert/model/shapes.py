@@ -193,7 +193,7 @@ def _refuse_unusual(config: Mapping[str, Any]) -> None:
 
 
 def _parse(config: Mapping[str, Any], model_type: str, family: LayerFacts) -> ModelShape:
-    read = _Reader(config, family)
+    read = _ConfigReader(config, family)
     hidden, layers, vocab = read.size("hidden_size"), read.size("num_hidden_layers"), read.size("vocab_size")
     heads, inner = read.size("num_attention_heads"), read.size("intermediate_size")
     attention, kv_width, vectors = _attention(read, hidden, heads)
@@ -214,7 +214,7 @@ def _parse(config: Mapping[str, Any], model_type: str, family: LayerFacts) -> Mo
     )
 
 
-def _attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
+def _attention(read: _ConfigReader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
     """Return attention's matrices, the width of its cache, and the number of weights in its norms and biases."""
     if read.config.get("kv_lora_rank"):
         return _latent_attention(read, hidden, heads)
@@ -233,7 +233,7 @@ def _attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ..
     return matrices, 2 * key, vectors + 2 * head_dim * read.family.qk_norm
 
 
-def _latent_attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
+def _latent_attention(read: _ConfigReader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
     """The same for keys and values from one compressed vector, as in DeepSeek and MiniCPM3.
 
     The cache is counted in expanded form: there is no sign that RKLLM keeps the compressed one.
@@ -252,7 +252,7 @@ def _latent_attention(read: _Reader, hidden: int, heads: int) -> tuple[tuple[Mat
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _ConfigReader:
     config: Mapping[str, Any]
     family: LayerFacts
 

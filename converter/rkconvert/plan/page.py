@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
-
 from rkconvert.model.sizes import cache_bytes_per_token, file_bytes, npu_bytes
+from rkconvert.output.html import page_template
 from rkconvert.plan.answer import answer
 from rkconvert.plan.planner import Plan
 from rkconvert.plan.prediction import PROMPT_TOKENS
@@ -18,7 +17,6 @@ from rkconvert.rules.quantized_types import DOMAIN_BYTES
 from rkruntime.files import atomic_file
 from rkruntime.words import counted
 
-_TEMPLATE: Final = "page.html.jinja"
 _WIDTH: Final = 560.0
 _HEIGHT: Final = 200.0
 _BAR_HEIGHT: Final = 22.0
@@ -64,15 +62,7 @@ def write(plan: Plan, path: Path) -> None:
 
 def render(plan: Plan) -> str:
     """Return the page as HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rkconvert.plan", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["gigabytes"] = gigabytes
-    return environment.get_template(_TEMPLATE).render(
+    return page_template("rkconvert.plan", gigabytes=gigabytes).render(
         plan=plan,
         width=_WIDTH,
         height=_HEIGHT,

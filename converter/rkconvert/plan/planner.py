@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
+from rkconvert.model.groups import SOURCE as GROUP_SOURCE
+from rkconvert.model.groups import misfit
 from rkconvert.model.shapes import ModelShape, parse_shape
 from rkconvert.model.sizes import (
     HALF_BYTES,
@@ -17,30 +18,24 @@ from rkconvert.model.sizes import (
     scale_groups,
 )
 from rkconvert.output.host_memory import HostMemory, read_memory
-from rkconvert.plan.boards import DEFAULT_BOARD, Board, board_sizes, find_board, usable_bytes
-from rkconvert.plan.domains import MOST_DOMAINS, Domain, place
+from rkconvert.plan.boards import DEFAULT_BOARD, Board, find_board
+from rkconvert.plan.domains import Domain, place
 from rkconvert.plan.prediction import (
-    FLASH_SINCE,
     Benchmark,
     Costs,
     Prediction,
-    accuracy,
-    costs_for,
-    has_flash,
-    nearest,
-    own_rows,
     vendor_rows,
 )
+from rkconvert.plan.sizing import Embedding, RamChoice, Sizing, embedding_place
 from rkconvert.plan.source import ModelSource, read_source
 from rkconvert.rules import quantized_types as dtypes
-from rkconvert.rules.context import CONTEXT_STEP, choose_context, round_down
+from rkconvert.rules.context import choose_context, round_down
 from rkconvert.rules.releases import LOADED_BYTES, ToolkitRelease, release
 from rkconvert.rules.type_names import QuantizedType, parse_type
 from rkruntime.abi import DEFAULT_RELEASE, check_release
 from rkruntime.errors import HostError, RefusedError, UsageError
 
 _MOST_RAM: Final = 1024
-Embedding: TypeAlias = Literal["flash", "ram"]
 _SIZES: Final = "sizes of the weights and the cache, and the vendor's memory figures"
 
 
@@ -68,20 +63,6 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.ram_gib is not None and not 1 <= self.ram_gib <= _MOST_RAM:  # neither for NaN
             raise UsageError(f"--ram {self.ram_gib:g}: a board has 1 to {_MOST_RAM} GiB of memory.")
-
-
-@dataclass(frozen=True)
-class RamChoice:
-    """A board with a given size of memory.
-
-    Attributes:
-        largest_context: Tokens that fit beside the weights; 0 if none do.
-    """
-
-    gib: float
-    usable_bytes: float
-    fits: bool
-    largest_context: int
 
 
 @dataclass(frozen=True)
@@ -202,12 +183,15 @@ def plan_for(source: ModelSource, request: PlanRequest) -> Plan:
     board = find_board(request.board)
     limit = toolkit.context["most"]
     context = choose_context(request.context, shape.max_position_embeddings, limit)
-    sizer = _Sizer(source.name, shape, board, request, context, _embedding(request))
-    judged = sizer.judgement(request.dtype)
+    table = embedding_place(request.toolkit, request.embedding)
+    sizing = Sizing(shape, board, request.toolkit, context, table, request.ram_gib)
+    judge = _Judge(source.name, sizing)
+    judged = judge.judgement(request.dtype)
     if judged.verdict is dtypes.Verdict.IMPOSSIBLE:
         dtypes.require(judged, force=False)
     kind = parse_type(request.dtype)
-    costs, problem = sizer.costs(kind), sizer.problem(kind)
+    costs, unmade = sizing.costs(kind), misfit(shape, kind)
+    problem = unmade.sentence if unmade else sizing.problem(kind)
     loads = problem is None and judged.rule.loads
     most = min(shape.max_position_embeddings, limit)
     return Plan(
@@ -220,16 +204,16 @@ def plan_for(source: ModelSource, request: PlanRequest) -> Plan:
         problem=problem,
         context=context,
         most_context=round_down(most),
-        embedding=sizer.embedding,
+        embedding=sizing.embedding,
         costs=costs,
-        prediction=costs.predict(shape, kind, sizer.table) if loads else None,
+        prediction=costs.predict(shape, kind, sizing.table) if loads else None,
         decode_at_full_context=1000 / costs.token_ms(shape, kind, context) if loads else None,
-        memory_bytes=sizer.memory(kind, context),
+        memory_bytes=sizing.memory(kind, context),
         domains=tuple(place(shape, kind, context)),
-        ram=tuple(sizer.choice(gib, kind, most) for gib in sizer.rams),
+        ram=tuple(sizing.choice(gib, kind, most) for gib in sizing.rams),
         host=_host_needs(source, shape, kind, toolkit),
-        verdicts=tuple(sizer.verdict(name) for name in _types(board.soc, request)),
-        vendor=sizer.vendor(kind),
+        verdicts=tuple(judge.verdict(name) for name in _types(board.soc, request)),
+        vendor=sizing.vendor(kind),
         notes=(*source.notes, *shape.notes, *_notes(shape, board, costs, request)),
     )
 
@@ -240,93 +224,35 @@ def require(plan: Plan, *, force: bool = False) -> None:
         raise RefusedError(
             f"{plan.kind.name} on {plan.board.name}: {plan.problem}.",
             hint="`rkedge plan` shows which boards and contexts fit.",
-            details={"evidence": "predicted"},
+            details={"evidence": plan.verdict.evidence},
         )
     dtypes.require(plan.judgement, force=force)
 
 
-def _embedding(request: PlanRequest) -> Embedding:
-    """Where the embedding table is: as requested, else in flash if the release supports that."""
-    flash = has_flash(request.toolkit)
-    if request.embedding == "flash" and not flash:
-        raise UsageError(
-            f"RKLLM {request.toolkit} holds the embedding table in RAM: embed_flash was added in {FLASH_SINCE}.",
-            hint=f"Leave --embedding out, or plan for --release {FLASH_SINCE} or later.",
-        )
-    return request.embedding or ("flash" if flash else "ram")
-
-
 @dataclass(frozen=True)
-class _Sizer:
-    """Sizes and verdicts of one model on one board, for one context and release."""
+class _Judge:
+    """What the table of types says about a model, in words with the model's own sizes and speeds."""
 
     name: str
-    shape: ModelShape
-    board: Board
-    request: PlanRequest
-    context: int
-    embedding: Embedding
-
-    @property
-    def rams(self) -> Sequence[float]:
-        return [self.request.ram_gib] if self.request.ram_gib else sorted(self.board.ram_gib)
-
-    @property
-    def table(self) -> bool:
-        return self.embedding == "ram"
-
-    def vendor(self, kind: QuantizedType, of: str = "") -> Benchmark | None:
-        """The vendor's figures for this exact model and type: of release `of`, else nearest to the requested one."""
-        rows = own_rows(self.board.soc, kind, self.shape)
-        if of:
-            return rows.get(of)
-        return rows[nearest(rows, self.request.toolkit)] if rows else None
-
-    def costs(self, kind: QuantizedType) -> Costs:
-        return costs_for(self.board.soc, kind, self.request.toolkit, self.shape)
-
-    def memory(self, kind: QuantizedType, tokens: float) -> float:
-        return self.costs(kind).memory_bytes(self.shape, kind, tokens, self.table)
-
-    def needed(self, kind: QuantizedType, tokens: float) -> float:
-        """Memory that a board must have: the prediction plus the largest error of such a prediction.
-
-        Nothing is added if the vendor measured this exact model with this release.
-        """
-        if self.vendor(kind, self.request.toolkit):
-            return self.memory(kind, tokens)
-        costs = self.costs(kind)
-        seen = [accuracy(self.board.soc, each, costs.release) for each in (kind, kind.ungrouped, parse_type("w8a8"))]
-        margin = max((errors["memory_mb"].largest for errors in seen if errors), default=0.0)
-        return self.memory(kind, tokens) * (1 + margin)
-
-    def choice(self, gib: float, kind: QuantizedType, most: int) -> RamChoice:
-        usable = usable_bytes(gib)
-        empty = self.needed(kind, 0)
-        token = self.needed(kind, 1) - empty
-        largest = max(0, round_down(min((usable - empty) / token, most)))
-        return RamChoice(gib, usable, self.needed(kind, self.context) <= usable, largest)
-
-    def speed(self, kind: QuantizedType) -> float:
-        return self.costs(kind).predict(self.shape, kind, self.table).decode_tokens_per_s
+    sizing: Sizing
 
     def judgement(self, dtype: str) -> dtypes.Judgement:
-        made = dtype in dtypes.accepted(self.board.soc, self.request.toolkit)
+        made = dtype in dtypes.accepted(self.sizing.board.soc, self.sizing.release)
         kind = parse_type(dtype)
         case = dtypes.Combination(
             dtype=dtype,
-            platform=self.board.soc,
-            toolkit=self.request.toolkit,
-            family=self.shape.family,
-            parameters=self.shape.parameters,
-            figures=self.vendor(kind) is not None,
+            platform=self.sizing.board.soc,
+            toolkit=self.sizing.release,
+            family=self.sizing.shape.family,
+            parameters=self.sizing.shape.parameters,
+            figures=self.sizing.vendor(kind) is not None,
             words={"name": self.name, **self._sizes(kind), **(self._speeds(kind) if made else {})},
         )
         return dtypes.judge(case)
 
     def _sizes(self, kind: QuantizedType) -> dict[str, str]:
         """Gigabytes of int8 weights, of a float32 scale for each group, and of float16 weights; and full domains."""
-        weights, scales = npu_weights(self.shape), SCALE_BYTES * scale_groups(self.shape, kind)
+        weights, scales = npu_weights(self.sizing.shape), SCALE_BYTES * scale_groups(self.sizing.shape, kind)
         return {
             "weights": _billions(weights),
             "scales": _billions(scales),
@@ -336,11 +262,11 @@ class _Sizer:
 
     def _speeds(self, kind: QuantizedType) -> dict[str, str]:
         """Speeds of a type and of w8a8: the vendor's if one release has both, else predicted."""
-        own, plain = self.vendor(kind), parse_type("w8a8")
-        beside = self.vendor(plain, own.release) if own else None
+        own, plain = self.sizing.vendor(kind), parse_type("w8a8")
+        beside = self.sizing.vendor(plain, own.release) if own else None
         pair = (
-            own.decode_tokens_per_s if own else self.speed(kind),
-            (beside.decode_tokens_per_s if beside else self.speed(plain)),
+            own.decode_tokens_per_s if own else self.sizing.speed(kind),
+            (beside.decode_tokens_per_s if beside else self.sizing.speed(plain)),
         )
         return {
             "speed": f"{pair[0]:.2f}",
@@ -352,7 +278,7 @@ class _Sizer:
     def _figures(self, row: Benchmark | None) -> str:
         if row is None:
             return ""
-        asked = self.request.toolkit
+        asked = self.sizing.release
         other = "" if row.release == asked else f"; it has none for {asked}"
         return f"{row.decode_tokens_per_s:.2f} tokens/s in {row.memory_mb:,.0f} MiB (release {row.release}{other})"
 
@@ -362,31 +288,16 @@ class _Sizer:
         said = TypeVerdict(dtype, rule.verdict.value, judged.reason, rule.evidence, rule.source, None, None, None)
         if judged.verdict is dtypes.Verdict.IMPOSSIBLE:
             return said
-        said = replace(said, file_bytes=file_bytes(self.shape, kind), memory_bytes=self.memory(kind, self.context))
-        if problem := self.problem(kind):
+        if found := misfit(self.sizing.shape, kind):
+            return replace(said, status="refuse", reason=found.sentence, evidence="vendor tool", source=GROUP_SOURCE)
+        said = replace(
+            said,
+            file_bytes=file_bytes(self.sizing.shape, kind),
+            memory_bytes=self.sizing.memory(kind, self.sizing.context),
+        )
+        if problem := self.sizing.problem(kind):
             return replace(said, status="refuse", reason=problem, evidence="predicted", source=_SIZES)
-        return replace(said, decode_tokens_per_s=self.speed(kind)) if rule.loads else said
-
-    def problem(self, kind: QuantizedType) -> str | None:
-        """Why the model cannot be loaded, whatever the table says about the type."""
-        soc, most = self.board.soc, self.rams[-1]
-        largest = max([most, *board_sizes(soc)])
-        least = self.needed(kind, CONTEXT_STEP)
-        if least > usable_bytes(largest):
-            return (
-                f"it fits no {soc} board: it needs {least / 1e9:.1f} GB of memory without any context, but the largest"
-                f" board ({largest:g} GiB) leaves about {usable_bytes(largest) / 1e9:.1f} GB for a program"
-            )
-        memory = self.needed(kind, self.context)
-        if memory > usable_bytes(most):
-            return (
-                f"it needs {memory / 1e9:.1f} GB of memory with a context of {self.context} tokens, but"
-                f" {self.board.name} with {most:g} GiB leaves about {usable_bytes(most) / 1e9:.1f} GB for a program"
-            )
-        domains = len(place(self.shape, kind, self.context))
-        if domains > MOST_DOMAINS:
-            return f"it needs {domains} NPU memory domains of 4 GiB, but the driver supports {MOST_DOMAINS}"
-        return None
+        return replace(said, decode_tokens_per_s=self.sizing.speed(kind)) if rule.loads else said
 
 
 def _billions(size: float) -> str:

@@ -85,6 +85,7 @@ def table() -> Mapping[str, Any]:
     return content
 
 
+@cache
 def release(version: str) -> ToolkitRelease:
     """Return the row for an installed version such as `1.2.3`, `1.2.1b1` or `1.3.1`.
 

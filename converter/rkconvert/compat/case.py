@@ -1,0 +1,85 @@
+"""The model that a matrix is about, and which cells the matrix has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from math import prod
+from typing import Final
+
+from rkconvert.compat.cells import Cell, LoraMode
+from rkconvert.model.shapes import ModelShape, parse_shape
+from rkconvert.plan.source import ModelSource
+from rkconvert.rules.quantized_types import PLATFORMS, cores, known_types
+from rkruntime.abi import CALLABLE, check_release
+from rkruntime.errors import UsageError
+
+# The context that files are usually made with, and the longest of Gemma 2's that every release takes.
+USUAL_CONTEXT: Final = 4096
+# Cells beyond this are a typing error, not a question.
+_MOST_CELLS: Final = 20_000
+_MOST_CONTEXT: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by its configuration."""
+
+    source: ModelSource
+    shape: ModelShape
+
+    @classmethod
+    def of(cls, source: ModelSource) -> Case:
+        """Raises CheckpointError if config.json does not describe a decoder that can be sized."""
+        return cls(source, parse_shape(source.config))
+
+    @property
+    def digest(self) -> str:
+        """Identifies models that differ in nothing but their weights: what a result file is matched by."""
+        text = json.dumps(asdict(self.shape) | {"notes": ()}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Values of each dimension; empty for the usual ones: every type, both SoCs, all their cores, every release.
+
+    Raises:
+        UsageError: A value is not one, or the product is too large.
+    """
+
+    types: Sequence[str] = ()
+    socs: Sequence[str] = ()
+    cores: Sequence[int] = ()
+    releases: Sequence[str] = ()
+    contexts: Sequence[int] = (USUAL_CONTEXT,)
+    loras: Sequence[LoraMode] = field(default=("merged",))
+
+    def __post_init__(self) -> None:
+        for release in self.releases:
+            check_release(release)
+        for name, given, known in (("type", self.types, known_types()), ("SoC", self.socs, PLATFORMS)):
+            for value in given:
+                if value not in known:
+                    raise UsageError(f"There is no {name} {value!r}.", hint=f"There are {', '.join(known)}.")
+        for context in self.contexts:
+            if not 32 <= context <= _MOST_CONTEXT:
+                raise UsageError(f"A context has 32 to {_MOST_CONTEXT:,} tokens, not {context:,}.")
+
+    def cells(self) -> list[Cell]:
+        """The product of all dimensions, in order."""
+        socs, releases = self.socs or PLATFORMS, self.releases or CALLABLE
+        types, counts = self.types or known_types(), self.cores or (0,)
+        size = prod(map(len, (socs, releases, types, self.contexts, self.loras, counts)))
+        if size > _MOST_CELLS:
+            raise UsageError(f"That is a matrix of {size:,} cells; the limit is {_MOST_CELLS:,}.")
+        found = (
+            Cell(soc, release, dtype, count or cores(soc, release), context, lora)
+            for soc, release, dtype, context, lora, count in product(
+                socs, releases, types, self.contexts, self.loras, counts
+            )
+        )
+        return list(dict.fromkeys(found))

@@ -1,0 +1,186 @@
+"""Result files come from anybody: what is not one is refused, and nothing of one becomes markup or an instruction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.converter.compat.gemma2 import CONFIGS, case_of
+
+from rkconvert.compat import page, report
+from rkconvert.compat.case import Wanted
+from rkconvert.compat.cells import Level, Status
+from rkconvert.compat.matrix import Matrix, fill
+from rkconvert.compat.results import Results, read_result
+from rkruntime import cli
+from rkruntime.errors import InvalidResultError
+
+NAME = "gemma-2-2b-it"
+BAD = "</td><script>alert(1)</script>\x1b[31m\u202e|`[x](javascript:x)\n# head & \"' {{ 7*7 }}"
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    run = {
+        "type": "w8a8", "release": "1.2.3", "cores": 3, "context": 4096, "lora": "merged", "status": "wrong answers",
+        "says": "It answered with exclamation marks.", "tokens_per_s": 9.5,
+    }  # fmt: skip
+    plain = {
+        "schema": "rkedge-compat/1", "made": "2026-01-31", "rkedge": "0.1.0", "emulated": False,
+        "model": {"name": NAME, "digest": case_of(NAME).digest},
+        "board": {"name": "B", "soc": "rk3588", "kernel": "6.1", "driver": "0.9.8", "library": "1.2.3"},
+        "runs": [run | changes.pop("run", {})],
+    }  # fmt: skip
+    return plain | changes
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> Callable[..., Matrix]:
+    def make(*contents: Any) -> Matrix:
+        for number, content in enumerate(contents):
+            (tmp_path / f"{number}.json").write_text(json.dumps(content))
+        cells = Wanted(types=["w8a8"], socs=["rk3588"], releases=["1.2.3"]).cells()
+        return fill(case_of(NAME), cells, [Results([tmp_path])])
+
+    return make
+
+
+def test_a_board_is_trusted_most(matrix: Callable[..., Matrix]) -> None:
+    (item,) = matrix(result()).cells
+    assert (item.status, item.level) == (Status.WRONG, Level.BOARD)
+    assert {piece.level for piece in item.disputed} == {Level.FIGURE, Level.PREDICTED}
+    assert "exclamation marks. 9.50 tokens/s." in item.evidence[0].says
+
+
+def test_an_emulated_run_is_never_a_board_s(matrix: Callable[..., Matrix]) -> None:
+    (item,) = matrix(result(emulated=True)).cells
+    assert (item.status, item.level) == (Status.WORKS, Level.FIGURE)
+    assert Level.BOARD not in {piece.level for piece in item.evidence}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": {"name": NAME, "digest": "0" * 16}},
+        {"run": {"context": 2048}},
+        {"run": {"release": "1.3.0"}},
+        {"run": {"cores": 1}},
+        {"run": {"lora": "runtime"}},
+        {"board": {"name": "B", "soc": "rk3576", "kernel": "", "driver": "", "library": ""}},
+    ],
+)
+def test_a_result_is_about_its_own_cell_only(matrix: Callable[..., Matrix], other: dict[str, Any]) -> None:
+    (item,) = matrix(result(**other)).cells
+    assert item.level is Level.FIGURE
+
+
+def test_two_boards_that_disagree_are_both_shown(matrix: Callable[..., Matrix]) -> None:
+    (item,) = matrix(result(), result(run={"status": "works", "says": "Fine."})).cells
+    assert [piece.status for piece in item.evidence[:2]] == [Status.WRONG, Status.WORKS]
+    assert item.evidence[1] in item.disputed
+
+
+BROKEN = {
+    "schema": result(schema="rkedge-compat/2"),
+    "key": result(more=1),
+    "status": result(run={"status": "great"}),
+    "negative": result(run={"tokens_per_s": -1}),
+    "long": result(run={"says": "x" * 501}),
+    "log": result(run={"log": ["x"] * 41}),
+    "runs": result(runs=[result()["runs"][0]] * 1001),
+    "type": result(runs={}),
+    "list": [],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_not_a_result_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(BROKEN[name]))
+    with pytest.raises(InvalidResultError):
+        Results([tmp_path])
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b'{"schema": NaN}', b"x" * (2 << 20)])
+def test_what_is_not_json_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(InvalidResultError):
+        read_result(tmp_path / "x.json")
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_changes_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    content = result()
+    part: Any = content
+    while True:
+        key = data.draw(st.sampled_from(sorted(part)) if isinstance(part, dict) else st.just(0))
+        if not isinstance(part[key], (dict, list)) or data.draw(st.booleans()):
+            part[key] = data.draw(
+                LEAVES | st.lists(LEAVES, max_size=2) | st.dictionaries(st.text(), LEAVES, max_size=2)
+            )
+            break
+        part = part[key]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    try:
+        matrix = fill(case_of(NAME), Wanted(types=["w8a8"], releases=["1.2.3"]).cells(), [Results([tmp_path])])
+    except InvalidResultError:
+        return
+    page.render(matrix)
+    report.markdown(matrix)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "style", "onload")]
+
+
+def test_nothing_of_a_result_is_markup(matrix: Callable[..., Matrix], tmp_path: Path, capsys: Any) -> None:
+    bad = result(
+        board={"name": BAD, "soc": "rk3588", "kernel": BAD, "driver": BAD, "library": BAD},
+        run={"says": BAD, "log": [BAD]}, made=BAD,
+    )  # fmt: skip
+    made = matrix(bad)
+    usual, hostile = Tags(), Tags()
+    usual.feed(page.render(matrix(result())))
+    hostile.feed(page.render(made))
+    assert hostile.found - {"pre"} == usual.found - {"pre"}
+    assert "script" not in hostile.found
+    assert hostile.addresses == usual.addresses == []
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps(CONFIGS[NAME]))
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "x.json").write_text(json.dumps(bad))
+    asked = ["compat", str(tmp_path / "m"), "--no-emulator", "--results", str(results), "--why"]
+    written = tmp_path / "x.md"
+    for more in ([], ["--json"], ["--markdown", str(written)]):
+        assert cli.main([*asked, *more]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b[31m" not in out
+        assert "\u202e" not in out
+    text = written.read_text()
+    assert "\x1b" not in text
+    assert "<script" not in text.replace("\\<", "")
+    assert "\n# head" not in text
+
+
+def test_the_page_loads_nothing_and_reads_without_colour(matrix: Callable[..., Matrix]) -> None:
+    text = page.render(matrix(result()))
+    assert "http-equiv" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "wrong B!" in text
