@@ -72,6 +72,11 @@ class Target(Protocol):
         """Paths below the folder from which `write` resumes after a killed run."""
         ...
 
+    @property
+    def done(self) -> str | None:
+        """The one of them that `write` writes after hours of work, if it takes that long."""
+        ...
+
     def write(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ModelFile:
         """Make the file in `folder`, with its companion files."""
         ...

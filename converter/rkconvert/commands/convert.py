@@ -73,6 +73,12 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
 )
 @toolkit_options()
 @click.option(
+    "--selftest/--no-selftest",
+    default=None,
+    show_default="for a board, and for models of up to 16 MiB",
+    help="Compute three answers of the float model, for `rkedge run BUNDLE --selftest`.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),

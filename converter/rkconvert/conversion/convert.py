@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,10 @@ from rkconvert.adapters.chat import read_chat, stop_tokens
 from rkconvert.adapters.merged_model import AdapterSource, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.adapters.separate import separate_lora
+from rkconvert.compat.case import Case
+from rkconvert.compat.cells import Cell, LoraMode
+from rkconvert.compat.matrix import known
+from rkconvert.conversion.expected import expected, is_quick, needed_reads
 from rkconvert.conversion.opened import OpenedModels
 from rkconvert.emulated.target import EmulatorTarget
 from rkconvert.model.chat_template import ChatTemplate
@@ -31,6 +35,7 @@ from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.target import ToolkitTarget
 from rkruntime.bundle.manifest import Bundle, Manifest, Source
+from rkruntime.bundle.selftest import SELFTEST
 from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
 from rkruntime.text.template import SPECIAL_TOKENS
@@ -57,6 +62,7 @@ class Options(ToolkitOptions):
         release: RKLLM release that the bundle is for; None for the toolkit's, or 1.2.3 for the emulator.
         npu_cores: None for all cores of the SoC.
         lora_mode: `merge`, or `runtime`: the adapter becomes a separate file, for rkllm_load_lora.
+        selftest: Compute what `rkedge run --selftest` expects; None for a board, and for a model that makes it quick.
     """
 
     checkpoint: str
@@ -71,6 +77,7 @@ class Options(ToolkitOptions):
     release: str | None = None
     npu_cores: int | None = None
     lora_mode: str = "merge"
+    selftest: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,11 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
         toolkit=target.maker,
         limits=[spec.max_context, spec.npu_cores],
     )
-    with work_folder(options.output, key, target.resumable(spec)) as folder:
+    with work_folder(options.output, key, target.resumable(spec), target.done) as folder:
         made = target.write(spec, folder, reporter)
         bundle_folder.write_side_files(folder, checkpoint, spec.model.tokenizer_folder, spec.template)
+        if options.selftest or (options.selftest is None and (options.target == "toolkit" or is_quick(spec))):
+            made = _add_selftest(spec, made, folder, reporter)
         source = opened.source(checkpoint, reporter)
         adapters = tuple(opened.source(adapter, reporter) for adapter in spec.adapters)
         seconds = round(time.monotonic() - started, 3)
@@ -136,6 +145,20 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
     return Bundle(options.output, manifest)
 
 
+def _add_selftest(spec: ModelSpec, made: ModelFile, folder: Path, reporter: Reporter) -> ModelFile:
+    """Write what the bundle's self-test expects; returns the model file with a note if there is none."""
+    stops = stop_tokens(spec.model, spec.tokenizer, spec.template)
+    with reporter.bar("computing the self-test's answers", needed_reads(spec)) as advance:
+        test, says = expected(spec, stops, advance)
+    if test is None:
+        note = f"there is no self-test: {says}"
+        reporter.note(f"note: {note}")
+        return replace(made, notes=(*made.notes, note))
+    bundle_folder.write_report(folder, Path(SELFTEST).stem, test.as_dict())
+    reporter.note(f"self-test: {says}")
+    return made
+
+
 def check(options: Options, reporter: Reporter, opened: OpenedModels) -> Job:
     """Run every check that needs no work; see `convert` for what it raises."""
     _check_options(options)
@@ -151,6 +174,8 @@ def check(options: Options, reporter: Reporter, opened: OpenedModels) -> Job:
     notes = (*checkpoint.notes, *_notes(plan), *of_adapters, *spec.template.notes, *target.check(spec))
     if spec.lora and plan:
         notes = (*notes, _LORA_NOT_PLANNED)
+    if plan and options.target == "toolkit" and (said := _known(plan, spec.npu_cores, options.lora_mode)):
+        notes = (*notes, said)
     require_space(options.output, target.needed_bytes(spec))
     for note in notes:
         reporter.note(f"note: {note}")
@@ -303,6 +328,13 @@ def _notes(plan: Plan | None) -> tuple[str, ...]:
     if judgement.verdict is dtypes.Verdict.OK:
         return plan.notes
     return (f"{judgement.dtype} on {judgement.platform}: {judgement.reason} ({judgement.rule.evidence})", *plan.notes)
+
+
+def _known(plan: Plan, cores: int, lora_mode: str) -> str:
+    """The row of `rkedge compat` for a board's bundle: what became of it elsewhere, and how that is known."""
+    lora: LoraMode = "runtime" if lora_mode == "runtime" else "merged"
+    cell = Cell(plan.board.soc, plan.request.toolkit, plan.kind.name, cores, plan.context, lora)
+    return known(Case(plan.source, plan.shape), cell)
 
 
 def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,16 @@ def metadata(spec: ModelSpec) -> dict[str, rkemu.Value]:
         "rkllm.chat_template.system": "",
         "rkllm.chat_template.prefix": spec.template.prefix,
         "rkllm.chat_template.suffix": spec.template.suffix,
+        **_config_keys(config),
+        "tokenizer.bos_token_id": config.bos_token_id,
+        "tokenizer.unk_token_id": spec.tokenizer.unk_token_id,
+        "tokenizer.add_bos": 1,
+        "tokenizer.eos_token_ids": _ends_of_answers(spec),
+    }
+
+
+def _config_keys(config: GemmaConfig) -> dict[str, rkemu.Value]:
+    return {
         "model.vocab_size": config.vocab_size,
         "model.hidden_size": config.hidden_size,
         "model.intermediate_size": config.intermediate_size,
@@ -51,10 +61,6 @@ def metadata(spec: ModelSpec) -> dict[str, rkemu.Value]:
         "model.query_pre_attn_scalar": config.query_pre_attn_scalar,
         "model.attn_logit_softcapping": config.attn_logit_softcapping,
         "model.final_logit_softcapping": config.final_logit_softcapping,
-        "tokenizer.bos_token_id": config.bos_token_id,
-        "tokenizer.unk_token_id": spec.tokenizer.unk_token_id,
-        "tokenizer.add_bos": 1,
-        "tokenizer.eos_token_ids": _ends_of_answers(spec),
     }
 
 
@@ -79,6 +85,25 @@ def tensor_specs(spec: ModelSpec) -> Sequence[rkemu.TensorSpec]:
     """Return the container's directory. Raises RefusedError if the type's group size does not divide a row."""
     tables = [rkemu.TensorSpec(name, array.dtype.name, array.shape) for name, array in spec.tokenizer.arrays.items()]
     return [*_specs(spec.config, spec.dtype), *tables]
+
+
+def write_sizes_only(path: Path, config: GemmaConfig, dtype: str, max_context: int, cores: int) -> None:
+    """Write a file that takes a model's room in the emulator's NPU memory without its weights; runs of it fail.
+
+    Raises:
+        RefusedError: The type's group size does not divide a row.
+    """
+    metadata = {
+        "general.kind": "model",
+        "general.architecture": config.family,
+        "rkllm.target_platform": "RK3588",
+        "rkllm.model_dtype": dtype.upper(),
+        "rkllm.max_context": max_context,
+        "rkllm.npu_core_num": cores,
+        **_config_keys(config),
+    }
+    with rkemu.Writer(path, metadata, list(_specs(config, dtype)), sizes_only=True):
+        pass
 
 
 def write_emulator_file(path: Path, spec: ModelSpec, advance: Advance) -> None:

@@ -33,16 +33,20 @@ def group_size(dtype: str, width: int) -> int:
     return size
 
 
-def quantize_rows(rows: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_rows(rows: NDArray[np.float32], group: int, bits: int = 8) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantize rows [n, width]; returns values as int8 [n, width] and scales as float32 [n, width / group].
 
     A group of zeros has scale 0.
+
+    Args:
+        bits: Of a value, from 2 to 8; the emulator has 8.
     """
+    most = np.float32((1 << bits - 1) - 1)
     values = np.empty(rows.shape, np.int8)
     scales = np.empty((len(rows), rows.shape[1] // group), np.float32)
     for first, count in row_blocks(rows.shape, CACHE_WEIGHTS):
         groups = rows[first : first + count].reshape(count, -1, group)
-        scale = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)
+        scale = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / most
         # Dividing by the smallest floats would give infinity; such a group is zero for all purposes.
         divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
         steps = groups / divisor[:, :, None]

@@ -25,6 +25,7 @@ class EmulatorTarget:
 
     release: str
     maker: None = None
+    done: None = None
 
     @classmethod
     def of(cls, release: str | None) -> EmulatorTarget:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from rkconvert.model.family import EMBEDDING, FINAL_NORM, HEAD
 from rkconvert.model.gemma import GemmaConfig
@@ -41,7 +42,12 @@ class FloatModel:
         Raises:
             CheckpointError, AdapterError: Weights are NaN or infinite.
         """
-        hidden = np.vstack([self._embedded(prompt) for prompt in prompts])
+        # One thread: others would only wait for each other where matrices are small, and could add up in another order.
+        with threadpool_limits(1, user_api="blas"):
+            return self._logits(prompts, last)
+
+    def _logits(self, prompts: Sequence[Sequence[int]], last: int) -> list[Floats]:
+        hidden = self._embedded(prompts)
         ends = np.cumsum([len(prompt) for prompt in prompts])
         for layer in range(self.config.num_hidden_layers):
             hidden = self._layer(f"model.layers.{layer}.", layer, hidden, ends[:-1])
@@ -51,10 +57,12 @@ class FloatModel:
         logits = _capped(logits, self.config.final_logit_softcapping)
         return np.split(logits, np.cumsum([len(states) for states in rows])[:-1])
 
-    def _embedded(self, ids: Sequence[int]) -> Floats:
+    def _embedded(self, prompts: Sequence[Sequence[int]]) -> Floats:
+        """Rows of all prompts, one below the other."""
         dtype = self.weights.tensors[EMBEDDING].dtype
-        rows = [to_float32(read_finite(self.weights, EMBEDDING, index, 1), dtype) for index in ids]
-        scaled: Floats = np.vstack(rows) * np.float32(self.config.hidden_size**0.5)
+        ids, places = np.unique(np.concatenate([np.asarray(ids) for ids in prompts]), return_inverse=True)
+        rows = [to_float32(read_finite(self.weights, EMBEDDING, int(index), 1), dtype) for index in ids]
+        scaled: Floats = np.vstack(rows)[places] * np.float32(self.config.hidden_size**0.5)
         return scaled
 
     def _layer(self, name: str, layer: int, hidden: Floats, ends: NDArray[np.int64]) -> Floats:
@@ -100,17 +108,28 @@ class FloatModel:
 
     def _product(self, name: str, hidden: Floats) -> Floats:
         """`hidden` times the matrix, whose rows are outputs."""
-        info = self.weights.tensors[name]
+        info, inputs = self.weights.tensors[name], self._inputs(hidden)
 
         def product(rows: tuple[int, int]) -> tuple[int, Floats]:
             block = read_finite(self.weights, name, *rows)
-            return block.nbytes, hidden @ to_float32(block, info.dtype).T
+            return block.nbytes, self._times(inputs, to_float32(block, info.dtype))
 
         parts = []
-        for nbytes, part in ordered_map(product, row_blocks(info.shape)):
+        blocks = list(row_blocks(info.shape))
+        # Starting threads for one block takes longer than a small model's product.
+        for nbytes, part in ordered_map(product, blocks) if len(blocks) > 1 else map(product, blocks):
             parts.append(part)
             self.advance(nbytes)
         return np.hstack(parts)
+
+    def _inputs(self, hidden: Floats) -> Floats:
+        """What a matrix is multiplied with."""
+        return hidden
+
+    def _times(self, inputs: Floats, block: Floats) -> Floats:
+        """The product with a block of rows of a matrix."""
+        product: Floats = inputs @ block.T
+        return product
 
 
 def _rotated(heads: Floats, theta: float) -> Floats:

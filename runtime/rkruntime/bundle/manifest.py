@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 
 import yaml
 
+from rkruntime.bundle.selftest import MAX_SELFTEST, SELFTEST, SelfTest
 from rkruntime.checks.preflight import Context, ModelFacts
 from rkruntime.errors import BundleError
 from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
@@ -147,7 +148,7 @@ class Manifest:
 
 def _check_name(name: str) -> None:
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
         raise BundleError(f"{MANIFEST} names a file outside the bundle: {name[:80]!r}.")
 
 
@@ -223,6 +224,12 @@ class Bundle:
         if not isinstance(config, dict):
             raise BundleError(f"{self.path / GENERATION_CONFIG} is not a JSON object.")
         return config
+
+    def read_selftest(self) -> SelfTest | None:
+        """What `rkedge run --selftest` expects, or None without a self-test. Raises BundleError as `verify` does."""
+        if SELFTEST not in self.manifest.files:
+            return None
+        return SelfTest.from_json(self._read(SELFTEST, MAX_SELFTEST), self.path / SELFTEST)
 
     def _read(self, name: str, limit: int) -> bytes:
         """Exactly the bytes that were hashed: read once, then compared with the manifest."""

@@ -5,19 +5,25 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 
 from rkruntime.cli.flags import json_option
 from rkruntime.cli.options import bundle_argument, open_for_person, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
-from rkruntime.errors import UsageError
+from rkruntime.errors import ModelError, UsageError
+from rkruntime.printable import one_line
 from rkruntime.terminal import Terminal, say, say_json
 
 if TYPE_CHECKING:
+    from rkruntime.bundle.manifest import Bundle
     from rkruntime.engine.engine import ModelInfo
     from rkruntime.text.answer import Answer
+
+
+# 9 as of `rkedge doctor`: something to know, and nothing that is known to fail.
+_STATUS: Final = {"same": 0, "undecided": 9}
 
 
 def _prompt(text: str | None, file: BinaryIO | None) -> str:
@@ -50,6 +56,11 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 @click.option("-f", "--file", type=click.File("rb"), help="Append this file to the prompt; - is standard input.")
 @click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@click.option(
+    "--selftest",
+    is_flag=True,
+    help="Ask the bundle's own questions instead, and compare with the float model's answers.",
+)
 @json_option()
 @sampling_options
 @runtime_options
@@ -60,13 +71,15 @@ def run(
     file: BinaryIO | None,
     system: str,
     stop: tuple[str, ...],
+    selftest: bool,
     as_json: bool,
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
 ) -> None:
     """Answer one PROMPT with the model of a BUNDLE, a folder or its name (`rkedge list`).
 
-    Only the answer goes to standard output. Without PROMPT, -p and -f the prompt is read from standard input.
+    Only the answer goes to standard output. Without PROMPT, -p and -f the prompt is read from standard input. The exit
+    status of --selftest is 0 if all is well, 7 if something is wrong and 9 if nothing could be decided.
     """
     from rkruntime.bundle.manifest import open_bundle
     from rkruntime.text.answer import Answer
@@ -75,6 +88,10 @@ def run(
     if words and prompt is not None:
         raise UsageError("PROMPT and -p are the same.", hint="Give one of them; -f appends a file.")
     opened = open_bundle(bundle)
+    if selftest:
+        if words or prompt or file or system or stop or sampling != SamplingOptions():
+            raise UsageError("--selftest asks its own questions, greedily.", hint="Leave prompt and sampling out.")
+        raise click.exceptions.Exit(_selftest(opened, runtime, as_json))
     text = _prompt(" ".join(words) if words else prompt, file)
     terminal = Terminal()
     messages = [*([Message("system", system)] if system else []), Message("user", text)]
@@ -88,6 +105,30 @@ def run(
         say_json(report)
     else:
         terminal.write("\n")
+
+
+def _selftest(bundle: Bundle, runtime: RuntimeOptions, as_json: bool) -> int:
+    """Run the self-test and show it; returns the exit status."""
+    from rkruntime.selftest import QuestionResult, run_selftest
+
+    def show(result: QuestionResult) -> None:
+        if not as_json:
+            say(f"{one_line(result.question)}\n  {one_line(str(result))}")
+
+    with open_for_person(bundle, runtime, SamplingOptions(temperature=0)) as model:
+        result = run_selftest(model, show)
+    if as_json:
+        say_json(result.as_dict())
+    else:
+        for note in result.notes:
+            say(f"note: {one_line(note)}")
+        for problem in result.problems:
+            say(f"{problem.code}: {one_line(problem.message)}\n  {problem.hint}")
+        if not result.problems:
+            say("same: these are the float model's answers, as far as rounding lets one tell.")
+    if result.emulated:
+        say("This is the emulator, so nothing of it is an answer about a board.", err=True)
+    return _STATUS.get(result.verdict, ModelError.exit_code)
 
 
 def _report(answer: Answer, info: ModelInfo) -> dict[str, Any]:

@@ -198,6 +198,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: index(f, lambda i: i["weight_map"].update({NORM: other_shard(i["weight_map"][NORM])})),
         r"the index says that .*post_attention_layernorm.* is in model-0000",
     ),
+    "an index with a name that no file can have": (
+        lambda f: index(f, lambda i: i["weight_map"].update({NORM: "a" * 3000})),
+        "lacks the file a{80}, which",
+    ),
     "an index without a map": (lambda f: index(f, lambda i: i.pop("weight_map")), "has no weight_map"),
     "shards without their index": (
         lambda f: (shard(f), (f / "model.safetensors.index.json").unlink()),
@@ -324,6 +328,13 @@ GGUFS: dict[str, tuple[bytes, str]] = {
     "a tensor of nine dimensions": (
         gguf(tensors=1, rest=struct.pack("<Q", 1) + b"t" + struct.pack("<I", 9) + bytes(200)),
         "has 9 dimensions",
+    ),
+    "far more values than a Gemma has": (
+        gguf(
+            values=20,
+            rest=b"".join(struct.pack("<QBIIQ", 1, 65 + at, 9, 0, 1 << 20) + bytes(1 << 20) for at in range(9)),
+        ),
+        "more than 8,388,608 values",
     ),
     "settings missing": (gguf(), r"lacks gemma2\.attention\.head_count"),
 }

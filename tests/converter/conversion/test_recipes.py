@@ -27,10 +27,10 @@ VALUES = {bool: True, int: 96, float: 0.5, str: "text", Path: "some/path"}
 
 
 def options_of(command):
-    """Long names in the command's --help, as a person reads them there."""
+    """Long names in the command's --help, as a person reads them there; what switches one off is not another one."""
     context = click.Context(command)
     records = [item.get_help_record(context) for item in command.params]
-    text = " ".join(record[0] for record in records if record)
+    text = " ".join(record[0].partition(" / ")[0] for record in records if record)
     return {word.strip(",").lstrip("-") for word in text.split() if word.startswith("--")}
 
 

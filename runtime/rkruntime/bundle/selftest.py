@@ -1,0 +1,165 @@
+"""What a bundle's self-test expects: `report/selftest.json`, which the converter writes and a board reads.
+
+The file is a stranger's like the rest of a bundle: each number has a range, and each list a length.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final
+
+from rkruntime.errors import BundleError
+from rkruntime.schema import Between, Length, build
+
+SCHEMA: Final = "rkedge-selftest/1"
+SELFTEST: Final = "report/selftest.json"
+# Bytes. What the converter writes has about ten thousand.
+MAX_SELFTEST: Final = 1 << 20
+_MOST_PROMPTS: Final = 8
+_MOST_TOKENS: Final = 1024
+_MOST_ANSWER: Final = 64
+_MOST_CANDIDATES: Final = 16
+
+# Logits. A difference counts if it is more than twice what rounding did at any position of the conversion: how a board
+# rounds is not known, but it may well err as much, and the other way round. And if it is no less than this: half floats
+# are 1/64 apart near the largest logits of Gemma 2 (30), and there are many sums before them. Both are assumed.
+_TIMES: Final = 2.0
+_LEAST: Final = 0.125
+
+_Id = Annotated[int, Between(0, (1 << 24) - 1)]
+# Of two logits; far beyond what the arithmetic of any model gives.
+_Gap = Annotated[float, Between(0, 1e6)]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What may come at one position of an answer, after what the float model said before.
+
+    Attributes:
+        ids: The float model's likeliest tokens, the likeliest first.
+        behind: By how much each one's logit is behind the first one's.
+        rounded_id: The likeliest token after the weights and activations are rounded.
+        rounded_margin: By how much the second one is behind it then.
+    """
+
+    ids: tuple[_Id, ...]
+    behind: tuple[_Gap, ...]
+    rounded_id: _Id
+    rounded_margin: _Gap
+
+    @property
+    def margin(self) -> float:
+        """By how much the float model's second choice is behind its first."""
+        return self.behind[1]
+
+    def gap(self, *found: int) -> float:
+        """By how much the likeliest of these tokens is behind; for tokens that are not listed, what it is at least."""
+        listed = [behind for token, behind in zip(self.ids, self.behind, strict=True) if token in found]
+        return min(listed, default=self.behind[-1])
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the float model's own answer.
+
+    Attributes:
+        tokens: The question in the chat template, `<bos>` once.
+        answer: One item for each token of the answer, as far as it is known.
+        ends: Whether its last token ends it.
+    """
+
+    question: Annotated[str, Length(1024)]
+    tokens: tuple[_Id, ...]
+    answer: tuple[Expected, ...]
+    ends: bool
+
+    @property
+    def ids(self) -> list[int]:
+        """The answer's tokens."""
+        return [item.ids[0] for item in self.answer]
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The contents of the file.
+
+    Attributes:
+        vocabulary: Number of tokens that the model knows.
+        arithmetic: What the weights and activations were rounded to, such as `w8a8`.
+        rounding: The most by which this changed the gap between two of the likeliest tokens, at any position.
+    """
+
+    vocabulary: Annotated[int, Between(1, 1 << 24)]
+    arithmetic: Annotated[str, Length(64)]
+    rounding: _Gap
+    prompts: tuple[Question, ...]
+    schema: Annotated[str, Length(64)] = SCHEMA
+
+    @property
+    def tolerance(self) -> float:
+        """What a gap between two logits may change by; a token that is behind by more is not explained by rounding."""
+        return max(_LEAST, _TIMES * self.rounding)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a question with its answer."""
+        return max(len(item.tokens) + len(item.answer) for item in self.prompts)
+
+    @property
+    def highest(self) -> int:
+        """The highest id that a model is given."""
+        return max(token for item in self.prompts for token in (*item.tokens, *item.ids))
+
+    def knows(self, token: int | None) -> bool:
+        """Whether the model can have said this; None stands for the end of its answer."""
+        return token is None or 0 <= token < self.vocabulary
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents as JSON types."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {"schema": plain.pop("schema"), **plain}
+
+    @classmethod
+    def from_json(cls, data: bytes, where: object) -> SelfTest:
+        """Parse and check a file. Raises BundleError, with its place `where` and the key that is wrong."""
+        try:
+            plain = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON: {str(error)[:200]}.") from error
+        found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
+        if found != SCHEMA:
+            raise BundleError(
+                f"{where} has the schema {str(found)[:80]!r}; this release reads {SCHEMA!r}.",
+                hint="Use the release of rkedge that made this bundle, or convert it again.",
+            )
+        made = build(cls, plain, lambda what: BundleError(f"{where}: {what}."))
+        if problem := _problem(made):
+            raise BundleError(f"{where}: {problem}.")
+        return made
+
+
+def _problem(made: SelfTest) -> str:
+    """What is wrong with the lists; empty if nothing is."""
+    if not 1 <= len(made.prompts) <= _MOST_PROMPTS:
+        return f"prompts has {len(made.prompts):,} items; it must have 1 to {_MOST_PROMPTS}"
+    for at, prompt in enumerate(made.prompts):
+        where = f"prompts[{at}]"
+        if not 1 <= len(prompt.tokens) <= _MOST_TOKENS:
+            return f"{where}.tokens has {len(prompt.tokens):,} items; it must have 1 to {_MOST_TOKENS:,}"
+        if not 1 <= len(prompt.answer) <= _MOST_ANSWER:
+            return f"{where}.answer has {len(prompt.answer):,} items; it must have 1 to {_MOST_ANSWER}"
+        ids = [*prompt.tokens, *(token for item in prompt.answer for token in (*item.ids, item.rounded_id))]
+        if max(ids) >= made.vocabulary:
+            return f"{where} has the token {max(ids):,}; the vocabulary has {made.vocabulary:,}"
+        if not all(map(_in_order, prompt.answer)):
+            return f"{where}.answer: ids and behind must have 2 to {_MOST_CANDIDATES} items each, from 0 upwards"
+    return ""
+
+
+def _in_order(item: Expected) -> bool:
+    return (
+        2 <= len(item.ids) == len(set(item.ids)) == len(item.behind) <= _MOST_CANDIDATES
+        and item.behind[0] == 0
+        and list(item.behind) == sorted(item.behind)
+    )
