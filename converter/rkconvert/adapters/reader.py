@@ -79,7 +79,7 @@ def open_adapter(
     if not parts:
         raise AdapterError(f"{path} contains no LoRA matrices.")
     notes = config.check_modules(base, parts)
-    reader = _Reader(config, weights, {**base, **_tied_shapes(base, parts, weights)}, weight)
+    reader = _AdapterReader(config, weights, {**base, **_tied_shapes(base, parts, weights)}, weight)
     updates = {f"{module}.weight": reader.update(module, found) for module, found in sorted(parts.items())}
     if HEAD not in base:
         updates |= _tied(*(updates.get(side, TensorUpdate()) for side in _EMBEDDINGS))
@@ -178,7 +178,7 @@ def _tied(embedding: TensorUpdate, head: TensorUpdate) -> dict[str, TensorUpdate
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _AdapterReader:
     """Builds updates from a file's tensors."""
 
     config: AdapterConfig

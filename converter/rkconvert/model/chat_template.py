@@ -17,9 +17,13 @@ from rkconvert.tensors.shards import read_json
 from rkruntime.bundle.manifest import MAX_TEMPLATE, TEMPLATE, TOKENIZER
 from rkruntime.errors import CheckpointError
 from rkruntime.files import read_error
+from rkruntime.printable import printable
 from rkruntime.text.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
 
 _USER = "@@the words of the user@@"
+# Gemma's own, and those that take tokenizer.json as it is: for any other, transformers 5 makes one of another kind from
+# the file's vocabulary and merges, where transformers 4 takes the file.
+_CLASSES: Final = ("GemmaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _SYSTEMS: Final = ("@@the words of the system@@", "@@other words@@")
 
 
@@ -97,6 +101,11 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
     if found is not None and not text.startswith(tokens["bos_token"]):
         notes.append(f"the chat template does not start with {BOS}, which RKEdge puts in front of every prompt")
+    if (kind := str(config.get("tokenizer_class") or _CLASSES[0])).removesuffix("Fast") not in _CLASSES:
+        notes.append(
+            f"{CONFIG} names the class {printable(kind[:80])}, with which transformers 5 splits texts otherwise than"
+            f" {TOKENIZER} says: RKEdge, like transformers 4, goes by {TOKENIZER}"
+        )
     prefix = _after_bos(prefix, tokens["bos_token"])
     return ChatTemplate(source, found is not None, prefix, suffix, role, tokens, tuple(notes))
 

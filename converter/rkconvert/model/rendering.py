@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rkruntime.bundle.manifest import MAX_TEMPLATE
-from rkruntime.errors import BundleError, CheckpointError
+from rkruntime.errors import BundleError, CheckpointError, ContextFullError, UsageError
 from rkruntime.text import prompt_process
 from rkruntime.text.confined import CallLimits, Confined
 
@@ -44,6 +44,39 @@ def rendered(
             f"The chat template turns one message into more than {_MAX_TEXT:,} characters.", hint=_HINT
         )
     return [outcome.get("text", "") for outcome in outcomes]
+
+
+def encoded(
+    tokenizer: bytes,
+    where: object,
+    template: tuple[str, str, Mapping[str, str]],
+    questions: Mapping[str, str],
+    max_context: int,
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Ids of questions in the template, as a board makes them, and of a text for each; without what does not fit.
+
+    Args:
+        tokenizer, where: See `try_out`.
+        template: Its source, system role and special tokens, likewise.
+        questions: The texts, by question.
+
+    Raises:
+        CheckpointError: A prompt cannot be built.
+        HostError: The process cannot be started.
+    """
+    try_out(tokenizer, where, *template)
+    found = {}
+    for question, text in questions.items():
+        try:
+            messages = [["user", question, None]]
+            prompt, _ = _child.call("prompt", _LIMITS, messages=messages, max_context=max_context, drop=False)
+            plain, _ = _child.call("encode", _LIMITS, text=text, max_context=max_context)
+        except ContextFullError:
+            continue
+        except (BundleError, UsageError) as error:
+            raise CheckpointError(error.message, hint=_HINT) from error
+        found[question] = prompt["tokens"], plain["tokens"]
+    return found
 
 
 def try_out(tokenizer: bytes, where: object, source: str, system_role: str, special_tokens: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
 from rkconvert.tensors.memory_folder import Place
 from rkruntime.bundle.manifest import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOKENIZER, FileRecord, Manifest
-from rkruntime.files import sha256_file
+from rkruntime.files import atomic_file, sha256_file
 
 CARD: Final = "README.md"
 LORA_NOTE: Final = (
@@ -103,4 +103,5 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_file(path) as partial:  # a report that cannot be completed stays as it was
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from rkconvert.output.work_folder import kept_bytes
 from rkruntime.errors import HostError
 
 # For the tokenizer, the reports and the file system's own needs.
@@ -14,7 +15,7 @@ _SPARE_BYTES: Final = 64 << 20
 
 def require_space(output: Path, nbytes: int) -> None:
     """Raise HostError if the folder that will contain `output` does not have room for `nbytes`."""
-    free = shutil.disk_usage(output.parent).free
+    free = shutil.disk_usage(output.parent).free + kept_bytes(output)
     if nbytes + _SPARE_BYTES > free:
         raise HostError(
             f"{output} needs {_text(nbytes)}, and {_SPARE_BYTES >> 20} MiB more for its tokenizer and reports,"

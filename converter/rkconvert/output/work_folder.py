@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
-from rkruntime.errors import OutputError
+from rkruntime.errors import OutputError, RKEdgeError
 from rkruntime.files import refuse_existing, umask, write_error
 
 _PARTIAL: Final = ".{}.partial"
@@ -33,14 +33,16 @@ _KINDS: Final = {
 
 
 @contextmanager
-def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[Path]:
+def work_folder(final: Path, job: str, keep: Collection[str] = (), done: str | None = None) -> Iterator[Path]:
     """`.NAME.partial` beside `final`, renamed to it when the block ends.
 
     Of what an earlier, killed run with the same `job` (a text that says what is made from what) left there, the files
-    in `keep` remain; everything else is removed. If the block raises, everything is removed, except after Ctrl-C.
+    in `keep` remain; everything else is removed. If the block raises, everything is removed, except after Ctrl-C, and
+    after a failure of a disk when hours of work are done.
 
     Args:
         keep: Files that the block verifies before using them, relative to the folder, with `/`.
+        done: The one of them that the block writes once such work is done, if there is any.
 
     Raises:
         OutputError: `final` exists or cannot be written, another run is making it right now, or something else is in
@@ -48,7 +50,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[P
         HostError: The disk is full.
     """
     refuse_made(final)
-    partial = final.parent / _PARTIAL.format(final.name)
+    partial = _unfinished(final)
     try:
         _refuse_planted(partial, stat.S_IFDIR)
         _refuse_planted(_note(final), stat.S_IFREG)
@@ -60,7 +62,10 @@ def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[P
                 # As for any new folder here: what it inherited from its parent (setgid) is kept.
                 partial.chmod(stat.S_IMODE(partial.stat().st_mode) | 0o777 & ~umask())
                 partial.rename(final)
-            except Exception:  # Nothing half-made stays after any error; Ctrl-C and a kill leave it for the next run.
+            except Exception as error:  # Nothing half-made stays; Ctrl-C and a kill leave it for the next run.
+                of_a_disk = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+                if done and of_a_disk and (partial / done).is_file():
+                    raise _kept(final, partial, error) from error
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             finally:
@@ -68,6 +73,15 @@ def work_folder(final: Path, job: str, keep: Collection[str] = ()) -> Iterator[P
                     _note(final).unlink(missing_ok=True)
     except OSError as error:
         raise write_error(final, error) from error
+
+
+def _kept(final: Path, partial: Path, error: Exception) -> Exception:
+    """The error for a disk that failed after the long part of the work."""
+    found = write_error(final, error) if isinstance(error, OSError) else error
+    if not isinstance(found, RKEdgeError):
+        return found
+    hint = f"Mend that (free space, if a disk is full), then run the same command: what took long is kept in {partial}."
+    return type(found)(found.message, hint=hint, details=found.details)
 
 
 @contextmanager
@@ -100,6 +114,20 @@ def _remove_dead(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def _unfinished(final: Path) -> Path:
+    return final.parent / _PARTIAL.format(final.name)
+
+
+def kept_bytes(final: Path) -> int:
+    """Space taken by what an unfinished run left, which the next one uses or removes, in bytes."""
+    folder = _unfinished(final)
+    if folder.is_symlink():
+        return 0
+    with suppress(OSError):  # another run is at work there
+        return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    return 0
 
 
 def _note(final: Path) -> Path:

@@ -23,6 +23,8 @@ MAGIC: Final = b"GGUF"
 # Gemma's header has 14 MB (a quarter of a million token texts) and some 300 to 600 tensors.
 _MAX_HEADER: Final = 256 << 20
 _MAX_COUNT: Final = 1 << 20
+# Values in all arrays of a header, some 40 bytes of memory each. Gemma's has three for each of its tokens.
+_MAX_VALUES: Final = 1 << 23
 _MAX_PARTS: Final = 99_999
 _WHOLE_MODEL: Final = "Download all parts of the model again."
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -54,12 +56,12 @@ class GgufFile:
     size: int
 
 
-class _Reader:
+class _GgufReader:
     """Reads values from the header; raises CheckpointError past its end or its limit."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
-        self._left = _MAX_HEADER
+        self._left, self._values = _MAX_HEADER, _MAX_VALUES
 
     def bytes(self, size: int) -> bytes:
         self._left -= size
@@ -92,6 +94,9 @@ class _Reader:
 
     def _array(self, kind: int) -> list[Any]:
         count = self.count("values in an array")
+        self._values -= count
+        if self._values < 0:
+            raise CheckpointError(f"{self._path} is damaged: its header has more than {_MAX_VALUES:,} values.")
         if kind == _TEXT:
             return [self.text() for _ in range(count)]
         if kind not in _SCALARS:
@@ -112,7 +117,7 @@ def read_gguf(path: Path) -> GgufFile:
                     f"{path} is not a GGUF file: its first bytes are {head[:4].hex(' ') or 'missing'}."
                 )
             file.seek(4)
-            return _parse(path, size, _Reader(path, file), file)
+            return _parse(path, size, _GgufReader(path, file), file)
     except OSError as error:
         raise read_error(path, error, CheckpointError) from error
 
@@ -188,7 +193,7 @@ def read_parts(first: GgufFile, paths: Sequence[Path]) -> tuple[GgufFile, ...]:
     return files
 
 
-def _parse(path: Path, size: int, reader: _Reader, file: BinaryIO) -> GgufFile:
+def _parse(path: Path, size: int, reader: _GgufReader, file: BinaryIO) -> GgufFile:
     version = reader.number("I")
     if version not in (2, 3):
         raise CheckpointError(f"{path} is GGUF version {version}; versions 2 and 3, little-endian, can be read.")
@@ -211,7 +216,7 @@ def _table(path: Path, what: str, pairs: list[tuple[str, T]]) -> dict[str, T]:
     return found
 
 
-def _entry(path: Path, reader: _Reader) -> tuple[str, GgufTensor]:
+def _entry(path: Path, reader: _GgufReader) -> tuple[str, GgufTensor]:
     name, rank = reader.text(), int(reader.number("I"))
     if not 0 < rank <= 4:
         raise CheckpointError(f"{path} is damaged: its tensor {name!r} has {rank} dimensions.")

@@ -268,7 +268,7 @@ def _ends_of_answers(file: GgufFile) -> list[Any]:
     """Ids at which llama.cpp ends an answer, including those that end a turn."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [file.metadata[key] for name in names if (key := f"tokenizer.ggml.{name}") in file.metadata]
-    return list(dict.fromkeys(found)) or [1]
+    return found or [1]
 
 
 def _decimal(value: Any) -> Any:

@@ -144,10 +144,14 @@ def _read_index(path: Path, kind: type[InputError]) -> dict[str, str]:
 
 def _shard_path(index: Path, name: str, kind: type[InputError]) -> Path:
     if len(PurePosixPath(name).parts) != 1 or name in ("", ".", "..", "/") or "\\" in name or "\0" in name:
-        raise kind(f"{index} names a file outside the folder: {name!r}.")
-    if not (index.parent / name).is_file():
+        raise kind(f"{index} names a file outside the folder: {name[:80]!r}.")
+    try:
+        there = (index.parent / name).is_file()
+    except OSError:  # no file can have that name, or the disk fails
+        there = False
+    if not there:
         raise kind(
-            f"{index.parent} lacks the file {name}, which its index names.",
+            f"{index.parent} lacks the file {name[:80]}, which its index names.",
             hint="The download is incomplete. Download the missing file.",
         )
     return index.parent / name

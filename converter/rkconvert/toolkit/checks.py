@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rkconvert.model.groups import SOURCE as GROUP_SOURCE
+from rkconvert.model.groups import misfit
 from rkconvert.model.shapes import ModelShape
 from rkconvert.model.sizes import file_bytes
 from rkconvert.output.host_memory import HostMemory
@@ -21,7 +23,6 @@ from rkruntime.errors import CheckpointError, HostError, RefusedError, RKEdgeErr
 from rkruntime.text.template import BOS, END_OF_TURN, START_OF_TURN
 
 LEAST_WIDTH: Final = 96
-_GROUPS: Final = {"w8a8": (512, 256, 128), "w4a16": (128, 64, 32)}
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,8 @@ def _narrow(case: Conversion) -> Mapping[str, Any] | None:
 
 
 def _indivisible(case: Conversion) -> Mapping[str, Any] | None:
-    kind = parse_type(case.dtype)
-    if not kind.group:
-        return None
-    for matrix in (*case.shape.layer, case.shape.head):
-        if matrix.rows % kind.group:
-            sizes = (size for size in _GROUPS.get(kind.ungrouped.name, ()) if _divides(case.shape, size))
-            fits = next((kind.grouped(size).name for size in sizes), "none")
-            return {"dtype": kind.name, "matrix": matrix.name, "rows": matrix.rows, "group": kind.group, "fits": fits}
-    return None
-
-
-def _divides(shape: ModelShape, size: int) -> bool:
-    return all(matrix.rows % size == 0 for matrix in (*shape.layer, shape.head))
+    found = misfit(case.shape, parse_type(case.dtype))
+    return {"sentence": found.sentence, "fits": found.fits} if found else None
 
 
 def _loaded(case: Conversion) -> int:
@@ -195,9 +185,9 @@ RULES: Final = (
         "group",
         _indivisible,
         RefusedError,
-        "{dtype} needs matrices whose output size is a multiple of {group}, but {matrix} has {rows}",
-        "Use w8a8; the largest group that divides every matrix of this model gives {fits}.",
-        "manuals 1.1.4 p.15 to 1.3.0 p.16",
+        "{sentence}",
+        "Use w8a8; the largest group that fits every matrix of this model gives {fits}.",
+        GROUP_SOURCE,
     ),
     Check(
         "memory",

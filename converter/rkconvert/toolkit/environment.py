@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -69,28 +70,32 @@ def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = 
     folder = environments_folder() / f"{wheel.release.version}-py{wheel.python}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.parent):
+        with _alone(folder.parent) as lock:
             _recover(folder)
             if (folder / MARKER).is_file() and not replace:
                 raise OutputError(
                     f"{folder} exists already, with rkllm-toolkit {wheel.release.version}.",
                     hint="Use it as it is (`rkedge toolkit info`), or recreate it with --replace.",
                 )
-            return _replace(folder, wheel, python, on_line)
+            return _replace(folder, wheel, python, on_line, lock)
     except OSError as error:
         raise write_error(folder, error) from error
 
 
 @contextmanager
-def _alone(environments: Path) -> Iterator[None]:
-    """Keep other setups out of the folder of all environments. Raises OutputError if there is one."""
+def _alone(environments: Path) -> Iterator[int]:
+    """Keep other setups out of the folder of all environments. Raises OutputError if there is one.
+
+    Yields the lock's file descriptor: a process that inherits it keeps the lock, also when this one was killed.
+    """
     handle = os.open(environments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield handle
     except BlockingIOError as error:
         raise OutputError(
-            f"Another `rkedge toolkit setup` is running in {environments}.", hint="Wait until it has ended."
+            f"Another `rkedge toolkit setup`, or what a killed one had started, is running in {environments}.",
+            hint="Wait until it has ended.",
         ) from error
     finally:
         os.close(handle)
@@ -110,31 +115,30 @@ def _recover(folder: Path) -> None:
     shutil.rmtree(_previous(folder), ignore_errors=True)
 
 
-def _replace(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
+def _replace(folder: Path, wheel: Wheel, python: Path, on_line: OnLine, lock: int) -> Toolkit:
     if folder.is_dir():
         # Not made beside it and renamed: scripts in an environment name its path.
         folder.rename(_previous(folder))
     try:
-        return _make(folder, wheel, python, on_line)
+        return _make(folder, wheel, python, on_line, lock)
     finally:
         _recover(folder)
 
 
-def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine) -> Toolkit:
+def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine, lock: int) -> Toolkit:
+    run = partial(_run, on_line=on_line, lock=lock)
     on_line(f"creating {folder} with {python}")
-    _run(
-        [python, "-I", "-m", "venv", folder], clean_environment(python), on_line, f"{python} cannot create environments"
-    )
+    run([python, "-I", "-m", "venv", folder], clean_environment(python), f"{python} cannot create environments")
     inner = folder / "bin" / "python"
     constraints = folder / "constraints.txt"
     constraints.write_text(_CONSTRAINTS)
     environment = clean_environment(inner, _pip_environment(constraints))
     what = f"{wheel.path.name} could not be installed"
-    _run([inner, "-I", "-m", "pip", "install", "setuptools<81", wheel.path], environment, on_line, what)
+    run([inner, "-I", "-m", "pip", "install", "setuptools<81", wheel.path], environment, what)
     on_line("trying to import it")
     toolkit = inspect_toolkit(inner, "rkedge toolkit setup")
     what = f"{wheel.path.name} was installed but cannot be imported"
-    _run([inner, "-I", "-c", _IMPORT], clean_environment(inner), on_line, what, _IMPORT_SECONDS)
+    run([inner, "-I", "-c", _IMPORT], clean_environment(inner), what, seconds=_IMPORT_SECONDS)
     note = {
         "wheel": wheel.path.name,
         "sha256": sha256_file(wheel.path),
@@ -157,8 +161,10 @@ def _pip_environment(constraints: Path) -> dict[str, str]:
 def _run(
     command: Sequence[str | Path],
     environment: Mapping[str, str],
-    on_line: OnLine,
     what: str,
+    *,
+    on_line: OnLine,
+    lock: int,
     seconds: float = _PIP_SECONDS,
 ) -> None:
     """Run a program to its end, or raise HostError with its last lines. Kills all that it started, also on Ctrl-C."""
@@ -169,6 +175,7 @@ def _run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=(lock,),
         env=dict(environment),
         text=True,
         errors="replace",

@@ -53,11 +53,16 @@ def write(
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
     private = _private(run, folder)
-    (folder / _LOG).write_bytes(bytes_without_paths(run.output.take(), private))
+    lost = run.output.lost
+    try:
+        (folder / _LOG).write_bytes(bytes_without_paths(run.output.take(), private))
+    except OSError as error:  # the model is worth more, and its report needs less room
+        (folder / _LOG).unlink(missing_ok=True)
+        lost = error.strerror or str(error)
     if result.qparams:
         result.qparams.replace(folder / _QPARAMS)
     doubts = [*result.doubts, *(str(setting) for setting in found if setting.differs)]
-    warnings = [*run.warnings, *([f"its log is not whole: {run.output.lost}"] if run.output.lost else [])]
+    warnings = [*run.warnings, *([f"its log is not whole: {lost}"] if lost else [])]
     said: dict[str, Any] = {
         "settings": [setting.as_dict() for setting in found],
         "verify": None,

@@ -96,7 +96,12 @@ class ToolkitTarget:
         """Files from which `write` resumes after a killed run; it verifies each by checksum."""
         linked = is_linked(spec.model)
         staged = [] if linked else [f"{_STAGED}/{name}" for name in resumable(spec.model.weights)]
-        return [*staged, *report.MADE, f"{REPORT}/{report.NAME}.json"]
+        return [*staged, *report.MADE, self.done]
+
+    @property
+    def done(self) -> str:
+        """The report, which is written when the toolkit has ended."""
+        return f"{REPORT}/{report.NAME}.json"
 
     def check(self, spec: ModelSpec) -> tuple[str, ...]:
         """Run every check that needs no work; returns notes for the user.

@@ -81,6 +81,20 @@ def test_a_missing_bos_is_said(folder: Path) -> None:
     assert read_template(folder, "<bos>").notes == ()
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [None, "GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer",
+     "LlamaTokenizerFast", "Qwen2Tokenizer", "CohereTokenizerFast", "GPT2TokenizerFast", "CodeLlamaTokenizer"],
+)  # fmt: skip
+def test_a_class_that_splits_texts_otherwise_is_said(folder: Path, kind: str | None) -> None:
+    configure(folder, tokenizer_class=kind)
+    oracle, own = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder / "tokenizer.json")
+    texts = ["Hello there", "the key", " two  spaces", "é\n\n日本"]
+    same = all(oracle(text, add_special_tokens=False)["input_ids"] == own.encode(text) for text in texts)
+    notes = [note for note in read_template(folder, "<bos>").notes if "splits texts otherwise" in note]
+    assert len(notes) == (not same)
+
+
 @pytest.mark.parametrize("start", [" \n<bos>", "<bos><bos>", "\n<bos> <bos>", "<bos>"])
 def test_bos_is_first_and_once_in_the_text_that_a_library_adds(folder: Path, start: str) -> None:
     (folder / "chat_template.jinja").write_text(start + "\n{{ messages[0].content }}!")

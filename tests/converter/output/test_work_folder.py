@@ -238,6 +238,21 @@ def test_too_little_room_names_what_is_needed(tmp_path, monkeypatch):
         disk.require_space(tmp_path / "out", 2_500_000_000)
 
 
+def test_what_an_unfinished_run_left_takes_no_room_twice(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt), work_folder.work_folder(tmp_path / "out", "job") as folder:
+        (folder / "model").write_bytes(bytes(3_000_000))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: namedtuple("usage", "free")((64 << 20) + 1_000_000))
+    disk.require_space(tmp_path / "out", 3_900_000)
+    with pytest.raises(HostError, match=r"needs 5\.0 MB"):
+        disk.require_space(tmp_path / "out", 5_000_000)
+    with pytest.raises(HostError):
+        disk.require_space(tmp_path / "other", 3_900_000)
+    shutil.rmtree(tmp_path / ".out.partial")
+    (tmp_path / ".out.partial").symlink_to("/usr")
+    assert work_folder.kept_bytes(tmp_path / "out") == 0
+
+
 # paths that are not UTF-8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,11 @@ from tests.converter.sources.other_formats import TYPES, everything, write_gguf
 from tokenizers import Tokenizer
 
 from rkconvert import demo
+from rkconvert.adapters.chat import read_chat
+from rkconvert.adapters.merged_model import merged_model
+from rkconvert.sources import gguf_model
 from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.sources.gguf_file import read_gguf
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.sources.open import open_source
 from rkconvert.tensors.formats import to_float32
@@ -223,6 +228,25 @@ def test_keys_that_change_nothing_are_accepted(make_model, tmp_path):
 def test_the_end_of_a_turn_in_a_gguf_ends_an_answer(make_model, tmp_path):
     write_gguf(tmp_path / "model.gguf", make_model(), TYPES.F16, more=lambda writer: writer.add_eot_token_id(7))
     assert open_source(str(tmp_path / "model.gguf")).config.eos_token_ids == (1, 7)
+
+
+def test_values_of_any_kind_in_a_header(make_model, tmp_path, monkeypatch):
+    write_gguf(path := tmp_path / "model.gguf", make_model(), TYPES.F16)
+    file, seen = read_gguf(path), set()
+    rng = random.Random(4)
+    values = [None, True, -1, 2, 2**64, float("nan"), 0.5, "", "x", [], [1], ["a"], [[1], [2]], [float("inf")], b"x"]
+    named = ["eot_token_id", "eom_token_id", "add_eos_token", "remove_extra_whitespaces"]
+    keys = [*file.metadata, *(f"tokenizer.ggml.{name}" for name in named), "split.count", "general.type"]
+    for key in keys:
+        for value in rng.sample(values, 6):
+            content = {**file.metadata, key: value}
+            monkeypatch.setattr(gguf_model, "read_gguf", lambda _, content=content: replace(file, metadata=content))
+            try:
+                read_chat(merged_model(open_source(str(path)), []))
+                seen.add("good")
+            except CheckpointError:
+                seen.add("refused")
+    assert seen == {"good", "refused"}
 
 
 def test_a_bundle_of_another_release_of_gguf_is_another(make_model, tmp_path, monkeypatch, capsys):

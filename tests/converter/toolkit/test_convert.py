@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -203,7 +204,7 @@ def test_an_adapter_of_its_own(options: Callable[..., Options], base: Path, make
             "a=0.5: rkedge loads .* with weight 1",
         ),
         ({"lora_mode": "other"}, UsageError, "no LoRA mode"),
-        ({"dtype": "w8a8_g512"}, RefusedError, "multiple of 512"),
+        ({"dtype": "w8a8_g512"}, RefusedError, "multiples of 512"),
     ],
 )
 def test_refused_before_anything_starts(
@@ -303,6 +304,63 @@ def test_what_the_toolkit_has_finished_is_not_done_again(
     assert is_complete(bundle.path)
     bundle.verify(trust_stamps=False)
     assert left(asked) == ["bundle"]
+
+
+def test_a_disk_that_fills_up_after_hours_of_work(
+    options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options(verify=True)
+    real = {name: getattr(Path, name) for name in ("write_text", "write_bytes")}
+    writes, ends = 0, []
+
+    def convert_until(failing: int) -> None:
+        """A conversion with a full disk at that write into the bundle, counted from the toolkit's end."""
+
+        def full(name: str) -> Callable[..., int]:
+            def write(path: Path, data: Any, *rest: Any, **more: Any) -> int:
+                nonlocal writes
+                if (
+                    asked.output.parent in path.parents
+                    and (path.parents[0] / "model.rkllm").exists() | (path.parents[1] / "model.rkllm").exists()
+                ):
+                    writes += 1
+                    if writes == failing:
+                        real[name](path, data[: len(data) // 2], *rest, **more)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return int(real[name](path, data, *rest, **more))
+
+            return write
+
+        nonlocal writes
+        writes = 0
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(Path, name, full(name))
+            convert(asked)
+
+    for failing in range(1, 30):
+        try:
+            convert_until(failing)
+            ends.append("made")
+            text = json.loads((asked.output / "report" / "toolkit.json").read_text())
+            if failing == 1:
+                assert "its log is not whole: No space left on device" in text["warnings"]
+        except HostError as error:
+            assert "disk is full" in error.message
+            ends.append("kept" if "kept in" in error.hint else "lost")
+        if ends[-1] == "kept":
+            with monkeypatch.context() as patch:
+                patch.setattr(target, "run_toolkit", None)
+                convert(asked).verify(trust_stamps=False)
+        if asked.output.exists():
+            shutil.rmtree(asked.output)
+        assert left(asked) == []
+        if writes < failing:
+            break
+    # Without its log the model is made; only without room for the report of some 4 KB it is lost.
+    assert ends[:2] == ["made", "lost"]
+    assert set(ends[2:-1]) == {"kept"}
+    assert len(ends) > 8
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +137,33 @@ def test_one_setup_at_a_time_and_a_failed_one_keeps_the_old(wheel: Callable[...,
     assert find_toolkit() == made
     setup(read_wheel(wheel()), Path(sys.executable), lambda line: None, replace=True)
     assert os.listdir(environments_folder()) == [folder.name]
+
+
+@pytest.mark.usefixtures("no_index")
+def test_what_a_killed_setup_started_keeps_others_out(wheel: Callable[..., Path], tmp_path: Path) -> None:
+    path, slow, go = wheel(), tmp_path / "python", tmp_path / "go"
+    wait = f'case "$*" in *"-m venv"*) echo waiting; while [ ! -e "{go}" ]; do sleep 0.05; done; esac'
+    slow.write_text(f'#!/bin/sh\n{wait}\nexec "{sys.executable}" "$@"\n')
+    slow.chmod(0o755)
+    command = [sys.executable, "-m", "rkruntime.cli", "toolkit", "setup", "--wheel", path, "--python", slow]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        assert any(line == "waiting\n" for line in first.stderr)
+        first.kill()
+    try:
+        with pytest.raises(OutputError, match="what a killed one had started"):
+            setup(read_wheel(path), Path(sys.executable), lambda line: None)
+    finally:
+        go.touch()
+    deadline = time.monotonic() + 100
+    while True:
+        try:
+            made = setup(read_wheel(path), Path(sys.executable), lambda line: None)
+            break
+        except OutputError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert find_toolkit() == made
 
 
 @pytest.mark.usefixtures("no_index")

@@ -43,6 +43,17 @@ def verified(base: Path, tmp_path: Path, environments: Callable[[str], Path]) ->
     return make
 
 
+def test_the_self_test_needs_no_toolkit(verified: Callable[..., tuple[Bundle, Any]], base: Path) -> None:
+    """Its answers are the float model's, whatever the toolkit makes of it."""
+    bundle, _ = verified(verify=False)
+    found = bundle.read_selftest()
+    assert found is not None
+    for prompt in found.prompts:
+        count, likeliest = top_of(base, prompt.question)
+        assert (count, likeliest) == (len(prompt.tokens), list(prompt.answer[0].ids))
+    assert found.rounding > 0
+
+
 def top_of(folder: Path, text: str) -> tuple[int, list[int]]:
     """Length of a question in the chat template, and the likeliest five ids after it, by transformers."""
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
