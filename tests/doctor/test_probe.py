@@ -120,6 +120,20 @@ def test_links_lead_nowhere_else(good: Path, tmp_path_factory: pytest.TempPathFa
     assert "etc/os-release" not in found.files
 
 
+@pytest.mark.parametrize("name", ["*", "**", "card*", "[a-z]*", "?", "²", "٣", "1²"])
+def test_a_name_is_no_pattern_and_no_number(good: Path, name: str) -> None:
+    """The rest is found as without it."""
+    expected = run(good)
+    for folder in ("sys/class/devfreq", "sys/class/thermal", "sys/class/drm", "dev/dri", "proc"):
+        (good / folder / name).mkdir(parents=True, exist_ok=True)
+        (good / folder / name / "comm").write_text("x")
+        (good / folder / name / "statm").write_text("1 1")
+    found = run(good)
+    assert found.problems == expected.problems == ()
+    assert expected.files.items() <= found.files.items()
+    assert [one.pid for one in found.processes] == [one.pid for one in expected.processes]
+
+
 def endless(path: Path) -> None:
     path.write_bytes(b"")
     os.truncate(path, 1 << 40)

@@ -6,7 +6,9 @@ import getpass
 import json
 import os
 import re
+import resource
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -158,6 +160,45 @@ def test_a_repair_over_ssh_is_its_words_and_nothing_else(forced: Callable[[str],
     assert log.read_text().endswith("rm /dev/rknpu|")
     refusing = forced("printf 'sudo: a password is \\033[2Jrequired\\n' >&2; exit 1")
     assert repair.apply(fix, refusing, root=False) == "sudo: a password is \\x1b[2Jrequired"
+
+
+@pytest.fixture
+def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes an ssh that is this shell script."""
+
+    def ssh(script: str) -> None:
+        (tmp_path / "ssh.sh").write_text(script)
+        monkeypatch.setenv("RKEDGE_SSH", f"sh {tmp_path / 'ssh.sh'}")
+
+    return ssh
+
+
+def test_a_login_script_that_ends_in_no_line_feed(answering: Callable[[str], None], tmp_path: Path) -> None:
+    tree = plant(tmp_path / "tree", GOOD)
+    answering(f"printf 'Welcome! '; exec python3 -I - --root {tree}\n")
+    assert look("u@board").files == look(None, tree).files
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_repair_that_says_gigabytes(answering: Callable[[str], None], stream: int) -> None:
+    """A board decides what comes back, and this machine's memory does not depend on it."""
+    answering(f"cat > /dev/null; head -c 500000000 /dev/zero >&{stream}; printf '\\nthe end\\n' >&2; exit 3")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert repair.apply(Fix(("rm", "/dev/rknpu")), "u@board", root=True) == "the end"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize(("status", "says"), [(0, ""), (3, "no such file")])
+def test_a_repair_is_over_when_ssh_is(
+    answering: Callable[[str], None], status: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master of ssh's shared connections (ControlPersist) may keep what it was started with open for hours."""
+    monkeypatch.setattr(repair, "_LIMIT_S", 20.0)
+    answering(f"sleep 60 < /dev/null & echo $! > {tmp_path / 'pid'}; echo 'no such file' >&2; exit {status}")
+    try:
+        assert repair.apply(Fix(("rm", "/dev/rknpu")), "u@board", root=True) == says
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

@@ -124,20 +124,24 @@ class Tree:
                     break
         return sorted(found)
 
-    def matching(self, pattern: str) -> Iterator[str]:
-        """The paths that a pattern stands for; without `*`, the path itself whether it exists or not."""
-        head, star, tail = pattern.partition("*")
-        if not star:
+    def matching(self, pattern: str, begin: int = 0) -> Iterator[str]:
+        """The paths that a pattern stands for; without `*`, the path itself whether it exists or not.
+
+        What comes before `begin` are names that were found, in which a `*` is a letter.
+        """
+        star = pattern.find("*", begin)
+        if star < 0:
             yield pattern
             return
-        folder, _, start = head.rpartition("/")
-        end, slash, rest = tail.partition("/")
+        folder, _, start = pattern[:star].rpartition("/")
+        end, slash, rest = pattern[star + 1 :].partition("/")
         try:
             names = self.names(folder)
         except OSError:
             return
         for name in fnmatch.filter(names, f"{start}*{end}")[:MOST_NAMES]:
-            yield from self.matching(f"{folder}/{name}{slash}{rest}")
+            found = f"{folder}/{name}"
+            yield from self.matching(f"{found}{slash}{rest}", len(found))
 
     def open(self, path: str) -> int:
         """Open a regular file. Raises OSError for anything else: a FIFO would block, and a device has no end."""
@@ -388,7 +392,7 @@ class Probe:
             names = self.tree.names("proc")
         except FileNotFoundError:
             return
-        for name in [name for name in names if name.isdigit()][:MOST_PROCESSES]:
+        for name in [name for name in names if re.match(r"[0-9]+\Z", name)][:MOST_PROCESSES]:
             self.at = f"proc/{name}"
             row = self.process(name)
             if row:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from rkboard.doctor.finding import Finding, Fix
+from rkboard.doctor.notes import Notes
 from rkruntime.chat.ssh import ssh_command
 from rkruntime.errors import ServiceError
-from rkruntime.printable import one_line
 
 _LIMIT_S: Final = 300.0
 
@@ -33,16 +34,26 @@ def apply(fix: Fix, destination: str | None, *, root: bool) -> str:
     # The words of a Fix have no letter that a shell reads, so ssh may join them.
     words = [*([] if root else ["sudo", "-n"]), *fix.words]
     command = words if destination is None else ssh_command(destination, *words)
-    given = f"{fix.text}\n".encode() if fix.text else b""
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(command, input=given, capture_output=True, timeout=_LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return f"it did not end within {_LIMIT_S:.0f} seconds"
+        process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe)
     except FileNotFoundError:
         return f"there is no {command[0]} here"
     except OSError as error:
         raise ServiceError(f"{command[0]} cannot be started: {error.strerror or error}.", hint="") from error
-    if done.returncode == 0:
+    assert process.stdin is not None
+    assert process.stderr is not None
+    notes = Notes(process.stderr)
+    try:
+        with suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(f"{fix.text}\n".encode() if fix.text else b"")
+        process.wait(_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"it did not end within {_LIMIT_S:.0f} seconds"
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode == 0:
         return ""
-    lines = done.stderr[-4096:].decode("utf-8", "replace").strip().splitlines()
-    return one_line(lines[-1])[:300] if lines else f"it ended with {done.returncode}"
+    lines = [line for line in notes.lines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else f"it ended with {process.returncode}"

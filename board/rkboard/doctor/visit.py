@@ -5,20 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
 from rkboard.doctor.document import MARK, MOST_BYTES, Document
+from rkboard.doctor.notes import Notes
 from rkruntime.chat.ssh import SSH_VARIABLE, ssh_command
 from rkruntime.errors import ServiceError
-from rkruntime.printable import one_line
 
 PROBE: Final = Path(__file__).with_name("probe.py")
 # The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
 _PATIENCE_S: Final = 120.0
-_MOST_NOTES: Final = 1 << 14
 _MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 
 
@@ -58,6 +56,8 @@ class _Visit:
                 f"{command[0]} cannot be started: {error.strerror or error}.",
                 hint=_MISSING.get(command[0], f"Install it, or change {SSH_VARIABLE}, which names it."),
             ) from error
+        assert self._process.stderr is not None
+        self._said = Notes(self._process.stderr)
         self.notes: list[str] = []
         self.status: int | None = None
         self.flooded = False
@@ -68,24 +68,19 @@ class _Visit:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stderr is not None
-        threads = [
-            threading.Thread(target=self._read, args=(process.stdout,), daemon=True),
-            threading.Thread(target=self._note, args=(process.stderr,), daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
+        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        reader.start()
         try:
             with suppress(BrokenPipeError), process.stdin as stdin:
                 stdin.write(PROBE.read_bytes())
-            threads[0].join(_PATIENCE_S)
+            reader.join(_PATIENCE_S)
             with suppress(subprocess.TimeoutExpired):
                 self.status = process.wait(2 if self._found is None else 0.2)
         finally:
             process.kill()
             process.wait()
-            for thread in threads:
-                thread.join(1)  # a child of ssh may keep a pipe open
+            self.notes = self._said.lines()
+            reader.join(1)  # a child of ssh may keep the pipe open
         return self._found
 
     def _read(self, stream: IO[bytes]) -> None:
@@ -94,18 +89,10 @@ class _Visit:
         with stream:
             while left > 0 and (line := stream.readline(left)):
                 left -= len(line)
-                if line.startswith(MARK):
-                    self._found = line
+                if (at := line.find(MARK)) >= 0:  # behind what was printed without a line feed
+                    self._found = line[at:]
                     return
         self.flooded = left <= 0
-
-    def _note(self, stream: IO[bytes]) -> None:
-        with stream:
-            text = stream.read(_MOST_NOTES).decode("utf-8", "replace")
-            self.notes = [one_line(line) for line in text.splitlines()][-12:]
-            deadline = time.monotonic() + _PATIENCE_S
-            while time.monotonic() < deadline and stream.read(_MOST_NOTES):
-                pass
 
 
 def _failed(visit: _Visit, destination: str | None) -> ServiceError:
