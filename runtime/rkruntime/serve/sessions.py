@@ -10,7 +10,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +21,33 @@ from rkruntime.words import NAME
 
 # What a small file takes on the disk, whatever is in it.
 _BLOCK: Final = 4096
+# Characters of a title.
+_TITLE: Final = 80
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One conversation in the list: size on disk in bytes, last change in seconds since 1970."""
+    """One conversation in the list.
+
+    Attributes:
+        size: On disk, in bytes.
+        changed: Time of the last change, in seconds since 1970.
+        title: Beginning of its first question; None if its file has not been read yet.
+    """
 
     name: str
     size: int
     changed: float
+    title: str | None = None
+
+
+def _title(data: Mapping[str, Any]) -> str:
+    """The beginning of the first question, on one line. The file may have been changed by anyone."""
+    turns, broken = data.get("messages"), data.get("broken")
+    first = turns[0].get("content") if isinstance(turns, list) and turns and isinstance(turns[0], dict) else None
+    if first is None and isinstance(broken, dict):
+        first = broken.get("question")
+    return " ".join(first[: 4 * _TITLE].split())[:_TITLE] if isinstance(first, str) else ""
 
 
 def _conversations(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
@@ -100,6 +118,21 @@ class SessionStore:
         with self._lock:
             return list(reversed(self._of(user).values()))
 
+    def titled(self, user: User) -> Sequence[Summary]:
+        """The same with titles, for which files that were written by an earlier daemon are read, once."""
+        return [item if item.title is not None else self._with_title(user, item) for item in self.list(user)]
+
+    def _with_title(self, user: User, item: Summary) -> Summary:
+        try:
+            titled = replace(item, title=_title(self.read(user, item.name)))
+        except (NoSuchSessionError, HostError):
+            titled = replace(item, title="")
+        with self._lock:
+            kept = self._of(user)
+            if kept.get(item.name) == item:  # nobody has changed it meanwhile
+                kept[item.name] = titled
+        return titled
+
     def size(self, user: User, name: str) -> int:
         """Size of a conversation on disk, in bytes; 0 if there is none."""
         with self._lock:
@@ -146,7 +179,7 @@ class SessionStore:
         with atomic_file(path) as partial:
             partial.write_bytes(text)
         with self._lock:
-            self._note(user, Summary(name, _on_disk(len(text)), time.time()))
+            self._note(user, Summary(name, _on_disk(len(text)), time.time(), _title(data)))
         for other in leaving:
             # The write is done; an old one that stays is tried again at the next.
             with suppress(NoSuchSessionError, HostError):

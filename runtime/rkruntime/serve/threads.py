@@ -1,4 +1,8 @@
-"""Blocking calls outside the event loop: to the engine, on large data, and to the disk."""
+"""Blocking calls outside the event loop: to the engine, on large data, and to the disk.
+
+anyio's threads cannot be told to stop: a cancel waits for them or abandons them. Its scopes cancel a task in each turn
+of the event loop until it leaves them, so that one which waits for an engine to stop costs a core until then.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ LARGE: Final = 1 << 16
 _READERS: Final = ThreadPoolExecutor(2, "rkedge-data")
 # One thread, so that a file has one writer, and changes happen one after the other.
 _WRITER: Final = ThreadPoolExecutor(1, "rkedge-disk")
+# One thread, because its work is Python's own, which takes turns with the event loop.
+_PAGE: Final = ThreadPoolExecutor(1, "rkedge-page")
 
 
 async def in_thread(
@@ -59,3 +65,8 @@ async def with_data(size: int, work: Callable[..., T], *args: object) -> T:
 async def read_in_thread(work: Callable[..., T], *args: object) -> T:
     """The result of `work`, which reads files or works on large data, and which is abandoned after a cancel."""
     return await asyncio.get_running_loop().run_in_executor(_READERS, work, *args)
+
+
+async def page_in_thread(work: Callable[..., T], *args: object) -> T:
+    """The result of `work` for the chat page, which is done for one client at a time, and abandoned after a cancel."""
+    return await asyncio.get_running_loop().run_in_executor(_PAGE, work, *args)

@@ -273,3 +273,27 @@ def test_a_folder_that_nobody_can_write_into(start_daemon: Callable[..., Any], s
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert daemon.request("DELETE", "/sessions/talk")[0] == 200
+
+
+def test_a_title_is_the_beginning_of_the_first_question(store: SessionStore, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": f" Why\n is {'it so ' * 99}"}, {"role": "assistant", "content": "So."}]
+    titles = {
+        "asked": ({"messages": turns}, f"Why is {'it so ' * 99}"[:80]),
+        "broken": ({"messages": [], "broken": {"question": "Half?"}}, "Half?"),
+        "empty": ({"messages": []}, ""),
+        "odd": ({"messages": [[]], "broken": {"question": 5}}, ""),
+        "odder": ({"messages": {"0": 1}}, ""),
+    }
+    for name, (data, _) in titles.items():
+        store.write(ANN, name, data)
+    wanted = {name: title for name, (_, title) in titles.items()}
+    assert {item.name: item.title for item in store.titled(ANN)} == wanted
+    # Another daemon reads them once, and gives a damaged one none.
+    (tmp_path / "sessions" / "ann" / "damaged.json").write_text("{")
+    again = SessionStore(tmp_path / "sessions", 64 * BLOCK, 1000)
+    order = names(again, ANN)
+    assert {item.name: item.title for item in again.titled(ANN)} == {**wanted, "damaged": ""}
+    (tmp_path / "sessions" / "ann" / "asked.json").unlink()
+    assert {item.name: item.title for item in again.titled(ANN)} == {**wanted, "damaged": ""}
+    assert names(again, ANN) == order
+    assert again.titled(BOB) == []

@@ -1,0 +1,83 @@
+// What the page asks of the daemon.
+
+const KEY = "rkedge.key";
+
+const given = new URLSearchParams(location.hash.slice(1));
+if (given.has("key")) {
+  keepKey(given.get("key"));
+  given.delete("key");
+  // Not in the history, and not in what somebody copies from the address bar.
+  history.replaceState(null, "", given.size ? `#${given}` : location.pathname);
+}
+
+export function keepKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+/** An answer of the daemon that says no. */
+export class Refused extends Error {
+  constructor(status, error) {
+    super(error.message);
+    this.status = status;
+    this.code = error.code;
+  }
+}
+
+async function request(method, path, body, signal) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The daemon does not answer. Is it running, and is the tunnel to it open?");
+  }
+  if (response.ok) return response;
+  const { error } = await response.json().catch(() => ({}));
+  throw new Refused(response.status, error ?? { message: `The daemon answered with the status ${response.status}.` });
+}
+
+async function call(method, path, body) {
+  return (await request(method, path, body)).json();
+}
+
+/** The events of an answer: JSON, one on each line. */
+async function* events(path, body, signal) {
+  const response = await request("POST", path, body, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true }; // as at an end that comes too early
+    });
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const event = JSON.parse(line);
+      if (event.type === "error") throw new Refused(200, event.error);
+      yield event;
+      if (event.type === "done") return;
+    }
+  }
+  throw new Error("The connection broke before the end of the answer.");
+}
+
+const at = (name) => `/sessions/${encodeURIComponent(name)}`;
+
+export const daemon = {
+  status: async () => {
+    const { error, ...status } = await call("GET", "/status");
+    return { ...status, failure: error };
+  },
+  blocks: async (text) => (await call("POST", "/markdown", { text })).blocks,
+  list: async () => (await call("GET", "/sessions")).sessions,
+  read: (name) => call("GET", at(name)),
+  change: (name, change) => call("PUT", at(name), change),
+  remove: (name) => call("DELETE", at(name)),
+  ask: (name, question, signal) => events(`${at(name)}/messages`, question, signal),
+  resume: (name, received, signal) => events(`${at(name)}/resume`, received, signal),
+};
