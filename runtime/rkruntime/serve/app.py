@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,6 +33,7 @@ from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.connections import CONNECTION, Connection, Requests
 from rkruntime.serve.doors import Door, check_page, refused
 from rkruntime.serve.metrics import npu_load, temperatures
+from rkruntime.serve.page.endpoints import PageEndpoints, is_page
 from rkruntime.serve.service import Service
 from rkruntime.serve.threads import read_in_thread
 
@@ -45,11 +46,20 @@ _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Anyone may ask whether the daemon is alive.
 _OPEN: Final = frozenset({"/health", "/ready"})
-# The page's script and style are inline; it may load nothing else, nor be framed.
-_PAGE_POLICY: Final = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+_MODELS: Final = "This daemon serves one model, from `rkedge convert`: none is fetched, made or removed through it."
+# Also where the client's address ends with what the other interface has.
+_OLLAMA: Final = re.compile(r"(/v1)?/api/(?!v1/)")
+# What to do about paths that clients ask for and the daemon does not have.
+_INSTEAD: Final[Mapping[str, str]] = {
+    "/v1/responses": "Let the client use chat completions (/v1/chat/completions).",
+    **dict.fromkeys(("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"), _MODELS),
+    **dict.fromkeys(
+        ("/v1/audio", "/v1/images", "/v1/files", "/v1/moderations"), "This model reads and writes text only."
+    ),
+    "/chat/completions": "The address of this interface ends with /v1.",
+    "/v1/api/": "The address of Ollama's interface does not end with /v1.",
+    "/api/v1/": "The address of OpenAI's interface ends with /v1, without /api.",
+}
 
 
 def openapi() -> dict[str, Any]:
@@ -96,7 +106,7 @@ class AccessMiddleware:
         send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
         try:
             check_page(headers, any_host=self._door.any_host, target=target, origins=self._origins)
-            if scope["path"] in _OPEN:
+            if scope["path"] in _OPEN or is_page(scope["path"]):
                 return await self._app(scope, receive, send)
             user = await self._door.user(connection.peer, headers)
             with self._requests.one(user) as held, connection.kept():
@@ -149,49 +159,39 @@ def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
 
 
 def _style(path: str) -> str:
-    return "ollama" if path.startswith("/api/") else "openai"
+    return "ollama" if _OLLAMA.match(path) else "openai"
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     """A wrong path or method, as an error in the style of the interface it looks like."""
     status = error.status_code if isinstance(error, HTTPException) else 404
-    what = f"{request.method[:16]} {request.url.path[:80]!r}"
-    response = error_response(refused(status, "not_found", f"There is no {what}."), _style(request.url.path))
+    path = request.url.path
+    instead = next((hint for start, hint in _INSTEAD.items() if path.startswith(start)), "See docs/serve.md.")
+    what = f"There is no {request.method[:16]} {path[:80]!r}."
+    response = error_response(refused(status, "not_found", what, instead), _style(path))
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     return response
 
 
 class DaemonEndpoints:
-    """The daemon's own endpoints: page, health, status, metrics."""
+    """The daemon's own endpoints: health, status, metrics."""
 
     def __init__(self, service: Service, document: Mapping[str, Any]) -> None:
         self._service = service
         self._document = document
         self._started = time.monotonic()
-        self._page = (_HERE / "page.html").read_text(encoding="utf-8")
 
     def routes(self) -> list[Route]:
         """The routes for the application."""
         return routes(
             "openai",
-            ("GET", "/", self._root),
             ("GET", "/health", self._health),
             ("GET", "/ready", self._ready),
             ("GET", "/status", self._status),
             ("GET", "/metrics", self._metrics),
             ("GET", "/openapi.json", self._openapi),
         )
-
-    async def _root(self, request: Request) -> Response:
-        if "text/html" not in request.headers.get("accept", ""):
-            # The text that Ollama's clients look for.
-            return PlainTextResponse("Ollama is running")
-        headers = {
-            "Content-Security-Policy": _PAGE_POLICY,
-            "Referrer-Policy": "no-referrer",
-        }
-        return Response(self._page, media_type="text/html", headers=headers)
 
     async def _health(self, _: Request) -> Response:
         return json_response({"status": "ok"})
@@ -206,13 +206,14 @@ class DaemonEndpoints:
             )
         return json_response({"status": "ready", "loaded": host.current is not None})
 
-    async def _status(self, _: Request) -> Response:
+    async def _status(self, request: Request) -> Response:
         service, model = self._service, self._service.host.current
         info = model.engine.info if model else None
         board = await read_in_thread(lambda: {"temperatures": temperatures(), "npu_load": npu_load()})
         return json_response(
             {
                 "version": version("rkedge"),
+                "user": request.scope["rkedge.user"].account,
                 "model": service.name,
                 "state": service.host.state,
                 "error": service.host.error.message if service.host.error else None,
@@ -242,6 +243,7 @@ def make_app(service: Service) -> Starlette:
         OpenAIEndpoints(service, bodies),
         OllamaEndpoints(service, bodies),
         SessionEndpoints(service, bodies),
+        PageEndpoints(bodies),
         DaemonEndpoints(service, document),
     )
     routes = [route for interface in interfaces for route in interface.routes()]

@@ -29,6 +29,8 @@ _CREDENTIALS: Final = struct.Struct("3i")
 _KNOWN_S: Final = 60.0
 # Headers that a browser adds to a request, and that no page can remove.
 _FETCH: Final = "sec-fetch-"
+_OTHER_NAME: Final = "Call it localhost; with listen.api_keys, which a client in a container needs, any name will do."
+_OTHER_PAGE: Final = "The setting listen.origins names pages that may (docs/settings.md)."
 
 
 class Door(Protocol):
@@ -168,9 +170,9 @@ def door_of(listener: socket.socket, keys: Mapping[str, str]) -> Door:
     raise UsageError(f"The daemon listens on Unix sockets and TCP, not on {listener.family!r}.")
 
 
-def refused(status: int, code: str, message: str) -> BodyError:
+def refused(status: int, code: str, message: str, hint: str = "See docs/serve.md.") -> BodyError:
     """The error for a request that is not let in."""
-    return BodyError(message, hint="See docs/serve.md.", details={"status": status, "code": code})
+    return BodyError(message, hint=hint, details={"status": status, "code": code})
 
 
 def check_page(headers: Headers, *, any_host: bool, target: str | None = None, origins: Collection[str] = ()) -> None:
@@ -191,12 +193,12 @@ def check_page(headers: Headers, *, any_host: bool, target: str | None = None, o
     host = headers.get("host", "").lower()
     for name in map(_host, (host, host if target is None else target)):
         if not any_host and not is_loopback(name):
-            raise refused(403, "host", f"This daemon does not answer to the name {name[:80]!r}.")
+            raise refused(403, "host", f"This daemon does not answer to the name {name[:80]!r}.", _OTHER_NAME)
     own, given = {f"http://{host}", f"https://{host}"}, headers.getlist("origin")
     named = len(given) == 1 and given[0] in origins
     sites = set() if named else set(headers.getlist("sec-fetch-site"))
     if not (named or own.issuperset(given)) or not {"same-origin", "none"}.issuperset(sites):
-        raise refused(403, "origin", "Requests from other web pages are refused.")
+        raise refused(403, "origin", "Requests from other web pages are refused.", _OTHER_PAGE)
     if from_browser(headers) and _has_body(headers) and not _is_json(headers):
         raise refused(415, "content_type", "A browser's request needs Content-Type: application/json.")
 

@@ -27,7 +27,7 @@ from rkruntime.serve.doors import door_of
 from rkruntime.serve.host import Host
 from rkruntime.serve.queue import DAEMON
 from rkruntime.serve.service import Service
-from rkruntime.serve.settings import Listen, Settings, changed, check_listen, default_socket
+from rkruntime.serve.settings import SOCKET_VARIABLE, Listen, Settings, changed, check_listen, default_socket
 from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
@@ -239,7 +239,8 @@ class Daemon:
             systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
             places = [_name(door.listener) for door in self._doors]
             log.info("serving %s on %s", self.service.name, ", ".join(places))
-            log.info("chat with it here: rkedge chat; from elsewhere: rkedge chat %s@%s", _user(), socket.gethostname())
+            here = f"{SOCKET_VARIABLE}={own} rkedge chat" if (own := self.settings.listen.socket) else "rkedge chat"
+            log.info("chat with it here: %s; from elsewhere: rkedge chat %s@%s", here, _user(), socket.gethostname())
             if pages := [place for place in places if place.startswith("http")]:
                 log.info("the chat page, for a browser: %s", ", ".join(pages))
             await asyncio.gather(

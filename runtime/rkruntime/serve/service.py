@@ -401,6 +401,14 @@ class Service:
     async def _embed_one(self, model: Model, text: str) -> tuple[bytes, int]:
         encoded: list[int] = await self._prepared(model, model.prompts.encode, text, model.engine.info.max_context)
         tokens = [model.bundle.manifest.bos_token_id, *encoded]
+        most = model.engine.info.max_context
+        if len(tokens) > most - RESERVED:
+            raise ContextFullError(
+                f"The text has {len(tokens):,} tokens, which is longer than the model's context length of {most:,}"
+                f" tokens, of which the runtime reserves {RESERVED}.",
+                hint="Cut it into shorter pieces.",
+                details={"prompt_tokens": len(tokens), "max_context": most},
+            )
         self.caches.forget_position()
         try:
             vector = await in_thread(_vector, model, tokens, stop=model.engine.abort)
@@ -459,7 +467,8 @@ async def _save(wanted: GenerationRequest, reader: AnswerReader | None) -> None:
 async def _time_limit(seconds: float, whole: float | None = None) -> AsyncIterator[None]:
     """Raise TimeLimitError in the block after `seconds`, which is what is left of `whole`.
 
-    asyncio.wait_for would run the block in its own task, and a cancel would lose that task's result.
+    asyncio.wait_for would run the block in its own task, and a cancel would lose that task's result. anyio.fail_after:
+    see threads.py.
     """
     task = asyncio.current_task()
     assert task is not None

@@ -109,7 +109,7 @@ def test_by_the_openapi_file(case: Any, target: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "word"),
     [
-        (b"", 400, "JSON"),
+        (b"", 400, "empty"),
         (b"[]", 400, "object"),
         (b'"x"', 400, "object"),
         (b"{", 400, "JSON"),

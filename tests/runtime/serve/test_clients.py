@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -177,6 +178,80 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-4")
 
 
+def said_by(ask: Callable[[], object]) -> str:
+    """What a person reads whose program prints the error."""
+    with pytest.raises((openai.APIStatusError, ollama.ResponseError)) as caught:
+        ask()
+    return str(caught.value)
+
+
+def test_what_there_is_not(client: openai.OpenAI, olla: ollama.Client) -> None:
+    for ask, said in (
+        (lambda: client.responses.create(model="x", input="hi"), "Let the client use chat completions"),
+        (lambda: client.moderations.create(input="hi"), "reads and writes text only"),
+        (lambda: client.images.generate(prompt="hi"), "reads and writes text only"),
+        (lambda: olla.pull("gemma2"), "This daemon serves one model"),
+        (lambda: olla.create("mine", from_="x"), "This daemon serves one model"),
+        (lambda: olla.delete("x"), "This daemon serves one model"),
+    ):
+        assert said in said_by(ask)
+
+
+def test_an_assistant_for_the_home(daemon: Any) -> None:
+    """As Home Assistant's integration asks, without devices to control."""
+
+    async def ask() -> str:
+        client = ollama.AsyncClient(host=daemon.url)
+        options = {"num_ctx": 8192}
+        parts = await client.chat(
+            model="any", messages=user(FIRST), stream=True, keep_alive="-1s", options=options, think=False
+        )
+        text = "".join([part.message.content or "" async for part in parts])
+        await client._client.aclose()
+        return text
+
+    assert asyncio.run(ask()) == QA[FIRST]
+
+
+PAGE = (Path(__file__).parents[3] / "docs" / "clients.md").read_text()
+HI = user("hi")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": user("word " * 6000)}),
+        ("/v1/chat/completions", {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "json_object"}}),
+        ("/v1/chat/completions", {"messages": HI, "n": 2}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/api/pull", {"model": "gemma2"}),
+        ("/chat/completions", {"messages": HI}),
+        ("/v1/embeddings", {"input": ""}),
+        ("/v1/embeddings", {"input": [[1, 2]]}),
+        ("/v1/chat/completions", {"messages": HI, "temperature": 99}),
+    ],
+    ids=range(11),
+)
+def test_the_page_has_the_sentence(daemon: Any, path: str, body: dict[str, Any]) -> None:
+    status, _, answer = daemon.request("POST", path, body)
+    error = answer["error"]
+    said = error if isinstance(error, str) else error["message"]
+    assert 400 <= status < 500
+    assert f"| {said} |" in PAGE
+
+
+def test_an_address_that_is_nearly_right(daemon: Any) -> None:
+    messages = user("hi")
+    for address, said in ((daemon.url, "ends with /v1."), (f"{daemon.url}/api/v1", "ends with /v1, without /api.")):
+        with openai.OpenAI(base_url=address, api_key="x", max_retries=0) as client:
+            assert said in said_by(lambda client=client: client.chat.completions.create(model="x", messages=messages))
+    olla = ollama.Client(f"{daemon.url}/v1")
+    assert "does not end with /v1." in said_by(lambda: olla.chat("x", messages))
+    olla._client.close()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -263,7 +338,9 @@ def test_ollama_says_what_there_is(olla: ollama.Client, daemon: Any) -> None:
 
 def test_ollama_stops_a_model(olla: ollama.Client) -> None:
     """As `ollama stop` does; the next question loads it again."""
-    for zero in (0, "0s", "0m0s"):
+    for other in ("0x", "s", "0s1", "00m0.0s0", "1s", "10s", "0s" * 40 + "5m", ".", "0.", "", " 0"):
+        assert olla.generate(model="x", keep_alive=other).done_reason == "load", other
+    for zero in (0, "0", "0.0", "0s", "0m0s", "0h0.00ms", "000us0ns", "0s" * 5000):
         assert olla.generate(model="x", keep_alive=zero).done_reason == "unload"
         assert olla.ps().models == []
     assert olla.chat(model="x", messages=user(FIRST)).message.content == QA[FIRST]
@@ -430,3 +507,12 @@ def test_the_log_says_what_requests_cannot_change(daemon: Any, client: openai.Op
     lines = daemon.log.splitlines()
     assert any("takes sampling only with the model (temperature 0.8, " in line for line in lines)
     assert any(raw.headers["x-request-id"] in line and line.endswith("; ignored: temperature") for line in lines)
+
+
+def test_a_text_that_is_too_long_to_embed_is_told_in_its_own_words(daemon: Any) -> None:
+    for path, style in (("/api/embed", str), ("/v1/embeddings", lambda error: error["message"])):
+        status, _, body = daemon.request("POST", path, {"model": "x", "input": "What is RKLLM? " * 3000})
+        assert status == 400
+        assert "longer than the model's context length" in style(body["error"])
+        assert "pieces" in style(body["error"])
+        assert "turns" not in style(body["error"])

@@ -83,6 +83,41 @@ def test_the_largest_texts(daemon: Any, path: str, field: str) -> None:
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
+MARKDOWN = ["[" * 16384, "|" + "a|" * 500 + "\n|" + "-|" * 500 + "\n" + "|a\n" * 4700, "[a\n" * 5400]
+
+
+@pytest.mark.parametrize("text", MARKDOWN, ids=["brackets", "table", "definitions"])
+def test_the_markdown_that_takes_longest(daemon: Any, text: str) -> None:
+    with watched(daemon):
+        for _ in range(2):
+            assert daemon.request("POST", "/markdown", {"text": text})[0] == 200
+
+
+# Texts that a pattern with two ways to read them reads in all of the ways, if it does not fit in the end.
+AMBIGUOUS = [f"{part * 25}!" for part in ("0", "0s", "0.0", "a.", "/")]
+
+
+def test_no_field_holds_up_the_others(daemon: Any) -> None:
+    """Each field of each request, with texts at which regular expressions that backtrack take years."""
+    document = daemon.request("GET", "/openapi.json")[2]
+    given = {"messages": messages("x", 1), "prompt": "x", "input": "x", "content": "x", "model": "x"}
+    asked = 0
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            if not isinstance(operation, dict) or "requestBody" not in operation:
+                continue
+            kind = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            schema = document["components"]["schemas"][kind]
+            needed = {name: given[name] for name in schema.get("required", ()) if name in given}
+            for name in schema["properties"]:
+                with watched(daemon):
+                    for text in AMBIGUOUS:
+                        body = {"max_tokens": 1, "options": {"num_predict": 1}, **needed, name: text}
+                        assert daemon.request(method.upper(), path.format(name="one"), body)[0] < 500
+                        asked += 1
+    assert asked > 50 * len(AMBIGUOUS)
+
+
 def in_pieces(body: bytes, size: int) -> bytes:
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"

@@ -29,7 +29,7 @@ from rkruntime.errors import (
     UnsupportedCallError,
     UsageError,
 )
-from rkruntime.serve.api.validate import Ignored, Validator, parse_json
+from rkruntime.serve.api.validate import Ignored, Validator, kind_of, parse_json
 from rkruntime.serve.connections import Held
 from rkruntime.serve.threads import with_data
 from rkruntime.words import counted
@@ -141,7 +141,7 @@ class BodyReader:
     ) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
-            raise BodyError(f"The body must be a JSON object, not a {type(data).__name__}.")
+            raise BodyError(f"The body must be a JSON object, and is {kind_of(data)}.")
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
 
@@ -237,7 +237,7 @@ class Stream(Response):
                     yield chunk
         except RKEdgeError as error:
             yield self._failed(error)
-        except Exception as error:
+        except Exception as error:  # A client that reads a stream has to be told that it ends early.
             log.exception("request %s", request_id)
             yield self._failed(error)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -182,10 +182,7 @@ class SessionEndpoints:
         return await read_in_thread(self._listed, request.scope["rkedge.user"])
 
     def _listed(self, user: User) -> Response:
-        found = self._store.list(user)
-        return json_response(
-            {"sessions": [{"name": item.name, "size": item.size, "changed": item.changed} for item in found]}
-        )
+        return json_response({"sessions": [asdict(item) for item in self._store.titled(user)]})
 
     def _order(self, place: _Place) -> asyncio.Lock:
         """A lock held while a session is read and changed, since large ones are read in a thread."""

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -48,6 +48,9 @@ from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# A duration of nothing, as Go reads it, or a bare zero. Each repetition ends in a unit, so that there is one way to
+# read a text: with several, a client's could keep the event loop busy for years.
+_ZERO: Final = re.compile(r"(?:0+(?:\.0+)?(?:ns|us|ms|s|m|h))+|0+(?:\.0+)?")
 # How a line carries an answer's text: in a message, or in its own field.
 Shape = Callable[[str], dict[str, Any]]
 
@@ -134,7 +137,7 @@ def _vectors(vectors: Sequence[bytes], end: Mapping[str, Any]) -> bytes:
 def _is_zero(keep_alive: object) -> bool:
     """Whether a number of seconds, or a duration such as `0s`, is 0; with that, Ollama's clients unload a model."""
     if isinstance(keep_alive, str):
-        return re.fullmatch(r"(0+(\.0+)?(ns|us|ms|s|m|h)?)+", keep_alive) is not None
+        return _ZERO.fullmatch(keep_alive) is not None
     return keep_alive == 0 and keep_alive is not None
 
 

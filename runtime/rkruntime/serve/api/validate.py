@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -89,11 +89,13 @@ def parse_json(body: bytes) -> Any:
     try:
         data = json.loads(body.decode(), parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
-        raise BodyError(f"The body is not UTF-8: {error}.") from error
+        raise BodyError(f"The body is not UTF-8 from byte {error.start:,} on.") from error
     except RecursionError as error:
         raise _too_deep() from error
-    except ValueError as error:
-        raise BodyError(f"The body is not JSON: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise BodyError(f"The body is not JSON: {error}." if body.strip() else "The body is empty.") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise BodyError("The body has a number with too many digits.") from error
     _check_depth(data)
     return data
 
@@ -171,12 +173,15 @@ class Validator:
         return value
 
     def _read_any(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
-        """One alternative must match; else the error is that of the last one of the value's type, or of any."""
+        """One alternative must match; else the error is that of the last one of the value's type."""
         for alternative in schema["anyOf"]:
             with suppress(BodyError):
                 return self._read(alternative, value, where, ignored)
-        alike = [item for item in schema["anyOf"] if "type" in item and _is_type(item["type"], value)]
-        return self._read((alike or schema["anyOf"])[-1], value, where, ignored)
+        alike = [item for item in schema["anyOf"] if _is_type(item["type"], value)]
+        if not alike:
+            either = [name for item in schema["anyOf"] for name in _types(item)]
+            raise _error({**schema, "type": either}, "type", value, where)
+        return self._read(alike[-1], value, where, ignored)
 
     def _read_object(self, schema: Schema, value: Mapping[str, Any], where: str, ignored: Ignored) -> Mapping[str, Any]:
         if "properties" not in schema:
@@ -190,8 +195,13 @@ class Validator:
         # Last, because a part of another kind, such as an image, lacks a text for a reason.
         for name in schema.get("required", ()):
             if name not in value:
-                raise BodyError(f"{_name(where, name)} is missing.", details={"param": _name(where, name)})
+                raise BodyError(f"{_name(where, name)} is missing.", hint="", details={"param": _name(where, name)})
         return {name: item for name, item in known.items() if item is not None}
+
+
+def _types(schema: Schema) -> list[str]:
+    wanted = schema["type"]
+    return [wanted] if isinstance(wanted, str) else wanted
 
 
 def _is_type(wanted: str | list[str], value: Any) -> bool:
@@ -215,28 +225,55 @@ _RULES: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
     "maxItems": lambda wanted, value: not isinstance(value, list) or len(value) <= wanted,
 }
 
-_SAYINGS: Final[Mapping[str, str]] = {
-    "type": "must be of type {wanted}, but is {kind}",
-    "enum": "must be one of {wanted}",
-    "minimum": "must be at least {wanted}",
-    "maximum": "must be at most {wanted}",
-    "minLength": "must have at least {wanted} characters",
-    "maxLength": "must have at most {wanted} characters",
-    "pattern": "must match {wanted}",
-    "minItems": "must have at least {wanted} items",
-    "maxItems": "must have at most {wanted} items",
+# What values are called, for people.
+_KINDS: Final[Mapping[str, str]] = {
+    "null": "empty",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "array": "a list",
+    "object": "a JSON object",
 }
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is called in a message."""
+    return _KINDS[next(name for name, test in _TYPES.items() if test(value))]
+
+
+def _a(names: Iterable[str]) -> str:
+    """Names of types, in words; that a field may be empty as well is not worth saying."""
+    return " or ".join(dict.fromkeys(_KINDS[name] for name in names if name != "null"))
+
+
+# What is wrong with a field, from the schema and the value: the end of a sentence that begins with the field's name.
+_SAYINGS: Final[Mapping[str, Callable[[Schema, Any], str]]] = {
+    "type": lambda schema, value: f"must be {_a(_types(schema))}, and is {kind_of(value)}",
+    "enum": lambda schema, _: f"must be {' or '.join(json.dumps(item) for item in schema['enum'] if item is not None)}",
+    "minimum": lambda schema, _: f"must be {_range(schema)}",
+    "maximum": lambda schema, _: f"must be {_range(schema)}",
+    "minLength": lambda *_: "is empty, and needs a text",
+    "maxLength": lambda schema, value: f"has {len(value):,} characters, and may have {schema['maxLength']:,}",
+    "minItems": lambda *_: "is an empty list, and needs an entry",
+    "maxItems": lambda schema, value: f"is a list of {len(value):,}, and may be one of {schema['maxItems']:,}",
+}
+
+
+def _range(schema: Schema) -> str:
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if most is None:
+        return f"at least {least:,}"
+    return f"at most {most:,}" if least is None else f"from {least:,} to {most:,}"
 
 
 def _error(schema: Schema, word: str, value: Any, where: str) -> BodyError:
     if "x-says" in schema:
-        return BodyError(f"{where or 'The body'}: {schema['x-says']}", hint="", details={"param": where or None})
-    kind = next(name for name, test in _TYPES.items() if test(value))
-    wanted = schema[word]
-    wanted = " or ".join(map(json.dumps, wanted)) if isinstance(wanted, list) else str(wanted)
-    reason = f" {schema['description']}" if "description" in schema else ""
-    saying = _SAYINGS[word].format(wanted=wanted, kind=kind)
-    return BodyError(f"{where or 'The body'} {saying}.{reason}", details={"param": where or None})
+        message = f"{where or 'The body'}: {schema['x-says']}"
+    else:
+        reason = f" {schema['description']}" if "description" in schema else ""
+        message = f"{where or 'The body'} {_SAYINGS[word](schema, value)}.{reason}"
+    return BodyError(message, hint="", details={"param": where or None})
 
 
 def _name(where: str, name: str) -> str:
