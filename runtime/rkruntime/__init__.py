@@ -3,7 +3,7 @@
     import rkruntime
 
     with rkruntime.open_model("my-bundle") as model:
-        print(model.ask("What is an NPU?").text)
+        print(model.ask("What does NPU mean?").text)
 
 What is not in `__all__` is private and changes without notice. `rkruntime.testing` has a fake engine for tests.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rkruntime.errors import RKEdgeError
     from rkruntime.library.identify import Identity, identify
     from rkruntime.model import Chat, Model, open_model
+    from rkruntime.selftest import SelfTestResult, run_selftest
     from rkruntime.stop import Stop
     from rkruntime.text.answer import Answer
     from rkruntime.text.conversation import Conversation
@@ -53,6 +54,7 @@ __all__ = [
     "RuntimeOptions",
     "Sampling",
     "SamplingOptions",
+    "SelfTestResult",
     "Stop",
     "Token",
     "diagnose",
@@ -60,6 +62,7 @@ __all__ = [
     "open_bundle",
     "open_model",
     "preflight",
+    "run_selftest",
 ]
 
 # Each is imported on first use: the worker, which has only the standard library, imports this module too.
@@ -74,6 +77,7 @@ _HOMES = {
     "errors": ("RKEdgeError",),
     "library.identify": ("Identity", "identify"),
     "model": ("Chat", "Model", "open_model"),
+    "selftest": ("SelfTestResult", "run_selftest"),
     "stop": ("Stop",),
     "text.answer": ("Answer",),
     "text.conversation": ("Conversation",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -20,11 +21,12 @@ from typing import Any, Final
 import yaml
 
 from rkruntime.chat.attach import fetch
-from rkruntime.errors import HostError, RKEdgeError, ServiceError
+from rkruntime.errors import HostError, RKEdgeError, ServiceError, UsageError
 from rkruntime.files import read_regular, write_error
 from rkruntime.folders import own_folder
 from rkruntime.program import own_command
 from rkruntime.serve.settings import SOCKET_VARIABLE, Settings, default_socket, load_settings
+from rkruntime.words import counted
 
 PORT: Final = 8080
 _HOST: Final = "127.0.0.1"
@@ -34,6 +36,8 @@ _TICK_S: Final = 0.1
 _TRIES: Final = 5
 # How long a daemon may take to tell its process id, and to end after what its settings allow.
 _PATIENCE_S: Final = 10.0
+# How long it may not answer at all: a board takes some seconds to start Python.
+_SILENCE_S: Final = 60.0
 _MOST_LINES: Final = 12
 # Writes its own id, and becomes the daemon.
 _SHELL: Final = ("/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"')
@@ -95,6 +99,7 @@ class Background:
 
         Raises:
             OutputError, HostError: Its files cannot be written.
+            UsageError: A path is not UTF-8.
         """
         with self._lock() as lock:
             if lock is None:
@@ -102,9 +107,10 @@ class Background:
             listen = {"socket": str(self.socket), "host": _HOST, "port": free_port() if port is None else port}
             # Its own, as a folder belongs to one daemon at a time, and the user may run another.
             own = {name: {"folder": str(self.folder / name)} for name in ("sessions", "prompt_cache")}
+            text = _as_yaml({**settings, **own, "listen": listen})
             try:
                 self._pid.unlink(missing_ok=True)
-                self._settings.write_text(yaml.safe_dump({**settings, **own, "listen": listen}), encoding="utf-8")
+                self._settings.write_text(text, encoding="utf-8")
                 with self.log.open("wb") as log:
                     command = [*_SHELL, str(self._pid), *own_command("serve", "--config", str(self._settings))]
                     self._process = subprocess.Popen(
@@ -118,9 +124,13 @@ class Background:
     def wait(self) -> Iterator[str]:
         """Wait until the model is loaded; yields what the daemon is doing, several times a second.
 
+        A daemon that ran before may have unloaded its model, or lost it: then it is asked to load it again.
+
         Raises:
-            ServiceError: The load failed, or the daemon ended. It does not run any more if it was started here.
+            ServiceError: The load failed, the daemon ended, or it does not answer.
         """
+        heard = time.monotonic()
+        asked = self._process is not None  # one that is started here loads it by itself
         while True:
             if self._process is not None:
                 self._process.poll()
@@ -128,18 +138,28 @@ class Background:
                 raise ServiceError(
                     "The daemon ended before the model was loaded.", hint=self._look, details=self._last_lines()
                 )
-            state = self._state()
-            if state.get("state") == "ready":
+            status = self._fetch("/status")
+            state = str(status.get("state", "starting"))
+            yield state
+            if status:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE_S:
+                silent = counted(_SILENCE_S, "second")
+                raise ServiceError(f"The daemon runs, but has not answered for {silent}.", hint=self._look)
+            if state == "ready":
                 return
-            if state.get("state") == "failed":
-                raise ServiceError(f"The model cannot be loaded: {state.get('error')}", hint=self._look)
-            yield str(state.get("state", "starting"))
+            if state == "failed" and asked:
+                raise ServiceError(f"The model cannot be loaded: {status.get('error')}", hint=self._look)
+            if state in ("failed", "unloaded") and not asked:
+                asked = True
+                self._fetch("/api/generate", {"model": ""})  # as Ollama's clients load a model
             time.sleep(_TICK_S)
 
-    def _state(self) -> dict[str, Any]:
+    def _fetch(self, target: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the daemon answers; empty if it does not."""
         try:
-            return fetch(self.settings.listen.socket or self.socket, "/status")
-        except RKEdgeError:  # not yet
+            return fetch(self.settings.listen.socket or self.socket, target, body)
+        except RKEdgeError:
             return {}
 
     @property
@@ -157,19 +177,21 @@ class Background:
         Raises:
             HostError: It does not say what its process is.
         """
-        before = time.monotonic()
+        before, allowed = time.monotonic(), 0.0
         asked: int | None = None
-        allowed = 0.0
+        killed = False
         while self.runs:
             pid, waited = self._running_pid(), time.monotonic() - before
-            if pid is None and waited > _PATIENCE_S:
+            if asked is None and pid is None and waited > _PATIENCE_S:
                 raise HostError(f"A daemon holds {self.folder}, but does not say what its process is.", hint=self._look)
-            if pid is not None and asked is None:
-                asked, allowed = signal.SIGTERM, self._allowed_s()
-                self._signal(pid, asked)
-            elif pid is not None and asked == signal.SIGTERM and waited > allowed:
-                asked = signal.SIGKILL
-                self._signal(pid, asked)
+            if asked is None and pid is not None:
+                asked, allowed = pid, self._allowed_s()
+                self._signal(asked, signal.SIGTERM)
+            elif pid is not None and pid != asked:  # another one was started meanwhile: it was not meant
+                break
+            elif pid is not None and not killed and waited > allowed:
+                killed = True
+                self._signal(pid, signal.SIGKILL)
             if self._process is not None:
                 self._process.poll()
             time.sleep(_TICK_S)
@@ -204,6 +226,16 @@ class Background:
             yield handle if _taken(handle) else None
         finally:
             os.close(handle)
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> str:
+    """The text of a file of settings. Raises UsageError for what it cannot hold."""
+    try:
+        json.dumps(settings, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        hint = "Rename the folder; `rkedge chat BUNDLE` and `rkedge serve BUNDLE` take it as it is."
+        raise UsageError("A path of this daemon is not UTF-8, as its settings must be.", hint=hint) from None
+    return yaml.safe_dump(settings)
 
 
 def _taken(handle: int) -> bool:

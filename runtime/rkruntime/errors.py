@@ -9,6 +9,7 @@
     │   ├── BundleError                     rkedge.yaml or a file it names
     │   ├── ModelFileError                  .rkllm / .rkemu container
     │   ├── CalibrationError                texts for the quantizer
+    │   ├── InvalidResultError              what somebody measured on a board
     │   └── OutputError                     where to write the output
     ├── RefusedError                    4   possible to try, but known not to work
     │   └── ContextFullError                a conversation has more tokens than the context holds
@@ -76,7 +77,7 @@ class UsageError(RKEdgeError):
 class BodyError(UsageError):
     """A request to the daemon is wrong. `details["param"]` names the field."""
 
-    default_hint = "GET /openapi.json describes the requests that this daemon accepts."
+    default_hint = "docs/serve.md says what the daemon takes."
 
 
 class InputError(RKEdgeError):
@@ -114,6 +115,12 @@ class CalibrationError(InputError):
     """Calibration data that the toolkit could not use, or would do harm."""
 
     default_hint = "Make it with `rkedge calibrate`: a JSON list of objects with the strings `input` and `target`."
+
+
+class InvalidResultError(InputError):
+    """A result of a board that cannot be read as one."""
+
+    default_hint = "Ask whoever made the file for it once more, or take it out of the folder."
 
 
 class OutputError(InputError):

@@ -31,7 +31,8 @@ def as_path(name: str, value: AnyPath) -> Path:
     except (TypeError, ValueError):  # a null character, half a surrogate pair
         pass
     else:
-        return path
+        if value != "":  # it would mean the current folder
+            return path
     raise UsageError(f"{name} is not a path that a file could have; it must be a str or an os.PathLike.")
 
 

@@ -203,7 +203,7 @@ def _same(same: bool) -> str:
     return "the same answer" if same else "ANOTHER answer"
 
 
-class Question(NamedTuple):
+class OpenQuestion(NamedTuple):
     """A question about the library. One that is `risky` is reported to have crashed a board."""
 
     text: str
@@ -212,16 +212,16 @@ class Question(NamedTuple):
 
 
 # In this order: the first run of a fresh model answers the first one.
-QUESTIONS: Final[Mapping[str, Question]] = {
-    "template": Question("Does it put its chat template around token ids?", _template),
-    "reuse": Question("Does it reuse what is in its cache?", _reuse),
-    "end": Question("Does it end an answer by itself, and is the end token passed on?", _end),
-    "abort": Question("Does a run end when it is aborted, and is the next one right?", _abort),
-    "hidden": Question("Which rows have hidden states?", _hidden),
-    "logits": Question("Which rows have logits?", _logits),
-    "history": Question("How full is the cache in a continued conversation?", _history),
-    "pause": Question("Does the run after a paused one read its prompt?", _pause, risky=True),
-    "prompt-cache": Question("Does a prompt cache file work?", _prompt_cache, risky=True),
+QUESTIONS: Final[Mapping[str, OpenQuestion]] = {
+    "template": OpenQuestion("Does it put its chat template around token ids?", _template),
+    "reuse": OpenQuestion("Does it reuse what is in its cache?", _reuse),
+    "end": OpenQuestion("Does it end an answer by itself, and is the end token passed on?", _end),
+    "abort": OpenQuestion("Does a run end when it is aborted, and is the next one right?", _abort),
+    "hidden": OpenQuestion("Which rows have hidden states?", _hidden),
+    "logits": OpenQuestion("Which rows have logits?", _logits),
+    "history": OpenQuestion("How full is the cache in a continued conversation?", _history),
+    "pause": OpenQuestion("Does the run after a paused one read its prompt?", _pause, risky=True),
+    "prompt-cache": OpenQuestion("Does a prompt cache file work?", _prompt_cache, risky=True),
 }
 
 

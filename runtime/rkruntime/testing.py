@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from rkruntime.bundle.manifest import Bundle, Manifest, Source
+from rkruntime.checks.preflight import Finding
 from rkruntime.engine.generation import GREEDY, Event, Finished, FinishReason, Request, Token
 from rkruntime.engine.loading import ModelInfo
 from rkruntime.errors import ContextFullError, RunError, WorkerError
@@ -79,6 +80,11 @@ class FakeEngine:
             findings=(),
             log=(),
         )
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """None."""
+        return self.info.findings
 
     @property
     def alive(self) -> bool:
@@ -166,7 +172,7 @@ class _Prompts:
             rest = [*messages[:1], *messages[3:]] if messages[0].role == "system" else messages[2:]
             fitting, dropped = self.prompt(rest, max_context, drop=True)
             return fitting, dropped + 1
-        raise ContextFullError(f"The conversation has {len(tokens)} tokens; the context holds {max_context}.")
+        raise ContextFullError(f"The prompt is too long: {len(tokens)} tokens, and the context holds {max_context}.")
 
     def check(self, messages: Sequence[Message]) -> None:
         pass

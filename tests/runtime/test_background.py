@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 from rkconvert.demo import adapter, checkpoint, questions
 from rkruntime import background, cli
 from rkruntime.background import Background
+from rkruntime.chat.attach import fetch
 from rkruntime.errors import ServiceError, UsageError
 
 QA = {row.question: row for row in questions()}
@@ -242,3 +246,103 @@ def test_a_daemon_that_does_not_listen_to_the_signal_is_killed(home: Path, monke
     monkeypatch.setattr(Background, "_allowed_s", lambda _: 0.5)
     assert Background().stop()
     assert nothing_left(home)
+
+
+def post(path: str, body: dict[str, object]) -> bytes:
+    address = f"http://127.0.0.1:{Background().settings.listen.port}{path}"
+    content: bytes = urllib.request.urlopen(address, json.dumps(body).encode(), timeout=60).read()
+    return content
+
+
+def worker_of(home: Path) -> int:
+    """The process with the library: the child of a child of the daemon."""
+    parents = {
+        pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in processes_of(home)
+    }
+    workers = [pid for pid, parent in parents.items() if parents.get(parent) == daemon_pid(home)]
+    (worker,) = [pid for pid in workers if b"engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return worker
+
+
+@pytest.mark.parametrize("lost", ["unloaded", "crashed"])
+def test_up_brings_back_a_model_that_is_not_loaded_any_more(home: Path, lost: str) -> None:
+    """As after `ollama stop`, and after a crash that somebody's question met."""
+    assert rkedge("up", "plain", "--no-chat").returncode == 0
+    pid = daemon_pid(home)
+    if lost == "unloaded":
+        assert b"unload" in post("/api/generate", {"model": "x", "keep_alive": 0})
+    else:
+        os.kill(worker_of(home), signal.SIGKILL)
+        with pytest.raises(urllib.error.HTTPError):
+            post("/api/generate", {"model": "x", "prompt": FIRST})
+    up = rkedge("up", "plain", text=f"{FIRST}\n")
+    assert up.returncode == 0, up.stderr
+    assert up.stdout
+    assert daemon_pid(home) == pid
+
+
+def test_a_model_that_cannot_be_brought_back_is_told(home: Path, bundles: Path) -> None:
+    copy = home / "copy"
+    shutil.copytree(bundles / "plain", copy)
+    assert rkedge("up", copy, "--no-chat").returncode == 0
+    post("/api/generate", {"model": "x", "keep_alive": 0})
+    for model in copy.glob("*.rkemu"):
+        model.write_bytes(b"something else")
+    up = rkedge("up", copy)
+    assert up.returncode == ServiceError.exit_code
+    assert "The model cannot be loaded" in up.stderr
+    assert Background().runs
+
+
+def test_a_daemon_that_does_not_answer_is_not_waited_for_without_end(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rkedge("up", "plain", "--no-chat").returncode == 0
+    os.kill(daemon_pid(home), signal.SIGSTOP)
+    monkeypatch.setattr(background, "_SILENCE_S", 0.5)
+    assert cli.main(["up", "plain", "--no-chat"]) == ServiceError.exit_code
+    assert "has not answered" in capsys.readouterr().err
+    os.kill(daemon_pid(home), signal.SIGCONT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the daemon outlives its starter here
+def test_down_ends_the_daemon_that_it_found_and_no_other(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may be started before anybody has noticed that the first one has ended."""
+    assert rkedge("up", "plain", "--no-chat").returncode == 0
+    monkeypatch.setattr(Background, "_allowed_s", lambda _: 2.0)
+    monkeypatch.setattr(background, "_TICK_S", 0.5)
+    first, said = Background().settings.listen, []
+    down = threading.Thread(target=lambda: said.append(Background().stop()))
+    down.start()
+    other = Background()
+    while not other.start({"bundle": str(home / "data/rkedge/bundles/pirate")}, first.port):
+        time.sleep(0.01)
+    down.join(30)
+    assert said == [True]
+    assert list(other.wait())
+    assert other.runs
+
+
+def test_up_while_it_goes_down_starts_it_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("RKEMU_TOKEN_US", "300000")
+        assert rkedge("up", "plain", "--no-chat").returncode == 0
+    first = daemon_pid(home)
+    asked = threading.Thread(target=post, args=("/api/generate", {"model": "x", "prompt": FIRST, "stream": False}))
+    asked.start()
+    while not fetch(Background().socket, "/status")["queue"]["busy"]:
+        time.sleep(0.02)
+    os.kill(first, signal.SIGTERM)
+    up = rkedge("up", "plain", "--no-chat")
+    assert up.returncode == 0, up.stderr
+    asked.join(60)
+    assert daemon_pid(home) != first
+
+
+def test_a_path_that_is_not_utf_8(home: Path, bundles: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(home) + b"/caf\xe9"))
+    shutil.copytree(bundles / "plain", odd)
+    up = rkedge("up", odd, "--no-chat")
+    assert up.returncode == UsageError.exit_code
+    assert "not UTF-8" in up.stderr
+    assert not Background().runs

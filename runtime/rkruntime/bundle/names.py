@@ -90,8 +90,10 @@ def find_bundle(named: str, what: str = "bundle", hint: str = "") -> Path:
 
     Raises:
         BundleError: There is nothing of that name.
-        UsageError: Several bundles have it.
+        UsageError: Several bundles have it, or it is empty.
     """
+    if not named:  # a variable that was not set would mean the current folder
+        raise UsageError(f"The {what} has an empty name.", hint="Name it, or write . for the current folder.")
     path = Path(named)
     if is_bundle(path) or named != path.name:
         return path

@@ -11,6 +11,8 @@ from rkruntime.bundle.manifest import MANIFEST, Bundle
 from rkruntime.errors import OutputError
 from rkruntime.files import write_error
 
+# Of a listed name: it is gone already, something else is in its place, or no file can have it.
+_NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -47,14 +49,13 @@ def remove_bundle(bundle: Bundle) -> list[str]:
 def _remove(folder: int, path: PurePosixPath) -> None:
     """Remove a file, and the folders above it that are then empty. Names that lead out of it by a link stay."""
     first, *rest = path.parts
-    if not rest:
-        with suppress(FileNotFoundError, IsADirectoryError):
-            os.unlink(first, dir_fd=folder)
-        return
     try:
+        if not rest:
+            os.unlink(first, dir_fd=folder)
+            return
         within = os.open(first, _FOLDER, dir_fd=folder)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone already; a link or a file in its place
+        if error.errno in _NOT_THERE:
             return
         raise
     try:

@@ -6,11 +6,15 @@ its forced command can hold its own conversations and do nothing else.
 
 from __future__ import annotations
 
+import grp
 import http.client
 import json
+import os
+import pwd
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 from urllib.parse import quote
@@ -23,10 +27,20 @@ GONE: Final = "daemon_gone"
 _STREAM: Final = "application/x-ndjson"
 # The last event of an answer; without one of these, the answer was interrupted.
 _LAST: Final = ("done", "error")
+# Whose members may use the service: see board/systemd.
+GROUP: Final = "rkedge"
 # The daemon sends nothing while a request waits for its turn and during prefill.
 _SILENCE_S: Final = 3600
 # For a look at it, which it answers at once.
 _LOOK_S: Final = 5
+# For the first look: systemd opens the socket before it starts the daemon, which takes a busy board some seconds.
+_HELLO_S: Final = 30
+
+
+_NOT_UP: Final = (
+    "{} is open, but no daemon answers there: it is starting, or fails to."
+    " On the board: systemctl status rkedge, and journalctl -u rkedge."
+)
 
 
 class Operation(NamedTuple):
@@ -63,21 +77,51 @@ class UnixConnection(http.client.HTTPConnection):
         except OSError as error:
             self.sock.close()
             if isinstance(error, PermissionError):
-                raise ServiceError(
-                    f"You may not use the daemon on {self._path}.",
-                    hint="sudo usermod -aG rkedge $USER, then log in again.",
-                ) from error
+                raise _forbidden(self._path) from error
             raise ServiceError(
                 f"No daemon answers on {self._path}: {error.strerror or error}.",
                 hint="Start it there: rkedge up BUNDLE, or, if it is a service, systemctl start rkedge.",
             ) from error
 
 
-def fetch(path: Path, target: str) -> dict[str, Any]:
-    """The JSON object that the daemon at this socket has at `target`. Raises ServiceError if it has none."""
-    connection = UnixConnection(path, _LOOK_S)
+def _forbidden(path: Path) -> ServiceError:
+    """Why this account may not use the socket."""
+    group = next((each for each in grp.getgrall() if each.gr_name == GROUP), None)
+    owners = list(_groups_of(path, path.parent))
+    if group is None or (owners and group.gr_gid not in owners):
+        return ServiceError(
+            f"The daemon on {path} is another account's.", hint="Start one of your own: rkedge up BUNDLE"
+        )
     try:
-        connection.request("GET", target)
+        account = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        account = str(os.geteuid())
+    if account in group.gr_mem and group.gr_gid not in os.getgroups():
+        return ServiceError(
+            f"This login is older than the membership of {account} in the group {GROUP}, and may not use {path}.",
+            hint="Log out of the board and in again; a connection that ssh shares ends with: ssh -O exit BOARD",
+        )
+    return ServiceError(
+        f"The account {account} may not use the daemon on {path}.",
+        hint=f"On the board: sudo usermod -aG {GROUP} {account}, then log in again.",
+    )
+
+
+def _groups_of(*paths: Path) -> Iterator[int]:
+    for path in paths:
+        with suppress(OSError):
+            yield path.stat().st_gid
+
+
+def fetch(path: Path, target: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object that the daemon at this socket has at `target`, or answers to a body with, however long it takes.
+
+    Raises:
+        ServiceError: It has none.
+    """
+    connection = UnixConnection(path, _LOOK_S if body is None else _SILENCE_S)
+    try:
+        connection.request("GET" if body is None else "POST", target, None if body is None else json.dumps(body))
         found = json.loads(connection.getresponse().read(MAX_LINE))
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServiceError(f"The daemon on {path} does not answer: {error}.") from error
@@ -146,7 +190,8 @@ class Bridge:
         except (ValueError, RecursionError) as error:
             return self._end(400, {"error": {"message": f"This request is not possible: {error}."}})
         try:
-            self._connection = UnixConnection(self._path)
+            hello = message["op"] == "hello"
+            self._connection = UnixConnection(self._path, _HELLO_S if hello else _SILENCE_S)
             self._connection.connect()
             # From now on a `stop` finds a connection to shut down; an earlier one did not.
             if self._stopped:
@@ -156,6 +201,8 @@ class Bridge:
             self._end(503, {"error": {"message": f"{error.message} {error.hint}", "code": GONE}})
         except (ValueError, RecursionError):
             self._end(502, {"error": {"message": "The daemon's response cannot be read."}})
+        except TimeoutError:
+            self._end(503, {"error": {"message": _NOT_UP.format(self._path), "code": GONE}})
         except (OSError, http.client.HTTPException) as error:
             self._broken_off(str(error) or type(error).__name__)
         finally:

@@ -6,7 +6,6 @@ that has kept it. An answer is complete only when its `done` has arrived.
 
 from __future__ import annotations
 
-import shlex
 import threading
 import time
 import uuid
@@ -27,6 +26,8 @@ from rkruntime.words import NAME, NAME_RULE, counted
 # How long a connection attempt may still take after a stop, to ask what the board has kept.
 _PATIENCE_S: Final = 3.0
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
+# Characters of why a model could not be loaded.
+_LONGEST_STATE: Final = 500
 # Times in a row that an operation may be interrupted; for an answer, without any new text.
 _MOST_BREAKS: Final = 8
 _SAMPLING_RULE: Final = (
@@ -81,11 +82,8 @@ class RemoteChat:
         try:
             return self._call("hello")
         except BrokenError as error:
-            code = self._link.close()
-            raise error.told or ServiceError(
-                f"{shlex.join(self._way.command)} exited with code {code} before a daemon answered.",
-                hint=self._way.hint,
-            ) from None
+            ended = self._way.ended(self._link.close())
+            raise error.told or ended from None
 
     def _call(self, operation: str, body: Any = None) -> dict[str, Any]:
         """Execute one operation; returns its result.
@@ -365,10 +363,18 @@ class RemoteChat:
         self._link.close()
 
 
+_STATES: Final[Mapping[str, str]] = {
+    "loading": "it is still being loaded, and the first answer waits for that",
+    "unloaded": "it is loaded for the first question",
+    "failed": "it could not be loaded",
+}
+
+
 def _kind(status: Mapping[str, Any]) -> str:
     """What runs a daemon's model, or why nothing does yet."""
     if status.get("release") is None:
-        return f"{status.get('state')}"
+        state, error = str(status.get("state")), status.get("error")
+        return f"{_STATES.get(state, state)}{f': {error}' if error else ''}"[:_LONGEST_STATE]
     return f"{'emulated ' if status.get('emulated') else ''}runtime {status['release']}, context of {_context(status)}"
 
 

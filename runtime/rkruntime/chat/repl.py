@@ -256,7 +256,10 @@ def _path(text: str) -> Path:
         raise UsageError(f"{text} is not a file name: {error}") from error
     if len(words) != 1:
         raise UsageError("This needs one file name.", hint="For example: /save talk.json")
-    return Path(words[0]).expanduser()
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{words[0]} names the home folder of nobody here.", hint="Write the whole path.") from None
 
 
 def _stats(repl: Repl, _: str) -> None:

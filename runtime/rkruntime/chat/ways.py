@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from rkruntime.chat.ssh import SSH_VARIABLE, ssh_command, words_of
+from rkruntime.errors import ServiceError
 from rkruntime.program import own_command
 
 ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
@@ -18,6 +20,23 @@ _HOST: Final = re.compile(r"[\w][\w.-]*")
 # A host that no configuration names.
 _NOBODY: Final = "host-that-nobody-named"
 _PATIENCE_S: Final = 10
+# Exit codes of ssh if no daemon has answered: message and hint. 255 is its own, the others are the shell's there.
+_SSH_CODES: Final[Mapping[int, tuple[str, str]]] = {
+    255: (
+        "ssh could not connect or log in to {place}; what it says about that is above.",
+        "`ssh {place} true` has to work first.",
+    ),
+    127: (
+        "The shell on {place} cannot find rkedge: ssh gives it a PATH without /opt/rkedge/bin.",
+        "On the board, once: sudo ln -s /opt/rkedge/bin/rkedge /usr/local/bin/"
+        " -- or here, each time: export RKEDGE_ATTACH='/opt/rkedge/bin/rkedge attach'."
+        " For a key that may only chat, correct the path in its line of ~/.ssh/authorized_keys.",
+    ),
+    126: (
+        "This account may not run the rkedge of {place}.",
+        "On the board, if it is in /opt/rkedge: sudo chmod -R a+rX /opt/rkedge",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -27,20 +46,30 @@ class Way:
     Attributes:
         place: Where it is, for people.
         command: Starts what speaks as `rkedge attach` does.
-        hint: What to try if that ends before a daemon has answered.
         log: How to read the daemon's log.
+        codes: Messages and hints for exit codes of `command` that have their own.
     """
 
     place: str
     command: Sequence[str]
-    hint: str
     log: str
+    codes: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+
+    def ended(self, code: int) -> ServiceError:
+        """The error for a command that exited with `code` before a daemon had answered."""
+        if code in self.codes:
+            message, hint = (text.format(place=self.place) for text in self.codes[code])
+            return ServiceError(message, hint=hint)
+        return ServiceError(
+            f"`rkedge attach` exited with code {code} before a daemon answered.",
+            hint=f"Try it by hand: {shlex.join(self.command)} < /dev/null",
+        )
 
 
 def on_this_machine(socket: Path, log: str) -> Way:
     """The way to the daemon at a Unix socket."""
     command = own_command("attach", "--socket", str(socket))
-    return Way("this machine", command, "Try it by hand: rkedge attach < /dev/null", log)
+    return Way("this machine", command, log)
 
 
 def over_ssh(destination: str) -> Way:
@@ -49,9 +78,11 @@ def over_ssh(destination: str) -> Way:
     Raises:
         UsageError: RKEDGE_SSH or RKEDGE_ATTACH cannot be read.
     """
-    command = ssh_command(destination, *(words_of(ATTACH_VARIABLE) or _ATTACH))
-    hint = f"Try it by hand: ssh {destination} true. rkedge must be installed on the board, and its daemon running."
-    return Way(destination, command, hint, "journalctl -u rkedge, on the board")
+    attach = words_of(ATTACH_VARIABLE) or _ATTACH
+    if Path(attach[-1]).name == _ATTACH[0]:  # the program alone
+        attach = [*attach, _ATTACH[1]]
+    command = ssh_command(destination, *attach)
+    return Way(destination, command, "journalctl -u rkedge, on the board", _SSH_CODES)
 
 
 def is_destination(text: str) -> bool:

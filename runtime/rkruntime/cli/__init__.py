@@ -39,6 +39,9 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command("rkconvert.commands.demo", "Convert the demo model with and without its LoRA and let both answer."),
     "plan": Command("rkconvert.commands.plan", "Say whether a model fits a board, and how fast it will be."),
+    "compat": Command(
+        "rkconvert.commands.compat", "Say which type runs on which SoC and release, and how that is known."
+    ),
     "convert": Command(
         "rkconvert.commands.convert", "Turn a Gemma 2 checkpoint, with or without a LoRA, into a bundle."
     ),
@@ -149,6 +152,8 @@ def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
         return HostError(f"{error.strerror or error}{f': {named}' if named else ''}.", hint=hint)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
         return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # as Path.expanduser says it
+        return UsageError("A path begins with the home folder of a user that this machine does not know.")
     if isinstance(error, ValueError) and "null byte" in str(error):  # as Python reports it for a path
         return UsageError("A file name contains the character NUL, which is not allowed.")
     return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
@@ -182,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return _run(words, flags)
+    except click.exceptions.NoArgsIsHelpError as error:  # its message is the help
+        say(error.format_message())
+        return error.exit_code
     except click.ClickException as error:
         error.message = one_line(error.message)  # type: ignore[misc]  # it may contain a file name
         if flags.json or asks_for_json(cli, words):

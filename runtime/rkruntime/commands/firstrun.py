@@ -15,6 +15,7 @@ from rkruntime.cli.options import bundle_argument, open_for_person, runtime_opti
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import RKEdgeError
 from rkruntime.files import atomic_file
+from rkruntime.folders import home
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 from rkruntime.words import counted
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 def _write(report: dict[str, Any], path: Path) -> None:
     text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
-    home = str(Path.home())
+    own = str(home())
     with atomic_file(path) as file:
-        file.write_text((text.replace(home, "~") if len(home) > 1 else text) + "\n", encoding="utf-8")
+        file.write_text((text.replace(own, "~") if len(own) > 1 else text) + "\n", encoding="utf-8")
 
 
 def _wish(report: Mapping[str, Any]) -> str:
@@ -91,7 +92,7 @@ def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: Runtime
     finally:
         _write(report, output)  # before the model is closed, which may take time and be interrupted
         trial.close()
-        say(f"\nWritten to {output}{_wish(report)}", err=True)
+        say(f"\nWritten to {one_line(str(output))}{_wish(report)}", err=True)
     if as_json:
         say_json(report)
     if report["model"]["emulated"]:

@@ -25,6 +25,7 @@ def run(bundle: Path, yes: bool) -> None:
     from rkruntime.bundle.removal import remove_bundle
 
     path = bundle.absolute()
+    shown = one_line(str(path))
     try:
         opened = open_bundle(path)
     except BundleError as error:
@@ -33,10 +34,10 @@ def run(bundle: Path, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"{path} was not removed: there is nobody to ask.", hint="Say --yes.")
-        if not click.confirm(one_line(f"Remove {path} ({opened.manifest.size_bytes / 1e6:,.1f} MB)?")):
+        if not click.confirm(f"Remove {shown} ({opened.manifest.size_bytes / 1e6:,.1f} MB)?"):
             say("Nothing was removed.")
             return
     if left := remove_bundle(opened):
-        say(f"Removed the bundle. {path} still holds what is not part of it: {', '.join(left)}.")
+        say(f"Removed the bundle. {shown} still holds what is not part of it: {one_line(', '.join(left))}.")
     else:
-        say(f"Removed {path}.")
+        say(f"Removed {shown}.")

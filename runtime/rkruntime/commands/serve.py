@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from rkruntime.cli.options import bundle_argument, runtime_options
-from rkruntime.engine.open import RuntimeOptions
+from rkruntime.engine.open import RuntimeOptions, given
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -43,8 +42,9 @@ def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **lis
 
     def settings() -> Settings:
         base = load_settings(config) if config else Settings()
-        top = _given({"bundle": bundle, **vars(runtime)})
-        return replace(base, **top, listen=replace(base.listen, **_given(listen)))
+        top = {"bundle": bundle or base.bundle, **given(runtime)}
+        there = {name: value for name, value in listen.items() if value is not None}
+        return replace(base, **top, listen=replace(base.listen, **there))
 
     first = settings()
     if first.bundle is not None:
@@ -55,7 +55,3 @@ def run(bundle: Path | None, config: Path | None, runtime: RuntimeOptions, **lis
         await Daemon(first, settings).run()
 
     asyncio.run(serve())
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}

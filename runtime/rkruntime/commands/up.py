@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from rkruntime.cli.options import bundle_argument, progress_line, runtime_options, sampling_options
-from rkruntime.engine.open import RuntimeOptions, SamplingOptions
+from rkruntime.engine.open import RuntimeOptions, SamplingOptions, given
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.terminal import say
 
@@ -23,11 +23,10 @@ _PORTS: Final = 3
 
 def _settings(bundle: Path, runtime: RuntimeOptions, sampling: SamplingOptions) -> dict[str, Any]:
     """The daemon's settings, as in its file."""
-    most = sampling.max_new_tokens
-    given = {"bundle": bundle, **vars(runtime), **vars(sampling), "limits": {"max_new_tokens": most} if most else None}
-    del given["max_new_tokens"]
-    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in given.items()}
-    return {name: value for name, value in plain.items() if value not in (None, False)}
+    wanted = {"bundle": bundle, **given(runtime), **given(sampling)}
+    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in wanted.items()}
+    most = plain.pop("max_new_tokens", None)
+    return plain if most is None else {**plain, "limits": {"max_new_tokens": most}}
 
 
 def _check_same(background: Background, bundle: Path) -> None:
@@ -62,7 +61,7 @@ def _undone(background: Background, work: Callable[[], None]) -> None:
     """Do what belongs to a start: if it fails, nothing stays in the background."""
     try:
         work()
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, would leave it in the background.
         with suppress(RKEdgeError):
             background.stop()
         raise
@@ -84,6 +83,16 @@ def _start(background: Background, settings: dict[str, Any], port: int | None) -
         else:
             break
     return True
+
+
+def _rejoin(background: Background, settings: dict[str, Any], port: int | None) -> None:
+    """Wait for the model of a daemon that runs; one that is about to end is started again."""
+    try:
+        _load(background)
+    except ServiceError:
+        if background.runs or not _start(background, settings, port):
+            raise
+        say("It had been told to end; this is a new one.", err=True)
 
 
 @click.command("up")
@@ -108,10 +117,11 @@ def run(bundle: Path, port: int | None, no_chat: bool, sampling: SamplingOptions
 
     open_bundle(bundle)
     background = Background()
-    if not _start(background, _settings(bundle, runtime, sampling), port):
+    settings = _settings(bundle, runtime, sampling)
+    if not _start(background, settings, port):
         _check_same(background, bundle)
         say("It is up already, with the options that it was started with.", err=True)
-        _load(background)
+        _rejoin(background, settings, port)
     _announce(background)
     if not no_chat:
         way = on_this_machine(background.settings.listen.socket or background.socket, str(background.log))

@@ -100,6 +100,12 @@ class SamplingOptions:
         return base.changed({name: value for name, value in wanted.items() if value is not None})
 
 
+def given(options: RuntimeOptions | SamplingOptions) -> dict[str, Any]:
+    """What was asked for, by name: 0 was, and a flag that is off was not."""
+    usual = type(options)()
+    return {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
+
+
 def default_sampling(bundle: Bundle) -> Sampling:
     """What the bundle's generation_config.json asks for, on top of RKLLM's defaults.
 
@@ -162,9 +168,9 @@ def find_library(
     """
     if options.library is not None:
         return Path(options.library)
-    provider = PROVIDERS.get(bundle.manifest.target)
-    if provider is not None:
-        return _provide(provider, options.release or bundle.manifest.toolkit_version, progress, stop)
+    target = bundle.manifest.target
+    if target in PROVIDERS:
+        return provided_library(target, options.release or bundle.manifest.toolkit_version, progress, stop)
     places = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), *SEARCHED]
     found = next((path for place in places if (path := Path(place) / LIBRARY).is_file()), None)
     if found is None:
@@ -175,8 +181,11 @@ def find_library(
     return found
 
 
-def _provide(provider: str, release: str, progress: Callable[[str], None] | None, stop: Stop | None) -> Path:
-    module, _, function = provider.partition(":")
+def provided_library(
+    target: str, release: str, progress: Callable[[str], None] | None = None, stop: Stop | None = None
+) -> Path:
+    """The library that PROVIDERS has for a target. Raises HostError if it cannot be built here; see `find_library`."""
+    module, _, function = PROVIDERS[target].partition(":")
     try:
         build: Callable[..., Path] = getattr(importlib.import_module(module), function)
     except ImportError as error:

@@ -156,7 +156,7 @@ def _parse(data: Any, vocabulary: Vocabulary | None) -> tuple[str, list[Message]
         raise InputError(f"This is not a saved conversation: it has no schema {SCHEMA!r}.")
     system, items = data.get("system", ""), data.get("messages")
     if not isinstance(system, str) or not isinstance(items, list):
-        raise InputError("This saved conversation lacks a string 'system' or a list 'messages'.")
+        raise InputError("A saved conversation has a text as its 'system', and a list of 'messages'.")
     return system, [_parse_message(item, vocabulary) for item in items]
 
 

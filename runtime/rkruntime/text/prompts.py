@@ -72,7 +72,7 @@ class PromptMaker:
         # A message has at least one token.
         low, high = max(0, len(messages) - max_context + 1) // 2, fitting.turns
         if low and not drop:
-            raise _too_long(f"The conversation has {len(messages):,} messages", max_context)
+            raise _too_long(f"the conversation has {len(messages):,} messages", max_context)
         tokens = fitting.without(low)
         if tokens is not None:
             return tokens, low
@@ -102,7 +102,7 @@ class PromptMaker:
     def encode(self, text: str, max_context: int) -> list[int]:
         """See `Prompts`."""
         if len(text) > self._tokenizer.longest * max_context:
-            raise _too_long(f"The text has {len(text):,} characters", max_context)
+            raise _too_long(f"the text has {len(text):,} characters", max_context)
         return self._tokenizer.encode(text)
 
     def try_out(self) -> None:
@@ -159,14 +159,16 @@ class _Fitting:
         """The error if it does not fit."""
         parts = self._parts(dropped)
         if (least := self._least(parts)) > self._room:
-            return _too_long(f"The conversation has at least {least:,} tokens with this message", self._max_context)
+            return _too_long(f"with this message, the conversation has at least {least:,} tokens", self._max_context)
         count = sum(len(self._ids(part)) for part in parts)
-        what = f"The conversation has {count:,} tokens with this message"
+        what = f"with this message, the conversation has {count:,} tokens"
         return _too_long(what, self._max_context, prompt_tokens=count)
 
 
 def _too_long(what: str, max_context: int, **details: Any) -> ContextFullError:
+    # LiteLLM and LangChain know a full context by two of these phrases.
     return ContextFullError(
-        f"{what}; the context holds {max_context:,}, of which the runtime reserves {RESERVED}.",
+        f"The prompt is too long: {what}, and is longer than the model's context length of {max_context:,} tokens, of"
+        f" which the runtime reserves {RESERVED}.",
         details={**details, "max_context": max_context},
     )

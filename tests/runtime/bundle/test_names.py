@@ -163,6 +163,25 @@ def test_every_command_takes_a_name(
     assert "There is no bundle" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "up", "firstrun", "inspect", "push", "rm"])
+def test_an_empty_name_is_not_the_current_folder(
+    command: str,
+    places: dict[str, Path],
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As of a variable that was not set."""
+    made = make(places["own"] / "model")
+    monkeypatch.chdir(made)
+    more = {"push": ["me/model"], "rm": ["--yes"]}.get(command, [])
+    assert cli.main([command, "", *more]) == UsageError.exit_code
+    assert "empty name" in capsys.readouterr().err
+    assert open_bundle(made)
+    with pytest.raises(UsageError, match="is not a path"):
+        open_bundle("")
+
+
 def test_list(places: dict[str, Path], make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"]) == 0
     assert "`rkedge demo` makes two" in capsys.readouterr().err
@@ -272,6 +291,36 @@ def test_rm_does_not_follow_links_within_a_bundle(places: dict[str, Path], make:
     assert remove_bundle(bundle) == ["linked"]
     assert (outside / "file").read_text() == "mine"
     assert len(list(outside.iterdir())) == len(bundle.manifest.files) - 2
+
+
+@pytest.mark.parametrize(
+    "name", [".", "./", "", "..", "a/..", "/", "a//b", "a" * 300, f"a/{'b' * 300}", "a\nb", "-rf", MANIFEST]
+)
+def test_rm_with_a_manifest_that_lists_anything(places: dict[str, Path], make: Make, name: str) -> None:
+    """It is refused as a whole, or the bundle goes."""
+    made = make(places["own"] / "model")
+    text = (made / MANIFEST).read_text()
+    record = f"{{sha256: {'0' * 64}, size: 1}}"
+    (made / MANIFEST).write_text(text.replace("files:\n", f"files:\n  {json.dumps(name)}: {record}\n", 1))
+    status = cli.main(["rm", "model", "--yes"])
+    assert status in (0, BundleError.exit_code)
+    assert made.exists() == (status != 0)
+    assert (status == 0) == (name in ("a" * 300, f"a/{'b' * 300}", "a\nb", "-rf", MANIFEST))
+    assert places["own"].exists()
+
+
+def test_rm_says_each_name_in_one_line(places: dict[str, Path], make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make(places["own"] / "a\nerror: b\x1b[2J")
+    (made / "c\nfalse").touch()
+    for _ in range(2):
+        assert cli.main(["rm", made.name, "--yes"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
+        assert r"a\nerror: b\x1b[2J" in out
+        if (made / "c\nfalse").exists():
+            assert r"c\nfalse" in out
+            shutil.rmtree(made)
+            make(made)
 
 
 def test_rm_that_may_not_is_an_error_with_a_reason(

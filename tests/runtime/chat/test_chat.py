@@ -306,7 +306,7 @@ def test_ctrl_c_stops_a_reload(hanging: Callable[..., LocalChat], capsys: pytest
 def test_a_full_context(talk: Any) -> None:
     lines = ["a", "b", "c d e f g h i j k l m n o p"]
     _, _, shown = talk(lines, "word " * 10, "word " * 10, max_context=60)
-    assert "the context holds 60" in shown
+    assert "longer than the model's context length of 60 tokens" in shown
     _, _, shown = talk(lines, "word " * 10, "word " * 10, "fine", max_context=60, drop_oldest=True)
     assert "dropped" in shown
     assert "fine" in shown

@@ -141,7 +141,16 @@ def test_a_continued_conversation_says_so(board: Callable[..., RemoteChat]) -> N
 
 def test_a_daemon_that_is_still_loading(board: Callable[..., RemoteChat]) -> None:
     status = STATUS | {"state": "loading", "release": None, "max_context": None}
-    assert board(lines(end(200, status)), READ).title.endswith(": loading")
+    assert "it is still being loaded" in board(lines(end(200, status)), READ).title
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"state": []}, {"state": {"a": 1}}, {"state": HOSTILE}, {"error": [HOSTILE]}, {"error": "x" * 5000}, {}]
+)
+def test_a_state_that_makes_no_sense(board: Callable[..., RemoteChat], wrong: dict[str, Any]) -> None:
+    title = board(lines(end(200, STATUS | {"release": None, "state": "failed"} | wrong)), READ).title
+    assert title.isprintable()
+    assert len(title) < 600
 
 
 def test_sessions_are_listed(board: Callable[..., RemoteChat]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_an_ssh_that_cannot_be_asked_names_no_host(ssh: str, monkeypatch: pytest
 @pytest.mark.usefixtures("config")
 def test_a_host_of_the_configuration_is_connected_to(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "board"]) == ServiceError.exit_code
-    assert "before a daemon answered" in capfd.readouterr().err
+    assert "ssh could not connect or log in to board" in capfd.readouterr().err
 
 
 @needs_ssh
@@ -111,15 +112,39 @@ def test_the_daemon_here_is_the_one_that_the_variable_names(
 
 
 @pytest.mark.usefixtures("config")
-def test_a_socket_that_one_may_not_open(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("members", "owner", "said", "step"),
+    [
+        (None, 12345, "is another account's", "rkedge up BUNDLE"),
+        (["pi"], 54321, "is another account's", "rkedge up BUNDLE"),
+        ([], 12345, "The account pi may not use the daemon", "On the board: sudo usermod -aG rkedge pi, then log in"),
+        (["pi"], 12345, "This login is older than the membership of pi in the group rkedge", "in again"),
+        (["pi"], None, "This login is older than the membership of pi in the group rkedge", "in again"),
+    ],
+    ids=["no group", "another's", "no member", "an old login", "a closed folder"],
+)
+def test_a_socket_that_one_may_not_open(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    members: list[str] | None,
+    owner: int | None,
+    said: str,
+    step: str,
+) -> None:
+    """serve/test_install.py has a real one."""
+
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    groups = [] if members is None else [SimpleNamespace(gr_name="rkedge", gr_mem=members, gr_gid=12345)]
     monkeypatch.setattr("socket.socket.connect", refused)
+    monkeypatch.setattr("grp.getgrall", lambda: groups)
+    monkeypatch.setattr("rkruntime.chat.attach._groups_of", lambda *_: iter([] if owner is None else [owner]))
+    monkeypatch.setattr("pwd.getpwuid", lambda _: SimpleNamespace(pw_name="pi"))
     assert cli.main(["chat"]) == ServiceError.exit_code
     error = capfd.readouterr().err
-    assert "You may not use the daemon" in error
-    assert "usermod -aG rkedge" in error
+    assert said in error
+    assert step in error
     assert "systemctl" not in error
 
 

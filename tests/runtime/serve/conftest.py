@@ -24,6 +24,7 @@ from rkconvert.demo import adapter, checkpoint
 from rkruntime import cli
 from rkruntime.chat.attach import UnixConnection
 
+ROOT = Path(__file__).parents[3]
 READY = re.compile(r"serving (\S+) on ([^\s,]+)(?:, http://127\.0\.0\.1:(\d+))?")
 
 
@@ -138,17 +139,23 @@ class Daemon:
 
 @pytest.fixture(scope="module")
 def start_daemon(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Iterator[Callable[..., Daemon]]:
-    """Starts daemons: settings as YAML text, more environment, the bundle; all are stopped at the end."""
+    """Starts daemons: settings as YAML text, the program, more environment, the bundle; all are stopped at the end."""
     running: list[Daemon] = []
 
     def start(
-        settings: str = "", *, bundle: Path | None = None, port: bool = True, wait: bool = True, **environment: str
+        settings: str = "",
+        program: str = "rkruntime.cli",
+        *,
+        bundle: Path | None = None,
+        port: bool = True,
+        wait: bool = True,
+        **environment: str,
     ) -> Daemon:
         folder = tmp_path_factory.mktemp("daemon")
         (folder / "daemon.yaml").write_text(settings)
         # A path of at most 107 bytes, whatever the name of the test.
         path = Path("/tmp") / f"rkedge-test-{os.getpid()}-{len(running)}-{time.monotonic_ns() % 10**9}.sock"
-        command = [sys.executable, "-m", "rkruntime.cli", "serve", str(bundle or bundles["base"])]
+        command = [sys.executable, "-m", program, "serve", str(bundle or bundles["base"])]
         command += ["--config", str(folder / "daemon.yaml"), "--socket", str(path), *(["--port", "0"] if port else [])]
         known = {key: value for key, value in os.environ.items() if not key.startswith("RKEMU_")}
         variables = {
@@ -160,7 +167,7 @@ def start_daemon(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Pa
         }
         log_file = folder / "log"
         with log_file.open("wb") as log:
-            process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stderr=log)
+            process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stderr=log, cwd=ROOT)
         daemon = Daemon(process, path, 0, folder, log_file, variables)
         running.append(daemon)
         daemon.wait_until(lambda: READY.search(daemon.log) or process.poll() is not None)
@@ -186,6 +193,15 @@ def start_daemon(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Pa
 def daemon(start_daemon: Callable[..., Daemon]) -> Daemon:
     """One with the settings as they are, for tests that leave nothing behind."""
     return start_daemon()
+
+
+SLOW = {"RKEMU_TOKEN_US": "30000"}
+
+
+@pytest.fixture(scope="module")
+def slow(start_daemon: Callable[..., Any]) -> Any:
+    """A daemon whose emulator takes 30 ms a token."""
+    return start_daemon("limits: {queue: 8, wait_s: 5}", **SLOW)
 
 
 @pytest.fixture

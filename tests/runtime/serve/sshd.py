@@ -95,11 +95,13 @@ def running_board(daemon: Any, folder: Path) -> Iterator[Board]:
     log = (folder / "sshd.log").open("wb")
     sshd = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
     found = Board(daemon, ["ssh", "-F", str(folder / "config")], sshd)
-    daemon.wait_until(lambda: b"listening" in (folder / "sshd.log").read_bytes())
-    yield found
-    sshd.terminate()
-    sshd.wait(10)
-    log.close()
+    try:
+        daemon.wait_until(lambda: b"listening" in (folder / "sshd.log").read_bytes())
+        yield found
+    finally:
+        sshd.terminate()
+        sshd.wait(10)
+        log.close()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rkruntime import cli
-from rkruntime.chat.attach import Bridge
+from rkruntime.chat.attach import GONE, Bridge
 
 from .conftest import acting_as
 
@@ -243,3 +243,16 @@ def test_a_client_that_is_gone(open_daemon: Any) -> None:
     os.close(read)
     with os.fdopen(write, "wb", buffering=0) as out, pytest.raises(BrokenPipeError):
         Bridge(open_daemon.socket, None, asked, out).run()
+
+
+def test_a_socket_that_systemd_holds_for_a_daemon_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rkruntime.chat.attach._HELLO_S", 0.2)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
+        held.bind(str(tmp_path / "socket"))
+        held.listen()
+        (end,) = told(tmp_path / "socket", None, {"op": "hello"})
+    assert (end["status"], end["body"]["error"]["code"]) == (503, GONE)
+    assert "is open, but no daemon answers there" in end["body"]["error"]["message"]
+    assert "journalctl -u rkedge" in end["body"]["error"]["message"]

@@ -28,7 +28,7 @@ from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import SCHEMA, read_conversation
 from rkruntime.text.template import Message
 
-from .test_daemon import begin_stream
+from .streams import begin_stream
 
 QA = {row.question: row.answer for row in questions()}
 FIRST = "What is the RK3588?"
@@ -232,7 +232,7 @@ def test_stopping_before_anything_came(chat: RemoteChat, slow: Any, tmp_path: Pa
     chat.stop()  # nothing is asked yet
     seen = ""
     for piece in pieces:
-        seen += str(piece)
+        seen += piece if isinstance(piece, str) else ""  # a note, if the board is slow to say what it kept
         chat.stop()
     chat.save(tmp_path / "talk.json")
     contents = [item["content"] for item in read_conversation(tmp_path / "talk.json")["messages"]]

@@ -119,8 +119,8 @@ def test_the_page_works_through_the_tunnel(browser: webdriver.Chrome, tunnel: tu
     browser.get(f"http://localhost:{tunnel[1]}/")
     wait(browser, lambda: "ready" in browser.find_element(By.ID, "board").text)
     browser.find_element(By.ID, "text").send_keys(FIRST, Keys.ENTER)
-    wait(browser, lambda: browser.find_elements(By.CLASS_NAME, "figures"))
-    assert browser.find_element(By.CLASS_NAME, "assistant").text == QA[FIRST]
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".figures li"))
+    assert browser.find_element(By.CSS_SELECTOR, ".assistant .said").text == QA[FIRST]
 
 
 @pytest.mark.parametrize("kind", ["tunnel", "loopback"])
