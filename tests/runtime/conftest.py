@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -39,9 +38,11 @@ class Interrupt(BaseException):
     """As KeyboardInterrupt, at which pytest would end the whole run."""
 
 
-@contextlib.contextmanager
-def interrupted(seconds: float) -> Iterator[None]:
-    """Run a block that a signal's handler leaves with an exception after this time, if it takes that long."""
+def interrupt(seconds: float, act: Callable[[], object]) -> None:
+    """Act, and let a signal's handler raise after this time, if acting takes that long.
+
+    A context manager could not catch what is raised while Python steps into its __exit__.
+    """
     armed = [True]
 
     def leave(*_: object) -> None:
@@ -52,7 +53,7 @@ def interrupted(seconds: float) -> Iterator[None]:
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            yield
+            act()
         finally:
             armed.clear()
     except Interrupt:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.runtime.conftest import Interrupt, interrupted, with_file
+from tests.runtime.conftest import Interrupt, interrupt, with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
@@ -333,9 +333,14 @@ def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt within a __del__
 def test_an_interrupted_call_leaves_no_answer_behind(prompts: PromptProcess) -> None:
     expected = prompts.encode("What is the RK3588?", 4096)
-    for wait in (0.0005, 0.002, 0.005, 0.01, 0.02):
-        with interrupted(wait), contextlib.suppress(ContextFullError):
+
+
+    def encode_much() -> None:
+        with contextlib.suppress(ContextFullError):
             prompts.encode("word " * 20_000, 1 << 20)
+
+    for wait in (0.0005, 0.002, 0.005, 0.01, 0.02):
+        interrupt(wait, encode_much)
         assert prompts.encode("What is the RK3588?", 4096) == expected
 
 
