@@ -36,8 +36,8 @@ def test_the_names() -> None:
     assert rkruntime.__all__ == [
         *("Answer", "Bundle", "Chat", "Conversation", "Diagnosis", "Engine", "Finding", "FinishReason", "Finished"),
         *("Identity", "LoadOptions", "Lora", "Manifest", "Message", "Model", "ModelInfo", "Perf", "Preflight"),
-        *("RKEdgeError", "Request", "RuntimeOptions", "Sampling", "SamplingOptions", "Stop", "Token", "diagnose"),
-        *("identify", "open_bundle", "open_model", "preflight"),
+        *("RKEdgeError", "Request", "RuntimeOptions", "Sampling", "SamplingOptions", "SelfTestResult", "Stop", "Token"),
+        *("diagnose", "identify", "open_bundle", "open_model", "preflight", "run_selftest"),
     ]
     assert all(getattr(rkruntime, name).__name__ == name for name in rkruntime.__all__)
     assert dir(rkruntime) == rkruntime.__all__

@@ -194,3 +194,12 @@ def test_help_on_nothing_suggests(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_version_in_short(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["-V"]) == 0
     assert capsys.readouterr().out.startswith("rkedge, version ")
+
+
+@pytest.mark.parametrize("words", [[], ["toolkit"], ["emulator"]])
+def test_a_command_alone_shows_its_help_in_lines(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) in (0, 2)
+    lines = "".join(capfd.readouterr()).splitlines()
+    assert "\\n" not in "".join(lines)
+    assert lines[0].startswith("Usage: ")
+    assert "Commands:" in lines

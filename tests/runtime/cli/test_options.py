@@ -28,6 +28,7 @@ SEVERAL_MEANINGS = {
     "--release",
     "--verify",
     "--public",
+    "--selftest",
     "--json",
     "--quiet",
     "--python",

@@ -5,7 +5,6 @@ The parent is this machine's own Python, the worker an aarch64 one; pipes do not
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.debian import debian
 
 from rkboard.emulator import build as emulator
 from rkruntime.engine.engine import Engine, LoadOptions
@@ -34,29 +34,9 @@ pytestmark = [
 ]
 
 
-def codename() -> str:
-    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
-    return release.get("VERSION_CODENAME", "bookworm").strip('"')
-
-
-@functools.cache
 def root() -> Path:
-    """A file tree with aarch64's Python, made once: packages are unpacked and nothing of them is run."""
-    folder = emulator.cache_folder().parent / "tests" / f"arm64-{codename()}"
-    if not (folder / "usr/bin/python3").exists():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        command = ["mmdebstrap", "--mode=root", "--arch=arm64", "--variant=extract", "--skip=check/qemu", "--quiet"]
-        made = subprocess.run(
-            [*command, "--include=python3,libstdc++6", codename(), partial], capture_output=True, text=True, check=False
-        )
-        if made.returncode != 0 and "CI" not in os.environ:
-            shutil.rmtree(partial, ignore_errors=True)
-            pytest.skip(f"mmdebstrap could not make the root: {made.stderr.strip().splitlines()[-1:]}")
-        assert made.returncode == 0, made.stderr
-        partial.rename(folder)
-    return folder
+    """A file tree with aarch64's Python: packages are unpacked and nothing of them is run."""
+    return debian("arm64", "--arch=arm64", "--variant=extract", "--skip=check/qemu", "--include=python3,libstdc++6")
 
 
 @pytest.fixture(scope="module")

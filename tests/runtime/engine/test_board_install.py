@@ -30,7 +30,13 @@ class OnlyListed(MetaPathFinder):
 
 sys.meta_path.insert(0, OnlyListed())
 """
-MODULES = {"Jinja2": "jinja2", "MarkupSafe": "markupsafe", "PyYAML": "yaml", "prometheus-client": "prometheus_client"}
+MODULES = {
+    "Jinja2": "jinja2",
+    "markdown-it-py": "markdown_it",
+    "MarkupSafe": "markupsafe",
+    "PyYAML": "yaml",
+    "prometheus-client": "prometheus_client",
+}
 
 
 def listed() -> set[str]:
@@ -110,6 +116,7 @@ with Engine.load(LoadOptions(library=library, model=model, max_context=64)) as e
 LINES = {
     "demo": ["demo", "{tmp}/demo"],
     "plan": ["plan", "{tmp}/none"],
+    "compat": ["compat", "{tmp}/none"],
     "convert": ["convert", "{tmp}/none"],
     "merge": ["merge", "{tmp}/none", "--lora", "{tmp}/none", "-o", "{tmp}/out"],
     "calibrate": ["calibrate", "{tmp}/none", "-o", "{tmp}/out.json"],

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkboard.emulator import build as emulator
+from rkruntime import folders
 from rkruntime.abi import CALLABLE, EMULATED, LAYOUTS, RELEASES, abi_of, release_named
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.engine.loading import check_readable
@@ -270,16 +271,22 @@ def test_a_32_bit_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_machine(Path("librkllmrt.so"), os.uname().machine)
 
 
-@pytest.mark.parametrize("home", ["home/someone", "root"])
-def test_what_a_unit_cannot_see_is_named(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
-    library = Path("/", home, "nowhere", "librkllmrt.so")
+@pytest.mark.parametrize(("unit", "empty", "told"), [(False, True, False), (True, True, True), (True, False, False)])
+def test_what_a_unit_cannot_see_is_named(
+    unit: bool, empty: bool, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A desktop's terminal is a unit, too, but sees the home folders."""
     monkeypatch.delenv("INVOCATION_ID", raising=False)
-    for unit in (False, True):
-        for use in (identify, open_bundle, check_readable):
-            with pytest.raises(RKEdgeError) as caught:
-                use(library)
-            assert ("ProtectHome=" in caught.value.hint) == unit
+    if unit:
         monkeypatch.setenv("INVOCATION_ID", "0123")
-    with pytest.raises(LibraryError) as caught:
-        identify(Path("/opt/nowhere/librkllmrt.so"))
-    assert "ProtectHome=" not in caught.value.hint
+    assert set(folders._HIDDEN) == {"/home", "/root", "/run/user"}
+    hidden = tmp_path / "home"
+    hidden.mkdir()
+    if not empty:
+        (hidden / "somebody").mkdir()
+    monkeypatch.setattr(folders, "_HIDDEN", (str(hidden),))
+    for use in (identify, open_bundle, check_readable):
+        for path, hints in ((hidden / "someone/nowhere", told), (tmp_path / "nowhere", False)):
+            with pytest.raises(RKEdgeError) as caught:
+                use(path)
+            assert ("ProtectHome=" in caught.value.hint) == hints
