@@ -145,9 +145,11 @@ class Runs:
             check_limit(request.max_new_tokens)
         header, data = run_command(requests, mode, self._info.release, self._options)
         kept = self._kept(requests)
+        empties = self.observed.empties_template(requests, fresh=kept == 0)
+        added = 0 if empties else max(map(self.observed.adds, requests))
         for request in requests:
-            self._check_room(request, kept or 0)
-        limit = self._limit(requests, kept or 0)
+            self._check_room(request, kept or 0, added)
+        limit = self._limit(requests, (kept or 0) + added)
         header["limit"] = limit
         if kept is not None and all(request.length is not None for request in requests):
             header["max_new_tokens"] = limit
@@ -163,14 +165,13 @@ class Runs:
         limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
         self._late_rows = 0 if mode == "generate" else most_rows
-        self._empty_template(requests, fresh=kept == 0)
-        self.observed.begins()
+        if empties:
+            self._empty_template()
+        self.observed.begins(fresh=kept == 0)
         self._holder, self.active = weakref.ref(mine), self._connection.number + 1
         self._connection.begin(header, data, mode=mode, **limits)
 
-    def _empty_template(self, requests: Sequence[Request], *, fresh: bool) -> None:
-        if not self.observed.empties_template(requests, fresh=fresh):
-            return
+    def _empty_template(self) -> None:
         try:
             self._connection.ask(method("set_chat_template", "", "", ""), self._options.token_timeout)
         except RunError as error:
@@ -190,7 +191,7 @@ class Runs:
             return None
         return max([0, *sizes_of(reply)])
 
-    def _limit(self, requests: Sequence[Request], kept: int) -> int:
+    def _limit(self, requests: Sequence[Request], before: int) -> int:
         """The most tokens of an answer; -1 only for a library that does not report its context.
 
         Boards are reported not to end an answer when the context is full, but to drop the oldest tokens, the prompt
@@ -200,16 +201,18 @@ class Runs:
         if not self._info.max_context or (asked > 0 and self._options.n_keep is not None):
             return asked
         longest = max(request.length or 0 for request in requests)
-        room = max(1, self._info.max_context - RESERVED - kept - longest)
+        room = max(1, self._info.max_context - RESERVED - before - longest)
         return min(asked, room) if asked > 0 else room
 
-    def _check_room(self, request: Request, kept: int) -> None:
-        length, most = len(request.tokens), self._info.max_context
+    def _check_room(self, request: Request, kept: int, added: int) -> None:
+        length, most = len(request.tokens) + added, self._info.max_context
+        template = f" with the {added:,} of the runtime's own template" if added else ""
         # A conversation that is continued would lose its beginning to the last places.
         continues = f" after the conversation's {kept:,}" if kept and self._options.n_keep is None else ""
         if 0 < most <= (length + kept + RESERVED if continues else length):
             raise ContextFullError(
-                f"The prompt has {length:,} tokens{continues}, but prompt and answer together must fit into {most:,}.",
+                f"The prompt has {length:,} tokens{template}{continues}, but prompt and answer together must fit into"
+                f" {most:,}.",
                 details={"prompt_tokens": length, "max_context": most},
             )
 

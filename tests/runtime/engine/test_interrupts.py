@@ -274,6 +274,27 @@ def test_a_continued_prompt_that_does_not_fit(release: str, load: Callable[..., 
 
 
 @pytest.mark.parametrize("release", ["1.2.3", "1.3.0"])
+@pytest.mark.parametrize("keep_history", [False, True])
+def test_a_conversation_with_the_runtimes_own_template(
+    release: str, keep_history: bool, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the template adds to each prompt is counted, so the conversation loses nothing of its beginning."""
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(release, max_context=128)
+    ids(engine.generate(Request(QUESTION, max_new_tokens=1, keep_history=keep_history)))
+    assert [finding.code for finding in engine.findings] == ["token-input-wrapped"]
+    (kept,) = engine.cache_sizes()
+    with pytest.raises(ContextFullError, match="runtime's own template"):
+        while True:
+            (*_, finished) = engine.generate(Request([451] * 8, max_new_tokens=4, keep_history=True))
+            before, (kept,) = kept, engine.cache_sizes()
+            assert before + finished.perf.prefill_tokens < kept + 1 <= 128
+            assert finished.perf.prefill_tokens > 8
+    assert engine.cache_sizes() == [kept]
+    assert kept + finished.perf.prefill_tokens + 4 >= 128  # and nothing is refused that has room
+
+
+@pytest.mark.parametrize("release", ["1.2.3", "1.3.0"])
 def test_a_template_is_not_emptied_where_that_would_erase_a_conversation(
     release: str, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
