@@ -31,7 +31,13 @@ _READING: Final = 0.05
 
 
 class _Holder:
-    """Stands for the iterator that holds a run, and is gone when it is."""
+    """Stands for the iterator that holds a run, and is gone when it is.
+
+    Attributes:
+        over: Whether nobody reads that iterator any more, though an error may still hold it.
+    """
+
+    over = False
 
 
 class Runs:
@@ -85,11 +91,13 @@ class Runs:
                         raise closed_meanwhile()
                     yield record.batch, event
             except Exception as error:
+                mine.over = True
                 if isinstance(error, WorkerProtocolError):
                     self._worker.end(grace=0)  # nothing more is asked of it
                 self.settle(mine, timeout)
                 raise
             except BaseException:  # the iterator is closed, or Ctrl-C: no other error takes its place
+                mine.over = True
                 self._settle_quietly(mine)
                 raise
 
@@ -310,7 +318,8 @@ class Runs:
 
     def _forgotten(self) -> bool:
         """Whether nobody will end the current run: an interrupt came while it was being ended, or even before."""
-        return self._abandoned or self._goes_on(None)
+        holder = self._holder()
+        return self._abandoned or (self.active is not None and (holder is None or holder.over))
 
     def _abandon(self, mine: _Holder | None) -> bool:
         """Abort this run if it is going on. If interrupted while it ends, leave the rest to the next run."""

@@ -44,7 +44,7 @@ class Page:
         self.browser = browser
         self.url = url
         browser.get(url + "/health")
-        browser.execute_script("localStorage.clear()")
+        browser.execute_script("localStorage.clear(), sessionStorage.clear()")
         browser.get(url)
         self._wait_ready()
 
