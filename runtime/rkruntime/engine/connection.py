@@ -188,7 +188,7 @@ class WorkerConnection:
 
 def in_use() -> RunError:
     """The error for who wants something from a model that another thread or task is using."""
-    return RunError("Another run is in progress: one at a time.", hint="Wait for it to end, or abort it.")
+    return RunError("Another run is in progress: one at a time.", hint="Read it to its end, or close its iterator.")
 
 
 def closed_meanwhile() -> RunError:

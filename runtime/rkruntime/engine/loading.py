@@ -14,7 +14,7 @@ from rkruntime.abi import since, within
 from rkruntime.checks.preflight import Context, Finding, ModelFacts, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
 from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
-from rkruntime.files import AnyPath, as_path
+from rkruntime.files import AnyPath, as_path, open_regular
 from rkruntime.folders import hint_if_hidden
 from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
@@ -284,7 +284,7 @@ def check_readable(path: Path) -> None:
     try:
         if not path.is_file():
             raise ModelFileError(f"There is no model file {path}.", hint=hint_if_hidden(path))
-        with path.open("rb"):
+        with open_regular(path):
             return
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.", hint=hint_if_hidden(path)) from error

@@ -74,7 +74,7 @@ class Observed:
         self._begun, self._fresh = True, fresh
 
     def adds(self, request: Request) -> int:
-        """Tokens that the runtime's template adds to this prompt, unless it is emptied; as far as runs have shown it."""
+        """Tokens that the runtime's template adds to this prompt, as far as runs have shown it; 0 once it is empty."""
         return self._added if request.tokens and not self._empty else 0
 
     def finished(self, requests: Sequence[Request], end: Finished) -> None:

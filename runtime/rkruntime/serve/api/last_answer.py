@@ -145,7 +145,10 @@ def check_after(data: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         return
     used = data["messages"] or "broken" in data
     if not used and body["after"]:
-        raise NoSuchSessionError("This conversation was deleted or cleared elsewhere.", hint="Begin a new one.")
+        raise NoSuchSessionError(
+            "The daemon does not have this conversation: it was deleted or cleared elsewhere, or could not be kept.",
+            hint="Begin a new one.",
+        )
     number = data.get("number")
     known = bool(number) and number in (body["after"], body.get("id"))
     # One that is about to begin may have been given the same system prompt before.
@@ -157,7 +160,7 @@ def check_after(data: Mapping[str, Any], body: Mapping[str, Any]) -> None:
 def changed_elsewhere() -> BodyError:
     """The error for a client that does not know the last answer of a session."""
     return BodyError(
-        "This conversation has gone on elsewhere.",
+        "The daemon has this conversation otherwise: it has gone on elsewhere, or its last answer could not be kept.",
         hint="Read it again first.",
         details={"status": 409, "code": "session_changed"},
     )
