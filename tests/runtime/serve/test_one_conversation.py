@@ -11,6 +11,9 @@ import pytest
 from selenium import webdriver
 
 from rkruntime.chat.attach import UnixConnection
+from rkruntime.chat.remotechat import RemoteChat
+from rkruntime.chat.ways import on_this_machine
+from rkruntime.errors import ServiceError
 
 from .browsing import BROWSER, DRIVER, Page, chromium, wait
 
@@ -68,6 +71,47 @@ def test_an_answer_is_not_ended_by_who_does_not_know_of_it(slow: Any) -> None:
     status = asked(slow, "busy", "What is an NPU?", id="4", after=kept["number"])[0]
     assert status == 200 or slow.request("GET", "/sessions/busy")[2]["number"] == "3"
     slow.request("DELETE", "/sessions/busy")
+
+
+# --- chats in a terminal
+
+
+def test_a_chat_whose_conversation_goes_on_elsewhere(slow: Any) -> None:
+    """It says so, once, and nothing is asked behind turns that it does not know of."""
+    way = on_this_machine(slow.socket, "its log")
+    one, two = (RemoteChat(way, session="shared", system="", options={"max_tokens": 3}) for _ in range(2))
+
+    def turns() -> list[str]:
+        return [item["content"] for item in slow.request("GET", "/sessions/shared")[2]["messages"][::2]]
+
+    try:
+        list(one.ask("one"))
+        with pytest.raises(ServiceError, match="gone on elsewhere"):
+            list(two.ask("two"))
+        list(two.ask("two"))
+        with pytest.raises(ServiceError, match="gone on elsewhere"):
+            list(one.ask("three"))
+        assert turns() == ["one", "two"]
+        list(one.ask("three"))
+        list(one.ask("four"))
+        one.set_system("Be terse.")
+        list(one.ask("five"))
+        assert turns() == ["one", "two", "three", "four", "five"]
+        slow.request("DELETE", "/sessions/shared")
+        with pytest.raises(ServiceError, match="does not have this conversation"):
+            list(one.ask("six"))
+        list(one.ask("six"))
+        assert turns() == ["six"]
+        pieces = one.ask("What is the RK3588?")
+        next(pieces)
+        one.stop()
+        list(pieces)
+        list(one.ask("eight"))
+        assert turns() == ["six", "What is the RK3588?", "eight"]
+    finally:
+        one.close()
+        two.close()
+        slow.request("DELETE", "/sessions/shared")
 
 
 # --- the chat page in two tabs

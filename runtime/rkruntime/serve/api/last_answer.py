@@ -147,7 +147,7 @@ def check_after(data: Mapping[str, Any], body: Mapping[str, Any]) -> None:
     if not used and body["after"]:
         raise NoSuchSessionError(
             "The daemon does not have this conversation: it was deleted or cleared elsewhere, or could not be kept.",
-            hint="Begin a new one.",
+            hint="Ask again to begin a new one.",
         )
     number = data.get("number")
     known = bool(number) and number in (body["after"], body.get("id"))
@@ -161,6 +161,6 @@ def changed_elsewhere() -> BodyError:
     """The error for a client that does not know the last answer of a session."""
     return BodyError(
         "The daemon has this conversation otherwise: it has gone on elsewhere, or its last answer could not be kept.",
-        hint="Read it again first.",
+        hint="Look at what there is now, and ask again.",
         details={"status": 409, "code": "session_changed"},
     )
