@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from rkruntime.checks.preflight import Finding
 from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
-from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
+from rkruntime.engine.loading import (
+    LoadOptions,
+    Lora,
+    ModelInfo,
+    Position,
+    check_prompt_cache,
+    check_readable,
+    checked,
+    info_of,
+)
 from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import sizes_of, whole
@@ -297,7 +306,9 @@ class Engine:
 
     def load_prompt_cache(self, path: AnyPath) -> None:
         """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
-        self._call("load_prompt_cache", str(as_path("path", path).resolve()))
+        file = as_path("path", path).resolve()
+        check_prompt_cache(file, saved=True)
+        self._call("load_prompt_cache", str(file))
 
     def release_prompt_cache(self) -> None:
         """Drop what load_prompt_cache restored."""

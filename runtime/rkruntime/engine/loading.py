@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Final, TypeAlias
 from rkruntime.abi import since, within
 from rkruntime.checks.preflight import Context, Finding, ModelFacts, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
-from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
+from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError, RunError
 from rkruntime.files import AnyPath, as_path, open_regular
 from rkruntime.folders import hint_if_hidden
 from rkruntime.library.identify import Identity
@@ -277,6 +278,20 @@ def environment_of(options: LoadOptions) -> dict[str, str]:
     """The worker's environment: librkllmrt.so needs libraries that may be next to it (libgomp.so.1)."""
     paths = (str(Path(options.library).resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
+
+
+def check_prompt_cache(path: Path, *, saved: bool) -> None:
+    """Raise RunError if the library could not read this file, or, where it is not `saved` yet, write it."""
+    try:
+        if saved or path.exists():
+            open_regular(path).close()
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, f"nothing can be written in {path.parent}")
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be a prompt cache: {error.strerror or error}.",
+            hint="Name a file that a run has saved, or one to be saved in a folder that exists.",
+        ) from error
 
 
 def check_readable(path: Path) -> None:

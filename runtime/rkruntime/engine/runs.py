@@ -12,7 +12,7 @@ from typing import Annotated, Final
 from rkruntime.abi import since, within
 from rkruntime.engine.connection import WorkerConnection, closed_meanwhile, in_use
 from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
-from rkruntime.engine.loading import LoadOptions, ModelInfo
+from rkruntime.engine.loading import LoadOptions, ModelInfo, check_prompt_cache
 from rkruntime.engine.observed import Observed
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import array_of, error_of, finished_of, sizes_of
@@ -20,6 +20,7 @@ from rkruntime.engine.worker.encode import method, run_command
 from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerError, WorkerProtocolError
+from rkruntime.files import as_path
 from rkruntime.schema import Between, check_value
 from rkruntime.stop import Stop
 
@@ -151,6 +152,8 @@ class Runs:
     def _begin(self, mine: _Holder, requests: Sequence[Request], mode: str) -> None:
         for request in requests:
             check_limit(request.max_new_tokens)
+            if request.save_prompt_cache is not None:
+                check_prompt_cache(as_path("save_prompt_cache", request.save_prompt_cache), saved=False)
         header, data = run_command(requests, mode, self._info.release, self._options)
         kept = self._kept(requests)
         empties = self.observed.empties_template(requests, fresh=kept == 0)

@@ -60,6 +60,8 @@ from rkruntime.text.template import Message
 
 # Seconds in which the daemon notices that a client has gone, which may ask something else at once.
 _GOING_S: Final = 0.5
+# Seconds for which a conversation is not given to others while an answer that was stopped is added to it.
+_KEEPING_S: Final = 3.0
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -204,7 +206,8 @@ class SessionEndpoints:
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
         if (current := self._runs.get(place)) and current.run.closing.is_set():
-            await current.run.close()  # what there is of its answer is being kept
+            # What there is of its answer is being kept; a library that hangs is not waited for.
+            await asyncio.wait([asyncio.ensure_future(current.run.close())], timeout=_KEEPING_S)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
         return await read_in_thread(lambda: json_response(with_broken(self._stored(place))))
 

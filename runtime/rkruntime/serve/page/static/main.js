@@ -206,6 +206,7 @@ async function send(text) {
   answer.box.remove();
   Object.assign(own, before);
   if (!own.kept && own.made) await daemon.remove(own.name).catch(() => {});
+  own.made = false;
   if (own === chat) giveBack(text, failure);
 }
 
@@ -220,6 +221,7 @@ async function* askIn(own, question, signal) {
       return yield* daemon.ask(own.name, { ...question, after: "" }, signal);
     } catch (error) {
       if (error.code !== CHANGED) throw error;
+      own.made = false;
       tried.add(own.name); // somebody else has begun one of that name meanwhile
     }
   }
