@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -178,6 +179,9 @@ def test_a_tree_that_may_not_be_read() -> None:
     try:
         root.chmod(0o755)
         plant(root, GOOD)
+        for path in root.rglob("*"):  # whatever the umask
+            if path.is_dir():
+                path.chmod(0o755)
         for name in ("sys/kernel/debug", "dev/dri/card1", "dev/dri/renderD129", "etc/os-release", "proc/812/fd"):
             (root / name).chmod(0o700)
         python = "/usr/bin/python3"  # one that everybody may run
@@ -192,6 +196,25 @@ def test_a_tree_that_may_not_be_read() -> None:
         assert "the driver's version and load" in verdicts["more-as-root"].verdict.said
     finally:
         shutil.rmtree(root)
+
+
+def test_a_folder_that_may_not_be_listed() -> None:
+    """It is not taken for an empty one."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = plant(Path(folder), GOOD)
+        for path in (root, *root.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755)
+        (root / "dev/dri").chmod(0o700)
+        found = run(root, python="/usr/bin/python3", user=65534, group=65534, extra_groups=[])
+        assert found.files["dev/dri"].error == "EACCES"
+        verdicts = {finding.code: finding for finding in judge(Board(found))}
+        assert verdicts["npu-nodes"].status == "failure"
+        assert "/dev/dri" in verdicts["more-as-root"].verdict.said
+        (root / ".dockerenv").write_text("")
+        found = run(root, python="/usr/bin/python3", user=65534, group=65534, extra_groups=[])
+        verdicts = {finding.code: finding for finding in judge(Board(found))}
+        assert "lacks" not in verdicts["container-nodes"].verdict.said
 
 
 def test_names_that_mean_something_to_a_shell_or_a_terminal(good: Path) -> None:

@@ -2,14 +2,20 @@
 
 import errno
 import os
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rkruntime.errors import HostError, OutputError
+from rkruntime.bundle.rkllm_file import read_rkllm
+from rkruntime.engine.engine import Engine
+from rkruntime.engine.loading import LoadOptions, check_readable
+from rkruntime.errors import HostError, OutputError, RKEdgeError
 from rkruntime.files import atomic_file, atomic_folder, open_regular, read_regular, sha256_file, umask
+from rkruntime.library.identify import identify, inspect_library
+from rkruntime.text.conversation import read_conversation, write_conversation
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -128,3 +134,38 @@ def test_the_umask_is_found_and_never_set(monkeypatch, mask):
             assert umask() == mask
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        identify,
+        inspect_library,
+        read_rkllm,
+        read_conversation,
+        lambda path: write_conversation(path, {}),
+        lambda path: Engine.load(LoadOptions(library=path, model=path)),
+        check_readable,
+    ],
+)
+@pytest.mark.parametrize("kind", ["fifo", "endless", "folder", "socket"])
+def test_what_has_no_end_is_not_read(read: Callable[[Path], object], kind: str, tmp_path: Path) -> None:
+    """A FIFO waits for a writer, and a device fills the memory."""
+    path = tmp_path / "it"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.close()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, before[1]))
+    try:
+        with pytest.raises(RKEdgeError):
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

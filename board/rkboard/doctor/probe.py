@@ -124,10 +124,11 @@ class Tree:
                     break
         return sorted(found)
 
-    def matching(self, pattern: str, begin: int = 0) -> Iterator[str]:
+    def matching(self, pattern: str, failed: Callable[[str, OSError], None], begin: int = 0) -> Iterator[str]:
         """The paths that a pattern stands for; without `*`, the path itself whether it exists or not.
 
-        What comes before `begin` are names that were found, in which a `*` is a letter.
+        `failed` is told of each folder whose names cannot be had. What comes before `begin` are names that were found,
+        in which a `*` is a letter.
         """
         star = pattern.find("*", begin)
         if star < 0:
@@ -137,11 +138,12 @@ class Tree:
         end, slash, rest = pattern[star + 1 :].partition("/")
         try:
             names = self.names(folder)
-        except OSError:
+        except OSError as error:
+            failed(folder, error)
             return
         for name in fnmatch.filter(names, f"{start}*{end}")[:MOST_NAMES]:
             found = f"{folder}/{name}"
-            yield from self.matching(f"{found}{slash}{rest}", len(found))
+            yield from self.matching(f"{found}{slash}{rest}", failed, len(found))
 
     def open(self, path: str) -> int:
         """Open a regular file. Raises OSError for anything else: a FIFO would block, and a device has no end."""
@@ -226,7 +228,7 @@ class Probe:
         """The paths of patterns, at most so many; `at` names the current one for whoever waits."""
         number = 0
         for pattern in " ".join(patterns).split():
-            for path in self.tree.matching(pattern):
+            for path in self.tree.matching(pattern, self.unread):
                 number += 1
                 if number > MOST_FILES:
                     self.problem(f"more than {MOST_FILES} paths")
@@ -239,10 +241,14 @@ class Probe:
         try:
             text, more = read()
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                self.put("files", path, {"error": code_of(error)})
+            self.unread(path, error)
             return
         self.put("files", path, {"text": text, "more": True} if more else {"text": text})
+
+    def unread(self, path: str, error: OSError) -> None:
+        """Note why a file or a folder cannot be read, unless it is not there."""
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            self.put("files", path, {"error": code_of(error)})
 
     def files(self) -> None:
         def read() -> tuple[str, bool]:
@@ -257,8 +263,7 @@ class Probe:
             try:
                 self.put("folders", path, self.tree.names(path)[:MOST_NAMES])
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    self.put("files", path, {"error": code_of(error)})
+                self.unread(path, error)
 
     def links(self) -> None:
         """Where links lead, without a link left in it; only those that exist."""
@@ -316,8 +321,8 @@ class Probe:
                 if os.path.islink(whole):
                     broken = {"kind": "broken link", "mode": 0, "uid": 0, "gid": 0, "access": False, "link": True}
                     self.put("nodes", path, broken)
-                elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    self.put("files", path, {"error": code_of(error)})
+                else:
+                    self.unread(path, error)
                 continue
             fact = {
                 "kind": kind_of(node.st_mode), "mode": stat.S_IMODE(node.st_mode), "uid": node.st_uid,

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from rkruntime.errors import ModelFileError
+from rkruntime.files import open_regular
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ class Container:
         import numpy as np
 
         entry = self.tensors[name]
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(entry.offset)
             data = file.read(entry.spec.nbytes)
         if zlib.crc32(data) != entry.crc32:
@@ -284,7 +285,7 @@ def read_container(path: Path) -> Container:
     Raises:
         ModelFileError: Another kind of file, another version, truncated, or damaged.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(_HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(MAGIC):
             raise ModelFileError(f"{path} is not a .rkemu file: its first bytes are {head[:8].hex(' ') or 'missing'}.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.errors import ModelFileError
+from rkruntime.files import open_regular
 from rkruntime.words import counted
 
 MAGIC: Final = bytes.fromhex("daeeb336")
@@ -74,7 +75,7 @@ def read_rkllm(path: Path) -> RkllmFile:
         ModelFileError: It is truncated inside its header, or something else altogether.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEADER.size)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from urllib.parse import quote
 
 from rkruntime.errors import ServiceError
+from rkruntime.words import counted
 
 MAX_LINE: Final = 16 << 20
 # In the error of an `end`: the daemon exited or its connection broke, whatever the request was.
@@ -33,6 +34,10 @@ GROUP: Final = "rkedge"
 _SILENCE_S: Final = 3600
 # For a look at it, which it answers at once.
 _LOOK_S: Final = 5
+# Between two looks at whether it still answers anybody while it sends nothing, and how long that may take: a board that
+# swaps can be slow, and a connection that was broken off for nothing continues.
+_EVERY_S: Final = 10
+_FROZEN_S: Final = 60
 # For the first look: systemd opens the socket before it starts the daemon, which takes a busy board some seconds.
 _HELLO_S: Final = 30
 
@@ -83,6 +88,53 @@ class UnixConnection(http.client.HTTPConnection):
                 hint="Start it there: rkedge up BUNDLE, or, if it is a service, systemctl start rkedge.",
             ) from error
 
+    def shut(self) -> None:
+        """End it for whoever waits for an answer; from any thread."""
+        if self.sock is not None:
+            with suppress(OSError):  # it has ended meanwhile
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Watch:
+    """Shuts a connection, while the block runs, once its daemon answers nobody any more.
+
+    Attributes:
+        frozen: Whether it did.
+    """
+
+    def __init__(self, path: Path, connection: UnixConnection) -> None:
+        self.frozen = False
+        self._path, self._connection = path, connection
+        self._over = threading.Event()
+
+    def __enter__(self) -> Watch:
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(_EVERY_S):
+            if not self._answers() and not self._over.is_set():
+                self.frozen = True
+                self._connection.shut()
+                return
+
+    def _answers(self) -> bool:
+        """Whether the daemon does anything with another connection; refusing it is an answer."""
+        other = UnixConnection(self._path, _FROZEN_S)
+        try:
+            other.request("GET", "/health")
+            other.getresponse()
+        except TimeoutError:
+            return False
+        except (ServiceError, OSError, http.client.HTTPException):
+            return True  # and if it is gone, the connection that is watched has ended
+        finally:
+            other.close()
+        return True
+
 
 def _forbidden(path: Path) -> ServiceError:
     """Why this account may not use the socket."""
@@ -121,8 +173,9 @@ def fetch(path: Path, target: str, body: Mapping[str, Any] | None = None) -> dic
     """
     connection = UnixConnection(path, _LOOK_S if body is None else _SILENCE_S)
     try:
-        connection.request("GET" if body is None else "POST", target, None if body is None else json.dumps(body))
-        found = json.loads(connection.getresponse().read(MAX_LINE))
+        with Watch(path, connection):
+            connection.request("GET" if body is None else "POST", target, None if body is None else json.dumps(body))
+            found = json.loads(connection.getresponse().read(MAX_LINE))
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServiceError(f"The daemon on {path} does not answer: {error}.") from error
     finally:
@@ -146,6 +199,7 @@ class Bridge:
         self._out = out
         self._writing = threading.Lock()
         self._connection: UnixConnection | None = None
+        self._watch: Watch | None = None
         self._request: threading.Thread | None = None
         self._stopped = False
         self._unread: OSError | None = None
@@ -176,12 +230,8 @@ class Bridge:
     def _stop(self) -> None:
         self._stopped = True
         connection = self._connection
-        if connection is not None and connection.sock is not None:
-            try:
-                connection.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                # It has ended meanwhile.
-                return
+        if connection is not None:
+            connection.shut()
 
     def _carry_out(self, message: Mapping[str, Any]) -> None:
         """Execute a request; every one gets an `end`, whatever is in it."""
@@ -196,7 +246,8 @@ class Bridge:
             # From now on a `stop` finds a connection to shut down; an earlier one did not.
             if self._stopped:
                 return self._end(499, {})
-            self._forward(method, path, body)
+            with Watch(self._path, self._connection) as self._watch:
+                self._forward(method, path, body)
         except ServiceError as error:
             self._end(503, {"error": {"message": f"{error.message} {error.hint}", "code": GONE}})
         except (ValueError, RecursionError):
@@ -231,7 +282,10 @@ class Bridge:
     def _broken_off(self, reason: str) -> None:
         if self._stopped:
             return self._end(499, {})
-        return self._end(502, {"error": {"message": f"The daemon disconnected: {reason}.", "code": GONE}})
+        what = f"The daemon disconnected: {reason}."
+        if self._watch is not None and self._watch.frozen:
+            what = f"The daemon has answered nobody for {counted(_FROZEN_S, 'second')}."
+        return self._end(502, {"error": {"message": what, "code": GONE}})
 
     def _end(self, status: int, body: Any) -> None:
         self._write(json.dumps({"type": "end", "status": status, "body": body}).encode() + b"\n")

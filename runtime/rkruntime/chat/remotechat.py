@@ -64,13 +64,15 @@ class RemoteChat:
         # The link from which no daemon has answered yet.
         self._connecting: Link | None = None
         self._answered = self._generated = 0
+        # The name of the last answer there, empty before the first one; None if it is not known.
+        self._number: str | None = None
         self._ignored: list[str] = []
         self.last: Turn | None = None
         status = self._first_contact()
         self.emulated = bool(status.get("emulated"))
         self.title = one_line(f"{status.get('model')} on {way.place}: {_kind(status)}")
         data = self._read()
-        self._system = str(data.get("system", ""))
+        self._system, self._number = str(data.get("system", "")), _number_of(data)
         if data["messages"]:
             turns = counted(len(data["messages"]) // 2, "turn")
             self.title += f"\n{self._session} continues after {turns}; /clear begins anew"
@@ -159,7 +161,7 @@ class RemoteChat:
 
     def set_system(self, text: str) -> None:
         """See `ChatBackend`."""
-        self._steady("change", {"system": text})
+        self._change({"system": text})
         self._system = text
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
@@ -181,7 +183,12 @@ class RemoteChat:
 
     def _answer(self, text: str, number: str, stopping: threading.Event) -> Generator[str | Note, None, str]:
         """`ask` up to the end of the answer or a stop; returns the text yielded."""
-        question = {"op": "ask", "session": self._session, "body": {**self._options, "content": text, "id": number}}
+        body = {**self._options, "content": text, "id": number}
+        if self._number is not None:
+            body["after"] = self._number
+        # Asked again after an error, which says why, the question goes behind whatever is there.
+        self._number = None
+        question = {"op": "ask", "session": self._session, "body": body}
         message, seen = question, ""
         breaks, before = 0, 0
         start, first = time.monotonic(), 0.0
@@ -197,6 +204,7 @@ class RemoteChat:
                             yield from self._notes(event)
                         elif event["type"] == "done":
                             self._keep(event, first)
+                            self._number = number
                 return seen
             except BrokenError:  # noqa: PERF203 - the loop is there to try again
                 if stopping.is_set():
@@ -233,6 +241,7 @@ class RemoteChat:
             self._call("change", {})
             data = self._call("read")
             messages = check_conversation(data)["messages"]
+            self._number = _number_of(data)
         except NoSuchSessionError:  # nothing came of its first question
             data, messages = {}, []
         except (BrokenError, ServiceError, InputError):
@@ -308,9 +317,13 @@ class RemoteChat:
             if self._connecting is link:
                 link.kill()
 
+    def _change(self, body: Mapping[str, Any]) -> None:
+        self._steady("change", body)
+        self._number = None  # an answer may not be kept under its name any more
+
     def clear(self) -> None:
         """See `ChatBackend`."""
-        self._steady("change", {"clear": True})
+        self._change({"clear": True})
 
     def take_back(self) -> str | None:
         """See `ChatBackend`."""
@@ -319,7 +332,7 @@ class RemoteChat:
         *kept, question, _ = data["messages"] or [None, None]
         if question is None:
             return None
-        self._steady("change", {"conversation": {**data, "messages": kept}})
+        self._change({"conversation": {**data, "messages": kept}})
         return str(question["content"])
 
     def save(self, path: Path) -> None:
@@ -329,7 +342,7 @@ class RemoteChat:
     def load(self, path: Path) -> None:
         """See `ChatBackend`."""
         data = read_conversation(path)
-        self._steady("change", {"conversation": data})
+        self._change({"conversation": data})
         self._system = str(data.get("system", ""))
 
     def stats(self) -> Mapping[str, str]:
@@ -368,6 +381,12 @@ _STATES: Final[Mapping[str, str]] = {
     "unloaded": "it is loaded for the first question",
     "failed": "it could not be loaded",
 }
+
+
+def _number_of(data: Mapping[str, Any]) -> str | None:
+    """The name of a conversation's last answer; empty if there is none, None if it has no name."""
+    number = data.get("number")
+    return number if isinstance(number, str) and number else None if data["messages"] else ""
 
 
 def _kind(status: Mapping[str, Any]) -> str:

@@ -46,6 +46,8 @@ class WorkerConnection:
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
         self._turn = threading.RLock()
+        # Lines that had been printed after the load, and before the last command.
+        self._loaded = self._before = 0
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
 
     @property
@@ -104,6 +106,10 @@ class WorkerConnection:
     def begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
         """Send a command under the next number; `expected` limits what may come back (see Exchange)."""
         self.number += 1
+        if header["call"] != "fence":  # which only ends what came before
+            self._before = self.worker.printed
+        if self.number == 2:
+            self._loaded = self.worker.printed
         self._kills = machine.kills_for_memory()
         self.worker.expect(Exchange(self.number, questions=self._questions, **expected))
         self.send({**header, "run": self.number}, data)
@@ -155,7 +161,13 @@ class WorkerConnection:
             self.gone = self.gone or error
         kills = machine.kills_for_memory()
         ran_out = self._kills != kills if None not in (kills, self._kills) else None
-        add_log(error, self.log[-_SHOWN_LINES:], loading=self.number < 2, ran_out=ran_out)
+        lines = self.log[-_SHOWN_LINES:]
+        add_log(error, lines, self._recent(lines), loading=self.number < 2, ran_out=ran_out)
+
+    def _recent(self, lines: Sequence[str]) -> Sequence[str]:
+        """Without the lines of commands between the load and the last one."""
+        first = self.worker.printed - len(lines)
+        return [*lines[: max(0, self._loaded - first)], *lines[max(0, max(self._before, self._loaded) - first) :]]
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -188,7 +200,7 @@ class WorkerConnection:
 
 def in_use() -> RunError:
     """The error for who wants something from a model that another thread or task is using."""
-    return RunError("Another run is in progress: one at a time.", hint="Wait for it to end, or abort it.")
+    return RunError("Another run is in progress: one at a time.", hint="Read it to its end, or close its iterator.")
 
 
 def closed_meanwhile() -> RunError:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from rkruntime.checks.preflight import Finding
 from rkruntime.engine.connection import WorkerConnection
 from rkruntime.engine.generation import ArrayEvent, Event, HiddenStates, Logits, Request
-from rkruntime.engine.loading import LoadOptions, Lora, ModelInfo, Position, check_readable, checked, info_of
+from rkruntime.engine.loading import (
+    LoadOptions,
+    Lora,
+    ModelInfo,
+    Position,
+    check_prompt_cache,
+    check_readable,
+    checked,
+    info_of,
+)
 from rkruntime.engine.reading import Reading, load_limit
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import sizes_of, whole
@@ -186,24 +195,33 @@ class Engine:
             RunError: The library refused the run or reported an error; the model stays loaded.
             WorkerError: The worker is gone.
         """
-        with contextlib.closing(self._runs.events([request], "generate", stop)) as events:
+        events = self._runs.events([request], "generate", stop)
+        try:
             for _, event in events:
                 yield event  # type: ignore[misc]  # arrays only come in other modes
+        finally:
+            events.close()
 
     def generate_batch(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
         """Run `n_batch` prompts at once (since 1.2.1): each event with its prompt's number, one Finished per prompt."""
-        with contextlib.closing(self._runs.events(requests, "generate")) as events:
+        events = self._runs.events(requests, "generate")
+        try:
             for batch, event in events:
                 yield batch, cast(Event, event)
+        finally:
+            events.close()
 
     def generate_arrays(self, request: Request, mode: str) -> Generator[ArrayEvent, None, None]:
         """Run with `mode` "logits" or "hidden": yields arrays between the tokens. See Logits and HiddenStates."""
         if mode not in ["logits", "hidden"]:
             raise UsageError(f"There is no mode {mode!r}; use 'logits' or 'hidden'.")
         _need_numpy()
-        with contextlib.closing(self._runs.events([request], mode)) as events:
+        events = self._runs.events([request], mode)
+        try:
             for _, event in events:
                 yield event
+        finally:
+            events.close()
 
     def logits(self, request: Request) -> NDArray[np.float32]:
         """Logits of every token of a prompt, [tokens, vocabulary] (since 1.2.0)."""
@@ -224,10 +242,13 @@ class Engine:
             return self._array_of_run(request, mode)  # with an empty template
 
     def _array_of_run(self, request: Request, mode: str) -> NDArray[np.float32]:
-        with contextlib.closing(self._runs.events([request], mode)) as events:
+        events = self._runs.events([request], mode)
+        try:
             for _, event in events:
                 if isinstance(event, (Logits, HiddenStates)):
                     return event.values
+        finally:
+            events.close()
         raise RunError(f"The run ended, but the library returned no {mode}.")
 
     def abort(self) -> None:
@@ -285,7 +306,9 @@ class Engine:
 
     def load_prompt_cache(self, path: AnyPath) -> None:
         """Restore the KV cache from a file that a run saved; the next run reuses the common prefix."""
-        self._call("load_prompt_cache", str(as_path("path", path).resolve()))
+        file = as_path("path", path).resolve()
+        check_prompt_cache(file, saved=True)
+        self._call("load_prompt_cache", str(file))
 
     def release_prompt_cache(self) -> None:
         """Drop what load_prompt_cache restored."""

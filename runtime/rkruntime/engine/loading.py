@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -13,8 +14,8 @@ from typing import Annotated, Any, Final, TypeAlias
 from rkruntime.abi import since, within
 from rkruntime.checks.preflight import Context, Finding, ModelFacts, cores_for, preflight
 from rkruntime.engine.generation import DEFAULT_SAMPLING, Sampling, check_limit
-from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError
-from rkruntime.files import AnyPath, as_path
+from rkruntime.errors import AdapterError, LoadError, ModelFileError, RefusedError, RunError
+from rkruntime.files import AnyPath, as_path, open_regular
 from rkruntime.folders import hint_if_hidden
 from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
@@ -279,12 +280,26 @@ def environment_of(options: LoadOptions) -> dict[str, str]:
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
 
+def check_prompt_cache(path: Path, *, saved: bool) -> None:
+    """Raise RunError if the library could not read this file, or, where it is not `saved` yet, write it."""
+    try:
+        if saved or path.exists():
+            open_regular(path).close()
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, f"nothing can be written in {path.parent}")
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be a prompt cache: {error.strerror or error}.",
+            hint="Name a file that a run has saved, or one to be saved in a folder that exists.",
+        ) from error
+
+
 def check_readable(path: Path) -> None:
     """Raise ModelFileError if the file does not exist or cannot be read."""
     try:
         if not path.is_file():
             raise ModelFileError(f"There is no model file {path}.", hint=hint_if_hidden(path))
-        with path.open("rb"):
+        with open_regular(path):
             return
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}.", hint=hint_if_hidden(path)) from error

@@ -35,7 +35,8 @@ class Observed:
         # Nothing would show it on these releases.
         self.wraps = self._can_empty and not within(release, since("RKLLMResult.perf"), "")
         self._certain = not self.wraps
-        self._empty = self._paused = self._begun = False
+        self._empty = self._paused = self._begun = self._fresh = False
+        self._added = 0  # by its template, to one prompt, as far as a run has shown it
 
     def template_set(self, *, empty: bool = False) -> None:
         """Note that a chat template is about to be set, or that an `empty` one was."""
@@ -68,17 +69,22 @@ class Observed:
             return False
         return self.wraps and not self._empty and (fresh or not self._begun)
 
-    def begins(self) -> None:
-        """Note that a run is about to begin."""
-        self._begun = True
+    def begins(self, *, fresh: bool) -> None:
+        """Note that a run is about to begin; `fresh` as for `empties_template`."""
+        self._begun, self._fresh = True, fresh
+
+    def adds(self, request: Request) -> int:
+        """Tokens that the runtime's template adds to this prompt, as far as runs have shown it; 0 once it is empty."""
+        return self._added if request.tokens and not self._empty else 0
 
     def finished(self, requests: Sequence[Request], end: Finished) -> None:
         """Compare what the runtime read with what it was sent."""
         after_pause, self._paused = self._paused, end.reason is FinishReason.PAUSE
         # A batch has one figure for all. A run after a pause may read the last token of the answer before.
-        lengths = [request.length for request in requests if not request.keep_history and request.length is not None]
+        whole = [request for request in requests if self._fresh or not request.keep_history]
+        lengths = [request.length for request in whole if request.length is not None]
         if end.perf is not None and len(lengths) == len(requests) and not after_pause:
-            self._read(sum(lengths), int(end.perf.prefill_tokens))
+            self._read(sum(lengths), int(end.perf.prefill_tokens), len(lengths))
 
     def check_rows(self, request: Request, rows: int) -> None:
         """Check that a prompt's array has a row for each of its tokens.
@@ -99,8 +105,8 @@ class Observed:
             hint="What is computed from them would be wrong. Try another release of librkllmrt.so.",
         )
 
-    def _read(self, sent: int, read: int) -> bool:
-        """Note how many tokens were read; returns whether another run can go better."""
+    def _read(self, sent: int, read: int, prompts: int = 1) -> bool:
+        """Note how many tokens of the prompts were read; returns whether another run can go better."""
         # Figures far beyond the context are none: a library may leave the structure untouched.
         if not sent < read <= sent + self._max_context:
             return False
@@ -113,6 +119,8 @@ class Observed:
             )
             return False
         self.wraps = self._certain = True
+        # Less where the cache already had the beginning.
+        self._added = max(self._added, -(-(read - sent) // prompts))
         self._note(
             "token-input-wrapped",
             f"{what}: it puts its own chat template around token ids. This answer may be worse for it.",

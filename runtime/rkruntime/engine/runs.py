@@ -12,7 +12,7 @@ from typing import Annotated, Final
 from rkruntime.abi import since, within
 from rkruntime.engine.connection import WorkerConnection, closed_meanwhile, in_use
 from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
-from rkruntime.engine.loading import LoadOptions, ModelInfo
+from rkruntime.engine.loading import LoadOptions, ModelInfo, check_prompt_cache
 from rkruntime.engine.observed import Observed
 from rkruntime.engine.worker import protocol
 from rkruntime.engine.worker.decode import array_of, error_of, finished_of, sizes_of
@@ -20,6 +20,7 @@ from rkruntime.engine.worker.encode import method, run_command
 from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerError, WorkerProtocolError
+from rkruntime.files import as_path
 from rkruntime.schema import Between, check_value
 from rkruntime.stop import Stop
 
@@ -31,7 +32,13 @@ _READING: Final = 0.05
 
 
 class _Holder:
-    """Stands for the iterator that holds a run, and is gone when it is."""
+    """Stands for the iterator that holds a run, and is gone when it is.
+
+    Attributes:
+        over: Whether nobody reads that iterator any more, though an error may still hold it.
+    """
+
+    over = False
 
 
 class Runs:
@@ -85,11 +92,13 @@ class Runs:
                         raise closed_meanwhile()
                     yield record.batch, event
             except Exception as error:
+                mine.over = True
                 if isinstance(error, WorkerProtocolError):
                     self._worker.end(grace=0)  # nothing more is asked of it
                 self.settle(mine, timeout)
                 raise
             except BaseException:  # the iterator is closed, or Ctrl-C: no other error takes its place
+                mine.over = True
                 self._settle_quietly(mine)
                 raise
 
@@ -143,11 +152,15 @@ class Runs:
     def _begin(self, mine: _Holder, requests: Sequence[Request], mode: str) -> None:
         for request in requests:
             check_limit(request.max_new_tokens)
+            if request.save_prompt_cache is not None:
+                check_prompt_cache(as_path("save_prompt_cache", request.save_prompt_cache), saved=False)
         header, data = run_command(requests, mode, self._info.release, self._options)
         kept = self._kept(requests)
+        empties = self.observed.empties_template(requests, fresh=kept == 0)
+        added = 0 if empties else max(map(self.observed.adds, requests))
         for request in requests:
-            self._check_room(request, kept or 0)
-        limit = self._limit(requests, kept or 0)
+            self._check_room(request, kept or 0, added)
+        limit = self._limit(requests, (kept or 0) + added)
         header["limit"] = limit
         if kept is not None and all(request.length is not None for request in requests):
             header["max_new_tokens"] = limit
@@ -163,14 +176,13 @@ class Runs:
         limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
         self._late_rows = 0 if mode == "generate" else most_rows
-        self._empty_template(requests, fresh=kept == 0)
-        self.observed.begins()
+        if empties:
+            self._empty_template()
+        self.observed.begins(fresh=kept == 0)
         self._holder, self.active = weakref.ref(mine), self._connection.number + 1
         self._connection.begin(header, data, mode=mode, **limits)
 
-    def _empty_template(self, requests: Sequence[Request], *, fresh: bool) -> None:
-        if not self.observed.empties_template(requests, fresh=fresh):
-            return
+    def _empty_template(self) -> None:
         try:
             self._connection.ask(method("set_chat_template", "", "", ""), self._options.token_timeout)
         except RunError as error:
@@ -190,7 +202,7 @@ class Runs:
             return None
         return max([0, *sizes_of(reply)])
 
-    def _limit(self, requests: Sequence[Request], kept: int) -> int:
+    def _limit(self, requests: Sequence[Request], before: int) -> int:
         """The most tokens of an answer; -1 only for a library that does not report its context.
 
         Boards are reported not to end an answer when the context is full, but to drop the oldest tokens, the prompt
@@ -200,16 +212,18 @@ class Runs:
         if not self._info.max_context or (asked > 0 and self._options.n_keep is not None):
             return asked
         longest = max(request.length or 0 for request in requests)
-        room = max(1, self._info.max_context - RESERVED - kept - longest)
+        room = max(1, self._info.max_context - RESERVED - before - longest)
         return min(asked, room) if asked > 0 else room
 
-    def _check_room(self, request: Request, kept: int) -> None:
-        length, most = len(request.tokens), self._info.max_context
+    def _check_room(self, request: Request, kept: int, added: int) -> None:
+        length, most = len(request.tokens) + added, self._info.max_context
+        template = f" with the {added:,} of the runtime's own template" if added else ""
         # A conversation that is continued would lose its beginning to the last places.
         continues = f" after the conversation's {kept:,}" if kept and self._options.n_keep is None else ""
         if 0 < most <= (length + kept + RESERVED if continues else length):
             raise ContextFullError(
-                f"The prompt has {length:,} tokens{continues}, but prompt and answer together must fit into {most:,}.",
+                f"The prompt has {length:,} tokens{template}{continues}, but prompt and answer together must fit into"
+                f" {most:,}.",
                 details={"prompt_tokens": length, "max_context": most},
             )
 
@@ -307,7 +321,8 @@ class Runs:
 
     def _forgotten(self) -> bool:
         """Whether nobody will end the current run: an interrupt came while it was being ended, or even before."""
-        return self._abandoned or self._goes_on(None)
+        holder = self._holder()
+        return self._abandoned or (self.active is not None and (holder is None or holder.over))
 
     def _abandon(self, mine: _Holder | None) -> bool:
         """Abort this run if it is going on. If interrupted while it ends, leave the rest to the next run."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from rkruntime.abi import CALLABLE, RELEASES, Release, abi_of, release_named, since
 from rkruntime.errors import LibraryError
-from rkruntime.files import AnyPath, as_path
+from rkruntime.files import AnyPath, as_path, open_regular
 from rkruntime.folders import hint_if_hidden
 from rkruntime.library.elf import ElfFile, read_elf
 from rkruntime.schema import check_value
@@ -131,7 +131,7 @@ def _versions(data: mmap.mmap | bytes) -> tuple[list[str], list[str]]:
 def _look(path: Path) -> tuple[ElfFile, list[str], list[str]]:
     """The file's head, its version texts, and the releases that they name."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return read_elf(path, data), *_versions(data)
     except ValueError as error:  # mmap of an empty file
         raise LibraryError(f"{path} is empty.") from error

@@ -88,7 +88,9 @@ def _make_folder(folder: Path) -> None:
 
 def _refuse_living(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
-        probe.connect(str(path))
+        probe.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # its queue is full, as that of a daemon that does not answer
+            probe.connect(str(path))
         raise UsageError(f"A daemon already listens on {path}.", hint="Stop it, or name another with --socket.")
 
 

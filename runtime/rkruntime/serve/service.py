@@ -126,10 +126,12 @@ class Run:
 
     Attributes:
         reader: Reader of its answer; set once its prompt is made.
+        closing: Set once somebody has stopped it, such as a client that is gone.
     """
 
     def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
         self.reader: AnswerReader | None = None
+        self.closing = asyncio.Event()
         self._items: list[Item] = []
         self._error: BaseException | None = None
         self._ended = False
@@ -168,6 +170,7 @@ class Run:
 
     async def close(self) -> None:
         """Stop the run if it is in progress, and wait for it; may be called from anywhere, and twice."""
+        self.closing.set()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 

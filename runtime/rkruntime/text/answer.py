@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -163,12 +163,15 @@ def stream_answer(
         RunError, WorkerError: From the engine.
     """
     reader = AnswerReader(vocabulary, len(request.tokens), stop)
-    with closing(engine.generate(request)) as events:
+    events = engine.generate(request)
+    try:
         for event in events:
             if text := reader.feed(event):
                 yield text
             if reader.done:
                 break
+    finally:
+        events.close()
     yield reader.answer()
 
 

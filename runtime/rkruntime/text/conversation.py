@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from rkruntime.errors import InputError, OutputError, UsageError
-from rkruntime.files import AnyPath, as_path, atomic_file
+from rkruntime.files import AnyPath, as_path, atomic_file, read_regular
 from rkruntime.schema import check_value
 from rkruntime.text.answer import Answer
 from rkruntime.text.template import Message
@@ -125,9 +125,7 @@ def read_conversation(path: AnyPath) -> dict[str, Any]:
     """Read what `write_conversation` wrote. Raises InputError."""
     path = as_path("path", path)
     try:
-        if path.stat().st_size > _MAX_FILE:
-            raise InputError(f"{path} is larger than {_MAX_FILE >> 20} MiB: no conversation is that long.")
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path, _MAX_FILE))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

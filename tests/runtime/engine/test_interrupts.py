@@ -31,7 +31,8 @@ from rkruntime.model import Model, open_model
 UNRAISABLE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 # "What is the RK3588?" for the demo model.
 QUESTION = [2, 106, 451, 364, 472, 474, 441, 477, 373, 375, 378, 378, 381, 107, 364, 106, 443, 364]
-PACKAGE = str(Path(rkruntime.__file__).parent)
+# Where steps are counted: Python's own context managers run ours.
+PLACES = (str(Path(rkruntime.__file__).parent), contextlib.__file__)
 REQUEST, SHORT = Request(QUESTION, max_new_tokens=12), Request(QUESTION, max_new_tokens=3)
 
 
@@ -77,16 +78,20 @@ def test_no_answer_is_another_ones(bundle: Bundle, seed: int, monkeypatch: pytes
 class Steps:
     """A profile function that interrupts the runtime once, where a signal could: as a function begins or C returns.
 
-    Python looks for signals there and at the end of a loop's body, but not between two assignments.
+    Python looks for signals there and at the end of a loop's body, but not between two assignments, nor as a generator
+    begins to close.
     """
 
     def __init__(self, left: int) -> None:
         self.left = left
+        self._closes = False
 
-    def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PACKAGE):
-            self.left -= 1
+    def __call__(self, frame: FrameType, event: str, called: Any) -> None:
+        closes, self._closes = self._closes, event == "c_call" and called.__name__ == "close"
+        if event == "c_return" or (event == "call" and not closes):
+            self.left -= frame.f_code.co_filename.startswith(PLACES)
             if self.left == 0:
+                self.left = -1
                 raise Interrupt
 
 
@@ -101,7 +106,8 @@ def interrupt_steps(first: int, stride: int, opened: Callable[[], Any], asked: C
         try:
             asked(model)
         except Interrupt:
-            pass
+            sys.setprofile(None)
+            assert asked(model) == expected  # while the error still holds what it went through
         finally:
             sys.setprofile(None)
         step += stride
@@ -113,7 +119,7 @@ def interrupt_steps(first: int, stride: int, opened: Callable[[], Any], asked: C
 Case = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
-@pytest.fixture(params=["generate", "logits", "callback", "wrapped", "ask"])
+@pytest.fixture(params=["generate", "closed", "logits", "callback", "wrapped", "ask", "stop"])
 def case(
     request: pytest.FixtureRequest,
     bundle: Bundle,
@@ -131,16 +137,27 @@ def case(
         engine.set_chat_template("", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n")
         return ids_of(engine.generate(SHORT))
 
+    def closed(engine: Engine) -> Any:
+        events = engine.generate(REQUEST)
+        first = next(events)
+        events.close()
+        return first
+
     if request.param == "wrapped":
         monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
     sampling = SamplingOptions(temperature=0, max_new_tokens=3)
     text = Request(prompt=TextPrompt("What is the RK3588?"), max_new_tokens=3)
     cases: dict[str, Case] = {
         "generate": (lambda: load(token_timeout=4.0), lambda engine: ids_of(engine.generate(SHORT))),
+        "closed": (lambda: load(token_timeout=4.0), closed),
         "logits": (lambda: load(token_timeout=4.0), lambda engine: engine.logits(SHORT).tolist()),
         "wrapped": (lambda: load("1.2.0", token_timeout=4.0), wrapped),
         "callback": (callback, lambda engine: ids_of(engine.generate(text))),
         "ask": (lambda: open_model(bundle, sampling=sampling), lambda model: model.ask("What is prefill?").text),
+        "stop": (
+            lambda: open_model(bundle, sampling=sampling),
+            lambda model: model.ask("What is an NPU?", stop=" ").text,
+        ),
     }
     return cases[request.param]
 
@@ -271,6 +288,27 @@ def test_a_continued_prompt_that_does_not_fit(release: str, load: Callable[..., 
     assert engine.cache_sizes() == [kept]
     ids(engine.generate(Request(more, max_new_tokens=4, keep_history=True)))
     assert kept + len(more) <= engine.cache_sizes()[0] <= 64
+
+
+@pytest.mark.parametrize("release", ["1.2.3", "1.3.0"])
+@pytest.mark.parametrize("keep_history", [False, True])
+def test_a_conversation_with_the_runtimes_own_template(
+    release: str, keep_history: bool, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the template adds to each prompt is counted, so the conversation loses nothing of its beginning."""
+    monkeypatch.setenv("RKEMU_GUESS", "tokens-wrapped")
+    engine = load(release, max_context=128)
+    ids(engine.generate(Request(QUESTION, max_new_tokens=1, keep_history=keep_history)))
+    assert [finding.code for finding in engine.findings] == ["token-input-wrapped"]
+    (kept,) = engine.cache_sizes()
+    with pytest.raises(ContextFullError, match="runtime's own template"):
+        while True:
+            (*_, finished) = engine.generate(Request([451] * 8, max_new_tokens=4, keep_history=True))
+            before, (kept,) = kept, engine.cache_sizes()
+            assert before + finished.perf.prefill_tokens < kept + 1 <= 128
+            assert finished.perf.prefill_tokens > 8
+    assert engine.cache_sizes() == [kept]
+    assert kept + finished.perf.prefill_tokens + 4 >= 128  # and nothing is refused that has room
 
 
 @pytest.mark.parametrize("release", ["1.2.3", "1.3.0"])

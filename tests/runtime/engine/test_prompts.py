@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,20 @@ def test_an_abort_while_a_callback_is_asked(load: Load, model_without: Any, ques
     assert isinstance(events[-1], Finished)
     assert events[-1].reason is FinishReason.ABORT
     assert list(engine.generate(request))[:-1] == expected
+
+
+@pytest.mark.parametrize("kind", ["nothing", "no folder", "fifo", "folder"])
+def test_a_prompt_cache_is_a_file(kind: str, load: Load, tmp_path: Path) -> None:
+    """The library would say that the model cannot be opened, or wait for whoever writes to a FIFO."""
+    engine = load(token_timeout=4.0)
+    path = tmp_path / ("no" if kind == "no folder" else ".") / "cache"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(RunError, match="prompt cache"):
+        engine.load_prompt_cache(path)
+    if kind != "nothing":
+        with pytest.raises(RunError, match="prompt cache"):
+            list(engine.generate(Request([2, 106], max_new_tokens=1, save_prompt_cache=path)))
+    assert list(engine.generate(Request([2, 106], max_new_tokens=1)))

@@ -22,6 +22,7 @@ from rkruntime.engine.engine import Engine
 from rkruntime.errors import (
     HostError,
     LibraryError,
+    RunError,
     WorkerCrashedError,
     WorkerError,
 )
@@ -149,9 +150,14 @@ def test_a_killed_parent_takes_all_along(misbehaving: Misbehaving, tmp_path: Pat
     command = [sys.executable, "-c", program, str(options.library), str(options.model)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
-        assert [parent.stdout.readline() for _ in range(3)] == [b"100\n", b"101\n", b"102\n"]
-        assert len(running(f"RKMARK={tmp_path}")) == 6
-        parent.kill()
+        try:
+            assert [parent.stdout.readline() for _ in range(3)] == [b"100\n", b"101\n", b"102\n"]
+            deadline = time.monotonic() + 20
+            while len(running(f"RKMARK={tmp_path}")) != 6 and time.monotonic() < deadline:
+                time.sleep(0.05)  # its daemons may have forked, and not be programs of their own yet
+            assert len(running(f"RKMARK={tmp_path}")) == 6
+        finally:
+            parent.kill()
     deadline = time.monotonic() + 20
     while running(f"RKMARK={tmp_path}") and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -224,3 +230,27 @@ def test_the_kernel_kills_the_worker_first(misbehaving: Any, worker_of: Any) -> 
     with Engine.load(misbehaving("fine")) as engine:
         assert int(Path(f"/proc/{worker_of(engine)}/oom_score_adj").read_text()) >= 500
     assert int(Path("/proc/self/oom_score_adj").read_text()) < 500
+
+
+@pytest.mark.parametrize("victim", ["the worker", "the next run"])
+def test_an_end_is_not_explained_by_what_an_earlier_run_said(
+    victim: str,
+    load: Callable[..., Engine],
+    worker_of: Callable[[Engine], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RKEMU_FAULT", "" if victim == "the worker" else "error-token=3")
+    monkeypatch.setenv("RKEMU_TOKEN_US", "300000")
+    engine = load(token_timeout=4.0)
+    (tmp_path / "cache").write_bytes(b"of another model")
+    with pytest.raises(RunError) as caught:
+        engine.load_prompt_cache(tmp_path / "cache")
+    assert caught.value.details["diagnosis"]["class"] == "prompt-or-kv-cache"
+    if victim == "the worker":
+        threading.Timer(0.1, os.kill, (worker_of(engine), signal.SIGKILL)).start()
+    with pytest.raises((RunError, WorkerCrashedError)) as caught:
+        list(engine.generate(replace(REQUEST, max_new_tokens=40)))
+    found = caught.value.details["diagnosis"]
+    assert found["class"] != "prompt-or-kv-cache"
+    assert victim != "the worker" or "Diagnosis" not in caught.value.hint

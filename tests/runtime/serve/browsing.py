@@ -16,6 +16,13 @@ DRIVER = shutil.which("chromedriver")
 BROWSER = shutil.which("chromium")
 
 
+# An API key in sessionStorage stays.
+_FORGET_DRAFTS = """
+    for (const place of [localStorage, sessionStorage])
+        for (const name of Object.keys(place)) if (name.startsWith("rkedge.draft.")) place.removeItem(name);
+"""
+
+
 @contextmanager
 def chromium(*arguments: str) -> Iterator[webdriver.Chrome]:
     """A browser with more arguments."""
@@ -44,7 +51,7 @@ class Page:
         self.browser = browser
         self.url = url
         browser.get(url + "/health")
-        browser.execute_script("localStorage.clear()")
+        browser.execute_script(_FORGET_DRAFTS)
         browser.get(url)
         self._wait_ready()
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pwd
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from rkruntime import cli
+from rkruntime.chat import attach
 from rkruntime.chat.attach import GONE, Bridge
+from rkruntime.errors import ServiceError
 
 from .conftest import acting_as
 
@@ -190,6 +193,28 @@ def test_a_stop_right_behind_the_question_is_heard(start_daemon: Callable[..., A
         events = [json.loads(line) for line in client.seen.splitlines()]
         assert statuses(events) == [499]
         assert "done" not in [event["type"] for event in events]
+
+
+def test_a_daemon_that_freezes_is_given_up(start_daemon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not one that has nothing to send yet, however long that takes."""
+    monkeypatch.setattr(attach, "_EVERY_S", 0.1)
+    monkeypatch.setattr(attach, "_FROZEN_S", 1)
+    reads = start_daemon(port=False, RKEMU_PROMPT_TOKEN_US="150000", RKEMU_TOKEN_US="300000")
+    ask = {"op": "ask", "session": "a", "body": {"content": "What is the RK3588?", "max_tokens": 4}}
+    assert statuses(told(reads.socket, None, ask)) == [200]
+    thaw = threading.Timer(15, reads.process.send_signal, [signal.SIGCONT])
+    freeze = threading.Timer(1, reads.process.send_signal, [signal.SIGSTOP])
+    thaw.start()
+    freeze.start()
+    try:
+        *_, end = told(reads.socket, None, ask)
+        assert (end["status"], end["body"]["error"]["code"]) == (502, GONE)
+        assert "answered nobody for 1 second" in end["body"]["error"]["message"]
+        with pytest.raises(ServiceError, match="does not answer"):
+            attach.fetch(reads.socket, "/api/generate", {"model": ""})
+    finally:
+        thaw.cancel()
+        reads.process.send_signal(signal.SIGCONT)
 
 
 def test_without_a_daemon_there_is_an_end(tmp_path: Path) -> None:

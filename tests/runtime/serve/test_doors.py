@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from rkruntime.chat.attach import UnixConnection
 from rkruntime.errors import UsageError
 from rkruntime.serve.doors import door_of
+from rkruntime.serve.server import unix_socket
 
 from .conftest import acting_as, read_response
 
@@ -340,3 +341,20 @@ def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
         door_of(inherited, {})
         with socket.create_connection(listener.getsockname()[:2]), listener.accept()[0] as one:
             assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_socket_of_a_daemon_that_accepts_nobody(tmp_path: Path) -> None:
+    """Nobody waits for it, and it is not taken for an old one."""
+    path = tmp_path / "socket"
+    with ExitStack() as opened:
+        listener = opened.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(path))
+        listener.listen(0)
+        for _ in range(4):
+            client = opened.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.connect(str(path))
+        with pytest.raises(UsageError, match="already listens"):
+            unix_socket(path, 0o600)
+    unix_socket(path, 0o600).close()  # now it is an old one

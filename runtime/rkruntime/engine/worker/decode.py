@@ -58,10 +58,13 @@ def error_of(record: Record) -> RKEdgeError:
     return kind(message, hint=hint)
 
 
-def add_log(error: RKEdgeError, lines: Sequence[str], *, loading: bool, ran_out: bool | None) -> None:
-    """Add the last lines of the library's log to an error, and their diagnosis.
+def add_log(
+    error: RKEdgeError, lines: Sequence[str], recent: Sequence[str], *, loading: bool, ran_out: bool | None
+) -> None:
+    """Add the last lines of the library's log to an error, and a diagnosis.
 
     Args:
+        recent: Those of the load and of what failed; what it had printed in between was about something else.
         loading: Whether the model was not loaded yet.
         ran_out: Whether the kernel killed a process for lack of memory meanwhile; None if it does not say.
     """
@@ -77,7 +80,7 @@ def add_log(error: RKEdgeError, lines: Sequence[str], *, loading: bool, ran_out:
         if error.message.startswith("rkllm_load_lora "):
             # For an adapter that cannot be read, the log says "model"; adapters are read after the model.
             ending.append("rkllm_load_lora failed")
-        found = diagnose("\n".join([*lines, *ending]), context={"library": "librkllmrt"})
+        found = diagnose("\n".join([*recent, *ending]), context={"library": "librkllmrt"})
         if killed:
             error.hint = _killed_hint(ran_out)
         if likely and not found.explained:

@@ -62,6 +62,7 @@ class WorkerProcess:
 
     Attributes:
         log: The last lines that it printed, with control characters escaped.
+        printed: How many lines it has printed in all.
         alarm: The first line, since this was last cleared, that says that a run's results are wrong.
         log_open: Whether more lines may follow.
         owner: The process that may use it.
@@ -79,6 +80,7 @@ class WorkerProcess:
         self._on_log = on_log
         self.owner = Owner()
         self.log: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.printed = 0
         self.alarm = ""
         self.log_open = True
         self.watchers: dict[tuple[object, int], object] = {}
@@ -307,6 +309,7 @@ class WorkerProcess:
 
     def _keep(self, text: str) -> None:
         self.log.append(text)
+        self.printed += 1
         if self._on_log:
             self._on_log(text)
 

@@ -132,3 +132,35 @@ def without_answer_to(data: Mapping[str, Any], question: str, number: str) -> Ma
         return {key: value for key, value in data.items() if key != "broken"} if again else data
     *before, asked, _ = data["messages"] if len(data["messages"]) > 1 else [{}, {}]
     return {**data, "messages": before} if asked.get("content") == question else data
+
+
+def check_after(data: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+    """Check that a session is the one that the client knows, if it says what that is (`after`).
+
+    Raises:
+        BodyError: Another client has changed it, or has begun one of that name (409).
+        NoSuchSessionError: It is gone.
+    """
+    if "after" not in body:
+        return
+    used = data["messages"] or "broken" in data
+    if not used and body["after"]:
+        raise NoSuchSessionError(
+            "The daemon does not have this conversation: it was deleted or cleared elsewhere, or could not be kept.",
+            hint="Ask again to begin a new one.",
+        )
+    number = data.get("number")
+    known = bool(number) and number in (body["after"], body.get("id"))
+    # One that is about to begin may have been given the same system prompt before.
+    taken = not body["after"] and data["system"] not in ("", body.get("system", data["system"]))
+    if taken or (used and not known):
+        raise changed_elsewhere()
+
+
+def changed_elsewhere() -> BodyError:
+    """The error for a client that does not know the last answer of a session."""
+    return BodyError(
+        "The daemon has this conversation otherwise: it has gone on elsewhere, or its last answer could not be kept.",
+        hint="Look at what there is now, and ask again.",
+        details={"status": 409, "code": "session_changed"},
+    )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from starlette.requests import Request
@@ -42,6 +43,8 @@ from rkruntime.serve.api.last_answer import (
     Received,
     age,
     answer_options,
+    changed_elsewhere,
+    check_after,
     checked,
     moment,
     with_broken,
@@ -54,6 +57,11 @@ from rkruntime.serve.users import User, check_name
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
 from rkruntime.text.template import Message
+
+# Seconds in which the daemon notices that a client has gone, which may ask something else at once.
+_GOING_S: Final = 0.5
+# Seconds for which a conversation is not given to others while an answer that was stopped is added to it.
+_KEEPING_S: Final = 3.0
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -137,6 +145,13 @@ class _Turn:
         return {**self.conversation.as_dict(), "number": self.number, "broken": broken}
 
 
+class _Current(NamedTuple):
+    """A run that answers in a session, and the client's name for its answer."""
+
+    run: Run
+    number: str
+
+
 def _update(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a change, with its `conversation` reduced to what belongs there. Raises BodyError."""
     refuse_together(body, "clear", "conversation")
@@ -163,7 +178,7 @@ class SessionEndpoints:
         self._service = service
         self._store = service.sessions
         self._bodies = bodies
-        self._runs: dict[_Place, Run] = {}
+        self._runs: dict[_Place, _Current] = {}
         self._locks: WeakValueDictionary[_Place, asyncio.Lock] = WeakValueDictionary()
 
     def routes(self) -> list[Route]:
@@ -190,6 +205,9 @@ class SessionEndpoints:
 
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
+        if (current := self._runs.get(place)) and current.run.closing.is_set():
+            # What there is of its answer is being kept; a library that hangs is not waited for.
+            await asyncio.wait([asyncio.ensure_future(current.run.close())], timeout=_KEEPING_S)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
         return await read_in_thread(lambda: json_response(with_broken(self._stored(place))))
 
@@ -204,6 +222,7 @@ class SessionEndpoints:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionUpdate", _update)
         async with self._order(place):
+            await self._check_idle(place, body)
             await self._take_over(place)
             if "conversation" in body:
                 await while_connected(request, self._check_template(request, body))
@@ -222,6 +241,8 @@ class SessionEndpoints:
             raise _not_a_conversation(error.message) from error
 
     def _write_changed(self, place: _Place, body: Mapping[str, Any]) -> None:
+        if "after" in body:
+            check_after(self._data(place), body)
         stored = None if "conversation" in body else self._data(place)
         data = body["conversation"] if stored is None else stored
         system = body.get("system", data["system"])
@@ -252,18 +273,30 @@ class SessionEndpoints:
 
     async def _take_over(self, place: _Place) -> None:
         """A session gives one answer at a time: a new request, perhaps over a new connection, ends the old one."""
-        run = self._runs.pop(place, None)
-        if run is not None:
-            await run.close()
+        current = self._runs.pop(place, None)
+        if current is not None:
+            await current.run.close()
+
+    async def _check_idle(self, place: _Place, body: Mapping[str, Any]) -> None:
+        """Raise BodyError if an answer is being written that this client does not know of."""
+        current = self._runs.get(place)
+        if current and "after" in body and current.number not in (body["after"], body.get("id")):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(current.run.closing.wait(), _GOING_S)
+                return  # what is kept of it decides
+            raise changed_elsewhere()
 
     async def _ask(self, request: Request) -> Response:
         place = _Place.of(request)
         body = await self._bodies.read(request, "SessionMessage")
         drop = bool(body.get("drop_oldest"))
         async with self._order(place):
+            await self._check_idle(place, body)
             await self._take_over(place)
             question, number = body["content"], body.get("id", "")
-            data = without_answer_to(await read_in_thread(self._data, place), question, number)
+            stored = await read_in_thread(self._data, place)
+            check_after(stored, body)
+            data = without_answer_to(stored, question, number)
             run = self._start(request, place, _Turn(data, question, number, answer_options(body), drop))
         return await self._answer(request, place, run, 0)
 
@@ -307,7 +340,8 @@ class SessionEndpoints:
 
         wanted = generation_request(request, turn.prompt, turn.options, turn.options.get("max_tokens"), save)
         # Registered while it still waits for its turn.
-        run = self._runs[place] = self._service.start(wanted)
+        run = self._service.start(wanted)
+        self._runs[place] = _Current(run, turn.number)
         return run
 
     def _save(self, place: _Place, turn: _Turn, answer: Answer, whole: bool) -> None:
@@ -319,7 +353,7 @@ class SessionEndpoints:
         async def close() -> None:
             # Requests that arrive meanwhile wait for it too, and find what was kept.
             await run.close()
-            if self._runs.get(place) is run:
+            if (current := self._runs.get(place)) and current.run is run:
                 del self._runs[place]
 
         try:

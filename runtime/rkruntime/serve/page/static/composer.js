@@ -9,14 +9,18 @@ let draft = {};
 
 export const typed = () => field.value;
 
-/** Show the draft of a conversation, in which the daemon has the answer `number`. Returns the draft's system prompt. */
-export function useDraft(name, number = "") {
+/** Show the draft of a conversation; returns the draft's system prompt. */
+export function useDraft(name) {
   slot = name;
   draft = drafts.read(name);
-  const { sent, id, text, system = "" } = draft;
-  draft = { system };
-  set(join(id === number ? "" : sent, text));
-  return system;
+  set(draft.text ?? "");
+  return draft.system ?? "";
+}
+
+/** What was on its way comes back, unless the daemon's last answer, `number`, is to that. */
+export function settleDraft(number = "") {
+  const { sent, id } = draft;
+  giveBack(id === number ? "" : sent);
 }
 
 export function set(text) {

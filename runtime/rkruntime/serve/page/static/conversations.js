@@ -38,12 +38,12 @@ function entry({ name, title, changed }, isCurrent, removed) {
   return element("li", {}, link, remove);
 }
 
-/** A name for a new conversation, by which `rkedge chat --session` finds it too: from its first words, and not taken. */
-export async function freeName(question) {
+/** A name for a new conversation, by which `rkedge chat --session` finds it too: from its first words, not one of `tried`. */
+export async function freeName(question, tried) {
   const plain = question.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
   const words = plain.match(/[a-z0-9]+/g) ?? ["chat"];
   const start = words.join("-").slice(0, 40).replace(/-$/, "");
-  const taken = new Set((await daemon.list()).map(({ name }) => name));
+  const taken = new Set([...tried, ...(await daemon.list()).map(({ name }) => name)]);
   for (let count = 1; ; count++) {
     const name = count > 1 ? `${start}-${count}` : start;
     if (!taken.has(name)) return name;

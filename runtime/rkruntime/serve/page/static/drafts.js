@@ -1,5 +1,7 @@
-// What was typed and is not with the daemon yet: it outlives a reload. By conversation; "" is the one to come.
+// What was typed and is not with the daemon yet: it outlives a reload, and the browser. By conversation; "" is the one to
+// come. Each tab has its own, and a new one begins with what was typed last in any.
 
+const PLACES = ["sessionStorage", "localStorage"];
 const at = (name) => `rkedge.draft.${name}`;
 
 /**
@@ -8,18 +10,25 @@ const at = (name) => `rkedge.draft.${name}`;
  * system: the system prompt of a conversation that is not kept yet.
  */
 export function read(name) {
-  try {
-    return JSON.parse(localStorage.getItem(at(name))) ?? {};
-  } catch {
-    return {};
+  for (const place of PLACES) {
+    try {
+      const draft = JSON.parse(window[place].getItem(at(name)));
+      if (draft) return draft;
+    } catch {
+      // Storage is off, or somebody else's text is in it.
+    }
   }
+  return {};
 }
 
 export function keep(name, draft) {
-  try {
-    if (draft.text || draft.sent || draft.system) localStorage.setItem(at(name), JSON.stringify(draft));
-    else localStorage.removeItem(at(name));
-  } catch {
-    // Storage is off or full: then the draft lasts as long as the page.
+  const whole = draft.text || draft.sent || draft.system;
+  for (const place of PLACES) {
+    try {
+      if (whole) window[place].setItem(at(name), JSON.stringify(draft));
+      else window[place].removeItem(at(name));
+    } catch {
+      // Storage is off or full: then the draft lasts as long as the page.
+    }
   }
 }

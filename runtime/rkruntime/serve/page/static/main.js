@@ -13,8 +13,12 @@ const QUESTIONS = {
 };
 const SAME = "Word for word the same: with the daemon's settings for sampling, this model does not vary its answers.";
 
+// Codes of the daemon's errors.
+const CHANGED = "session_changed", GONE = "session_not_found";
+
 /** A conversation. What is written into it after another one was opened changes nothing that is shown. */
 class Chat {
+  known = Promise.resolve(true); // whether it is known what the daemon has of it
   kept = false; // whether the daemon has any of it
   system = "";
   number = ""; // the last answer's id, by which it can be continued and replaced
@@ -22,6 +26,7 @@ class Chat {
   answer = null; // the last one
   drop = false; // whether the oldest turns may be forgotten to make room
   pending = {}; // the last question that was sent, with its id
+  made = false; // whether the daemon was given the system prompt of one that it does not keep yet
 
   constructor(name) {
     this.name = name;
@@ -43,25 +48,31 @@ async function open(name) {
   byId("turns").replaceChildren();
   composer.problem();
   if (byId("side").matches(":popover-open")) byId("side").hidePopover();
-  if (name === null) chat.system = composer.useDraft("");
-  else await load(own);
+  const system = composer.useDraft(name ?? "");
+  if (name === null) {
+    own.system = system;
+    composer.settleDraft();
+  } else await (own.known = load(own));
   if (own !== chat) return;
   arrange();
   list();
 }
 
+/** Show what the daemon has of a conversation; returns whether that is known. */
 async function load(own) {
   try {
     const data = await daemon.read(own.name);
-    if (own !== chat) return;
+    if (own !== chat) return false;
     own.kept = true;
     own.system = data.system;
     own.number = data.number ?? "";
     show(data);
+    composer.settleDraft(own.number);
+    return true;
   } catch (error) {
-    if (own === chat) composer.problem(error.message, button("Try again", () => open(own.name)));
+    if (own === chat) composer.problem(error.message, button("Try again", () => open(own.name)), ...elsewhere(error));
+    return false;
   }
-  if (own === chat) composer.useDraft(own.name, own.number);
 }
 
 function show({ messages, broken }) {
@@ -98,7 +109,7 @@ async function remove(name) {
     if (name === chat.name) running?.abort();
     await daemon.remove(name);
   } catch (error) {
-    if (error.code !== "session_not_found") return composer.problem(error.message);
+    if (error.code !== GONE) return composer.problem(error.message);
   }
   if (name === chat.name) startNew();
   else list();
@@ -153,7 +164,7 @@ async function write(answer, events, begun = () => {}) {
     if (!waits || answer.text) answer.ended(stopped(error) ? "Stopped." : error.message);
   }
   answer.busy = false;
-  answer.offer({ again: true, onward: failure && failure.code !== "session_not_found" });
+  answer.offer({ again: true, onward: failure && failure.code !== GONE });
   if (running === control) idle();
   await answer.whole();
   return failure;
@@ -167,7 +178,9 @@ function idle() {
 const stopped = (error) => error.name === "AbortError";
 
 async function send(text) {
-  if (running) return;
+  const asked = chat;
+  // Before, it would not be known what the question follows.
+  if (!(await asked.known) || running || asked !== chat) return;
   const own = chat, before = { question: chat.question, answer: chat.answer, number: chat.number };
   // The daemon replaces what it may have of the same question under the same id.
   const again = own.pending.text === text, id = again ? own.pending.id : fresh();
@@ -192,15 +205,32 @@ async function send(text) {
   question.remove();
   answer.box.remove();
   Object.assign(own, before);
-  if (!own.kept && own.name && own.system) await daemon.remove(own.name).catch(() => {});
+  if (!own.kept && own.made) await daemon.remove(own.name).catch(() => {});
+  own.made = false;
   if (own === chat) giveBack(text, failure);
 }
 
-/** Ask, in a conversation that may have to be begun. */
+/** Ask, in a conversation that may have to be begun. The daemon refuses what is not as it is shown here. */
 async function* askIn(own, question, signal) {
-  own.name ??= await freeName(question.content);
-  if (!own.kept && own.system) await daemon.change(own.name, { system: own.system });
-  yield* daemon.ask(own.name, question, signal);
+  if (own.kept) return yield* daemon.ask(own.name, { ...question, after: own.number || undefined }, signal);
+  for (const tried = new Set(); ; own.name = null) {
+    own.name ??= await freeName(question.content, tried);
+    try {
+      if (own.system) await daemon.change(own.name, { system: own.system, after: "" });
+      own.made = Boolean(own.system);
+      return yield* daemon.ask(own.name, { ...question, after: "" }, signal);
+    } catch (error) {
+      if (error.code !== CHANGED) throw error;
+      own.made = false;
+      tried.add(own.name); // somebody else has begun one of that name meanwhile
+    }
+  }
+}
+
+/** What can be done when a conversation is not what is shown, as another tab or somebody else has changed it. */
+function elsewhere({ code }) {
+  if (code === CHANGED) return [button("Show it", () => open(chat.name))];
+  return code === GONE ? [button("Ask in a new chat", move)] : [];
 }
 
 function giveBack(text, failure) {
@@ -212,7 +242,14 @@ function giveBack(text, failure) {
   composer.problem(
     failure.message,
     ...(full ? [button("Forget the oldest turns and send", forget), button("Ask in a new chat", move)] : []),
+    ...(failure.code === CHANGED ? [button("Send anyway", insist)] : []),
+    ...elsewhere(failure),
   );
+}
+
+function insist() {
+  chat.number = "";
+  byId("form").requestSubmit();
 }
 
 function forget() {
@@ -228,11 +265,11 @@ function move() {
 }
 
 async function regenerate(earlier) {
-  const own = chat, { question, number } = own;
+  const own = chat, { question, number } = own, onward = !earlier.continue.hidden;
   const answer = new Answer({ again: regenerate, onward: resume });
   earlier.box.after(answer.box);
   earlier.offer({});
-  const events = (signal) => daemon.ask(own.name, { content: question, id: number, drop_oldest: own.drop }, signal);
+  const events = (signal) => daemon.ask(own.name, { content: question, id: number, after: number, drop_oldest: own.drop }, signal);
   let begun = false;
   const failure = await write(answer, events, () => {
     begun = true;
@@ -244,8 +281,8 @@ async function regenerate(earlier) {
     return list();
   }
   answer.box.remove();
-  earlier.offer({ again: true });
-  if (own === chat && !stopped(failure)) composer.problem(failure.message);
+  earlier.offer({ again: true, onward });
+  if (own === chat && !stopped(failure)) composer.problem(failure.message, ...elsewhere(failure));
 }
 
 async function resume(answer) {
@@ -261,9 +298,9 @@ async function instruct(text = chat.system) {
   const own = chat, given = (await ask(byId("system-dialog"), text))?.trim();
   if (given === undefined || given === own.system) return;
   try {
-    if (own.kept) await daemon.change(own.name, { system: given });
+    if (own.kept) await daemon.change(own.name, { system: given, after: own.number || undefined });
   } catch (error) {
-    return composer.problem(error.message, button("Try again", () => instruct(given)));
+    return composer.problem(error.message, button("Try again", () => instruct(given)), ...elsewhere(error));
   }
   own.system = given;
   if (!own.kept) composer.keepSystem(given);
