@@ -25,3 +25,8 @@ def escaped(document: str) -> str:
 def one_line(text: str) -> str:
     """`text` with control characters and line feeds escaped (`\\x1b`). For messages, names and log lines."""
     return _BREAK.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def well_formed(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can say "\\ud800"."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -91,10 +91,12 @@ def run(
 
     given = {name: values for name, values in wanted.items() if values}
     cells = Wanted(**{"contexts": (USUAL_CONTEXT,), **given}).cells()
-    measured = Results([shipped_folder(), *results])
+    shipped, given_results = Results([shipped_folder()]), Results(results)
     case = Case.of(read_source(model, revision))
+    for note in given_results.left_out(case):
+        say(f"note: {note}", err=True, dim=True)
     loads = [EmulatedLoads(case, lambda line: say(line, err=True, dim=True))] if emulator else []
-    matrix = fill(case, cells, [measured, *loads])
+    matrix = fill(case, cells, [shipped, given_results, *loads])
     if html is not None:
         page.write(matrix, html)
     if markdown is not None:

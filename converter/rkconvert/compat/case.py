@@ -13,6 +13,7 @@ from typing import Final
 from rkconvert.compat.cells import Cell, LoraMode
 from rkconvert.model.shapes import ModelShape, parse_shape
 from rkconvert.plan.source import ModelSource
+from rkconvert.rules.context import CONTEXT_STEP
 from rkconvert.rules.quantized_types import PLATFORMS, cores, known_types
 from rkruntime.abi import CALLABLE, check_release
 from rkruntime.errors import UsageError
@@ -66,8 +67,10 @@ class Wanted:
                 if value not in known:
                     raise UsageError(f"There is no {name} {value!r}.", hint=f"There are {', '.join(known)}.")
         for context in self.contexts:
-            if not 32 <= context <= _MOST_CONTEXT:
-                raise UsageError(f"A context has 32 to {_MOST_CONTEXT:,} tokens, not {context:,}.")
+            if context % CONTEXT_STEP or not CONTEXT_STEP <= context <= _MOST_CONTEXT:
+                raise UsageError(
+                    f"A context is a multiple of {CONTEXT_STEP}, up to {_MOST_CONTEXT:,} tokens; {context:,} is not."
+                )
 
     def cells(self) -> list[Cell]:
         """The product of all dimensions, in order."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rkconvert.compat.case import Case
 from rkconvert.compat.cells import Cell, Evidence, Level, Status
@@ -17,20 +18,31 @@ from rkconvert.emulated.model_file import write_sizes_only
 from rkconvert.model.gemma import GemmaConfig, parse_config
 from rkconvert.plan.prediction import nearest
 from rkconvert.rules.quantized_types import accepted, cores
+from rkconvert.tensors.shards import read_json
 from rkruntime.abi import EMULATED
 from rkruntime.checks.diagnosis import diagnose
 from rkruntime.engine.engine import Engine
 from rkruntime.engine.loading import LoadOptions
 from rkruntime.engine.open import provided_library
-from rkruntime.errors import CheckpointError, LoadError, RefusedError
+from rkruntime.errors import CheckpointError, InputError, LoadError, RefusedError
 from rkruntime.files import atomic_file
 from rkruntime.folders import own_folder
+from rkruntime.schema import build
 
 _SOURCE: Final = "docs/emulator.md, NPU memory: rules that reported sizes imply; not measured on a board"
 _SOC: Final = "rk3588"
 _KEPT_LINES: Final = 12
 # The class of a failure that is about NPU memory; any other one would be a fault of the file or of the emulator.
 _NO_ROOM: Final = "npu-address-space-exhausted"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Whether a file was loaded, what that showed, and if it failed the last lines of the log."""
+
+    loads: bool
+    says: str
+    log: tuple[str, ...] = ()
 
 
 class EmulatedLoads:
@@ -72,27 +84,23 @@ class EmulatedLoads:
             return
         outcome = self._remembered(cell)
         if outcome is not None:
-            status = Status.WORKS if outcome["loads"] else Status.FAILS
+            status = Status.WORKS if outcome.loads else Status.FAILS
             release = nearest(EMULATED, cell.release)
             other = "" if release == cell.release else f" With the emulator of {release}."
-            yield Evidence(
-                status, Level.EMULATED, f"{outcome['says']}{other}", _SOURCE, partial=True, log=tuple(outcome["log"])
-            )
+            yield Evidence(status, Level.EMULATED, f"{outcome.says}{other}", _SOURCE, partial=True, log=outcome.log)
 
-    def _remembered(self, cell: Cell) -> Mapping[str, Any] | None:
+    def _remembered(self, cell: Cell) -> _Outcome | None:
         """The outcome of an earlier load of the same sizes in the same emulator, else of one now."""
         library = self._library(cell.release)
         key = "\0".join([str(library), self._case.digest, cell.type, str(cell.context), str(cell.cores)])
         path = own_folder("cache") / "compat" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-        with suppress(OSError, ValueError):
-            known = json.loads(path.read_text("utf-8"))
-            if isinstance(known, dict) and known.keys() == {"loads", "says", "log"}:
-                return known
+        with suppress(InputError):
+            return build(_Outcome, read_json(path, InputError), InputError)
         outcome = self._load(library, cell)
         if outcome is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial:
-                partial.write_text(json.dumps(outcome), encoding="utf-8")
+                partial.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
         return outcome
 
     def _library(self, release: str) -> Path:
@@ -101,7 +109,7 @@ class EmulatedLoads:
             self._libraries[emulated] = provided_library("emulator", emulated, self._progress)
         return self._libraries[emulated]
 
-    def _load(self, library: Path, cell: Cell) -> dict[str, Any] | None:
+    def _load(self, library: Path, cell: Cell) -> _Outcome | None:
         assert self._config is not None
         with tempfile.TemporaryDirectory(prefix="rkedge-compat-") as folder:
             model, state = Path(folder) / "sizes.rkemu", Path(folder) / "npu"
@@ -118,16 +126,13 @@ class EmulatedLoads:
             )
             try:
                 with Engine.load(options):
-                    return {"loads": True, "says": _placed(state), "log": []}
+                    return _Outcome(True, _placed(state))
             except LoadError as error:
                 diagnosis = diagnose("\n".join(error.log))
                 if diagnosis.class_ != _NO_ROOM:
                     raise
-                return {
-                    "loads": False,
-                    "says": f"{diagnosis.title}.",
-                    "log": [line.replace(f"{folder}/", "") for line in error.log[-_KEPT_LINES:]],
-                }
+                log = (line.replace(f"{folder}/", "") for line in error.log[-_KEPT_LINES:])
+                return _Outcome(False, f"{diagnosis.title}.", tuple(log))
 
 
 def _placed(state: Path) -> str:

@@ -12,11 +12,15 @@ from typing import Annotated, Final, Literal
 
 from rkconvert.compat.case import Case
 from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
+from rkconvert.rules.quantized_types import known_types
 from rkconvert.tensors.shards import read_json
+from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import InputError, InvalidResultError
 from rkruntime.files import read_error
 from rkruntime.resources import resource
 from rkruntime.schema import Between, Length, build
+from rkruntime.versions import Version, version
+from rkruntime.words import counted
 
 SCHEMA: Final = "rkedge-compat/1"
 _MOST_BYTES: Final = 1 << 20
@@ -98,7 +102,30 @@ def read_result(path: Path) -> Result:
     result = build(Result, read_json(path, InvalidResultError, _MOST_BYTES), fail)
     if len(result.runs) > _MOST_RUNS or any(len(run.log) > _MOST_LINES for run in result.runs):
         raise fail(f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log")
+    if wrong := next(_misnamed(result), ""):
+        raise fail(wrong)
     return result
+
+
+def _misnamed(result: Result) -> Iterator[str]:
+    """What no cell has, so that it would be passed over: a typing error, most likely."""
+    socs = types_by_soc()[0]
+    if result.board.soc not in socs:
+        yield f"board.soc is {result.board.soc!r}; there are {', '.join(socs)}"
+    if result.board.library and _release(result.board.library) is None:
+        yield f"board.library is {result.board.library!r}; it must be a release such as 1.2.3, or empty"
+    for number, run in enumerate(result.runs):
+        if run.type not in known_types():
+            yield f"runs[{number}].type is {run.type!r}; there are {', '.join(known_types())}"
+        if _release(run.release) is None:
+            yield f"runs[{number}].release is {run.release!r}; it must be a release such as 1.2.3"
+
+
+def _release(text: str) -> Version | None:
+    try:
+        return version(text)
+    except ValueError:
+        return None
 
 
 def shipped_folder() -> Path:
@@ -119,8 +146,19 @@ class Results:
             if result.model.digest != case.digest or result.board.soc != cell.soc:
                 continue
             for run in result.runs:
-                if _cell(result, run) == cell:
+                if _cell(result, run) == cell and not _mixed(result, run):
                     yield _evidence(path, result, run)
+
+    def left_out(self, case: Case) -> Iterator[str]:
+        """What is in none of this model's cells, for a person who named these folders."""
+        for path, result in self._found:
+            if result.model.digest != case.digest:
+                yield f"{path.name} is about another model: {result.model.name}, digest {result.model.digest}"
+            elif mixed := sum(_mixed(result, run) for run in result.runs):
+                yield (
+                    f"{path.name}: {counted(mixed, 'run')} with another release of the runtime than of the toolkit;"
+                    " a cell is about one release of both"
+                )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -138,9 +176,23 @@ def _cell(result: Result, run: Run) -> Cell:
     return Cell(result.board.soc, run.release, run.type, run.cores, run.context, lora)
 
 
+def _mixed(result: Result, run: Run) -> bool:
+    """Whether the runtime is known to be of another release than the toolkit that made the file."""
+    library = result.board.library
+    return bool(library) and _release(library) != _release(run.release)
+
+
 def _evidence(path: Path, result: Result, run: Run) -> Evidence:
-    board = result.board
     level = Level.EMULATED if result.emulated else Level.BOARD
     speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
-    where = f"{path.name}: {board.name}, driver {board.driver}, runtime {board.library}, {result.made}"
-    return Evidence(Status(run.status), level, f"{run.says}{speed}", where, log=run.log)
+    # The emulator knows nothing of a board's RAM and speed: that it loads a model is half of an answer.
+    return Evidence(
+        Status(run.status), level, f"{run.says}{speed}", _where(path, result), partial=result.emulated, log=run.log
+    )
+
+
+def _where(path: Path, result: Result) -> str:
+    board = result.board
+    ram = f"{board.ram_gib:g} GiB" if board.ram_gib else ""
+    named = (("", board.name), ("", ram), ("driver ", board.driver), ("runtime ", board.library), ("", result.made))
+    return f"{path.name}: {', '.join(f'{what}{value}' for what, value in named if value)}"

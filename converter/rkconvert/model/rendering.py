@@ -7,6 +7,7 @@ from typing import Final
 
 from rkruntime.bundle.manifest import MAX_TEMPLATE
 from rkruntime.errors import BundleError, CheckpointError, ContextFullError, UsageError
+from rkruntime.printable import well_formed
 from rkruntime.text import prompt_process
 from rkruntime.text.confined import CallLimits, Confined
 
@@ -24,6 +25,8 @@ def rendered(
     add_generation_prompt: bool = True,
 ) -> list[str]:
     """Render each conversation as transformers' apply_chat_template does; empty if it is refused.
+
+    Half of a surrogate pair becomes U+FFFD, as in every prompt.
 
     Raises:
         CheckpointError: The first conversation is refused, or a limit was reached: 2 s of CPU time, 1 GiB.
@@ -43,7 +46,7 @@ def rendered(
         raise CheckpointError(
             f"The chat template turns one message into more than {_MAX_TEXT:,} characters.", hint=_HINT
         )
-    return [outcome.get("text", "") for outcome in outcomes]
+    return [well_formed(outcome.get("text", "")) for outcome in outcomes]
 
 
 def encoded(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,12 +25,14 @@ from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
 from rkruntime.files import read_error
+from rkruntime.printable import well_formed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # The format allows 100 MB, which take ten times as much in memory; the header of a model with 27B weights has 60 kB.
 MAX_HEADER: Final = 16 << 20
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 
 
@@ -56,19 +59,32 @@ def refuse_lfs_pointer(path: Place, head: bytes, kind: type[InputError]) -> None
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse strangers' JSON. Raises ValueError, also for a duplicate key, of which json would drop the first."""
+    """Parse strangers' JSON. Raises ValueError, also for a duplicate key, of which json would drop the first.
 
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {twice[:80]!r} occurs twice")
-        return found
-
+    Half of a surrogate pair, which Python writes for a path that is not UTF-8, becomes U+FFFD: no file could hold it.
+    """
     try:
-        return json.loads(data, object_pairs_hook=table)
+        content = json.loads(data, object_pairs_hook=_table)
+        return _well_formed(content) if _SURROGATE.search(data) else content
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _table(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    listed = list(pairs)
+    found = dict(listed)
+    if len(found) < len(listed):
+        [(twice, _)] = Counter(key for key, _ in listed).most_common(1)
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
+    return found
+
+
+def _well_formed(value: Any) -> Any:
+    if isinstance(value, str):
+        return well_formed(value)
+    if isinstance(value, dict):
+        return _table((well_formed(key), _well_formed(item)) for key, item in value.items())
+    return [_well_formed(item) for item in value] if isinstance(value, list) else value
 
 
 def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import tokenizers
 from rkruntime.bundle.manifest import MAX_TOKENIZER
 from rkruntime.errors import BundleError
 from rkruntime.files import read_regular
+from rkruntime.printable import well_formed
 from rkruntime.text.vocabulary import Vocabulary
 
 # Of a prompt: plain text, one control token, or generated ids that are kept as they are.
@@ -192,7 +193,7 @@ class Tokenizer(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without `<bos>`, and never the id of a control token."""
-        return self._encode(_well_formed(text))
+        return self._encode(well_formed(text))
 
     def _encode(self, text: str) -> list[int]:
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -241,11 +242,6 @@ class Tokenizer(Vocabulary):
 def _bytes(text: str) -> bytes:
     byte = _BYTE_TOKEN.fullmatch(text)
     return bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
-
-
-def _well_formed(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can say "\\ud800"."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _state(backend: tokenizers.Tokenizer) -> dict[str, Any]:
