@@ -46,6 +46,7 @@ def conversations(path: Path) -> list[Messages]:
             continue
         try:
             messages = [{"role": item["role"], "content": item["content"]} for item in json.loads(line)["messages"]]
+            json.dumps(messages, ensure_ascii=False).encode()  # half of a surrogate pair is not a text
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SystemExit(f'{path}, line {number}: expected {{"messages": [...]}} ({error!r}).') from None
         if not all(isinstance(value, str) for message in messages for value in message.values()):

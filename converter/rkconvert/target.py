@@ -73,8 +73,8 @@ class Target(Protocol):
         ...
 
     @property
-    def done(self) -> str | None:
-        """The one of them that `write` writes after hours of work, if it takes that long."""
+    def done(self) -> Sequence[str]:
+        """Those of them that `write` writes after work that takes long."""
         ...
 
     def write(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ModelFile:

@@ -18,6 +18,7 @@ from rkconvert.calibrate.targets import NEW_TOKENS, CpuModel, missing_packages
 from rkconvert.commands.options import lora_option, max_context_option, revision_option
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.tokenizer import tokenizer_bytes
+from rkconvert.output.disk import spare
 from rkconvert.output.host_memory import read_memory
 from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
@@ -131,7 +132,8 @@ def run(
     file = model.tokenizer_folder / TOKENIZER
     tokenizer = Tokenizer.parse(tokenizer_bytes(file), file)
     stop = stop_tokens(model, tables, template)
-    with _answers(model, template, tokenizer, stop, targets, new_tokens, reporter) as (answer, reason):
+    computed = _answers(model, template, tokenizer, stop, targets, new_tokens, reporter)
+    with spare(output.parent), computed as (answer, reason):
         tell = _teller(reporter, len(chats), answer is not None)
         built = Builder(template, tokenizer, count, context, answer).build(chats, tell)
     for files in model.inputs:

@@ -10,8 +10,8 @@ import click
 from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_model, resume_key
 from rkconvert.commands.options import lora_option, revision_option
 from rkconvert.model.chat_template import find_template
-from rkconvert.output.disk import require_space
-from rkconvert.output.hf_folder import copy_side_files, resumable, write_json, write_weights
+from rkconvert.output.disk import require_space, spare
+from rkconvert.output.hf_folder import STATE, copy_side_files, resumable, write_json, write_weights
 from rkconvert.output.work_folder import refuse_made, work_folder
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
@@ -26,8 +26,8 @@ def merge(model: MergedModel, loras: Sequence[AdapterSource], output: Path, repo
     """Write the merged model to the new folder `output`; resumes a killed run."""
     require_space(output, model.nbytes)
     key = resume_key(model.inputs, command="merge", weights=[lora.weight for lora in loras])
-    with work_folder(output, key, resumable(model.weights)) as folder:
-        with reporter.bar("merging", model.nbytes) as advance:
+    with work_folder(output, key, resumable(model.weights), [STATE]) as folder:
+        with spare(folder), reporter.bar("merging", model.nbytes) as advance:
             write_weights(folder, model.weights, advance)
         write_json(folder / "config.json", model.hf_config())
         copy_side_files(model.tokenizer_folder, folder, tokenizer_files(model.tokenizer_folder))

@@ -68,9 +68,8 @@ class Wanted:
                     raise UsageError(f"There is no {name} {value!r}.", hint=f"There are {', '.join(known)}.")
         for context in self.contexts:
             if context % CONTEXT_STEP or not CONTEXT_STEP <= context <= _MOST_CONTEXT:
-                raise UsageError(
-                    f"A context is a multiple of {CONTEXT_STEP}, up to {_MOST_CONTEXT:,} tokens; {context:,} is not."
-                )
+                most, step = f"{_MOST_CONTEXT:,}", CONTEXT_STEP
+                raise UsageError(f"A context has {step} to {most} tokens, in steps of {step}, not {context:,}.")
 
     def cells(self) -> list[Cell]:
         """The product of all dimensions, in order."""

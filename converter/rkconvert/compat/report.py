@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rkconvert.compat.cells import TRUST, Cell, Evidence, Judged, Status
 from rkconvert.compat.matrix import Matrix
+from rkconvert.output.markdown import plain
 from rkconvert.plan.report import weights
 from rkruntime.printable import one_line
 from rkruntime.versions import version
@@ -141,7 +142,7 @@ def _place(cell: Cell) -> str:
 
 def markdown(matrix: Matrix) -> str:
     """The tables, and below each one the evidence in words, alike cells together."""
-    parts = [f"# {_plain(matrix.case.source.name)}\n", f"{legend()}.\n"]
+    parts = [f"# {plain(matrix.case.source.name)}\n", f"{legend()}.\n"]
     for section in sections(matrix):
         parts += [f"## {section.title}\n", _table(section), *_reasons(section), ""]
     return "\n".join(parts)
@@ -161,15 +162,10 @@ def _reasons(section: Section) -> Iterator[str]:
                 found.setdefault((piece.level.value, piece.says, piece.source), []).append(item.cell.release)
         yield f"* `{name}`"
         for (level, says, source), releases in found.items():
-            yield f"    * {_spans(releases, section.releases)}, {level}: {_plain(says)} {_plain(source)}"
+            yield f"    * {_spans(releases, section.releases)}, {level}: {plain(says)} {plain(source)}"
 
 
 def _spans(releases: Sequence[str], every: Sequence[str]) -> str:
     if len(releases) == len(every):
         return "all releases" if len(every) > 1 else every[0]
     return ", ".join(releases)
-
-
-def _plain(text: str) -> str:
-    """Text from outside, without markup."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>#|!" else letter for letter in one_line(text))

@@ -9,6 +9,7 @@ from typing import Final
 from rkconvert.emulated.lora_file import write_emulator_lora
 from rkconvert.emulated.model_file import tensor_specs, write_emulator_file
 from rkconvert.output.bundle_folder import LORA_NOTE, ModelFile
+from rkconvert.output.disk import spare
 from rkconvert.progress import Reporter
 from rkconvert.target import ModelSpec
 from rkruntime.abi import DEFAULT_RELEASE, EMULATED, check_release
@@ -25,7 +26,7 @@ class EmulatorTarget:
 
     release: str
     maker: None = None
-    done: None = None
+    done: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, release: str | None) -> EmulatorTarget:
@@ -48,7 +49,7 @@ class EmulatorTarget:
     def write(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ModelFile:
         """Write the file or files. Raises CheckpointError, AdapterError, ModelFileError: see `write_emulator_file`."""
         verb = "merging and quantizing" if spec.model.adapters else "quantizing"
-        with reporter.bar(verb, spec.model.nbytes) as advance:
+        with spare(folder), reporter.bar(verb, spec.model.nbytes) as advance:
             write_emulator_file(folder / _FILE, spec, advance)
         if spec.lora is None:
             return ModelFile(_FILE, ())

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
+from rkruntime.bundle.manifest import MAX_TOKENIZER
 from rkruntime.errors import BundleError, CheckpointError, InputError
 
 CONFIG: Final = "tokenizer_config.json"
@@ -159,6 +160,24 @@ def agreed_tokens(content: Mapping[str, Any], folder: Place) -> list[dict[str, A
             if loaded.get(token["content"]) != token:
                 raise _contradiction(folder, token, loaded.get(token["content"]))
     return whole
+
+
+def unlisted(file: Place) -> list[str]:
+    """Added tokens of a tokenizer.json that the list in the tokenizer_config.json beside it leaves out, if it has one.
+
+    transformers 5 takes only the listed ones if its class for Gemma reads the folder, and splits the others.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    settings = tokenizer_settings(file.parent)
+    if _DECODER not in settings:
+        return []
+    own = _own(read_json(file, CheckpointError, limit=MAX_TOKENIZER))
+    _, listed = _declared(own, file.parent, CheckpointError)
+    named = [text_of(token) for token in (*named_tokens(settings).values(), *_extra(settings))]
+    known = {*named, *(token["content"] for token in listed)}
+    return [token["content"] for token in own if token["content"] not in known]
 
 
 def _contradiction(folder: Place, token: Mapping[str, Any], loaded: Mapping[str, Any] | None) -> CheckpointError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Final
 
-from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings
+from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings, unlisted
 from rkconvert.model.rendering import rendered, try_out
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.inputs import templates
@@ -19,6 +19,7 @@ from rkruntime.errors import CheckpointError
 from rkruntime.files import read_error
 from rkruntime.printable import printable
 from rkruntime.text.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
+from rkruntime.words import counted
 
 _USER = "@@the words of the user@@"
 # Gemma's own, and those that take tokenizer.json as it is: for any other, transformers 5 makes one of another kind from
@@ -101,13 +102,24 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
     if found is not None and not text.startswith(tokens["bos_token"]):
         notes.append(f"the chat template does not start with {BOS}, which RKEdge puts in front of every prompt")
-    if (kind := str(config.get("tokenizer_class") or _CLASSES[0])).removesuffix("Fast") not in _CLASSES:
-        notes.append(
-            f"{CONFIG} names the class {printable(kind[:80])}, with which transformers 5 splits texts otherwise than"
-            f" {TOKENIZER} says: RKEdge, like transformers 4, goes by {TOKENIZER}"
-        )
+    notes += _read_otherwise(folder, str(config.get("tokenizer_class") or _CLASSES[0]))
     prefix = _after_bos(prefix, tokens["bos_token"])
     return ChatTemplate(source, found is not None, prefix, suffix, role, tokens, tuple(notes))
+
+
+def _read_otherwise(folder: Place, kind: str) -> Iterator[str]:
+    """Yield notes on what transformers 5 makes of the tokenizer's files, if that is another tokenizer."""
+    but = f"RKEdge, like transformers 4, goes by {TOKENIZER}"
+    if kind.removesuffix("Fast") not in _CLASSES:
+        yield (
+            f"{CONFIG} names the class {printable(kind[:80])}, with which transformers 5 splits texts otherwise than"
+            f" {TOKENIZER} says: {but}"
+        )
+    elif kind.startswith(_CLASSES[0]) and (folder / TOKENIZER).is_file() and (left := unlisted(folder / TOKENIZER)):
+        yield (
+            f"{CONFIG} lists added tokens, but not {printable(left[0][:80])} ({counted(len(left), 'such token')}):"
+            f" transformers 5 splits what it does not list, and {but}"
+        )
 
 
 def _after_bos(text: str, bos: str) -> str:

@@ -14,6 +14,7 @@ from jinja2 import Environment
 
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.tokenizer import tokenizer_bytes
+from rkconvert.output.markdown import argument, plain
 from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
 from rkconvert.tensors.memory_folder import Place
@@ -98,7 +99,9 @@ def model_card(manifest: Manifest) -> str:
         "pipeline_tag": "text-generation",
     }
     text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-    body = Environment(autoescape=False, keep_trailing_newline=True).from_string(text).render(asdict(manifest))  # noqa: S701 - Markdown
+    environment = Environment(autoescape=False, keep_trailing_newline=True)  # noqa: S701 - Markdown, see `plain`
+    environment.filters |= {"plain": plain, "argument": argument}
+    body = environment.from_string(text).render(asdict(manifest))
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 from rkconvert.output.work_folder import kept_bytes
 from rkruntime.errors import HostError
+from rkruntime.files import write_error
 
 # For the tokenizer, the reports and the file system's own needs.
 _SPARE_BYTES: Final = 64 << 20
@@ -22,6 +27,23 @@ def require_space(output: Path, nbytes: int) -> None:
             f" but {output.parent.resolve()} has {_text(free)} free.",
             hint="Free space there, or name an output folder on another disk.",
         )
+
+
+@contextmanager
+def spare(folder: Path) -> Iterator[None]:
+    """Hold that space on the disk of `folder` while work takes long: afterwards there is room for the small files.
+
+    Raises:
+        HostError: There is less.
+        OutputError: Nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # without a name, also after a kill
+            os.posix_fallocate(held.fileno(), 0, _SPARE_BYTES)
+        except OSError as error:
+            raise write_error(folder, error) from error
+        yield
 
 
 def _text(nbytes: int) -> str:

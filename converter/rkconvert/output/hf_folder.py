@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.parallel import ordered_map
 from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights, read_finite, row_blocks
+from rkruntime.files import atomic_file
 
 # Small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
@@ -92,7 +94,8 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
         partial = path.with_suffix(".partial")
         done[plan.name] = _write_shard(partial, plan, weights, advance)
         partial.rename(path)
-        (folder / STATE).write_text(json.dumps(done))
+        with atomic_file(folder / STATE) as state:
+            state.write_text(json.dumps(done))
     if len(plans) > 1:
         index = {name: plan.name for plan in plans for name in plan.tensors}
         total = {"total_size": sum(plan.nbytes for plan in plans)}
@@ -125,7 +128,7 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance
 
     header = plan.header()
     checksum = _sum(header)
-    with path.open("wb", buffering=0) as file:
+    with _whole(path) as file:
         # Allocate the space at once: a full disk shows before the work, and writing is faster.
         os.posix_fallocate(file.fileno(), 0, len(header) + plan.nbytes)
         file.write(header)
@@ -134,6 +137,17 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance
             _write(file, data)
             advance(len(data))
     return checksum
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[FileIO]:
+    """A new file, which a full disk does not leave half-written."""
+    try:
+        with path.open("wb", buffering=0) as file:
+            yield file
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _write(file: FileIO, data: memoryview) -> None:

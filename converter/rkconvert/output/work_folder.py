@@ -33,7 +33,7 @@ _KINDS: Final = {
 
 
 @contextmanager
-def work_folder(final: Path, job: str, keep: Collection[str] = (), done: str | None = None) -> Iterator[Path]:
+def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collection[str] = ()) -> Iterator[Path]:
     """`.NAME.partial` beside `final`, renamed to it when the block ends.
 
     Of what an earlier, killed run with the same `job` (a text that says what is made from what) left there, the files
@@ -42,7 +42,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: str | N
 
     Args:
         keep: Files that the block verifies before using them, relative to the folder, with `/`.
-        done: The one of them that the block writes once such work is done, if there is any.
+        done: Those of them that the block writes once such work is done.
 
     Raises:
         OutputError: `final` exists or cannot be written, another run is making it right now, or something else is in
@@ -64,7 +64,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: str | N
                 partial.rename(final)
             except Exception as error:  # Nothing half-made stays; Ctrl-C and a kill leave it for the next run.
                 of_a_disk = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
-                if done and of_a_disk and (partial / done).is_file():
+                if of_a_disk and any((partial / name).is_file() for name in done):
                     raise _kept(final, partial, error) from error
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

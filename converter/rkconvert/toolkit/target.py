@@ -19,7 +19,8 @@ from rkconvert.calibrate.dataset import MOST_BYTES, TokenCounter, validate_datas
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
 from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile
-from rkconvert.output.hf_folder import resumable
+from rkconvert.output.disk import spare
+from rkconvert.output.hf_folder import STATE, resumable
 from rkconvert.output.host_memory import read_memory
 from rkconvert.output.work_folder import scratch_folder
 from rkconvert.progress import Reporter
@@ -96,12 +97,12 @@ class ToolkitTarget:
         """Files from which `write` resumes after a killed run; it verifies each by checksum."""
         linked = is_linked(spec.model)
         staged = [] if linked else [f"{_STAGED}/{name}" for name in resumable(spec.model.weights)]
-        return [*staged, *report.MADE, self.done]
+        return [*staged, *report.MADE, *self.done]
 
     @property
-    def done(self) -> str:
-        """The report, which is written when the toolkit has ended."""
-        return f"{REPORT}/{report.NAME}.json"
+    def done(self) -> Sequence[str]:
+        """The report, which is written when the toolkit has ended, and the list of shards that are merged for it."""
+        return f"{REPORT}/{report.NAME}.json", f"{_STAGED}/{STATE}"
 
     def check(self, spec: ModelSpec) -> tuple[str, ...]:
         """Run every check that needs no work; returns notes for the user.
@@ -144,7 +145,7 @@ class ToolkitTarget:
         done = report.finished(folder)
         if not done:
             job = self._stage(spec, folder, reporter)
-            with reporter.steps() as show:
+            with spare(folder), reporter.steps() as show:
                 result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
             shutil.rmtree(job.model)
             notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []

@@ -7,7 +7,9 @@ from which the vendor's seems to descend, takes tokenizer.model with added_token
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,10 +109,11 @@ def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, s
     except OSError as error:
         raise read_error(file, error, CheckpointError) from error
     try:
-        pieces = _pieces(data) if len(data) <= _MOST_PIECES else []
+        scored = _pieces(data) if len(data) <= _MOST_PIECES else []
         changes = len(data) <= _MOST_PIECES and _normalizes(data)
     except ValueError:
         return data, "is not a SentencePiece model"
+    pieces = [text for text, _ in scored]
     added = {token["content"] for token in content["added_tokens"]}
     # The names of added tokens come from the other files.
     vocab = content["model"]["vocab"]
@@ -120,6 +123,8 @@ def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, s
     )
     if not fits:
         return data, "is of another tokenizer"
+    if not _in_order(dict(scored), content["model"]["merges"]):
+        return data, "has scores by which it merges in another order than tokenizer.json"
     return data, "changes white space or characters, which Gemma's does not" if changes else ""
 
 
@@ -128,9 +133,27 @@ def _piece(text: str) -> bytes:
     return b"<0x09>" if text == "\t" else text.encode("utf-8", "surrogatepass")
 
 
-def _pieces(data: bytes) -> list[bytes]:
-    """Texts of a SentencePiece model: field 1 of each field 1 (sentencepiece_model.proto)."""
-    return [_once(piece).get(1, b"") for number, piece in _fields(data) if number == 1]
+def _pieces(data: bytes) -> list[tuple[bytes, float]]:
+    """Texts and scores of a SentencePiece model: fields 1 and 2 of each field 1 (sentencepiece_model.proto)."""
+    found = [_once(piece) for number, piece in _fields(data) if number == 1]
+    return [(fields.get(1, b""), _float(fields.get(2, bytes(4)))) for fields in found]
+
+
+def _float(data: bytes) -> float:
+    if len(data) != 4:
+        raise ValueError("not a float")
+    number: float = struct.unpack("<f", data)[0]
+    return number
+
+
+def _in_order(scores: Mapping[bytes, float], merges: Iterable[Any]) -> bool:
+    """Whether no merge makes a piece with a greater score than the one before: SentencePiece makes those first.
+
+    transformers takes the merges of a tokenizer.json from the scores (generate_merges in convert_slow_tokenizer.py).
+    """
+    texts = (merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in merges)
+    made = [scores[piece] for piece in map(_piece, texts) if piece in scores]
+    return all(second <= first for first, second in pairwise(made))
 
 
 def _normalizes(data: bytes) -> bool:
@@ -169,7 +192,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
         elif kind == 2:
             size, at = _varint(data, at)
         elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
+            size = 8 if kind == 1 else 4
         else:
             raise ValueError(kind)
         if at + size > len(data):

@@ -124,7 +124,8 @@ def test_the_most_trusted_decides_and_nothing_is_averaged(
         ({"socs": ["rk3566"]}, "There is no SoC"),
         ({"releases": ["9.9"]}, "9.9"),
         ({"contexts": [31]}, "32 to"),
-        ({"contexts": range(32, 2032)}, "cells; the limit"),
+        ({"contexts": [100]}, "in steps of 32"),
+        ({"contexts": range(32, 64_032, 32)}, "cells; the limit"),
     ],
 )
 def test_dimensions_that_there_are_not(wanted: dict[str, Any], words: str) -> None:
@@ -146,6 +147,21 @@ def test_a_load_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     ])  # fmt: skip
     assert len(said) == 2
     assert other.cells[0].evidence != first.cells[0].evidence
+
+
+@pytest.mark.parametrize("damaged", ["{", '{"loads": "yes", "says": 5, "log": 7}', "[" * 100_000, '{"loads": true}'])
+def test_a_load_that_is_not_remembered_whole_is_done_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damaged: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    case, said = case_of("gemma-2-2b-it"), []
+    monkeypatch.setattr("rkconvert.compat.emulated.provided_library", _built(monkeypatch))
+    cells = Wanted(types=["w8a8"], socs=["rk3588"], releases=["1.2.3"], contexts=[512]).cells()
+    first = fill(case, cells, [EmulatedLoads(case, said.append)])
+    (kept,) = tmp_path.rglob("compat/*.json")
+    kept.write_text(damaged)
+    assert fill(case, cells, [EmulatedLoads(case, said.append)]) == first
+    assert len(said) == 2
 
 
 def _built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:

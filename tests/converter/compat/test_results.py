@@ -72,11 +72,55 @@ def test_an_emulated_run_is_never_a_board_s(matrix: Callable[..., Matrix]) -> No
         {"run": {"cores": 1}},
         {"run": {"lora": "runtime"}},
         {"board": {"name": "B", "soc": "rk3576", "kernel": "", "driver": "", "library": ""}},
+        {"board": {"name": "B", "soc": "rk3588", "kernel": "", "driver": "", "library": "1.1.4"}},
     ],
 )
 def test_a_result_is_about_its_own_cell_only(matrix: Callable[..., Matrix], other: dict[str, Any]) -> None:
     (item,) = matrix(result(**other)).cells
     assert item.level is Level.FIGURE
+
+
+def test_a_load_in_the_emulator_is_half_of_an_answer(tmp_path: Path) -> None:
+    """27B with w8a8_g128 fits no board's RAM; an emulator on a large PC loads it all the same."""
+    case = case_of("gemma-2-27b-it")
+    loaded = result(emulated=True, run={"type": "w8a8_g128", "release": "1.3.0", "status": "works"})
+    loaded["model"], loaded["board"]["library"] = {"name": "27B", "digest": case.digest}, "1.3.0"
+    (tmp_path / "x.json").write_text(json.dumps(loaded))
+    cells = Wanted(types=["w8a8_g128"], socs=["rk3588"], releases=["1.3.0"]).cells()
+    (item,) = fill(case, cells, [Results([tmp_path])]).cells
+    assert Level.EMULATED in {piece.level for piece in item.evidence}
+    assert (item.status, item.level) == (Status.FAILS, Level.PREDICTED)
+
+
+def test_what_counts_for_no_cell_is_told(tmp_path: Path, capsys: Any) -> None:
+    board = {"name": "", "soc": "rk3588", "kernel": "", "driver": "", "library": "1.1.4"}
+    other = result(model={"name": "another", "digest": "0" * 16})
+    for name, content in {"mixed": result(board=board), "other": other, "right": result()}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[NAME]))
+    (tmp_path / "results").mkdir()
+    for path in tmp_path.glob("*.json"):
+        if path.stem != "config":
+            path.rename(tmp_path / "results" / path.name)
+    line = ["compat", str(tmp_path / "config.json"), "--no-emulator", "--results", str(tmp_path / "results")]
+    assert cli.main(line) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "other.json is about another model: another, digest 0000000000000000" in told
+    assert "mixed.json: 1 run with another release of the runtime" in told
+    assert "right.json" not in told
+
+
+def test_a_place_says_only_what_is_known(matrix: Callable[..., Matrix]) -> None:
+    board = {"name": "B", "soc": "rk3588", "kernel": "", "driver": "", "library": "", "ram_gib": 4}
+    (item,) = matrix(result(board=board)).cells
+    assert item.evidence[0].source == "0.json: B, 4 GiB, 2026-01-31"
+
+
+def test_half_of_a_surrogate_pair_becomes_a_page(matrix: Callable[..., Matrix], tmp_path: Path) -> None:
+    made = matrix(result(run={"says": "x \ud800 y", "log": ["\udfff"]}))
+    page.write(made, tmp_path / "x.html")
+    assert "x \ufffd y" in (tmp_path / "x.html").read_text("utf-8")
+    assert report.markdown(made).encode()
 
 
 def test_two_boards_that_disagree_are_both_shown(matrix: Callable[..., Matrix]) -> None:
@@ -94,6 +138,10 @@ BROKEN = {
     "log": result(run={"log": ["x"] * 41}),
     "runs": result(runs=[result()["runs"][0]] * 1001),
     "type": result(runs={}),
+    "no such type": result(run={"type": "w8a8_g64"}),
+    "no such SoC": result(board={**result()["board"], "soc": "RK3588"}),
+    "no release": result(run={"release": "latest"}),
+    "no runtime": result(board={**result()["board"], "library": "librkllmrt.so"}),
     "list": [],
 }
 
@@ -150,7 +198,7 @@ class Tags(HTMLParser):
 
 def test_nothing_of_a_result_is_markup(matrix: Callable[..., Matrix], tmp_path: Path, capsys: Any) -> None:
     bad = result(
-        board={"name": BAD, "soc": "rk3588", "kernel": BAD, "driver": BAD, "library": BAD},
+        board={"name": BAD, "soc": "rk3588", "kernel": BAD, "driver": BAD, "library": f"1.2.3 {BAD}"},
         run={"says": BAD, "log": [BAD]}, made=BAD,
     )  # fmt: skip
     made = matrix(bad)
