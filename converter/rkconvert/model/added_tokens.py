@@ -24,6 +24,8 @@ _EXTRA: Final = "extra_special_tokens"
 _EXTRA_BEFORE: Final = "additional_special_tokens"
 # In the order in which transformers adds them; those of other names follow.
 _NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What transformers' class for Gemma adds on its own (GemmaTokenizer's defaults).
+_GEMMAS: Final = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>")
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Gemma 3 has 6,415. The library builds its matcher from them: this many characters take some seconds and 100 MB.
 _MAX_ADDED: Final = 1 << 16
@@ -176,7 +178,7 @@ def unlisted(file: Place) -> list[str]:
     own = _own(read_json(file, CheckpointError, limit=MAX_TOKENIZER))
     _, listed = _declared(own, file.parent, CheckpointError)
     named = [text_of(token) for token in (*named_tokens(settings).values(), *_extra(settings))]
-    known = {*named, *(token["content"] for token in listed)}
+    known = {*_GEMMAS, *named, *(token["content"] for token in listed)}
     return [token["content"] for token in own if token["content"] not in known]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -105,6 +107,40 @@ def test_finished_shards_are_kept_and_verified(make_model, make_adapter, tmp_pat
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("full_at", range(2, 6))
+def test_a_disk_that_fills_up_keeps_the_finished_shards(
+    make_model, make_adapter, tmp_path, monkeypatch, capsys, full_at
+):
+    base = make_model()
+    line = ["merge", str(base), "--lora", str(make_adapter(base)), "-q", "-o"]
+    monkeypatch.setattr(write_weights, "__defaults__", (LIMIT,))
+    monkeypatch.setattr(resumable, "__defaults__", (LIMIT,))
+    assert main([*line, str(tmp_path / "whole")]) == 0
+    real, calls = os.posix_fallocate, []
+
+    def allocate(handle, start, size):
+        calls.append(size)
+        if len(calls) == full_at + 1:  # the first is for what comes after the shards
+            os.write(handle, b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle, start, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", allocate)
+        assert main([*line, str(tmp_path / "out")]) == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert "disk is full" in said
+    assert "kept in" in said
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.safetensors")}
+    assert len(left) == full_at - 1
+    assert not list((tmp_path / ".out.partial").glob("*.partial"))
+    assert main([*line, str(tmp_path / "out")]) == 0
+    assert all((tmp_path / "out" / path.name).stat().st_mtime_ns == time for path, time in left.items())
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out"))
+    assert one == other
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 

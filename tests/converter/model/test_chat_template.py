@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -93,6 +94,23 @@ def test_a_class_that_splits_texts_otherwise_is_said(folder: Path, kind: str | N
     same = all(oracle(text, add_special_tokens=False)["input_ids"] == own.encode(text) for text in texts)
     notes = [note for note in read_template(folder, "<bos>").notes if "splits texts otherwise" in note]
     assert len(notes) == (not same)
+
+
+@pytest.mark.parametrize("kind", [None, "GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("kept", [1.0, 0.9, 0.5, 0.0])
+def test_added_tokens_that_a_list_leaves_out_are_said(folder: Path, kind: str | None, kept: float) -> None:
+    rng = random.Random(f"{kind} {kept}")
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    table = {str(token["id"]): {**token} for token in added if rng.random() < kept}
+    configure(folder, tokenizer_class=kind, added_tokens_decoder=table, additional_special_tokens=[])
+    (folder / "special_tokens_map.json").unlink()
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [oracle(token["content"], add_special_tokens=False)["input_ids"] for token in added]
+    split = [token for token, found in zip(added, ids, strict=True) if found != [token["id"]]]
+    notes = [note for note in read_template(folder, "<bos>").notes if "lists added tokens" in note]
+    assert len(notes) == bool(split)
+    if split:
+        assert f"not {split[0]['content']} ({len(split)} such token" in notes[0]
 
 
 @pytest.mark.parametrize("start", [" \n<bos>", "<bos><bos>", "\n<bos> <bos>", "<bos>"])

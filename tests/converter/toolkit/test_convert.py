@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.converter.held_room import ROOM, held
 
 from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.conversion.convert import Options, convert
@@ -304,6 +305,24 @@ def test_what_the_toolkit_has_finished_is_not_done_again(
     assert is_complete(bundle.path)
     bundle.verify(trust_stamps=False)
     assert left(asked) == ["bundle"]
+
+
+def test_room_for_the_report_is_held_while_the_toolkit_works(
+    options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def look(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            seen.append((name, held() >= ROOM))
+            return real(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(target, "run_toolkit", look("toolkit", target.run_toolkit))
+    monkeypatch.setattr(target.report, "write", look("report", target.report.write))
+    convert(options())
+    assert seen == [("toolkit", True), ("report", False)]
 
 
 def test_a_disk_that_fills_up_after_hours_of_work(

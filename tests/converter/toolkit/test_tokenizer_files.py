@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +15,7 @@ import pytest
 from gguf import SpecialVocab
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
@@ -160,10 +163,18 @@ def field(number: int, content: bytes) -> bytes:
 IDENTITY = field(1, b"identity") + b"\x18\x00\x20\x00"
 
 
-def sentencepiece(texts: Iterable[str], normalizer: bytes = IDENTITY) -> bytes:
+def sentencepiece(texts: Iterable[str], normalizer: bytes = IDENTITY, scores: Mapping[str, float] = {}) -> bytes:
     """A model as SentencePiece saves it: pieces with score and type, then the settings of trainer and normalizer."""
-    pieces = (field(1, text.encode()) + b"\x15" + struct.pack("<f", -1.5) + b"\x18\x06" for text in texts)
-    return b"".join(field(1, piece) for piece in pieces) + field(2, b"\x18\x02") + field(3, normalizer)
+
+    def piece(text: str) -> bytes:
+        kind = UNKNOWN if text == "<unk>" else BYTE if text.startswith("<0x") else NORMAL
+        return field(1, text.encode()) + b"\x15" + struct.pack("<f", scores.get(text, -1.5)) + b"\x18" + kind
+
+    pieces = map(piece, texts)
+    return b"".join(field(1, piece) for piece in pieces) + field(2, b"\x18\x02\x98\x02\x01") + field(3, normalizer)
+
+
+UNKNOWN, NORMAL, BYTE = b"\x02", b"\x01", b"\x06"  # SentencePiece.Type
 
 
 def learned(source: Path) -> list[str]:
@@ -178,6 +189,35 @@ def test_a_sentencepiece_model_of_this_tokenizer_goes_along(source: Path) -> Non
     (source / "tokenizer.model").write_bytes(data)
     assert pieces_problem(source) == ""
     assert (staged(source) / "tokenizer.model").read_bytes() == data
+
+
+def ranks(source: Path) -> dict[str, float]:
+    """Scores as in Gemma's file: the earlier a merge, the greater the score of what it makes."""
+    merges = json.loads((source / "tokenizer.json").read_text())["model"]["merges"]
+    texts = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in merges]
+    return {text: -float(rank) for rank, text in reversed(list(enumerate(texts)))}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_that_merge_in_another_order_stay_behind(tmp_path: Path, seed: int) -> None:
+    """SentencePiece itself splits words as the library does with the right scores, and otherwise with others."""
+    for path in demo.checkpoint().glob("*.json"):
+        shutil.copy(path, tmp_path)
+    texts, right, rng = learned(tmp_path), ranks(tmp_path), random.Random(seed)
+    mine = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    words = [word for text in texts if (word := text.strip("▁")).isalpha() and len(word) > 2]
+    words = ["".join(rng.choices(words, k=3)) for _ in range(50)]
+    others = dict(zip(right, rng.sample(list(right.values()), len(right)), strict=True))
+
+    def splits(scores: Mapping[str, float]) -> list[list[str]]:
+        (tmp_path / "tokenizer.model").write_bytes(data := sentencepiece(texts, scores=scores))
+        return [SentencePieceProcessor(model_proto=data).encode(word, out_type=str) for word in words]
+
+    expected = [mine.encode(word, add_special_tokens=False).tokens for word in words]
+    assert splits(right) == expected
+    assert pieces_problem(tmp_path) == ""
+    assert splits(others) != expected
+    assert pieces_problem(tmp_path) == "has scores by which it merges in another order than tokenizer.json"
 
 
 NORMALIZES = "changes white space or characters, which Gemma's does not"
