@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,15 @@ class Outcome:
     init: int | None = 0
     run: int | None = 0
     states: str = "NNNF"
+
+
+ISSUES = re.compile(r"((?:[\w-]+/)?[\w-]+ \d+(, \d+)*|strings)(, strings)?(: .+)?")
+
+
+@pytest.mark.parametrize("row", [*faults.faults(), *faults.guesses()], ids=lambda row: row.name)
+def test_a_source_is_an_address_or_says_that_there_is_none(row: faults.Fault | faults.Guess) -> None:
+    named = ISSUES.fullmatch(row.source) or "https://" in row.source or "no address is known" in row.source
+    assert named or not row.source
 
 
 REFUSED = Outcome(init=-1, run=None, states="")

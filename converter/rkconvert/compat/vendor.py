@@ -11,7 +11,7 @@ from rkconvert.model.groups import SOURCE as GROUP_SOURCE
 from rkconvert.model.groups import misfit
 from rkconvert.plan.prediction import Benchmark, own_rows
 from rkconvert.rules.quantized_types import accepted, known_types
-from rkconvert.rules.releases import ToolkitRelease, release
+from rkconvert.rules.releases import ToolkitRelease, addresses, release
 from rkconvert.rules.type_names import parse_type
 
 _REPOSITORY: Final = "https://github.com/airockchip/rknn-llm"
@@ -27,7 +27,7 @@ def _excluded(case: Case, cell: Cell, row: ToolkitRelease) -> tuple[str, str] | 
     """Why, and where the vendor says so."""
 
     def source(field: str) -> str:
-        return f"{_REPOSITORY}: {row.source(field)}"
+        return addresses(row.source(field))
 
     taken = accepted(cell.soc, cell.release)
     if cell.type not in taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,11 @@ from rkruntime.versions import version as parse
 
 # Bytes per weight in the toolkit's memory, by the data type of loaded weights.
 LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+_REPOSITORY: Final = "https://github.com/airockchip/rknn-llm"
+_MANUAL: Final = re.compile(r"\b(EN|CN) (\d\.\d\.\d) p\.([\d-]+)")
+_FILE: Final = re.compile(r"([\w./-]+\.(?:md|txt)) @ (\d\.\d\.\d)")
+# Where manuals are that came after the tag of their release.
+_LATER: Final = {"1.1.4": "29a9fb97d14c773b6efa07415dce6ec91c7d8461"}
 _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
 
@@ -76,6 +82,18 @@ class ToolkitRelease:
     def source(self, key: str) -> str:
         """Source of a field, for messages."""
         return self.sources[key]
+
+
+def addresses(source: str) -> str:
+    """A source of versions.yaml or types.yaml with the addresses of its manuals, files and issues."""
+
+    def manual(match: re.Match[str]) -> str:
+        language, version, pages = match.groups()
+        place = _LATER.get(version, f"release-v{version}")
+        return f"{_REPOSITORY}/blob/{place}/doc/Rockchip_RKLLM_SDK_{language}_{version}.pdf (p.{pages})"
+
+    text = _FILE.sub(rf"{_REPOSITORY}/blob/release-v\2/\1", _MANUAL.sub(manual, source))
+    return re.sub(r"\bissue (\d+)", rf"{_REPOSITORY}/issues/\1", text)
 
 
 @cache

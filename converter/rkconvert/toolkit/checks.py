@@ -179,7 +179,8 @@ RULES: Final = (
         RefusedError,
         "This model's keys have {width} dimensions, but a quantized type needs {least} or more",
         "Use --dtype fp16, or --target emulator, which takes any width.",
-        "a public note on 1.3.0: export_rkllm says 'dimension ... must be greater than or equal to 96'",
+        "notes on a copy of rknn-llm 1.3.0, no address is known: export_rkllm says 'dimension ... must be greater than"
+        " or equal to 96'",
     ),
     Check(
         "group",

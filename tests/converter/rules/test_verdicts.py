@@ -15,7 +15,8 @@ import pytest
 from rkconvert.plan import ModelSource, Plan, PlanRequest, make_plan, plan_for, require
 from rkconvert.plan.planner import TypeVerdict
 from rkconvert.rules import quantized_types as dtypes
-from rkruntime import cli
+from rkconvert.rules import releases
+from rkruntime import cli, resources
 from rkruntime.errors import RefusedError, UsageError
 
 CONFIGS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data" / "gemma_configs.json").read_text())
@@ -380,3 +381,18 @@ def test_others_of_its_size_have_its_size(platform: str, layers: int, width: int
             assert 0.4e9 < plan.shape.parameters < 9e9
         if "this small" in verdict.reason:
             assert plan.shape.parameters < 0.434e9
+
+
+def test_sources_of_releases_are_addresses_or_say_that_there_is_none() -> None:
+    """The manual of 1.1.4 came with a commit after that tag (git ls-tree -r release-v1.1.4 has the one of 1.1.0)."""
+    rows = [source for row in releases.table()["generations"] for source in row["sources"].values()]
+    for source in [*rows, *(row["source"] for row in resources.table("types"))]:
+        found = releases.addresses(source)
+        assert (
+            "https://github.com/" in found or found.startswith("no ") or "no address" in found or "packages @" in found
+        )
+        assert "blob/release-v1.1.4/doc" not in found
+    assert releases.addresses("EN 1.2.0 p.16-17") == (
+        "https://github.com/airockchip/rknn-llm/blob/release-v1.2.0/doc/Rockchip_RKLLM_SDK_EN_1.2.0.pdf (p.16-17)"
+    )
+    assert "/blob/29a9fb97d14c773b6efa07415dce6ec91c7d8461/doc/" in releases.addresses("EN 1.1.4 p.15")
