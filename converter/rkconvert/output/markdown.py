@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Final
 
 from rkruntime.printable import one_line
 
-_MARKUP: Final = frozenset("\\`*_[]<>#|!~&")
+# Not an underscore within a word: there it is never markup, and addresses have them.
+_MARKUP: Final = re.compile(r"[\\`*\[\]<>#|!~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: str) -> str:
     """`text` on one line, without markup."""
-    return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in one_line(text))
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def argument(text: str) -> str:
