@@ -51,12 +51,15 @@ void Run::start_text(Batch& batch, const Input& input, bool first) {
   if (log_level() >= 2) info("prompt: " + head + body);
 }
 
-void Run::start_tokens(Batch& batch, const Input& input) {
+void Run::start_tokens(Batch& batch, const Input& input, bool first) {
   const bool wrapped = loaded_.settings.guesses.tokens_wrapped && loaded_.rules.chat_template;
   const auto add = [&](const std::vector<int32_t>& ids) {
     batch.keys.insert(batch.keys.end(), ids.begin(), ids.end());
   };
   const ChatTemplate& around = loaded_.chat_template;
+  if (first && loaded_.settings.guesses.bos_doubled && engine().tokenizer.add_bos()) {
+    batch.keys.push_back(engine().tokenizer.bos());
+  }
   if (wrapped && !around.prefix.empty()) add(tokenize(around.prefix));
   add(input.tokens);
   if (wrapped && !around.suffix.empty()) add(tokenize(around.suffix));
@@ -72,7 +75,7 @@ void Run::prepare(Batch& batch, const Input& input, Past past) {
       start_text(batch, input, !goes_on);
       break;
     case Input::Kind::tokens:
-      start_tokens(batch, input);
+      start_tokens(batch, input, !goes_on);
       break;
     case Input::Kind::embeddings:
       batch.rows = input.rows;
