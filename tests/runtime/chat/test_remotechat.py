@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rkruntime import cli
 from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
-from rkruntime.chat.ssh import _SSH
+from rkruntime.remote import _SSH
 from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 
