@@ -1,4 +1,4 @@
-"""Whether the library computes Gemma 2 as it is: sliding window and soft-caps. Compared with the bundle's references."""
+"""Whether the library computes Gemma 2 as it is: sliding window and soft-caps, by the bundle's references."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CERTAIN: Final = 0.15
 def window(trial: Trial) -> Observation:
     """Whether layers with a sliding window see no further back than it reaches: 4,096 tokens in Gemma 2.
 
-    Asked for single tokens behind a prompt of 5,000, whose end repeats its beginning, where the float model says another
-    one with its window than without. `honoured`: the window's tokens come. `ignored`: those of the model that sees
-    everything; long conversations get answers that Gemma 2 was not trained to give. `undecided`: some of each, or other
-    ones. That beginning is the needle; but an answer about it alone would decide nothing, as every other layer sees it.
+    Asked for single tokens behind a prompt of 5,000, whose end repeats its beginning, where the float model says
+    another one with its window than without. `honoured`: the window's tokens come. `ignored`: those of a model that
+    sees everything; long conversations get answers that Gemma 2 was not trained to give. `undecided`: some of each, or
+    other ones. That beginning is the needle; whether it is found decides nothing, as every other layer sees it anyway.
     """
     references = trial.model.bundle.read_references()
     found = references and references.window
@@ -57,9 +57,8 @@ def _decided(found: Window, said: list[int | None]) -> Observation:
 def logits_cap(trial: Trial) -> Observation:
     """Whether the soft-cap of the logits is computed.
 
-    `capped`: the logits differ from the float model's without it as those with it do. `uncapped`: they are those without;
-    the likeliest token stays the same, but sampling is sharper than Gemma 2's. `undecided`: rounding hides it, or the
-    logits are neither.
+    `capped`: the logits are those of the float model. `uncapped`: those without it; the likeliest token stays the same,
+    but sampling is sharper than Gemma 2's. `undecided`: rounding hides it, or the logits are neither.
     """
     return _nearest(trial, lambda row: row.logits_uncapped)
 
