@@ -12,12 +12,14 @@ from rkruntime.errors import HostError, RKEdgeError, UnsupportedCallError
 from rkruntime.probes import arithmetic, cache, runs
 from rkruntime.probes.trial import Observation, Trial
 
-__all__ = ["FAILED", "LOST", "QUESTIONS", "Observation", "OpenQuestion", "Trial", "answer", "is_harmful"]
+__all__ = ["FAILED", "LOST", "QUESTIONS", "UNDECIDED", "Observation", "OpenQuestion", "Trial", "answer", "is_harmful"]
 
 
 # Results that every question may have: an error, or a board that was lost each time.
 FAILED: Final = "failed"
 LOST: Final = "lost"
+# A comparison that shows neither.
+UNDECIDED: Final = arithmetic.UNDECIDED
 
 
 class OpenQuestion(NamedTuple):

@@ -10,6 +10,7 @@ from rkruntime.bundle.references import Row, Window, divergence
 from rkruntime.probes.trial import Observation, Trial
 from rkruntime.words import counted
 
+UNDECIDED: Final = "undecided"
 Floats: TypeAlias = Sequence[float]
 _NO_REFERENCES: Final = (
     "Not asked: the bundle has nothing to compare with. Convert it with --references, and for the window with a"
@@ -44,7 +45,7 @@ def _decided(found: Window, said: list[int | None]) -> Observation:
         sum(token == getattr(fork, name) for token, fork in zip(said, found.forks, strict=True))
         for name in ("windowed", "whole")
     ]
-    result = "undecided"
+    result = UNDECIDED
     if max(votes) * 2 > len(said) and 0 in votes:
         result = "honoured" if votes[0] else "ignored"
     says = (
@@ -80,9 +81,9 @@ def _nearest(trial: Trial, without: Callable[[Row], tuple[float, ...]]) -> Obser
         sum(divergence(side(row), mine) for row, mine in zip(caps.rows, found, strict=True)) / len(found)
         for side in (lambda row: row.capped, without)
     )
-    result = "undecided"
+    result = UNDECIDED
     if error <= _CERTAIN:
-        result = "capped" if abs(share) <= _NEAR else "uncapped" if abs(share - 1) <= _NEAR else "undecided"
+        result = "capped" if abs(share) <= _NEAR else "uncapped" if abs(share - 1) <= _NEAR else UNDECIDED
     says = (
         f"Its logits are {near:.2g} nats from the float model's and {far:.2g} from those without the soft-cap, and"
         f" {share:.2f} +- {error:.2f} of the way to them."

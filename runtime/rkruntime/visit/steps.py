@@ -12,7 +12,7 @@ from rkruntime.errors import BundleError, ContextFullError, LoadError, RKEdgeErr
 from rkruntime.firstrun import machine_report
 from rkruntime.folders import home
 from rkruntime.model import Model
-from rkruntime.probes import QUESTIONS, Trial, answer
+from rkruntime.probes import FAILED, QUESTIONS, Trial, answer
 from rkruntime.selftest import run_selftest
 
 LOAD: Final = "load"
@@ -61,7 +61,8 @@ def _tried(step: str, trial: Trial) -> Result:
     try:
         return _speed(trial) if step == SPEED else _selftest(trial)
     except RKEdgeError as error:
-        return {"result": "failed", "says": _short(error.message)}
+        right = {} if step == SPEED else {"right": False}
+        return {"result": FAILED, "says": _short(error.message), **right}
 
 
 def _load(trial: Trial) -> Result:
