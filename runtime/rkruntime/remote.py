@@ -39,11 +39,16 @@ def ssh_command(destination: str, *remote: str) -> list[str]:
 
 def words_of(variable: str) -> list[str]:
     """The command in an environment variable, word by word; empty if it is not set. Raises UsageError."""
+    return words_of_text(os.environ.get(variable, ""), variable)
+
+
+def words_of_text(text: str, where: str) -> list[str]:
+    """A command, word by word. Raises UsageError, which names where it stands."""
     try:
-        return shlex.split(os.environ.get(variable, ""))
+        return shlex.split(text)
     except ValueError as error:
         raise UsageError(
-            f"The command in {variable} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."
+            f"The command in {where} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."
         ) from error
 
 
@@ -79,6 +84,7 @@ class Remote:
 
     Attributes:
         flooded: Whether it printed more than that.
+        over: Whether it will print nothing more, and all lines were taken.
 
     Raises:
         ServiceError: It cannot be started.
@@ -96,7 +102,7 @@ class Remote:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._notes = Notes(self._process.stderr)
-        self.flooded = False
+        self.flooded = self.over = False
         self._found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout, mark, most), daemon=True)
         self._reader.start()
@@ -129,9 +135,11 @@ class Remote:
     def line(self, patience: float) -> bytes | None:
         """The next marked line; None at the end, or if none comes within so many seconds."""
         try:
-            return self._found.get(timeout=patience)
+            found = self._found.get(timeout=patience)
         except queue.Empty:
             return None
+        self.over = found is None
+        return found
 
     def end(self, grace: float) -> int | None:
         """Wait so many seconds for its end, then kill it; returns its exit status, None if it did not end by itself."""

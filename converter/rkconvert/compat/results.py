@@ -5,8 +5,9 @@ A file may come from anybody, so everything in it is checked and bounded, and no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -14,7 +15,7 @@ from rkconvert.compat.case import Case
 from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import InputError, InvalidResultError
-from rkruntime.files import read_error
+from rkruntime.files import atomic_file, read_error
 from rkruntime.resources import resource
 from rkruntime.schema import Between, Length, build
 
@@ -23,8 +24,10 @@ _MOST_BYTES: Final = 1 << 20
 _MOST_FILES: Final = 1000
 _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
+_MOST_PROBES: Final = 100
+_LONGEST_NAME: Final = 200
 
-_Name = Annotated[str, Length(200)]
+_Name = Annotated[str, Length(_LONGEST_NAME)]
 _Line = Annotated[str, Length(500)]
 _Count = Annotated[int, Between(0, 1 << 40)]
 _Figure = Annotated[float, Between(0, 1e12)]
@@ -51,6 +54,15 @@ class ResultBoard:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What the library did when it was asked one of `rkruntime.probes.QUESTIONS`; empty if that was not decided."""
+
+    name: _Name
+    result: _Name
+    says: _Line
+
+
+@dataclass(frozen=True)
 class Run:
     """One cell that was tried.
 
@@ -60,6 +72,8 @@ class Run:
         says: What happened, in a sentence.
         tokens_per_s, first_token_ms, memory_mb: 0 if not measured; memory in MiB.
         file_sha256: Of the model file.
+        selftest: The verdict of the bundle's self-test.
+        clocks: In Hz, during a run, by the device's or the CPU policy's name.
     """
 
     type: _Name
@@ -74,6 +88,9 @@ class Run:
     first_token_ms: _Figure = 0.0
     memory_mb: _Figure = 0.0
     file_sha256: _Name = ""
+    selftest: _Name = ""
+    probes: tuple[Probe, ...] = ()
+    clocks: dict[str, _Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,9 +113,25 @@ def read_result(path: Path) -> Result:
         return InvalidResultError(f"{path}: {what}.", hint="docs/compat.md describes these files.")
 
     result = build(Result, read_json(path, InvalidResultError, _MOST_BYTES), fail)
-    if len(result.runs) > _MOST_RUNS or any(len(run.log) > _MOST_LINES for run in result.runs):
-        raise fail(f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log")
+    if len(result.runs) > _MOST_RUNS or not all(map(_bounded, result.runs)):
+        raise fail(
+            f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log, {_MOST_PROBES} probes and clocks"
+        )
     return result
+
+
+def _bounded(run: Run) -> bool:
+    return (
+        len(run.log) <= _MOST_LINES
+        and max(len(run.probes), len(run.clocks)) <= _MOST_PROBES
+        and all(len(name) <= _LONGEST_NAME for name in run.clocks)
+    )
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write a file that `read_result` reads. Raises OutputError or HostError if it cannot be written."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shipped_folder() -> Path:

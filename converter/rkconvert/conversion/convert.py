@@ -15,8 +15,8 @@ from rkconvert.adapters.separate import separate_lora
 from rkconvert.compat.case import CONFIG_REPORT, Case, plain_config
 from rkconvert.compat.cells import Cell, LoraMode
 from rkconvert.compat.matrix import known
-from rkconvert.conversion.expected import expected, is_quick, needed_reads
 from rkconvert.conversion import references as reference
+from rkconvert.conversion.expected import expected, is_quick, needed_reads
 from rkconvert.conversion.opened import OpenedModels
 from rkconvert.emulated.target import EmulatorTarget
 from rkconvert.model.chat_template import ChatTemplate

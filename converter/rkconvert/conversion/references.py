@@ -105,7 +105,8 @@ def _ids(spec: ModelSpec, length: int) -> tuple[list[int], list[int]]:
     file, template = spec.model.tokenizer_folder / TOKENIZER, spec.template
     parts = template.source, template.system_role, template.special_tokens
     facts = (
-        f"{at}. {_NAMES[at % 11]} has {at * 37 % 89 + 2} {_THINGS[at % 7]} in house {at * 53 % 97}.\n" for at in count(1)
+        f"{at}. {_NAMES[at % 11]} has {at * 37 % 89 + 2} {_THINGS[at % 7]} in house {at * 53 % 97}.\n"
+        for at in count(1)
     )
     text = ""
     while len(text) < 8 * length:

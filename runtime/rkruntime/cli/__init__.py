@@ -70,6 +70,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("rkruntime.commands.serve", "Serve a model over HTTP and SSH."),
     "attach": Command("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
     "firstrun": Command("rkruntime.commands.firstrun", "On a board: find out what its runtime library really does."),
+    "visit": Command("rkruntime.commands.visit", "On a board: try out a bundle for `rkedge compat --board` elsewhere."),
     "inspect": Command("rkruntime.commands.inspect", "Say what a bundle, a model file or a librkllmrt.so is."),
     "help": Command("rkruntime.commands.help", "Explain a command."),
 }

@@ -1,4 +1,4 @@
-"""Whether the library computes Gemma 2 as it is: sliding window and soft-caps. Compared with the bundle's references."""
+"""Whether the library computes Gemma 2 as it is: sliding window and soft-caps, by the bundle's references."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rkruntime.bundle.references import Row, Window, divergence
 from rkruntime.probes.trial import Observation, Trial
 from rkruntime.words import counted
 
+UNDECIDED: Final = "undecided"
 Floats: TypeAlias = Sequence[float]
 _NO_REFERENCES: Final = (
     "Not asked: the bundle has nothing to compare with. Convert it with --references, and for the window with a"
@@ -23,10 +24,10 @@ _CERTAIN: Final = 0.15
 def window(trial: Trial) -> Observation:
     """Whether layers with a sliding window see no further back than it reaches: 4,096 tokens in Gemma 2.
 
-    Asked for single tokens behind a prompt of 5,000, whose end repeats its beginning, where the float model says another
-    one with its window than without. `honoured`: the window's tokens come. `ignored`: those of the model that sees
-    everything; long conversations get answers that Gemma 2 was not trained to give. `undecided`: some of each, or other
-    ones. That beginning is the needle; but an answer about it alone would decide nothing, as every other layer sees it.
+    Asked for single tokens behind a prompt of 5,000, whose end repeats its beginning, where the float model says
+    another one with its window than without. `honoured`: the window's tokens come. `ignored`: those of a model that
+    sees everything; long conversations get answers that Gemma 2 was not trained to give. `undecided`: some of each, or
+    other ones. That beginning is the needle; whether it is found decides nothing, as every other layer sees it anyway.
     """
     references = trial.model.bundle.read_references()
     found = references and references.window
@@ -44,7 +45,7 @@ def _decided(found: Window, said: list[int | None]) -> Observation:
         sum(token == getattr(fork, name) for token, fork in zip(said, found.forks, strict=True))
         for name in ("windowed", "whole")
     ]
-    result = "undecided"
+    result = UNDECIDED
     if max(votes) * 2 > len(said) and 0 in votes:
         result = "honoured" if votes[0] else "ignored"
     says = (
@@ -57,9 +58,8 @@ def _decided(found: Window, said: list[int | None]) -> Observation:
 def logits_cap(trial: Trial) -> Observation:
     """Whether the soft-cap of the logits is computed.
 
-    `capped`: the logits differ from the float model's without it as those with it do. `uncapped`: they are those without;
-    the likeliest token stays the same, but sampling is sharper than Gemma 2's. `undecided`: rounding hides it, or the
-    logits are neither.
+    `capped`: the logits are those of the float model. `uncapped`: those without it; the likeliest token stays the same,
+    but sampling is sharper than Gemma 2's. `undecided`: rounding hides it, or the logits are neither.
     """
     return _nearest(trial, lambda row: row.logits_uncapped)
 
@@ -81,9 +81,9 @@ def _nearest(trial: Trial, without: Callable[[Row], tuple[float, ...]]) -> Obser
         sum(divergence(side(row), mine) for row, mine in zip(caps.rows, found, strict=True)) / len(found)
         for side in (lambda row: row.capped, without)
     )
-    result = "undecided"
+    result = UNDECIDED
     if error <= _CERTAIN:
-        result = "capped" if abs(share) <= _NEAR else "uncapped" if abs(share - 1) <= _NEAR else "undecided"
+        result = "capped" if abs(share) <= _NEAR else "uncapped" if abs(share - 1) <= _NEAR else UNDECIDED
     says = (
         f"Its logits are {near:.2g} nats from the float model's and {far:.2g} from those without the soft-cap, and"
         f" {share:.2f} +- {error:.2f} of the way to them."

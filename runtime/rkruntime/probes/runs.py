@@ -22,7 +22,8 @@ def template(trial: Trial) -> Observation:
     `plain`: they are. `bos`: it reads one more, so `<bos>` is doubled, as our prompts have it; answers may suffer.
     `wrapped`: it reads several more, its own chat template; RKEdge empties that.
     """
-    run = trial.run(trial.request())  # the first of a fresh model: nothing is in its cache
+    trial.empty()
+    run = trial.run(trial.request())
     sent = run.end.prompt_tokens
     if run.read is None:
         return Observation(f"{silence(trial).capitalize()}.", run.facts)

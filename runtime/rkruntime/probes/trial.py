@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from rkruntime.abi import since, within
 from rkruntime.engine.generation import Finished, Request, Token
+from rkruntime.errors import UnsupportedCallError
 from rkruntime.model import Model
 
 _PROMPT: Final = "Name three rivers."
@@ -64,6 +66,11 @@ class Trial:
     def request(self, **changes: Any) -> Request:
         """The question that is always asked, greedily as far as the release allows."""
         return replace(self.model.request(_PROMPT, max_new_tokens=_SHORT), **changes)
+
+    def empty(self) -> None:
+        """Empty the cache, where the release can; earlier ones keep nothing in it."""
+        with suppress(UnsupportedCallError):
+            self.model.engine.clear_cache()
 
     def run(self, request: Request) -> Run:
         """One run from its first token to its last."""

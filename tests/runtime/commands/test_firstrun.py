@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from rkconvert.demo import checkpoint
-from rkruntime import cli
-from rkruntime import probes
+from rkruntime import cli, probes
 from rkruntime.engine.generation import Finished, FinishReason, Request
 from rkruntime.errors import RefusedError, WorkerCrashedError
 from rkruntime.probes import trial as trials
