@@ -75,7 +75,9 @@ def board_argument() -> Callable[[Decorated], Decorated]:
     "--library", type=click.Path(path_type=Path, dir_okay=False), help="Bring this librkllmrt.so, kept by its version."
 )
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would be changed, and change nothing.")
-@click.option("--no-test", is_flag=True, help="Ask the model nothing afterwards.")
+@click.option(
+    "--no-test", is_flag=True, help="Leave out the self-test, for which the daemon's model is unloaded for a moment."
+)
 @yes_option()
 @json_option()
 def run(
@@ -98,7 +100,7 @@ def run(
         changed = [planned.title for planned in done.changed]
         trial = None
         if done.agreed and not no_test:
-            person.say("asking the model")
+            person.say("running the self-test, then asking the daemon")
             trial = try_out(session, opened)
     if not done.agreed and not plan_only:
         raise click.Abort
@@ -129,11 +131,10 @@ def run(
 
 def _show(trial: Trial, emulated: bool) -> None:
     mark = "emulated: " if emulated else ""
-    if not trial.greedy:
-        say(f"{mark}self-test: this runtime takes no sampling per request; on the board: rkedge run --selftest")
-    elif trial.asked:
-        rest = "" if trial.right == trial.asked else "; rounding may be the reason, `rkedge run --selftest` decides"
-        say(f"{mark}self-test: {trial.right} of {trial.asked} answers are the float model's, word for word{rest}")
+    if trial.verdict or trial.problems:
+        say(f"{mark}self-test: {one_line(trial.verdict or 'it failed')}")
+    for problem in trial.problems:
+        say(f"  {one_line(problem)}")
     if trial.tokens_per_s:
         say(f"{mark}{trial.tokens_per_s:.2f} tokens/s, in an answer of {trial.tokens} tokens")
 

@@ -114,7 +114,7 @@ def _system(title: str, path: str, content: bytes, **more: Any) -> Planned:
 
 
 def _part(
-    title: str, change: str, folder: str, name: str, paths: Mapping[str, Path], files: Files, **info: Any
+    title: str, change: str, folder: str, name: str, paths: Mapping[str, Path], files: Files, info: Mapping[str, Any]
 ) -> Planned:
     step = {"key": f"{folder}/{name}", "kind": "part", "folder": folder, "name": name, "files": files, "info": info}
     return Planned(title, change, step, {files[file][1]: (files[file][0], paths[file]) for file in files})
@@ -129,21 +129,22 @@ def bundle_step(bundle: Bundle) -> Planned:
     paths = {file: bundle.path / file for file in files}
     size = sum(size for size, _ in files.values())
     info = {"fingerprint": manifest.fingerprint, "name": manifest.name, "size": size}
-    return _part("bundle", f"{name}, {_bytes(size)}", "bundles", name, paths, files, **info)
+    return _part("bundle", f"{name}, {_bytes(size)}", "bundles", name, paths, files, info)
 
 
 def library_step(path: Path, found: Identity, name: str) -> Planned:
     """The vendor's library that the user named."""
     files: Files = {LIBRARY: (path.stat().st_size, sha256_file(path))}
     change = f"{found.version}{' (emulated)' if found.emulated else ''}, kept beside others in /opt/rkedge/libraries"
-    return _part("library", change, "libraries", name, {LIBRARY: path}, files, version=found.version)
+    return _part("library", change, "libraries", name, {LIBRARY: path}, files, {"version": found.version})
 
 
 def program_step(facts: Facts, name: str, version: str, wheels: Mapping[str, Path], files: Files) -> Planned:
     """RKEdge and what it needs. Without wheels it is there already."""
     size = sum(size for size, _ in files.values())
     step = {
-        "key": f"programs/{name}", "kind": "program", "name": name, "python": facts.python, "version": version,
+        "key": f"programs/{name}", "kind": "program",
+        "folder": "programs", "name": name, "python": facts.python, "version": version,
         "wheels": files,
     }  # fmt: skip
     change = f"{name} in /opt/rkedge/programs, {_bytes(size)} of wheels" if files else name

@@ -1,18 +1,18 @@
-"""Whether the daemon on a board says what the bundle's float model said, and how fast."""
+"""What a bundle says on a board: its self-test there, and the daemon's rate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rkboard.deploy.session import Session, names_of
+from rkboard.deploy.session import Session, list_of, names_of, text_of
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import ServiceError
-from rkruntime.text.prompt_process import PromptProcess
 
-_PATIENCE_S: Final = 600.0
-_LONG_ANSWER: Final = "Count from 1 to 100, one number on each line."
+_PATIENCE_S: Final = 1500.0
+_QUESTION: Final = "Count from 1 to 100, one number on each line."
 _MOST_TOKENS: Final = 64
+_MOST_PROBLEMS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -20,63 +20,41 @@ class Trial:
     """What came of it.
 
     Attributes:
-        right: Questions of the self-test that were answered word for word as the float model did.
-        asked: All of them; 0 for a bundle without a self-test.
-        greedy: Whether the runtime let a request ask for its likeliest tokens; if not, no answer proves anything.
-        tokens_per_s: Of an answer; 0 if it was too short.
+        verdict: Of the self-test, as `rkedge run --selftest` says it; empty for a bundle without one.
+        problems: What it found.
+        tokens_per_s: Of an answer of the daemon; 0 if it was too short.
         tokens: How many tokens that answer had.
     """
 
-    right: int
-    asked: int
-    greedy: bool
+    verdict: str
+    problems: tuple[str, ...]
     tokens_per_s: float
     tokens: int
 
 
 def try_out(session: Session, bundle: Bundle) -> Trial:
-    """Ask the daemon on a board, through its socket there.
+    """Run the self-test, while the daemon's model is unloaded, and ask the daemon.
 
     Raises:
-        BundleError: The bundle's tokenizer or self-test cannot be read.
+        BundleError: The bundle's self-test cannot be read.
         ServiceError: The daemon does not answer.
     """
-    expected = bundle.read_selftest()
-    right, greedy, asked = 0, True, list(expected.prompts) if expected else []
-    if asked:
-        prompts = PromptProcess(bundle)
-        try:
-            decode = prompts.vocabulary.decode
-            wanted = [(item.question, decode(item.ids[: len(item.ids) - item.ends]), len(item.ids)) for item in asked]
-        finally:
-            prompts.close()
-        for question, text, count in wanted:
-            answer, ignored = _ask(session, question, count)
-            greedy = greedy and not ignored
-            right += _text(answer).strip() == text.strip()
-    answer, _ = _ask(session, _LONG_ANSWER, _MOST_TOKENS)
-    said, nanoseconds = (_number(answer, key) for key in ("eval_count", "eval_duration"))
-    rate = (said - 1) / nanoseconds * 1e9 if said > 1 and nanoseconds else 0.0
-    return Trial(right, len(asked), greedy, rate, int(said))
-
-
-def _ask(session: Session, question: str, tokens: int) -> tuple[dict[str, Any], bool]:
+    found = names_of(session.call("selftest"), "result") if bundle.read_selftest() else {}
+    problems = [item for item in list_of(found, "problems") if isinstance(item, dict)]
+    said = tuple(text_of(item, "message") for item in problems[:_MOST_PROBLEMS]) or (text_of(found, "message"),)
     body = {
-        "messages": [{"role": "user", "content": question}],
+        "model": "rkedge",
+        "messages": [{"role": "user", "content": _QUESTION}],
         "stream": False,
-        "options": {"temperature": 0, "num_predict": tokens},
+        "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
     }
     reply = session.call("ask", path="/api/chat", body=body, patience=_PATIENCE_S)
     answer = names_of(reply, "answer")
     if reply.get("status") != 200:
-        said = str(answer.get("error") or answer)[:500]
-        raise ServiceError(f"The daemon on {session.destination} answers with an error: {said}")
-    ignored = {name.lower(): value for name, value in names_of(reply, "headers").items()}.get("x-rkedge-ignored", "")
-    return answer, "temperature" in str(ignored)
-
-
-def _text(answer: dict[str, Any]) -> str:
-    return str(names_of(answer, "message").get("content", ""))
+        raise ServiceError(f"The daemon on {session.destination} answers with an error: {text_of(answer, 'error')}")
+    tokens, nanoseconds = (_number(answer, key) for key in ("eval_count", "eval_duration"))
+    rate = (tokens - 1) / nanoseconds * 1e9 if tokens > 1 and nanoseconds else 0.0
+    return Trial(text_of(found, "verdict"), tuple(filter(None, said)), rate, int(tokens))
 
 
 def _number(answer: dict[str, Any], key: str) -> float:

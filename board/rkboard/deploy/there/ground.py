@@ -53,8 +53,8 @@ class Ground:
         """Write some of it down."""
         write(self._state, json.dumps({**self.state, **changed}, indent=1).encode(), 0o644)
 
-    def run(self, *words: str, limit: float = 300) -> str | None:
-        """What a tool prints; None where the tree has no such tool. Raises Refused if it fails."""
+    def run(self, *words: str, limit: float = 300, fine: tuple[int, ...] = (0,)) -> str | None:
+        """What a tool prints; None where the tree has no such tool. Raises Refused if its status is not `fine`."""
         path = os.pathsep.join(str(self.root / folder) for folder in _TOOLS)
         tool = shutil.which(words[0], path=path)
         if tool is None:
@@ -62,13 +62,14 @@ class Ground:
         environment = {"PATH": path, "LC_ALL": "C.UTF-8", "HOME": "/root"}
         try:
             done = subprocess.run(
-                [tool, *words[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [tool, *words[1:]], stdin=subprocess.DEVNULL, capture_output=True,
                 env=environment, timeout=limit, check=False, cwd="/",
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Refused(f"{words[0]} did not end within {limit:.0f} seconds.") from None
         said = done.stdout.decode("utf-8", "replace").strip()
-        if done.returncode:
+        if done.returncode not in fine:
+            said = f"{said} {done.stderr.decode('utf-8', 'replace').strip()}".strip()
             raise Refused(f"`{' '.join(words)}` ended with {done.returncode}: {said[-_MOST_SAID:]}")
         return said
 

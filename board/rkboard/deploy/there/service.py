@@ -28,6 +28,8 @@ _LOOK_S = 0.5
 _LOAD_S = 1500.0
 # After a reload was asked for, until the daemon has begun with it.
 _BEGIN_S = 20.0
+# The self-test has the daemon's user and groups, for as long as it takes.
+_RIGHTS = ("User=rkedge", "SupplementaryGroups=video render", "CacheDirectory=rkedge", "PrivateTmp=yes")
 # What makes /opt/rkedge a virtual environment, whichever generation is in use.
 FIXED = {
     "bin": "current/programs/bin",
@@ -220,7 +222,7 @@ class Service:
             if wanted is not None and status.get("bundle") == wanted and state == "ready":
                 return
             if state == "unloaded" and not reload:  # it loads with the first request
-                self.ask("/api/generate", {"model": "", "stream": False}, _LOAD_S)
+                self.ask("/api/generate", {"model": "rkedge", "stream": False}, _LOAD_S)
             if state == "failed":
                 raise Refused(f"The daemon could not load it: {status.get('error')}", "See: rkedge logs USER@BOARD")
             if self.property("ActiveState") == "failed":
@@ -231,6 +233,25 @@ class Service:
                 raise Refused("The daemon refused it, and kept the old one.", "See: rkedge logs USER@BOARD")
             time.sleep(_LOOK_S)
         raise Refused(f"The bundle was not loaded within {_LOAD_S / 60:.0f} minutes.", "See: rkedge logs USER@BOARD")
+
+    def selftest(self) -> Any:
+        """What the bundle's self-test finds, in a process of its own: the NPU may have no memory for two models."""
+        self.ask("/api/generate", {"model": "rkedge", "keep_alive": 0, "stream": False}, _LOAD_S)
+        home, given = str(self._ground.home), []
+        if (self.current_link / "environment").exists():
+            given = [f"--setenv={(self.current_link / 'environment').read_text().strip()}"]
+        rights = [f"--property={item}" for item in _RIGHTS]
+        command = [f"{home}/bin/rkedge", "run", f"{home}/bundle", "--selftest", "--json"]
+        options = ("--quiet", "--wait", "--pipe", "--collect")
+        words = (*options, *rights, *given, *command)
+        try:
+            said = self._ground.run("systemd-run", *words, limit=_LOAD_S, fine=(0, 3, 7, 9))
+        finally:
+            self.ask("/api/generate", {"model": "rkedge", "stream": False}, _LOAD_S)
+        try:
+            return json.loads(said or "null")
+        except ValueError:
+            raise Refused(f"The self-test said something else: {said}") from None
 
     def stop(self) -> None:
         """Stop the daemon, and start it no more."""

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,8 @@ class Talk:
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             _tell("error", message=f"{error.strerror or error}{where}.", hint="")
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            _tell("error", message=f"This is a defect of rkedge: {traceback.format_exc()}", hint=f"{error}")
 
     def do_look(self, places: list[str]) -> dict[str, Any]:
         """What this board is, and what is on it. `places`: folders that may have a library."""
@@ -189,6 +192,10 @@ class Talk:
         if answer is None:
             raise Refused("The daemon does not answer.", "See: rkedge logs USER@BOARD")
         return {"status": answer[0], "headers": answer[1], "answer": answer[2], "seconds": time.monotonic() - began}
+
+    def do_selftest(self) -> dict[str, Any]:
+        """What `rkedge run --selftest` finds in the daemon's place, whose model is unloaded for that."""
+        return {"result": self._service.selftest()}
 
     def do_log(self, lines: int) -> dict[str, Any]:
         """The end of the daemon's log."""
