@@ -46,7 +46,7 @@ def start():
     line = re.findall(r"^ExecStart=(.+)", text, re.M)[-1]
     words = [root + word if word.startswith(("/opt", "/etc")) else word for word in line.split()]
     environment = dict(os.environ, RUNTIME_DIRECTORY=root + "/run/rkedge", STATE_DIRECTORY=root + "/var/lib/rkedge",
-                       CACHE_DIRECTORY=root + "/var/cache/rkedge", HOME=root)
+                       CACHE_DIRECTORY=root + "/var/cache/rkedge", HOME=root + "/var/lib/rkedge")
     try:
         for each in open(root + "/opt/rkedge/current/environment"):
             name, _, value = each.strip().partition("=")
@@ -149,8 +149,10 @@ class Tree:
 def plant(folder: Path) -> Tree:
     """A new one."""
     root = folder / "root"
-    for name in ("run", "etc/systemd/system", "usr/bin", "usr/local/bin", "usr/lib/sysusers.d", "etc/udev/rules.d"):
+    for name in ("run", "opt", "var/lib", "var/cache", "usr/bin", "usr/local/bin", "usr/lib/sysusers.d"):
         (root / name).mkdir(parents=True)
+    for name in ("systemd/system", "udev/rules.d"):
+        (root / "etc" / name).mkdir(parents=True)
     (root / "etc/hostname").write_text("board\n")
     systemctl = root / "usr/bin/systemctl"
     systemctl.write_text(SYSTEMCTL.format(python=sys.executable, root=str(root)))

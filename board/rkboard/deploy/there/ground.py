@@ -28,11 +28,15 @@ class Ground:
 
     Args:
         root: `/`, or a tree in which its own tools, if it has any, stand for the system's.
+
+    Attributes:
+        lock: An open file that is locked while something is changed.
     """
 
     def __init__(self, root: str) -> None:
         self.root = Path(root)
         self.is_system = root == "/"
+        self.lock: int | None = None
         self.home = self.at("/opt/rkedge")
         self._state = self.home / "deploy.json"
 

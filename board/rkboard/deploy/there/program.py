@@ -99,6 +99,11 @@ class Program(Part):
         )
         self._call(python, "-I", "-m", "rkruntime.cli", "--version")
 
+    @property
+    def _lock(self) -> tuple[int, ...]:
+        """What an installer holds as well: nobody else may begin before it has ended, even if this process is gone."""
+        return () if self.ground.lock is None else (self.ground.lock,)
+
     def _call(self, *words: str) -> None:
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -109,7 +114,7 @@ class Program(Part):
         try:
             done = subprocess.run(
                 list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=environment, timeout=_LIMIT_S, check=False, cwd="/",
+                env=environment, timeout=_LIMIT_S, check=False, cwd="/", pass_fds=self._lock,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Refused(f"Installing RKEdge took more than {_LIMIT_S / 60:.0f} minutes.") from None

@@ -54,7 +54,6 @@ class Talk:
 
     def __init__(self, ground: Ground) -> None:
         self._ground, self._store, self._service = ground, Store(ground), Service(ground)
-        self._lock: int | None = None
 
     def handle(self, request: dict[str, Any]) -> None:
         """Do what a request asks for, and answer it."""
@@ -105,11 +104,11 @@ class Talk:
         """Keep others from changing anything until this process ends, and complete what an earlier one began."""
         make_folder(self._ground.home)
         os.chmod(self._ground.home, 0o755)  # noqa: S103 - for everybody to read
-        self._lock = os.open(self._ground.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = self._ground.lock = os.open(self._ground.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         end, told = time.monotonic() + _PATIENCE_S, False
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
                 if not told:
