@@ -33,6 +33,10 @@ SEVERAL_MEANINGS = {
     "--quiet",
     "--python",
     "--yes",
+    "--board",
+    "--library",
+    "--risky",
+    "--target",
 }
 WITH_A_NUMBER = click.types.IntParamType, click.types.FloatParamType
 
