@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from rkconvert.demo import checkpoint
 from rkruntime import SamplingOptions, cli, open_model
@@ -56,9 +55,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = load_file(path)
         for name, values in weights.items():
             if "q_proj" in name:
-                weights[name] = (values.astype(np.float32) * 6).astype(values.dtype)
+                weights[name] = values * 6
             if name == "model.norm.weight":
-                weights[name] = ((1 + values.astype(np.float32)) * 3 - 1).astype(values.dtype)
+                weights[name] = (1 + values) * 3 - 1
         save_file(weights, path)
     assert cli.main(["convert", str(model), "--release", RELEASE, "-q", "-o", str(folder / "bundle")]) == 0
     return folder / "bundle"
