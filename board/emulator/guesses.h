@@ -24,6 +24,9 @@ struct Guesses {
   bool logits_last = false;
   bool logits_apart = false;
   bool pause_drops = false;
+  bool prefix_read = false;
+  bool history_ignored = false;
+  bool abort_lingers = false;
 
   // Reads RKEMU_GUESS. Failure: a name that is not in the table.
   static Guesses from_environment();

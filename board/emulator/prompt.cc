@@ -95,7 +95,8 @@ void Run::prepare(Batch& batch, const Input& input, Past past) {
   const bool may_reuse = input.kind == Input::Kind::embeddings ? loaded_.rules.embedding_reuse
                                                                : loaded_.rules.prefix_reuse;
   if (!goes_on) {
-    const bool whole = mode_ != Mode::generate && loaded_.settings.guesses.arrays_whole;
+    const Guesses& guesses = loaded_.settings.guesses;
+    const bool whole = guesses.prefix_read || (mode_ != Mode::generate && guesses.arrays_whole);
     reuse_prefix(batch, !whole && conversation.adapter == adapter &&
                             (may_reuse || past == Past::prompt_cache));
   }

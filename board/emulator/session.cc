@@ -60,6 +60,7 @@ void Session::run(const Request& request, const std::atomic<bool>& abort, const 
     told(std::vector<Result>(conversations_.size()), State::error);
     throw;
   }
+  aborted_ = abort;
   if (!run.paused()) run.finish();
 }
 
@@ -71,7 +72,8 @@ void Session::compute(Run& run, const Request& request) {
                adapter(name.empty() ? std::nullopt : std::optional(name)));
   } else {
     const Adapter* lora = adapter(request.lora);
-    const bool history = request.keep_history || paused();
+    const bool continues = request.keep_history && !guesses().history_ignored;
+    const bool history = continues || paused() || (aborted_ && guesses().abort_lingers);
     paused_.clear();
     const bool apart = request.mode == Mode::logits && guesses().logits_apart;
     if (apart) aside_ = empty_conversations();

@@ -53,6 +53,8 @@ class Session {
   // Of the paused run; empty if there is none.
   std::vector<Batch> paused_;
   bool prompt_cache_loaded_ = false;
+  // Whether the run before this one was.
+  bool aborted_ = false;
 };
 
 }  // namespace rkemu

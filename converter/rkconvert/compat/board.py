@@ -37,7 +37,7 @@ _WAITS_S: Final = (0.2, 1, 2, 5, 10, 20, 30, 60, 60, 60, 60, 60, 120, 120)
 _MOST_REBOOTS: Final = 2
 _MOST_BREAKS: Final = 8
 _MOST_COPIES: Final = 3
-_INSTALL: Final = "docs/install.md says how to install it; name it with --remote-command if it is elsewhere"
+_INSTALL: Final = "docs/serve.md says how to install it; name it with --remote-command if it is elsewhere"
 # Exit statuses of rsync that are about the connection: rsync(1), EXIT VALUES.
 _RSYNC_BROKEN: Final = (10, 12, 30, 35, 255)
 

@@ -24,6 +24,7 @@ from rkruntime.probes import QUESTIONS
 from rkruntime.remote import words_of_text
 from rkruntime.visit.steps import LOAD, SELFTEST, SPEED, results
 
+_BUNDLES = pytest.StashKey[list[Bundle]]()
 _TRIED = pytest.StashKey[dict[Path, Any]]()
 
 
@@ -39,15 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What was tried is tried once."""
+    """Find the bundles. What was tried is tried once."""
     config.stash[_TRIED] = {}
+    config.stash[_BUNDLES] = [] if config.option.help else _bundles(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each bundle, and for each bundle and probe."""
     if "bundle" not in metafunc.fixturenames:
         return
-    bundles = _bundles(metafunc.config)
+    bundles = metafunc.config.stash[_BUNDLES]
     metafunc.parametrize("bundle", bundles, ids=[_id(cell_of(bundle)) for bundle in bundles], scope="session")
     if "probe" in metafunc.fixturenames:
         metafunc.parametrize("probe", _probes(metafunc.config))
@@ -58,7 +60,9 @@ def _id(cell: Cell) -> str:
 
 
 def _bundles(config: pytest.Config) -> list[Bundle]:
-    found = []
+    found: list[Bundle] = []
+    if not config.getoption("--bundle"):
+        raise pytest.UsageError("say which bundle to try: --bundle DIR")
     for name in config.getoption("--bundle"):
         try:
             bundles = bundles_of(Path(name))

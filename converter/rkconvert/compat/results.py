@@ -16,6 +16,7 @@ from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import InputError, InvalidResultError
 from rkruntime.files import atomic_file, read_error
+from rkruntime.probes import QUESTIONS, is_harmful
 from rkruntime.resources import resource
 from rkruntime.schema import Between, Length, build
 
@@ -176,4 +177,11 @@ def _evidence(path: Path, result: Result, run: Run) -> Evidence:
     level = Level.EMULATED if result.emulated else Level.BOARD
     speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
     where = f"{path.name}: {board.name}, driver {board.driver}, runtime {board.library}, {result.made}"
-    return Evidence(Status(run.status), level, f"{run.says}{speed}", where, log=run.log)
+    bad = [f"{probe.name} {probe.result}" for probe in run.probes if _is_harmful(probe)]
+    probes = f" Probes: {', '.join(bad)}." if bad else ""
+    return Evidence(Status(run.status), level, f"{run.says}{speed}{probes}", where, log=run.log)
+
+
+def _is_harmful(probe: Probe) -> bool:
+    """A name or a result that is not known is not shown."""
+    return probe.name in QUESTIONS and is_harmful(probe.name, probe.result)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from rkruntime.checks import machine
 from rkruntime.engine.generation import Finished, Token
-from rkruntime.errors import BundleError, ContextFullError, LoadError, RKEdgeError, UsageError, WorkerError
+from rkruntime.errors import BundleError, ContextFullError, LoadError, ModelError, RKEdgeError, UsageError, WorkerError
 from rkruntime.firstrun import machine_report
 from rkruntime.folders import home
 from rkruntime.model import Model
@@ -60,9 +60,10 @@ def _tried(step: str, trial: Trial) -> Result:
         return {"result": found.result, "says": _short(found.says)}
     try:
         return _speed(trial) if step == SPEED else _selftest(trial)
-    except RKEdgeError as error:
-        right = {} if step == SPEED else {"right": False}
-        return {"result": FAILED, "says": _short(error.message), **right}
+    except ModelError as error:
+        return {"result": FAILED, "right": False, "says": _short(error.message)}
+    except RKEdgeError as error:  # of the machine: it decides nothing
+        return {"result": "", "says": _short(error.message)}
 
 
 def _load(trial: Trial) -> Result:

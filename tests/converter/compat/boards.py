@@ -84,13 +84,14 @@ class Loopback:
         """Kill the processes of the visit, or, as a loss of power does, connections and all; returns how many."""
         if power:
             self.boot.write_text(str(time.monotonic()))
+        found = self.processes()
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none sees another one die
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        if power:
             self.sshd.drop()
-        killed = 0
-        for pid in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-        return killed
+        return len(found)
 
     def quiet(self) -> bool:
         """Whether nothing runs there any more."""

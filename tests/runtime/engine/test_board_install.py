@@ -140,6 +140,7 @@ LINES = {
     "serve": ["serve", "--config", "{tmp}/none"],
     "attach": ["attach", "--socket", "{tmp}/socket"],
     "firstrun": ["firstrun", "{tmp}/none"],
+    "visit": ["visit", "open", "none"],
     "inspect": ["inspect", "{tmp}/none"],
 }
 
