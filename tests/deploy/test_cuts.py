@@ -18,8 +18,10 @@ import yaml
 from tests.runtime.serve import sshd
 
 from rkconvert.demo import questions
+from rkruntime.errors import ServiceError
 from rkruntime.files import sha256_file
 
+from .client import Willing, put
 from .conftest import wait_until
 from .tree import Tree
 
@@ -65,6 +67,35 @@ def answers(tree: Tree) -> bool:
     return said is not None and (said == QA[FIRST] or said.startswith("Arr"))
 
 
+def test_the_switch_is_cut_at_each_step(
+    tree: Tree, destination: str, program: Path, library: Path, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """What switches is killed before and after it asks systemd for something: for another bundle, and for a library."""
+    other = tmp_path / "other" / library.name
+    other.parent.mkdir()
+    other.write_bytes(library.read_bytes() + b"another file")
+    wheels = {path.name: path for path in sorted(program.iterdir())}
+    put(destination, str(tree.root), wheels, bundles["base"], library, Willing())
+    settled = tree.outside()
+    named, used = ["pirate", "base"], [other, library]
+    for verb in ("enable", "start", "reload", "restart"):
+        for when in ("before", "after"):
+            (tree.root / f"run/{when}-{verb}").touch()
+            bundle = bundles[named[0]]
+            chosen = used[0] if verb == "restart" else used[1]
+            with pytest.raises(ServiceError):
+                put(destination, str(tree.root), wheels, bundle, chosen, Willing())
+            wait_until(lambda: answers(tree))
+            done = put(destination, str(tree.root), wheels, bundle, chosen, Willing())
+            assert [planned.title for planned in done.changed] == ["service"]
+            assert (tree.ask(FIRST) == QA[FIRST]) == (named[0] == "base")
+            assert put(destination, str(tree.root), wheels, bundle, chosen, Willing()).changed == []
+            assert tree.outside() == settled
+            named.reverse()
+            if verb == "restart":
+                used.reverse()
+
+
 @pytest.mark.parametrize("seed", [int(os.environ.get("RKEDGE_SEED", "14"))])
 def test_twenty_cuts(
     seed: int, tree: Tree, host: sshd.Board, destination: str, program: Path, library: Path, bundles: dict[str, Path],
@@ -92,7 +123,7 @@ def test_twenty_cuts(
         lambda client: host.drop(),
         lambda client: [os.kill(pid, signal.SIGKILL) for pid in there(host)] and None,
     ]
-    cut = 0
+    cut = switching = 0
     for at in range(24):
         kind = "base" if at % 2 else "pirate"
         bundle = new_version(bundles[kind], tmp_path / f"version-{at}", chance.randbytes(PADDING))
@@ -101,6 +132,7 @@ def test_twenty_cuts(
         cut += client.poll() is None
         ways[at % len(ways)](client)
         client.wait(60)
+        switching += b'"pending": {' in (tree.home / "deploy.json").read_bytes()
         wait_until(lambda: answers(tree))
         assert tree.outside() == settled
         run(bundle)
@@ -109,4 +141,5 @@ def test_twenty_cuts(
         assert (said == QA[FIRST]) == (kind == "base")
         assert tree.outside() == settled
         shutil.rmtree(bundle)
+    print(f"{cut} cuts, {switching} of them while the daemon was changing")
     assert cut >= 20

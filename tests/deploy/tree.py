@@ -26,6 +26,15 @@ verb, words = sys.argv[1], sys.argv[2:]
 with open(root + "/run/systemctl.log", "a") as log:
     print(*sys.argv[1:], file=log)
 
+def cut(when):
+    # Kills what has called it, once: before the verb does anything, or after.
+    path = f"{{root}}/run/{{when}}-{{verb}}"
+    if os.path.exists(path):
+        os.unlink(path)
+        os.kill(os.getppid(), signal.SIGKILL)
+        if when == "before":
+            sys.exit(0)
+
 def alive():
     try:
         pid = int(open(pid_file).read())
@@ -62,6 +71,7 @@ def start():
                                env=environment, start_new_session=True)
     open(pid_file, "w").write(str(process.pid))
 
+cut("before")
 if verb == "show":
     print("active" if alive() else "inactive")
 elif verb == "restart" and "rkedge.service" in words:
@@ -71,6 +81,7 @@ elif verb == "reload":
     os.kill(alive(), signal.SIGHUP)
 elif verb == "disable":
     stop()
+cut("after")
 """
 SYSTEMD_RUN = """\
 #!{python}

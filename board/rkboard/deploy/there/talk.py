@@ -217,7 +217,10 @@ class Talk:
                 _tell("error", message=f"{type(error).__name__}: {error}", hint="")
             finally:
                 os._exit(failed)
-        if os.waitpid(child, 0)[1]:
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            raise Refused("The process that switched was killed.", "Start the same command again: it completes.")
+        if status:
             raise _Told
 
 
