@@ -91,6 +91,8 @@ def test_deploying(board: Machine, bundles: dict[str, Path], library: Path) -> N
     before = listing(board)
     planned = rkedge(board, "deploy", bundles["base"], "board", "--library", library, "--plan")
     assert "joins the group rkedge" in str(planned["told"])
+    asked = board.at_home(*RKEDGE, "deploy", str(bundles["base"]), "board", "--library", str(library))
+    assert (asked.returncode, "Add --yes" in asked.stderr) == (2, True)
     assert listing(board) == before
     done = rkedge(board, "deploy", bundles["base"], "board", "--library", library, "--yes", "--json")
     assert done["trial"]["verdict"] == "same"  # type: ignore[index]
