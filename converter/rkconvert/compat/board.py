@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -30,6 +31,8 @@ _BLOCK: Final = 1 << 20
 _HEARTBEAT_S: Final = 5.0
 # A board answers each heartbeat.
 _SILENCE_S: Final = 60.0
+# What a load says of the board, and one that has changed is another board.
+_SAME_BOARD: Final = ("library", "driver", "driver_seen", "kernel", "board", "context")
 # For an operation that reads gigabytes from a slow card.
 _PATIENCE_S: Final = 1800.0
 # A board that restarts is back in a minute or two; one whose file system is checked, later.
@@ -37,6 +40,8 @@ _WAITS_S: Final = (0.2, 1, 2, 5, 10, 20, 30, 60, 60, 60, 60, 60, 120, 120)
 _MOST_REBOOTS: Final = 2
 _MOST_BREAKS: Final = 8
 _MOST_COPIES: Final = 3
+# Runs of all steps in one connection; one does it, unless something has changed on the board.
+_MOST_TRIES: Final = 4
 _INSTALL: Final = "docs/serve.md says how to install it; name it with --remote-command if it is elsewhere"
 # Exit statuses of rsync that are about the connection: rsync(1), EXIT VALUES.
 _RSYNC_BROKEN: Final = (10, 12, 30, 35, 255)
@@ -115,6 +120,11 @@ class Visit:
                     ) from None
                 self.say(f"{error.told} Trying again in {wait:g} s.")
                 time.sleep(wait)
+            except ServiceError:
+                # Something is missing there, or wrong: it is not known when this is started again, and with what.
+                with suppress(ServiceError, _BrokenError):
+                    self._call(journal, "remove")
+                raise
         return journal
 
     def _left(self, journal: Journal) -> list[str]:
@@ -128,8 +138,12 @@ class Visit:
             journal.removed = False
             opened = self._open(journal)
             self._copy(journal, opened)
-            while left := self._left(journal):
+            for _ in range(_MOST_TRIES):
+                if not (left := self._left(journal)):
+                    break
                 self._try(journal, left)
+            else:
+                raise _nonsense("it ends without having done what is asked")
         self._call(journal, "remove")
         journal.removed = True
         journal.save()
@@ -205,12 +219,12 @@ class Visit:
         if not names or not plain:
             return not names
         shell = shlex.join(ssh_command(self.destination)[:-2])
-        command = ["rsync", "-rt", "-s", "--inplace", "--append", "--files-from=-", "-e", shell]
+        command = ["rsync", "-rtL", "-s", "--inplace", "--append", "--from0", "--files-from=-", "-e", shell]
         target = f"{self.destination}:{folder}/"
         try:
             done = subprocess.run(
                 [*command, "--", f"{self.bundle.path.resolve()}/", target],
-                input="\n".join(names).encode(),
+                input="\0".join(names).encode(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 check=False,
@@ -282,9 +296,26 @@ class Visit:
             self.say(f"{step} ...")
         elif event["event"] == "done" and step in STEPS:
             journal.begun = ""
-            journal.results[str(step)] = _checked(str(step), event.get("result"))
+            result = _checked(str(step), event.get("result"))
+            if step == LOAD:
+                self._compare(journal, result)
+            journal.results[str(step)] = result
             self.say(f"{step}: {one_line(str(journal.results[str(step)]['says']))}")
         journal.save()
+
+    def _compare(self, journal: Journal, load: Mapping[str, Any]) -> None:
+        """Compare a load with that of an earlier connection. Raises ServiceError if only that one went well."""
+        earlier = journal.results.get(LOAD)
+        if earlier is None:
+            return
+        if earlier["loads"] and not load["loads"]:
+            raise ServiceError(
+                f"{self.destination} has loaded it before, and now: {one_line(load['says'])}",
+                hint="Does something else use the NPU? rkedge doctor; then start the same command again.",
+                details={"lines": load.get("log", [])},
+            )
+        if any(earlier.get(name) != load.get(name) for name in _SAME_BOARD):
+            journal.results.clear()  # what was found out is about another library, driver or kernel
 
     def _ended(self, event: Mapping[str, Any] | None, status: int | None, remote: Remote) -> Exception:
         """Why an operation gave no answer: an error to raise, or a connection to make again."""

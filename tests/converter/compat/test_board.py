@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from tests.runtime.serve.sshd import SSHD
 
 from rkboard.emulator.build import build
 from rkconvert.compat import board as visits
+from rkconvert.compat.journal import Journal
 from rkconvert.compat.results import read_result
 from rkconvert.demo import checkpoint
 from rkruntime import cli
+from rkruntime.bundle.manifest import open_bundle
 from rkruntime.errors import BundleError, ServiceError, UsageError
 from rkruntime.probes import QUESTIONS
 
@@ -180,6 +183,48 @@ def test_a_board_that_is_not_there_is_not_waited_for(
     assert "cannot be reached" in capsys.readouterr().err
 
 
+def test_what_a_board_lacks_is_said_and_the_copy_removed(
+    board: Loopback, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--board", "open", "--remote-command", shlex.join(board.program), "--library", "/nowhere/librkllmrt.so"]
+    assert cli.main(["compat", str(bundle), *words, "-o", str(board.home / "results")]) == ServiceError.exit_code
+    assert "open says: " in capsys.readouterr().err
+    assert board.left() == []
+
+
+def test_another_library_than_before_is_asked_everything(
+    board: Loopback, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal.of("open", open_bundle(bundle), "--library", board.library)
+    journal.results = {
+        "load": {"loads": True, "says": "x", "library": "1.1.0"},
+        "end": {"result": "goes-on", "says": "It did so once."},
+    }
+    journal.save()
+    code, (found,) = compat(board, bundle, *asked("end"))
+    assert (code, results_of(found)) == (0, {"end": "ends"})
+
+
+def test_a_load_that_went_well_before_is_not_called_a_failure(
+    board: Loopback, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal.of("open", open_bundle(bundle), "--library", board.library)
+    journal.results = {"load": {"loads": True, "says": "x", "library": "1.3.0"}}
+    journal.save()
+    board.environment["RKEMU_FAULT"] = "alloc-14"
+    code, found = compat(board, bundle)
+    assert (code, found) == (ServiceError.exit_code, [])
+    assert "has loaded it before" in capsys.readouterr().err
+
+
+def test_links_in_a_bundle_are_followed(board: Loopback, bundle: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    shutil.copytree(bundle, linked)
+    (linked / "model.rkemu").rename(linked / "blob")
+    (linked / "model.rkemu").symlink_to("blob")
+    assert compat(board, linked, *asked("end"))[0] == 0
+
+
 def test_a_damaged_bundle_is_not_sent(board: Loopback, bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
@@ -282,6 +327,7 @@ def check_whole(board: Loopback) -> None:
     board.sshd.daemon.wait_until(board.quiet, 60)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CUTS)
 def test_one_cut(board: Loopback, bundle: Path, kind: str) -> None:
     survives(board, bundle, [(kind, 6.0)])
@@ -303,6 +349,7 @@ def test_cuts_at_random_moments(board: Loopback, bundle: Path, seed: int) -> Non
 def test_a_board_that_restarts_in_a_probe_each_time_is_not_asked_again(
     board: Loopback, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    board.environment["RKEMU_TOKEN_US"] = "100000"  # so that it is not over before
     real: Callable[..., Any] = visits.Visit._note
 
     def note(self: Any, journal: Any, event: Any) -> None:
