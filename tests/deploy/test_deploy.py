@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,24 @@ def test_what_others_have_written_is_kept_and_comes_back(
     after = tree.outside()
     assert after.pop("etc/udev/rules.d/60-rkedge.rules")[1] == b"# mine now\n"
     assert after == before
+
+
+def test_programs_that_nobody_returns_to_are_removed(
+    tree: Tree, destination: str, program: Path, bundles: dict[str, Path], library: Path, tmp_path: Path
+) -> None:
+    """The one before stays, with what it served; libraries and bundles stay until somebody removes them."""
+    seen = []
+    for at, bundle in enumerate(("base", "pirate", "base")):
+        folder = shutil.copytree(program, tmp_path / f"wheels-{at}")
+        with zipfile.ZipFile(next(folder.glob("rkedge-*")), "a") as wheel:
+            wheel.writestr("rkruntime/version.txt", str(at))
+        wheels = {path.name: path for path in sorted(folder.iterdir())}
+        put(destination, str(tree.root), wheels, bundles[bundle], library, Willing())
+        seen.append((tree.in_use() or {})["programs"])
+        assert tree.ask(FIRST) is not None
+    assert set(os.listdir(tree.home / "programs")) == set(seen[1:])
+    assert len(os.listdir(tree.home / "bundles")) == 2
+    assert (tree.in_use("previous") or {})["programs"] == seen[1]
 
 
 def test_what_both_bundles_have_is_sent_once(

@@ -211,6 +211,15 @@ class Serve(Step):
         """See Step."""
         self.remember()
         self.service.switch(self.service.generation(self._parts()), say)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove programs that are neither in use nor what a rollback returns to."""
+        links = (self.service.current_link, self.service.previous_link)
+        used = [self.service.made_of(self.service.named(link)) or {} for link in links]
+        for name in set(self.store.parts()["programs"]) - {parts.get("programs") for parts in used}:
+            self.service.forget("programs", name)
+            self.store.drop("programs", name)
 
     def undo(self) -> str:
         """See Step."""
