@@ -76,6 +76,7 @@ def test_each_command_works_or_says_what_it_needs(
     works = {
         "up": ["made", "--no-chat"], "chat": ["made"], "run": ["made", "What can you do?"], "list": [], "down": [],
         "diagnose": [str(wheel.parent / "log")], "firstrun": ["made"], "inspect": ["made"], "help": [], "attach": [],
+        "visit": ["open", "0123456789abcdef"],
         "rm": ["made", "--yes"],
     }  # fmt: skip
     needs = {"toolkit": ["info"], "push": ["made", "me/made"], "serve": ["--config", "none"]}

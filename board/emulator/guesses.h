@@ -17,6 +17,16 @@ struct Guesses {
   bool special_hidden = false;
   bool context_shifts = false;
   bool defaults_unset = false;
+  bool window_ignored = false;
+  bool attention_uncapped = false;
+  bool logits_uncapped = false;
+  bool bos_doubled = false;
+  bool logits_last = false;
+  bool logits_apart = false;
+  bool pause_drops = false;
+  bool prefix_read = false;
+  bool history_ignored = false;
+  bool abort_lingers = false;
 
   // Reads RKEMU_GUESS. Failure: a name that is not in the table.
   static Guesses from_environment();

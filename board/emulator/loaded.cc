@@ -1,6 +1,7 @@
 #include "loaded.h"
 
 #include <algorithm>
+#include <limits>
 #include <thread>
 
 #include "log.h"
@@ -10,6 +11,13 @@ namespace rkemu {
 namespace {
 
 constexpr long kMaxPause = 10'000'000;
+
+// What a runtime may leave out of Gemma 2's attention and head.
+void guess(const Guesses& guesses, Config& config) {
+  if (guesses.window_ignored) config.sliding_window = std::numeric_limits<int>::max();
+  if (guesses.attention_uncapped) config.attn_softcap = 0;
+  if (guesses.logits_uncapped) config.final_softcap = 0;
+}
 
 int threads_for(int cpus) {
   const auto hardware = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
@@ -33,6 +41,7 @@ Loaded::Loaded(const Rules& release_rules, const Settings& given, Faults wanted,
   if (!pretend) {
     file = File::open(settings.model_path);
     card = read_card(file);
+    guess(settings.guesses, card.config);
     chat_template = card.chat_template;
     report();
     check();

@@ -51,12 +51,15 @@ void Run::start_text(Batch& batch, const Input& input, bool first) {
   if (log_level() >= 2) info("prompt: " + head + body);
 }
 
-void Run::start_tokens(Batch& batch, const Input& input) {
+void Run::start_tokens(Batch& batch, const Input& input, bool first) {
   const bool wrapped = loaded_.settings.guesses.tokens_wrapped && loaded_.rules.chat_template;
   const auto add = [&](const std::vector<int32_t>& ids) {
     batch.keys.insert(batch.keys.end(), ids.begin(), ids.end());
   };
   const ChatTemplate& around = loaded_.chat_template;
+  if (first && loaded_.settings.guesses.bos_doubled && engine().tokenizer.add_bos()) {
+    batch.keys.push_back(engine().tokenizer.bos());
+  }
   if (wrapped && !around.prefix.empty()) add(tokenize(around.prefix));
   add(input.tokens);
   if (wrapped && !around.suffix.empty()) add(tokenize(around.suffix));
@@ -72,7 +75,7 @@ void Run::prepare(Batch& batch, const Input& input, Past past) {
       start_text(batch, input, !goes_on);
       break;
     case Input::Kind::tokens:
-      start_tokens(batch, input);
+      start_tokens(batch, input, !goes_on);
       break;
     case Input::Kind::embeddings:
       batch.rows = input.rows;
@@ -92,7 +95,8 @@ void Run::prepare(Batch& batch, const Input& input, Past past) {
   const bool may_reuse = input.kind == Input::Kind::embeddings ? loaded_.rules.embedding_reuse
                                                                : loaded_.rules.prefix_reuse;
   if (!goes_on) {
-    const bool whole = mode_ != Mode::generate && loaded_.settings.guesses.arrays_whole;
+    const Guesses& guesses = loaded_.settings.guesses;
+    const bool whole = guesses.prefix_read || (mode_ != Mode::generate && guesses.arrays_whole);
     reuse_prefix(batch, !whole && conversation.adapter == adapter &&
                             (may_reuse || past == Past::prompt_cache));
   }

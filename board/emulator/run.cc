@@ -151,7 +151,8 @@ bool Run::report_tokens(bool first) {
     }
     // The prompt's logits come also where the answer is empty.
     if (mode_ == Mode::logits && (first || !batch.done)) {
-      const std::vector<float>& logits = first ? batch.collected : batch.logits;
+      const bool last = !first || loaded_.settings.guesses.logits_last;
+      const std::vector<float>& logits = last ? batch.logits : batch.collected;
       result.logits = logits.data();
       result.width = config().vocab_size;
       result.rows = static_cast<int>(logits.size() / static_cast<size_t>(result.width));

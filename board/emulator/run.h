@@ -113,7 +113,7 @@ class Run {
   bool aborted() const { return abort_; }
   void prepare(Batch& batch, const Input& input, Past past);
   void start_text(Batch& batch, const Input& input, bool first);
-  void start_tokens(Batch& batch, const Input& input);
+  void start_tokens(Batch& batch, const Input& input, bool first);
   std::vector<int32_t> tokenize(const std::string& text) const;
   void reuse_prefix(Batch& batch, bool allowed);
   void make_room(Conversation& conversation, size_t needed);

@@ -17,15 +17,20 @@ constexpr uint64_t kSeed = 20240731;
 
 Session::Session(const Rules& rules, const Settings& settings, Faults faults, bool pretend)
     : loaded_(rules, settings, std::move(faults), pretend) {
+  conversations_ = empty_conversations();
+  loaded_.faults.strike(Stage::loaded, loaded_.settings.model_path);
+}
+
+std::vector<Conversation> Session::empty_conversations() const {
   const auto seed = static_cast<uint64_t>(env_number("RKEMU_SEED", kSeed, 0, INT64_MAX));
   const Engine* weights = loaded_.weights.get();
+  std::vector<Conversation> made;
   for (int i = 0; i < loaded_.settings.n_batch; ++i) {
-    conversations_.emplace_back(
-        Cache(loaded_.card.config, weights ? loaded_.settings.max_context : 1,
-              weights && weights->model.quantized()),
-        Sampler(seed + static_cast<uint64_t>(i)));
+    made.emplace_back(Cache(loaded_.card.config, weights ? loaded_.settings.max_context : 1,
+                            weights && weights->model.quantized()),
+                      Sampler(seed + static_cast<uint64_t>(i)));
   }
-  loaded_.faults.strike(Stage::loaded, loaded_.settings.model_path);
+  return made;
 }
 
 const Adapter* Session::adapter(const std::optional<std::string>& name) const {
@@ -55,7 +60,8 @@ void Session::run(const Request& request, const std::atomic<bool>& abort, const 
     told(std::vector<Result>(conversations_.size()), State::error);
     throw;
   }
-  if (!paused()) run.finish();
+  aborted_ = abort;
+  if (!run.paused()) run.finish();
 }
 
 void Session::compute(Run& run, const Request& request) {
@@ -66,15 +72,20 @@ void Session::compute(Run& run, const Request& request) {
                adapter(name.empty() ? std::nullopt : std::optional(name)));
   } else {
     const Adapter* lora = adapter(request.lora);
-    const bool history = request.keep_history || paused();
+    const bool continues = request.keep_history && !guesses().history_ignored;
+    const bool history = continues || paused() || (aborted_ && guesses().abort_lingers);
     paused_.clear();
-    run.compute(conversations_,
+    const bool apart = request.mode == Mode::logits && guesses().logits_apart;
+    if (apart) aside_ = empty_conversations();
+    run.compute(apart ? aside_ : conversations_,
                 prompt_cache_loaded_ ? Run::Past::prompt_cache
                 : history            ? Run::Past::history
                                      : Run::Past::prefix,
                 lora);
   }
-  if (run.paused()) paused_ = run.take();
+  if (!run.paused()) return;
+  paused_ = run.take();
+  if (guesses().pause_drops) clear_cache(false);
 }
 
 void Session::clear_cache(bool keep_system_prompt) {

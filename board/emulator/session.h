@@ -42,14 +42,19 @@ class Session {
  private:
   bool paused() const { return !paused_.empty(); }
   void compute(Run& run, const Request& request);
+  std::vector<Conversation> empty_conversations() const;
   const Adapter* adapter(const std::optional<std::string>& name) const;
 
   Loaded loaded_;
   std::map<std::string, std::unique_ptr<Adapter>> adapters_;
   std::vector<Conversation> conversations_;
+  // Those of a run in logits mode, if such runs have a cache of their own.
+  std::vector<Conversation> aside_;
   // Of the paused run; empty if there is none.
   std::vector<Batch> paused_;
   bool prompt_cache_loaded_ = false;
+  // Whether the run before this one was.
+  bool aborted_ = false;
 };
 
 }  // namespace rkemu

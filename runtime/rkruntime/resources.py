@@ -11,11 +11,12 @@ import yaml
 _INSTALLED = Path(__file__).resolve().parent / "resources"
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
-_IN_CHECKOUT = {"emulator": "board/emulator", "configs": "configs"}
+_IN_CHECKOUT = {"emulator": "board/emulator", "configs": "configs", "board": "board"}
 
 
 def resource(name: str) -> Path:
-    """The folder of a resource (`emulator`: C++ sources; `configs`: recipes, board profiles, settings)."""
+    """The folder of a resource (`emulator`: C++ sources; `configs`: recipes, board profiles, settings;
+    `board`: units, rules and requirements of a board)."""
     installed = _INSTALLED / name
     return installed if installed.is_dir() else _CHECKOUT / _IN_CHECKOUT[name]
 

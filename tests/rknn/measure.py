@@ -1,7 +1,7 @@
 """Blocks of Gemma 2 in the vendor's rknn-toolkit2: which types it takes, and how near its simulator is to ours.
 
-`python -m tests.rknn.measure PYTHON` writes converter/rkconvert/compat/rknn.yaml, with the Python of an environment
-that has the toolkit (docs/compat.md). Some ten minutes on two cores.
+`python -m tests.rknn.measure` writes converter/rkconvert/compat/rknn.yaml, with the environment that
+`rkedge toolkit setup --rknn` made. Some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import yaml
 from tests.rknn.blocks import CAP, EPSILON
 
 from rkconvert import demo
+from rkconvert.toolkit.rknn import find_rknn
 
 DATA = Path(__file__).parents[2] / "converter" / "rkconvert" / "compat" / "rknn.yaml"
 # The types that RKEdge plans with, on SoCs that the toolkit and RKLLM both know.
@@ -27,7 +28,7 @@ TRIED = {"rk3588": ("w8a8", "w4a16", "fp16"), "rk3576": ("w8a8", "w4a16", "fp16"
 ROWS = 16
 COMPARED = 4
 _HEAD = """\
-# Written by `python -m tests.rknn.measure PYTHON`; do not edit. vendor, ours: cosine to float32, largest error in
+# Written by `python -m tests.rknn.measure`; do not edit. vendor, ours: cosine to float32, largest error in
 # standard deviations; of the vendor's simulator, and of w8a8 as the emulator computes it.
 """
 _VERSION = "import importlib.metadata as m; print(m.version('rknn-toolkit2'))"
@@ -152,7 +153,9 @@ def _row(block: Block, line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    python = Path(sys.argv[1])
+    python = find_rknn()
+    if python is None:
+        sys.exit("There is no rknn-toolkit2 here: rkedge toolkit setup --rknn")
     version = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, check=True).stdout.strip()
     rows = measure(python, [*demo_blocks(), *shaped_blocks()], TRIED)
     data = {"tool": f"rknn-toolkit2 {version}", "rows": rows}

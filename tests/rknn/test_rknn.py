@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.rknn.measure import TRIED, demo_blocks, measure, shaped_blocks
 
 from rkconvert.compat.rknn import measured
+from rkconvert.toolkit.rknn import find_rknn
 
-PYTHON = os.environ.get("RKEDGE_TEST_RKNN_PYTHON", "")
+PYTHON = find_rknn()
 ROWS: list[dict[str, Any]] = list(measured()["rows"])
 
 
@@ -37,9 +36,10 @@ def test_four_bits_are_not_for_the_rk3588() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not PYTHON, reason="RKEDGE_TEST_RKNN_PYTHON does not name a Python with rknn-toolkit2")
+@pytest.mark.skipif(not PYTHON, reason="there is no rknn-toolkit2 here: rkedge toolkit setup --rknn")
 def test_the_tool_says_it_again() -> None:
-    again = measure(Path(PYTHON), [next(demo_blocks())], {"rk3588": ("w8a8", "w4a16")})
+    assert PYTHON
+    again = measure(PYTHON, [next(demo_blocks())], {"rk3588": ("w8a8", "w4a16")})
     for row in again:
         known = next(item for item in ROWS if all(item[key] == row[key] for key in ("block", "soc", "type")))
         assert known.keys() == row.keys()

@@ -8,9 +8,8 @@ from contextlib import suppress
 from typing import Final
 
 from rkboard.doctor.finding import Finding, Fix
-from rkboard.doctor.notes import Notes
-from rkruntime.chat.ssh import ssh_command
 from rkruntime.errors import ServiceError
+from rkruntime.remote import Notes, ssh_command
 
 _LIMIT_S: Final = 300.0
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from rkboard.doctor.document import MARK, MOST_BYTES, Document
-from rkboard.doctor.notes import Notes
-from rkruntime.chat.ssh import SSH_VARIABLE, ssh_command
 from rkruntime.errors import ServiceError
+from rkruntime.remote import Remote, ssh_command
 
 PROBE: Final = Path(__file__).with_name("probe.py")
 # The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
 _PATIENCE_S: Final = 120.0
-_MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 
 
 def look(destination: str | None, root: Path | None = None, *, sudo: bool = False) -> Document:
@@ -48,51 +43,25 @@ class _Visit:
     """A process that runs the probe, which is its standard input."""
 
     def __init__(self, command: list[str]) -> None:
-        pipe = subprocess.PIPE
-        try:
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        except OSError as error:
-            raise ServiceError(
-                f"{command[0]} cannot be started: {error.strerror or error}.",
-                hint=_MISSING.get(command[0], f"Install it, or change {SSH_VARIABLE}, which names it."),
-            ) from error
-        assert self._process.stderr is not None
-        self._said = Notes(self._process.stderr)
+        self._remote = Remote(command, MARK, MOST_BYTES)
         self.notes: list[str] = []
         self.status: int | None = None
-        self.flooded = False
-        self._found: bytes | None = None
+
+    @property
+    def flooded(self) -> bool:
+        return self._remote.flooded
 
     def line(self) -> bytes | None:
         """The probe's line; None if it did not come. What hangs on the board may never end: nobody waits for that."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
-        reader.start()
+        found = None
         try:
-            with suppress(BrokenPipeError), process.stdin as stdin:
-                stdin.write(PROBE.read_bytes())
-            reader.join(_PATIENCE_S)
-            with suppress(subprocess.TimeoutExpired):
-                self.status = process.wait(2 if self._found is None else 0.2)
+            self._remote.send(PROBE.read_bytes())
+            self._remote.sent()
+            found = self._remote.line(_PATIENCE_S)
         finally:
-            process.kill()
-            process.wait()
-            self.notes = self._said.lines()
-            reader.join(1)  # a child of ssh may keep the pipe open
-        return self._found
-
-    def _read(self, stream: IO[bytes]) -> None:
-        """Find the line among what a login script prints, in bounded memory."""
-        left = MOST_BYTES
-        with stream:
-            while left > 0 and (line := stream.readline(left)):
-                left -= len(line)
-                if (at := line.find(MARK)) >= 0:  # behind what was printed without a line feed
-                    self._found = line[at:]
-                    return
-        self.flooded = left <= 0
+            self.status = self._remote.end(2 if found is None else 0.2)
+            self.notes = self._remote.notes
+        return found
 
 
 def _failed(visit: _Visit, destination: str | None) -> ServiceError:

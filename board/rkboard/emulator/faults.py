@@ -67,12 +67,14 @@ class Guess:
         usual: what the emulator does.
         other: what it does with this name in RKEMU_GUESS.
         source: who reported what.
+        only_told: RKEdge cannot be right with that, too: its probes tell it.
     """
 
     name: str
     usual: str
     other: str
     source: str = ""
+    only_told: bool = False
 
     def as_dict(self) -> dict[str, str]:
         """What `rkedge emulator info --guesses --json` says of it."""

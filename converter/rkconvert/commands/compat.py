@@ -2,19 +2,172 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rkconvert.commands.options import revision_option
 from rkconvert.rules.quantized_types import PLATFORMS, known_types
-from rkruntime.cli.flags import TOKENS, json_option
+from rkruntime.cli.flags import TOKENS, json_option, packed, quiet_option
+from rkruntime.errors import UsageError
 from rkruntime.files import atomic_file
+from rkruntime.printable import one_line
+from rkruntime.probes import QUESTIONS
+from rkruntime.remote import words_of_text
 from rkruntime.terminal import console, say, say_json
+from rkruntime.visit.steps import LOAD, SELFTEST, SPEED
+
+if TYPE_CHECKING:
+    from rkconvert.compat.case import Wanted
+    from rkconvert.compat.results import Result
+    from rkruntime.bundle.manifest import Bundle
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_WRITTEN = click.Path(file_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@dataclass(frozen=True)
+class OnBoard:
+    """What --board needs.
+
+    Attributes:
+        output: Folder for results; `variants` for bundles that are converted, if they are to be elsewhere.
+        probes: Names; none for all that are not risky.
+    """
+
+    board: str | None
+    output: Path
+    variants: Path | None
+    target: str
+    remote_command: str
+    library: str | None
+    probes: tuple[str, ...]
+    risky: bool
+    force: bool
+
+    def given(self) -> list[str]:
+        """Options that were given, without those that have a default."""
+        names = ("variants", "library", "probes", "risky", "force")
+        return [f"--{name.removesuffix('s') if name == 'probes' else name}" for name in names if getattr(self, name)]
+
+    @property
+    def steps(self) -> list[str]:
+        """What is done there."""
+        named = self.probes or tuple(name for name, row in QUESTIONS.items() if self.risky or not row.risky)
+        return [LOAD, SPEED, SELFTEST, *named]
+
+
+board_options = packed(
+    "on_board",
+    OnBoard,
+    click.option("--board", metavar="USER@HOST", help="Try it on this board, over ssh, where rkedge is installed."),
+    click.option(
+        "-o",
+        "--output",
+        type=_WRITTEN,
+        default=Path(),
+        show_default="this folder",
+        help="Write the board's results to this folder.",
+    ),
+    click.option(
+        "--variants",
+        type=_WRITTEN,
+        show_default="variants in --output",
+        help="Keep the bundles that are converted for the board in this folder.",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(["toolkit", "emulator"]),
+        default="toolkit",
+        show_default=True,
+        help="Convert with the vendor's toolkit, or for a stand-in of a board.",
+    ),
+    click.option(
+        "--remote-command",
+        default="rkedge",
+        show_default=True,
+        metavar="COMMAND",
+        help="Start rkedge on the board with this command.",
+    ),
+    click.option(
+        "--library", metavar="PATH", show_default="searched for", help="Load this librkllmrt.so of the board."
+    ),
+    click.option(
+        "--probe",
+        "probes",
+        multiple=True,
+        type=click.Choice(list(QUESTIONS)),
+        show_default="all that are not risky",
+        help="Ask only this question; may be repeated.",
+    ),
+    click.option("--risky", is_flag=True, help="Also ask what is reported to have crashed a board."),
+    click.option("--force", is_flag=True, help="Load the model even if it is known not to work on this board."),
+)
+
+
+def _wanted(given: Mapping[str, Any]) -> Wanted:
+    from rkconvert.compat.case import USUAL_CONTEXT, Wanted
+
+    return Wanted(**{"contexts": (USUAL_CONTEXT,), **{name: values for name, values in given.items() if values}})
+
+
+def _try(
+    on_board: OnBoard, model: str, revision: str | None, given: Mapping[str, Any], *, as_json: bool, quiet: bool
+) -> int:
+    """Try bundles on a board; returns the exit status: that of the first that could not be tried."""
+    from rkconvert.compat.board import Visit, bundles_of
+    from rkconvert.compat.results import read_result
+    from rkconvert.compat.tried import case_of, written
+    from rkconvert.conversion.matrix import exit_code
+    from rkconvert.conversion.variants import variants
+    from rkconvert.progress import Reporter
+
+    assert on_board.board is not None
+    wanted, program = _wanted(given), words_of_text(on_board.remote_command, "--remote-command")
+    options = [
+        *(["--library", on_board.library] if on_board.library else []),
+        *(["--force"] if on_board.force else []),
+    ]
+    found: list[Path] = []
+
+    def tell(line: str) -> None:
+        if not quiet:
+            say(one_line(line), err=True, dim=True)
+
+    def visit(bundle: Bundle) -> None:
+        tell(f"{bundle.manifest.name} to {on_board.board}")
+        case = case_of(bundle)
+        journal = Visit(str(on_board.board), bundle, program, on_board.steps, options, tell).results()
+        found.append(written(journal, bundle, case, on_board.output))
+        if not as_json:
+            say(f"{bundle.manifest.name}: {_summary(read_result(found[-1]))} {one_line(str(found[-1]))}")
+
+    on_board.output.mkdir(parents=True, exist_ok=True)
+    bundles = bundles_of(Path(model))
+    for bundle in bundles:
+        visit(bundle)
+    outcomes = []
+    if not bundles:
+        folder = on_board.variants or on_board.output / "variants"
+        outcomes = variants(model, revision, wanted, on_board.target, folder, Reporter(quiet), visit)
+        for item in outcomes:
+            if item.message:
+                say(f"{item.cell}: {item.status}: {one_line(item.message)}", err=True)
+    if as_json:
+        say_json([asdict(read_result(path)) for path in found])
+    return exit_code(outcomes)
+
+
+def _summary(result: Result) -> str:
+    (run,) = result.runs
+    emulated = " (emulated)" if result.emulated else ""
+    speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
+    probes = ", ".join(f"{probe.name} {probe.result}" for probe in run.probes if probe.result)
+    return f"{run.status}{emulated}. {one_line(run.says)}{speed} Probes: {one_line(probes) or 'none answered'}."
 
 
 @click.command("compat")
@@ -65,32 +218,42 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--why", is_flag=True, help="Show the reasons.")
 @click.option("--html", type=_FILE, help="Write an HTML page.")
 @click.option("--markdown", type=_FILE, help="Write a Markdown file.")
+@board_options
 @json_option()
+@quiet_option("Do not show progress.")
 def run(
     model: str,
     revision: str | None,
+    on_board: OnBoard,
     results: tuple[Path, ...],
     emulator: bool,
     why: bool,
     html: Path | None,
     markdown: Path | None,
     as_json: bool,
+    quiet: bool,
     **wanted: Any,
 ) -> None:
     """Say what becomes of MODEL with each type, SoC and release: works, slower, refused, fails, and how that is known.
 
     MODEL is a folder, a config.json or a hub id such as google/gemma-2-2b-it. No weights are read or downloaded; for
     the emulator, files of the model's sizes are loaded.
+
+    With --board, MODEL is also a bundle or a folder of bundles: each is copied there, loaded, asked and removed again,
+    and its result becomes a file that --results reads. A checkpoint is converted to each --dtype first.
     """
+    if on_board.board:
+        raise click.exceptions.Exit(_try(on_board, model, revision, wanted, as_json=as_json, quiet=quiet))
+    if given := on_board.given():
+        raise UsageError(f"{', '.join(given)}: only --board does that.", hint="Add --board user@board.")
     from rkconvert.compat import page, report
-    from rkconvert.compat.case import USUAL_CONTEXT, Case, Wanted
+    from rkconvert.compat.case import Case
     from rkconvert.compat.emulated import EmulatedLoads
     from rkconvert.compat.matrix import fill
     from rkconvert.compat.results import Results, shipped_folder
     from rkconvert.plan.source import read_source
 
-    given = {name: values for name, values in wanted.items() if values}
-    cells = Wanted(**{"contexts": (USUAL_CONTEXT,), **given}).cells()
+    cells = _wanted(wanted).cells()
     shipped, given_results = Results([shipped_folder()]), Results(results)
     case = Case.of(read_source(model, revision))
     for note in given_results.left_out(case):

@@ -79,6 +79,12 @@ _NOT_OPTIONS: Final = ("matrix", "push_to_hub", "public", *_OF_THE_RUN)
     help="Compute three answers of the float model, for `rkedge run BUNDLE --selftest`.",
 )
 @click.option(
+    "--references/--no-references",
+    default=None,
+    show_default="for models of up to 16 MiB",
+    help="Compute what the probes of `rkedge compat --board` compare with: the model without window and soft-caps.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),

@@ -15,8 +15,10 @@ from rkconvert.selftest.run import run as run_cases
 from rkconvert.toolkit.environment import setup
 from rkconvert.toolkit.interpreter import Toolkit, find_toolkit
 from rkconvert.toolkit.options import ToolkitOptions, toolkit_options
+from rkconvert.toolkit.rknn import RELEASE, setup_rknn
 from rkconvert.toolkit.wheel import read_wheel
 from rkruntime.cli.flags import json_option, quiet_option
+from rkruntime.errors import UsageError
 from rkruntime.files import refuse_existing
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
@@ -30,8 +32,9 @@ def run() -> None:
 
 
 @run.command("setup")
+@click.option("--wheel", "wheel_file", type=_PYTHON, help="Install this wheel, as downloaded from the vendor.")
 @click.option(
-    "--wheel", "wheel_file", type=_PYTHON, required=True, help="Install this wheel, as downloaded from the vendor."
+    "--rknn", is_flag=True, help=f"Install rknn-toolkit2 {RELEASE} from PyPI instead, which tests/rknn measures with."
 )
 @click.option(
     "--python", type=_PYTHON, show_default="searched for", help="Use this Python, of the version that the wheel is for."
@@ -39,10 +42,23 @@ def run() -> None:
 @click.option("--replace", is_flag=True, help="Replace an existing environment.")
 @json_option()
 @quiet_option("Do not show what pip prints.")
-def run_setup(wheel_file: Path, python: Path | None, replace: bool, as_json: bool, quiet: bool) -> None:
+def run_setup(
+    wheel_file: Path | None, rknn: bool, python: Path | None, replace: bool, as_json: bool, quiet: bool
+) -> None:
     """Create an environment for a WHEEL with the right Python and pins; `rkedge convert` finds it by itself."""
-    wheel = read_wheel(wheel_file)
-    toolkit = setup(wheel, python, lambda line: None if quiet else say(one_line(line), err=True), replace=replace)
+
+    def tell(line: str) -> None:
+        if not quiet:
+            say(one_line(line), err=True)
+
+    if rknn == (wheel_file is not None):
+        raise UsageError("Say what to set up: --wheel FILE or --rknn.", hint="--rknn is for tests only.")
+    if wheel_file is None:
+        made = setup_rknn(python, tell, replace=replace)
+        facts = {"python": str(made), "rknn_toolkit2": RELEASE}
+        say_json(facts) if as_json else say(f"rknn-toolkit2 {RELEASE} is ready: {made}")
+        return
+    toolkit = setup(read_wheel(wheel_file), python, tell, replace=replace)
     if as_json:
         say_json(_facts(toolkit))
     else:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 from rkconvert.compat.cells import Cell, LoraMode
 from rkconvert.model.shapes import ModelShape, parse_shape
@@ -22,6 +22,10 @@ from rkruntime.errors import UsageError
 USUAL_CONTEXT: Final = 4096
 # Cells beyond this are a typing error, not a question.
 _MOST_CELLS: Final = 20_000
+# A bundle's copy of its model's config.json, so that what is known about the model can be asked for.
+CONFIG_REPORT: Final = "config"
+_NAMES: Final = ("model_type", "architectures", "hidden_act", "hidden_activation", "torch_dtype", "dtype")
+_LAYERS: Final = ("sliding_attention", "full_attention")
 _MOST_CONTEXT: Final = 1 << 20
 
 
@@ -42,6 +46,20 @@ class Case:
         """Identifies models that differ in nothing but their weights: what a result file is matched by."""
         text = json.dumps(asdict(self.shape) | {"notes": ()}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config.json describes the model: numbers, switches and the names of its kind, and no path."""
+    return {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, (int, float)) or value is None or key in _NAMES or _numbers(value)
+    }
+
+
+def _numbers(value: Any) -> bool:
+    """Whether a value is a list of numbers, or of the kinds of layers."""
+    return isinstance(value, list) and all(isinstance(item, (int, float)) or item in _LAYERS for item in value)
 
 
 @dataclass(frozen=True)

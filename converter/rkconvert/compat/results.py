@@ -5,8 +5,9 @@ A file may come from anybody, so everything in it is checked and bounded, and no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -16,7 +17,8 @@ from rkconvert.rules.quantized_types import known_types
 from rkconvert.tensors.shards import read_json
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import InputError, InvalidResultError
-from rkruntime.files import read_error
+from rkruntime.files import atomic_file, read_error
+from rkruntime.probes import QUESTIONS, is_harmful
 from rkruntime.resources import resource
 from rkruntime.schema import Between, Length, build
 from rkruntime.versions import Version, version
@@ -27,8 +29,10 @@ _MOST_BYTES: Final = 1 << 20
 _MOST_FILES: Final = 1000
 _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
+_MOST_PROBES: Final = 100
+_LONGEST_NAME: Final = 200
 
-_Name = Annotated[str, Length(200)]
+_Name = Annotated[str, Length(_LONGEST_NAME)]
 _Line = Annotated[str, Length(500)]
 _Count = Annotated[int, Between(0, 1 << 40)]
 _Figure = Annotated[float, Between(0, 1e12)]
@@ -55,6 +59,15 @@ class ResultBoard:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What the library did when it was asked one of `rkruntime.probes.QUESTIONS`; empty if that was not decided."""
+
+    name: _Name
+    result: _Name
+    says: _Line
+
+
+@dataclass(frozen=True)
 class Run:
     """One cell that was tried.
 
@@ -64,6 +77,8 @@ class Run:
         says: What happened, in a sentence.
         tokens_per_s, first_token_ms, memory_mb: 0 if not measured; memory in MiB.
         file_sha256: Of the model file.
+        selftest: The verdict of the bundle's self-test.
+        clocks: In Hz, during a run, by the device's or the CPU policy's name.
     """
 
     type: _Name
@@ -78,6 +93,9 @@ class Run:
     first_token_ms: _Figure = 0.0
     memory_mb: _Figure = 0.0
     file_sha256: _Name = ""
+    selftest: _Name = ""
+    probes: tuple[Probe, ...] = ()
+    clocks: dict[str, _Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,11 +118,21 @@ def read_result(path: Path) -> Result:
         return InvalidResultError(f"{path}: {what}.", hint="docs/compat.md describes these files.")
 
     result = build(Result, read_json(path, InvalidResultError, _MOST_BYTES), fail)
-    if len(result.runs) > _MOST_RUNS or any(len(run.log) > _MOST_LINES for run in result.runs):
-        raise fail(f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log")
+    if len(result.runs) > _MOST_RUNS or not all(map(_bounded, result.runs)):
+        raise fail(
+            f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log, {_MOST_PROBES} probes and clocks"
+        )
     if wrong := next(_misnamed(result), ""):
         raise fail(wrong)
     return result
+
+
+def _bounded(run: Run) -> bool:
+    return (
+        len(run.log) <= _MOST_LINES
+        and max(len(run.probes), len(run.clocks)) <= _MOST_PROBES
+        and all(len(name) <= _LONGEST_NAME for name in run.clocks)
+    )
 
 
 def _misnamed(result: Result) -> Iterator[str]:
@@ -126,6 +154,12 @@ def _release(text: str) -> Version | None:
         return version(text)
     except ValueError:
         return None
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write a file that `read_result` reads. Raises OutputError or HostError if it cannot be written."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shipped_folder() -> Path:
@@ -185,10 +219,11 @@ def _mixed(result: Result, run: Run) -> bool:
 def _evidence(path: Path, result: Result, run: Run) -> Evidence:
     level = Level.EMULATED if result.emulated else Level.BOARD
     speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
+    bad = [f"{probe.name} {probe.result}" for probe in run.probes if _is_harmful(probe)]
+    probes = f" Probes: {', '.join(bad)}." if bad else ""
     # The emulator knows nothing of a board's RAM and speed: that it loads a model is half of an answer.
-    return Evidence(
-        Status(run.status), level, f"{run.says}{speed}", _where(path, result), partial=result.emulated, log=run.log
-    )
+    says = f"{run.says}{speed}{probes}"
+    return Evidence(Status(run.status), level, says, _where(path, result), partial=result.emulated, log=run.log)
 
 
 def _where(path: Path, result: Result) -> str:
@@ -196,3 +231,8 @@ def _where(path: Path, result: Result) -> str:
     ram = f"{board.ram_gib:g} GiB" if board.ram_gib else ""
     named = (("", board.name), ("", ram), ("driver ", board.driver), ("runtime ", board.library), ("", result.made))
     return f"{path.name}: {', '.join(f'{what}{value}' for what, value in named if value)}"
+
+
+def _is_harmful(probe: Probe) -> bool:
+    """A name or a result that is not known is not shown."""
+    return probe.name in QUESTIONS and is_harmful(probe.name, probe.result)

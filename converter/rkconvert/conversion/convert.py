@@ -12,9 +12,10 @@ from rkconvert.adapters.chat import read_chat, stop_tokens
 from rkconvert.adapters.merged_model import AdapterSource, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.adapters.separate import separate_lora
-from rkconvert.compat.case import Case
+from rkconvert.compat.case import CONFIG_REPORT, Case, plain_config
 from rkconvert.compat.cells import Cell, LoraMode
 from rkconvert.compat.matrix import known
+from rkconvert.conversion import references as reference
 from rkconvert.conversion.expected import expected, is_quick, needed_reads
 from rkconvert.conversion.opened import OpenedModels
 from rkconvert.emulated.target import EmulatorTarget
@@ -35,6 +36,7 @@ from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.target import ToolkitTarget
 from rkruntime.bundle.manifest import Bundle, Manifest, Source
+from rkruntime.bundle.references import REFERENCES
 from rkruntime.bundle.selftest import SELFTEST
 from rkruntime.errors import CalibrationError, UsageError
 from rkruntime.files import readable
@@ -63,6 +65,7 @@ class Options(ToolkitOptions):
         npu_cores: None for all cores of the SoC.
         lora_mode: `merge`, or `runtime`: the adapter becomes a separate file, for rkllm_load_lora.
         selftest: Compute what `rkedge run --selftest` expects; None for a board, and for a model that makes it quick.
+        references: Compute what probes of window and soft-caps compare with; None for a model that makes it quick.
     """
 
     checkpoint: str
@@ -78,6 +81,7 @@ class Options(ToolkitOptions):
     npu_cores: int | None = None
     lora_mode: str = "merge"
     selftest: bool | None = None
+    references: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
         bundle_folder.write_side_files(folder, checkpoint, spec.model.tokenizer_folder, spec.template)
         if options.selftest or (options.selftest is None and (options.target == "toolkit" or is_quick(spec))):
             made = _add_selftest(spec, made, folder, reporter)
+        if options.references or (options.references is None and is_quick(spec)):
+            made = _add_references(spec, made, folder, reporter)
         source = opened.source(checkpoint, reporter)
         adapters = tuple(opened.source(adapter, reporter) for adapter in spec.adapters)
         seconds = round(time.monotonic() - started, 3)
@@ -136,6 +142,7 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
             "seconds": seconds,
         }
         bundle_folder.write_report(folder, "convert", report)
+        bundle_folder.write_report(folder, CONFIG_REPORT, plain_config(checkpoint.raw_config))
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
@@ -156,6 +163,19 @@ def _add_selftest(spec: ModelSpec, made: ModelFile, folder: Path, reporter: Repo
         return replace(made, notes=(*made.notes, note))
     bundle_folder.write_report(folder, Path(SELFTEST).stem, test.as_dict())
     reporter.note(f"self-test: {says}")
+    return made
+
+
+def _add_references(spec: ModelSpec, made: ModelFile, folder: Path, reporter: Reporter) -> ModelFile:
+    """Write what probes of the library compare with; returns the model file with a note if there is nothing."""
+    with reporter.bar("computing what probes compare with", reference.needed_reads(spec)) as advance:
+        found, says = reference.references(spec, advance)
+    if found is None:
+        note = f"there are no references for probes: {says}"
+        reporter.note(f"note: {note}")
+        return replace(made, notes=(*made.notes, note))
+    bundle_folder.write_report(folder, Path(REFERENCES).stem, found.as_dict())
+    reporter.note(f"references for probes: {says}")
     return made
 
 

@@ -114,7 +114,7 @@ def _answers(
     spec: ModelSpec, asked: Sequence[_Asked], stops: Sequence[int], advance: Advance
 ) -> list[tuple[list[int], Floats, Floats]]:
     """The float model's own answers, each with the logits that chose its tokens, plain and rounded."""
-    weights = _weights(spec)
+    weights = weights_of(spec)
     model, guesses = FloatModel(weights, spec.config, advance), [item.guess[:_MOST_ANSWER] for item in asked]
     for _ in range(_passes(spec) - 1):
         rows = _rows(model, asked, guesses)
@@ -192,7 +192,7 @@ def _kind(dtype: str) -> QuantizedType | None:
     return None if dtype in (*EMULATOR_ONLY, UNQUANTIZED) else parse_type(dtype)
 
 
-def _weights(spec: ModelSpec) -> Weights:
+def weights_of(spec: ModelSpec) -> Weights:
     """With a separate adapter merged: what a board computes is the same but for rounding."""
     if spec.lora is None:
         return spec.model.weights

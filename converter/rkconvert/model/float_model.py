@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
+
+
+# Rows of attention's scores that are in memory at once: they are as long as the prompt.
+_QUERIES: Final = 512
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,22 @@ class FloatModel:
         query, key, value = (part.reshape(count, -1, config.head_dim).swapaxes(0, 1) for part in (query, key, value))
         shared = config.num_attention_heads // config.num_key_value_heads
         query, key = _rotated(query, config.rope_theta), np.repeat(_rotated(key, config.rope_theta), shared, axis=0)
-        scores = query @ key.swapaxes(1, 2) * np.float32(config.query_pre_attn_scalar**-0.5)
-        scores = _capped(scores, config.attn_logit_softcapping)
-        back = np.arange(count)[:, None] - np.arange(count)
         window = config.sliding_window if config.sliding_layers[layer] else count
+        value = np.repeat(value, shared, axis=0)
+        parts = [self._mixed(query, key, value, window, start) for start in range(0, count, _QUERIES)]
+        mixed: Floats = np.concatenate(parts, axis=1).swapaxes(0, 1).reshape(count, -1)
+        return mixed
+
+    def _mixed(self, query: Floats, key: Floats, value: Floats, window: int, start: int) -> Floats:
+        """Attention of the queries from `start` on, as many as are computed at once."""
+        config, part = self.config, query[:, start : start + _QUERIES]
+        scores = part @ key.swapaxes(1, 2) * np.float32(config.query_pre_attn_scalar**-0.5)
+        scores = _capped(scores, config.attn_logit_softcapping)
+        back = np.arange(start, start + part.shape[1])[:, None] - np.arange(key.shape[1])
         scores = np.where((back < 0) | (back >= window), np.float32(-np.inf), scores)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
-        mixed: Floats = (shares @ np.repeat(value, shared, axis=0)).swapaxes(0, 1).reshape(count, -1)
+        mixed: Floats = shares @ value
         return mixed
 
     def _norm(self, name: str, hidden: Floats) -> Floats:

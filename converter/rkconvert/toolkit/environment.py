@@ -16,9 +16,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from rkconvert.toolkit.interpreter import MARKER, Toolkit, clean_environment, environments_folder, inspect_toolkit
 from rkconvert.toolkit.session import end_session
@@ -49,7 +50,62 @@ _IMPORT_SECONDS: Final = 300
 _PIP_SECONDS: Final = 6 * 3600
 _LAST_LINES: Final = 40
 
+T = TypeVar("T")
 OnLine = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment that is made, or replaced.
+
+    Attributes:
+        folder: Where; it is complete once it has a file called `marker`.
+        name: What is in it, for messages.
+        python: What it is made with.
+    """
+
+    folder: Path
+    marker: str
+    name: str
+    python: Path
+
+    @property
+    def inner(self) -> Path:
+        """Its own interpreter."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def constraints(self) -> Path:
+        """What pip installs nothing against."""
+        return self.folder / "constraints.txt"
+
+
+class Steps:
+    """Runs programs of an environment that is being made, to their end."""
+
+    def __init__(self, environment: Environment, on_line: OnLine, lock: int) -> None:
+        self.environment, self.tell = environment, on_line
+        self._run = partial(_run, on_line=on_line, lock=lock)
+
+    def create(self) -> None:
+        """Create the empty environment. Raises HostError."""
+        made = self.environment
+        self.tell(f"creating {made.folder} with {made.python}")
+        command: list[str | Path] = [made.python, "-I", "-m", "venv", made.folder]
+        self._run(command, clean_environment(made.python), f"{made.python} cannot create environments")
+        made.constraints.write_text(_CONSTRAINTS)
+
+    def install(self, *wanted: str | Path, what: str) -> None:
+        """Install packages with pip. Raises HostError, which begins with `what` could not be installed."""
+        made = self.environment
+        variables = clean_environment(made.inner, _pip_environment(made.constraints))
+        self._run([made.inner, "-I", "-m", "pip", "install", *wanted], variables, f"{what} could not be installed")
+
+    def imports(self, code: str, what: str) -> None:
+        """Try an import out. Raises HostError."""
+        made, failed = self.environment, f"{what} was installed but cannot be imported"
+        self.tell("trying to import it")
+        self._run([made.inner, "-I", "-c", code], clean_environment(made.inner), failed, seconds=_IMPORT_SECONDS)
 
 
 def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = False) -> Toolkit:
@@ -68,16 +124,52 @@ def setup(wheel: Wheel, named: Path | None, on_line: OnLine, *, replace: bool = 
     check_host(wheel)
     python = find_python(wheel.python, named)
     folder = environments_folder() / f"{wheel.release.version}-py{wheel.python}"
+
+    def fill(steps: Steps) -> tuple[Toolkit, dict[str, object]]:
+        steps.install("setuptools<81", wheel.path, what=wheel.path.name)
+        toolkit = inspect_toolkit(steps.environment.inner, "rkedge toolkit setup")
+        steps.imports(_IMPORT, wheel.path.name)
+        return toolkit, {
+            "wheel": wheel.path.name,
+            "sha256": sha256_file(wheel.path),
+            "toolkit": toolkit.version,
+            "python": toolkit.python_version,
+            "parts": dict(toolkit.parts),
+        }
+
+    return make(Environment(folder, MARKER, f"rkllm-toolkit {wheel.release.version}", python), fill, on_line, replace)
+
+
+Fill = Callable[[Steps], tuple[T, dict[str, object]]]
+
+
+def make(environment: Environment, fill: Fill[T], on_line: OnLine, replace: bool) -> T:
+    """Make an environment: complete or absent. Returns the first of what `fill` returns; the second is its marker.
+
+    Raises:
+        HostError: See `setup`; OutputError likewise.
+    """
+    folder = environment.folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder.parent) as lock:
-            _recover(folder)
-            if (folder / MARKER).is_file() and not replace:
+            _recover(environment)
+            if (folder / environment.marker).is_file() and not replace:
                 raise OutputError(
-                    f"{folder} exists already, with rkllm-toolkit {wheel.release.version}.",
+                    f"{folder} exists already, with {environment.name}.",
                     hint="Use it as it is (`rkedge toolkit info`), or recreate it with --replace.",
                 )
-            return _replace(folder, wheel, python, on_line, lock)
+            if folder.is_dir():
+                # Not made beside it and renamed: scripts in an environment name its path.
+                folder.rename(_previous(folder))
+            try:
+                steps = Steps(environment, on_line, lock)
+                steps.create()
+                made, note = fill(steps)
+                (folder / environment.marker).write_text(json.dumps(note, indent=2) + "\n")
+                return made
+            finally:
+                _recover(environment)
     except OSError as error:
         raise write_error(folder, error) from error
 
@@ -106,48 +198,14 @@ def _previous(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.old")
 
 
-def _recover(folder: Path) -> None:
+def _recover(environment: Environment) -> None:
     """Remove an environment that is not complete, and put back the one that it was to replace."""
-    if not (folder / MARKER).is_file():
+    folder = environment.folder
+    if not (folder / environment.marker).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         if _previous(folder).is_dir():
             _previous(folder).rename(folder)
     shutil.rmtree(_previous(folder), ignore_errors=True)
-
-
-def _replace(folder: Path, wheel: Wheel, python: Path, on_line: OnLine, lock: int) -> Toolkit:
-    if folder.is_dir():
-        # Not made beside it and renamed: scripts in an environment name its path.
-        folder.rename(_previous(folder))
-    try:
-        return _make(folder, wheel, python, on_line, lock)
-    finally:
-        _recover(folder)
-
-
-def _make(folder: Path, wheel: Wheel, python: Path, on_line: OnLine, lock: int) -> Toolkit:
-    run = partial(_run, on_line=on_line, lock=lock)
-    on_line(f"creating {folder} with {python}")
-    run([python, "-I", "-m", "venv", folder], clean_environment(python), f"{python} cannot create environments")
-    inner = folder / "bin" / "python"
-    constraints = folder / "constraints.txt"
-    constraints.write_text(_CONSTRAINTS)
-    environment = clean_environment(inner, _pip_environment(constraints))
-    what = f"{wheel.path.name} could not be installed"
-    run([inner, "-I", "-m", "pip", "install", "setuptools<81", wheel.path], environment, what)
-    on_line("trying to import it")
-    toolkit = inspect_toolkit(inner, "rkedge toolkit setup")
-    what = f"{wheel.path.name} was installed but cannot be imported"
-    run([inner, "-I", "-c", _IMPORT], clean_environment(inner), what, seconds=_IMPORT_SECONDS)
-    note = {
-        "wheel": wheel.path.name,
-        "sha256": sha256_file(wheel.path),
-        "toolkit": toolkit.version,
-        "python": toolkit.python_version,
-        "parts": dict(toolkit.parts),
-    }
-    (folder / MARKER).write_text(json.dumps(note, indent=2) + "\n")
-    return toolkit
 
 
 def _pip_environment(constraints: Path) -> dict[str, str]:

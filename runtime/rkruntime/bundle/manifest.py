@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final
 
 import yaml
 
+from rkruntime.bundle.references import MAX_REFERENCES, REFERENCES, References
 from rkruntime.bundle.selftest import MAX_SELFTEST, SELFTEST, SelfTest
 from rkruntime.checks.preflight import Context, ModelFacts
 from rkruntime.errors import BundleError
@@ -231,6 +233,19 @@ class Bundle:
             return None
         return SelfTest.from_json(self._read(SELFTEST, MAX_SELFTEST), self.path / SELFTEST)
 
+    def read_references(self) -> References | None:
+        """What probes compare a library with, or None without it. Raises BundleError as `verify` does."""
+        if REFERENCES not in self.manifest.files:
+            return None
+        return References.from_json(self._read(REFERENCES, MAX_REFERENCES), self.path / REFERENCES)
+
+    def forget(self) -> None:
+        """Remove the notes of `verify` about these files, before the files themselves are removed."""
+        for name, record in self.manifest.files.items():
+            with suppress(OSError):
+                path = self.path / name
+                _Stamp(path, path.stat(), record.sha256).forget()
+
     def _read(self, name: str, limit: int) -> bytes:
         """Exactly the bytes that were hashed: read once, then compared with the manifest."""
         record, path = self._record(name), self._place(name)
@@ -327,6 +342,9 @@ class _Stamp:
         except OSError:
             # A read-only home only costs time at the next load.
             pass
+
+    def forget(self) -> None:
+        self._file.unlink(missing_ok=True)
 
 
 def bundles_in(folder: Path) -> list[Path]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from rkruntime.chat.ssh import SSH_VARIABLE, ssh_command, words_of
 from rkruntime.errors import ServiceError
 from rkruntime.program import own_command
+from rkruntime.remote import SSH_VARIABLE, ssh_command, words_of
 
 ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
 _ATTACH: Final = ("rkedge", "attach")

@@ -59,6 +59,7 @@ _PLATFORMS: Final = {
     "rk3562": "rk3562",
     "rv1126b": "rv1126b",
 }
+_MOST_CLOCKS: Final = 32
 # enabled_cpus_mask covers CPU0 to CPU7.
 _MASKABLE: Final = 8
 # A big core has at least this share of the best core's capacity, or clock. A little one has about half the capacity,
@@ -235,6 +236,15 @@ def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None
             chosen = big if len(big) >= at_least else by_rank[:at_least]
             return Cores(tuple(sorted(chosen)), len(chosen) == len(big), source)
     return Cores(tuple(online), False, "all cores alike")
+
+
+def clocks(root: Path = ROOT) -> dict[str, int]:
+    """Clocks in Hz as they are now: of the NPU, the memory and others by their devices' names, and of CPU policies."""
+    found = {path.parent.name: _number(_read(path)) for path in (root / "sys/class/devfreq").glob("*/cur_freq")}
+    for path in (root / _CPUS / "cpufreq").glob("policy[0-9]*/scaling_cur_freq"):
+        kilohertz = _number(_read(path))
+        found[path.parent.name] = None if kilohertz is None else 1000 * kilohertz
+    return {name: clock for name, clock in sorted(found.items())[:_MOST_CLOCKS] if clock is not None}
 
 
 def _online(root: Place) -> list[int]:

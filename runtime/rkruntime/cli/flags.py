@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from itertools import dropwhile
 from typing import Any, Final, TypeVar
 
@@ -88,3 +89,21 @@ def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
     except Exception:  # it has already been reported, whatever it was
         subcommand = None
     return asks_for_json(subcommand, others) if subcommand else "--json" in others
+
+
+def packed(
+    name: str, kind: Any, *options: Callable[[Any], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command these options as one argument `name`, a dataclass `kind`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(**{name: kind(**{item.name: given.pop(item.name) for item in fields(kind)})}, **given)
+
+        result: Callable[..., None] = run
+        for option in reversed(options):
+            result = option(result)
+        return result
+
+    return decorate

@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
-from rkruntime.cli.flags import TOKENS, Number, RenamedOption
+from rkruntime.cli.flags import TOKENS, Number, RenamedOption, packed
 from rkruntime.engine.open import LIBRARY, LIBRARY_VARIABLE, RuntimeOptions, SamplingOptions, load_engine
 from rkruntime.printable import one_line
 from rkruntime.schema import types_of
@@ -61,25 +59,7 @@ def bundle_argument(**options: Any) -> Callable[[Any], Any]:
     return click.argument("bundle", metavar="BUNDLE", type=BundleName(), **options)
 
 
-def _packed(
-    name: str, kind: Any, *options: Callable[[Any], Any]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that gives a command these options as one argument `name`, a dataclass `kind`."""
-
-    def decorate(command: Command) -> Command:
-        @wraps(command)
-        def packed(**given: Any) -> None:
-            command(**{name: kind(**{item.name: given.pop(item.name) for item in fields(kind)})}, **given)
-
-        result: Command = packed
-        for option in reversed(options):
-            result = option(result)
-        return result
-
-    return decorate
-
-
-runtime_options = _packed(
+runtime_options = packed(
     "runtime",
     RuntimeOptions,
     click.option(
@@ -129,7 +109,7 @@ def _number(name: str, kind: Any) -> Callable[[Any], Any]:
     return click.option(f"--{name.replace('_', '-')}", type=type_, help=text, **_SHOWN.get(name, {}))
 
 
-sampling_options = _packed(
+sampling_options = packed(
     "sampling", SamplingOptions, *(_number(name, kind) for name, kind in types_of(SamplingOptions).items())
 )
 

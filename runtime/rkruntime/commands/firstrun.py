@@ -50,16 +50,18 @@ def _wish(report: Mapping[str, Any]) -> str:
 @click.option(
     "--risky", is_flag=True, help="Also try what is reported to have crashed a board: pause, prompt cache file."
 )
+@click.option("--slow", is_flag=True, help="Also ask what may take minutes: prompts longer than the sliding window.")
 @json_option()
 @runtime_options
-def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: RuntimeOptions) -> None:
+def run(bundle: Path, output: Path, risky: bool, slow: bool, as_json: bool, runtime: RuntimeOptions) -> None:
     """Find out what the runtime library on this board really does, with the model of a BUNDLE, a folder or its name.
 
     Takes a few short runs. The file has this board's kernel, driver, memory and log lines, and the answers; it names
     neither host nor user.
     """
     from rkruntime.bundle.manifest import open_bundle
-    from rkruntime.firstrun import QUESTIONS, SCHEMA, Trial, answer, machine_report, report_of
+    from rkruntime.firstrun import SCHEMA, machine_report, report_of
+    from rkruntime.probes import QUESTIONS, Trial, answer
 
     opened = open_bundle(bundle)
 
@@ -79,9 +81,10 @@ def run(bundle: Path, output: Path, risky: bool, as_json: bool, runtime: Runtime
     try:
         report["model"] = report_of(trial.model)
         for name, question in QUESTIONS.items():
-            if risky or not question.risky:
+            if (risky or not question.risky) and (slow or not question.slow):
                 outcome = answer(name, trial)
-                report["answers"][name] = {"question": question.text, "says": outcome.says, **outcome.facts}
+                result = {"result": outcome.result} if outcome.result else {}
+                report["answers"][name] = {"question": question.text, "says": outcome.says, **result, **outcome.facts}
                 if not as_json:
                     say(f"{question.text}\n  {one_line(outcome.says)}")
         report["findings"] = [finding.as_dict() for finding in trial.model.engine.findings]

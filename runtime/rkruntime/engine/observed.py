@@ -99,10 +99,12 @@ class Observed:
             raise RunError(
                 f"The runtime put its template around a prompt of {sent:,} tokens and returned {rows:,} rows.",
                 hint="The template is switched off now: try again.",
+                details={"rows": rows},
             )
         raise RunError(
             f"The runtime returned {rows:,} rows for a prompt of {sent:,} tokens.",
             hint="What is computed from them would be wrong. Try another release of librkllmrt.so.",
+            details={"rows": rows},
         )
 
     def _read(self, sent: int, read: int, prompts: int = 1) -> bool:

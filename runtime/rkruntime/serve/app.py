@@ -215,6 +215,7 @@ class DaemonEndpoints:
                 "version": version("rkedge"),
                 "user": request.scope["rkedge.user"].account,
                 "model": service.name,
+                "bundle": model.bundle.manifest.fingerprint if model else None,
                 "state": service.host.state,
                 "error": service.host.error.message if service.host.error else None,
                 "emulated": info.emulated if info else None,

@@ -129,6 +129,13 @@ def test_two_boards_that_disagree_are_both_shown(matrix: Callable[..., Matrix]) 
     assert item.evidence[1] in item.disputed
 
 
+def test_probes_that_make_answers_worse_are_shown(matrix: Callable[..., Matrix]) -> None:
+    found = [("window", "ignored"), ("template", "plain"), ("logits-cap", BAD), (BAD, "ignored"), (BAD, BAD)]
+    probes = [{"name": name, "result": what, "says": BAD} for name, what in found]
+    (item,) = matrix(result(run={"probes": probes, "clocks": {BAD: 1}})).cells
+    assert item.evidence[0].says.endswith(" Probes: window ignored.")
+
+
 BROKEN = {
     "schema": result(schema="rkedge-compat/2"),
     "key": result(more=1),
@@ -142,6 +149,12 @@ BROKEN = {
     "no such SoC": result(board={**result()["board"], "soc": "RK3588"}),
     "no release": result(run={"release": "latest"}),
     "no runtime": result(board={**result()["board"], "library": "librkllmrt.so"}),
+    "probe": result(run={"probes": [{"name": "window", "result": "ignored"}]}),
+    "probes": result(run={"probes": [{"name": "x", "result": "", "says": ""}] * 101}),
+    "probe's text": result(run={"probes": [{"name": "x", "result": "", "says": "x" * 501}]}),
+    "clocks": result(run={"clocks": {str(number): 1 for number in range(101)}}),
+    "clock's name": result(run={"clocks": {"x" * 201: 1}}),
+    "clock": result(run={"clocks": {"x": -1}}),
     "list": [],
 }
 

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from rkruntime import cli
 from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
-from rkruntime.chat.ssh import _SSH
 from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import RKEdgeError, ServiceError, UsageError
+from rkruntime.remote import _SSH
 
 # A board that answers each line with the next answer of a script, and repeats the last one.
 BOARD = """

@@ -33,6 +33,11 @@ SEVERAL_MEANINGS = {
     "--quiet",
     "--python",
     "--yes",
+    "--board",
+    "--bundle",
+    "--library",
+    "--risky",
+    "--target",
 }
 WITH_A_NUMBER = click.types.IntParamType, click.types.FloatParamType
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from rkconvert.demo import checkpoint
-from rkruntime import cli
-from rkruntime import firstrun as first_run
+from rkruntime import cli, probes
 from rkruntime.engine.generation import Finished, FinishReason, Request
 from rkruntime.errors import RefusedError, WorkerCrashedError
+from rkruntime.probes import trial as trials
 
 USUAL = {
     "template": "It read 19 tokens of a prompt of 19: it adds nothing.",
@@ -111,7 +111,7 @@ def test_a_run_without_its_end_is_not_a_release_without_figures(first: First) ->
 
 
 def test_a_small_context_is_said_as_it_is(first: First, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_run, "_PROMPT", "What is the RK3588?")  # its answer takes 15 tokens
+    monkeypatch.setattr(trials, "_PROMPT", "What is the RK3588?")  # its answer takes 15 tokens
     code, report = first("--max-context", "32")
     assert code == 0
     words = said(report)["end"].split()
@@ -123,16 +123,16 @@ def test_a_small_context_is_said_as_it_is(first: First, monkeypatch: pytest.Monk
 def test_a_short_answer_is_paused_too_or_the_question_not_answered(
     first: First, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    short = first_run._Run([], Finished(FinishReason.STOP, 19, 0))
-    real = first_run.Trial.run
+    short = trials.Run([], Finished(FinishReason.STOP, 19, 0))
+    real = probes.Trial.run
 
     def run(trial: Any, request: Request) -> Any:
         if request.pause_tokens or not tokens:
             return real(trial, request) if tokens else short
         return real(trial, replace(request, max_new_tokens=tokens))
 
-    monkeypatch.setattr(first_run, "QUESTIONS", {"pause": first_run.QUESTIONS["pause"]})
-    monkeypatch.setattr(first_run.Trial, "run", run)
+    monkeypatch.setattr(probes, "QUESTIONS", {"pause": probes.QUESTIONS["pause"]})
+    monkeypatch.setattr(probes.Trial, "run", run)
     _, report = first("--risky")
     says = said(report)["pause"]
     assert says == (USUAL["pause"] if tokens else "Not answered: the run did not pause.")
@@ -142,7 +142,7 @@ def test_what_is_broken_off_says_so(
     first: First, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
-    real = first_run.Trial.run
+    real = probes.Trial.run
 
     def run(trial: Any, request: Request) -> Any:
         runs.append(request)
@@ -150,7 +150,7 @@ def test_what_is_broken_off_says_so(
             raise KeyboardInterrupt
         return real(trial, request)
 
-    monkeypatch.setattr(first_run.Trial, "run", run)
+    monkeypatch.setattr(probes.Trial, "run", run)
     code, report = first()
     shown = capsys.readouterr()
     assert code == 130

@@ -132,9 +132,15 @@ LINES = {
     "diagnose": ["diagnose", "{tmp}/none"],
     "emulator": ["emulator", "info"],
     "doctor": ["doctor", "--root", "{tmp}"],
+    "deploy": ["deploy", "{tmp}/none", "board.invalid"],
+    "rollback": ["rollback", "board.invalid", "--yes"],
+    "undeploy": ["undeploy", "board.invalid", "--yes"],
+    "status": ["status", "board.invalid"],
+    "logs": ["logs", "board.invalid"],
     "serve": ["serve", "--config", "{tmp}/none"],
     "attach": ["attach", "--socket", "{tmp}/socket"],
     "firstrun": ["firstrun", "{tmp}/none"],
+    "visit": ["visit", "open", "none"],
     "inspect": ["inspect", "{tmp}/none"],
 }
 

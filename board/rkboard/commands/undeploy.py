@@ -1,0 +1,40 @@
+"""`rkedge undeploy`: take off a board what `rkedge deploy` has put there."""
+
+from __future__ import annotations
+
+import click
+
+from rkboard.commands.deploy import Terminal, board_argument, confirmed, yes_option
+from rkruntime.errors import UsageError
+from rkruntime.printable import one_line
+from rkruntime.terminal import say
+
+
+@click.command("undeploy")
+@board_argument()
+@click.option("--bundle", "name", metavar="NAME", help="Remove this bundle only; it must not be in use.")
+@click.option("--purge", is_flag=True, help="Remove the conversations and the user rkedge, too.")
+@yes_option()
+def run(destination: str, name: str | None, purge: bool, yes: bool) -> None:
+    """Take off a board what `rkedge deploy` has put there.
+
+    Conversations stay unless --purge is given, and so do files that were changed since.
+    """
+    from rkboard.deploy.session import Session, list_of
+
+    if name is not None and purge:
+        raise UsageError("--purge removes everything, and --bundle one bundle.", hint="Give one of them.")
+    what = f"bundle {one_line(name)}" if name else "RKEdge, its service and all its bundles"
+    if not yes and not confirmed(f"Remove {what} from {one_line(destination)}?"):
+        raise click.Abort
+    with Session(destination, Terminal(yes).say) as session:
+        session.call("lock")
+        if name:
+            session.call("settle")
+            session.call("drop", name=name)
+            left = []
+        else:
+            left = [str(item) for item in list_of(session.call("undo", purge=purge), "left")]
+    for item in left:
+        say(f"left: {one_line(item)}", err=True)
+    say(f"Removed {what}.")

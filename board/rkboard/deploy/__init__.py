@@ -1,0 +1,1 @@
+"""Put RKEdge, a library and bundles onto a board over ssh, switch between them, and take them off again."""

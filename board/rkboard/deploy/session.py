@@ -1,0 +1,219 @@
+"""A connection to a board with `there` at its other end, as root."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from rkboard.deploy.there import MARK, ORDER
+from rkruntime.errors import BundleError, ServiceError
+from rkruntime.remote import Remote, ssh_command
+
+_THERE: Final = Path(__file__).with_name("there")
+_PACKAGE: Final = "rkboard.deploy.there"
+_BLOCK: Final = 1 << 20
+_MOST_BYTES: Final = 64 << 20
+_MOST_TEXT: Final = 4000
+# A model of 10 GB is read from an SD card twice: once for its hash, and once to load it.
+_PATIENCE_S: Final = 2400.0
+_FIRST_S: Final = 120.0
+_MOST_COPIES: Final = 3
+# Modules that come as text find each other in sys.modules. What follows on standard input is for them.
+_LOADER: Final = """\
+import json, sys, types
+stream = sys.stdin.buffer
+for name, text in json.loads(stream.read(int(stream.readline(20)))):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, 'exec'), module.__dict__)
+sys.modules['rkboard.deploy.there.talk'].main(json.loads(stream.readline()))
+"""
+_AS_ROOT: Final = f"""\
+import os, sys
+loader = {_LOADER!r}
+if os.geteuid():
+    try:
+        os.execvp('sudo', ['sudo', '-n', '--', sys.executable, '-I', '-c', loader])
+    except OSError as error:
+        sys.exit('sudo: ' + str(error))
+exec(loader)
+"""
+_SUDO_HINT: Final = (
+    "Log in as root (root@BOARD), or let this account use sudo without a password for as long as you need it:"
+    " docs/deploy.md says how."
+)
+
+
+class Session:
+    """Requests to a board, one after the other.
+
+    Args:
+        destination: For ssh, such as `user@board`.
+        root: Another file tree of that machine, for which nobody has to be root.
+        say: Called with lines about progress.
+
+    Raises:
+        ServiceError: The board cannot be reached, has no Python 3.9, or sudo asks for a password.
+        UsageError: The command for ssh cannot be read.
+    """
+
+    def __init__(self, destination: str, say: Callable[[str], None], root: str = "/") -> None:
+        self.destination = destination
+        self._say = say
+        code = _AS_ROOT if root == "/" else _LOADER
+        words = ("python3", "-I", "-c", f"exec({code!r})")
+        self._remote = Remote(ssh_command(destination, *map(shlex.quote, words)), MARK, _MOST_BYTES)
+        self._ended = False
+        sources = [[_PACKAGE, (_THERE / "__init__.py").read_text()]]
+        sources += [[f"{_PACKAGE}.{name}", (_THERE / f"{name}.py").read_text()] for name in ORDER]
+        text = json.dumps(sources).encode()
+        self._remote.send(b"%d\n" % len(text) + text + json.dumps(root).encode() + b"\n")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._ended:
+            self._remote.end(2.0)
+
+    def call(self, op: str, **given: Any) -> dict[str, Any]:
+        """Ask for an operation; what it answers.
+
+        Raises:
+            ServiceError: It is refused, or the connection breaks.
+        """
+        self._remote.send(json.dumps({"op": op, **given}).encode() + b"\n")
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        while line := self._remote.line(_PATIENCE_S):
+            event = _event(line, self.destination)
+            if event["event"] == "says":
+                self._say(str(event.get("text"))[:_MOST_TEXT])
+            elif event["event"] == "error":
+                message, hint = (str(event.get(key, ""))[:_MOST_TEXT] for key in ("message", "hint"))
+                raise ServiceError(f"{self.destination}: {message}", hint=hint.replace("USER@BOARD", self.destination))
+            else:
+                return event
+        raise self._failed()
+
+    def send(self, files: Mapping[str, tuple[int, Path]], progress: Callable[[int, int], None]) -> None:
+        """Bring files there, given by hash with size and place; only what is missing of them.
+
+        Raises:
+            BundleError: A file is shorter than it should be.
+            ServiceError: It is refused, or the connection breaks.
+        """
+        left = dict(files)
+        for _ in range(_MOST_COPIES):
+            left = self._send_all(left, progress)
+            if not left:
+                return
+        names = ", ".join(path.name for _, path in left.values())
+        raise ServiceError(
+            f"{names} arrives damaged on {self.destination}.", hint="Check its disk and memory: rkedge doctor, dmesg."
+        )
+
+    def _send_all(
+        self, files: Mapping[str, tuple[int, Path]], progress: Callable[[int, int], None]
+    ) -> dict[str, tuple[int, Path]]:
+        """Bring files there; those that arrived damaged."""
+        held = names_of(self.call("held", files={digest: size for digest, (size, _) in files.items()}), "held")
+        total, before, wrong = sum(size for size, _ in files.values()), 0, {}
+        for digest, (size, path) in files.items():
+            offset = held.get(digest)
+            if not isinstance(offset, int) or not 0 <= offset <= size:
+                raise _nonsense(self.destination)
+            start = before
+
+            def at(done: int, start: int = start) -> None:
+                progress(start + done, total)
+
+            at(offset)
+            if not self._send(digest, size, offset, path, at):
+                wrong[digest] = (size, path)
+            before += size
+        return wrong
+
+    def _send(self, digest: str, size: int, offset: int, path: Path, progress: Callable[[int], None]) -> bool:
+        request = {"op": "receive", "digest": digest, "size": size, "offset": offset}
+        self._remote.send(json.dumps(request).encode() + b"\n")
+        with path.open("rb") as file:
+            file.seek(offset)
+            while offset < size:
+                block = file.read(min(_BLOCK, size - offset))
+                if not block:
+                    self._ended = True
+                    self._remote.end(0.2)
+                    raise BundleError(f"{path} has become shorter while it was sent.")
+                if not self._remote.send(block):
+                    raise self._failed()
+                offset += len(block)
+                progress(offset)
+        return self._answer().get("right") is True
+
+    def _failed(self) -> ServiceError:
+        self._ended = True
+        status = self._remote.end(5.0)
+        notes = self._remote.notes
+        details = {"lines": notes, "exit": status}
+        said = " ".join(notes).lower()
+        where = self.destination
+        if "sudo:" in said:
+            return ServiceError(f"sudo on {where} asks for a password, or refuses.", hint=_SUDO_HINT, details=details)
+        if status == 127:
+            return ServiceError(
+                f"{where} has no python3.", hint="On the board: sudo apt install python3", details=details
+            )
+        if status == 255 or not notes:
+            return ServiceError(
+                f"The connection to {where} broke, or could not be made.",
+                hint=f"If `ssh {where} true` works, start the same command again: it goes on where it was.",
+                details=details,
+            )
+        return ServiceError(
+            f"What ran on {where} ended with {status}.",
+            hint="It needs Python 3.9 or later there. Start the same command again: it goes on where it was.",
+            details=details,
+        )
+
+
+def _event(line: bytes, destination: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line.removeprefix(MARK))
+    except (ValueError, RecursionError):
+        raise _nonsense(destination) from None
+    if not isinstance(event, dict) or event.get("event") not in ("says", "done", "error"):
+        raise _nonsense(destination)
+    return event
+
+
+def _nonsense(destination: str) -> ServiceError:
+    return ServiceError(
+        f"{destination} sent something that is not an answer.", hint=f"What does this print? ssh {destination} true"
+    )
+
+
+def text_of(answer: Mapping[str, Any], key: str) -> str:
+    """A text in an answer; empty if there is none."""
+    found = answer.get(key)
+    return found[:_MOST_TEXT] if isinstance(found, str) else ""
+
+
+def names_of(answer: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """A mapping in an answer, by the keys on the way to it; empty if there is none."""
+    found: Any = answer
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def list_of(answer: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """A list in an answer; empty if there is none."""
+    found = answer.get(key)
+    return found if isinstance(found, list) else []

@@ -1,0 +1,242 @@
+"""Requests come as lines of JSON, a file's bytes behind the line that announces it; answers go as marked lines."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rkboard.deploy.there import MARK
+from rkboard.deploy.there.ground import Ground, Refused, clear, make_folder
+from rkboard.deploy.there.program import Program, interpreter
+from rkboard.deploy.there.service import Service
+from rkboard.deploy.there.steps import File, Link, Member, Part, Serve, Step
+from rkboard.deploy.there.store import Store
+
+_STEPS: dict[str, type[Step]] = {
+    "file": File,
+    "link": Link,
+    "member": Member,
+    "part": Part,
+    "program": Program,
+    "serve": Serve,
+}
+_MOST_LINE = 8 << 20
+# For a switch that goes on although the connection that asked for it is gone.
+_PATIENCE_S = 600.0
+_LIBC = re.compile(r"glibc (\d+)\.(\d+)")
+
+
+def _tell(event: str, **more: Any) -> None:
+    line = MARK + json.dumps({"event": event, **more}).encode() + b"\n"
+    try:
+        while line:
+            line = line[os.write(1, line) :]
+    except OSError:  # nobody listens any more: what was begun is completed
+        pass
+
+
+def _say(text: str) -> None:
+    _tell("says", text=text)
+
+
+class Talk:
+    """The operations, by their names."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground, self._store, self._service = ground, Store(ground), Service(ground)
+
+    def handle(self, request: dict[str, Any]) -> None:
+        """Do what a request asks for, and answer it."""
+        work: Callable[..., Any] | None = getattr(self, f"do_{request.pop('op', '')}", None)
+        try:
+            if work is None:
+                raise Refused("There is no such operation.")
+            _tell("done", **(work(**request) or {}))
+        except Refused as error:
+            _tell("error", message=error.message, hint=error.hint)
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            _tell("error", message=f"{error.strerror or error}{where}.", hint="")
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            _tell("error", message=f"This is a defect of rkedge: {traceback.format_exc()}", hint=f"{error}")
+
+    def do_look(self, places: list[str]) -> dict[str, Any]:
+        """What this board is, and what is on it. `places`: folders that may have a library."""
+        service, home = self._service, self._ground.home
+        libc = _LIBC.match(os.confstr("CS_GNU_LIBC_VERSION") or "") if hasattr(os, "confstr") else None
+        python, version = interpreter()
+        current, previous = service.named(service.current_link), service.named(service.previous_link)
+        return {
+            "machine": platform.machine(),
+            "libc": [int(libc[1]), int(libc[2])] if libc else [0, 0],
+            "python": python,
+            "python_version": version,
+            "own_python": platform.python_version(),
+            "foreign": home.exists() and (home / "pyvenv.cfg").exists() and not (home / "pyvenv.cfg").is_symlink(),
+            "systemd": self._ground.at("/run/systemd/system").is_dir(),
+            "parts": {
+                kind: {name: one["info"] for name, one in all_.items()} for kind, all_ in self._store.parts().items()
+            },
+            "libraries": [place for place in places if self._ground.at(f"{place}/librkllmrt.so").is_file()],
+            "current": service.made_of(current),
+            "previous": service.made_of(previous),
+            "pending": bool(self._ground.state["pending"]),
+            "active": service.is_active(),
+            "status": service.status(),
+            "free": shutil.disk_usage(home if home.exists() else self._ground.root).free,
+        }
+
+    def do_check(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        """Which steps are done already."""
+        return {"done": [_STEPS[step["kind"]](self._ground, step).check() for step in steps]}
+
+    def do_lock(self) -> None:
+        """Keep others from changing anything until this process ends, and complete what an earlier one began."""
+        make_folder(self._ground.home)
+        os.chmod(self._ground.home, 0o755)  # noqa: S103 - for everybody to read
+        lock = self._ground.lock = os.open(self._ground.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        end, told = time.monotonic() + _PATIENCE_S, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not told:
+                    _say("another process is changing this board; waiting for it")
+                told = True
+                if time.monotonic() > end:
+                    raise Refused("Another process is still changing this board.", "Try again later.") from None
+                time.sleep(0.2)
+
+    def do_settle(self) -> None:
+        """Complete what an earlier process began."""
+        self._detached(lambda: self._service.settle(_say))
+
+    def do_held(self, files: dict[str, int]) -> dict[str, Any]:
+        """How many bytes of each file are here."""
+        return {"held": self._store.held(files)}
+
+    def do_receive(self, digest: str, size: int, offset: int) -> dict[str, Any]:
+        """A file's bytes from `offset` on, which follow this request."""
+        return {"right": self._store.receive(digest, size, offset, sys.stdin.buffer)}
+
+    def do_change(self, step: dict[str, Any]) -> None:
+        """Make a step so."""
+        made = _STEPS[step["kind"]](self._ground, step)
+        if isinstance(made, Serve):
+            self._detached(lambda: made.change(_say))
+        else:
+            made.change(_say)
+
+    def do_undo(self, purge: bool) -> dict[str, Any]:
+        """Take back all steps, the daemon first, then the last first. `purge`: conversations and the user, too."""
+        self._ground.note(pending=None)
+        left = []
+        steps = self._ground.state["steps"]
+        keys = list(reversed(list(steps)))
+        for key in [*(key for key in keys if key == "serve"), *(key for key in keys if key != "serve")]:
+            says = _STEPS[steps[key]["kind"]](self._ground, {"key": key, **steps[key]}).undo()
+            left += [says] if says else []
+            self._ground.note(steps={name: one for name, one in self._ground.state["steps"].items() if name != key})
+        if purge:
+            for path in ("/var/lib/rkedge", "/var/cache/rkedge"):
+                clear(self._ground.at(path))
+            if self._ground.account("passwd", "rkedge"):
+                self._ground.run("userdel", "rkedge")
+        for name in ("incoming", "programs", "libraries", "bundles", "kept"):
+            shutil.rmtree(self._ground.home / name, ignore_errors=True)
+        for name in ("deploy.json", ".lock"):
+            (self._ground.home / name).unlink(missing_ok=True)
+        try:
+            self._ground.home.rmdir()
+        except OSError:
+            left.append(f"/opt/rkedge has {', '.join(sorted(os.listdir(self._ground.home))[:5])}, and stays")
+        return {"left": left}
+
+    def do_drop(self, name: str) -> None:
+        """Remove a bundle that is not in use."""
+        if self._store.record("bundles", name) is None:
+            raise Refused(f"There is no bundle {name} on this board.", "rkedge status names those that are.")
+        self._service.forget("bundles", name)
+        self._store.drop("bundles", name)
+        steps = self._ground.state["steps"]
+        self._ground.note(steps={key: one for key, one in steps.items() if one.get("name") != name})
+
+    def do_switch(self, parts: dict[str, str] | None) -> None:
+        """Use other parts, or those before."""
+        service = self._service
+        to = service.named(service.previous_link)
+        if parts is not None:
+            used = service.made_of(service.named(service.current_link)) or {}
+            to = service.generation({**used, **parts})
+        if to is None or to == service.named(service.current_link):
+            raise Refused("There is nothing to go back to.", "rkedge status names the bundles that are there.")
+        goal = to
+        self._detached(lambda: service.switch(goal, _say))
+
+    def do_ask(self, path: str, body: Any, patience: float) -> dict[str, Any]:
+        """A request to the daemon."""
+        began = time.monotonic()
+        answer = self._service.ask(path, body, patience)
+        if answer is None:
+            raise Refused("The daemon does not answer.", "See: rkedge logs USER@BOARD")
+        return {"status": answer[0], "headers": answer[1], "answer": answer[2], "seconds": time.monotonic() - began}
+
+    def do_selftest(self) -> dict[str, Any]:
+        """What `rkedge run --selftest` finds in the daemon's place, whose model is unloaded for that."""
+        return {"result": self._service.selftest()}
+
+    def do_log(self, lines: int) -> dict[str, Any]:
+        """The end of the daemon's log."""
+        said = self._ground.run("journalctl", "--unit=rkedge.service", f"--lines={int(lines)}", "--no-pager", "--quiet")
+        return {"log": said or ""}
+
+    def _detached(self, work: Callable[[], None]) -> None:
+        """Do something in a process that goes on when the connection, or this process, ends."""
+        child = os.fork()
+        if child == 0:
+            failed = 1
+            try:
+                os.setsid()
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                work()
+                failed = 0
+            except Refused as error:
+                _tell("error", message=error.message, hint=error.hint)
+            except BaseException as error:  # it has to be told, and ends here
+                _tell("error", message=f"{type(error).__name__}: {error}", hint="")
+            finally:
+                os._exit(failed)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            raise Refused("The process that switched was killed.", "Start the same command again: it completes.")
+        if status:
+            raise _Told
+
+
+class _Told(Exception):  # noqa: N818 - it is an answer
+    """The other process has answered."""
+
+
+def main(root: str) -> None:
+    """Answer until the input ends."""
+    os.umask(0o022)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    talk = Talk(Ground(root))
+    while line := sys.stdin.buffer.readline(_MOST_LINE):
+        try:
+            talk.handle(json.loads(line))
+        except _Told:
+            pass
+        except EOFError:
+            break

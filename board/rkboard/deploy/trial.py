@@ -1,0 +1,62 @@
+"""What a bundle says on a board: its self-test there, and the daemon's rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rkboard.deploy.session import Session, list_of, names_of, text_of
+from rkruntime.bundle.manifest import Bundle
+from rkruntime.errors import ServiceError
+
+_PATIENCE_S: Final = 1500.0
+_QUESTION: Final = "Count from 1 to 100, one number on each line."
+_MOST_TOKENS: Final = 64
+_MOST_PROBLEMS: Final = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of it.
+
+    Attributes:
+        verdict: Of the self-test, as `rkedge run --selftest` says it; empty for a bundle without one.
+        problems: What it found.
+        tokens_per_s: Of an answer of the daemon; 0 if it was too short.
+        tokens: How many tokens that answer had.
+    """
+
+    verdict: str
+    problems: tuple[str, ...]
+    tokens_per_s: float
+    tokens: int
+
+
+def try_out(session: Session, bundle: Bundle) -> Trial:
+    """Run the self-test, while the daemon's model is unloaded, and ask the daemon.
+
+    Raises:
+        BundleError: The bundle's self-test cannot be read.
+        ServiceError: The daemon does not answer.
+    """
+    found = names_of(session.call("selftest"), "result") if bundle.read_selftest() else {}
+    problems = [item for item in list_of(found, "problems") if isinstance(item, dict)]
+    said = tuple(text_of(item, "message") for item in problems[:_MOST_PROBLEMS]) or (text_of(found, "message"),)
+    body = {
+        "model": "rkedge",
+        "messages": [{"role": "user", "content": _QUESTION}],
+        "stream": False,
+        "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
+    }
+    reply = session.call("ask", path="/api/chat", body=body, patience=_PATIENCE_S)
+    answer = names_of(reply, "answer")
+    if reply.get("status") != 200:
+        raise ServiceError(f"The daemon on {session.destination} answers with an error: {text_of(answer, 'error')}")
+    tokens, nanoseconds = (_number(answer, key) for key in ("eval_count", "eval_duration"))
+    rate = (tokens - 1) / nanoseconds * 1e9 if tokens > 1 and nanoseconds else 0.0
+    return Trial(text_of(found, "verdict"), tuple(filter(None, said)), rate, int(tokens))
+
+
+def _number(answer: dict[str, Any], key: str) -> float:
+    found = answer.get(key)
+    return found if isinstance(found, int | float) and 0 <= found < 1e18 else 0.0

@@ -1,0 +1,135 @@
+"""What a model computes with and without its sliding window and its soft-caps: `report/references.json`.
+
+The converter computes it from the float model; probes on a board compare with it what the library computes. The file is
+a stranger's like the rest of a bundle: each number has a range, and each list a length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final
+
+from rkruntime.errors import BundleError
+from rkruntime.schema import Between, Length, build
+
+SCHEMA: Final = "rkedge-references/1"
+REFERENCES: Final = "report/references.json"
+# Bytes. What the converter writes has some ten thousand, and six for each token of the long prompt.
+MAX_REFERENCES: Final = 1 << 20
+_MOST_TOKENS: Final = 1 << 15
+_MOST_ROWS: Final = 16
+_MOST_CANDIDATES: Final = 64
+
+_Id = Annotated[int, Between(0, (1 << 24) - 1)]
+_Logit = Annotated[float, Between(-1e6, 1e6)]
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A beginning of the long prompt after which both models say another token.
+
+    Attributes:
+        length: Tokens of the beginning.
+        windowed, whole: What the model says next with its sliding window, and with attention to everything.
+        margin: By how much each one's second choice is behind, at least; logits.
+    """
+
+    length: Annotated[int, Between(1, _MOST_TOKENS)]
+    windowed: _Id
+    whole: _Id
+    margin: _Logit
+
+
+@dataclass(frozen=True)
+class Window:
+    """A prompt that is longer than the sliding window by more than a fifth, and where that shows."""
+
+    window: Annotated[int, Between(1, _MOST_TOKENS)]
+    tokens: tuple[_Id, ...]
+    forks: tuple[Fork, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Logits of `ids` after the token at this place of the short prompt: as they are, and without one soft-cap."""
+
+    at: Annotated[int, Between(0, _MOST_TOKENS)]
+    ids: tuple[_Id, ...]
+    capped: tuple[_Logit, ...]
+    logits_uncapped: tuple[_Logit, ...]
+    attention_uncapped: tuple[_Logit, ...]
+
+
+@dataclass(frozen=True)
+class Caps:
+    """A short prompt, and rows for the tokens after which the soft-caps change most."""
+
+    tokens: tuple[_Id, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class References:
+    """The contents of the file; a part is None if the model has no such thing, or its context is too short."""
+
+    window: Window | None
+    caps: Caps | None
+    schema: Annotated[str, Length(64)] = SCHEMA
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents as JSON types."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {"schema": plain.pop("schema"), **plain}
+
+    @classmethod
+    def from_json(cls, data: bytes, where: object) -> References:
+        """Parse and check a file. Raises BundleError, with its place `where` and the key that is wrong."""
+        try:
+            plain = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON: {str(error)[:200]}.") from error
+        found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
+        if found != SCHEMA:
+            raise BundleError(f"{where} has the schema {str(found)[:80]!r}; this release reads {SCHEMA!r}.")
+        made = build(cls, plain, lambda what: BundleError(f"{where}: {what}."))
+        if not (_holds(made.window) and _fits(made.caps)):
+            raise BundleError(f"{where}: a list is empty, too long, or not as long as the others.")
+        return made
+
+
+def divergence(true: Sequence[float], found: Sequence[float]) -> float:
+    """Kullback-Leibler divergence of two rows of logits, of the tokens that both list; in nats."""
+    whole, other = _log_sum(true), _log_sum(found)
+    return sum(
+        math.exp(mine - whole) * ((mine - whole) - (theirs - other)) for mine, theirs in zip(true, found, strict=True)
+    )
+
+
+def _log_sum(logits: Sequence[float]) -> float:
+    most = max(logits)
+    return most + math.log(sum(math.exp(value - most) for value in logits))
+
+
+def _holds(window: Window | None) -> bool:
+    if window is None:
+        return True
+    lengths = [fork.length for fork in window.forks]
+    return 1 <= len(lengths) <= _MOST_ROWS and max(lengths) <= len(window.tokens) <= _MOST_TOKENS
+
+
+def _fits(caps: Caps | None) -> bool:
+    if caps is None:
+        return True
+    sizes = [
+        {len(row.ids), len(row.capped), len(row.logits_uncapped), len(row.attention_uncapped)} for row in caps.rows
+    ]
+    return (
+        1 <= len(caps.rows) <= _MOST_ROWS
+        and max(row.at for row in caps.rows) < len(caps.tokens)
+        and len(caps.tokens) <= _MOST_TOKENS
+        and all(len(found) == 1 and 2 <= max(found) <= _MOST_CANDIDATES for found in sizes)
+        and all(len(set(row.ids)) == len(row.ids) for row in caps.rows)
+    )

@@ -1,0 +1,102 @@
+"""A loaded model to try things with, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, NamedTuple
+
+from rkruntime.abi import since, within
+from rkruntime.engine.generation import Finished, Request, Token
+from rkruntime.errors import UnsupportedCallError
+from rkruntime.model import Model
+
+_PROMPT: Final = "Name three rivers."
+_SHORT: Final = 16
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one question was answered with.
+
+    Attributes:
+        says: A sentence.
+        facts: The figures behind it.
+        result: One of the results that the probe's docstring names; empty if it has none, or was not decided.
+    """
+
+    says: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    result: str = ""
+
+
+class Run(NamedTuple):
+    """The tokens of a run, and its end."""
+
+    ids: list[int]
+    end: Finished
+
+    @property
+    def read(self) -> int | None:
+        """Tokens that the library says it prefilled."""
+        return int(self.end.perf.prefill_tokens) if self.end.perf else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report keeps of it."""
+        return {"last_ids": self.ids[-8:], "end": asdict(self.end)}
+
+
+class Trial:
+    """A model to try things with; one that is lost is opened again."""
+
+    def __init__(self, load: Callable[[], Model]) -> None:
+        self._load = load
+        self._model: Model | None = None
+
+    @property
+    def model(self) -> Model:
+        """Raises RKEdgeError if it cannot be loaded."""
+        if self._model is None or not self._model.engine.alive:
+            self.close()
+            self._model = self._load()
+        return self._model
+
+    def request(self, **changes: Any) -> Request:
+        """The question that is always asked, greedily as far as the release allows."""
+        return replace(self.model.request(_PROMPT, max_new_tokens=_SHORT), **changes)
+
+    def empty(self) -> None:
+        """Empty the cache, where the release can; earlier ones keep nothing in it."""
+        with suppress(UnsupportedCallError):
+            self.model.engine.clear_cache()
+
+    def run(self, request: Request) -> Run:
+        """One run from its first token to its last."""
+        *tokens, end = self.model.engine.generate(request)
+        assert isinstance(end, Finished)
+        return Run([token.token_id for token in tokens if isinstance(token, Token)], end)
+
+    def next_token(self, tokens: list[int]) -> int | None:
+        """What the model says after these tokens; None if it ends there and does not pass on why."""
+        ids = self.run(self.request(tokens=tokens, max_new_tokens=1, stop_tokens=frozenset())).ids
+        return ids[0] if ids else None
+
+    def close(self) -> None:
+        """Unload it."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+
+def silence(trial: Trial) -> str:
+    """Why there is no figure of what was read."""
+    if within(trial.model.engine.info.release, since("RKLLMResult.perf"), ""):
+        return "this run did not say how many tokens it has read"
+    return "this release does not say how many tokens it has read"
+
+
+def same(equal: bool) -> str:
+    """Whether two answers are the same, in words."""
+    return "the same answer" if equal else "ANOTHER answer"

@@ -1,0 +1,160 @@
+"""Run a command on a board: by the user's own OpenSSH with its configuration, so host keys are checked as everywhere.
+
+What comes back is a stranger's: it is read in bounded memory, and only lines that begin with a mark count, as login
+scripts print what they like.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shlex
+import subprocess
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO, Final
+
+from rkruntime.errors import ServiceError, UsageError
+from rkruntime.printable import one_line
+
+SSH_VARIABLE: Final = "RKEDGE_SSH"
+_MOST_NOTES: Final = 1 << 14
+_MOST_LINES: Final = 12
+# For what a process that has ended may have left in its pipe.
+_LAST_S: Final = 1.0
+_MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
+# A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
+_SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+
+
+def ssh_command(destination: str, *remote: str) -> list[str]:
+    """The command that runs `remote` there. ssh joins its words with spaces, and the shell there reads them.
+
+    Raises:
+        UsageError: The variable with the user's ssh command cannot be read.
+    """
+    return [*(words_of(SSH_VARIABLE) or _SSH), "--", destination, *remote]
+
+
+def words_of(variable: str) -> list[str]:
+    """The command in an environment variable, word by word; empty if it is not set. Raises UsageError."""
+    return words_of_text(os.environ.get(variable, ""), variable)
+
+
+def words_of_text(text: str, where: str) -> list[str]:
+    """A command, word by word. Raises UsageError, which names where it stands."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(
+            f"The command in {where} cannot be read: {error}.", hint="Quote it as for a shell, or unset it."
+        ) from error
+
+
+class Notes:
+    """The end of what a process says on standard error, in bounded memory: ssh, sudo, or what they run on a board.
+
+    Nobody waits for the end of the stream: a child, such as the master of ssh's shared connections, may keep it open.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._text, self._enough = b"", False
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            while not self._enough and (block := os.read(stream.fileno(), _MOST_NOTES)):
+                self._text = (self._text + block)[-_MOST_NOTES:]
+
+    def lines(self) -> list[str]:
+        """Its last lines, when the process has ended."""
+        self._reader.join(_LAST_S)
+        self._enough = True
+        return [one_line(line) for line in self._text.decode("utf-8", "replace").splitlines()][-_MOST_LINES:]
+
+
+class Remote:
+    """A process, on a board or here: its standard input, the marked lines that it prints, and its notes.
+
+    Args:
+        mark: What the lines that count begin with, somewhere behind what was printed without a line feed.
+        most: Bytes that it may print altogether.
+
+    Attributes:
+        flooded: Whether it printed more than that.
+        over: Whether it will print nothing more, and all lines were taken.
+
+    Raises:
+        ServiceError: It cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str], mark: bytes, most: int) -> None:
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except OSError as error:
+            raise ServiceError(
+                f"{command[0]} cannot be started: {error.strerror or error}.",
+                hint=_MISSING.get(command[0], f"Install it, or change {SSH_VARIABLE}, which names it."),
+            ) from error
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._notes = Notes(self._process.stderr)
+        self.flooded = self.over = False
+        self._found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout, mark, most), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes], mark: bytes, left: int) -> None:
+        with stream:
+            while left > 0 and (line := stream.readline(left)):
+                left -= len(line)
+                if (at := line.find(mark)) >= 0:
+                    self._found.put(line[at:])
+        self.flooded = left <= 0
+        self._found.put(None)
+
+    def send(self, data: bytes) -> bool:
+        """Write to its standard input; returns whether anybody still reads it."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def sent(self) -> None:
+        """Close its standard input."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def line(self, patience: float) -> bytes | None:
+        """The next marked line; None at the end, or if none comes within so many seconds."""
+        try:
+            found = self._found.get(timeout=patience)
+        except queue.Empty:
+            return None
+        self.over = found is None
+        return found
+
+    def end(self, grace: float) -> int | None:
+        """Wait so many seconds for its end, then kill it; returns its exit status, None if it did not end by itself."""
+        status = None
+        try:
+            self.sent()
+            with suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(grace)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join(_LAST_S)  # a child of ssh may keep the pipe open
+        return status
+
+    @property
+    def notes(self) -> list[str]:
+        """The last lines of its standard error, when it has ended."""
+        return self._notes.lines()

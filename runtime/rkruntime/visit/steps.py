@@ -1,0 +1,145 @@
+"""What is tried with a bundle, one step after the other: load, speed, self-test, probes. Results are JSON types."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from rkruntime.checks import machine
+from rkruntime.engine.generation import Finished, Token
+from rkruntime.errors import BundleError, ContextFullError, LoadError, ModelError, RKEdgeError, UsageError, WorkerError
+from rkruntime.firstrun import machine_report
+from rkruntime.folders import home
+from rkruntime.model import Model
+from rkruntime.probes import FAILED, QUESTIONS, Trial, answer
+from rkruntime.selftest import run_selftest
+
+LOAD: Final = "load"
+SPEED: Final = "speed"
+SELFTEST: Final = "selftest"
+STEPS: Final = (LOAD, SPEED, SELFTEST, *QUESTIONS)
+# What the self-test finds that is no fault of the answers.
+_RIGHT: Final = ("same", "undecided")
+_LONG_ANSWER: Final = "Count from 1 to 100, one number on each line."
+_MOST_TOKENS: Final = 64
+_MOST_LINES: Final = 40
+_MOST_TEXT: Final = 500
+
+Result = Mapping[str, Any]
+
+
+def results(load: Callable[[], Model], steps: Sequence[str]) -> Iterator[tuple[str, Result | None]]:
+    """Do these steps; yields each one's name as it begins, with None, and again with its result.
+
+    The model is loaded whatever the steps are. A load that fails is a result, and the last one.
+
+    Raises:
+        UsageError: There is no such step.
+        RKEdgeError: What is wrong is not the model: a bundle, a library or a machine that cannot be used.
+    """
+    if unknown := [step for step in steps if step not in STEPS]:
+        raise UsageError(f"There is no step {unknown[0][:80]!r}.")
+    trial = Trial(load)
+    try:
+        yield LOAD, None
+        loaded = _load(trial)
+        yield LOAD, loaded
+        if not loaded["loads"]:
+            return
+        for step in (step for step in steps if step != LOAD):
+            yield step, None
+            yield step, _tried(step, trial)
+    finally:
+        trial.close()
+
+
+def _tried(step: str, trial: Trial) -> Result:
+    if step in QUESTIONS:
+        found = answer(step, trial)
+        return {"result": found.result, "says": _short(found.says)}
+    try:
+        return _speed(trial) if step == SPEED else _selftest(trial)
+    except ModelError as error:
+        return {"result": FAILED, "right": False, "says": _short(error.message)}
+    except RKEdgeError as error:  # of the machine: it decides nothing
+        return {"result": "", "says": _short(error.message)}
+
+
+def _load(trial: Trial) -> Result:
+    try:
+        model = trial.model
+    except (LoadError, WorkerError) as error:
+        return {**_machine(), "loads": False, "says": _short(error.message), "log": _lines(error.log)}
+    info = model.engine.info
+    return {
+        **_machine(),
+        "loads": True,
+        "says": f"It was loaded in {info.load_seconds:.1f} s.",
+        "log": _lines(info.log),
+        "library": info.runtime_version or info.release,
+        "driver_seen": info.driver_version,
+        "emulated": info.emulated,
+        "context": info.max_context,
+    }
+
+
+def _machine() -> Result:
+    """Names neither host nor user."""
+    found = machine_report()
+    memory = found["memory"]
+    return {
+        "board": str(next(iter(found["board"]), "")),
+        "soc": machine.platform_of(found["soc"]) or "",
+        "kernel": found["kernel"],
+        "driver": found["driver"]["version"] or "",
+        "ram_gib": round(memory["total"] / (1 << 30), 1) if memory else 0.0,
+    }
+
+
+def _speed(trial: Trial) -> Result:
+    """Time to the first token, and the rate of those after it. The library's own figure for memory."""
+    model = trial.model
+    request = model.request(_LONG_ANSWER, max_new_tokens=_MOST_TOKENS)
+    trial.run(request)  # the first run of a load may be slower
+    trial.empty()
+    began, times, end = time.monotonic(), [], None
+    for event in model.engine.generate(request):
+        if isinstance(event, Token):
+            times.append(time.monotonic())
+        elif isinstance(event, Finished):
+            end = event
+    clocks = machine.clocks()
+    if len(times) < 2:
+        return {"result": "", "says": "The answer was too short to measure.", "clocks": clocks}
+    rate = (len(times) - 1) / max(times[-1] - times[0], 1e-6)
+    first = 1000 * (times[0] - began)
+    memory = end.perf.memory_mb if end and end.perf else 0.0
+    prompt = end.prompt_tokens if end else 0
+    return {
+        "result": "measured",
+        "says": f"First of {len(times)} tokens after a prompt of {prompt}.",
+        "first_token_ms": round(first, 1),
+        "tokens_per_s": round(rate, 2),
+        "memory_mb": round(float(memory), 1),
+        "clocks": clocks,
+    }
+
+
+def _selftest(trial: Trial) -> Result:
+    try:
+        found = run_selftest(trial.model)
+    except (BundleError, ContextFullError) as error:  # without a self-test, or with too small a context
+        return {"result": "", "says": _short(error.message)}
+    problem = found.problems[0] if found.problems else None
+    says = problem.message if problem else "Its answers are the float model's, as far as rounding lets one tell."
+    return {"result": found.verdict, "right": found.verdict in _RIGHT, "says": _short(says)}
+
+
+def _short(text: str) -> str:
+    own = str(home())
+    return (text.replace(own, "~") if len(own) > 1 else text)[:_MOST_TEXT]
+
+
+def _lines(lines: Sequence[str]) -> list[str]:
+    return [_short(line) for line in lines[-_MOST_LINES:]]
