@@ -6,9 +6,9 @@ A file may come from anybody, so everything in it is checked and bounded, and no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from rkconvert.compat.case import Case
 from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
@@ -78,7 +78,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """A result file. `emulated`: the board was the emulator, so that nothing in it is a board's."""
+    """A result file.
+
+    Attributes:
+        emulated: The board was the emulator, so that nothing in it is a board's.
+        bench: The table of `rkedge bench`, which has more than the runs; nothing here reads it.
+    """
 
     schema: Literal["rkedge-compat/1"]
     made: _Name
@@ -87,6 +92,7 @@ class Result:
     model: ResultModel
     board: ResultBoard
     runs: tuple[Run, ...]
+    bench: dict[str, Any] = field(default_factory=dict)
 
 
 def read_result(path: Path) -> Result:

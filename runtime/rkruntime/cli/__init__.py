@@ -62,6 +62,10 @@ COMMANDS: dict[str, Command] = {
     "diagnose": Command("rkruntime.commands.diagnose", "Explain a log of RKLLM, RKNN, the NPU driver or the toolkit."),
     "emulator": Command("rkboard.commands.emulator", "Build a librkllmrt.so for this machine that needs no NPU."),
     "doctor": Command("rkboard.commands.doctor", "Say what is wrong with a board, here or over SSH, and mend it."),
+    "bench": Command("rkboard.commands.bench", "Measure a bundle's speed here or on a board, as llama-bench does."),
+    "clocks": Command(
+        "rkboard.commands.clocks", "Show the clocks of CPU, NPU and memory, or hold them for the time of a command."
+    ),
     "serve": Command("rkruntime.commands.serve", "Serve a model over HTTP and SSH."),
     "attach": Command("rkruntime.commands.attach", "On a board: connect a chat that comes over SSH to the daemon."),
     "firstrun": Command("rkruntime.commands.firstrun", "On a board: find out what its runtime library really does."),

@@ -132,6 +132,8 @@ LINES = {
     "diagnose": ["diagnose", "{tmp}/none"],
     "emulator": ["emulator", "info"],
     "doctor": ["doctor", "--root", "{tmp}"],
+    "bench": ["bench", "{tmp}/none"],
+    "clocks": ["clocks", "--root", "{tmp}"],
     "serve": ["serve", "--config", "{tmp}/none"],
     "attach": ["attach", "--socket", "{tmp}/socket"],
     "firstrun": ["firstrun", "{tmp}/none"],
