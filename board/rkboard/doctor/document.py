@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from rkboard.doctor import probe
 from rkruntime.checks import machine
@@ -160,6 +160,15 @@ class Document:
             raise _nonsense("something that is not JSON") from None
         if not isinstance(data, dict) or data.get("schema") != probe.SCHEMA:
             raise _nonsense("something else than what the probe prints")
+        return cls.of(data)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Document:
+        """The document as the probe has it before it is printed.
+
+        Raises:
+            ServiceError: It is not one.
+        """
         found = build(cls, data, lambda what: _nonsense(f"a document in which {what}"))
         if any(len(getattr(found, name)) > most for name, most in _MOST.items()) or any(
             len(names) > probe.MOST_NAMES for names in found.folders.values()
@@ -332,6 +341,14 @@ class Board:
     def vendor_kernel(self) -> bool:
         """Whether it is of the lines that the vendor's driver is made for: those that the RKLLM manuals name."""
         return re.match(r"(?:5\.10|6\.1)(?!\d)", self.release) is not None
+
+    @property
+    def npu_clock_is_safe(self) -> bool:
+        """Whether the NPU's clock may be written: the driver is the one that the vendor's kernel was built with.
+
+        Elsewhere it lacks what changes clock and voltage together. A module from outside the kernel's sources says `O`.
+        """
+        return self.vendor_kernel and "O" not in (self.text("sys/module/rknpu/taint") or "")
 
     @property
     def in_container(self) -> bool:

@@ -48,6 +48,19 @@ SOCKET = "/run/rkedge/rkedge.sock"
 LIBRARY = re.compile(r"librkllmrt\.so(?:\.[\d.b]{1,16})?\Z")
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"
+# What may change while a model answers.
+CLOCKS = (
+    *(f"{_DEVFREQ}/{name}" for name in ("governor", "available_governors", "cur_freq", "min_freq", "max_freq")),
+    f"{_DEVFREQ}/available_frequencies {_DEVFREQ}/userspace/set_freq",
+    *(
+        f"{_CPU}/cpufreq/policy*/scaling_{name}"
+        for name in ("governor", "available_governors", "available_frequencies")
+    ),
+    *(f"{_CPU}/cpufreq/policy*/scaling_{name}" for name in ("cur_freq", "min_freq", "max_freq", "setspeed")),
+    f"{_CPU}/cpufreq/policy*/cpuinfo_max_freq",
+    "sys/class/thermal/thermal_zone*/type sys/class/thermal/thermal_zone*/temp",
+    "sys/class/thermal/cooling_device*/type sys/class/thermal/cooling_device*/cur_state",
+)
 FILES = (
     "proc/meminfo proc/mounts proc/sys/kernel/osrelease proc/1/cgroup proc/1/comm",
     "proc/rknpu/version etc/os-release etc/debian_version etc/ld.so.conf etc/ld.so.conf.d/*.conf",
@@ -55,16 +68,12 @@ FILES = (
     "usr/lib/systemd/system/rkedge.service etc/udev/rules.d/60-rkedge.rules usr/lib/udev/rules.d/60-rkedge.rules",
     f"{_TREE}/compatible {_TREE}/model {_TREE}/npu@*/status {_TREE}/iommu@*/status",
     "sys/firmware/devicetree/base/compatible sys/firmware/devicetree/base/npu@*/status",
-    "sys/module/rknpu/version sys/module/rknpu/parameters/bypass_irq_handler",
+    "sys/module/rknpu/version sys/module/rknpu/taint sys/module/rknpu/parameters/bypass_irq_handler",
     "sys/module/rknpu/parameters/bypass_soft_reset",
     "sys/kernel/debug/rknpu/version sys/kernel/debug/rknpu/reset sys/class/drm/*/device/uevent",
-    *(f"{_DEVFREQ}/{name}" for name in ("governor", "available_governors", "cur_freq", "max_freq")),
-    f"{_DEVFREQ}/available_frequencies {_DEVFREQ}/upthreshold",
-    f"{_CPU}/online {_CPU}/possible {_CPU}/cpu*/cpu_capacity {_CPU}/cpu*/cpuidle/state1/disable",
-    *(f"{_CPU}/cpufreq/policy*/scaling_{name}" for name in ("governor", "available_governors", "cur_freq", "max_freq")),
-    f"{_CPU}/cpufreq/policy*/cpuinfo_max_freq {_CPU}/cpufreq/policy*/related_cpus",
-    "sys/class/thermal/thermal_zone*/type sys/class/thermal/thermal_zone*/temp",
-    "sys/class/thermal/cooling_device*/type sys/class/thermal/cooling_device*/cur_state",
+    f"{_DEVFREQ}/upthreshold {_CPU}/online {_CPU}/possible {_CPU}/cpu*/cpu_capacity {_CPU}/cpu*/cpuidle/state1/disable",
+    f"{_CPU}/cpufreq/policy*/related_cpus",
+    *CLOCKS,
     "sys/block/*/queue/read_ahead_kb",
     "sys/fs/cgroup/memory.max sys/fs/cgroup/memory.current",
     "sys/fs/cgroup/system.slice/rkedge.service/cgroup.procs",
@@ -190,10 +199,12 @@ class Probe:
 
     def run(self) -> None:
         """Everything, in order of importance."""
-        parts = (
+        self.do(
             self.me, self.names_of_accounts, self.files, self.folders, self.links, self.nodes, self.kernel,
             self.libraries, self.disks, self.processes, self.log, self.daemon,
         )  # fmt: skip
+
+    def do(self, *parts: Callable[[], None]) -> None:
         for part in parts:
             try:
                 part()
@@ -250,12 +261,16 @@ class Probe:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             self.put("files", path, {"error": code_of(error)})
 
-    def files(self) -> None:
+    def clocks(self) -> None:
+        """What may change while a model answers: quick enough to be read again and again."""
+        self.files(CLOCKS)
+
+    def files(self, patterns: tuple[str, ...] = FILES) -> None:
         def read() -> tuple[str, bool]:
             data, more = self.tree.read(self.at, MOST_TEXT)
             return text_of(data), more
 
-        for path in self.each(FILES):
+        for path in self.each(patterns):
             self.put_text(path, read)
 
     def folders(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Final
 
-from rkboard.doctor.document import MARK, MOST_BYTES, Document
+from rkboard.doctor.document import MARK, MOST_BYTES, Board, Document
+from rkboard.doctor.probe import Probe
+from rkruntime.checks.machine import ROOT
 from rkruntime.errors import ServiceError
 from rkruntime.remote import Remote, ssh_command
 
@@ -37,6 +40,18 @@ def look(destination: str | None, root: Path | None = None, *, sudo: bool = Fals
     if line is None:
         raise _failed(visit, destination)
     return Document.parse(line)
+
+
+def glance(root: Path = ROOT, *, clocks_only: bool = False) -> Board:
+    """What this machine's own files say, read in this process: no nodes, processes or libraries.
+
+    Args:
+        root: Another file tree of this machine.
+        clocks_only: Read only what may change while a model answers.
+    """
+    probe = Probe(str(root))
+    probe.do(probe.me, probe.clocks if clocks_only else probe.files, probe.folders)
+    return Board(Document.of({**json.loads(json.dumps(probe.found)), "seconds": 0.0}))
 
 
 class _Visit:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from rkconvert.compat.case import Case
 from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
@@ -100,7 +100,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """A result file. `emulated`: the board was the emulator, so that nothing in it is a board's."""
+    """A result file.
+
+    Attributes:
+        emulated: The board was the emulator, so that nothing in it is a board's.
+        bench: The table of `rkedge bench`, which has more than the runs; nothing here reads it.
+    """
 
     schema: Literal["rkedge-compat/1"]
     made: _Name
@@ -109,6 +114,7 @@ class Result:
     model: ResultModel
     board: ResultBoard
     runs: tuple[Run, ...]
+    bench: dict[str, Any] = field(default_factory=dict)
 
 
 def read_result(path: Path) -> Result:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from rkconvert.model.families import FAMILIES as CONVERTED
@@ -69,6 +71,12 @@ class ModelShape:
         """Number of weights in the checkpoint; a tied embedding counts once."""
         tables = self.head.weights * (1 if self.tied else 2)
         return self.num_hidden_layers * self.layer_weights + tables + self.vectors
+
+    @property
+    def digest(self) -> str:
+        """Identifies models that differ in nothing but their weights: what a board's results are matched by."""
+        text = json.dumps(asdict(self) | {"notes": ()}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "model": {
             "name": plan.source.name,
+            "digest": shape.digest,
             "family": shape.family,
             "parameters": shape.parameters,
             "parts": {

@@ -33,6 +33,7 @@ _MODELS: Final = (".rkllm", ".rkemu", ".safetensors")
 LORA: Final = "model_lora"  # with the model file's suffix
 TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
+PLAN: Final = "report/plan.json"
 _READ: Final = (TOKENIZER, TEMPLATE, GENERATION_CONFIG)
 # Bytes. Gemma's tokenizer.json takes 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
 MAX_TOKENIZER: Final = 128 << 20
@@ -219,13 +220,20 @@ class Bundle:
         """generation_config.json, or an empty mapping if the bundle has none. Raises BundleError as `verify` does."""
         if GENERATION_CONFIG not in self.manifest.files:
             return {}
+        return self._read_object(GENERATION_CONFIG)
+
+    def read_plan(self) -> Mapping[str, Any]:
+        """The plan of the conversion; empty if the bundle has none. Raises BundleError as `verify` does."""
+        return self._read_object(PLAN) if PLAN in self.manifest.files else {}
+
+    def _read_object(self, name: str) -> Mapping[str, Any]:
         try:
-            config = json.loads(self._read(GENERATION_CONFIG, _MAX_SETTINGS))
+            found = json.loads(self._read(name, _MAX_SETTINGS))
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"{self.path / GENERATION_CONFIG} is not JSON: {error}.") from error
-        if not isinstance(config, dict):
-            raise BundleError(f"{self.path / GENERATION_CONFIG} is not a JSON object.")
-        return config
+            raise BundleError(f"{self.path / name} is not JSON: {error}.") from error
+        if not isinstance(found, dict):
+            raise BundleError(f"{self.path / name} is not a JSON object.")
+        return found
 
     def read_selftest(self) -> SelfTest | None:
         """What `rkedge run --selftest` expects, or None without a self-test. Raises BundleError as `verify` does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from rkruntime.chat.ways import Way
 
 
-class _Model(BundleName):
-    """A bundle as a Path, or the Way to a daemon. What is a bundle's name is never taken for a host."""
+class BundleOrHost(BundleName):
+    """A bundle as a Path, or what `host` makes of a destination of ssh. What is a bundle's name is never a host."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Callable[[str], Any]) -> None:
         super().__init__("bundle or host", "For a board that ~/.ssh/config does not name, write user@board.")
+        self._host = host
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
         from rkruntime.bundle.manifest import is_bundle
-        from rkruntime.chat.ways import is_destination, over_ssh
+        from rkruntime.chat.ways import is_destination
 
         if not isinstance(value, str):
             return value
@@ -39,13 +40,19 @@ class _Model(BundleName):
             if is_bundle(found := super().convert(value, param, ctx)):
                 return found
         if is_destination(value):
-            return over_ssh(value)
+            return self._host(value)
         path = super().convert(value, param, ctx)
         if path.is_dir() and value == path.name:  # such as `board`, in the folder of this project
             raise BundleError(
                 f"{path} is a folder here but not a bundle, and no host of ~/.ssh/config.", hint=self.hint
             )
         return path
+
+
+def _over_ssh(destination: str) -> Way:
+    from rkruntime.chat.ways import over_ssh
+
+    return over_ssh(destination)
 
 
 def daemon_here() -> Way:
@@ -104,7 +111,7 @@ def _show_sessions(chat: RemoteChat) -> None:
 
 
 @click.command("chat")
-@click.argument("model", metavar="[BUNDLE|HOST]", type=_Model(), required=False)
+@click.argument("model", metavar="[BUNDLE|HOST]", type=BundleOrHost(_over_ssh), required=False)
 @click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
 @click.option("--session", metavar="NAME", help="Continue or start this conversation (with a daemon only).")
 @click.option("--sessions", is_flag=True, help="List your conversations with a daemon.")

@@ -25,7 +25,7 @@ from rkruntime.engine.loading import (
     checked,
     info_of,
 )
-from rkruntime.engine.reading import Reading, load_limit
+from rkruntime.engine.reading import Reading, load_limit, peak_bytes
 from rkruntime.engine.runs import Runs
 from rkruntime.engine.worker.decode import sizes_of, whole
 from rkruntime.engine.worker.encode import method
@@ -165,6 +165,11 @@ class Engine:
     def check(self) -> None:
         """Raise WorkerError, the reason why the worker is gone, or RunError for a model that was closed."""
         self._connection.check()
+
+    @property
+    def peak_memory(self) -> int:
+        """The most memory that the worker has had resident so far, in bytes; 0 if the kernel does not say."""
+        return peak_bytes(self._connection.worker.process.pid)
 
     def __enter__(self) -> Engine:
         return self

@@ -48,8 +48,17 @@ class Reading:
 
 def read_bytes(keeper: int) -> int:
     """Bytes that a keeper's worker has read from disks, mapped pages included; 0 if the kernel does not say."""
+    return _figure(keeper, "io", r"^read_bytes: (\d+)$")
+
+
+def peak_bytes(keeper: int) -> int:
+    """The most memory that a keeper's worker has had resident, in bytes; 0 if the kernel does not say."""
+    return _figure(keeper, "status", r"^VmHWM:\s+(\d+) kB$") * 1024
+
+
+def _figure(keeper: int, name: str, pattern: str) -> int:
     with suppress(OSError, ValueError, IndexError):
         worker = int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split(maxsplit=1)[0])
-        found = re.search(r"^read_bytes: (\d+)$", Path(f"/proc/{worker}/io").read_text(), re.MULTILINE)
+        found = re.search(pattern, Path(f"/proc/{worker}/{name}").read_text(), re.MULTILINE)
         return int(found[1]) if found else 0
     return 0

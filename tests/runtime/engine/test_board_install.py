@@ -137,6 +137,8 @@ LINES = {
     "undeploy": ["undeploy", "board.invalid", "--yes"],
     "status": ["status", "board.invalid"],
     "logs": ["logs", "board.invalid"],
+    "bench": ["bench", "{tmp}/none"],
+    "clocks": ["clocks", "--root", "{tmp}"],
     "serve": ["serve", "--config", "{tmp}/none"],
     "attach": ["attach", "--socket", "{tmp}/socket"],
     "firstrun": ["firstrun", "{tmp}/none"],

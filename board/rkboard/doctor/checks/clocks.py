@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Final
 
 from rkboard.doctor.document import Board
 from rkboard.doctor.finding import Check, Verdict, ok, write
+from rkboard.doctor.readings import CPUFREQ, DEVFREQ, cooling, mhz, npu, policies, temperatures
 
-_CPUFREQ: Final = "sys/devices/system/cpu/cpufreq"
-_DEVFREQ: Final = "sys/class/devfreq"
 _SCRIPT: Final = "scripts/fix_freq_rk3588.sh of https://github.com/airockchip/rknn-llm"
 _DDR: Final = "https://github.com/airockchip/rknn-llm/issues/532 (reported; the reporter confirmed it)"
 _UPTHRESHOLD: Final = "https://github.com/ThomasKaiser/Knowledge/tree/master/articles (ROCK 5B, measured)"
 _FROZEN: Final = "https://github.com/antonioacg/rknpu-rk3588 (measured on an Orange Pi 5 Pro, Linux 6.18.22)"
 _FAST: Final = ("performance", "userspace")
+_FOR_A_COMMAND: Final = "for the time of a command: rkedge clocks -- COMMAND; until the next boot:"
 _MOST_UPTHRESHOLD: Final = 25
 # Degrees Celsius. The first trip points of the vendor's device tree for the RK3588 are 75 and 85.
 _WARM, _HOT = 75.0, 85.0
 _TRIPS: Final = "thermal-zones in rk3588s.dtsi of https://github.com/rockchip-linux/kernel (75 and 85 degrees)"
 
 
-def _folders(board: Board, folder: str, pattern: str) -> Iterator[str]:
-    """Folders of the kernel with a name of the kind that it gives."""
-    for name in board.names(folder):
-        if re.fullmatch(pattern, name):
-            yield f"{folder}/{name}"
-
-
-def _policies(board: Board) -> list[str]:
-    return list(_folders(board, _CPUFREQ, r"policy\d{1,3}"))
-
-
-def _npu(board: Board) -> str | None:
-    return next(_folders(board, _DEVFREQ, r"[0-9a-f]{6,10}\.npu"), None)
-
-
-def _mhz(hertz: int | None) -> str:
-    return "unknown" if hertz is None else f"{hertz / 1e6:.0f} MHz"
-
-
 def cpu_governor(board: Board) -> Verdict | None:
     """Whether the CPU's governors keep its clocks up."""
-    policies = _policies(board)
-    slow = [path for path in policies if (board.text(f"{path}/scaling_governor") or "performance") not in _FAST]
-    if not policies:
+    found = policies(board)
+    slow = [path for path in found if (board.text(f"{path}/scaling_governor") or "performance") not in _FAST]
+    if not found:
         return Verdict("unknown", "The kernel shows no clock control of the CPU.") if board.chip else None
     if not slow:
         return ok("The CPU's governors keep its clocks up.")
@@ -55,7 +34,7 @@ def cpu_governor(board: Board) -> Verdict | None:
         "note",
         f"The CPU's governor is {names}.",
         "It keeps clocks low between the short bursts of each token; 12 tokens/s became 21 with fixed clocks.",
-        f"echo performance | sudo tee /{_CPUFREQ}/policy*/scaling_governor (until the next boot)",
+        f"{_FOR_A_COMMAND} echo performance | sudo tee /{CPUFREQ}/policy*/scaling_governor",
         "https://github.com/airockchip/rknn-llm/issues/29 (reported; the reporter confirmed it)",
         write("performance", *(f"{path}/scaling_governor" for path in able)),
     )
@@ -65,7 +44,7 @@ def cpu_limit(board: Board) -> Verdict | None:
     """Whether the CPU's clock is limited below what the chip can do."""
     rows = [
         (path, board.number(f"{path}/scaling_max_freq"), board.number(f"{path}/cpuinfo_max_freq"))
-        for path in _policies(board)
+        for path in policies(board)
     ]
     known = [(path, limit, best) for path, limit, best in rows if limit is not None and best is not None]
     if not known:
@@ -74,7 +53,7 @@ def cpu_limit(board: Board) -> Verdict | None:
     if not low:
         return ok("The CPU may run as fast as the chip can.")
     listed = ", ".join(
-        f"{_mhz(limit * 1000)} of {_mhz(best * 1000)} ({path.rpartition('/')[2]})" for path, limit, best in low
+        f"{mhz(limit * 1000)} of {mhz(best * 1000)} ({path.rpartition('/')[2]})" for path, limit, best in low
     )
     return Verdict(
         "warning",
@@ -104,7 +83,7 @@ def cpu_idle(board: Board) -> Verdict | None:
 
 def npu_clock(board: Board) -> Verdict | None:
     """Whether the NPU's clock is the best that it lists."""
-    path = _npu(board)
+    path = npu(board)
     if path is None:
         if not board.npu_nodes:
             return None
@@ -120,9 +99,9 @@ def npu_clock(board: Board) -> Verdict | None:
     if best is None or now is None:
         return Verdict("unknown", "The NPU's clock could not be read.")
     if now >= best and (limit is None or limit >= best):
-        return ok(f"The NPU's clock is {_mhz(now)}.")
-    said = f"The NPU's clock is {_mhz(now)}, at most {_mhz(limit)}; the chip lists {_mhz(best)}."
-    if not board.vendor_kernel:
+        return ok(f"The NPU's clock is {mhz(now)}.")
+    said = f"The NPU's clock is {mhz(now)}, at most {mhz(limit)}; the chip lists {mhz(best)}."
+    if not board.npu_clock_is_safe:
         return Verdict(
             "warning",
             said,
@@ -135,7 +114,7 @@ def npu_clock(board: Board) -> Verdict | None:
         "warning",
         said,
         "The governor rknpu_ondemand keeps the clock that was set last, whatever the load.",
-        f"echo performance | sudo tee /{path}/governor (until the next boot)",
+        f"{_FOR_A_COMMAND} echo performance | sudo tee /{path}/governor",
         f"rknpu_devfreq.c of the vendor's kernel; {_SCRIPT}",
         write("performance", f"{path}/governor") if able else (),
     )
@@ -143,9 +122,9 @@ def npu_clock(board: Board) -> Verdict | None:
 
 def ddr_scaling(board: Board) -> Verdict | None:
     """Whether the kernel can change the memory's clock."""
-    if not board.platform or not board.names(_DEVFREQ):
+    if not board.platform or not board.names(DEVFREQ):
         return None
-    if "dmc" in board.names(_DEVFREQ):
+    if "dmc" in board.names(DEVFREQ):
         return ok("The kernel controls the memory's clock.")
     old = next((line for line in board.document.log if "current ATF version 0x0" in line), None)
     return Verdict(
@@ -159,25 +138,25 @@ def ddr_scaling(board: Board) -> Verdict | None:
 
 def ddr_clock(board: Board) -> Verdict | None:
     """Whether the memory's clock is the best that it lists: the largest factor in the speed of answers."""
-    path = f"{_DEVFREQ}/dmc"
+    path = f"{DEVFREQ}/dmc"
     best = max(board.numbers(f"{path}/available_frequencies"), default=None)
     now, limit = board.number(f"{path}/cur_freq"), board.number(f"{path}/max_freq")
-    if "dmc" not in board.names(_DEVFREQ):
+    if "dmc" not in board.names(DEVFREQ):
         return None
     if best is None or now is None:
         return Verdict("unknown", "The memory's clock could not be read.")
     governor = board.text(f"{path}/governor") or "unknown"
     if now >= best:
-        return ok(f"The memory's clock is {_mhz(now)} (governor {governor}).")
+        return ok(f"The memory's clock is {mhz(now)} (governor {governor}).")
     capped = limit is not None and limit < best
     able = "performance" in (board.text(f"{path}/available_governors") or "").split()
     return Verdict(
         "warning" if capped or governor in ("powersave", *_FAST) else "note",
-        f"The memory's clock is {_mhz(now)} of {_mhz(best)} (governor {governor}"
-        + (f", limited to {_mhz(limit)})." if capped else ")."),
+        f"The memory's clock is {mhz(now)} of {mhz(best)} (governor {governor}"
+        + (f", limited to {mhz(limit)})." if capped else ")."),
         "From 528 to 2112 MHz the same model went from 5.5 to 11.2 tokens/s. An idle board may be slow on purpose: look"
         " again while it answers.",
-        f"echo performance | sudo tee /{path}/governor (until the next boot)",
+        f"{_FOR_A_COMMAND} echo performance | sudo tee /{path}/governor",
         f"{_DDR}; https://github.com/oRKLLM/ork-driver (measured)",
         write("performance", f"{path}/governor") if able else (),
     )
@@ -185,7 +164,7 @@ def ddr_clock(board: Board) -> Verdict | None:
 
 def ddr_upthreshold(board: Board) -> Verdict | None:
     """Whether the memory's governor raises the clock early enough."""
-    path = f"{_DEVFREQ}/dmc"
+    path = f"{DEVFREQ}/dmc"
     value = board.number(f"{path}/upthreshold")
     if value is None or board.text(f"{path}/governor") in _FAST:
         return None
@@ -203,11 +182,7 @@ def ddr_upthreshold(board: Board) -> Verdict | None:
 
 def temperature(board: Board) -> Verdict | None:
     """Whether the hottest zone is cool enough."""
-    zones = {
-        board.text(f"{path}/type") or "": number / 1000
-        for path in _folders(board, "sys/class/thermal", r"thermal_zone\d{1,3}")
-        if (number := board.number(f"{path}/temp")) is not None and -50_000 < number < 200_000
-    }
+    zones = temperatures(board)
     if not zones:
         return None
     hottest = max(zones, key=lambda name: zones[name])
@@ -225,12 +200,7 @@ def temperature(board: Board) -> Verdict | None:
 
 def throttling(board: Board) -> Verdict | None:
     """Whether the kernel lowers clocks for heat."""
-    devices = list(_folders(board, "sys/class/thermal", r"cooling_device\d{1,3}"))
-    active = {
-        board.text(f"{path}/type") or path: board.number(f"{path}/cur_state") or 0
-        for path in devices
-        if re.search("cpufreq|devfreq", board.text(f"{path}/type") or "")
-    }
+    active = cooling(board)
     if not active:
         return None
     if not any(active.values()):

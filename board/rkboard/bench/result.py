@@ -1,0 +1,172 @@
+"""A result as a file: of the schema rkedge-compat/1 (docs/compat.md), so that `rkedge compat` takes it as evidence.
+
+`bench` in it has the lines of the table and what the board did meanwhile. A board's answer is hostile until it is
+built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Final, Literal
+
+from rkruntime.errors import ServiceError
+from rkruntime.schema import Between, Length, build
+
+SCHEMA: Final = "rkedge-compat/1"
+BENCH_SCHEMA: Final = "rkedge-bench/1"
+MOST_BYTES: Final = 1 << 20
+_MOST_LINES: Final = 1000
+
+_Name = Annotated[str, Length(200)]
+_Text = Annotated[str, Length(500)]
+_Count = Annotated[int, Between(0, 1 << 48)]
+_Figure = Annotated[float, Between(0, 1e12)]
+_Degrees = Annotated[float, Between(-300, 1000)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model; `digest` knows it by its shape, and is empty for a bundle whose plan has none."""
+
+    name: _Name
+    digest: _Name
+
+
+@dataclass(frozen=True)
+class BoardFacts:
+    """The board; empty for what is not known."""
+
+    name: _Name
+    soc: _Name
+    kernel: _Name
+    driver: _Name
+    library: _Name
+    ram_gib: Annotated[float, Between(0, 4096)] = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """The model file, and the figures that the vendor publishes of such a one; 0 for what was not measured."""
+
+    type: _Name
+    release: _Name
+    cores: Annotated[int, Between(1, 16)]
+    context: Annotated[int, Between(1, 1 << 20)]
+    lora: Literal["merged", "runtime"]
+    status: Literal["works"]
+    says: _Text
+    tokens_per_s: _Figure = 0.0
+    first_token_ms: _Figure = 0.0
+    memory_mb: _Figure = 0.0
+    file_sha256: _Name = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table.
+
+    Attributes:
+        unit: `t/s`, `ms`, `s` or `MiB`.
+        values: One for each repetition; empty with a `problem`.
+        plan, vendor: What was to be expected, in the same unit.
+    """
+
+    test: _Name
+    unit: Literal["t/s", "ms", "s", "MiB"]
+    values: tuple[_Figure, ...] = ()
+    mean: _Figure = 0.0
+    deviation: _Figure = 0.0
+    plan: _Figure | None = None
+    vendor: _Figure | None = None
+    problem: _Text = ""
+
+
+@dataclass(frozen=True)
+class ClockFacts:
+    """A clock in Hz; see rkboard.doctor.readings.Clock."""
+
+    name: _Name
+    governor: _Name | None
+    now: _Count | None
+    least: _Count | None
+    most: _Count | None
+    best: _Count | None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The board before or after; temperatures in degrees Celsius."""
+
+    clocks: tuple[ClockFacts, ...] = ()
+    temperatures: dict[str, _Degrees] = field(default_factory=dict)
+    cooling: dict[str, _Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The table, and what belongs to it.
+
+    Attributes:
+        changes: What makes these other figures than those of a steady board.
+        complete: Whether everything was measured that was asked for.
+        error: What ended it before that.
+    """
+
+    schema: Literal["rkedge-bench/1"]
+    repetitions: Annotated[int, Between(1, 1000)]
+    family: _Name
+    size: _Name
+    parameters: _Count
+    file_bytes: _Count
+    plan_title: _Name
+    vendor_title: _Name
+    lines: tuple[Line, ...]
+    notes: tuple[_Text, ...]
+    changes: tuple[_Text, ...]
+    before: Moment
+    after: Moment
+    hottest: _Degrees | None = None
+    complete: bool = True
+    error: _Text = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The whole. `emulated`: the library was the emulator, so that nothing in it is a board's."""
+
+    schema: Literal["rkedge-compat/1"]
+    made: _Name
+    rkedge: _Name
+    emulated: bool
+    model: Model
+    board: BoardFacts
+    runs: tuple[Run, ...]
+    bench: Bench
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, text: bytes) -> Result:
+        """What a board has sent. Raises ServiceError for anything else."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            raise _nonsense("something else than a result")
+        found = build(cls, data, lambda what: _nonsense(f"a result in which {what}"))
+        if len(found.bench.lines) > _MOST_LINES or len(found.runs) > _MOST_LINES:
+            raise _nonsense("a result that is too long")
+        if not found.runs:
+            raise _nonsense("a result with no run in it")
+        return found
+
+
+def _nonsense(what: str) -> ServiceError:
+    return ServiceError(
+        f"The board sent {what}.", hint="The same release of rkedge has to be on both machines: rkedge -V"
+    )
