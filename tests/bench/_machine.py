@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -81,18 +82,26 @@ class Cost:
     peak_mb: float
 
 
+# A process has for its peak at least what its parent had when it was started, so a small one starts the command.
+_SMALL = """
+import json, os, sys, time
+began = time.perf_counter()
+null = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+_, status, usage = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=null), 0)
+written = time.perf_counter() - began
+os.sync()
+on_disk = time.perf_counter() - began
+print(json.dumps([status, written, on_disk, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+"""
+
+
 def run(command: list[str]) -> Cost:
     """Run a command, with the processes it waits for; SystemExit with what it said if it fails."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    with process.stderr:
-        errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
+    small = [sys.executable, "-S", "-E", "-c", _SMALL, *command]
+    done = subprocess.run(small, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        sys.exit(f"{command[:3]} was not started:\n{done.stderr[-2000:]}")
+    status, *figures = json.loads(done.stdout)
     if status:
-        sys.exit(f"{command[:3]} failed:\n{errors.decode()[-2000:]}")
-    os.sync()
-    on_disk = time.perf_counter() - began
-    return Cost(wall, on_disk, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+        sys.exit(f"{command[:3]} failed:\n{done.stderr[-2000:]}")
+    return Cost(*figures)

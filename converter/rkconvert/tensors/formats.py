@@ -50,7 +50,8 @@ def from_float32(values: NDArray[np.float32], dtype: str, out: NDArray[Any] | No
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
-    np.right_shift(rounded, 16, out=narrow, dtype=np.uint32, casting="unsafe")
+    rounded >>= 16
+    narrow[...] = rounded
     return narrow
 
 
