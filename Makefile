@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp ## ruff, mypy --strict and the rule of who may import wh
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/dev.stamp ## Measure speed and memory, as ratios side by side
+bench: $(VENV)/dev.stamp ## Measure speed and memory in turns with others, write docs/benchmarks.md; fails on a missed aim
 	$(BIN)/python -m tests.bench
 
 # VENDOR, RKLLAMA: checkouts. LLM_DEMO: RELEASE=PROGRAM, one or more: the vendor's demo, built after its own instructions.

@@ -43,7 +43,7 @@ class Reporter:
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """Show work over `total` bytes; the function yielded takes the bytes of each step."""
-        if self.quiet:
+        if self.quiet or not total:
             yield lambda _: None
         elif self._console.is_terminal:
             columns = (

@@ -1,1 +1,1 @@
-"""Speed and memory, measured as ratios side by side in one run; `make bench` runs each module here in turn."""
+"""Speed and memory, beside others in one run; `make bench` runs each module here without an underscore."""

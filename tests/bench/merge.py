@@ -1,7 +1,7 @@
 """`rkedge merge` on a model of Gemma 2 2B's shape, against a copy of its files and against peft.
 
 The checkpoint (about 5 GB) and the adapter are made here, of random weights. Each way runs in a process of its own,
-with a warm page cache, and in turn; peak memory is what the kernel says of the process (of a copy, that of this one).
+with a warm page cache, and in turn; processor time and peak memory are what the kernel says of the process.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import argparse
 import json
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from tests.bench._machine import Cost, run
+from tests.bench._report import Report, at_most, pairs, turns
 
 from rkconvert.model.families import gemma2
 from rkconvert.model.gemma import parse_config
 from rkconvert.output.hf_folder import plan_shards
+from rkconvert.output.host_memory import read_memory
 from rkconvert.tensors.weights import TensorInfo
 
 CONFIG = gemma2.FAMILY.defaults | {
@@ -33,6 +35,17 @@ CONFIG = gemma2.FAMILY.defaults | {
 }
 RANK = 16
 SHARD = 2_500_000_000
+LIMITS = """
+The weights are random, and an adapter of another rank costs another time. `cp` copies within the kernel on one core, so
+the ratio is worse where other work takes the second one. On a disk that is slower than memory both wait for it.
+"""
+COSTS = {
+    "wall_s": ("until written", "s"),
+    "disk_s": ("until on the disk", "s"),
+    "cpu_s": ("processor time", "s"),
+    "peak_mb": ("peak memory", "MB"),
+}
+MEMORY = Path("/dev/shm")
 RKEDGE = [sys.executable, "-m", "rkruntime.cli"]
 PEFT = """
 import sys, torch
@@ -87,6 +100,19 @@ def make_adapter(folder: Path, layers: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
+def memory_folders(layers: int) -> Iterator[Path]:
+    """/dev/shm, if the inputs and a result have room there, and in memory as a whole."""
+    needed = 3 * (layers * 160 + 1200) * 1_000_000
+    with suppress(OSError):
+        if min(shutil.disk_usage(MEMORY).free, read_memory().available) > needed:
+            yield MEMORY
+
+
+def kind_of(folder: Path) -> str:
+    """Where files in a folder are."""
+    return "in memory" if folder == MEMORY else "on a disk"
+
+
 def touch_memory(scratch: Path, size: int) -> None:
     """Write and remove as much as will be written: a virtual machine takes its time for memory it has not used yet."""
     with scratch.open("wb") as file:
@@ -96,58 +122,51 @@ def touch_memory(scratch: Path, size: int) -> None:
     os.sync()
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Seconds until a command ends, seconds until what it wrote is on the disk, and its peak memory in MB."""
-    before = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    written = time.perf_counter() - before
-    if status:
-        sys.exit(f"{command[:3]} failed:\n{errors.decode()[-2000:]}")
-    os.sync()
-    return written, time.perf_counter() - before, usage.ru_maxrss / 1024
-
-
-def main() -> None:
+def main() -> int:
+    """A copy, a merge and peft in turns, on a disk and, where there is room, in memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=26, help="fewer for a quick look")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peft", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where to work; needs 16 GB")
+    parser.add_argument("--folder", type=Path, action="append", help="where to work; needs 16 GB")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        work = Path(name)
-        base, lora, out = work / "base", work / "lora", work / "out"
-        make_checkpoint(base, args.layers)
-        make_adapter(lora, args.layers)
-        size = sum(file.stat().st_size for file in base.iterdir())
-        print(f"{size / 1e9:.2f} GB in {len(list(base.glob('*.safetensors')))} shards, rank {RANK}")
-        ways = {
-            "copy": ["cp", "-r", str(base), str(out)],
-            "rkedge merge": [*RKEDGE, "merge", str(base), "--lora", str(lora), "-o", str(out), "--quiet"],
-            "peft": [sys.executable, "-c", PEFT, str(base), str(lora), str(out)],
-        }
-        if args.no_peft:
-            del ways["peft"]
-        runs: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
-        for _ in range(args.rounds):
-            for way, command in ways.items():
-                touch_memory(work / "scratch", size)
-                runs[way].append(measure(command))
-                shutil.rmtree(out)
-        print(f"{'':14} {'written':>9} {'on disk':>9} {'peak memory':>12}   (medians of {args.rounds})")
-        medians = {
-            way: [statistics.median(column) for column in zip(*found, strict=True)] for way, found in runs.items()
-        }
-        for way, (written, flushed, memory) in medians.items():
-            print(f"{way:14} {written:7.2f} s {flushed:7.2f} s {memory:9.0f} MB")
-        for at, what in enumerate(("written", "on disk")):
-            print(
-                f"merge / copy, {what}: {medians['rkedge merge'][at] / medians['copy'][at]:.2f} (wanted: at most 1.5)"
-            )
+    report = Report("merge", __doc__, limits=LIMITS)
+    report.version_of("numpy", "peft", "torch", "transformers")
+    for folder in args.folder or [Path(tempfile.gettempdir()), *memory_folders(args.layers)]:
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            work = Path(name)
+            make_checkpoint(work / "base", args.layers)
+            make_adapter(work / "lora", args.layers)
+            _measure(report, work, kind_of(folder), peft=not args.no_peft)
+    return report.close()
+
+
+def _measure(report: Report, work: Path, where: str, *, peft: bool) -> None:
+    base, lora, out = work / "base", work / "lora", work / "out"
+    size = sum(file.stat().st_size for file in base.iterdir())
+
+    def way(*command: object) -> Callable[[], Cost]:
+        def work_once() -> Cost:
+            touch_memory(work / "scratch", size)
+            cost = run([str(word) for word in command])
+            shutil.rmtree(out)
+            return cost
+
+        return work_once
+
+    ways = {
+        "rkedge merge": way(*RKEDGE, "merge", base, "--lora", lora, "-o", out, "--quiet"),
+        "cp -r": way("cp", "-r", base, out),
+    }
+    if peft:
+        ways["peft"] = way(sys.executable, "-c", PEFT, base, lora, out)
+    found = turns(ways, pairs())
+    made = f"{size / 1e9:.2f} GB {where}"
+    columns = {name: {key: [getattr(cost, key) for cost in costs] for key in COSTS} for name, costs in found.items()}
+    for key, (what, unit) in COSTS.items():
+        of = {name: column[key] for name, column in columns.items()}
+        timed = key in ("wall_s", "disk_s")
+        report.compare(f"{made}: {what}", unit, of, aims={"cp -r": at_most(1.5)} if timed else None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

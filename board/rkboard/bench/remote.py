@@ -14,11 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Final
 
-from rkruntime.remote import ssh_command
-
 from rkboard.bench.result import MOST_BYTES, Result
 from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import ServiceError, UsageError
+from rkruntime.remote import ssh_command
 
 _PLACE: Final = re.compile(r"([^@\s]+@[^:\s]+):(.*)", re.DOTALL)
 _MOST_LINE: Final = 1 << 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,7 @@ from rkconvert.rules.context import choose_context
 from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
 from rkconvert.target import ModelSpec, Target
+from rkconvert.tensors.hashes_ahead import HashesAhead
 from rkconvert.tensors.inputs import Inputs, states_of
 from rkconvert.toolkit.options import ToolkitOptions
 from rkconvert.toolkit.target import ToolkitTarget
@@ -125,8 +127,11 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
         toolkit=target.maker,
         limits=[spec.max_context, spec.npu_cores],
     )
-    with work_folder(options.output, key, target.resumable(spec), target.done) as folder:
+    with ExitStack() as work:
+        folder = work.enter_context(work_folder(options.output, key, target.resumable(spec), target.done))
+        work.enter_context(opened.hashing((checkpoint, *spec.adapters)))
         made = target.write(spec, folder, reporter)
+        ahead = work.enter_context(closing(HashesAhead([folder / made.name])))
         bundle_folder.write_side_files(folder, checkpoint, spec.model.tokenizer_folder, spec.template)
         if options.selftest or (options.selftest is None and (options.target == "toolkit" or is_quick(spec))):
             made = _add_selftest(spec, made, folder, reporter)
@@ -145,7 +150,7 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
         bundle_folder.write_report(folder, CONFIG_REPORT, plain_config(checkpoint.raw_config))
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
-        manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made))
+        manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made), ahead)
         # The hashes are those of the files that were read only if nothing has changed since.
         for files in job.inputs:
             files.check()

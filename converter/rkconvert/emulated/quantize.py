@@ -44,12 +44,15 @@ def quantize_rows(rows: NDArray[np.float32], group: int, bits: int = 8) -> tuple
     most = np.float32((1 << bits - 1) - 1)
     values = np.empty(rows.shape, np.int8)
     scales = np.empty((len(rows), rows.shape[1] // group), np.float32)
-    for first, count in row_blocks(rows.shape, CACHE_WEIGHTS):
+    blocks = list(row_blocks(rows.shape, CACHE_WEIGHTS))
+    # One for all: the allocator gives one of this size back to the kernel each time, and takes it again page by page.
+    room = np.empty((blocks[0][1] if blocks else 0, rows.shape[1] // group, group), np.float32)
+    for first, count in blocks:
         groups = rows[first : first + count].reshape(count, -1, group)
         scale = np.maximum(groups.max(axis=2), -groups.min(axis=2)) / most
         # Dividing by the smallest floats would give infinity; such a group is zero for all purposes.
         divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
-        steps = groups / divisor[:, :, None]
+        steps = np.divide(groups, divisor[:, :, None], out=room[:count])
         np.rint(steps, out=steps)
         values[first : first + count] = steps.reshape(count, -1)
         scales[first : first + count] = scale

@@ -17,6 +17,7 @@ from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.output.markdown import argument, plain
 from rkconvert.sources.checkpoint import Checkpoint
 from rkconvert.sources.hub import is_hub_id
+from rkconvert.tensors.hashes_ahead import HashesAhead
 from rkconvert.tensors.memory_folder import Place
 from rkruntime.bundle.manifest import GENERATION_CONFIG, MANIFEST, TEMPLATE, TOKENIZER, FileRecord, Manifest
 from rkruntime.files import atomic_file, sha256_file
@@ -73,12 +74,18 @@ def read_report(folder: Path, name: str) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the model card, the notice and, last, rkedge.yaml with every other file's hash; returns the manifest."""
+def write_manifest(folder: Path, manifest: Manifest, ahead: HashesAhead) -> Manifest:
+    """Write the model card, the notice and, last, rkedge.yaml with every other file's hash; returns the manifest.
+
+    Args:
+        ahead: Hashes of files that were begun when these were finished.
+    """
     (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
     (folder / NOTICE).write_text(_NOTICE, encoding="utf-8")
     files = {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_file(path))
+        path.relative_to(folder).as_posix(): FileRecord(
+            path.stat().st_size, ahead.of(path) if path in ahead else sha256_file(path)
+        )
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,15 @@ from rkruntime.files import atomic_file
 # Small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
 STATE: Final = "shards.json"
+
+
+class Block(NamedTuple):
+    """Rows of a tensor, and where they are in the data of a file."""
+
+    tensor: str
+    first: int
+    rows: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,13 @@ class ShardPlan:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def places(self) -> Iterator[tuple[str, int, int]]:
-        """Yield tensor, first row and number of rows of each block, in the order of the file."""
+    def places(self) -> Iterator[Block]:
+        """Each block, in the order of the file."""
+        offset = 0
         for name, info in self.tensors.items():
             for first, count in row_blocks(info.shape):
-                yield name, first, count
+                yield Block(name, first, count, offset)
+                offset += info.nbytes // info.shape[0] * count
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[ShardPlan]:
@@ -122,20 +133,24 @@ def _read_state(folder: Path) -> dict[str, int]:
 def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance) -> int:
     """Write a shard; returns its checksum, the same that `_checksum_file` computes."""
 
-    def prepare(place: tuple[str, int, int]) -> tuple[memoryview, int]:
-        data = read_finite(weights, *place).reshape(-1).view(np.uint8).data
-        return data, _sum(data)
-
     header = plan.header()
     checksum = _sum(header)
     with _whole(path) as file:
-        # Allocate the space at once: a full disk shows before the work, and writing is faster.
+
+        def make(block: Block) -> tuple[int, int]:
+            # The thread that computed a block writes it, too: the block is still in that core's cache.
+            data = read_finite(weights, block.tensor, block.first, block.rows).reshape(-1).view(np.uint8).data
+            _write_at(file, data, len(header) + block.offset)
+            return len(data), _sum(data)
+
+        # Allocate the space at once: a full disk shows before the work.
         os.posix_fallocate(file.fileno(), 0, len(header) + plan.nbytes)
-        file.write(header)
-        for data, own in ordered_map(prepare, plan.places()):
-            checksum = _add(checksum, own)
-            _write(file, data)
-            advance(len(data))
+        _write_at(file, memoryview(header), 0)
+        # All threads have ended before the file is closed and its number is another's.
+        with closing(ordered_map(make, plan.places())) as made:
+            for size, own in made:
+                checksum = _add(checksum, own)
+                advance(size)
     return checksum
 
 
@@ -150,9 +165,10 @@ def _whole(path: Path) -> Iterator[FileIO]:
         raise
 
 
-def _write(file: FileIO, data: memoryview) -> None:
+def _write_at(file: FileIO, data: memoryview, offset: int) -> None:
     while data:
-        data = data[file.write(data) :]
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _sum(data: bytes | memoryview) -> int:
@@ -173,9 +189,9 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
         return -1
     with path.open("rb") as file:
         checksum = _sum(file.read(len(header)))
-        for name, _, count in plan.places():
-            info = plan.tensors[name]
-            checksum = _add(checksum, _sum(file.read(info.nbytes // info.shape[0] * count)))
+        for block in plan.places():
+            info = plan.tensors[block.tensor]
+            checksum = _add(checksum, _sum(file.read(info.nbytes // info.shape[0] * block.rows)))
     return checksum
 
 

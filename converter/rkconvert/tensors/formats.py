@@ -50,7 +50,8 @@ def from_float32(values: NDArray[np.float32], dtype: str, out: NDArray[Any] | No
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
-    np.right_shift(rounded, 16, out=narrow, dtype=np.uint32, casting="unsafe")
+    rounded >>= 16
+    narrow[...] = rounded
     return narrow
 
 
@@ -58,4 +59,5 @@ def all_finite(block: NDArray[Any], dtype: str) -> bool:
     """Whether a block stored in format `dtype` has neither NaN nor infinity."""
     if dtype != "BF16":
         return bool(np.isfinite(block).all())
-    return block.size == 0 or int((block & np.uint16(0x7FFF)).max()) < 0x7F80
+    # Read as unsigned, the largest are the negative ones without a finite value; read as signed, the positive ones.
+    return block.size == 0 or (int(block.max()) < 0xFF80 and int(block.view("<i2").max()) < 0x7F80)

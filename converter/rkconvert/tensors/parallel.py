@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -18,8 +18,13 @@ Result = TypeVar("Result")
 THREADS: Final = min(4, os.cpu_count() or 1)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """`map` with threads: results in the order of the items, at most `threads` + 1 blocks in memory."""
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
+) -> Generator[Result, None, None]:
+    """`map` with threads: results in the order of the items, at most `threads` + 1 blocks in memory.
+
+    Once it is closed, no thread is at work.
+    """
     # The matrix library must not start its own threads beside these.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()

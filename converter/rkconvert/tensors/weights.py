@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 # Rows are read and written in blocks of about this many weights: small enough that several threads' buffers stay small,
 # large enough for the disk to run at full speed.
-BLOCK_WEIGHTS: Final = 1 << 20
+BLOCK_WEIGHTS: Final = 1 << 19
 # Weights per step of float arithmetic, so that each step finds the last one's results in the core's cache.
-CACHE_WEIGHTS: Final = 1 << 17
+CACHE_WEIGHTS: Final = 1 << 16
 
 
 @dataclass(frozen=True)

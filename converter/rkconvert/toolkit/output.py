@@ -17,6 +17,8 @@ from typing import Final
 
 from rkconvert.toolkit.events import Notice, Progress
 from rkruntime.checks import logtext
+from rkruntime.checks.failures import table
+from rkruntime.checks.longlog import read_log
 from rkruntime.folders import own_folder
 
 _BREAK: Final = re.compile(rb"[\r\n]+")
@@ -133,11 +135,11 @@ class Output:
         )
 
     def text(self) -> str:
-        """The log so far, decoded; for a long one its head and tail."""
+        """The log so far, decoded; for a long one its head and tail, and what may matter between."""
         kept = ""
         if self.path:
             with suppress(OSError), self.path.open("rb") as file:
-                kept = logtext.read_log(file)
+                kept = read_log(file, table()).text
         return kept if kept and not self.lost else "\n".join([kept, *self.tail()])
 
     def take(self) -> bytes:

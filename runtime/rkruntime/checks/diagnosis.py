@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from rkruntime.checks import logtext
 from rkruntime.checks.failures import CONFIDENCES, Hit, Table, table
+from rkruntime.checks.longlog import ReadLog, read_text
 from rkruntime.checks.signatures import MOST_LINES, WIDEST_LINE, Log, simplified, starts
 from rkruntime.schema import check_value
+from rkruntime.words import counted
 
 UNEXPLAINED: Final = "unexplained"
 FOREIGN: Final = "not-rkllm"
@@ -43,6 +45,7 @@ class Diagnosis:
         lines: The log lines that led here; for `unexplained`, those that look like trouble.
         others: Further classes whose texts are in the log, best first.
         rules_out: What versions and healthy lines exclude, if no failure was found.
+        not_read: How much of the log was not searched; empty if all of it was.
     """
 
     class_: str
@@ -54,6 +57,7 @@ class Diagnosis:
     lines: tuple[str, ...]
     others: tuple[str, ...] = ()
     rules_out: tuple[str, ...] = ()
+    not_read: str = ""
 
     @property
     def explained(self) -> bool:
@@ -72,16 +76,17 @@ class Diagnosis:
             "lines": list(self.lines),
             "others": list(self.others),
             "rules_out": list(self.rules_out),
+            "not_read": self.not_read,
         }
 
 
 def diagnose(
-    text: str | Iterable[str], *, context: Mapping[str, object] | None = None, rows: Table | None = None
+    text: str | Iterable[str] | ReadLog, *, context: Mapping[str, object] | None = None, rows: Table | None = None
 ) -> Diagnosis:
     """Explain a log.
 
     Args:
-        text: The log as one string, or its lines; only the head and tail of a very long one are read.
+        text: The log as one string, its lines, or what `longlog.read_log` gave.
         context: What the caller knows beyond the log, such as `{"stage": "load", "signal": "SIGSEGV",
             "driver": "0.9.6", "runtime": "1.2.3"}`. Values of None are ignored.
         rows: Table to use instead of data/diagnosis.yaml.
@@ -89,13 +94,30 @@ def diagnose(
     Raises:
         UsageError: An argument has a wrong type.
     """
+    check_value("context", Mapping[str, object] | None, context)
+    rows = rows or table()
+    read = text if isinstance(text, ReadLog) else _read(text, rows)
+    known = {key: str(value) for key, value in (context or {}).items() if value is not None}
+    return replace(_explained(read.text, known, rows), not_read=_not_read(read))
+
+
+def _read(text: str | Iterable[str], rows: Table) -> ReadLog:
     lines = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else text
     check_value("text", Sequence[str], lines)
-    check_value("context", Mapping[str, object] | None, context)
-    whole = "\n".join(lines)
-    known = {key: str(value) for key, value in (context or {}).items() if value is not None}
-    log = Log(logtext.clean_lines(logtext.shorten(whole)), known)
-    rows = rows or table()
+    return read_text("\n".join(lines), rows)
+
+
+def _not_read(read: ReadLog) -> str:
+    if not read.skipped_lines:
+        return ""
+    return (
+        f"{counted(read.skipped_lines, 'line')} ({read.skipped_bytes / 1e6:,.1f} MB) between the head and the tail of"
+        " this log: they are unlike any others, and too many. Give the part around the failure."
+    )
+
+
+def _explained(text: str, known: dict[str, str], rows: Table) -> Diagnosis:
+    log = Log(logtext.clean_lines(text), known)
     facts = _facts(log, rows) | known
     hits = _hits(log, rows, facts, sure=bool(known))
     if _is_foreign(log, rows, hits, known):

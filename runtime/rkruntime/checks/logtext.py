@@ -1,17 +1,13 @@
-"""Turn logs from terminals, journals, containers and serial lines into plain lines.
-
-Memory and time are bounded: of a long log only the head and the tail are read, which show the start and the failure.
-"""
+"""Turn logs from terminals, journals, containers and serial lines into plain lines."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO, Final
+from typing import Final
 
 HEAD: Final = 256 * 1024
-"""Bytes (of a file) or characters (of a text) read from the start of a long log."""
+"""Bytes (of a file) or characters (of a text) that are kept of the start of a long log."""
 TAIL: Final = 1024 * 1024
 """The same for its end."""
 
@@ -38,48 +34,7 @@ _BEGINNING = re.compile(
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069]")
 
 
-def read_log(stream: BinaryIO) -> str:
-    """Read all of a short log, or the head and tail of a long one, and decode it.
-
-    Args:
-        stream: File or pipe. A pipe is read to its end, but only `HEAD` and twice `TAIL` bytes are held in memory.
-    """
-    head = _read(stream, HEAD)
-    start, tail = _read_tail(stream, len(head))
-    if start == len(head):
-        return decode(head + tail)
-    encoding = _encoding(head)
-    if encoding.startswith("utf-16") and start % 2:
-        tail = tail[1:]
-    left_out = f"\n[{start - len(head)} bytes of the log left out]\n"
-    return head.decode(encoding, "replace") + left_out + tail.decode(encoding, "replace")
-
-
-def _read(stream: BinaryIO, size: int) -> bytes:
-    """Read `size` bytes, fewer only at the end: a pipe returns whatever it has."""
-    parts = bytearray()
-    while len(parts) < size and (part := stream.read(size - len(parts))):
-        parts += part
-    return bytes(parts)
-
-
-def _read_tail(stream: BinaryIO, position: int) -> tuple[int, bytes]:
-    """The last `TAIL` bytes after `position`, and where they start."""
-    try:
-        end = stream.seek(0, io.SEEK_END)
-        start = stream.seek(max(position, end - TAIL))
-        return start, _read(stream, TAIL)
-    except (OSError, io.UnsupportedOperation):
-        pass  # a pipe
-    last, previous = b"", b""
-    while chunk := _read(stream, TAIL):
-        position += len(chunk)
-        last, previous = chunk, last
-    kept = (previous + last)[-TAIL:]
-    return position - len(kept), kept
-
-
-def _encoding(data: bytes) -> str:
+def encoding(data: bytes) -> str:
     """Guess the encoding of a log from its byte order mark, its NUL bytes, or what decodes."""
     for mark, name in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"\xef\xbb\xbf", "utf-8")):
         if data.startswith(mark):
@@ -101,14 +56,7 @@ def _encoding(data: bytes) -> str:
 
 def decode(data: bytes) -> str:
     """Decode a log; undecodable bytes become U+FFFD."""
-    return data.decode(_encoding(data), "replace")
-
-
-def shorten(text: str) -> str:
-    """Shorten a text to `HEAD` + `TAIL` characters, plus a line that says how much was left out."""
-    if len(text) <= HEAD + TAIL + _PIECE:  # read_log adds a line
-        return text
-    return f"{text[:HEAD]}\n[{len(text) - HEAD - TAIL} characters of the log left out]\n{text[-TAIL:]}"
+    return data.decode(encoding(data), "replace")
 
 
 def clean_lines(text: str) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from rkruntime.checks import logtext
 from rkruntime.checks.diagnosis import Diagnosis, diagnose
+from rkruntime.checks.failures import table
+from rkruntime.checks.longlog import ReadLog, read_log
 from rkruntime.cli.flags import json_option
 from rkruntime.errors import InputError
 from rkruntime.terminal import say, say_json
@@ -25,12 +26,12 @@ _MOST_SOURCES = 5
 _MOST_ODD = 100
 
 
-def _read(name: str) -> str:
+def _read(name: str) -> ReadLog:
     if name == "-":
-        return logtext.read_log(sys.stdin.buffer)
+        return read_log(sys.stdin.buffer, table())
     try:
         with Path(name).open("rb") as stream:
-            return logtext.read_log(stream)
+            return read_log(stream, table())
     except OSError as error:
         raise InputError(
             f"The log {name!r} cannot be read: {error.strerror}.", hint="Name a log file, or - to read a pipe."
@@ -63,6 +64,7 @@ def _print(found: Diagnosis) -> None:
     _section("In the log" if found.explained else "Lines that look like trouble", found.lines)
     _section("What it means", (found.cause,))
     _section("What the log rules out", found.rules_out)
+    _section("What was not read", (found.not_read,) if found.not_read else ())
     _section("What to do", found.next_steps, "  #. ")
     _section("Also in this log", found.others)
     rest = len(found.evidence) - _MOST_SOURCES
@@ -76,19 +78,19 @@ def _print(found: Diagnosis) -> None:
 def run(log: str, as_json: bool) -> None:
     """Explain a log of RKLLM, RKNN, the NPU driver or rkllm-toolkit.
 
-    FILE is the output of a program, a journal, a kernel log or a container's log; only the head and the tail of a long
-    one are read. With -, standard input is read: sudo dmesg | rkedge diagnose -
+    FILE is the output of a program, a journal, a kernel log or a container's log, of any size. With -, standard input
+    is read: sudo dmesg | rkedge diagnose -
     """
-    text = _read(log)
-    if not text.strip():
+    read = _read(log)
+    if not read.text.strip():
         raise InputError(
             "The log is empty.", hint="Was it written at all? dmesg needs sudo: sudo dmesg | rkedge diagnose -"
         )
-    if _is_binary(text):
+    if _is_binary(read.text):
         raise InputError(
             "This is not text.", hint="Give what a program printed; `rkedge inspect` tells what a file is."
         )
-    found = diagnose(text)
+    found = diagnose(read)
     if as_json:
         say_json(found.as_dict())
     else:

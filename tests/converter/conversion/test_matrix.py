@@ -22,6 +22,7 @@ from rkconvert import demo
 from rkconvert.commands.convert import run
 from rkconvert.conversion import matrix
 from rkconvert.sources.open import open_source
+from rkconvert.tensors import hashes_ahead
 from rkconvert.toolkit.options import ToolkitOptions
 from rkruntime import cli
 from rkruntime.bundle.manifest import open_bundle
@@ -147,11 +148,13 @@ def test_the_model_is_opened_and_hashed_once(write, convert, monkeypatch):
     opened, hashed = [], []
     module = "rkconvert.conversion.opened"
     monkeypatch.setattr(f"{module}.open_source", lambda *args: opened.append(args) or REAL_OPEN(*args))
-    monkeypatch.setattr(f"{module}.sha256_file", lambda *args: hashed.append(args[0]) or REAL_HASH(*args))
+    monkeypatch.setattr(hashes_ahead, "sha256_file", lambda *args: hashed.append(args[0]) or REAL_HASH(*args))
     code, _, _ = convert(write({"dtype": ["w8a8", "fp32"], "max_context": [64, 128]}))
     assert code == 0
     assert len(opened) == 1
-    assert len(hashed) == len(set(hashed)) == 3
+    sources = [path for path in hashed if demo.checkpoint() in path.parents]
+    assert len(sources) == len(set(sources)) == 3
+    assert len(hashed) == len(set(hashed)) == 3 + 4  # and the model file of each cell
 
 
 def test_refused_cells_are_told_before_work_begins(write, convert, tmp_path):
