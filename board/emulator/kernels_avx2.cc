@@ -2,6 +2,7 @@
 // which takes bytes, saturates its sums and would not be exact.
 #include <immintrin.h>
 
+#include "kernels_table.h"
 #include "kernels_tiles.h"
 
 namespace rkemu {

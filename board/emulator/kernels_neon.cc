@@ -2,6 +2,7 @@
 // multiplies signed bytes by signed bytes.
 #include <arm_neon.h>
 
+#include "kernels_table.h"
 #include "kernels_tiles.h"
 
 namespace rkemu {
