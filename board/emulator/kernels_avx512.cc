@@ -74,14 +74,17 @@ struct Avx512Panel {
   static constexpr int32_t kOffset = 128;
 
   static void pack(const Rows<const int8_t>& w, int depth, int8_t* panel) {
-    for (int k = 0; k < depth; k += kDepth) {
-      const int missing = depth - k < kDepth ? kDepth - (depth - k) : 0;
-      for (int v = 0; v < kVectors; ++v) {
+    constexpr int kAhead = 256;
+    // Few rows at a time: more streams than a processor follows would wait for memory.
+    for (int v = 0; v < kVectors; ++v) {
+      for (int k = 0; k < depth; k += kDepth) {
+        const int missing = depth - k < kDepth ? kDepth - (depth - k) : 0;
         __m512i rows[16];
         for (int r = 0; r < 16; ++r) {
           const int row = 16 * v + r < w.count ? 16 * v + r : w.count - 1;
-          rows[r] =
-              with_sign_flipped(_mm512_maskz_loadu_epi8(~__mmask64{0} >> missing, w[row] + k));
+          _mm_prefetch(w[row] + k + kAhead, _MM_HINT_T0);
+          rows[r] = with_sign_flipped(
+              _mm512_maskz_loadu_epi8(~__mmask64{0} >> missing, w[row] + k));
         }
         transpose(rows);
         for (int i = 0; i < 16; ++i) {

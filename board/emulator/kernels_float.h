@@ -55,13 +55,15 @@ inline float tanh_inline(float x) {
   return (e - 1.0f) / (e + 1.0f);
 }
 
+// In memory they are floats like others.
+typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
+
+// Halves are added to halves until one number is left.
 inline float sum_lanes(const float* lanes) {
-  float s[kLanes];
-  for (int i = 0; i < kLanes; ++i) s[i] = lanes[i];
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
+  static_assert(kLanes == 16);
+  const Four* fours = reinterpret_cast<const Four*>(lanes);
+  const Four sums = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 inline float dot(const float* a, const float* b, int n) {
