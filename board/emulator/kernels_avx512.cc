@@ -33,6 +33,7 @@ struct Avx512 {
   static Bytes weights(Bytes bytes) { return with_sign_flipped(bytes); }
   static Sums zero() { return _mm512_setzero_si512(); }
   static Sums dot(Sums sums, Bytes w, Bytes x) { return _mm512_dpbusd_epi32(sums, w, x); }
+  static Sums sum(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static int32_t total(Sums sums) {
     alignas(64) int32_t lanes[16];
     _mm512_store_si512(lanes, sums);
@@ -83,8 +84,8 @@ struct Avx512Panel {
         for (int r = 0; r < 16; ++r) {
           const int row = 16 * v + r < w.count ? 16 * v + r : w.count - 1;
           _mm_prefetch(w[row] + k + kAhead, _MM_HINT_T0);
-          rows[r] = with_sign_flipped(
-              _mm512_maskz_loadu_epi8(~__mmask64{0} >> missing, w[row] + k));
+          rows[r] =
+              with_sign_flipped(_mm512_maskz_loadu_epi8(~__mmask64{0} >> missing, w[row] + k));
         }
         transpose(rows);
         for (int i = 0; i < 16; ++i) {
@@ -133,8 +134,8 @@ constexpr int kWorthPanel = 6;  // tokens that pay for another layout of the wei
 void integer_product(const IntegerProduct& p) {
   if (p.x.count >= kWorthPanel) return panel_product<Avx512Panel>(p);
   int token = 0;
-  for (; token + 2 <= p.x.count; token += 2) strip<Avx512, 4, 2>(p, token);
-  for (; token < p.x.count; ++token) strip<Avx512, 4, 1>(p, token);
+  for (; token + 2 <= p.x.count; token += 2) strip<Avx512, 1, 2, 4>(p, token);
+  for (; token < p.x.count; ++token) strip<Avx512, 1, 1, 4>(p, token);
 }
 
 }  // namespace
