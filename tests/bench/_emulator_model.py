@@ -57,7 +57,8 @@ def write_rkemu(path: Path) -> int:
     }
     specs += [TensorSpec(name, table.dtype.name, table.shape) for name, table in tables.items()]
     metadata = {
-        "general.kind": "model", "general.architecture": "gemma2", "general.name": "random", "rkllm.max_context": MAX_CONTEXT,
+        "general.kind": "model", "general.architecture": "gemma2", "general.name": "random",
+        "rkllm.max_context": MAX_CONTEXT,
         "rkllm.target_platform": "RK3588", "rkllm.model_dtype": "W8A8", "rkllm.npu_core_num": 3,
         "model.vocab_size": VOCAB, "model.hidden_size": HIDDEN, "model.intermediate_size": INNER,
         "model.num_hidden_layers": LAYERS, "model.num_attention_heads": HEADS, "model.num_key_value_heads": KV_HEADS,

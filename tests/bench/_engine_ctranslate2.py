@@ -1,7 +1,7 @@
 """CTranslate2 as a process of the benchmark: SHAPE MODEL NEW, prompts of ids on stdin, figures on stdout.
 
-SHAPE is JSON; a model of int8 weights of that shape is written to MODEL first. Its graph of Gemma 2 has neither caps nor
-windows, which flatters it. Run by another interpreter, so nothing of the project is imported.
+SHAPE is JSON; a model of int8 weights of that shape is written to MODEL first. Its graph of Gemma 2 has neither caps
+nor windows, which flatters it. Run by another interpreter, so nothing of the project is imported.
 """
 
 import json
@@ -80,7 +80,7 @@ for line in sys.stdin:
         max_length=new,
         min_length=new,
         sampling_topk=1,
-        callback=lambda step: times.append(time.perf_counter()),
+        callback=lambda step, times=times: times.append(time.perf_counter()),
     )
     step = (times[-1] - times[0]) / (len(times) - 1)
     # The prompt but its last token comes at once; the first step takes the last one.

@@ -51,7 +51,7 @@ class Engine:
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115: closed with the process
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=ROOT
         )
