@@ -8,12 +8,18 @@ namespace rkemu {
 
 namespace {
 
-constexpr int kRowBlock = 64;
+constexpr int kRowBlock = IntegerProduct::kMaxRows;
 // Below this many multiplications a thread costs more to wake than it saves.
 constexpr size_t kWorthThreads = 1u << 18;
 
 size_t times(int a, int b) {
   return static_cast<size_t>(a) * static_cast<size_t>(b);
+}
+
+// Bytes of a group of activations.
+int padded(int group) {
+  constexpr int kPadding = IntegerProduct::kPadding;
+  return (group + kPadding - 1) / kPadding * kPadding;
 }
 
 }  // namespace
@@ -25,7 +31,8 @@ Forward::Forward(const Model& model, Pool& pool, const Kernels& kernels)
       kernels_(kernels),
       embedding_factor_(std::sqrt(static_cast<float>(config_.hidden_size))),
       attention_scale_(
-          static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.query_pre_attn_scalar)))) {
+          static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.query_pre_attn_scalar)))),
+      workplaces_(static_cast<size_t>(pool.size())) {
   for (int i = 0; i < config_.head_dim; i += 2) {
     const double exponent = static_cast<double>(i) / config_.head_dim;
     inverse_frequencies_.push_back(
@@ -79,32 +86,35 @@ void Forward::norm(const float* x, const float* weight, int rows, float* out) {
   });
 }
 
-void Forward::integer_block(const Quantized& w, const Target& target, int rows, int first,
-                            int count) {
+void Forward::integer_block(const Quantized& w, const Target& target, int rows,
+                            const Block& block) {
+  const auto& [first, count, worker] = block;
   const Matrix& m = *target.matrix;
   const int group = m.in / w.groups;
   const auto in = static_cast<size_t>(m.in), groups = static_cast<size_t>(w.groups);
-  int32_t sums[kChunk * kRowBlock];
-  const Rows<int32_t> acc{sums, kRowBlock, rows};
+  const size_t x_stride = times(w.groups, padded(group));
+  Workplace& at = workplaces_[static_cast<size_t>(worker)];
+  const Rows<int32_t> acc{at.sums.data(), kRowBlock, rows};
   const Rows<float> out{target.out + first, static_cast<size_t>(m.out), rows};
   for (int g = 0; g < w.groups; ++g) {
     kernels_.integer_product({{w.data + times(first, m.in) + g * group, in, count},
-                              {quantized_.data() + g * group, in, rows},
+                              {quantized_.data() + times(g, padded(group)), x_stride, rows},
                               group,
                               {x_sums_.data() + g, groups, rows},
-                              acc});
+                              acc,
+                              at.weights.data()});
     const Rows<const float> scale{w.scale + times(first, w.groups) + g, groups, count};
     for (int t = 0; t < rows; ++t) kernels_.dequantize(acc[t], scale, g == 0, out[t]);
   }
   for (int t = 0; t < rows; ++t) kernels_.scale(out[t], x_scales_[static_cast<size_t>(t)], count);
 }
 
-void Forward::multiply_block(const Target& target, const Rows<const float>& x, int first,
-                             int count) {
+void Forward::multiply_block(const Target& target, const Rows<const float>& x, const Block& block) {
+  const auto& [first, count, worker] = block;
   const Matrix& m = *target.matrix;
   const Rows<float> out{target.out + first, static_cast<size_t>(m.out), x.count};
   if (const auto* quantized = std::get_if<Quantized>(&m.weights)) {
-    integer_block(*quantized, target, x.count, first, count);
+    integer_block(*quantized, target, x.count, block);
   } else {
     const float* w = std::get<const float*>(m.weights) + times(first, m.in);
     kernels_.float_product({{w, static_cast<size_t>(m.in), count}, x, m.in, out});
@@ -137,6 +147,19 @@ void Forward::add_lora(const Target& target, const Rows<const float>& x) {
   }
 }
 
+void Forward::quantize(const Rows<const float>& x, int groups) {
+  const auto k = static_cast<int>(x.stride);
+  const size_t stride = times(groups, padded(k / groups));
+  quantized_.resize(static_cast<size_t>(x.count) * stride);
+  x_scales_.resize(static_cast<size_t>(x.count));
+  x_sums_.resize(times(x.count, groups));
+  each(x.count, times(x.count, k), [&](int t, int) {
+    const auto row = static_cast<size_t>(t);
+    kernels_.quantize(x[t], k, k / groups, quantized_.data() + row * stride, x_scales_.data() + row,
+                      x_sums_.data() + times(t, groups));
+  });
+}
+
 void Forward::multiply(const Rows<const float>& x, std::initializer_list<Target> targets) {
   const int rows = x.count;
   const auto k = static_cast<int>(x.stride);
@@ -152,15 +175,9 @@ void Forward::multiply(const Rows<const float>& x, std::initializer_list<Target>
     }
     if (wanted && groups != wanted) {
       groups = wanted;
-      quantized_.resize(times(rows, k));
-      x_scales_.resize(static_cast<size_t>(rows));
-      x_sums_.resize(times(rows, groups));
-      each(rows, times(rows, k), [&](int t, int) {
-        kernels_.quantize(x[t], k, k / groups, quantized_.data() + times(t, k),
-                          x_scales_.data() + t, x_sums_.data() + times(t, groups));
-      });
+      quantize(x, groups);
     }
-    each(blocks, work, [&](int block, int) {
+    each(blocks, work, [&](int block, int worker) {
       const Target* at = target;
       for (;; ++at) {
         const int of_this = (at->matrix->out + kRowBlock - 1) / kRowBlock;
@@ -168,7 +185,7 @@ void Forward::multiply(const Rows<const float>& x, std::initializer_list<Target>
         block -= of_this;
       }
       const int first = block * kRowBlock;
-      multiply_block(*at, x, first, std::min(kRowBlock, at->matrix->out - first));
+      multiply_block(*at, x, {first, std::min(kRowBlock, at->matrix->out - first), worker});
     });
     target = end;
   }
@@ -195,40 +212,54 @@ void Forward::store(Cache& cache, int layer, int position, const float* k, const
 
 void Forward::attention(const std::vector<Row>& rows, int index, const Layer& layer) {
   const int dim = config_.head_dim;
-  const int group = config_.heads / config_.kv_heads;
-  int longest = 0;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const int position = rows[r].position;
-    longest = std::max(longest, position + 1);
-    for (int h = 0; h < config_.heads; ++h) {
-      rotate(q_.data() + r * static_cast<size_t>(config_.q_size()) + times(h, dim), position,
-             false);
-    }
-    float* k = k_.data() + r * static_cast<size_t>(config_.kv_size());
-    for (int h = 0; h < config_.kv_heads; ++h) rotate(k + times(h, dim), position, false);
-    store(*rows[r].cache, index, position, k,
-          v_.data() + r * static_cast<size_t>(config_.kv_size()));
+  const int most = std::max(1, Attention::kMaxQueries / (config_.heads / config_.kv_heads));
+  std::vector<Tile> tiles;
+  size_t work = 0;
+  for (int r = 0; r < static_cast<int>(rows.size()); ++r) {
+    const Row& row = rows[static_cast<size_t>(r)];
+    const bool follows = r && rows[static_cast<size_t>(r - 1)].cache == row.cache &&
+                         rows[static_cast<size_t>(r - 1)].position + 1 == row.position;
+    if (!follows || tiles.back().count == most) tiles.push_back({r, 0});
+    ++tiles.back().count;
+    work += times(row.position + 1, 2 * config_.q_size());
   }
-  scores_.resize(times(pool_.size(), group) * static_cast<size_t>(longest));
-  const int jobs = static_cast<int>(rows.size()) * config_.kv_heads;
-  each(jobs, times(jobs, longest) * static_cast<size_t>(2 * group * dim), [&](int job, int worker) {
-    const Row& row = rows[static_cast<size_t>(job / config_.kv_heads)];
-    const int head = job % config_.kv_heads;
-    const int first = layer.sliding ? std::max(0, row.position - config_.sliding_window + 1) : 0;
-    const size_t at = times(job / config_.kv_heads, config_.q_size()) + times(head * group, dim);
-    Attention one{};
-    one.q = {q_.data() + at, static_cast<size_t>(dim), group};
-    one.keys = row.cache->keys(index, head);
-    one.values = row.cache->values(index, head);
-    one.half = row.cache->half();
-    one.first = first;
-    one.last = row.position;
-    one.scale = attention_scale_;
-    one.softcap = config_.attn_softcap;
-    one.scores = scores_.data() + times(worker, group) * static_cast<size_t>(longest);
-    one.out = mixed_.data() + at;
-    kernels_.attend(one);
+  each(static_cast<int>(rows.size()), rows.size() * static_cast<size_t>(8 * config_.q_size()),
+       [&](int r, int) {
+         const Row& row = rows[static_cast<size_t>(r)];
+         float* q = q_.data() + times(r, config_.q_size());
+         float* k = k_.data() + times(r, config_.kv_size());
+         for (int h = 0; h < config_.heads; ++h) rotate(q + times(h, dim), row.position, false);
+         for (int h = 0; h < config_.kv_heads; ++h) rotate(k + times(h, dim), row.position, false);
+         store(*row.cache, index, row.position, k, v_.data() + times(r, config_.kv_size()));
+       });
+  each(static_cast<int>(tiles.size()) * config_.kv_heads, work, [&](int job, int worker) {
+    const Tile& tile = tiles[static_cast<size_t>(job / config_.kv_heads)];
+    attend(rows, tile, index, layer, job % config_.kv_heads, worker);
   });
+}
+
+void Forward::attend(const std::vector<Row>& rows, const Tile& tile, int index, const Layer& layer,
+                     int head, int worker) {
+  const Row& row = rows[static_cast<size_t>(tile.first)];
+  const auto stride = static_cast<size_t>(config_.q_size());
+  Attention a{};
+  a.heads = config_.heads / config_.kv_heads;
+  a.head_dim = config_.head_dim;
+  const size_t at = times(tile.first, config_.q_size()) + times(head * a.heads, a.head_dim);
+  a.q = {q_.data() + at, stride, tile.count};
+  a.out = {mixed_.data() + at, stride, tile.count};
+  a.keys = row.cache->keys(index, head);
+  a.values = row.cache->values(index, head);
+  a.half = row.cache->half();
+  a.position = row.position;
+  a.window = layer.sliding ? config_.sliding_window : 0;
+  a.scale = attention_scale_;
+  a.softcap = config_.attn_softcap;
+  std::vector<float>& room = workplaces_[static_cast<size_t>(worker)].attention;
+  room.resize(std::max(room.size(), Attention::room_for(tile.count * a.heads, a.head_dim,
+                                                        row.position + tile.count - a.first(0))));
+  a.room = room.data();
+  kernels_.attend(a);
 }
 
 void Forward::run(const std::vector<Row>& rows, float* x, const Adapter* adapter) {
@@ -255,7 +286,9 @@ void Forward::run(const std::vector<Row>& rows, float* x, const Adapter* adapter
     };
     const auto add_to_residual = [&](const float* post_norm) {
       if (post_norm) norm(y_.data(), post_norm, n, y_.data());
-      kernels_.add(x, y_.data(), 1.0f, n * hidden);
+      each(n, times(n, hidden) * 4, [&](int r, int) {
+        kernels_.add(x + times(r, hidden), y_.data() + times(r, hidden), 1.0f, hidden);
+      });
     };
     norm(x, layer.attn_norm, n, normed_.data());
     multiply(all(normed_, hidden), {target(Part::q, q_), target(Part::k, k_), target(Part::v, v_)});

@@ -1,6 +1,7 @@
 // The forward pass of Gemma and Gemma 2 for a batch of rows, each a position of some sequence.
 #pragma once
 
+#include <array>
 #include <initializer_list>
 #include <vector>
 
@@ -43,12 +44,32 @@ class Forward {
     float softcap = 0;
   };
 
+  // What one of the pool's workers computes in.
+  struct Workplace {
+    alignas(64) std::array<int32_t, kChunk * IntegerProduct::kMaxRows> sums;
+    alignas(64) std::array<int8_t, IntegerProduct::kRoom> weights;
+    std::vector<float> attention;
+  };
+
+  // Rows [first, first + count) of a batch: positions of one cache that follow one another.
+  struct Tile {
+    int first, count;
+  };
+
+  // Rows of a matrix, for a worker.
+  struct Block {
+    int first, count, worker;
+  };
+
   void multiply(const Rows<const float>& x, std::initializer_list<Target> targets);
-  void multiply_block(const Target& target, const Rows<const float>& x, int first, int count);
-  void integer_block(const Quantized& w, const Target& target, int rows, int first, int count);
+  void quantize(const Rows<const float>& x, int groups);
+  void multiply_block(const Target& target, const Rows<const float>& x, const Block& block);
+  void integer_block(const Quantized& w, const Target& target, int rows, const Block& block);
   void add_lora(const Target& target, const Rows<const float>& x);
   void norm(const float* x, const float* weight, int rows, float* out);
   void attention(const std::vector<Row>& rows, int layer_index, const Layer& layer);
+  void attend(const std::vector<Row>& rows, const Tile& tile, int layer_index, const Layer& layer,
+              int head, int worker);
   void rotate(float* head, int position, bool back) const;
   void store(Cache& cache, int layer, int position, const float* k, const float* v);
   template <class Job>
@@ -63,8 +84,9 @@ class Forward {
 
   std::vector<float> inverse_frequencies_;
   std::vector<float> cos_, sin_;  // [position][head_dim / 2]
-  std::vector<float> normed_, q_, k_, v_, mixed_, gate_, up_, y_, scores_, lora_low_, lora_high_;
-  std::vector<int8_t> quantized_;
+  std::vector<float> normed_, q_, k_, v_, mixed_, gate_, up_, y_, lora_low_, lora_high_;
+  std::vector<Workplace> workplaces_;  // [worker]
+  std::vector<int8_t> quantized_;      // [row][group], each group padded
   std::vector<float> x_scales_;
   std::vector<int32_t> x_sums_;
 };

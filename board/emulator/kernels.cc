@@ -21,6 +21,9 @@ extern const Kernels kAvx512Kernels;
 #if defined(RKEMU_HAVE_NEON)
 extern const Kernels kNeonKernels;
 #endif
+#if defined(RKEMU_HAVE_I8MM)
+extern const Kernels kI8mmKernels;
+#endif
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables{&kPlainKernels};
@@ -34,7 +37,12 @@ std::vector<const Kernels*> available_kernels() {
   }
 #endif
 #if defined(RKEMU_HAVE_NEON)
-  if (::getauxval(AT_HWCAP) & HWCAP_ASIMDDP) tables.push_back(&kNeonKernels);
+  const bool dots = ::getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  if (dots) tables.push_back(&kNeonKernels);
+#if defined(RKEMU_HAVE_I8MM)
+  constexpr unsigned long kI8mm = 1 << 13;  // HWCAP2_I8MM, which older headers do not name
+  if (dots && ::getauxval(AT_HWCAP2) & kI8mm) tables.push_back(&kI8mmKernels);
+#endif
 #endif
   return tables;
 }

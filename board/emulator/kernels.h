@@ -24,13 +24,19 @@ struct Rows {
 };
 
 // acc[t][r] = sum over i < k of w[r][i] * x[t][i].
-// x_sums[t][0] is the sum of x[t][0..k): kernels with an unsigned operand need it.
 struct IntegerProduct {
-  Rows<const int8_t> w;
+  static constexpr int kMaxRows = 64;
+  static constexpr int kPadding = 64;
+  static constexpr size_t kRoom = 64 * 3072;
+
+  Rows<const int8_t> w;  // at most kMaxRows
+  // With zeros behind k, up to a multiple of kPadding.
   Rows<const int8_t> x;
   int k;
+  // [t][0] is the sum of x[t][0..k): kernels with an unsigned operand need it.
   Rows<const int32_t> x_sums;
-  Rows<int32_t> acc;
+  Rows<int32_t> acc;  // room for kMaxRows in each row, at a cache line
+  int8_t* room;       // kRoom bytes to work in, at a cache line
 };
 
 // out[t][r] = sum over i < k of w[r][i] * x[t][i].
@@ -41,29 +47,46 @@ struct FloatProduct {
   Rows<float> out;
 };
 
-// One query position against the keys of one KV head, for all query heads that share it.
+// Query positions that follow one another against the keys of one KV head, for all query heads that
+// share it. Keys and values are read once for all of them.
 struct Attention {
-  static constexpr int kMaxHeadDim = 1024;  // kernels keep a row of values on the stack
-  // [heads][head_dim]: head_dim is the stride.
+  static constexpr int kMaxQueries = 64;  // positions times heads, unless one position has more
+  static constexpr int kBlock = 32;       // keys or values that are worked on at a time
+  static constexpr size_t padded(int n) {
+    return static_cast<size_t>(n + kBlock - 1) / kBlock * kBlock;
+  }
+  // Floats to work in, for so many queries and positions that they see.
+  static size_t room_for(int queries, int head_dim, int seen) {
+    return static_cast<size_t>(queries) * (padded(head_dim) + padded(seen)) +
+           kBlock * padded(head_dim);
+  }
+
+  // A row for each position: [heads][head_dim].
   Rows<const float> q;
+  int heads, head_dim;
   // [position][head_dim], as half floats or floats.
   const void* keys;
   const void* values;
   bool half;
-  // Positions seen, last included.
-  int first, last;
+  int position;  // of the first row
+  int window;    // positions that a query sees, its own included; 0 = all
   float scale;
-  float softcap;  // 0 = none
-  float* scores;  // [heads][last - first + 1]
-  float* out;     // as q
+  float softcap;    // 0 = none
+  float* room;      // at a cache line
+  Rows<float> out;  // as q
+
+  int first(int row) const {
+    const int last = position + row;
+    return window && last >= window ? last - window + 1 : 0;
+  }
 };
 
 struct Kernels {
   const char* name;
   void (*integer_product)(const IntegerProduct&);
   void (*float_product)(const FloatProduct&);
-  // One token's activations to int8: scale = absmax / 127, rounded half to even; sums per group of
-  // `group`.
+  // One token's activations to int8: scale = absmax / 127, rounded half to even. Each `group` of
+  // them begins at a multiple of kPadding, with zeros behind it, and has its sum.
   void (*quantize)(const float* x, int k, int group, int8_t* q, float* scale, int32_t* sums);
   // out[r] += acc[r] * w_scale[r][0], for each group of a row; `first` starts the sum.
   void (*dequantize)(const int32_t* acc, const Rows<const float>& w_scale, bool first, float* out);

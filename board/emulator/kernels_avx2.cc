@@ -2,6 +2,7 @@
 // which takes bytes, saturates its sums and would not be exact.
 #include <immintrin.h>
 
+#include "kernels_table.h"
 #include "kernels_tiles.h"
 
 namespace rkemu {
@@ -23,6 +24,7 @@ struct Avx2 {
   static Sums dot(Sums sums, Bytes w, Bytes x) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(w, x));
   }
+  static Sums sum(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
   static int32_t total(Sums sums) {
     alignas(32) int32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums);
@@ -32,8 +34,8 @@ struct Avx2 {
 
 void integer_product(const IntegerProduct& p) {
   int token = 0;
-  for (; token + 4 <= p.x.count; token += 4) strip<Avx2, 2, 4>(p, token);
-  for (; token < p.x.count; ++token) strip<Avx2, 4, 1>(p, token);
+  for (; token + 4 <= p.x.count; token += 4) strip<Avx2, 2, 4, 1>(p, token);
+  for (; token < p.x.count; ++token) strip<Avx2, 1, 1, 4>(p, token);
 }
 
 }  // namespace

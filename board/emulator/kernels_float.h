@@ -55,13 +55,15 @@ inline float tanh_inline(float x) {
   return (e - 1.0f) / (e + 1.0f);
 }
 
+// In memory they are floats like others.
+typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
+
+// Halves are added to halves until one number is left.
 inline float sum_lanes(const float* lanes) {
-  float s[kLanes];
-  for (int i = 0; i < kLanes; ++i) s[i] = lanes[i];
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
+  static_assert(kLanes == 16);
+  const Four* fours = reinterpret_cast<const Four*>(lanes);
+  const Four sums = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 inline float dot(const float* a, const float* b, int n) {
@@ -96,16 +98,18 @@ void quantize(const float* x, int k, int group, int8_t* q, float* scale, int32_t
   }
   for (int l = 0; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for (i = 0; i < k; ++i) {
-    // A NaN or an infinity in the model becomes some number in range here: no conversion is
-    // undefined.
-    const int32_t rounded = static_cast<int32_t>(bits_of(x[i] * inverse + kRound) - kRoundBits);
-    q[i] = static_cast<int8_t>(rounded < -127 ? -127 : rounded > 127 ? 127 : rounded);
-  }
-  for (int g = 0; g * group < k; ++g) {
+  for (; k; k -= group, x += group) {
     int32_t sum = 0;
-    for (i = g * group; i < (g + 1) * group && i < k; ++i) sum += q[i];
-    sums[g] = sum;
+    for (i = 0; i < group; ++i) {
+      // A NaN or an infinity in the model becomes some number in range here: no conversion is
+      // undefined.
+      const int32_t rounded = static_cast<int32_t>(bits_of(x[i] * inverse + kRound) - kRoundBits);
+      q[i] = static_cast<int8_t>(rounded < -127 ? -127 : rounded > 127 ? 127 : rounded);
+      sum += q[i];
+    }
+    for (; i % IntegerProduct::kPadding; ++i) q[i] = 0;
+    q += i;
+    *sums++ = sum;
   }
   *scale = largest / 127.0f;
 }
@@ -152,9 +156,9 @@ void add(float* x, const float* y, float factor, int n) {
 // the exponent, exact also for subnormal halves. Values beyond the range become the largest half,
 // never an infinity.
 inline float from_half(uint16_t half) {
-  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
-  const float value = float_of(magnitude) * float_of(239u << 23);
-  return float_of(bits_of(value) | static_cast<uint32_t>(half & 0x8000u) << 16);
+  // The sign goes to its place by the conversion to a signed word of twice the width.
+  const auto moved = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(half))) << 13;
+  return float_of(moved & 0x8fffe000u) * float_of(239u << 23);
 }
 
 void to_half(const float* x, int n, uint16_t* out) {
@@ -169,52 +173,5 @@ void to_half(const float* x, int n, uint16_t* out) {
   }
 }
 
-inline void load_row(const void* rows, bool half, int position, int width, float* row) {
-  const size_t start = static_cast<size_t>(position) * static_cast<size_t>(width);
-  if (half) {
-    const uint16_t* from = static_cast<const uint16_t*>(rows) + start;
-    for (int i = 0; i < width; ++i) row[i] = from_half(from[i]);
-  } else {
-    const float* from = static_cast<const float*>(rows) + start;
-    for (int i = 0; i < width; ++i) row[i] = from[i];
-  }
-}
-
-void softmax(float* x, int n) {
-  float largest = x[0];
-  for (int i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  for (int i = 0; i < n; ++i) x[i] = exp_inline(x[i] - largest);
-  float lanes[kLanes] = {};
-  for (int i = 0; i < n; ++i) lanes[i % kLanes] += x[i];
-  const float inverse = 1.0f / sum_lanes(lanes);
-  for (int i = 0; i < n; ++i) x[i] *= inverse;
-}
-
-void attend(const Attention& a) {
-  const int n = a.last - a.first + 1;
-  const int heads = a.q.count, dim = static_cast<int>(a.q.stride);
-  float row[Attention::kMaxHeadDim];
-  for (int j = 0; j < n; ++j) {
-    load_row(a.keys, a.half, a.first + j, dim, row);
-    for (int h = 0; h < heads; ++h) a.scores[h * n + j] = dot(a.q[h], row, dim) * a.scale;
-  }
-  for (int h = 0; h < heads; ++h) {
-    if (a.softcap > 0) softcap(a.scores + h * n, a.softcap, n);
-    softmax(a.scores + h * n, n);
-  }
-  for (int i = 0; i < heads * dim; ++i) a.out[i] = 0;
-  for (int j = 0; j < n; ++j) {
-    load_row(a.values, a.half, a.first + j, dim, row);
-    for (int h = 0; h < heads; ++h) add(a.out + h * dim, row, a.scores[h * n + j], dim);
-  }
-}
-
 }  // namespace
 }  // namespace rkemu
-
-// A table whose float loops are this file's, compiled for the including file's instruction set.
-#define RKEMU_KERNELS(variable, name, integer_product)                       \
-  extern const Kernels variable;                                             \
-  const Kernels variable = {                                                 \
-      name,     integer_product, float_product, quantize, dequantize, scale, \
-      rms_norm, gelu_multiply,   softcap,       add,      attend,     to_half}

@@ -1,5 +1,5 @@
 // Plain C++: the reference for the other tables, and what runs where nothing better is there.
-#include "kernels_float.h"
+#include "kernels_table.h"
 
 namespace rkemu {
 

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels.h"
 #include "log.h"
 
 namespace rkemu {
@@ -16,6 +15,7 @@ constexpr int64_t kMaxVocab = 1 << 24;
 constexpr int64_t kMaxLayers = 512;
 constexpr double kHuge = 1e30;
 constexpr int kMaxRank = 4096;
+constexpr int64_t kMaxHeadDim = 1024;
 
 std::string in_layer(size_t layer, const char* name) {
   return "blk." + std::to_string(layer) + "." + name;
@@ -58,7 +58,7 @@ Config read_config(const File& file, const std::string& architecture) {
   c.layers = number("num_hidden_layers", 1, kMaxLayers);
   c.heads = number("num_attention_heads", 1, 1024);
   c.kv_heads = number("num_key_value_heads", 1, c.heads);
-  c.head_dim = number("head_dim", 2, Attention::kMaxHeadDim);
+  c.head_dim = number("head_dim", 2, kMaxHeadDim);
   c.sliding_window = number("sliding_window", 0, std::numeric_limits<int>::max());
   c.rms_norm_eps = real("rms_norm_eps", 1e-12, 1.0);
   c.rope_theta = real("rope_theta", 1.0, kHuge);

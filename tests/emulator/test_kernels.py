@@ -16,13 +16,19 @@ from rkboard.emulator import build as emulator
 from rkruntime.bundle.rkemu import Writer, read_container
 
 LOGITS = 2
-KERNELS = {"x86_64": ["plain", "avx2", "avx512vnni"], "aarch64": ["plain", "neon-dotprod"]}
+KERNELS = {"x86_64": ["plain", "avx2", "avx512vnni"], "aarch64": ["plain", "neon-dotprod", "neon-i8mm"]}
+AARCH64_CPUS = {
+    "cortex-a53": ["plain"],
+    "cortex-a76": ["plain", "neon-dotprod"],
+    "max": ["plain", "neon-dotprod", "neon-i8mm"],
+}
 # Sizes that are no multiples of any vector, and group sizes that are not either.
 SHAPES: dict[str, dict[str, Any]] = {
     "even": {},
     "odd": {"head_dim": 26, "hidden_size": 76, "intermediate_size": 141, "vocab_size": 331},
     "groups": {"hidden_size": 104, "intermediate_size": 168, "head_dim": 30, "groups": 4},
     "floats": {"dtype": "FP32", "hidden_size": 76},
+    "long": {"head_dim": 80, "sliding_window": 45, "num_attention_heads": 6},  # several tiles and blocks of attention
 }
 
 
@@ -67,12 +73,14 @@ def test_all_kernels_give_the_same_bits(
     if shape == "extreme":
         path = tmp_path / "extreme.rkemu"
         extreme(path, made.path)
+    if shape == "long":
+        prompt = prompt * 4
     got = logits(load, path, prompt, kernels, monkeypatch)
     if got is None:
         assert f"RKEMU_KERNELS={kernels} is not one of" in capfd.readouterr().err
         pytest.skip(f"this processor has no {kernels}")
     expected = logits(load, path, prompt, "plain", monkeypatch)
-    assert len(expected) == 60 + 7
+    assert len(expected) == len(prompt) + 7
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(got, expected)
 
@@ -94,23 +102,30 @@ def compile_driver(arch: str, folder: Path) -> Path:
     return program
 
 
-def answer(command: list[str | Path], kernels: str) -> list[str]:
+def run(command: list[str | Path], kernels: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"RKEMU_KERNELS": kernels}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
 
 
 @pytest.mark.arm64
+@pytest.mark.parametrize("shape", ["even", "odd", "groups"])
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is one already")
 @pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="needs g++-aarch64-linux-gnu")
 @pytest.mark.skipif(not shutil.which("qemu-aarch64-static"), reason="needs qemu-user-static")
-def test_aarch64_gives_the_same_bits(make_model: Any, prompt: list[int], tmp_path: Path) -> None:
-    made = make_model(tmp_path / "m.rkemu", tie_word_embeddings=False)
-    arguments = [made.path, *map(str, prompt)]
-    here = answer([compile_driver(emulator.host_arch(), tmp_path), *arguments], "plain")
-    assert len(here[0].split()) == 24
-    qemu = ["qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
-    there = [*qemu, compile_driver("aarch64", tmp_path), *arguments]
-    for kernels in KERNELS["aarch64"]:
-        assert answer(there, kernels) == here, kernels
+def test_aarch64_gives_the_same_bits(shape: str, make_model: Any, prompt: list[int], tmp_path: Path) -> None:
+    """Each processor with the best that it has; what it does not have is refused."""
+    made = make_model(tmp_path / "m.rkemu", tie_word_embeddings=False, **SHAPES[shape])
+    arguments = [made.path, *map(str, prompt[:-1])]  # an odd number: tiles of all sizes
+    here = run([compile_driver(emulator.host_arch(), tmp_path), *arguments], "plain")
+    assert here.returncode == 0, here.stderr
+    assert len(here.stdout.splitlines()[0].split()) == 24
+    driver = compile_driver("aarch64", tmp_path)
+    for cpu, known in AARCH64_CPUS.items():
+        command = ["qemu-aarch64-static", "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", driver, *arguments]
+        there = run(command, "")
+        assert f", {known[-1]} kernels," in there.stderr
+        assert (there.returncode, there.stdout) == (0, here.stdout), cpu
+        for kernels in set(KERNELS["aarch64"]) - set(known):
+            refused = run(command, kernels)
+            assert refused.returncode == 1
+            assert f"RKEMU_KERNELS={kernels} is not one of {', '.join(known)}" in refused.stderr

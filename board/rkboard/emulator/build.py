@@ -47,6 +47,7 @@ KERNELS: Final = (
         "kernels_avx512.cc", "x86_64", ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), "RKEMU_HAVE_AVX512"
     ),
     Kernel("kernels_neon.cc", "aarch64", ("-march=armv8.2-a+dotprod",), "RKEMU_HAVE_NEON"),
+    Kernel("kernels_i8mm.cc", "aarch64", ("-march=armv8.2-a+dotprod+i8mm",), "RKEMU_HAVE_I8MM"),
 )
 # These depend on the layout; all others are shared by the releases.
 ABI_SOURCES: Final = ("api.cc", "convert.cc")
