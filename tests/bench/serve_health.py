@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.bench.serve_speed import Server, daemon_of, prepare, script
+from tests.bench._servers import Server, daemon_of, prepare, script
 from tests.runtime.conftest import build_double, with_file
 
 from rkconvert.demo import checkpoint
@@ -153,7 +153,7 @@ def _templates(here: Path) -> None:
 
 def _libraries(here: Path) -> None:
     prepare(here)
-    script(here, (1_000_000, 0))
+    script(here, 1_000_000, 0)
     ask = _chat("Go.", max_tokens=16_384, stream=True)
     with daemon_of(here, here / "librkllmrt.so", RKCANNED=str(here / "script")) as server:
         row("a library that floods tokens", server, lambda: _send(server.url, "POST", CHAT, ask))
