@@ -49,10 +49,10 @@ class Pace:
 
 
 PACES = (
-    Pace("20 ms", 75, 20_000, {FLASK: at_most(1)}, {}),
+    Pace("20 ms", 150, 20_000, {FLASK: at_most(1)}, {}),
     Pace("2 ms", 400, 2_000, {FLASK: at_most(1)}, {}),
     Pace("200 us", 2_000, 200, {}, {}),
-    Pace("0 us", 20_000, 0, {}, {RKLLAMA: at_least(3)}),
+    Pace("0 us", 4_000, 0, {}, {RKLLAMA: at_least(3)}),
     Pace(f"2 ms, {CLIENTS} clients", 50, 2_000, {}, {}, CLIENTS),
 )
 FIRST = Pace("the first token", 10, 2_000, {}, {})

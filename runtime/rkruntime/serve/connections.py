@@ -243,6 +243,19 @@ class Connection(H11Protocol):
             self.answering -= 1
             self._idle_since = time.monotonic()
 
+    def push(self, body: bytes) -> bool:
+        """Send a part of the response that is being sent, unless its client has yet to read what was sent before.
+
+        What ASGI's `send` does for a part, at once: a coroutine could not, and the parts of an answer are many.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.disconnected or cycle.response_complete or not cycle.response_started:
+            return False
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(self.conn.send(h11.Data(data=body)))
+        return True
+
     def give_up(self) -> None:
         """Abandon the request being answered: the daemon is stopping, and waits no longer."""
         self._forget_client()

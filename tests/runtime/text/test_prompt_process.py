@@ -334,7 +334,6 @@ def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
 def test_an_interrupted_call_leaves_no_answer_behind(prompts: PromptProcess) -> None:
     expected = prompts.encode("What is the RK3588?", 4096)
 
-
     def encode_much() -> None:
         with contextlib.suppress(ContextFullError):
             prompts.encode("word " * 20_000, 1 << 20)

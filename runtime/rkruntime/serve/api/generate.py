@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from rkruntime.engine.generation import PER_REQUEST
 from rkruntime.errors import BodyError
 from rkruntime.model import Model
-from rkruntime.serve.api.http import while_connected
+from rkruntime.serve.api.http import Stream, while_connected
 from rkruntime.serve.api.turns import alternating
-from rkruntime.serve.connections import Held
+from rkruntime.serve.connections import CONNECTION, Connection, Held
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
 from rkruntime.serve.service import (
@@ -181,11 +182,12 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
     async def last() -> Outcome:
         outcome = None
         async for batch in items(started):
-            _, outcome = split(batch)
-        if outcome is None:
+            outcome = batch[-1]
+        if not isinstance(outcome, Outcome):
             raise stopped()
         return outcome
 
+    started.run.direct = lambda _: True  # the outcome has the whole text
     try:
         return await while_connected(request, last())
     finally:
@@ -213,7 +215,45 @@ def refuse_tools(body: Mapping[str, Any], request: Request) -> None:
             raise BodyError(f"{name}: this model cannot call tools.", hint="Leave them out.", details={"param": name})
 
 
-def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:
-    """The text of a batch as one string, and the outcome if it has arrived."""
-    last = batch[-1] if batch and isinstance(batch[-1], Outcome) else None
-    return "".join(item for item in batch if isinstance(item, str)), last
+class AnswerStream(Stream):
+    """An answer as it comes: an event for each token, or one for all that came while the client did not read.
+
+    Args:
+        opening: What is sent before the answer's text.
+        event: Encodes a text.
+        end: Encodes the end.
+        failed, close: See Stream.
+    """
+
+    def __init__(
+        self,
+        started: StartedRun,
+        media_type: str,
+        event: Callable[[str], bytes],
+        end: Callable[[Outcome], bytes],
+        *,
+        opening: bytes = b"",
+        failed: Callable[[Exception], bytes],
+        close: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(self._parts(opening), media_type, started.headers, failed=failed, close=close)
+        self._started, self._event, self._end = started, event, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. Past the opening, texts go to the connection as they come."""
+        connection: Connection = scope["state"][CONNECTION]
+        self._started.run.direct = lambda texts: connection.push(b"".join(map(self._event, texts)))
+        await super().__call__(scope, receive, send)
+
+    async def _parts(self, opening: bytes) -> AsyncGenerator[bytes, None]:
+        if opening:
+            yield opening
+        async for batch in items(self._started):
+            if batch:
+                yield b"".join(map(self._encoded, batch))
+
+    def _encoded(self, item: Item) -> bytes:
+        if isinstance(item, Outcome):
+            return self._end(item)
+        assert isinstance(item, str)
+        return self._event(item)
