@@ -253,7 +253,8 @@ class Connection(H11Protocol):
             return False
         if self.flow.write_paused or self.transport.is_closing():
             return False
-        self.transport.write(self.conn.send(h11.Data(data=body)))
+        # As h11 frames it: in a chunk, unless the client is too old for chunks.
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] == "1.1" else body)
         return True
 
     def give_up(self) -> None:

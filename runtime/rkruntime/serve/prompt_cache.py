@@ -99,6 +99,8 @@ class PromptCaches:
 
     async def deliver(self, model: Model, request: Request, take: Callable[[list[Event]], bool]) -> None:
         """See `Engine.deliver`. A run that fails with a file to write continues without."""
+        if request.save_prompt_cache is None:
+            return await model.engine.deliver(request, take)
         said: list[int] = []
 
         def noted(events: list[Event]) -> bool:
@@ -108,14 +110,11 @@ class PromptCaches:
         try:
             return await model.engine.deliver(request, noted)
         except WorkerError:
-            if request.save_prompt_cache is not None:
-                self._drop(Path(request.save_prompt_cache))
-                self._switch_off(model)
+            self._drop(Path(request.save_prompt_cache))
+            self._switch_off(model)
             raise
         except RunError as error:
             left = request.max_new_tokens - len(said) if request.max_new_tokens > 0 else -1
-            if request.save_prompt_cache is None:
-                raise
             failure = error
         self._drop(Path(request.save_prompt_cache))
 

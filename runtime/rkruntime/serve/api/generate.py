@@ -182,7 +182,7 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
     async def last() -> Outcome:
         outcome = None
         async for batch in items(started):
-            outcome = batch[-1]
+            outcome = batch[-1] if batch else None
         if not isinstance(outcome, Outcome):
             raise stopped()
         return outcome
