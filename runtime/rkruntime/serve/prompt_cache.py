@@ -150,11 +150,13 @@ class PromptCaches:
         best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
         return held, best, common_prefix(files[best], tokens) if best else 0
 
-    def finished(self, model: Model, request: Request, answer: Answer) -> int:
-        """Note what is on the NPU now, and enforce the quota; returns how many prompt tokens were reused.
+    async def finished(self, model: Model, request: Request, answer: Answer) -> int:
+        """Note what is on the NPU now, and enforce the quota; returns how many prompt tokens were reused."""
+        if request.save_prompt_cache is None:  # there is no file to read or write
+            return self._finished(model, request, answer)
+        return await in_thread(self._finished, model, request, answer)
 
-        Reads and writes files, so call it in a thread.
-        """
+    def _finished(self, model: Model, request: Request, answer: Answer) -> int:
         held = common_prefix(self._on_npu, list(request.tokens))
         # Without the runtime's own reuse, the next run has only what a file restores.
         self._on_npu = [*request.tokens, *answer.tokens] if self._reuses(model) else []

@@ -285,11 +285,11 @@ class Service:
                     if text := reader.feed(event):
                         texts.append(text)
                     if reader.done:
-                        break
+                        return False
             finally:
                 if texts:
                     run.put_texts(texts)
-            return not reader.done
+            return True
 
         try:
             request = await self.caches.prepare(model, request)
@@ -299,7 +299,7 @@ class Service:
             raise
         answer = reader.answer()
         self.host.succeeded()
-        reused = min(await in_thread(self.caches.finished, model, request, answer), answer.prompt_tokens)
+        reused = min(await self.caches.finished(model, request, answer), answer.prompt_tokens)
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
         self._report(wanted, outcome, ignored)

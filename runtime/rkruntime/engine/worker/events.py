@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 
 from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, Limiting, WorkerProcess
-from rkruntime.engine.worker.protocol import Record
+from rkruntime.engine.worker.protocol import TOKENIZE, Record
 from rkruntime.errors import WorkerError
 
 E = TypeVar("E")
@@ -46,7 +46,7 @@ class AsyncRecords:
     def _waiting(self) -> Record | None:
         """The next record, if it has arrived."""
         record = self._worker.buffered()
-        while record is not None and self._answered(record):
+        while record is not None and record.kind >= TOKENIZE and self._answered(record):
             record = self._worker.buffered()
         return record
 
@@ -130,8 +130,10 @@ class AsyncRecords:
                 if not wanted():
                     return False
                 self._look(self._receive)
-                while wanted() and (record := self._waiting()):
+                record = self._waiting()
+                while record is not None:
                     events.append(event_of(record))
+                    record = self._waiting() if wanted() else None
             if self._failed is not None:
                 raise self._failed
         except Exception:

@@ -30,7 +30,7 @@ from rkruntime.serve.service import (
     Started,
     stopped,
 )
-from rkruntime.serve.threads import in_thread
+from rkruntime.serve.threads import LARGE, in_thread
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
@@ -132,7 +132,11 @@ class WholeChat:
         """Keep the ids of a complete answer, for when the client sends it back as text. See GenerationRequest."""
         if whole and self._memory:
             # The memory of the model that answered: there may be another by now.
-            await in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
+            what = self._user, self._messages, answer.text, answer.tokens
+            if sum(len(message.content) for message in self._messages) < LARGE:
+                self._memory.remember(*what)
+            else:
+                await in_thread(self._memory.remember, *what)
 
 
 def text_prompt(text: str) -> Callable[[Model], Prompt]:
@@ -241,8 +245,9 @@ class AnswerStream(Stream):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Past the opening, texts go to the connection as they come."""
-        connection: Connection = scope["state"][CONNECTION]
-        self._started.run.direct = lambda texts: connection.push(b"".join(map(self._event, texts)))
+        connection: Connection | None = scope["state"].get(CONNECTION)
+        if connection:
+            self._started.run.direct = lambda texts: connection.push(b"".join(map(self._event, texts)))
         await super().__call__(scope, receive, send)
 
     async def _parts(self, opening: bytes) -> AsyncGenerator[bytes, None]:
