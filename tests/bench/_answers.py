@@ -67,8 +67,11 @@ def ask(server: Server) -> Answer:
         return Answer(_events(pieces), f"{type(error).__name__}: {error}")
     finally:
         connection.close()
-    wrong = response.status != 200
-    return Answer(_events(pieces), f"{response.status}: {b''.join(piece for _, piece in pieces)[:200]!r}" * wrong)
+    said = b"".join(piece for _, piece in pieces)
+    if response.status != 200:
+        return Answer(_events(pieces), f"{response.status}: {said[:200]!r}")
+    # Whatever came, an answer without its end is broken off.
+    return Answer(_events(pieces), "" if said.rstrip().endswith(b"data: [DONE]") else f"the end is {said[-200:]!r}")
 
 
 def ask_together(server: Server, count: int) -> list[Answer]:

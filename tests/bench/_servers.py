@@ -51,6 +51,10 @@ class Server:
         """CPU time so far of all processes together, with their threads and children that have ended."""
         return sum(_cpu_clock(pid) + _ended_children_s(pid) for pid in self._tree())
 
+    def own_cpu_s(self) -> float:
+        """CPU time so far of the process alone, without those that it started."""
+        return _cpu_clock(self.pid)
+
     def memory_mb(self, kind: str) -> float:
         """Memory of all processes together: `Rss` counts what they share several times, `Pss` once."""
         found = [Path(f"/proc/{pid}/smaps_rollup").read_text().split() for pid in self._tree()]

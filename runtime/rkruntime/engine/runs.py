@@ -12,7 +12,16 @@ from typing import Final
 
 from rkruntime.abi import since, within
 from rkruntime.engine.connection import WorkerConnection, closed_meanwhile, in_use
-from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
+from rkruntime.engine.generation import (
+    RESERVED,
+    ArrayEvent,
+    Finished,
+    HiddenStates,
+    Logits,
+    Request,
+    Token,
+    check_limit,
+)
 from rkruntime.engine.loading import LoadOptions, ModelInfo
 from rkruntime.engine.observed import Observed
 from rkruntime.engine.worker import protocol
@@ -118,7 +127,8 @@ class Runs:
             nonlocal ended
             if self._connection.closing:
                 raise closed_meanwhile()
-            ended = not take(events) or self.active is None
+            # An end that cannot be read ends the run too, but is an error.
+            ended = not take(events) or (self.active is None and isinstance(events[-1], Finished))
             return not ended
 
         async with self._in_loop(mine, request) as records:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from weakref import ref
 
 from rkruntime.abi import within
@@ -116,19 +116,30 @@ class Embedded(NamedTuple):
 Item = Started | str | Outcome
 
 
+class Outlet(Protocol):
+    """Where the texts of an answer go without a task that wakes up for them."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether the client has yet to read what was sent before."""
+
+    def push(self, texts: list[str]) -> bool:
+        """Send texts now, unless the client is behind or gone; returns whether they were."""
+
+
 class Run:
     """One request in progress. Texts that wait for their client become one, so a slow client costs the NPU nothing.
 
     Attributes:
         reader: Reader of its answer; set once its prompt is made.
-        direct: Sends texts at once, if the client keeps up: no task has to wake up for them. Returns whether it did.
+        outlet: Where texts go at once; None if a task has to take them.
     """
 
     def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
         self.reader: AnswerReader | None = None
-        self.direct: Callable[[list[str]], bool] | None = None
+        self.outlet: Outlet | None = None
         self._items: list[Item] = []
-        self._waited_for = False
+        self._waited_for = self._late = False
         self._error: BaseException | None = None
         self._ended = False
         self._wake = asyncio.Event()
@@ -146,8 +157,11 @@ class Run:
 
     def put_texts(self, texts: list[str]) -> None:
         """`put` for texts, one for each token."""
-        if self._waited_for and not self._items and self.direct and self.direct(texts):
-            return
+        outlet = self.outlet
+        if outlet is not None:
+            if self._waited_for and not self._items and outlet.push(texts):
+                return
+            self._late = self._late or outlet.behind
         self._items += texts
         self._wake.set()
 
@@ -163,9 +177,8 @@ class Run:
     async def take(self) -> list[Item]:
         """All available items, at least one: a Started, texts, an Outcome; empty at the end. Raises the run's error.
 
-        There is a text for each token, or one for all that have come since what was taken before.
+        There is a text for each token, or one for all if some have waited for the client.
         """
-        late = bool(self._items)
         self._waited_for = True
         try:
             await self._wake.wait()
@@ -173,7 +186,7 @@ class Run:
             self._waited_for = False
         self._wake.clear()
         items, self._items = self._items, []
-        items = _joined(items) if late else items
+        items, self._late = _joined(items) if self._late else items, False
         if self._ended:
             self._wake.set()
             if not items and self._error is not None:

@@ -191,7 +191,7 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
             raise stopped()
         return outcome
 
-    started.run.direct = lambda _: True  # the outcome has the whole text
+    started.run.outlet = _Nowhere()
     try:
         return await while_connected(request, last())
     finally:
@@ -217,6 +217,29 @@ def refuse_tools(body: Mapping[str, Any], request: Request) -> None:
             request.scope["rkedge.ignored"].add(name)
         elif body.get(name):
             raise BodyError(f"{name}: this model cannot call tools.", hint="Leave them out.", details={"param": name})
+
+
+class _Nowhere:
+    """The outlet of an answer that is sent whole: its outcome has the text."""
+
+    behind = False
+
+    def push(self, _: list[str]) -> bool:
+        return True
+
+
+class _ToConnection:
+    """The outlet of a stream."""
+
+    def __init__(self, connection: Connection, event: Callable[[str], bytes]) -> None:
+        self._connection, self._event = connection, event
+
+    @property
+    def behind(self) -> bool:
+        return self._connection.behind
+
+    def push(self, texts: list[str]) -> bool:
+        return self._connection.push(b"".join(map(self._event, texts)))
 
 
 class AnswerStream(Stream):
@@ -247,7 +270,7 @@ class AnswerStream(Stream):
         """ASGI. Past the opening, texts go to the connection as they come."""
         connection: Connection | None = scope["state"].get(CONNECTION)
         if connection:
-            self._started.run.direct = lambda texts: connection.push(b"".join(map(self._event, texts)))
+            self._started.run.outlet = _ToConnection(connection, self._event)
         await super().__call__(scope, receive, send)
 
     async def _parts(self, opening: bytes) -> AsyncGenerator[bytes, None]:
