@@ -94,10 +94,11 @@ class AsyncRecords:
             if ended.done():
                 return
             try:
-                if not self._hand_over(wanted, event_of, take):
-                    ended.set_result(None)
-                elif self._received:
+                more = self._hand_over(wanted, event_of, take)
+                if more:
                     limit, deadline = timeout, time.monotonic() + timeout
+                elif more is not None:
+                    ended.set_result(None)
             except Exception as error:  # the task that waits raises it
                 ended.set_exception(error)
 
@@ -122,8 +123,8 @@ class AsyncRecords:
 
     def _hand_over(
         self, wanted: Callable[[], bool], event_of: Callable[[Record], E], take: Callable[[list[E]], bool]
-    ) -> bool:
-        """Read once, and give `take` what is complete; whether there is to be more."""
+    ) -> bool | None:
+        """Read once, and give `take` what is complete; whether there is to be more, None if nothing has come."""
         events: list[E] = []
         try:
             with self._turn():
@@ -140,7 +141,7 @@ class AsyncRecords:
             if events and not take(events):
                 return False
             raise
-        return not events or take(events)
+        return take(events) if events else None
 
     async def _readable(self, deadline: float) -> None:
         """Wait until there may be something to read. The descriptor is watched only here: each event costs CPU."""
