@@ -31,6 +31,7 @@ NEEDS = {
     "the toolkit": r"toolkit|--recipe",
     "the network": r"pip",
     "root": r"sudo",
+    "the packages for training": r"train_lora",
     "a log": r"\.log",
     "a program": r"your_program",
     "programs of others": r"conformance",

@@ -13,10 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import TemplateError
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+try:
+    import torch
+    from jinja2 import TemplateError
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+except ImportError as missing:
+    raise SystemExit(f"{missing}. This needs: pip install torch transformers peft accelerate") from None
 
 # Every linear layer, which `rkedge convert --lora` merges.
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.bundle.names import find_bundle
 from rkruntime.engine.generation import Request, Sampling, check_limit
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, load_engine
 from rkruntime.files import AnyPath
@@ -197,6 +198,7 @@ def open_model(
     """Open a bundle, find the library, and load the model in a worker process.
 
     Args:
+        bundle: A folder, or as a str also a name: see `rkedge list`.
         options: Another library, release or context than the default.
         sampling: Options that override the bundle's sampling.
         finding: Called with each finding about this machine.
@@ -208,7 +210,7 @@ def open_model(
         RKEdgeError: Anything wrong with the bundle, the library, the machine or the model.
     """
     if not isinstance(bundle, Bundle):
-        bundle = open_bundle(bundle)
+        bundle = open_bundle(find_bundle(bundle) if isinstance(bundle, str) else bundle)
     check_value("options", RuntimeOptions | None, options)
     check_value("sampling", SamplingOptions | None, sampling)
     check_value("stop", Stop | None, stop)

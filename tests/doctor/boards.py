@@ -336,6 +336,12 @@ BOARDS: dict[str, Board] = {
         me={"libc": "glibc 2.27", "python": "3.6.9"},
         expected={"library-libc": "failure", "python": "warning"},
     ),
+    "a-pc": Board(
+        "https://github.com/cqu20160901/yolov8_rknn_Cplusplus/issues/8",
+        dict.fromkeys(path for path in GOOD if path.startswith(("proc/device-tree/", "dev/"))),
+        {"machine": "x86_64", "cpus": [0, 1]},
+        expected={"architecture": "failure"},
+    ),
     "32-bit-system": Board(
         f"{LLM}/366",
         {"usr/lib/librkllmrt.so": elf(machine=40, bits=32)},

@@ -83,7 +83,7 @@ def test_a_board_over_ssh(reached: str, capsys: pytest.CaptureFixture[str]) -> N
     assert status in (0, 4, 9)
     assert found["destination"] == reached
     assert found["board"]["kernel"] == os.uname().release
-    assert {finding["group"] for finding in found["findings"]} >= {"driver", "system", "memory and NPU users"}
+    assert {finding["group"] for finding in found["findings"]} >= {"driver"}
 
 
 @needs_sshd

@@ -105,6 +105,9 @@ def test_up_is_a_chat_a_page_and_two_apis_on_one_model(home: Path) -> None:
     other = rkedge("up", "plain")
     assert other.returncode == UsageError.exit_code
     assert "rkedge down" in other.stderr
+    # Nor is one removed without a word that it answers on.
+    for name, said in (("pirate", True), ("plain", False)):
+        assert ("until `rkedge down`" in rkedge("rm", name).stderr) is said
     down = rkedge("down")
     assert (down.returncode, down.stdout) == (0, "The daemon has ended.\n")
     assert nothing_left(home)

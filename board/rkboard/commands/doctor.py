@@ -27,7 +27,13 @@ class _Practice:
         if bundle is not None:
             from rkruntime.bundle.manifest import open_bundle
 
-            self._model = open_bundle(bundle).known
+            opened = open_bundle(bundle)
+            if opened.manifest.target == "emulator":
+                raise UsageError(
+                    f"{opened.manifest.name} was converted for the emulator, which runs without a board.",
+                    hint="For a board, convert it with --target toolkit.",
+                )
+            self._model = opened.known
 
     def look(self) -> tuple[Board, list[Finding]]:
         document = look(self.destination, self._root, sudo=self._sudo)

@@ -324,6 +324,11 @@ class Board:
         return self.text("proc/sys/kernel/osrelease") or ""
 
     @property
+    def computer(self) -> bool:
+        """Whether it has a processor that no Rockchip board has: then nothing of an NPU is worth asking."""
+        return bool(self.me.machine) and not self.me.machine.startswith(("aarch64", "arm"))
+
+    @property
     def vendor_kernel(self) -> bool:
         """Whether it is of the lines that the vendor's driver is made for: those that the RKLLM manuals name."""
         return re.match(r"(?:5\.10|6\.1)(?!\d)", self.release) is not None

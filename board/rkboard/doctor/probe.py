@@ -285,7 +285,7 @@ class Probe:
                 "cpus": sorted(os.sched_getaffinity(0))[:1024] if self.whole else list(range(64)),
                 "python": platform.python_version(),
                 "bits": 64 if sys.maxsize > 1 << 32 else 32,
-                "machine": platform.machine(),
+                "machine": platform.machine() if self.whole else "",
                 "libc": " ".join(platform.libc_ver())[:80],
                 "venv": bool(find_spec("venv") and find_spec("ensurepip")),
                 "sudo": shutil.which("sudo") is not None,

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rkconvert.compat.cells import TRUST, Cell, Evidence, Judged, Status
 from rkconvert.compat.matrix import Matrix
+from rkconvert.plan.report import weights
 from rkruntime.printable import one_line
 from rkruntime.versions import version
 
@@ -103,7 +104,7 @@ def _evidence(piece: Evidence) -> dict[str, Any]:
 def show(matrix: Matrix, console: Console, *, why: bool) -> None:
     """Print the tables, and with `why` the evidence on each cell."""
     shape = matrix.case.shape
-    console.print(Text(f"{matrix.case.source.name}: {shape.family}, {shape.parameters / 1e9:.2f} billion weights"))
+    console.print(Text(f"{matrix.case.source.name}: {shape.family}, {weights(shape.parameters)}"))
     for section in sections(matrix):
         table = Table(title=f"\n{section.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         table.add_column("")

@@ -70,7 +70,7 @@ def encoded(
         try:
             messages = [["user", question, None]]
             prompt, _ = _child.call("prompt", _LIMITS, messages=messages, max_context=max_context, drop=False)
-            plain, _ = _child.call("encode", _LIMITS, text=text, max_context=max_context)
+            plain, _ = _child.call("encode", _LIMITS, text=text, max_context=max_context, cut=False)
         except ContextFullError:
             continue
         except (BundleError, UsageError) as error:

@@ -270,6 +270,7 @@ class _Judge:
         )
         return {
             "speed": f"{pair[0]:.2f}",
+            "w8a8": f"{pair[1]:.2f}",
             "share": f"{100 * pair[0] / pair[1]:.0f}",
             "figures": self._figures(own),
             "w8a8_figures": self._figures(beside),

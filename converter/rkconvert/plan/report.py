@@ -130,12 +130,17 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
+def weights(number: int) -> str:
+    """A model's size in words."""
+    return f"{number / 1e9:.2f} billion weights" if number >= 1e8 else f"{number / 1e6:.2f} million weights"
+
+
 def _heading(plan: Plan) -> Text:
     shape = plan.shape
     return Text.assemble(
         (f"{answer(plan)}\n\n", _STATUS[plan.verdict.status]),
         (plan.source.name, "bold"),
-        f"  {shape.family}, {shape.parameters / 1e9:.2f} billion weights, {counted(shape.num_hidden_layers, 'layer')}",
+        f"  {shape.family}, {weights(shape.parameters)}, {counted(shape.num_hidden_layers, 'layer')}",
         f"\n{plan.kind.name} on {plan.board.name}, context {plan.context}, toolkit {plan.request.toolkit}",
         *_warning(plan.verdict),
         "\n",
@@ -250,15 +255,15 @@ def _verdicts(plan: Plan, *, why: bool) -> Table:
     for column in ("\ntype", "\n", "\nfile", "\ntokens/s", "\nwhy" if why else "\nby"):
         table.add_column(column, no_wrap=column != "\nwhy")
     for group in _alike(plan.verdicts):
-        first = group[0]
+        first, repeated = group[0], 1 if why else len(group)
         table.add_row(
             Text("\n".join(verdict.type for verdict in group)),
-            Text(first.status, _STATUS[first.status]),
+            Text("\n".join([first.status] * repeated), _STATUS[first.status]),
             "\n".join(gigabytes(verdict.file_bytes) if verdict.file_bytes else "" for verdict in group),
             "\n".join(
                 f"{speed:.2f}" if (speed := verdict.decode_tokens_per_s) is not None else "" for verdict in group
             ),
-            Text(f"{first.reason} ({first.evidence})" if why else first.evidence),
+            Text(f"{first.reason} ({first.evidence})" if why else "\n".join([first.evidence] * repeated)),
         )
     return table
 

@@ -133,6 +133,10 @@ def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
     """
     if isinstance(error, RKEdgeError):
         return error
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        path = context.command_path if context else _NAME
+        return UsageError(error.format_message(), hint=f"{path} --help shows what there is.")
     if isinstance(error, ImportError):
         from rkruntime.packages import import_failed
 
@@ -189,13 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words, flags)
     except click.exceptions.NoArgsIsHelpError as error:  # its message is the help
         say(error.format_message())
-        return error.exit_code
-    except click.ClickException as error:
-        error.message = one_line(error.message)  # type: ignore[misc]  # it may contain a file name
-        if flags.json or asks_for_json(cli, words):
-            _say_as_json(UsageError(error.format_message()))
-        with suppress(OSError):
-            error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         say("\nstopped", err=True)

@@ -40,13 +40,13 @@ class BundleName(click.ParamType):  # type: ignore[type-arg]  # it takes none in
     name = "bundle"
 
     def __init__(self, what: str = "bundle", hint: str = "") -> None:
-        self._what, self._hint = what, hint
+        self._what, self.hint = what, hint
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See click."""
         from rkruntime.bundle.names import find_bundle
 
-        return value if isinstance(value, Path) else find_bundle(value, self._what, self._hint)
+        return value if isinstance(value, Path) else find_bundle(value, self._what, self.hint)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """See click: names first, and paths for what is no name."""

@@ -38,7 +38,14 @@ class _Model(BundleName):
         with suppress(BundleError):
             if is_bundle(found := super().convert(value, param, ctx)):
                 return found
-        return over_ssh(value) if is_destination(value) else super().convert(value, param, ctx)
+        if is_destination(value):
+            return over_ssh(value)
+        path = super().convert(value, param, ctx)
+        if path.is_dir() and value == path.name:  # such as `board`, in the folder of this project
+            raise BundleError(
+                f"{path} is a folder here but not a bundle, and no host of ~/.ssh/config.", hint=self.hint
+            )
+        return path
 
 
 def daemon_here() -> Way:

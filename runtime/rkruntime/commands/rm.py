@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from rkruntime.cli.options import bundle_argument
-from rkruntime.errors import BundleError, UsageError
+from rkruntime.errors import BundleError, RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
+
+
+def _is_served(path: Path) -> bool:
+    """Whether the user's daemon in the background was started with this bundle."""
+    from rkruntime.background import Background
+
+    background = Background()
+    if not background.runs:
+        return False
+    with suppress(RKEdgeError):
+        bundle = background.settings.bundle
+        return bundle is not None and os.path.realpath(bundle) == os.path.realpath(path)
+    return False
 
 
 @click.command("rm")
@@ -31,6 +46,8 @@ def run(bundle: Path, yes: bool) -> None:
     except BundleError as error:
         hint = "Only bundles are removed. What else is in the way is yours to remove, with rm."
         raise BundleError(error.message, hint=hint) from error
+    if _is_served(path):
+        say("The daemon of `rkedge up` has it loaded, and answers with it until `rkedge down`.", err=True)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"{path} was not removed: there is nobody to ask.", hint="Say --yes.")

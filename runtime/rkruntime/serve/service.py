@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from weakref import ref
@@ -105,12 +106,13 @@ class Outcome:
 
 
 class Embedded(NamedTuple):
-    """Vectors of texts, as float32 in little-endian order; the tokens of all texts, and the model's name."""
+    """Vectors of texts, float32 in little-endian order; the tokens of all; the model; how many texts were cut."""
 
     vectors: Sequence[bytes]
     tokens: int
     model: str
     emulated: bool
+    cut: int
 
 
 Item = Started | str | Outcome
@@ -414,13 +416,16 @@ class Service:
             if model is not None:
                 await self._prepared(model, model.prompts.check, messages)
 
-    async def embed(self, texts: Sequence[str], client: Client, hold: Callable[[int], None]) -> Embedded:
+    async def embed(
+        self, texts: Sequence[str], client: Client, hold: Callable[[int], None], *, cut: bool = False
+    ) -> Embedded:
         """One vector of length 1 per text, the mean of the last layer's output over its tokens.
 
         Each text takes its own turn, so that others wait for at most one. Vectors are float32, little-endian.
 
         Args:
             hold: Called at the first vector with the size of all in bytes; may refuse it.
+            cut: Take the beginning of a text that is longer than the context.
 
         Raises:
             BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
@@ -428,7 +433,7 @@ class Service:
         """
         vectors: list[bytes] = []
         made_by: Manifest | None = None
-        emulated = False
+        emulated, shortened = False, 0
         total, left = 0, self.settings.limits.request_s
         for text in texts:
             async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
@@ -437,19 +442,24 @@ class Service:
                 made_by, emulated = made_by or model.bundle.manifest, model.engine.info.emulated
                 if model.bundle.manifest != made_by:
                     raise stopped()
-                vector, tokens = await self._embed_one(model, text)
+                tokens, whole = await self._tokens_of(model, text, cut)
+                vector = await self._vector_of(model, tokens)
             left -= time.monotonic() - start
             if not vectors:
                 hold(len(texts) * len(vector))
             vectors.append(vector)
-            total += tokens
+            total += len(tokens)
+            shortened += not whole
         self.last_used = time.monotonic()
-        return Embedded(vectors, total, made_by.name if made_by else self.name, emulated)
+        return Embedded(vectors, total, made_by.name if made_by else self.name, emulated, shortened)
 
-    async def _embed_one(self, model: Model, text: str) -> tuple[bytes, int]:
-        encoded: list[int] = await self._prepared(model, model.prompts.encode, text, model.engine.info.max_context)
-        tokens = [model.bundle.manifest.bos_token_id, *encoded]
+    async def _tokens_of(self, model: Model, text: str, cut: bool) -> tuple[list[int], bool]:
+        """A text's tokens, and whether they are all of them."""
         most = model.engine.info.max_context
+        encode = partial(model.prompts.encode, text, most, cut=cut)
+        tokens = [model.bundle.manifest.bos_token_id, *await self._prepared(model, encode)]
+        if cut and len(tokens) > most - RESERVED:
+            return tokens[: most - RESERVED], False
         if len(tokens) > most - RESERVED:
             raise ContextFullError(
                 f"The text has {len(tokens):,} tokens, which is longer than the model's context length of {most:,}"
@@ -457,14 +467,17 @@ class Service:
                 hint="Cut it into shorter pieces.",
                 details={"prompt_tokens": len(tokens), "max_context": most},
             )
+        return tokens, True
+
+    async def _vector_of(self, model: Model, tokens: list[int]) -> bytes:
         self.caches.forget_position()
         try:
-            vector = await in_thread(_vector, model, tokens, stop=model.engine.abort)
+            vector: bytes = await in_thread(_vector, model, tokens, stop=model.engine.abort)
         except WorkerError as error:
             await self.host.lost(error)
             raise
         self.host.succeeded()
-        return vector, len(tokens)
+        return vector
 
     def take(self, settings: Settings) -> None:
         """Apply those settings that need neither the NPU nor a restart (`now` in the table of settings)."""

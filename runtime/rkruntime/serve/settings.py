@@ -256,7 +256,8 @@ def load_settings(path: Path) -> Settings:
 def default_socket() -> Path:
     """The socket where daemon and clients meet by default.
 
-    $RKEDGE_SOCKET; else the service's socket if its folder exists; else the user's own, in $XDG_RUNTIME_DIR.
+    $RKEDGE_SOCKET; else the service's socket if it is there or its folder can be written to; else the user's own, in
+    $XDG_RUNTIME_DIR.
     """
     named = os.environ.get(SOCKET_VARIABLE)
     if named:

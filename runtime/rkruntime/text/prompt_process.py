@@ -95,9 +95,9 @@ class PromptProcess:
         """See `Prompts`."""
         self._call("check", messages=_plain(messages))
 
-    def encode(self, text: str, max_context: int) -> list[int]:
+    def encode(self, text: str, max_context: int, *, cut: bool = False) -> list[int]:
         """See `Prompts`."""
-        return self._tokens(self._call("encode", text=text, max_context=max_context))
+        return self._tokens(self._call("encode", text=text, max_context=max_context, cut=cut))
 
     def _tokens(self, answer: dict[str, Any]) -> list[int]:
         tokens: list[int] = answer["tokens"]
@@ -219,7 +219,7 @@ class _Served:
 
     def encode(self, given: dict[str, Any], data: bytes) -> Answer:
         """See `PromptProcess.encode`."""
-        return {"tokens": self._maker.encode(given["text"], given["max_context"])}, b""
+        return {"tokens": self._maker.encode(given["text"], given["max_context"], cut=given["cut"])}, b""
 
     def render(self, given: dict[str, Any], data: bytes) -> Answer:
         """See `render`."""

@@ -45,8 +45,11 @@ class Prompts(Protocol):
         """Raise UsageError if the template does not accept these roles."""
         ...
 
-    def encode(self, text: str, max_context: int) -> list[int]:
+    def encode(self, text: str, max_context: int, *, cut: bool = False) -> list[int]:
         """Ids of a plain text, without `<bos>`; never the id of a control token.
+
+        Args:
+            cut: Of a text that does not fit, return the first `max_context` ids.
 
         Raises:
             ContextFullError: It is certain not to fit.
@@ -99,9 +102,12 @@ class PromptMaker:
         """See `Prompts`."""
         self._template.parts(messages)
 
-    def encode(self, text: str, max_context: int) -> list[int]:
+    def encode(self, text: str, max_context: int, *, cut: bool = False) -> list[int]:
         """See `Prompts`."""
-        if len(text) > self._tokenizer.longest * max_context:
+        most = self._tokenizer.longest * max_context
+        if cut:
+            return self._tokenizer.encode(text[:most])[:max_context]
+        if len(text) > most:
             raise _too_long(f"the text has {len(text):,} characters", max_context)
         return self._tokenizer.encode(text)
 

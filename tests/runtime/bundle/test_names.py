@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rkruntime import cli
+import rkruntime
+from rkruntime import cli, model
 from rkruntime.bundle.manifest import MANIFEST, Bundle, open_bundle
 from rkruntime.bundle.names import find_bundle, named_bundles
 from rkruntime.bundle.removal import remove_bundle
@@ -102,6 +103,32 @@ def test_a_folder_that_is_not_a_bundle_hides_none(places: dict[str, Path], make:
 def test_a_name_without_a_bundle(places: dict[str, Path], name: str) -> None:
     with pytest.raises(BundleError, match="There is no bundle"):
         find_bundle(name)
+
+
+def test_a_chat_with_a_folder_that_is_not_a_bundle(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the folder of this project, which has a `board`."""
+    (places["here"] / "board").mkdir()
+    assert cli.main(["chat", "board"]) != 0
+    said = capsys.readouterr().err
+    assert "board is a folder here but not a bundle, and no host of ~/.ssh/config" in said
+    assert "user@board" in said
+
+
+def test_python_takes_names_too(places: dict[str, Path], make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(places["own"] / "model")
+    opened: list[Path] = []
+
+    def process(bundle: Bundle, stop: object) -> None:
+        opened.append(bundle.path)
+        raise BundleError("far enough")
+
+    monkeypatch.setattr(model, "PromptProcess", process)
+    for named in ("model", made, str(made)):
+        with pytest.raises(BundleError, match="far enough"):
+            rkruntime.open_model(named)
+    with pytest.raises(BundleError):  # a Path is a path
+        rkruntime.open_model(Path("model"))
+    assert [path.samefile(made) for path in opened] == [True, True, True]
 
 
 def test_the_message_names_the_nearest(places: dict[str, Path], make: Make) -> None:

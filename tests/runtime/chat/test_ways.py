@@ -97,7 +97,7 @@ def test_neither_a_bundle_nor_a_host(capfd: pytest.CaptureFixture[str]) -> None:
     assert "user@board" in error
     Path("folder").mkdir()
     assert cli.main(["chat", "folder"]) == BundleError.exit_code
-    assert "folder is not a bundle" in capfd.readouterr().err
+    assert "folder is a folder here but not a bundle" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("config")

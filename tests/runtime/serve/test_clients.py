@@ -372,6 +372,22 @@ def test_ollama_embeds(olla: ollama.Client, client: openai.OpenAI) -> None:
     assert list(olla.embeddings(model="x", prompt=FIRST).embedding) == expected[0]
 
 
+def test_ollama_cuts_what_is_too_long_to_embed(olla: ollama.Client, daemon: Any) -> None:
+    """As Ollama does unless told otherwise: the beginning stands for the whole."""
+    words = "NPU " * 20_000
+    (vector,) = olla.embed(model="x", input=words).embeddings
+    (longer,) = olla.embed(model="x", input=words + "tokenizer " * 20_000, truncate=True).embeddings
+    (other,) = olla.embed(model="x", input="tokenizer " + words).embeddings
+    assert vector == longer != other
+    with pytest.raises(ollama.ResponseError, match="context length") as refused:
+        olla.embed(model="x", input=words, truncate=False)
+    assert refused.value.status_code == 400
+    body = {"model": "x", "input": [FIRST, words, words]}
+    _, headers, content = daemon.request("POST", "/api/embed", body)
+    assert "2 texts" in headers["X-RKEdge-Notes"]
+    assert content["prompt_eval_count"] > 2 * 4000
+
+
 def test_ollama_errors(olla: ollama.Client) -> None:
     for wrong in (
         {"format": "json"},
@@ -526,8 +542,12 @@ def test_the_log_says_what_requests_cannot_change(daemon: Any, client: openai.Op
 
 
 def test_a_text_that_is_too_long_to_embed_is_told_in_its_own_words(daemon: Any) -> None:
-    for path, style in (("/api/embed", str), ("/v1/embeddings", lambda error: error["message"])):
-        status, _, body = daemon.request("POST", path, {"model": "x", "input": "What is RKLLM? " * 3000})
+    text = "What is RKLLM? " * 3000
+    for path, field, style in (
+        ("/api/embeddings", "prompt", str),
+        ("/v1/embeddings", "input", lambda error: error["message"]),
+    ):
+        status, _, body = daemon.request("POST", path, {"model": "x", field: text})
         assert status == 400
         assert "longer than the model's context length" in style(body["error"])
         assert "pieces" in style(body["error"])

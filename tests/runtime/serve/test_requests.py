@@ -470,11 +470,15 @@ def test_vectors_of_two_models_are_not_one_answer(tmp_path: Path, monkeypatch: p
     async def main() -> None:
         service = service_of(tmp_path, named("first"))
 
-        async def embed_one(model: Any, _: str) -> tuple[bytes, int]:
-            service.host._model = after
-            return b"1234", 1
+        async def tokens_of(model: Any, *_: object) -> tuple[list[int], bool]:
+            return [2], True
 
-        monkeypatch.setattr(service, "_embed_one", embed_one)
+        async def vector_of(model: Any, _: object) -> bytes:
+            service.host._model = after
+            return b"1234"
+
+        monkeypatch.setattr(service, "_tokens_of", tokens_of)
+        monkeypatch.setattr(service, "_vector_of", vector_of)
         after = named("first")
         result = await service.embed(["a", "b"], ("ann", "", ""), lambda _: None)
         assert result[:3] == ([b"1234"] * 2, 2, "first")

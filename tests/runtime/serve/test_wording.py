@@ -123,6 +123,11 @@ def test_what_is_not_json(body: bytes) -> None:
         ("ChatRequest", {"messages": "hi"}, "messages must be a list, and is text."),
         ("ChatRequest", {"temperature": "hot"}, "temperature must be a number, and is text."),
         ("ChatRequest", {"temperature": 99}, "temperature must be from 0 to 10."),
+        (
+            "ChatRequest",
+            {"messages": [{"content": None, "tool_calls": [{"id": "1"}], "role": "assistant"}]},
+            "messages[0].tool_calls: This model cannot call tools. Leave it out.",
+        ),
         ("ChatRequest", {"user": "x" * 300}, "user has 300 characters, and may have 256."),
     ],
 )  # fmt: skip

@@ -27,9 +27,10 @@ def code_of(check: Check) -> str:
 
 def judge(board: Board) -> list[Finding]:
     """Every finding, by group, within each the worst first."""
+    groups = {"driver": (driver.architecture,), "daemon": daemon.CHECKS} if board.computer else GROUPS
     found = [
         Finding(group, code_of(check), verdict)
-        for group, checks in GROUPS.items()
+        for group, checks in groups.items()
         for check in checks
         if (verdict := check(board)) is not None
     ]

@@ -22,6 +22,18 @@ _TROUBLE: Final = re.compile(
 )
 
 
+def architecture(board: Board) -> Verdict | None:
+    """Whether this is a board at all."""
+    if not board.computer:
+        return ok(f"The processor is {board.me.machine}.") if board.me.machine else None
+    return Verdict(
+        "failure",
+        f"This is not a Rockchip board: its processor is {board.me.machine}.",
+        "The vendor's library is for ARM. What was converted for the emulator runs here, and needs no board.",
+        "rkedge doctor user@board looks at a board over SSH.",
+    )
+
+
 def soc(board: Board) -> Verdict:
     """Whether RKLLM runs on this chip."""
     model = preflight.ModelFacts()
@@ -263,6 +275,7 @@ def kernel_log(board: Board) -> Verdict:
 
 
 CHECKS: Final[tuple[Check, ...]] = (
+    architecture,
     soc,
     soc_cores,
     device_tree,

@@ -35,7 +35,7 @@ from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
 from rkruntime.text.template import Message, no_question
-from rkruntime.words import dropped_turns
+from rkruntime.words import counted, dropped_turns
 
 NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
@@ -198,11 +198,20 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
         await started.run.close()
 
 
-async def embedded(request: Request, service: Service, body: Mapping[str, Any], texts: Sequence[str]) -> Embedded:
+async def embedded(
+    request: Request, service: Service, body: Mapping[str, Any], texts: Sequence[str], *, cut: bool = False
+) -> Embedded:
     """The vectors of texts; as much memory is held for their user as the response takes."""
     held: Held = request.scope["rkedge.held"]
     client = client_of(request, body)
-    return await while_connected(request, service.embed(texts, client, lambda size: held.at_least(_AS_TEXT * size)))
+    vectors = service.embed(texts, client, lambda size: held.at_least(_AS_TEXT * size), cut=cut)
+    return await while_connected(request, vectors)
+
+
+def embedded_headers(found: Embedded) -> dict[str, str]:
+    """What the client should know of vectors."""
+    note = f"The beginning stands for {counted(found.cut, 'text')} that the context had no room for."
+    return {**emulated_header(found.emulated), **({NOTES_HEADER: note} if found.cut else {})}
 
 
 def numbers(vector: bytes) -> Sequence[float]:

@@ -26,6 +26,7 @@ from rkruntime.serve.api.generate import (
     client_of,
     collect,
     embedded,
+    embedded_headers,
     emulated_header,
     generation_request,
     numbers,
@@ -207,7 +208,7 @@ class OllamaEndpoints:
     async def _embed(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaEmbed")
         texts, start = [body["input"]] if isinstance(body["input"], str) else body["input"], time.monotonic()
-        found = await embedded(request, self._service, body, texts)
+        found = await embedded(request, self._service, body, texts, cut=body.get("truncate", True))
         end = {
             "model": found.model,
             "total_duration": _nanoseconds(time.monotonic() - start),
@@ -215,7 +216,7 @@ class OllamaEndpoints:
             "prompt_eval_count": found.tokens,
         }
         content = await read_in_thread(_vectors, found.vectors, end)
-        return Response(content, headers=emulated_header(found.emulated), media_type="application/json")
+        return Response(content, headers=embedded_headers(found), media_type="application/json")
 
     async def _embed_one(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaEmbeddings")

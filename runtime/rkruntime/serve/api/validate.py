@@ -152,8 +152,7 @@ class Validator:
         return self._read(self._schemas[name], value, "", ignored)
 
     def _read(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
-        if "$ref" in schema:
-            schema = self._schemas[schema["$ref"].rpartition("/")[2]]
+        schema = self._resolved(schema)
         if "anyOf" in schema:
             return self._read_any(schema, value, where, ignored)
         if "x-capped" in schema and _is_number(value) and value > schema["maximum"]:
@@ -172,6 +171,9 @@ class Validator:
             return int(value)
         return value
 
+    def _resolved(self, schema: Schema) -> Schema:
+        return self._schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
     def _read_any(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
         """One alternative must match; else the error is that of the last one of the value's type."""
         for alternative in schema["anyOf"]:
@@ -187,7 +189,10 @@ class Validator:
         if "properties" not in schema:
             return value
         properties, known = schema["properties"], {}
-        for name, item in value.items():
+        # What this daemon cannot do is said before what is wrong with a field beside it, such as the empty content of a
+        # message with tool calls.
+        for name in sorted(value, key=lambda name: "x-says" not in self._resolved(properties.get(name, {}))):
+            item = value[name]
             if name in properties:
                 known[name] = self._read(properties[name], item, _name(where, name), ignored)
             if item is not None and (name not in properties or "x-ignored" in properties[name]):
