@@ -20,7 +20,7 @@ class Owner:
 
     def check(self) -> None:
         """Raise RunError in a fork."""
-        if not self.here:
+        if os.getpid() != self._pid:
             raise RunError(
                 "The model was opened before this process was forked, and belongs to its parent.",
                 hint="Open it after the fork, in the process that uses it.",

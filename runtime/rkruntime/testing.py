@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -133,10 +134,17 @@ class FakeEngine:
             yield Token(step)
         yield Finished(reason, len(request.tokens), count)
 
-    async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
+    async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
         """`generate` for asyncio."""
         for event in self.generate(request):
             yield event
+
+    async def deliver(self, request: Request, take: Callable[[list[Event]], bool]) -> None:
+        """`agenerate`, with each event given to `take`."""
+        async with aclosing(self.agenerate(request)) as events:
+            async for event in events:
+                if not take([event]):
+                    break
 
     def abort(self) -> None:
         """End the run."""

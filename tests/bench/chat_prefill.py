@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tests.bench._report import Report, at_most
-from tests.bench.serve_speed import Server, our_daemon
+from tests.bench._servers import Server, our_daemon
 
 from rkconvert.demo import questions
 

@@ -1,7 +1,6 @@
 """How long GET /health takes while somebody does the worst to the daemon that we know: median and slowest.
 
-Another process presses: four threads send the same again and again. What the machine does besides counts too, so its
-load average stands beside the figures: that of the last minute, of which these runs are a part.
+Another process presses: four threads send the same again and again.
 """
 
 from __future__ import annotations
@@ -9,10 +8,9 @@ from __future__ import annotations
 import http.client
 import json
 import multiprocessing
-import os
 import shutil
 import socket
-import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -22,13 +20,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.bench.serve_speed import Server, daemon_of, prepare, script
+from tests.bench._report import Report
+from tests.bench._servers import Server, daemon_of, prepare, script
 from tests.runtime.conftest import build_double, with_file
 
 from rkconvert.demo import checkpoint
 from rkruntime import cli
 from rkruntime.bundle.manifest import open_bundle
 
+LIMITS = """
+One run of each, on a PC: what the machine does besides counts too, the slowest of so few most of all.
+"""
 COUNT, PAUSE_S, PRESSING = 300, 0.02, 4
 CHAT = "/v1/chat/completions"
 TEMPLATE = (
@@ -122,8 +124,8 @@ def health(server: Server) -> list[float]:
     return took
 
 
-def row(name: str, server: Server, send: Callable[[], None] | None = None) -> None:
-    """Measure, and print a line."""
+def row(report: Report, name: str, server: Server, send: Callable[[], None] | None = None) -> None:
+    """Measure beside one kind of pressure."""
     sent = 0
     if send is None:
         took = health(server)
@@ -131,49 +133,49 @@ def row(name: str, server: Server, send: Callable[[], None] | None = None) -> No
         with pressed(send) as counted:
             took = health(server)
             sent = counted.value
-    load = os.getloadavg()[0]
-    print(f"{name:32}{sent:8}{statistics.median(took):12.1f}{max(took):12.1f}{load:10.1f}", flush=True)
+    report.figure("GET /health", f"beside {name}", took, "ms", note=f"{sent} sent" if send else "")
+    report.figure("the slowest GET /health", f"beside {name}", max(took), "ms")
 
 
-def _bodies(here: Path) -> None:
+def _bodies(report: Report, here: Path) -> None:
     with daemon_of(here) as server:
-        row("nothing", server)
+        row(report, "nothing", server)
         _send(server.url, *REQUESTS["a conversation written"])
         for name, request in REQUESTS.items():
             send = (lambda: _send_pieces(server.url)) if name == "pieces of one byte" else None
-            row(name, server, send or (lambda request=request: _send(server.url, *request)))  # type: ignore[misc]
+            row(report, name, server, send or (lambda request=request: _send(server.url, *request)))  # type: ignore[misc]
 
 
-def _templates(here: Path) -> None:
+def _templates(report: Report, here: Path) -> None:
     for name, evil in EVIL.items():
         with_file(open_bundle(here / "canned"), "chat_template.jinja", TEMPLATE.format(evil=evil))
         with daemon_of(here) as server:
-            row(name, server, lambda: _send(server.url, "POST", CHAT, _chat("go")))
+            row(report, name, server, lambda: _send(server.url, "POST", CHAT, _chat("go")))
 
 
-def _libraries(here: Path) -> None:
+def _libraries(report: Report, here: Path) -> None:
     prepare(here)
-    script(here, (1_000_000, 0))
+    script(here, 1_000_000, 0)
     ask = _chat("Go.", max_tokens=16_384, stream=True)
     with daemon_of(here, here / "librkllmrt.so", RKCANNED=str(here / "script")) as server:
-        row("a library that floods tokens", server, lambda: _send(server.url, "POST", CHAT, ask))
+        row(report, "a library that floods tokens", server, lambda: _send(server.url, "POST", CHAT, ask))
     library = build_double("1.2.3", here)
     for name, line in (("empty lines", "\n"), ("long lines", "x" * 4000 + "\n")):
         with daemon_of(here, library, RKDOUBLE="init-flood-beside", RKDOUBLE_LINE=line) as server:
-            row(f"a library that prints {name}", server, lambda: _send(server.url, "POST", CHAT, ask))
+            row(report, f"a library that prints {name}", server, lambda: _send(server.url, "POST", CHAT, ask))
 
 
-def main() -> None:
+def main() -> int:
     """Measure beside bodies, templates and libraries."""
-    print(f"{'beside':32}{'sent':>8}{'median ms':>12}{'worst ms':>12}{'load':>10}")
+    report = Report("serve_health", __doc__ or "", limits=LIMITS)
     with tempfile.TemporaryDirectory() as place:
         cli.main(["convert", str(checkpoint()), "-q", "-o", f"{place}/canned"])
         for number, part in enumerate((_bodies, _libraries, _templates)):
             here = Path(place) / str(number)
             shutil.copytree(Path(place) / "canned", here / "canned")
-            part(here)
-    print(f"Each of {COUNT} requests; {os.cpu_count()} CPUs.")
+            part(report, here)
+    return report.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

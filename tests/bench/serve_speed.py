@@ -1,209 +1,212 @@
-"""The daemon's own part from a token to the client: rate, first token, characters lost, CPU time, memory.
+"""The daemon's own part from a token to the client, beside other servers with the same library that computes nothing.
 
-The library behind it computes nothing, so what is measured is the server's. Others can be measured side by side in the
-same run, with the same library behind them:
-
-    python -m tests.bench.serve_speed --prepare FOLDER      makes FOLDER/librkllmrt.so (RKLLM 1.3.0) and FOLDER/script
-    (start the other server with that library and RKCANNED=FOLDER/script in its environment)
-    RKEDGE_BENCH_FOLDER=FOLDER RKEDGE_BENCH_PEERS='NAME=URL,MODEL,PID ...' python -m tests.bench.serve_speed
-
-URL is where it takes chats in OpenAI's form; CPU time and memory are those of process PID and its children. An answer
-that is an error ends the benchmark: there is no figure for it.
+The servers are asked in turns, at several paces of the library. An event is one with a text; a token has arrived when
+its last letter has. CPU time is that of a server's processes together, with the threads that have ended, and has the
+library's own in it, the same for all: it wakes up for each token. Every answer is compared with what the library said.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from rkboard.emulator.abi_header import HEADER, header
-from rkconvert.demo import checkpoint
-from rkruntime import cli
-from rkruntime.text.tokenizer import Tokenizer
+from tests.bench._answers import Answer, ask, ask_together
+from tests.bench._report import Aim, Report, at_least, at_most, pairs, turns
+from tests.bench._servers import FLASK, OURS, RKLLAMA, Server, our_daemon, peers, prepare, script, versions
 
-SENTENCE = "The RK3588 has an NPU of three cores. "
-FAST, SLOW, SHORT = (20_000, 0), (1_000, 2_000), (100, 200)
-ANSWERS = 100
+PEERS = """
+    git clone https://github.com/airockchip/rknn-llm
+    git clone https://github.com/NotPunchnox/rkllama
+    RKEDGE_BENCH_VENDOR=rknn-llm RKEDGE_BENCH_RKLLAMA=rkllama python -m tests.bench serve_speed
+
+Both run unmodified, as their own main programs start them, with what tests/conformance/requirements.txt pins: the
+vendor's flask_server.py of 1.3.0 in Flask's own server with one thread, which says each letter in an event of its own,
+and rkllama in Flask's server with a thread for each request and a process for the model.
+"""
+LIMITS = """
+On a PC, with a library that computes nothing: a board's cores are slower, and its NPU's driver takes time of its own.
+A client on the same machine takes its part of the CPUs, at a pace of 0 us most of one.
+"""
+FIRST_ASKS, CLIENTS = 3, 8
+# Delays are those of a server only where a sleep ends in time.
+LATE_MS, LOOKS = 0.5, 300
 
 
 @dataclass(frozen=True)
-class Server:
-    """A server to measure: where it takes chats, its model's name, and its process."""
+class Pace:
+    """How many tokens the library says, the microseconds between two, and what is wanted of us at that pace."""
 
     name: str
-    url: str
-    model: str
-    pid: int
-
-    def _tree(self) -> list[int]:
-        """The process and all below it."""
-        pids = [self.pid]
-        for pid in pids:
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                pids += map(int, children.read_text().split())
-        return pids
-
-    def cpu_s(self) -> float:
-        """CPU time so far, all processes together."""
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self._tree()]
-        return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
-
-    def memory_mb(self) -> float:
-        """Resident, all processes together."""
-        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._tree())
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def ask(self) -> tuple[float, float, str]:
-        """Seconds to the first text and to the end, and the text, of one streamed answer."""
-        parts = urlsplit(self.url)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
-        body = {"model": self.model, "messages": [{"role": "user", "content": "Go."}], "stream": True}
-        connection.connect()
-        start = time.perf_counter()
-        connection.request("POST", parts.path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        chunks: list[bytes] = []
-        first = 0.0
-        while chunk := response.read1(1 << 16):
-            chunks.append(chunk)
-            if not first and _text(b"".join(chunks)):
-                first = time.perf_counter() - start
-        total = time.perf_counter() - start
-        connection.close()
-        text = _text(b"".join(chunks))
-        if response.status != 200 or not text:
-            raise SystemExit(f"{self.name} answered {response.status}: {b''.join(chunks)[:500]!r}")
-        return first, total, text
+    tokens: int
+    microseconds: int
+    cpu: Mapping[str, Aim]
+    events: Mapping[str, Aim]
+    clients: int = 1
 
 
-def _text(stream: bytes) -> str:
-    """The contents of a stream of events, whole lines only."""
-    texts = []
-    for line in stream.decode("utf-8", "replace").splitlines():
-        try:
-            event = json.loads(line.removeprefix("data: "))
-        except ValueError:
-            continue
-        choices = event.get("choices", ()) if isinstance(event, dict) else ()
-        texts += [(choice.get("delta") or choice.get("message") or {}).get("content") or "" for choice in choices]
-    return "".join(texts)
+PACES = (
+    Pace("20 ms", 150, 20_000, {FLASK: at_most(1)}, {}),
+    Pace("2 ms", 400, 2_000, {FLASK: at_most(1)}, {}),
+    Pace("200 us", 2_000, 200, {}, {}),
+    Pace("0 us", 4_000, 0, {}, {RKLLAMA: at_least(3)}),
+    Pace(f"2 ms, {CLIENTS} clients", 50, 2_000, {}, {}, CLIENTS),
+)
+FIRST = Pace("the first token", 10, 2_000, {}, {})
 
 
-def prepare(folder: Path) -> None:
-    """Make the library and its script in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise SystemExit("this benchmark needs a C++ compiler")
-    source = Path(__file__).with_name("_canned.cc")
-    (folder / HEADER).write_text(header("1.3.0"))
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", f"-I{folder}"]
-    subprocess.run([compiler, *flags, "-o", folder / "librkllmrt.so", source], check=True)
-    script(folder, SHORT)
+@dataclass(frozen=True)
+class Turn:
+    """What one server did in one turn."""
+
+    answers: Sequence[Answer]
+    tokens: Sequence[str]
+    cpu_s: float
+    seconds: float
+
+    @property
+    def wrong(self) -> int:
+        """Answers that are not what the library said."""
+        expected = "".join(self.tokens)
+        return sum(bool(answer.failure) or answer.text != expected for answer in self.answers)
+
+    @property
+    def _count(self) -> int:
+        return len(self.tokens) * len(self.answers)
+
+    @property
+    def cpu_us(self) -> float:
+        return self.cpu_s / self._count * 1e6
+
+    @property
+    def tokens_s(self) -> float:
+        return self._count / self.seconds
+
+    @property
+    def events_s(self) -> float:
+        return sum(len(answer.events) for answer in self.answers) / self.seconds
+
+    @property
+    def events_a_token(self) -> float:
+        return sum(len(answer.events) for answer in self.answers) / self._count
 
 
-def script(folder: Path, pace: tuple[int, int]) -> str:
-    """Tell the library how many tokens and how fast; the text that makes."""
-    tokenizer = Tokenizer.load(checkpoint() / "tokenizer.json")
-    tokens = tokenizer.encode(SENTENCE)
-    texts = [tokenizer.decode([token]) for token in tokens]
-    lines = [f"{pace[0]} {pace[1]}", *(f"{token} {text}" for token, text in zip(tokens, texts, strict=True))]
-    (folder / "script.new").write_text("\n".join(lines) + "\n")
-    (folder / "script.new").rename(folder / "script")
-    return "".join(texts[at % len(texts)] for at in range(pace[0]))
+def turn(server: Server, folder: Path, pace: Pace) -> Turn:
+    """Let one server answer once, or its clients at once."""
+    tokens = script(folder, pace.tokens, pace.microseconds)
+    before, began = server.cpu_s(), time.perf_counter()
+    answers = [ask(server)] if pace.clients == 1 else ask_together(server, pace.clients)
+    seconds = time.perf_counter() - began
+    time.sleep(0.05)  # what a server does after its answer is its cost, too
+    spoken = answers[0].spoken_s if pace.clients == 1 and len(answers[0].events) > 1 else seconds
+    return Turn(answers, tokens, server.cpu_s() - before, spoken)
 
 
-@contextmanager
-def our_daemon(folder: Path | None = None) -> Iterator[Server]:
-    """`rkedge serve` with the library of `folder`, or else with the emulator."""
-    with tempfile.TemporaryDirectory() as place:
-        cli.main(["convert", str(checkpoint()), "-q", "-o", f"{place}/canned"])
-        library = folder / "librkllmrt.so" if folder else None
-        with daemon_of(Path(place), library, RKCANNED=f"{folder}/script") as server:
-            yield server
+def _run(servers: Mapping[str, Server], folder: Path, pace: Pace, rounds: int) -> dict[str, list[Turn]]:
+    def of(server: Server) -> list[Turn]:
+        return [turn(server, folder, pace) for _ in range(FIRST_ASKS if pace is FIRST else 1)]
+
+    found = turns({name: lambda server=server: of(server) for name, server in servers.items()}, rounds)  # type: ignore[misc]
+    return {name: [one for several in found[name] for one in several] for name in servers}
 
 
-@contextmanager
-def daemon_of(here: Path, library: Path | None = None, **environment: str) -> Iterator[Server]:
-    """`rkedge serve` with the bundle `canned` in a folder, where its files go, too."""
-    with (here / "log").open("wb") as log:
-        command = [sys.executable, "-m", "rkruntime.cli", "serve", str(here / "canned"), "--port", "0"]
-        command += ["--socket", str(here / "socket")]
-        state = {"STATE_DIRECTORY": str(here), "CACHE_DIRECTORY": str(here), **environment}
-        if library:
-            command += ["--library", str(library), "--force"]
-        process = subprocess.Popen(command, env={**os.environ, **state}, stderr=log)
-        try:
-            end = time.monotonic() + 30
-            while b"loaded canned" not in (here / "log").read_bytes():
-                if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit((here / "log").read_text())
-                time.sleep(0.05)
-            url = (here / "log").read_text().partition(", http://")[2].split()[0]
-            yield Server("rkedge serve", f"http://{url}/v1/chat/completions", "canned", process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+def _of_right(pace: Pace, found: Mapping[str, list[Turn]]) -> dict[str, list[Turn]]:
+    """The servers whose answers were right: a figure of others means nothing. Ours stays, and fails the benchmark."""
+    for name, several in found.items():
+        if wrong := sum(one.wrong for one in several):
+            failure = next((answer.failure for one in several for answer in one.answers if answer.failure), "")
+            print(f"{pace.name}: {name} gave {wrong} wrong answers, so it has no figures there. {failure}", flush=True)
+    return {name: several for name, several in found.items() if name == OURS or not any(one.wrong for one in several)}
 
 
-def measure(server: Server, folder: Path) -> dict[str, str]:
-    """The row of one server."""
-    row = {}
-    script(folder, SHORT)
-    for _ in range(5):
-        server.ask()
-    row["memory MB"] = f"{server.memory_mb():.0f}"
-    row["first ms"] = f"{statistics.median(server.ask()[0] for _ in range(30)) * 1000 - SHORT[1] / 1000:.2f}"
-    for name, pace, times in (("0 us", FAST, 3), ("2 ms", SLOW, 2)):
-        script(folder, pace)
-        before = server.cpu_s()
-        asked = [server.ask() for _ in range(times)]
-        cpu = (server.cpu_s() - before) / (pace[0] * times / 1000)
-        row[f"tokens/s, {name}"] = f"{statistics.median(pace[0] / (total - 0.02) for _, total, _ in asked):,.0f}"
-        row[f"CPU ms/1000 tokens, {name}"] = f"{cpu * 1000:.0f}"
-    expected = script(folder, SHORT)
-    row[f"characters lost in {ANSWERS} answers"] = str(
-        sum(len(expected) - len(server.ask()[2]) for _ in range(ANSWERS))
-    )
-    return row
-
-
-def main() -> None:
-    """Measure our daemon and all peers that were named."""
-    if sys.argv[1:2] == ["--prepare"]:
-        prepare(Path(sys.argv[2]))
+def _paced(report: Report, pace: Pace, found: Mapping[str, list[Turn]], late_ms: float) -> None:
+    wrong = sum(one.wrong for one in found[OURS])
+    report.figure(f"{pace.name}: answers not as the library said them", OURS, wrong, "", at_most(0))
+    right = _of_right(pace, found)
+    if wrong:
         return
-    given = os.environ.get("RKEDGE_BENCH_FOLDER")
-    folder = Path(given or tempfile.mkdtemp(prefix="rkedge-bench-"))
-    if not given:
+    cpu = {name: [one.cpu_us for one in several] for name, several in right.items()}
+    report.compare(f"{pace.name}: CPU time a token", "us", cpu, aims=pace.cpu)
+    for name, several in right.items():
+        one_each = at_least(0.999) if name == OURS else None
+        report.figure(f"{pace.name}: events a token", name, [one.events_a_token for one in several], "", one_each)
+    if pace.clients > 1:
+        rates = {name: [one.tokens_s for one in several] for name, several in right.items()}
+        report.compare(f"{pace.name}: tokens of all", "/s", rates)
+        last = {name: [max(one.first_s for one in each.answers) * 1e3 for each in right[name]] for name in right}
+        report.compare(f"{pace.name}: until the last client's first token", "ms", last)
+    elif pace.microseconds and late_ms > LATE_MS:
+        report.unmeasured(f"{pace.name}: between tokens", OURS, "ms", None, _busy(late_ms))
+    elif pace.microseconds:
+        for name, several in right.items():
+            gaps = [gap * 1e3 for one in several for gap in one.answers[0].gaps(one.tokens)]
+            report.figure(f"{pace.name}: between tokens", name, statistics.median(gaps), "ms")
+            report.figure(f"{pace.name}: between tokens, 99 %", name, statistics.quantiles(gaps, n=100)[98], "ms")
+    else:
+        rates = {name: [one.events_s for one in several] for name, several in right.items()}
+        report.compare(f"{pace.name}: events", "/s", rates, aims=pace.events)
+        for name, several in right.items():
+            report.figure(f"{pace.name}: tokens", name, [one.tokens_s for one in several], "/s")
+
+
+def _first(report: Report, found: Mapping[str, list[Turn]], late_ms: float) -> None:
+    what, aim = "first token, without the library's time", at_most(3)
+    if late_ms > LATE_MS:
+        report.unmeasured(what, OURS, "ms", aim, _busy(late_ms))
+        return
+    pause = FIRST.microseconds / 1e3
+    took = {
+        name: [one.answers[0].first_s * 1e3 - pause for one in several]
+        for name, several in _of_right(FIRST, found).items()
+    }
+    report.compare(what, "ms", took, aim=aim)
+
+
+def _busy(late_ms: float) -> str:
+    return f"the machine is busy: one of ten sleeps ended {late_ms:.1f} ms late"
+
+
+def _lateness_ms() -> float:
+    """How late this process wakes up from one of ten sleeps, or later: what a delay measured here has of others."""
+    late = []
+    for _ in range(LOOKS):
+        began = time.perf_counter()
+        time.sleep(0.002)
+        late.append((time.perf_counter() - began) * 1e3 - 2)
+    return statistics.quantiles(late, n=10)[8]
+
+
+def main() -> int:
+    """Measure our daemon and the peers that are set up."""
+    report = Report("serve_speed", __doc__ or "", peers=PEERS, limits=LIMITS, versions=versions())
+    report.version_of("uvicorn", "h11", "starlette")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         prepare(folder)
-    peers = []
-    for peer in os.environ.get("RKEDGE_BENCH_PEERS", "").split():
-        name, _, rest = peer.partition("=")
-        url, model, pid = rest.split(",")
-        peers.append(Server(name, url, model, int(pid)))
-    with our_daemon(folder) as ours:
-        rows = {server.name: measure(server, folder) for server in (ours, *peers)}
-    width = max(map(len, next(iter(rows.values()))))
-    print(f"{'':{width}}" + "".join(f"{name:>16}" for name in rows))
-    for name in next(iter(rows.values())):
-        print(f"{name:{width}}" + "".join(f"{row[name]:>16}" for row in rows.values()))
-    if not peers:
-        print("No other server was named in RKEDGE_BENCH_PEERS.")
+        with our_daemon(folder) as ours, peers(folder) as others:
+            servers = {OURS: ours, **others}
+            for missing in {FLASK, RKLLAMA} - others.keys():
+                print(f"{missing} is not set up:\n{PEERS}", flush=True)
+            _run(servers, folder, FIRST, 2)  # a model that is loaded with the first question, caches
+            before = _lateness_ms()
+            found = _run(servers, folder, FIRST, pairs())
+            _first(report, found, max(before, _lateness_ms()))
+            for kind, aim in (("Rss", at_most(60)), ("Pss", None)):
+                for name, server in servers.items():
+                    of_ours = aim if name == OURS else None
+                    report.figure(f"memory, {kind} of all processes", name, server.memory_mb(kind), "MB", of_ours)
+            only = [name for name in os.environ.get("RKEDGE_BENCH_PACES", "").split(",") if name]
+            for pace in PACES:
+                if not only or pace.name in only:
+                    found = _run(servers, folder, pace, pairs())
+                    _paced(report, pace, found, _lateness_ms())
+    return report.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """From the library's callback to the event in the parent, per token; tokens per second when the library takes no time.
 
-The library is a stand-in that computes nothing and puts the time of each callback into the token's text. The
-last two rows are the least that any means could do here: waking a reader through a pipe, and calling a Python function.
+The library is a stand-in that computes nothing and puts the time of each callback into the token's text. Between tokens
+it sleeps: one that spins takes a core of a small machine from the reader, and what is measured then is the scheduler.
+The last two rows are the least that any means could do here: waking a reader through a pipe, and calling a Python
+function.
 """
 
 from __future__ import annotations
@@ -10,19 +12,26 @@ import asyncio
 import ctypes
 import os
 import shutil
+import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from rkruntime.engine.engine import Engine, LoadOptions
-from rkruntime.engine.generation import Finished, Request
+from tests.bench._report import Report, pairs, turns
 
-# Microseconds between tokens, and how many. At 0 the worker is faster than the parent: records queue in the pipe, and
-# the delay is that of the queue. A board gives a token every 50,000 us or so.
-GAPS = {0: 20_000, 20: 20_000, 50: 10_000, 100: 10_000, 1_000: 2_000, 20_000: 150}
+from rkruntime.engine.engine import Engine, LoadOptions
+from rkruntime.engine.generation import Event, Finished, Request
+
+LIMITS = """
+At 0 us the worker is faster than the parent: records queue in the pipe, and the delay is that of the queue. A board
+gives a token every 50,000 us or so.
+"""
+# Microseconds between tokens, and how many.
+GAPS = {0: 20_000, 1_000: 1_000, 20_000: 50}
 
 
 def _stand_in(folder: Path) -> Path:
@@ -42,6 +51,19 @@ def _blocking(engine: Engine, count: int) -> list[int]:
     ]
 
 
+def _handed_over(engine: Engine, count: int) -> list[int]:
+    clock = time.perf_counter_ns
+    delays: list[int] = []
+
+    def take(events: list[Event]) -> bool:
+        now = clock()
+        delays.extend(now - int(event.text) for event in events if not isinstance(event, Finished))
+        return True
+
+    asyncio.run(engine.deliver(Request([count, 1]), take))
+    return delays
+
+
 def _in_a_loop(engine: Engine, count: int) -> list[int]:
     clock = time.perf_counter_ns
 
@@ -50,13 +72,6 @@ def _in_a_loop(engine: Engine, count: int) -> list[int]:
         return [clock() - int(event.text) async for event in events if not isinstance(event, Finished)]
 
     return asyncio.run(collect())
-
-
-def _row(name: str, gap: int, delays: list[int], seconds: float) -> None:
-    delays = sorted(delays)
-    median, last = delays[len(delays) // 2] / 1000, delays[len(delays) * 99 // 100] / 1000
-    rate = f"{len(delays) / seconds:12,.0f}"
-    print(f"{name:28}{gap:10,} us{median:12.1f}{last:12.1f}{rate}")
 
 
 def _engines(folder: Path) -> Iterator[tuple[int, Engine]]:
@@ -99,21 +114,32 @@ def _callback() -> list[int]:
     return delays
 
 
-def _measured(work: Callable[[], list[int]]) -> tuple[list[int], float]:
+def _measured(work: Callable[[], list[int]]) -> tuple[float, float, float]:
+    """Median and 99th percentile of the delays in us, and events a second."""
     began = time.perf_counter()
-    return work(), time.perf_counter() - began
+    delays = work()
+    seconds = time.perf_counter() - began
+    return statistics.median(delays) / 1e3, statistics.quantiles(delays, n=100)[98] / 1e3, len(delays) / seconds
 
 
-def main() -> None:
-    print(f"{'':28}{'between':>13}{'median us':>12}{'p99 us':>12}{'tokens/s':>12}")
+def main() -> int:
+    """Measure the ways to read an answer, in turns."""
+    report = Report("worker_events", __doc__ or "", limits=LIMITS)
+    ways = {"deliver (asyncio)": _handed_over, "agenerate (asyncio)": _in_a_loop, "generate": _blocking}
     with tempfile.TemporaryDirectory() as folder:
         for gap, engine in _engines(Path(folder)):
-            for name, collect in (("generate", _blocking), ("agenerate (asyncio)", _in_a_loop)):
-                collect(engine, 100)
-                _row(name, gap, *_measured(partial(collect, engine, GAPS[gap])))
-    _row("a pipe, the reader asleep", 100, *_measured(_wake_up))
-    _row("an empty Python callback", 0, *_measured(_callback))
+            works = {name: partial(_measured, partial(collect, engine, GAPS[gap])) for name, collect in ways.items()}
+            found = turns(works, pairs(), warm_up=True)
+            for at, what, unit in ((0, "median delay", "us"), (1, "delay, 99 %", "us"), (2, "events", "/s")):
+                if at < 2 or not gap:
+                    values = {name: [one[at] for one in found[name]] for name in ways}
+                    report.compare(f"{gap:,} us between tokens: {what}", unit, values)
+    for name, work in (("a pipe, the reader asleep", _wake_up), ("an empty Python callback", _callback)):
+        median, last, _ = _measured(work)
+        report.figure("median delay", name, median, "us")
+        report.figure("delay, 99 %", name, last, "us")
+    return report.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

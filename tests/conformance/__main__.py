@@ -7,9 +7,6 @@ of their releases; --llm-demo RELEASE=PROGRAM gives the vendor's C++ demo, built
 from __future__ import annotations
 
 import argparse
-import hashlib
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,16 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.conformance import clients
+from tests.conformance import clients, setup
 
 from rkboard.emulator import build as emulator
-from rkconvert.demo import Question, checkpoint, questions
+from rkconvert.demo import Question, questions
 from rkruntime.abi import EMULATED
 
-_HERE = Path(__file__).parent
 _RELEASES = ("1.2.3", "1.3.0")
-_FLASK = "examples/rkllm_server_demo/rkllm_server/flask_server.py"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass
@@ -49,52 +43,6 @@ class Row:
         return "passed" if self.right == self.asked and not self.problems else "FAILED"
 
 
-def _python(folder: Path) -> Path:
-    """An interpreter with what the servers import, made once for these requirements."""
-    requirements = _HERE / "requirements.txt"
-    key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    home = folder / f"conformance-{key}"
-    python = home / "bin" / "python"
-    if not (home / "complete").exists():
-        print(f"installing what the servers import into {home}", flush=True)
-        shutil.rmtree(home, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements]
-        subprocess.run(pip, check=True)
-        (home / "complete").touch()
-    return python
-
-
-def _model(folder: Path) -> tuple[Path, Path]:
-    """The demo model for the emulator, and its tokenizer in Hugging Face layout."""
-    bundle = folder / "demo"
-    options = ["--target", "emulator", "--quiet", "-o", bundle]
-    subprocess.run([sys.executable, "-m", "rkruntime.cli", "convert", checkpoint(), *options], check=True)
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    for name in _TOKENIZER_FILES:
-        shutil.copy(checkpoint() / name, tokenizer)
-    return bundle / "model.rkemu", tokenizer
-
-
-def _from_git(repository: Path, tag: str, path: str) -> bytes:
-    shown = subprocess.run(["git", "-C", repository, "show", f"{tag}:{path}"], capture_output=True, check=False)
-    if shown.returncode:
-        sys.exit(f"{repository} has no {path} at {tag}: {shown.stderr.decode().strip()}")
-    return shown.stdout
-
-
-def _rkllama_package(repository: Path, folder: Path) -> Path:
-    """src/rkllama of the commit that is checked out, without libraries and wheels."""
-    without = [f":(exclude,glob)**/*.{kind}" for kind in ("so", "whl")]
-    archive = ["git", "-C", repository, "archive", "HEAD", "--", "src/rkllama", *without]
-    packed = subprocess.run(archive, capture_output=True, check=False)
-    if packed.returncode:
-        sys.exit(f"{repository} is no checkout of rkllama: {packed.stderr.decode().strip()}")
-    subprocess.run(["tar", "-x", "-C", folder], input=packed.stdout, check=True)
-    return folder / "src" / "rkllama"
-
-
 def _clients(arguments: argparse.Namespace, folder: Path) -> Iterator[clients.Client | Row]:
     demos = dict(entry.split("=", 1) for entry in arguments.llm_demo)
     for release in _RELEASES:
@@ -102,10 +50,10 @@ def _clients(arguments: argparse.Namespace, folder: Path) -> Iterator[clients.Cl
             yield clients.LlmDemo(release, Path(demos[release]).resolve())
         else:
             yield Row("vendor's llm_demo", release, skipped=f"give --llm-demo {release}=PROGRAM")
-    python = _python(arguments.cache) if arguments.vendor or arguments.rkllama else None
+    python = setup.interpreter(arguments.cache) if arguments.vendor or arguments.rkllama else None
     if arguments.vendor and python:
         for release in _RELEASES:
-            source = _from_git(arguments.vendor, f"release-v{release}", _FLASK)
+            source = setup.from_git(arguments.vendor, f"release-v{release}", setup.FLASK)
             if release == "1.2.3":
                 yield clients.FlaskServer("vendor's flask_server", release, python, clients.ask_flask, source)
                 continue
@@ -114,18 +62,18 @@ def _clients(arguments: argparse.Namespace, folder: Path) -> Iterator[clients.Cl
     else:
         yield Row("vendor's flask_server", "", skipped="give --vendor, a checkout of airockchip/rknn-llm")
     if arguments.rkllama and python:
-        package = _rkllama_package(arguments.rkllama, folder)
+        package = setup.rkllama_package(arguments.rkllama, folder)
         yield clients.Rkllama("rkllama, Ollama's API", python, clients.ask_ollama_stream, package)
         yield clients.Rkllama("rkllama, OpenAI's API", python, clients.ask_openai_stream, package)
     else:
         yield Row("rkllama", "1.3.0", skipped="give --rkllama, a checkout of NotPunchnox/rkllama")
 
 
-def _try(client: clients.Client, setup: clients.Setup, asked: Sequence[Question]) -> Row:
+def _try(client: clients.Client, given: clients.Setup, asked: Sequence[Question]) -> Row:
     row = Row(client.name, client.release, asked=len(asked))
     began = time.monotonic()
     try:
-        answers = client.answers(setup, [question.question for question in asked])
+        answers = client.answers(given, [question.question for question in asked])
     except clients.ClientError as error:
         row.problems.append(str(error))
         return row
@@ -165,7 +113,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="conformance-") as name:
         folder = Path(name)
-        model, tokenizer = _model(folder)
+        model, tokenizer = setup.demo_model(folder)
         for number, client in enumerate(_clients(arguments, folder)):
             if isinstance(client, Row):
                 rows.append(client)

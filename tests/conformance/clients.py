@@ -12,7 +12,8 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,12 +40,14 @@ class Setup:
         tokenizer: its tokenizer, in Hugging Face layout.
         library: gives the emulator's librkllmrt.so of a release.
         folder: where the program may write; its own.
+        environment: what the servers' environment has besides the shims'.
     """
 
     model: Path
     tokenizer: Path
     library: Callable[[str], Path]
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=lambda: {"RKEMU_TOKEN_US": str(TOKEN_US)})
 
 
 class Client(ABC):
@@ -95,23 +98,28 @@ class Server(Client):
     def lay_out(self, setup: Setup, port: int) -> tuple[list[str], Path, Mapping[str, str]]:
         """Command, working folder, and what the environment has besides the shims'."""
 
-    def answers(self, setup: Setup, questions: Sequence[str]) -> list[str]:
+    @contextmanager
+    def running(self, setup: Setup) -> Iterator[tuple[int, int]]:
+        """The server for the block: the port that it listens on, and its process. Raises ClientError."""
         port = shims.free_port()
         command, cwd, extra = self.lay_out(setup, port)
-        environment = shims.environment(setup.folder, port) | {"RKEMU_TOKEN_US": str(TOKEN_US)}
+        environment = {**shims.environment(setup.folder, port), **setup.environment}
         environment |= {key: f"{value}:{environment[key]}" if key == "PYTHONPATH" else value
                         for key, value in extra.items()}  # fmt: skip
         log = setup.folder / "server.log"
         with log.open("wb") as output:
             process = _start(command, cwd, environment, output)
             try:
-                web = _Http(port)
-                web.wait(process)
-                return [self.ask(web, question) for question in questions]
+                _Http(port).wait(process)
+                yield port, process.pid
             except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
                 raise ClientError(f"{type(error).__name__}: {error}\n{_tail(log)}") from error
             finally:
                 _end(process)
+
+    def answers(self, setup: Setup, questions: Sequence[str]) -> list[str]:
+        with self.running(setup) as (port, _):
+            return [self.ask(_Http(port), question) for question in questions]
 
 
 class FlaskServer(Server):

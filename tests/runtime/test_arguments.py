@@ -128,8 +128,13 @@ def test_engines(model: rkruntime.Model, value: Any) -> None:
     def run(tokens: Any = (2, 5), **wishes: Any) -> list[Any]:
         return list(engine.generate(Request(tokens, **{"max_new_tokens": 1, **wishes})))
 
-    async def gathered(request: Any, gather: Any = 0.0) -> list[Any]:
-        return [event async for event in engine.agenerate(request, gather)]
+    async def gathered(request: Any) -> list[Any]:
+        return [event async for event in engine.agenerate(request)]
+
+    def delivered(request: Any) -> list[Any]:
+        events: list[Any] = []
+        asyncio.run(engine.deliver(request, lambda some: events.extend(some) or True))  # type: ignore[func-returns-value]
+        return events
 
     for call in (
         run,
@@ -141,7 +146,8 @@ def test_engines(model: rkruntime.Model, value: Any) -> None:
         lambda given: list(engine.generate_batch(given)),
         lambda given: list(engine.generate_arrays(Request((2, 5), 1), given)),
         lambda given: asyncio.run(gathered(given)),
-        lambda given: asyncio.run(gathered(Request((2, 5), 1), given)),
+        delivered,
+        lambda given: asyncio.run(engine.deliver(Request((2, 5), 1), given)),
         engine.logits,
         engine.load_lora,
         engine.load_prompt_cache,

@@ -24,6 +24,32 @@ _PATIENCE: Final = 1.0
 _LOOK: Final = 0.05
 
 
+class _Turn:
+    """See WorkerConnection.turn. A class, because each token takes a turn, and a generator costs it 2 us."""
+
+    def __init__(self, connection: WorkerConnection, lock: threading.RLock) -> None:
+        self._connection, self._lock = connection, lock
+
+    def __enter__(self) -> None:
+        self._connection.worker.owner.check()  # a fork has the lock, but not the thread that holds it
+        if not self._lock.acquire(blocking=False):
+            self._wait()
+        if self._connection.closed:
+            self._lock.release()
+            raise closed_meanwhile()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not self._lock.acquire(timeout=_LOOK):
+            if self._connection.closing:
+                raise closed_meanwhile()
+            if time.monotonic() > deadline:
+                raise in_use()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class WorkerConnection:
     """A worker process that accepts commands until it is closed or lost.
 
@@ -48,6 +74,7 @@ class WorkerConnection:
         self._turn = threading.RLock()
         # Lines that had been printed after the load, and before the last command.
         self._loaded = self._before = 0
+        self._one_turn = _Turn(self, self._turn)
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
 
     @property
@@ -73,25 +100,12 @@ class WorkerConnection:
         """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
         self.worker.send(protocol.pack_command(header, data))
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> _Turn:
         """Be the only thread that waits for the worker. Raises RunError if another one still does after a second.
 
         Never held across an await. Entered again by the handler of a signal that came in the meantime.
         """
-        self.worker.owner.check()  # a fork has the lock, but not the thread that holds it
-        deadline = time.monotonic() + _PATIENCE
-        while not self._turn.acquire(timeout=_LOOK):
-            if self.closing:
-                raise closed_meanwhile()
-            if time.monotonic() > deadline:
-                raise in_use()
-        try:
-            if self.closed:
-                raise closed_meanwhile()
-            yield
-        finally:
-            self._turn.release()
+        return self._one_turn
 
     @contextlib.contextmanager
     def last_turn(self, patience: float) -> Iterator[None]:

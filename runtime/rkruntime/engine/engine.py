@@ -272,14 +272,19 @@ class Engine:
         """`running`, or without a run the result of rkllm_is_running (1 = running in every release)."""
         return self.running or bool(self._command({"call": "is_running"}))
 
-    def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio: never blocks the loop while the library computes.
+    def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """`generate` for asyncio: never blocks the loop while the library computes."""
+        return cast("AsyncGenerator[Event, None]", self._runs.events_async(request))
+
+    async def deliver(self, request: Request, take: Callable[[list[Event]], bool]) -> None:
+        """`agenerate` for who must not waste CPU time: the loop calls `take` with what has come, and no task wakes up.
 
         Args:
-            gather: Seconds for which tokens that follow closely may wait for each other, to save CPU time; the first
-                one, and each one that comes later than that after its predecessor, is yielded at once.
+            take: Called with at least one event: several if they have come at once. Returns whether it wants more; a
+                run that goes on is aborted then, and also when `take` raises.
         """
-        return cast("AsyncGenerator[Event, None]", self._runs.events_async(request, gather))
+        check_value("take", Callable[..., object], take)
+        await self._runs.deliver(request, cast("Callable[[list[ArrayEvent]], bool]", take))
 
     # The rest of the API
 

@@ -7,11 +7,21 @@ import contextlib
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from typing import Annotated, Final
+from functools import partial
+from typing import Final
 
 from rkruntime.abi import since, within
 from rkruntime.engine.connection import WorkerConnection, closed_meanwhile, in_use
-from rkruntime.engine.generation import RESERVED, ArrayEvent, HiddenStates, Logits, Request, Token, check_limit
+from rkruntime.engine.generation import (
+    RESERVED,
+    ArrayEvent,
+    Finished,
+    HiddenStates,
+    Logits,
+    Request,
+    Token,
+    check_limit,
+)
 from rkruntime.engine.loading import LoadOptions, ModelInfo, check_prompt_cache
 from rkruntime.engine.observed import Observed
 from rkruntime.engine.worker import protocol
@@ -21,7 +31,7 @@ from rkruntime.engine.worker.events import AsyncRecords
 from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import ContextFullError, RunError, UsageError, WorkerError, WorkerProtocolError
 from rkruntime.files import as_path
-from rkruntime.schema import Between, check_value
+from rkruntime.schema import check_value
 from rkruntime.stop import Stop
 
 # More tokens than any release accepts, for a library that does not report its context.
@@ -102,13 +112,46 @@ class Runs:
                 self._settle_quietly(mine)
                 raise
 
-    async def events_async(self, request: Request, gather: float) -> AsyncGenerator[ArrayEvent, None]:
+    async def events_async(self, request: Request) -> AsyncGenerator[ArrayEvent, None]:
         """`events` for one prompt and asyncio; see Engine.agenerate."""
-        check_value("gather", Annotated[float, Between(0, 3600)], gather)
-        self._connection.check()
         mine, timeout = _Holder(), self._options.token_timeout
+        async with self._in_loop(mine, request) as records:
+            more = True
+            while more:
+                record = await records.next(timeout, lambda: self._goes_on(mine), self._limiting)
+                if record is None:
+                    raise closed_meanwhile()
+                with self._connection.turn():
+                    event = self._event(record)
+                    more = self.active is not None
+                if self._connection.closing:
+                    raise closed_meanwhile()
+                yield event
+
+    async def deliver(self, request: Request, take: Callable[[list[ArrayEvent]], bool]) -> None:
+        """`events` for one prompt and asyncio, without a task that wakes up for each; see Engine.deliver."""
+        mine, ended = _Holder(), False
+
+        def checked(events: list[ArrayEvent]) -> bool:
+            nonlocal ended
+            if self._connection.closing:
+                raise closed_meanwhile()
+            # An end that cannot be read ends the run too, but is an error.
+            ended = not take(events) or (self.active is None and isinstance(events[-1], Finished))
+            return not ended
+
+        async with self._in_loop(mine, request) as records:
+            timeout, wanted = self._options.token_timeout, partial(self._goes_on, mine)
+            await records.each(timeout, wanted, self._limiting, self._event, checked)
+            if not ended:
+                raise closed_meanwhile()
+
+    @contextlib.asynccontextmanager
+    async def _in_loop(self, mine: _Holder, request: Request) -> AsyncGenerator[AsyncRecords, None]:
+        """A run that has begun, for the block; it is over afterwards."""
+        self._connection.check()
         with self._connection.explained():
-            records = AsyncRecords(self._worker, self._connection.turn, self._connection.answered, gather)
+            records = AsyncRecords(self._worker, self._connection.turn, self._connection.answered)
             try:
                 for _ in range(2):  # a task that closes a forgotten iterator takes two steps to begin
                     if self.active is not None and not self._forgotten():
@@ -118,17 +161,7 @@ class Runs:
                 try:
                     self._start(mine, [request], "generate")
                     self._loop = asyncio.get_running_loop()
-                    more = True
-                    while more:
-                        record = await records.next(timeout, lambda: self._goes_on(mine), self._limiting)
-                        if record is None:
-                            raise closed_meanwhile()
-                        with self._connection.turn():
-                            event = self._event(record)
-                            more = self.active is not None
-                        if self._connection.closing:
-                            raise closed_meanwhile()
-                        yield event
+                    yield records
                 except WorkerProtocolError:
                     self._worker.end(grace=0)  # nothing more is asked of it
                     raise

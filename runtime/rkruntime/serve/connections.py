@@ -243,6 +243,25 @@ class Connection(H11Protocol):
             self.answering -= 1
             self._idle_since = time.monotonic()
 
+    @property
+    def behind(self) -> bool:
+        """Whether the client has yet to read what was sent before."""
+        return self.flow.write_paused
+
+    def push(self, body: bytes) -> bool:
+        """Send a part of the response that is being sent, unless its client has yet to read what was sent before.
+
+        What ASGI's `send` does for a part, at once: a coroutine could not, and the parts of an answer are many.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.disconnected or cycle.response_complete or not cycle.response_started:
+            return False
+        if self.behind or self.transport.is_closing():
+            return False
+        # As h11 frames it: in a chunk, unless the client is too old for chunks.
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] == "1.1" else body)
+        return True
+
     def give_up(self) -> None:
         """Abandon the request being answered: the daemon is stopping, and waits no longer."""
         self._forget_client()

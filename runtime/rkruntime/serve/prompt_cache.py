@@ -15,8 +15,8 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -97,41 +97,40 @@ class PromptCaches:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return replace(request, save_prompt_cache=self._file(model, tokens))
 
-    async def events(self, model: Model, request: Request, gather: float) -> AsyncGenerator[Event, None]:
-        """The events of a run, see `Engine.agenerate`. A run that fails with a file to write continues without."""
+    async def deliver(self, model: Model, request: Request, take: Callable[[list[Event]], bool]) -> None:
+        """See `Engine.deliver`. A run that fails with a file to write continues without."""
+        if request.save_prompt_cache is None:
+            return await model.engine.deliver(request, take)
         said: list[int] = []
+
+        def noted(events: list[Event]) -> bool:
+            said.extend(event.token_id for event in events if isinstance(event, Token))
+            return take(events)
+
         try:
-            async with aclosing(model.engine.agenerate(request, gather)) as events:
-                async for event in events:
-                    if isinstance(event, Token):
-                        said.append(event.token_id)
-                    yield event
-            return
+            return await model.engine.deliver(request, noted)
         except WorkerError:
-            if request.save_prompt_cache is not None:
-                self._drop(Path(request.save_prompt_cache))
-                self._switch_off(model)
+            self._drop(Path(request.save_prompt_cache))
+            self._switch_off(model)
             raise
         except RunError as error:
             left = request.max_new_tokens - len(said) if request.max_new_tokens > 0 else -1
-            if request.save_prompt_cache is None:
-                raise
             failure = error
         self._drop(Path(request.save_prompt_cache))
+
+        def whole(events: list[Event]) -> bool:
+            said.extend(event.token_id for event in events if isinstance(event, Token))
+            if not isinstance(events[-1], Finished):
+                return take(events)
+            self._pause(failure)  # so it was the file
+            end = replace(events[-1], prompt_tokens=len(request.tokens), generated_tokens=len(said))
+            return take([*events[:-1], end])
+
         if left == 0:
-            self._pause(failure)
-            yield Finished(FinishReason.LENGTH, len(request.tokens), len(said))
-            return
+            whole([Finished(FinishReason.LENGTH, len(request.tokens), len(said))])
+            return None
         again = replace(request, tokens=[*request.tokens, *said], max_new_tokens=left, save_prompt_cache=None)
-        async with aclosing(model.engine.agenerate(again, gather)) as events:
-            async for event in events:
-                if isinstance(event, Finished):
-                    # So it was the file.
-                    self._pause(failure)
-                    yield replace(event, prompt_tokens=len(request.tokens), generated_tokens=len(said))
-                    continue
-                said.append(event.token_id)
-                yield event
+        return await model.engine.deliver(again, whole)
 
     def _switch_off(self, model: Model) -> None:
         """Use no files for this model until the daemon starts anew: a board is reported to crash with them."""
@@ -151,11 +150,13 @@ class PromptCaches:
         best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
         return held, best, common_prefix(files[best], tokens) if best else 0
 
-    def finished(self, model: Model, request: Request, answer: Answer) -> int:
-        """Note what is on the NPU now, and enforce the quota; returns how many prompt tokens were reused.
+    async def finished(self, model: Model, request: Request, answer: Answer) -> int:
+        """Note what is on the NPU now, and enforce the quota; returns how many prompt tokens were reused."""
+        if request.save_prompt_cache is None:  # there is no file to read or write
+            return self._finished(model, request, answer)
+        return await in_thread(self._finished, model, request, answer)
 
-        Reads and writes files, so call it in a thread.
-        """
+    def _finished(self, model: Model, request: Request, answer: Answer) -> int:
         held = common_prefix(self._on_npu, list(request.tokens))
         # Without the runtime's own reuse, the next run has only what a file restores.
         self._on_npu = [*request.tokens, *answer.tokens] if self._reuses(model) else []

@@ -184,7 +184,21 @@ def _user() -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, with signals left to the daemon."""
+    """uvicorn's server, with signals and the clock left to the daemon: its own one wakes up ten times a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Wait for `stop`. Until the daemon's tick, the header Date is that of the start."""
+        await self.on_tick(0)
+        await self._stopping.wait()
+
+    def stop(self) -> None:
+        """Take no more connections, and finish what is being answered."""
+        self.should_exit = True
+        self._stopping.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -293,7 +307,7 @@ class Daemon:
             log.info("stopping: running answers get %g s", self.settings.limits.stop_s)
         self.service.host.stop()
         for server in self._servers:
-            server.should_exit = True
+            server.stop()
 
     async def _load(self) -> None:
         """Load before the first request. Errors appear in the log, in /ready and in answers."""
@@ -310,6 +324,7 @@ class Daemon:
             if self._reloading.locked():  # a model is loaded, perhaps from an SD card
                 systemd.still_at_it()
             for server in self._servers:
+                await server.on_tick(0)  # the header Date
                 for connection in list(server.server_state.connections):
                     cast("Connection", connection).check_writing()
             await self.service.unload_if_idle()

@@ -6,15 +6,16 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from weakref import ref
 
 from rkruntime.abi import within
 from rkruntime.bundle.manifest import Manifest
-from rkruntime.engine.generation import RESERVED, Finished, FinishReason, Request, Sampling
+from rkruntime.engine.generation import RESERVED, Event, Finished, FinishReason, Request, Sampling
 from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
 from rkruntime.errors import (
     BodyError,
@@ -41,10 +42,6 @@ from rkruntime.text.template import Message
 from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
-
-# Tokens that follow each other more closely go out together: this is less than a frame on a screen, and each wake-up
-# costs the board's CPU. A board's tokens are further apart, and go out one by one.
-_GATHER_S: Final = 0.016
 
 T = TypeVar("T")
 SaveAnswer = Callable[[Answer, bool], Awaitable[None]]
@@ -121,18 +118,32 @@ class Embedded(NamedTuple):
 Item = Started | str | Outcome
 
 
+class Outlet(Protocol):
+    """Where the texts of an answer go without a task that wakes up for them."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether the client has yet to read what was sent before."""
+
+    def push(self, texts: list[str]) -> bool:
+        """Send texts now, unless the client is behind or gone; returns whether they were."""
+
+
 class Run:
-    """One request in progress. Whatever has gathered is taken together, so a slow client costs the NPU nothing.
+    """One request in progress. Texts that wait for their client become one, so a slow client costs the NPU nothing.
 
     Attributes:
         reader: Reader of its answer; set once its prompt is made.
         closing: Set once somebody has stopped it, such as a client that is gone.
+        outlet: Where texts go at once; None if a task has to take them.
     """
 
     def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
         self.reader: AnswerReader | None = None
         self.closing = asyncio.Event()
+        self.outlet: Outlet | None = None
         self._items: list[Item] = []
+        self._waited_for = self._late = False
         self._error: BaseException | None = None
         self._ended = False
         self._wake = asyncio.Event()
@@ -148,6 +159,16 @@ class Run:
         self._items.append(item)
         self._wake.set()
 
+    def put_texts(self, texts: list[str]) -> None:
+        """`put` for texts, one for each token."""
+        outlet = self.outlet
+        if outlet is not None:
+            if self._waited_for and not self._items and outlet.push(texts):
+                return
+            self._late = self._late or outlet.behind
+        self._items += texts
+        self._wake.set()
+
     def end(self, error: BaseException | None) -> None:
         """Called by the run: nothing follows, or an error."""
         if error is not None:
@@ -158,10 +179,18 @@ class Run:
         self._wake.set()
 
     async def take(self) -> list[Item]:
-        """All available items, at least one: a Started, texts, an Outcome; empty at the end. Raises the run's error."""
-        await self._wake.wait()
+        """All available items, at least one: a Started, texts, an Outcome; empty at the end. Raises the run's error.
+
+        There is a text for each token, or one for all if some have waited for the client.
+        """
+        self._waited_for = True
+        try:
+            await self._wake.wait()
+        finally:
+            self._waited_for = False
         self._wake.clear()
         items, self._items = self._items, []
+        items, self._late = _joined(items) if self._late else items, False
         if self._ended:
             self._wake.set()
             if not items and self._error is not None:
@@ -173,6 +202,15 @@ class Run:
         self.closing.set()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _joined(items: Sequence[Item]) -> list[Item]:
+    """The same with neighbouring texts in one."""
+    found: list[Item] = []
+    for is_text, several in groupby(items, lambda item: isinstance(item, str)):
+        group = list(several)
+        found += ["".join(cast("list[str]", group))] if is_text else group
+    return found
 
 
 class Service:
@@ -253,23 +291,33 @@ class Service:
         if not request.max_new_tokens:
             return self._at_its_limit(run, started, reader, prompt, model, queue_s)
         began, first = time.monotonic(), 0.0
+
+        def take(events: list[Event]) -> bool:
+            nonlocal first
+            if not first:
+                first = time.monotonic()
+                run.put(started)
+            texts: list[str] = []
+            try:
+                for event in events:
+                    if text := reader.feed(event):
+                        texts.append(text)
+                    if reader.done:
+                        return False
+            finally:
+                if texts:
+                    run.put_texts(texts)
+            return True
+
         try:
             request = await self.caches.prepare(model, request)
-            async with aclosing(self.caches.events(model, request, _GATHER_S)) as events:
-                async for event in events:
-                    if not first:
-                        first = time.monotonic()
-                        run.put(started)
-                    if text := reader.feed(event):
-                        run.put(text)
-                    if reader.done:
-                        break
+            await self.caches.deliver(model, request, take)
         except WorkerError as error:
             await self.host.lost(error)
             raise
         answer = reader.answer()
         self.host.succeeded()
-        reused = min(await in_thread(self.caches.finished, model, request, answer), answer.prompt_tokens)
+        reused = min(await self.caches.finished(model, request, answer), answer.prompt_tokens)
         now = time.monotonic()
         outcome = Outcome(answer, reused, queue_s, (first or now) - began, now - start, model.engine.info.emulated)
         self._report(wanted, outcome, ignored)

@@ -19,6 +19,19 @@ def works(options: Misbehaving, release: str = "1.2.3") -> None:
         assert [event.token_id for event in events[:-1]] == list(range(100, 110))
 
 
-async def collected(engine: Engine) -> list[Any]:
+async def delivered(engine: Engine, request: Request = REQUEST) -> list[Any]:
+    """All events of an answer, as the event loop hands them over."""
+    events: list[Any] = []
+
+    def take(more: list[Any]) -> bool:
+        assert more
+        events.extend(more)
+        return True
+
+    await engine.deliver(request, take)
+    return events
+
+
+async def collected(engine: Engine, request: Request = REQUEST) -> list[Any]:
     """All events of an answer, read by the event loop."""
-    return [event async for event in engine.agenerate(REQUEST)]
+    return [event async for event in engine.agenerate(request)]

@@ -15,7 +15,7 @@ import pytest
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.engine.engine import Engine
-from rkruntime.engine.generation import Finished, Request
+from rkruntime.engine.generation import Event, Finished, Request
 from rkruntime.errors import RKEdgeError, RunError
 from rkruntime.model import Model, open_model
 from rkruntime.text.template import Message
@@ -149,6 +149,25 @@ def test_a_thread_closes_what_an_event_loop_reads(load: Callable[..., Engine]) -
                 closing = closing or asyncio.ensure_future(asyncio.to_thread(engine.close))
         assert closing is not None
         await closing
+
+    assert outcome(lambda: asyncio.run(main())).startswith("RunError: The model ")
+    assert gone(engine)
+
+
+def test_a_thread_closes_what_an_event_loop_hands_over(load: Callable[..., Engine]) -> None:
+    engine = load()
+
+    async def main() -> None:
+        closing: list[asyncio.Future[None]] = []
+
+        def take(_: list[Event]) -> bool:
+            closing.append(asyncio.ensure_future(asyncio.to_thread(engine.close)))
+            return True
+
+        try:
+            await engine.deliver(REQUEST, take)
+        finally:
+            await asyncio.gather(*closing)
 
     assert outcome(lambda: asyncio.run(main())).startswith("RunError: The model ")
     assert gone(engine)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.runtime.engine.misbehaviour import delivered
 from tests.runtime.engine.one_question import ANSWER, Load, collect, newer, text_of
 
 from rkruntime.engine.engine import Engine, LoadOptions
@@ -175,6 +176,43 @@ def test_asyncio(load: Load, release: str, question: list[int], ids_of: Any, sto
         ticking.cancel()
 
     asyncio.run(go())
+
+
+def test_events_are_handed_over(load: Load, question: list[int], stops: frozenset[int]) -> None:
+    """Without a task: the same events, and a run ends with whoever takes no more of it."""
+    engine = load(environment={"RKEMU_TOKEN_US": "2000"})
+    request = Request(question, stop_tokens=stops)
+    whole = list(engine.generate(request))
+
+    async def go() -> None:
+        assert without_perf(await delivered(engine, request)) == without_perf(whole)
+        for wanted in (0, 1, 3):
+            taken: list[Any] = []
+
+            def few(events: list[Any], taken: list[Any] = taken, wanted: int = wanted) -> bool:
+                taken.extend(events)
+                return len(taken) < wanted
+
+            await engine.deliver(Request(question), few)
+            assert not engine.running
+            assert 0 < len(taken) < len(whole)
+        with pytest.raises(ZeroDivisionError):
+            await engine.deliver(Request(question), lambda events: 1 / 0 > 0)
+        assert not engine.running
+        task = asyncio.create_task(delivered(engine, Request(question)))
+        await asyncio.sleep(0.02)
+        with pytest.raises(RunError, match="in progress"):
+            await delivered(engine, request)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert without_perf(await delivered(engine, request)) == without_perf(whole)
+
+    asyncio.run(go())
+
+
+def without_perf(events: list[Any]) -> list[Any]:
+    return [replace(event, perf=None) if isinstance(event, Finished) else event for event in events]
 
 
 def test_asyncio_cancelled_twice(load: Load, question: list[int], ids_of: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.runtime.engine.misbehaviour import collected, delivered
 
 from rkruntime.engine.engine import Engine, LoadOptions
 from rkruntime.engine.generation import Finished, Request, Token
@@ -139,23 +140,20 @@ LIES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize(
-    ("lie", "loop"),
-    [(lie, False) for lie in LIES]
-    + [(lie, True) for lie in ("unknown kind", "4 GB", "tokens without end", "no JSON", "an error of no class")],
+    ("lie", "in_loop"),
+    [(lie, None) for lie in LIES]
+    + [(lie, collected) for lie in ("unknown kind", "4 GB", "tokens without end", "no JSON", "an error of no class")]
+    + [(lie, delivered) for lie in LIES],
 )
-def test_a_lie_ends_the_worker(fake: Fake, lie: str, loop: bool) -> None:
+def test_a_lie_ends_the_worker(fake: Fake, lie: str, in_loop: Any) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with fake([HONEST[0], *LIES[lie], *HONEST], HONEST) as engine:
         with pytest.raises(WorkerProtocolError, match="The worker sent"):
-            asyncio.run(collect(engine)) if loop else list(engine.generate(REQUEST))
+            asyncio.run(in_loop(engine)) if in_loop else list(engine.generate(REQUEST))
         assert not engine.alive
         with pytest.raises(WorkerProtocolError, match="The worker is gone"):
             list(engine.generate(REQUEST))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
-
-
-async def collect(engine: Engine) -> list[Any]:
-    return [event async for event in engine.agenerate(REQUEST)]
 
 
 @pytest.mark.parametrize(
@@ -193,14 +191,19 @@ def test_late_records_are_dropped(fake: Fake) -> None:
             assert list(engine.generate(REQUEST))[:-1] == SAID
         list(engine.generate(REQUEST))
         assert engine.cache_sizes() == [5]
-        assert asyncio.run(collect(engine))[:-1] == SAID
+        assert asyncio.run(collected(engine))[:-1] == SAID
+    with fake(late, late, HONEST) as engine:
+        for _ in range(3):
+            assert asyncio.run(delivered(engine))[:-1] == SAID
 
 
 def test_late_records_are_no_sign_of_life(fake: Fake) -> None:
     with fake(["repeat", record(TOKEN, b"late", run=1)]) as engine, pytest.raises(WorkerHungError):
         list(engine.generate(REQUEST))
     with fake(["repeat", record(TOKEN, b"late", run=1)]) as engine, pytest.raises(WorkerHungError):
-        asyncio.run(collect(engine))
+        asyncio.run(collected(engine))
+    with fake(["repeat", record(TOKEN, b"late", run=1)]) as engine, pytest.raises(WorkerHungError):
+        asyncio.run(delivered(engine))
 
 
 def test_questions_are_no_sign_of_life(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,17 +222,12 @@ def test_an_end_that_is_broken_does_not_leak(fake: Fake) -> None:
             list(engine.generate(REQUEST))
 
 
-@pytest.mark.parametrize("loop", [False, True])
-def test_a_child_that_goes_on_when_the_worker_is_gone(fake: Fake, loop: bool) -> None:
+@pytest.mark.parametrize("loop", [None, collected, delivered])
+def test_a_child_that_goes_on_when_the_worker_is_gone(fake: Fake, loop: Any) -> None:
     request = Request([1])  # any number of tokens
-
-    async def go(engine: Engine) -> None:
-        async for _ in engine.agenerate(request):
-            pass
-
     script = ["fork", record(TOKEN, b"a", value=7)]
     with fake(script, loaded=ENDLESS) as engine, pytest.raises(WorkerCrashedError, match="exit code 3"):
-        asyncio.run(go(engine)) if loop else list(engine.generate(request))
+        asyncio.run(loop(engine, request)) if loop else list(engine.generate(request))
 
 
 @pytest.mark.parametrize("loop", [False, True])
@@ -321,7 +319,7 @@ MUTATED = st.builds(mutated, st.just(HONEST), st.integers(0, 300), st.integers(0
 def told(engine: Engine, loop: bool) -> list[Any]:
     began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        return asyncio.run(collect(engine)) if loop else list(engine.generate(REQUEST))
+        return asyncio.run(collected(engine)) if loop else list(engine.generate(REQUEST))
     except RKEdgeError as error:
         assert isinstance(error, (RunError, WorkerError, LibraryError)) or type(error).__name__ in {
             "UsageError",

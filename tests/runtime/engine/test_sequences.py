@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from tests.runtime.engine.misbehaviour import collected, delivered
 
 from rkruntime.engine.engine import Engine, LoadOptions, Lora
 from rkruntime.engine.generation import EmbeddingPrompt, Event, Finished, Request, TextPrompt, Token
@@ -97,13 +98,10 @@ def machine(options: Callable[..., LoadOptions], release: str) -> type[RuleBased
                 with suppress(RKEdgeError):
                     events.close()
 
-        @rule(request=REQUESTS, seconds=st.sampled_from([0, 0.001, 0.01]))
-        def in_a_loop(self, request: Request, seconds: float) -> None:
+        @rule(request=REQUESTS, seconds=st.sampled_from([0, 0.001, 0.01]), way=st.sampled_from([collected, delivered]))
+        def in_a_loop(self, request: Request, seconds: float, way: Any) -> None:
             async def run(engine: Engine) -> None:
-                async def collect() -> list[Event]:
-                    return [event async for event in engine.agenerate(request)]
-
-                task = asyncio.create_task(collect())
+                task = asyncio.create_task(way(engine, request))
                 await asyncio.sleep(seconds)
                 task.cancel()
                 with suppress(asyncio.CancelledError, RKEdgeError):

@@ -23,7 +23,7 @@ _AT_ONCE = 4
 
 
 class Echo(FakeEngine):
-    async def agenerate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[Event, None]:
+    async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
         *_, question, _, begun = bytes(min(token, 255) for token in request.tokens).split(b"\xff")
         said = question.removeprefix(b"user\n")
         rest = said[len(begun.removeprefix(b"model\n")) :]

@@ -60,6 +60,22 @@ def test_chat_streams(client: openai.OpenAI) -> None:
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
 
 
+@pytest.mark.parametrize("us", ["0", "500", "5000"])
+def test_each_token_is_an_event(start_daemon: Callable[..., Any], us: str) -> None:
+    """At whatever pace they come, as long as the client reads them."""
+    daemon = start_daemon(RKEMU_TOKEN_US=us)
+    body = {"messages": [{"role": "user", "content": FIRST}], "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    _, _, text = daemon.request("POST", "/v1/chat/completions", body)
+    events = [
+        json.loads(line.removeprefix("data: ")) for line in text.decode().splitlines() if line.startswith("data: {")
+    ]
+    texts = [choice["delta"]["content"] for event in events for choice in event["choices"] if choice["delta"]]
+    assert "".join(texts) == QA[FIRST]
+    # The first one has the role. All of this answer's tokens have a text.
+    assert len(texts[1:]) == events[-1]["usage"]["completion_tokens"]
+
+
 def test_system_and_developer_messages(client: openai.OpenAI) -> None:
     for role in ("system", "developer"):
         messages: Any = [{"role": role, "content": [{"type": "text", "text": "Be brief."}]}, *user(FIRST)]

@@ -79,7 +79,7 @@ def one_run(
     model, given, kept = fake_model(script), list[Event](), list[tuple[Answer, bool]]()
     engine: Any = model.engine
 
-    async def agenerate(request: Request, gather: float) -> AsyncGenerator[Event, None]:
+    async def agenerate(request: Request) -> AsyncGenerator[Event, None]:
         try:
             for event in engine.generate(request):
                 await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from rkconvert.demo import questions
 from rkruntime.engine.generation import Finished, FinishReason, Request, Token
 from rkruntime.errors import RunError, WorkerCrashedError
 from rkruntime.serve.prompt_cache import PromptCaches
+from rkruntime.testing import FakeEngine
 
 QA = {row.question: row.answer for row in list(questions())[:8]}
 SETTINGS = "prompt_cache: {{folder: {folder}, max_mb: 50, min_tokens: 4}}"
@@ -117,16 +119,17 @@ def test_embeddings_between_the_turns_of_a_chat(start_daemon: Callable[..., Any]
     assert daemon.metric("rkedge_prefill_saved_tokens_total") == sum(reused)
 
 
-class _Engine:
+class _Engine(FakeEngine):
     """Answers with 10, 11, 12, ... behind a prompt of 3 tokens, up to 15; fails behind so many if it has a file."""
 
-    info = SimpleNamespace(release="1.2.3", max_context=64)
+    info: Any = SimpleNamespace(release="1.2.3", max_context=64)
 
     def __init__(self, fails_behind: int, always: bool = False) -> None:
+        super().__init__([])
         self.fails_behind, self.always = fails_behind, always
         self.runs: list[Request] = []
 
-    async def agenerate(self, request: Request, gather: float) -> AsyncGenerator[Any, None]:
+    async def agenerate(self, request: Request) -> AsyncGenerator[Any, None]:
         self.runs.append(request)
         said = len(request.tokens) - 3
         limit = request.max_new_tokens if request.max_new_tokens > 0 else 100
@@ -143,10 +146,14 @@ class _Engine:
 def _run(engine: _Engine, request: Request) -> Sequence[Any]:
     model: Any = SimpleNamespace(engine=engine)
 
-    async def all_events() -> list[Any]:
-        return [event async for event in PromptCaches(Path("/nowhere"), 50, 4).events(model, request, 0)]
+    events: list[Any] = []
+    asyncio.run(PromptCaches(Path("/nowhere"), 50, 4).deliver(model, request, partial(_noted, events)))
+    return events
 
-    return asyncio.run(all_events())
+
+def _noted(events: list[Any], more: list[Any]) -> bool:
+    events += more
+    return True
 
 
 @pytest.mark.parametrize("fails_behind", range(8))
@@ -183,7 +190,7 @@ class _CrashesWithFiles(_Engine):
 
     def release_prompt_cache(self) -> None: ...
 
-    async def agenerate(self, request: Request, gather: float) -> AsyncGenerator[Any, None]:
+    async def agenerate(self, request: Request) -> AsyncGenerator[Any, None]:
         self.runs.append(request)
         yield Token(10)
         if request.save_prompt_cache and not self.in_load:
@@ -207,8 +214,10 @@ def test_files_that_crash_the_runtime_are_tried_once_for_a_model(
     async def ask() -> bool:
         """Whether the answer came."""
         request = await caches.prepare(model, Request([*tokens, 99]))
+        events: list[Any] = []
         try:
-            return isinstance([event async for event in caches.events(model, request, 0)][-1], Finished)
+            await caches.deliver(model, request, partial(_noted, events))
+            return isinstance(events[-1], Finished)
         except WorkerCrashedError:
             return False
 

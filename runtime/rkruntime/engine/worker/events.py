@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, Limiting, WorkerProcess
-from rkruntime.engine.worker.protocol import Record
+from rkruntime.engine.worker.protocol import TOKENIZE, Record
 from rkruntime.errors import WorkerError
 
+E = TypeVar("E")
 _TICK: Final = 0.5
 
 
@@ -21,7 +22,6 @@ class AsyncRecords:
     Args:
         turn: Held while records are read, and never across an await.
         answered: Handles the library's questions (see protocol.TOKENIZE); returns whether a record was one.
-        gather: Seconds after a read during which further records do not wake the loop; they are then read together.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class AsyncRecords:
         worker: WorkerProcess,
         turn: Callable[[], AbstractContextManager[None]],
         answered: Callable[[Record], bool],
-        gather: float = 0.0,
     ) -> None:
-        self._worker, self._turn, self._answered, self._gather = worker, turn, answered, gather
+        self._worker, self._turn, self._answered = worker, turn, answered
         self._loop = asyncio.get_running_loop()
         # The numbers as they are now: another thread may close the pipes.
         self._records_fd, self._log_fd = worker.records_fd, worker.log_fd
         self._waiter: asyncio.Future[None] | None = None
         self._failed: WorkerError | None = None
         self._received = 0
+        self._check: Callable[[], float] = self._wake
         self._timer = self._loop.call_later(_TICK, self._tick)
         self._log_timer: asyncio.TimerHandle | None = None
         if worker.log_open:
@@ -46,7 +46,7 @@ class AsyncRecords:
     def _waiting(self) -> Record | None:
         """The next record, if it has arrived."""
         record = self._worker.buffered()
-        while record is not None and self._answered(record):
+        while record is not None and record.kind >= TOKENIZE and self._answered(record):
             record = self._worker.buffered()
         return record
 
@@ -66,13 +66,82 @@ class AsyncRecords:
                 raise self._worker.hung(timeout)
             if self._received >= SMALL_READ:  # there is more, but others get their turn first
                 await asyncio.sleep(0)
-            elif self._received and self._gather:
-                await asyncio.sleep(self._gather)
             else:
                 await self._readable(deadline)
             with self._turn():
                 if wanted():
                     self._look(self._receive)
+
+    async def each(
+        self,
+        timeout: float,
+        wanted: Callable[[], bool],
+        limiting: Limiting,
+        event_of: Callable[[Record], E],
+        take: Callable[[list[E]], bool],
+    ) -> None:
+        """Call `take` with the events of each read, until it wants no more, or `wanted` says that none are.
+
+        It is called by the loop itself, as soon as they are there: each turn of the loop more, as a task needs to wake
+        up, would cost a token as much CPU time again. `event_of` is called in turn. Errors are those of both and of
+        WorkerProcess.next_record.
+        """
+        ended: asyncio.Future[None] = self._loop.create_future()
+        limit, deadline = timeout, time.monotonic() + timeout
+
+        def look() -> None:
+            nonlocal limit, deadline
+            if ended.done():
+                return
+            try:
+                more = self._hand_over(wanted, event_of, take)
+                if more:
+                    limit, deadline = timeout, time.monotonic() + timeout
+                elif more is not None:
+                    ended.set_result(None)
+            except Exception as error:  # the task that waits raises it
+                ended.set_exception(error)
+
+        def check() -> float:
+            nonlocal limit, deadline
+            look()
+            limit, deadline = limiting(limit, deadline)
+            left = deadline - time.monotonic()
+            if left < 0 and not ended.done():
+                ended.set_exception(self._worker.hung(limit))
+            return max(0.0, min(left, _TICK))
+
+        self._watch(self._records_fd, look)
+        self._check = check
+        self._timer.cancel()
+        self._tick()  # there may be something that somebody else has read
+        try:
+            await ended
+        finally:
+            self._check = self._wake
+            self._unwatch(self._records_fd)
+
+    def _hand_over(
+        self, wanted: Callable[[], bool], event_of: Callable[[Record], E], take: Callable[[list[E]], bool]
+    ) -> bool | None:
+        """Read once, and give `take` what is complete; whether there is to be more, None if nothing has come."""
+        events: list[E] = []
+        try:
+            with self._turn():
+                if not wanted():
+                    return False
+                self._look(self._receive)
+                record = self._waiting()
+                while record is not None:
+                    events.append(event_of(record))
+                    record = self._waiting() if wanted() else None
+            if self._failed is not None:
+                raise self._failed
+        except Exception:
+            if events and not take(events):
+                return False
+            raise
+        return take(events) if events else None
 
     async def _readable(self, deadline: float) -> None:
         """Wait until there may be something to read. The descriptor is watched only here: each event costs CPU."""
@@ -86,7 +155,7 @@ class AsyncRecords:
             alarm.cancel()
             self._unwatch(self._records_fd)
 
-    def _watch(self, fd: int, callback: Callable[[], None]) -> None:
+    def _watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Watch a descriptor; a loop has one watcher for each, and the last one counts."""
         self._worker.watchers[self._loop, fd] = self
         self._loop.add_reader(fd, callback)
@@ -96,17 +165,18 @@ class AsyncRecords:
             del self._worker.watchers[self._loop, fd]
             self._loop.remove_reader(fd)
 
-    def _wake(self) -> None:
+    def _wake(self) -> float:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        return _TICK
 
     def _receive(self) -> None:
         self._received = self._worker.receive()
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(_TICK, self._tick)
         self._look(self._worker.check_alive)
-        self._wake()  # somebody else may have read what was waited for
+        # Somebody else may have read what was waited for.
+        self._timer = self._loop.call_later(self._check(), self._tick)
 
     def _look(self, work: Callable[[], Any]) -> None:
         try:

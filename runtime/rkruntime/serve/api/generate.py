@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from rkruntime.engine.generation import PER_REQUEST
 from rkruntime.errors import BodyError
 from rkruntime.model import Model
-from rkruntime.serve.api.http import while_connected
+from rkruntime.serve.api.http import Stream, while_connected
 from rkruntime.serve.api.turns import alternating
-from rkruntime.serve.connections import Held
+from rkruntime.serve.connections import CONNECTION, Connection, Held
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
 from rkruntime.serve.service import (
@@ -29,7 +30,7 @@ from rkruntime.serve.service import (
     Started,
     stopped,
 )
-from rkruntime.serve.threads import in_thread
+from rkruntime.serve.threads import LARGE, in_thread
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
@@ -131,7 +132,11 @@ class WholeChat:
         """Keep the ids of a complete answer, for when the client sends it back as text. See GenerationRequest."""
         if whole and self._memory:
             # The memory of the model that answered: there may be another by now.
-            await in_thread(self._memory.remember, self._user, self._messages, answer.text, answer.tokens)
+            what = self._user, self._messages, answer.text, answer.tokens
+            if sum(len(message.content) for message in self._messages) < LARGE:
+                self._memory.remember(*what)
+            else:
+                await in_thread(self._memory.remember, *what)
 
 
 def text_prompt(text: str) -> Callable[[Model], Prompt]:
@@ -181,11 +186,12 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
     async def last() -> Outcome:
         outcome = None
         async for batch in items(started):
-            _, outcome = split(batch)
-        if outcome is None:
+            outcome = batch[-1] if batch else None
+        if not isinstance(outcome, Outcome):
             raise stopped()
         return outcome
 
+    started.run.outlet = _Nowhere()
     try:
         return await while_connected(request, last())
     finally:
@@ -222,7 +228,69 @@ def refuse_tools(body: Mapping[str, Any], request: Request) -> None:
             raise BodyError(f"{name}: this model cannot call tools.", hint="Leave them out.", details={"param": name})
 
 
-def split(batch: Sequence[Item]) -> tuple[str, Outcome | None]:
-    """The text of a batch as one string, and the outcome if it has arrived."""
-    last = batch[-1] if batch and isinstance(batch[-1], Outcome) else None
-    return "".join(item for item in batch if isinstance(item, str)), last
+class _Nowhere:
+    """The outlet of an answer that is sent whole: its outcome has the text."""
+
+    behind = False
+
+    def push(self, _: list[str]) -> bool:
+        return True
+
+
+class _ToConnection:
+    """The outlet of a stream."""
+
+    def __init__(self, connection: Connection, event: Callable[[str], bytes]) -> None:
+        self._connection, self._event = connection, event
+
+    @property
+    def behind(self) -> bool:
+        return self._connection.behind
+
+    def push(self, texts: list[str]) -> bool:
+        return self._connection.push(b"".join(map(self._event, texts)))
+
+
+class AnswerStream(Stream):
+    """An answer as it comes: an event for each token, or one for all that came while the client did not read.
+
+    Args:
+        opening: What is sent before the answer's text.
+        event: Encodes a text.
+        end: Encodes the end.
+        failed, close: See Stream.
+    """
+
+    def __init__(
+        self,
+        started: StartedRun,
+        media_type: str,
+        event: Callable[[str], bytes],
+        end: Callable[[Outcome], bytes],
+        *,
+        opening: bytes = b"",
+        failed: Callable[[Exception], bytes],
+        close: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(self._parts(opening), media_type, started.headers, failed=failed, close=close)
+        self._started, self._event, self._end = started, event, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. Past the opening, texts go to the connection as they come."""
+        connection: Connection | None = scope["state"].get(CONNECTION)
+        if connection:
+            self._started.run.outlet = _ToConnection(connection, self._event)
+        await super().__call__(scope, receive, send)
+
+    async def _parts(self, opening: bytes) -> AsyncGenerator[bytes, None]:
+        if opening:
+            yield opening
+        async for batch in items(self._started):
+            if batch:
+                yield b"".join(map(self._encoded, batch))
+
+    def _encoded(self, item: Item) -> bytes:
+        if isinstance(item, Outcome):
+            return self._end(item)
+        assert isinstance(item, str)
+        return self._event(item)

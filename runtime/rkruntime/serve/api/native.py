@@ -21,12 +21,11 @@ from starlette.routing import Route
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError, UsageError
 from rkruntime.model import Model
 from rkruntime.serve.api.generate import (
+    AnswerStream,
     StartedRun,
     client_of,
     dropping_notes,
     generation_request,
-    items,
-    split,
     started_run,
     stops,
 )
@@ -361,32 +360,30 @@ class SessionEndpoints:
         except BaseException:  # A client that leaves cancels this; the session must not keep its run.
             await close()
             raise
-        lines = _lines(started, received, request.scope["rkedge.ignored"].names)
-        return Stream(lines, "application/x-ndjson", started.headers, failed=_failed, close=close)
+        opening = _opening(started, received, request.scope["rkedge.ignored"].names)
+        return AnswerStream(started, "application/x-ndjson", _text, _done, opening=opening, failed=_failed, close=close)
 
 
 def _failed(error: Exception) -> bytes:
     return _line("error", **error_body(error, "openai"))
 
 
-async def _lines(started: StartedRun, received: int, ignored: list[str]) -> AsyncGenerator[bytes, None]:
-    """The events of an answer, without what the client already has."""
+def _text(text: str) -> bytes:
+    return _line("text", text=text)
+
+
+def _opening(started: StartedRun, received: int, ignored: list[str]) -> bytes:
+    """What is sent before the answer, with what an earlier run gave of it, but not what the client already has."""
     info = started.start.model.engine.info
-    yield _line(
+    begin = _line(
         "begin",
         notes=started.start.notes,
         ignored=ignored,
         emulated=info.emulated,
         max_context=info.max_context,
     )
-    if late := started.start.text[received:]:
-        yield _line("text", text=late)
-    async for batch in items(started):
-        text, outcome = split(batch)
-        if text:
-            yield _line("text", text=text)
-        if outcome:
-            yield _done(outcome)
+    late = started.start.text[received:]
+    return begin + (_text(late) if late else b"")
 
 
 def _done(outcome: Outcome) -> bytes:

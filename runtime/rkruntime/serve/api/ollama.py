@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from rkruntime.bundle.manifest import MANIFEST, Manifest, open_bundle
 from rkruntime.errors import UsageError
 from rkruntime.model import Model
 from rkruntime.serve.api.generate import (
+    AnswerStream,
     StartedRun,
     WholeChat,
     client_of,
@@ -28,16 +29,13 @@ from rkruntime.serve.api.generate import (
     embedded_headers,
     emulated_header,
     generation_request,
-    items,
     numbers,
     refuse_tools,
-    split,
     started_run,
     text_prompt,
 )
 from rkruntime.serve.api.http import (
     BodyReader,
-    Stream,
     error_body,
     json_response,
     refuse_together,
@@ -95,14 +93,16 @@ def _line(model: Model, shape: Shape, text: str) -> dict[str, Any]:
     return {"model": model.bundle.manifest.name, "created_at": _time(), **shape(text), "done": False}
 
 
-async def _lines(started: StartedRun, shape: Shape) -> AsyncGenerator[bytes, None]:
+def _stream(started: StartedRun, shape: Shape) -> AnswerStream:
     model = started.start.model
-    async for batch in items(started):
-        text, outcome = split(batch)
-        if text:
-            yield (_encode(_line(model, shape, text)) + "\n").encode("utf-8", "replace")
-        if outcome:
-            yield (_encode({**_line(model, shape, ""), **_figures(outcome)}) + "\n").encode()
+
+    def event(text: str) -> bytes:
+        return (_encode(_line(model, shape, text)) + "\n").encode("utf-8", "replace")
+
+    def end(outcome: Outcome) -> bytes:
+        return (_encode({**_line(model, shape, ""), **_figures(outcome)}) + "\n").encode()
+
+    return AnswerStream(started, "application/x-ndjson", event, end, failed=_failed, close=started.run.close)
 
 
 def _details(manifest: Manifest) -> dict[str, Any]:
@@ -239,8 +239,7 @@ class OllamaEndpoints:
         wanted = generation_request(request, prompt, options, int(limit) if limit > 0 else None, save)
         started = await started_run(request, self._service.start(wanted))
         if body.get("stream", True):
-            lines = _lines(started, shape)
-            return Stream(lines, "application/x-ndjson", started.headers, failed=_failed, close=started.run.close)
+            return _stream(started, shape)
         outcome = await collect(request, started)
         text = outcome.answer.text
         return await with_data(

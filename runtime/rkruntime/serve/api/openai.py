@@ -6,7 +6,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -15,23 +15,21 @@ from starlette.routing import Route
 
 from rkruntime.errors import BodyError
 from rkruntime.serve.api.generate import (
+    AnswerStream,
     StartedRun,
     WholeChat,
     collect,
     embedded,
     emulated_header,
     generation_request,
-    items,
     numbers,
     refuse_tools,
-    split,
     started_run,
     text_of,
     text_prompt,
 )
 from rkruntime.serve.api.http import (
     BodyReader,
-    Stream,
     error_body,
     json_response,
     refuse_together,
@@ -82,7 +80,7 @@ class _Chunks:
         notes = started.start.notes
         self._notes = {"rkedge": {"notes": notes}} if notes else {}
         before, after = _encode(self._with([self._choice("\0", None)])).split('"\\u0000"')
-        self._before, self._after = f"data: {before}", f"{after}\n\n"
+        self._before, self._after = f"data: {before}".encode("utf-8", "replace"), f"{after}\n\n".encode()
 
     def _with(self, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
         return {**self._head, "choices": choices, **more}
@@ -93,17 +91,18 @@ class _Chunks:
         content = {} if text is None else {"content": text}
         return {"index": 0, "delta": {**delta, **content}, "logprobs": None, "finish_reason": reason}
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        if self._chat:
-            yield _event(_encode(self._with([self._choice("", None, role="assistant")], **self._notes)))
-        async for batch in items(self._started):
-            text, outcome = split(batch)
-            if text:
-                yield f"{self._before}{_encode(text)}{self._after}".encode("utf-8", "replace")
-            if outcome:
-                yield self._end(outcome)
+    def opening(self) -> bytes:
+        """What comes before the text."""
+        if not self._chat:
+            return b""
+        return _event(_encode(self._with([self._choice("", None, role="assistant")], **self._notes)))
 
-    def _end(self, outcome: Outcome) -> bytes:
+    def event(self, text: str) -> bytes:
+        """A part of the text."""
+        return self._before + _encode(text).encode("utf-8", "replace") + self._after
+
+    def end(self, outcome: Outcome) -> bytes:
+        """Why it ended, and what it took."""
         last = _event(_encode(self._with([self._choice(None, outcome.answer.reason.value)])))
         usage = _event(_encode(self._with([], usage=_usage(outcome)))) if self._with_usage else b""
         return last + usage + _DONE
@@ -167,8 +166,14 @@ class OpenAIEndpoints:
         if not body.get("stream") and "stream_options" in body:
             request.scope["rkedge.ignored"].add("stream_options")
         if body.get("stream"):
-            return Stream(
-                chunks.events(), "text/event-stream", started.headers, failed=_failed, close=started.run.close
+            return AnswerStream(
+                started,
+                "text/event-stream",
+                chunks.event,
+                chunks.end,
+                opening=chunks.opening(),
+                failed=_failed,
+                close=started.run.close,
             )
         return await self._whole(chunks, await collect(request, started), started.headers)
 
