@@ -445,6 +445,7 @@ def test_a_request_that_is_none_changes_nothing(chip: Chip, line: bytes) -> None
     assert chip.seen == []
 
 
+@pytest.mark.long
 def test_a_request_that_is_never_sent_does_not_hold_anything(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen(
         own_command("clocks", "--keep", "--root", str(chip.root)), stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -346,6 +346,7 @@ def test_cuts_at_random_moments(board: Loopback, bundle: Path, seed: int) -> Non
     check_whole(board)
 
 
+@pytest.mark.long
 def test_a_board_that_restarts_in_a_probe_each_time_is_not_asked_again(
     board: Loopback, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -325,6 +325,7 @@ def test_room_for_the_report_is_held_while_the_toolkit_works(
     assert seen == [("toolkit", True), ("report", False)]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_after_hours_of_work(
     options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_one_setup_at_a_time_and_a_failed_one_keeps_the_old(wheel: Callable[...,
     assert os.listdir(environments_folder()) == [folder.name]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_index")
 def test_what_a_killed_setup_started_keeps_others_out(wheel: Callable[..., Path], tmp_path: Path) -> None:
     path, slow, go = wheel(), tmp_path / "python", tmp_path / "go"

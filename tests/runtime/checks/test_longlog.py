@@ -120,7 +120,19 @@ def test_a_failure_across_a_border_is_found(before: int, narrow: None) -> None:
             assert "invalid rkllm model" in " ".join(read(data.encode()).text.split()), (start, filler)
 
 
-@pytest.mark.parametrize("filler", ["x y z ", "x", "\x1b[31m", "\0", "\\n", "{same}", "(" * 50, "E rkllm: failed "])
+@pytest.mark.parametrize(
+    "filler",
+    [
+        "x y z ",
+        "x",
+        "\x1b[31m",
+        "\0",
+        "\\n",
+        "{same}",
+        "(" * 50,
+        pytest.param("E rkllm: failed ", marks=pytest.mark.long),
+    ],
+)
 def test_a_line_without_end(filler: str) -> None:
     data = filler.encode() * (6_000_000 // len(filler))
     found = read(data + f" {LINE} ".encode() + data)

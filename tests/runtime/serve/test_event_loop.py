@@ -167,6 +167,7 @@ def treacherous(bundles: dict[str, Path], tmp_path: Path) -> Path:
     return with_file(open_bundle(folder), "chat_template.jinja", TREACHEROUS).path
 
 
+@pytest.mark.long
 def test_a_template_without_end(start_daemon: Callable[..., Any], treacherous: Path) -> None:
     daemon = start_daemon("limits: {request_s: 15}", bundle=treacherous, port=False)
     honest = daemon.ask("What is the RK3588?")

@@ -355,6 +355,7 @@ STREAM = """
 """
 
 
+@pytest.mark.long
 def test_what_arrives_in_pieces_ends_as_what_arrives_at_once(page: Page) -> None:
     pieces = [
         "a ",
