@@ -6,14 +6,12 @@ an aim.
 
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import tests.bench
 from tests.bench import _page
 from tests.bench._report import RESULT_VARIABLE
 
@@ -27,7 +25,7 @@ def _run(name: str, result: Path) -> tuple[dict[str, Any] | None, bool]:
 
 
 def main() -> int:
-    known = [module.name for module in pkgutil.iter_modules(tests.bench.__path__) if not module.name.startswith("_")]
+    known = _page.benchmarks()
     names = sys.argv[1:] or known
     if unknown := set(names) - set(known):
         sys.exit(f"no benchmark named {', '.join(sorted(unknown))}; there are: {', '.join(known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,19 @@ def _replace(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
+def benchmarks() -> list[str]:
+    """The names of all benchmarks."""
+    return [one.name for one in pkgutil.iter_modules([str(Path(__file__).parent)]) if not one.name.startswith("_")]
+
+
 def page(found: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     """The lines of the page."""
     yield f"# How fast is it, and compared to what?\n\n{_NOTE}\n{_INTRODUCTION}"
     outcomes = [row["outcome"] for one in found.values() for row in one["rows"]]
     met, missed, absent = (outcomes.count(outcome) for outcome in (MET, MISSED, NOT_MEASURED))
     yield f"Of {met + missed + absent} aims, {met} were met, {missed} missed and {absent} not measured."
+    if without := [name for name in benchmarks() if name not in found]:
+        yield f"\nThese have not been run to their end yet: {', '.join(without)}."
     for name, one in found.items():
         yield from _section(name, one)
 
