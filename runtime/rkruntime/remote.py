@@ -32,8 +32,10 @@ def ssh_command(destination: str, *remote: str) -> list[str]:
     """The command that runs `remote` there. ssh joins its words with spaces, and the shell there reads them.
 
     Raises:
-        UsageError: The variable with the user's ssh command cannot be read.
+        UsageError: The destination is empty, or the variable with the user's ssh command cannot be read.
     """
+    if not destination:  # a variable of a script that was not set
+        raise UsageError("The board has an empty name.", hint="Name it as for ssh: user@board")
     return [*(words_of(SSH_VARIABLE) or _SSH), "--", destination, *remote]
 
 

@@ -108,7 +108,7 @@ class Keeper:
                 with suppress(HostError):  # the first error says more
                     self._restore()
                 raise
-            except BaseException:
+            except BaseException:  # a signal too: whatever ends the keeper, the clocks go back
                 self._restore()
                 raise
             held.left = self._restore()

@@ -104,8 +104,6 @@ def run(
         raise UsageError("--root is a file tree of this machine: no board, --fix or --sudo goes with it.")
     if yes and not fix:
         raise UsageError("--yes agrees to repairs, but without --fix there are none.", hint="Add --fix.")
-    if destination == "":
-        raise UsageError("The board has an empty name.", hint="Name it as for ssh: user@board")
     practice = _Practice(destination, root, bundle, sudo)
     board, findings = practice.look()
     if fix:

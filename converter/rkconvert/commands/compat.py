@@ -242,7 +242,7 @@ def run(
     With --board, MODEL is also a bundle or a folder of bundles: each is copied there, loaded, asked and removed again,
     and its result becomes a file that --results reads. A checkpoint is converted to each --dtype first.
     """
-    if on_board.board:
+    if on_board.board is not None:
         raise click.exceptions.Exit(_try(on_board, model, revision, wanted, as_json=as_json, quiet=quiet))
     if given := on_board.given():
         raise UsageError(f"{', '.join(given)}: only --board does that.", hint="Add --board user@board.")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from rkruntime import cli
 from rkruntime.cli.flags import json_option
-from rkruntime.errors import LoadError, RKEdgeError
+from rkruntime.errors import LoadError, RKEdgeError, UsageError
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
@@ -203,3 +204,15 @@ def test_a_command_alone_shows_its_help_in_lines(words: list[str], capfd: pytest
     assert "\\n" not in "".join(lines)
     assert lines[0].startswith("Usage: ")
     assert "Commands:" in lines
+
+
+@pytest.mark.parametrize("command", ["doctor", "status", "logs", "rollback --yes", "undeploy --yes"])
+def test_a_board_with_an_empty_name_is_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable of a script that was not set."""
+    assert cli.main([*command.split(), ""]) == UsageError.exit_code
+    assert "The board has an empty name" in capsys.readouterr().err
+
+
+def test_compat_does_not_take_an_empty_board_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compat", str(tmp_path), "--board", "", "-o", str(tmp_path / "results")]) != 0
+    assert capsys.readouterr().out == ""

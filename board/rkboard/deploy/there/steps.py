@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _AFTER = {
 }
 
 
-class Step:
+class Step(ABC):
     """One change.
 
     Args:
@@ -34,17 +35,17 @@ class Step:
         self.ground, self.given = ground, given
         self.store, self.service = Store(ground), Service(ground)
 
+    @abstractmethod
     def check(self) -> bool:
         """Whether it is so already."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, say: Say) -> None:
         """Make it so. May be cut at any moment, and done again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def undo(self) -> str:
         """Take it back; returns what was left as it is, and why."""
-        raise NotImplementedError
 
     def remember(self, **more: Any) -> None:
         """Write down that it was begun, before anything is changed."""
