@@ -49,7 +49,7 @@ def answering(
         library=emulator.build(release), model=bundle.model, max_context=bundle.manifest.max_context, sampling=GREEDY
     )
     with Engine.load(options) as engine:
-        yield request.param, engine, Tokenizer.load(bundle.tokenizer)
+        yield request.param, engine, Tokenizer.parse(bundle.tokenizer.read_bytes(), bundle.tokenizer)
 
 
 def prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
@@ -82,7 +82,7 @@ def test_logits_are_those_of_transformers_at_each_step_of_each_answer(bundles: d
         checkpoint(), dtype=torch.float32, attn_implementation="eager"
     )
     bundle = bundles["base"]
-    tokenizer = Tokenizer.load(bundle.tokenizer)
+    tokenizer = Tokenizer.parse(bundle.tokenizer.read_bytes(), bundle.tokenizer)
     longest = 0
     with Engine.load(LoadOptions(library=emulator.build(release), model=bundle.model, max_context=512)) as engine:
         for question in questions():
@@ -112,7 +112,7 @@ def test_a_conversation_that_fills_the_context(bundles: dict[str, Bundle]) -> No
     )
     bundle = bundles["base"]
     assert bundle.manifest.max_context == model.config.max_position_embeddings == 4096
-    tokenizer = Tokenizer.load(bundle.tokenizer)
+    tokenizer = Tokenizer.parse(bundle.tokenizer.read_bytes(), bundle.tokenizer)
     messages: list[Message] = []
     asked: list[int] = []
     for question in questions() * 4:

@@ -18,7 +18,7 @@ from rkruntime.schema import check_value
 from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, astream_answer, stream_answer
 from rkruntime.text.conversation import Conversation
-from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.prompt_process import PromptProcess, open_beside
 from rkruntime.text.template import Message
 
 if TYPE_CHECKING:
@@ -219,12 +219,11 @@ def open_model(
     options, sampling = options or RuntimeOptions(), sampling or SamplingOptions()
     given = {"load_timeout": load_timeout, "token_timeout": token_timeout}
     timeouts = {name: seconds for name, seconds in given.items() if seconds is not None}
-    prompts = PromptProcess(bundle, stop=stop)
-    try:
-        engine = load_engine(bundle, options, sampling, finding or _ignore, progress, stop, **timeouts)
-    except BaseException:  # The prompts' process must end with it, even after Ctrl-C.
-        prompts.close()
-        raise
+
+    def load(ending: Stop) -> Engine:
+        return load_engine(bundle, options, sampling, finding or _ignore, progress, ending, **timeouts)
+
+    prompts, engine = open_beside(bundle, load, stop)
     return Model(bundle, engine, prompts, sampling.over(default_sampling(bundle)), sampling.max_new_tokens or -1)
 
 

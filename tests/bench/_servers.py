@@ -87,7 +87,8 @@ def prepare(folder: Path) -> Path:
 
 def script(folder: Path, count: int, microseconds: int) -> list[str]:
     """Tell the library how many tokens to say and at what pace; their texts."""
-    tokenizer = Tokenizer.load(checkpoint() / "tokenizer.json")
+    file = checkpoint() / "tokenizer.json"
+    tokenizer = Tokenizer.parse(file.read_bytes(), file)
     tokens = tokenizer.encode(SENTENCE)
     texts = [tokenizer.decode([token]) for token in tokens]
     lines = [f"{count} {microseconds}", *(f"{token} {text}" for token, text in zip(tokens, texts, strict=True))]

@@ -168,7 +168,8 @@ def main() -> int:
         engine = stack.enter_context(Engine.load(options))
         worker = Server("the worker", "", "", engine._connection.worker.process.pid)
         daemon = stack.enter_context(our_daemon(folder))
-        tokenizer = Tokenizer.load(checkpoint() / "tokenizer.json")
+        file = checkpoint() / "tokenizer.json"
+        tokenizer = Tokenizer.parse(file.read_bytes(), file)
         chunks = _Chunks(_started("canned"), chat=True, usage=False)
         bench = Bench(folder, engine, worker, daemon, tokenizer, chunks, client)
         for name, pace in PACES.items():

@@ -74,7 +74,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_file)
+    return Tokenizer.parse(tokenizer_file.read_bytes(), tokenizer_file)
 
 
 @pytest.fixture(scope="session")

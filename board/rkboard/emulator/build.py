@@ -163,8 +163,7 @@ class _Build:
         self.link_flags = [*_LINK, *([f"-fsanitize={sanitize}"] if sanitize else _STATIC)]
         if sanitize:
             self.link_flags.remove("-Wl,-z,defs")  # the sanitizer's symbols come from the program
-        self.kernels = [k for k in KERNELS if k.arch == compiler.arch and self._knows(k.flags)]
-        self.defines = [f"-D{kernel.define}" for kernel in self.kernels]
+        self.kernels = [kernel for kernel in KERNELS if kernel.arch == compiler.arch]
         self.folder = cache_folder() / self._digest()
         self.library = self.folder / release / LIBRARY
 
@@ -185,13 +184,14 @@ class _Build:
 
     def _objects(self) -> list[tuple[Path, Path, list[str]]]:
         """Source, object and flags of each object."""
-        special = {kernel.source: kernel.flags for kernel in KERNELS}
-        wanted = {kernel.source for kernel in self.kernels}
+        known = {kernel.source: kernel.flags for kernel in self.kernels if self._knows(kernel.flags)}
+        defines = [f"-D{kernel.define}" for kernel in self.kernels if kernel.source in known]
+        left_out = {*ABI_SOURCES, *(kernel.source for kernel in KERNELS)} - set(known)
         objects = []
         for source in sorted(self.sources.glob("*.cc")):
-            if source.name in ABI_SOURCES or (source.name in special and source.name not in wanted):
+            if source.name in left_out:
                 continue
-            flags = [*self.flags, *special.get(source.name, ()), *self.defines, f"-I{self.folder}"]
+            flags = [*self.flags, *known.get(source.name, ()), *defines, f"-I{self.folder}"]
             objects.append((source, self.folder / "objects" / f"{source.stem}.o", flags))
         layout = [f"-I{self.library.parent}", "-DRKLLM_BOOL=uint8_t"]
         for name in ABI_SOURCES:

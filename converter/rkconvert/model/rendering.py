@@ -13,7 +13,7 @@ from rkruntime.text.confined import CallLimits, Confined
 
 _MAX_TEXT: Final = 1 << 20
 _HINT: Final = "Use the chat_template.jinja of the model that this one was made from."
-_child: Final = Confined(prompt_process.__name__, "The chat template")
+_child: Final = Confined(prompt_process.CHILD, "The chat template")
 _LIMITS: Final = CallLimits(cpu_s=2)
 
 

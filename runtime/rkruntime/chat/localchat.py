@@ -15,7 +15,7 @@ from rkruntime.errors import ContextFullError, RKEdgeError
 from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import Conversation
-from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.prompt_process import open_beside
 from rkruntime.words import counted, dropped_turns
 
 if TYPE_CHECKING:
@@ -50,16 +50,12 @@ class LocalChat:
         drop_oldest: bool = False,
     ) -> None:
         self._load = load
-        self._prompts = PromptProcess(bundle)
+        self._engine: Engine | None
+        self._prompts, self._engine = open_beside(bundle, lambda stop: load(stop=stop))
         self._conversation = Conversation(self._prompts, system)
         self._stop_tokens = frozenset(bundle.manifest.stop_token_ids)
         self._max_new_tokens = max_new_tokens
         self._drop_oldest = drop_oldest
-        try:
-            self._engine: Engine | None = load()
-        except BaseException:  # The prompts' process must end with it, even after Ctrl-C.
-            self._prompts.close()
-            raise
         self._answered = self._generated = 0
         self.last: Turn | None = None
         # Of the current answer; None if there is none.

@@ -6,19 +6,20 @@ Whatever they do, the daemon's event loop and the terminal stay responsive, and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Final, Protocol, TypeVar
 
 from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
 from rkruntime.errors import BundleError, RKEdgeError, RunError
-from rkruntime.printable import one_line
 from rkruntime.stop import Stop
-from rkruntime.text.confined import Answer, CallLimits, Confined, serve
+from rkruntime.text.confined import CallLimits, Confined
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
+# The module of the child. It imports what it needs and nothing of a bundle, as a chat waits for its start.
+CHILD: Final = "rkruntime.text.prompt_child"
 _LIMITS: Final = CallLimits()
 # A tokenizer of 256,000 tokens takes 2 s of CPU time on a PC, and a board's small cores are ten times slower.
 _LOAD: Final = CallLimits(cpu_s=120, wall_s=300)
@@ -40,7 +41,7 @@ class PromptProcess:
 
     def __init__(self, bundle: Bundle, limits: CallLimits = _LIMITS, stop: Stop | None = None) -> None:
         self._bundle = bundle
-        self._child, self._limits = Confined(__name__, "The bundle's tokenizer or chat template"), limits
+        self._child, self._limits = Confined(CHILD, "The bundle's tokenizer or chat template"), limits
         self._lock = threading.RLock()  # the handler of a signal that comes during a call may call, and is refused
         self.lost = self._closed = self._busy = False
         self._ready: int | None = None
@@ -115,6 +116,54 @@ class PromptProcess:
         self._child.close()
 
 
+class Closes(Protocol):
+    """What `open_beside` loads."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+Loaded = TypeVar("Loaded", bound=Closes)
+
+
+def open_beside(
+    bundle: Bundle, load: Callable[[Stop], Loaded], stop: Stop | None = None
+) -> tuple[PromptProcess, Loaded]:
+    """Start the process for a bundle's prompts while its model loads, as each takes seconds on a board.
+
+    Args:
+        load: Loads the model unless it is stopped.
+        stop: Stops both from another thread.
+
+    Raises:
+        RKEdgeError: As PromptProcess and `load` do. When one of them fails, the other is stopped.
+    """
+    starting, loading, both = Stop(), Stop(), stop or Stop()
+    with ThreadPoolExecutor(1) as pool, both.ending(starting.ask), both.ending(loading.ask):
+        prompts = pool.submit(PromptProcess, bundle, stop=starting)
+        prompts.add_done_callback(lambda done: loading.ask() if done.exception() else None)
+        try:
+            loaded = load(loading)
+        except BaseException as error:
+            failed = prompts.exception() if prompts.done() and not starting.asked else None
+            _give_up(prompts, starting)
+            if failed is not None and isinstance(error, RKEdgeError):
+                raise failed from None
+            raise
+        try:
+            return prompts.result(), loaded
+        except BaseException:  # Ctrl-C too
+            loaded.close()
+            _give_up(prompts, starting)
+            raise
+
+
+def _give_up(prompts: Future[PromptProcess], starting: Stop) -> None:
+    starting.ask()
+    with suppress(RKEdgeError):
+        prompts.result().close()
+
+
 def _check_ids(manifest: Manifest, vocabulary: Vocabulary) -> None:
     """Raise BundleError for a token of the manifest that the vocabulary does not have."""
     for name, ids in (("bos_token_id", (manifest.bos_token_id,)), ("stop_token_ids", manifest.stop_token_ids)):
@@ -139,7 +188,7 @@ def open_in(
     """Have a child load and try out tokenizer and template.
 
     Args:
-        child: Child whose module is this one.
+        child: Child whose module is CHILD.
         tokenizer: Contents of tokenizer.json; `where` is its place, for messages.
         template, system_role, special_tokens: See `load_template`.
 
@@ -165,7 +214,7 @@ def render(
     """Render conversations as text, like transformers' apply_chat_template: a `text` or an `error` for each.
 
     Args:
-        child: Child whose module is this one.
+        child: Child whose module is CHILD.
 
     Raises:
         BundleError: A limit was reached.
@@ -181,78 +230,3 @@ def render(
     )
     outcomes: list[dict[str, str]] = answer["outcomes"]
     return outcomes
-
-
-class _Served:
-    """The child's side."""
-
-    def __init__(self) -> None:
-        self._tokenizer: Any = None
-        self._maker: Any = None
-
-    def load(self, given: dict[str, Any], data: bytes) -> Answer:
-        """Read tokenizer.json; returns its vocabulary."""
-        from rkruntime.text.tokenizer import Tokenizer
-
-        self._tokenizer = Tokenizer.parse(data, Path(given["path"]))
-        return {"control": self._tokenizer.control}, self._tokenizer.pack()
-
-    def open(self, given: dict[str, Any], data: bytes) -> Answer:
-        """Try out a template with the tokenizer."""
-        from rkruntime.text.prompts import PromptMaker
-        from rkruntime.text.template import load_template
-
-        template = load_template(given["template"], given["system_role"], given["special_tokens"], self._tokenizer)
-        self._maker = PromptMaker(self._tokenizer, template)
-        self._maker.try_out()
-        return {}, b""
-
-    def prompt(self, given: dict[str, Any], data: bytes) -> Answer:
-        """See `PromptProcess.prompt`."""
-        tokens, dropped = self._maker.prompt(_messages(given), given["max_context"], drop=given["drop"])
-        return {"tokens": tokens, "dropped": dropped}, b""
-
-    def check(self, given: dict[str, Any], data: bytes) -> Answer:
-        """See `PromptProcess.check`."""
-        self._maker.check(_messages(given))
-        return {}, b""
-
-    def encode(self, given: dict[str, Any], data: bytes) -> Answer:
-        """See `PromptProcess.encode`."""
-        return {"tokens": self._maker.encode(given["text"], given["max_context"], cut=given["cut"])}, b""
-
-    def render(self, given: dict[str, Any], data: bytes) -> Answer:
-        """See `render`."""
-        outcomes = [_outcome(given, messages) for messages in given["conversations"]]
-        return {"outcomes": outcomes}, b""
-
-
-def _outcome(given: dict[str, Any], messages: Any) -> dict[str, str]:
-    try:
-        program = _program(given["template"])
-        asked = given["add_generation_prompt"]
-        return {"text": program.render(messages, given["special_tokens"], add_generation_prompt=asked)}
-    except MemoryError:
-        raise
-    except Exception as error:  # A template can fail in any way that Python can.
-        return {"error": f"{type(error).__name__}: {one_line(str(error))[:500]}"}
-
-
-@lru_cache(maxsize=2)
-def _program(source: str) -> Any:
-    from rkruntime.text.chat_jinja import Program
-
-    return Program(source)
-
-
-def _messages(given: dict[str, Any]) -> list[Message]:
-    return [
-        Message(role, content, None if tokens is None else tuple(tokens)) for role, content, tokens in given["messages"]
-    ]
-
-
-def main() -> None:
-    """Run the child."""
-    served = _Served()
-    functions = (served.load, served.open, served.prompt, served.check, served.encode, served.render)
-    serve({function.__name__: function for function in functions})

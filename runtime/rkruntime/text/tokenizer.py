@@ -10,14 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import tokenizers
 
-from rkruntime.bundle.manifest import MAX_TOKENIZER
 from rkruntime.errors import BundleError
-from rkruntime.files import read_regular
 from rkruntime.printable import well_formed
 from rkruntime.text.vocabulary import Vocabulary
 
@@ -161,19 +158,6 @@ class Tokenizer(Vocabulary):
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Read tokenizer.json.
-
-        Raises:
-            BundleError: It cannot be read, or differs from Gemma's.
-        """
-        try:
-            data = read_regular(path, MAX_TOKENIZER)
-        except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
-        return cls.parse(data, path)
-
-    @classmethod
     def parse(cls, data: bytes, where: object) -> Tokenizer:
         """Parse the bytes of a tokenizer.json.
 
@@ -181,7 +165,7 @@ class Tokenizer(Vocabulary):
             where: Its place, for messages.
 
         Raises:
-            BundleError: As for `load`.
+            BundleError: It differs from Gemma's.
         """
         backend = open_backend(data, where)
         unlike = unlike_gemma(_state(backend))

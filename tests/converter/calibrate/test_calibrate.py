@@ -49,7 +49,13 @@ def count() -> TokenCounter:
 
 
 def builder(count: TokenCounter, template: ChatTemplate = TEMPLATE, **fields: Any) -> Builder:
-    return Builder(template, Tokenizer.load(BASE / "tokenizer.json"), count, fields.pop("max_context", 1024), **fields)
+    return Builder(
+        template,
+        Tokenizer.parse((BASE / "tokenizer.json").read_bytes(), BASE / "tokenizer.json"),
+        count,
+        fields.pop("max_context", 1024),
+        **fields,
+    )
 
 
 def rkedge(*arguments: object) -> dict[str, Any]:
@@ -273,7 +279,7 @@ def test_prompts_of_other_templates_are_the_boards(tmp_path: Path, name: str) ->
     output = tmp_path / "data.json"
     rkedge(folder, "-o", output, "--limit", 3, "--new-tokens", 3)
     assert rkedge(folder, "--check", output)["rows"] == 3
-    tokenizer = Tokenizer.load(BASE / "tokenizer.json")
+    tokenizer = Tokenizer.parse((BASE / "tokenizer.json").read_bytes(), BASE / "tokenizer.json")
     board = load_template(TEMPLATES[name], "native", {}, tokenizer)
     count = TokenCounter(BASE / "tokenizer.json")
     asked = command._collect([], [], True, "", 3)
@@ -450,7 +456,7 @@ def test_attention_scores_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = AutoTokenizer.from_pretrained(BASE).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto", attn_implementation="eager")
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, repetition_penalty=1.1)
-    tokenizer = Tokenizer.load(BASE / "tokenizer.json")
+    tokenizer = Tokenizer.parse((BASE / "tokenizer.json").read_bytes(), BASE / "tokenizer.json")
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     answer = CpuModel(BASE, 1, tokenizer, [1, 107]).answer(prompt, 12)
     assert answer == tokenizer.decode(ids[0, len(prompt) :].tolist()).strip() != ""

@@ -41,7 +41,7 @@ def write_lora(path, fingerprint, folder=None, base=None):
 
 def test_all_answers(bundle, tmp_path):
     write_lora(tmp_path / "pirate.rkemu", read_container(bundle.model).fingerprint)
-    tokenizer = Tokenizer.load(bundle.tokenizer)
+    tokenizer = Tokenizer.parse(bundle.tokenizer.read_bytes(), bundle.tokenizer)
     prompts = PromptMaker(tokenizer, GemmaTemplate(tokenizer))
     options = LoadOptions(
         library=emulator.build("1.2.3"),

@@ -128,7 +128,7 @@ TEMPLATES = {
 def board_prompt(folder: Path, messages: list[Message]) -> list[int]:
     """Token ids that RKEdge gives to a board for a conversation on this checkpoint."""
     template = read_template(folder, "<bos>")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.parse((folder / "tokenizer.json").read_bytes(), folder / "tokenizer.json")
     loaded = load_template(template.source, template.system_role, template.special_tokens, tokenizer)
     return tokenizer.assemble(loaded.parts(messages))
 

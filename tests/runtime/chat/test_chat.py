@@ -52,7 +52,7 @@ def talk(
 
     def run(lines: list[Any], *answers: Any, **options: Any) -> tuple[LocalChat, Any, str]:
         engine = fake_engine(*answers, max_context=options.pop("max_context", 512))
-        chat = LocalChat(fake_bundle, lambda: engine, **options)
+        chat = LocalChat(fake_bundle, lambda **_: engine, **options)
         Repl(chat, Typed(iter(lines))).run()
         shown = capsys.readouterr()
         return chat, engine, shown.out + shown.err
@@ -116,7 +116,7 @@ def test_a_program_may_say_exit(
     monkeypatch: pytest.MonkeyPatch, fake_bundle: Bundle, fake_engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     piped(monkeypatch, "exit\n")
-    Repl(LocalChat(fake_bundle, lambda: fake_engine("That is a command.", max_context=512)), Terminal()).run()
+    Repl(LocalChat(fake_bundle, lambda **_: fake_engine("That is a command.", max_context=512)), Terminal()).run()
     assert capsys.readouterr().out == "That is a command.\n"
 
 
@@ -207,7 +207,7 @@ def test_a_stop_while_the_prompt_is_made_is_not_forgotten(
 ) -> None:
     """Whether the prompt is made nevertheless, or is cut short."""
     real = Conversation.prompt
-    chat = LocalChat(fake_bundle, lambda: fake_engine("not said", "not said", "fine"))
+    chat = LocalChat(fake_bundle, lambda **_: fake_engine("not said", "not said", "fine"))
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         chat.stop()
@@ -333,7 +333,7 @@ def test_at_a_pipe_only_answers_are_on_standard_output(
     fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     piped(monkeypatch, "hello\r\nagain")
-    Repl(LocalChat(fake_bundle, lambda: fake_engine("hi \x1b there", "yes")), Terminal()).run()
+    Repl(LocalChat(fake_bundle, lambda **_: fake_engine("hi \x1b there", "yes")), Terminal()).run()
     shown = capsys.readouterr()
     assert shown.out == "hi \x1b there\nyes\n"
     assert shown.err == ""
@@ -352,7 +352,7 @@ def test_at_a_pipe_each_line_is_a_message(
         monkeypatch.chdir(tmp_path)
         piped(monkeypatch, "".join(f"{line}\n" for line in lines))
         engine = fake_engine(*("yes" for _ in lines), max_context=100_000)
-        chat = LocalChat(fake_bundle, lambda: engine)
+        chat = LocalChat(fake_bundle, lambda **_: engine)
         Repl(chat, Terminal()).run()
         chat.close()
     assert [item.content for item in chat._conversation.messages if item.role == "user"] == lines
@@ -365,7 +365,7 @@ def test_at_a_pipe_an_error_ends_the_chat(
     piped(monkeypatch, "hello\nagain\n")
     engine = fake_engine([RunError("it broke")], "not reached")
     with pytest.raises(RunError, match="it broke"):
-        Repl(LocalChat(fake_bundle, lambda: engine), Terminal()).run()
+        Repl(LocalChat(fake_bundle, lambda **_: engine), Terminal()).run()
     assert len(engine.requests) == 1
 
 
@@ -379,7 +379,7 @@ def test_at_a_pipe_ctrl_c_ends_the_chat(
     """A cut answer must not look whole, nor must the next question be asked. The command line makes 130 of it."""
     piped(monkeypatch, "hello\nagain\n")
     engine = fake_engine([*tokenizer.encode("well begun"), ctrl_c], "not reached")
-    chat = LocalChat(fake_bundle, lambda: engine)
+    chat = LocalChat(fake_bundle, lambda **_: engine)
     with pytest.raises(KeyboardInterrupt):
         Repl(chat, Terminal()).run()
     assert capsys.readouterr().out == "well begun\n"
@@ -391,4 +391,4 @@ def test_at_a_pipe_ctrl_c_between_two_lines_ends_the_chat(fake_bundle: Bundle, f
     terminal = Typed(iter([KeyboardInterrupt(), "hello"]))
     terminal.interactive = False
     with pytest.raises(KeyboardInterrupt):
-        Repl(LocalChat(fake_bundle, fake_engine), terminal).run()
+        Repl(LocalChat(fake_bundle, lambda **_: fake_engine()), terminal).run()

@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def demo_tokenizer(bundle: Bundle) -> Tokenizer:
-    return Tokenizer.load(bundle.tokenizer)
+    return Tokenizer.parse(bundle.tokenizer.read_bytes(), bundle.tokenizer)
 
 
 def _copy(source: Container, path: Path, drop: str) -> Path:

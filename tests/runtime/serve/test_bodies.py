@@ -274,7 +274,7 @@ def test_web_pages_of_others_are_refused(target: Any) -> None:
 @given(where=st.sampled_from(["system", "content", "parts", "prompt", "stop", "user", "model", "session"]))
 def test_control_tokens_in_every_field_stay_text(target: Any, bundles: dict[str, Path], where: str) -> None:
     """The number of prompt tokens says how the text was read: as one control token, or as its letters."""
-    tokenizer = Tokenizer.load(bundles["base"] / "tokenizer.json")
+    tokenizer = Tokenizer.parse((bundles["base"] / "tokenizer.json").read_bytes(), bundles["base"] / "tokenizer.json")
     letters = len(tokenizer.encode(CONTROL))
     assert letters > 30
     plain = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}

@@ -249,7 +249,7 @@ def copy_over(source: Path, target: Path) -> None:
 def prompt_processes(daemon: Any) -> list[int]:
     tasks = Path(f"/proc/{daemon.process.pid}/task").glob("*/children")
     children = [int(child) for task in tasks for child in task.read_text().split()]
-    return [child for child in children if b"prompt_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children if b"prompt_child" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("how", ["reload", "prompt process"])

@@ -23,7 +23,7 @@ from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
 from rkruntime.text import confined
 from rkruntime.text.confined import CallLimits, Confined
-from rkruntime.text.prompt_process import PromptProcess
+from rkruntime.text.prompt_process import CHILD, PromptProcess
 from rkruntime.text.prompts import RESERVED, PromptMaker
 from rkruntime.text.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
@@ -165,7 +165,7 @@ def _children() -> set[str]:
         child
         for task in tasks
         for child in task.read_text().split()
-        if b"rkruntime.text.prompt_process" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if CHILD.encode() in Path(f"/proc/{child}/cmdline").read_bytes()
     }
 
 
@@ -297,7 +297,7 @@ def test_only_verified_bytes_are_parsed(fake_bundle: Bundle, tmp_path: Path, kin
 )
 def test_what_really_failed_is_said(monkeypatch: pytest.MonkeyPatch, broken: str, words: str) -> None:
     monkeypatch.setattr(confined, "_START", f"import sys, json; {broken}; import rkruntime")
-    with closing(Confined("rkruntime.text.prompt_process", "The chat template")) as child:
+    with closing(Confined(CHILD, "The chat template")) as child:
         with pytest.raises(HostError, match=words) as caught:
             child.call("check", QUICK, messages=[])
         assert caught.value.message.isprintable()

@@ -34,7 +34,7 @@ FILES = ("tokenizer_file", "gemma_like_file", "treacherous_file")
 
 @pytest.fixture(scope="module", params=FILES)
 def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    # Not Tokenizer.load: it refuses the treacherous one, and encoding is safe without that.
+    # Not Tokenizer.parse: it refuses the treacherous one, and encoding is safe without that.
     return Tokenizer(tokenizers.Tokenizer.from_file(str(request.getfixturevalue(request.param))))
 
 
@@ -53,7 +53,7 @@ def test_the_library_itself_would_be_fooled(file: str, request: pytest.FixtureRe
 
 
 def test_control_tokens_are_those_that_are_no_text(gemma_like_file: Path) -> None:
-    control = Tokenizer.load(gemma_like_file).control
+    control = Tokenizer.parse(gemma_like_file.read_bytes(), gemma_like_file).control
     assert {"<unused7>", "<mask>", "[toxicity=0]", "<end_of_turn>", "[@BOS@]"} <= control.keys()
     assert control.keys().isdisjoint({"\n", "\n\n", "▁▁", "<table>", "</h1>"})
 
@@ -108,7 +108,7 @@ def test_surrogates_from_json_do_no_harm(tokenizer: Tokenizer) -> None:
 
 def test_many_control_texts_take_no_square_of_the_time(gemma_like_file: Path) -> None:
     """400,000 tokens to cut apart: an encoder that starts anew for each does not end within the suite's limit."""
-    hostile = Tokenizer.load(gemma_like_file)
+    hostile = Tokenizer.parse(gemma_like_file.read_bytes(), gemma_like_file)
     assert set(hostile.encode("<unused7>" * 50_000)).isdisjoint(hostile.control.values())
 
 
@@ -122,7 +122,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Tokenizer.load(path)
+        Tokenizer.parse(path.read_bytes(), path)
 
 
 HARMLESS: dict[str, Any] = {
@@ -143,12 +143,15 @@ HARMLESS: dict[str, Any] = {
 def test_truncation_and_padding_never_act(tmp_path: Path, tokenizer_file: Path, name: str) -> None:
     """Trainers leave them in the file; a prompt that is cut in silence is answered wrongly."""
     text = "What is the RK3588, and how many cores does it have?"
-    expected = Tokenizer.load(tokenizer_file).encode(text)
+    expected = Tokenizer.parse(tokenizer_file.read_bytes(), tokenizer_file).encode(text)
     assert len(expected) > 3
     content = json.loads(tokenizer_file.read_text())
     content[name.split()[0]] = HARMLESS[name]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert Tokenizer.load(tmp_path / "tokenizer.json").encode(text) == expected
+    assert (
+        Tokenizer.parse((tmp_path / "tokenizer.json").read_bytes(), tmp_path / "tokenizer.json").encode(text)
+        == expected
+    )
 
 
 def _prepends(count: int) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def test_a_tokenizer_unlike_gemmas_is_refused(tmp_path: Path, tokenizer_file: Pa
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Tokenizer.load(path)
+        Tokenizer.parse(path.read_bytes(), path)
     # The converter refuses the same ones, before it makes a bundle.
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         read_tokenizer(path, 4096)
@@ -216,7 +219,7 @@ def test_ids_without_end_are_refused(tmp_path: Path, tokenizer_file: Path) -> No
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     try:
-        assert Tokenizer.load(path).vocab_size < 1 << 20
+        assert Tokenizer.parse(path.read_bytes(), path).vocab_size < 1 << 20
     except BundleError as error:
         assert "ids" in error.message
 
@@ -237,7 +240,7 @@ def test_tokens_of_any_length_are_refused(
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"characters; at most .* are allowed") as caught:
-        Tokenizer.load(path)
+        Tokenizer.parse(path.read_bytes(), path)
     assert len(caught.value.message) < 500
     with pytest.raises(CheckpointError, match=r"characters; at most .* are allowed"):
         read_tokenizer(path, 1 << 20)
@@ -249,7 +252,7 @@ def test_messages_quote_little_of_a_tokenizer(tmp_path: Path, tokenizer_file: Pa
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     with pytest.raises(BundleError, match="end_of_word_suffix") as caught:
-        Tokenizer.load(path)
+        Tokenizer.parse(path.read_bytes(), path)
     assert len(caught.value.message) < 500
 
 
