@@ -348,7 +348,7 @@ def test_a_board_whose_files_vanish_is_watched_on(tmp_path: Path) -> None:
     with Watch(tmp_path) as watch:
         (tmp_path / DMC / "cur_freq").unlink()
         (tmp_path / "sys/class/devfreq").rename(tmp_path / "gone")
-    assert "ddr could not be read any more" in watch.changes
+    assert "ddr can no longer be read" in watch.changes
 
 
 # The table
@@ -492,8 +492,8 @@ def test_ctrl_c_keeps_what_a_board_has_measured(forced: Callable[[str], str], bu
     [
         ("exit 127", 8, "cannot find rkedge"),
         ("exit 3", 8, "ended with 3"),
-        ("echo no", 8, "something else than a result"),
-        ("yes", 8, "something else than a result"),
+        ("echo no", 8, "something other than a result"),
+        ("yes", 8, "something other than a result"),
         ("echo '{\"error\": \"X\", \"message\": \"There is no bundle.\", \"hint\": \"h\"}'; exit 3", 8, "board: There"),
         ("echo '{\"schema\": \"rkedge-compat/1\"}'", 8, "is missing"),
         (f"echo {shlex.quote(json.dumps({**PLAIN, 'emulated': 'x'}))}", 8, "emulated is str"),

@@ -260,7 +260,7 @@ def test_another_governor_in_between_is_somebody_elses_and_stays(chip: Chip) -> 
     chip.names(NPU)[0].write_text("performance\n")
     os.kill(command, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert "npu has got the governor performance from somebody else" in err
+    assert "npu has the governor performance from somebody else" in err
     wait_until(lambda: chip.state == {**BEFORE, NPU: ("performance", BEST[NPU])})
     assert not state_file(chip).exists()
 

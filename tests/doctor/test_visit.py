@@ -107,7 +107,7 @@ def test_another_file_tree_over_ssh(forced: Callable[[str], str], tmp_path: Path
         ("cat > /dev/null; echo nothing", "before it had said anything"),
         ("exec cat /dev/zero", "megabytes of something else"),
         ("exec yes", "megabytes of something else"),
-        ("cat > /dev/null; printf 'rkedge-probe: {}\\n'", "something else than what the probe prints"),
+        ("cat > /dev/null; printf 'rkedge-probe: {}\\n'", "something other than what the probe prints"),
         ("cat > /dev/null; printf 'rkedge-probe: '; exec cat /dev/zero", "not JSON"),
         ("printf 'sudo: a password is required\\n' >&2; exit 1", "asks for a password"),
         ("exec sleep 1000", "did not end"),

@@ -36,7 +36,7 @@ class Place:
         found = _PLACE.fullmatch(text) if not text.startswith("ssh://") else None
         place = cls(found[1], found[2]) if found else cls(text)
         if not place.bundle.isprintable() or place.bundle.startswith("-"):
-            raise UsageError("The name of the bundle on the board is none that a bundle can have.")
+            raise UsageError("The bundle on the board has a name that no bundle can have.")
         return place
 
 

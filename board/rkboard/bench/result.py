@@ -157,7 +157,7 @@ class Result:
         except (ValueError, RecursionError):
             data = None
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-            raise _nonsense("something else than a result")
+            raise _nonsense("something other than a result")
         found = build(cls, data, lambda what: _nonsense(f"a result in which {what}"))
         if len(found.bench.lines) > _MOST_LINES or len(found.runs) > _MOST_LINES:
             raise _nonsense("a result that is too long")

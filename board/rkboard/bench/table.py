@@ -27,7 +27,7 @@ def _facts(result: Result) -> Iterator[str]:
         f"{board.ram_gib:g} GiB" if board.ram_gib else "",
     ]
     if result.emulated:
-        yield "Emulated: a PC computed this in the place of an NPU. No speed here is a board's."
+        yield "Emulated: a PC computed this in place of an NPU. No speed here is a board's."
         yield ""
     else:
         driver = f"driver {board.driver or 'unknown'}"

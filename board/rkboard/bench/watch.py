@@ -112,4 +112,4 @@ def _differences(before: Moment, now: Moment) -> Iterator[str]:
         elif first.held and clock.now != first.now:
             yield f"{clock.name} was not always at {mhz(first.now)}"
     for name in then.keys() - {clock.name for clock in now.clocks}:
-        yield f"{name} could not be read any more"
+        yield f"{name} can no longer be read"

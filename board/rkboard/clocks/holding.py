@@ -122,7 +122,7 @@ class _Link:
                 self._process.wait(_PATIENCE_S)
             except subprocess.TimeoutExpired:
                 hint = "A driver may hang: sudo dmesg | rkedge diagnose -"
-                raise HostError("The keeper of the clocks does not answer any more.", hint=hint) from None
+                raise HostError("The keeper of the clocks no longer answers.", hint=hint) from None
             Keeper(self._root).restore()
             return
         file, end = StateFile(self._root), time.monotonic() + _AFTER_S  # the unit does it (ExecStopPost)

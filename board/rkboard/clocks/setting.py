@@ -57,7 +57,7 @@ class Saved:
 
     def __post_init__(self) -> None:
         if not (_FOLDER.fullmatch(self.folder) and _WORD.fullmatch(self.governor) and _WORD.fullmatch(self.name)):
-            raise ValueError("a saved clock is none")
+            raise ValueError("a saved clock is not a clock")
 
     @classmethod
     def of(cls, goal: Goal) -> Saved:
@@ -93,9 +93,9 @@ class Setter:
             governor = self._read(f"{saved.folder}/{saved.names.governor}")
             now = self._read(f"{saved.folder}/{saved.names.now}")
         except OSError as error:
-            return f"{saved.name} cannot be read any more: {error.strerror}"
+            return f"{saved.name} can no longer be read: {error.strerror}"
         if governor != GOVERNOR:
-            return f"{saved.name} has got the governor {governor}"
+            return f"{saved.name} has the governor {governor}"
         if now != str(saved.set // saved.names.unit):
             shown = mhz(int(now) * saved.names.unit) if re.fullmatch(r"\d{1,12}", now, re.ASCII) else "something else"
             return f"{saved.name} was set to {mhz(saved.set)} and is at {shown}"
@@ -114,11 +114,11 @@ class Setter:
         try:
             governor = self._read(path)
         except OSError as error:
-            raise HostError(f"/{path} cannot be read any more: {error.strerror}.") from error
+            raise HostError(f"/{path} can no longer be read: {error.strerror}.") from error
         if governor == saved.governor != GOVERNOR:
             return ""
         if governor != GOVERNOR:
-            return f"{saved.name} has got the governor {governor} from somebody else, and keeps it"
+            return f"{saved.name} has the governor {governor} from somebody else, and keeps it"
         refused = self._put_value_back(saved) if saved.before and saved.governor in STAYING else None
         self._write(path, saved.governor)
         self._expect(saved, path, saved.governor)
@@ -150,7 +150,7 @@ class Setter:
             handle = os.open(place, flags)
             try:
                 if os.write(handle, data) != len(data):
-                    raise OSError(0, "it took only a part")
+                    raise OSError(0, "it accepted only part of it")
             finally:
                 os.close(handle)
         except OSError as error:

@@ -67,7 +67,7 @@ class StateFile:
         except (OSError, ValueError, RecursionError) as error:
             raise self._nonsense(str(error)) from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise self._nonsense("it is of another release")
+            raise self._nonsense("it is from another release")
         try:
             return build(State, data, self._nonsense)
         except ValueError as error:
@@ -102,14 +102,14 @@ class StateFile:
             # Not for others to open: whoever can, can lock it.
             handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            hint = "Only root may hold clocks: docs/clocks.md has the unit that does it for others."
+            hint = "Only root may hold clocks: docs/clocks.md describes the unit that does it for others."
             raise HostError(f"{self._folder} cannot be used: {error.strerror}.", hint=hint) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(handle)
             raise BusyError(
-                f"The clocks are held already{self._by()}.", hint="Try again when that has ended."
+                f"The clocks are already held{self._by()}.", hint="Try again when that has ended."
             ) from None
         try:
             yield

@@ -40,7 +40,7 @@ class Wish:
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
-            raise UsageError("The request is of another release of rkedge.", hint="Install the same one on both sides.")
+            raise UsageError("The request is from another release of rkedge.", hint="Install one on both sides.")
         for kind in _KINDS:
             if not _VALUE.fullmatch(self.of(kind)):
                 raise UsageError(f"{self.of(kind)!r} is not a clock: give MHz, max or keep.")
@@ -106,7 +106,7 @@ def _check(clock: Clock) -> None:
     if missing:
         raise RefusedError(
             f"The clock {clock.name} is not set, as /{clock.folder} does not say {' and '.join(missing)}.",
-            hint="What cannot be read back is not written. `rkedge doctor` says what else there is about the clocks.",
+            hint="What cannot be read back is not written. `rkedge doctor` says more about the clocks.",
         )
     if GOVERNOR not in clock.governors:
         listed = ", ".join(clock.governors) or "nothing"

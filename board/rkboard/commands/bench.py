@@ -109,13 +109,13 @@ def _words(wanted: Wanted, runtime: RuntimeOptions, quiet: bool) -> list[str]:
 
 @click.command("bench")
 @click.argument("bundle", metavar="[BUNDLE|USER@BOARD[:BUNDLE]]", type=BundleOrHost(Place.parse), required=False)
-@_tokens("-p", "--n-prompt", "128,512", "Read prompts of so many tokens.")
+@_tokens("-p", "--n-prompt", "128,512", "Read prompts of this many tokens.")
 @_tokens("-n", "--n-gen", "64,128", "Generate so many tokens.")
-@_tokens("-d", "--n-depth", "0,1024,3968", "Do it with so many tokens in the context.", least=0)
+@_tokens("-d", "--n-depth", "0,1024,3968", "Measure with this many tokens already in the context.", least=0)
 @click.option(
     "-r", "--repetitions", type=click.IntRange(1, 100), default=5, show_default=True, help="Measure each this often."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON document to this file, too.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON document to this file.")
 @click.option("--until-eof", "ends", is_flag=True, hidden=True, help="End the measurement when standard input does.")
 @quiet_option()
 @json_option("Print the result as a JSON document, which `rkedge compat` takes as evidence.")

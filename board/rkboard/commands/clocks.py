@@ -122,7 +122,7 @@ def run(
     if keep_them:
         return keep(root)
     if restore and (command or named):
-        raise UsageError("--restore restores; it does not go with a command or a clock.")
+        raise UsageError("--restore only restores: it cannot be combined with a command or a clock.")
     if restore:
         for text in holding.restore(root):
             say(one_line(text), err=True)
@@ -133,7 +133,7 @@ def run(
         )
     if command:
         if as_json:
-            raise UsageError("--json prints the clocks, and goes with no command.", hint="Put it after the --.")
+            raise UsageError("--json only prints the clocks, without a command.", hint="Put it after the --.")
         others = KEEP if named else AUTO
         cpu, npu, ddr = (named.get(kind, others) for kind in ("cpu", "npu", "ddr"))
         return _hold(Wish(cpu=cpu, npu=npu, ddr=ddr), root, command)

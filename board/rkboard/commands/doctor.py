@@ -75,8 +75,8 @@ def _mend(practice: _Practice, board: Board, findings: list[Finding], yes: bool)
 )
 @click.option("--fix", is_flag=True, help="Offer the safe repairs, then run those that you agree to, with sudo.")
 @click.option("--yes", is_flag=True, help="Agree to every repair that --fix offers.")
-@click.option("--sudo", is_flag=True, help="Look as root; sudo must not ask for a password.")
-@click.option("-v", "--verbose", is_flag=True, help="Show the findings that are ok, too.")
+@click.option("--sudo", is_flag=True, help="Look as root, through a sudo that asks for no password.")
+@click.option("-v", "--verbose", is_flag=True, help="Also show the findings that are ok.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -101,7 +101,7 @@ def run(
     The exit status is 0 if nothing is worse than a note, 9 if there are warnings, 4 if there are failures.
     """
     if root is not None and (destination or fix or sudo):
-        raise UsageError("--root is a file tree of this machine: no board, --fix or --sudo goes with it.")
+        raise UsageError("--root looks at a file tree of this machine: leave out the board, --fix and --sudo.")
     if yes and not fix:
         raise UsageError("--yes agrees to repairs, but without --fix there are none.", hint="Add --fix.")
     practice = _Practice(destination, root, bundle, sudo)

@@ -13,7 +13,7 @@ from rkruntime.terminal import say
 @click.command("undeploy")
 @board_argument()
 @click.option("--bundle", "name", metavar="NAME", help="Remove this bundle only; it must not be in use.")
-@click.option("--purge", is_flag=True, help="Remove the conversations and the user rkedge, too.")
+@click.option("--purge", is_flag=True, help="Also remove the conversations and the user rkedge.")
 @yes_option()
 def run(destination: str, name: str | None, purge: bool, yes: bool) -> None:
     """Take off a board what `rkedge deploy` has put there.

@@ -150,7 +150,7 @@ class Session:
                 if not block:
                     self._ended = True
                     self._remote.end(0.2)
-                    raise BundleError(f"{path} has become shorter while it was sent.")
+                    raise BundleError(f"{path} became shorter while it was being sent.")
                 if not self._remote.send(block):
                     raise self._failed()
                 offset += len(block)
@@ -173,12 +173,12 @@ class Session:
         if status == 255 or not notes:
             return ServiceError(
                 f"The connection to {where} broke, or could not be made.",
-                hint=f"If `ssh {where} true` works, start the same command again: it goes on where it was.",
+                hint=f"If `ssh {where} true` works, start the same command again: it continues where it stopped.",
                 details=details,
             )
         return ServiceError(
             f"What ran on {where} ended with {status}.",
-            hint="It needs Python 3.9 or later there. Start the same command again: it goes on where it was.",
+            hint="It needs Python 3.9 or later there. Start the same command again: it continues where it stopped.",
             details=details,
         )
 

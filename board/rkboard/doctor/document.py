@@ -159,7 +159,7 @@ class Document:
         except ValueError:
             raise _nonsense("something that is not JSON") from None
         if not isinstance(data, dict) or data.get("schema") != probe.SCHEMA:
-            raise _nonsense("something else than what the probe prints")
+            raise _nonsense("something other than what the probe prints")
         return cls.of(data)
 
     @classmethod
@@ -178,7 +178,7 @@ class Document:
 
 
 def _nonsense(what: str) -> ServiceError:
-    hint = "Something else may be answering in the place of python3 on the board: ssh BOARD python3 --version"
+    hint = "Something else may be answering in place of python3 on the board: ssh BOARD python3 --version"
     return ServiceError(f"The board sent {what}.", hint=hint)
 
 

@@ -85,7 +85,7 @@ def _failed(visit: _Visit, destination: str | None) -> ServiceError:
     said = " ".join(visit.notes).lower()
     if visit.flooded:
         hint = f"What does this print? ssh {destination} true" if destination else None
-        return ServiceError(f"{where} sent megabytes of something else than the probe's document.", hint=hint)
+        return ServiceError(f"{where} sent megabytes of something other than the probe's document.", hint=hint)
     if "sudo:" in said:
         return ServiceError(
             f"sudo on {where} asks for a password, or refuses.",

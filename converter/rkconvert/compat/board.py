@@ -116,7 +116,7 @@ class Visit:
                 if wait is None:
                     raise ServiceError(
                         f"{self.destination} is lost: {error.told}",
-                        hint="Start the same command again: it goes on where it was, and cleans up.",
+                        hint="Start the same command again: it continues where it stopped, and cleans up.",
                     ) from None
                 self.say(f"{error.told} Trying again in {wait:g} s.")
                 time.sleep(wait)
@@ -337,7 +337,7 @@ class Visit:
                 details=details,
             )
         if remote.flooded:
-            return ServiceError(f"{self.destination} sent megabytes of something else than answers.", details=details)
+            return ServiceError(f"{self.destination} sent megabytes of something other than answers.", details=details)
         said = " ".join(line for line in remote.notes if line.strip())[-300:]
         if status in (255, 130, None) or event is not None:
             return _BrokenError(f"The connection to {self.destination} broke. {said}".strip())

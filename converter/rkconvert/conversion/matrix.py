@@ -199,7 +199,7 @@ def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | Bund
 
 
 def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Bundle:
-    """The bundle of an earlier run. Raises OutputError if it was made from something else than is asked for now."""
+    """The bundle of an earlier run. Raises OutputError if it was made from something other than is asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
     found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, opened, reporter)

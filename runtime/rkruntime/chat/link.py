@@ -140,7 +140,7 @@ class Link:
 
     def _silent(self) -> ServiceError:
         seconds = counted(_GREETING_S if self._any else _LOGIN_S, "second")
-        what = f"the board sent text, but in {seconds} no answer" if self._any else f"nothing came in {seconds}"
+        what = f"the board sent text, but no answer within {seconds}" if self._any else f"nothing came within {seconds}"
         return ServiceError(
             f"No daemon answered over ssh: {what}.",
             hint="Log in by hand: start-up files such as ~/.bashrc must neither wait nor read for a command over ssh.",
@@ -178,7 +178,7 @@ class Link:
 
 
 def nonsense(what: str) -> ServiceError:
-    """The error for a board that sent something else than an event."""
+    """The error for a board that sent something other than an event."""
     hint = "Compare `rkedge --version` here and there; something else may be answering instead."
     return ServiceError(f"The board sent {what}.", hint=hint)
 

@@ -259,7 +259,9 @@ def _path(text: str) -> Path:
     try:
         return Path(words[0]).expanduser()
     except RuntimeError:
-        raise UsageError(f"{words[0]} names the home folder of nobody here.", hint="Write the whole path.") from None
+        raise UsageError(
+            f"{words[0]} names the home folder of an unknown user.", hint="Write the whole path."
+        ) from None
 
 
 def _stats(repl: Repl, _: str) -> None:

@@ -44,7 +44,7 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
         raise UsageError(
-            "There is no prompt.", hint='Write it behind the bundle: rkedge run BUNDLE "...", or to standard input.'
+            "There is no prompt.", hint='Write it after the bundle: rkedge run BUNDLE "...", or to standard input.'
         )
     return prompt
 

@@ -112,12 +112,12 @@ def test_what_is_not_json(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("name", "body", "said"),
     [
-        ("EmbeddingRequest", {"input": ""}, "input is empty, and needs a text."),
-        ("EmbeddingRequest", {"input": []}, "input is an empty list, and needs an entry."),
-        ("EmbeddingRequest", {"input": [[1, 2]]}, "input[0] must be text, and is a list. Send text, not token ids."),
-        ("OllamaEmbed", {"input": ["a", ""]}, "input[1] is empty, and needs a text."),
-        ("EmbeddingRequest", {"input": 5}, "input must be text or a list, and is a whole number."),
-        ("EmbeddingRequest", {"input": ["x"] * 257}, "input is a list of 257, and may be one of 256."),
+        ("EmbeddingRequest", {"input": ""}, "input must not be empty."),
+        ("EmbeddingRequest", {"input": []}, "input must have at least one entry."),
+        ("EmbeddingRequest", {"input": [[1, 2]]}, "input[0] must be text, not a list. Send text, not token ids."),
+        ("OllamaEmbed", {"input": ["a", ""]}, "input[1] must not be empty."),
+        ("EmbeddingRequest", {"input": 5}, "input must be text or a list, not a whole number."),
+        ("EmbeddingRequest", {"input": ["x"] * 257}, "input has 257 entries; at most 256 are allowed."),
         ("EmbeddingRequest", {}, "input is missing."),
         ("EmbeddingRequest", {"input": "x", "encoding_format": "hex"}, 'encoding_format must be "float" or "base64".'),
         ("ChatRequest", {"messages": "hi"}, "messages must be a list, and is text."),
@@ -128,7 +128,7 @@ def test_what_is_not_json(body: bytes) -> None:
             {"messages": [{"content": None, "tool_calls": [{"id": "1"}], "role": "assistant"}]},
             "messages[0].tool_calls: This model cannot call tools. Leave it out.",
         ),
-        ("ChatRequest", {"user": "x" * 300}, "user has 300 characters, and may have 256."),
+        ("ChatRequest", {"user": "x" * 300}, "user has 300 characters; at most 256 are allowed."),
     ],
 )  # fmt: skip
 def test_the_words(name: str, body: Any, said: str) -> None:

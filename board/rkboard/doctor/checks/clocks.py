@@ -193,7 +193,7 @@ def temperature(board: Board) -> Verdict | None:
         "warning" if zones[hottest] >= _HOT else "note",
         said,
         "From 75 degrees on the kernel may lower clocks, from 85 it does.",
-        "A larger heat sink or a fan.",
+        "Use a larger heat sink or a fan.",
         _TRIPS,
     )
 
@@ -210,7 +210,7 @@ def throttling(board: Board) -> Verdict | None:
         "warning",
         f"The kernel lowers clocks for heat: {listed}.",
         "Figures taken now are those of a hot board.",
-        "A larger heat sink or a fan.",
+        "Use a larger heat sink or a fan.",
         "https://docs.kernel.org/driver-api/thermal/sysfs-api.html",
     )
 

@@ -137,7 +137,7 @@ def container_nodes(board: Board) -> Verdict | None:
         return None
     missing = [path for path in board.npu_nodes if path not in board.document.nodes]
     if any(board.closed(path.rpartition("/")[0]) for path in missing):
-        return Verdict("unknown", "Which of the NPU's nodes the container has is for root to see.")
+        return Verdict("unknown", "Only root can see which of the NPU's nodes the container has.")
     if not missing:
         return ok("The container has the NPU's device nodes.")
     return Verdict(

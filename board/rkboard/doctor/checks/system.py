@@ -214,7 +214,7 @@ def more_as_root(board: Board) -> Verdict:
     return Verdict(
         "note",
         f"Only root can read {', '.join(told)}.",
-        "The other findings do without.",
+        "The other findings do not need it.",
         "rkedge doctor --sudo (needs sudo that asks for no password)",
         "drivers/rknpu, rknpu_debugger.c of the vendor's kernel",
     )

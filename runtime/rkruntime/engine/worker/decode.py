@@ -96,7 +96,7 @@ def _killed_hint(ran_out: bool | None) -> str:
     free = f" {memory.available / 1e9:.1f} GB of memory are available now." if memory else ""
     if ran_out is None:
         return f"Something killed it: look for 'Out of memory' in dmesg.{free}"
-    return f"Something else than the kernel's lack of memory killed it, such as a person or a service manager.{free}"
+    return f"Something other than a lack of memory killed it, such as a person or a service manager.{free}"
 
 
 def array_of(record: Record) -> Logits | HiddenStates:

@@ -141,7 +141,7 @@ class BodyReader:
     ) -> dict[str, Any]:
         data = parse_json(body)
         if not isinstance(data, dict):
-            raise BodyError(f"The body must be a JSON object, and is {kind_of(data)}.")
+            raise BodyError(f"The body must be a JSON object, not {kind_of(data)}.")
         read: dict[str, Any] = self._validator.read(schema, data, ignored)
         return made(read) if made else read
 

@@ -160,7 +160,7 @@ def check_after(data: Mapping[str, Any], body: Mapping[str, Any]) -> None:
 def changed_elsewhere() -> BodyError:
     """The error for a client that does not know the last answer of a session."""
     return BodyError(
-        "The daemon has this conversation otherwise: it has gone on elsewhere, or its last answer could not be kept.",
+        "The daemon's copy of this conversation differs: it went on elsewhere, or its last answer could not be kept.",
         hint="Look at what there is now, and ask again.",
         details={"status": 409, "code": "session_changed"},
     )

@@ -254,14 +254,14 @@ def _a(names: Iterable[str]) -> str:
 
 # What is wrong with a field, from the schema and the value: the end of a sentence that begins with the field's name.
 _SAYINGS: Final[Mapping[str, Callable[[Schema, Any], str]]] = {
-    "type": lambda schema, value: f"must be {_a(_types(schema))}, and is {kind_of(value)}",
+    "type": lambda schema, value: f"must be {_a(_types(schema))}, not {kind_of(value)}",
     "enum": lambda schema, _: f"must be {' or '.join(json.dumps(item) for item in schema['enum'] if item is not None)}",
     "minimum": lambda schema, _: f"must be {_range(schema)}",
     "maximum": lambda schema, _: f"must be {_range(schema)}",
-    "minLength": lambda *_: "is empty, and needs a text",
-    "maxLength": lambda schema, value: f"has {len(value):,} characters, and may have {schema['maxLength']:,}",
-    "minItems": lambda *_: "is an empty list, and needs an entry",
-    "maxItems": lambda schema, value: f"is a list of {len(value):,}, and may be one of {schema['maxItems']:,}",
+    "minLength": lambda *_: "must not be empty",
+    "maxLength": lambda schema, value: f"has {len(value):,} characters; at most {schema['maxLength']:,} are allowed",
+    "minItems": lambda *_: "must have at least one entry",
+    "maxItems": lambda schema, value: f"has {len(value):,} entries; at most {schema['maxItems']:,} are allowed",
 }
 
 
