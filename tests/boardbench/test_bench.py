@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.clocks.chip import CPU, DMC, IDLE, NPU, running, wait_until
 from tests.doctor.sysroots import plant
@@ -262,7 +262,6 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.dictionaries(KEYS, JSON | st.dictionaries(KEYS, JSON | st.dictionaries(KEYS, JSON))))
 def test_a_plan_with_anything_in_it_is_read(plan: dict[str, Any]) -> None:
     found = expected_of(planned(Path(), plan))

@@ -319,7 +319,7 @@ def test_an_elf_file_is_read_as_others_read_it(path: Path) -> None:
     assert len(here) < 2 or facts["glibc"] >= ".".join(map(str, here[:2]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, len(elf())), st.binary(max_size=12))
 def test_a_damaged_library_is_no_crash(at: int, put: bytes) -> None:
     import struct
@@ -389,7 +389,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_board_that_lies_gets_findings_or_a_clear_refusal(example: dict[str, Any], data: st.DataObject) -> None:
     document = changed(example, data.draw)

@@ -28,7 +28,7 @@ _plain = st.none() | st.booleans() | _numbers | _texts | st.binary(max_size=3)
 VALUES = st.recursive(
     _plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
 )
-few = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 
 
 def _taken(call: Callable[[], object]) -> bool:

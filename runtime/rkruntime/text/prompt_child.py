@@ -1,4 +1,7 @@
-"""The child of `rkruntime.text.prompt_process`: what it does with a bundle's tokenizer and template."""
+"""The child of `rkruntime.text.prompt_process`: what it does with a bundle's tokenizer and template.
+
+Libraries are imported within the calls, whose answers name one that is missing.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rkruntime.printable import one_line
-from rkruntime.text.chat_jinja import Program
 from rkruntime.text.confined import Answer, serve
-from rkruntime.text.prompts import PromptMaker
 from rkruntime.text.template import Message, load_template
-from rkruntime.text.tokenizer import Tokenizer
 
 
 class _Served:
@@ -23,11 +23,15 @@ class _Served:
 
     def load(self, given: dict[str, Any], data: bytes) -> Answer:
         """Read tokenizer.json; returns its vocabulary."""
+        from rkruntime.text.tokenizer import Tokenizer
+
         self._tokenizer = Tokenizer.parse(data, Path(given["path"]))
         return {"control": self._tokenizer.control}, self._tokenizer.pack()
 
     def open(self, given: dict[str, Any], data: bytes) -> Answer:
         """Try out a template with the tokenizer."""
+        from rkruntime.text.prompts import PromptMaker
+
         template = load_template(given["template"], given["system_role"], given["special_tokens"], self._tokenizer)
         self._maker = PromptMaker(self._tokenizer, template)
         self._maker.try_out()
@@ -65,7 +69,9 @@ def _outcome(given: dict[str, Any], messages: Any) -> dict[str, str]:
 
 
 @lru_cache(maxsize=2)
-def _program(source: str) -> Program:
+def _program(source: str) -> Any:
+    from rkruntime.text.chat_jinja import Program
+
     return Program(source)
 
 

@@ -90,7 +90,7 @@ def lines(draw: st.DrawFn) -> list[str]:
     return [*line, "--output", "{folder}"] if command in ("convert", "merge") else line
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(line=lines())
 def test_odd_values_end_in_a_documented_way(
     line: list[str], places: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -176,7 +176,7 @@ def test_what_is_not_json_is_refused(tmp_path: Path, data: bytes) -> None:
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_random_changes_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     content = result()

@@ -194,7 +194,7 @@ def test_numbers_have_bounds(recipe, parse, option, values):
                 parse("x", "--recipe", recipe(f"{option[2:].replace('-', '_')}: {value}"))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_stands_in_a_recipe_ends_in_a_documented_way(tmp_path, data):
     values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(

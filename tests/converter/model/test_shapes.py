@@ -44,7 +44,7 @@ def built(config: dict[str, Any]) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("model_type", BUILT_IN)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     layers=st.integers(1, 4),
     kv_heads=st.sampled_from([1, 2, 3, 6]),
@@ -173,7 +173,7 @@ WRONG = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     model_type=st.sampled_from([*BUILT_IN, "chatglm", "minicpm3", "telechat", "unheard-of"]),
     changes=st.dictionaries(st.sampled_from(sorted(KEYS)), WRONG, min_size=1, max_size=2),

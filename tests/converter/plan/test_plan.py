@@ -100,7 +100,7 @@ def test_27b_fits_the_largest_boards_only():
     require(plan_of("gemma-2-27b-it", ram_gib=16.0), force=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(list(CONFIGS)),
     dtype=st.sampled_from(["w8a8", "w8a8_g128", "fp16", "w4a16"]),
@@ -115,7 +115,7 @@ def test_domains_hold_everything_and_none_is_too_full(name, dtype, context):
     assert len(domains) >= whole / dtypes.DOMAIN_BYTES
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(name=st.sampled_from(list(CONFIGS)), ram=st.floats(3, 40), embedding=st.sampled_from(["flash", "ram"]))
 def test_the_largest_context_fits_and_the_next_does_not(name, ram, embedding):
     plan = plan_of(name, ram_gib=ram, embedding=embedding)

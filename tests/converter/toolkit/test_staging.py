@@ -155,7 +155,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(config=LEGAL, generation=SAMPLING)
 def test_what_transformers_4_took_is_loaded_by_the_installed_one(
     small: Path, tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], generation: dict[str, Any]

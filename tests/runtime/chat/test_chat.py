@@ -342,7 +342,7 @@ def test_at_a_pipe_only_answers_are_on_standard_output(
 LINE = st.sampled_from(["", " ", '"""', '"""a', 'a"""', "\\", "a\\", *COMMANDS, "/save x", "/nonsense", " /exit"])
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(lines=st.lists(LINE | st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), max_size=9), max_size=6))
 @example([*COMMANDS, "/save x", '"""', "a\\", "", "b"])
 def test_at_a_pipe_each_line_is_a_message(

@@ -234,7 +234,7 @@ def test_what_happens_to_a_log_changes_nothing(way: str) -> None:
 
 
 @given(st.sampled_from(EXPLAINED), st.lists(st.sampled_from(NOISE), max_size=30), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_interleaved_lines_change_nothing(case: Case, noise: Lines, order: random.Random) -> None:
     lines = ["(RKNN)", *case.log]
     for line in noise:
@@ -265,7 +265,7 @@ def _other_numbers(text: str, order: random.Random) -> str:
     st.sampled_from(FOREIGN_LOGS),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_change_of_a_log_makes_another_fault_sure(
     case: Case, way: str, foreign: Lines, order: random.Random
 ) -> None:
@@ -358,7 +358,7 @@ def test_what_others_print_counts_less_the_farther_it_is_from_a_line_of_rkllm() 
 
 
 @given(st.text(max_size=3000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_random_text_is_unexplained(text: str) -> None:
     assert not diagnose(text).explained
 

@@ -171,7 +171,7 @@ def test_the_last_of_many_repeats_is_kept(narrow: None) -> None:
     assert versions[1500] not in found
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(min_size=1, max_size=300), st.integers(1, 400), st.binary(max_size=300))
 def test_any_bytes_are_read(narrow: None, piece: bytes, times: int, end: bytes) -> None:
     data = piece * times + end

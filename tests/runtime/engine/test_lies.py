@@ -332,7 +332,7 @@ def told(engine: Engine, loop: bool) -> list[Any]:
 
 
 def check_random_lies(fake: Fake, examples: int) -> None:
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck))
     @given(first=ANSWERS | MUTATED, loop=st.booleans())
     def lies(first: list[str], loop: bool) -> None:
         # The second answer is marked: what the first one left behind must not stand in it.
@@ -376,7 +376,7 @@ def test_no_head_does_more_than_be_refused(heads: list[tuple[int, int, int, int,
 
 
 @given(pieces=st.lists(st.binary(max_size=5000), max_size=20))
-@settings(suppress_health_check=list(HealthCheck), deadline=None)
+@settings(suppress_health_check=list(HealthCheck))
 def test_random_bytes_from_a_pipe(pieces: list[bytes]) -> None:
     """The reader alone, however its bytes are cut: records that were meant, or WorkerProtocolError, and no memory."""
     worker = WorkerProcess((sys.executable, "-c", "input()"), os.environ)

@@ -225,7 +225,6 @@ def run(options: Callable[..., LoadOptions], release: str, examples: int, steps:
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),

@@ -243,7 +243,7 @@ def test_symbols_equal_those_of_pyelftools(make_library: MakeLibrary) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_files_are_refused_or_read(make_library: MakeLibrary, tmp_path: Path, data: st.DataObject) -> None:
     """Any file ends as an identity or as a LibraryError, in no time and without touching memory it does not own."""
     global _sample

@@ -72,7 +72,7 @@ def check(text: str) -> None:
 
 
 @given(TEXTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_it_is_what_the_library_reads(text: str) -> None:
     """The library's own HTML is the oracle, but for links and images, which it allows more of."""
     check(text)
@@ -85,7 +85,7 @@ def test_it_is_what_the_library_reads(text: str) -> None:
 
 
 @given(TEXTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_only_the_last_block_can_change(text: str) -> None:
     """So the page has each block read once more only until the next one begins."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -86,10 +86,10 @@ def test_a_chat_whose_conversation_goes_on_elsewhere(slow: Any) -> None:
 
     try:
         list(one.ask("one"))
-        with pytest.raises(ServiceError, match="gone on elsewhere"):
+        with pytest.raises(ServiceError, match="went on elsewhere"):
             list(two.ask("two"))
         list(two.ask("two"))
-        with pytest.raises(ServiceError, match="gone on elsewhere"):
+        with pytest.raises(ServiceError, match="went on elsewhere"):
             list(one.ask("three"))
         assert turns() == ["one", "two"]
         list(one.ask("three"))
@@ -190,7 +190,7 @@ def test_a_conversation_that_has_gone_on_in_another_tab(page: Page) -> None:
     page.wait_idle()
     tabs.first()
     page.ask("What is prefill?")
-    wait(page.browser, lambda: "gone on elsewhere" in page.one("#problem").text)
+    wait(page.browser, lambda: "went on elsewhere" in page.one("#problem").text)
     assert page.typed() == "What is prefill?"
     assert len(page.fetched(f"/sessions/{name}")["messages"]) == 4
     page.press("Show it")

@@ -314,12 +314,13 @@ def test_no_session_is_read_or_written_in_the_event_loop(
 def test_files_have_one_writer_and_nobody_waits_for_it(tmp_path: Path) -> None:
     """A disk that takes its time, and clients of many sessions that come, go away and stop the daemon."""
     store = SessionStore(tmp_path / "sessions", 1 << 24, 1000)
-    writing, most, done = [0], [0], []
+    writing, most, done, left = [0], [0], [], threading.Event()
     write = store.write
 
     def slowly(user: User, name: str, data: Any) -> None:
         writing[0] += 1
         most[0] = max(most[0], writing[0])
+        left.wait(60)
         time.sleep(0.01)
         write(user, name, data)
         done.append((name, data["system"]))
@@ -339,6 +340,7 @@ def test_files_have_one_writer_and_nobody_waits_for_it(tmp_path: Path) -> None:
                 task.cancel()
                 await asyncio.sleep(0)
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        left.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert [task.cancelled() for task in tasks] == [at % 4 > 0 for at in range(40)]
         return longest

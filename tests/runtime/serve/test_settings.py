@@ -90,7 +90,7 @@ JUNK = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(st.sampled_from(sorted(Settings.__dataclass_fields__)), JUNK) | JUNK)
 def test_whatever_stands_in_the_settings_is_settings_or_a_usage_error(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "daemon.yaml"

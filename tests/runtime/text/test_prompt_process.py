@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from tests.runtime.conftest import Interrupt, interrupt, with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
-from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, UsageError
+from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, ServiceError, UsageError
+from rkruntime.stop import Stop
 from rkruntime.text import confined
 from rkruntime.text.confined import CallLimits, Confined
-from rkruntime.text.prompt_process import CHILD, PromptProcess
+from rkruntime.text.prompt_process import CHILD, PromptProcess, open_beside
 from rkruntime.text.prompts import RESERVED, PromptMaker
 from rkruntime.text.template import GEMMA, GemmaTemplate, JinjaTemplate, Message
 from rkruntime.text.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ def test_a_token_of_the_manifest_that_the_model_does_not_have(fake_bundle: Bundl
 
 
 @pytest.mark.parametrize("template", ["gemma", "alpaca"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=15), max_context=st.integers(16, 300), data=st.data())
 def test_the_fewest_turns_are_dropped(
     tokenizer: Tokenizer, template: str, sizes: list[int], max_context: int, data: st.DataObject
@@ -378,3 +379,70 @@ def test_a_signals_handler_that_asks_is_refused(prompts: PromptProcess) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert said == ["A prompt is being made, and this is a signal's handler."]
+
+
+class Loaded:
+    """What a model is to `open_beside`."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def until_stopped(stop: Stop) -> Loaded:
+    """A model that is never loaded."""
+    asked = threading.Event()
+    with stop.ending(asked.set):
+        assert asked.wait(60)
+    stop.check()
+    raise AssertionError
+
+
+def test_a_model_and_its_prompts_start_side_by_side(fake_bundle: Bundle) -> None:
+    before = _children()
+
+    def load(stop: Stop) -> Loaded:
+        end = time.monotonic() + 60
+        while _children() == before:
+            assert time.monotonic() < end
+        return Loaded()
+
+    prompts, loaded = open_beside(fake_bundle, load)
+    with closing(prompts):
+        assert not loaded.closed
+        assert prompts.prompt(chat("hello"), 512)[0]
+
+
+def test_prompts_that_cannot_be_made_stop_the_load(fake_bundle: Bundle) -> None:
+    bundle, before = with_file(fake_bundle, "chat_template.jinja", "{% if %}"), _children()
+    with pytest.raises(BundleError, match="Jinja"):
+        open_beside(bundle, until_stopped)
+    model = Loaded()
+    with pytest.raises(BundleError, match="Jinja"):
+        open_beside(bundle, lambda _: model)
+    assert model.closed
+    assert _children() <= before
+
+
+@pytest.mark.parametrize("error", [HostError("no memory"), KeyboardInterrupt()])
+def test_a_load_that_fails_leaves_no_process(fake_bundle: Bundle, error: BaseException) -> None:
+    before = _children()
+
+    def load(stop: Stop) -> Loaded:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        open_beside(fake_bundle, load)
+    assert caught.value is error
+    assert _children() <= before
+
+
+def test_one_stop_is_for_both(fake_bundle: Bundle) -> None:
+    stop, before = Stop(), _children()
+    timer = threading.Timer(0.1, stop.ask)
+    timer.start()
+    with pytest.raises(ServiceError, match="stopped"):
+        open_beside(fake_bundle, until_stopped, stop)
+    timer.join()
+    assert _children() <= before

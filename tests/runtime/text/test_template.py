@@ -99,7 +99,7 @@ def check_against(oracle: Any, tokenizer: Tokenizer, name: str, messages: list[M
 
 
 @pytest.mark.parametrize("name", [*FOLDED, *NATIVE])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(messages=conversations())
 def test_templates_equal_transformers(tokenizer: Tokenizer, oracle: Any, name: str, messages: list[Message]) -> None:
     check_against(oracle, tokenizer, name, messages)
@@ -107,7 +107,7 @@ def test_templates_equal_transformers(tokenizer: Tokenizer, oracle: Any, name: s
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [*FOLDED, *NATIVE])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(messages=conversations())
 def test_many_conversations_equal_transformers(
     tokenizer: Tokenizer, oracle: Any, name: str, messages: list[Message]
@@ -115,7 +115,7 @@ def test_many_conversations_equal_transformers(
     check_against(oracle, tokenizer, name, messages)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(messages=conversations())
 def test_gemma_equals_transformers(tokenizer: Tokenizer, oracle: Any, messages: list[Message]) -> None:
     if any(control in message.content for control in tokenizer.control for message in messages):
@@ -152,7 +152,7 @@ PIECES = (
 
 
 @pytest.mark.parametrize("name", [*FOLDED, *NATIVE])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(messages=conversations(st.lists(st.sampled_from(PIECES), max_size=6).map("".join)))
 def test_typed_control_tokens_stay_text(tokenizer: Tokenizer, name: str, messages: list[Message]) -> None:
     """The control tokens of a prompt are those that the template itself writes, in the same order."""
@@ -181,7 +181,7 @@ def _harmless(content: str) -> str:
 
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, GEMMA])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(messages=conversations())
 def test_gemmas_own_jinja_gives_the_same(tokenizer: Tokenizer, source: str, messages: list[Message]) -> None:
     template = JinjaTemplate(source, tokenizer, fold=True)

@@ -95,14 +95,14 @@ def test_all_that_templates_do(step: str) -> None:
         check("{{ " + step + " }}", first, second)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(source=sources | chains, first=said, second=said)
 def test_combinations(source: str, first: str, second: str) -> None:
     check(source, first, second)
 
 
 @pytest.mark.long
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=5000)
 @given(source=sources | chains, first=said, second=said)
 def test_many_combinations(source: str, first: str, second: str) -> None:
     check(source, first, second)
