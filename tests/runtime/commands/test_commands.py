@@ -264,19 +264,11 @@ def test_a_demo_that_may_not_write_says_where_to(tmp_path: Path) -> None:
 
 
 def test_serve_says_how_to_chat(bundle: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rkruntime.cli",
-        "serve",
-        str(bundle),
-        "--socket",
-        str(tmp_path / "s"),
-        "--port",
-        "0",
-    ]
-    folders = {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("STATE",)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **folders}) as daemon:
+    config = tmp_path / "daemon.yaml"
+    config.write_text(f"sessions: {{folder: {tmp_path}/sessions}}\nprompt_cache: {{folder: {tmp_path}/cache}}\n")
+    options = ["--config", str(config), "--socket", str(tmp_path / "s"), "--port", "0"]
+    command = [sys.executable, "-m", "rkruntime.cli", "serve", str(bundle), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
         assert daemon.stderr is not None
         said = [daemon.stderr.readline() for _ in range(3)]
         daemon.terminate()
