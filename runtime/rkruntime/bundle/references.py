@@ -6,14 +6,13 @@ a stranger's like the rest of a bundle: each number has a range, and each list a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final
+from dataclasses import dataclass, field
+from typing import Annotated, Final
 
-from rkruntime.errors import BundleError
-from rkruntime.schema import Between, Length, build
+from rkruntime.bundle.record import Record
+from rkruntime.schema import Between, Length
 
 SCHEMA: Final = "rkedge-references/1"
 REFERENCES: Final = "report/references.json"
@@ -72,32 +71,17 @@ class Caps:
 
 
 @dataclass(frozen=True)
-class References:
+class References(Record):
     """The contents of the file; a part is None if the model has no such thing, or its context is too short."""
 
     window: Window | None
     caps: Caps | None
-    schema: Annotated[str, Length(64)] = SCHEMA
+    schema: Annotated[str, Length(64)] = field(default=SCHEMA, kw_only=True)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The contents as JSON types."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"schema": plain.pop("schema"), **plain}
-
-    @classmethod
-    def from_json(cls, data: bytes, where: object) -> References:
-        """Parse and check a file. Raises BundleError, with its place `where` and the key that is wrong."""
-        try:
-            plain = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is not JSON: {str(error)[:200]}.") from error
-        found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
-        if found != SCHEMA:
-            raise BundleError(f"{where} has the schema {str(found)[:80]!r}; this release reads {SCHEMA!r}.")
-        made = build(cls, plain, lambda what: BundleError(f"{where}: {what}."))
-        if not (_holds(made.window) and _fits(made.caps)):
-            raise BundleError(f"{where}: a list is empty, too long, or not as long as the others.")
-        return made
+    def problem(self) -> str:
+        """See `Record`."""
+        fits = _holds(self.window) and _fits(self.caps)
+        return "" if fits else "a list is empty, too long, or not as long as the others"
 
 
 def divergence(true: Sequence[float], found: Sequence[float]) -> float:

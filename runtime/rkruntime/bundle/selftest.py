@@ -5,12 +5,11 @@ The file is a stranger's like the rest of a bundle: each number has a range, and
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final
+from dataclasses import dataclass, field
+from typing import Annotated, Final
 
-from rkruntime.errors import BundleError
-from rkruntime.schema import Between, Length, build
+from rkruntime.bundle.record import Record
+from rkruntime.schema import Between, Length
 
 SCHEMA: Final = "rkedge-selftest/1"
 SELFTEST: Final = "report/selftest.json"
@@ -81,7 +80,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class SelfTest:
+class SelfTest(Record):
     """The contents of the file.
 
     Attributes:
@@ -94,7 +93,7 @@ class SelfTest:
     arithmetic: Annotated[str, Length(64)]
     rounding: _Gap
     prompts: tuple[Question, ...]
-    schema: Annotated[str, Length(64)] = SCHEMA
+    schema: Annotated[str, Length(64)] = field(default=SCHEMA, kw_only=True)
 
     @property
     def tolerance(self) -> float:
@@ -115,28 +114,9 @@ class SelfTest:
         """Whether the model can have said this; None stands for the end of its answer."""
         return token is None or 0 <= token < self.vocabulary
 
-    def as_dict(self) -> dict[str, Any]:
-        """The contents as JSON types."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"schema": plain.pop("schema"), **plain}
-
-    @classmethod
-    def from_json(cls, data: bytes, where: object) -> SelfTest:
-        """Parse and check a file. Raises BundleError, with its place `where` and the key that is wrong."""
-        try:
-            plain = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is not JSON: {str(error)[:200]}.") from error
-        found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
-        if found != SCHEMA:
-            raise BundleError(
-                f"{where} has the schema {str(found)[:80]!r}; this release reads {SCHEMA!r}.",
-                hint="Use the release of rkedge that made this bundle, or convert it again.",
-            )
-        made = build(cls, plain, lambda what: BundleError(f"{where}: {what}."))
-        if problem := _problem(made):
-            raise BundleError(f"{where}: {problem}.")
-        return made
+    def problem(self) -> str:
+        """See `Record`."""
+        return _problem(self)
 
 
 def _problem(made: SelfTest) -> str:

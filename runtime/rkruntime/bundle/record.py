@@ -1,0 +1,50 @@
+"""Records that a bundle keeps as JSON, each with a schema: they are a stranger's, like the rest of a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
+
+from rkruntime.errors import BundleError
+from rkruntime.schema import Length, build
+
+_Kind = TypeVar("_Kind", bound="Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The base of a record, whose `schema` has the only value that this release reads as its default."""
+
+    schema: Annotated[str, Length(64)] = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents as JSON types."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {"schema": plain.pop("schema"), **plain}
+
+    @classmethod
+    def from_json(cls: type[_Kind], data: bytes, where: object) -> _Kind:
+        """Parse and check a file.
+
+        Raises:
+            BundleError: With its place `where` and the key that is wrong.
+        """
+        try:
+            plain = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON: {str(error)[:200]}.") from error
+        found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
+        if found != cls.schema:
+            raise BundleError(
+                f"{where} has the schema {str(found)[:80]!r}; this release reads {cls.schema!r}.",
+                hint="Use the release of rkedge that made this bundle, or convert it again.",
+            )
+        made = build(cls, plain, lambda what: BundleError(f"{where}: {what}."))
+        if problem := made.problem():
+            raise BundleError(f"{where}: {problem}.")
+        return made
+
+    def problem(self) -> str:
+        """What is wrong beyond the types of single fields; empty if nothing is."""
+        return ""
