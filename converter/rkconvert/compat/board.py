@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from rkconvert.compat.case import MOST_CONTEXT
 from rkconvert.compat.journal import Journal
+from rkconvert.compat.results import MOST_RAM_GIB, release_of
 from rkruntime.bundle.manifest import MANIFEST, Bundle, bundles_in, is_bundle, open_bundle
 from rkruntime.errors import ServiceError
 from rkruntime.printable import one_line
@@ -25,6 +27,8 @@ from rkruntime.schema import build
 from rkruntime.visit import MARK, PROTOCOL
 from rkruntime.visit.steps import LOAD, STEPS
 
+# The target of bundles for a stand-in.
+EMULATOR: Final = "emulator"
 # Of all that a board may say in one connection.
 _MOST_BYTES: Final = 16 << 20
 _BLOCK: Final = 1 << 20
@@ -98,8 +102,13 @@ class Visit:
             ServiceError: The board cannot be reached, lacks something, or refuses. Started again, it goes on.
         """
         self.bundle.verify()
-        journal = Journal.of(self.destination, self.bundle, *self.options)
-        journal.save()
+        with Journal.held(self.destination, self.bundle, *self.options) as journal:
+            journal.results = {step: kept for step, kept in journal.results.items() if _is_sound(step, kept)}
+            journal.save()
+            self._complete(journal)
+        return journal
+
+    def _complete(self, journal: Journal) -> None:
         waits, done = iter(_WAITS_S), -1
         while not (journal.removed and not self._left(journal)):
             if len(journal.results) > done:  # something came of the last connection
@@ -124,8 +133,9 @@ class Visit:
                 # Something is missing there, or wrong: it is not known when this is started again, and with what.
                 with suppress(ServiceError, _BrokenError):
                     self._call(journal, "remove")
+                journal.begun = ""  # the connection was not lost in it
+                journal.save()
                 raise
-        return journal
 
     def _left(self, journal: Journal) -> list[str]:
         """Steps that are to be done."""
@@ -298,10 +308,20 @@ class Visit:
             journal.begun = ""
             result = _checked(str(step), event.get("result"))
             if step == LOAD:
+                self._check_soc(result)
                 self._compare(journal, result)
             journal.results[str(step)] = result
             self.say(f"{step}: {one_line(str(journal.results[str(step)]['says']))}")
         journal.save()
+
+    def _check_soc(self, load: Mapping[str, Any]) -> None:
+        """Raise ServiceError for a board of another SoC: its result would be about files that are made for that one."""
+        made, soc = self.bundle.manifest, load.get("soc")
+        if soc and soc != made.platform and not is_emulated(load, self.bundle):
+            raise ServiceError(
+                f"{self.destination} is an {soc.upper()}, and {made.name} was made for {made.platform.upper()}.",
+                hint=f"Convert it with --platform {soc}, or name another board.",
+            )
 
     def _compare(self, journal: Journal, load: Mapping[str, Any]) -> None:
         """Compare a load with that of an earlier connection. Raises ServiceError if only that one went well."""
@@ -364,6 +384,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
 
 _Check = Callable[[Any], bool]
+_COUNT: Final[_Check] = lambda value: type(value) is int and 0 <= value <= MOST_CONTEXT  # noqa: E731
 _FIGURE: Final[_Check] = lambda value: type(value) in (int, float) and 0 <= value <= 1e12  # noqa: E731
 _TEXT: Final[_Check] = lambda value: isinstance(value, str) and len(value) <= 500  # noqa: E731
 _NAME: Final[_Check] = lambda value: isinstance(value, str) and len(value) <= 200  # noqa: E731
@@ -378,8 +399,11 @@ _FIELDS: Final[Mapping[str, _Check]] = {
     "log": lambda value: isinstance(value, list) and len(value) <= 40 and all(map(_TEXT, value)),
     "clocks": lambda value: isinstance(value, dict) and len(value) <= 100 and all(map(_NAME, value))
     and all(type(item) is int and 0 <= item < 1 << 40 for item in value.values()),
-    **dict.fromkeys(("board", "soc", "kernel", "driver", "driver_seen", "library"), _NAME),
-    **dict.fromkeys(("ram_gib", "context", "tokens_per_s", "first_token_ms", "memory_mb"), _FIGURE),
+    **dict.fromkeys(("board", "soc", "kernel", "driver", "driver_seen"), _NAME),
+    **dict.fromkeys(("tokens_per_s", "first_token_ms", "memory_mb"), _FIGURE),
+    "context": _COUNT,
+    "library": lambda value: _NAME(value) and (not value or release_of(value) is not None),
+    "ram_gib": lambda value: _FIGURE(value) and value <= MOST_RAM_GIB,
 }  # fmt: skip
 
 
@@ -390,6 +414,19 @@ def _checked(step: str, result: Any) -> dict[str, Any]:
     if bad := [key for key, value in result.items() if key not in _FIELDS or not _FIELDS[key](value)]:
         raise _nonsense(f"the result of {step} has an invalid {one_line(str(bad[0]))[:40]!r}")
     return result
+
+
+def _is_sound(step: str, kept: Any) -> bool:
+    """Whether what an earlier release wrote down is what this one would."""
+    try:
+        return bool(_checked(step, kept))
+    except ServiceError:
+        return False
+
+
+def is_emulated(load: Mapping[str, Any], bundle: Bundle) -> bool:
+    """Whether what was loaded is a stand-in, so that nothing of the machine is a board's."""
+    return bool(load.get("emulated")) or bundle.manifest.target == EMULATOR
 
 
 def bundles_of(path: Path) -> list[Bundle]:

@@ -24,7 +24,7 @@ _MOST_CELLS: Final = 20_000
 CONFIG_REPORT: Final = "config"
 _NAMES: Final = ("model_type", "architectures", "hidden_act", "hidden_activation", "torch_dtype", "dtype")
 _LAYERS: Final = ("sliding_attention", "full_attention")
-_MOST_CONTEXT: Final = 1 << 20
+MOST_CONTEXT: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Wanted:
                 if value not in known:
                     raise UsageError(f"There is no {name} {value!r}.", hint=f"There are {', '.join(known)}.")
         for context in self.contexts:
-            if context % CONTEXT_STEP or not CONTEXT_STEP <= context <= _MOST_CONTEXT:
-                most, step = f"{_MOST_CONTEXT:,}", CONTEXT_STEP
+            if context % CONTEXT_STEP or not CONTEXT_STEP <= context <= MOST_CONTEXT:
+                most, step = f"{MOST_CONTEXT:,}", CONTEXT_STEP
                 raise UsageError(f"A context has {step} to {most} tokens, in steps of {step}, not {context:,}.")
 
     def cells(self) -> list[Cell]:

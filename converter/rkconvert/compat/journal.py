@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.errors import InputError
-from rkruntime.files import atomic_file, read_regular
+from rkruntime.errors import InputError, ServiceError
+from rkruntime.files import atomic_file, read_regular, write_error
 from rkruntime.folders import own_folder
 from rkruntime.schema import build
 
@@ -45,6 +46,32 @@ class Journal:
     schema: str = _SCHEMA
 
     @classmethod
+    @contextmanager
+    def held(cls, destination: str, bundle: Bundle, *options: object) -> Iterator[Journal]:
+        """`of`, for the block, in which no other process has it.
+
+        Raises:
+            ServiceError: Another one has it: one visit would remove what the other has copied.
+            OutputError, HostError: It cannot be locked.
+        """
+        id, path = cls.of(destination, bundle, *options).id, _folder() / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(id, 16) >> 1)  # a byte for each, of one file
+            yield cls.of(destination, bundle, *options)
+        except BlockingIOError:
+            raise ServiceError(
+                f"Another process is trying {bundle.manifest.name} on {destination} now.",
+                hint="Wait until it has ended: pgrep -af 'rkedge compat'",
+            ) from None
+        finally:
+            os.close(handle)
+
+    @classmethod
     def of(cls, destination: str, bundle: Bundle, *options: object) -> Journal:
         """That of an earlier start, or a new one."""
         parts = [destination, bundle.manifest.fingerprint, platform.node(), str(os.getuid()), *map(str, options)]
@@ -58,7 +85,7 @@ class Journal:
 
     @property
     def _path(self) -> Path:
-        return own_folder("cache") / "compat" / "visits" / f"{self.id}.json"
+        return _folder() / f"{self.id}.json"
 
     def save(self) -> None:
         """Raises OutputError or HostError if it cannot be written."""
@@ -69,3 +96,7 @@ class Journal:
     def forget(self) -> None:
         """Once the result is written."""
         self._path.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    return own_folder("cache") / "compat" / "visits"

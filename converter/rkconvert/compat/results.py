@@ -6,12 +6,12 @@ A file may come from anybody, so everything in it is checked and bounded, and no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from rkconvert.compat.case import Case
+from rkconvert.compat.case import MOST_CONTEXT, Case
 from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
 from rkconvert.rules.quantized_types import known_types
 from rkconvert.tensors.shards import read_json
@@ -31,6 +31,7 @@ _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
 _MOST_PROBES: Final = 100
 _LONGEST_NAME: Final = 200
+MOST_RAM_GIB: Final = 4096
 
 _Name = Annotated[str, Length(_LONGEST_NAME)]
 _Line = Annotated[str, Length(500)]
@@ -55,7 +56,7 @@ class ResultBoard:
     kernel: _Name
     driver: _Name
     library: _Name
-    ram_gib: Annotated[float, Between(0, 4096)] = 0.0
+    ram_gib: Annotated[float, Between(0, MOST_RAM_GIB)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Run:
     type: _Name
     release: _Name
     cores: Annotated[int, Between(1, 16)]
-    context: Annotated[int, Between(1, 1 << 20)]
+    context: Annotated[int, Between(1, MOST_CONTEXT)]
     lora: Literal["merged", "runtime"]
     status: Literal["works", "works but slower", "refused by the toolkit", "fails at load", "wrong answers"]
     says: _Line
@@ -119,11 +120,14 @@ class Result:
 
 def read_result(path: Path) -> Result:
     """Read a file. Raises InvalidResultError if it is anything else."""
+    return _result(path, read_json(path, InvalidResultError, _MOST_BYTES))
 
+
+def _result(path: Path, data: Mapping[str, Any]) -> Result:
     def fail(what: str) -> InputError:
         return InvalidResultError(f"{path}: {what}.", hint="docs/compat.md describes these files.")
 
-    result = build(Result, read_json(path, InvalidResultError, _MOST_BYTES), fail)
+    result = build(Result, data, fail)
     if len(result.runs) > _MOST_RUNS or not all(map(_bounded, result.runs)):
         raise fail(
             f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log, {_MOST_PROBES} probes and clocks"
@@ -146,16 +150,17 @@ def _misnamed(result: Result) -> Iterator[str]:
     socs = types_by_soc()[0]
     if result.board.soc not in socs:
         yield f"board.soc is {result.board.soc!r}; there are {', '.join(socs)}"
-    if result.board.library and _release(result.board.library) is None:
+    if result.board.library and release_of(result.board.library) is None:
         yield f"board.library is {result.board.library!r}; it must be a release such as 1.2.3, or empty"
     for number, run in enumerate(result.runs):
         if run.type not in known_types():
             yield f"runs[{number}].type is {run.type!r}; there are {', '.join(known_types())}"
-        if _release(run.release) is None:
+        if release_of(run.release) is None:
             yield f"runs[{number}].release is {run.release!r}; it must be a release such as 1.2.3"
 
 
-def _release(text: str) -> Version | None:
+def release_of(text: str) -> Version | None:
+    """The release that a text begins with; None if it begins with none."""
     try:
         return version(text)
     except ValueError:
@@ -163,9 +168,16 @@ def _release(text: str) -> Version | None:
 
 
 def write_result(result: Result, path: Path) -> None:
-    """Write a file that `read_result` reads. Raises OutputError or HostError if it cannot be written."""
+    """Write a file that `read_result` reads.
+
+    Raises:
+        InvalidResultError: It would not; nothing is written.
+        OutputError, HostError: It cannot be written.
+    """
+    text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
+    _result(path, json.loads(text))
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def shipped_folder() -> Path:
@@ -219,7 +231,7 @@ def _cell(result: Result, run: Run) -> Cell:
 def _mixed(result: Result, run: Run) -> bool:
     """Whether the runtime is known to be of another release than the toolkit that made the file."""
     library = result.board.library
-    return bool(library) and _release(library) != _release(run.release)
+    return bool(library) and release_of(library) != release_of(run.release)
 
 
 def _evidence(path: Path, result: Result, run: Run) -> Evidence:

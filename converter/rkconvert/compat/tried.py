@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from rkconvert.compat.board import EMULATOR, is_emulated
 from rkconvert.compat.case import CONFIG_REPORT, Case
 from rkconvert.compat.cells import Cell, Status
 from rkconvert.compat.journal import Journal
@@ -19,8 +20,6 @@ from rkruntime.errors import BundleError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.probes import QUESTIONS
 from rkruntime.visit.steps import LOAD, SELFTEST, SPEED
-
-_EMULATED: Final = "emulator"
 
 
 def case_of(bundle: Bundle, model: str | None = None, revision: str | None = None) -> Case:
@@ -59,7 +58,7 @@ def cell_of(bundle: Bundle) -> Cell:
 def result_of(journal: Journal, bundle: Bundle, case: Case) -> Result:
     """The result of a visit whose steps are done. An emulated one has no speed and no memory: they are a PC's."""
     load = journal.results[LOAD]
-    emulated = bool(load.get("emulated")) or bundle.manifest.target == _EMULATED
+    emulated = is_emulated(load, bundle)
     return Result(
         schema=SCHEMA,
         made=date.today().isoformat(),
@@ -73,8 +72,8 @@ def result_of(journal: Journal, bundle: Bundle, case: Case) -> Result:
 
 def _board(load: Mapping[str, Any], bundle: Bundle, *, emulated: bool) -> ResultBoard:
     return ResultBoard(
-        name=_EMULATED if emulated else load.get("board", ""),
-        soc=bundle.manifest.platform if emulated else load.get("soc", ""),
+        name=EMULATOR if emulated else load.get("board", ""),
+        soc=bundle.manifest.platform,  # a board of another one has no result, and some do not say what they are
         kernel=load.get("kernel", ""),
         driver=load.get("driver") or load.get("driver_seen", ""),
         library=load.get("library", ""),

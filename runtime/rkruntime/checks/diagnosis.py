@@ -101,6 +101,12 @@ def diagnose(
     return replace(_explained(read.text, known, rows), not_read=_not_read(read))
 
 
+def is_machine(found: Mapping[str, Any]) -> bool:
+    """Whether a diagnosis (`Diagnosis.as_dict`) is more than a hint, and about the machine: not about its model."""
+    words = table().classes.get(found["class"])
+    return words is not None and words.machine and found["confidence"] in CONFIDENCES[:-1]
+
+
 def _read(text: str | Iterable[str], rows: Table) -> ReadLog:
     lines = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else text
     check_value("text", Sequence[str], lines)

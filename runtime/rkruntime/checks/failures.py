@@ -88,12 +88,17 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class ClassText:
-    """What a class of failures means, in plain words."""
+    """What a class of failures means, in plain words.
+
+    Attributes:
+        machine: Whether it is about the machine, so that another one like it does load the model.
+    """
 
     title: str
     cause: str
     next_steps: tuple[str, ...]
     evidence: tuple[str, ...]
+    machine: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,13 @@ def table() -> Table:
     cite = _Citations(data["marks"], data["repositories"], data["sources"])
     words = data["words"]
     classes = {
-        name: ClassText(entry["title"], _flow(entry["cause"]), _steps(entry), cite(entry.get("evidence", {})))
+        name: ClassText(
+            entry["title"],
+            _flow(entry["cause"]),
+            _steps(entry),
+            cite(entry.get("evidence", {})),
+            machine=entry.get("machine", False),
+        )
         for name, entry in data["classes"].items()
     }
     rules = [

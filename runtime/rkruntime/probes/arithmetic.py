@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 from rkruntime.bundle.references import Row, Window, divergence
-from rkruntime.probes.trial import Observation, Trial
+from rkruntime.probes.trial import NO_ROWS, Observation, Trial
 from rkruntime.words import counted
 
 UNDECIDED: Final = "undecided"
@@ -74,7 +74,9 @@ def _nearest(trial: Trial, without: Callable[[Row], tuple[float, ...]]) -> Obser
     caps = references and references.caps
     if not caps:
         return Observation(f"{_NO_REFERENCES}.")
-    rows = trial.model.engine.logits(trial.request(tokens=list(caps.tokens)))
+    rows = trial.logits(trial.request(tokens=list(caps.tokens)))
+    if rows is None:
+        return Observation(NO_ROWS)
     found = [[float(rows[row.at][token]) for token in row.ids] for row in caps.rows]
     share, error = _share([(row.capped, without(row), mine) for row, mine in zip(caps.rows, found, strict=True)])
     near, far = (

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rkruntime.engine.generation import FinishReason, Request
 from rkruntime.errors import RunError, UnsupportedCallError
-from rkruntime.probes.trial import Observation, Trial, same, silence
+from rkruntime.probes.trial import NO_ROWS, Observation, Trial, same, silence
 from rkruntime.words import counted
 
 # Long enough for the answer of a small model to end.
@@ -20,7 +20,8 @@ def template(trial: Trial) -> Observation:
     """Whether token ids are read as they are sent.
 
     `plain`: they are. `bos`: it reads one more, so `<bos>` is doubled, as our prompts have it; answers may suffer.
-    `wrapped`: it reads several more, its own chat template; RKEdge empties that.
+    `wrapped`: it reads several more, its own chat template, and no longer once RKEdge has emptied that. One that does
+    both is `bos`.
     """
     trial.empty()
     run = trial.run(trial.request())
@@ -28,11 +29,17 @@ def template(trial: Trial) -> Observation:
     if run.read is None:
         return Observation(f"{silence(trial).capitalize()}.", run.facts)
     read = f"It read {run.read} tokens of a prompt of {sent}"
-    if run.read == sent + 1:
-        return Observation(f"{read}: it adds another <bos>, or whatever has one token.", run.facts, "bos")
-    if run.read > sent:
-        return Observation(f"{read}: it adds its own template.", run.facts, "wrapped")
-    return Observation(f"{read}: it adds nothing.", run.facts, "plain")
+    wrapped = run.read > sent + 1
+    if wrapped:
+        trial.empty()
+        run = trial.run(trial.request())  # with an empty template, where the release can
+        read += f", and {run.read} of it after its template was emptied"
+    if run.read is None or run.read < sent:
+        return Observation(f"{read}: that decides nothing.", run.facts)
+    if run.read == sent:
+        kind = ("its own template", "wrapped") if wrapped else ("nothing", "plain")
+        return Observation(f"{read}: it adds {kind[0]}.", run.facts, kind[1])
+    return Observation(f"{read}: it adds another <bos>, or whatever has so many tokens.", run.facts, "bos")
 
 
 def reuse(trial: Trial) -> Observation:
@@ -82,7 +89,10 @@ def end_tokens(trial: Trial) -> Observation:
     ends: dict[int, bool] = {}
     for more in ([], *([stop] for stop in sorted(stops))):
         text = [*asked.tokens, *answer, *more]
-        token = int(trial.model.engine.logits(trial.request(tokens=text))[-1].argmax())
+        rows = trial.logits(trial.request(tokens=text))
+        if rows is None:
+            return Observation(NO_ROWS)
+        token = int(rows[-1].argmax())
         if token in stops:
             run = trial.run(trial.request(tokens=text, stop_tokens=frozenset(), max_new_tokens=4))
             ends[token] = ends.get(token, True) and run.end.reason is FinishReason.STOP and len(run.ids) < 4

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from rkruntime.abi import since, within
 from rkruntime.engine.generation import Finished, Request, Token
-from rkruntime.errors import UnsupportedCallError
+from rkruntime.errors import RunError, UnsupportedCallError
 from rkruntime.model import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PROMPT: Final = "Name three rivers."
 _SHORT: Final = 16
+# What a question says that needs the logits of some token, on a library that returns none of it.
+NO_ROWS: Final = "Not answered: the library does not return a row of logits for each token; see the question `logits`."
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,15 @@ class Trial:
         *tokens, end = self.model.engine.generate(request)
         assert isinstance(end, Finished)
         return Run([token.token_id for token in tokens if isinstance(token, Token)], end)
+
+    def logits(self, request: Request) -> NDArray[np.float32] | None:
+        """A row of logits for each token of the prompt; None from a library that returns other rows."""
+        try:
+            return self.model.engine.logits(request)
+        except RunError as error:
+            if "rows" not in error.details:
+                raise
+            return None
 
     def next_token(self, tokens: list[int]) -> int | None:
         """What the model says after these tokens; None if it ends there and does not pass on why."""

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from rkruntime.checks import machine
+from rkruntime.checks.diagnosis import is_machine
+from rkruntime.checks.failures import CONFIDENCES
 from rkruntime.engine.generation import Finished, Token
 from rkruntime.errors import BundleError, ContextFullError, LoadError, ModelError, RKEdgeError, UsageError, WorkerError
 from rkruntime.firstrun import machine_report
-from rkruntime.folders import home
+from rkruntime.folders import home, own_folder
 from rkruntime.model import Model
 from rkruntime.probes import FAILED, QUESTIONS, Trial, answer
 from rkruntime.selftest import run_selftest
@@ -18,7 +20,10 @@ from rkruntime.selftest import run_selftest
 LOAD: Final = "load"
 SPEED: Final = "speed"
 SELFTEST: Final = "selftest"
-STEPS: Final = (LOAD, SPEED, SELFTEST, *QUESTIONS)
+# The first run of a fresh model answers this one: once one has shown that the library adds its template, it is empty.
+FIRST: Final = next(iter(QUESTIONS))
+# In this order, in whichever they are asked for.
+STEPS: Final = tuple(dict.fromkeys((LOAD, FIRST, SPEED, SELFTEST, *QUESTIONS)))
 # What the self-test finds that is no fault of the answers.
 _RIGHT: Final = ("same", "undecided")
 _LONG_ANSWER: Final = "Count from 1 to 100, one number on each line."
@@ -30,13 +35,14 @@ Result = Mapping[str, Any]
 
 
 def results(load: Callable[[], Model], steps: Sequence[str]) -> Iterator[tuple[str, Result | None]]:
-    """Do these steps; yields each one's name as it begins, with None, and again with its result.
+    """Do these steps, in the order of STEPS; yields each one's name as it begins, with None, and again with its result.
 
     The model is loaded whatever the steps are. A load that fails is a result, and the last one.
 
     Raises:
         UsageError: There is no such step.
-        RKEdgeError: What is wrong is not the model: a bundle, a library or a machine that cannot be used.
+        RKEdgeError: What is wrong is not the model: a bundle, a library or a machine that cannot be used, as far as the
+            log says so.
     """
     if unknown := [step for step in steps if step not in STEPS]:
         raise UsageError(f"There is no step {unknown[0][:80]!r}.")
@@ -47,7 +53,7 @@ def results(load: Callable[[], Model], steps: Sequence[str]) -> Iterator[tuple[s
         yield LOAD, loaded
         if not loaded["loads"]:
             return
-        for step in (step for step in steps if step != LOAD):
+        for step in (step for step in STEPS if step in steps and step != LOAD):
             yield step, None
             yield step, _tried(step, trial)
     finally:
@@ -70,7 +76,9 @@ def _load(trial: Trial) -> Result:
     try:
         model = trial.model
     except (LoadError, WorkerError) as error:
-        return {**_machine(), "loads": False, "says": _short(error.message), "log": _lines(error.log)}
+        if _is_elsewhere(error):
+            raise
+        return {**_machine(), "loads": False, "says": _short(_told(error)), "log": _lines(error.log)}
     info = model.engine.info
     return {
         **_machine(),
@@ -82,6 +90,20 @@ def _load(trial: Trial) -> Result:
         "emulated": info.emulated,
         "context": info.max_context,
     }
+
+
+def _is_elsewhere(error: ModelError) -> bool:
+    """Whether a load failed for a reason that says nothing of the model, such as a device that may not be opened."""
+    found = error.details.get("diagnosis")
+    killed = error.details.get("signal") == "SIGKILL"  # by whom is known if memory ran out
+    return found is not None and (is_machine(found) or (killed and found["confidence"] not in CONFIDENCES[:-1]))
+
+
+def _told(error: ModelError) -> str:
+    found = error.details.get("diagnosis")
+    if not found or found["confidence"] not in CONFIDENCES:
+        return error.message
+    return f"{error.message} Diagnosis ({found['confidence']} confidence): {found['title']}."
 
 
 def _machine() -> Result:
@@ -137,8 +159,10 @@ def _selftest(trial: Trial) -> Result:
 
 
 def _short(text: str) -> str:
-    own = str(home())
-    return (text.replace(own, "~") if len(own) > 1 else text)[:_MOST_TEXT]
+    """A text without the names of the user's folders: the file that it is for may be anybody's to read."""
+    for own, shown in ((str(own_folder("cache")), "~/.cache/rkedge"), (str(home()), "~")):
+        text = text.replace(own, shown) if len(own) > 1 else text
+    return text[:_MOST_TEXT]
 
 
 def _lines(lines: Sequence[str]) -> list[str]:
