@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 from rkconvert.commands.options import revision_option
 from rkconvert.rules.quantized_types import PLATFORMS, known_types
@@ -48,11 +49,6 @@ class OnBoard:
     probes: tuple[str, ...]
     risky: bool
     force: bool
-
-    def given(self) -> list[str]:
-        """Options that were given, without those that have a default."""
-        names = ("variants", "library", "probes", "risky", "force")
-        return [f"--{name.removesuffix('s') if name == 'probes' else name}" for name in names if getattr(self, name)]
 
     @property
     def steps(self) -> list[str]:
@@ -109,6 +105,24 @@ board_options = packed(
 )
 
 
+# What an option does that --board has nothing for, and one that only it has.
+_MATRIX_ONLY: Final = ("results", "emulator", "why", "html", "markdown")
+_BOARD_ONLY: Final = tuple(item.name for item in fields(OnBoard) if item.name != "board")
+# What a bundle says of itself.
+_OF_A_BUNDLE: Final = ("revision", "types", "socs", "cores", "releases", "contexts", "loras", "variants", "target")
+
+
+def _given(names: Iterable[str]) -> str:
+    """Those of these parameters that were given, as options."""
+    context = click.get_current_context()
+    found = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    return ", ".join(found)
+
+
 def _wanted(given: Mapping[str, Any]) -> Wanted:
     from rkconvert.compat.case import USUAL_CONTEXT, Wanted
 
@@ -146,8 +160,10 @@ def _try(
         if not as_json:
             say(f"{bundle.manifest.name}: {_summary(read_result(found[-1]))} {one_line(str(found[-1]))}")
 
-    on_board.output.mkdir(parents=True, exist_ok=True)
     bundles = bundles_of(Path(model))
+    if bundles and (named := _given(_OF_A_BUNDLE)):
+        raise UsageError(f"{named}: a bundle is tried as it is.", hint="Leave it out, or name the checkpoint.")
+    on_board.output.mkdir(parents=True, exist_ok=True)
     for bundle in bundles:
         visit(bundle)
     outcomes = []
@@ -243,9 +259,11 @@ def run(
     and its result becomes a file that --results reads. A checkpoint is converted to each --dtype first.
     """
     if on_board.board is not None:
+        if named := _given(_MATRIX_ONLY):
+            raise UsageError(f"{named}: not with --board.", hint="Afterwards: rkedge compat MODEL --results FOLDER")
         raise click.exceptions.Exit(_try(on_board, model, revision, wanted, as_json=as_json, quiet=quiet))
-    if given := on_board.given():
-        raise UsageError(f"{', '.join(given)}: only --board does that.", hint="Add --board user@board.")
+    if named := _given(_BOARD_ONLY):
+        raise UsageError(f"{named}: only --board does that.", hint="Add --board user@board.")
     from rkconvert.compat import page, report
     from rkconvert.compat.case import Case
     from rkconvert.compat.emulated import EmulatedLoads
@@ -256,8 +274,8 @@ def run(
     cells = _wanted(wanted).cells()
     shipped, given_results = Results([shipped_folder()]), Results(results)
     case = Case.of(read_source(model, revision))
-    for note in given_results.left_out(case):
-        say(f"note: {note}", err=True, dim=True)
+    for note in given_results.left_out(case, cells):
+        say(f"note: {one_line(note)}", err=True, dim=True)
     loads = [EmulatedLoads(case, lambda line: say(line, err=True, dim=True))] if emulator else []
     matrix = fill(case, cells, [shipped, given_results, *loads])
     if html is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Final, Literal, TypeAlias
 
 LoraMode: TypeAlias = Literal["merged", "runtime"]
@@ -52,6 +53,14 @@ class Cell:
     cores: int
     context: int
     lora: LoraMode
+
+    @property
+    def asked(self) -> str:
+        """The options of `rkedge compat` that ask for it."""
+        return (
+            f"--platform {self.soc} --release {self.release} --dtype {self.type} --cores {self.cores}"
+            f" --max-context {self.context} --adapter {self.lora}"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,11 +110,11 @@ class Judged:
         """The level of that; None without any."""
         return self.deciding.level if self.deciding else None
 
-    @property
-    def disputed(self) -> tuple[Evidence, ...]:
+    @cached_property
+    def disputed(self) -> frozenset[Evidence]:
         """Evidence that contradicts it: on whether the model loads, or whether its answers are right."""
         one = self.deciding
-        return tuple(item for item in self.evidence if one and _contradict(one, item))
+        return frozenset(item for item in self.evidence if one and _contradict(one, item))
 
 
 def _contradict(one: Evidence, other: Evidence) -> bool:

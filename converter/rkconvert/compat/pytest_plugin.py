@@ -98,7 +98,7 @@ def tried(bundle: Bundle, request: pytest.FixtureRequest) -> Mapping[str, Any]:
 def _try(bundle: Bundle, config: pytest.Config) -> Mapping[str, Any]:
     steps = [LOAD, SPEED, SELFTEST, *_probes(config)]
     library, board = config.getoption("--library"), config.getoption("--board")
-    if board:
+    if board is not None:
         program = words_of_text(config.getoption("--remote-command"), "--remote-command")
         journal = Visit(board, bundle, program, steps, ["--library", library] if library else [], _silent).results()
         folder: Path | None = config.getoption("--results")

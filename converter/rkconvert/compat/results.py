@@ -6,15 +6,16 @@ A file may come from anybody, so everything in it is checked and bounded, and no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from rkconvert.compat.case import MOST_CONTEXT, Case
-from rkconvert.compat.cells import Cell, Evidence, Level, LoraMode, Status
+from rkconvert.compat.cells import AS_FAST, Cell, Evidence, Level, LoraMode, Status
 from rkconvert.rules.quantized_types import known_types
 from rkconvert.tensors.shards import read_json
+from rkruntime.abi import CALLABLE
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import InputError, InvalidResultError
 from rkruntime.files import atomic_file, read_error
@@ -31,6 +32,9 @@ _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
 _MOST_PROBES: Final = 100
 _LONGEST_NAME: Final = 200
+# Of one file, about runs that are in no cell.
+_MOST_NOTES: Final = 5
+_ANSWERS: Final = (Status.WORKS.value, Status.SLOWER.value)
 MOST_RAM_GIB: Final = 4096
 
 _Name = Annotated[str, Length(_LONGEST_NAME)]
@@ -191,6 +195,13 @@ class Results:
     def __init__(self, folders: Sequence[Path]) -> None:
         """Raises InvalidResultError for a file that is not a result, InputError for a folder that cannot be read."""
         self._found = [(path, read_result(path)) for folder in folders for path in _files(folder)]
+        # The fastest run of any type, of the same model on the same board, in cells that are else the same.
+        self._fastest: dict[tuple[str, ResultBoard, Cell], Run] = {}
+        for _, result in self._found:
+            for run in result.runs if not result.emulated else ():
+                best = self._fastest.get(_beside(result, run))
+                if run.status in _ANSWERS and (best is None or run.tokens_per_s > best.tokens_per_s):
+                    self._fastest[_beside(result, run)] = run
 
     def __call__(self, case: Case, cell: Cell) -> Iterator[Evidence]:
         """Each run of this model in this cell."""
@@ -199,18 +210,26 @@ class Results:
                 continue
             for run in result.runs:
                 if _cell(result, run) == cell and not _mixed(result, run):
-                    yield _evidence(path, result, run)
+                    yield _evidence(path, result, run, self._fastest.get(_beside(result, run)))
 
-    def left_out(self, case: Case) -> Iterator[str]:
-        """What is in none of this model's cells, for a person who named these folders."""
+    def left_out(self, case: Case, cells: Collection[Cell]) -> Iterator[str]:
+        """What is in none of these cells of the model, for a person who named these folders."""
         for path, result in self._found:
             if result.model.digest != case.digest:
                 yield f"{path.name} is about another model: {result.model.name}, digest {result.model.digest}"
-            elif mixed := sum(_mixed(result, run) for run in result.runs):
+                continue
+            if mixed := sum(_mixed(result, run) for run in result.runs):
                 yield (
                     f"{path.name}: {counted(mixed, 'run')} with another release of the runtime than of the toolkit;"
                     " a cell is about one release of both"
                 )
+            known = {cell.asked for cell in cells}
+            every = dict.fromkeys(_cell(result, run).asked for run in result.runs if not _mixed(result, run))
+            others = [words for words in every if words not in known]
+            for words in others[:_MOST_NOTES]:
+                yield f"{path.name} has a run that is in no cell which is asked for: that would be {words}"
+            if len(others) > _MOST_NOTES:
+                yield f"{path.name} has {len(others) - _MOST_NOTES:,} more of these"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -225,7 +244,17 @@ def _files(folder: Path) -> list[Path]:
 
 def _cell(result: Result, run: Run) -> Cell:
     lora: LoraMode = run.lora
-    return Cell(result.board.soc, run.release, run.type, run.cores, run.context, lora)
+    return Cell(result.board.soc, _usual(run.release), run.type, run.cores, run.context, lora)
+
+
+def _beside(result: Result, run: Run) -> tuple[str, ResultBoard, Cell]:
+    """What runs have in common whose speeds can be compared."""
+    return result.model.digest, result.board, replace(_cell(result, run), type="")
+
+
+def _usual(release: str) -> str:
+    """A release as RKEdge writes it: 1.2.3 for 1.2.3.0."""
+    return next((known for known in CALLABLE if version(known) == release_of(release)), release)
 
 
 def _mixed(result: Result, run: Run) -> bool:
@@ -234,14 +263,18 @@ def _mixed(result: Result, run: Run) -> bool:
     return bool(library) and release_of(library) != release_of(run.release)
 
 
-def _evidence(path: Path, result: Result, run: Run) -> Evidence:
-    level = Level.EMULATED if result.emulated else Level.BOARD
+def _evidence(path: Path, result: Result, run: Run, fastest: Run | None) -> Evidence:
+    """A run that only works is slower beside a faster one."""
+    level, status = Level.EMULATED if result.emulated else Level.BOARD, Status(run.status)
     speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
+    if status is Status.WORKS and fastest and 0 < run.tokens_per_s < AS_FAST * fastest.tokens_per_s:
+        status = Status.SLOWER
+        speed = f"{speed[:-1]}, against {fastest.tokens_per_s:.2f} with {fastest.type} on this board."
     bad = [f"{probe.name} {probe.result}" for probe in run.probes if _is_harmful(probe)]
     probes = f" Probes: {', '.join(bad)}." if bad else ""
     # The emulator knows nothing of a board's RAM and speed: that it loads a model is half of an answer.
     says = f"{run.says}{speed}{probes}"
-    return Evidence(Status(run.status), level, says, _where(path, result), partial=result.emulated, log=run.log)
+    return Evidence(status, level, says, _where(path, result), partial=result.emulated, log=run.log)
 
 
 def _where(path: Path, result: Result) -> str:

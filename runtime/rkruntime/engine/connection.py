@@ -214,7 +214,10 @@ class WorkerConnection:
 
 def in_use() -> RunError:
     """The error for who wants something from a model that another thread or task is using."""
-    return RunError("Another run is in progress: one at a time.", hint="Read it to its end, or close its iterator.")
+    return RunError(
+        "Another run is in progress: one at a time.",
+        hint="Read it to its end, or close its iterator, which an exception that you keep may hold.",
+    )
 
 
 def closed_meanwhile() -> RunError:

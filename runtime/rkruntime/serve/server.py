@@ -34,6 +34,8 @@ log = logging.getLogger("rkedge")
 
 _BACKLOG: Final = 128
 _TICK_S: Final = 1.0
+# How long another daemon may take to make its socket.
+_ALONE_S: Final = 2.0
 _KEEP_ALIVE_S: Final = 15
 # Open files besides connections: the worker's pipes, libraries, conversations, listeners.
 _OTHER_FILES: Final = 64
@@ -53,19 +55,20 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _make_folder(path.parent)
-        if path.is_socket():
-            _refuse_living(path)
-            path.unlink()
-        elif path.exists():
-            raise UsageError(f"{path} is not a socket, so it is not replaced.", hint="Name another with --socket.")
-        # No one can connect between bind and chmod.
-        before = os.umask(0o777 & ~mode)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        path.chmod(mode)
-        listener.listen(_BACKLOG)
+        with _alone_in(path.parent):
+            if path.is_socket():
+                _refuse_living(path)
+                path.unlink()
+            elif path.exists():
+                raise UsageError(f"{path} is not a socket, so it is not replaced.", hint="Name another with --socket.")
+            # No one can connect between bind and chmod.
+            before = os.umask(0o777 & ~mode)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(before)
+            path.chmod(mode)
+            listener.listen(_BACKLOG)
     except BaseException as error:
         listener.close()
         if isinstance(error, OSError):
@@ -75,6 +78,35 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
             ) from error
         raise
     return listener
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other daemons that make or remove a socket in this folder out of the block.
+
+    One that has bound its socket and does not listen yet looks like one that was left behind. A folder that cannot be
+    opened, or that somebody else keeps locked, is used without.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _ALONE_S
+        while not _tried(handle) and time.monotonic() < deadline:
+            time.sleep(_ALONE_S / 100)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _tried(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _make_folder(folder: Path) -> None:
@@ -144,9 +176,10 @@ class _LoopErrors:
             log.error("no connection can be accepted: %s", error.strerror)
 
 
-def _inode(path: Path) -> tuple[int, int]:
+def _inode(path: Path) -> tuple[int, int, int]:
+    """What tells a socket from another one, which may get the number of one that is gone."""
     state = path.lstat()
-    return state.st_dev, state.st_ino
+    return state.st_dev, state.st_ino, state.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -228,7 +261,7 @@ class Daemon:
             self.service = Service(settings, host)
             keys = check_listen(settings.listen)
             sockets = systemd.inherited_sockets()
-            self._own: tuple[Path, tuple[int, int]] | None = None
+            self._own: tuple[Path, tuple[int, int, int]] | None = None
             if not sockets:
                 path = settings.listen.socket or default_socket()
                 sockets = open_sockets(path, settings.listen)
@@ -379,6 +412,6 @@ class Daemon:
         """Remove our own socket, but not systemd's, nor another daemon's that has taken its place."""
         if self._own:
             path, inode = self._own
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), _alone_in(path.parent):
                 if _inode(path) == inode:
                     path.unlink()

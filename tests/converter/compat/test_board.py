@@ -31,6 +31,7 @@ from rkruntime.probes import QUESTIONS
 
 pytestmark = pytest.mark.skipif(not Path(SSHD).exists(), reason="there is no sshd here")
 RELEASE = "1.3.0"
+LIAR = Path(__file__).with_name("liar.py")
 QUICK = ("template", "end")
 
 
@@ -135,6 +136,92 @@ def test_a_load_that_fails_is_a_result(board: Loopback, bundle: Path) -> None:
     assert (code, run["status"], run["probes"]) == (0, "fails at load", [])
     assert any("failed to" in line for line in run["log"])
     assert board.left() == []
+
+
+@pytest.mark.parametrize("fault", ["no-device", "alloc-24", "platform-mismatch", "few-cpus", "alloc-22"])
+def test_a_load_that_the_machine_prevents_says_nothing_of_its_cell(
+    board: Loopback, bundle: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board.environment["RKEMU_FAULT"] = fault
+    assert compat(board, bundle) == (ServiceError.exit_code, [])
+    assert "Diagnosis (" in capsys.readouterr().err
+    assert board.left() == []
+    board.environment.clear()
+    assert compat(board, bundle, *asked("end"))[1][0]["runs"][0]["status"] == "works"
+
+
+def test_the_first_run_answers_what_the_library_adds(board: Loopback, bundle: Path) -> None:
+    """RKEdge empties the template as soon as it has seen it."""
+    board.environment["RKEMU_GUESS"] = "tokens-wrapped"
+    code, (found,) = compat(board, bundle, *asked("end", "template"))
+    assert (code, results_of(found)["template"]) == (0, "wrapped")
+
+
+def test_one_process_makes_a_visit(board: Loopback, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another one would remove the copy below its hands."""
+    hold = (
+        "import sys; from rkconvert.compat.journal import Journal; from rkruntime.bundle.manifest import open_bundle\n"
+        "with Journal.held('open', open_bundle(sys.argv[1]), '--library', sys.argv[2]): print(flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(bundle), str(board.library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with other:
+        assert other.stdout
+        assert other.stdout.readline()
+        assert compat(board, bundle) == (ServiceError.exit_code, [])
+        assert "Another process is trying" in capsys.readouterr().err
+        other.communicate(b"\n")
+    assert compat(board, bundle, *asked("end"))[0] == 0
+
+
+@pytest.fixture
+def liar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path) -> Callable[..., tuple[int, Path]]:
+    """A board that answers everything, with these changes of what it says of its load; the bundle is not emulated."""
+    made = tmp_path / "made"
+    shutil.copytree(bundle, made)
+    manifest = made / "rkedge.yaml"
+    manifest.write_text(manifest.read_text().replace("target: emulator", "target: toolkit"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "host"))
+
+    def run(**load: Any) -> tuple[int, Path]:
+        known = {
+            "loads": True, "says": "It was loaded.", "log": [], "library": RELEASE, "emulated": False, "context": 4096,
+            "board": "B", "soc": "rk3588", "kernel": "6.1", "driver": "0.9.8", "ram_gib": 16.0,
+        }  # fmt: skip
+        answers = {"open": {"protocol": 1, "rkedge": "", "folder": "", "sizes": {}, "rsync": False, "free": 1 << 40}}
+        answers["open"]["boot"] = ""
+        answers |= {"check": {"wrong": []}, "receive": {}, "remove": {}}
+        (tmp_path / "answers").write_text(json.dumps({"answers": answers, "load": known | load}))
+        monkeypatch.setenv("RKEDGE_SSH", shlex.join([sys.executable, str(LIAR), str(tmp_path / "answers")]))
+        code = cli.main(["compat", str(made), "--board", "b", "-q", "-o", str(tmp_path / "out"), *asked("end")])
+        return code, tmp_path / "out"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"soc": "rk3566"}, {"soc": "rk3576"}, {"library": "mine"}, {"context": 1 << 40}, {"context": 0.5},
+        {"ram_gib": 1e9}, {"says": "\ud800"},
+    ],
+)  # fmt: skip
+def test_what_a_board_says_never_makes_a_file_that_is_not_a_result(
+    liar: Callable[..., tuple[int, Path]], load: dict[str, Any]
+) -> None:
+    code, output = liar(**load)
+    assert code == ServiceError.exit_code
+    assert list(output.glob("*.json")) == []
+
+
+@pytest.mark.parametrize("load", [{}, {"soc": ""}, {"library": ""}, {"board": ""}, {"context": 0}])
+def test_what_a_board_does_not_know_of_itself_costs_no_result(
+    liar: Callable[..., tuple[int, Path]], load: dict[str, Any]
+) -> None:
+    code, output = liar(**load)
+    (path,) = output.glob("*.json")
+    assert (code, read_result(path).board.soc, read_result(path).emulated) == (0, "rk3588", False)
 
 
 def test_a_crash_in_a_probe_is_its_result_and_the_next_one_is_asked(board: Loopback, bundle: Path) -> None:
@@ -255,6 +342,15 @@ def test_a_board_s_result_is_checked(result: Any) -> None:
 def test_options_of_a_board_need_one(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compat", str(bundle), "--risky", "--probe", "end"]) == UsageError.exit_code
     assert "--probe, --risky: only --board does that" in capsys.readouterr().err
+    assert cli.main(["compat", str(bundle), "-o", "x", "--target", "emulator"]) == UsageError.exit_code
+    assert "--output, --target: only --board does that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--html", "x"], ["--why"], ["--no-emulator"], ["--dtype", "w8a8"]])
+def test_options_that_a_board_has_no_use_for(bundle: Path, words: list[str], tmp_path: Path) -> None:
+    line = ["compat", str(bundle), "--board", "u@b", "-o", str(tmp_path / "x"), *words]
+    assert cli.main(line) == UsageError.exit_code
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_checkpoint_is_converted_first(board: Loopback) -> None:

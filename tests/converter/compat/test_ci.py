@@ -118,6 +118,13 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]
         yield found
 
 
+def test_a_board_without_a_name_is_not_this_machine(ci: Callable[..., tuple[int, dict[str, str], str]]) -> None:
+    """As from a variable of a workflow that is not set."""
+    code, found, said = ci("--board", "")
+    assert (code, set(found.values())) == (1, {"failure"})
+    assert "The board has an empty name" in said
+
+
 @pytest.mark.skipif(not Path(SSHD).exists(), reason="there is no sshd here")
 def test_on_a_board(ci: Callable[..., tuple[int, dict[str, str], str]], board: Loopback, tmp_path: Path) -> None:
     board.environment["RKEMU_GUESS"] = "logits-uncapped"

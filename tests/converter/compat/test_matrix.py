@@ -54,7 +54,7 @@ def test_the_first_public_statement(group: int) -> None:
 def test_gemma_2_2b_in_groups_of_128_loads_with_1_1_0(every: dict[Any, Judged]) -> None:
     """README.md @ 1.1.1, measured with 1.1.0: 5.49 tokens/s, against 9.67 with w8a8."""
     cell = every["gemma-2-2b-it", "rk3588", "w8a8_g128", "1.1.0"]
-    assert (cell.status, cell.level, cell.disputed) == (Status.SLOWER, Level.FIGURE, ())
+    assert (cell.status, cell.level, cell.disputed) == (Status.SLOWER, Level.FIGURE, frozenset())
     assert "5.49 tokens/s, against 9.67 with w8a8" in cell.evidence[0].says
     assert any(item.level is Level.EMULATED and item.status is Status.WORKS for item in cell.evidence)
 

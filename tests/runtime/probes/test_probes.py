@@ -22,7 +22,14 @@ from rkruntime.probes import FAILED, QUESTIONS, Observation, Trial, answer, is_h
 RELEASE = "1.3.0"
 # The results that the emulator gives, and what makes it give another one.
 EITHER_WAY = {
-    "template": ("plain", {"RKEMU_GUESS=bos-doubled": "bos", "RKEMU_GUESS=tokens-wrapped": "wrapped"}),
+    "template": (
+        "plain",
+        {
+            "RKEMU_GUESS=bos-doubled": "bos",
+            "RKEMU_GUESS=tokens-wrapped": "wrapped",
+            "RKEMU_GUESS=bos-doubled,tokens-wrapped": "bos",
+        },
+    ),
     "reuse": ("reused", {"RKEMU_GUESS=prefix-read": "read-again"}),
     "end": ("ends", {"RKEMU_FAULT=wrong-eos": "goes-on"}),
     "end-tokens": ("all", {"RKEMU_FAULT=wrong-eos": "none"}),
@@ -96,6 +103,14 @@ def test_each_answer_is_seen(
     assert found.result == result, found
     assert found.says.endswith(".")
     json.dumps(dict(found.facts), default=str)
+
+
+@pytest.mark.parametrize("name", ["end-tokens", "logits-cap", "attention-cap"])
+def test_a_library_with_other_rows_of_logits_has_not_failed(ask: Callable[[str, str], Observation], name: str) -> None:
+    """The question about logits says what is wrong with it; a library that returns the last row alone is in order."""
+    for guess in ("logits-last", "bos-doubled"):
+        found = ask(name, f"RKEMU_GUESS={guess}")
+        assert (found.result, found.says.partition(":")[0]) == ("", "Not answered")
 
 
 def test_each_probe_is_tried_with_an_answer_and_another_one() -> None:

@@ -8,8 +8,11 @@ import pwd
 import random
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -341,6 +344,31 @@ def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
         door_of(inherited, {})
         with socket.create_connection(listener.getsockname()[:2]), listener.accept()[0] as one:
             assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_two_daemons_at_once_on_one_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has bound its socket and does not listen yet is not taken for one that is gone."""
+    path, bound, go_on = tmp_path / "socket", threading.Event(), threading.Event()
+    chmod = Path.chmod
+
+    def pause(self: Path, mode: int) -> None:
+        if not bound.is_set():
+            bound.set()
+            go_on.wait(30)
+        chmod(self, mode)
+
+    monkeypatch.setattr(Path, "chmod", pause)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(unix_socket, path, 0o600)
+        assert bound.wait(30)
+        second = pool.submit(unix_socket, path, 0o600)
+        with suppress(NotYetError):
+            second.exception(0.3)
+        go_on.set()
+        with first.result():
+            assert isinstance(second.exception(), UsageError)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
 
 
 def test_a_socket_of_a_daemon_that_accepts_nobody(tmp_path: Path) -> None:

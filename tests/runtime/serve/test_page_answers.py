@@ -111,6 +111,14 @@ def words(node: Any) -> str:
     return node if isinstance(node, str) else "".join(map(words, node[1:]))
 
 
+def test_an_answer_has_no_links_to_the_page_itself(page: Page) -> None:
+    """Its address can give a tab a key: somebody else's, whose conversations would then be this person's."""
+    address = page.browser.execute_script("return location.origin")
+    say(page, f"[a]({address}/#key=other) <{address}/> ![b]({address}/x) [c](https://example.org/)")
+    links = page.browser.execute_script("return [...document.querySelectorAll('.said a')].map((one) => one.href)")
+    assert links == ["https://example.org/"]
+
+
 def test_markdown(page: Page) -> None:
     say(page, TEXT)
     found = [block for block in shape(page) if words(block)] + [["hr"]]

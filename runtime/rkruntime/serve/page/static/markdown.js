@@ -29,10 +29,10 @@ function build(node) {
   return made;
 }
 
-/** A link that shows where it leads, whatever it says. */
+/** A link that shows where it leads, whatever it says; none to this page itself, which its address can give a key. */
 function link(href, inside) {
   const url = URL.canParse(href) && new URL(href);
-  if (!["http:", "https:", "mailto:"].includes(url.protocol)) return element("span", {}, ...inside);
+  if (!["http:", "https:", "mailto:"].includes(url.protocol) || url.host === location.host) return element("span", {}, ...inside);
   const made = element("a", { href, target: "_blank", rel: "noopener noreferrer" }, element("bdi", {}, ...inside));
   const where = url.host || url.pathname;
   if ([href, where].includes(made.textContent)) return made;
