@@ -108,8 +108,17 @@ board_options = packed(
 # What an option does that --board has nothing for, and one that only it has.
 _MATRIX_ONLY: Final = ("results", "emulator", "why", "html", "markdown")
 _BOARD_ONLY: Final = tuple(item.name for item in fields(OnBoard) if item.name != "board")
+# Fields of a cell, and the options that name their values.
+_FIELDS: Final = {
+    "type": "types",
+    "soc": "socs",
+    "cores": "cores",
+    "release": "releases",
+    "context": "contexts",
+    "lora": "loras",
+}
 # What a bundle says of itself.
-_OF_A_BUNDLE: Final = ("revision", "types", "socs", "cores", "releases", "contexts", "loras", "variants", "target")
+_OF_A_BUNDLE: Final = ("revision", *_FIELDS.values(), "variants", "target")
 
 
 def _given(names: Iterable[str]) -> str:
@@ -274,7 +283,8 @@ def run(
     cells = _wanted(wanted).cells()
     shipped, given_results = Results([shipped_folder()]), Results(results)
     case = Case.of(read_source(model, revision))
-    for note in given_results.left_out(case, cells):
+    asked = {field: wanted[name] for field, name in _FIELDS.items() if wanted[name]}
+    for note in given_results.left_out(case, cells, asked):
         say(f"note: {one_line(note)}", err=True, dim=True)
     loads = [EmulatedLoads(case, lambda line: say(line, err=True, dim=True))] if emulator else []
     matrix = fill(case, cells, [shipped, given_results, *loads])

@@ -61,13 +61,12 @@ class Journal:
         except OSError as error:
             raise write_error(path, error) from error
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(id, 16) >> 1)  # a byte for each, of one file
+            if not _locked(handle, int(id, 16) >> 1):
+                raise ServiceError(
+                    f"Another process is trying {bundle.manifest.name} on {destination} now.",
+                    hint="Wait until it has ended: pgrep -af 'rkedge compat'",
+                )
             yield cls.of(destination, bundle, *options)
-        except BlockingIOError:
-            raise ServiceError(
-                f"Another process is trying {bundle.manifest.name} on {destination} now.",
-                hint="Wait until it has ended: pgrep -af 'rkedge compat'",
-            ) from None
         finally:
             os.close(handle)
 
@@ -96,6 +95,17 @@ class Journal:
     def forget(self) -> None:
         """Once the result is written."""
         self._path.unlink(missing_ok=True)
+
+
+def _locked(handle: int, at: int) -> bool:
+    """Lock a byte of a file, unless another process has it. Raises OutputError or HostError if none can be."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
+    except (BlockingIOError, PermissionError):  # fcntl(2): one or the other
+        return False
+    except OSError as error:
+        raise write_error(_folder(), error) from error
+    return True
 
 
 def _folder() -> Path:

@@ -212,8 +212,14 @@ class Results:
                 if _cell(result, run) == cell and not _mixed(result, run):
                     yield _evidence(path, result, run, self._fastest.get(_beside(result, run)))
 
-    def left_out(self, case: Case, cells: Collection[Cell]) -> Iterator[str]:
-        """What is in none of these cells of the model, for a person who named these folders."""
+    def left_out(
+        self, case: Case, cells: Collection[Cell], named: Mapping[str, Collection[Any]] | None = None
+    ) -> Iterator[str]:
+        """What is in none of these cells of the model, for a person who named these folders.
+
+        Args:
+            named: Values that person asked for, by the field of Cell: nobody misses a run that has another one.
+        """
         for path, result in self._found:
             if result.model.digest != case.digest:
                 yield f"{path.name} is about another model: {result.model.name}, digest {result.model.digest}"
@@ -224,8 +230,11 @@ class Results:
                     " a cell is about one release of both"
                 )
             known = {cell.asked for cell in cells}
-            every = dict.fromkeys(_cell(result, run).asked for run in result.runs if not _mixed(result, run))
-            others = [words for words in every if words not in known]
+            every = dict.fromkeys(_cell(result, run) for run in result.runs if not _mixed(result, run))
+            missed = (
+                cell for cell in every if all(getattr(cell, name) in values for name, values in (named or {}).items())
+            )
+            others = [cell.asked for cell in missed if cell.asked not in known]
             for words in others[:_MOST_NOTES]:
                 yield f"{path.name} has a run that is in no cell which is asked for: that would be {words}"
             if len(others) > _MOST_NOTES:

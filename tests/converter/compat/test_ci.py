@@ -121,7 +121,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]
 def test_a_board_without_a_name_is_not_this_machine(ci: Callable[..., tuple[int, dict[str, str], str]]) -> None:
     """As from a variable of a workflow that is not set."""
     code, found, said = ci("--board", "")
-    assert (code, set(found.values())) == (1, {"failure"})
+    assert (code, set(found.values())) == (1, {"error"})
     assert "The board has an empty name" in said
 
 

@@ -132,6 +132,8 @@ def test_a_run_in_no_cell_that_is_asked_for_is_told_with_its_options(tmp_path: P
         (cell["cores"], cell["release"]): cell["level"] for cell in json.loads(out)["cells"] if cell["type"] == "w8a8"
     }
     assert found[3, "1.2.3"] == Level.BOARD.value
+    assert cli.main([*line, "--max-context", "4096"]) == 0  # nobody misses the others
+    assert "longer.json" not in capsys.readouterr().err
     (told,) = [note for note in notes if "8192" in note]
     assert cli.main([*line, *told.partition("that would be ")[2].split()]) == 0
     assert json.loads(capsys.readouterr().out)["cells"][0]["level"] == Level.BOARD.value
