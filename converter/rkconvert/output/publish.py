@@ -237,7 +237,7 @@ def _hub(to: Destination) -> Iterator[HfApi]:
     try:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
     except ImportError as error:
         raise HostError(
             f"To upload to {to.repo}, huggingface_hub is missing.", hint=install("huggingface_hub")

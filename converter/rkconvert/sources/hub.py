@@ -31,7 +31,7 @@ def is_hub_id(text: str) -> bool:
 
 def limit_waiting() -> None:
     """Let calls of huggingface_hub fail once the hub is silent for some minutes, if this release of it can."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     session = get_session()
     if hasattr(session, "timeout"):  # before 1.0 each call has its own, or none
