@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha1
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -249,6 +250,8 @@ def _hub(to: Destination) -> Iterator[HfApi]:
     token = huggingface_hub.get_token()
     if token is None:
         raise HostError(f"Uploading to {to.repo} requires a login to the hub.", hint=_LOGIN)
+    if not (token.isascii() and token.isprintable()):
+        raise HostError("The token for the hub has characters that no token has.", hint=_LOGIN)
     limit_waiting()
     try:
         yield huggingface_hub.HfApi(token=token)
@@ -263,9 +266,8 @@ def _failure(to: Destination, error: Exception, token: str) -> HostError:
     said = [item for item in (error, error.__cause__) if item is not None]
     answers = [getattr(item, "response", None) for item in said]
     status = next((answer.status_code for answer in answers if answer is not None), 0)
-    lines = [str(item).strip().partition("\n")[0] or type(item).__name__ for item in said]
-    what = ": ".join(dict.fromkeys(lines)).replace(token, "(token)")
-    if not status and isinstance(error, LookupError | TypeError | AttributeError | ValueError):
+    what = ": ".join(dict.fromkeys(map(_first_line, said))).replace(token, "(token)")
+    if not status and isinstance(error, LookupError | TypeError | AttributeError | JSONDecodeError):
         return HostError(
             f"The hub gave an answer about {to.repo} that huggingface_hub cannot read: {what}",
             hint="Check HF_ENDPOINT, HF_TOKEN and the proxy, if any of them is set; or update huggingface_hub.",
@@ -273,3 +275,9 @@ def _failure(to: Destination, error: Exception, token: str) -> HostError:
     hints = {401: f"The token is no longer valid. {_LOGIN}", 403: f"The token does not permit this. {_LOGIN}"}
     again = f"Check the network; the converted bundle is kept: `rkedge push BUNDLE {to.repo}`."
     return HostError(f"The hub and {to.repo}: {what}", hint=hints.get(status, again))
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says first; the line behind it, too, if it only announces that."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

@@ -173,11 +173,10 @@ def test_checks_need_no_work_and_write_nothing(hub):
     assert hub.repos == {}
 
 
-@pytest.mark.parametrize(
-    "repo",
-    ["gemma", "me/", "/x", "me/a/b", "../me/x", "me/x y", "https://huggingface.co/me/x", "me/a--b", "me/a..b", "me/a.git",
-     "me/a-"],
-)  # fmt: skip
+NO_REPOSITORIES = ["gemma", "me/", "/x", "me/a/b", "../me/x", "me/x y", "https://huggingface.co/me/x"]
+
+
+@pytest.mark.parametrize("repo", [*NO_REPOSITORIES, "me/a--b", "me/a..b", "me/a.git", "me/a-"])
 def test_what_is_no_repository(hub, repo):
     with pytest.raises(UsageError, match="not a repository name"):
         check_destination(Destination(repo))
@@ -200,6 +199,14 @@ def test_nobody_logged_in(hub, monkeypatch):
     with pytest.raises(HostError, match="requires a login") as caught:
         check_destination(TO)
     assert "hf auth login" in caught.value.hint
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("token", ["hf_\u00fc", "hf_a\x07b"])
+def test_what_is_no_token(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HostError, match="characters that no token has"):
+        check_destination(TO)
     assert hub.calls == []
 
 
@@ -230,7 +237,7 @@ def test_an_existing_repository_with_files(hub, bundle):
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("files", [{}, {"other.txt": b"theirs"}])
 def test_a_repository_that_appears_meanwhile_is_looked_at_again(hub, bundle, public, files):
-    """Also what an organization's rules do: the hub may create a repository other than it was asked for."""
+    """Also what an organization's rules do: a new repository may be other than it was asked for."""
     theirs = {"private": public, "files": {".gitattributes": b"", **files}}
     hub.meanwhile = ("/repos/create", lambda: hub.repos.update({TO.repo: theirs}))
     with pytest.raises(UsageError, match=r"but (public|private) was asked for\. Nothing was uploaded"):
@@ -264,6 +271,18 @@ def test_an_answer_that_is_no_hubs(hub, person):
     with pytest.raises(HostError, match="an answer about me/gemma-demo that huggingface_hub cannot read") as caught:
         check_destination(TO)
     assert "HF_ENDPOINT" in caught.value.hint
+
+
+def test_the_hubs_reason_is_told(hub, bundle, monkeypatch):
+    """The client announces it in one line, and has it in the next."""
+    error = {"error": {"code": 422, "message": "quota exceeded"}}
+    monkeypatch.setattr(
+        "huggingface_hub._commit_api.post_lfs_batch_info",
+        lambda **asked: ([], [{"oid": "x", "size": 1, **error}], None),
+    )
+    with pytest.raises(HostError, match="quota exceeded") as caught:
+        push(bundle, TO)
+    assert "network" in caught.value.hint
 
 
 def test_a_silent_hub_ends_the_call(hub, monkeypatch):
