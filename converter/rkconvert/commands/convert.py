@@ -25,7 +25,7 @@ from rkconvert.commands.options import (
 from rkconvert.conversion import matrix as matrices
 from rkconvert.conversion import recipes
 from rkconvert.conversion.convert import LORA_MODES, TARGETS, Options, convert, target_of
-from rkconvert.output.publish import Destination, check_destination, is_uploaded, push
+from rkconvert.output.publish import Destination, check_destination, push
 from rkconvert.progress import Reporter
 from rkconvert.rules.quantized_types import EMULATOR_ONLY, PLATFORMS
 from rkconvert.toolkit.options import toolkit_options
@@ -156,7 +156,7 @@ def _run_matrix(context: click.Context, path: Path) -> int:
         check_destination(to, empty=not output.is_dir())
 
     def upload(cell: matrices.Cell, bundle: Bundle) -> None:
-        if (to := destinations.get(cell.options.output)) and not is_uploaded(bundle, to):
+        if to := destinations.get(cell.options.output):
             push(bundle, to, reporter)
 
     with matrices.folders(cells):

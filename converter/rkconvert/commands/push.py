@@ -25,7 +25,7 @@ def run(bundle: Path, repository: str, public: bool, as_json: bool, quiet: bool)
     """Upload a BUNDLE to the REPOSITORY (OWNER/NAME) on the Hugging Face hub.
 
     Exactly the files in its manifest are uploaded, after their checksums have been verified. The repository must be new
-    or empty.
+    or empty, or hold exactly this bundle already.
     """
     found = open_bundle(bundle)
     url = push(found, Destination(repository, public), Reporter(quiet))

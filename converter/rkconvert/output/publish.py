@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha1
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rkconvert.output.bundle_folder import CARD, NOTICE
 from rkconvert.progress import QUIET, Reporter
-from rkconvert.sources.hub import is_hub_id
+from rkconvert.sources.hub import is_hub_id, limit_waiting
 from rkconvert.tensors.inputs import FileState
 from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
 from rkruntime.errors import BundleError, HostError, OutputError, RKEdgeError, UsageError
@@ -21,7 +22,7 @@ from rkruntime.yamltext import MAX_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 # The hub itself creates these with a repository.
 _THE_HUBS_OWN: Final = (".gitattributes",)
@@ -58,17 +59,15 @@ def check_destination(to: Destination, *, empty: bool = True) -> None:
         OutputError: The repository is not empty.
         HostError: Nobody is logged in, the token cannot write, or the hub cannot be reached.
     """
-    if not is_hub_id(to.repo):
-        raise UsageError(f"{to.repo!r} is not a repository name.", hint="Write OWNER/NAME, such as me/my-gemma.")
-    with _hub(to.repo) as api:
-        person = api.whoami()
-        _check_person(to, person)
-        _check_repository(to, api, empty)
+    with _hub(to) as api:
+        found = _find(to, api)
+        if empty:
+            _refuse_files(to, found)
 
 
 def _check_person(to: Destination, person: dict[str, Any]) -> None:
-    name = str(person.get("name"))
-    names = [name, *(str(group.get("name")) for group in person.get("orgs") or ())]
+    name = str(person["name"])
+    names = [name, *(str(group["name"]) for group in person.get("orgs") or ())]
     if to.owner not in names:
         raise UsageError(
             f"The hub knows you as {name}, who cannot write to {to.repo}.",
@@ -79,37 +78,46 @@ def _check_person(to: Destination, person: dict[str, Any]) -> None:
         raise HostError(f"The token of {name} is read-only.", hint=_LOGIN)
 
 
-def _check_repository(to: Destination, api: HfApi, empty: bool) -> None:
+def _find(to: Destination, api: HfApi) -> ModelInfo | None:
+    """The repository as the hub describes it, None if there is none; see `check_destination` for what it raises."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    _check_person(to, api.whoami())
     try:
-        found = api.model_info(to.repo)
+        found = api.model_info(to.repo, files_metadata=True)
     except RepositoryNotFoundError:
-        return
+        return None
+    _check_visibility(to, found)
+    return found
+
+
+def _check_visibility(to: Destination, found: ModelInfo) -> None:
     if bool(found.private) == to.public:
         there, asked = ("private", "public") if to.public else ("public", "private")
         hint = "Leave --public out" if to.public else "Add --public"
         raise UsageError(
-            f"{to.repo} exists and is {there}, but {asked} was asked for.", hint=f"{hint}, or name a new repository."
+            f"{to.repo} exists and is {there}, but {asked} was asked for. Nothing was uploaded.",
+            hint=f"{hint}, or name a new repository.",
         )
-    there_already = [item.rfilename for item in found.siblings or () if item.rfilename not in _THE_HUBS_OWN]
-    if there_already and empty:
+
+
+def _files_of(found: ModelInfo | None) -> dict[str, RepoSibling]:
+    """The files of a repository by name, without the hub's own."""
+    listed = (found.siblings or ()) if found else ()
+    return {item.rfilename: item for item in listed if item.rfilename not in _THE_HUBS_OWN}
+
+
+def _refuse_files(to: Destination, found: ModelInfo | None) -> None:
+    if files := _files_of(found):
         raise OutputError(
-            f"{to.repo} already contains files ({there_already[0]}), and nothing is overwritten.",
+            f"{to.repo} already contains files ({next(iter(files))}), and nothing is overwritten.",
             hint="Name a new repository.",
         )
 
 
-def is_uploaded(bundle: Bundle, to: Destination) -> bool:
-    """Whether the repository holds exactly this bundle: an earlier run uploaded it. Raises as `push` does."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    with _hub(to.repo) as api:
-        try:
-            listed = api.model_info(to.repo, files_metadata=True).siblings or ()
-        except RepositoryNotFoundError:
-            return False
-    there = {item.rfilename: item for item in listed if item.rfilename not in _THE_HUBS_OWN}
+def _is_uploaded(bundle: Bundle, found: ModelInfo | None) -> bool:
+    """Whether a repository holds exactly this bundle: an earlier run uploaded it."""
+    there = _files_of(found)
     if there.keys() != {*bundle.manifest.files, MANIFEST}:
         return False
     bundle.verify(trust_stamps=False)
@@ -129,25 +137,40 @@ def _holds(there: RepoSibling, file: CommitOperationAdd) -> bool:
 def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:
     """Upload a bundle in one commit, and verify the hub's list against the manifest; returns the repository's URL.
 
+    A repository that already holds exactly this bundle is left as it is: the answer to an earlier upload may have been
+    lost on its way.
+
     Raises:
         BundleError: A file does not match the manifest or changes meanwhile, or the licence notes are missing.
         UsageError, OutputError, HostError: See `check_destination`; or the upload failed.
     """
-    check_destination(to)
     _check_licence(bundle)
-    bundle.verify(trust_stamps=False)
-    reporter.note(f"note: {LICENCE_NOTE.format(name=bundle.manifest.name)}")
-    with _hub(to.repo) as api:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
+    with _hub(to) as api:
+        found = _find(to, api)
+        if _is_uploaded(bundle, found):
+            reporter.note(f"note: {to.repo} already has exactly this bundle; nothing was uploaded")
+            return f"{api.endpoint}/{to.repo}"
+        _refuse_files(to, found)
+        bundle.verify(trust_stamps=False)
+        reporter.note(f"note: {LICENCE_NOTE.format(name=bundle.manifest.name)}")
+        return _upload(bundle, to, api, reporter)
 
-        if reporter.quiet:
-            disable_progress_bars()
-        before = {name: FileState.of(bundle.path / name) for name in bundle.manifest.files}
-        files = _files(bundle)
-        url = str(api.create_repo(to.repo, private=not to.public, exist_ok=True))
-        message = f"Upload {bundle.manifest.name} ({bundle.manifest.created_by})"
-        api.create_commit(to.repo, files, commit_message=message)
-        _compare({file.path_in_repo: file.upload_info.size for file in files}, to, api)
+
+def _upload(bundle: Bundle, to: Destination, api: HfApi, reporter: Reporter) -> str:
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if reporter.quiet:
+        disable_progress_bars()
+    before = {name: FileState.of(bundle.path / name) for name in bundle.manifest.files}
+    files = _files(bundle)
+    url = str(api.create_repo(to.repo, private=not to.public, exist_ok=True))
+    # Somebody else may have created it meanwhile, and an organization's rules may say whether it is public.
+    created = api.model_info(to.repo)
+    _check_visibility(to, created)
+    _refuse_files(to, created)
+    message = f"Upload {bundle.manifest.name} ({bundle.manifest.created_by})"
+    api.create_commit(to.repo, files, commit_message=message)
+    _compare({file.path_in_repo: file.upload_info.size for file in files}, to, api)
     for file in files:
         name = file.path_in_repo
         if not isinstance(file.path_or_fileobj, bytes) and FileState.of(bundle.path / name) != before[name]:
@@ -197,8 +220,7 @@ def _check_licence(bundle: Bundle) -> None:
 
 def _compare(expected: Mapping[str, int], to: Destination, api: HfApi) -> None:
     """Raise HostError unless the hub lists exactly these files with these sizes."""
-    listed = api.model_info(to.repo, files_metadata=True).siblings or ()
-    sizes = {item.rfilename: item.size for item in listed if item.rfilename not in _THE_HUBS_OWN}
+    sizes = {name: item.size for name, item in _files_of(api.model_info(to.repo, files_metadata=True)).items()}
     wrong = sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name))
     if wrong:
         raise HostError(
@@ -208,24 +230,54 @@ def _compare(expected: Mapping[str, int], to: Destination, api: HfApi) -> None:
 
 
 @contextmanager
-def _hub(repo: str) -> Iterator[HfApi]:
-    """Provide huggingface_hub's client; its errors are raised as HostError, without the token."""
+def _hub(to: Destination) -> Iterator[HfApi]:
+    """Provide huggingface_hub's client; its errors are raised as UsageError or HostError, without the token."""
+    bad_name = UsageError(f"{to.repo!r} is not a repository name.", hint="Write OWNER/NAME, such as me/my-gemma.")
+    if not is_hub_id(to.repo):
+        raise bad_name
     try:
         import huggingface_hub
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
     except ImportError as error:
-        raise HostError(f"To upload to {repo}, huggingface_hub is missing.", hint=install("huggingface_hub")) from error
+        raise HostError(
+            f"To upload to {to.repo}, huggingface_hub is missing.", hint=install("huggingface_hub")
+        ) from error
+    try:
+        validate_repo_id(to.repo)
+    except HFValidationError:
+        raise bad_name from None
     token = huggingface_hub.get_token()
     if token is None:
-        raise HostError(f"Uploading to {repo} requires a login to the hub.", hint=_LOGIN)
+        raise HostError(f"Uploading to {to.repo} requires a login to the hub.", hint=_LOGIN)
+    if not (token.isascii() and token.isprintable()):
+        raise HostError("The token for the hub has characters that no token has.", hint=_LOGIN)
+    limit_waiting()
     try:
         yield huggingface_hub.HfApi(token=token)
     except RKEdgeError:
         raise
     except Exception as error:  # Its HTTP client has its own errors, and was a different one before 1.0.
-        said = [item for item in (error, error.__cause__) if item is not None]
-        answers = [getattr(item, "response", None) for item in said]
-        status = next((answer.status_code for answer in answers if answer is not None), 0)
-        what = ": ".join(str(item).strip().partition("\n")[0] or type(item).__name__ for item in said)
-        hints = {401: f"The token is no longer valid. {_LOGIN}", 403: f"The token does not permit this. {_LOGIN}"}
-        hint = hints.get(status, "Check the network; the converted bundle is kept: `rkedge push BUNDLE OWNER/NAME`.")
-        raise HostError(f"The hub and {repo}: {what.replace(token, '(token)')}", hint=hint) from None
+        raise _failure(to, error, token) from None
+
+
+def _failure(to: Destination, error: Exception, token: str) -> HostError:
+    """The error for one of huggingface_hub's, or for an answer that it did not expect."""
+    said = [item for item in (error, error.__cause__) if item is not None]
+    answers = [getattr(item, "response", None) for item in said]
+    status = next((answer.status_code for answer in answers if answer is not None), 0)
+    what = ": ".join(dict.fromkeys(map(_first_line, said))).replace(token, "(token)")
+    if not status and isinstance(error, LookupError | TypeError | AttributeError | JSONDecodeError):
+        return HostError(
+            f"The hub gave an answer about {to.repo} that huggingface_hub cannot read: {what}",
+            hint="Check HF_ENDPOINT, HF_TOKEN and the proxy, if any of them is set; or update huggingface_hub.",
+        )
+    hints = {401: f"The token is no longer valid. {_LOGIN}", 403: f"The token does not permit this. {_LOGIN}"}
+    again = f"Check the network; the converted bundle is kept: `rkedge push BUNDLE {to.repo}`."
+    return HostError(f"The hub and {to.repo}: {what}", hint=hints.get(status, again))
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says first; the line behind it, too, if it only announces that."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

@@ -18,6 +18,8 @@ from rkruntime.packages import install
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 # Endings of misspelt file names, with which no model on the hub ends.
 _FILE_NAMES: Final = (".gguf", ".safetensors", ".bin", ".json", ".yaml", ".txt")
+# huggingface_hub waits for ever. Commits of many files are known to take minutes.
+_PATIENCE_S: Final = 300.0
 # What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
@@ -25,6 +27,15 @@ _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 def is_hub_id(text: str) -> bool:
     """Whether this could be the id of a model on the hub, such as google/gemma-2-2b-it."""
     return _ID.fullmatch(text) is not None and not text.endswith(_FILE_NAMES)
+
+
+def limit_waiting() -> None:
+    """Let calls of huggingface_hub fail once the hub is silent for some minutes, if this release of it can."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    session = get_session()
+    if hasattr(session, "timeout"):  # before 1.0 each call has its own, or none
+        session.timeout = _PATIENCE_S
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
@@ -111,6 +122,7 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
             f"{model} is not a local folder, and huggingface_hub, needed to fetch it from the hub, is missing.",
             hint=f"{install('huggingface_hub')}; or download the model and name its folder.",
         ) from error
+    limit_waiting()
     try:
         yield
     except errors.GatedRepoError as error:

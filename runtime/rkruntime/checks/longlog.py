@@ -32,6 +32,8 @@ _FIRST: Final = 3
 """Occurrences of a text that are kept: the first ones, and the last."""
 _REPEATS: Final = 16
 """Repeats of a line with a text of the table that are searched; and the last one, always."""
+_REPEATED: Final = 4 << 20
+"""Bytes of repeats that are searched: pieces of an endless line are repeats of a megabyte each."""
 _MOST_TELLING: Final = 500
 """Lines with a text of the table, other than repeats, whose repeats are looked for."""
 _DISTINCT: Final = 8 << 20
@@ -133,7 +135,7 @@ class _Middle:
         self._latest: dict[bytes, int] = {}
         self._blocks: dict[int, bytes] = {}
         self._ends: dict[bytes, tuple[_Place, _Around]] = {}
-        self._left, self._left_for_own = _DISTINCT, _DISTINCT // 2
+        self._left, self._left_for_own, self._left_for_repeats = _DISTINCT, _DISTINCT // 2, _REPEATED
         self._first: dict[str, list[_Place]] = {}
         self._last: dict[str, _Place] = {}
         self._texts: dict[_Place, list[str]] = {}
@@ -230,8 +232,9 @@ class _Middle:
                     continue
                 fresh.discard(key)
                 self._seen.add(key)
-            elif key in again:
+            elif key in again and len(lines[number]) <= self._left_for_repeats:
                 again.discard(key)
+                self._left_for_repeats -= len(lines[number])
             else:
                 continue
             chosen |= {number, min(number + 1, len(lines) - 1)}

@@ -6,7 +6,7 @@ Everything here takes at most linear time in the length of a log, whatever the l
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -89,11 +89,15 @@ class Signature:
             yield from islice(self._on_one_line(log.text) if self._rest else starts(self.pattern, log.text), _MOST_HITS)
 
     def _on_one_line(self, text: str) -> Iterator[int]:
+        # Where the others are at all: a line may have the first text a million times, and each place costs a search.
+        others = [(other, list(starts(other, text))) for other in self._others]
+        if not all(places for _, places in others):
+            return
         for match in self.pattern.finditer(text):
             start = max(text.rfind("\n", 0, match.start()) + 1, match.start() - _SPAN)
             end = text.find("\n", match.end(), match.end() + _SPAN)
-            around = text[start : match.end() + _SPAN if end < 0 else end]
-            if all(other.search(around) for other in self._others):
+            end = match.end() + _SPAN if end < 0 else end
+            if all(_any_between(places, start, end) and other.search(text[start:end]) for other, places in others):
                 yield match.start()
 
     def sure(self, place: int, log: Log) -> bool:
@@ -115,6 +119,12 @@ class Signature:
             if not self.plain[-size].isdigit() and log.first.startswith(self.plain[-size:]):
                 return 0
         return None
+
+
+def _any_between(places: Sequence[int], start: int, end: int) -> bool:
+    """Whether one of the sorted places is in this range."""
+    at = bisect_left(places, start)
+    return at < len(places) and places[at] < end
 
 
 def starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:

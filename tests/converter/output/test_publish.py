@@ -173,7 +173,10 @@ def test_checks_need_no_work_and_write_nothing(hub):
     assert hub.repos == {}
 
 
-@pytest.mark.parametrize("repo", ["gemma", "me/", "/x", "me/a/b", "../me/x", "me/x y", "https://huggingface.co/me/x"])
+NO_REPOSITORIES = ["gemma", "me/", "/x", "me/a/b", "../me/x", "me/x y", "https://huggingface.co/me/x"]
+
+
+@pytest.mark.parametrize("repo", [*NO_REPOSITORIES, "me/a--b", "me/a..b", "me/a.git", "me/a-"])
 def test_what_is_no_repository(hub, repo):
     with pytest.raises(UsageError, match="not a repository name"):
         check_destination(Destination(repo))
@@ -199,6 +202,14 @@ def test_nobody_logged_in(hub, monkeypatch):
     assert hub.calls == []
 
 
+@pytest.mark.parametrize("token", ["hf_\u00fc", "hf_a\x07b"])
+def test_what_is_no_token(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HostError, match="characters that no token has"):
+        check_destination(TO)
+    assert hub.calls == []
+
+
 def test_a_token_that_is_no_longer_valid(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_revoked")
     with pytest.raises(HostError) as caught:
@@ -221,6 +232,68 @@ def test_an_existing_repository_with_files(hub, bundle):
     with pytest.raises(OutputError, match=r"already contains files \(model\.rkllm\)"):
         push(bundle, TO)
     assert hub.repos["me/gemma-demo"]["files"]["model.rkllm"] == b"precious"
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("files", [{}, {"other.txt": b"theirs"}])
+def test_a_repository_that_appears_meanwhile_is_looked_at_again(hub, bundle, public, files):
+    """Also what an organization's rules do: a new repository may be other than it was asked for."""
+    theirs = {"private": public, "files": {".gitattributes": b"", **files}}
+    hub.meanwhile = ("/repos/create", lambda: hub.repos.update({TO.repo: theirs}))
+    with pytest.raises(UsageError, match=r"but (public|private) was asked for\. Nothing was uploaded"):
+        push(bundle, Destination(TO.repo, public))
+    assert hub.repos[TO.repo]["files"] == {".gitattributes": b"", **files}
+
+
+def test_files_that_appear_meanwhile_are_kept(hub, bundle):
+    theirs = {"private": True, "files": {"README.md": b"theirs"}}
+    hub.meanwhile = ("/repos/create", lambda: hub.repos.update({TO.repo: theirs}))
+    with pytest.raises(OutputError, match="already contains files"):
+        push(bundle, TO)
+    assert hub.repos[TO.repo]["files"] == {"README.md": b"theirs"}
+
+
+def test_an_upload_whose_answer_was_lost_counts(hub, bundle, capsys):
+    url = push(bundle, TO)
+    before = dict(hub.repos[TO.repo]["files"])
+    hub.calls.clear()
+    assert push(bundle, TO) == url
+    assert not [path for method, path, _ in hub.calls if method != "GET"]
+    assert hub.repos[TO.repo]["files"] == before
+    hub.repos[TO.repo]["files"]["README.md"] += b"!"
+    with pytest.raises(OutputError, match="already contains files"):
+        push(bundle, TO)
+
+
+@pytest.mark.parametrize("person", [[], None, "me", {}, {"name": "me", "orgs": 7}, {"name": "me", "orgs": ["us"]}])
+def test_an_answer_that_is_no_hubs(hub, person):
+    hub.person = person
+    with pytest.raises(HostError, match="an answer about me/gemma-demo that huggingface_hub cannot read") as caught:
+        check_destination(TO)
+    assert "HF_ENDPOINT" in caught.value.hint
+
+
+def test_the_hubs_reason_is_told(hub, bundle, monkeypatch):
+    """The client announces it in one line, and has it in the next."""
+    error = {"error": {"code": 422, "message": "quota exceeded"}}
+    monkeypatch.setattr(
+        "huggingface_hub._commit_api.post_lfs_batch_info",
+        lambda **asked: ([], [{"oid": "x", "size": 1, **error}], None),
+    )
+    with pytest.raises(HostError, match="quota exceeded") as caught:
+        push(bundle, TO)
+    assert "network" in caught.value.hint
+
+
+def test_a_silent_hub_ends_the_call(hub, monkeypatch):
+    silent = threading.Event()
+    hub.meanwhile = ("/whoami", lambda: silent.wait(60))
+    monkeypatch.setattr("rkconvert.sources.hub._PATIENCE_S", 0.2)
+    try:
+        with pytest.raises(HostError, match="timed out"):
+            check_destination(TO)
+    finally:
+        silent.set()
 
 
 def test_an_empty_repository_is_filled(hub, bundle):

@@ -162,6 +162,28 @@ def test_a_line_of_rkllm_is_found_when_there_are_too_many_others(monkeypatch: py
     assert diagnose(read("\n".join(lines).encode())).class_ == "model-file-invalid"
 
 
+def test_repeats_of_pieces_without_end_are_searched_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, narrow: None
+) -> None:
+    """Each block of an endless line counts as one line: seventeen of each kind would be most of the log."""
+    bounds = {"_DISTINCT": 40_000, "_REPEATED": 30_000}
+    for name, value in bounds.items():
+        monkeypatch.setattr(longlog, name, value)
+    searched = []
+    look = longlog._Middle._look
+
+    def counted(middle: longlog._Middle, places: list[tuple[longlog._Place, longlog._Around]]) -> set[int]:
+        searched.extend(len(around.line) for _, around in places)
+        return look(middle, places)
+
+    monkeypatch.setattr(longlog._Middle, "_look", counted)
+    found = read(b"rknpu says nothing " * 60_000)
+    assert not diagnose(found).explained
+    # The last block of each kind is searched besides.
+    assert sum(searched) < 40_000 + 20_000 + 30_000 + 20 * 8192
+    assert found.skipped_bytes
+
+
 def test_the_last_of_many_repeats_is_kept(narrow: None) -> None:
     versions = [f"I rkllm: rkllm-runtime version: 1.2.{at % 3}, rknpu driver version: 0.9.{at}" for at in range(3000)]
     text = "\n".join([*ordinary(300), *versions, *ordinary(300, 1)])
