@@ -199,9 +199,10 @@ def run(command: Sequence[str]) -> int:
         if process is not None and number in (signal.SIGTERM, signal.SIGHUP):
             process.send_signal(number)
 
-    # Handlers, as an ignored signal would be ignored by the command as well.
+    # Handlers, as an ignored signal would be ignored by the command as well: nohup means that for both.
     handled = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in handled}
+    meant = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in meant}
     try:
         process = subprocess.Popen(command)
         status = process.wait()
