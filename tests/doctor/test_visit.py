@@ -26,7 +26,7 @@ from rkboard.doctor.document import MARK, Document
 from rkboard.doctor.finding import Fix
 from rkboard.doctor.visit import PROBE, look
 from rkruntime import cli
-from rkruntime.errors import ServiceError
+from rkruntime.errors import ServiceError, UsageError
 
 from .boards import BOARDS
 from .sysroots import GOOD, plant
@@ -102,7 +102,7 @@ def test_another_file_tree_over_ssh(forced: Callable[[str], str], tmp_path: Path
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("exit 127", "has no python3"),
+        ("echo sh: 1: python3: not found >&2; exit 127", "has no python3"),
         ("exit 3", "ended with 3"),
         ("cat > /dev/null; echo nothing", "before it had said anything"),
         ("exec cat /dev/zero", "megabytes of something other"),
@@ -144,8 +144,8 @@ def test_a_destination_is_no_option_and_no_command(
     reached: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor", "--", where]) == ServiceError.exit_code
-    assert "defect" not in capsys.readouterr().err
+    assert cli.main(["doctor", "--", where]) == UsageError.exit_code
+    assert "is not a board that ssh can reach" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,8 +19,8 @@ _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
 _MOST_BYTES: Final = 64 << 20
 _MOST_TEXT: Final = 4000
-# For a whole answer. A model of 10 GB is read from an SD card three times: for its hash, to load it, and to load the one
-# before if that fails.
+# For a whole answer. A model of 10 GB is read from an SD card three times: for its hash, to load it, and to load
+# the one before if it does not.
 _PATIENCE_S: Final = 5400.0
 # For an answer that needs neither the disk nor the daemon's model.
 _SOON_S: Final = 120.0

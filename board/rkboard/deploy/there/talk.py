@@ -186,16 +186,18 @@ class Talk:
                 "Deploy a bundle once more, which finds it out, then undeploy.",
             )
         self._ground.note(pending=None)
-        if "serve" in steps:
+        if "serve" in steps or self._service.current_link.is_symlink():
             self._service.stop()  # or nothing is removed
+            steps["serve"] = {"kind": "serve"}
         left = []
-        for key in reversed(list(steps)):
+        last_first = list(reversed(steps))
+        for key in sorted(last_first, key=lambda key: key != "serve"):
             left += self._undone(key, steps[key])
             self._ground.note(steps={name: one for name, one in self._ground.state["steps"].items() if name != key})
         left += self._purged() if purge else []
         for name in ("incoming", "programs", "libraries", "bundles", "kept"):
             shutil.rmtree(self._ground.home / name, ignore_errors=True)
-        for name in ("deploy.json", ".lock"):
+        for name in ("deploy.json", "deploy.json.damaged", ".lock"):
             (self._ground.home / name).unlink(missing_ok=True)
         try:
             self._ground.home.rmdir()
