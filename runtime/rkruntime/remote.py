@@ -132,7 +132,7 @@ class Remote:
         assert self._process.stderr is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         self._notes = Notes(self._process.stderr)
-        self.flooded = self.over = False
+        self.flooded = self.over = self._deaf = False
         self._found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout, mark, most), daemon=True)
         self._reader.start()
@@ -154,7 +154,8 @@ class Remote:
             handle = self._process.stdin.fileno()
             room.register(handle, select.POLLOUT)
             while left:
-                if not room.poll(_STALLED_S * 1000):
+                self._deaf = self._deaf or not room.poll(_STALLED_S * 1000)
+                if self._deaf:
                     return False
                 left = left[os.write(handle, left) :]
         except (OSError, ValueError):

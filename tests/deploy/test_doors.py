@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -175,6 +176,7 @@ def test_a_damaged_file_is_sent_again(tree: Tree, deploy: Put, bundles: dict[str
     assert tree.ask(FIRST) == QA[FIRST]
 
 
+@pytest.mark.long
 def test_a_damaged_program_is_installed_again(tree: Tree, deploy: Put, bundles: dict[str, Path]) -> None:
     deploy(bundles["base"])
     damage(next((tree.home / "programs").rglob("rkruntime/cli.py")))
@@ -184,6 +186,7 @@ def test_a_damaged_program_is_installed_again(tree: Tree, deploy: Put, bundles: 
     assert tree.ask(FIRST) == QA[FIRST]
 
 
+@pytest.mark.long
 def test_another_bundle_replaces_one_that_has_failed(tree: Tree, deploy: Put, bundles: dict[str, Path]) -> None:
     """What the daemon says of the old one is not said of the new one."""
     deploy(bundles["base"])
@@ -193,6 +196,7 @@ def test_another_bundle_replaces_one_that_has_failed(tree: Tree, deploy: Put, bu
     assert (tree.ask(FIRST) or "").startswith("Arr")
 
 
+@pytest.mark.long
 def test_a_switch_that_can_neither_be_completed_nor_undone(
     tree: Tree, deploy: Put, bundles: dict[str, Path], session: Open
 ) -> None:
@@ -206,6 +210,7 @@ def test_a_switch_that_can_neither_be_completed_nor_undone(
     assert tree.ask(FIRST) == QA[FIRST]
 
 
+@pytest.mark.long
 def test_a_reload_that_is_refused_says_why(tree: Tree, deploy: Put, bundles: dict[str, Path], session: Open) -> None:
     for name in ("base", "pirate"):
         deploy(bundles[name])
@@ -221,14 +226,22 @@ def test_a_reload_that_is_refused_says_why(tree: Tree, deploy: Put, bundles: dic
     "text",
     [b"", b"\0" * 500, b"[]", b'{"steps": [1]}', b'{"pending": 5}', b'{"steps": {"a": 1}}', b"[" * 100_000, b"\xff"],
 )
-def test_a_damaged_record_of_what_was_changed(
-    text: bytes, tree: Tree, deploy: Put, bundles: dict[str, Path], session: Open
-) -> None:
+def test_a_record_that_is_none(text: bytes, tree: Tree, session: Open) -> None:
+    tree.home.mkdir()
+    (tree.home / "deploy.json").write_bytes(text)
+    with session() as there:
+        assert there.call("look", places=[])["pending"] is False
+        there.call("lock")
+    assert (tree.home / "deploy.json.damaged").read_bytes() == text
+
+
+@pytest.mark.long
+def test_a_damaged_record_of_what_was_changed(tree: Tree, deploy: Put, bundles: dict[str, Path], session: Open) -> None:
     unit = tree.root / "etc/systemd/system/rkedge.service"
     unit.write_text("[Service]\nExecStart=/bin/true\n")
     before = tree.outside()
     deploy(bundles["base"])
-    (tree.home / "deploy.json").write_bytes(text)
+    (tree.home / "deploy.json").write_bytes(b"")
     with session() as there:
         assert there.call("look", places=[])["status"]["state"] == "ready"
         there.call("lock")
@@ -247,6 +260,7 @@ def test_a_damaged_record_of_what_was_changed(
     assert after == before
 
 
+@pytest.mark.long
 def test_one_thing_that_cannot_be_undone_keeps_none_of_the_others(
     tree: Tree, deploy: Put, bundles: dict[str, Path], session: Open
 ) -> None:
@@ -268,13 +282,13 @@ def test_one_thing_that_cannot_be_undone_keeps_none_of_the_others(
 
 def test_the_end_of_what_a_tool_prints(tree: Tree) -> None:
     tool = tree.root / "usr/bin/flood"
-    tool.write_text("#!/bin/sh\nyes | head -c 50000000\necho the end\n")
+    tool.write_text(f"#!{sys.executable}\nprint('y' * 50_000_000)\nprint('the end')\n")
     tool.chmod(0o755)
     said = Ground(str(tree.root)).run("flood") or ""
     assert said.endswith("the end")
     assert len(said) < 8 << 20
     with pytest.raises(Refused, match="did not end"):
-        tool.write_text("#!/bin/sh\nexec yes\n")
+        tool.write_text("#!/bin/sh\nwhile :; do echo y; done\n")
         Ground(str(tree.root)).run("flood", limit=0.5)
 
 
@@ -339,6 +353,8 @@ def test_a_board_that_never_answers(
     script: str, fake: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sessions, "_SOON_S", 0.5)
+    monkeypatch.setattr(sessions, "_LAST_S", 0.5)
+    monkeypatch.setattr(remote, "_STALLED_S", 0.5)
     fake(script)
     assert cli.main(["status", "u@b"]) == 8
     assert "u@b does not answer any more" in capsys.readouterr().err

@@ -93,8 +93,9 @@ class Session:
         Raises:
             ServiceError: It is refused, or the connection breaks.
         """
-        self._remote.send(json.dumps({"op": op, **given}).encode() + b"\n")
-        return self._answer(_SOON_S if op in _SOON else _PATIENCE_S)
+        patience = _SOON_S if op in _SOON else _PATIENCE_S
+        heard = self._remote.send(json.dumps({"op": op, **given}).encode() + b"\n")
+        return self._answer(patience if heard else _LAST_S)
 
     def _answer(self, patience: float = _PATIENCE_S) -> dict[str, Any]:
         end = time.monotonic() + patience

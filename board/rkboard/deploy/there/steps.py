@@ -132,6 +132,9 @@ class Link(Step):
 
     def check(self) -> bool:
         """See Step."""
+        return self._is_so() and bool(self.memo())
+
+    def _is_so(self) -> bool:
         return self._path.is_symlink() and os.readlink(self._path) == self.given["target"]
 
     def change(self, say: Say) -> None:
@@ -143,7 +146,7 @@ class Link(Step):
 
     def undo(self) -> str:
         """See Step."""
-        if not self.check():
+        if not self._is_so():
             return "" if not self._path.exists() else f"{self.given['path']} was changed since, and stays"
         self._path.unlink()
         return ""
