@@ -137,9 +137,13 @@ def test_no_option_of_ours_skips_host_keys() -> None:
 
 
 @needs_sshd
-@pytest.mark.parametrize(
-    "where", ["-oProxyCommand=touch owned", "nobody@nowhere.invalid", "a b;touch owned", "$(touch owned)"]
-)
+def test_a_board_that_is_not_there(reached: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "nobody@nowhere.invalid"]) == ServiceError.exit_code
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+@needs_sshd
+@pytest.mark.parametrize("where", ["-oProxyCommand=touch owned", "a b;touch owned", "$(touch owned)"])
 def test_a_destination_is_no_option_and_no_command(
     reached: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
