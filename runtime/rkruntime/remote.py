@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import queue
+import re
+import select
 import shlex
 import subprocess
 import threading
@@ -21,21 +23,45 @@ from rkruntime.printable import one_line
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 _MOST_NOTES: Final = 1 << 14
 _MOST_LINES: Final = 12
+# For a board that does not read what it is sent.
+_STALLED_S: Final = 300.0
 # For what a process that has ended may have left in its pipe.
 _LAST_S: Final = 1.0
 _MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 # A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+# What OpenSSH takes for neither a user nor a host since 9.6: a shell may read it, in a ProxyCommand or in our hints.
+_NO_DESTINATION: Final = re.compile(r"""^-|@-|//-|[\s'"`$;&<>|(){}]""")
+_NOT_FOUND: Final = re.compile(
+    r"(?:^|[:\s'])(sudo|python3)'?: (?:command )?not found|No such file or directory: '(sudo)'"
+)
+# What sudo says, and then does what it was told.
+_WARNED: Final = re.compile(r"sudo: (?:unable to resolve host|setrlimit)")
+
+
+def missing_tool(notes: Sequence[str]) -> str:
+    """Which of sudo and python3 a shell, sudo or Python has not found there; empty if they do not say so."""
+    found = (match for line in notes for match in _NOT_FOUND.finditer(line))
+    return next((match[1] or match[2] for match in found), "")
+
+
+def refused_by_sudo(notes: Sequence[str]) -> bool:
+    """Whether sudo says, in whatever language, that it does nothing."""
+    return any("sudo:" in line.lower() and not _WARNED.search(line) for line in notes) or any(
+        "not in the sudoers" in line or "may not run sudo" in line for line in notes
+    )
 
 
 def ssh_command(destination: str, *remote: str) -> list[str]:
     """The command that runs `remote` there. ssh joins its words with spaces, and the shell there reads them.
 
     Raises:
-        UsageError: The destination is empty, or the variable with the user's ssh command cannot be read.
+        UsageError: The destination is empty or none, or the variable with the user's ssh command cannot be read.
     """
     if not destination:  # a variable of a script that was not set
         raise UsageError("The board has an empty name.", hint="Name it as for ssh: user@board")
+    if _NO_DESTINATION.search(destination) or not destination.isprintable():
+        raise UsageError(f"{one_line(destination[:80])!r} is not a board that ssh can reach.", hint="user@board")
     return [*(words_of(SSH_VARIABLE) or _SSH), "--", destination, *remote]
 
 
@@ -101,10 +127,12 @@ class Remote:
                 f"{command[0]} cannot be started: {error.strerror or error}.",
                 hint=_MISSING.get(command[0], f"Install it, or change {SSH_VARIABLE}, which names it."),
             ) from error
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         self._notes = Notes(self._process.stderr)
-        self.flooded = self.over = False
+        self.flooded = self.over = self._deaf = False
         self._found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout, mark, most), daemon=True)
         self._reader.start()
@@ -121,9 +149,15 @@ class Remote:
     def send(self, data: bytes) -> bool:
         """Write to its standard input; returns whether anybody still reads it."""
         assert self._process.stdin is not None
+        left, room = memoryview(data), select.poll()
         try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
+            handle = self._process.stdin.fileno()
+            room.register(handle, select.POLLOUT)
+            while left:
+                self._deaf = self._deaf or not room.poll(_STALLED_S * 1000)
+                if self._deaf:
+                    return False
+                left = left[os.write(handle, left) :]
         except (OSError, ValueError):
             return False
         return True

@@ -381,8 +381,9 @@ def test_a_boards_table_has_what_was_expected_beside_it(result: Result) -> None:
 def test_no_text_breaks_the_table(text: str) -> None:
     document = of_a_board(Result.parse(json.dumps(PLAIN).encode()))
     board = BoardFacts(text, text, text, text, text)
-    found = markdown(replace(document, board=board, bench=replace(document.bench, changes=(text,), notes=(text,),
-                                                                  vendor_title=text, family=text)))  # fmt: skip
+    lines = (Line(text, "t/s", (1.0,), 1.0),)
+    bench = replace(document.bench, changes=(text,), notes=(text,), vendor_title=text, family=text, lines=lines)
+    found = markdown(replace(document, board=board, bench=bench))
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", found)
     assert len({len(row) for row in rows(found)}) == 1
 
@@ -410,6 +411,10 @@ PLAIN = {
         ("user@board:/opt/b c", Place("user@board", "/opt/b c")),
         ("ssh://user@board:22", Place("ssh://user@board:22")),
         ("board", Place("board")),
+        ("user@2001:db8::5", Place("user@2001:db8::5")),
+        ("user@fe80::1%eth0", Place("user@fe80::1%eth0")),
+        ("user@[2001:db8::5]:my-bundle", Place("user@2001:db8::5", "my-bundle")),
+        ("user@192.0.2.7:b:c", Place("user@192.0.2.7", "b:c")),
     ],
 )
 def test_a_place_is_read_as_for_scp(text: str, place: Place) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tests.doctor.sysroots import Link
 
+from rkboard.clocks import holding as holding_of
 from rkruntime import cli
 from rkruntime.program import own_command
 
@@ -218,6 +219,41 @@ def test_a_sigterm_is_passed_on(chip: Chip) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     wait_until(lambda: as_before(chip))
+
+
+def test_a_sigterm_that_comes_while_the_command_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+
+    def slow(command: Any) -> Any:
+        process = real(command)
+        os.kill(os.getpid(), signal.SIGTERM)  # before anybody knows the process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    assert holding_of.run(["sleep", "60"]) == 128 + signal.SIGTERM
+
+
+def test_nohup_is_for_the_command_too(chip: Chip) -> None:
+    pipe = subprocess.PIPE
+    words = own_command("clocks", "--root", str(chip.root), "--", "sh", "-c", "sleep 2; echo finished")
+    with subprocess.Popen(["nohup", *words], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
+        wait_until(lambda: chip.state[NPU][1] == BEST[NPU] and bool(children(process.pid)))
+        process.send_signal(signal.SIGHUP)
+        assert "finished" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    wait_until(lambda: as_before(chip))
+
+
+def test_a_clock_that_stood_at_a_value_that_is_not_listed(tmp_path: Path) -> None:
+    """No governor takes it down again: it would be left at its maximum."""
+    for governor in ("userspace", "rknpu_ondemand"):
+        files = {f"{NPU}/governor": f"{governor}\n", f"{NPU}/cur_freq": "390000000\n"}
+        with running(tmp_path / governor, {**files, f"{NPU}/userspace/set_freq": "390000000\n"}) as chip:
+            process = start(chip, "--", "true")
+            said = process.communicate(timeout=60)[1]
+            assert process.returncode == 0
+            assert "npu is at 390 MHz, which the chip does not list" in said
+            wait_until(lambda chip=chip, governor=governor: chip.state[NPU] == (governor, 400000000))  # type: ignore[misc]
 
 
 def test_only_one_at_a_time(chip: Chip) -> None:

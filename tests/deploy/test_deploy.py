@@ -112,7 +112,7 @@ def test_what_others_have_written_is_kept_and_comes_back(
     assert settings.read_text() == "log_level: debug\n"
     rules.write_text("# mine now\n")
     with session() as there:
-        there.call("lock")
+        there.call("lock", make=True)
         assert there.call("undo", purge=False)["left"] == [
             "/etc/udev/rules.d/60-rkedge.rules was changed since, and stays"
         ]
@@ -258,7 +258,7 @@ def test_a_part_stays_in_its_folder(path: str, tree: Tree, session: Callable[[],
     digest = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     step = {"key": "x", "kind": "part", "folder": "bundles", "name": "x", "files": {path: (0, digest)}, "info": {}}
     with session() as there:
-        there.call("lock")
+        there.call("lock", make=True)
         there.call("held", files={digest: 0})
         assert there.call("receive", digest=digest, size=0, offset=0)["right"] is True
         with pytest.raises(ServiceError):

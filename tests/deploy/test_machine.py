@@ -102,6 +102,7 @@ def test_deploying(board: Machine, bundles: dict[str, Path], library: Path) -> N
     assert chat(board) == QA[FIRST]
     assert board.on_board("systemctl is-enabled rkedge.socket rkedge.service").stdout.split() == ["enabled"] * 2
     assert board.on_board("rkedge --version").returncode == 0
+    assert board.on_board("stat -c %U:%a /run/rkedge").stdout.strip() == "root:755"
     assert board.on_board("cat /opt/rkedge/bundle/rkedge.yaml", account="guest").returncode != 0
 
 

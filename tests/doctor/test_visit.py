@@ -26,7 +26,7 @@ from rkboard.doctor.document import MARK, Document
 from rkboard.doctor.finding import Fix
 from rkboard.doctor.visit import PROBE, look
 from rkruntime import cli
-from rkruntime.errors import ServiceError
+from rkruntime.errors import ServiceError, UsageError
 
 from .boards import BOARDS
 from .sysroots import GOOD, plant
@@ -102,7 +102,7 @@ def test_another_file_tree_over_ssh(forced: Callable[[str], str], tmp_path: Path
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("exit 127", "has no python3"),
+        ("echo sh: 1: python3: not found >&2; exit 127", "has no python3"),
         ("exit 3", "ended with 3"),
         ("cat > /dev/null; echo nothing", "before it had said anything"),
         ("exec cat /dev/zero", "megabytes of something other"),
@@ -137,15 +137,19 @@ def test_no_option_of_ours_skips_host_keys() -> None:
 
 
 @needs_sshd
-@pytest.mark.parametrize(
-    "where", ["-oProxyCommand=touch owned", "nobody@nowhere.invalid", "a b;touch owned", "$(touch owned)"]
-)
+def test_a_board_that_is_not_there(reached: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "nobody@nowhere.invalid"]) == ServiceError.exit_code
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+@needs_sshd
+@pytest.mark.parametrize("where", ["-oProxyCommand=touch owned", "a b;touch owned", "$(touch owned)"])
 def test_a_destination_is_no_option_and_no_command(
     reached: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor", "--", where]) == ServiceError.exit_code
-    assert "defect" not in capsys.readouterr().err
+    assert cli.main(["doctor", "--", where]) == UsageError.exit_code
+    assert "is not a board that ssh can reach" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

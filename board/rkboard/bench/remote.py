@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -19,8 +20,17 @@ from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import ServiceError, UsageError
 from rkruntime.remote import ssh_command
 
-_PLACE: Final = re.compile(r"([^@\s]+@[^:\s]+):(.*)", re.DOTALL)
+# An address with colons stands in brackets, as for scp.
+_PLACE: Final = re.compile(r"([^@\s]+@)(\[[^\]\s]+\]|[^:\s\[]+):(.*)", re.DOTALL)
 _MOST_LINE: Final = 1 << 12
+
+
+def _is_address(text: str) -> bool:
+    """Whether what follows the user is an address with colons, and no bundle."""
+    try:
+        return ipaddress.ip_address(text.rpartition("@")[2].partition("%")[0]).version == 6
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,8 @@ class Place:
     @classmethod
     def parse(cls, text: str) -> Place:
         """`user@board`, `user@board:BUNDLE`, `ssh://user@board:port`, or a host of ~/.ssh/config. Raises UsageError."""
-        found = _PLACE.fullmatch(text) if not text.startswith("ssh://") else None
-        place = cls(found[1], found[2]) if found else cls(text)
+        found = None if text.startswith("ssh://") or _is_address(text) else _PLACE.fullmatch(text)
+        place = cls(f"{found[1]}{found[2].strip('[]')}", found[3]) if found else cls(text)
         if not place.bundle.isprintable() or place.bundle.startswith("-"):
             raise UsageError("The bundle on the board has a name that no bundle can have.")
         return place

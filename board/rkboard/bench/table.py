@@ -68,7 +68,7 @@ def _table(result: Result) -> Iterator[str]:
         others = [(bench.plan_title, line.plan), (bench.vendor_title, line.vendor)]
         expected = [_figure(value, line) for title, value in others if title]
         mark = _MARK if bench.changes and not line.problem else ""
-        yield f"| {' | '.join([*same, line.test, _measured(line) + mark, *expected])} |"
+        yield f"| {' | '.join([*same, _plain(line.test), _measured(line) + mark, *expected])} |"
 
 
 def _scaled(number: int, large: int, unit: str, small: int, lesser: str) -> str:

@@ -194,16 +194,24 @@ def run(command: Sequence[str]) -> int:
         UsageError: There is no such command.
     """
     process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        if process is not None and number in (signal.SIGTERM, signal.SIGHUP):
+        if number not in (signal.SIGTERM, signal.SIGHUP):
+            return
+        if process is None:  # it is just being started
+            early.append(number)
+        else:
             process.send_signal(number)
 
-    # Handlers, as an ignored signal would be ignored by the command as well.
+    # Handlers, as an ignored signal would be ignored by the command as well: nohup means that for both.
     handled = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in handled}
+    meant = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in meant}
     try:
         process = subprocess.Popen(command)
+        for number in early:
+            process.send_signal(number)
         status = process.wait()
     except OSError as error:
         raise UsageError(f"{command[0]} cannot be started: {error.strerror}.") from error

@@ -43,7 +43,7 @@ _DEVICE: Final = _Names("governor", "userspace/set_freq", "cur_freq", 1)
 
 @dataclass(frozen=True)
 class Saved:
-    """A clock as it was. In Hz: `before`, 0 for a value that the chip does not list; `set` is where it is held.
+    """A clock as it was. In Hz: `before`, 0 if it is not known; `set` is where it is held.
 
     Raises:
         ValueError: It does not name a clock.
@@ -63,8 +63,7 @@ class Saved:
     def of(cls, goal: Goal) -> Saved:
         """A clock that is about to be set."""
         clock = goal.clock
-        before = clock.now if clock.now in clock.listed else 0
-        return cls(clock.name, clock.folder, clock.governor or "", before or 0, goal.hertz)
+        return cls(clock.name, clock.folder, clock.governor or "", goal.before or 0, goal.hertz)
 
     @property
     def names(self) -> _Names:

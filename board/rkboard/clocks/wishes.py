@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 from rkboard.doctor.document import Board
-from rkboard.doctor.readings import Clock, Kind, clocks, mhz
+from rkboard.doctor.readings import STAYING, Clock, Kind, clocks, mhz
 from rkruntime.errors import RefusedError, UsageError
 from rkruntime.schema import Length
 
@@ -19,7 +19,10 @@ KEEP: Final = "keep"
 GOVERNOR: Final = "userspace"
 _VALUE: Final = re.compile(r"auto|max|keep|\d{2,5}", re.ASCII)
 _KINDS: Final[dict[Kind, str]] = {"cpu": "the CPU's clocks", "npu": "the NPU's clock", "ddr": "the memory's clock"}
-_FROZEN: Final = "https://github.com/antonioacg/rknpu-rk3588"
+_FROZEN: Final = (
+    "https://github.com/antonioacg/rknpu-rk3588/blob/deaea9e/docs/porting-journal.md"
+    "#known-issue-devfreq-userspace-governor-hangs-the-board"
+)
 
 _Word = Annotated[str, Length(16)]
 
@@ -57,6 +60,12 @@ class Goal:
 
     clock: Clock
     hertz: int
+
+    @property
+    def before(self) -> int | None:
+        """The value to put back afterwards: of those that the chip lists the one that is nearest to what it has."""
+        now = self.clock.now
+        return None if now is None else min(self.clock.listed, key=lambda value: abs(value - now), default=None)
 
 
 def goals(board: Board, wish: Wish) -> tuple[list[Goal], list[str]]:
@@ -135,3 +144,8 @@ def _limited(chosen: Sequence[Goal], wish: Wish) -> Iterator[str]:
         clock = goal.clock
         if wish.of(clock.kind) in (AUTO, MAX) and goal.hertz < (clock.best or 0):
             yield f"{clock.name} is limited to {mhz(clock.most)}; the chip could do {mhz(clock.best)}."
+        if clock.governor in STAYING and goal.before != clock.now:
+            yield (
+                f"{clock.name} is at {mhz(clock.now)}, which the chip does not list;"
+                f" afterwards it is put to the nearest that it does, {mhz(goal.before)}."
+            )

@@ -12,7 +12,7 @@ import click
 
 from rkruntime.cli.flags import Decorated, json_option
 from rkruntime.cli.options import bundle_argument
-from rkruntime.errors import RKEdgeError, UsageError
+from rkruntime.errors import ModelError, RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say, say_json
 
@@ -87,9 +87,12 @@ def run(
 
     USER@BOARD is reached with your own ssh; the account there is root, or may use sudo without a password. What is
     there already stays, and what was broken off goes on where it was. docs/deploy.md says what is put where.
+
+    The exit status is that of the self-test there: 7 if the answers are wrong or could not be had, 9 if nothing could
+    be decided.
     """
     from rkboard.deploy.plan import bundle_name
-    from rkboard.deploy.session import Session
+    from rkboard.deploy.session import Session, names_of
     from rkboard.deploy.trial import try_out
     from rkboard.deploy.work import deploy
     from rkruntime.bundle.manifest import open_bundle
@@ -104,7 +107,8 @@ def run(
             trial = try_out(session, opened)
     if not done.agreed and not plan_only:
         raise click.Abort
-    emulated = bool((done.look.get("status") or {}).get("emulated"))
+    emulated = bool(names_of(done.look, "status").get("emulated"))
+    status = _status(trial) if trial else 0
     word = "" if plan_only or no_test else _word(destination)
     if as_json:
         say_json(
@@ -118,7 +122,7 @@ def run(
                 "doctor": word or None,
             }
         )
-        return
+        raise click.exceptions.Exit(status)
     if plan_only:
         return
     say("There was nothing to do." if not changed else f"{destination} serves {bundle_name(opened)}.")
@@ -126,7 +130,19 @@ def run(
         _show(trial, emulated)
     if word:
         say(f"doctor: {one_line(word)}")
+    if status:
+        say(f"It is served all the same. What was before comes back with: rkedge rollback {destination}", err=True)
+        raise click.exceptions.Exit(status)
     say(f"Chat with it: rkedge chat {destination}")
+
+
+def _status(trial: Trial) -> int:
+    """What `rkedge run --selftest` ends with."""
+    from rkboard.doctor.report import WARNINGS
+
+    if trial.verdict == "undecided":
+        return WARNINGS
+    return ModelError.exit_code if trial.problems else 0
 
 
 def _show(trial: Trial, emulated: bool) -> None:

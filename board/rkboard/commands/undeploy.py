@@ -28,6 +28,9 @@ def run(destination: str, name: str | None, purge: bool, yes: bool) -> None:
     if not yes and not confirmed(f"Remove {what} from {one_line(destination)}?"):
         raise click.Abort
     with Session(destination, Terminal(yes).say) as session:
+        if not name and session.call("look", places=[]).get("deployed") is False:
+            say(f"Nothing was deployed on {one_line(destination)}.")
+            return
         session.call("lock")
         if name:
             session.call("settle")

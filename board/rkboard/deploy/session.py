@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,17 +12,22 @@ from typing import Any, Final
 
 from rkboard.deploy.there import MARK, ORDER
 from rkruntime.errors import BundleError, ServiceError
-from rkruntime.remote import Remote, ssh_command
+from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
 
 _THERE: Final = Path(__file__).with_name("there")
 _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
 _MOST_BYTES: Final = 64 << 20
 _MOST_TEXT: Final = 4000
-# A model of 10 GB is read from an SD card twice: once for its hash, and once to load it.
-_PATIENCE_S: Final = 2400.0
-_FIRST_S: Final = 120.0
+# For a whole answer. A model of 10 GB is read from an SD card three times: for its hash, to load it, and to load
+# the one before if it does not.
+_PATIENCE_S: Final = 5400.0
+# For an answer that needs neither the disk nor the daemon's model.
+_SOON_S: Final = 120.0
+_SOON: Final = ("look", "log")
 _MOST_COPIES: Final = 3
+# For the reason why the board reads no more.
+_LAST_S: Final = 5.0
 # Modules that come as text find each other in sys.modules. What follows on standard input is for them.
 _LOADER: Final = """\
 import json, sys, types
@@ -66,7 +72,7 @@ class Session:
         code = _AS_ROOT if root == "/" else _LOADER
         words = ("python3", "-I", "-c", f"exec({code!r})")
         self._remote = Remote(ssh_command(destination, *map(shlex.quote, words)), MARK, _MOST_BYTES)
-        self._ended = False
+        self._ended = self._answered = False
         sources = [[_PACKAGE, (_THERE / "__init__.py").read_text()]]
         sources += [[f"{_PACKAGE}.{name}", (_THERE / f"{name}.py").read_text()] for name in ORDER]
         text = json.dumps(sources).encode()
@@ -87,12 +93,15 @@ class Session:
         Raises:
             ServiceError: It is refused, or the connection breaks.
         """
-        self._remote.send(json.dumps({"op": op, **given}).encode() + b"\n")
-        return self._answer()
+        patience = _SOON_S if op in _SOON else _PATIENCE_S
+        heard = self._remote.send(json.dumps({"op": op, **given}).encode() + b"\n")
+        return self._answer(patience if heard else _LAST_S)
 
-    def _answer(self) -> dict[str, Any]:
-        while line := self._remote.line(_PATIENCE_S):
+    def _answer(self, patience: float = _PATIENCE_S) -> dict[str, Any]:
+        end = time.monotonic() + patience
+        while line := self._remote.line(max(0.0, end - time.monotonic())):
             event = _event(line, self.destination)
+            self._answered = True
             if event["event"] == "says":
                 self._say(str(event.get("text"))[:_MOST_TEXT])
             elif event["event"] == "error":
@@ -152,6 +161,7 @@ class Session:
                     self._remote.end(0.2)
                     raise BundleError(f"{path} became shorter while it was being sent.")
                 if not self._remote.send(block):
+                    self._answer(_LAST_S)  # which says why, if the board has said it
                     raise self._failed()
                 offset += len(block)
                 progress(offset)
@@ -162,14 +172,17 @@ class Session:
         status = self._remote.end(5.0)
         notes = self._remote.notes
         details = {"lines": notes, "exit": status}
-        said = " ".join(notes).lower()
         where = self.destination
-        if "sudo:" in said:
+        if not self._answered and (tool := missing_tool(notes)):
+            hint = _SUDO_HINT if tool == "sudo" else "On the board: sudo apt install python3"
+            return ServiceError(f"{where} has no {tool}.", hint=hint, details=details)
+        if not self._answered and refused_by_sudo(notes):
             return ServiceError(f"sudo on {where} asks for a password, or refuses.", hint=_SUDO_HINT, details=details)
-        if status == 127:
-            return ServiceError(
-                f"{where} has no python3.", hint="On the board: sudo apt install python3", details=details
-            )
+        if self._remote.flooded:
+            return _nonsense(where)
+        if status is None:
+            hint = "A disk or a driver there may hang: log in and look at dmesg."
+            return ServiceError(f"{where} does not answer any more.", hint=hint, details=details)
         if status == 255 or not notes:
             return ServiceError(
                 f"The connection to {where} broke, or could not be made.",
@@ -178,19 +191,26 @@ class Session:
             )
         return ServiceError(
             f"What ran on {where} ended with {status}.",
-            hint="It needs Python 3.9 or later there. Start the same command again: it continues where it stopped.",
+            hint="Start the same command again: it continues where it stopped."
+            if self._answered
+            else "It needs Python 3.9 or later there: python3 --version",
             details=details,
         )
 
 
 def _event(line: bytes, destination: str) -> dict[str, Any]:
     try:
-        event = json.loads(line.removeprefix(MARK))
+        event = json.loads(line.removeprefix(MARK), parse_constant=_not_json)
     except (ValueError, RecursionError):
         raise _nonsense(destination) from None
     if not isinstance(event, dict) or event.get("event") not in ("says", "done", "error"):
         raise _nonsense(destination)
     return event
+
+
+def _not_json(text: str) -> None:
+    """NaN and the infinities, which Python's json would take. Raises ValueError."""
+    raise ValueError(text)
 
 
 def _nonsense(destination: str) -> ServiceError:

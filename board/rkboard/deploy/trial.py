@@ -13,6 +13,7 @@ _PATIENCE_S: Final = 1500.0
 _QUESTION: Final = "Count from 1 to 100, one number on each line."
 _MOST_TOKENS: Final = 64
 _MOST_PROBLEMS: Final = 8
+_SAME: Final = "same"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ def try_out(session: Session, bundle: Bundle) -> Trial:
         BundleError: The bundle's self-test cannot be read.
         ServiceError: The daemon does not answer.
     """
-    found = names_of(session.call("selftest"), "result") if bundle.read_selftest() else {}
+    has_one = bundle.read_selftest() is not None
+    found = names_of(session.call("selftest"), "result") if has_one else {}
     problems = [item for item in list_of(found, "problems") if isinstance(item, dict)]
-    said = tuple(text_of(item, "message") for item in problems[:_MOST_PROBLEMS]) or (text_of(found, "message"),)
+    said = tuple(filter(None, (text_of(item, "message") for item in problems[:_MOST_PROBLEMS])))
+    if has_one and not said and text_of(found, "verdict") != _SAME:
+        said = (text_of(found, "message") or "It has not said what it found.",)
     body = {
         "model": "rkedge",
         "messages": [{"role": "user", "content": _QUESTION}],
@@ -54,7 +58,7 @@ def try_out(session: Session, bundle: Bundle) -> Trial:
         raise ServiceError(f"The daemon on {session.destination} answers with an error: {text_of(answer, 'error')}")
     tokens, nanoseconds = (_number(answer, key) for key in ("eval_count", "eval_duration"))
     rate = (tokens - 1) / nanoseconds * 1e9 if tokens > 1 and nanoseconds else 0.0
-    return Trial(text_of(found, "verdict"), tuple(filter(None, said)), rate, int(tokens))
+    return Trial(text_of(found, "verdict"), said, rate, int(tokens))
 
 
 def _number(answer: dict[str, Any], key: str) -> float:

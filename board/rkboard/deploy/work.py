@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from rkboard.deploy import plan
 from rkboard.deploy.plan import Facts, Planned
-from rkboard.deploy.session import Session, list_of, names_of
+from rkboard.deploy.session import Session, list_of
 from rkboard.deploy.wheels import hashed, own_wheel, program_name, wheels_for
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.engine.open import SEARCHED
@@ -60,15 +60,15 @@ def deploy(session: Session, bundle: Bundle, library: Path | None, person: Perso
     look = session.call("look", places=SEARCHED)
     facts = Facts.of(look, offline=offline)
     bundle.verify()
-    steps = _steps(look, facts, bundle, library, person.say)
-    missing = _missing(session, steps)
+    steps = _steps(look, facts, bundle, library)
+    missing = _missing(session, facts, steps, person.say)
     if not missing:
         return Done([], look)
     if not person.agrees(missing):
         return Done([], look, agreed=False)
-    session.call("lock")
+    session.call("lock", make=True)
     session.call("settle")
-    for planned in _missing(session, steps):
+    for planned in _missing(session, facts, steps, person.say):  # others may have changed it meanwhile
         person.say(f"{planned.title}: {planned.change}")
         if planned.sources:
             session.send(planned.sources, person.progress)
@@ -76,9 +76,7 @@ def deploy(session: Session, bundle: Bundle, library: Path | None, person: Perso
     return Done(missing, session.call("look", places=SEARCHED))
 
 
-def _steps(
-    look: Mapping[str, Any], facts: Facts, bundle: Bundle, library: Path | None, say: Callable[[str], None]
-) -> list[Planned]:
+def _steps(look: Mapping[str, Any], facts: Facts, bundle: Bundle, library: Path | None) -> list[Planned]:
     before, after = plan.system_steps("")
     parts = {"bundles": plan.bundle_name(bundle)}
     middle = []
@@ -89,11 +87,7 @@ def _steps(
         _expect_library(look)
     _expect_machine(bundle, facts)
     parts["programs"] = name = program_name(facts.target, own_wheel()[1])
-    if name in names_of(look, "parts", "programs"):
-        middle.append(plan.program_step(facts, name, version("rkedge"), {}, {}))
-    else:
-        wheels = wheels_for(facts.target, say)
-        middle.append(plan.program_step(facts, name, version("rkedge"), wheels, hashed(wheels)))
+    middle.append(plan.program_step(facts, name, version("rkedge"), {}, {}))
     return [*before, *middle, plan.bundle_step(bundle), *after, plan.serve_step(parts)]
 
 
@@ -115,8 +109,15 @@ def _expect_machine(bundle: Bundle, facts: Facts) -> None:
         )
 
 
-def _missing(session: Session, steps: list[Planned]) -> list[Planned]:
+def _missing(session: Session, facts: Facts, steps: list[Planned], say: Callable[[str], None]) -> list[Planned]:
+    """The steps that are not done, the program's with its wheels, which are downloaded only then."""
     done = list_of(session.call("check", steps=[dict(planned.step) for planned in steps]), "done")
     if len(done) != len(steps):
         raise ServiceError(f"{session.destination} sent something that is not an answer.", hint="")
-    return [planned for planned, is_so in zip(steps, done, strict=True) if is_so is not True]
+    missing = [planned for planned, is_so in zip(steps, done, strict=True) if is_so is not True]
+    return [_with_wheels(facts, planned, say) if planned.title == "program" else planned for planned in missing]
+
+
+def _with_wheels(facts: Facts, planned: Planned, say: Callable[[str], None]) -> Planned:
+    wheels = wheels_for(facts.target, say)
+    return plan.program_step(facts, planned.step["name"], version("rkedge"), wheels, hashed(wheels))

@@ -11,7 +11,7 @@ from rkboard.doctor.document import MARK, MOST_BYTES, Board, Document
 from rkboard.doctor.probe import Probe
 from rkruntime.checks.machine import ROOT
 from rkruntime.errors import ServiceError
-from rkruntime.remote import Remote, ssh_command
+from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
 
 PROBE: Final = Path(__file__).with_name("probe.py")
 # The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
@@ -82,11 +82,13 @@ class _Visit:
 def _failed(visit: _Visit, destination: str | None) -> ServiceError:
     where = destination or "this machine"
     details = {"lines": visit.notes, "exit": visit.status}
-    said = " ".join(visit.notes).lower()
     if visit.flooded:
         hint = f"What does this print? ssh {destination} true" if destination else None
         return ServiceError(f"{where} sent megabytes of something other than the probe's document.", hint=hint)
-    if "sudo:" in said:
+    if tool := missing_tool(visit.notes):
+        hint = "Leave out --sudo." if tool == "sudo" else "On the board: sudo apt install python3"
+        return ServiceError(f"{where} has no {tool}.", hint=hint, details=details)
+    if refused_by_sudo(visit.notes):
         return ServiceError(
             f"sudo on {where} asks for a password, or refuses.",
             hint="Leave out --sudo: the doctor says what could not be read.",
@@ -95,9 +97,6 @@ def _failed(visit: _Visit, destination: str | None) -> ServiceError:
     if visit.status == 255 and destination:
         hint = f"Try it by hand: ssh {destination} true"
         return ServiceError(f"{destination} cannot be reached with ssh.", hint=hint, details=details)
-    if visit.status == 127 and destination:
-        hint = "On the board: sudo apt install python3"
-        return ServiceError(f"{destination} has no python3.", hint=hint, details=details)
     ended = "did not end" if visit.status is None else f"ended with {visit.status}"
     return ServiceError(
         f"The probe {ended} on {where} before it had said anything.",

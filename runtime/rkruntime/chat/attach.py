@@ -14,7 +14,7 @@ import pwd
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 from urllib.parse import quote
@@ -25,6 +25,9 @@ from rkruntime.words import counted
 MAX_LINE: Final = 16 << 20
 # In the error of an `end`: the daemon exited or its connection broke, whatever the request was.
 GONE: Final = "daemon_gone"
+# The event that says that this process still runs, at the beginning of a request and this often until its end.
+ALIVE: Final = "alive"
+ALIVE_S: Final = 10.0
 _STREAM: Final = "application/x-ndjson"
 # The last event of an answer; without one of these, the answer was interrupted.
 _LAST: Final = ("done", "error")
@@ -235,6 +238,27 @@ class Bridge:
 
     def _carry_out(self, message: Mapping[str, Any]) -> None:
         """Execute a request; every one gets an `end`, whatever is in it."""
+        with self._alive():
+            self._execute(message)
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Say all the time that this process still runs: the daemon may have nothing to say, and ssh never knows."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.is_set():
+                self._write(json.dumps({"type": ALIVE}).encode() + b"\n")
+                over.wait(ALIVE_S)
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _execute(self, message: Mapping[str, Any]) -> None:
+        """See `_carry_out`."""
         try:
             method, path, body = _request(message)
         except (ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import IO, Any, Final
 
-from rkruntime.chat.attach import GONE, MAX_LINE
+from rkruntime.chat.attach import ALIVE, ALIVE_S, GONE, MAX_LINE
 from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError
 from rkruntime.printable import one_line
@@ -28,6 +28,8 @@ _EVENT: Final = b'{"type"'
 _LOGIN_S: Final = 120.0
 # Seconds to the first event once the board sends anything. A busy board takes some to start Python.
 _GREETING_S: Final = 30.0
+# Seconds without a line from an `rkedge attach` that says all ALIVE_S seconds that it is there.
+_FROZEN_S: Final = 6.0 * ALIVE_S
 # Seconds between two looks at whether ssh still runs, in case one of its children keeps its output open.
 _LOOK_S: Final = 0.5
 _READ: Final = 1 << 16
@@ -69,8 +71,9 @@ class Link:
         self._readable.register(self._pipes[1], select.POLLIN)
         self._received = bytearray()
         self._any = False
-        # When the board must have answered; None once it has.
+        # When the board must have answered; None once it has, unless it says that it is alive.
         self._deadline: float | None = time.monotonic() + _LOGIN_S
+        self._alive = False
 
     @property
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
@@ -94,17 +97,22 @@ class Link:
             BrokenError: The `end` does not arrive.
             ServiceError: The board sends nonsense. The connection is closed: the rest cannot be matched to anything.
         """
+        if self._alive:
+            self._deadline = time.monotonic() + _FROZEN_S
         for _ in range(_MOST_LINES):
             try:
                 event = _event(self._line())
             except ServiceError:
                 self.close()
                 raise
-            if event is not None:
-                self._deadline = None
+            if event is None:
+                continue
+            self._alive = self._alive or event["type"] == ALIVE
+            self._deadline = time.monotonic() + _FROZEN_S if self._alive else None
+            if event["type"] != ALIVE:
                 yield event
-                if event["type"] == "end":
-                    return
+            if event["type"] == "end":
+                return
         self.close()
         raise nonsense("endless lines")
 
@@ -122,12 +130,13 @@ class Link:
     def _more(self) -> bytes:
         """Wait for what the board sends next. Raises BrokenError if nothing more comes."""
         while True:
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            late = self._deadline is not None and time.monotonic() > self._deadline
+            if late and not self._alive:
                 self.kill()
                 raise BrokenError(self._silent())
             exited = self._process.poll() is not None
             try:
-                ready = self._readable.poll(0 if exited else _LOOK_S * 1000)
+                ready = self._readable.poll(0 if exited or late else _LOOK_S * 1000)
                 data = os.read(self._pipes[1].fileno(), _READ) if ready else None
             except (OSError, ValueError):  # closed before
                 raise BrokenError from None
@@ -137,6 +146,9 @@ class Link:
                 return data
             if data is not None or exited:
                 raise BrokenError
+            if late:  # and nothing has come while this process was stopped
+                self.kill()
+                raise BrokenError(ServiceError(f"The board has sent nothing for {counted(_FROZEN_S, 'second')}."))
 
     def _silent(self) -> ServiceError:
         seconds = counted(_GREETING_S if self._any else _LOGIN_S, "second")

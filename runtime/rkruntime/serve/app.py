@@ -221,6 +221,8 @@ class DaemonEndpoints:
                 "emulated": info.emulated if info else None,
                 "release": info.release if info else None,
                 "max_context": info.max_context if info else None,
+                "reloads": service.reloads,
+                "reload_error": service.reload_error.message if service.reload_error else None,
                 "queue": {"waiting": len(service.queue), "busy": service.queue.busy},
                 **board,
                 "uptime_s": time.monotonic() - self._started,

@@ -368,13 +368,17 @@ class Daemon:
         Keys and limits apply at once; another model waits for the NPU.
         """
         systemd.reloading()
+        problem: RKEdgeError | None = None
         try:
             settings = self._take()
             async with self._reloading:
-                await self._change_model(settings)
+                problem = await self._change_model(settings)
         except RKEdgeError as error:
+            problem = error
             log.error("the settings were not applied: %s %s", error.message, error.hint)
         finally:
+            self.service.reloads += 1
+            self.service.reload_error = problem
             systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
 
     def _take(self) -> Settings:
@@ -397,16 +401,18 @@ class Daemon:
             log.warning("restart the daemon to apply %s", ", ".join(late))
         return settings
 
-    async def _change_model(self, settings: Settings) -> None:
+    async def _change_model(self, settings: Settings) -> RKEdgeError | None:
+        """Load the model of the settings; why it was not changed."""
         try:
             await self.service.change_model(settings)
         except RKEdgeError as error:
             log.error("the model was not changed, all other settings were applied: %s %s", error.message, error.hint)
-            return
+            return error
         loaded = self.service.host.loaded_with
         if loaded and (late := changed(loaded, settings, "next load")):
             log.warning("applied when the model is next loaded: %s", ", ".join(late))
         log.info("settings read again; serving %s", self.service.name)
+        return None
 
     def _remove_socket(self) -> None:
         """Remove our own socket, but not systemd's, nor another daemon's that has taken its place."""

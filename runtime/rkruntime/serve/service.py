@@ -238,6 +238,9 @@ class Service:
         )
         self.metrics = Metrics(self.queue, self.host)
         self.last_used = time.monotonic()
+        # How many reloads have ended, and what came of the last one.
+        self.reloads = 0
+        self.reload_error: RKEdgeError | None = None
 
     def start(self, wanted: GenerationRequest) -> Run:
         """Queue a request. The caller must close the run."""

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkruntime import cli
+from rkruntime.chat.link import BrokenError, Link
 from rkruntime.chat.remotechat import RemoteChat
 from rkruntime.chat.repl import Note
 from rkruntime.chat.ways import over_ssh
@@ -393,3 +394,27 @@ def test_an_ssh_that_connects_to_nothing_is_given_up() -> None:
     done = subprocess.run([*_SSH[:1], "-G", *_SSH[1:], "board"], capture_output=True, text=True, check=True)
     facts = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     assert 0 < int(facts["connecttimeout"]) <= 30
+
+
+def test_a_board_that_freezes_behind_its_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sshd answers for a board whose `rkedge attach` does nothing more; only that itself can say that it is there."""
+    monkeypatch.setattr("rkruntime.chat.link._FROZEN_S", 1.0)
+    alive = '{"type": "alive"}'
+    script = tmp_path / "board.sh"
+    script.write_text(
+        f"read line; echo '{alive}'; echo '{json.dumps(end(200, STATUS))}'\n"
+        # As long as it says so, it may take its time.
+        f"read line; for i in 1 2 3 4 5 6; do echo '{alive}'; sleep 0.3; done; echo '{json.dumps(end(200, TALK))}'\n"
+        f"read line; echo '{alive}'; exec sleep 1000\n"
+    )
+    link = Link(["sh", str(script)])
+    try:
+        for expected in (STATUS, TALK):
+            link.send({"op": "x"})
+            assert [event["body"] for event in link.events()] == [expected]
+        link.send({"op": "x"})
+        with pytest.raises(BrokenError) as broken:
+            list(link.events())
+        assert "has sent nothing for 1 second" in str(broken.value.told)
+    finally:
+        link.close()

@@ -17,7 +17,7 @@ import pytest
 
 from rkruntime import cli
 from rkruntime.chat import attach
-from rkruntime.chat.attach import GONE, Bridge
+from rkruntime.chat.attach import ALIVE, GONE, Bridge
 from rkruntime.errors import ServiceError
 
 from .conftest import acting_as
@@ -55,12 +55,13 @@ class _Client(io.RawIOBase):
 
 
 def told(path: Path, user: str | None, *lines: Any, uid: int | None = None) -> list[dict[str, Any]]:
-    """What comes back for lines, given as JSON or as bytes."""
+    """What comes back for lines, given as JSON or as bytes, but for that it is alive."""
     given = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
     client: Any = _Client(given)
     with acting_as(uid):
         Bridge(path, user, client, client).run()
-    return [json.loads(line) for line in client.seen.splitlines()]
+    events = [json.loads(line) for line in client.seen.splitlines()]
+    return [event for event in events if event["type"] != ALIVE]
 
 
 def statuses(events: list[dict[str, Any]]) -> list[int]:
@@ -281,3 +282,17 @@ def test_a_socket_that_systemd_holds_for_a_daemon_that_does_not_start(
     assert (end["status"], end["body"]["error"]["code"]) == (503, GONE)
     assert "is open, but no daemon answers there" in end["body"]["error"]["message"]
     assert "journalctl -u rkedge" in end["body"]["error"]["message"]
+
+
+def test_it_says_all_the_time_that_it_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkruntime.chat.attach._HELLO_S", 1.0)
+    monkeypatch.setattr("rkruntime.chat.attach.ALIVE_S", 0.1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
+        held.bind(str(tmp_path / "socket"))
+        held.listen()
+        client: Any = _Client([b'{"op": "hello"}\n'])
+        Bridge(tmp_path / "socket", None, client, client).run()
+    *alive, last = [json.loads(line)["type"] for line in client.seen.splitlines()]
+    assert last == "end"
+    assert set(alive) == {ALIVE}
+    assert len(alive) > 3

@@ -123,12 +123,21 @@ def test_the_command(board: Board) -> None:
     assert done.stderr.count("ignores temperature") == 1, done.stderr
 
 
-@pytest.mark.parametrize("where", ["nobody@nowhere.invalid", "-oProxyCommand=touch x@y"])
-def test_a_board_that_is_not_there(board: Board, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_that_is_not_there(board: Board) -> None:
+    done = run_chat(board, "--", "nobody@nowhere.invalid")
+    assert done.returncode == 8, done.stderr
+    assert "ssh could not connect or log in to nobody@nowhere.invalid" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["-oProxyCommand=touch x@y", "x@-oProxyCommand=touch", "x@$(touch y)", "x@y;touch z"])
+def test_what_a_shell_would_read_is_no_board(
+    board: Board, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ssh takes it for a host before OpenSSH 9.6, and our hints are there to be typed."""
     monkeypatch.chdir(tmp_path)
     done = run_chat(board, "--", where)
-    assert done.returncode == 8, done.stderr
-    assert f"ssh could not connect or log in to {where}" in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "is not a board that ssh can reach" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

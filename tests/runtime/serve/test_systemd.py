@@ -214,3 +214,9 @@ def test_every_group_of_the_unit_is_made(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     made = {line.split(":")[0] for line in (tmp_path / "etc/group").read_text().splitlines()}
     assert {name for names in wanted for name in names.split()} <= made
+
+
+def test_the_folder_of_the_socket_is_not_the_daemons() -> None:
+    """systemd's chown follows links: a daemon that may put one in the socket's place would be given any file."""
+    assert "RuntimeDirectory=" not in (UNITS / "rkedge.service").read_text()
+    assert "DirectoryMode=0755" in (UNITS / "rkedge.socket").read_text()

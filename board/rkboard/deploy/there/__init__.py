@@ -1,4 +1,4 @@
-"""What `rkedge deploy` runs on a board, as root: the standard library alone, sent over ssh, for Python 3.8 or later.
+"""What `rkedge deploy` runs on a board, as root: the standard library alone, sent over ssh, for Python 3.9 or later.
 
 Its modules are sent as text, in the order of ORDER, and find each other in `sys.modules`; nothing of it is installed.
 """

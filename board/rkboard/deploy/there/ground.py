@@ -7,12 +7,17 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _BLOCK = 1 << 20
 _TOOLS = ("usr/sbin", "usr/bin", "sbin", "bin")
 _MOST_SAID = 2000
+# The end of what a tool prints: a journal may have lines of a library that floods.
+_MOST_PRINTED = 4 << 20
+# root, and Debian's staff, whose members may change what is on root's PATH.
+_ROOTS_GROUPS = (0, 50)
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer
@@ -44,14 +49,38 @@ class Ground:
         """Where a path of the board is."""
         return self.root / path.lstrip("/")
 
+    def check_own(self) -> None:
+        """Raise Refused if anybody but root may change /opt/rkedge, or made anything in it, as root trusts it."""
+        inside = (each for pattern in ("*", "*/*") for each in self.home.glob(pattern))
+        found = next((each for each in inside if not _is_roots(os.lstat(each))), None)
+        if found is None and not others_may_change(self.home, self.root):
+            return
+        raise Refused(
+            f"Somebody else than root may change {found or self.home}, from which root would run programs.",
+            "Move it away, then deploy: sudo mv /opt/rkedge /opt/rkedge.old",
+        )
+
     @property
     def state(self) -> dict[str, Any]:
-        """What was done here, and what it replaced."""
+        """What was done here, and what it replaced. Nothing is known of a file that is damaged."""
+        return {"steps": {}, "pending": None, **(self._written() or {})}
+
+    def _written(self) -> dict[str, Any] | None:
+        """What the file has; None if it is damaged."""
         try:
-            found = json.loads(self._state.read_text())
+            found = json.loads(self._state.read_bytes())
         except FileNotFoundError:
-            found = {}
-        return {"steps": {}, "pending": None, **found}
+            return {}
+        except (ValueError, RecursionError):
+            return None
+        return found if _is_state(found) else None
+
+    def mend(self) -> bool:
+        """Set a damaged file aside, as after a loss of power on a cheap disk; whether there was one."""
+        if self._written() is not None:
+            return False
+        os.replace(self._state, self._state.with_name(f"{self._state.name}.damaged"))
+        return True
 
     def note(self, **changed: Any) -> None:
         """Write some of it down."""
@@ -64,17 +93,21 @@ class Ground:
         if tool is None:
             return None
         environment = {"PATH": path, "LC_ALL": "C.UTF-8", "HOME": "/root"}
+        process = subprocess.Popen(
+            [tool, *words[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment, cwd="/",
+        )  # fmt: skip
+        printed, told = _End(process.stdout), _End(process.stderr)
         try:
-            done = subprocess.run(
-                [tool, *words[1:]], stdin=subprocess.DEVNULL, capture_output=True,
-                env=environment, timeout=limit, check=False, cwd="/",
-            )  # fmt: skip
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
             raise Refused(f"{words[0]} did not end within {limit:.0f} seconds.") from None
-        said = done.stdout.decode("utf-8", "replace").strip()
-        if done.returncode not in fine:
-            said = f"{said} {done.stderr.decode('utf-8', 'replace').strip()}".strip()
-            raise Refused(f"`{' '.join(words)}` ended with {done.returncode}: {said[-_MOST_SAID:]}")
+        finally:
+            process.kill()
+            process.wait()
+        said = printed.text()
+        if status not in fine:
+            raise Refused(f"`{' '.join(words)}` ended with {status}: {f'{said} {told.text()}'.strip()[-_MOST_SAID:]}")
         return said
 
     def account(self, file: str, name: str) -> list[str] | None:
@@ -93,6 +126,53 @@ class Ground:
                 os.chmod(path, mode)
                 if group:
                     os.chown(path, -1, int(group[2]), follow_symlinks=False)
+
+
+class _End:
+    """The end of what a process prints, in bounded memory."""
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        assert stream is not None
+        self._data = b""
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            while block := os.read(stream.fileno(), _BLOCK):
+                self._data = (self._data + block)[-_MOST_PRINTED:]
+
+    def text(self) -> str:
+        """As text, once the process has ended; a child of it may keep the pipe open."""
+        self._reader.join(1)
+        return self._data.decode("utf-8", "replace").strip()
+
+
+def _is_state(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    steps, pending = found.get("steps", {}), found.get("pending")
+    known = isinstance(steps, dict) and all(isinstance(step, dict) and "kind" in step for step in steps.values())
+    return known and (pending is None or (isinstance(pending, dict) and {"to", "from"} <= set(pending)))
+
+
+def _is_roots(found: os.stat_result) -> bool:
+    return found.st_uid in (0, os.geteuid())
+
+
+def others_may_change(path: Path, root: Path = Path("/")) -> bool:
+    """Whether anybody but root may change what is at a path: the file, or a folder on the way to it."""
+    for end in {path, path.resolve()}:
+        for each in (end, *end.parents):
+            if each == root:
+                break
+            if not each.exists():
+                continue
+            found = each.stat()
+            group = found.st_mode & 0o020 and found.st_gid not in _ROOTS_GROUPS
+            if not _is_roots(found) or found.st_mode & 0o002 or group:
+                return True
+    return False
 
 
 def write(path: Path, data: bytes, mode: int) -> None:

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from rkboard.deploy.there.ground import Refused, write
+from rkboard.deploy.there.ground import Refused, others_may_change, sha256, write
 from rkboard.deploy.there.steps import Part
 from rkboard.deploy.there.store import RECORD
 
@@ -23,11 +23,14 @@ _PLACES = ("/usr/bin", "/usr/local/bin", "/opt/uv/*/bin")
 
 
 def interpreter() -> tuple[str, str]:
-    """The newest Python of this board that RKEdge runs on, outside of home folders, and its version; empty without."""
+    """The newest Python of this board that RKEdge runs on, outside of home folders, and its version; empty without.
+
+    One that somebody else than root may change is never started.
+    """
     found = [path for place in _PLACES for path in glob.glob(f"{place}/python3") + glob.glob(f"{place}/python3.[0-9]*")]
     known: list[tuple[bool, tuple[int, int], str]] = []
     for path in found:
-        if re.search(r"/python3(\.\d+)?$", path):
+        if re.search(r"/python3(\.\d+)?$", path) and not others_may_change(Path(path)):
             version = _version(path)
             if version >= _OLDEST:
                 known.append((path == "/usr/bin/python3", version, path))
@@ -48,12 +51,15 @@ def _version(path: str) -> tuple[int, int]:
     return (major, minor) if wide else (0, 0)
 
 
+def _files(place: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash of each file below a folder, but for what Python makes of them again."""
+    found = sorted(path for path in place.rglob("*") if path.is_file() and not path.is_symlink())
+    kept = (path for path in found if "__pycache__" not in path.parts)
+    return {str(path.relative_to(place)): (path.stat().st_size, sha256(path)) for path in kept}
+
+
 class Program(Part):
     """A virtual environment: `name`, `python`, and `wheels` by name with size and hash, which have come already."""
-
-    def check(self) -> bool:
-        """See Step."""
-        return self.store.record("programs", self.given["name"]) is not None
 
     def change(self, say: Callable[[str], None]) -> None:
         """See Step."""
@@ -63,11 +69,14 @@ class Program(Part):
         wheels = self._wheels()
         try:
             self._install(place, wheels, say)
+        except Refused:
+            shutil.rmtree(place, ignore_errors=True)  # the disk may be full
+            raise
         finally:
             shutil.rmtree(wheels)
         os.sync()
         info = {"python": self.given["python"], "version": self.given["version"]}
-        write(place / RECORD, json.dumps({"files": {}, "info": info}).encode(), 0o644)
+        write(place / RECORD, json.dumps({"files": _files(place), "info": info}).encode(), 0o644)
         for _, digest in self.given["wheels"].values():
             self.store.blob(digest).unlink(missing_ok=True)
 

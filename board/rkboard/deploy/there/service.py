@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,13 +24,16 @@ from rkboard.deploy.there.store import KINDS, Store
 UNITS = ("rkedge.socket", "rkedge.service")
 SOCKET = "/run/rkedge/rkedge.sock"
 _MOST_ANSWER = 1 << 20
+_MOST_SAID = 2000
 _LOOK_S = 0.5
+# For a whole answer, behind the patience for each piece of it.
+_LATE_S = 5.0
 # A model of 10 GB from an SD card takes some ten minutes to check and load.
 _LOAD_S = 1500.0
 # After a reload was asked for, until the daemon has begun with it.
 _BEGIN_S = 20.0
-# The self-test has the daemon's user and groups, for as long as it takes.
-_RIGHTS = ("User=rkedge", "SupplementaryGroups=video render", "CacheDirectory=rkedge", "PrivateTmp=yes")
+# What the self-test does not take from the daemon's unit: how that is started, watched and stopped.
+_OF_A_DAEMON = re.compile(r"(?:Type|NotifyAccess|Exec|Restart|Watchdog|Timeout|Kill|Runtime|OOM)")
 # What makes /opt/rkedge a virtual environment, whichever generation is in use.
 FIXED = {
     "bin": "current/programs/bin",
@@ -45,6 +49,13 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, path: Path, patience: float) -> None:
         super().__init__("localhost", timeout=patience)
         self._path = path
+
+    def shut(self) -> None:
+        """End it for whoever waits for an answer; from any thread."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except (OSError, AttributeError):  # it has ended, or was never made
+            pass
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -120,15 +131,19 @@ class Service:
     def ask(self, path: str, body: Any = None, patience: float = 10) -> tuple[int, Mapping[str, str], Any] | None:
         """Status, headers and answer of a request to the daemon; None if it does not answer."""
         connection = _Connection(self._ground.at(SOCKET), patience)
+        late = threading.Timer(patience + _LATE_S, connection.shut)  # one that answers drop by drop
+        late.daemon = True
+        late.start()
         try:
             sent = None if body is None else json.dumps(body).encode()
             connection.request("GET" if body is None else "POST", path, sent, {"Content-Type": "application/json"})
             response = connection.getresponse()
             text = response.read(_MOST_ANSWER)
             return response.status, dict(response.getheaders()), json.loads(text)
-        except (OSError, http.client.HTTPException, ValueError):
+        except (OSError, http.client.HTTPException, ValueError, RecursionError):
             return None
         finally:
+            late.cancel()
             connection.close()
 
     def status(self) -> dict[str, Any] | None:
@@ -165,9 +180,14 @@ class Service:
     def settle(self, say: Say) -> None:
         """Complete what an earlier run began and did not end."""
         pending = self._ground.state["pending"]
-        if pending:
-            say("completing what an earlier run began")
+        if not pending:
+            return
+        say("completing what an earlier run began")
+        try:
             self.switch(pending["to"], say, since=pending["from"], certain=True)
+        except Refused as failed:  # what is asked for now may be what mends it
+            say(failed.message)
+            self._ground.note(pending=None)
 
     def switch(self, to: str, say: Say, since: str | None = None, certain: bool = False) -> None:
         """Use a generation; if it does not work, the one before comes back.
@@ -205,16 +225,22 @@ class Service:
                 link(self._ground.home / name, target)
         old = self.made_of(before)
         same = old is not None and {**old, "bundles": ""} == {**parts, "bundles": ""}
-        reload = same and not certain and self.is_active() and "bundle" in (self.status() or {})
+        # One that has failed, or that has nothing loaded, says of a reload no more than of a start.
+        reload = same and not certain and (self.status() or {}).get("state") == "ready"
         if self._ground.run("systemctl", "enable", *UNITS) is None:
             return  # a tree without a system
         self._ground.run("systemctl", "start", UNITS[0])
         say("the daemon loads the other bundle" if reload else "the daemon starts")
+        reloads = (self.status() or {}).get("reloads") if reload else None
         self._ground.run("systemctl", "reload" if reload else "restart", UNITS[1])
-        self._wait(self.fingerprint(parts), reload)
+        self._wait(self.fingerprint(parts), reload, reloads)
 
-    def _wait(self, wanted: str | None, reload: bool) -> None:
-        """Until the bundle is loaded. Raises Refused if that fails."""
+    def _wait(self, wanted: str | None, reload: bool, reloads: Any) -> None:
+        """Until the bundle is loaded. Raises Refused if that fails.
+
+        Args:
+            reloads: How many reloads the daemon had ended before; None where it does not say.
+        """
         began = idle = time.monotonic()
         while time.monotonic() - began < _LOAD_S:
             status = self.status() or {}
@@ -227,6 +253,9 @@ class Service:
                 raise Refused(f"The daemon could not load it: {status.get('error')}", "See: rkedge logs USER@BOARD")
             if self.property("ActiveState") == "failed":
                 raise Refused("The daemon does not start.", "See: rkedge logs USER@BOARD")
+            if reloads is not None and status.get("reloads", reloads) != reloads:
+                why = status.get("reload_error") or "it serves something else"
+                raise Refused(f"The daemon refused it: {why}", "See: rkedge logs USER@BOARD")
             if state != "ready" or self.property("ActiveState") == "reloading":
                 idle = time.monotonic()
             if time.monotonic() - idle > _BEGIN_S:
@@ -240,7 +269,7 @@ class Service:
         home, given = str(self._ground.home), []
         if (self.current_link / "environment").exists():
             given = [f"--setenv={(self.current_link / 'environment').read_text().strip()}"]
-        rights = [f"--property={item}" for item in _RIGHTS]
+        rights = [f"--property={item}" for item in self._rights()]
         command = [f"{home}/bin/rkedge", "run", f"{home}/bundle", "--selftest", "--json"]
         options = ("--quiet", "--wait", "--pipe", "--collect")
         words = (*options, *rights, *given, *command)
@@ -251,9 +280,21 @@ class Service:
         try:
             return json.loads(said or "null")
         except ValueError:
-            raise Refused(f"The self-test said something else: {said}") from None
+            raise Refused(f"The self-test said something else: {(said or '')[-_MOST_SAID:]}") from None
+
+    def _rights(self) -> list[str]:
+        """The daemon's user, groups and limits: its self-test runs the same library."""
+        section, found = "", []
+        for line in (self._ground.at("/etc/systemd/system") / UNITS[1]).read_text().splitlines():
+            section = line if line.startswith("[") else section
+            if section == "[Service]" and re.match(r"[A-Z]\w+=", line) and not _OF_A_DAEMON.match(line):
+                found.append(line.strip())
+        return found
 
     def stop(self) -> None:
         """Stop the daemon, and start it no more."""
-        if self._ground.at("/etc/systemd/system/rkedge.service").exists():
-            self._ground.run("systemctl", "disable", "--now", *UNITS)
+        names = [name for name in UNITS if (self._ground.at("/etc/systemd/system") / name).exists()]
+        if names:
+            self._ground.run("systemctl", "disable", "--now", *names)
+        if self.is_active():  # its file is gone
+            self._ground.run("systemctl", "stop", *UNITS, fine=(0, 5))

@@ -89,7 +89,7 @@ class File(Step):
         """See Step."""
         memo, path = self.memo(), self._path
         ours = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == memo.get("sha256")
-        kept = bool(memo.get("kept"))
+        kept = self._kept.is_file()  # also of a run of which nothing is known any more
         if path.is_file() and not ours and path.read_bytes() != self._content:
             write(self._kept, path.read_bytes(), 0o600)
             kept = True
@@ -132,6 +132,9 @@ class Link(Step):
 
     def check(self) -> bool:
         """See Step."""
+        return self._is_so() and bool(self.memo())
+
+    def _is_so(self) -> bool:
         return self._path.is_symlink() and os.readlink(self._path) == self.given["target"]
 
     def change(self, say: Say) -> None:
@@ -143,7 +146,7 @@ class Link(Step):
 
     def undo(self) -> str:
         """See Step."""
-        if not self.check():
+        if not self._is_so():
             return "" if not self._path.exists() else f"{self.given['path']} was changed since, and stays"
         self._path.unlink()
         return ""
@@ -164,7 +167,7 @@ class Member(Step):
     def change(self, say: Say) -> None:
         """See Step."""
         self.remember(account=self._user)
-        self.ground.run("usermod", "-aG", "rkedge", "--", self._user)
+        self.ground.run("gpasswd", "--add", self._user, "rkedge")  # which takes accounts of a directory service, too
 
     def undo(self) -> str:
         """See Step."""
@@ -178,8 +181,11 @@ class Part(Step):
     """A bundle or a library: `folder`, `name`, `files` and `info`. Its files have come already."""
 
     def check(self) -> bool:
-        """See Step."""
-        return self.store.is_whole(self.given["folder"], self.given["name"])
+        """See Step. What the daemon serves was compared with its hashes by that; a disk may damage the rest."""
+        folder, name = self.given["folder"], self.given["name"]
+        current = self.service.named(self.service.current_link)
+        used = (self.service.made_of(current) or {}).get(folder) == name and self.service.serves(current)
+        return self.store.is_whole(folder, name, hashed=not used)
 
     def change(self, say: Say) -> None:
         """See Step."""
@@ -223,8 +229,7 @@ class Serve(Step):
             self.store.drop("programs", name)
 
     def undo(self) -> str:
-        """See Step."""
-        self.service.stop()
+        """See Step. The daemon was stopped before anything else."""
         for name in ("current", "previous", "bin", "lib", "pyvenv.cfg", "bundle", "library"):
             (self.ground.home / name).unlink(missing_ok=True)
         clear(self.ground.home / "generations")

@@ -38,9 +38,10 @@ class Store:
         """What is known of a part that is complete."""
         try:
             found: dict[str, Any] = json.loads((self.place(kind, name) / RECORD).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return found
+        whole = isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in ("files", "info"))
+        return found if whole else None
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """All complete ones: what is known of each, by kind and name."""
@@ -52,13 +53,15 @@ class Store:
             found[kind] = {name: record for name, record in records.items() if record is not None}
         return found
 
-    def is_whole(self, kind: str, name: str) -> bool:
-        """Whether a part is there with files of the right sizes; their hashes were compared when they came."""
+    def is_whole(self, kind: str, name: str, *, hashed: bool) -> bool:
+        """Whether a part is there with files of the right sizes, and of the right hashes if `hashed`."""
         record = self.record(kind, name)
         folder = self.place(kind, name)
         return record is not None and all(
-            (folder / file).is_file() and (folder / file).stat().st_size == size
-            for file, (size, _) in record["files"].items()
+            (folder / file).is_file()
+            and (folder / file).stat().st_size == size
+            and (not hashed or sha256(folder / file) == digest)
+            for file, (size, digest) in record["files"].items()
         )
 
     def blob(self, digest: str) -> Path:

@@ -56,23 +56,34 @@ class Talk:
         self._ground, self._store, self._service = ground, Store(ground), Service(ground)
 
     def handle(self, request: dict[str, Any]) -> None:
-        """Do what a request asks for, and answer it."""
-        work: Callable[..., Any] | None = getattr(self, f"do_{request.pop('op', '')}", None)
+        """Do what a request asks for, and answer it. Raises EOFError if what follows cannot be told from requests."""
+        op = request.pop("op", "")
+        if not self._answered(op, request) and op == "receive":
+            raise EOFError  # the rest of a file is on its way: nothing in it may be taken for a request
+
+    def _answered(self, op: str, request: dict[str, Any]) -> bool:
+        """Do it and answer; whether it could be done."""
+        work: Callable[..., Any] | None = getattr(self, f"do_{op}", None)
         try:
             if work is None:
                 raise Refused("There is no such operation.")
             _tell("done", **(work(**request) or {}))
+            return True
         except Refused as error:
             _tell("error", message=error.message, hint=error.hint)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             _tell("error", message=f"{error.strerror or error}{where}.", hint="")
-        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (_Told, EOFError):
+            raise
+        except Exception as error:
             _tell("error", message=f"This is a defect of rkedge: {traceback.format_exc()}", hint=f"{error}")
+        return False
 
     def do_look(self, places: list[str]) -> dict[str, Any]:
         """What this board is, and what is on it. `places`: folders that may have a library."""
         service, home = self._service, self._ground.home
+        self._ground.check_own()
         libc = _LIBC.match(os.confstr("CS_GNU_LIBC_VERSION") or "") if hasattr(os, "confstr") else None
         python, version = interpreter()
         current, previous = service.named(service.current_link), service.named(service.previous_link)
@@ -82,7 +93,8 @@ class Talk:
             "python": python,
             "python_version": version,
             "own_python": platform.python_version(),
-            "foreign": home.exists() and (home / "pyvenv.cfg").exists() and not (home / "pyvenv.cfg").is_symlink(),
+            "foreign": self._is_foreign,
+            "deployed": home.exists() and not self._is_foreign,
             "systemd": self._ground.at("/run/systemd/system").is_dir(),
             "parts": {
                 kind: {name: one["info"] for name, one in all_.items()} for kind, all_ in self._store.parts().items()
@@ -100,23 +112,50 @@ class Talk:
         """Which steps are done already."""
         return {"done": [_STEPS[step["kind"]](self._ground, step).check() for step in steps]}
 
-    def do_lock(self) -> None:
-        """Keep others from changing anything until this process ends, and complete what an earlier one began."""
-        make_folder(self._ground.home)
-        os.chmod(self._ground.home, 0o755)  # noqa: S103 - for everybody to read
-        lock = self._ground.lock = os.open(self._ground.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether the folder was made by hand."""
+        mark = self._ground.home / "pyvenv.cfg"
+        return mark.exists() and not mark.is_symlink()
+
+    def do_lock(self, make: bool = False) -> None:
+        """Keep others from changing anything until this process ends. `make`: the folder too, if there is none.
+
+        Whoever waited looks again at what there is: it may be gone.
+        """
         end, told = time.monotonic() + _PATIENCE_S, False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not told:
-                    _say("another process is changing this board; waiting for it")
-                told = True
-                if time.monotonic() > end:
-                    raise Refused("Another process is still changing this board.", "Try again later.") from None
-                time.sleep(0.2)
+        while not self._locked(make):
+            if not told:
+                _say("another process is changing this board; waiting for it")
+            told = True
+            if time.monotonic() > end:
+                raise Refused("Another process is still changing this board.", "Try again later.")
+            time.sleep(0.2)
+        if self._ground.mend():
+            _say("deploy.json, which says what was changed, was damaged; it is deploy.json.damaged now")
+
+    def _locked(self, make: bool) -> bool:
+        """Whether the lock is ours now. It is its path's: a file that was removed meanwhile locks nobody out."""
+        home = self._ground.home
+        self._ground.check_own()
+        if self._is_foreign:
+            raise Refused("The board's /opt/rkedge was made by hand, and is left alone.", "docs/deploy.md")
+        if not home.exists() and not make:
+            raise Refused("Nothing was deployed on this board.", "rkedge deploy BUNDLE USER@BOARD")
+        make_folder(home)
+        os.chmod(home, 0o755)  # noqa: S103 - for everybody to read
+        path = home / ".lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and os.path.samestat(os.fstat(lock), os.stat(path))
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            os.close(lock)
+            return False
+        self._ground.lock = lock
+        return True
 
     def do_settle(self) -> None:
         """Complete what an earlier process began."""
@@ -140,28 +179,53 @@ class Talk:
 
     def do_undo(self, purge: bool) -> dict[str, Any]:
         """Take back all steps, the daemon first, then the last first. `purge`: conversations and the user, too."""
-        self._ground.note(pending=None)
-        left = []
         steps = self._ground.state["steps"]
-        keys = list(reversed(list(steps)))
-        for key in [*(key for key in keys if key == "serve"), *(key for key in keys if key != "serve")]:
-            says = _STEPS[steps[key]["kind"]](self._ground, {"key": key, **steps[key]}).undo()
-            left += [says] if says else []
+        if not steps and self._service.current_link.is_symlink():
+            raise Refused(
+                "It is not known any more what was changed on this board.",
+                "Deploy a bundle once more, which finds it out, then undeploy.",
+            )
+        self._ground.note(pending=None)
+        if "serve" in steps or self._service.current_link.is_symlink():
+            self._service.stop()  # or nothing is removed
+            steps["serve"] = {"kind": "serve"}
+        left = []
+        last_first = list(reversed(steps))
+        for key in sorted(last_first, key=lambda key: key != "serve"):
+            left += self._undone(key, steps[key])
             self._ground.note(steps={name: one for name, one in self._ground.state["steps"].items() if name != key})
-        if purge:
-            for path in ("/var/lib/rkedge", "/var/cache/rkedge"):
-                clear(self._ground.at(path))
-            if self._ground.account("passwd", "rkedge"):
-                self._ground.run("userdel", "rkedge")
+        left += self._purged() if purge else []
         for name in ("incoming", "programs", "libraries", "bundles", "kept"):
             shutil.rmtree(self._ground.home / name, ignore_errors=True)
-        for name in ("deploy.json", ".lock"):
+        for name in ("deploy.json", "deploy.json.damaged", ".lock"):
             (self._ground.home / name).unlink(missing_ok=True)
         try:
             self._ground.home.rmdir()
         except OSError:
             left.append(f"/opt/rkedge has {', '.join(sorted(os.listdir(self._ground.home))[:5])}, and stays")
         return {"left": left}
+
+    def _undone(self, key: str, step: dict[str, Any]) -> list[str]:
+        """Take back a step; what was left. One that cannot be taken back keeps none of the others."""
+        try:
+            says = _STEPS[step["kind"]](self._ground, {"key": key, **step}).undo()
+        except (Refused, OSError, LookupError) as error:
+            says = f"{key}: {error}"
+        return [says] if says else []
+
+    def _purged(self) -> list[str]:
+        """Remove the conversations and the user; what was left."""
+        folders = [self._ground.at(path) for path in ("/var/lib/rkedge", "/var/cache/rkedge")]
+        for folder in folders:
+            clear(folder)
+        doomed = [each for folder in folders for each in (folder, folder.with_name(f".{folder.name}.rkedge-old"))]
+        left = [f"{each} could not be removed" for each in doomed if each.exists()]
+        try:
+            if self._ground.account("passwd", "rkedge"):
+                self._ground.run("userdel", "rkedge")
+        except Refused as error:
+            left.append(error.message)
+        return left
 
     def do_drop(self, name: str) -> None:
         """Remove a bundle that is not in use."""
@@ -235,7 +299,14 @@ def main(root: str) -> None:
     talk = Talk(Ground(root))
     while line := sys.stdin.buffer.readline(_MOST_LINE):
         try:
-            talk.handle(json.loads(line))
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            request = None
+        if not isinstance(request, dict):
+            _tell("error", message="The board cannot read what it is asked.", hint="")
+            break
+        try:
+            talk.handle(request)
         except _Told:
             pass
         except EOFError:

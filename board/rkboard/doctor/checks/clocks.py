@@ -11,7 +11,10 @@ from rkboard.doctor.readings import CPUFREQ, DEVFREQ, cooling, mhz, npu, policie
 _SCRIPT: Final = "scripts/fix_freq_rk3588.sh of https://github.com/airockchip/rknn-llm"
 _DDR: Final = "https://github.com/airockchip/rknn-llm/issues/532 (reported; the reporter confirmed it)"
 _UPTHRESHOLD: Final = "https://github.com/ThomasKaiser/Knowledge/tree/master/articles (ROCK 5B, measured)"
-_FROZEN: Final = "https://github.com/antonioacg/rknpu-rk3588 (measured on an Orange Pi 5 Pro, Linux 6.18.22)"
+_FROZEN: Final = (
+    "https://github.com/antonioacg/rknpu-rk3588/blob/deaea9e/docs/porting-journal.md"
+    "#known-issue-devfreq-userspace-governor-hangs-the-board (one report: an Orange Pi 5 Pro, Linux 6.18.22)"
+)
 _FAST: Final = ("performance", "userspace")
 _FOR_A_COMMAND: Final = "for the time of a command: rkedge clocks -- COMMAND; until the next boot:"
 _MOST_UPTHRESHOLD: Final = 25
