@@ -21,7 +21,8 @@ from rkruntime.printable import one_line
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 _MOST_NOTES: Final = 1 << 14
 _MOST_LINES: Final = 12
-_MOST_WAITING: Final = 64
+# Of an endless one, until somebody takes them.
+_MOST_WAITING: Final = 2
 # For what a process that has ended may have left in its pipe.
 _LAST_S: Final = 1.0
 _MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import shlex
 import shutil
 import signal
 import subprocess
@@ -133,7 +132,7 @@ def test_what_is_unknown_says_why(tree: Path) -> None:
 
 def test_a_daemon_at_work(tree: Path, start_daemon: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Tokens are counted while an answer is being computed, not only at its end."""
-    daemon = start_daemon(RKEMU_TOKEN_US="30000")
+    daemon = start_daemon(RKEMU_TOKEN_US="200000")
     os.link(daemon.socket, tree / SOCKET)
     asking = threading.Thread(target=daemon.ask, args=("What is the RK3588?",), kwargs={"max_tokens": 150})
     asking.start()
@@ -143,7 +142,7 @@ def test_a_daemon_at_work(tree: Path, start_daemon: Callable[..., Any], capsys: 
     found = json.loads(capsys.readouterr().out)
     asking.join()
     assert found["schema"] == "rkedge-top/1"
-    assert 1 < found["daemon"]["tokens_per_s"] <= 34
+    assert 0 < found["daemon"]["tokens_per_s"] < 9  # 5, in whole tokens
     assert (found["daemon"]["busy"], found["daemon"]["waiting"], found["daemon"]["emulated"]) == (1, 0, True)
     assert daemon.metric("rkedge_answer_tokens") == 0
     assert daemon.metric("rkedge_generated_tokens_total") > 5
@@ -309,4 +308,3 @@ def test_whatever_a_board_says_is_shown_harmlessly(looked: Board, status: str, m
 def test_a_tree_goes_with_no_board(tmp_path: Path) -> None:
     assert cli.main(["top", "board", "--root", str(tmp_path)]) == 2
     assert cli.main(["top", ""]) == 2
-    assert shlex.join(["top"]) == "top"

@@ -17,6 +17,7 @@ _THERE: Final = Path(__file__).with_name("there")
 _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
 _MOST_BYTES: Final = 64 << 20
+_MOST_LINE: Final = 1 << 20
 _MOST_TEXT: Final = 4000
 # A model of 10 GB is read from an SD card twice: once for its hash, and once to load it.
 _PATIENCE_S: Final = 2400.0
@@ -54,18 +55,24 @@ class Session:
         destination: For ssh, such as `user@board`.
         root: Another file tree of that machine, for which nobody has to be root.
         say: Called with lines about progress.
+        endless: It may say as much as it likes, for as long as it is listened to.
 
     Raises:
         ServiceError: The board cannot be reached, has no Python 3.9, or sudo asks for a password.
         UsageError: The command for ssh cannot be read.
     """
 
-    def __init__(self, destination: str, say: Callable[[str], None], root: str = "/") -> None:
+    def __init__(self, destination: str, say: Callable[[str], None], root: str = "/", *, endless: bool = False) -> None:
         self.destination = destination
         self._say = say
         code = _AS_ROOT if root == "/" else _LOADER
         words = ("python3", "-I", "-c", f"exec({code!r})")
-        self._remote = Remote(ssh_command(destination, *map(shlex.quote, words)), MARK, _MOST_BYTES)
+        self._remote = Remote(
+            ssh_command(destination, *map(shlex.quote, words)),
+            MARK,
+            _MOST_LINE if endless else _MOST_BYTES,
+            endless=endless,
+        )
         self._ended = False
         sources = [[_PACKAGE, (_THERE / "__init__.py").read_text()]]
         sources += [[f"{_PACKAGE}.{name}", (_THERE / f"{name}.py").read_text()] for name in ORDER]
