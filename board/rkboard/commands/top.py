@@ -13,7 +13,7 @@ from rkboard.doctor.document import Board
 from rkboard.doctor.visit import watch
 from rkboard.top import screen
 from rkboard.top.sample import Sample
-from rkruntime.cli.flags import json_option
+from rkruntime.cli.flags import Number, json_option
 from rkruntime.errors import UsageError
 from rkruntime.terminal import console, say, say_json
 
@@ -48,7 +48,7 @@ def _show(samples: Iterator[Sample], destination: str | None) -> None:
 @click.argument("destination", metavar="[USER@BOARD]", required=False)
 @click.option(
     "--every",
-    type=click.FloatRange(0.5, 60),
+    type=Number(0.5, 60),
     default=2.0,
     show_default=True,
     help="Look every so many seconds.",
