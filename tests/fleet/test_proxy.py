@@ -157,9 +157,8 @@ class Load:
             for choice in chunk.choices:
                 text += choice.delta.content or ""
                 reason = choice.finish_reason or reason
-        if reason != "stop":  # as a client does that looks for the end
-            raise EOFError
-        return text
+        # Few clients look for it: an answer that ends without it and without an error is taken for a whole one.
+        return text if reason == "stop" else f"{text} (and no end)"
 
 
 def wait_for(holds: Callable[[], object], seconds: float = 120) -> None:
@@ -174,9 +173,25 @@ def answered(board: Board) -> float:
 
 
 def kill_one_under_load(boards: list[Board], load: Load) -> None:
-    """All boards answer; one is killed in the middle of an answer, and comes back; all of them answer again."""
+    """All boards answer; one is killed in the middle of an answer, and comes back. Again, until that was a stream."""
     victim = boards[1]
+    kills: list[float] = []
     wait_for(lambda: all(answered(board) > 3 for board in boards))
+    while len(kills) < 8 and not any(one.stream and one.came != "right" for one in load.asked):
+        kills.append(kill_and_restart(victim, load))
+    print(f"\n{len(kills)} kills: {Counter((one.came, one.stream) for one in load.asked)}")
+    assert not [one.came for one in load.asked if one.came.startswith("wrong")]
+    errors = [one for one in load.asked if one.came != "right"]
+    # What fails was on its way when the board was killed: at most one request of each client.
+    for one in errors:
+        assert any(one.began <= killed <= one.ended for killed in kills), (kills, one)
+    assert 0 < len(errors) <= CLIENTS * len(kills)
+    # An answer that comes whole or not at all is asked for again, of another board.
+    assert not [one for one in errors if not one.stream]
+
+
+def kill_and_restart(victim: Board, load: Load) -> float:
+    """The others answer meanwhile, and it does afterwards. Returns when it was killed."""
     wait_for(lambda: victim.daemon.metric("rkedge_answer_tokens") > 2)
     killed = time.monotonic()
     victim.daemon.kill()
@@ -186,15 +201,7 @@ def kill_one_under_load(boards: list[Board], load: Load) -> None:
     wait_for(lambda: victim.daemon.socket.exists() and answered(victim) > 3)
     back = time.monotonic()
     wait_for(lambda: len([one for one in load.asked if one.began > back]) > 2 * CLIENTS)
-    came = Counter((one.came, one.stream) for one in load.asked)
-    print(f"\nkilled: {came}")
-    assert not [one.came for one in load.asked if one.came.startswith("wrong")]
-    errors = [one for one in load.asked if one.came != "right"]
-    # What fails was on its way when the board was killed: at most one request of each client.
-    assert all(one.began <= killed <= one.ended for one in errors), (killed, errors)
-    assert len(errors) <= CLIENTS
-    # An answer that comes whole or not at all is asked for again, of another board.
-    assert not [one for one in errors if not one.stream]
+    return killed
 
 
 @pytest.mark.long

@@ -119,7 +119,13 @@ def _deployment(entry: Entry, model: str) -> dict[str, Any]:
             "timeout": _ANSWER_S,
             "stream_timeout": _ANSWER_S,
         },
-        "model_info": {"id": entry.name, "mode": "chat", "health_check_max_tokens": 1},
+        # On a busy board, it waits like any other request.
+        "model_info": {
+            "id": entry.name,
+            "mode": "chat",
+            "health_check_max_tokens": 1,
+            "health_check_timeout": int(_LIMITS.wait_s),
+        },
     }
 
 
