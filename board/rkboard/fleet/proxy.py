@@ -143,7 +143,7 @@ def nginx(boards: Sequence[Entry], listen: str) -> str:
         raise UsageError(f"{listen[:80]!r} is not an address and a port.", hint="Such as 127.0.0.1:8090.")
     if len(models := sorted(set(_models(boards).values()))) > 1:
         raise UsageError(
-            f"The boards have different models ({', '.join(models)}), and nginx does not know which one a request names.",
+            f"The boards have different models ({', '.join(models)}); nginx does not know which one a request names.",
             hint="Name boards with the same one: --group NAME. Or let LiteLLM choose: --for litellm.",
         )
     for entry in boards:

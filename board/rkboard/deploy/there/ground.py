@@ -104,12 +104,14 @@ class Ground:
                 if 0 in ready:  # whoever follows has nothing to say but that
                     return
                 block = os.read(output, _MOST_BLOCK) if ready else b""
-                if ready and not block:
+                text += block
+                ended = bool(ready) and not block
+                lines = text.rfind(b"\n") + 1
+                end = len(text) if ended or (not lines and len(text) > _MOST_BLOCK) else lines
+                say(text[:end].decode("utf-8", "replace").rstrip("\n"))
+                text = text[end:]
+                if ended:
                     return
-                whole, _, text = (text + block).rpartition(b"\n")
-                if len(text) > _MOST_BLOCK:
-                    whole, text = text, b""
-                say(whole.decode("utf-8", "replace"))
         finally:
             process.kill()
             process.wait()
