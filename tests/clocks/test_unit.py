@@ -118,3 +118,24 @@ def test_the_keeper_has_no_capability_and_no_network(board: tuple[Machine, Chip]
         assert re.search(rf"^{name}:\s+0+$", said, re.MULTILINE), said
     assert re.search(r"^NoNewPrivs:\s+1$", said, re.MULTILINE)
     wait_until(lambda: as_before(chip))
+
+
+def test_the_daemon_holds_them_while_it_answers(board: tuple[Machine, Chip]) -> None:
+    """Its own unit, hardened as it is, as the page has it installed and set."""
+    machine, chip = board
+    section = PAGE.split("## While the daemon answers")[1].split("\n## ")[0]
+    for command in [*commands()[3:], *(line.command for line in lines(section))]:
+        done = machine.on_board(f"cd rkedge && {{ {command}\n}}")
+        assert done.returncode == 0, (command, done.stderr)
+    settings = machine.tree / "etc/rkedge/daemon.yaml"
+    settings.write_text(settings.read_text().replace("hold_clocks_s: 30 ", "hold_clocks_s: 5 "))
+    assert "hold_clocks_s: 5 " in settings.read_text()
+    assert machine.on_board("sudo systemctl reload rkedge").returncode == 0
+    assert as_before(chip)
+    assert machine.on_board("echo What is the RK3588? | rkedge chat").returncode == 0
+    wait_until(lambda: held(chip))
+    wait_until(lambda: as_before(chip))
+    assert machine.on_board("echo What is the RK3588? | rkedge chat").returncode == 0
+    wait_until(lambda: held(chip))
+    assert machine.on_board("sudo systemctl kill --signal=KILL rkedge").returncode == 0
+    wait_until(lambda: as_before(chip))

@@ -122,7 +122,7 @@ def test_a_tool_that_ends(tree: Tree, destination: str, journal: Path) -> None:
     told: list[str] = []
     with Session(destination, told.append, str(tree.root), endless=True) as session:
         assert session.call("follow", lines=1)["event"] == "done"
-    assert "".join(told).splitlines()[0] == "an older line"
+    assert "\n".join(told).splitlines()[0] == "an older line"
     assert "FileNotFoundError" in "".join(told)
     with Session(destination, told.append, str(tree.root), endless=True) as session, pytest.raises(ServiceError):
         session.call("follow", lines="x; touch PWNED")

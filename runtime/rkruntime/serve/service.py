@@ -29,6 +29,7 @@ from rkruntime.errors import (
     WorkerError,
 )
 from rkruntime.model import Model
+from rkruntime.serve.clocks import Clocks
 from rkruntime.serve.host import Host
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
@@ -236,6 +237,7 @@ class Service:
             settings.prompt_cache.max_mb,
             settings.prompt_cache.min_tokens,
         )
+        self.clocks = Clocks()
         self._answering: AnswerReader | None = None
         self.metrics = Metrics(self.queue, self.host, self._begun)
         self.last_used = time.monotonic()
@@ -289,7 +291,8 @@ class Service:
 
     async def _answered(self, wanted: GenerationRequest, run: Run, queue_s: float) -> Outcome:
         try:
-            return await self._generate(wanted, run, queue_s)
+            with self.clocks.held(self.settings.hold_clocks_s):
+                return await self._generate(wanted, run, queue_s)
         finally:
             self._answering = None
 
