@@ -21,10 +21,10 @@ from rkruntime.printable import one_line
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 _MOST_NOTES: Final = 1 << 14
 _MOST_LINES: Final = 12
-# Of an endless one, until somebody takes them.
-_MOST_WAITING: Final = 2
 # For what a process that has ended may have left in its pipe.
 _LAST_S: Final = 1.0
+# Lines of an endless one, until somebody takes them.
+_MOST_WAITING: Final = 2
 _MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 # A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")

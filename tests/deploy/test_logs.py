@@ -120,9 +120,10 @@ def test_nothing_stays_when_what_runs_on_the_board_is_killed(tree: Tree, destina
 def test_a_tool_that_ends(tree: Tree, destination: str, journal: Path) -> None:
     journal.unlink()  # which the tool cannot do without
     told: list[str] = []
-    with Session(destination, told.append, str(tree.root), endless=True) as session:
-        assert session.call("follow", lines=1)["event"] == "done"
-    assert "\n".join(told).splitlines()[0] == "an older line"
+    with (
+        Session(destination, told.append, str(tree.root), endless=True) as session,
+        pytest.raises(ServiceError, match="The log has ended"),
+    ):
+        session.follow(1)
+    assert told[0].splitlines()[0] == "an older line"
     assert "FileNotFoundError" in "".join(told)
-    with Session(destination, told.append, str(tree.root), endless=True) as session, pytest.raises(ServiceError):
-        session.call("follow", lines="x; touch PWNED")

@@ -19,16 +19,11 @@ def run(destination: str, lines: int, follow: bool) -> None:
     """Show the end of the log of a board's daemon."""
     from rkboard.deploy.session import Session
 
-    with Session(destination, _show if follow else lambda _: None, endless=follow) as session:
+    with Session(destination, say if follow else lambda _: None, endless=follow) as session:
         if not follow:
             say(printable(str(session.call("log", lines=lines).get("log", ""))))
             return
         try:
-            session.call("follow", lines=lines)
+            session.follow(lines)
         except KeyboardInterrupt:  # it is how this ends
             return
-
-
-def _show(text: str) -> None:
-    if text:  # it says nothing now and then, to find out whether somebody is there
-        say(text)

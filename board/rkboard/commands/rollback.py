@@ -20,7 +20,6 @@ def run(destination: str, to: str | None, yes: bool) -> None:
     """
     from rkboard.deploy.plan import in_use
     from rkboard.deploy.session import Session, names_of, text_of
-    from rkboard.deploy.work import roll_back
 
     with Session(destination, Terminal(yes).say) as session:
         look = session.call("look", places=[])
@@ -31,5 +30,8 @@ def run(destination: str, to: str | None, yes: bool) -> None:
             and not confirmed(f"Serve {one_line(goal)} instead of {one_line(in_use(look, 'bundles'))}?")
         ):
             raise click.Abort
-        now = roll_back(session, to)
+        session.call("lock")
+        session.call("settle")
+        session.call("switch", parts={"bundles": to} if to else None)
+        now = in_use(session.call("look", places=[]), "bundles")
     say(f"{destination} serves {one_line(now)}.")

@@ -18,6 +18,8 @@ _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
 _MOST_BYTES: Final = 64 << 20
 _MOST_LINE: Final = 1 << 20
+# Three times what a board that follows its log is silent.
+_QUIET_S: Final = 180.0
 _MOST_TEXT: Final = 4000
 # A model of 10 GB is read from an SD card twice: once for its hash, and once to load it.
 _PATIENCE_S: Final = 2400.0
@@ -103,11 +105,25 @@ class Session:
             if event["event"] == "says":
                 self._say(str(event.get("text"))[:_MOST_TEXT])
             elif event["event"] == "error":
-                message, hint = (str(event.get(key, ""))[:_MOST_TEXT] for key in ("message", "hint"))
-                raise ServiceError(f"{self.destination}: {message}", hint=hint.replace("USER@BOARD", self.destination))
+                raise self._refusal(event)
             else:
                 return event
         raise self._failed()
+
+    def follow(self, lines: int) -> None:
+        """Have the end of the daemon's log said, and what comes after it. Raises ServiceError when that ends."""
+        self._remote.send(json.dumps({"op": "follow", "lines": lines}).encode() + b"\n")
+        while line := self._remote.line(_QUIET_S):
+            event = _event(line, self.destination)
+            if event["event"] != "says":
+                raise self._refusal(event if event["event"] == "error" else {"message": "The log has ended."})
+            if text := text_of(event, "text"):  # it says nothing now and then, to find out whether somebody is there
+                self._say(text)
+        raise self._failed()
+
+    def _refusal(self, event: Mapping[str, Any]) -> ServiceError:
+        message, hint = (str(event.get(key, ""))[:_MOST_TEXT] for key in ("message", "hint"))
+        return ServiceError(f"{self.destination}: {message}", hint=hint.replace("USER@BOARD", self.destination))
 
     def send(self, files: Mapping[str, tuple[int, Path]], progress: Callable[[int, int], None]) -> None:
         """Bring files there, given by hash with size and place; only what is missing of them.

@@ -76,18 +76,6 @@ def deploy(session: Session, bundle: Bundle, library: Path | None, person: Perso
     return Done(missing, session.call("look", places=SEARCHED))
 
 
-def roll_back(session: Session, to: str | None) -> str:
-    """Let a board serve another of its bundles, or all that it had before; returns what it serves then.
-
-    Raises:
-        ServiceError: The connection breaks, or it does not work there.
-    """
-    session.call("lock")
-    session.call("settle")
-    session.call("switch", parts={"bundles": to} if to else None)
-    return plan.in_use(session.call("look", places=[]), "bundles")
-
-
 def _steps(
     look: Mapping[str, Any], facts: Facts, bundle: Bundle, library: Path | None, say: Callable[[str], None]
 ) -> list[Planned]:

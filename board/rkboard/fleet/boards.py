@@ -11,7 +11,7 @@ from typing import Any, Final
 from rkboard.deploy.plan import Planned, bundle_name, in_use
 from rkboard.deploy.session import Session, names_of, text_of
 from rkboard.deploy.trial import try_out
-from rkboard.deploy.work import deploy, roll_back
+from rkboard.deploy.work import deploy
 from rkboard.fleet.inventory import Entry
 from rkruntime.bundle.manifest import Bundle, open_bundle
 from rkruntime.errors import RefusedError, ServiceError, UsageError
@@ -108,12 +108,18 @@ class Boards:
             raise RefusedError(
                 f"{entry.name} has nothing to go back to.", hint="Name the other boards: --board NAME, or --group NAME."
             )
+        self._planned[entry.name] = frozenset([goal])
         return {"now": in_use(look, "bundles"), "bundle": goal, "changes": [f"serve {goal}"]}
 
     def roll_back(self, entry: Entry) -> Mapping[str, Any]:
-        """What a board served before."""
-        with self.connect(entry.destination, _Person(entry, self.say).say) as session:
-            return {"bundle": roll_back(session, None)}
+        """What a board served before, if that is what was shown. Raises RefusedError if it is not."""
+        person = _Person(entry, self.say, self._planned[entry.name])
+        with self.connect(entry.destination, person.say) as session:
+            session.call("lock")
+            session.call("settle")
+            person.expect([text_of(names_of(session.call("look", places=[]), "previous"), "bundles")])
+            session.call("switch", parts=None)
+            return {"bundle": in_use(session.call("look", places=[]), "bundles"), "changed": ["service"]}
 
 
 class _Person:
@@ -133,11 +139,15 @@ class _Person:
         """See Person. Raises RefusedError if there is something that was not shown."""
         self.shown = [str(planned.step["key"]) for planned in missing]
         self.changes = [f"{planned.title}: {planned.change}" for planned in missing]
-        if self._agreed is not None and not self._agreed.issuperset(self.shown):
+        self.expect(self.shown)
+        return self._agreed is not None
+
+    def expect(self, wanted: Sequence[str]) -> None:
+        """Raise RefusedError if something was not shown before."""
+        if self._agreed is not None and not self._agreed.issuperset(wanted):
             raise RefusedError(
                 f"{self._name} has changed since it was looked at.", hint="Start the same command again."
             )
-        return self._agreed is not None
 
     def progress(self, done: int, total: int) -> None:
         """See Person. Only large files are worth a line."""

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-import select
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
 _TOOLS = ("usr/sbin", "usr/bin", "sbin", "bin")
 _MOST_SAID = 2000
-_MOST_BLOCK = 2000
-_QUIET_S = 60.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer
@@ -46,8 +39,6 @@ class Ground:
         self.lock: int | None = None
         self.home = self.at("/opt/rkedge")
         self._state = self.home / "deploy.json"
-        self._path = os.pathsep.join(str(self.root / folder) for folder in _TOOLS)
-        self._environment = {"PATH": self._path, "LC_ALL": "C.UTF-8", "HOME": "/root"}
 
     def at(self, path: str) -> Path:
         """Where a path of the board is."""
@@ -68,13 +59,15 @@ class Ground:
 
     def run(self, *words: str, limit: float = 300, fine: tuple[int, ...] = (0,)) -> str | None:
         """What a tool prints; None where the tree has no such tool. Raises Refused if its status is not `fine`."""
-        tool = shutil.which(words[0], path=self._path)
+        path = os.pathsep.join(str(self.root / folder) for folder in _TOOLS)
+        tool = shutil.which(words[0], path=path)
         if tool is None:
             return None
+        environment = {"PATH": path, "LC_ALL": "C.UTF-8", "HOME": "/root"}
         try:
             done = subprocess.run(
                 [tool, *words[1:]], stdin=subprocess.DEVNULL, capture_output=True,
-                env=self._environment, timeout=limit, check=False, cwd="/",
+                env=environment, timeout=limit, check=False, cwd="/",
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Refused(f"{words[0]} did not end within {limit:.0f} seconds.") from None
@@ -83,38 +76,6 @@ class Ground:
             said = f"{said} {done.stderr.decode('utf-8', 'replace').strip()}".strip()
             raise Refused(f"`{' '.join(words)}` ended with {done.returncode}: {said[-_MOST_SAID:]}")
         return said
-
-    def follow(self, say: Callable[[str], None], *words: str) -> None:
-        """Say what a tool prints, as it comes, until it ends or nobody is connected; now and then, say nothing.
-
-        The tool ends with this process, whatever ends that.
-        """
-        tool = shutil.which(words[0], path=self._path)
-        if tool is None:
-            return
-        process = subprocess.Popen(
-            [tool, *words[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=self._environment, cwd="/", preexec_fn=_end_with_parent,
-        )  # fmt: skip
-        assert process.stdout is not None
-        output, text = process.stdout.fileno(), b""
-        try:
-            while True:
-                ready, _, _ = select.select([0, output], [], [], _QUIET_S)
-                if 0 in ready:  # whoever follows has nothing to say but that
-                    return
-                block = os.read(output, _MOST_BLOCK) if ready else b""
-                text += block
-                ended = bool(ready) and not block
-                lines = text.rfind(b"\n") + 1
-                end = len(text) if ended or (not lines and len(text) > _MOST_BLOCK) else lines
-                say(text[:end].decode("utf-8", "replace").rstrip("\n"))
-                text = text[end:]
-                if ended:
-                    return
-        finally:
-            process.kill()
-            process.wait()
 
     def account(self, file: str, name: str) -> list[str] | None:
         """The line of a user or group in /etc/passwd or /etc/group."""
@@ -132,10 +93,6 @@ class Ground:
                 os.chmod(path, mode)
                 if group:
                     os.chown(path, -1, int(group[2]), follow_symlinks=False)
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def write(path: Path, data: bytes, mode: int) -> None:

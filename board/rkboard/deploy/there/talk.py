@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rkboard.deploy.there import MARK
+from rkboard.deploy.there.follow import follow
 from rkboard.deploy.there.ground import Ground, Refused, clear, make_folder
 from rkboard.deploy.there.program import Program, interpreter
 from rkboard.deploy.there.service import Service
@@ -203,7 +204,7 @@ class Talk:
 
     def do_follow(self, lines: int) -> None:
         """The end of the daemon's log, and what comes after it until the connection ends."""
-        self._ground.follow(_say, *_LOG, f"--lines={int(lines)}", "--follow")
+        follow(self._ground, _say, *_LOG, f"--lines={int(lines)}", "--follow")
 
     def _detached(self, work: Callable[[], None]) -> None:
         """Do something in a process that goes on when the connection, or this process, ends."""
