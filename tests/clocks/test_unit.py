@@ -143,5 +143,5 @@ def test_the_daemon_holds_them_while_it_answers(board: tuple[Machine, Chip]) -> 
     wait_until(lambda: as_before(chip))
     ask()
     wait_until(lambda: held(chip))
-    assert machine.on_board("sudo systemctl kill --signal=KILL rkedge").returncode == 0
+    assert machine.on_board("sudo kill -KILL $(systemctl show --value --property=MainPID rkedge)").returncode == 0
     wait_until(lambda: as_before(chip))
