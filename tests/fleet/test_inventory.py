@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkboard.fleet.inventory import chosen, read_inventory
@@ -126,6 +126,7 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.binary(max_size=200) | ANYTHING.map(lambda data: yaml.safe_dump(data).encode()))
 def test_anything_is_boards_or_a_message(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "boards.yaml"

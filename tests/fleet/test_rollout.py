@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkboard.fleet.inventory import Entry
@@ -43,6 +43,7 @@ class Work:
         return {"on": entry.name}
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.integers(1, 12), st.sets(st.integers(0, 11), max_size=3), st.integers(1, 4))
 def test_a_careful_rollout(count: int, failing: set[int], at_once: int) -> None:
     work = Work({f"b{at}" for at in failing})
@@ -63,6 +64,7 @@ def test_a_careful_rollout(count: int, failing: set[int], at_once: int) -> None:
         assert len(work.begun) == count
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.integers(1, 8), st.sets(st.integers(0, 7), max_size=3))
 def test_looking_goes_on(count: int, failing: set[int]) -> None:
     work = Work({f"b{at}" for at in failing})

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.doctor.sysroots import GOOD, Mode, plant
 from tests.runtime.serve import sshd
@@ -233,7 +233,7 @@ def zombie(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("exit 127", "has no python3"),
+        ("echo 'sh: 1: python3: not found' >&2; exit 127", "has no python3"),
         ("exec yes", "megabytes of something else"),
         ("printf 'sudo: a password is required\\n' >&2; exit 1", "asks for a password"),
         ("cat > /dev/null; printf 'rkedge-probe: {}\\n'; sleep 100", "something else than what the probe prints"),
@@ -272,6 +272,7 @@ def looked(tmp_path_factory: pytest.TempPathFactory) -> Board:
     return live(plant(tmp_path_factory.mktemp("tree") / "root", {**GOOD, SOCKET: Mode(0o660, "x")}))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(
     status=st.dictionaries(st.sampled_from(FIELDS), ANYTHING).map(json.dumps) | st.text(max_size=60),
     metrics=st.text(max_size=60)
