@@ -132,17 +132,17 @@ def test_what_is_unknown_says_why(tree: Path) -> None:
 
 def test_a_daemon_at_work(tree: Path, start_daemon: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Tokens are counted while an answer is being computed, not only at its end."""
-    daemon = start_daemon(RKEMU_TOKEN_US="200000")
+    daemon = start_daemon(RKEMU_TOKEN_US="600000")
     os.link(daemon.socket, tree / SOCKET)
     asking = threading.Thread(target=daemon.ask, args=("What is the RK3588?",), kwargs={"max_tokens": 150})
     asking.start()
-    daemon.wait_until(lambda: daemon.metric("rkedge_answer_tokens") > 5)
+    daemon.wait_until(lambda: daemon.metric("rkedge_answer_tokens") > 2)
     assert daemon.metric("rkedge_generated_tokens_total") == 0
     assert cli.main(["top", "--root", str(tree), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     asking.join()
     assert found["schema"] == "rkedge-top/1"
-    assert 0 < found["daemon"]["tokens_per_s"] < 9  # 5, in whole tokens
+    assert 0 < found["daemon"]["tokens_per_s"] < 9  # in whole tokens
     assert (found["daemon"]["busy"], found["daemon"]["waiting"], found["daemon"]["emulated"]) == (1, 0, True)
     assert daemon.metric("rkedge_answer_tokens") == 0
     assert daemon.metric("rkedge_generated_tokens_total") > 5
@@ -234,9 +234,9 @@ def zombie(pid: int) -> bool:
     ("script", "says"),
     [
         ("echo 'sh: 1: python3: not found' >&2; exit 127", "has no python3"),
-        ("exec yes", "megabytes of something else"),
+        ("exec yes", "megabytes of something"),
         ("printf 'sudo: a password is required\\n' >&2; exit 1", "asks for a password"),
-        ("cat > /dev/null; printf 'rkedge-probe: {}\\n'; sleep 100", "something else than what the probe prints"),
+        ("cat > /dev/null; printf 'rkedge-probe: {}\\n'; sleep 100", "than what the probe prints"),
         ("python3 -I -; sleep 100", "says nothing any more"),
         ("python3 -I -; exec yes", "says nothing any more"),
         ("python3 -I - ; exit 3", "says nothing any more"),

@@ -54,7 +54,7 @@ def _show(samples: Iterator[Sample], destination: str | None) -> None:
     help="Look every so many seconds.",
 )
 @click.option("--once", is_flag=True, help="Print one table, as is done where the output is not a terminal.")
-@click.option("--sudo", is_flag=True, help="Look as root; sudo must not ask for a password.")
+@click.option("--sudo", is_flag=True, help="Look as root, through a sudo that asks for no password.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
