@@ -35,6 +35,8 @@ NEEDS = {
     "a log": r"\.log",
     "a program": r"your_program",
     "programs of others": r"conformance",
+    "several boards": r"rkedge fleet",
+    "a proxy of others": r"litellm|nginx",
 }
 # What people have: models and adapters by the names that pages use.
 CHECKPOINTS = ("gemma-2-2b-it", "gemma-2-9b-it", "my-fine-tune")

@@ -27,6 +27,8 @@ _MOST_LINES: Final = 12
 _STALLED_S: Final = 300.0
 # For what a process that has ended may have left in its pipe.
 _LAST_S: Final = 1.0
+# Lines of an endless one, until somebody takes them.
+_MOST_WAITING: Final = 2
 _MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 # A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
@@ -109,6 +111,7 @@ class Remote:
     Args:
         mark: What the lines that count begin with, somewhere behind what was printed without a line feed.
         most: Bytes that it may print altogether.
+        endless: It may go on, as long as each line that counts comes within `most` bytes; it waits for their reader.
 
     Attributes:
         flooded: Whether it printed more than that.
@@ -118,7 +121,7 @@ class Remote:
         ServiceError: It cannot be started.
     """
 
-    def __init__(self, command: Sequence[str], mark: bytes, most: int) -> None:
+    def __init__(self, command: Sequence[str], mark: bytes, most: int, *, endless: bool = False) -> None:
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -133,16 +136,19 @@ class Remote:
         os.set_blocking(self._process.stdin.fileno(), False)
         self._notes = Notes(self._process.stderr)
         self.flooded = self.over = self._deaf = False
-        self._found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._endless = endless
+        self._found: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING if endless else 0)
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout, mark, most), daemon=True)
         self._reader.start()
 
-    def _read(self, stream: IO[bytes], mark: bytes, left: int) -> None:
+    def _read(self, stream: IO[bytes], mark: bytes, most: int) -> None:
+        left = most
         with stream:
             while left > 0 and (line := stream.readline(left)):
                 left -= len(line)
                 if (at := line.find(mark)) >= 0:
                     self._found.put(line[at:])
+                    left = most if self._endless else left
         self.flooded = left <= 0
         self._found.put(None)
 
@@ -187,6 +193,9 @@ class Remote:
         finally:
             self._process.kill()
             self._process.wait()
+            with suppress(queue.Empty):  # the reader may wait for room
+                while self._endless:
+                    self._found.get_nowait()
             self._reader.join(_LAST_S)  # a child of ssh may keep the pipe open
         return status
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.runtime.serve.machine import TOOLS, Machine, running_machine
-from tests.runtime.serve.test_install import commands, give
+from tests.runtime.serve.test_install import LIBRARY, commands, give
 from tests.test_newcomer import lines
 
 from rkconvert.demo import checkpoint
@@ -117,4 +117,31 @@ def test_the_keeper_has_no_capability_and_no_network(board: tuple[Machine, Chip]
     for name in ("CapPrm", "CapEff", "CapBnd"):
         assert re.search(rf"^{name}:\s+0+$", said, re.MULTILINE), said
     assert re.search(r"^NoNewPrivs:\s+1$", said, re.MULTILINE)
+    wait_until(lambda: as_before(chip))
+
+
+def test_the_daemon_holds_them_while_it_answers(board: tuple[Machine, Chip]) -> None:
+    """Its own unit, hardened as it is, as the page has it installed and set."""
+    machine, chip = board
+    section = PAGE.split("## While the daemon answers")[1].split("\n## ")[0]
+    named = f"sudo sed -i 's|^library: null|library: {LIBRARY}|' /etc/rkedge/daemon.yaml"
+    for command in [*commands()[3:], named, *(line.command for line in lines(section))]:
+        done = machine.on_board(f"cd rkedge && {{ {command}\n}}")
+        assert done.returncode == 0, (command, done.stderr)
+    settings = machine.tree / "etc/rkedge/daemon.yaml"
+    settings.write_text(settings.read_text().replace("hold_clocks_s: 30 ", "hold_clocks_s: 5 "))
+    assert "hold_clocks_s: 5 " in settings.read_text()
+    assert machine.on_board("sudo systemctl reload rkedge").returncode == 0
+    assert as_before(chip)
+
+    def ask() -> None:
+        done = machine.on_board("rkedge chat", text="What is the RK3588?\n")
+        assert done.returncode == 0, done.stderr
+
+    ask()
+    wait_until(lambda: held(chip))
+    wait_until(lambda: as_before(chip))
+    ask()
+    wait_until(lambda: held(chip))
+    assert machine.on_board("sudo kill -KILL $(systemctl show --value --property=MainPID rkedge)").returncode == 0
     wait_until(lambda: as_before(chip))

@@ -21,11 +21,11 @@ from rkboard.clocks.keeper import Keeper
 from rkboard.clocks.state import StateFile
 from rkboard.clocks.wishes import Wish
 from rkruntime import errors
+from rkruntime.checks.keeper import SOCKET
 from rkruntime.checks.machine import ROOT
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.program import own_command
 
-SOCKET: Final = Path("/run/rkedge-clocks.sock")
 GROUP: Final = "rkedge-clocks"
 _INSTALL: Final = "docs/clocks.md installs it; without it, root can: sudo rkedge clocks -- COMMAND"
 _MOST_BYTES: Final = 1 << 16

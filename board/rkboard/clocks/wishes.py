@@ -9,10 +9,10 @@ from typing import Annotated, Final
 
 from rkboard.doctor.document import Board
 from rkboard.doctor.readings import STAYING, Clock, Kind, clocks, mhz
+from rkruntime.checks.keeper import SCHEMA
 from rkruntime.errors import RefusedError, UsageError
 from rkruntime.schema import Length
 
-SCHEMA: Final = "rkedge-clocks-request/1"
 AUTO: Final = "auto"
 MAX: Final = "max"
 KEEP: Final = "keep"

@@ -1,4 +1,4 @@
-"""`rkedge logs`: the end of the log of a board's daemon."""
+"""`rkedge logs`: the end of the log of a board's daemon, and what it goes on to say."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from rkruntime.terminal import say
 @click.option(
     "-n", "--lines", type=click.IntRange(1, 10000), default=100, show_default=True, help="Show so many lines."
 )
-def run(destination: str, lines: int) -> None:
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes after them, until Ctrl-C.")
+def run(destination: str, lines: int, follow: bool) -> None:
     """Show the end of the log of a board's daemon."""
     from rkboard.deploy.session import Session
 
-    with Session(destination, lambda _: None) as session:
-        say(printable(str(session.call("log", lines=lines).get("log", ""))))
+    with Session(destination, say if follow else lambda _: None, endless=follow) as session:
+        if not follow:
+            say(printable(str(session.call("log", lines=lines).get("log", ""))))
+            return
+        try:
+            session.follow(lines)
+        except KeyboardInterrupt:  # it is how this ends
+            return

@@ -18,6 +18,9 @@ _THERE: Final = Path(__file__).with_name("there")
 _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
 _MOST_BYTES: Final = 64 << 20
+_MOST_LINE: Final = 1 << 20
+# Three times what a board that follows its log is silent.
+_QUIET_S: Final = 180.0
 _MOST_TEXT: Final = 4000
 # For a whole answer. A model of 10 GB is read from an SD card three times: for its hash, to load it, and to load
 # the one before if it does not.
@@ -60,18 +63,24 @@ class Session:
         destination: For ssh, such as `user@board`.
         root: Another file tree of that machine, for which nobody has to be root.
         say: Called with lines about progress.
+        endless: It may say as much as it likes, for as long as it is listened to.
 
     Raises:
         ServiceError: The board cannot be reached, has no Python 3.9, or sudo asks for a password.
         UsageError: The command for ssh cannot be read.
     """
 
-    def __init__(self, destination: str, say: Callable[[str], None], root: str = "/") -> None:
+    def __init__(self, destination: str, say: Callable[[str], None], root: str = "/", *, endless: bool = False) -> None:
         self.destination = destination
         self._say = say
         code = _AS_ROOT if root == "/" else _LOADER
         words = ("python3", "-I", "-c", f"exec({code!r})")
-        self._remote = Remote(ssh_command(destination, *map(shlex.quote, words)), MARK, _MOST_BYTES)
+        self._remote = Remote(
+            ssh_command(destination, *map(shlex.quote, words)),
+            MARK,
+            _MOST_LINE if endless else _MOST_BYTES,
+            endless=endless,
+        )
         self._ended = self._answered = False
         sources = [[_PACKAGE, (_THERE / "__init__.py").read_text()]]
         sources += [[f"{_PACKAGE}.{name}", (_THERE / f"{name}.py").read_text()] for name in ORDER]
@@ -105,11 +114,25 @@ class Session:
             if event["event"] == "says":
                 self._say(str(event.get("text"))[:_MOST_TEXT])
             elif event["event"] == "error":
-                message, hint = (str(event.get(key, ""))[:_MOST_TEXT] for key in ("message", "hint"))
-                raise ServiceError(f"{self.destination}: {message}", hint=hint.replace("USER@BOARD", self.destination))
+                raise self._refusal(event)
             else:
                 return event
         raise self._failed()
+
+    def follow(self, lines: int) -> None:
+        """Have the end of the daemon's log said, and what comes after it. Raises ServiceError when that ends."""
+        self._remote.send(json.dumps({"op": "follow", "lines": lines}).encode() + b"\n")
+        while line := self._remote.line(_QUIET_S):
+            event = _event(line, self.destination)
+            if event["event"] != "says":
+                raise self._refusal(event if event["event"] == "error" else {"message": "The log has ended."})
+            if text := text_of(event, "text"):  # it says nothing now and then, to find out whether somebody is there
+                self._say(text)
+        raise self._failed()
+
+    def _refusal(self, event: Mapping[str, Any]) -> ServiceError:
+        message, hint = (str(event.get(key, ""))[:_MOST_TEXT] for key in ("message", "hint"))
+        return ServiceError(f"{self.destination}: {message}", hint=hint.replace("USER@BOARD", self.destination))
 
     def send(self, files: Mapping[str, tuple[int, Path]], progress: Callable[[int, int], None]) -> None:
         """Bring files there, given by hash with size and place; only what is missing of them.

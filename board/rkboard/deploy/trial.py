@@ -32,6 +32,11 @@ class Trial:
     tokens_per_s: float
     tokens: int
 
+    @property
+    def fine(self) -> bool:
+        """Whether nothing speaks against the bundle there; one without a self-test says nothing."""
+        return self.verdict in ("same", "undecided") or not (self.verdict or self.problems)
+
 
 def try_out(session: Session, bundle: Bundle) -> Trial:
     """Run the self-test, while the daemon's model is unloaded, and ask the daemon.

@@ -7,9 +7,11 @@ import hashlib
 import io
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import Final
@@ -29,6 +31,7 @@ _RESOURCES: Final = ("emulator", "configs", "board")
 # glibc 2.17 is the oldest that wheels for aarch64 are made for: PEP 599.
 _OLDEST_LIBC: Final = 17
 _LIMIT_S: Final = 900
+_DOWNLOADING: Final = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def requirements(python: str) -> list[str]:
     return [f"{item.name}{item.specifier}" for item in needed] + ["pip"]
 
 
+@cache
 def own_wheel() -> tuple[str, bytes]:
     """This RKEdge as a wheel: its name and content, which depend on nothing but its files.
 
@@ -127,11 +131,12 @@ def wheels_for(target: Target, say: Callable[[str], None]) -> dict[str, Path]:
     wanted = requirements(target.python)
     key = hashlib.sha256(repr([target, wanted]).encode()).hexdigest()[:16]
     folder = own_folder("cache") / "wheels" / key
-    if not folder.exists():
-        say(f"downloading wheels for Python {target.python} on {target.machine}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as partial:
-            _download(target, wanted, partial)
+    with _DOWNLOADING:  # several boards may need them at the same time
+        if not folder.exists():
+            say(f"downloading wheels for Python {target.python} on {target.machine}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder) as partial:
+                _download(target, wanted, partial)
     name, data = own_wheel()
     own = folder.parent / hashlib.sha256(data).hexdigest()[:16] / name
     own.parent.mkdir(exist_ok=True)

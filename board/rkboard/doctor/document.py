@@ -299,6 +299,14 @@ class Board:
         """The whole numbers in a file, such as a list of clocks."""
         return [int(word) for word in re.findall(r"\b\d{1,18}\b", self.text(path) or "", re.ASCII)]
 
+    def mapping(self, path: str) -> dict[str, Any]:
+        """The JSON object that a file says; empty if it does not."""
+        try:
+            data = json.loads(self.text(path) or "")
+        except (ValueError, RecursionError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
     def names(self, path: str) -> tuple[str, ...]:
         """The names in a folder."""
         return self.document.folders.get(path, ())

@@ -45,6 +45,7 @@ MOST_SHOWN = 48
 MOST_LIBRARIES = 16
 MOST_LIBRARY = 128 << 20
 SOCKET = "/run/rkedge/rkedge.sock"
+METRICS = "run/rkedge/rkedge.sock/metrics"  # not a file: the daemon's answer to GET /metrics
 LIBRARY = re.compile(r"librkllmrt\.so(?:\.[\d.b]{1,16})?\Z")
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"
@@ -78,6 +79,12 @@ FILES = (
     "sys/fs/cgroup/memory.max sys/fs/cgroup/memory.current",
     "sys/fs/cgroup/system.slice/rkedge.service/cgroup.procs",
 )
+# What `rkedge top` shows, which reads it again and again.
+LIVE = (
+    *CLOCKS,
+    "proc/meminfo proc/sys/kernel/osrelease proc/device-tree/model proc/rknpu/load sys/kernel/debug/rknpu/load",
+)
+LIVE_FOLDERS = (f"{_CPU}/cpufreq sys/class/devfreq sys/class/thermal",)
 FOLDERS = (
     "sys/class/drm sys/class/misc sys/class/devfreq sys/class/thermal sys/block sys/module sys/bus/platform/drivers",
     f"{_CPU}/cpufreq run/systemd/system run/systemd/timesync dev/accel proc/device-tree",
@@ -273,8 +280,12 @@ class Probe:
         for path in self.each(patterns):
             self.put_text(path, read)
 
-    def folders(self) -> None:
-        for path in self.each(FOLDERS):
+    def live(self) -> None:
+        """What changes from second to second, for `rkedge top`."""
+        self.do(self.me, lambda: self.files(LIVE), lambda: self.folders(LIVE_FOLDERS), self.daemon_at_work)
+
+    def folders(self, patterns: tuple[str, ...] = FOLDERS) -> None:
+        for path in self.each(patterns):
             try:
                 self.put("folders", path, self.tree.names(path)[:MOST_NAMES])
             except OSError as error:
@@ -509,15 +520,26 @@ class Probe:
 
     def daemon(self) -> None:
         """What the daemon says of itself."""
+        if self.whole:
+            self.ask_daemon("status", SOCKET.lstrip("/"))
+
+    def daemon_at_work(self) -> None:
+        """What it does at the moment, and what it counts for Prometheus."""
+        self.ask_daemon("status", SOCKET.lstrip("/"))
+        self.ask_daemon("metrics", METRICS)
+
+    def ask_daemon(self, what: str, name: str) -> None:
+        """Put what the daemon answers under a name of a file, or why it does not answer."""
         self.at = SOCKET.lstrip("/")
-        if not self.whole or not os.path.exists(SOCKET):
+        place = self.tree.place(self.at)
+        if not os.path.exists(place):
             return
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(2)
             end = time.monotonic() + 4
             try:
-                link.connect(SOCKET)
-                link.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                link.connect(place)
+                link.sendall(f"GET /{what} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
                 answer = b""
                 while len(answer) < 1 << 16 and time.monotonic() < end:
                     block = link.recv(1 << 14)
@@ -525,9 +547,9 @@ class Probe:
                         break
                     answer += block
             except OSError as error:
-                self.put("files", self.at, {"error": code_of(error)})
+                self.put("files", name, {"error": code_of(error)})
                 return
-        self.put("files", self.at, {"text": text_of(answer.partition(b"\r\n\r\n")[2])[:MOST_TEXT]})
+        self.put("files", name, {"text": text_of(answer.partition(b"\r\n\r\n")[2])[:MOST_TEXT]})
 
 
 def kind_of(mode: int) -> str:
@@ -635,19 +657,33 @@ def dynamic_names(data: mmap.mmap) -> tuple[list[str], list[str]]:
     return [text_of(name) for name in strings.split(b"\0")], [text_of(name)[:128] for name in needed[:32]]
 
 
-def main(words: list[str]) -> None:
-    root = words[words.index("--root") + 1] if "--root" in words[:-1] else "/"
-    begun, probe = time.monotonic(), Probe(root)
-    thread = threading.Thread(target=probe.run, daemon=True)
+def look(probe: Probe, work: Callable[[], None]) -> tuple[str, bool]:
+    """The document as a line, and whether everything answered."""
+    begun, thread = time.monotonic(), threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(SECONDS)
     if thread.is_alive():
         probe.problem(f"/{probe.at} did not answer in {SECONDS:.0f} seconds")
     with probe.lock:
         probe.found["seconds"] = round(time.monotonic() - begun, 3)
-        line = MARK + json.dumps(probe.found) + "\n"
-    sys.stdout.write(line)
-    sys.stdout.flush()
+        return MARK + json.dumps(probe.found) + "\n", not thread.is_alive()
+
+
+def main(words: list[str]) -> None:
+    """Look once, or every so many seconds (`--every`) until nobody listens."""
+    root, every = (words[words.index(name) + 1] if name in words[:-1] else "" for name in ("--root", "--every"))
+    answered = True
+    while answered:
+        probe = Probe(root or "/")
+        line, answered = look(probe, probe.live if every else probe.run)
+        try:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        except OSError:
+            break
+        if not every:
+            break
+        time.sleep(float(every))
     os._exit(0)  # a thread that hangs in the kernel would keep the process
 
 

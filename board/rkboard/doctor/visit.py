@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 from rkboard.doctor.document import MARK, MOST_BYTES, Board, Document
-from rkboard.doctor.probe import Probe
+from rkboard.doctor.probe import SECONDS, Probe
 from rkruntime.checks.machine import ROOT
 from rkruntime.errors import ServiceError
 from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
@@ -16,6 +18,8 @@ from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
 PROBE: Final = Path(__file__).with_name("probe.py")
 # The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
 _PATIENCE_S: Final = 120.0
+# Between two documents, in addition to what was asked for.
+_PAUSE_S: Final = SECONDS + 15.0
 
 
 def look(destination: str | None, root: Path | None = None, *, sudo: bool = False) -> Document:
@@ -30,16 +34,41 @@ def look(destination: str | None, root: Path | None = None, *, sudo: bool = Fals
         ServiceError: The board cannot be reached, has no Python, or sends something else.
         UsageError: The command for ssh cannot be read.
     """
-    words = ["sudo", "-n"] if sudo else []
-    if destination is None:
-        command = [*words, sys.executable, "-I", "-", *(["--root", str(root)] if root else [])]
-    else:
-        command = ssh_command(destination, *words, "python3", "-I", "-")
-    visit = _Visit(command)
-    line = visit.line()
+    visit = _Visit(_command(destination, root, sudo))
+    with closing(visit.lines(_PATIENCE_S)) as lines:
+        line = next(lines, None)
     if line is None:
         raise _failed(visit, destination)
     return Document.parse(line)
+
+
+def watch(
+    destination: str | None, every: float, root: Path | None = None, *, sudo: bool = False
+) -> Generator[Document]:
+    """What changes on a board from second to second, every so many seconds. Never ends by itself.
+
+    Args and Raises: As for `look`.
+    """
+    visit = _Visit(_command(destination, root, sudo, "--every", str(every)), endless=True)
+    document = None
+    with closing(visit.lines(every + _PAUSE_S)) as lines:
+        for line in lines:
+            document = Document.parse(line)
+            yield document
+    if document is None:
+        raise _failed(visit, destination)
+    raise ServiceError(
+        f"{destination or 'This machine'} says nothing any more. {' '.join(document.problems)}".strip(),
+        hint="The connection broke, or a driver hangs. Start it again.",
+        details={"lines": visit.notes, "exit": visit.status},
+    )
+
+
+def _command(destination: str | None, root: Path | None, sudo: bool, *options: str) -> list[str]:
+    words = ["sudo", "-n"] if sudo else []
+    if destination is not None:
+        return ssh_command(destination, *words, "python3", "-I", "-", *options)
+    return [*words, sys.executable, "-I", "-", *(["--root", str(root)] if root else []), *options]
 
 
 def glance(root: Path = ROOT, *, clocks_only: bool = False) -> Board:
@@ -57,8 +86,8 @@ def glance(root: Path = ROOT, *, clocks_only: bool = False) -> Board:
 class _Visit:
     """A process that runs the probe, which is its standard input."""
 
-    def __init__(self, command: list[str]) -> None:
-        self._remote = Remote(command, MARK, MOST_BYTES)
+    def __init__(self, command: list[str], *, endless: bool = False) -> None:
+        self._remote = Remote(command, MARK, MOST_BYTES, endless=endless)
         self.notes: list[str] = []
         self.status: int | None = None
 
@@ -66,17 +95,18 @@ class _Visit:
     def flooded(self) -> bool:
         return self._remote.flooded
 
-    def line(self) -> bytes | None:
-        """The probe's line; None if it did not come. What hangs on the board may never end: nobody waits for that."""
-        found = None
+    def lines(self, pause: float) -> Generator[bytes]:
+        """The probe's lines, until none comes within a pause. What hangs there may never end: nobody waits for that."""
+        found, patience = None, _PATIENCE_S
         try:
             self._remote.send(PROBE.read_bytes())
             self._remote.sent()
-            found = self._remote.line(_PATIENCE_S)
+            while (found := self._remote.line(patience)) is not None:
+                patience = pause
+                yield found
         finally:
             self.status = self._remote.end(2 if found is None else 0.2)
             self.notes = self._remote.notes
-        return found
 
 
 def _failed(visit: _Visit, destination: str | None) -> ServiceError:

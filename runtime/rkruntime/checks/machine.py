@@ -42,6 +42,11 @@ VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}")
 """The driver's version in a text."""
 # In this order: the first needs no root and exists for every driver that sets a module version.
 _DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
+# The first exists only in kernels built with RKNPU_PROC_FS, the second is root's. rknpu 0.9.x writes
+# "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,", and "NPU load:  0%" for a single core.
+NPU_LOAD: Final = ("proc/rknpu/load", "sys/kernel/debug/rknpu/load")
+_LOAD: Final = re.compile(r"(?:(Core\d{1,2}):|NPU load:)\s*(\d{1,3})%", re.ASCII)
+_MOST_CORES: Final = 16
 # Containers hide one or both.
 _COMPATIBLE: Final = ("proc/device-tree/compatible", "sys/firmware/devicetree/base/compatible")
 _CPUS: Final = "sys/devices/system/cpu"
@@ -168,6 +173,15 @@ def memory(root: Place = ROOT) -> Memory | None:
         total = min(total, limit)
         available = min(available, max(0, limit - used + _reclaimable(root)))
     return Memory(total, available)
+
+
+def npu_load(root: Place = ROOT) -> dict[str, float]:
+    """Share of time that each NPU core was busy, 0 to 1, by core; empty if it cannot be read."""
+    texts = (_read(root / name) for name in NPU_LOAD)
+    return {
+        (core or "core0").lower(): int(percent) / 100
+        for core, percent in _LOAD.findall(next(filter(None, texts), ""))[:_MOST_CORES]
+    }
 
 
 def _reclaimable(root: Place) -> int:

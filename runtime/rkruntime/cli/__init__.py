@@ -67,6 +67,8 @@ COMMANDS: dict[str, Command] = {
     "undeploy": Command("rkboard.commands.undeploy", "Take off a board what `rkedge deploy` has put there."),
     "status": Command("rkboard.commands.status", "Say what is on a board, and what it serves."),
     "logs": Command("rkboard.commands.logs", "Show the end of the log of a board's daemon."),
+    "fleet": Command("rkboard.commands.fleet", "Deploy to many boards, and put one address in front of them."),
+    "top": Command("rkboard.commands.top", "Show what a board does at the moment: NPU, clocks, heat, tokens/s."),
     "bench": Command("rkboard.commands.bench", "Measure a bundle's speed here or on a board, as llama-bench does."),
     "clocks": Command(
         "rkboard.commands.clocks", "Show the clocks of CPU, NPU and memory, or hold them for the time of a command."

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkruntime.checks.machine import npu_load
 from rkruntime.engine.generation import PER_REQUEST, MaxNewTokens, Sampling
 from rkruntime.errors import BodyError, BusyError, ServiceError
 from rkruntime.schema import types_of
@@ -32,7 +33,7 @@ from rkruntime.serve.api.openai import OpenAIEndpoints
 from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.connections import CONNECTION, Connection, Requests
 from rkruntime.serve.doors import Door, check_page, refused
-from rkruntime.serve.metrics import npu_load, temperatures
+from rkruntime.serve.metrics import temperatures
 from rkruntime.serve.page.endpoints import PageEndpoints, is_page
 from rkruntime.serve.service import Service
 from rkruntime.serve.threads import read_in_thread

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rkruntime.checks.machine import npu_load
+
 if TYPE_CHECKING:
     from rkruntime.serve.host import Host
     from rkruntime.serve.queue import FairQueue
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _THERMAL: Final = "sys/class/thermal"
-# The first exists only in kernels built with RKNPU_PROC_FS, the second is root's; rknpu 0.9.x writes
-# "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,".
-_NPU_LOAD: Final = ("proc/rknpu/load", "sys/kernel/debug/rknpu/load")
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float]:
@@ -32,24 +31,14 @@ def temperatures(root: Path = Path("/")) -> dict[str, float]:
     return found
 
 
-def npu_load(root: Path = Path("/")) -> dict[str, float]:
-    """Share of time that each NPU core was busy, 0 to 1, by core; empty if it cannot be read."""
-    text = ""
-    for name in _NPU_LOAD:
-        with suppress(OSError):
-            text = text or (root / name).read_text()
-    loads = {}
-    for part in text.replace("NPU load:", "").split(","):
-        core, _, value = part.strip().partition(":")
-        if value.strip().removesuffix("%").isdigit():
-            loads[core.lower()] = int(value.strip().removesuffix("%")) / 100
-    return loads
-
-
 class Metrics:
-    """Counters of answers, and gauges that read the state of the service and the board when scraped."""
+    """Counters of answers, and gauges that read the state of the service and the board when scraped.
 
-    def __init__(self, queue: FairQueue, host: Host, root: Path = Path("/")) -> None:
+    Args:
+        begun: How many tokens the answer has that is being computed; its end adds them to the generated ones.
+    """
+
+    def __init__(self, queue: FairQueue, host: Host, begun: Callable[[], int], root: Path = Path("/")) -> None:
         self._registry = CollectorRegistry()
         self._root = root
         self._reading = threading.Lock()
@@ -63,6 +52,7 @@ class Metrics:
         self._reused = self._count("prefill_saved_tokens", "Prompt tokens that were already in the KV cache.")
         self._generated = self._count("generated_tokens", "Generated tokens.")
         self._look("queue_length", "Requests waiting for the NPU.", lambda: len(queue))
+        self._look("answer_tokens", "Tokens generated so far for the answer that is being computed.", begun)
         self._look("busy", "1 while an answer is being computed.", lambda: queue.busy)
         self._look("model_loaded", "1 while a model is loaded.", lambda: host.current is not None)
         self._look("worker_restarts", "Workers lost.", lambda: host.restarts)

@@ -29,6 +29,7 @@ from rkruntime.errors import (
     WorkerError,
 )
 from rkruntime.model import Model
+from rkruntime.serve.clocks import Clocks
 from rkruntime.serve.host import Host
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
@@ -236,7 +237,9 @@ class Service:
             settings.prompt_cache.max_mb,
             settings.prompt_cache.min_tokens,
         )
-        self.metrics = Metrics(self.queue, self.host)
+        self.clocks = Clocks()
+        self._answering: AnswerReader | None = None
+        self.metrics = Metrics(self.queue, self.host, self._begun)
         self.last_used = time.monotonic()
         # How many reloads have ended, and what came of the last one.
         self.reloads = 0
@@ -246,13 +249,18 @@ class Service:
         """Queue a request. The caller must close the run."""
         return Run(lambda run: self._run(wanted, run))
 
+    def _begun(self) -> int:
+        """How many tokens the answer has that is being computed."""
+        reader = self._answering
+        return reader.generated if reader else 0
+
     async def _run(self, wanted: GenerationRequest, run: Run) -> None:
         outcome = "cancelled"
         start = time.monotonic()
         try:
             try:
                 async with self.queue.turn(wanted.client) as queue_s, _time_limit(self.settings.limits.request_s):
-                    result = await self._generate(wanted, run, queue_s)
+                    result = await self._answered(wanted, run, queue_s)
             except BaseException:  # Whatever ends it, a cancellation too: what there is of the answer is kept.
                 try:
                     await _save(wanted, run.reader)
@@ -284,12 +292,20 @@ class Service:
             self.last_used = time.monotonic()
             self.metrics.ended(outcome, time.monotonic() - start)
 
+    async def _answered(self, wanted: GenerationRequest, run: Run, queue_s: float) -> Outcome:
+        try:
+            with self.clocks.held(self.settings.hold_clocks_s):
+                return await self._generate(wanted, run, queue_s)
+        finally:
+            self._answering = None
+
     async def _generate(self, wanted: GenerationRequest, run: Run, queue_s: float) -> Outcome:
         start = time.monotonic()
         model = await self._model()
         prompt: Prompt = await self._prepared(model, wanted.prompt, model)
         request, ignored = self._request(wanted, model, prompt)
-        reader = run.reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), wanted.stop, prompt.begun)
+        reader = AnswerReader(model.prompts.vocabulary, len(prompt.tokens), wanted.stop, prompt.begun)
+        run.reader = self._answering = reader
         started = Started(model, ignored, prompt.notes, reader.text)
         if not request.max_new_tokens:
             return self._at_its_limit(run, started, reader, prompt, model, queue_s)

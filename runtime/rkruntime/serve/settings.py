@@ -161,6 +161,8 @@ class Settings:
             `ignore` it and say so in a header, or `refuse` the request.
         strict_roles: refuse conversations in which user and assistant do not alternate, instead of joining neighbours.
         idle_unload_s: free the NPU after this long without a request; 0 is never.
+        hold_clocks_s: hold the board's clocks at their maximum while an answer is computed, and for this long after it,
+            by the unit of docs/clocks.md; 0 leaves them alone.
         load_at_start: load the model at the start, not with the first request.
         log_prompts: write prompts and answers, which are private, to the log.
         log_level: least severe lines to log.
@@ -179,6 +181,7 @@ class Settings:
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
     strict_roles: bool = False
     idle_unload_s: _Seconds = 0.0
+    hold_clocks_s: _Seconds = 0.0
     load_at_start: bool = True
     log_prompts: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -196,6 +199,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
             "per_request_sampling",
             "strict_roles",
             "idle_unload_s",
+            "hold_clocks_s",
             "log_prompts",
             "log_level",
             "listen.api_keys",

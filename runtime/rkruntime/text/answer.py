@@ -118,6 +118,11 @@ class AnswerReader:
         """Number of tokens generated so far."""
         return len(self._tokens)
 
+    @property
+    def generated(self) -> int:
+        """Those of them that this run has generated."""
+        return len(self._tokens) - self._begun
+
     def feed(self, event: Event) -> str:
         """The text that this event adds, often none. Raises RunError for an id outside the vocabulary."""
         if isinstance(event, Finished):

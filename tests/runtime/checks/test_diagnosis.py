@@ -480,7 +480,6 @@ def test_a_text_is_looked_around_only_where_the_others_are(elsewhere: str) -> No
     assert others[0].searches == 1
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["rknpu", "lost", "map", " " * 50, "x" * 90, "\n"]), max_size=60))
 def test_texts_in_any_order_are_those_on_one_line_and_near(pieces: list[str]) -> None:
     log = Log(" ".join(pieces).split("\n"), {})

@@ -137,6 +137,8 @@ LINES = {
     "undeploy": ["undeploy", "board.invalid", "--yes"],
     "status": ["status", "board.invalid"],
     "logs": ["logs", "board.invalid"],
+    "fleet": ["fleet", "status", "{tmp}/none"],
+    "top": ["top", "--root", "{tmp}", "--once"],
     "bench": ["bench", "{tmp}/none"],
     "clocks": ["clocks", "--root", "{tmp}"],
     "serve": ["serve", "--config", "{tmp}/none"],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rkruntime.serve.metrics import npu_load
+from rkruntime.checks.machine import npu_load
 
 
 @pytest.mark.parametrize("name", ["proc/rknpu/load", "sys/kernel/debug/rknpu/load"])

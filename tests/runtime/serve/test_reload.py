@@ -33,6 +33,7 @@ IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "per_request_sampling": lambda daemon: daemon.service.settings.per_request_sampling,
     "strict_roles": lambda daemon: daemon.service.settings.strict_roles,
     "idle_unload_s": lambda daemon: daemon.service.settings.idle_unload_s,
+    "hold_clocks_s": lambda daemon: daemon.service.settings.hold_clocks_s,
     "log_prompts": lambda daemon: daemon.service.settings.log_prompts,
     "log_level": lambda _: logging.getLevelName(logging.getLogger("rkedge").level).lower(),
     "listen.api_keys": lambda daemon: [*daemon._doors[1].keys.values()],

@@ -5,6 +5,6 @@ Its modules are sent as text, in the order of ORDER, and find each other in `sys
 
 from typing import Final
 
-ORDER: Final = ("ground", "store", "service", "steps", "program", "talk")
+ORDER: Final = ("ground", "follow", "store", "service", "steps", "program", "talk")
 # What an answer's line begins with, and the number of this way to ask and answer.
 MARK: Final = b"RKEDGE-DEPLOY "

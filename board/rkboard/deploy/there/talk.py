@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rkboard.deploy.there import MARK
+from rkboard.deploy.there.follow import follow
 from rkboard.deploy.there.ground import Ground, Refused, clear, make_folder
 from rkboard.deploy.there.program import Program, interpreter
 from rkboard.deploy.there.service import Service
@@ -30,6 +31,7 @@ _STEPS: dict[str, type[Step]] = {
     "program": Program,
     "serve": Serve,
 }
+_LOG = ("journalctl", "--unit=rkedge.service", "--no-pager", "--quiet")
 _MOST_LINE = 8 << 20
 # For a switch that goes on although the connection that asked for it is gone.
 _PATIENCE_S = 600.0
@@ -262,8 +264,11 @@ class Talk:
 
     def do_log(self, lines: int) -> dict[str, Any]:
         """The end of the daemon's log."""
-        said = self._ground.run("journalctl", "--unit=rkedge.service", f"--lines={int(lines)}", "--no-pager", "--quiet")
-        return {"log": said or ""}
+        return {"log": self._ground.run(*_LOG, f"--lines={int(lines)}") or ""}
+
+    def do_follow(self, lines: int) -> None:
+        """The end of the daemon's log, and what comes after it until the connection ends."""
+        follow(self._ground, _say, *_LOG, f"--lines={int(lines)}", "--follow")
 
     def _detached(self, work: Callable[[], None]) -> None:
         """Do something in a process that goes on when the connection, or this process, ends."""

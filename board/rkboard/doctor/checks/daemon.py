@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Final
+from typing import Final
 
 from rkboard.doctor.document import Board
 from rkboard.doctor.finding import Check, Fix, Verdict, ok
@@ -67,10 +66,9 @@ def daemon_socket(board: Board) -> Verdict | None:
 
 def daemon_model(board: Board) -> Verdict | None:
     """Whether it has loaded its model."""
-    text = board.text(_SOCKET)
-    if text is None:
+    if board.text(_SOCKET) is None:
         return None
-    status = _status(text)
+    status = board.mapping(_SOCKET)
     state = status.get("state")
     if not isinstance(state, str):
         return Verdict("unknown", "The daemon did not say how it is.", mend="journalctl -u rkedge")
@@ -80,14 +78,6 @@ def daemon_model(board: Board) -> Verdict | None:
     return Verdict(
         "failure", f"The daemon could not load its model: {error}", mend="journalctl -u rkedge", source=_SERVE
     )
-
-
-def _status(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def udev_rule(board: Board) -> Verdict | None:

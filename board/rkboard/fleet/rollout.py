@@ -1,0 +1,100 @@
+"""The same work on many boards: first on one, then on the rest at the same time, until one of them fails.
+
+Not with pyinfra (docs/fleet.md says why): what is done on a board is done by one session over the user's own ssh, which
+leaves nothing to do here but to start several and to stop in time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from rkboard.fleet.inventory import Entry
+from rkruntime.errors import HostError, RKEdgeError
+
+State = Literal["done", "nothing to do", "failed", "not touched"]
+Work = Callable[[Entry], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a board. `facts` are what the work returned, `error` why it failed."""
+
+    entry: Entry
+    state: State
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    error: RKEdgeError | None = None
+
+    @property
+    def as_looked_at(self) -> Outcome:
+        """What it is if the work was only to look: nothing was done, and `changes` say what could be."""
+        return (
+            self if self.error else replace(self, state="not touched" if self.facts.get("changes") else "nothing to do")
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        named = {"board": self.entry.name, "group": self.entry.group, "destination": self.entry.destination}
+        return {**named, "state": self.state, **self.facts, **(self.error.as_dict() if self.error else {})}
+
+
+class Rollout:
+    """Work on boards.
+
+    Args:
+        work: What to do on one; called from several threads at the same time.
+        at_once: On how many at the same time.
+        careful: First on one alone, and on no further one once one has failed.
+
+    Attributes:
+        outcomes: Of the boards, in their order; those that nothing was done to are `not touched`.
+    """
+
+    def __init__(self, boards: Sequence[Entry], work: Work, at_once: int, *, careful: bool) -> None:
+        self._boards, self._work, self._at_once, self._careful = boards, work, at_once, careful
+        self._stopped = threading.Event()
+        self._found: dict[str, Outcome] = {}
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """See the class."""
+        return [self._found.get(one.name, Outcome(one, "not touched")) for one in self._boards]
+
+    def run(self) -> list[Outcome]:
+        """Do it; what came of it. At Ctrl-C, what was begun comes to an end, and KeyboardInterrupt is raised then."""
+        first = 1 if self._careful else 0
+        try:
+            for entry in self._boards[:first]:
+                self._one(entry)
+            with ThreadPoolExecutor(self._at_once) as pool:
+                try:
+                    list(pool.map(self._one, self._boards[first:]))
+                except BaseException:
+                    self._stopped.set()
+                    raise
+        except KeyboardInterrupt:
+            for entry in self._boards[:first]:
+                self._found.setdefault(entry.name, Outcome(entry, "failed", error=HostError("It was interrupted.")))
+            raise
+        return self.outcomes
+
+    def _one(self, entry: Entry) -> None:
+        if self._stopped.is_set():
+            return
+        try:
+            self._found[entry.name] = Outcome(entry, "done", self._work(entry))
+        except Exception as error:  # whatever it was, the others are told of it
+            self._found[entry.name] = Outcome(entry, "failed", error=_typed(error))
+            if self._careful:
+                self._stopped.set()
+
+
+def _typed(error: Exception) -> RKEdgeError:
+    if isinstance(error, RKEdgeError):
+        return error
+    if isinstance(error, OSError):
+        return HostError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+    return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
