@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.runtime.serve.sshd import free_port
 
 from rkruntime import cli
 
-from .test_proxy import NGINX, inventory, needs_nginx, nginx_command
+from .test_proxy import NGINX, inventory, needs_nginx, nginx_command, running
 
 PORTS = [8101, 8102, 8103]
 
@@ -80,3 +84,36 @@ def test_boards_that_cannot_answer_for_each_other(
         assert "Two different bundles are called base" in refused({"bundle": str(twin)}, program)
         assert "where a proxy reaches" in refused({"url": None}, program)
         assert "names no bundle" in refused({"bundle": ""}, program)
+
+
+@needs_nginx
+def test_a_daemon_sees_the_name_that_the_client_used(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """One without keys answers to localhost only; a proxy that calls it so would open it to any web page."""
+    ports = [free_port(), free_port()]
+    daemon = HTTPServer(("127.0.0.1", ports[1]), _Names)
+    threading.Thread(target=daemon.serve_forever, daemon=True).start()
+    conf, url = tmp_path / "rkedge.conf", f"http://127.0.0.1:{ports[0]}"
+    path = inventory(tmp_path, bundles["base"], ports[1:])
+    listen = f"127.0.0.1:{ports[0]}"
+    assert cli.main(["fleet", "proxy", str(path), "--for", "nginx", "--listen", listen, "-o", str(conf)]) == 0
+    with running(nginx_command(tmp_path), tmp_path / "log", f"{url}/health"):
+        for place in ("/v1/models", "/api/tags", "/health"):
+            request = urllib.request.Request(url + place, headers={"Host": "rebound.example"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert answer.read() == b"rebound.example"
+    daemon.shutdown()
+    daemon.server_close()
+
+
+class _Names(BaseHTTPRequestHandler):
+    """Answers with the name that it is called."""
+
+    def do_GET(self) -> None:
+        name = self.headers["Host"].encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(name)))
+        self.end_headers()
+        self.wfile.write(name)
+
+    def log_message(self, *_: object) -> None:
+        pass

@@ -35,7 +35,7 @@ def _inventory(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _AT_ONCE = click.option(
-    "--at-once", type=click.IntRange(1, 64), default=8, show_default=True, help="Work on so many boards at once."
+    "--at-once", type=click.IntRange(1, 64), default=8, show_default=True, help="Work on this many boards at once."
 )
 
 

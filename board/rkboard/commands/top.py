@@ -51,7 +51,7 @@ def _show(samples: Iterator[Sample], destination: str | None) -> None:
     type=Number(0.5, 60),
     default=2.0,
     show_default=True,
-    help="Look every so many seconds.",
+    help="Look again after this many seconds.",
 )
 @click.option("--once", is_flag=True, help="Print one table, as is done where the output is not a terminal.")
 @click.option("--sudo", is_flag=True, help="Look as root, through a sudo that asks for no password.")

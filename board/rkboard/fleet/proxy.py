@@ -43,8 +43,9 @@ server {{
         proxy_pass http://rkedge_boards;
         # With 1.0, an answer that breaks off looks like one that has ended.
         proxy_http_version 1.1;
-        # A board without keys takes requests for localhost only.
-        proxy_set_header Host localhost;
+        # A daemon without keys answers to localhost only, so that no web page reaches it by another name: it has to see
+        # the name that the client used.
+        proxy_set_header Host $http_host;
         # A token as soon as it is there.
         proxy_buffering off;
         proxy_connect_timeout {connect}s;
@@ -58,7 +59,7 @@ server {{
 
     location = /health {{
         proxy_pass http://rkedge_boards;
-        proxy_set_header Host localhost;
+        proxy_set_header Host $http_host;
         proxy_connect_timeout {connect}s;
         proxy_read_timeout {connect}s;
         proxy_next_upstream error timeout invalid_header http_502 http_503;
