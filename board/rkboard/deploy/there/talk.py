@@ -83,6 +83,7 @@ class Talk:
             "python_version": version,
             "own_python": platform.python_version(),
             "foreign": home.exists() and (home / "pyvenv.cfg").exists() and not (home / "pyvenv.cfg").is_symlink(),
+            "packaged": self._ground.at("/usr/lib/rkedge/pyvenv.cfg").exists(),
             "systemd": self._ground.at("/run/systemd/system").is_dir(),
             "parts": {
                 kind: {name: one["info"] for name, one in all_.items()} for kind, all_ in self._store.parts().items()
