@@ -147,9 +147,12 @@ class Virtual:
         """Restart it, until somebody can log in again."""
         before = self.boot_id()
         self.on_board("sudo systemctl reboot")
-        while self.boot_id() in ("", before):
-            assert self.qemu.poll() is None
-            time.sleep(0.5)
+        end = time.monotonic() + BOOT_S
+        while time.monotonic() < end:
+            self.wait()
+            if self.boot_id() not in ("", before):
+                return
+        raise AssertionError(self.console.read_text(errors="replace")[-3000:])
 
 
 @contextmanager
@@ -171,7 +174,7 @@ def running(folder: Path) -> Iterator[Virtual]:
     (folder / "config").write_text(
         f"Host board\n  HostName 127.0.0.1\n  Port {port}\n  User {USER}\n  IdentityFile {made}/key\n"
         f"  IdentitiesOnly yes\n  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking accept-new\n"
-        "  BatchMode yes\n  LogLevel ERROR\n  ConnectTimeout 20\n"
+        "  BatchMode yes\n  LogLevel ERROR\n  ConnectTimeout 20\n  ServerAliveInterval 5\n"
     )
     qemu = subprocess.Popen(["qemu-system-aarch64", "-nodefaults", *words], stdin=subprocess.DEVNULL)
     board = Virtual(qemu, ["ssh", "-F", str(folder / "config")], console)
