@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from email import message_from_string
 from email.utils import formatdate
-from importlib.metadata import PathDistribution, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -81,8 +82,8 @@ def _fill(payload: Path, arch: str, say: Callable[[str], None]) -> None:
     """The files as they will be on a board."""
     home = payload / HOME
     library = home / "lib/python3"
-    own = io.BytesIO(own_wheel()[1])
-    for wheel in [*_wheels(MACHINES[arch], say), own]:
+    wheels: list[Path | io.BytesIO] = [*_wheels(MACHINES[arch], say), io.BytesIO(own_wheel()[1])]
+    for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(library / "site-packages")
     for python in PYTHONS:
@@ -134,11 +135,10 @@ def _describe(source: Path) -> None:
 
 def _licence(info: Path) -> str:
     """A line about a package, from its own words."""
-    about = PathDistribution(info).metadata
-    named = about.get("License-Expression") or about.get("License") or ""
-    classes = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if text.startswith("License")]
-    licence = named if "\n" not in named and named else ", ".join(classes)
-    return f" {about['Name']} {about['Version']}: {licence}"
+    about = message_from_string((info / "METADATA").read_text())
+    named = str(about.get("License-Expression") or about.get("License") or "\n")
+    classes = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier", []) if text.startswith("License")]
+    return f" {about['Name']} {about['Version']}: {', '.join(classes) if chr(10) in named else named}"
 
 
 def _call(command: list[str], folder: Path) -> None:
