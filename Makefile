@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: help demo test lint test-long test-guesses bench conformance fuzz test-sanitizers clean
+.PHONY: help demo test lint test-long test-vm deb test-guesses bench conformance fuzz test-sanitizers clean
 
 help: ## Say what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -19,6 +19,12 @@ test: lint ## Lint, type check and test
 
 test-long: $(VENV)/dev.stamp ## The tests that take longer than make test may
 	$(BIN)/pytest -n 2 -m long
+
+test-vm: $(VENV)/dev.stamp ## A board's life on Debian for arm64 in qemu, as root; says how long each step takes (long)
+	$(BIN)/pytest -m vm -v --durations=0 --durations-min=1 tests/vm
+
+deb: $(VENV)/base.stamp ## Build the Debian package for boards (needs debhelper)
+	$(BIN)/python -m rkboard.debian
 
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict and the rule of who may import whom
 	$(BIN)/ruff check

@@ -68,6 +68,11 @@ class Facts:
                 "The board has an /opt/rkedge that was made by hand.",
                 hint="Move it away, then deploy: sudo mv /opt/rkedge /opt/rkedge.old",
             )
+        if look.get("packaged") is not False:
+            raise RefusedError(
+                "The board has the Debian package rkedge, whose units and user are named alike.",
+                hint="Serve bundles with it (docs/packages.md), or remove it, then deploy: sudo apt remove rkedge",
+            )
         if not offline and look.get("systemd") is not True:
             raise RefusedError("The board does not run systemd, which starts the daemon.", hint="docs/serve.md")
         machine, python, version = (text_of(look, key) for key in ("machine", "python", "python_version"))

@@ -128,7 +128,17 @@ def wheels_for(target: Target, say: Callable[[str], None]) -> dict[str, Path]:
     Raises:
         HostError: A wheel cannot be downloaded.
     """
-    wanted = requirements(target.python)
+    found = downloaded(target, requirements(target.python), say)
+    name, data = own_wheel()
+    own = own_folder("cache") / "wheels" / hashlib.sha256(data).hexdigest()[:16] / name
+    own.parent.mkdir(exist_ok=True)
+    with atomic_file(own) as partial:
+        partial.write_bytes(data)
+    return {path.name: path for path in [*found, own]}
+
+
+def downloaded(target: Target, wanted: list[str], say: Callable[[str], None]) -> list[Path]:
+    """The wheels of these requirements alone; kept in the cache folder. Raises HostError."""
     key = hashlib.sha256(repr([target, wanted]).encode()).hexdigest()[:16]
     folder = own_folder("cache") / "wheels" / key
     with _DOWNLOADING:  # several boards may need them at the same time
@@ -137,12 +147,7 @@ def wheels_for(target: Target, say: Callable[[str], None]) -> dict[str, Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder) as partial:
                 _download(target, wanted, partial)
-    name, data = own_wheel()
-    own = folder.parent / hashlib.sha256(data).hexdigest()[:16] / name
-    own.parent.mkdir(exist_ok=True)
-    with atomic_file(own) as partial:
-        partial.write_bytes(data)
-    return {path.name: path for path in [*sorted(folder.iterdir()), own]}
+    return sorted(folder.iterdir())
 
 
 def _download(target: Target, wanted: list[str], folder: Path) -> None:

@@ -51,10 +51,10 @@ class Machine:
 
 
 @contextmanager
-def running_machine(folder: Path) -> Iterator[Machine]:
-    """A fresh one with its users; their keys are in `folder`."""
+def running_machine(folder: Path, name: str = "board", packages: str = PACKAGES) -> Iterator[Machine]:
+    """A fresh one with its users; their keys are in `folder`. `name`: of the tree with these packages."""
     tree = folder / "board"
-    subprocess.run(["cp", "-a", debian("board", "--variant=minbase", f"--include={PACKAGES}"), tree], check=True)
+    subprocess.run(["cp", "-a", debian(name, "--variant=minbase", f"--include={packages}"), tree], check=True)
     key = make_key(folder / "open")
     for name, group in USERS.items():
         subprocess.run(["chroot", tree, "useradd", "-m", "-s", "/bin/bash", "-G", group, name], check=True)

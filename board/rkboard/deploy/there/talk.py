@@ -97,6 +97,7 @@ class Talk:
             "own_python": platform.python_version(),
             "foreign": self._is_foreign,
             "deployed": home.exists() and not self._is_foreign,
+            "packaged": self._ground.at("/usr/lib/rkedge/pyvenv.cfg").exists(),
             "systemd": self._ground.at("/run/systemd/system").is_dir(),
             "parts": {
                 kind: {name: one["info"] for name, one in all_.items()} for kind, all_ in self._store.parts().items()
