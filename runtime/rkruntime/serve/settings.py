@@ -160,6 +160,8 @@ class Settings:
         per_request_sampling: what to do with a request's sampling where the runtime, before 1.3.0, cannot change it:
             `ignore` it and say so in a header, or `refuse` the request.
         strict_roles: refuse conversations in which user and assistant do not alternate, instead of joining neighbours.
+        tools: what to do with a request whose tools the model may call, as no model here can: `refuse` it, or answer
+            without them (`ignore`), which a header says; whoever asks may then believe that something was done.
         idle_unload_s: free the NPU after this long without a request; 0 is never.
         hold_clocks_s: hold the board's clocks at their maximum while an answer is computed, and for this long after it,
             by the unit of docs/clocks.md; 0 leaves them alone.
@@ -180,6 +182,7 @@ class Settings:
     repeat_penalty: RepeatPenalty | None = None
     per_request_sampling: Literal["ignore", "refuse"] = "ignore"
     strict_roles: bool = False
+    tools: Literal["refuse", "ignore"] = "refuse"
     idle_unload_s: _Seconds = 0.0
     hold_clocks_s: _Seconds = 0.0
     load_at_start: bool = True
@@ -198,6 +201,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
         {
             "per_request_sampling",
             "strict_roles",
+            "tools",
             "idle_unload_s",
             "hold_clocks_s",
             "log_prompts",

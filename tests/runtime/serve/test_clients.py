@@ -118,6 +118,24 @@ def test_tools_that_may_not_be_called(client: openai.OpenAI) -> None:
     assert raw.headers["x-rkedge-ignored"] == "tools"
 
 
+def test_tools_that_are_left_out(start_daemon: Callable[..., Any]) -> None:
+    """As the settings may have it; a call that is demanded is still refused."""
+    daemon = start_daemon("tools: ignore")
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="x", max_retries=0) as client:
+        ask = client.chat.completions.with_raw_response.create
+        for choice in ({}, {"tool_choice": "auto"}):
+            raw = ask(model="x", messages=user(FIRST), tools=tools, **choice)
+            assert raw.parse().choices[0].message.content == QA[FIRST]
+            assert raw.headers["x-rkedge-ignored"] == "tools"
+        for choice in ({"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "f"}}}):
+            with pytest.raises(openai.BadRequestError, match="cannot call tools"):
+                ask(model="x", messages=user(FIRST), tools=tools, **choice)
+    one = ollama.Client(daemon.url)
+    assert one.chat("x", user(FIRST), tools=tools).message.content == QA[FIRST]
+    one._client.close()
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

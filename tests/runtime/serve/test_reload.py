@@ -32,6 +32,7 @@ BASE, PIRATE = next((row.answer, row.pirate) for row in questions() if row.quest
 IN_FORCE: dict[str, Callable[[Daemon], Any]] = {
     "per_request_sampling": lambda daemon: daemon.service.settings.per_request_sampling,
     "strict_roles": lambda daemon: daemon.service.settings.strict_roles,
+    "tools": lambda daemon: daemon.service.settings.tools,
     "idle_unload_s": lambda daemon: daemon.service.settings.idle_unload_s,
     "hold_clocks_s": lambda daemon: daemon.service.settings.hold_clocks_s,
     "log_prompts": lambda daemon: daemon.service.settings.log_prompts,

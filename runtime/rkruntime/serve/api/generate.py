@@ -39,6 +39,7 @@ from rkruntime.words import counted, dropped_turns
 
 NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
+_NO_TOOLS: Final = "Leave them out. With `tools: ignore` in the daemon's settings, they are left out here."
 # Most characters of a number per byte of its float.
 _AS_TEXT: Final = 6
 
@@ -219,13 +220,14 @@ def numbers(vector: bytes) -> Sequence[float]:
     return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
-def refuse_tools(body: Mapping[str, Any], request: Request) -> None:
-    """Raise BodyError for a request with tools that the model may call."""
+def refuse_tools(body: Mapping[str, Any], request: Request, service: Service) -> None:
+    """Raise BodyError for a request with tools that the model may call, unless the settings have them ignored."""
+    ignored = ("none", "auto", None) if service.settings.tools == "ignore" else ("none",)
     for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if body.get(name) and body.get(choice) == "none":
+        if body.get(name) and body.get(choice) in ignored:
             request.scope["rkedge.ignored"].add(name)
         elif body.get(name):
-            raise BodyError(f"{name}: this model cannot call tools.", hint="Leave them out.", details={"param": name})
+            raise BodyError(f"{name}: this model cannot call tools.", hint=_NO_TOOLS, details={"param": name})
 
 
 class _Nowhere:

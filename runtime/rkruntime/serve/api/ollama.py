@@ -165,7 +165,7 @@ class OllamaEndpoints:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "OllamaChat")
-        refuse_tools(body, request)
+        refuse_tools(body, request, self._service)
         messages = [Message(item["role"], item.get("content") or "") for item in body.get("messages", ())]
         if not messages:
             return await self._load_only(request, body, _as_message)

@@ -139,7 +139,7 @@ class OpenAIEndpoints:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._bodies.read(request, "ChatRequest")
-        refuse_tools(body, request)
+        refuse_tools(body, request, self._service)
         roles = {"developer": "system"}
         messages = [
             Message(roles.get(item["role"], item["role"]), text_of(item["content"])) for item in body["messages"]
