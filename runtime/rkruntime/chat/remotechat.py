@@ -68,9 +68,18 @@ class RemoteChat:
         self._number: str | None = None
         self._ignored: list[str] = []
         self.last: Turn | None = None
+        try:
+            self._open(system)
+        except BaseException:
+            if self._link is not None:
+                self._link.close()
+            raise
+
+    def _open(self, system: str) -> None:
+        """Read what the board has of the conversation."""
         status = self._first_contact()
         self.emulated = bool(status.get("emulated"))
-        self.title = one_line(f"{status.get('model')} on {way.place}: {_kind(status)}")
+        self.title = one_line(f"{status.get('model')} on {self._way.place}: {_kind(status)}")
         data = self._read()
         self._system, self._number = str(data.get("system", "")), _number_of(data)
         if data["messages"]:

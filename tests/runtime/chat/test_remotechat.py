@@ -222,6 +222,10 @@ def test_nonsense_is_a_typed_error(board: Callable[..., RemoteChat], answer: byt
         board(answer)
 
 
+def children() -> set[str]:
+    return {one for task in Path("/proc/self/task").glob("*/children") for one in task.read_text().split()}
+
+
 def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteChat]) -> None:
     for status in (
         {},
@@ -230,9 +234,11 @@ def test_statuses_that_are_not_what_they_should_be(board: Callable[..., RemoteCh
         {"model": [1], "release": {}},
     ):
         assert board(lines(end(200, status)), READ, lines(end(200, status))).stats()["daemon"]
+    before = children()
     for talk in ({}, {"system": 3}, {**TALK, "messages": 3}, {**TALK, "messages": [{"role": "x"}]}):
         with pytest.raises(ServiceError, match="not a conversation"):
             board(HELLO, lines(end(200, talk)))
+    assert children() <= before  # nobody has a chat to close
     assert board(HELLO, lines(end(200, {**TALK, "system": "Be kind."}))).system == "Be kind."
 
 
