@@ -42,7 +42,7 @@ def test_folders_that_are_named_need_no_home(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("command", ["/save", "/load"])
 def test_a_chat_goes_on_after_the_home_folder_of_nobody(command: str) -> None:
-    with pytest.raises(UsageError, match="of nobody here"):
+    with pytest.raises(UsageError, match="of an unknown user"):
         COMMANDS[command].action(Repl.__new__(Repl), "~nobody-of-this-name/talk.json")
 
 

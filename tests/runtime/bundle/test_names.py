@@ -118,11 +118,11 @@ def test_python_takes_names_too(places: dict[str, Path], make: Make, monkeypatch
     made = make(places["own"] / "model")
     opened: list[Path] = []
 
-    def process(bundle: Bundle, stop: object) -> None:
+    def start(bundle: Bundle, *_: object) -> None:
         opened.append(bundle.path)
         raise BundleError("far enough")
 
-    monkeypatch.setattr(model, "PromptProcess", process)
+    monkeypatch.setattr(model, "open_beside", start)
     for named in ("model", made, str(made)):
         with pytest.raises(BundleError, match="far enough"):
             rkruntime.open_model(named)

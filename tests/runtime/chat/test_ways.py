@@ -170,5 +170,6 @@ def test_a_module_in_the_current_folder_is_not_run(tmp_path: Path, monkeypatch: 
 
 
 def test_a_word_is_never_an_option_of_ssh() -> None:
-    command = over_ssh("-oProxyCommand=x@y").command
-    assert command.index("--") < command.index("-oProxyCommand=x@y")
+    with pytest.raises(UsageError, match="not a board"):
+        over_ssh("-oProxyCommand=x@y")
+    assert over_ssh("x@y").command[-4:-1] == ["--", "x@y", "rkedge"]

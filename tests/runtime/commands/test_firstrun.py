@@ -76,7 +76,12 @@ def test_what_the_emulator_does(first: First, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("guess", "name", "says"),
     [
-        ("tokens-wrapped", "template", "It read 27 tokens of a prompt of 19: it adds its own template."),
+        (
+            "tokens-wrapped",
+            "template",
+            "It read 27 tokens of a prompt of 19, and 19 of it after its template was emptied:"
+            " it adds its own template.",
+        ),
         ("pause-resumes", "pause", "It FAILED: The runtime continued the paused run and did not read this prompt."),
     ],
 )

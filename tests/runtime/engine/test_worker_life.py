@@ -181,7 +181,7 @@ def test_a_killed_worker(misbehaving: Misbehaving, worker_of: Callable[[Engine],
             engine.cache_sizes()
 
 
-@pytest.mark.parametrize(("kills", "word"), [((7, 7), "Something else"), ((None, None), "dmesg"), ((7, 8), "memory")])
+@pytest.mark.parametrize(("kills", "word"), [((7, 7), "Something other"), ((None, None), "dmesg"), ((7, 8), "memory")])
 def test_a_kill_is_for_lack_of_memory_only_if_the_kernel_says_so(
     misbehaving: Misbehaving,
     worker_of: Callable[[Engine], int],

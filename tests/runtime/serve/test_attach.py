@@ -61,7 +61,7 @@ def told(path: Path, user: str | None, *lines: Any, uid: int | None = None) -> l
     with acting_as(uid):
         Bridge(path, user, client, client).run()
     events = [json.loads(line) for line in client.seen.splitlines()]
-    return [event for event in events if event["type"] != ALIVE]
+    return [event for event in events if not (isinstance(event, dict) and event["type"] == ALIVE)]
 
 
 def statuses(events: list[dict[str, Any]]) -> list[int]:
