@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.clocks.chip import CPU, DMC, IDLE, NPU, running, wait_until
 from tests.doctor.sysroots import plant
-from tests.runtime.serve import sshd
+from tests.forced import needs_sshd
 
 from rkboard.bench.expected import expected_of
 from rkboard.bench.remote import Place
@@ -43,7 +42,6 @@ from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import ServiceError, UsageError
 from rkruntime.program import own_command
 
-needs_sshd = pytest.mark.skipif(not Path(sshd.SSHD).exists(), reason="openssh-server is not installed")
 QUICK = ["-p", "16", "-n", "8", "-d", "0,64", "-r", "2"]
 
 
@@ -425,32 +423,6 @@ def test_a_place_is_read_as_for_scp(text: str, place: Place) -> None:
 def test_a_name_that_no_bundle_has_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         Place.parse(text)
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Board]:
-    daemon = SimpleNamespace(socket="/nowhere", wait_until=wait_until)
-    with sshd.running_board(daemon, tmp_path_factory.mktemp("ssh")) as found:
-        yield found
-
-
-@pytest.fixture
-def forced(board: sshd.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes a destination where every command is this shell script."""
-
-    def host(script: str) -> str:
-        folder = Path(board.ssh[2]).parent
-        name = f"host{len(list(folder.iterdir()))}{os.getpid()}"
-        (tmp_path / name).write_text(script)
-        key = sshd.make_key(folder / name)
-        with (folder / "authorized_keys").open("a") as keys:
-            keys.write(f'command="sh {tmp_path / name}" {key}\n')
-        config = (folder / "config").read_text().split("Host ")[1]
-        (tmp_path / "config").write_text("Host " + re.sub(r"\bopen\b", name, config))
-        monkeypatch.setenv("RKEDGE_SSH", f"ssh -T -F {tmp_path / 'config'}")
-        return f"{getpass.getuser()}@{name}"
-
-    return host
 
 
 def as_typed(script: str = "") -> str:

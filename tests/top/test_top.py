@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import pty
@@ -17,14 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.doctor.sysroots import GOOD, Mode, plant
-from tests.runtime.serve import sshd
+from tests.forced import needs_sshd, wait_until
 
 from rkboard.doctor import visit
 from rkboard.doctor.document import Board, Document
@@ -35,7 +33,6 @@ from rkboard.top.sample import Sample
 from rkruntime import cli
 from rkruntime.errors import ServiceError
 
-needs_sshd = pytest.mark.skipif(not Path(sshd.SSHD).exists(), reason="openssh-server is not installed")
 HARMFUL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 SOCKET = "run/rkedge/rkedge.sock"
 # The driver's own format: rknpu_debugger.c of rknpu 0.9.8, for three cores and for one.
@@ -46,44 +43,12 @@ LOAD = {
 RKEDGE = [sys.executable, "-m", "rkruntime.cli"]
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def tree() -> Iterator[Path]:
     """A board, in a folder whose name leaves room for a socket's."""
     folder = Path(tempfile.mkdtemp(prefix="top"))
     yield plant(folder / "root", {**GOOD, SOCKET: None, "run/rkedge/x": ""})
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Board]:
-    daemon = SimpleNamespace(socket="/nowhere", wait_until=wait_until)
-    with sshd.running_board(daemon, tmp_path_factory.mktemp("ssh")) as found:
-        yield found
-
-
-@pytest.fixture
-def forced(host: sshd.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes a destination where every command is this shell script."""
-
-    def make(script: str) -> str:
-        folder = Path(host.ssh[2]).parent
-        name = f"host{time.monotonic_ns()}"
-        (tmp_path / name).write_text(script)
-        with (folder / "authorized_keys").open("a") as keys:
-            keys.write(f'command="sh {tmp_path / name}" {sshd.make_key(folder / name)}\n')
-        config = (folder / "config").read_text().split("Host ")[1]
-        (tmp_path / "config").write_text("Host " + re.sub(r"\bopen\b", name, config))
-        monkeypatch.setenv("RKEDGE_SSH", f"ssh -T -F {tmp_path / 'config'}")
-        return f"{getpass.getuser()}@{name}"
-
-    return make
 
 
 def live(root: Path, **files: Any) -> Board:

@@ -1,0 +1,3 @@
+"""The measurement on boards behind ssh."""
+
+from tests.forced import board, forced  # noqa: F401
