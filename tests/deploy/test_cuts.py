@@ -124,7 +124,9 @@ def test_twenty_cuts(
         lambda client: [os.kill(pid, signal.SIGKILL) for pid in there(host)] and None,
     ]
     cut = switching = 0
-    for at in range(24):
+    for at in range(60):
+        if cut == 20:
+            break
         kind = "base" if at % 2 else "pirate"
         bundle = new_version(bundles[kind], tmp_path / f"version-{at}", chance.randbytes(PADDING))
         client = start(bundle)
@@ -142,4 +144,4 @@ def test_twenty_cuts(
         assert tree.outside() == settled
         shutil.rmtree(bundle)
     print(f"{cut} cuts, {switching} of them while the daemon was changing")
-    assert cut >= 20
+    assert cut == 20
