@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Final
 
-from rkboard.bench.result import MOST_BYTES, Result
+from rkboard.bench.result import Result
 from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import ServiceError, UsageError
+from rkruntime.evidence import MOST_BYTES
 from rkruntime.remote import ssh_command
 
 # An address with colons stands in brackets, as for scp.

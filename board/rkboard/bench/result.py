@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 from rkruntime.errors import ServiceError
+from rkruntime.evidence import SCHEMA, Record
 from rkruntime.schema import Between, Length, build
 
-SCHEMA: Final = "rkedge-compat/1"
 BENCH_SCHEMA: Final = "rkedge-bench/1"
-MOST_BYTES: Final = 1 << 20
 _MOST_LINES: Final = 1000
 
 _Name = Annotated[str, Length(200)]
@@ -24,43 +23,6 @@ _Text = Annotated[str, Length(500)]
 _Count = Annotated[int, Between(0, 1 << 48)]
 _Figure = Annotated[float, Between(0, 1e12)]
 _Degrees = Annotated[float, Between(-300, 1000)]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The model; `digest` knows it by its shape, and is empty for a bundle whose plan has none."""
-
-    name: _Name
-    digest: _Name
-
-
-@dataclass(frozen=True)
-class BoardFacts:
-    """The board; empty for what is not known."""
-
-    name: _Name
-    soc: _Name
-    kernel: _Name
-    driver: _Name
-    library: _Name
-    ram_gib: Annotated[float, Between(0, 4096)] = 0.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """The model file, and the figures that the vendor publishes of such a one; 0 for what was not measured."""
-
-    type: _Name
-    release: _Name
-    cores: Annotated[int, Between(1, 16)]
-    context: Annotated[int, Between(1, 1 << 20)]
-    lora: Literal["merged", "runtime"]
-    status: Literal["works"]
-    says: _Text
-    tokens_per_s: _Figure = 0.0
-    first_token_ms: _Figure = 0.0
-    memory_mb: _Figure = 0.0
-    file_sha256: _Name = ""
 
 
 @dataclass(frozen=True)
@@ -133,16 +95,9 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Result:
-    """The whole. `emulated`: the library was the emulator, so that nothing in it is a board's."""
+class Result(Record):
+    """The whole."""
 
-    schema: Literal["rkedge-compat/1"]
-    made: _Name
-    rkedge: _Name
-    emulated: bool
-    model: Model
-    board: BoardFacts
-    runs: tuple[Run, ...]
     bench: Bench
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rkboard.doctor.visit import glance
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.checks import machine
 from rkruntime.errors import RKEdgeError
+from rkruntime.evidence import SCHEMA, ResultBoard, ResultModel, Run
 from rkruntime.model import Model
 from rkruntime.schema import build
 from rkruntime.words import counted
@@ -87,11 +88,11 @@ class Session:
         """What was measured so far."""
         info, made = self.model.engine.info, self.bundle.manifest
         return files.Result(
-            schema="rkedge-compat/1",
+            schema=SCHEMA,
             made=time.strftime("%Y-%m-%d"),
             rkedge=version("rkedge"),
             emulated=info.emulated,
-            model=files.Model(made.name[:200], self.digest),
+            model=ResultModel(made.name[:200], self.digest),
             board=self._board(),
             runs=(self._run(),),
             bench=files.Bench(
@@ -114,23 +115,23 @@ class Session:
             ),
         )
 
-    def _board(self) -> files.BoardFacts:
+    def _board(self) -> ResultBoard:
         info, board = self.model.engine.info, glance()
         known, memory = summary(board), machine.memory(board.root)
         library = info.runtime_version or info.release
         if info.emulated:
-            return files.BoardFacts("", self.bundle.manifest.platform, "", "", library)
+            return ResultBoard("", self.bundle.manifest.platform, "", "", library)
         name = str(known["model"] or known["soc"] or "")
         gib = round(memory.total / (1 << 30), 1) if memory else 0.0
         driver = info.driver_version or board.driver.version or ""
-        return files.BoardFacts(name[:200], board.platform or "", board.release[:200], driver[:200], library[:200], gib)
+        return ResultBoard(name[:200], board.platform or "", board.release[:200], driver[:200], library[:200], gib)
 
-    def _run(self) -> files.Run:
+    def _run(self) -> Run:
         info, made = self.model.engine.info, self.bundle.manifest
         own = next((line for line in self.lines if line.test.kind == "vendor" and line.samples), None)
         steady = f" {'; '.join(self.watch.changes)}."[:300] if self.watch.changes else ""
         measured = f"rkedge bench, {counted(len(own.samples), 'run')} of 128 tokens in and 64 out." if own else ""
-        return files.Run(
+        return Run(
             type=made.dtype,
             release=made.toolkit_version,
             cores=info.npu_cores or made.npu_cores,

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rkconvert.compat.case import MOST_CONTEXT
 from rkconvert.compat.journal import Journal
-from rkconvert.compat.results import MOST_RAM_GIB, release_of
+from rkconvert.compat.results import release_of
 from rkruntime.bundle.manifest import MANIFEST, Bundle, bundles_in, is_bundle, open_bundle
 from rkruntime.errors import ServiceError
+from rkruntime.evidence import MOST_CONTEXT, MOST_RAM_GIB
 from rkruntime.printable import one_line
 from rkruntime.probes import LOST
 from rkruntime.remote import Remote, ssh_command

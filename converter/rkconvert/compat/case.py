@@ -15,6 +15,7 @@ from rkconvert.rules.context import CONTEXT_STEP
 from rkconvert.rules.quantized_types import PLATFORMS, cores, known_types
 from rkruntime.abi import CALLABLE, check_release
 from rkruntime.errors import UsageError
+from rkruntime.evidence import MOST_CONTEXT
 
 # The context that files are usually made with, and the longest of Gemma 2's that every release takes.
 USUAL_CONTEXT: Final = 4096
@@ -24,7 +25,6 @@ _MOST_CELLS: Final = 20_000
 CONFIG_REPORT: Final = "config"
 _NAMES: Final = ("model_type", "architectures", "hidden_act", "hidden_activation", "torch_dtype", "dtype")
 _LAYERS: Final = ("sliding_attention", "full_attention")
-MOST_CONTEXT: Final = 1 << 20
 
 
 @dataclass(frozen=True)

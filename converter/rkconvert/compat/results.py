@@ -9,122 +9,42 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
-from rkconvert.compat.case import MOST_CONTEXT, Case
+from rkconvert.compat.case import Case
 from rkconvert.compat.cells import AS_FAST, Cell, Evidence, Level, LoraMode, Status
 from rkconvert.rules.quantized_types import known_types
 from rkconvert.tensors.shards import read_json
 from rkruntime.abi import CALLABLE
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import InputError, InvalidResultError
+from rkruntime.evidence import LONGEST_NAME, MOST_BYTES, Probe, Record, ResultBoard, Run
 from rkruntime.files import atomic_file, read_error
 from rkruntime.probes import QUESTIONS, is_harmful
 from rkruntime.resources import resource
-from rkruntime.schema import Between, Length, build
+from rkruntime.schema import build
 from rkruntime.versions import Version, version
 from rkruntime.words import counted
 
-SCHEMA: Final = "rkedge-compat/1"
-_MOST_BYTES: Final = 1 << 20
 _MOST_FILES: Final = 1000
 _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
 _MOST_PROBES: Final = 100
-_LONGEST_NAME: Final = 200
 # Of one file, about runs that are in no cell.
 _MOST_NOTES: Final = 5
 _ANSWERS: Final = (Status.WORKS.value, Status.SLOWER.value)
-MOST_RAM_GIB: Final = 4096
-
-_Name = Annotated[str, Length(_LONGEST_NAME)]
-_Line = Annotated[str, Length(500)]
-_Count = Annotated[int, Between(0, 1 << 40)]
-_Figure = Annotated[float, Between(0, 1e12)]
 
 
 @dataclass(frozen=True)
-class ResultModel:
-    """The model: `digest` is Case.digest, which knows it by its shape."""
+class Result(Record):
+    """A result file; `bench` is the table of `rkedge bench`, which has more than the runs; nothing here reads it."""
 
-    name: _Name
-    digest: _Name
-
-
-@dataclass(frozen=True)
-class ResultBoard:
-    """The board as it was during the run."""
-
-    name: _Name
-    soc: _Name
-    kernel: _Name
-    driver: _Name
-    library: _Name
-    ram_gib: Annotated[float, Between(0, MOST_RAM_GIB)] = 0.0
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the library did when it was asked one of `rkruntime.probes.QUESTIONS`; empty if that was not decided."""
-
-    name: _Name
-    result: _Name
-    says: _Line
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell that was tried.
-
-    Attributes:
-        release: Of the toolkit that made the file.
-        status: As in `Status`.
-        says: What happened, in a sentence.
-        tokens_per_s, first_token_ms, memory_mb: 0 if not measured; memory in MiB.
-        file_sha256: Of the model file.
-        selftest: The verdict of the bundle's self-test.
-        clocks: In Hz, during a run, by the device's or the CPU policy's name.
-    """
-
-    type: _Name
-    release: _Name
-    cores: Annotated[int, Between(1, 16)]
-    context: Annotated[int, Between(1, MOST_CONTEXT)]
-    lora: Literal["merged", "runtime"]
-    status: Literal["works", "works but slower", "refused by the toolkit", "fails at load", "wrong answers"]
-    says: _Line
-    log: tuple[_Line, ...] = ()
-    tokens_per_s: _Figure = 0.0
-    first_token_ms: _Figure = 0.0
-    memory_mb: _Figure = 0.0
-    file_sha256: _Name = ""
-    selftest: _Name = ""
-    probes: tuple[Probe, ...] = ()
-    clocks: dict[str, _Count] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result file.
-
-    Attributes:
-        emulated: The board was the emulator, so that nothing in it is a board's.
-        bench: The table of `rkedge bench`, which has more than the runs; nothing here reads it.
-    """
-
-    schema: Literal["rkedge-compat/1"]
-    made: _Name
-    rkedge: _Name
-    emulated: bool
-    model: ResultModel
-    board: ResultBoard
-    runs: tuple[Run, ...]
     bench: dict[str, Any] = field(default_factory=dict)
 
 
 def read_result(path: Path) -> Result:
     """Read a file. Raises InvalidResultError if it is anything else."""
-    return _result(path, read_json(path, InvalidResultError, _MOST_BYTES))
+    return _result(path, read_json(path, InvalidResultError, MOST_BYTES))
 
 
 def _result(path: Path, data: Mapping[str, Any]) -> Result:
@@ -145,7 +65,7 @@ def _bounded(run: Run) -> bool:
     return (
         len(run.log) <= _MOST_LINES
         and max(len(run.probes), len(run.clocks)) <= _MOST_PROBES
-        and all(len(name) <= _LONGEST_NAME for name in run.clocks)
+        and all(len(name) <= LONGEST_NAME for name in run.clocks)
     )
 
 

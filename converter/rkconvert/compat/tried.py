@@ -12,11 +12,12 @@ from rkconvert.compat.board import EMULATOR, is_emulated
 from rkconvert.compat.case import CONFIG_REPORT, Case
 from rkconvert.compat.cells import Cell, Status
 from rkconvert.compat.journal import Journal
-from rkconvert.compat.results import SCHEMA, Probe, Result, ResultBoard, ResultModel, Run, write_result
+from rkconvert.compat.results import Result, write_result
 from rkconvert.output.bundle_folder import REPORT, read_report
 from rkconvert.plan.source import ModelSource, read_source
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import BundleError, UsageError
+from rkruntime.evidence import SCHEMA, Probe, ResultBoard, ResultModel, Run
 from rkruntime.printable import one_line
 from rkruntime.probes import QUESTIONS
 from rkruntime.visit.steps import LOAD, SELFTEST, SPEED
