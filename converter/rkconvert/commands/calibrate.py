@@ -164,7 +164,7 @@ def _answers(
     new_tokens: int,
     reporter: Reporter,
 ) -> Iterator[tuple[Answer | None, str]]:
-    """Return the model that answers; or None, with a reason if any, to use the given answers."""
+    """Yield the function that answers; or None, with a reason if any, to use the given answers."""
     reason = _why_not(model) if targets == "auto" else ""
     if targets == "given" or reason:
         yield None, reason

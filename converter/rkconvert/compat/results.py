@@ -30,20 +30,20 @@ _MOST_FILES: Final = 1000
 _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
 _MOST_PROBES: Final = 100
-# Of one file, about runs that are in no cell.
+# Most notes on one file about runs that are in no cell; the rest is counted.
 _MOST_NOTES: Final = 5
 _ANSWERS: Final = (Status.WORKS.value, Status.SLOWER.value)
 
 
 @dataclass(frozen=True)
 class Result(Record):
-    """A result file; `bench` is the table of `rkedge bench`, which has more than the runs; nothing here reads it."""
+    """A result file; `bench` is the table of `rkedge bench`, which has more than the runs and is not read here."""
 
     bench: dict[str, Any] = field(default_factory=dict)
 
 
 def read_result(path: Path) -> Result:
-    """Read a file. Raises InvalidResultError if it is anything else."""
+    """Read a result file. Raises InvalidResultError if it is not one."""
     return _result(path, read_json(path, InvalidResultError, MOST_BYTES))
 
 
@@ -70,7 +70,7 @@ def _bounded(run: Run) -> bool:
 
 
 def _misnamed(result: Result) -> Iterator[str]:
-    """What no cell has, so that it would be passed over: a typing error, most likely."""
+    """Yield values that no cell has, most likely typing errors: such a run would be silently passed over."""
     socs = types_by_soc()[0]
     if result.board.soc not in socs:
         yield f"board.soc is {result.board.soc!r}; there are {', '.join(socs)}"
@@ -84,7 +84,7 @@ def _misnamed(result: Result) -> Iterator[str]:
 
 
 def release_of(text: str) -> Version | None:
-    """The release that a text begins with; None if it begins with none."""
+    """Return the release that a text begins with, or None."""
     try:
         return version(text)
     except ValueError:
@@ -95,8 +95,8 @@ def write_result(result: Result, path: Path) -> None:
     """Write a file that `read_result` reads.
 
     Raises:
-        InvalidResultError: It would not; nothing is written.
-        OutputError, HostError: It cannot be written.
+        InvalidResultError: `read_result` would refuse it; nothing is written.
+        OutputError, HostError: The file cannot be written.
     """
     text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
     _result(path, json.loads(text))
@@ -105,7 +105,7 @@ def write_result(result: Result, path: Path) -> None:
 
 
 def shipped_folder() -> Path:
-    """Where the results that come with RKEdge are."""
+    """Return the folder of the results that come with RKEdge."""
     return resource("configs") / "compat"
 
 
@@ -113,9 +113,9 @@ class Results:
     """The results of several folders, read once."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        """Raises InvalidResultError for a file that is not a result, InputError for a folder that cannot be read."""
+        """Read every file. Raises InvalidResultError for one that is not a result, or a folder that cannot be read."""
         self._found = [(path, read_result(path)) for folder in folders for path in _files(folder)]
-        # The fastest run of any type, of the same model on the same board, in cells that are else the same.
+        # The fastest run of any type, of the same model on the same board, in otherwise equal cells.
         self._fastest: dict[tuple[str, ResultBoard, Cell], Run] = {}
         for _, result in self._found:
             for run in result.runs if not result.emulated else ():
@@ -124,7 +124,7 @@ class Results:
                     self._fastest[_beside(result, run)] = run
 
     def __call__(self, case: Case, cell: Cell) -> Iterator[Evidence]:
-        """Each run of this model in this cell."""
+        """Yield evidence for each run of this model in this cell."""
         for path, result in self._found:
             if result.model.digest != case.digest or result.board.soc != cell.soc:
                 continue
@@ -135,10 +135,10 @@ class Results:
     def left_out(
         self, case: Case, cells: Collection[Cell], named: Mapping[str, Collection[Any]] | None = None
     ) -> Iterator[str]:
-        """What is in none of these cells of the model, for a person who named these folders.
+        """Yield notes on results that are in none of these cells of the model, for the user who named the folders.
 
         Args:
-            named: Values that person asked for, by the field of Cell: nobody misses a run that has another one.
+            named: Values that the user asked for, by field of Cell: runs with other values are not missed.
         """
         for path, result in self._found:
             if result.model.digest != case.digest:
@@ -177,7 +177,7 @@ def _cell(result: Result, run: Run) -> Cell:
 
 
 def _beside(result: Result, run: Run) -> tuple[str, ResultBoard, Cell]:
-    """What runs have in common whose speeds can be compared."""
+    """Return what runs must have in common for their speeds to be comparable."""
     return result.model.digest, result.board, replace(_cell(result, run), type="")
 
 
@@ -193,7 +193,7 @@ def _mixed(result: Result, run: Run) -> bool:
 
 
 def _evidence(path: Path, result: Result, run: Run, fastest: Run | None) -> Evidence:
-    """A run that only works is slower beside a faster one."""
+    """Return a run as evidence; one that works counts as slower beside a much faster one."""
     level, status = Level.EMULATED if result.emulated else Level.BOARD, Status(run.status)
     speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
     if status is Status.WORKS and fastest and 0 < run.tokens_per_s < AS_FAST * fastest.tokens_per_s:
@@ -201,7 +201,7 @@ def _evidence(path: Path, result: Result, run: Run, fastest: Run | None) -> Evid
         speed = f"{speed[:-1]}, against {fastest.tokens_per_s:.2f} with {fastest.type} on this board."
     bad = [f"{probe.name} {probe.result}" for probe in run.probes if _is_harmful(probe)]
     probes = f" Probes: {', '.join(bad)}." if bad else ""
-    # The emulator knows nothing of a board's RAM and speed: that it loads a model is half of an answer.
+    # The emulator knows nothing of a board's RAM and speed: that it loads a model is half an answer.
     says = f"{run.says}{speed}{probes}"
     return Evidence(status, level, says, _where(path, result), partial=result.emulated, log=run.log)
 
@@ -214,5 +214,5 @@ def _where(path: Path, result: Result) -> str:
 
 
 def _is_harmful(probe: Probe) -> bool:
-    """A name or a result that is not known is not shown."""
+    """Whether a probe's result makes answers worse; unknown probes are ignored."""
     return probe.name in QUESTIONS and is_harmful(probe.name, probe.result)
