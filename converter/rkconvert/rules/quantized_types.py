@@ -36,7 +36,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class TypeRule:
-    """A row of the table, unchanged."""
+    """A row of dtype_rules.yaml, unchanged."""
 
     types: tuple[str, ...]
     reason: str
