@@ -36,7 +36,7 @@ _CHANGED_BASE: Final = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-# A list of all of 27B's matrices by full name has 322 entries.
+# Limits on a list of module names (27B's matrices by full name are 322), and on the characters of one name.
 _MAX_NAMES: Final = 10_000
 _MAX_NAME: Final = 300
 _MERGE_FIRST: Final = "Merge it with peft (merge_and_unload, then save_pretrained), and convert the merged checkpoint."
@@ -108,7 +108,7 @@ class AdapterConfig:
 
     @property
     def base_name(self) -> str:
-        """The base model that it was trained on, empty if it names none."""
+        """Base model that the adapter was trained on; empty if it names none."""
         return str(self.raw.get("base_model_name_or_path") or "")[:_MAX_NAME]
 
     @property
@@ -123,7 +123,7 @@ class AdapterConfig:
 
     @property
     def mica(self) -> bool:
-        """Whether it was initialized as MiCA, for which peft rounds the update before adding it."""
+        """Whether the adapter was initialized as MiCA, for which peft rounds the update before adding it."""
         return self.raw.get("init_lora_weights") == "mica"
 
     def saves_module(self, module: str) -> bool:
@@ -243,7 +243,7 @@ class AdapterConfig:
         return None if named and (pattern or self.raw.get("layers_pattern")) else named
 
     def _names_target(self, module: str) -> bool | None:
-        """`_targets` without exclusions."""
+        """Answer like `_targets`, but without the exclusions."""
         targets = self.raw.get("target_modules")
         if isinstance(targets, str):
             return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
@@ -276,7 +276,7 @@ def _names(names: list[str], module: str) -> bool:
 
 
 def _is_plain_pattern(pattern: str) -> bool:
-    """Whether it is a regular expression that is safe to match, and not one of peft's words for many modules."""
+    """Whether a pattern is a regular expression that is safe to match, and not peft's keyword all-linear."""
     try:
         return pattern != "all-linear" and are_safe([pattern])
     except re.error:

@@ -36,7 +36,7 @@ class MergedWeights:
 
     def __init__(self, base: Weights, config: GemmaConfig, adapters: Sequence[Adapter]) -> None:
         self._base = base
-        # The state of both sides as long as they are tied.
+        # The base's tensor to read for a name, where it has another name: a tied head is the embedding.
         self._from = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
         self._updates: dict[str, TensorUpdate] = {}
         self.notes: tuple[str, ...] = ()

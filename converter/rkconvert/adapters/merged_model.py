@@ -1,4 +1,4 @@
-"""The start of convert and merge: the model, its adapters, and a text that identifies exactly this work."""
+"""What convert and merge begin with: the model, its adapters, and a key that identifies exactly this work."""
 
 from __future__ import annotations
 

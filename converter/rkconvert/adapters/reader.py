@@ -40,8 +40,8 @@ class Adapter:
     """A checked adapter.
 
     Attributes:
-        path: Its folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
-        base_name: Base model that it names (may be empty).
+        path: The adapter's folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
+        base_name: Base model that the adapter names (may be empty).
         updates: Its changes, by the base model's tensor name. For a base that ties its head to the embedding both
             sides are named; if one and the same update is used for both, they stay tied.
         own_tokens: Whether it changes the embedding or the head, or their size, so that it needs its own tokenizer.
@@ -89,7 +89,7 @@ def open_adapter(
 
 
 def _is_change(update: TensorUpdate, shape: tuple[int, ...]) -> bool:
-    """Whether it does more than provide a copy of the base's tensor, which has this shape."""
+    """Whether an update does more than provide a copy of the base's tensor, which has this shape."""
     start = update.replacement
     return bool(update.changes) or (start is not None and (start.trained or start.info.shape != shape))
 
@@ -187,7 +187,7 @@ class _AdapterReader:
     weight: float
 
     def update(self, module: str, parts: Mapping[str, str]) -> TensorUpdate:
-        """All that the adapter does to one module's weight; every part is either used or an error."""
+        """Return all that the adapter does to one module's weight; every part is either used or an error."""
         whole = [part for part in _WHOLE_TENSORS if part in parts]
         rest = parts.keys() - set(whole)
         kind = "tokens" if rest == {_TOKENS} else "lora" if rest and _TOKENS not in rest else "none" if not rest else ""

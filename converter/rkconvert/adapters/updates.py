@@ -33,7 +33,7 @@ class Change(Protocol):
         ...
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it can change a tensor of this shape."""
+        """Whether the change applies to a tensor of this shape."""
         ...
 
 
@@ -83,7 +83,7 @@ class LowRank:
 class Dora:
     """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
 
-    Here norms are summed in float64, in torch in float32 and in its own order: a float32 result can differ from peft's
+    Norms are summed in float64 here, but in float32 and its own order in torch: a float32 result can differ from peft's
     by a few units in the last place.
     """
 

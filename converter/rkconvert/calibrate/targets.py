@@ -58,13 +58,13 @@ class CpuModel:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto",
-                # Many releases default to sdpa, which leaves out Gemma 2's cap of the attention scores without a word.
+                # Many releases default to sdpa, which silently omits Gemma 2's soft-cap of the attention scores.
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             ).eval()
-        except ImportError:  # a package is missing, which is told as for every command
+        except ImportError:  # a missing package, reported as for every command
             raise
         except Exception as error:  # Each release raises errors of its own, and of the packages below it.
             raise CalibrationError(f"transformers cannot load the model: {error}.", hint=_OTHER_TARGETS) from error

@@ -7,11 +7,11 @@ from typing import Final
 from rkconvert.model.shapes import Matrix, ModelShape
 from rkconvert.rules.type_names import UNQUANTIZED, QuantizedType
 
-# float32, one per output channel or group.
+# Bytes of a scale: float32, one per output channel or group.
 SCALE_BYTES: Final = 4
-# Both the embedding table in the file and a board's keys and values are float16.
+# Bytes of a float16, as in the file's embedding table and a board's keys and values.
 HALF_BYTES: Final = 2
-# One weight of the embedding table in RAM.
+# Bytes of a weight of the embedding table in RAM.
 _TABLE_BYTES: Final = 4
 
 
