@@ -48,7 +48,7 @@ class ModelSpec:
 
 
 class Target(Protocol):
-    """What makes model files for one RKLLM release."""
+    """A maker of model files for one RKLLM release."""
 
     @property
     def release(self) -> str:

@@ -95,7 +95,7 @@ def _is_change(update: TensorUpdate, shape: tuple[int, ...]) -> bool:
 
 
 def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
-    """The error for a resized vocabulary whose embeddings peft did not save on both sides."""
+    """Return the error for a resized vocabulary whose embeddings peft did not save on both sides."""
     return AdapterError(
         f"The adapter needs {rows:,} rows of {name}, but the base model has {base_rows:,}, and the adapter's file lacks"
         " them: peft did not save them.",
@@ -107,7 +107,7 @@ def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
 def _tied_shapes(
     base: Mapping[str, tuple[int, ...]], parts: Mapping[str, Mapping[str, str]], weights: Weights
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of tied embeddings: if one of the two was resized, so was the other. Empty if they are not tied."""
+    """Return shapes of tied embeddings: if one of the two was resized, so was the other. Empty if they are not tied."""
     if HEAD in base:
         return {}
     found = [parts.get(side.removesuffix(".weight"), {}) for side in _EMBEDDINGS]

@@ -23,7 +23,7 @@ _OTHER_TARGETS: Final = "Use --targets given with chats that have answers."
 
 
 def missing_packages() -> list[str]:
-    """Packages that generation needs but that are not installed."""
+    """Return the packages that generation needs but that are not installed."""
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
@@ -73,7 +73,7 @@ class CpuModel:
         self._tokenizer, self._stop = tokenizer, list(stop)
 
     def answer(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS) -> str:
-        """The answer to a prompt of token ids, cut after `new_tokens`."""
+        """Return the answer to a prompt of token ids, cut after `new_tokens`."""
         import torch
         from transformers import GenerationConfig
 

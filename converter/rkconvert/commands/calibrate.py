@@ -179,7 +179,7 @@ def _answers(
 
 
 def _why_not(model: MergedModel) -> str:
-    """Why the float model cannot answer here, or an empty string."""
+    """Return why the float model cannot answer here, or an empty string."""
     if missing := missing_packages():
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if (free := read_memory().available) < model.nbytes:

@@ -169,7 +169,7 @@ def _run_matrix(context: click.Context, path: Path) -> int:
 
 
 def _given(context: click.Context) -> dict[str, Any]:
-    """Parameters on the command line, which override the matrix file as that overrides a recipe."""
+    """Return the parameters on the command line, which override the matrix file as that overrides a recipe."""
     source = context.get_parameter_source
     return {name: value for name, value in context.params.items() if source(name) is ParameterSource.COMMANDLINE}
 

@@ -39,7 +39,7 @@ _SILENCE_S: Final = 60.0
 _SAME_BOARD: Final = ("library", "driver", "driver_seen", "kernel", "board", "context")
 # Limit on one operation in seconds: it may read gigabytes from a slow card.
 _PATIENCE_S: Final = 1800.0
-# Pauses before each new connection. A board that restarts is back in a minute or two, after a file system check later.
+# Pauses in seconds before connecting again: a restarted board is back in a minute or two, or after a file system check.
 _WAITS_S: Final = (0.2, 1, 2, 5, 10, 20, 30, 60, 60, 60, 60, 60, 120, 120)
 _MOST_REBOOTS: Final = 2
 _MOST_BREAKS: Final = 8
@@ -99,7 +99,7 @@ class Visit:
 
         Raises:
             BundleError: The bundle is not what its manifest says.
-            ServiceError: The board cannot be reached, lacks something, or refuses. A new start continues.
+            ServiceError: The board cannot be reached, lacks something, or refuses. A new start resumes the visit.
         """
         self.bundle.verify()
         with Journal.held(self.destination, self.bundle, *self.options) as journal:

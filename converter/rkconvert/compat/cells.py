@@ -12,7 +12,7 @@ LoraMode: TypeAlias = Literal["merged", "runtime"]
 
 
 class Status(str, Enum):
-    """What becomes of a model in a cell."""
+    """The outcome for a model in a cell."""
 
     WORKS = "works"
     SLOWER = "works but slower"

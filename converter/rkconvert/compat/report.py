@@ -69,7 +69,7 @@ def sections(matrix: Matrix) -> Iterator[Section]:
 
 
 def short(item: Judged) -> str:
-    """A cell in a word, with the letter of its evidence, and a mark if a source disagrees."""
+    """Return a cell in a word, with the letter of its evidence, and a mark if a source disagrees."""
     letter = LETTERS[item.level] if item.level else ""
     return " ".join(filter(None, [WORDS[item.status], letter + (DISPUTED if item.disputed else "")]))
 
@@ -81,7 +81,7 @@ def legend() -> str:
 
 
 def as_dict(matrix: Matrix) -> dict[str, Any]:
-    """The matrix as `--json` prints it."""
+    """Return the matrix as `--json` prints it."""
     return {
         "schema": SCHEMA,
         "model": {"name": matrix.case.source.name, "digest": matrix.case.digest},

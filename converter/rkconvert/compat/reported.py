@@ -52,7 +52,7 @@ def _reports() -> tuple[Report, ...]:
 
 
 def reports(case: Case, cell: Cell) -> Iterator[Evidence]:
-    """Each report about this model, type, SoC and release. None is about an adapter beside the model."""
+    """Yield each report about this model, type, SoC and release. None is about an adapter beside the model."""
     for report in _reports():
         if cell.lora == "merged" and report.about(case, cell):
             yield Evidence(report.status, Level.REPORTED, report.says, report.source, log=report.log)

@@ -182,7 +182,7 @@ def _beside(result: Result, run: Run) -> tuple[str, ResultBoard, Cell]:
 
 
 def _usual(release: str) -> str:
-    """A release as RKEdge writes it: 1.2.3 for 1.2.3.0."""
+    """Return a release as RKEdge writes it: 1.2.3 for 1.2.3.0."""
     return next((known for known in CALLABLE if version(known) == release_of(release)), release)
 
 

@@ -112,7 +112,7 @@ def _run(results: Mapping[str, Any], bundle: Bundle, *, emulated: bool) -> Run:
 
 
 def file_name(journal: Journal, bundle: Bundle) -> str:
-    """Return the same name for the same visit, so that a visit cut off while writing leaves only one file."""
+    """Return the result's file name: the same for the same visit, so that one cut off while writing leaves one file."""
     made = bundle.manifest
     return f"{made.family}-{made.size}-{made.platform}-{made.dtype}-{made.toolkit_version}-{journal.id}.json"
 

@@ -66,8 +66,8 @@ class Options(ToolkitOptions):
         release: RKLLM release that the bundle is for; None for the toolkit's, or 1.2.3 for the emulator.
         npu_cores: None for all cores of the SoC.
         lora_mode: `merge`, or `runtime`: the adapter becomes a separate file, for rkllm_load_lora.
-        selftest: Compute what `rkedge run --selftest` expects; None: for a board, or if the model makes it quick.
-        references: Compute what probes of window and soft-caps compare with; None: if the model makes it quick.
+        selftest: Compute what `rkedge run --selftest` expects; None to do so for a board, or if it is quick.
+        references: Compute what probes of window and soft-caps compare with; None to do so if it is quick.
     """
 
     checkpoint: str
@@ -410,7 +410,7 @@ def _special_tokens(template: ChatTemplate) -> dict[str, str]:
 
 
 def plain_options(options: Options) -> dict[str, Any]:
-    """Options as values that YAML and JSON can hold."""
+    """Return options as values that YAML and JSON can hold."""
     plain = asdict(options)
     plain["checkpoint"] = _public(str(options.checkpoint))
     plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
@@ -418,10 +418,10 @@ def plain_options(options: Options) -> dict[str, Any]:
 
 
 def _exact(number: float) -> str:
-    """The shortest text that parses to exactly this number: 1, 0.5, 0.1234567."""
+    """Return the shortest text that parses to exactly this number: 1, 0.5, 0.1234567."""
     return repr(number).removesuffix(".0")
 
 
 def _public(source: str) -> str:
-    """A hub id unchanged; for a local path only its name, so that bundles do not reveal directories."""
+    """Return a hub id unchanged; for a local path only its name, so that bundles do not reveal directories."""
     return source if is_hub_id(source) and not Path(source).exists() else readable(Path(source).name)

@@ -130,7 +130,7 @@ def _refuse_same(labelled: Iterable[tuple[str, Options]]) -> None:
 
 
 def _deciding(options: Options) -> Options:
-    """The options that determine the bundle: not the output folder, the patience or --force-dtype."""
+    """Return the options that determine the bundle: not the output folder, the patience or --force-dtype."""
     return replace(options, output=Path(), force_dtype=False, toolkit_patience=PATIENCE)
 
 

@@ -26,7 +26,7 @@ class OpenedModels:
         self._ahead = HashesAhead(())
 
     def model(self, base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedModel:
-        """A checkpoint from this cache with adapters; see `merged_model` for what it raises."""
+        """Return a checkpoint from this cache with adapters; see `merged_model` for what it raises."""
         key = id(base), tuple(loras)
         if key not in self._models:
             self._models[key] = merged_model(base, loras)

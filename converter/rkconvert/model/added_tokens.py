@@ -24,7 +24,7 @@ _EXTRA: Final = "extra_special_tokens"
 _EXTRA_BEFORE: Final = "additional_special_tokens"
 # Special tokens in the order in which transformers adds them; those with other names follow.
 _NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What transformers' class for Gemma adds on its own (GemmaTokenizer's defaults).
+# Tokens that transformers' class for Gemma adds on its own (GemmaTokenizer's defaults).
 _GEMMAS: Final = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>")
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Limits on added tokens, of which Gemma 3 has 6,415, and on their characters: the library builds its matcher from them,
@@ -93,7 +93,7 @@ def _extra(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name, such as `eos_token`: each a text or a mapping with its `content`."""
+    """Return special tokens by name, such as `eos_token`: each a text or a mapping with its `content`."""
     order = dict.fromkeys((*_NAMES, *settings))
     return {
         name: settings[name] for name in order if name.endswith("_token") and text_of(settings.get(name)) is not None
@@ -101,7 +101,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(token: Any) -> str | None:
-    """Text of a token given as such or as a mapping; None for anything else."""
+    """Return the text of a token given as such or as a mapping; None for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -109,7 +109,7 @@ def text_of(token: Any) -> str | None:
 def added_tokens(
     content: Mapping[str, Any], folder: Place, kind: type[InputError] = CheckpointError
 ) -> list[dict[str, Any]]:
-    """Added tokens of a tokenizer.json and of the files next to it, by id, as those files declare them.
+    """Return added tokens of a tokenizer.json and of the files next to it, by id, as those files declare them.
 
     A token without a declared id gets the next one. Only JSON is read; `agreed_tokens` asks the library.
 
@@ -166,7 +166,7 @@ def agreed_tokens(content: Mapping[str, Any], folder: Place) -> list[dict[str, A
 
 
 def unlisted(file: Place) -> list[str]:
-    """Added tokens of a tokenizer.json that the list in the tokenizer_config.json beside it leaves out, if it has one.
+    """Return the added tokens of a tokenizer.json that the list in its tokenizer_config.json, if any, leaves out.
 
     transformers 5 takes only the listed ones if its class for Gemma reads the folder, and splits the others.
 
@@ -194,7 +194,7 @@ def _contradiction(folder: Place, token: Mapping[str, Any], loaded: Mapping[str,
 
 
 def _without_merges(content: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a tokenizer.json with other added tokens and without merges, on which no token's id depends."""
+    """Return a tokenizer.json with `added` as its added tokens, and without merges, on which no id depends."""
     whole = {**content, "truncation": None, "padding": None, "added_tokens": added}
     return json.dumps({**whole, "model": {**content["model"], "merges": []}}).encode()
 

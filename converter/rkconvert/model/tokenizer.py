@@ -219,7 +219,7 @@ def _flags(added: Mapping[str, Any]) -> Flag:
 
 
 def _merges(merges: list[Any], vocab: Mapping[str, int]) -> NDArray[np.uint32]:
-    """Return merges as ids; they are written as "a b" until 2024, and as ["a", "b"] since."""
+    """Return merges as ids; files have them as "a b" until 2024, and as ["a", "b"] since."""
     table = np.empty((len(merges), 3), np.uint32)
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge

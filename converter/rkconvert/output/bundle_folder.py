@@ -78,7 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest, ahead: HashesAhead) -> Mani
     """Write the model card, the notice and, last, rkedge.yaml with every other file's hash; returns the manifest.
 
     Args:
-        ahead: Hashes of files that were finished earlier, computed meanwhile.
+        ahead: Hashes of files, each begun when the file was finished.
     """
     (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
     (folder / NOTICE).write_text(_NOTICE, encoding="utf-8")

@@ -61,7 +61,7 @@ class PlanRequest:
     embedding: Embedding | None = None
 
     def __post_init__(self) -> None:
-        if self.ram_gib is not None and not 1 <= self.ram_gib <= _MOST_RAM:  # this refuses NaN, too
+        if self.ram_gib is not None and not 1 <= self.ram_gib <= _MOST_RAM:  # refuses NaN, too
             raise UsageError(f"--ram {self.ram_gib:g}: a board has 1 to {_MOST_RAM} GiB of memory.")
 
 

@@ -344,7 +344,7 @@ class Accuracy:
 
 @cache
 def accuracy(platform: str, kind: QuantizedType, release: str) -> Mapping[str, Accuracy]:
-    """Errors by figure of a Prediction, for a type and a release with vendor figures; empty for fewer than three."""
+    """Return errors by figure of a Prediction, for a type and release with vendor figures; empty below three rows."""
     rows = [row for row in vendor_rows() if (row.platform, row.kind, row.release) == (platform, kind, release)]
     if len(rows) < 3:
         return {}

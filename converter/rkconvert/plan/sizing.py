@@ -76,7 +76,7 @@ class Sizing:
         return rows[nearest(rows, self.release)] if rows else None
 
     def costs(self, kind: QuantizedType) -> Costs:
-        """Constants of the prediction. Raises KeyError if the vendor has no figures that they can be fitted to."""
+        """Return the prediction's constants. Raises KeyError if the vendor has no figures to fit them to."""
         return costs_for(self.board.soc, kind, self.release, self.shape)
 
     def memory(self, kind: QuantizedType, tokens: float) -> float:

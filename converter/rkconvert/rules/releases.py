@@ -80,7 +80,7 @@ class ToolkitRelease:
         return ", or load the weights in 16 bits: --toolkit-load-dtype bfloat16" if useful else ""
 
     def source(self, key: str) -> str:
-        """Source of a field, for messages."""
+        """Return the source of a field, for messages."""
         return self.sources[key]
 
 

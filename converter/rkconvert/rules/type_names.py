@@ -34,7 +34,7 @@ class QuantizedType:
         return QuantizedType(self.name.partition("_g")[0], self.bits, self.activation_bits, 0)
 
     def grouped(self, size: int) -> QuantizedType:
-        """The same type with one scale per `size` weights."""
+        """Return the same type with one scale per `size` weights."""
         return QuantizedType(f"{self.ungrouped.name}_g{size}", self.bits, self.activation_bits, size)
 
 

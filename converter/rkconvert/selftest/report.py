@@ -80,7 +80,7 @@ class Report:
         return f"{many[PASSED]} of {len(self._promised)} passed{rest and f', {rest}'}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole report as JSON types, without paths of this machine."""
+        """Return the whole report as JSON types, without paths of this machine."""
         document = {
             "created_by": created_by(),
             "host": {"system": host.platform(), "memory": str(read_memory())},

@@ -33,7 +33,7 @@ _MOST_CONTENT: Final = 64 << 20
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
         status: `passed`, `failed`, `told` (the case is a question, and either outcome answers it) or `not run`.
@@ -73,7 +73,7 @@ class CaseResult:
         return str(self.error.get("details", {}).get("stage", ""))
 
     def as_dict(self) -> dict[str, Any]:
-        """The outcome as JSON types, without the file."""
+        """Return the outcome as JSON types, without the file."""
         names = ("status", "seconds", "error", "made", "log")
         return {"case": self.case.name, **{name: getattr(self, name) for name in names}}
 

@@ -145,7 +145,7 @@ class GgufWeights:
         return values
 
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on the types in the file."""
+        """Return notes for the user on the types in the file."""
         kinds = {tensor.kind for tensor, *_ in self._places.values() if len(tensor.shape) > 1}
         low = sorted(self._types(kind).name for kind in kinds if _bits(*self._sizes[kind]) < 8)
         if not low:
@@ -181,7 +181,7 @@ def _is_norm(name: str) -> bool:
 def _refuse_other_computations(file: GgufFile, family: str) -> None:
     """Raise CheckpointError for features of a file that Gemma 1 and 2 do not have.
 
-    The keys are those that llama.cpp reads for these two and `_config` does not
+    The keys are those that llama.cpp reads for these two, but `_config` does not
     (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp, load_hparams; src/models/gemma2.cpp).
     """
     known = file.metadata

@@ -20,7 +20,7 @@ _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 _FILE_NAMES: Final = (".gguf", ".safetensors", ".bin", ".json", ".yaml", ".txt")
 # Limit in seconds, as huggingface_hub itself waits forever. Commits of many files are known to take minutes.
 _PATIENCE_S: Final = 300.0
-# What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
+# Files that a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 

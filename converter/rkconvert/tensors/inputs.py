@@ -138,7 +138,7 @@ class Inputs:
 
     @classmethod
     def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
-        """Inputs from a model's or adapter's folder, given its `folder_states` from before it was opened."""
+        """Return the inputs of a model's or adapter's folder, given its `folder_states` from before it was opened."""
         names = [*_SETTINGS, *tokenizer_files(folder)]
         small = {path: before.get(path) for path in (folder / name for name in names)}
         return cls(kind, {file: before.get(file) for file in weights}, small)

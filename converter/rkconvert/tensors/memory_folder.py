@@ -27,7 +27,7 @@ class Place(Protocol):
         ...
 
     def __truediv__(self, name: str, /) -> Place:
-        """The entry `name` of this folder."""
+        """Return the entry `name` of this folder."""
         ...
 
     def is_file(self) -> bool:
@@ -35,7 +35,7 @@ class Place(Protocol):
         ...
 
     def iterdir(self) -> Iterator[Place]:
-        """Entries of this folder."""
+        """Yield the entries of this folder."""
         ...
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:

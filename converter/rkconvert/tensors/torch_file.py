@@ -87,7 +87,7 @@ class TorchFile:
             )
         found = self._unpickle(archive, member)
         for name, value in found.items():
-            # As in bitsandbytes until April 2024, when it became a number (its pull request 1164).
+            # bitsandbytes stored this as a text until April 2024, and as a number since (its pull request 1164).
             if name.endswith(".weight_format") and isinstance(value, str) and value != "row":
                 raise self._kind(
                     f"{self.path} contains an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",

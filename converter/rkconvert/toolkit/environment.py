@@ -32,7 +32,7 @@ from rkruntime.files import sha256_file, write_error
 _CONSTRAINTS: Final = "setuptools<81\n"
 # README.md @ 1.2.0 and later asks for BUILD_CUDA_EXT on Python 3.12; on others it avoids the need for a CUDA compiler.
 _SETTINGS: Final = {"BUILD_CUDA_EXT": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-# Variables that pip keeps, by prefix: the user decides where packages come from.
+# Prefixes of the variables that pip may see: the user decides where packages come from.
 _PIP_KEPT: Final = (
     "PIP_",
     "HTTP_PROXY",
@@ -60,7 +60,7 @@ class Environment:
 
     Attributes:
         folder: Its folder, complete once it has a file called `marker`.
-        name: What is in it, for messages.
+        name: Its content, for messages.
         python: Interpreter that creates it.
     """
 

@@ -40,7 +40,7 @@ _READ_THE_LOG: Final = (
 )
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
-# Share of memory above which a kill is put down to its lack: quantizing takes as much again as the weights, and other
+# Share of memory above which a kill is blamed on lack of it: quantizing takes as much again as the weights, and other
 # programs need some.
 _MUCH: Final = 0.4
 

@@ -75,7 +75,7 @@ class Calls:
     logits: Mapping[str, Any] | None = None
 
     def document(self) -> str:
-        """The job as one line of JSON, which the worker reads."""
+        """Return the job as one line of JSON, which the worker reads."""
         return json.dumps({"schema": SCHEMA, "calls": self.steps, "logits": self.logits}, ensure_ascii=True) + "\n"
 
 

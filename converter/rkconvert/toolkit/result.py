@@ -19,7 +19,7 @@ from rkruntime.errors import ModelFileError
 from rkruntime.files import read_regular, umask
 from rkruntime.versions import version
 
-# The only release of which a description says that files name their toolkit at the end; those of older ones may not.
+# The only release known, from a description, to name the toolkit at the end of a file; older ones may not.
 _SIGNED: Final = "1.3.1"
 _LEAST_SHARE: Final = 0.97
 _MOST_LOGITS: Final = 256 << 20

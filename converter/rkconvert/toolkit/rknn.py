@@ -15,7 +15,7 @@ from rkconvert.toolkit.interpreter import environments_folder
 RELEASE: Final = "2.5.0"
 PYTHON: Final = "3.11"
 _MARKER: Final = "rkedge-rknn.json"
-# What it imports, with the limits that it names. It is installed without its own list, which pins a torch of years ago.
+# Packages that rknn-toolkit2 imports, with its own limits. It is installed without its list, which pins an old torch.
 _PARTS: Final = (
     "torch==2.13.0",
     "numpy<=1.26.4",

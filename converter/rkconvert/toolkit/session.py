@@ -170,7 +170,7 @@ class WorkerRun:
     def _send(self, process: subprocess.Popen[bytes]) -> None:
         # Standard input stays open: the worker kills its session when the other end is closed.
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # It died before reading; its output says why.
+        with suppress(BrokenPipeError):  # The worker died before reading; its output says why.
             process.stdin.write(self.calls.document().encode())
 
     def _listen(self, process: subprocess.Popen[bytes], events_in: int) -> None:
@@ -193,7 +193,7 @@ class WorkerRun:
             self._take(event)
 
     def _watch(self, process: subprocess.Popen[bytes], watchdog: Watchdog) -> None:
-        """Once per tick: send a heartbeat, and kill the session when its time is up."""
+        """Send a heartbeat when one is due, and kill the session when its time is up; called once per tick."""
         now = time.monotonic()
         if watchdog.heartbeat_due(_HEARTBEAT):
             self.peak_memory = max(self.peak_memory, peak_memory(process.pid))

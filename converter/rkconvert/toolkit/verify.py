@@ -81,7 +81,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verified:
-    """What the comparison showed.
+    """The outcome of the comparison.
 
     Attributes:
         problem: Why there is no comparison; empty if there is one.
@@ -123,7 +123,7 @@ class Verified:
         return [f"verify: prompt {number}{adapter}: {item}" for number, item in enumerate(self.comparisons, start=1)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as JSON types."""
+        """Return the comparison as JSON types."""
         prompts = [
             {**vars(item), "expected": list(item.expected), "found": list(item.found)} for item in self.comparisons
         ]

@@ -56,7 +56,7 @@ class Events:
         self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
 
     def send(self, event: str, **values: Any) -> None:
-        """Write one event whole."""
+        """Write one event completely."""
         line = memoryview(json.dumps({"event": event, **values}).encode() + b"\n")
         while line:
             line = line[self._file.write(line) :]
