@@ -118,7 +118,7 @@ class Bench:
         before = [self._bos]
         if test.depth:
             before = self._prompt(test.depth, 0)
-            self._run(before, 1)  # so that the cache ends there
+            self._run(before, 1)  # so that the KV cache ends there
         after = self._other(before, test.tokens - (0 if test.depth else 1), number)
         return self._run([*before, *after], 1)
 

@@ -70,7 +70,7 @@ def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]
     remote = ["rkedge", "bench", "--json", "--until-eof", *words, *([place.bundle] if place.bundle else [])]
     command = ssh_command(place.destination, *map(shlex.quote, remote))
     pipe = subprocess.PIPE
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ssh inherits
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # ssh inherits this
     try:
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     except OSError as error:
@@ -150,7 +150,7 @@ def until_eof(stop: Callable[[], object]) -> None:
 
     def wait() -> None:
         with suppress(OSError, ValueError):
-            while os.read(0, 1 << 12):  # not through sys.stdin, whose lock the end of Python would wait for
+            while os.read(0, 1 << 12):  # not through sys.stdin: at its exit, Python would wait for its lock
                 pass
         stop()
 

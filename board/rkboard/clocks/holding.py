@@ -125,7 +125,7 @@ class _Link:
                 raise HostError("The keeper of the clocks no longer answers.", hint=hint) from None
             Keeper(self._root).restore()
             return
-        file, end = StateFile(self._root), time.monotonic() + _AFTER_S  # the unit does it (ExecStopPost)
+        file, end = StateFile(self._root), time.monotonic() + _AFTER_S  # the unit restores them (ExecStopPost)
         while file.read() is not None:
             if time.monotonic() > end:
                 hint = "sudo rkedge clocks --restore"

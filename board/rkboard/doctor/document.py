@@ -108,7 +108,7 @@ class Library:
 
     @cached_property
     def identity(self) -> Identity:
-        """Its release, or why it must not be called."""
+        """The library's release, or why it must not be called."""
         elf = ElfFile(
             self.bits, MACHINES.get(self.elf_machine, f"machine {self.elf_machine}"), frozenset(self.functions)
         )
@@ -196,7 +196,7 @@ class Place:
 
     @property
     def parent(self) -> Place:
-        """The folder."""
+        """The folder that it is in."""
         return Place(self.document, self.path.rpartition("/")[0])
 
     def __lt__(self, other: Place) -> bool:

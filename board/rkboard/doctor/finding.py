@@ -92,7 +92,7 @@ def ok(said: str) -> Verdict:
 
 
 def write(value: str, *paths: str) -> tuple[Fix, ...]:
-    """Return repairs that write a value into the kernel's files, with a newline, as some drivers drop the last byte."""
+    """Return repairs that write a value into kernel files, with a newline, as some drivers overwrite the last byte."""
     return tuple(Fix(("tee", f"/{path}"), value) for path in paths)
 
 

@@ -131,7 +131,7 @@ class Tree:
         return os.path.join(self.root, self.real(path))
 
     def names(self, path: str) -> list[str]:
-        """Return the names in a folder, of which there may be endless ones, up to a bound. Raises OSError."""
+        """Return the names in a folder, up to a bound. Raises OSError."""
         found = []
         with os.scandir(self.place(path)) as entries:
             for entry in entries:

@@ -30,7 +30,7 @@ class Outcome:
 
     @property
     def as_looked_at(self) -> Outcome:
-        """The outcome if the work was only a look: nothing was done, and `changes` in its facts tell whether to."""
+        """The outcome of work that was only a look: `not touched` if its facts have `changes` to make."""
         return (
             self if self.error else replace(self, state="not touched" if self.facts.get("changes") else "nothing to do")
         )

@@ -147,7 +147,7 @@ class Service:
             connection.close()
 
     def status(self) -> dict[str, Any] | None:
-        """What the daemon says of itself."""
+        """Return the daemon's own status; None if it does not answer."""
         if not self.is_active():  # systemd holds the socket, and nobody would answer
             return None
         answer = self.ask("/status")
