@@ -1,7 +1,7 @@
-"""A result as a file: of the schema rkedge-compat/1 (docs/compat.md), so that `rkedge compat` takes it as evidence.
+"""A result as a file of the schema rkedge-compat/1 (docs/compat.md), so that `rkedge compat` takes it as evidence.
 
-`bench` in it has the lines of the table and what the board did meanwhile. A board's answer is hostile until it is
-built.
+Its `bench` has the lines of the table and what the board did meanwhile. A board's answer is hostile input until
+`Result.parse` has checked it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Line:
 
     Attributes:
         unit: `t/s`, `ms`, `s` or `MiB`.
-        values: One for each repetition; empty with a `problem`.
-        plan, vendor: What was to be expected, in the same unit.
+        values: One for each repetition; empty if there is a `problem`.
+        plan, vendor: The expected figures, in the same unit.
     """
 
     test: _Name
@@ -47,7 +47,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ClockFacts:
-    """A clock in Hz; see rkboard.doctor.readings.Clock."""
+    """A clock, in Hz; see rkboard.doctor.readings.Clock."""
 
     name: _Name
     governor: _Name | None
@@ -59,7 +59,7 @@ class ClockFacts:
 
 @dataclass(frozen=True)
 class Moment:
-    """The board before or after; temperatures in degrees Celsius."""
+    """The board before or after the measurement; temperatures in degrees Celsius."""
 
     clocks: tuple[ClockFacts, ...] = ()
     temperatures: dict[str, _Degrees] = field(default_factory=dict)
@@ -68,12 +68,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Bench:
-    """The table, and what belongs to it.
+    """The table and its circumstances.
 
     Attributes:
-        changes: What makes these other figures than those of a steady board.
-        complete: Whether everything was measured that was asked for.
-        error: What ended it before that.
+        changes: Changes on the board meanwhile, because of which the figures are not those of a steady board.
+        complete: Whether everything that was asked for was measured.
+        error: The error that ended the measurement early.
     """
 
     schema: Literal["rkedge-bench/1"]
@@ -96,17 +96,17 @@ class Bench:
 
 @dataclass(frozen=True)
 class Result(Record):
-    """The whole."""
+    """The whole result."""
 
     bench: Bench
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return asdict(self)
 
     @classmethod
     def parse(cls, text: bytes) -> Result:
-        """What a board has sent. Raises ServiceError for anything else."""
+        """Read the result that a board has sent. Raises ServiceError for anything else."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):

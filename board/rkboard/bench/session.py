@@ -1,4 +1,4 @@
-"""One measurement from the load to the result; what was measured stays if it ends early."""
+"""One measurement from the load to the result, which keeps what was measured if it ends early."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOTHING: Final = Expected(Figures(), Figures())
 
 @dataclass(frozen=True)
 class Wanted:
-    """Numbers of tokens in and out, depths, and how often each is measured."""
+    """The numbers of tokens in and out, the depths, and how often each test is repeated."""
 
     prompts: Sequence[int]
     news: Sequence[int]
@@ -42,8 +42,8 @@ class Session:
     """Measures a loaded model.
 
     Attributes:
-        error: What ended it early; also if it was the user.
-        complete: Whether it came to its end.
+        error: The error that ended the measurement early, including a stop by the user.
+        complete: Whether all tests were run.
     """
 
     bundle: Bundle
@@ -58,12 +58,12 @@ class Session:
     def __post_init__(self) -> None:
         asked, context = self.wanted, self.model.engine.info.max_context
         self.work: Workload = workload(asked.prompts, asked.news, asked.depths, context)
-        # An emulated figure is not to be held against a board's.
+        # An emulated figure must not be compared with a board's.
         self.expected = _NOTHING if self.model.engine.info.emulated else expected_of(self.bundle)
         self.digest = expected_of(self.bundle).digest
 
     def run(self, show: Callable[[Line], None]) -> None:
-        """Measure, and call `show` with each line; an error of the model is kept, Ctrl-C comes through."""
+        """Measure, and call `show` with each line. An error of the model is kept in `error`; Ctrl-C is raised."""
         with self.watch:
             try:
                 bench = Bench(self.model)
@@ -80,12 +80,12 @@ class Session:
 
     @property
     def memory_mb(self) -> float:
-        """The process's peak in MiB, by the library's own figure where it gives one; 0 if unknown."""
+        """The peak memory of the process in MiB, by the library's own figure if it gives one; 0 if unknown."""
         own = [one.memory_mb for line in self.lines for one in line.samples if one.memory_mb]
         return max(own) if own else self.peak / _MIB
 
     def result(self) -> files.Result:
-        """What was measured so far."""
+        """Return what was measured so far."""
         info, made = self.model.engine.info, self.bundle.manifest
         return files.Result(
             schema=SCHEMA,
