@@ -12,7 +12,8 @@ from typing import Final, Literal
 
 from rkruntime.errors import HostError
 
-# By ProtectHome=, which the daemon's unit has. INVOCATION_ID tells a unit's process, and those of a desktop's terminal.
+# Folders that ProtectHome= hides, as in the daemon's unit. INVOCATION_ID is set in a unit's processes, but also in a
+# desktop's terminal.
 _HIDDEN: Final = ("/home", "/root", "/run/user")
 _DEFAULTS: Final = {"cache": ".cache", "config": ".config", "data": ".local/share", "state": ".local/state"}
 
