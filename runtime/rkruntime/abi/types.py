@@ -37,7 +37,7 @@ class Prototype(NamedTuple):
 
 
 def fields_of(name: str, version: str) -> tuple[Field, ...]:
-    """The members of a struct or union in a release, in memory order; empty if the release has no such type."""
+    """Return the members of a struct or union in a release, in memory order; empty if the release has no such type."""
     declared = STRUCTS.get(name) or UNIONS[name]
     return tuple(item for item in declared if within(version, item.since, item.until))
 
@@ -62,7 +62,7 @@ def enum_values(name: str, version: str) -> dict[str, int]:
 
 
 def since(name: str) -> str:
-    """The first release that has a function, or a field given as `Struct.field`."""
+    """Return the first release that has a function, or a field given as `Struct.field`."""
     struct, _, field = name.partition(".")
     if field:
         return next(item.since for item in STRUCTS[struct] if item.name == field)
@@ -147,5 +147,5 @@ def _abi(layout: str) -> Abi:
 
 
 def abi_of(version: str) -> Abi:
-    """The interface of a release. Releases with the same layout share it."""
+    """Return the interface of a release. Releases with the same layout share one."""
     return _abi(RELEASES[version].layout)
