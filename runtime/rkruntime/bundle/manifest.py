@@ -86,7 +86,7 @@ class Manifest:
         model_file: Name of the model file in the folder.
         stop_token_ids: Tokens that end an answer.
         system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
-        special_tokens: Special tokens by their names in chat templates, such as `eos_token`, if they differ from Gemma's.
+        special_tokens: Special tokens by their names in templates, such as `eos_token`, if they differ from Gemma's.
         files: Every file except the manifest, by its path in the folder.
         options: The conversion's exact options, for reading and for repeating it.
     """
@@ -256,7 +256,7 @@ class Bundle:
                 _Stamp(path, path.stat(), record.sha256).forget()
 
     def _read(self, name: str, limit: int) -> bytes:
-        """Read a file once and compare it with the manifest, so that exactly the bytes that were hashed are returned."""
+        """Read a file once and compare it with the manifest, so that what is returned is what was hashed."""
         record, path = self._record(name), self._place(name)
         if record.size > limit:
             raise BundleError(
