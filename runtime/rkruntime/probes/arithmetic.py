@@ -1,4 +1,4 @@
-"""Whether the library computes Gemma 2 as it is: sliding window and soft-caps, by the bundle's references."""
+"""Probe whether the library computes Gemma 2's sliding window and soft-caps, by the bundle's references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _NO_REFERENCES: Final = (
     "Not asked: the bundle has nothing to compare with. Convert it with --references, and for the window with a"
     " --max-context of a quarter more than the window"
 )
-# Of the way from one model's logits to the other's: how near to an end, and with which error, decides.
+# Shares of the way from one model's logits to the other's: a result is decided if it is this near to one end, with a
+# standard error of at most this.
 _NEAR: Final = 0.4
 _CERTAIN: Final = 0.15
 
@@ -94,9 +95,9 @@ def _nearest(trial: Trial, without: Callable[[Row], tuple[float, ...]]) -> Obser
 
 
 def _share(rows: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[float, float]:
-    """How far logits are on the way from one model's to another's, 0 to 1, and the standard error of that.
+    """Return how far logits are on the way from one model's to another's, 0 to 1, and the standard error.
 
-    Rounding goes in every direction, and a soft-cap in one: so this tells them apart where a distance does not.
+    Rounding goes in every direction, but a soft-cap in one, so this tells them apart where a distance does not.
     """
     ways, moves = [], []
     for near, far, found in rows:
@@ -111,6 +112,6 @@ def _share(rows: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[float, float]
 
 
 def _centred(values: Floats) -> list[float]:
-    """Logits mean the same with any number added to all."""
+    """Subtract the mean, as logits mean the same with any number added to all."""
     middle = sum(values) / len(values)
     return [value - middle for value in values]
