@@ -63,7 +63,7 @@ class RKEdgeError(Exception):
         return tuple(map(str, lines)) if isinstance(lines, (list, tuple)) else ()  # the toolkit's log is a file
 
     def as_dict(self) -> dict[str, Any]:
-        """The error as `--json` prints it: `{"error", "message", "hint", "details"}`."""
+        """Return the error as `--json` prints it: `{"error", "message", "hint", "details"}`."""
         return {"error": type(self).__name__, "message": self.message, "hint": self.hint, "details": self.details}
 
 

@@ -68,7 +68,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex; `progress` is called with the size of each block read."""
+    """Return the SHA-256 of a file as hex; `progress` is called with the size of each block read."""
     digest, room = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with open_regular(path) as file:
         while count := file.readinto(room):

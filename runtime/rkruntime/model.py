@@ -111,7 +111,7 @@ class Model:
     async def astream(
         self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any
     ) -> AsyncGenerator[str | Answer, None]:
-        """`stream` for asyncio; the prompt is made in a thread."""
+        """Like `stream`, for asyncio; the prompt is made in a thread."""
         ends = _texts(stop)
         request = await asyncio.to_thread(self.request, question, **wishes)
         async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, ends)) as pieces:

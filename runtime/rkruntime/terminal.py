@@ -103,7 +103,7 @@ class Terminal:
     """Standard input and output.
 
     Attributes:
-        interactive: Whether a user reads and types. If not, there are no prompts and no colours, and notes go to
+        interactive: Whether a user reads and types. If not, there are no prompts and no colors, and notes go to
             standard error.
     """
 

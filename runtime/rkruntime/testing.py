@@ -135,7 +135,7 @@ class FakeEngine:
         yield Finished(reason, len(request.tokens), count)
 
     async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio."""
+        """Like `generate`, for asyncio."""
         for event in self.generate(request):
             yield event
 

@@ -47,17 +47,17 @@ def _function_in(table: tuple[Function, ...], version: str) -> dict[str, Functio
 
 
 def functions_of(version: str) -> dict[str, Function]:
-    """The functions that a release declares."""
+    """Return the functions that a release declares."""
     return _function_in(FUNCTIONS, version)
 
 
 def callbacks_of(version: str) -> dict[str, Function]:
-    """The callback types that a release declares."""
+    """Return the callback types that a release declares."""
     return _function_in(CALLBACKS, version)
 
 
 def enum_values(name: str, version: str) -> dict[str, int]:
-    """Names and values of an enum in a release."""
+    """Return names and values of an enum in a release."""
     return {item.name: item.value for item in ENUMS[name] if within(version, item.since, item.until)}
 
 
@@ -107,7 +107,7 @@ class Abi:
         return dict(_SCALARS)
 
     def _resolve(self, declared: str) -> Any:
-        """The ctypes type of a C type as written in the header."""
+        """Return the ctypes type of a C type as written in the header."""
         text = declared.removeprefix("const ")
         if text not in self._resolved:
             self._resolved[text] = self._make(text)

@@ -58,7 +58,7 @@ class RkllmFile:
     toolkit_version: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return {
             "size": self.size,
             "container_version": self.container_version,

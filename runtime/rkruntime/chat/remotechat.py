@@ -110,7 +110,7 @@ class RemoteChat:
         return result_of(end)
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
-        """`_call` that survives a broken connection; for operations that may be executed twice."""
+        """Like `_call`, but survive a broken connection; for operations that may be executed twice."""
         told = None
         for _ in range(_MOST_BREAKS):
             try:
@@ -191,7 +191,7 @@ class RemoteChat:
                 self._stopping = None
 
     def _answer(self, text: str, number: str, stopping: threading.Event) -> Generator[str | Note, None, str]:
-        """`ask` up to the end of the answer or a stop; returns the text yielded."""
+        """Do the part of `ask` up to the end of the answer or a stop; returns the text yielded."""
         body = {**self._options, "content": text, "id": number}
         if self._number is not None:
             body["after"] = self._number

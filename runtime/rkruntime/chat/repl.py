@@ -105,7 +105,7 @@ class ChatBackend(Protocol):
         ...
 
     def stats(self) -> Mapping[str, str]:
-        """Names and values for /stats."""
+        """Return names and values for /stats."""
         ...
 
 

@@ -46,7 +46,7 @@ class Finding:
     source: str
 
     def as_dict(self) -> dict[str, str]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return asdict(self)
 
 
@@ -311,7 +311,7 @@ def check_open_files(limit: int | None) -> Iterator[Finding]:
 
 
 def check_pairs(model: ModelFacts, runtime: str | None, driver: str | None, chip: str | None) -> Iterator[Finding]:
-    """What is known of the combination of releases; what is unknown meets no rule."""
+    """Yield findings on the combination of releases; an unknown fact meets no rule."""
     given = {
         "runtime": runtime,
         "toolkit": model.toolkit,

@@ -273,7 +273,7 @@ class Engine:
         return self.running or bool(self._command({"call": "is_running"}))
 
     def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio: never blocks the loop while the library computes."""
+        """Like `generate`, for asyncio: never blocks the loop while the library computes."""
         return cast("AsyncGenerator[Event, None]", self._runs.events_async(request))
 
     async def deliver(self, request: Request, take: Callable[[list[Event]], bool]) -> None:

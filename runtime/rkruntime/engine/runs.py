@@ -114,7 +114,7 @@ class Runs:
                 raise
 
     async def events_async(self, request: Request) -> AsyncGenerator[ArrayEvent, None]:
-        """`events` for one prompt and asyncio; see Engine.agenerate."""
+        """Like `events`, for one prompt and asyncio; see Engine.agenerate."""
         mine, timeout = _Holder(), self._options.token_timeout
         async with self._in_loop(mine, request) as records:
             more = True
@@ -130,7 +130,7 @@ class Runs:
                 yield event
 
     async def deliver(self, request: Request, take: Callable[[list[ArrayEvent]], bool]) -> None:
-        """`events` for one prompt and asyncio, without a task that wakes up for each event; see Engine.deliver."""
+        """Like `events`, for one prompt and asyncio, but without waking a task for each event; see Engine.deliver."""
         mine, ended = _Holder(), False
 
         def checked(events: list[ArrayEvent]) -> bool:
@@ -370,7 +370,7 @@ class Runs:
         return True
 
     def _settle_quietly(self, mine: _Holder) -> None:
-        """`settle` for an iterator that is closed, collected or interrupted: the next call reports what failed."""
+        """Settle for an iterator that is closed, collected or interrupted: the next call reports what failed."""
         with contextlib.suppress(WorkerError, RunError), self._connection.explained():
             self.settle(mine, self._options.token_timeout)
 

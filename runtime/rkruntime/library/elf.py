@@ -77,7 +77,7 @@ def read_elf(path: Path, data: mmap.mmap) -> ElfFile:
 
 
 def _exported(image: _Image) -> frozenset[str]:
-    """Names of the defined dynamic symbols, found through the dynamic segment, as a loader does."""
+    """Return the names of the defined dynamic symbols, found through the dynamic segment as a loader does."""
     tags: dict[int, int] = {}
     (table,) = image.unpack("<Q", 32)
     entry_size, count = image.unpack("<HH", 54)

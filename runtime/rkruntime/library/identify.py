@@ -62,7 +62,7 @@ class Identity:
     notice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return {
             "path": str(self.path),
             "bits": self.bits,

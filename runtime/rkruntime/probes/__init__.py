@@ -67,12 +67,12 @@ QUESTIONS: Final[Mapping[str, OpenQuestion]] = {
 
 
 def is_harmful(name: str, result: str) -> bool:
-    """Whether a result of one of QUESTIONS makes answers worse, or is a failure of the library."""
+    """Whether a result of one of QUESTIONS makes answers worse, or the library failed."""
     return result in (FAILED, LOST, *QUESTIONS[name].harmful)
 
 
 def answer(name: str, trial: Trial) -> Observation:
-    """Ask one of QUESTIONS. A failure is an answer too; `facts` then has the error."""
+    """Try one of QUESTIONS. A failure is an answer, too: `facts` has the error."""
     try:
         return QUESTIONS[name].answer(trial)
     except UnsupportedCallError as error:

@@ -95,9 +95,9 @@ def _nearest(trial: Trial, without: Callable[[Row], tuple[float, ...]]) -> Obser
 
 
 def _share(rows: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[float, float]:
-    """Return how far logits are on the way from one model's to another's, 0 to 1, and the standard error.
+    """How far logits are on the way from one model's to another's, 0 to 1, and the standard error of that.
 
-    Rounding goes in every direction, but a soft-cap in one, so this tells them apart where a distance does not.
+    Rounding goes in every direction, and a soft-cap in one: so this tells them apart where a distance does not.
     """
     ways, moves = [], []
     for near, far, found in rows:
@@ -112,6 +112,6 @@ def _share(rows: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[float, float]
 
 
 def _centred(values: Floats) -> list[float]:
-    """Subtract the mean, as logits mean the same with any number added to all."""
+    """Logits mean the same with any number added to all."""
     middle = sum(values) / len(values)
     return [value - middle for value in values]

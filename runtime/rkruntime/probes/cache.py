@@ -82,7 +82,7 @@ def logits_cache(trial: Trial) -> Observation:
 
 
 def _paused(trial: Trial, request: Request) -> tuple[int | None, list[int]]:
-    """Pause a run at its third token; returns its number of tokens, None if it did not pause, and the whole answer."""
+    """Pause a run at its third token; returns how many tokens it said, or None, and what it says without a pause."""
     expected = trial.run(request).ids
     trial.model.engine.clear_cache()
     paused = trial.run(replace(request, pause_tokens=frozenset(expected[:3][-1:])))

@@ -106,12 +106,12 @@ class Trial:
 
 
 def silence(trial: Trial) -> str:
-    """Say why there is no figure of how many tokens were read."""
+    """Why there is no figure of what was read."""
     if within(trial.model.engine.info.release, since("RKLLMResult.perf"), ""):
         return "this run did not say how many tokens it has read"
     return "this release does not say how many tokens it has read"
 
 
 def same(equal: bool) -> str:
-    """Say in words whether two answers are the same."""
+    """Whether two answers are the same, in words."""
     return "the same answer" if equal else "ANOTHER answer"

@@ -184,7 +184,7 @@ class DaemonEndpoints:
         self._started = time.monotonic()
 
     def routes(self) -> list[Route]:
-        """The routes for the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("GET", "/health", self._health),

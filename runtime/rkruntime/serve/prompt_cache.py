@@ -144,7 +144,7 @@ class PromptCaches:
         log.warning("no prompt cache files for %g minutes, answers continue without: %s", _PAUSE_S / 60, reason)
 
     def _found(self, model: Model, tokens: list[int]) -> tuple[int, Path | None, int]:
-        """Return how many of the prompt's tokens are on the NPU, the file with the most of them, and its number."""
+        """Return how many of the prompt's tokens are on the NPU, the file with the most, and how many it has."""
         held = common_prefix(self._on_npu, tokens) if self._reuses(model) else 0
         files = self._known(model)
         best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)

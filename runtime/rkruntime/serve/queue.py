@@ -86,7 +86,7 @@ class FairQueue:
         self._run_s = 1.0
 
     def __len__(self) -> int:
-        """Number of requests waiting."""
+        """Return the number of waiting requests."""
         return self._line.count
 
     @property

@@ -84,7 +84,7 @@ class SessionStore:
     Args:
         folder: Folder, created with the first conversation; no one else may read it.
         max_bytes: Limit of the size of all files on disk. Each user may have a share of it.
-        max_number: Limit of the number of files, with shares likewise.
+        max_number: Limit of the number of files, of which each user may have a share too.
     """
 
     def __init__(self, folder: Path, max_bytes: int, max_number: int) -> None:
@@ -114,7 +114,7 @@ class SessionStore:
         return self._folder / user.folder / f"{check_name(name, 'session')}.json"
 
     def list(self, user: User) -> list[Summary]:
-        """A user's conversations, most recently used first."""
+        """List a user's conversations, most recently used first."""
         with self._lock:
             return list(reversed(self._of(user).values()))
 

@@ -71,7 +71,7 @@ class StopStrings:
 
     @staticmethod
     def _overlap(text: str, string: str) -> int:
-        """Length of the longest proper prefix of `string` that `text` ends with."""
+        """Return the length of the longest proper prefix of `string` that `text` ends with."""
         longest = min(len(text), len(string) - 1)
         return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
 
@@ -183,7 +183,7 @@ def stream_answer(
 async def astream_answer(
     engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
 ) -> AsyncGenerator[str | Answer, None]:
-    """`stream_answer` for asyncio."""
+    """Like `stream_answer`, for asyncio."""
     reader = AnswerReader(vocabulary, len(request.tokens), stop)
     async with aclosing(engine.agenerate(request)) as events:
         async for event in events:

@@ -265,7 +265,7 @@ def _read(one: socket.socket, size: int, left: Callable[[], float | None]) -> by
 
 
 def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) -> None:
-    """In the child: answer calls until the parent is gone."""
+    """Answer calls until the parent is gone; called in the child."""
     what = sys.argv[3]
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, _MAX_LOG)

@@ -273,7 +273,7 @@ def answering(style: str) -> Callable[[Endpoint], Endpoint]:
 
 
 def routes(style: str, *endpoints: tuple[str, str, Endpoint]) -> list[Route]:
-    """Routes of an interface, each with method, path and endpoint. Errors become responses in the format of `style`."""
+    """Make an interface's routes of methods, paths and endpoints. Errors become responses in the format of `style`."""
     wrap = answering(style)
     return [Route(path, wrap(endpoint), methods=[method]) for method, path, endpoint in endpoints]
 

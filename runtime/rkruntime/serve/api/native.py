@@ -182,7 +182,7 @@ class SessionEndpoints:
         self._locks: WeakValueDictionary[_Place, asyncio.Lock] = WeakValueDictionary()
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("GET", "/sessions", self._list),

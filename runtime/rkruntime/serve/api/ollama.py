@@ -144,14 +144,14 @@ def _is_zero(keep_alive: object) -> bool:
 
 
 class OllamaEndpoints:
-    """The endpoints. Any model name stands for the one model that is served; answers give its real name."""
+    """The endpoints of Ollama's interface. Any name means the model that is served; answers give its real name."""
 
     def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._bodies = bodies
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         return routes(
             "ollama",
             ("POST", "/api/chat", self._chat),

@@ -128,7 +128,7 @@ class OpenAIEndpoints:
         self._bodies = bodies
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("POST", "/v1/chat/completions", self._chat),

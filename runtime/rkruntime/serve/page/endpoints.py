@@ -42,7 +42,7 @@ class PageEndpoints:
         self._files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in _STATIC.iterdir()}
 
     def routes(self) -> list[Route]:
-        """The routes for the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("GET", "/", self._root),
