@@ -53,7 +53,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell that was tried.
+    """One cell of the compatibility matrix that was tried.
 
     Attributes:
         release: Release of the toolkit that made the model file.

@@ -22,7 +22,7 @@ _MOST_CANDIDATES: Final = 16
 
 # A difference counts if it exceeds twice the largest change that rounding caused during the conversion: how a board
 # rounds is not known, but it may err as much in the opposite direction. It must also exceed _LEAST logits: half floats
-# near Gemma 2's largest logits (30) are 1/64 apart, and follow from many sums. Both constants are assumptions.
+# near Gemma 2's largest logits (30) are 1/64 apart, and many sums precede them. Both constants are assumptions.
 _TIMES: Final = 2.0
 _LEAST: Final = 0.125
 

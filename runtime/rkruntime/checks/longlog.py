@@ -3,8 +3,8 @@
 Logs are long because they repeat themselves. Lines that differ only in digits and the letters of hexadecimal numbers
 count as repeats. Only the first of them is searched for the texts of the table, which takes a thousand times as long as
 recognizing a repeat. If it has such a text, its next repeats and the last one are searched too, since their numbers may
-differ. Lines with a text of the table are kept together with the lines around them. The amount of other lines that are
-searched is limited; lines beyond the limit are only counted.
+differ. Lines with a text of the table are kept together with the lines around them. Lines that are not repeats are
+searched up to a limit; those beyond it are only counted.
 """
 
 from __future__ import annotations

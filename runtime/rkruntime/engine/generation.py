@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Ranges of the sampling fields, and help for their options; command line, settings and the daemon's interfaces read it.
+# Ranges of the sampling fields and their options' help, read by command line, settings and the daemon's interfaces.
 # RKLLM's manuals (https://github.com/airockchip/rknn-llm/tree/main/doc, 1.3.0, p. 28-30) give only the ranges of
 # mirostat and of the two penalties from -2 to 2; within the others, the emulator takes each value as it is.
 Temperature: TypeAlias = Annotated[

@@ -101,7 +101,7 @@ class SamplingOptions:
 
 
 def given(options: RuntimeOptions | SamplingOptions) -> dict[str, Any]:
-    """Return the options that were given, by name: those that differ from their defaults, such as 0 from None."""
+    """Return the options that were given, by name: 0 counts as given, but a flag that is off does not."""
     usual = type(options)()
     return {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
 

@@ -13,7 +13,7 @@ from typing import Final
 _SLOWEST: Final = 8_000_000
 # Seconds that a load may go on after each sign that it is reading.
 _PATIENCE: Final = 60.0
-# A load that has read its file this many times over is taken not to end.
+# A load that reads its file more often than this counts as hung.
 _MOST_PASSES: Final = 4
 
 

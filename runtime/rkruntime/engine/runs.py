@@ -43,7 +43,7 @@ _READING: Final = 0.05
 
 
 class _Holder:
-    """A token held by the iterator that owns a run, and collected with it.
+    """An object that only the iterator of a run holds, so that it is collected with the iterator.
 
     Attributes:
         over: Whether nobody reads the iterator any more, though an exception may still keep it alive.

@@ -166,7 +166,7 @@ class LoadedModel:
     Args:
         params: Fields of RKLLMParam that differ from the library's defaults; `extend_param` is itself a mapping.
         on_result: Called during runs, in the computing thread.
-        tokenizer: For models without one (since 1.3.0): takes the text's bytes, returns ids.
+        tokenizer: For models without a tokenizer (since 1.3.0): takes the text's bytes, returns ids.
         embed: For models without an embedding table (since 1.3.0): takes ids, returns float32 bytes.
 
     Raises:

@@ -207,7 +207,7 @@ class SessionStore:
         with self._lock:
             self._forget(user, name)
         with suppress(OSError):
-            # Fails unless that was the user's last conversation: unused names shall not leave folders.
+            # Fails unless that was the user's last conversation. So unused names do not leave folders.
             path.parent.rmdir()
 
     def _of(self, user: User) -> OrderedDict[str, Summary]:

@@ -20,8 +20,8 @@ from rkruntime.selftest import run_selftest
 LOAD: Final = "load"
 SPEED: Final = "speed"
 SELFTEST: Final = "selftest"
-# Question that needs the first run of a fresh model: once a run has shown that the library adds its template, RKEdge
-# empties that.
+# The question that needs the first run of a fresh model: once a run has shown that the library adds its template, the
+# template is empty.
 FIRST: Final = next(iter(QUESTIONS))
 # The order in which steps are done, in whatever order they are asked for.
 STEPS: Final = tuple(dict.fromkeys((LOAD, FIRST, SPEED, SELFTEST, *QUESTIONS)))
@@ -42,7 +42,7 @@ def results(load: Callable[[], Model], steps: Sequence[str]) -> Iterator[tuple[s
 
     Raises:
         UsageError: There is no such step.
-        RKEdgeError: Not the model is at fault but the bundle, the library or the machine, as far as the log shows.
+        RKEdgeError: The bundle, the library or the machine is at fault, not the model, as far as the log shows.
     """
     if unknown := [step for step in steps if step not in STEPS]:
         raise UsageError(f"There is no step {unknown[0][:80]!r}.")

@@ -138,7 +138,7 @@ class WorkerProcess:
         """Send a command (see protocol.pack_command), from any thread.
 
         Raises:
-            WorkerCrashedError: the worker is gone.
+            WorkerCrashedError: The worker is gone.
             WorkerHungError: The worker does not read; it was killed.
         """
         try:
@@ -156,7 +156,7 @@ class WorkerProcess:
         """Return the next complete record without a system call. Every record passes through here.
 
         Raises:
-            WorkerProtocolError: the worker must not send this.
+            WorkerProtocolError: The worker must not send this.
         """
         if self._parts:
             self._join()
@@ -219,9 +219,9 @@ class WorkerProcess:
             limiting: Called twice a second for the limit that now applies.
 
         Raises:
-            WorkerCrashedError: the worker ended.
+            WorkerCrashedError: The worker ended.
             WorkerHungError: No record came in time; the worker was killed.
-            WorkerProtocolError: the worker must not send this.
+            WorkerProtocolError: The worker must not send this.
         """
         record = self.buffered()
         if record is not None:

@@ -95,7 +95,7 @@ def dropping_notes(dropped: int) -> tuple[str, ...]:
 
 
 class WholeChat:
-    """A conversation that its client sends as a whole; its answers get back the ids with which this daemon gave them.
+    """A conversation that its client sends as a whole; this daemon's answers in it get their generated ids back.
 
     Args:
         drop: Drop the oldest turns if the context has no room for all.
