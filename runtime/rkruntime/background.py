@@ -30,16 +30,16 @@ from rkruntime.words import counted
 
 PORT: Final = 8080
 _HOST: Final = "127.0.0.1"
-# Most bytes of a Unix socket's path, by <sys/un.h>.
+# Longest path of a Unix socket in bytes, from sun_path in <sys/un.h> without its NUL.
 _LONGEST_PATH: Final = 107
 _TICK_S: Final = 0.1
 _TRIES: Final = 5
-# How long a daemon may take to tell its process id, and to end after what its settings allow.
+# How long a daemon may take to write its process id, and to end once the time that its settings allow is over.
 _PATIENCE_S: Final = 10.0
-# How long it may not answer at all: a board takes some seconds to start Python.
+# How long a daemon may leave requests unanswered: a board takes some seconds to start Python.
 _SILENCE_S: Final = 60.0
 _MOST_LINES: Final = 12
-# Writes its own id, and becomes the daemon.
+# Writes its own process id to a file, then execs the daemon under the same id.
 _SHELL: Final = ("/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"')
 
 
@@ -47,8 +47,8 @@ class Background:
     """The user's daemon in the background, whether it runs or not.
 
     Attributes:
-        folder: Where its files are; nobody else may read them.
-        log: What it writes.
+        folder: Holds the daemon's files; only the user may read them.
+        log: The file with the daemon's output.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Background:
 
     @property
     def runs(self) -> bool:
-        """Whether it runs, at work or not."""
+        """Whether the daemon's process is alive, whatever it is doing."""
         try:
             handle = os.open(self._lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
@@ -76,12 +76,12 @@ class Background:
 
     @property
     def settings(self) -> Settings:
-        """Those of the daemon that runs, or of the last one. Raises UsageError."""
+        """The settings of the running daemon, or of the last one. Raises UsageError."""
         return load_settings(self._settings)
 
     @property
     def socket(self) -> Path:
-        """Where a daemon that is started now listens."""
+        """The socket on which a daemon started now listens."""
         path = self.folder / "rkedge.sock"
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         if len(os.fsencode(path)) <= _LONGEST_PATH or not Path(runtime).is_absolute():
@@ -92,10 +92,10 @@ class Background:
         """Start a daemon with these settings, on its socket and a port of loopback.
 
         Args:
-            port: None takes the usual one, or any other if that is taken.
+            port: None takes the default port, or any free one if that is taken.
 
         Returns:
-            Whether it was started; False if one runs already.
+            Whether the daemon was started; False if one is already running.
 
         Raises:
             OutputError, HostError: Its files cannot be written.
@@ -105,7 +105,7 @@ class Background:
             if lock is None:
                 return False
             listen = {"socket": str(self.socket), "host": _HOST, "port": free_port() if port is None else port}
-            # Its own, as a folder belongs to one daemon at a time, and the user may run another.
+            # Folders of its own: a folder belongs to one daemon at a time, and the user may run another.
             own = {name: {"folder": str(self.folder / name)} for name in ("sessions", "prompt_cache")}
             text = _as_yaml({**settings, **own, "listen": listen})
             try:
@@ -124,13 +124,13 @@ class Background:
     def wait(self) -> Iterator[str]:
         """Wait until the model is loaded; yields what the daemon is doing, several times a second.
 
-        A daemon that ran before may have unloaded its model, or lost it: then it is asked to load it again.
+        A daemon that was already running may have unloaded or lost its model; it is then asked to load it again.
 
         Raises:
             ServiceError: The load failed, the daemon ended, or it does not answer.
         """
         heard = time.monotonic()
-        asked = self._process is not None  # one that is started here loads it by itself
+        asked = self._process is not None  # a daemon started here loads its model unasked
         while True:
             if self._process is not None:
                 self._process.poll()
@@ -156,7 +156,7 @@ class Background:
             time.sleep(_TICK_S)
 
     def _fetch(self, target: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What the daemon answers; empty if it does not."""
+        """Return the daemon's answer as a mapping, empty if there is none."""
         try:
             return fetch(self.settings.listen.socket or self.socket, target, body)
         except RKEdgeError:
@@ -172,10 +172,10 @@ class Background:
         return {}
 
     def stop(self) -> bool:
-        """End the daemon: running answers may finish, for as long as its settings allow. Returns whether one ran.
+        """End the daemon; running answers may finish, for as long as its settings allow. Returns whether one ran.
 
         Raises:
-            HostError: It does not say what its process is.
+            HostError: The daemon has not written its process id.
         """
         before, allowed = time.monotonic(), 0.0
         asked: int | None = None
@@ -187,7 +187,7 @@ class Background:
             if asked is None and pid is not None:
                 asked, allowed = pid, self._allowed_s()
                 self._signal(asked, signal.SIGTERM)
-            elif pid is not None and pid != asked:  # another one was started meanwhile: it was not meant
+            elif pid is not None and pid != asked:  # another daemon was started meanwhile, which was not meant
                 break
             elif pid is not None and not killed and waited > allowed:
                 killed = True
@@ -216,7 +216,7 @@ class Background:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[int | None]:
-        """The lock's file while it is locked here; None if a daemon holds it. Raises OutputError or HostError."""
+        """Hold the lock and yield its file handle; None if a daemon holds the lock. Raises OutputError or HostError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -229,7 +229,7 @@ class Background:
 
 
 def _as_yaml(settings: Mapping[str, Any]) -> str:
-    """The text of a file of settings. Raises UsageError for what it cannot hold."""
+    """Return the settings as YAML. Raises UsageError for a path that YAML cannot hold."""
     try:
         json.dumps(settings, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -239,7 +239,7 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
 
 
 def _taken(handle: int) -> bool:
-    """Lock a file, unless a daemon has it; who only looks whether one does lets it go at once."""
+    """Try to lock a file. Retried, because a process that only checks for a daemon holds the lock for an instant."""
     for _ in range(_TRIES):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,7 +251,7 @@ def _taken(handle: int) -> bool:
 
 
 def free_port() -> int:
-    """The usual port, or any other if that is taken."""
+    """Return the default port, or any free one if that is taken; 0 if there is none."""
     for port in (PORT, 0):
         with contextlib.suppress(OSError), socket.create_server((_HOST, port)) as server:
             return int(server.getsockname()[1])
@@ -259,7 +259,7 @@ def free_port() -> int:
 
 
 def local_daemon() -> tuple[Path, str]:
-    """The socket of the daemon on this machine, the user's own or the service's, and where its log is."""
+    """Return the socket of the daemon on this machine, the user's own or the service's, and where its log is."""
     background = Background()
     if SOCKET_VARIABLE not in os.environ and background.runs:
         with contextlib.suppress(RKEdgeError):

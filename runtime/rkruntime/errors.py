@@ -63,7 +63,7 @@ class RKEdgeError(Exception):
         return tuple(map(str, lines)) if isinstance(lines, (list, tuple)) else ()  # the toolkit's log is a file
 
     def as_dict(self) -> dict[str, Any]:
-        """The error as `--json` prints it: `{"error", "message", "hint", "details"}`."""
+        """Return the error as `--json` prints it: `{"error", "message", "hint", "details"}`."""
         return {"error": type(self).__name__, "message": self.message, "hint": self.hint, "details": self.details}
 
 
@@ -112,25 +112,25 @@ class ModelFileError(InputError):
 
 
 class CalibrationError(InputError):
-    """Calibration data that the toolkit could not use, or would do harm."""
+    """Calibration data that the toolkit could not use, or that would do harm."""
 
     default_hint = "Make it with `rkedge calibrate`: a JSON list of objects with the strings `input` and `target`."
 
 
 class InvalidResultError(InputError):
-    """A result of a board that cannot be read as one."""
+    """A board's result file that is not valid."""
 
     default_hint = "Ask whoever made the file for it once more, or take it out of the folder."
 
 
 class OutputError(InputError):
-    """The output cannot be written there."""
+    """The output cannot be written where it should be."""
 
     default_hint = "Name another place to write to, or remove what is there."
 
 
 class RefusedError(RKEdgeError):
-    """It could be tried, but is known not to work."""
+    """Something that could be tried, but is known not to work."""
 
     exit_code = 4
     default_hint = "Follow the advice above, or read docs/ on how to try it anyway."
@@ -221,6 +221,6 @@ class TimeLimitError(ServiceError):
 
 
 class NoSuchSessionError(ServiceError):
-    """No conversation with that name."""
+    """There is no conversation with that name."""
 
     default_hint = "GET /sessions lists the existing ones."

@@ -24,7 +24,7 @@ _Figure = Annotated[float, Between(0, 1e12)]
 
 @dataclass(frozen=True)
 class ResultModel:
-    """The model: `digest` is Case.digest, which knows it by its shape."""
+    """The model; `digest` is Case.digest, which identifies a model by its shape."""
 
     name: _Name
     digest: _Name
@@ -44,7 +44,7 @@ class ResultBoard:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the library did when it was asked one of `rkruntime.probes.QUESTIONS`; empty if that was not decided."""
+    """The library's answer to one of `rkruntime.probes.QUESTIONS`; `result` is empty if the probe could not decide."""
 
     name: _Name
     result: _Name
@@ -53,16 +53,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell that was tried.
+    """One cell of the compatibility matrix that was tried.
 
     Attributes:
-        release: Of the toolkit that made the file.
-        status: As in `Status`.
+        release: Release of the toolkit that made the model file.
+        status: One of the values of `Status`.
         says: What happened, in a sentence.
         tokens_per_s, first_token_ms, memory_mb: 0 if not measured; memory in MiB.
-        file_sha256: Of the model file.
+        file_sha256: SHA-256 of the model file, in hex.
         selftest: The verdict of the bundle's self-test.
-        clocks: In Hz, during a run, by the device's or the CPU policy's name.
+        clocks: Frequencies during the run in Hz, by the name of the device or CPU policy.
     """
 
     type: _Name
@@ -84,10 +84,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """What every result file has.
+    """The contents of a result file.
 
     Attributes:
-        emulated: The board was the emulator, so that nothing in it is a board's.
+        emulated: The board was the emulator, so none of the figures is a board's.
     """
 
     schema: Literal["rkedge-compat/1"]

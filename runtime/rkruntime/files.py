@@ -17,12 +17,12 @@ from typing import TypeAlias
 from rkruntime.errors import HostError, InputError, OutputError, UsageError
 
 _BLOCK = 1 << 20  # small enough to be hashed in a core's cache
-# What callers may give for a path; `as_path` checks it.
+# The types that callers may pass as a path; `as_path` checks the value.
 AnyPath: TypeAlias = str | os.PathLike[str]
 
 
 def as_path(name: str, value: AnyPath) -> Path:
-    """A path that a caller gave as the argument `name`. Raises UsageError if no file can have it."""
+    """Return the path that a caller passed as the argument `name`. Raises UsageError if no file can have it."""
     try:
         path = Path(value)
         path.lstat()
@@ -55,7 +55,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """All bytes of a regular file of at most `limit` bytes; no more are ever in memory, whatever its stated size.
+    """Return all bytes of a regular file of at most `limit` bytes; never reads more, whatever its stated size.
 
     Raises:
         OSError: It cannot be read, is not a regular file, or is larger (EFBIG); `strerror` says which.
@@ -68,7 +68,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex; `progress` is called with the size of each block read."""
+    """Return the SHA-256 of a file as hex; `progress` is called with the size of each block read."""
     digest, room = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with open_regular(path) as file:
         while count := file.readinto(room):
@@ -79,7 +79,7 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 
 
 def path_hint(error: OSError, path: AnyPath) -> str | None:
-    """The next step where the path itself is at fault; None where something else is."""
+    """Return the next step if the path itself is at fault, else None."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "Check the spelling of the path."
     if error.errno == errno.EISDIR:
@@ -90,13 +90,13 @@ def path_hint(error: OSError, path: AnyPath) -> str | None:
 
 
 def read_error(path: object, error: OSError, kind: type[InputError] = InputError) -> InputError:
-    """The error to raise when `path` cannot be read, of class `kind`; its hint is about the path, not its content."""
+    """Return the error to raise when `path` cannot be read: a `kind` whose hint is about the path, not its content."""
     shown = readable(str(path))
     return kind(f"{shown} cannot be read: {error.strerror or error}.", hint=path_hint(error, shown))
 
 
 def write_error(path: Path, error: OSError) -> HostError | OutputError:
-    """The error to raise when writing below `path` failed: HostError for a full disk, else OutputError."""
+    """Return the error to raise when writing below `path` failed: HostError for a full disk, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent if path.parent.is_dir() else "/").free
         return HostError(
@@ -108,7 +108,7 @@ def write_error(path: Path, error: OSError) -> HostError | OutputError:
 
 
 def readable(path: AnyPath) -> str:
-    """A path as a string for YAML, JSON and terminals: bytes that are not UTF-8 become escapes such as `\\xe9`."""
+    """Return a path as text for YAML, JSON and terminals: bytes that are not UTF-8 become escapes such as `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -134,7 +134,7 @@ def refuse_existing(final: Path) -> None:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A new folder next to `final` that takes its name when the block ends, and is removed if the block raises.
+    """Yield a new folder next to `final`, renamed to `final` when the block ends and removed if the block raises.
 
     Raises:
         OutputError: `final` exists or cannot be written.
@@ -157,7 +157,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
-    """A new file beside `final` that replaces it when the block ends, and vanishes when the block raises."""
+    """Yield a new file next to `final` that replaces it when the block ends, and is removed if the block raises."""
     if not final.parent.is_dir():
         raise _no_folder(final.parent)
     try:
@@ -177,13 +177,13 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 
 def _partial(final: Path) -> str:
-    """Start of a temporary name; cut, so that it fits wherever `final`'s own name does."""
+    """Return the prefix of a temporary name, cut short so that it fits wherever `final`'s own name does."""
     return f".{os.fsencode(final.name)[:100].decode('utf-8', 'ignore')}.partial-"
 
 
 def umask() -> int:
-    """The umask; 0o077 if the kernel does not report it."""
-    # os.umask can only read it by setting another, which would then affect files of other threads.
+    """Return the umask; 0o077 if the kernel does not report it."""
+    # os.umask can read it only by setting another, which would affect files that other threads create meanwhile.
     with suppress(OSError, ValueError), Path("/proc/self/status").open("rb") as file:
         for line in file:
             if line.startswith(b"Umask:"):

@@ -18,14 +18,14 @@ _KEPT_LINES: Final = 40
 
 
 def report_of(model: Model) -> dict[str, Any]:
-    """What was loaded, as JSON types."""
+    """Return what was loaded, as JSON types."""
     info = asdict(model.engine.info)
     info["log"] = info["log"][-_KEPT_LINES:]
     return info
 
 
 def machine_report(root: Path = machine.ROOT) -> dict[str, Any]:
-    """What this machine has, as JSON types; what cannot be read is None or empty. Neither host nor user is named."""
+    """Return what this machine has, as JSON types: None or empty if unreadable, without the names of host and user."""
     memory = machine.memory(root)
     return {
         "board": list(machine.compatible(root)),
@@ -52,7 +52,7 @@ def _system() -> str:
 
 
 def _groups() -> list[str]:
-    """Those of this process that may have to do with the NPU."""
+    """Return this process's groups that may bear on access to the NPU."""
     known = {"root", "video", "render", "rkedge"}
     found = set()
     for number in os.getgroups():

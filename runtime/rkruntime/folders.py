@@ -12,13 +12,14 @@ from typing import Final, Literal
 
 from rkruntime.errors import HostError
 
-# By ProtectHome=, which the daemon's unit has. INVOCATION_ID tells a unit's process, and those of a desktop's terminal.
+# Folders that ProtectHome= hides, as in the daemon's unit. INVOCATION_ID is set in a unit's processes, but also in a
+# desktop's terminal.
 _HIDDEN: Final = ("/home", "/root", "/run/user")
 _DEFAULTS: Final = {"cache": ".cache", "config": ".config", "data": ".local/share", "state": ".local/state"}
 
 
 def hint_if_hidden(path: Path) -> str | None:
-    """What to do about a path that is not found because systemd hides it from this process; None if it does not."""
+    """Return what to do about a path if it is not found because systemd hides it from this process, else None."""
     folder = next(filter(path.absolute().is_relative_to, _HIDDEN), None)
     if "INVOCATION_ID" not in os.environ or folder is None or _shows_anything(folder):
         return None
@@ -34,7 +35,7 @@ def _shows_anything(folder: str) -> bool:
 
 
 def home() -> Path:
-    """The user's home folder. Raises HostError if there is none."""
+    """Return the user's home folder. Raises HostError if there is none."""
     try:
         return Path.home()
     except RuntimeError:  # no HOME, and an account that this machine does not know, as in a container
@@ -42,7 +43,7 @@ def home() -> Path:
 
 
 def own_folder(kind: Literal["cache", "config", "data", "state"]) -> Path:
-    """`$XDG_CACHE_HOME/rkedge` or `~/.cache/rkedge`, and so on; it may not exist yet. Raises HostError."""
+    """Return `$XDG_CACHE_HOME/rkedge` or `~/.cache/rkedge`, and so on; it may not exist yet. Raises HostError."""
     named = Path(os.environ.get(f"XDG_{kind.upper()}_HOME", ""))
     # The specification says to ignore relative paths.
     return (named if named.is_absolute() else home() / _DEFAULTS[kind]) / "rkedge"

@@ -57,11 +57,12 @@ class Model:
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | Sampling | None = None,
     ) -> Request:
-        """The run that answers a question.
+        """Return the request for a run that answers a question.
 
         Args:
             max_new_tokens: 1 or more; -1 for as many as the context has room for; default: the model's own.
-            sampling: Put over the sampling that the model was loaded with, or in its place; requires release 1.3.0.
+            sampling: SamplingOptions override fields of the sampling that the model was loaded with; a Sampling
+                replaces it. Requires release 1.3.0.
 
         Raises:
             RunError: The model is closed.
@@ -80,14 +81,14 @@ class Model:
         return Request(tokens, limit, self.stop_tokens, sampling)
 
     def limit(self, max_new_tokens: int | None) -> int:
-        """The limit of tokens in an answer. Raises UsageError for an invalid one, or what `Engine.check` does."""
+        """Return an answer's limit in tokens. Raises UsageError for an invalid one, or what `Engine.check` raises."""
         self.engine.check()
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         check_limit(limit)
         return limit
 
     def ask(self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any) -> Answer:
-        """The whole answer; see `stream`."""
+        """Return the whole answer; see `stream`."""
         *_, answer = self.stream(question, stop=stop, **wishes)
         assert isinstance(answer, Answer)
         return answer
@@ -95,7 +96,7 @@ class Model:
     def stream(
         self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any
     ) -> Generator[str | Answer, None, None]:
-        """Pieces of text as they arrive, then the Answer. To stop early, close the iterator.
+        """Yield pieces of text as they arrive, then the Answer. To stop early, close the iterator.
 
         Args:
             stop: Text, or texts, before which the answer ends.
@@ -110,7 +111,7 @@ class Model:
     async def astream(
         self, question: Question, *, stop: str | Sequence[str] = (), **wishes: Any
     ) -> AsyncGenerator[str | Answer, None]:
-        """`stream` for asyncio; the prompt is made in a thread."""
+        """Like `stream`, for asyncio; the prompt is made in a thread."""
         ends = _texts(stop)
         request = await asyncio.to_thread(self.request, question, **wishes)
         async with aclosing(astream_answer(self.engine, request, self.prompts.vocabulary, ends)) as pieces:
@@ -118,7 +119,7 @@ class Model:
                 yield piece
 
     def chat(self, system: str = "", *, drop_oldest: bool = False) -> Chat:
-        """A conversation that remembers its turns."""
+        """Begin a conversation that remembers its turns."""
         return Chat(self, system, drop_oldest=drop_oldest)
 
     def close(self) -> None:
@@ -152,7 +153,7 @@ class Chat:
         self.dropped = 0
 
     def ask(self, text: str, *, max_new_tokens: int | None = None, stop: str | Sequence[str] = ()) -> Answer:
-        """The whole answer to the next turn; see `stream`."""
+        """Return the whole answer to the next turn; see `stream`."""
         *_, answer = self.stream(text, max_new_tokens=max_new_tokens, stop=stop)
         assert isinstance(answer, Answer)
         return answer
@@ -160,7 +161,7 @@ class Chat:
     def stream(
         self, text: str, *, max_new_tokens: int | None = None, stop: str | Sequence[str] = ()
     ) -> Generator[str | Answer, None, None]:
-        """Pieces of the answer to the next turn, then the Answer. A turn is kept once its answer has ended.
+        """Yield pieces of the answer to the next turn, then the Answer. A turn is kept once its answer has ended.
 
         Raises:
             ContextFullError: The conversation does not fit, or no longer fits without `drop_oldest`.
@@ -178,7 +179,7 @@ class Chat:
 
 
 def _texts(stop: str | Sequence[str]) -> Sequence[str]:
-    """A single string as a list of one, not of its letters."""
+    """Return the stop texts as a sequence: a single string is one text, not a sequence of letters."""
     texts = (stop,) if isinstance(stop, str) else stop
     check_value("stop", Sequence[str], texts)
     return texts
@@ -198,12 +199,12 @@ def open_model(
     """Open a bundle, find the library, and load the model in a worker process.
 
     Args:
-        bundle: A folder, or as a str also a name: see `rkedge list`.
-        options: Another library, release or context than the default.
+        bundle: A folder; a str may also be a bundle's name, see `rkedge list`.
+        options: Library, release and context, if not the defaults.
         sampling: Options that override the bundle's sampling.
         finding: Called with each finding about this machine.
-        progress: Called with lines while the emulator is built.
-        stop: Stops the load from another thread, with whatever error.
+        progress: Called with lines of output while the emulator is built.
+        stop: Lets another thread stop the load, which then raises an error.
         load_timeout, token_timeout: See LoadOptions, which has the defaults; in seconds.
 
     Raises:
@@ -228,4 +229,4 @@ def open_model(
 
 
 def _ignore(finding: Finding) -> None:
-    """Does nothing: findings are also in `engine.info.findings`."""
+    """Do nothing: findings are also in `engine.info.findings`."""

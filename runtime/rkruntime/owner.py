@@ -1,4 +1,4 @@
-"""What a process may use that was started by it, and a fork of it may not."""
+"""Tell the process that opened a resource from its forks, which must not use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether this is that process."""
+        """Whether the current process is the owner, not a fork of it."""
         return os.getpid() == self._pid
 
     def check(self) -> None:

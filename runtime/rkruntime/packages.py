@@ -1,6 +1,6 @@
-"""What to install if a package is missing, according to rkedge's own metadata.
+"""Tell users what to install if a package is missing, according to rkedge's own metadata.
 
-The commands name other people's packages only: no index has rkedge itself, so whoever registered its name there could
+The commands name only other projects' packages: no index has rkedge itself, so whoever registered its name there could
 have anything installed.
 """
 
@@ -20,7 +20,7 @@ _PACKAGES: Final = {"yaml": "PyYAML"}
 
 
 def import_failed(error: ImportError) -> HostError:
-    """The error for an import that failed: which package it is, and the command that installs it."""
+    """Return the error for a failed import: it names the package and the command that installs it."""
     while isinstance(error.__cause__, ImportError):  # transformers wraps the error that names the package
         error = error.__cause__
     module = (error.name or "").partition(".")[0]
@@ -38,10 +38,10 @@ def import_failed(error: ImportError) -> HostError:
 
 
 def install(*packages: str) -> str:
-    """The command that installs packages into this Python, in the versions that rkedge needs.
+    """Return the command that installs packages into this Python, in the versions that rkedge needs.
 
-    With one that every command may need, all others of that kind that are missing are named too: a board's installation
-    leaves several out.
+    If a package is one of rkedge's base requirements, the command also names the other missing ones: a board's
+    installation leaves several out.
     """
     base, extras = dict(_requirements(extra=False)), dict(_requirements(extra=True))
     wanted = [_canonical(package) for package in packages]
@@ -50,7 +50,7 @@ def install(*packages: str) -> str:
 
 
 def _requirements(*, extra: bool) -> Iterator[tuple[str, str]]:
-    """Each package that rkedge's metadata names, with its versions: of the extras, or of the base."""
+    """Yield name and versions of each package in rkedge's metadata: those of the extras, or of the base."""
     import importlib.metadata  # slow to import, and needed only for an error
 
     try:
@@ -64,7 +64,7 @@ def _requirements(*, extra: bool) -> Iterator[tuple[str, str]]:
 
 
 def _canonical(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """Return a package's name in the normalized form by which indexes compare names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

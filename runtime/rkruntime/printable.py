@@ -1,4 +1,4 @@
-"""Make text from outside safe for a terminal or a log: neither may take anything in it as an instruction."""
+"""Make text from outside safe for a terminal or a log, so that neither takes anything in it as an instruction."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _BREAK: Final = re.compile(f"[\n{_HARMFUL}]")
 
 
 def printable(text: str) -> str:
-    """`text` without control characters; tabs and line feeds stay. For text with lines: an answer, a listing."""
+    """Return `text` without control characters except tab and line feed. For text with lines: an answer, a listing."""
     return _CONTROL.sub("", text)
 
 
 def escaped(document: str) -> str:
-    """A JSON document with control characters as `\\uXXXX`: json.dumps leaves most as they are."""
+    """Return a JSON document with control characters as `\\uXXXX`: json.dumps leaves most as they are."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", document)
 
 
 def one_line(text: str) -> str:
-    """`text` with control characters and line feeds escaped (`\\x1b`). For messages, names and log lines."""
+    """Return `text` with control characters and line feeds escaped (`\\x1b`). For messages, names and log lines."""
     return _BREAK.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def well_formed(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can say "\\ud800"."""
+    """Return `text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: JSON can contain "\\ud800"."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

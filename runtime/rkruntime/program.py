@@ -12,9 +12,9 @@ _START: Final = (
 
 
 def own_command(*words: str) -> list[str]:
-    """The command line of this very rkedge with these words.
+    """Return the command line that runs this very installation of rkedge with the given arguments.
 
-    Isolated, as the current folder may hold modules of anybody; what this process found is passed on.
+    Python runs isolated, as the current folder may hold anybody's modules; the absolute import paths are passed on.
     """
     paths = [path for path in sys.path if path.startswith("/")]
     return [sys.executable, "-I", "-c", _START, json.dumps(paths), *words]

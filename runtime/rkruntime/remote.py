@@ -1,7 +1,7 @@
-"""Run a command on a board: by the user's own OpenSSH with its configuration, so host keys are checked as everywhere.
+"""Run a command on a board with the user's own OpenSSH and its configuration, so host keys are checked as usual.
 
-What comes back is a stranger's: it is read in bounded memory, and only lines that begin with a mark count, as login
-scripts print what they like.
+The output is untrusted: it is read in bounded memory, and only lines that begin with a mark count, as login scripts
+print what they like.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from rkruntime.printable import one_line
 SSH_VARIABLE: Final = "RKEDGE_SSH"
 _MOST_NOTES: Final = 1 << 14
 _MOST_LINES: Final = 12
-# For a board that does not read what it is sent.
+# Time limit for a board that does not read what is sent to it.
 _STALLED_S: Final = 300.0
-# For what a process that has ended may have left in its pipe.
+# Time for reading what an ended process has left in its pipe.
 _LAST_S: Final = 1.0
-# Lines of an endless one, until somebody takes them.
+# Lines of an endless command that are queued until the caller takes them.
 _MOST_WAITING: Final = 2
 _MISSING: Final = {"ssh": "Install the OpenSSH client.", "sudo": "Leave out --sudo, or run rkedge doctor as root."}
 # A dead connection is noticed after 15 seconds, not after TCP's quarter of an hour; so is one that cannot be made.
 _SSH: Final = ("ssh", "-T", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
-# What OpenSSH takes for neither a user nor a host since 9.6: a shell may read it, in a ProxyCommand or in our hints.
+# What OpenSSH since 9.6 refuses in a user or host name: a shell may interpret it, in a ProxyCommand or in our hints.
 _NO_DESTINATION: Final = re.compile(r"""^-|@-|//-|[\s'"`$;&<>|(){}]""")
 _NOT_FOUND: Final = re.compile(
     r"(?:^|[:\s'])(sudo|python3)'?: (?:command )?not found|No such file or directory: '(sudo)'"
 )
-# What sudo says, and then does what it was told.
+# Warnings of sudo after which it still runs the command.
 _WARNED: Final = re.compile(r"sudo: (?:unable to resolve host|setrlimit)")
 
 
 def missing_tool(notes: Sequence[str]) -> str:
-    """Which of sudo and python3 a shell, sudo or Python has not found there; empty if they do not say so."""
+    """Return `sudo` or `python3` if the notes say that the board does not have it, else an empty string."""
     found = (match for line in notes for match in _NOT_FOUND.finditer(line))
     return next((match[1] or match[2] for match in found), "")
 
 
 def refused_by_sudo(notes: Sequence[str]) -> bool:
-    """Whether sudo says, in whatever language, that it does nothing."""
+    """Whether sudo says, in whatever language, that it will not run the command."""
     return any("sudo:" in line.lower() and not _WARNED.search(line) for line in notes) or any(
         "not in the sudoers" in line or "may not run sudo" in line for line in notes
     )
 
 
 def ssh_command(destination: str, *remote: str) -> list[str]:
-    """The command that runs `remote` there. ssh joins its words with spaces, and the shell there reads them.
+    """Return the ssh command that runs `remote` on the board. ssh joins the words with spaces, for the board's shell.
 
     Raises:
-        UsageError: The destination is empty or none, or the variable with the user's ssh command cannot be read.
+        UsageError: The destination is empty or invalid, or the variable with the user's ssh command cannot be parsed.
     """
     if not destination:  # a variable of a script that was not set
         raise UsageError("The board has an empty name.", hint="Name it as for ssh: user@board")
@@ -68,12 +68,12 @@ def ssh_command(destination: str, *remote: str) -> list[str]:
 
 
 def words_of(variable: str) -> list[str]:
-    """The command in an environment variable, word by word; empty if it is not set. Raises UsageError."""
+    """Split the command in an environment variable into words; empty if it is not set. Raises UsageError."""
     return words_of_text(os.environ.get(variable, ""), variable)
 
 
 def words_of_text(text: str, where: str) -> list[str]:
-    """A command, word by word. Raises UsageError, which names where it stands."""
+    """Split a command into words. Raises UsageError, which names `where` the command was given."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -83,7 +83,7 @@ def words_of_text(text: str, where: str) -> list[str]:
 
 
 class Notes:
-    """The end of what a process says on standard error, in bounded memory: ssh, sudo, or what they run on a board.
+    """The last output on standard error of a process (ssh, sudo, or the command on a board), in bounded memory.
 
     Nobody waits for the end of the stream: a child, such as the master of ssh's shared connections, may keep it open.
     """
@@ -99,7 +99,7 @@ class Notes:
                 self._text = (self._text + block)[-_MOST_NOTES:]
 
     def lines(self) -> list[str]:
-        """Its last lines, when the process has ended."""
+        """Return the last lines; call it when the process has ended."""
         self._reader.join(_LAST_S)
         self._enough = True
         return [one_line(line) for line in self._text.decode("utf-8", "replace").splitlines()][-_MOST_LINES:]
@@ -109,16 +109,16 @@ class Remote:
     """A process, on a board or here: its standard input, the marked lines that it prints, and its notes.
 
     Args:
-        mark: What the lines that count begin with, somewhere behind what was printed without a line feed.
-        most: Bytes that it may print altogether.
-        endless: It may go on, as long as each line that counts comes within `most` bytes; it waits for their reader.
+        mark: Where a line that counts begins; text before it in the line, printed without a line feed, is ignored.
+        most: Limit of the whole output in bytes.
+        endless: Output may go on as long as each line that counts comes within `most` bytes; it waits for its reader.
 
     Attributes:
-        flooded: Whether it printed more than that.
-        over: Whether it will print nothing more, and all lines were taken.
+        flooded: Whether the process printed more than `most` allows.
+        over: Whether the output has ended and all lines were taken.
 
     Raises:
-        ServiceError: It cannot be started.
+        ServiceError: The command cannot be started.
     """
 
     def __init__(self, command: Sequence[str], mark: bytes, most: int, *, endless: bool = False) -> None:
@@ -153,7 +153,7 @@ class Remote:
         self._found.put(None)
 
     def send(self, data: bytes) -> bool:
-        """Write to its standard input; returns whether anybody still reads it."""
+        """Write to the process's standard input; returns whether anybody still reads it."""
         assert self._process.stdin is not None
         left, room = memoryview(data), select.poll()
         try:
@@ -169,13 +169,13 @@ class Remote:
         return True
 
     def sent(self) -> None:
-        """Close its standard input."""
+        """Close the process's standard input."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
 
     def line(self, patience: float) -> bytes | None:
-        """The next marked line; None at the end, or if none comes within so many seconds."""
+        """Return the next marked line; None at the end, or if none comes within `patience` seconds."""
         try:
             found = self._found.get(timeout=patience)
         except queue.Empty:
@@ -184,7 +184,7 @@ class Remote:
         return found
 
     def end(self, grace: float) -> int | None:
-        """Wait so many seconds for its end, then kill it; returns its exit status, None if it did not end by itself."""
+        """Wait `grace` seconds for the process, then kill it; returns its exit status, None if it had to be killed."""
         status = None
         try:
             self.sent()
@@ -201,5 +201,5 @@ class Remote:
 
     @property
     def notes(self) -> list[str]:
-        """The last lines of its standard error, when it has ended."""
+        """The last lines of the process's standard error, once it has ended."""
         return self._notes.lines()

@@ -15,15 +15,15 @@ _IN_CHECKOUT = {"emulator": "board/emulator", "configs": "configs", "board": "bo
 
 
 def resource(name: str) -> Path:
-    """The folder of a resource (`emulator`: C++ sources; `configs`: recipes, board profiles, settings;
-    `board`: units, rules and requirements of a board)."""
+    """Return the folder of a resource (`emulator`: C++ sources; `configs`: recipes, board profiles, settings;
+    `board`: a board's units, udev rules and requirements)."""
     installed = _INSTALLED / name
     return installed if installed.is_dir() else _CHECKOUT / _IN_CHECKOUT[name]
 
 
 @cache
 def table(name: str) -> Any:
-    """The data in rkruntime/data/NAME.yaml, read once."""
+    """Return the data in rkruntime/data/NAME.yaml, read once."""
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster with libyaml
     text = (Path(__file__).resolve().parent / "data" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.load(text, Loader=loader)  # noqa: S506 - a safe loader

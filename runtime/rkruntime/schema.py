@@ -1,7 +1,7 @@
-"""The declared types of dataclasses, checked: contents of files (`build`) and arguments of callers (`check_fields`).
+"""Check the declared types of dataclasses: contents of files (`build`) and arguments of callers (`check_fields`).
 
-Errors name the key or the field. msgspec reads a dataclass without a word about its unknown keys, so that a mistyped
-setting would have no effect (0.22); cattrs leaves ranges and wording to its caller, which is most of this module.
+Errors name the key or the field. msgspec (0.22) ignores unknown keys of a dataclass silently, so that a mistyped
+setting would have no effect; cattrs leaves ranges and wording to its caller, which is most of this module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Between(NamedTuple):
         return f"from {self.least:,} to {self.most:,}"
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is in the range; NaN is in none."""
+        """Whether `value` is in the range; NaN never is."""
         return self.least <= value <= self.most
 
 
@@ -124,7 +124,7 @@ class _Builder:
 
 
 def _key(where: str, name: object) -> str:
-    # A name that is not a field can have any length.
+    # The name of an unknown field may have any length.
     shown = str(name)[:80]
     return f"{where}.{shown}" if where else shown
 
@@ -136,7 +136,7 @@ def _nearest(key: object, known: Iterable[str]) -> str:
 
 @cache
 def types_of(kind: type[Any]) -> Mapping[str, Any]:
-    """The declared types of a dataclass's fields."""
+    """Return the declared types of a dataclass's fields, by name."""
     hints = get_type_hints(kind, include_extras=True)
     return {item.name: hints[item.name] for item in fields(kind)}
 
@@ -155,10 +155,10 @@ def check_value(name: str, kind: Any, value: Any) -> None:
 
 
 def shown(value: object) -> str:
-    """A value that a caller gave, for a message."""
+    """Return a caller's value as short text for a message."""
     try:
         text = repr(value)
-    except Exception:  # such as of a whole number with more than 4,300 digits
+    except Exception:  # such as for an int with more than 4,300 digits
         text = type(value).__name__
     return text if len(text) <= 40 else f"{text[:40]}..."
 
@@ -173,7 +173,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return callable(value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if isinstance(value, (str, bytes, bytearray)):  # a text is not the list of its letters
+    if isinstance(value, (str, bytes, bytearray)):  # a string is not a sequence of its letters
         return origin is None and isinstance(value, kind)
     return isinstance(value, origin or kind) and _fit(origin, arguments, value)
 

@@ -1,8 +1,8 @@
 """`rkedge run --selftest`: whether a loaded bundle says what its float model said when it was converted.
 
-A token that is not the expected one counts only if the float model holds it so much less likely that rounding does not
-explain it (`SelfTest.tolerance`). After each difference the expected answer so far is given, and the model goes on from
-there: one early difference hides nothing that comes later.
+A token that is not the expected one counts only if the float model considers it so much less likely that rounding does
+not explain it (`SelfTest.tolerance`). After each difference, the model continues from the expected answer so far, so
+that one early difference hides nothing that comes later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rkruntime.schema import check_value
 from rkruntime.text.template import Message
 from rkruntime.words import counted
 
-# Clear differences after which the rest of an answer is not asked for: each costs a run.
+# Clear differences after which the rest of an answer is skipped: each costs a run.
 _ENOUGH: Final = 4
 _MOST_TEXT: Final = 40
 # What the engine finds when a library reads more than it was sent; see rkruntime.engine.observed.
@@ -34,9 +34,9 @@ class Difference:
     Attributes:
         position: Its number in the answer, from 1.
         expected, found: Ids; None if the answer ended there.
-        expected_text, found_text: What they stand for, for a person.
-        gap: How far the float model's logit of what was found is behind that of what was expected, at least.
-        clear: Whether that is more than rounding explains.
+        expected_text, found_text: The tokens as a person reads them.
+        gap: By how much the float model's logit of the found token is behind that of the expected one, at least.
+        clear: Whether `gap` is more than rounding explains.
     """
 
     position: int
@@ -60,8 +60,8 @@ class QuestionResult:
 
     Attributes:
         question: Its text.
-        sent: Tokens of the prompt, and `read` how many the library says it has read.
-        compared: Tokens of the answer that were compared, of `expected`.
+        sent: Number of tokens in the prompt; `read` is how many the library says it has read.
+        compared: Number of tokens of the answer that were compared, out of `expected`.
         differences: In the order of the answer.
         as_converted: Whether the bundle's template and tokenizer still make the same tokens of the question.
         runs_on: Whether the library went on after the token that ends the answer, and nothing else ended it.
@@ -92,7 +92,7 @@ class QuestionResult:
 
 
 class Problem(NamedTuple):
-    """What is wrong: `template`, `end`, `garbage` or `degraded`; or `undecided` if nothing could be seen."""
+    """What is wrong; `code` is `template`, `end`, `garbage`, `degraded`, or `undecided` if the test could not tell."""
 
     code: str
     message: str
@@ -101,12 +101,12 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """What a self-test showed.
+    """The result of a self-test.
 
     Attributes:
-        tolerance: How far behind a token may be for rounding to explain it, in logits.
+        tolerance: The largest gap between two logits that rounding explains.
         problems: The worst first; none if all is well.
-        notes: What was noticed about the library, and is taken care of.
+        notes: Peculiarities of the library that were noticed and are worked around.
     """
 
     questions: tuple[QuestionResult, ...]
@@ -122,7 +122,7 @@ class SelfTestResult:
         return self.problems[0].code if self.problems else "same"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the result as JSON types."""
         problems = [item._asdict() for item in self.problems]
         return {"verdict": self.verdict, **asdict(self), "problems": problems}
 
@@ -186,7 +186,7 @@ def _expected(model: Model) -> SelfTest:
 
 
 class _Run(NamedTuple):
-    """The tokens of a run, None for an end, and how many tokens the library says it has read."""
+    """The tokens of a run, with None for its end, and how many tokens of the prompt the library says it has read."""
 
     steps: list[int | None]
     read: int | None
@@ -196,7 +196,7 @@ def _run(model: Model, tokens: Sequence[int], most: int) -> _Run:
     *events, end = model.engine.generate(Request(tokens, most, model.stop_tokens))
     assert isinstance(end, Finished)
     ids: list[int | None] = [event.token_id for event in events if isinstance(event, Token)]
-    # An end at the limit may be the limit.
+    # At the limit, an end may be due to the limit rather than the model.
     ended = end.reason is FinishReason.STOP and len(ids) < most
     return _Run([*ids, None] if ended else ids, end.perf.prefill_tokens if end.perf else None)
 
@@ -211,12 +211,12 @@ def _asked(model: Model, test: SelfTest, question: Question) -> QuestionResult:
         run = _run(model, [*question.tokens, *ids[:done]], left + 1)
         read = run.read if done == 0 else read
         runs_on = question.ends and len(run.steps) > left and run.steps[left] is not None
-        for found in run.steps[:left] or [None]:  # a run without a token has ended, too
+        for found in run.steps[:left] or [None]:  # a run without any token counts as an end
             done += 1
             if found != ids[done - 1] and not (found is None and question.ends and done > last):
                 differences.append(_difference(model, test, question, done, found))
                 break
-    # What goes on after another token than the end is not what is asked here.
+    # `runs_on` is about what follows the expected end token, not another token in its place.
     runs_on = runs_on and done > last and not (differences and differences[-1].position == done)
     same = _tokens_now(model, question) == list(question.tokens)
     return QuestionResult(
@@ -226,7 +226,7 @@ def _asked(model: Model, test: SelfTest, question: Question) -> QuestionResult:
 
 def _difference(model: Model, test: SelfTest, question: Question, position: int, found: int | None) -> Difference:
     step = question.answer[position - 1]
-    # Which token ended it is not known: one that would end answers if it is the expected one should not.
+    # Which stop token ended the answer is not known, but it was not the expected token.
     gap = step.gap(found) if found is not None else step.gap(*(model.stop_tokens - {step.ids[0]}))
     return Difference(
         position=position,
@@ -240,7 +240,7 @@ def _difference(model: Model, test: SelfTest, question: Question, position: int,
 
 
 def _text(model: Model, token: int) -> str:
-    """A token as a person reads it: its id, and in quotes what it stands for."""
+    """Return a token as a person reads it: its id, and its text in quotes."""
     vocabulary = model.prompts.vocabulary
     names = [name for name, known in vocabulary.control.items() if known == token]
     text = (names[0] if names else vocabulary.decode([token]))[:_MOST_TEXT]
@@ -248,7 +248,7 @@ def _text(model: Model, token: int) -> str:
 
 
 def _tokens_now(model: Model, question: Question) -> list[int]:
-    """What the bundle's template and tokenizer make of a question; empty if they refuse it."""
+    """Return the tokens that the bundle's template and tokenizer now give for a question; empty if they refuse it."""
     try:
         return model.prompts.prompt([Message("user", question.question)], model.engine.info.max_context)[0]
     except (ContextFullError, UsageError):
@@ -256,13 +256,13 @@ def _tokens_now(model: Model, question: Question) -> list[int]:
 
 
 def _findings(model: Model) -> dict[str, str]:
-    """What runs have shown about the library, by code."""
+    """Return the messages of findings that runs (not the load) have made about the library, by code."""
     loaded = {finding.code for finding in model.engine.info.findings}
     return {item.code: item.message for item in model.engine.findings if item.code not in loaded}
 
 
 def _problems(model: Model, test: SelfTest, results: Sequence[QuestionResult]) -> list[Problem]:
-    """What the results say together, the worst first."""
+    """Return the problems that the results show together, the worst first."""
     clear = [item for result in results for item in result.clear]
     found = [] if all(result.as_converted for result in results) else [_OTHER_PROMPTS]
     if clear:
@@ -277,7 +277,7 @@ def _problems(model: Model, test: SelfTest, results: Sequence[QuestionResult]) -
 
 
 def _cause(model: Model, test: SelfTest, results: Sequence[QuestionResult], clear: Sequence[Difference]) -> Problem:
-    """Why there are clear differences."""
+    """Return the problem that explains the clear differences."""
     findings, ids = _findings(model), {item.found for item in clear if item.found is not None}
     strange = [token for token in ids if not test.knows(token)]
     if strange:

@@ -10,7 +10,7 @@ from rkruntime.errors import ServiceError
 
 
 class Stop:
-    """Stop the current work, such as waiting for a process, and whatever would begin next."""
+    """A request to stop the current work, such as waiting for a process, and whatever would begin next."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,13 +25,13 @@ class Stop:
                 end()
 
     def check(self, _: object = None) -> None:
-        """Raise ServiceError if the work is to stop."""
+        """Raise ServiceError if a stop was requested."""
         if self.asked:
             raise ServiceError("The load was stopped.", hint="Load the model again.")
 
     @contextmanager
     def ending(self, end: Callable[[], object]) -> Iterator[None]:
-        """Call `end` if the work is to stop, now or while the block runs. It must be quick, and must not raise."""
+        """Call `end` if a stop is requested before or while the block runs. `end` must be quick and must not raise."""
         with self._lock:
             self._ends.append(end)
             if self.asked:

@@ -27,8 +27,8 @@ _HISTORY_LINES: Final = 1000
 def open_streams() -> Sequence[str]:
     """Put something in place of each standard stream that was closed when this process was started.
 
-    Else the next file or pipe that is opened would take its number. Reading the input or writing an answer there fails
-    with EBADF; messages to standard error are lost.
+    Otherwise the next file or pipe to be opened would take its number. Reading the input or writing an answer there
+    fails with EBADF; messages to standard error are lost.
 
     Returns:
         What was closed, in words.
@@ -45,12 +45,12 @@ def open_streams() -> Sequence[str]:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - stays open
             closed.append(words)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # the C locales would pass on what is not UTF-8
+        sys.stdin.reconfigure(errors="strict")  # in the C locale, Python would let invalid UTF-8 through
     return closed
 
 
 def settle_streams() -> None:
-    """Drop output that cannot be written, as its writer has been told: Python would complain again at exit."""
+    """Drop output that cannot be written: its writer has had the error, and Python would complain again at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -59,7 +59,7 @@ def settle_streams() -> None:
 
 
 def _put(handle: int, number: int) -> None:
-    """Give an open file this number."""
+    """Move an open file to the descriptor `number`."""
     if handle != number:
         os.dup2(handle, number)
         os.close(handle)
@@ -69,7 +69,7 @@ def say(text: str = "", *, lead: str = "", err: bool = False, nl: bool = True, *
     """Print a text that may contain anything. Commands print only through this; see rkruntime.printable.
 
     Args:
-        lead: Our own text in front of it, with or without style.
+        lead: Trusted text in front of it, which may contain escape sequences.
         err: Print to standard error. If nothing can be written there, the message is lost, and the work goes on.
         style: Options of click.style.
     """
@@ -84,7 +84,7 @@ def say_json(value: Any, indent: int | None = 2) -> None:
 
 
 def console(**options: Any) -> Console:
-    """A rich console that makes the contents of tables and progress bars printable."""
+    """Return a rich console that makes the contents of tables and progress bars printable."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -94,7 +94,7 @@ def console(**options: Any) -> Console:
                 yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
         def on_broken_pipe(self) -> None:
-            raise  # rich calls this where it handles the error, and would exit with 1 itself
+            raise  # rich calls this while it handles the error, and would exit with 1 itself
 
     return Printable(**options)
 
@@ -103,7 +103,7 @@ class Terminal:
     """Standard input and output.
 
     Attributes:
-        interactive: Whether a user reads and types. If not, there are no prompts and no colours, and notes go to
+        interactive: Whether a user reads and types. If not, there are no prompts and no colors, and notes go to
             standard error.
     """
 
@@ -115,10 +115,10 @@ class Terminal:
         self._within_line = False
 
     def read(self, prompt: str) -> str | None:
-        """The next message, or None at the end of the input: from a program, a line as it is.
+        """Return the next message, or None at the end of the input. A program's line is taken as it is.
 
-        A person's line that begins with three quotes opens a block up to three more; a backslash at its end joins the
-        next one.
+        A user's line that begins with three quotes opens a block up to the next three; a backslash at its end joins the
+        next line.
 
         Raises:
             KeyboardInterrupt: Ctrl-C while typing.
@@ -156,11 +156,11 @@ class Terminal:
         return line.rstrip("\r\n") if line else None
 
     def _prompt(self, text: str) -> str:
-        # \x01 and \x02 tell readline that what is between them has no width.
+        # \x01 and \x02 tell readline that the text between them has no width.
         return f"\x01\x1b[1;34m\x02{text}\x01\x1b[0m\x02" if self._colour else text
 
     def write(self, text: str) -> None:
-        """Write a piece of an answer at once; unchanged if it goes to a file or a program."""
+        """Write a piece of an answer and flush it; control characters stay only if it goes to a file or a program."""
         sys.stdout.write(printable(text) if self.interactive or sys.stdout.isatty() else text)
         sys.stdout.flush()
         self._within_line = not text.endswith("\n")
@@ -171,7 +171,7 @@ class Terminal:
             self.write("\n")
 
     def note(self, text: str = "") -> None:
-        """Print a line about the chat, not part of it; without a user, it goes to standard error."""
+        """Print a line that is about the chat and not part of it; to standard error if no user is there."""
         say(text, err=not self.interactive, dim=self._colour)
 
     def error(self, text: str) -> None:
@@ -191,12 +191,12 @@ class Terminal:
 
 
 def history_file() -> Path:
-    """The file that keeps the user's questions."""
+    """Return the path of the file that keeps the user's questions."""
     return own_folder("state") / "history"
 
 
 def _line_editor(history: Path | None, words: Sequence[str]) -> ModuleType | None:
-    """readline with a history and completion of `words`; None if Python was built without it."""
+    """Return readline with a history and completion of `words`; None if Python was built without it."""
     try:
         import readline
     except ImportError:
@@ -212,7 +212,7 @@ def _line_editor(history: Path | None, words: Sequence[str]) -> ModuleType | Non
     # A pasted text of several lines stays one message.
     readline.parse_and_bind("set enable-bracketed-paste on")
     if history:
-        # There may be none yet; the chat works without it.
+        # There may be no history yet; the chat works without it.
         with suppress(OSError):
             readline.read_history_file(str(history))
     return readline

@@ -1,4 +1,4 @@
-"""For tests of programs that use rkruntime: an engine that gives scripted answers, without a library or a process.
+"""Help to test programs that use rkruntime: an engine that gives scripted answers, without a library or a process.
 
     from rkruntime.testing import fake_model
 
@@ -28,7 +28,7 @@ from rkruntime.stop import Stop
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-# An answer: a text, or token ids mixed with exceptions to raise and functions to call.
+# A scripted answer: a text, or token ids mixed with exceptions to raise and functions to call.
 Script = str | Sequence[Any]
 
 _BOS: Final = 256
@@ -48,7 +48,7 @@ class FakeEngine:
     Attributes:
         answers: Remaining answers. An exception in one is raised in its place; a function is called, and the run then
             waits for `abort`.
-        encode: Token ids of a text; default: UTF-8.
+        encode: Function from a text to its token ids; default: the bytes of its UTF-8.
         requests: Every run requested.
         aborted: Runs whose reader left early.
     """
@@ -64,7 +64,7 @@ class FakeEngine:
 
     @property
     def info(self) -> ModelInfo:
-        """The facts of an emulated 1.2.3."""
+        """The facts of an emulated librkllmrt.so 1.2.3."""
         return ModelInfo(
             release="1.2.3",
             layout="L6",
@@ -84,7 +84,7 @@ class FakeEngine:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """None."""
+        """The findings of `info`; there are none."""
         return self.info.findings
 
     @property
@@ -93,12 +93,12 @@ class FakeEngine:
         return not self.closed
 
     def check(self) -> None:
-        """See `alive`."""
+        """Raise RunError if the engine is closed."""
         if self.closed:
             raise RunError("The model is closed.", hint="Load it again.")
 
     def generate(self, request: Request, stop: Stop | None = None) -> Generator[Event, None, None]:
-        """The next answer's tokens, then Finished."""
+        """Yield the next answer's tokens, then Finished."""
         self.check()
         self.requests.append(request)
         if not self.answers:
@@ -135,32 +135,32 @@ class FakeEngine:
         yield Finished(reason, len(request.tokens), count)
 
     async def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio."""
+        """Like `generate`, for asyncio."""
         for event in self.generate(request):
             yield event
 
     async def deliver(self, request: Request, take: Callable[[list[Event]], bool]) -> None:
-        """`agenerate`, with each event given to `take`."""
+        """Like `agenerate`, but pass each event to `take`, until it returns False."""
         async with aclosing(self.agenerate(request)) as events:
             async for event in events:
                 if not take([event]):
                     break
 
     def abort(self) -> None:
-        """End the run."""
+        """End the current run."""
         self._abort.set()
 
     def kill(self) -> None:
-        """See `alive`."""
+        """Close the engine."""
         self.closed = True
 
     def close(self) -> None:
-        """See `alive`."""
+        """Close the engine."""
         self.closed = True
 
 
 class _Prompts:
-    """Gemma's template over the bytes of UTF-8: a token is a byte or a control token."""
+    """Makes prompts with Gemma's template; a token is a byte of UTF-8 or a control token."""
 
     lost = False
 
@@ -193,7 +193,7 @@ class _Prompts:
 
 
 def fake_manifest(**facts: Any) -> Manifest:
-    """The manifest of an emulated Gemma 2 without files, with the given fields replaced."""
+    """Return the manifest of an emulated Gemma 2 without files, with the given fields replaced."""
     fields: dict[str, Any] = {
         "name": "fake",
         "family": "gemma2",
@@ -215,7 +215,7 @@ def fake_manifest(**facts: Any) -> Manifest:
 
 
 def fake_model(*answers: Script, max_context: int = 4096) -> Model:
-    """A Model that needs no files, with a FakeEngine that gives these answers."""
+    """Return a Model that needs no files, with a FakeEngine that gives these answers."""
     manifest = fake_manifest(max_context=max_context)
     engine = FakeEngine(list(answers), max_context=max_context)
     return Model(Bundle(Path("fake"), manifest), cast(Any, engine), cast(Any, _Prompts()), GREEDY)

@@ -14,7 +14,7 @@ _VERSION: Final = re.compile(r"\d{1,20}(?:\.\d{1,20}){0,5}(?:b\d{0,20})?", re.AS
 
 
 def version(text: str) -> Version:
-    """The version at the beginning of a text: `1.2.1b1` comes before `1.2.1`, and `5.10.160-rockchip` is 5.10.160.
+    """Parse the version at the beginning of a text: `1.2.1b1` sorts before `1.2.1`; `5.10.160-rockchip` is 5.10.160.
 
     Raises:
         ValueError: The text does not begin with a number.

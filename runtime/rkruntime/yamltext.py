@@ -1,9 +1,9 @@
-"""Untrusted YAML: plain data, each key once, nothing that expands while it is read.
+"""Read untrusted YAML: plain data, each key once, nothing that expands while it is read.
 
 PyYAML's safe loaders build no objects but still have four faults here: libyaml's loader crashes with a stack overflow
-when lists are deeply nested, aliases make a short text expand to gigabytes, of two equal keys the first is silently
-dropped, and they read YAML 1.1, where `1_0` is 10, `010` is 8, `1:30` is 90, `on` is true and `<<` merges. Whatever
-YAML 1.1 and 1.2 read differently is a string here.
+when lists are deeply nested, aliases make a short text expand to gigabytes, the first of two equal keys is silently
+dropped, and they read YAML 1.1, where `1_0` is 10, `010` is 8, `1:30` is 90, `on` is true and `<<` merges. A scalar
+that YAML 1.1 and 1.2 read differently is a string here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Loader(_Base):  # type: ignore[misc]
         return value
 
 
-# What an unquoted text may be besides a string, with the characters that it begins with.
+# The types of unquoted scalars besides strings: their syntax, and the characters that they can begin with.
 _PLAIN: Final = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -59,7 +59,7 @@ for _name in ("int", "float"):
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """The single document in a text (JSON is YAML too).
+    """Return the single document in a text (JSON is YAML too).
 
     Raises:
         yaml.YAMLError: It is not YAML, or has aliases, tags, a key that occurs twice, a number beyond 64 bits, or lists
@@ -85,7 +85,7 @@ def _check(text: str | bytes) -> None:
 
 
 def read_mapping(path: Path, fail: Callable[[str], Exception]) -> dict[str, Any]:
-    """The mapping in a file; an empty file is an empty mapping.
+    """Return the mapping in a file; an empty file is an empty mapping.
 
     Raises:
         The result of `fail` for "cannot be read: WHY" and the like.

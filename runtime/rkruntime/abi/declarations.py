@@ -1,6 +1,6 @@
-"""rkllm.h as data: every field, enum value, callback and function once, with the releases that have it.
+"""rkllm.h as data: every field, enum value, callback and function once, with the range of releases that have it.
 
-Types are written as in the header. Order is memory order. `since` and `until` are releases, both included.
+Types are written as in the header, fields are in memory order. `since` and `until` are releases, both included.
 Source: public headers of airockchip/rknn-llm, releases 1.0.0 to 1.3.0.
 """
 
@@ -136,7 +136,7 @@ STRUCTS: Final[dict[str, tuple[Field, ...]]] = {
         Field("size_t", "image_height", "1.2.1b1", "1.2.3"),
         Field("RKLLMImageInput", "image", "1.3.0"),
         Field("RKLLMVideoInput", "video", "1.3.0"),
-        # Only the size of this member is known, not its fields; zeros mean no audio.
+        # Of this member only the size is known, not its fields; all zeros mean no audio.
         Field("uint64_t[6]", "audio", "1.3.1"),
     ),
     "RKLLMInput": (

@@ -78,7 +78,7 @@ def within(version: str, since: str, until: str) -> bool:
 
 
 def check_release(version: str, among: Sequence[str] = CALLABLE, owner: str = "RKLLM") -> Release:
-    """The release with exactly this version. Raises UsageError, which lists those of `among`."""
+    """Return the release with exactly this version. Raises UsageError, which lists the releases in `among`."""
     if version in among:
         return RELEASES[version]
     refused = RELEASES[version].refused if version in RELEASES else ""
@@ -87,7 +87,7 @@ def check_release(version: str, among: Sequence[str] = CALLABLE, owner: str = "R
 
 
 def release_named(version: str) -> Release:
-    """The release that the user named. Raises LibraryError if there is none, or it is refused."""
+    """Return the release that the user named. Raises LibraryError if it does not exist or is refused."""
     release = RELEASES.get(version)
     if release is None:
         raise LibraryError(

@@ -37,7 +37,7 @@ class Prototype(NamedTuple):
 
 
 def fields_of(name: str, version: str) -> tuple[Field, ...]:
-    """The members of a struct or union in a release, in memory order; empty if the release has no such type."""
+    """Return the members of a struct or union in a release, in memory order; empty if the release has no such type."""
     declared = STRUCTS.get(name) or UNIONS[name]
     return tuple(item for item in declared if within(version, item.since, item.until))
 
@@ -47,22 +47,22 @@ def _function_in(table: tuple[Function, ...], version: str) -> dict[str, Functio
 
 
 def functions_of(version: str) -> dict[str, Function]:
-    """The functions that a release declares."""
+    """Return the functions that a release declares."""
     return _function_in(FUNCTIONS, version)
 
 
 def callbacks_of(version: str) -> dict[str, Function]:
-    """The callback types that a release declares."""
+    """Return the callback types that a release declares."""
     return _function_in(CALLBACKS, version)
 
 
 def enum_values(name: str, version: str) -> dict[str, int]:
-    """Names and values of an enum in a release."""
+    """Return names and values of an enum in a release."""
     return {item.name: item.value for item in ENUMS[name] if within(version, item.since, item.until)}
 
 
 def since(name: str) -> str:
-    """The first release that has a function, or a field given as `Struct.field`."""
+    """Return the first release that has a function, or a field given as `Struct.field`."""
     struct, _, field = name.partition(".")
     if field:
         return next(item.since for item in STRUCTS[struct] if item.name == field)
@@ -107,7 +107,7 @@ class Abi:
         return dict(_SCALARS)
 
     def _resolve(self, declared: str) -> Any:
-        """The ctypes type of a C type as written in the header."""
+        """Return the ctypes type of a C type as written in the header."""
         text = declared.removeprefix("const ")
         if text not in self._resolved:
             self._resolved[text] = self._make(text)
@@ -147,5 +147,5 @@ def _abi(layout: str) -> Abi:
 
 
 def abi_of(version: str) -> Abi:
-    """The interface of a release. Releases with the same layout share it."""
+    """Return the interface of a release. Releases with the same layout share one."""
     return _abi(RELEASES[version].layout)

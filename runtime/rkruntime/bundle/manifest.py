@@ -35,16 +35,17 @@ TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
 PLAN: Final = "report/plan.json"
 _READ: Final = (TOKENIZER, TEMPLATE, GENERATION_CONFIG)
-# Bytes. Gemma's tokenizer.json takes 17 MB (transformers 4 layout of the merges) to 34 MB; the others a few thousand.
+# Limits in bytes. Gemma's tokenizer.json takes 17 MB (merges as transformers 4 writes them) to 34 MB; the other files
+# take a few thousand bytes.
 MAX_TOKENIZER: Final = 128 << 20
 MAX_TEMPLATE: Final = 1 << 20
 _MAX_SETTINGS: Final = 1 << 20
-# Bundles to list in a message about the folder that holds them.
+# Most bundles to list in a message about the folder that holds them.
 _MOST_NAMED: Final = 8
 
 
-# What converters write is far shorter. Names appear in each message and in each event of a stream; a path of 4,096
-# bytes has 16,384 characters if none of its bytes is UTF-8.
+# Lengths in characters; converters write far less. Names appear in each message and in each event of a stream; a path
+# of 4,096 bytes has 16,384 characters if none of its bytes is UTF-8.
 _Name = Annotated[str, Length(1024)]
 _Text = Annotated[str, Length(1 << 14)]
 
@@ -74,18 +75,18 @@ class Manifest:
     """The contents of `rkedge.yaml`.
 
     Attributes:
-        name: The folder's name when it was made.
+        name: The folder's name when the bundle was made.
         family: `gemma2` or `gemma`.
         size: `2B`, `9B` or `27B`; the parameter count for others.
         target: `emulator` or `toolkit`.
         platform: SoC in lower case, such as `rk3588`.
         dtype: Quantized type, such as `w8a8`.
         max_context: Limit built into the model file, in tokens.
-        toolkit_version: Release of rkllm-toolkit that made it, or whose behaviour the emulator file follows.
+        toolkit_version: Release of rkllm-toolkit that made the model file, or that an emulator file imitates.
         model_file: Name of the model file in the folder.
         stop_token_ids: Tokens that end an answer.
         system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
-        special_tokens: Names that the chat template may use, such as `eos_token`, where they differ from Gemma's.
+        special_tokens: Special tokens by their names in templates, such as `eos_token`, if they differ from Gemma's.
         files: Every file except the manifest, by its path in the folder.
         options: The conversion's exact options, for reading and for repeating it.
     """
@@ -115,7 +116,7 @@ class Manifest:
     schema: _Name = SCHEMA
 
     def to_yaml(self) -> str:
-        """The manifest as YAML, in field order."""
+        """Return the manifest as YAML, in field order."""
         plain = json.loads(json.dumps(asdict(self)))
         return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
 
@@ -126,7 +127,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over the whole manifest, and so over its files: bundles of one name may be different models."""
+        """A hash over the manifest and thereby its files: bundles of the same name may hold different models."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -204,11 +205,11 @@ class Bundle:
         return ModelFacts(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, size)
 
     def read_tokenizer(self) -> bytes:
-        """tokenizer.json. Raises BundleError as `verify` does."""
+        """Return tokenizer.json. Raises BundleError as `verify` does."""
         return self._read(TOKENIZER, MAX_TOKENIZER)
 
     def read_template(self) -> str | None:
-        """chat_template.jinja, or None if the bundle has none. Raises BundleError as `verify` does."""
+        """Return chat_template.jinja, or None if the bundle has none. Raises BundleError as `verify` does."""
         if TEMPLATE not in self.manifest.files:
             return None
         try:
@@ -217,13 +218,13 @@ class Bundle:
             raise BundleError(f"{self.template} is not UTF-8: {error}.") from error
 
     def read_generation_config(self) -> Mapping[str, Any]:
-        """generation_config.json, or an empty mapping if the bundle has none. Raises BundleError as `verify` does."""
+        """Return generation_config.json; empty if the bundle has none. Raises BundleError as `verify` does."""
         if GENERATION_CONFIG not in self.manifest.files:
             return {}
         return self._read_object(GENERATION_CONFIG)
 
     def read_plan(self) -> Mapping[str, Any]:
-        """The plan of the conversion; empty if the bundle has none. Raises BundleError as `verify` does."""
+        """Return the plan of the conversion; empty if the bundle has none. Raises BundleError as `verify` does."""
         return self._read_object(PLAN) if PLAN in self.manifest.files else {}
 
     def _read_object(self, name: str) -> Mapping[str, Any]:
@@ -236,26 +237,26 @@ class Bundle:
         return found
 
     def read_selftest(self) -> SelfTest | None:
-        """What `rkedge run --selftest` expects, or None without a self-test. Raises BundleError as `verify` does."""
+        """Return what `rkedge run --selftest` expects, None without it. Raises BundleError as `verify` does."""
         if SELFTEST not in self.manifest.files:
             return None
         return SelfTest.from_json(self._read(SELFTEST, MAX_SELFTEST), self.path / SELFTEST)
 
     def read_references(self) -> References | None:
-        """What probes compare a library with, or None without it. Raises BundleError as `verify` does."""
+        """Return the references that probes compare with, or None without any. Raises BundleError as `verify` does."""
         if REFERENCES not in self.manifest.files:
             return None
         return References.from_json(self._read(REFERENCES, MAX_REFERENCES), self.path / REFERENCES)
 
     def forget(self) -> None:
-        """Remove the notes of `verify` about these files, before the files themselves are removed."""
+        """Remove the stamps that `verify` left for these files; call it before removing the files themselves."""
         for name, record in self.manifest.files.items():
             with suppress(OSError):
                 path = self.path / name
                 _Stamp(path, path.stat(), record.sha256).forget()
 
     def _read(self, name: str, limit: int) -> bytes:
-        """Exactly the bytes that were hashed: read once, then compared with the manifest."""
+        """Read a file once and compare it with the manifest, so that what is returned is what was hashed."""
         record, path = self._record(name), self._place(name)
         if record.size > limit:
             raise BundleError(
@@ -329,7 +330,7 @@ def _changed(path: Path) -> BundleError:
 
 
 class _Stamp:
-    """A note in the cache folder that a file in exactly this state had this hash."""
+    """A note in the cache folder that a file in exactly this state has this hash."""
 
     def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
         # The change time is set by the kernel only: anyone with write access to a file can reset its other attributes.
@@ -356,7 +357,7 @@ class _Stamp:
 
 
 def bundles_in(folder: Path) -> list[Path]:
-    """The bundles in a folder, complete or not, by name. Raises OSError."""
+    """List the bundles in a folder, complete or not, by name. Raises OSError."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_bundle(path))
 
 
@@ -366,7 +367,7 @@ def is_bundle(path: Path) -> bool:
 
 
 def _not_a_bundle(folder: Path) -> BundleError:
-    """What a folder without a manifest is instead, and what to name."""
+    """Return the error for a folder without a manifest: what the folder is, and what to name instead."""
     if (folder / "config.json").is_file():
         hint = "Convert it first: rkedge convert CHECKPOINT -o BUNDLE"
         return BundleError(f"{folder} is a checkpoint, not a bundle.", hint=hint)

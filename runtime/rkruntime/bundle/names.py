@@ -1,4 +1,4 @@
-"""Find bundles by name: in the current folder, among the user's own, and among those of the demo."""
+"""Find bundles by name: in the current folder, among the user's own bundles, and among those of the demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rkruntime.bundle.manifest import bundles_in, is_bundle
 from rkruntime.errors import BundleError, UsageError
 from rkruntime.folders import own_folder
 
-# What `rkedge convert` adds to a model's name, as in gemma-2-2b-it-rk3588-w8a8-1.2.3: SoC, type, release.
+# A name as `rkedge convert` makes it, gemma-2-2b-it-rk3588-w8a8-1.2.3: the model's, then SoC, type and release.
 _MADE_FOR: Final = re.compile(r"(.+)-rk\d\w*-[a-z]+\d\w*-\d+\.[\w.]+")
 
 
@@ -28,24 +28,24 @@ class _Found(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The name without what the bundle was made for."""
+        """The name without SoC, type and release."""
         made = _MADE_FOR.fullmatch(self.name)
         return made[1] if made else self.name
 
 
 def own_bundles() -> Path:
-    """The folder for the user's bundles; it may not exist."""
+    """Return the folder for the user's bundles; it may not exist."""
     return own_folder("data") / "bundles"
 
 
 def _places() -> list[Path]:
-    """Where bundles are looked for, in this order; of several demos, the newest first."""
+    """Return the folders in which to look for bundles, in this order; of several demos, the newest first."""
     demos = [path for path in own_folder("cache").glob("demo-*") if path.is_dir()]
     return [Path(), own_bundles(), *sorted(demos, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def _all() -> list[_Found]:
-    """The bundles of all places, each once."""
+    """Return the bundles of all places, each once."""
     found: dict[str, _Found] = {}
     for place in _places():
         try:
@@ -57,14 +57,14 @@ def _all() -> list[_Found]:
 
 
 def _called(name: str, bundles: list[_Found]) -> list[_Found]:
-    """What a name stands for: the first bundle of this name, else those of the first place that have it in short."""
+    """Return the bundles that a name means: the first of that name, else those of that short name in one place."""
     exact = [one for one in bundles if one.name == name]
     short = [one for one in bundles if one.short == name]
     return exact[:1] or [one for one in short if one.place == short[0].place]
 
 
 def named_bundles() -> dict[str, Path]:
-    """All bundles by the shortest text that finds them: a path for one that another of its name hides."""
+    """Return all bundles by the shortest text that finds each: its path if another bundle of its name hides it."""
     bundles = _all()
 
     def shortest(one: _Found) -> str:
@@ -74,23 +74,23 @@ def named_bundles() -> dict[str, Path]:
 
 
 def name_of(path: Path) -> str:
-    """The shortest text that finds the bundle at `path`."""
+    """Return the shortest text that finds the bundle at `path`."""
     same = (name for name, one in named_bundles().items() if os.path.realpath(one) == os.path.realpath(path))
     return next(same, str(path))
 
 
 def find_bundle(named: str, what: str = "bundle", hint: str = "") -> Path:
-    """The path of what the user named: a path, or a bundle's name with or without what it was made for.
+    """Return the path of what the user named: a path, or a bundle's full or short name.
 
-    A path comes first, but a folder of that name that is not a bundle does not hide one that is.
+    A path comes first, but a folder that is not a bundle does not hide a bundle of the same name elsewhere.
 
     Args:
-        what: What the user could name, for the message.
-        hint: What else to do, likewise.
+        what: What the user was to name, for messages.
+        hint: What else the user can do, for the error's hint.
 
     Raises:
         BundleError: There is nothing of that name.
-        UsageError: Several bundles have it, or it is empty.
+        UsageError: Several bundles have that name, or it is empty.
     """
     if not named:  # a variable that was not set would mean the current folder
         raise UsageError(f"The {what} has an empty name.", hint="Name it, or write . for the current folder.")

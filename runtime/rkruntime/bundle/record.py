@@ -1,4 +1,4 @@
-"""Records that a bundle keeps as JSON, each with a schema: they are a stranger's, like the rest of a bundle."""
+"""Records that a bundle keeps as JSON, each with a schema. They are untrusted, like the rest of a bundle."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Kind = TypeVar("_Kind", bound="Record")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The base of a record, whose `schema` has the only value that this release reads as its default."""
+    """Base class of records. The default of `schema` is the only value that this release reads."""
 
     schema: Annotated[str, Length(64)] = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The contents as JSON types."""
+        """Return the contents as JSON types."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {"schema": plain.pop("schema"), **plain}
 
@@ -28,7 +28,7 @@ class Record:
         """Parse and check a file.
 
         Raises:
-            BundleError: With its place `where` and the key that is wrong.
+            BundleError: The record is invalid; the message names `where` it is and the key that is wrong.
         """
         try:
             plain = json.loads(data)
@@ -46,5 +46,5 @@ class Record:
         return made
 
     def problem(self) -> str:
-        """What is wrong beyond the types of single fields; empty if nothing is."""
+        """Say what is wrong beyond the types of single fields; empty if nothing is."""
         return ""

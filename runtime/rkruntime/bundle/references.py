@@ -1,7 +1,7 @@
 """What a model computes with and without its sliding window and its soft-caps: `report/references.json`.
 
-The converter computes it from the float model; probes on a board compare with it what the library computes. The file is
-a stranger's like the rest of a bundle: each number has a range, and each list a length.
+The converter computes the file from the float model; probes on a board compare it with what the library computes. It is
+untrusted like the rest of a bundle: each number has a range, and each list a maximum length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rkruntime.schema import Between, Length
 
 SCHEMA: Final = "rkedge-references/1"
 REFERENCES: Final = "report/references.json"
-# Bytes. What the converter writes has some ten thousand, and six for each token of the long prompt.
+# In bytes. The converter writes about ten thousand, and six for each token of the long prompt.
 MAX_REFERENCES: Final = 1 << 20
 _MOST_TOKENS: Final = 1 << 15
 _MOST_ROWS: Final = 16
@@ -28,12 +28,12 @@ _Logit = Annotated[float, Between(-1e6, 1e6)]
 
 @dataclass(frozen=True)
 class Fork:
-    """A beginning of the long prompt after which both models say another token.
+    """A prefix of the long prompt after which the model's next token depends on whether it uses its sliding window.
 
     Attributes:
-        length: Tokens of the beginning.
-        windowed, whole: What the model says next with its sliding window, and with attention to everything.
-        margin: By how much each one's second choice is behind, at least; logits.
+        length: Length of the prefix in tokens.
+        windowed, whole: Id of the next token with the sliding window, and with attention to the whole prompt.
+        margin: Lead of the first choice over the second in logits; the smaller of the two cases.
     """
 
     length: Annotated[int, Between(1, _MOST_TOKENS)]
@@ -44,7 +44,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class Window:
-    """A prompt that is longer than the sliding window by more than a fifth, and where that shows."""
+    """A prompt longer than the sliding window by more than a fifth, and the prefixes after which the window shows."""
 
     window: Annotated[int, Between(1, _MOST_TOKENS)]
     tokens: tuple[_Id, ...]
@@ -53,7 +53,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Row:
-    """Logits of `ids` after the token at this place of the short prompt: as they are, and without one soft-cap."""
+    """Logits of `ids` after token `at` of the short prompt: as the model has them, and without one of its soft-caps."""
 
     at: Annotated[int, Between(0, _MOST_TOKENS)]
     ids: tuple[_Id, ...]
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Caps:
-    """A short prompt, and rows for the tokens after which the soft-caps change most."""
+    """A short prompt, and rows for the positions where the soft-caps make the largest difference."""
 
     tokens: tuple[_Id, ...]
     rows: tuple[Row, ...]
@@ -72,7 +72,7 @@ class Caps:
 
 @dataclass(frozen=True)
 class References(Record):
-    """The contents of the file; a part is None if the model has no such thing, or its context is too short."""
+    """The contents of the file; a part is None if the model does not have the feature, or its context is too short."""
 
     window: Window | None
     caps: Caps | None
@@ -85,7 +85,7 @@ class References(Record):
 
 
 def divergence(true: Sequence[float], found: Sequence[float]) -> float:
-    """Kullback-Leibler divergence of two rows of logits, of the tokens that both list; in nats."""
+    """Return the Kullback-Leibler divergence in nats of two rows of logits over the same tokens."""
     whole, other = _log_sum(true), _log_sum(found)
     return sum(
         math.exp(mine - whole) * ((mine - whole) - (theirs - other)) for mine, theirs in zip(true, found, strict=True)

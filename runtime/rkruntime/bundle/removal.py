@@ -1,4 +1,4 @@
-"""Remove a bundle, and nothing else: what its manifest lists, within its folder, without following links."""
+"""Remove a bundle and nothing else: the files that its manifest lists, within its folder, without following links."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rkruntime.bundle.manifest import MANIFEST, Bundle
 from rkruntime.errors import OutputError
 from rkruntime.files import write_error
 
-# Of a listed name: it is gone already, something else is in its place, or no file can have it.
+# Errors to ignore for a listed name: the file is gone, something else is in its place, or no file can have that name.
 _NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_bundle(bundle: Bundle) -> list[str]:
-    """Remove a bundle's files and, if nothing else is in it, its folder. Of a link to a bundle, only the link goes.
+    """Remove a bundle's files, and its folder if nothing else is in it. If the bundle is a link, remove only the link.
 
     The manifest goes last: after an interruption the rest is still a bundle, and can be removed.
 
     Returns:
-        What is left in the folder, as it is not the bundle's.
+        Names left in the folder because they are not the bundle's.
 
     Raises:
         OutputError: Something cannot be removed.
@@ -47,7 +47,7 @@ def remove_bundle(bundle: Bundle) -> list[str]:
 
 
 def _remove(folder: int, path: PurePosixPath) -> None:
-    """Remove a file, and the folders above it that are then empty. Names that lead out of it by a link stay."""
+    """Remove a file below `folder`, and the folders between them that are then empty. A path through a link stays."""
     first, *rest = path.parts
     try:
         if not rest:

@@ -28,7 +28,7 @@ VERSION: Final = 1
 SIZES_ONLY: Final = 1
 PAGE: Final = 4096
 ALIGNMENT: Final = 64
-# Larger sections are neither written nor read: 27B has 600 tensors, and a tokenizer is a tensor of its own.
+# Limit of metadata and directory in bytes, ample as 27B has 600 tensors and a tokenizer is a tensor of its own.
 MAX_SECTION: Final = 64 << 20
 
 _HEADER = struct.Struct("<8sIIQQQQIIII")
@@ -39,7 +39,7 @@ _INT, _FLOAT, _TEXT, _INTS = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor in the directory: dtype is the numpy name, shape starts with the outermost dimension."""
+    """A tensor in the directory: `dtype` is numpy's name, `shape` starts with the outermost dimension."""
 
     name: str
     dtype: str
@@ -141,7 +141,7 @@ class Writer:
         self.write_rows(name, 0, array)
 
     def write_rows(self, name: str, first_row: int, array: NDArray[np.generic]) -> None:
-        """Write a tensor's next rows; its blocks must come in order, but other tensors' may come in between."""
+        """Write a tensor's next rows; blocks of a tensor must come in order, but may alternate with other tensors'."""
         import numpy as np
 
         spec = self._specs[name]
@@ -266,7 +266,7 @@ class Container:
     sizes_only: bool
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """One tensor's data. Raises ModelFileError if the checksum does not match."""
+        """Read one tensor's data. Raises ModelFileError if the checksum does not match."""
         import numpy as np
 
         entry = self.tensors[name]

@@ -23,10 +23,10 @@ MAGIC: Final = bytes.fromhex("daeeb336")
 _HEADER: Final = struct.Struct("<4sIQQ")
 _TAIL: Final = 256
 _TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9A-Za-z.+_-]{1,40})\s*\0*\Z")
-# The shortest record of a tensor or key; counts that need more bytes than the file has are wrong.
+# Least size of a tensor's or key's record in bytes: counts that need more bytes than the file has are wrong.
 _LEAST_RECORD: Final = 16
 
-# First bytes of files that users give instead of a model.
+# First bytes of other files that users mistake for a model, and what they are.
 _OTHERS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself: fetch it with `git lfs pull`"),
     (b"GGUF", "a GGUF file, for llama.cpp"),
@@ -58,7 +58,7 @@ class RkllmFile:
     toolkit_version: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return {
             "size": self.size,
             "container_version": self.container_version,

@@ -1,6 +1,6 @@
 """What a bundle's self-test expects: `report/selftest.json`, which the converter writes and a board reads.
 
-The file is a stranger's like the rest of a bundle: each number has a range, and each list a length.
+The file is untrusted like the rest of a bundle: each number has a range, and each list a maximum length.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from rkruntime.schema import Between, Length
 
 SCHEMA: Final = "rkedge-selftest/1"
 SELFTEST: Final = "report/selftest.json"
-# Bytes. What the converter writes has about ten thousand.
+# In bytes. The converter writes about ten thousand.
 MAX_SELFTEST: Final = 1 << 20
 _MOST_PROMPTS: Final = 8
 _MOST_TOKENS: Final = 1024
 _MOST_ANSWER: Final = 64
 _MOST_CANDIDATES: Final = 16
 
-# Logits. A difference counts if it is more than twice what rounding did at any position of the conversion: how a board
-# rounds is not known, but it may well err as much, and the other way round. And if it is no less than this: half floats
-# are 1/64 apart near the largest logits of Gemma 2 (30), and there are many sums before them. Both are assumed.
+# A difference counts if it exceeds twice the largest change that rounding caused during the conversion: how a board
+# rounds is not known, but it may err as much in the opposite direction. It must also exceed _LEAST logits: half floats
+# near Gemma 2's largest logits (30) are 1/64 apart, and many sums precede them. Both constants are assumptions.
 _TIMES: Final = 2.0
 _LEAST: Final = 0.125
 
 _Id = Annotated[int, Between(0, (1 << 24) - 1)]
-# Of two logits; far beyond what the arithmetic of any model gives.
+# Distance between two logits; the limit is far beyond what any model computes.
 _Gap = Annotated[float, Between(0, 1e6)]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What may come at one position of an answer, after what the float model said before.
+    """The tokens that may come at one position of an answer, given the float model's answer up to there.
 
     Attributes:
         ids: The float model's likeliest tokens, the likeliest first.
         behind: By how much each one's logit is behind the first one's.
         rounded_id: The likeliest token after the weights and activations are rounded.
-        rounded_margin: By how much the second one is behind it then.
+        rounded_margin: By how much the second likeliest is behind `rounded_id` then.
     """
 
     ids: tuple[_Id, ...]
@@ -53,7 +53,7 @@ class Expected:
         return self.behind[1]
 
     def gap(self, *found: int) -> float:
-        """By how much the likeliest of these tokens is behind; for tokens that are not listed, what it is at least."""
+        """Return by how much the likeliest of these tokens is behind; a lower bound if none of them is listed."""
         listed = [behind for token, behind in zip(self.ids, self.behind, strict=True) if token in found]
         return min(listed, default=self.behind[-1])
 
@@ -65,7 +65,7 @@ class Question:
     Attributes:
         tokens: The question in the chat template, `<bos>` once.
         answer: One item for each token of the answer, as far as it is known.
-        ends: Whether its last token ends it.
+        ends: Whether the last token of `answer` ends it.
     """
 
     question: Annotated[str, Length(1024)]
@@ -86,7 +86,7 @@ class SelfTest(Record):
     Attributes:
         vocabulary: Number of tokens that the model knows.
         arithmetic: What the weights and activations were rounded to, such as `w8a8`.
-        rounding: The most by which this changed the gap between two of the likeliest tokens, at any position.
+        rounding: Largest change that this rounding caused in the gap between two of the likeliest tokens, in logits.
     """
 
     vocabulary: Annotated[int, Between(1, 1 << 24)]
@@ -97,7 +97,7 @@ class SelfTest(Record):
 
     @property
     def tolerance(self) -> float:
-        """What a gap between two logits may change by; a token that is behind by more is not explained by rounding."""
+        """The largest gap between two logits that rounding explains."""
         return max(_LEAST, _TIMES * self.rounding)
 
     @property
@@ -107,11 +107,11 @@ class SelfTest(Record):
 
     @property
     def highest(self) -> int:
-        """The highest id that a model is given."""
+        """The highest token id in any prompt or answer."""
         return max(token for item in self.prompts for token in (*item.tokens, *item.ids))
 
     def knows(self, token: int | None) -> bool:
-        """Whether the model can have said this; None stands for the end of its answer."""
+        """Whether the model's vocabulary has this token; None stands for the end of an answer."""
         return token is None or 0 <= token < self.vocabulary
 
     def problem(self) -> str:
@@ -120,7 +120,7 @@ class SelfTest(Record):
 
 
 def _problem(made: SelfTest) -> str:
-    """What is wrong with the lists; empty if nothing is."""
+    """Say what is wrong with the lists; empty if nothing is."""
     if not 1 <= len(made.prompts) <= _MOST_PROMPTS:
         return f"prompts has {len(made.prompts):,} items; it must have 1 to {_MOST_PROMPTS}"
     for at, prompt in enumerate(made.prompts):

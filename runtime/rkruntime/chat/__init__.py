@@ -1,1 +1,1 @@
-"""Terminal chats with a model here or on a board."""
+"""Chats at a terminal, with a model on this machine or on a board."""

@@ -1,7 +1,7 @@
-"""The board's end of `rkedge chat user@board`: JSON lines on standard input and output, relayed to the daemon's socket.
+"""The board's end of `rkedge chat user@board`: relays JSON lines on standard input and output to the daemon's socket.
 
-Each line requests one of OPERATIONS; events and an `end` come back. That is all there is: an SSH key that has this as
-its forced command can hold its own conversations and do nothing else.
+Each line requests one of OPERATIONS; events and an `end` come back. Nothing else is possible: an SSH key with this as
+its forced command can hold its own conversations, but no more.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from rkruntime.errors import ServiceError
 from rkruntime.words import counted
 
 MAX_LINE: Final = 16 << 20
-# In the error of an `end`: the daemon exited or its connection broke, whatever the request was.
+# Error code of an `end`, for any request: the daemon exited or its connection broke.
 GONE: Final = "daemon_gone"
-# The event that says that this process still runs, at the beginning of a request and this often until its end.
+# Event that says that this process is alive, sent at the start of a request and every ALIVE_S seconds until its end.
 ALIVE: Final = "alive"
 ALIVE_S: Final = 10.0
 _STREAM: Final = "application/x-ndjson"
 # The last event of an answer; without one of these, the answer was interrupted.
 _LAST: Final = ("done", "error")
-# Whose members may use the service: see board/systemd.
+# Group whose members may use the service; see board/systemd.
 GROUP: Final = "rkedge"
-# The daemon sends nothing while a request waits for its turn and during prefill.
+# Seconds without data from the daemon: it sends nothing while a request waits for its turn, nor during prefill.
 _SILENCE_S: Final = 3600
-# For a look at it, which it answers at once.
+# Seconds for a GET of `fetch`, which the daemon answers at once.
 _LOOK_S: Final = 5
-# Between two looks at whether it still answers anybody while it sends nothing, and how long that may take: a board that
-# swaps can be slow, and a connection that was broken off for nothing continues.
+# Seconds between checks of whether a silent daemon still answers anybody, and seconds that it may take to answer one: a
+# board that swaps can be slow, and an answer that was broken off needlessly can be continued.
 _EVERY_S: Final = 10
 _FROZEN_S: Final = 60
-# For the first look: systemd opens the socket before it starts the daemon, which takes a busy board some seconds.
+# Seconds for the greeting: systemd opens the socket before it starts the daemon, which takes a busy board some seconds.
 _HELLO_S: Final = 30
 
 
@@ -92,17 +92,17 @@ class UnixConnection(http.client.HTTPConnection):
             ) from error
 
     def shut(self) -> None:
-        """End it for whoever waits for an answer; from any thread."""
+        """Shut the connection down, which ends another thread's wait for an answer."""
         if self.sock is not None:
             with suppress(OSError):  # it has ended meanwhile
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
 class Watch:
-    """Shuts a connection, while the block runs, once its daemon answers nobody any more.
+    """Watches a connection during a block, and shuts it once the daemon answers nobody any more.
 
     Attributes:
-        frozen: Whether it did.
+        frozen: Whether the connection was shut for that reason.
     """
 
     def __init__(self, path: Path, connection: UnixConnection) -> None:
@@ -125,7 +125,7 @@ class Watch:
                 return
 
     def _answers(self) -> bool:
-        """Whether the daemon does anything with another connection; refusing it is an answer."""
+        """Whether the daemon answers on another connection; a refusal is an answer too."""
         other = UnixConnection(self._path, _FROZEN_S)
         try:
             other.request("GET", "/health")
@@ -133,14 +133,14 @@ class Watch:
         except TimeoutError:
             return False
         except (ServiceError, OSError, http.client.HTTPException):
-            return True  # and if it is gone, the connection that is watched has ended
+            return True  # if the daemon is gone, the watched connection has ended by itself
         finally:
             other.close()
         return True
 
 
 def _forbidden(path: Path) -> ServiceError:
-    """Why this account may not use the socket."""
+    """Return the error that says why this account may not use the socket."""
     group = next((each for each in grp.getgrall() if each.gr_name == GROUP), None)
     owners = list(_groups_of(path, path.parent))
     if group is None or (owners and group.gr_gid not in owners):
@@ -169,10 +169,10 @@ def _groups_of(*paths: Path) -> Iterator[int]:
 
 
 def fetch(path: Path, target: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object that the daemon at this socket has at `target`, or answers to a body with, however long it takes.
+    """GET a JSON object from the daemon at a socket, or POST a body and wait for the answer, however long it takes.
 
     Raises:
-        ServiceError: It has none.
+        ServiceError: There is no daemon, or it does not answer with an object.
     """
     connection = UnixConnection(path, _LOOK_S if body is None else _SILENCE_S)
     try:
@@ -189,10 +189,10 @@ def fetch(path: Path, target: str, body: Mapping[str, Any] | None = None) -> dic
 
 
 class Bridge:
-    """Execute the lines of one client in order; `stop` ends the current one.
+    """Execute the requests of one client in order; the request `stop` ends the current one.
 
     Args:
-        user: Owner of the conversations; None for the account itself.
+        user: Owner of the conversations, one of several behind the account; None for the account itself.
     """
 
     def __init__(self, path: Path, user: str | None, lines: BinaryIO, out: BinaryIO) -> None:
@@ -237,13 +237,13 @@ class Bridge:
             connection.shut()
 
     def _carry_out(self, message: Mapping[str, Any]) -> None:
-        """Execute a request; every one gets an `end`, whatever is in it."""
+        """Execute a request; every request gets an `end`, whatever it contains."""
         with self._alive():
             self._execute(message)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Say all the time that this process still runs: the daemon may have nothing to say, and ssh never knows."""
+        """Say during the block that this process is alive: the daemon may be silent for long, and ssh cannot tell."""
         over = threading.Event()
 
         def beat() -> None:
@@ -267,7 +267,7 @@ class Bridge:
             hello = message["op"] == "hello"
             self._connection = UnixConnection(self._path, _HELLO_S if hello else _SILENCE_S)
             self._connection.connect()
-            # From now on a `stop` finds a connection to shut down; an earlier one did not.
+            # From here on, a `stop` finds a connection to shut down; an earlier one only set the flag.
             if self._stopped:
                 return self._end(499, {})
             with Watch(self._path, self._connection) as self._watch:
@@ -294,7 +294,7 @@ class Bridge:
         response = self._connection.getresponse()
         if response.getheader("Content-Type", "").startswith(_STREAM):
             last = b""
-            # HTTPResponse.readline cannot tell a truncated body from a complete one, so its last event must.
+            # HTTPResponse.readline cannot tell a truncated body from a complete one, but the last event can.
             while (line := response.readline()).endswith(b"\n"):
                 self._write(line)
                 last = line
@@ -319,13 +319,13 @@ class Bridge:
             try:
                 self._out.write(line)
                 self._out.flush()
-            except OSError as error:  # the client is gone, which ends the input too
+            except OSError as error:  # the client is gone, so the input will end too
                 self._unread = error
                 self._stop()
 
 
 def _request(message: Mapping[str, Any]) -> tuple[str, str, bytes | None]:
-    """Method, path and body of a line's request. Raises ValueError or RecursionError if the request is impossible."""
+    """Return method, path and body of a line's request. Raises ValueError or RecursionError if it is impossible."""
     operation = OPERATIONS.get(message["op"])
     if operation is None:
         raise ValueError(f"there is no operation {message['op'][:40]!r}")

@@ -1,4 +1,4 @@
-"""An ssh process with a board's `rkedge attach` at its end: messages to it, and its events, each one checked."""
+"""An ssh process that runs `rkedge attach` on a board: messages to it, and its events, each of them checked."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rkruntime.terminal import say
 from rkruntime.words import counted
 
 _MOST_LINES: Final = 1_000_000
-# What each event begins with.
+# The beginning of each event's line.
 _EVENT: Final = b'{"type"'
-# Seconds that a login may take: ssh may ask for a password, for which sshd waits this long by default.
+# Seconds for a login: ssh may ask for a password, for which sshd waits this long by default.
 _LOGIN_S: Final = 120.0
-# Seconds to the first event once the board sends anything. A busy board takes some to start Python.
+# Seconds from the board's first output to the first event: a busy board takes some to start Python.
 _GREETING_S: Final = 30.0
-# Seconds without a line from an `rkedge attach` that says all ALIVE_S seconds that it is there.
+# Seconds of silence after which an `rkedge attach` that sends ALIVE every ALIVE_S seconds counts as gone.
 _FROZEN_S: Final = 6.0 * ALIVE_S
-# Seconds between two looks at whether ssh still runs, in case one of its children keeps its output open.
+# Seconds between checks of whether ssh still runs, as one of its children may keep its output open.
 _LOOK_S: Final = 0.5
 _READ: Final = 1 << 16
 _MOST_NOTES: Final = 200
@@ -41,7 +41,7 @@ class BrokenError(Exception):
     """The connection, or the daemon behind it, is gone.
 
     Attributes:
-        told: The board's message about it, if any.
+        told: The board's message about the reason, if any.
     """
 
     def __init__(self, told: ServiceError | None = None) -> None:
@@ -50,10 +50,10 @@ class BrokenError(Exception):
 
 
 class Link:
-    """An ssh process and the lines that pass through it. If no event ever comes, the link breaks by itself."""
+    """An ssh process and the lines that pass through it. If no event ever comes, the link breaks on its own."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        # ssh keeps ignoring SIGINT if it is ignored at its start: Ctrl-C must stop the answer, not the connection.
+        # ssh keeps ignoring SIGINT if it is ignored at the start: Ctrl-C is to stop the answer, not the connection.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             pipe = subprocess.PIPE
@@ -71,7 +71,7 @@ class Link:
         self._readable.register(self._pipes[1], select.POLLIN)
         self._received = bytearray()
         self._any = False
-        # When the board must have answered; None once it has, unless it says that it is alive.
+        # Time by which a line must come; None once one has come from a board that does not send ALIVE.
         self._deadline: float | None = time.monotonic() + _LOGIN_S
         self._alive = False
 
@@ -91,11 +91,11 @@ class Link:
                 raise BrokenError from error
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The events up to an `end`.
+        """Yield the events up to an `end`.
 
         Raises:
-            BrokenError: The `end` does not arrive.
-            ServiceError: The board sends nonsense. The connection is closed: the rest cannot be matched to anything.
+            BrokenError: The connection broke before the `end`.
+            ServiceError: The board sent something invalid. The connection is closed, as later lines match no request.
         """
         if self._alive:
             self._deadline = time.monotonic() + _FROZEN_S
@@ -117,7 +117,7 @@ class Link:
         raise nonsense("endless lines")
 
     def _line(self) -> bytes:
-        """The next line; of an endless one, what makes it one. Raises BrokenError, also at a line that is cut off."""
+        """Return the next line, or MAX_LINE bytes of an endless one. Raises BrokenError, also for a cut-off line."""
         looked_at = 0
         while (end := self._received.find(b"\n", looked_at)) < 0 and len(self._received) < MAX_LINE:
             looked_at = len(self._received)
@@ -138,7 +138,7 @@ class Link:
             try:
                 ready = self._readable.poll(0 if exited or late else _LOOK_S * 1000)
                 data = os.read(self._pipes[1].fileno(), _READ) if ready else None
-            except (OSError, ValueError):  # closed before
+            except (OSError, ValueError):  # the pipe is already closed
                 raise BrokenError from None
             if data:
                 if not self._any and self._deadline is not None:
@@ -146,7 +146,7 @@ class Link:
                 return data
             if data is not None or exited:
                 raise BrokenError
-            if late:  # and nothing has come while this process was stopped
+            if late:  # and nothing is waiting, as it would if only this process had been stopped (Ctrl-Z)
                 self.kill()
                 raise BrokenError(ServiceError(f"The board has sent nothing for {counted(_FROZEN_S, 'second')}."))
 
@@ -159,7 +159,7 @@ class Link:
         )
 
     def _pass_on(self) -> None:
-        """Show what ssh, or the board through it, prints on standard error. ssh itself prompts on the terminal."""
+        """Show what ssh, or the board through it, prints on standard error. ssh's own prompts go to the terminal."""
         assert self._process.stderr is not None
         with self._process.stderr as stream:
             for number, line in enumerate(iter(partial(stream.readline, _LONGEST_NOTE), b"")):
@@ -167,8 +167,8 @@ class Link:
                     say(one_line(line.decode("utf-8", "replace").rstrip("\r\n")), err=True)
 
     def kill(self) -> None:
-        """End ssh at once, from any thread: whoever waits for a line has waited long enough."""
-        self._process.terminate()  # at which ssh restores a terminal where it asks for a password
+        """End ssh at once, from any thread, which also ends another thread's wait for a line."""
+        self._process.terminate()  # on SIGTERM, ssh restores a terminal on which it asks for a password
         try:
             self._process.wait(_LOOK_S)
         except subprocess.TimeoutExpired:
@@ -190,7 +190,7 @@ class Link:
 
 
 def nonsense(what: str) -> ServiceError:
-    """The error for a board that sent something other than an event."""
+    """Return the error for a board that sent something other than an event."""
     hint = "Compare `rkedge --version` here and there; something else may be answering instead."
     return ServiceError(f"The board sent {what}.", hint=hint)
 
@@ -205,11 +205,11 @@ def _are_texts(value: Any) -> bool:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A board's value, if it is an object, else an empty one."""
+    """Return a board's value if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
-# The fields that each kind of event must have, for everything that is done with it here.
+# The fields that each kind of event must have, which are all that are used here.
 _FIELDS: Final[Mapping[str, Mapping[str, Callable[[Any], bool]]]] = {
     "begin": {"notes": _are_texts, "ignored": _are_texts},
     "text": {"text": lambda value: isinstance(value, str)},
@@ -225,25 +225,25 @@ _LEFT_OUT: Final[Mapping[str, Any]] = {"tokens": 0, "tokens_per_s": 0.0, "body":
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """The event of a line, with all its fields; None for something else, such as what a login script prints.
+    """Parse the event in a line; None if the line is something else, such as the output of a login script.
 
-    What it prints without a line feed comes before the event in the same line.
+    Output without a line feed precedes the event in the same line.
 
     Raises:
-        ServiceError: An invalid event, or what is left of one.
+        ServiceError: The event is invalid or damaged.
     """
     if len(line) >= MAX_LINE:
         raise nonsense("an endless line")
     start = line.find(_EVENT)
     try:
         event = json.loads(line[max(start, 0) :])
-        json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair can be neither shown nor saved
+        json.dumps(event, ensure_ascii=False).encode()  # a lone surrogate can be neither shown nor saved
     except RecursionError:
         raise nonsense("something nested too deeply") from None
     except UnicodeEncodeError:
         raise nonsense("invalid characters") from None
     except ValueError:
-        if start >= 0:  # left out, it would be missing in the answer, or be waited for
+        if start >= 0:  # if it were skipped, its text would be missing, or its `end` waited for
             raise nonsense("a damaged event") from None
         return None
     if not isinstance(event, dict):
@@ -259,7 +259,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def result_of(end: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of an `end`. Raises ServiceError for a refusal, BrokenError if the daemon is gone."""
+    """Return the body of an `end`. Raises ServiceError for a refusal, BrokenError if the daemon is gone."""
     body = mapping(end["body"])
     if end["status"] >= 400:
         error = error_of(end["status"], body)
@@ -268,7 +268,7 @@ def result_of(end: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_of(status: int, body: Mapping[str, Any]) -> ServiceError:
-    """The board's own words as an error, of the kind that the HTTP status names."""
+    """Return the board's own words as an error, whose class depends on the HTTP status."""
     error = body.get("error")
     message = error.get("message") if isinstance(error, dict) else error
     kind = {404: NoSuchSessionError, 429: BusyError}.get(status, ServiceError)
@@ -276,5 +276,5 @@ def error_of(status: int, body: Mapping[str, Any]) -> ServiceError:
 
 
 def _is_gone(body: Mapping[str, Any]) -> bool:
-    """Whether the board says that its daemon is gone, which may come back."""
+    """Whether the board says that its daemon is gone; it may come back."""
     return mapping(body.get("error")).get("code") == GONE

@@ -58,9 +58,9 @@ class LocalChat:
         self._drop_oldest = drop_oldest
         self._answered = self._generated = 0
         self.last: Turn | None = None
-        # Of the current answer; None if there is none.
+        # Stops the current answer; None if there is none.
         self._stop: Stop | None = None
-        # What answers at the moment; None once it was killed.
+        # The engine that is answering; None once it was killed.
         self._answering: Engine | None = None
         info = self._engine.info
         self._max_context = info.max_context
@@ -93,7 +93,7 @@ class LocalChat:
             self._stop = None
 
     def _prepared(self, text: str, stop: Stop) -> tuple[Engine, list[int], int] | None:
-        """The model, the prompt, and the number of turns left out of it; None if stopped meanwhile."""
+        """Return the model, the prompt, and the number of turns left out of it; None if stopped meanwhile."""
         try:
             engine = self._running_engine(stop)
             with stop.ending(self._prompts.hurry):
@@ -119,7 +119,7 @@ class LocalChat:
                     first = first or time.monotonic() - start
                     if piece := reader.feed(event):
                         yield piece
-        except Exception:  # After any error the turn is dropped; after Ctrl-C, even twice, what there is is kept.
+        except Exception:  # An error drops the turn; Ctrl-C, even twice, keeps what there is.
             failed = not stop.asked or self._answering is engine
             if failed:
                 raise
@@ -140,7 +140,7 @@ class LocalChat:
         self.last = Turn(len(answer.tokens), answer.reason, first_s, answer.rate(first_s, total_s))
         self._answered += 1
         self._generated += self.last.tokens
-        if answer.tokens or answer.reason is not FinishReason.ABORT:  # As the daemon does: nothing said is an answer.
+        if answer.tokens or answer.reason is not FinishReason.ABORT:  # As in the daemon, an empty answer counts.
             self._conversation.add(text, answer, dropped)
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """A chat with a daemon's model, on this machine or on a board.
 
-A broken connection is re-established, and the answer continues where it was; so it does after a restart of a daemon
-that has kept it. An answer is complete only when its `done` has arrived.
+A broken connection is re-established, and the answer continues where it was, even after a restart of the daemon if the
+daemon has kept it. An answer is complete only when its `done` has arrived.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rkruntime.printable import one_line
 from rkruntime.text.conversation import SCHEMA, check_conversation, read_conversation, write_conversation
 from rkruntime.words import NAME, NAME_RULE, counted
 
-# How long a connection attempt may still take after a stop, to ask what the board has kept.
+# Seconds that a connection attempt may still take after a stop, in order to ask what the board has kept.
 _PATIENCE_S: Final = 3.0
 _RETRY_S: Final = (0.2, 1, 2, 4, 8, 15, 30, 60)
-# Characters of why a model could not be loaded.
+# Most characters to show of the reason why a model could not be loaded.
 _LONGEST_STATE: Final = 500
-# Times in a row that an operation may be interrupted; for an answer, without any new text.
+# Times in a row that an operation may be interrupted; for an answer, without new text in between.
 _MOST_BREAKS: Final = 8
 _SAMPLING_RULE: Final = (
     "Before RKLLM 1.3.0, sampling is set when a model is loaded: set it in the daemon's settings on the board."
@@ -44,7 +44,7 @@ class RemoteChat:
         options: Fields of each question, such as max_tokens.
 
     Raises:
-        UsageError: No conversation can have that name.
+        UsageError: The name is not valid for a conversation.
         ServiceError: No daemon answers.
     """
 
@@ -61,10 +61,10 @@ class RemoteChat:
         self._stopping: threading.Event | None = None
         self._sending = threading.Lock()
         self._link: Link | None = None
-        # The link from which no daemon has answered yet.
+        # A link over which no daemon has answered yet; None if there is none.
         self._connecting: Link | None = None
         self._answered = self._generated = 0
-        # The name of the last answer there, empty before the first one; None if it is not known.
+        # Name of the conversation's last answer on the board, empty before the first one; None if it is not known.
         self._number: str | None = None
         self._ignored: list[str] = []
         self.last: Turn | None = None
@@ -76,7 +76,7 @@ class RemoteChat:
             raise
 
     def _open(self, system: str) -> None:
-        """Read what the board has of the conversation."""
+        """Connect, and read what the board has of the conversation."""
         status = self._first_contact()
         self.emulated = bool(status.get("emulated"))
         self.title = one_line(f"{status.get('model')} on {self._way.place}: {_kind(status)}")
@@ -110,7 +110,7 @@ class RemoteChat:
         return result_of(end)
 
     def _steady(self, operation: str, body: Any = None) -> dict[str, Any]:
-        """`_call` that survives a broken connection; for operations that may be executed twice."""
+        """Like `_call`, but survive a broken connection; for operations that may be executed twice."""
         told = None
         for _ in range(_MOST_BREAKS):
             try:
@@ -152,7 +152,7 @@ class RemoteChat:
                 self._connecting = None
 
     def _read(self) -> dict[str, Any]:
-        """The conversation as stored on the board, with the board's own notes."""
+        """Return the conversation as stored on the board, with the board's own notes."""
         try:
             data = self._steady("read")
         except NoSuchSessionError:
@@ -187,15 +187,15 @@ class RemoteChat:
             if stopping.is_set():
                 yield from self._rest(number, seen)
         finally:
-            with self._sending:  # A stop that comes later would end the next question.
+            with self._sending:  # A stop that is still being sent would end the next question.
                 self._stopping = None
 
     def _answer(self, text: str, number: str, stopping: threading.Event) -> Generator[str | Note, None, str]:
-        """`ask` up to the end of the answer or a stop; returns the text yielded."""
+        """Do the part of `ask` up to the end of the answer or a stop; returns the text yielded."""
         body = {**self._options, "content": text, "id": number}
         if self._number is not None:
             body["after"] = self._number
-        # Asked again after an error, which says why, the question goes behind whatever is there.
+        # If the question is asked again after an error, which was shown, it goes after whatever is there by then.
         self._number = None
         question = {"op": "ask", "session": self._session, "body": body}
         message, seen = question, ""
@@ -236,7 +236,7 @@ class RemoteChat:
                 message = question
 
     def _notes(self, begin: Mapping[str, Any]) -> Iterator[Note]:
-        """What the board says before an answer; what it ignores, once."""
+        """Yield the board's notes before an answer; a list of ignored options only when it changes."""
         yield from (Note(one_line(note)) for note in begin["notes"])
         if begin["ignored"] not in ([], self._ignored):
             names = one_line(", ".join(begin["ignored"]))
@@ -244,14 +244,14 @@ class RemoteChat:
         self._ignored = begin["ignored"]
 
     def _rest(self, number: str, seen: str) -> Iterator[str | Note]:
-        """The part of a stopped answer that only the board has: the conversation continues after it."""
+        """Yield the part of a stopped answer that only the board has, as the conversation continues after it."""
         try:
             # A change waits until the partial answer is kept.
             self._call("change", {})
             data = self._call("read")
             messages = check_conversation(data)["messages"]
             self._number = _number_of(data)
-        except NoSuchSessionError:  # nothing came of its first question
+        except NoSuchSessionError:  # nothing was kept of the conversation's first question
             data, messages = {}, []
         except (BrokenError, ServiceError, InputError):
             yield Note("\nThe board did not report what it has kept of this answer.")
@@ -312,7 +312,7 @@ class RemoteChat:
             if again:
                 self._link.kill()
             elif self._connecting is not None:
-                # A stop that is sent now would end the greeting.
+                # A stop sent now would end the greeting rather than the answer.
                 timer = threading.Timer(_PATIENCE_S, self._give_up, [self._connecting])
                 timer.daemon = True
                 timer.start()
@@ -321,14 +321,14 @@ class RemoteChat:
                     self._link.send({"op": "stop"})
 
     def _give_up(self, link: Link) -> None:
-        """Nobody waits any longer for the board's first answer on this link."""
+        """Kill a link if the board has not given its first answer on it by now."""
         with self._sending:
             if self._connecting is link:
                 link.kill()
 
     def _change(self, body: Mapping[str, Any]) -> None:
         self._steady("change", body)
-        self._number = None  # an answer may not be kept under its name any more
+        self._number = None  # the last answer may no longer be kept under its name
 
     def clear(self) -> None:
         """See `ChatBackend`."""
@@ -370,7 +370,7 @@ class RemoteChat:
         }
 
     def sessions(self) -> Mapping[str, str]:
-        """The user's conversations there by name, each with its size. Raises ServiceError."""
+        """Return the user's conversations with the daemon by name, each with its size. Raises ServiceError."""
         found = self._steady("list").get("sessions")
         rows = [mapping(row) for row in found] if isinstance(found, list) else []
         return {str(row.get("name")): counted(row["size"], "byte") for row in rows if is_number(row.get("size"))}
@@ -393,13 +393,13 @@ _STATES: Final[Mapping[str, str]] = {
 
 
 def _number_of(data: Mapping[str, Any]) -> str | None:
-    """The name of a conversation's last answer; empty if there is none, None if it has no name."""
+    """Return the name of a conversation's last answer; empty if there is no answer, None if it has no name."""
     number = data.get("number")
     return number if isinstance(number, str) and number else None if data["messages"] else ""
 
 
 def _kind(status: Mapping[str, Any]) -> str:
-    """What runs a daemon's model, or why nothing does yet."""
+    """Say what runs a daemon's model, or why nothing does yet."""
     if status.get("release") is None:
         state, error = str(status.get("state")), status.get("error")
         return f"{_STATES.get(state, state)}{f': {error}' if error else ''}"[:_LONGEST_STATE]

@@ -36,7 +36,7 @@ class Turn:
     tokens_per_s: float
 
     def summary(self, emulated: bool) -> str:
-        """A summary in one line."""
+        """Return a summary in one line."""
         parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"] if self.tokens else []
         if self.tokens > 1:
             parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
@@ -61,8 +61,8 @@ class ChatBackend(Protocol):
     """A conversation with a model, wherever the model is.
 
     Attributes:
-        title: What answers, for the first line.
-        emulated: Whether the figures are not a board's.
+        title: Description of the model and where it runs, for the first line.
+        emulated: Whether the runtime is emulated, so that its figures are not a board's.
         system: System prompt.
         last: Last answer, even if stopped.
     """
@@ -81,11 +81,11 @@ class ChatBackend(Protocol):
         ...
 
     def ask(self, text: str) -> Generator[str | Note, None, None]:
-        """Pieces of the answer. Closing it early stops the answer and keeps the part there is."""
+        """Yield pieces of the answer. Closing the iterator early stops the answer and keeps the part there is."""
         ...
 
     def stop(self) -> None:
-        """Stop the current answer, and all that is done for it; the second time, at once. From any thread."""
+        """Stop the current answer and everything done for it, from any thread; the second time, at once."""
         ...
 
     def clear(self) -> None:
@@ -105,7 +105,7 @@ class ChatBackend(Protocol):
         ...
 
     def stats(self) -> Mapping[str, str]:
-        """Names and values for /stats."""
+        """Return names and values for /stats."""
         ...
 
 
@@ -131,8 +131,8 @@ class Repl:
         """Chat until the end of the input or /exit.
 
         Raises:
-            RKEdgeError: The last answer failed, and there is no terminal to show that on.
-            KeyboardInterrupt: SIGINT without a terminal, where it ends the program; a stopped answer is kept.
+            RKEdgeError: The last answer failed, and there is no terminal to show the error on.
+            KeyboardInterrupt: SIGINT without a terminal, which ends the program; a stopped answer is kept.
         """
         if self.terminal.interactive:
             self.terminal.note(f"{self.chat.title}\n/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
@@ -154,7 +154,7 @@ class Repl:
     def _handle(self, text: str) -> None:
         self.failure = None
         try:
-            # A program may pass on what others have written, and a command can write files.
+            # Commands only from a user: a program may pass on others' texts, and a command can write files.
             if self.terminal.interactive and text.strip().lower() in _LEAVING:
                 self._command("/exit")
             elif self.terminal.interactive and text.startswith("/"):
@@ -193,17 +193,17 @@ class Repl:
             self.terminal.end_line()
             raise
         self.terminal.write("\n")
-        if stopped.is_set() and not self.terminal.interactive:  # A program must not take it for a whole answer.
+        if stopped.is_set() and not self.terminal.interactive:  # A program must not take this for a whole answer.
             raise KeyboardInterrupt
         if self.terminal.interactive and self.chat.last:
             self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
 
     @contextmanager
     def _stopped_by_ctrl_c(self) -> Iterator[threading.Event]:
-        """Ctrl-C stops the answer, not the program; the part generated so far stays in the conversation.
+        """Make Ctrl-C stop the answer, not the program; the part generated so far stays in the conversation.
 
-        Yields an event that Ctrl-C sets. The handler requests the stop from its own thread: an exception at an
-        arbitrary place could leave conversation and worker out of step.
+        Yields an event that Ctrl-C sets. The handler requests the stop in a thread of its own: an exception at an
+        arbitrary place could leave conversation and worker inconsistent.
         """
 
         stopped = threading.Event()
@@ -303,7 +303,7 @@ COMMANDS: Final[Mapping[str, ChatCommand]] = {
     "/set": ChatCommand("/set system TEXT", "The same as /system.", _set),
     "/exit": ChatCommand("/exit", "Leave (also /quit, /bye, exit and Ctrl-D).", _exit),
 }
-# What other chats call them, and what people type to leave.
+# Names that other chats have for these commands, and words that people type to leave.
 _ALIASES: Final[Mapping[str, str]] = {
     "/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/?": "/help", "/retry": "/regenerate", "/reset": "/clear",
     "/new": "/clear",

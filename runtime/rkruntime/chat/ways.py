@@ -17,10 +17,10 @@ from rkruntime.remote import SSH_VARIABLE, ssh_command, words_of
 ATTACH_VARIABLE: Final = "RKEDGE_ATTACH"
 _ATTACH: Final = ("rkedge", "attach")
 _HOST: Final = re.compile(r"[\w][\w.-]*")
-# A host that no configuration names.
+# Name of a host that no ssh configuration names, to see ssh's defaults.
 _NOBODY: Final = "host-that-nobody-named"
 _PATIENCE_S: Final = 10
-# Exit codes of ssh if no daemon has answered: message and hint. 255 is its own, the others are the shell's there.
+# Message and hint by ssh's exit code, if no daemon has answered. 255 is ssh's own, the others are the board's shell's.
 _SSH_CODES: Final[Mapping[int, tuple[str, str]]] = {
     255: (
         "ssh could not connect or log in to {place}; what it says about that is above.",
@@ -44,10 +44,10 @@ class Way:
     """How to reach a daemon.
 
     Attributes:
-        place: Where it is, for people.
-        command: Starts what speaks as `rkedge attach` does.
+        place: Where the daemon is, in words.
+        command: Command that starts `rkedge attach` or an equivalent.
         log: How to read the daemon's log.
-        codes: Messages and hints for exit codes of `command` that have their own.
+        codes: Message and hint for some exit codes of `command`.
     """
 
     place: str
@@ -56,7 +56,7 @@ class Way:
     codes: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     def ended(self, code: int) -> ServiceError:
-        """The error for a command that exited with `code` before a daemon had answered."""
+        """Return the error for a command that exited with `code` before a daemon had answered."""
         if code in self.codes:
             message, hint = (text.format(place=self.place) for text in self.codes[code])
             return ServiceError(message, hint=hint)
@@ -67,37 +67,37 @@ class Way:
 
 
 def on_this_machine(socket: Path, log: str) -> Way:
-    """The way to the daemon at a Unix socket."""
+    """Return the way to the daemon at a Unix socket."""
     command = own_command("attach", "--socket", str(socket))
     return Way("this machine", command, log)
 
 
 def over_ssh(destination: str) -> Way:
-    """The way to a board: `user@board`, `ssh://user@board:port`, or a host of ~/.ssh/config.
+    """Return the way to a board: `user@board`, `ssh://user@board:port`, or a host of ~/.ssh/config.
 
     Raises:
-        UsageError: RKEDGE_SSH or RKEDGE_ATTACH cannot be read.
+        UsageError: The command in RKEDGE_SSH or RKEDGE_ATTACH cannot be parsed.
     """
     attach = words_of(ATTACH_VARIABLE) or _ATTACH
-    if Path(attach[-1]).name == _ATTACH[0]:  # the program alone
+    if Path(attach[-1]).name == _ATTACH[0]:  # only the program is given
         attach = [*attach, _ATTACH[1]]
     command = ssh_command(destination, *attach)
     return Way(destination, command, "journalctl -u rkedge, on the board", _SSH_CODES)
 
 
 def is_destination(text: str) -> bool:
-    """Whether `text` can only be a destination of ssh, or is a host that ~/.ssh/config has something to say about."""
+    """Whether `text` can only be a destination of ssh, or is a host that ~/.ssh/config has settings for."""
     if "@" in text or text.startswith("ssh://"):
         return True
     if not _HOST.fullmatch(text):
         return False
     usual, found = _config_of(_NOBODY), _config_of(text)
-    # A host's name is also within other settings, such as ControlPath.
+    # Settings such as ControlPath contain the host's name, so replace it before comparing.
     return None not in (usual, found) and found != str(usual).replace(_NOBODY, text.lower())
 
 
 def _config_of(host: str) -> str | None:
-    """ssh's settings for a host, in lower case; None if ssh cannot be asked."""
+    """Return ssh's settings for a host in lower case; None if ssh cannot be asked."""
     try:
         done = subprocess.run(
             [*(words_of(SSH_VARIABLE) or ["ssh"]), "-G", "--", host],

@@ -39,12 +39,12 @@ class Diagnosis:
         class_: Row of the taxonomy, or `unexplained`.
         confidence: `high`, `medium`, `low` or `none`; see `CONFIDENCES`.
         title: The class in a few plain words.
-        cause: What it means, and which part of that is not confirmed.
+        cause: What the failure means, and which part of the explanation is not confirmed.
         next_steps: What to do, in order.
         evidence: Sources, each with who confirmed it.
-        lines: The log lines that led here; for `unexplained`, those that look like trouble.
-        others: Further classes whose texts are in the log, best first.
-        rules_out: What versions and healthy lines exclude, if no failure was found.
+        lines: The log lines that led to the class; for `unexplained`, those that look like trouble.
+        others: Other classes whose texts are in the log, best first.
+        rules_out: Failures that versions and healthy lines exclude, if none was found.
         not_read: How much of the log was not searched; empty if all of it was.
     """
 
@@ -65,7 +65,7 @@ class Diagnosis:
         return self.class_ not in (UNEXPLAINED, FOREIGN)
 
     def as_dict(self) -> dict[str, Any]:
-        """The diagnosis as `rkedge diagnose --json` prints it and errors carry it."""
+        """Return the diagnosis as `rkedge diagnose --json` prints it and errors carry it."""
         return {
             "class": self.class_,
             "confidence": self.confidence,
@@ -86,7 +86,7 @@ def diagnose(
     """Explain a log.
 
     Args:
-        text: The log as one string, its lines, or what `longlog.read_log` gave.
+        text: The log as one string, its lines, or the result of `longlog.read_log`.
         context: What the caller knows beyond the log, such as `{"stage": "load", "signal": "SIGSEGV",
             "driver": "0.9.6", "runtime": "1.2.3"}`. Values of None are ignored.
         rows: Table to use instead of data/diagnosis.yaml.
@@ -102,7 +102,7 @@ def diagnose(
 
 
 def is_machine(found: Mapping[str, Any]) -> bool:
-    """Whether a diagnosis (`Diagnosis.as_dict`) is more than a hint, and about the machine: not about its model."""
+    """Whether a diagnosis (`Diagnosis.as_dict`) is more than a hint, and is about the machine rather than its model."""
     words = table().classes.get(found["class"])
     return words is not None and words.machine and found["confidence"] in CONFIDENCES[:-1]
 
@@ -146,14 +146,14 @@ def _explained(text: str, known: dict[str, str], rows: Table) -> Diagnosis:
 
 
 def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> list[Hit]:
-    """The best matching rule of each class, ordered by confidence, then by the table.
+    """Return the best matching rule of each class, ordered by confidence, then by the table.
 
     Args:
-        sure: The caller knows that it is an RKLLM log.
+        sure: The caller knows that the log is RKLLM's.
     """
     own = log.numbers(starts(rows.own, log.text))
     hits: list[Hit] = []
-    # Texts that only RKLLM prints come first: near them, generic ones count fully.
+    # Texts that only RKLLM prints come first, as generic texts count fully near them.
     for rule in sorted(rows.rules, key=lambda rule: rule.generic):
         if (hit := rule.hit(log, facts)) is None:
             continue
@@ -171,7 +171,7 @@ def _hits(log: Log, rows: Table, facts: Mapping[str, str], *, sure: bool) -> lis
 
 
 def _shared(hit: Hit, own: set[int], log: Log, rows: Table) -> str:
-    """How surely a text that other programs print too means a fault of RKLLM's; `own`: numbers of RKLLM's lines."""
+    """Return the confidence of a hit whose text other programs print too. `own` has the numbers of RKLLM's lines."""
     numbers = log.numbers(hit.places) or set(map(log.number_at, hit.places))
     if numbers <= own:
         return hit.confidence
@@ -182,7 +182,7 @@ def _shared(hit: Hit, own: set[int], log: Log, rows: Table) -> str:
 
 
 def _near(own: set[int], numbers: set[int], count: int) -> bool:
-    """Whether a line of RKLLM is near one of these lines of a log of `count` lines."""
+    """Whether one of RKLLM's lines (`own`) is near one of the lines `numbers`, in a log of `count` lines."""
     reach = count if count <= _SHORT else _NEAR
     return any(abs(number - other) <= reach for number in numbers for other in own)
 
@@ -195,7 +195,7 @@ def _is_foreign(log: Log, rows: Table, hits: list[Hit], known: Mapping[str, str]
 
 
 def _facts(log: Log, rows: Table) -> dict[str, str]:
-    """The last value of each fact in the log."""
+    """Return the last value of each fact in the log."""
     facts: dict[str, str] = {}
     for name, signatures in rows.facts.items():
         found = [
@@ -212,7 +212,7 @@ def _facts(log: Log, rows: Table) -> dict[str, str]:
 def _nothing(
     class_: str, log: Log, rows: Table, *, others: tuple[str, ...] = (), rules_out: tuple[str, ...] = ()
 ) -> Diagnosis:
-    """A result without a failure; it still shows the lines that look like trouble."""
+    """Return a diagnosis without a failure, which still shows the lines that look like trouble."""
     words = rows.classes[class_]
     trouble = [line[:WIDEST_LINE] for line in log.lines if _TROUBLE.search(line)]
     return Diagnosis(

@@ -26,9 +26,9 @@ confidence `none`.
 
 @dataclass(frozen=True)
 class Rule:
-    """When a class applies: each group has a signature in the log, nothing of `none` is there, and the facts fit.
+    """When a class applies: the log has a signature of each group in `all` and none of `none`, and `where` holds.
 
-    `generic` texts are printed by other programs too.
+    The texts of a `generic` rule are printed by other programs too.
     """
 
     class_: str
@@ -42,7 +42,7 @@ class Rule:
     evidence: tuple[str, ...]
 
     def hit(self, log: Log, facts: Mapping[str, str]) -> Hit | None:
-        """The hit, or None if the rule does not match."""
+        """Return the hit, or None if the rule does not match."""
         if not meets(facts, self.where):
             return None
         found: list[int] = []
@@ -54,7 +54,7 @@ class Rule:
                 places = [place for signature in group if (place := signature.cut_off(log)) is not None][:1]
             if not places:
                 return None
-            # The missing part of a truncated text, or of lines joined on suspicion, may have said something else.
+            # The missing part of a truncated text may have said something else, and so may lines joined on suspicion.
             if not any(signature.sure(place, log) for place, signature in matches):
                 confidence = CONFIDENCES[-1]
             found += places
@@ -65,7 +65,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Hit:
-    """A rule that matches a log, with what confidence, and where."""
+    """A rule that matches a log, with the confidence and the positions in the log's text."""
 
     rule: Rule
     confidence: str
@@ -81,7 +81,7 @@ class Exclusion:
     where: Mapping[str, str]
 
     def told(self, log: Log, facts: Mapping[str, str]) -> str | None:
-        """The sentence, if the log supports it."""
+        """Return the sentence on what is ruled out, or None if the log does not support it."""
         there = not self.any or any(True for signature in self.any for _ in signature.matches(log))
         return self.says.format_map(facts) if there and meets(facts, self.where) else None
 
@@ -91,7 +91,7 @@ class ClassText:
     """What a class of failures means, in plain words.
 
     Attributes:
-        machine: Whether it is about the machine, so that another one like it does load the model.
+        machine: Whether the failure is due to this machine, so that another one of its kind does load the model.
     """
 
     title: str
@@ -157,7 +157,7 @@ def table() -> Table:
 
 
 def _group(texts: str | list[Any], words: Mapping[str, Sequence[str]]) -> tuple[Signature, ...]:
-    """The signatures of a text, a list, or a list that contains lists (YAML aliases)."""
+    """Return the signatures of a text, a list, or a list that contains lists (YAML aliases)."""
     if isinstance(texts, str):
         return (Signature(texts, words),)
     return tuple(signature for text in texts for signature in _group(text, words))
@@ -172,13 +172,13 @@ def _steps(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class _Citations:
-    """`rknn-llm#62: reporter` as an address with its reliability."""
+    """Formats `rknn-llm#62: reporter` as an address with its reliability."""
 
     def __init__(self, marks: Mapping[str, str], repositories: Mapping[str, str], sources: Mapping[str, str]) -> None:
         self._marks, self._repositories, self._sources = marks, repositories, sources
 
     def __call__(self, evidence: Mapping[str, str]) -> tuple[str, ...]:
-        """Citations, best confirmed first (the order of `marks`)."""
+        """Return the citations, best confirmed first (in the order of `marks`)."""
         ranks = list(self._marks)
         best_first = sorted(evidence.items(), key=lambda item: ranks.index(item[1]))
         return tuple(f"{self._place(key)} ({self._marks[mark]})" for key, mark in best_first)

@@ -1,4 +1,4 @@
-"""Findings on what a bundle contains and a load ignores."""
+"""Findings on contents of a bundle that a load ignores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rkruntime.checks.preflight import Finding
 
 
 def ignored_settings(file: str, names: Iterable[str], read: Iterable[str]) -> Finding:
-    """The finding for settings in `file` that would change an answer, of which only those in `read` are obeyed."""
+    """Return the finding for settings in `file` that have no effect; only those in `read` do."""
     return Finding(
         "warning",
         "generation-config",
@@ -19,7 +19,7 @@ def ignored_settings(file: str, names: Iterable[str], read: Iterable[str]) -> Fi
 
 
 def unlisted_files(names: Sequence[str]) -> Finding:
-    """The finding for files in a bundle's folder that its manifest does not list."""
+    """Return the finding for files in a bundle's folder that its manifest does not list."""
     return Finding(
         "warning",
         "unlisted-file",

@@ -1,4 +1,4 @@
-"""Where the keeper of a board's clocks is asked for them, and in which words (docs/clocks.md)."""
+"""Address and messages of the keeper, which holds a board's clocks (docs/clocks.md)."""
 
 from __future__ import annotations
 

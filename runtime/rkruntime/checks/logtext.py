@@ -22,12 +22,12 @@ _ESCAPE = re.compile(
     r"(?:\[[0-9;:?]{0,32}[ -/]{0,4}[@-~]|\][^\x07\x1b\n]{0,256}(?:\x07|\x1b\\)|[()*+][0-9A-Za-z]|[@-Z\\-_])",
     re.IGNORECASE,
 )
-# A colour code whose ESC was lost on the way.
+# A color code whose ESC was lost on the way.
 _BARE_COLOUR = re.compile(r"\[\d{1,2}(?:;\d{1,3}){0,4}m")
 _SPELLED_CHARACTER = re.compile(r"\\u((?!d[89a-f])[0-9a-f]{4})", re.IGNORECASE)
 _SPELLED_BREAK = re.compile(r"\\r\\n|\\n|\\r")
 _BREAK = re.compile(r"\r\n|\n|\r|\x0b|\x0c|\x85|\u2028|\u2029")
-# How a log line begins; the continuation of a broken line begins differently.
+# How a log line begins; the continuation of a wrapped line begins differently.
 _BEGINNING = re.compile(
     r"[EWID][ /][A-Za-z]+ ?:|\[ ?\w|\d{4}-\d\d|[A-Z][a-z]{2} [ \d]\d |(?:INFO|WARNING|ERROR|DEBUG)\b|[-=*]{4}"
 )
@@ -60,10 +60,10 @@ def decode(data: bytes) -> str:
 
 
 def clean_lines(text: str) -> list[str]:
-    """Printable lines without escape sequences, control characters, trailing spaces and empty lines.
+    """Split a log into printable lines without escape sequences, control characters, trailing spaces and empty lines.
 
-    A carriage return ends a line, so that each state of a progress bar is a line; so does a spelled-out `\\n` (a
-    container's JSON log). Lines of more than 4000 characters are cut into overlapping pieces.
+    A carriage return ends a line, so that each state of a progress bar is a line, and so does a spelled-out `\\n` (in
+    a container's JSON log). Lines of more than 4000 characters are cut into overlapping pieces.
     """
     text = _BARE_COLOUR.sub("", _ESCAPE.sub("", text))
     text = _SPELLED_CHARACTER.sub(lambda match: chr(int(match[1], 16)), text)
@@ -78,7 +78,7 @@ def clean_lines(text: str) -> list[str]:
 
 
 def unwrapped(lines: Sequence[str]) -> Iterable[tuple[int, str]]:
-    """Rejoin lines that a terminal broke at its width: pairs of the first line's index and the whole line.
+    """Rejoin lines that a terminal broke at its width; yields pairs of the first line's index and the whole line.
 
     A line counts as broken if it fills the width (that of the longest line), or if the first word of the next line
     would not have fitted. Joining too much does little harm, because the original lines are kept.

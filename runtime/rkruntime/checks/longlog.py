@@ -1,10 +1,10 @@
-"""Read all of a log of any size in bounded memory: its head, its tail, and what may matter of all that is between.
+"""Read a log of any size in bounded memory: its head, its tail, and the lines in between that may matter.
 
-Logs are long because they repeat themselves. Lines that are the same apart from digits and the letters of hexadecimal
-numbers count as repeats. Only the first of them is searched for the texts of the table, which takes a thousand times as
-long as to see that the others are repeats. If it has such a text, its next repeats and the last one are searched, too,
-since their numbers may be others. What is found is kept with the lines around it. There is a limit to the lines that
-are no repeats; those beyond it are counted.
+Logs are long because they repeat themselves. Lines that differ only in digits and the letters of hexadecimal numbers
+count as repeats. Only the first of them is searched for the texts of the table, which takes a thousand times as long as
+recognizing a repeat. If it has such a text, its next repeats and the last one are searched too, since their numbers may
+differ. Lines with a text of the table are kept together with the lines around them. Lines that are not repeats are
+searched up to a limit; those beyond it are only counted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LEFT_OUT: Final = "[lines of the log left out]"
 
 @dataclass(frozen=True)
 class ReadLog:
-    """The text of a log that is to be explained, and the lines that were neither searched nor repeats of others."""
+    """The text of a log to be explained, and how much of the log was neither searched nor a repeat."""
 
     text: str
     skipped_lines: int = 0
@@ -60,7 +60,7 @@ def read_log(stream: BinaryIO, rows: Table) -> ReadLog:
     """Read a file or pipe to its end and decode it.
 
     Args:
-        rows: Whose texts are kept, wherever they are.
+        rows: Table whose texts are kept, wherever they are in the log.
     """
     head = _read(stream, HEAD)
     encoding = logtext.encoding(head)
@@ -70,7 +70,7 @@ def read_log(stream: BinaryIO, rows: Table) -> ReadLog:
         if len(blocks) > 2:
             middle.add(blocks.popleft())
     tail = b"".join(blocks)
-    # An even number: half a character of UTF-16 would spoil all that follows.
+    # An even number of bytes: half a character of UTF-16 would spoil everything after it.
     if (more := len(tail) - TAIL & ~1) > 0:
         middle.add(tail[:more])
         tail = tail[more:]
@@ -82,7 +82,7 @@ def read_log(stream: BinaryIO, rows: Table) -> ReadLog:
 
 
 def read_text(text: str, rows: Table) -> ReadLog:
-    """The same for a text in memory."""
+    """Do the same as `read_log` for a text in memory."""
     if len(text) <= HEAD + TAIL:
         return ReadLog(text)
     return read_log(io.BytesIO(text.encode("utf-8", "replace")), rows)
@@ -97,7 +97,7 @@ def _read(stream: BinaryIO, size: int) -> bytes:
 
 
 class _Place(NamedTuple):
-    """Where a line is: the number of the block, and of the line in it."""
+    """The position of a line: the number of its block, and its number in the block."""
 
     block: int
     line: int
@@ -105,7 +105,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class _Around:
-    """A line, and those beside it."""
+    """A line with the lines before and after it."""
 
     before: tuple[bytes, ...]
     line: bytes
@@ -113,14 +113,14 @@ class _Around:
 
     @classmethod
     def of(cls, lines: Sequence[bytes], number: int) -> _Around:
-        """Around the line of this number."""
+        """Return the line of this number with its neighbors."""
         first = max(0, number - _AROUND)
         before, after = lines[first:number], lines[number + 1 : number + 1 + _AROUND]
         return cls(tuple(line[-_WIDTH:] for line in before), lines[number], tuple(line[:_WIDTH] for line in after))
 
 
 class _Middle:
-    """What is kept of a log that goes past block by block."""
+    """The lines kept of the middle of a log, which is read block by block."""
 
     def __init__(self, rows: Table, encoding: str, head: bytes) -> None:
         self._rows, self._signatures = rows, _all_signatures(rows)
@@ -131,7 +131,7 @@ class _Middle:
         self._block = 0
         self._seen: set[bytes] = set()
         self._telling: dict[bytes, int] = {}
-        # The block in which each telling line was last, and the last few blocks, or what was taken of others.
+        # The block in which each telling line was last seen, those blocks, and the lines taken from dropped blocks.
         self._latest: dict[bytes, int] = {}
         self._blocks: dict[int, bytes] = {}
         self._ends: dict[bytes, tuple[_Place, _Around]] = {}
@@ -143,11 +143,11 @@ class _Middle:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing went past."""
+        """Whether no block was added."""
         return not self._block
 
     def add(self, block: bytes) -> None:
-        """Take the next bytes of the log."""
+        """Search the next bytes of the log."""
         self._block += 1
         data = self._carry + self._narrow(block)
         if end := max(data.rfind(b"\n"), data.rfind(b"\r")) + 1:
@@ -160,7 +160,7 @@ class _Middle:
             self._carry = data
 
     def finish(self, tail: bytes) -> None:
-        """Search what has no end yet, as far as the tail's first bytes, and the last of all repeats."""
+        """Search the unfinished last line up to the tail's first bytes, and the last repeat of each telling line."""
         self._block += 1
         self._search(self._carry + self._narrow(tail))
         for block in list(self._blocks):
@@ -168,7 +168,7 @@ class _Middle:
         self._look(list(self._ends.values()))
 
     def kept(self) -> Iterator[str]:
-        """What was found, in order, with a line where something is left out; MIDDLE characters at most."""
+        """Yield the lines found, in order, with a mark where lines are left out; MIDDLE characters at most."""
         places = {place for several in self._first.values() for place in several} | set(self._last.values())
         room = MIDDLE
         yield _LEFT_OUT
@@ -188,7 +188,7 @@ class _Middle:
         self.skipped_bytes += size
 
     def _search(self, data: bytes) -> None:
-        """Look at whole lines."""
+        """Search a block of whole lines."""
         keys = _keys(data)
         there = set(keys)
         fresh, told = there - self._seen, there & self._telling.keys()
@@ -205,7 +205,7 @@ class _Middle:
                 self._telling.setdefault(keys[number], 0)
 
     def _remember(self, told: set[bytes], data: bytes) -> None:
-        """Note where these lines were last, and keep the block as long as that is so."""
+        """Note that these lines were last seen in this block, and keep the block as long as that is true."""
         self._latest |= dict.fromkeys(told, self._block)
         self._blocks[self._block] = data
         wanted = set(self._latest.values())
@@ -214,7 +214,7 @@ class _Middle:
             self._take_ends(min(self._blocks))
 
     def _take_ends(self, number: int) -> None:
-        """Take the lines that were last seen in a block from it, and let it go."""
+        """Take the lines that were last seen in a block from it, and drop the block."""
         data = self._blocks.pop(number)
         keys, lines = _keys(data), _lines(data)
         last = dict(zip(keys, range(len(keys)), strict=True))
@@ -223,7 +223,7 @@ class _Middle:
             self._ends[key] = _Place(number, last[key]), _Around.of(lines, last[key])
 
     def _chosen(self, keys: list[bytes], lines: list[bytes], fresh: set[bytes], again: set[bytes]) -> set[int]:
-        """Numbers of the first of each of these lines, and of the ones behind, in which they may go on."""
+        """Return the numbers of the first of each of these lines, and of the lines after them, where they may go on."""
         chosen: set[int] = set()
         for number, key in enumerate(keys):
             if key in fresh:
@@ -241,7 +241,7 @@ class _Middle:
         return chosen
 
     def _affords(self, line: bytes) -> bool:
-        """Whether a line that is no repeat can still be searched; counts it."""
+        """Whether the limits allow searching a line that is not a repeat; counts the line against them."""
         if len(line) <= self._left:
             self._left -= len(line)
             return True
@@ -251,7 +251,7 @@ class _Middle:
         return False
 
     def _look(self, places: Sequence[tuple[_Place, _Around]]) -> set[int]:
-        """Keep those of these lines that have a text of the table; their numbers."""
+        """Keep the lines that have a text of the table; returns their numbers."""
         if not places:
             return set()
         owners: list[int] = []
@@ -265,7 +265,7 @@ class _Middle:
             number = log.number_at(position)
             place, around = places[owners[number]]
             self._keep(name, place)
-            # Of a long line the piece, and of one with spelled-out breaks the lines, around the text.
+            # Only the pieces of a long line, or the lines of one with spelled-out breaks, that are near the text.
             near = [clean[at] for at in range(number - 2, number + 3) if self._same(owners, at, number)]
             self._texts[place] = [*self._cleaned(around.before), *near, *self._cleaned(around.after)]
             found.add(place.line)
@@ -273,7 +273,7 @@ class _Middle:
         return found
 
     def _named(self, log: Log) -> Iterator[tuple[str, int]]:
-        """The texts of the table in a log, and where."""
+        """Yield the texts of the table in a log, each with its position."""
         yield from (("", position) for position in islice(starts(self._rows.own, log.text), _FIRST))
         for signature in self._signatures:
             yield from ((signature.source, position) for position in signature.matches(log))
@@ -293,7 +293,7 @@ class _Middle:
             self._last[name] = max(place, self._last.get(name, place))
 
     def _forget(self) -> None:
-        """Drop what is neither among the first nor the last."""
+        """Drop lines that are neither among the first occurrences of a text nor the last."""
         wanted = {place for several in self._first.values() for place in several} | set(self._last.values())
         self._texts = {place: lines for place, lines in self._texts.items() if place in wanted}
 
@@ -306,12 +306,12 @@ def _lines(data: bytes) -> list[bytes]:
 
 
 def _keys(data: bytes) -> list[bytes]:
-    """The same for all repeats of a line, in the order of the lines."""
+    """Return a key for each line, in order; the repeats of a line have the same key."""
     return data.translate(_RETURN_ENDS_LINE, _NUMBERS).split(b"\n")
 
 
 def _all_signatures(rows: Table) -> list[Signature]:
-    """Each text of the table once."""
+    """Return each signature of the table once."""
     every = [signature for rule in rows.rules for group in (*rule.all, rule.none) for signature in group]
     every += [signature for exclusion in rows.exclusions for signature in exclusion.any]
     every += [signature for several in rows.facts.values() for signature in several]

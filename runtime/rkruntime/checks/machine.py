@@ -1,4 +1,4 @@
-"""What this machine is, read without root where possible: NPU driver, SoC, memory, CPU cores, device nodes.
+"""Read what this machine is, without root where possible: NPU driver, SoC, memory, CPU cores, device nodes.
 
 Every function takes the root of a file tree, so that tests can imitate a board. What cannot be read is
 unknown, never "old" or "none". Paths and texts: sources of the rknpu driver 0.9.6 and 0.9.8, public board logs.
@@ -19,7 +19,7 @@ P = TypeVar("P", bound="Place")
 
 
 class Place(Protocol):
-    """What is asked of a path: a pathlib.Path, or something that stands for a file on another machine."""
+    """The methods that a path needs: a pathlib.Path, or an object that stands for a file on another machine."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -36,18 +36,18 @@ class Place(Protocol):
     def resolve(self: P) -> P: ...  # noqa: D102
 
 
-# Where mainline's NPU driver shows up, as a module or built in.
+# Where the mainline NPU driver shows up, as a module or built in.
 _MAINLINE: Final = ("sys/module/rocket", "sys/bus/platform/drivers/rocket")
 VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}")
 """The driver's version in a text."""
-# In this order: the first needs no root and exists for every driver that sets a module version.
+# Read in this order: the first needs no root and exists for every driver that sets a module version.
 _DRIVER_VERSION: Final = ("sys/module/rknpu/version", "proc/rknpu/version", "sys/kernel/debug/rknpu/version")
 # The first exists only in kernels built with RKNPU_PROC_FS, the second is root's. rknpu 0.9.x writes
 # "NPU load:  Core0:  0%, Core1:  0%, Core2:  0%,", and "NPU load:  0%" for a single core.
 NPU_LOAD: Final = ("proc/rknpu/load", "sys/kernel/debug/rknpu/load")
 _LOAD: Final = re.compile(r"(?:(Core\d{1,2}):|NPU load:)\s*(\d{1,3})%", re.ASCII)
 _MOST_CORES: Final = 16
-# Containers hide one or both.
+# The device tree's `compatible`, of which containers hide one path or both.
 _COMPATIBLE: Final = ("proc/device-tree/compatible", "sys/firmware/devicetree/base/compatible")
 _CPUS: Final = "sys/devices/system/cpu"
 
@@ -65,9 +65,9 @@ _PLATFORMS: Final = {
     "rv1126b": "rv1126b",
 }
 _MOST_CLOCKS: Final = 32
-# enabled_cpus_mask covers CPU0 to CPU7.
+# Number of CPUs that enabled_cpus_mask can name: CPU0 to CPU7.
 _MASKABLE: Final = 8
-# A big core has at least this share of the best core's capacity, or clock. A little one has about half the capacity,
+# A big core has at least this share of the best core's capacity or clock. A little core has about half the capacity,
 # but 0.75 of the clock on an RK3588 and 0.96 on an RK3576; the two big clusters of an RK3588 differ by a few percent
 # in clock.
 _BIG_CAPACITY: Final = 0.75
@@ -78,7 +78,7 @@ _BIG_BY_PLATFORM: Final = {"rk3588": range(4, 8), "rk3576": range(4, 8)}
 
 @dataclass(frozen=True)
 class Driver:
-    """The NPU driver: `version` is None when it could not be read, `source` says where it was found, or why not."""
+    """The NPU driver. `version` is None if it could not be read; `source` says where it was found, or why not."""
 
     version: str | None
     source: str
@@ -92,7 +92,7 @@ class Cores:
     Attributes:
         cpus: Core numbers, in order.
         big: Whether they are only the big cores.
-        source: What told big from little.
+        source: What big and little cores were told apart by.
     """
 
     cpus: tuple[int, ...]
@@ -107,7 +107,7 @@ class Cores:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of main memory. `available` is free without swapping, within the container's own limit."""
+    """Bytes of main memory. `available` can be had without swapping, within the container's own limit."""
 
     total: int
     available: int
@@ -121,18 +121,18 @@ def _attempt(path: Place) -> str | OSError:
 
 
 def _read(path: Place) -> str:
-    """The file's text, or "" if it cannot be read."""
+    """Return the file's text, or "" if it cannot be read."""
     found = _attempt(path)
     return found if isinstance(found, str) else ""
 
 
 def driver(root: Place = ROOT) -> Driver:
-    """The version of the NPU driver, and where it was found."""
+    """Return the version of the NPU driver, and where it was found."""
     found = {name: _attempt(root / name) for name in _DRIVER_VERSION}
     for name, text in found.items():
         if isinstance(text, str) and (match := VERSION.search(text)):
             return Driver(match.group(), f"/{name}")
-    # First, because debugfs is closed to users whether or not rknpu is there.
+    # Checked before permissions, because debugfs is closed to users whether or not rknpu is there.
     if any((root / name).is_dir() for name in _MAINLINE) and not (root / "sys/module/rknpu").is_dir():
         return Driver(None, "this kernel has mainline's driver rocket", mainline=True)
     closed = [f"/{name}" for name, text in found.items() if isinstance(text, PermissionError)]
@@ -140,7 +140,7 @@ def driver(root: Place = ROOT) -> Driver:
 
 
 def compatible(root: Place = ROOT) -> tuple[str, ...]:
-    """The device tree's names for the board and its chip, most specific first; empty if they cannot be read."""
+    """Return the device tree's names for the board and its chip, most specific first; empty if unreadable."""
     for name in _COMPATIBLE:
         if text := _read(root / name):
             return tuple(part for part in text.split("\0") if part.strip())
@@ -148,7 +148,7 @@ def compatible(root: Place = ROOT) -> tuple[str, ...]:
 
 
 def soc(root: Place = ROOT) -> str | None:
-    """The Rockchip SoC (`rk3588s`, `rk3566`), supported or not; None on another machine or if unreadable."""
+    """Return the Rockchip SoC (`rk3588s`, `rk3566`), supported or not; None on other machines or if unreadable."""
     for name in reversed(compatible(root)):
         vendor, _, chip = name.partition(",")
         if vendor == "rockchip" and re.fullmatch(r"r[kv]\d{3,4}[a-z0-9]*", chip):
@@ -157,12 +157,12 @@ def soc(root: Place = ROOT) -> str | None:
 
 
 def platform_of(chip: str | None) -> str | None:
-    """The `target_platform` of a SoC, such as `rk3588` for an `rk3588s`; None if RKLLM does not support it."""
+    """Return the `target_platform` of a SoC, such as `rk3588` for an `rk3588s`; None if RKLLM does not support it."""
     return _PLATFORMS.get(chip or "")
 
 
 def memory(root: Place = ROOT) -> Memory | None:
-    """Main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
+    """Return main memory from /proc/meminfo, or the container's limit (cgroup v2) if that is lower."""
     lines = _read(root / "proc/meminfo")
     found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+([0-9]{1,15}) kB", lines, re.MULTILINE))
     if len(found) < 2:
@@ -176,7 +176,7 @@ def memory(root: Place = ROOT) -> Memory | None:
 
 
 def npu_load(root: Place = ROOT) -> dict[str, float]:
-    """Share of time that each NPU core was busy, 0 to 1, by core; empty if it cannot be read."""
+    """Return the share of time that each NPU core was busy, 0 to 1, by core; empty if unreadable."""
     texts = (_read(root / name) for name in NPU_LOAD)
     return {
         (core or "core0").lower(): int(percent) / 100
@@ -185,10 +185,10 @@ def npu_load(root: Place = ROOT) -> dict[str, float]:
 
 
 def _reclaimable(root: Place) -> int:
-    """Bytes that are charged to the container and given back when a program needs them.
+    """Return the bytes that are charged to the container but given back when a program needs them.
 
-    As MemAvailable counts them for a machine: the page cache, active or not, such as a model file that was just
-    checked, and the kernel's own caches. Shared memory is in neither of these lists.
+    As MemAvailable does for a machine, this counts the page cache, active or not, which may hold a model file that was
+    just checked, and the kernel's own caches. Shared memory is in neither.
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
     """
     stat = dict(re.findall(r"^(\w+) (\d+)$", _read(root / "sys/fs/cgroup/memory.stat"), re.MULTILINE))
@@ -196,20 +196,20 @@ def _reclaimable(root: Place) -> int:
 
 
 def kills_for_memory(root: Path = ROOT) -> int | None:
-    """How many processes the kernel has killed for lack of memory since its start; None if it does not say."""
+    """Count the processes that the kernel has killed for lack of memory since boot; None if unknown."""
     found = re.search(r"^oom_kill (\d+)$", _read(root / "proc/vmstat"), re.MULTILINE)
     return int(found[1]) if found else None
 
 
 def most_open_files() -> int | None:
-    """The hard limit of open files of this process, which a worker raises its own to; None without one."""
+    """Return this process's hard limit of open files, to which a worker raises its soft limit; None if unlimited."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return None if hard == resource.RLIM_INFINITY else hard
 
 
 def npu_nodes(root: P) -> tuple[P, ...]:
-    """The NPU's device nodes, which may be missing in /dev: its DRM nodes, by the device's or the driver's name, and
-    /dev/rknpu of the driver's older form.
+    """Return the NPU's device nodes, which may be missing in /dev: its DRM nodes, by the device's or the driver's name,
+    and /dev/rknpu, which older drivers have.
     """
     entries = sorted((root / "sys/class/drm").glob("*"))
     nodes = tuple(
@@ -226,14 +226,14 @@ def _is_npu(device: Place) -> bool:
 
 
 def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None = None) -> Cores:
-    """The big CPU cores, plus the next best ones until there are `at_least`.
+    """Choose the big CPU cores, plus the next best ones until there are `at_least`.
 
-    Big and little are told apart by the kernel's cpu_capacity, the cpufreq policies' highest clock or the platform,
-    whichever shows a difference first. Without a difference (RK3562, a PC) all cores, of which the mask can name the
-    first eight. If the machine has, or this process may use, fewer than `at_least`, all of those.
+    Big and little cores are told apart by the kernel's cpu_capacity, the cpufreq policies' highest clock or the
+    platform, whichever shows a difference first. Without a difference (RK3562, a PC), all cores are chosen, up to the
+    eight that the mask can name; likewise if the machine has, or this process may use, fewer than `at_least`.
 
     Args:
-        allowed: Cores this process may use; its CPU affinity by default.
+        allowed: Cores that this process may use; by default, its CPU affinity.
     """
     usable = set(os.sched_getaffinity(0) if allowed is None else allowed)
     online = [cpu for cpu in _online(root) if cpu in usable and cpu < _MASKABLE] or sorted(usable)[:_MASKABLE]
@@ -253,7 +253,7 @@ def cores(at_least: int = 1, root: Place = ROOT, allowed: Collection[int] | None
 
 
 def clocks(root: Path = ROOT) -> dict[str, int]:
-    """Clocks in Hz as they are now: of the NPU, the memory and others by their devices' names, and of CPU policies."""
+    """Return the current clocks in Hz: of NPU, memory and others by their devices' names, and of CPU policies."""
     found = {path.parent.name: _number(_read(path)) for path in (root / "sys/class/devfreq").glob("*/cur_freq")}
     for path in (root / _CPUS / "cpufreq").glob("policy[0-9]*/scaling_cur_freq"):
         kilohertz = _number(_read(path))
@@ -287,5 +287,5 @@ def _clocks(root: Place) -> dict[int, int]:
 
 
 def _number(text: str) -> int | None:
-    """The whole number that a file says; None if it says something else."""
+    """Return the whole number in a file's text; None if it is something else."""
     return int(text) if re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else None

@@ -1,7 +1,7 @@
 """Check before a load: does this model fit this library, this driver, this board and its memory?
 
 Nothing here calls the library. A finding of level `error` is known not to work, `warning` likely to fail or to answer
-badly, `notice` something that was changed or is worth knowing. What cannot be read is reported as unknown, never as
+badly, `notice` worth knowing, such as a changed setting. What cannot be read is reported as unknown, never as
 outdated. The known bad pairs are a table, data/known_pairs.yaml; docs/preflight.md lists what is checked.
 """
 
@@ -24,20 +24,20 @@ from rkruntime.versions import version
 from rkruntime.words import counted
 
 Level: TypeAlias = Literal["error", "warning", "notice"]
-# Tokens. The upper limit is more than any machine has room for.
+# A context in tokens. The upper limit is more than any machine has room for.
 Context: TypeAlias = Annotated[int, Between(1, 1 << 20)]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "notice")
 
 _OPEN_FILES: Final = 16_384
-# Since 1.2.0 the runtime can leave the embedding table on flash. It is 0.37 of the smallest Gemma 2's file (2B:
-# 256,000 x 2,304 of fp16 in 3.2 GB), and less of the others'.
+# Share of a model file that is the embedding table, which the runtime can leave on flash since 1.2.0. It is 0.37 of the
+# smallest Gemma 2's file (2B: 256,000 x 2,304 of fp16 in 3.2 GB), and less of the others'.
 _TABLE_SHARE: Final = 0.4
 _PERMISSION: Final = "https://github.com/rockchip-linux/rknn-toolkit2/issues/244 (reported; the reporter confirmed it)"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: `code` is for programs, `message` and `hint` for people, `source` says how it is known."""
+    """One finding. `code` is for programs, `message` and `hint` are for people, `source` says how this is known."""
 
     level: Level
     code: str
@@ -46,20 +46,20 @@ class Finding:
     source: str
 
     def as_dict(self) -> dict[str, str]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before it is loaded; None or "" means unknown.
+    """What is known about a model before it is loaded; None or "" means unknown.
 
     Attributes:
         platform: `target_platform` of the conversion, such as `rk3588`.
-        toolkit: Release of rkllm-toolkit that made it.
+        toolkit: Release of rkllm-toolkit that made the model file.
         dtype: Quantized type, such as `w8a8`.
-        npu_cores: Number of NPU cores it was built for.
-        max_context: Context built into it, in tokens.
+        npu_cores: Number of NPU cores that the model was built for.
+        max_context: Context built into the model file, in tokens.
         size: Size of the model file, in bytes.
     """
 
@@ -129,7 +129,7 @@ def preflight(
 def cores_for(
     npu_cores: int, *, emulated: bool, root: Path = machine.ROOT, allowed: Collection[int] | None = None
 ) -> machine.Cores:
-    """The CPU cores for a model of so many NPU cores; the emulator always gets as many."""
+    """Return the CPU cores for a model with `npu_cores` NPU cores; the emulator always gets as many."""
     cores = machine.cores(npu_cores, root, allowed)
     if emulated and len(cores.cpus) < npu_cores:
         return machine.Cores(tuple(range(npu_cores)), False, "the emulator pins nothing")
@@ -147,7 +147,7 @@ def _check_arguments(**given: object) -> None:
 
 
 def clamp_context(asked: int | None, limit: int | None) -> tuple[int | None, list[Finding]]:
-    """The context to load with: the one asked for, or the limit if that is lower or nothing was asked for."""
+    """Return the context to load with: the one asked for, or the limit if that is lower or none was asked for."""
     if asked is None or limit is None or asked <= limit:
         return (limit if asked is None else asked), []
     return limit, [
@@ -267,7 +267,7 @@ def check_nodes(
 ) -> Iterator[Finding]:
     """Whether there is a device node of the NPU that this user can open."""
     nodes = machine.npu_nodes(root)
-    # Elsewhere than on such a board, or in a container without /sys, missing nodes mean nothing.
+    # On any other machine, or in a container without /sys, missing nodes mean nothing.
     if not nodes and not driver.mainline and machine.platform_of(chip) and (root / "sys/class/misc").is_dir():
         yield Finding(
             "error",
@@ -311,7 +311,7 @@ def check_open_files(limit: int | None) -> Iterator[Finding]:
 
 
 def check_pairs(model: ModelFacts, runtime: str | None, driver: str | None, chip: str | None) -> Iterator[Finding]:
-    """What is known of the combination of releases; what is unknown meets no rule."""
+    """Yield findings on the combination of releases; an unknown fact meets no rule."""
     given = {
         "runtime": runtime,
         "toolkit": model.toolkit,

@@ -1,4 +1,4 @@
-"""Texts that programs print, with gaps in them, and the log that is searched for them.
+"""Signatures, which are texts with gaps that programs print, and the log that is searched for them.
 
 Everything here takes at most linear time in the length of a log, whatever the log contains.
 """
@@ -72,7 +72,7 @@ class Signature:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """The signature's first text as a regular expression; compiled only for a log that contains the anchors."""
+        """The signature's first text as a regular expression; compiled only once a log contains the anchors."""
         return _compiled(self.plain)
 
     @cached_property
@@ -84,12 +84,12 @@ class Signature:
         return all(anchor in log.flat for anchor in self._anchors)
 
     def matches(self, log: Log) -> Iterator[int]:
-        """Positions of the signature in `log.text`, at most three."""
+        """Yield positions of the signature in `log.text`, at most three."""
         if self.possible(log):
             yield from islice(self._on_one_line(log.text) if self._rest else starts(self.pattern, log.text), _MOST_HITS)
 
     def _on_one_line(self, text: str) -> Iterator[int]:
-        # Where the others are at all: a line may have the first text a million times, and each place costs a search.
+        # Find the other texts first: a line may have the first text a million times, and each time would cost a search.
         others = [(other, list(starts(other, text))) for other in self._others]
         if not all(places for _, places in others):
             return
@@ -106,7 +106,7 @@ class Signature:
         return not loose or bool(log.numbers((place,)))
 
     def cut_off(self, log: Log) -> int | None:
-        """Position of this text if the log's first line or last line cuts it off, else None."""
+        """Return the position of this text if the log's first or last line cuts it off, else None."""
         if self._rest or _TOKEN.search(self.plain) or len(self.plain) < _FEWEST_CUT:
             return None
         fewest = max(_FEWEST_CUT, len(self.plain) * 2 // 3)
@@ -122,18 +122,18 @@ class Signature:
 
 
 def _any_between(places: Sequence[int], start: int, end: int) -> bool:
-    """Whether one of the sorted places is in this range."""
+    """Whether one of the sorted places is from `start` up to `end`, exclusive."""
     at = bisect_left(places, start)
     return at < len(places) and places[at] < end
 
 
 def starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:
-    """Positions where the pattern matches."""
+    """Return the positions where the pattern matches."""
     return (match.start() for match in pattern.finditer(text))
 
 
 def _expanded(part: str, words: Mapping[str, Sequence[str]]) -> str:
-    """A part of a signature with the words it names spelled out."""
+    """Return a part of a signature with the word lists it names, such as `{fail}`, spelled out."""
     return re.sub(
         r"\{(\w+)\}",
         lambda match: "{" + "|".join(map(simplified, words[match[1]])) + "}" if match[1] in words else match[0],
@@ -168,12 +168,12 @@ def _gap(mark: str) -> str:
 
 
 def _left_edge(plain: str) -> str:
-    """A word or number must begin where the signature begins: `killed` is not in `skilled`, nor `12` in `112`."""
+    """Return a pattern by which a word or number must begin with the signature: `skilled` does not have `killed`."""
     return {"a": r"(?<![a-z])", "0": r"(?<![\d.])"}.get(_kind(plain[:1]), "")
 
 
 def _right_edge(plain: str) -> str:
-    """A number must end there; a word need not, since the runtime glues the next text to it (`run failedrobot:`)."""
+    """Return a pattern by which a number must end there; a word need not, as in the runtime's `run failedrobot:`."""
     return r"(?![\dx])" if _kind(plain[-1:]) == "0" else ""
 
 
@@ -182,7 +182,7 @@ def _kind(character: str) -> str:
 
 
 class Log:
-    """A log's lines, and the text that is searched for signatures."""
+    """A log's lines, and the normalized text that is searched for signatures."""
 
     def __init__(self, lines: Sequence[str], context: Mapping[str, str]) -> None:
         self.lines = lines
@@ -190,7 +190,7 @@ class Log:
         self._starts: list[int] = []
         plain: list[str] = []
         length = 0
-        # The context's facts are lines like any others, but are never shown.
+        # The context's facts are searched like lines of the log, but never shown.
         extra = [(len(lines), f"{key}: {value}") for key, value in context.items()]
         whole = list(logtext.unwrapped(lines))
         for number, line in (*enumerate(lines), *whole, *extra):
@@ -199,7 +199,7 @@ class Log:
             self._line_of.append(number)
             length += len(plain[-1]) + 1
         self.text = "\n".join(plain)
-        # Where the joined lines are; the two halves of one may have nothing to do with each other.
+        # The range of the joined lines in `text`; the halves of a joined line may have nothing to do with each other.
         starts = [*self._starts, length]
         self.joined = (starts[len(lines)], starts[len(lines) + len(whole)])
         self.flat = self.text.replace("\n", " ")
@@ -207,14 +207,14 @@ class Log:
         self.last_start = self._starts[len(lines) - 1] if lines else 0
 
     def number_at(self, position: int) -> int:
-        """Index of the log line at a position of `text`; the number of lines for a line of the context."""
+        """Return the index of the log line at a position of `text`; the number of lines for a line of the context."""
         return self._line_of[bisect_right(self._starts, position) - 1]
 
     def numbers(self, positions: Iterable[int]) -> set[int]:
-        """Indexes of the lines at these positions; lines joined on suspicion are left out."""
+        """Return the indexes of the lines at these positions, leaving out lines joined on suspicion."""
         return {self.number_at(place) for place in positions if not self.joined[0] <= place < self.joined[1]}
 
     def shown(self, positions: Iterable[int]) -> tuple[str, ...]:
-        """The log's lines at these positions, without repeats and without the context's lines."""
+        """Return the log's lines at these positions, without repeats and without the context's lines."""
         numbers = [number for number in map(self.number_at, positions) if number < len(self.lines)]
         return tuple(dict.fromkeys(self.lines[number][:WIDEST_LINE] for number in numbers))[:MOST_LINES]

@@ -9,7 +9,7 @@ from rkruntime.versions import Version, version
 
 
 def types_by_soc(release: Version | None = None) -> tuple[Mapping[str, tuple[str, ...]], str]:
-    """The types by SoC that a release offers, by default the newest, and the source of what it changed last."""
+    """Return the types that a release (by default the newest) offers by SoC, and the source of the last change."""
     rows = [row for row in resources.table("types") if release is None or version(row["from"]) <= release]
     found = {soc: tuple(types) for row in rows for soc, types in row["types"].items()}
     return found, rows[-1]["source"]

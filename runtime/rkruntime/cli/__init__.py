@@ -21,14 +21,14 @@ from rkruntime.printable import one_line
 from rkruntime.terminal import open_streams, say, say_json, settle_streams
 
 _NAME: Final = "rkedge"
-# What a shell sets to ask for completions, as click spells it.
+# Variable that a shell sets to ask for completions; click derives its name from the program's.
 _COMPLETE: Final = "_RKEDGE_COMPLETE"
 # Most lines of another program's output to show above an error.
 _MOST_LINES: Final = 12
 
 
 class Command(NamedTuple):
-    """Where a command lives, and its line in `rkedge --help` (shown without importing the module)."""
+    """A command's module, and its line in `rkedge --help` (shown without importing the module)."""
 
     module: str
     help: str
@@ -86,7 +86,7 @@ class LazyGroup(click.Group):
     """A group whose commands are `module.run`, imported by name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the table."""
+        """Return the names in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -132,13 +132,13 @@ def _report(error: RKEdgeError, as_json: bool) -> int:
 
 
 def _say_as_json(error: RKEdgeError) -> None:
-    # The error may be that nothing can be written there; standard error and the exit code tell it too.
+    # The error may be that standard output cannot be written; standard error and the exit code report it too.
     with suppress(OSError):
         say_json(error.as_dict())
 
 
 def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
-    """The error to show for an exception: few are defects, most concern this machine or its installation.
+    """Return the error to show for an exception: few are defects, most concern this machine or its installation.
 
     Args:
         closed: See open_streams.
@@ -178,7 +178,7 @@ def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
 def _run(words: Sequence[str], flags: Flags) -> int:
     """Run a command line; returns its exit code.
 
-    Not by `cli.main`, which also exits with 1 on its own if the reader of the output is gone.
+    Not with `cli.main`, which by itself exits with 1 if the reader of the output is gone.
     """
     if os.environ.get(_COMPLETE):
         cli.main(list(words), prog_name=_NAME)  # exits
@@ -191,7 +191,7 @@ def _run(words: Sequence[str], flags: Flags) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the console script.
+    """Run a command line; this is the console script's function.
 
     Exit codes are those of the error tree, 130 for Ctrl-C, 141 if the reader of the output is gone.
     """
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     closed = open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A path may contain bytes that are not UTF-8; they are written as escapes that are also valid in JSON.
+            # Write bytes of a path that are not UTF-8 as escapes that are also valid in JSON.
             stream.reconfigure(errors="backslashreplace")
     try:
         return _run(words, flags)
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("\nstopped", err=True)
         return 130
-    except BrokenPipeError:  # such as `head`
+    except BrokenPipeError:  # the reader of the output, such as `head`, is gone
         return 141
     except Exception as error:  # Users never see a traceback.
         if flags.debug:

@@ -1,4 +1,4 @@
-"""Options that commands of all packages share, and the flags that decide how an error is shown."""
+"""Options that the commands of all packages share, and the flags that decide how an error is shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS: Final = click.IntRange(32, 1 << 20)
 
 
 class RenamedOption(click.Option):
-    """An option that still accepts a former name, which neither help nor completion shows."""
+    """An option that also accepts its former name, which neither help nor completion shows."""
 
     def __init__(self, *names: Any, former: str, **options: Any) -> None:
         super().__init__(*names, **options)
@@ -52,7 +52,7 @@ class Flags:
 
 
 def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decorated]:
-    """A flag that is recorded in `Flags` before any other option is parsed."""
+    """Return the decorator for a flag that is recorded in `Flags` before any other option is parsed."""
 
     def remember(context: click.Context, _: click.Parameter, value: bool) -> bool:
         flags = context.find_object(Flags)
@@ -64,19 +64,19 @@ def flag(attribute: str, *names: str, help: str) -> Callable[[Decorated], Decora
 
 
 def json_option(help: str = "Print the result as one JSON document.") -> Callable[[Decorated], Decorated]:
-    """`--json`, as the parameter `as_json`. Errors of the command, including wrong values, are then JSON as well."""
+    """Add `--json` as the parameter `as_json`. The command's errors, including wrong values, are then JSON as well."""
     return flag("json", "--json", "as_json", help=help)
 
 
 def quiet_option(help: str = "Show no progress.") -> Callable[[Decorated], Decorated]:
-    """`-q`, as the parameter `quiet`."""
+    """Add `-q` as the parameter `quiet`."""
     return click.option("-q", "--quiet", is_flag=True, help=help)
 
 
 def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
-    """Whether `--json` is given in a line that click refused, and whose flags it therefore did not record.
+    """Whether a command line has `--json`, if click refused the line and so did not record its flags.
 
-    click's own parser reads it again and skips what it does not know. If there is no such command, or its module
+    click's own parser reads the line again and skips unknown options. If there is no such command, or its module
     cannot be imported, options cannot be told from their values; then any `--json` counts.
     """
     context = click.Context(command, resilient_parsing=True, ignore_unknown_options=True)
@@ -86,7 +86,7 @@ def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
     name, *others = [*dropwhile(lambda word: word.startswith("-"), rest), ""]
     try:
         subcommand = command.get_command(context, name)
-    except Exception:  # it has already been reported, whatever it was
+    except Exception:  # the error has already been reported, whatever it was
         subcommand = None
     return asks_for_json(subcommand, others) if subcommand else "--json" in others
 
@@ -94,7 +94,7 @@ def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
 def packed(
     name: str, kind: Any, *options: Callable[[Any], Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that gives a command these options as one argument `name`, a dataclass `kind`."""
+    """Return a decorator that passes these options to a command as one argument `name`, a dataclass `kind`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)

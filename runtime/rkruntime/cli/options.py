@@ -1,4 +1,4 @@
-"""Options that several commands share, and what the user sees while a model is loaded."""
+"""Options that several commands share, and the progress that users see while a model is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BundleName(click.ParamType):  # type: ignore[type-arg]  # it takes none in
 
     Args:
         what: What the argument may be, for messages.
-        hint: What else to try, likewise.
+        hint: What else to try, for messages.
     """
 
     name = "bundle"
@@ -47,7 +47,7 @@ class BundleName(click.ParamType):  # type: ignore[type-arg]  # it takes none in
         return value if isinstance(value, Path) else find_bundle(value, self._what, self.hint)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """See click: names first, and paths for what is no name."""
+        """See click. Names come first; paths only if no name fits."""
         from rkruntime.bundle.names import named_bundles
 
         names = [name for name in named_bundles() if name.startswith(incomplete)]
@@ -55,7 +55,7 @@ class BundleName(click.ParamType):  # type: ignore[type-arg]  # it takes none in
 
 
 def bundle_argument(**options: Any) -> Callable[[Any], Any]:
-    """The argument BUNDLE, as the parameter `bundle`."""
+    """Add the argument BUNDLE as the parameter `bundle`."""
     return click.argument("bundle", metavar="BUNDLE", type=BundleName(), **options)
 
 
@@ -95,14 +95,14 @@ runtime_options = packed(
     ),
 )
 
-# How options are shown whose names and types do not say enough.
+# Display settings of options whose names and types do not say enough.
 _SHOWN: Final[Mapping[str, Any]] = {
     "max_new_tokens": {"metavar": "TOKENS", "show_default": "what the context has room for"},
 }
 
 
 def _number(name: str, kind: Any) -> Callable[[Any], Any]:
-    """The option for a number that may be None, with the range and the help in its type."""
+    """Make the option for a number that may be None; its type has the range and the help."""
     number, bounds, text = get_args(get_args(kind)[0])
     allowed = click.IntRange if number is int else Number
     type_ = allowed(bounds.least, bounds.most)
@@ -116,7 +116,7 @@ sampling_options = packed(
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
-    """Show one line after the other in the same place; nothing without a terminal."""
+    """Yield a function that shows each text in the same line of the terminal; without one, it shows nothing."""
     watched = sys.stderr.isatty()
 
     def show(text: str) -> None:
@@ -138,13 +138,13 @@ def show_finding(finding: Finding) -> None:
 def open_engine(
     bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions, *, stop: Stop | None = None
 ) -> Engine:
-    """`load_engine` with findings and progress shown on standard error."""
+    """Call `load_engine`, showing findings and progress on standard error."""
     with progress_line() as progress:
         return load_engine(bundle, options, sampling, show_finding, progress, stop)
 
 
 def open_for_person(bundle: Bundle, options: RuntimeOptions, sampling: SamplingOptions) -> Model:
-    """`open_model`, likewise."""
+    """Call `open_model`, showing findings and progress on standard error."""
     from rkruntime.model import open_model
 
     with progress_line() as progress:

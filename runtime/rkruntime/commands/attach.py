@@ -14,10 +14,10 @@ from rkruntime.terminal import say
 
 
 def _check_forced() -> None:
-    """A forced command runs instead of what the client requested: refuse if that was not `attach`.
+    """Check what the client requested, if this is a forced command, which runs in place of the request.
 
     Raises:
-        RefusedError: It was not.
+        RefusedError: The client requested something other than `attach`.
     """
     asked = os.environ.get("SSH_ORIGINAL_COMMAND")
     if not asked:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BundleOrHost(BundleName):
-    """A bundle as a Path, or what `host` makes of a destination of ssh. What is a bundle's name is never a host."""
+    """A bundle as a Path, or the result of `host` for a destination of ssh. A bundle's name is never a host."""
 
     def __init__(self, host: Callable[[str], Any]) -> None:
         super().__init__("bundle or host", "For a board that ~/.ssh/config does not name, write user@board.")
@@ -56,7 +56,7 @@ def _over_ssh(destination: str) -> Way:
 
 
 def daemon_here() -> Way:
-    """The way to the daemon on this machine. Raises ServiceError if none answers."""
+    """Return the way to the daemon on this machine. Raises ServiceError if none answers."""
     from rkruntime.background import local_daemon
     from rkruntime.chat.attach import UnixConnection
     from rkruntime.chat.ways import on_this_machine
@@ -69,14 +69,14 @@ def daemon_here() -> Way:
 
 
 def options_of_questions(sampling: SamplingOptions, drop_oldest: bool) -> Mapping[str, Any]:
-    """The fields of each question to a daemon."""
+    """Return the fields that each question to a daemon has."""
     wishes = {**vars(sampling), "max_tokens": sampling.max_new_tokens, "drop_oldest": drop_oldest or None}
     del wishes["max_new_tokens"]
     return {name: value for name, value in wishes.items() if value is not None}
 
 
 def talk(chat: LocalChat | RemoteChat) -> None:
-    """A conversation at the terminal, until its end; closes the chat."""
+    """Hold a conversation at the terminal until its end, then close the chat."""
     from rkruntime.chat.repl import COMMANDS, Repl
     from rkruntime.terminal import Terminal, history_file
 

@@ -22,7 +22,7 @@ _MEANING = {
 }
 _WIDTH = 100
 _MOST_SOURCES = 5
-# Control characters that a short log may have.
+# Most control characters that a short log may have and still count as text.
 _MOST_ODD = 100
 
 
@@ -39,7 +39,7 @@ def _read(name: str) -> ReadLog:
 
 
 def _is_binary(text: str) -> bool:
-    """Whether it has many control characters, other than those of a terminal."""
+    """Whether a text has many control characters other than a terminal's."""
     odd = sum(not (character.isprintable() or character.isspace() or character in "\b\x1b") for character in text)
     return odd > max(_MOST_ODD, len(text) / 20)
 

@@ -1,4 +1,4 @@
-"""`rkedge down`: end what `rkedge up` started."""
+"""`rkedge down`: end the daemon that `rkedge up` started."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def run(bundle: Path, output: Path, risky: bool, slow: bool, as_json: bool, runt
         "answers": {},
         "complete": False,
     }
-    _write(report, output)  # what cannot be written shows before the minutes that a load takes
+    _write(report, output)  # a path that cannot be written fails here, before a load that takes minutes
     trial = Trial(load)
     try:
         report["model"] = report_of(trial.model)

@@ -62,7 +62,7 @@ def _library(path: Path, _: bool) -> dict[str, Any]:
 
 
 def _reader(path: Path) -> Callable[[Path, bool], dict[str, Any]]:
-    """The reader for what is at `path`, chosen by its first bytes, not by its name."""
+    """Choose the reader for a folder or file by the file's first bytes, not by its name."""
     from rkruntime.bundle import rkemu
 
     if path.is_dir():

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from rkruntime.text.answer import Answer
 
 
-# 9 as of `rkedge doctor`: something to know, and nothing that is known to fail.
+# Exit status by verdict. 9 as in `rkedge doctor`: something worth knowing, but nothing that is known to fail.
 _STATUS: Final = {"same": 0, "undecided": 9}
 
 
 def _prompt(text: str | None, file: BinaryIO | None) -> str:
-    """The text given, then that of -f; standard input if there is neither.
+    """Return the given text, followed by the file's (-f); standard input if there is neither.
 
     With only a text, standard input is not read: `while read line; do rkedge run ... -p "$line"; done` loses no line.
     """

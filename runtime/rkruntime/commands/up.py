@@ -17,12 +17,12 @@ from rkruntime.terminal import say
 if TYPE_CHECKING:
     from rkruntime.background import Background
 
-# How many ports to try.
+# Number of attempts with a free port.
 _PORTS: Final = 3
 
 
 def _settings(bundle: Path, runtime: RuntimeOptions, sampling: SamplingOptions) -> dict[str, Any]:
-    """The daemon's settings, as in its file."""
+    """Return the daemon's settings as its file has them."""
     wanted = {"bundle": bundle, **given(runtime), **given(sampling)}
     plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in wanted.items()}
     most = plain.pop("max_new_tokens", None)
@@ -30,7 +30,7 @@ def _settings(bundle: Path, runtime: RuntimeOptions, sampling: SamplingOptions) 
 
 
 def _check_same(background: Background, bundle: Path) -> None:
-    """Raise UsageError if the daemon that runs is one with another bundle."""
+    """Raise UsageError if the running daemon was started with another bundle."""
     running = background.settings.bundle
     if running is None or not running.exists() or not running.samefile(bundle):
         name = running.name if running else "another model"
@@ -38,7 +38,7 @@ def _check_same(background: Background, bundle: Path) -> None:
 
 
 def _load(background: Background) -> None:
-    """Wait for the model, with what the daemon does on the terminal."""
+    """Wait for the model, showing on the terminal what the daemon is doing."""
     with progress_line() as progress:
         for state in background.wait():
             progress(f"{state} ...")
@@ -58,7 +58,7 @@ def _announce(background: Background) -> None:
 
 
 def _undone(background: Background, work: Callable[[], None]) -> None:
-    """Do what belongs to a start: if it fails, nothing stays in the background."""
+    """Do a part of the start; if it fails, end the daemon, so that nothing stays in the background."""
     try:
         work()
     except BaseException:  # Ctrl-C, too, would leave it in the background.
@@ -70,7 +70,7 @@ def _undone(background: Background, work: Callable[[], None]) -> None:
 def _start(background: Background, settings: dict[str, Any], port: int | None) -> bool:
     """Start the daemon and wait for its model; returns whether that was needed.
 
-    A port that was free may be somebody else's a moment later: then another one is tried.
+    A port that was free may be taken a moment later; another one is then tried.
     """
     for left in reversed(range(_PORTS)):
         if not background.start(settings, port):
@@ -86,7 +86,7 @@ def _start(background: Background, settings: dict[str, Any], port: int | None) -
 
 
 def _rejoin(background: Background, settings: dict[str, Any], port: int | None) -> None:
-    """Wait for the model of a daemon that runs; one that is about to end is started again."""
+    """Wait for the model of a running daemon; if the daemon was about to end, start another."""
     try:
         _load(background)
     except ServiceError:

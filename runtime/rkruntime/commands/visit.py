@@ -24,9 +24,9 @@ from rkruntime.visit import MARK, PROTOCOL
 if TYPE_CHECKING:
     from rkruntime.visit.place import Place
 
-# The other end says every few seconds that it is there, and is gone if it has not for so long.
+# The other end says every few seconds that it is there; after so many seconds of silence, it counts as gone.
 _GONE_S: Final = 60.0
-# How long a run may take to end once nobody waits for it.
+# Seconds that a run may take to end once nobody waits for it.
 _ENDING_S: Final = 20.0
 _BLOCK: Final = 1 << 12
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -41,7 +41,7 @@ def _tell(**event: Any) -> None:
 
 
 def _told(operation: Callable[..., None]) -> Callable[..., None]:
-    """An operation whose errors are told to the other end, too."""
+    """Decorate an operation: its errors are also reported to the other end."""
 
     @wraps(operation)
     def run(*args: Any, **given: Any) -> None:
@@ -136,12 +136,12 @@ def run_try(id: str, steps: tuple[str, ...], max_context: int | None, library: P
 
 
 def _watch() -> None:
-    """Interrupt this process when the other end is gone, and tell that one now and then that this one is there."""
+    """Interrupt this process when the other end is gone, and tell the other end regularly that this one is alive."""
     heard = threading.Event()
     over = threading.Event()
 
     def hear() -> None:
-        while os.read(sys.stdin.fileno(), _BLOCK):  # not by sys.stdin, which its lock would keep from closing
+        while os.read(sys.stdin.fileno(), _BLOCK):  # not with sys.stdin, whose lock would keep it from being closed
             heard.set()
         over.set()
         heard.set()
@@ -155,7 +155,7 @@ def _watch() -> None:
                 break
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(_ENDING_S)
-        os._exit(1)  # its worker ends with it
+        os._exit(1)  # the worker ends with this process
 
     for watch in (hear, judge):
         threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Commands to the worker, its replies, and how it ended."""
+"""Send commands to the worker, read its replies, and tell how it ended."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rkruntime.engine.worker.protocol import Record
 from rkruntime.errors import RKEdgeError, RunError, WorkerError
 
 _SHOWN_LINES: Final = 40
-# Seconds to wait for another thread that only looks, and between two looks at whether it closes the model.
+# Seconds to wait for another thread that is using the worker, and between checks of whether it closes the model.
 _PATIENCE: Final = 1.0
 _LOOK: Final = 0.05
 
 
 class _Turn:
-    """See WorkerConnection.turn. A class, because each token takes a turn, and a generator costs it 2 us."""
+    """See WorkerConnection.turn. A class, because a contextmanager would cost each token 2 us."""
 
     def __init__(self, connection: WorkerConnection, lock: threading.RLock) -> None:
         self._connection, self._lock = connection, lock
 
     def __enter__(self) -> None:
-        self._connection.worker.owner.check()  # a fork has the lock, but not the thread that holds it
+        self._connection.worker.owner.check()  # a fork inherits the lock, but not the thread that holds it
         if not self._lock.acquire(blocking=False):
             self._wait()
         if self._connection.closed:
@@ -55,8 +55,8 @@ class WorkerConnection:
 
     Attributes:
         closed: Whether the worker is gone.
-        closing: Whether it is being closed, perhaps by another thread than the one that waits for it.
-        gone: The error with which it was lost.
+        closing: Whether the worker is being closed, perhaps by another thread than the one that waits for it.
+        gone: The error with which the worker was lost, if it was.
         number: Number of the last command.
 
     Raises HostError if the worker cannot be started.
@@ -67,12 +67,12 @@ class WorkerConnection:
         self.gone: WorkerError | None = None
         self._options = options
         self.number = 0
-        # Processes that the kernel had killed for lack of memory when the last command was sent.
+        # The kernel's count of processes killed for lack of memory, when the last command was sent.
         self._kills: int | None = None
         callbacks = {protocol.TOKENIZE: options.tokenizer, protocol.EMBED: options.embed}
         self._questions = [kind for kind, callback in callbacks.items() if callback is not None]
         self._turn = threading.RLock()
-        # Lines that had been printed after the load, and before the last command.
+        # Number of lines printed by the end of the load, and before the last command.
         self._loaded = self._before = 0
         self._one_turn = _Turn(self, self._turn)
         self.worker = WorkerProcess(options.interpreter, environment_of(options), on_log)
@@ -85,7 +85,7 @@ class WorkerConnection:
         return tuple(self.worker.log)
 
     def check(self) -> None:
-        """Raise the error of a worker that is gone, or RunError if it was closed or is another process's."""
+        """Raise the error of a worker that is gone, or RunError if it was closed or belongs to another process."""
         self.worker.owner.check()
         if self.gone is not None:
             raise type(self.gone)(
@@ -97,19 +97,20 @@ class WorkerConnection:
             raise closed_meanwhile()
 
     def send(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> None:
-        """Send something outside the exchange, such as an abort; from any thread. Raises WorkerError."""
+        """Send a message outside the exchange, such as an abort, from any thread. Raises WorkerError."""
         self.worker.send(protocol.pack_command(header, data))
 
     def turn(self) -> _Turn:
-        """Be the only thread that waits for the worker. Raises RunError if another one still does after a second.
+        """Return a context manager for being the only thread that waits for the worker.
 
-        Never held across an await. Entered again by the handler of a signal that came in the meantime.
+        Raises RunError if another thread still waits after a second. Never held across an await; a signal's handler may
+        enter it again.
         """
         return self._one_turn
 
     @contextlib.contextmanager
     def last_turn(self, patience: float) -> Iterator[None]:
-        """`turn` for who closes the model: others leave it within `patience` seconds. Raises RunError if not."""
+        """Like `turn`, for closing the model: waits `patience` seconds for others. Raises RunError if they stay."""
         if not self._turn.acquire(timeout=patience):
             raise in_use()
         try:
@@ -118,9 +119,9 @@ class WorkerConnection:
             self._turn.release()
 
     def begin(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = (), **expected: Any) -> None:
-        """Send a command under the next number; `expected` limits what may come back (see Exchange)."""
+        """Send a command under the next number; `expected` limits the replies (see Exchange)."""
         self.number += 1
-        if header["call"] != "fence":  # which only ends what came before
+        if header["call"] != "fence":  # a fence only ends the command before it
             self._before = self.worker.printed
         if self.number == 2:
             self._loaded = self.worker.printed
@@ -129,7 +130,7 @@ class WorkerConnection:
         self.send({**header, "run": self.number}, data)
 
     def next(self, timeout: float, deadline: float, limiting: Limiting | None = None) -> Record:
-        """The next record (see WorkerProcess.next_record); answers the library's questions on the way."""
+        """Return the next record (see WorkerProcess.next_record), answering the library's callbacks in between."""
         self.worker.owner.check()
         while True:
             record = self.worker.next_record(timeout, deadline, limiting)
@@ -163,14 +164,14 @@ class WorkerConnection:
         return self.reply(timeout)
 
     def reply(self, timeout: float, limiting: Limiting | None = None) -> Any:
-        """The JSON reply to the last command. Raises its error instead if it failed."""
+        """Return the JSON reply to the last command, or raise the command's error."""
         record = self.next(timeout, time.monotonic() + timeout, limiting)
         if record.kind == protocol.ERROR:
             raise error_of(record)
         return json_of(record)
 
     def explain(self, error: RKEdgeError) -> None:
-        """Add the last log lines and their diagnosis."""
+        """Add the last log lines and their diagnosis to an error."""
         if isinstance(error, WorkerError):
             self.gone = self.gone or error
         kills = machine.kills_for_memory()
@@ -179,7 +180,7 @@ class WorkerConnection:
         add_log(error, lines, self._recent(lines), loading=self.number < 2, ran_out=ran_out)
 
     def _recent(self, lines: Sequence[str]) -> Sequence[str]:
-        """Without the lines of commands between the load and the last one."""
+        """Leave out the lines of commands between the load and the last command."""
         first = self.worker.printed - len(lines)
         return [*lines[: max(0, self._loaded - first)], *lines[max(0, max(self._before, self._loaded) - first) :]]
 
@@ -189,7 +190,7 @@ class WorkerConnection:
         try:
             yield
         except RKEdgeError as error:
-            if self.closing and isinstance(error, WorkerError):  # it was lost to the one who closed it
+            if self.closing and isinstance(error, WorkerError):  # the thread that closes the model has killed it
                 raise closed_meanwhile() from error
             self.explain(error)
             if self.gone is not None:
@@ -203,7 +204,7 @@ class WorkerConnection:
             self.worker.end(self._options.close_timeout)
 
     def end(self) -> None:
-        """Kill what is left of the worker, unless it is another process's. May be called twice."""
+        """Kill what is left of the worker, unless it belongs to another process. May be called twice."""
         self.closed = True
         if not self.worker.owner.here:
             self.worker.close_pipes()
@@ -213,7 +214,7 @@ class WorkerConnection:
 
 
 def in_use() -> RunError:
-    """The error for who wants something from a model that another thread or task is using."""
+    """Return the error for using a model that another thread or task is using."""
     return RunError(
         "Another run is in progress: one at a time.",
         hint="Read it to its end, or close its iterator, which an exception that you keep may hold.",
@@ -221,5 +222,5 @@ def in_use() -> RunError:
 
 
 def closed_meanwhile() -> RunError:
-    """The error for who waits for a model that another thread closes."""
+    """Return the error for waiting for a model that another thread closes."""
     return RunError("The model was closed before the answer's end.", hint="Load it again.")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "LoadOptions", "Lora", "ModelInfo"]
 
 
-# Seconds that a library still gets at the end if somebody did not wait for the end of its run.
+# Seconds that `close` gives a library whose aborted run nobody waited for.
 _HURRY: Final = 1.0
 
 
@@ -71,7 +71,7 @@ class Engine:
                 reply = self._load(identity, progress)
                 seconds = time.perf_counter() - started
             self.info: ModelInfo = info_of(identity, whole(reply), seconds, findings, list(self.log))
-        except BaseException as error:  # The worker must end with it, even after Ctrl-C.
+        except BaseException as error:  # The worker must not outlive the failed load, not even after Ctrl-C.
             self._connection.end()
             if isinstance(error, RKEdgeError):
                 self._connection.explain(error)
@@ -126,7 +126,7 @@ class Engine:
 
         A run that another thread reads ends there with a RunError. In a fork, only the fork's pipes are closed.
         """
-        if not self._connection.worker.owner.here:  # In a fork, a thread that it does not have may hold the lock.
+        if not self._connection.worker.owner.here:  # a fork: the lock may be held by a thread it does not have
             if not self._connection.closed:
                 self._connection.end()
             return
@@ -136,7 +136,7 @@ class Engine:
             self._connection.closing = True
             try:
                 if self._connection.gone is None:
-                    # RuntimeError: this is the handler of a signal that came while this thread was waiting for a token.
+                    # RuntimeError: this is a signal's handler that interrupted this thread while it waited for a token.
                     with contextlib.suppress(RKEdgeError, RuntimeError):
                         self._runs.abort()
                         patience = _HURRY if self._runs.given_up else self.options.close_timeout
@@ -147,13 +147,13 @@ class Engine:
                 self._connection.end()
 
     def kill(self) -> None:
-        """Kill the worker at once, from any thread: what another thread waits for ends with a RunError. Then close."""
+        """Kill the worker at once, from any thread; another thread's wait ends with a RunError. Then call `close`."""
         self._connection.closing = True
         self._connection.worker.process.terminate()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What preflight found, then what runs have shown about the library."""
+        """Findings of preflight, then those that runs have shown about the library."""
         return (*self.info.findings, *self._runs.observed.findings)
 
     @property
@@ -168,7 +168,7 @@ class Engine:
 
     @property
     def peak_memory(self) -> int:
-        """The most memory that the worker has had resident so far, in bytes; 0 if the kernel does not say."""
+        """Peak resident memory of the worker so far, in bytes; 0 if the kernel does not report it."""
         return peak_bytes(self._connection.worker.process.pid)
 
     def __enter__(self) -> Engine:
@@ -192,7 +192,7 @@ class Engine:
         If the worker is lost while the iterator is being closed, the next call reports it.
 
         Args:
-            stop: Aborts the run from another thread, even if asked before it begins.
+            stop: Lets another thread abort the run, even before it begins.
 
         Raises:
             ContextFullError: The prompt alone fills the context.
@@ -208,7 +208,7 @@ class Engine:
             events.close()
 
     def generate_batch(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
-        """Run `n_batch` prompts at once (since 1.2.1): each event with its prompt's number, one Finished per prompt."""
+        """Run `n_batch` prompts at once (since 1.2.1): yields events with the prompt's number, one Finished each."""
         events = self._runs.events(requests, "generate")
         try:
             for batch, event in events:
@@ -229,11 +229,11 @@ class Engine:
             events.close()
 
     def logits(self, request: Request) -> NDArray[np.float32]:
-        """Logits of every token of a prompt, [tokens, vocabulary] (since 1.2.0)."""
+        """Return logits for every token of a prompt, float32 [tokens, vocabulary] (since 1.2.0)."""
         return self._first_array(request, "logits")
 
     def hidden_states(self, request: Request) -> NDArray[np.float32]:
-        """The last layer's output for every token of a prompt, [tokens, hidden size]."""
+        """Return the last layer's output for every token of a prompt, float32 [tokens, hidden size]."""
         return self._first_array(request, "hidden")
 
     def _first_array(self, request: Request, mode: str) -> NDArray[np.float32]:
@@ -269,19 +269,19 @@ class Engine:
         return self._runs.active is not None
 
     def is_running(self) -> bool:
-        """`running`, or without a run the result of rkllm_is_running (1 = running in every release)."""
+        """Whether a run is in progress; without one of ours, according to rkllm_is_running (1 in every release)."""
         return self.running or bool(self._command({"call": "is_running"}))
 
     def agenerate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """`generate` for asyncio: never blocks the loop while the library computes."""
+        """Like `generate`, for asyncio: never blocks the loop while the library computes."""
         return cast("AsyncGenerator[Event, None]", self._runs.events_async(request))
 
     async def deliver(self, request: Request, take: Callable[[list[Event]], bool]) -> None:
-        """`agenerate` for who must not waste CPU time: the loop calls `take` with what has come, and no task wakes up.
+        """Like `agenerate` with less CPU time: the loop calls `take` with new events and wakes no task.
 
         Args:
-            take: Called with at least one event: several if they have come at once. Returns whether it wants more; a
-                run that goes on is aborted then, and also when `take` raises.
+            take: Called with one event, or several that have come at once. Returns whether it wants more; if not,
+                or if it raises, the run is aborted.
         """
         check_value("take", Callable[..., object], take)
         await self._runs.deliver(request, cast("Callable[[list[ArrayEvent]], bool]", take))
@@ -289,7 +289,7 @@ class Engine:
     # The rest of the API
 
     def _call(self, name: str, *args: Any) -> Any:
-        """Call a method of binding.Model in the worker."""
+        """Call a method of binding.LoadedModel in the worker."""
         return self._command(method(name, *args))
 
     def _command(self, header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> Any:
@@ -306,7 +306,7 @@ class Engine:
         self._call("clear_kv_cache", keep_system_prompt, ranges)
 
     def cache_sizes(self) -> list[int]:
-        """Positions in the KV cache, per batch (since 1.2.1)."""
+        """Return the number of positions in the KV cache, per batch (since 1.2.1)."""
         return sizes_of(self._call("kv_cache_sizes"))
 
     def load_lora(self, lora: Lora) -> None:
@@ -321,13 +321,13 @@ class Engine:
         self._call("load_prompt_cache", str(file))
 
     def release_prompt_cache(self) -> None:
-        """Drop what load_prompt_cache restored."""
+        """Release the prompt cache that load_prompt_cache restored."""
         self._call("release_prompt_cache")
 
     def set_chat_template(self, system: str, prefix: str, postfix: str) -> None:
         """Set the texts around a TextPrompt (since 1.2.0). Clears the KV cache.
 
-        Other prompts are used as given: if the runtime wraps them as well, a run with one of them sets empty texts.
+        Token ids are to be used as given: if the runtime wraps them as well, a run with token ids sets empty texts.
         """
         _check_texts(system=system, prefix=prefix, postfix=postfix)
         self._runs.observed.template_set()

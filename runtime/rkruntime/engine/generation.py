@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# What may be asked for, with the help of its option; command line, settings and the daemon's interfaces read it here.
+# Ranges of the sampling fields and their options' help, read by command line, settings and the daemon's interfaces.
 # RKLLM's manuals (https://github.com/airockchip/rknn-llm/tree/main/doc, 1.3.0, p. 28-30) give only the ranges of
-# mirostat and of the two penalties from -2 to 2; in the others, the emulator takes each value as it is.
+# mirostat and of the two penalties from -2 to 2; within the others, the emulator takes each value as it is.
 Temperature: TypeAlias = Annotated[
     float, Between(0, 10), "Set the sampling temperature; 0 takes the most likely token."
 ]
@@ -30,15 +30,15 @@ RepeatPenalty: TypeAlias = Annotated[
     float, Between(0.01, 10), "Penalize tokens that have occurred already; 1 is no penalty."
 ]
 Penalty: TypeAlias = Annotated[float, Between(-2, 2)]
-# No answer is longer than the longest context.
+# No answer can be longer than the longest context.
 MaxNewTokens: TypeAlias = Annotated[int, Between(1, 1 << 20), "Limit the length of the answer."]
 TokenId: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]
-# A prompt may fill the context except for these (seen: "max context: 1020" for a context of 1024).
+# Tokens of the context that a prompt must leave free (seen: "max context: 1020" for a context of 1024).
 RESERVED: Final = 4
 
 
 def check_limit(limit: int) -> None:
-    """Raise UsageError unless it is a number of new tokens, or -1 for as many as the context has room for."""
+    """Raise UsageError unless `limit` is a number of new tokens, or -1 for as many as the context has room for."""
     if type(limit) is not int or limit != -1:
         check_value("max_new_tokens", MaxNewTokens, limit)
 
@@ -78,11 +78,11 @@ class Sampling:
         check_fields(self)
 
     def changed(self, wanted: Mapping[str, Any]) -> Sampling:
-        """A copy with the given fields replaced by what a user or a request asks for.
+        """Return a copy with the fields that a user or a request asks for replaced.
 
-        A temperature or a top_p of 0 takes the most likely token, whatever else is said about choosing among several;
-        which one that is depends on the penalties, and only those that are asked for count. A temperature above 0
-        applies on top of the defaults, not of GREEDY.
+        A temperature or a top_p of 0 takes the most likely token, whatever the other fields say. Which token that is
+        depends on the penalties, of which only those asked for count. A temperature above 0 applies on top of the
+        defaults, not of GREEDY.
         """
         if wanted.get("temperature") == 0 or wanted.get("top_p") == 0:
             return replace(GREEDY, **{name: value for name, value in wanted.items() if name.endswith("_penalty")})
@@ -92,7 +92,7 @@ class Sampling:
 
 DEFAULT_SAMPLING = Sampling()
 GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repeat_penalty=1.0)
-# What a request to the daemon may set, by the same names; how a model is loaded decides on mirostat.
+# Fields that a request to the daemon may set under the same names; mirostat is fixed when the model is loaded.
 PER_REQUEST: Final = tuple(name for name in types_of(Sampling) if not name.startswith("mirostat"))
 
 
@@ -112,7 +112,7 @@ class TextPrompt:
 
 @dataclass(frozen=True)
 class EmbeddingPrompt:
-    """Rows of the embedding table instead of token ids: float32 [tokens, hidden size]."""
+    """Embeddings in place of token ids: float32 [tokens, hidden size]."""
 
     values: NDArray[np.float32]
 
@@ -144,16 +144,16 @@ class Request:
 
     Attributes:
         tokens: The whole prompt, template rendered, `<bos>` once.
-        prompt: Another kind of prompt, instead of `tokens`.
-        max_new_tokens: Limit of the answer; -1 for as many as the context has room for. No engine runs one of 0.
+        prompt: A prompt of another kind, in place of `tokens`.
+        max_new_tokens: Limit of the answer; -1 for as many as the context has room for. An engine does not run 0.
         stop_tokens: Tokens that end the answer and are not part of it, even where the runtime knows only one EOS.
         sampling: Sampling of this run, which requires release 1.3.0; None keeps what the model was loaded with.
         keep_history: Continue after what is in the KV cache (since 1.2.0).
-        lora: Name of a loaded adapter; None means that of LoadOptions, if it has one.
+        lora: Name of a loaded adapter; None means LoadOptions.lora, if it is set.
         save_prompt_cache: File that the runtime writes after the run.
         pause_tokens: Tokens that end the run with PAUSE; they are part of the answer, and the KV cache is kept as it is
             for a run that continues (since 1.2.1). One board is reported to ignore the next run's prompt and continue
-            this answer: that run ends with a RunError. Another one is reported to crash; nothing here pauses by itself.
+            this answer: that run ends with a RunError. Another board is reported to crash. RKEdge itself never pauses.
 
     Raises:
         UsageError: A field has a wrong type or is out of range.
@@ -178,14 +178,14 @@ class Request:
 
     @property
     def length(self) -> int | None:
-        """Tokens of the prompt; None if only the runtime knows."""
+        """Number of tokens in the prompt; None if only the runtime knows it."""
         if self.prompt is None:
             return len(self.tokens)
         return len(self.prompt.values) if isinstance(self.prompt, EmbeddingPrompt) else None
 
 
 def _ids(name: str, tokens: Any) -> frozenset[int]:
-    """Token ids in whatever collection they come."""
+    """Return token ids from any collection as a frozenset. Raises UsageError if it is not a collection."""
     try:
         return frozenset(tokens)
     except TypeError:
@@ -193,7 +193,7 @@ def _ids(name: str, tokens: Any) -> frozenset[int]:
 
 
 class Token(NamedTuple):
-    """One generated token, as it arrives. `text` is the runtime's (bytes, possibly part of a character)."""
+    """One generated token. `text` is the runtime's own (bytes, possibly part of a character)."""
 
     token_id: int
     text: bytes = b""
@@ -212,7 +212,7 @@ class Perf:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a run. `generated_tokens` counts every token of the answer, even inside a character."""
+    """The last event of a run. `generated_tokens` also counts tokens that are only part of a character."""
 
     reason: FinishReason
     prompt_tokens: int
@@ -225,7 +225,7 @@ Event = Token | Finished
 
 @dataclass(frozen=True)
 class Logits:
-    """float32 [tokens, vocabulary]: first of the whole prompt, then of each token (since 1.2.0)."""
+    """float32 [tokens, vocabulary]: first for the whole prompt, then for each generated token (since 1.2.0)."""
 
     values: NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""The options a model is loaded with, and what is known about it afterwards."""
+"""The options that a model is loaded with, and the facts about a loaded model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rkruntime.library.identify import Identity
 from rkruntime.schema import Between, check_fields
 from rkruntime.stop import Stop
 
-# More than the vendor's library or a machine could take; a time limit of 0 would end everything at once.
+# A time limit in seconds, up to more than anything takes; a limit of 0 would end everything at once.
 Time: TypeAlias = Annotated[float, Between(0.001, 1_000_000_000)]
-# What RKLLM takes where nobody says a number, on every release. The library's defaults are not relied upon.
+# Context in tokens unless given: RKLLM's own default in every release, passed explicitly.
 _DEFAULT_CONTEXT: Final = 512
-# Of the RK3588; for a model of which nothing is known.
+# NPU cores of the RK3588, assumed for a model of which nothing is known.
 _MOST_NPU_CORES: Final = 3
-Position: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]  # in the KV cache
+Position: TypeAlias = Annotated[int, Between(0, (1 << 31) - 1)]  # a position in the KV cache
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Lora:
         check_fields(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """The arguments of rkllm_load_lora, in order. Raises AdapterError if there is no such file."""
+        """Return the arguments of LoadedModel.load_lora, in order. Raises AdapterError if there is no such file."""
         path = Path(self.path)
         if not path.is_file():
             raise AdapterError(f"There is no adapter file {path}.")
@@ -57,12 +57,12 @@ class LoadOptions:
     Attributes:
         library: Path of librkllmrt.so.
         model: Path of the .rkllm or .rkemu file.
-        max_context: Context in tokens, at most what is built into the model; default: that number if `known` has it,
-            else 512, RKLLM's own.
+        max_context: Context in tokens, at most the limit built into the model file; default: that limit if `known` has
+            it, else 512, RKLLM's own default.
         release: Release whose layout to use for a library of an unknown release.
-        sampling: Sampling of all runs; since 1.3.0 a run can have its own.
+        sampling: Sampling of all runs; since 1.3.0, a run can have its own.
         max_new_tokens: Limit of all runs; -1 for as many as the context has room for.
-        known: What the manifest says about the model; preflight needs it.
+        known: The manifest's facts about the model, which preflight needs.
         force: Load even if preflight knows that it will not work.
         cpus: CPU cores for the runtime's own work (since 1.2.0), at least as many as the model's NPU cores; default:
             the big cores.
@@ -80,14 +80,14 @@ class LoadOptions:
             208, 320, 396), so it is off by default.
         tokenizer: Text to ids, for a model file without a tokenizer (since 1.3.0).
         embed: Ids to float32 [ids, hidden size], for a model file without an embedding table (since 1.3.0).
-        load_timeout: Seconds before a load counts as hung; more for a large file (8 MB/s), and as long as it is read.
+        load_timeout: Seconds before a load counts as hung; longer for a large file (8 MB/s), and while it is read.
         token_timeout: Seconds without an event before a run counts as hung, prefill included.
-        abort_timeout: Seconds for a run to end after it was aborted. They begin when its prompt must have been read: a
-            library may notice an abort only then.
+        abort_timeout: Seconds for a run to end after it was aborted. They count from when its prompt must have been
+            read, as a library may notice an abort only then.
         close_timeout: Seconds for the library to exit by itself.
-        interpreter: Command of the Python that the worker runs in.
+        interpreter: Command line of the Python that runs the worker.
         environment: Variables for the worker on top of the parent's, such as RKLLM_LOG_LEVEL.
-        stop: Kills the worker while it loads.
+        stop: Lets another thread kill the worker while it loads.
 
     Raises:
         UsageError: A field has a wrong type or is out of range.
@@ -129,7 +129,7 @@ class LoadOptions:
         check_fields(self)
 
     def params(self, release: str) -> dict[str, Any]:
-        """Fields of RKLLMParam for a release, by their names in the header; None leaves the library's default."""
+        """Return the fields of RKLLMParam in a release, by the header's names; None keeps the library's default."""
         has_batches = within(release, since("RKLLMExtendParam.n_batch"), "")
         markers = self.image_markers or (None, None, None)
         return {
@@ -139,7 +139,7 @@ class LoadOptions:
             **asdict(self.sampling),
             "n_keep": self.n_keep,
             "ignore_eos_token": self.ignore_eos or None,
-            # Texts come from ids here, and the library may not report the tokens that it skips: a stop token, say.
+            # Text is made from ids here, and the library may not report tokens that it skips, such as a stop token.
             "skip_special_token": False,
             "is_async": self.asynchronous,
             "img_start": markers[0],
@@ -150,7 +150,7 @@ class LoadOptions:
                 "embed_flash": None if self.embed_flash is None else int(self.embed_flash),
                 "enabled_cpus_num": None if self.cpus is None else len(self.cpus),
                 "enabled_cpus_mask": None if self.cpus is None else sum(1 << cpu for cpu in set(self.cpus)),
-                # Some boards refuse the 0 that their library's default may be.
+                # The library's default may be 0, which some boards refuse.
                 "n_batch": self.n_batch if has_batches or self.n_batch != 1 else None,
                 "use_cross_attn": int(self.use_cross_attention) or None,
             },
@@ -173,7 +173,7 @@ class ModelInfo:
         emulated: Whether the library is RKEdge's emulator.
         load_seconds: Seconds from the start of the worker to the loaded model.
         findings: What preflight found, worst first.
-        log: Lines of the load.
+        log: Lines that the library printed during the load.
     """
 
     release: str
@@ -207,21 +207,21 @@ _ERROR_LINE: Final = re.compile(r"^\s*(?:E (?:rkllm|RKNN)\b|rknn_init fail|error
 
 
 def facts_of(log: Iterable[str]) -> dict[str, str]:
-    """The facts in the lines of a load, by the field names of ModelInfo."""
+    """Return the facts in the lines of a load, by the field names of ModelInfo."""
     text = "\n".join(log)
     found = {name: re.search(pattern, text) for name, pattern in _FACTS.items()}
     return {name: match.group(1) if match else "" for name, match in found.items()}
 
 
 def first_error(log: Iterable[str]) -> str:
-    """The first line that reports a failed load: 1.1.x returns 0 anyway (rknn-llm issues 129, 156)."""
+    """Return the first line that reports a failed load, for which 1.1.x returns 0 (rknn-llm issues 129, 156)."""
     return next((line.strip() for line in log if _ERROR_LINE.match(line)), "")
 
 
 def info_of(
     identity: Identity, max_context: int, seconds: float, findings: Sequence[Finding], log: Sequence[str]
 ) -> ModelInfo:
-    """What is known about a model just loaded. Raises LoadError if the log says that the load failed."""
+    """Return the facts about a model just loaded. Raises LoadError if the log says that the load failed."""
     assert identity.release is not None
     if line := first_error(log):
         raise LoadError(f"The library reported success, but its log says: {line}")
@@ -242,7 +242,7 @@ def info_of(
 
 
 def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tuple[Finding, ...]]:
-    """The options adjusted by preflight, and its findings. Raises RefusedError for what is known not to work."""
+    """Return the options as preflight adjusts them, and its findings. Raises RefusedError for what cannot work."""
     assert identity.release is not None
     version = identity.release.version
     has_mask = within(version, since("RKLLMExtendParam.enabled_cpus_mask"), "")
@@ -266,7 +266,7 @@ def checked(options: LoadOptions, identity: Identity) -> tuple[LoadOptions, tupl
 
 
 def _odd(identity: Identity) -> tuple[Finding, ...]:
-    """A notice if there is something odd about the library."""
+    """Return a notice if there is something odd about the library."""
     if not identity.notice:
         return ()
     message = f"About {identity.path}: {identity.notice}."
@@ -275,13 +275,13 @@ def _odd(identity: Identity) -> tuple[Finding, ...]:
 
 
 def environment_of(options: LoadOptions) -> dict[str, str]:
-    """The worker's environment: librkllmrt.so needs libraries that may be next to it (libgomp.so.1)."""
+    """Return the worker's environment: librkllmrt.so needs libraries that may be next to it (libgomp.so.1)."""
     paths = (str(Path(options.library).resolve().parent), os.environ.get("LD_LIBRARY_PATH", ""))
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), **options.environment}
 
 
 def check_prompt_cache(path: Path, *, saved: bool) -> None:
-    """Raise RunError if the library could not read this file, or, where it is not `saved` yet, write it."""
+    """Raise RunError if the library could not read this file or, if it is not `saved` yet, write it."""
     try:
         if saved or path.exists():
             open_regular(path).close()

@@ -1,7 +1,7 @@
-"""What a loaded library turns out to do in its runs, where programs and reports differ on what boards do.
+"""Observe in runs what a loaded library does where programs and reports contradict each other.
 
-One question: does the runtime put its chat template around token ids, which already contain ours? Such a prompt is read
-as more tokens than were sent. From then on, the runtime's template is empty.
+There is one such question: does the runtime put its chat template around token ids, which already contain ours? It then
+reads more tokens than were sent, and is given an empty template from then on.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ class Observed:
     """What the runs of one loaded model have shown.
 
     Attributes:
-        findings: In the order in which they were made; each is logged once.
-        wraps: Whether the runtime puts its template around token ids, or may do so and would not show it.
+        findings: What the runs have shown, in order; each finding is logged once.
+        wraps: Whether the runtime puts its template around token ids, or may do so unnoticed.
     """
 
     def __init__(self, release: str, max_context: int) -> None:
         self.findings: list[Finding] = []
         self._max_context = max_context
         self._can_empty = within(release, since("rkllm_set_chat_template"), "")
-        # Nothing would show it on these releases.
+        # Releases that can have an empty template, but do not report how many tokens they read.
         self.wraps = self._can_empty and not within(release, since("RKLLMResult.perf"), "")
         self._certain = not self.wraps
         self._empty = self._paused = self._begun = self._fresh = False
-        self._added = 0  # by its template, to one prompt, as far as a run has shown it
+        self._added = 0  # tokens that the runtime's template adds to a prompt, as far as runs have shown
 
     def template_set(self, *, empty: bool = False) -> None:
         """Note that a chat template is about to be set, or that an `empty` one was."""
         self._empty = empty
 
     def template_stays(self, error: RunError) -> None:
-        """Note that the library refuses an empty template. Raises the error if it is known to matter."""
+        """Note that the library refuses an empty template. Raises `error` if the template is known to be put on ids."""
         if self._certain:
             raise error
         self.wraps = False
@@ -57,7 +57,7 @@ class Observed:
         """Whether the runtime's template must be emptied before this run, which clears the cache.
 
         Args:
-            fresh: Whether no conversation is continued that this would erase.
+            fresh: Whether the run does not continue a conversation, which emptying would erase.
         """
         if any(isinstance(request.prompt, TextPrompt) for request in requests):
             if self._empty:
@@ -74,13 +74,13 @@ class Observed:
         self._begun, self._fresh = True, fresh
 
     def adds(self, request: Request) -> int:
-        """Tokens that the runtime's template adds to this prompt, as far as runs have shown it; 0 once it is empty."""
+        """Count the tokens that the runtime's template adds to this prompt, as far as runs have shown; 0 once empty."""
         return self._added if request.tokens and not self._empty else 0
 
     def finished(self, requests: Sequence[Request], end: Finished) -> None:
-        """Compare what the runtime read with what it was sent."""
+        """Compare the number of tokens that the runtime read with the number that it was sent."""
         after_pause, self._paused = self._paused, end.reason is FinishReason.PAUSE
-        # A batch has one figure for all. A run after a pause may read the last token of the answer before.
+        # A batch has one figure for all prompts. A run after a pause may also read the last token of the paused answer.
         whole = [request for request in requests if self._fresh or not request.keep_history]
         lengths = [request.length for request in whole if request.length is not None]
         if end.perf is not None and len(lengths) == len(requests) and not after_pause:
@@ -90,7 +90,7 @@ class Observed:
         """Check that a prompt's array has a row for each of its tokens.
 
         Raises:
-            RunError: It does not. If `wraps` has become true, another run can go better.
+            RunError: It does not. If `wraps` is now true, running it again may succeed.
         """
         sent = request.length
         if sent is None or request.keep_history or rows == sent:
@@ -108,8 +108,8 @@ class Observed:
         )
 
     def _read(self, sent: int, read: int, prompts: int = 1) -> bool:
-        """Note how many tokens of the prompts were read; returns whether another run can go better."""
-        # Figures far beyond the context are none: a library may leave the structure untouched.
+        """Note how many tokens of the prompts were read; returns whether running them again may succeed."""
+        # A figure far beyond the context is garbage: a library may leave the structure uninitialized.
         if not sent < read <= sent + self._max_context:
             return False
         what = f"The runtime read {read:,} tokens of a prompt of {sent:,}"
@@ -121,7 +121,7 @@ class Observed:
             )
             return False
         self.wraps = self._certain = True
-        # Less where the cache already had the beginning.
+        # Fewer are read if the cache already had the beginning.
         self._added = max(self._added, -(-(read - sent) // prompts))
         self._note(
             "token-input-wrapped",

@@ -1,4 +1,4 @@
-"""From a bundle to a loaded model: choose the library, the sampling and the context."""
+"""Load a bundle's model: choose the library, the sampling and the context."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LIBRARY: Final = "librkllmrt.so"
 LIBRARY_VARIABLE: Final = "RKEDGE_LIBRARY"
-# What provides the library for a bundle's target: "module:function", called with the release, `progress` and `stop`.
+# Functions that provide the library for a target: "module:function", called with the release, `progress` and `stop`.
 # Named, not imported: the runtime does not depend on the board's tools.
 PROVIDERS: Final = {"emulator": "rkboard.emulator.build:build"}
 # Settings in generation_config.json that RKLLM supports, under transformers' names.
@@ -63,10 +63,10 @@ SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """--library, --release, --max-context, --force and --base-domain-id as given.
+    """The values of --library, --release, --max-context, --force and --base-domain-id.
 
     Raises:
-        UsageError: One has a wrong type or is out of range.
+        UsageError: A value has a wrong type or is out of range.
     """
 
     library: AnyPath | None = None
@@ -83,7 +83,7 @@ class RuntimeOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """--temperature and the like as given; None means the bundle's value. Raises UsageError if one is out of range."""
+    """The values of --temperature and the like; None means the bundle's. Raises UsageError if one is out of range."""
 
     temperature: Temperature | None = None
     top_k: TopK | None = None
@@ -95,22 +95,22 @@ class SamplingOptions:
         check_fields(self)
 
     def over(self, base: Sampling) -> Sampling:
-        """`base` with the given options applied."""
+        """Return `base` with the given options applied."""
         wanted = {name: getattr(self, name, None) for name in types_of(Sampling)}
         return base.changed({name: value for name, value in wanted.items() if value is not None})
 
 
 def given(options: RuntimeOptions | SamplingOptions) -> dict[str, Any]:
-    """What was asked for, by name: 0 was, and a flag that is off was not."""
+    """Return the options that were given, by name: 0 counts as given, but a flag that is off does not."""
     usual = type(options)()
     return {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
 
 
 def default_sampling(bundle: Bundle) -> Sampling:
-    """What the bundle's generation_config.json asks for, on top of RKLLM's defaults.
+    """Return the sampling in the bundle's generation_config.json, on top of RKLLM's defaults.
 
     Raises:
-        BundleError: A value in it is not valid for its name.
+        BundleError: A value in the file is invalid.
     """
     path, config = bundle.path / GENERATION_CONFIG, bundle.read_generation_config()
     sample = config.get("do_sample")
@@ -134,14 +134,14 @@ def default_sampling(bundle: Bundle) -> Sampling:
 
 
 def ignored_settings(bundle: Bundle) -> list[str]:
-    """Names in generation_config.json that would change an answer but have no effect here. Raises BundleError."""
+    """List settings in generation_config.json that would change answers but have no effect here. Raises BundleError."""
     config = bundle.read_generation_config()
     found = [name for name, neutral in _NOT_SUPPORTED.items() if not _is_neutral(config.get(name), neutral)]
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(token not in bundle.manifest.stop_token_ids for token in ends):
         found.append("eos_token_id")
-    # transformers' value for "no limit", which no RKLLM manual mentions.
+    # A top_k of 0 is transformers' "no limit", which no RKLLM manual mentions.
     return [*found, *(["top_k"] if "top_k" in config and _is_neutral(config["top_k"], 0, none=False) else [])]
 
 
@@ -155,16 +155,16 @@ def find_library(
     progress: Callable[[str], None] | None = None,
     stop: Stop | None = None,
 ) -> Path:
-    """Find the library for a bundle: --library or its variable, its target's provider, or the usual places on boards.
+    """Find the library for a bundle: --library or its variable, the target's provider, or the usual folders on boards.
 
     Args:
         progress: Called with lines while the emulator is built.
-        stop: Stops the build from another thread.
+        stop: Lets another thread stop the build.
 
     Raises:
         LibraryError: No library was found.
         HostError: The emulator cannot be built here.
-        ServiceError: It was stopped.
+        ServiceError: The build was stopped.
     """
     if options.library is not None:
         return Path(options.library)
@@ -184,7 +184,7 @@ def find_library(
 def provided_library(
     target: str, release: str, progress: Callable[[str], None] | None = None, stop: Stop | None = None
 ) -> Path:
-    """The library that PROVIDERS has for a target. Raises HostError if it cannot be built here; see `find_library`."""
+    """Return the library of a target in PROVIDERS. Raises HostError if it cannot be built here; see `find_library`."""
     module, _, function = PROVIDERS[target].partition(":")
     try:
         build: Callable[..., Path] = getattr(importlib.import_module(module), function)
@@ -194,7 +194,7 @@ def provided_library(
 
 
 def _checking(bundle: Bundle, stop: Stop, progress: Callable[[str], None] | None) -> Callable[[int], None]:
-    """What to call with the size of each block that is checked."""
+    """Return the callback that `Bundle.verify` calls with the size of each block it has read."""
     size = sum(record.size for record in bundle.manifest.files.values())
     done = shown = 0
 
@@ -224,13 +224,13 @@ def load_engine(
     Args:
         show: Called with each preflight finding.
         progress: Called with lines while the files are checked, the emulator is built and the model is read.
-        stop: Stops the load from another thread.
+        stop: Lets another thread stop the load.
         timeouts: Timeouts of LoadOptions, in seconds.
 
     Raises:
         RKEdgeError: Anything wrong with the bundle, the library or the model.
     """
-    # So that a command can show its help, and a chat its prompt, before the engine is imported.
+    # Imported late, so that a command can show its help, and a chat its prompt, before the engine is imported.
     from rkruntime.checks import ignored
     from rkruntime.engine.engine import Engine
     from rkruntime.engine.loading import LoadOptions, Lora

@@ -1,4 +1,4 @@
-"""How far a load has read its model file: a 9 GB file takes ten minutes on a slow SD card, which is no hang."""
+"""Watch how far a load has read its model file: 9 GB take ten minutes on a slow SD card, which is not a hang."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-# Bytes per second: chosen, below what any SD card of today reads.
+# Bytes per second: an assumption, slower than any SD card of today.
 _SLOWEST: Final = 8_000_000
-# Seconds that a load may go on after each sign that it reads.
+# Seconds that a load may go on after each sign that it is reading.
 _PATIENCE: Final = 60.0
-# A load that reads its file more often than this does not end.
+# A load that reads its file more often than this counts as hung.
 _MOST_PASSES: Final = 4
 
 
 def load_limit(seconds: float, size: int) -> float:
-    """Seconds after which the load of a file of `size` bytes counts as hung: at least what reading it may take."""
+    """Return the seconds after which loading `size` bytes counts as hung: at least what reading them may take."""
     return max(seconds, size / _SLOWEST)
 
 
 class Reading:
-    """A load in progress, as its process's I/O counter shows it.
+    """The progress of a load, according to its process's I/O counter.
 
     Args:
         keeper: Pid of the process above the worker.
@@ -36,7 +36,7 @@ class Reading:
         self._read = 0
 
     def more_time(self) -> float:
-        """Until when (time.monotonic()) the load may go on; 0 if it has not read since the last call."""
+        """Return until when (time.monotonic()) the load may go on; 0 if nothing was read since the last call."""
         read = read_bytes(self._keeper)
         grown, self._read = read > self._read, max(read, self._read)
         if not grown or read > self._size * _MOST_PASSES:
@@ -47,12 +47,12 @@ class Reading:
 
 
 def read_bytes(keeper: int) -> int:
-    """Bytes that a keeper's worker has read from disks, mapped pages included; 0 if the kernel does not say."""
+    """Return the bytes that a keeper's worker has read from disks, mapped pages included; 0 if unknown."""
     return _figure(keeper, "io", r"^read_bytes: (\d+)$")
 
 
 def peak_bytes(keeper: int) -> int:
-    """The most memory that a keeper's worker has had resident, in bytes; 0 if the kernel does not say."""
+    """Return the peak resident memory of a keeper's worker in bytes; 0 if unknown."""
     return _figure(keeper, "status", r"^VmHWM:\s+(\d+) kB$") * 1024
 
 

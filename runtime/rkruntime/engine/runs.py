@@ -37,15 +37,16 @@ from rkruntime.stop import Stop
 # More tokens than any release accepts, for a library that does not report its context.
 _LONGEST_CONTEXT: Final = 1 << 15
 # Seconds per token that a library may take to read a prompt, ten times what Gemma 2 2B takes on an RK3588 (598 ms for
-# 128: https://github.com/airockchip/rknn-llm/blob/main/benchmark.md): a needless kill costs more than a late one.
+# 128 tokens: https://github.com/airockchip/rknn-llm/blob/main/benchmark.md), as a needless kill costs more than a late
+# one.
 _READING: Final = 0.05
 
 
 class _Holder:
-    """Stands for the iterator that holds a run, and is gone when it is.
+    """An object that only the iterator of a run holds, so that it is collected with the iterator.
 
     Attributes:
-        over: Whether nobody reads that iterator any more, though an error may still hold it.
+        over: Whether nobody reads the iterator any more, though an exception may still keep it alive.
     """
 
     over = False
@@ -63,10 +64,10 @@ class Runs:
         self.active: int | None = None
         self.observed = Observed(info.release, info.max_context)
         self._abandoned = False
-        # The run that was aborted last, and until when it must have ended.
+        # Number of the run that was aborted last, and until when it must have ended.
         self._aborted: tuple[int, float] | None = None
         self._read_at = 0.0
-        # Whose run `active` is: only that iterator may end it, as long as it lives.
+        # Weak reference to the owner of the `active` run: as long as that iterator lives, only it may end the run.
         self._holder: Callable[[], _Holder | None] = _nobody
         self._late_rows = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,7 +114,7 @@ class Runs:
                 raise
 
     async def events_async(self, request: Request) -> AsyncGenerator[ArrayEvent, None]:
-        """`events` for one prompt and asyncio; see Engine.agenerate."""
+        """Like `events`, for one prompt and asyncio; see Engine.agenerate."""
         mine, timeout = _Holder(), self._options.token_timeout
         async with self._in_loop(mine, request) as records:
             more = True
@@ -129,14 +130,14 @@ class Runs:
                 yield event
 
     async def deliver(self, request: Request, take: Callable[[list[ArrayEvent]], bool]) -> None:
-        """`events` for one prompt and asyncio, without a task that wakes up for each; see Engine.deliver."""
+        """Like `events`, for one prompt and asyncio, but without waking a task for each event; see Engine.deliver."""
         mine, ended = _Holder(), False
 
         def checked(events: list[ArrayEvent]) -> bool:
             nonlocal ended
             if self._connection.closing:
                 raise closed_meanwhile()
-            # An end that cannot be read ends the run too, but is an error.
+            # A malformed end also ends the run, but as an error.
             ended = not take(events) or (self.active is None and isinstance(events[-1], Finished))
             return not ended
 
@@ -148,7 +149,7 @@ class Runs:
 
     @contextlib.asynccontextmanager
     async def _in_loop(self, mine: _Holder, request: Request) -> AsyncGenerator[AsyncRecords, None]:
-        """A run that has begun, for the block; it is over afterwards."""
+        """Begin a run for the block, and end it afterwards if it is still going on."""
         self._connection.check()
         with self._connection.explained():
             records = AsyncRecords(self._worker, self._connection.turn, self._connection.answered)
@@ -198,13 +199,13 @@ class Runs:
         if kept is not None and all(request.length is not None for request in requests):
             header["max_new_tokens"] = limit
         elif limit < header["max_new_tokens"]:
-            # Only the library knows how full the context is. From 1.3.0 on, it has the limit and would drop the start
-            # of the conversation to reach it. That is a guess (docs/emulator.md), but no limit is right in any case.
+            # Only the library knows how full the context is. Since 1.3.0, given a limit, it would drop the start of the
+            # conversation to reach it. That is a guess (docs/emulator.md), but passing no limit is right in any case.
             header["max_new_tokens"] = -1
         self._requests, self._rows_due = requests, set(range(len(requests)))
         self._worker.drain_log()
         self._worker.alarm = ""
-        # Releases may return rows for the prompt or for more, but never more than the context has room for.
+        # Releases may return rows for more than the prompt, but never for more than the context has room for.
         most_rows = self._info.max_context or _LONGEST_CONTEXT
         limits = {"batches": self._options.n_batch, "most_tokens": limit, "most_rows": most_rows}
         self._abandoned = False
@@ -224,7 +225,7 @@ class Runs:
             self.observed.template_set(empty=True)
 
     def _kept(self, requests: Sequence[Request]) -> int | None:
-        """Positions of the context that are in use when these prompts are read; None if the library cannot say."""
+        """Return how many positions of the context are in use before these prompts; None if the library cannot say."""
         if not any(request.keep_history for request in requests):
             return 0
         if not within(self._info.release, since("rkllm_get_kv_cache_size"), ""):
@@ -236,10 +237,10 @@ class Runs:
         return max([0, *sizes_of(reply)])
 
     def _limit(self, requests: Sequence[Request], before: int) -> int:
-        """The most tokens of an answer; -1 only for a library that does not report its context.
+        """Return the most tokens that an answer may have; -1 only for a library that does not report its context.
 
         Boards are reported not to end an answer when the context is full, but to drop the oldest tokens, the prompt
-        included. Only a program that asks for both `n_keep` and more tokens than there is room for gets that.
+        included. Only a program that asks for both `n_keep` and more tokens than there is room for gets this behavior.
         """
         asked = requests[0].max_new_tokens if requests[0].max_new_tokens > 0 else self._options.max_new_tokens
         if not self._info.max_context or (asked > 0 and self._options.n_keep is not None):
@@ -251,7 +252,7 @@ class Runs:
     def _check_room(self, request: Request, kept: int, added: int) -> None:
         length, most = len(request.tokens) + added, self._info.max_context
         template = f" with the {added:,} of the runtime's own template" if added else ""
-        # A conversation that is continued would lose its beginning to the last places.
+        # To fill the reserved positions too, a continued conversation would lose its beginning.
         continues = f" after the conversation's {kept:,}" if kept and self._options.n_keep is None else ""
         if 0 < most <= (length + kept + RESERVED if continues else length):
             raise ContextFullError(
@@ -266,8 +267,8 @@ class Runs:
         return self._rare_event(record)
 
     def _rare_event(self, record: Record) -> ArrayEvent:
-        """The event of a record that is not a token. Raises the error that the worker sent or the log shows."""
-        # First of all: an interrupt in between would leave a run that nothing ends.
+        """Return the event of a record that is not a token. Raises the error that the worker sent or the log shows."""
+        # Done first, as an interrupt before it would leave a run that nothing ends.
         if record.kind == protocol.ERROR or (
             record.kind == protocol.FINISHED and record.batch == self._options.n_batch - 1
         ):
@@ -275,7 +276,7 @@ class Runs:
         self._worker.drain_log()
         if record.kind == protocol.ERROR:
             error = error_of(record)
-            # The log says more than "it returned -1", whichever is read first.
+            # An alarm in the log says more than "it returned -1", whichever arrives first.
             if not (self._worker.alarm and type(error) is RunError):
                 raise error
         if self._worker.alarm:
@@ -292,7 +293,7 @@ class Runs:
 
     def _array(self, record: Record) -> Logits | HiddenStates:
         array = array_of(record)
-        if record.batch in self._rows_due:  # the prompt's; what follows is the answer's
+        if record.batch in self._rows_due:  # rows of the prompt; later ones are the answer's
             self._rows_due.remove(record.batch)
             self.observed.check_rows(self._requests[record.batch], len(array.values))
         return array
@@ -306,30 +307,30 @@ class Runs:
                 self._send_abort(run)
 
     def _send_abort(self, run: int) -> None:
-        if self._aborted is None or self._aborted[0] != run:  # asked again, it gets no more time
+        if self._aborted is None or self._aborted[0] != run:  # a second abort does not extend the time
             self._aborted = run, max(time.monotonic(), self._read_at) + self._options.abort_timeout
         self._connection.send({"call": "abort", "run": run})
 
     def _limiting(self, seconds: float, end: float) -> tuple[float, float]:
-        """The limit for what is being waited for, given the usual one: a run that was aborted has less time."""
+        """Return the time limit of the current wait, given the usual one: an aborted run has less time."""
         if self._aborted is None or self._aborted[0] != self.active or self._aborted[1] >= end:
             return seconds, end
         return self._options.abort_timeout, self._aborted[1]
 
     @property
     def given_up(self) -> bool:
-        """Whether somebody was interrupted while waiting for the run to end."""
+        """Whether a wait for the end of a run was interrupted."""
         return self._abandoned
 
     def finish(self, timeout: float) -> None:
-        """`settle` the current run, whoever began it."""
+        """Settle the current run, whoever began it."""
         self.settle(self._holder(), timeout)
 
     def settle(self, mine: _Holder | None, timeout: float) -> None:
         """End a run whose events are no longer wanted, and wait for it, so that the next one starts clean.
 
-        An interrupt may have lost its last event, or come before it was sent. So the worker gets a command of its own,
-        the fence, which it answers when the run is over; all that comes before is dropped.
+        An interrupt may have lost the run's last event, or come before it was sent. So the worker gets a separate
+        command, the fence, which it answers when the run is over; everything that comes before the answer is dropped.
         """
         if self._abandon(mine):
             with self._connection.turn():
@@ -341,7 +342,7 @@ class Runs:
         if self._abandon(mine):
             with self._connection.turn():
                 self._fence()
-            # The next run, or somebody who closes the model, may end it first.
+            # The next run, or closing the model, may end this one first.
             if await records.next(self._options.token_timeout, lambda: self._goes_on(mine), self._limiting):
                 self._ended()
 
@@ -349,27 +350,27 @@ class Runs:
         self._connection.begin({"call": "fence"}, late_rows=self._late_rows)
 
     def _goes_on(self, mine: _Holder | None) -> bool:
-        """Whether the current run is the one that `mine` stands for."""
+        """Whether the current run belongs to the iterator of `mine`."""
         return self.active is not None and self._holder() is mine
 
     def _forgotten(self) -> bool:
-        """Whether nobody will end the current run: an interrupt came while it was being ended, or even before."""
+        """Whether nobody will end the current run, because an interrupt came while it was being ended, or earlier."""
         holder = self._holder()
         return self._abandoned or (self.active is not None and (holder is None or holder.over))
 
     def _abandon(self, mine: _Holder | None) -> bool:
-        """Abort this run if it is going on. If interrupted while it ends, leave the rest to the next run."""
+        """Abort the run of `mine` if it is going on. If interrupted while it ends, leave the rest to the next run."""
         if not self._goes_on(mine):
             return False
         if self._connection.closed or self._worker.ended or not self._worker.owner.here:
             return False
-        self._abandoned, self._aborted = True, None  # the time counts from now, where it is waited for
+        self._abandoned, self._aborted = True, None  # the time limit counts from now, when somebody waits for the end
         assert self.active is not None
         self._send_abort(self.active)
         return True
 
     def _settle_quietly(self, mine: _Holder) -> None:
-        """`settle` for an iterator that is closed, collected or interrupted: the next call reports what failed."""
+        """Settle for an iterator that is closed, collected or interrupted: the next call reports what failed."""
         with contextlib.suppress(WorkerError, RunError), self._connection.explained():
             self.settle(mine, self._options.token_timeout)
 

@@ -1,6 +1,6 @@
 """The library's functions in Python, bound by table. For the worker process only: a wrong call crashes.
 
-`Library` is the loaded file, `Model` what an LLMHandle stands for. Values of structures are given as mappings with the
+`Library` is the loaded file, `LoadedModel` an LLMHandle. Values of structures are given as mappings with the
 header's own field names, so that a field which a release lacks is an error, never a shifted layout.
 """
 
@@ -63,7 +63,7 @@ def _missing_field(struct: str, name: str) -> str:
 
 
 def text(value: str) -> bytes:
-    """A string for C. Raises UsageError for a NUL character, which would truncate it."""
+    """Encode a string for C. Raises UsageError for a NUL character, which would truncate it."""
     if "\0" in value:
         raise UsageError("A text for the runtime contains a NUL character.", hint="Remove the character U+0000.")
     return value.encode("utf-8", "surrogateescape")
@@ -98,7 +98,7 @@ class Library:
         self._default_param = self._functions["rkllm_createDefaultParam"]
 
     def function(self, name: str) -> Any:
-        """A bound function. Raises UnsupportedCallError if the release does not have it."""
+        """Return a bound function. Raises UnsupportedCallError if the release does not have it."""
         if name not in self._functions:
             raise UnsupportedCallError(
                 f"{name} requires release {since(name)} or later; this library is {self.version}.",
@@ -107,21 +107,21 @@ class Library:
         return self._functions[name]
 
     def make(self, struct: str, values: Mapping[str, Any]) -> Any:
-        """A structure with the given fields set and all others zero."""
+        """Make a structure with the given fields set and all others zero."""
         if struct not in self.abi.structs:
             raise UnsupportedCallError(f"Release {self.version} has no {struct}.")
         return fill(self.abi.structs[struct](), values)
 
     def enum(self, name: str, value: str) -> int:
-        """The value of an enum constant, by its name in the header."""
+        """Return the value of an enum constant, by its name in the header."""
         if value not in self.abi.enums[name]:
             raise UnsupportedCallError(f"Release {self.version} has no {value}.")
         return self.abi.enums[name][value]
 
     def default_param(self) -> Any:
-        """RKLLMParam as filled in by the library.
+        """Return RKLLMParam as filled in by the library.
 
-        A wrong layout shows up here at the latest: the documented defaults are then where another layout has them. The
+        A wrong layout shows here at the latest: the documented defaults then stand where another layout has them. The
         call gets an oversized buffer, so that a library that writes more than expected does no harm.
 
         Raises:
@@ -149,7 +149,7 @@ def _callable(layout: str) -> bool:
 
 
 def _defaults_found(version: str, raw: bytes) -> int:
-    """How many of the documented defaults are where a release has them."""
+    """Count the documented defaults that are where a release has them."""
     param = abi_of(version).structs["RKLLMParam"].from_buffer_copy(raw)
     found = 0
     for path, expected in _DOCUMENTED_DEFAULTS.items():
@@ -166,7 +166,7 @@ class LoadedModel:
     Args:
         params: Fields of RKLLMParam that differ from the library's defaults; `extend_param` is itself a mapping.
         on_result: Called during runs, in the computing thread.
-        tokenizer: For models without one (since 1.3.0): takes the text's bytes, returns ids.
+        tokenizer: For models without a tokenizer (since 1.3.0): takes the text's bytes, returns ids.
         embed: For models without an embedding table (since 1.3.0): takes ids, returns float32 bytes.
 
     Raises:
@@ -204,7 +204,7 @@ class LoadedModel:
         self._handle = handle
 
     def _callbacks(self) -> Any:
-        """The third argument of rkllm_init: a function before 1.3.0, a structure of three since."""
+        """Return the third argument of rkllm_init: a function before 1.3.0, a structure of three since."""
         abi = self.library.abi
         if "RKLLMCallback" not in abi.structs:
             if self._tokenizer or self._embed:
@@ -219,7 +219,7 @@ class LoadedModel:
         self._kept.append((callbacks, values))
         return ctypes.byref(callbacks)
 
-    # An exception must not pass through C: it is kept, and raised after the run.
+    # An exception must not pass through C, so callbacks keep it in `failure`, to be raised after the run.
 
     def _result(self, result: Any, _userdata: Any, state: int) -> int:
         try:
@@ -288,7 +288,7 @@ class LoadedModel:
             raise
 
     def raise_failure(self) -> None:
-        """Raise what a callback raised during the last run."""
+        """Raise the exception that a callback raised during the last run, if any."""
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure if isinstance(failure, RKEdgeError) else RunError(f"A callback failed: {failure!r}.")
@@ -313,7 +313,7 @@ class LoadedModel:
         self.has_prompt_cache = True
 
     def release_prompt_cache(self) -> None:
-        """Drop what load_prompt_cache restored."""
+        """Release the prompt cache that load_prompt_cache restored."""
         self.call("rkllm_release_prompt_cache")
         self.has_prompt_cache = False
 
@@ -333,7 +333,7 @@ class LoadedModel:
             self.call("rkllm_clear_kv_cache", int(keep_system_prompt), starts, ends)
 
     def kv_cache_sizes(self) -> list[int]:
-        """Positions in the KV cache, per batch (since 1.2.1)."""
+        """Return the number of positions in the KV cache, per batch (since 1.2.1)."""
         sizes = (ctypes.c_int * self.batches)()
         self.call("rkllm_get_kv_cache_size", sizes)
         return list(sizes)
@@ -354,7 +354,7 @@ class LoadedModel:
         self._cross_attention = (params, values)
 
     def close(self) -> None:
-        """Destroy the model, once."""
+        """Destroy the model; later calls do nothing."""
         handle, self._handle = self._handle, None
         if handle is not None:
             self.library.function("rkllm_destroy")(handle)

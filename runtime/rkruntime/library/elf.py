@@ -22,7 +22,7 @@ _MAX_SYMBOLS = 1 << 20
 
 @dataclass(frozen=True)
 class ElfFile:
-    """`bits` is 32 or 64, `machine` a name in MACHINES or `machine N`, `symbols` what the file exports."""
+    """An ELF file: `bits` is 32 or 64, `machine` a name in MACHINES or `machine N`, `symbols` the exported names."""
 
     bits: int
     machine: str
@@ -46,7 +46,7 @@ class _Image:
         return form.unpack_from(self.data, offset)
 
     def offset_of(self, address: int) -> int:
-        """The file offset of the byte that is loaded at an address."""
+        """Return the file offset of the byte that is loaded at an address."""
         for start, offset, size in self.segments:
             if start <= address < start + size:
                 return offset + address - start
@@ -77,7 +77,7 @@ def read_elf(path: Path, data: mmap.mmap) -> ElfFile:
 
 
 def _exported(image: _Image) -> frozenset[str]:
-    """Names of the defined dynamic symbols, found through the dynamic segment, as a loader does."""
+    """Return the names of the defined dynamic symbols, found through the dynamic segment as a loader does."""
     tags: dict[int, int] = {}
     (table,) = image.unpack("<Q", 32)
     entry_size, count = image.unpack("<HH", 54)
@@ -109,7 +109,7 @@ def _dynamic(image: _Image, offset: int, size: int) -> list[tuple[int, int]]:
 
 
 def _symbol_count(image: _Image, tags: dict[int, int]) -> int:
-    """Number of dynamic symbols, which only the hash table states."""
+    """Return the number of dynamic symbols, which only the hash table states."""
     if _HASH in tags:
         return min(image.unpack("<II", image.offset_of(tags[_HASH]))[1], _MAX_SYMBOLS)
     if _GNU_HASH not in tags:

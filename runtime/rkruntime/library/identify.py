@@ -21,10 +21,10 @@ from rkruntime.folders import hint_if_hidden
 from rkruntime.library.elf import ElfFile, read_elf
 from rkruntime.schema import check_value
 
-# Seen in 1.2.0, 1.2.1b1 and 1.3.1, as
+# Beginning of the version text. Seen in 1.2.0, 1.2.1b1 and 1.3.1, as
 # `RKLLM SDK (version: 1.2.1b1 | target: Linux | build: 27637c95 2025-05-02 17:46:07)`.
 _MARK: Final = b"RKLLM SDK (version: "
-# Seen in 1.2.1b1, next to the version alone. For releases whose own text nobody has shown.
+# Format string of the log's line on the release; 1.2.1b1 has the bare version next to it. For libraries without _MARK.
 _LOG_FORMAT: Final = b"rkllm-runtime version: %s"
 _VERSION: Final = re.compile(r"\d+\.\d+\.\d+(?:b\d*)?")
 _KNOWN_FUNCTIONS: Final = frozenset(name for version in RELEASES for name in abi_of(version).functions)
@@ -36,16 +36,16 @@ class Identity:
 
     Attributes:
         bits: 32 or 64.
-        machine: As `uname -m` prints it: `aarch64`, `x86_64`.
-        version: From the version text; empty without one.
+        machine: CPU architecture as `uname -m` prints it: `aarch64`, `x86_64`.
+        version: Release according to the version text; empty without one.
         version_line: The whole version text, including build id and date.
-        release: Whose layout to use; None if unknown or not supported (`problem` says why).
+        release: The release whose layout to use; None if unknown or not supported (`problem` says why).
         forced: Whether the user chose the layout.
         emulated: Whether the library says that it is RKEdge's emulator.
-        problem: Why it must not be called; empty if it may be.
+        problem: Why the library must not be called; empty if it may be.
         hint: What to do about the problem.
-        functions: The functions of rkllm.h that it exports.
-        notice: What is odd about it, although it may be called; empty as a rule.
+        functions: The functions of rkllm.h that the library exports.
+        notice: What is odd about a library that may be called; usually empty.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Identity:
     notice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return {
             "path": str(self.path),
             "bits": self.bits,
@@ -80,7 +80,7 @@ class Identity:
 
 
 def _version_lines(data: mmap.mmap | bytes) -> list[str]:
-    """Every distinct version text in the file."""
+    """Return every distinct version text in the file."""
     lines: dict[str, None] = {}
     at = data.find(_MARK)
     while at >= 0:
@@ -97,7 +97,7 @@ def _version_in(line: str) -> str:
 
 
 def _bare_versions(data: mmap.mmap | bytes) -> list[str]:
-    """Known releases that stand alone before or after the format of the log's line on the release."""
+    """Return the known releases whose bare version text is right before or after _LOG_FORMAT in the file."""
     found: dict[str, None] = {}
     at = data.find(_LOG_FORMAT)
     while at >= 0:
@@ -111,25 +111,25 @@ def _bare_versions(data: mmap.mmap | bytes) -> list[str]:
 
 
 def _missing(version: str, functions: frozenset[str]) -> str:
-    """What a release has and this file does not; empty if nothing."""
+    """Say which function of a release this file does not export; empty if it exports all."""
     missing = sorted(frozenset(abi_of(version).functions) - functions)
     return f"release {version} has {missing[0]}, which this file does not export" if missing else ""
 
 
 def _additional(version: str, functions: frozenset[str]) -> str:
-    """What this file has and a release does not declare; empty if nothing."""
+    """Say which function this file exports that a release does not declare; empty if none."""
     extra = sorted((functions & _KNOWN_FUNCTIONS) - frozenset(abi_of(version).functions))
     return f"this file exports {extra[0]}, which came with {since(extra[0])}, after {version}" if extra else ""
 
 
 def _versions(data: mmap.mmap | bytes) -> tuple[list[str], list[str]]:
-    """The version texts, and the releases that they name."""
+    """Return the version texts, and the releases that they name."""
     lines = _version_lines(data)
     return lines, list(dict.fromkeys(map(_version_in, lines))) if lines else _bare_versions(data)
 
 
 def _look(path: Path) -> tuple[ElfFile, list[str], list[str]]:
-    """The file's head, its version texts, and the releases that they name."""
+    """Return the file's ELF facts, its version texts, and the releases that they name."""
     try:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return read_elf(path, data), *_versions(data)
@@ -141,7 +141,7 @@ def _look(path: Path) -> tuple[ElfFile, list[str], list[str]]:
 
 
 def _judge(elf: ElfFile, lines: list[str], versions: list[str], given: str | None) -> tuple[Release | None, str, str]:
-    """The release whose layout fits, or the reason why none does and what to do."""
+    """Return the release whose layout fits, or None with the reason and what to do."""
     functions = elf.symbols & _KNOWN_FUNCTIONS
     if elf.bits != 64:
         return None, f"it is a {elf.bits}-bit library, but RKEdge calls only 64-bit ones", "Use the aarch64 library."
@@ -191,7 +191,7 @@ def inspect_library(path: Path, release: str | None = None) -> Identity:
 
 
 def identify_parts(path: str, elf: ElfFile, excerpts: bytes) -> Identity:
-    """Identify a library on another machine: from its head, and the parts of it around version texts."""
+    """Identify a library on another machine from its ELF facts and excerpts around its version texts."""
     return _identity(Path(path), elf, *_versions(excerpts), None)
 
 
@@ -214,7 +214,7 @@ def _identity(path: Path, elf: ElfFile, lines: list[str], versions: list[str], r
 
 
 def _notice(release: Release, lines: list[str], functions: frozenset[str]) -> str:
-    """What is odd about a library that may be called."""
+    """Say what is odd about a library that may be called; empty if nothing."""
     found = [] if lines else [f"it has no RKLLM version text, but {release.version} next to the format of its log"]
     return "; ".join(filter(None, [*found, _additional(release.version, functions)]))
 
@@ -238,7 +238,7 @@ def identify(path: AnyPath, release: str | None = None) -> Identity:
 def check_machine(path: Path, machine: str) -> None:
     """Raise LibraryError if a library is for another machine than this one."""
     here = os.uname().machine
-    if sys.maxsize < 1 << 32:  # on a 64-bit kernel, uname says nothing of it
+    if sys.maxsize < 1 << 32:  # on a 64-bit kernel, uname does not show this
         raise LibraryError(
             f"This Python is a 32-bit program, which cannot load {path}.",
             hint="Use a 64-bit Python, and a 64-bit system image: getconf LONG_BIT must say 64.",

@@ -1,4 +1,4 @@
-"""What the library on a board really does where reports of boards disagree: a few short runs answer one question each.
+"""Ask a board's library what it really does where reports of boards disagree: a few short runs answer each question.
 
 RKEdge is written to be right either way, so no answer here is an error.
 """
@@ -15,10 +15,10 @@ from rkruntime.probes.trial import Observation, Trial
 __all__ = ["FAILED", "LOST", "QUESTIONS", "UNDECIDED", "Observation", "OpenQuestion", "Trial", "answer", "is_harmful"]
 
 
-# Results that every question may have: an error, or a board that was lost each time.
+# Results that any question may have: an error, or a board that was lost each time.
 FAILED: Final = "failed"
 LOST: Final = "lost"
-# A comparison that shows neither.
+# The result of a comparison that fits neither case.
 UNDECIDED: Final = arithmetic.UNDECIDED
 
 
@@ -26,9 +26,9 @@ class OpenQuestion(NamedTuple):
     """A question about the library.
 
     Attributes:
-        risky: Reported to have crashed a board.
-        slow: May take minutes on a board.
-        harmful: Results that make answers worse, whatever RKEdge does; `failed` is one for every question.
+        risky: Whether asking is reported to have crashed a board.
+        slow: Whether asking may take minutes on a board.
+        harmful: Results that make answers worse, whatever RKEdge does; for every question, `failed` is one too.
     """
 
     text: str
@@ -38,7 +38,7 @@ class OpenQuestion(NamedTuple):
     harmful: tuple[str, ...] = ()
 
 
-# In this order: the first run of a fresh model answers the first one.
+# Asked in this order: the first question needs the first run of a fresh model.
 QUESTIONS: Final[Mapping[str, OpenQuestion]] = {
     "template": OpenQuestion(
         "Does it add its chat template, or another <bos>, to token ids?", runs.template, harmful=("bos",)

@@ -1,4 +1,4 @@
-"""Whether the library computes Gemma 2 as it is: sliding window and soft-caps, by the bundle's references."""
+"""Probe whether the library computes Gemma 2's sliding window and soft-caps, by the bundle's references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _NO_REFERENCES: Final = (
     "Not asked: the bundle has nothing to compare with. Convert it with --references, and for the window with a"
     " --max-context of a quarter more than the window"
 )
-# Of the way from one model's logits to the other's: how near to an end, and with which error, decides.
+# Shares of the way from one model's logits to the other's: a result is decided if it is this near to one end, with a
+# standard error of at most this.
 _NEAR: Final = 0.4
 _CERTAIN: Final = 0.15
 

@@ -1,4 +1,4 @@
-"""The KV cache: how full it is, and what it survives. By rkllm_get_kv_cache_size, since 1.2.1."""
+"""Probe the KV cache with rkllm_get_kv_cache_size (since 1.2.1): how full it is, and what it survives."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pause_cache(trial: Trial) -> Observation:
         return Observation("Not answered: the run did not pause.", {"expected": expected})
     held = engine.cache_sizes()[0]
     engine.clear_cache()
-    least = len(request.tokens) + paused - 1  # the last token may still be to be read
+    least = len(request.tokens) + paused - 1  # the last token may not have been read yet
     result = "kept" if held >= least else "lost" if held == 0 else "part"
     says = f"While a run is paused, the cache holds {counted(held, 'token')}; prompt and answer have {least + 1}."
     return Observation(says, {"held": held, "prompt_tokens": len(request.tokens), "answered": paused}, result)

@@ -1,4 +1,4 @@
-"""Prompts and answers: what is read of them, where they end, what comes back for each token."""
+"""Probe prompts and answers: how much is read, where answers end, what comes back for each token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rkruntime.errors import RunError, UnsupportedCallError
 from rkruntime.probes.trial import NO_ROWS, Observation, Trial, same, silence
 from rkruntime.words import counted
 
-# Long enough for the answer of a small model to end.
+# Tokens: long enough for a small model's answer to end.
 _LONG: Final = 160
 
 
@@ -157,7 +157,7 @@ def _count(arrays: Callable[[Request], Any], request: Request) -> int:
         return len(arrays(request))
     except UnsupportedCallError:
         raise
-    except RunError as error:  # of another number, which is an answer here
+    except RunError as error:  # an unexpected number of rows, which is an answer here
         if "rows" not in error.details:
             raise
         return int(error.details["rows"])

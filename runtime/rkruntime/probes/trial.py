@@ -1,4 +1,4 @@
-"""A loaded model to try things with, and what came of it."""
+"""A loaded model to ask questions of, and the observations."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 _PROMPT: Final = "Name three rivers."
 _SHORT: Final = 16
-# What a question says that needs the logits of some token, on a library that returns none of it.
+# The answer to a question that needs the logits of each token, if the library does not return them.
 NO_ROWS: Final = "Not answered: the library does not return a row of logits for each token; see the question `logits`."
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one question was answered with.
+    """The answer to one question.
 
     Attributes:
-        says: A sentence.
+        says: The answer in a sentence.
         facts: The figures behind it.
-        result: One of the results that the probe's docstring names; empty if it has none, or was not decided.
+        result: One of the results that the probe's docstring names; empty if there are none, or none was decided.
     """
 
     says: str
@@ -45,17 +45,17 @@ class Run(NamedTuple):
 
     @property
     def read(self) -> int | None:
-        """Tokens that the library says it prefilled."""
+        """Number of tokens that the library says it has prefilled."""
         return int(self.end.perf.prefill_tokens) if self.end.perf else None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report keeps of it."""
+        """The facts about the run that a report keeps."""
         return {"last_ids": self.ids[-8:], "end": asdict(self.end)}
 
 
 class Trial:
-    """A model to try things with; one that is lost is opened again."""
+    """A model to ask questions of, which is opened again if it is lost."""
 
     def __init__(self, load: Callable[[], Model]) -> None:
         self._load = load
@@ -63,29 +63,29 @@ class Trial:
 
     @property
     def model(self) -> Model:
-        """Raises RKEdgeError if it cannot be loaded."""
+        """The model, loaded if necessary. Raises RKEdgeError if it cannot be loaded."""
         if self._model is None or not self._model.engine.alive:
             self.close()
             self._model = self._load()
         return self._model
 
     def request(self, **changes: Any) -> Request:
-        """The question that is always asked, greedily as far as the release allows."""
+        """Return a request with the standard question, sampled greedily as far as the release allows."""
         return replace(self.model.request(_PROMPT, max_new_tokens=_SHORT), **changes)
 
     def empty(self) -> None:
-        """Empty the cache, where the release can; earlier ones keep nothing in it."""
+        """Empty the cache if the release can; earlier releases keep nothing in it."""
         with suppress(UnsupportedCallError):
             self.model.engine.clear_cache()
 
     def run(self, request: Request) -> Run:
-        """One run from its first token to its last."""
+        """Run a request from its first token to its last."""
         *tokens, end = self.model.engine.generate(request)
         assert isinstance(end, Finished)
         return Run([token.token_id for token in tokens if isinstance(token, Token)], end)
 
     def logits(self, request: Request) -> NDArray[np.float32] | None:
-        """A row of logits for each token of the prompt; None from a library that returns other rows."""
+        """Return a row of logits for each token of the prompt; None if the library returns other rows."""
         try:
             return self.model.engine.logits(request)
         except RunError as error:
@@ -94,12 +94,12 @@ class Trial:
             return None
 
     def next_token(self, tokens: list[int]) -> int | None:
-        """What the model says after these tokens; None if it ends there and does not pass on why."""
+        """Return the model's next token after these; None if the answer ends there without passing on a token."""
         ids = self.run(self.request(tokens=tokens, max_new_tokens=1, stop_tokens=frozenset())).ids
         return ids[0] if ids else None
 
     def close(self) -> None:
-        """Unload it."""
+        """Unload the model."""
         if self._model is not None:
             self._model.close()
             self._model = None

@@ -1,1 +1,1 @@
-"""The daemon: one model on the NPU, many clients, nothing open to a network unless configured, with a key."""
+"""The daemon: one model on the NPU, many clients, and no network access unless configured, with a key."""

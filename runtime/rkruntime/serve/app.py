@@ -41,14 +41,14 @@ from rkruntime.serve.threads import read_in_thread
 REQUEST_ID: Final = "x-request-id"
 IGNORED: Final = "X-RKEdge-Ignored"
 _HERE: Final = Path(__file__).parent
-# Bytes of a response that are sent at a time.
+# Bytes of a response to send at a time.
 _PART: Final = 1 << 16
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Anyone may ask whether the daemon is alive.
+# Paths open to anyone: whether the daemon is alive.
 _OPEN: Final = frozenset({"/health", "/ready"})
 _MODELS: Final = "This daemon serves one model, from `rkedge convert`: none is fetched, made or removed through it."
-# Also where the client's address ends with what the other interface has.
+# Paths of Ollama's interface, also after a base address that ends in OpenAI's /v1.
 _OLLAMA: Final = re.compile(r"(/v1)?/api/(?!v1/)")
 # What to do about paths that clients ask for and the daemon does not have.
 _INSTEAD: Final[Mapping[str, str]] = {
@@ -64,7 +64,7 @@ _INSTEAD: Final[Mapping[str, str]] = {
 
 
 def openapi() -> dict[str, Any]:
-    """The document in openapi.yaml, with the sampling fields of generation.py."""
+    """Return the document in openapi.yaml, with the sampling fields of generation.py."""
     document: dict[str, Any] = yaml.load((_HERE / "openapi.yaml").read_bytes(), _YamlLoader)  # noqa: S506
     schemas, kinds = document["components"]["schemas"], types_of(Sampling)
     for schema in schemas.values():
@@ -77,14 +77,14 @@ def openapi() -> dict[str, Any]:
 
 
 def _number(kind: Any) -> dict[str, Any]:
-    """The schema of a number with a range, or null."""
+    """Return the schema of a number with a range, or null."""
     number, bounds, *_ = get_args(kind)
     words = ["integer" if number is int else "number", "null"]
     return {"type": words, "minimum": bounds.least, "maximum": bounds.most}
 
 
 class AccessMiddleware:
-    """Wraps the application at one listener: rejects foreign web pages, identifies users, sets request ids."""
+    """The application as seen by one listener: it rejects foreign web pages, identifies users and sets request ids."""
 
     def __init__(self, app: ASGIApp, door: Door, requests: Requests, origins: Collection[str] = ()) -> None:
         self._app = app
@@ -101,7 +101,7 @@ class AccessMiddleware:
         given = headers.get(REQUEST_ID, "")
         scope["rkedge.id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
         connection: Connection = scope["state"][CONNECTION]
-        # A client that sends requests without reading answers waits here, before any work on its next one.
+        # A client that does not read its answers waits here, before any work on its next request.
         await connection.flow.drain()
         scope["rkedge.ignored"] = Ignored()
         send = _sending(scope["rkedge.id"], scope["rkedge.ignored"], send)
@@ -116,12 +116,12 @@ class AccessMiddleware:
         except (BodyError, BusyError) as error:
             return await error_response(error, _style(scope["path"]))(scope, receive, send)
         except asyncio.CancelledError:
-            # uvicorn would log it as our error.
+            # uvicorn would log the cancellation as our error.
             connection.give_up()
 
 
 def guarded(app: ASGIApp, door: Door, requests: Requests, origins: Collection[str]) -> ASGIApp:
-    """The application as one listener offers it; web pages of these origins may send requests and read answers."""
+    """Wrap the application for one listener; web pages of these origins may send requests and read answers."""
     access = AccessMiddleware(app, door, requests, origins)
     if not origins:
         return access
@@ -130,7 +130,7 @@ def guarded(app: ASGIApp, door: Door, requests: Requests, origins: Collection[st
 
 
 def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
-    """The scope with a path as its target, and the host of a target that is a whole URL (RFC 9112)."""
+    """Return the scope with a path as its target, and the host if the target is a whole URL (RFC 9112)."""
     match = re.fullmatch(r"(?i:https?)://([^/?#]*)(/.*)?", scope["path"], re.DOTALL)
     if not match:
         return scope, None
@@ -139,7 +139,7 @@ def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
 
 
 def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
-    """Add the headers common to all responses, and send large bodies in parts, each once the previous one was taken."""
+    """Add the headers of all responses, and send large bodies in parts, each once the previous part was taken."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -147,7 +147,7 @@ def _sending(request_id: str, ignored: Ignored, send: Send) -> Send:
             found[REQUEST_ID] = request_id
             if ignored.names:
                 found[IGNORED] = ", ".join(ignored.names)
-            # No other page may load an answer as a script, style or image.
+            # No page of another origin may load an answer as a script, style or image.
             found["Cross-Origin-Resource-Policy"] = "same-origin"
             found["X-Content-Type-Options"] = "nosniff"
         body, at = message.get("body", b""), 0
@@ -164,7 +164,7 @@ def _style(path: str) -> str:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """A wrong path or method, as an error in the style of the interface it looks like."""
+    """Answer a wrong path or method with an error in the style of the interface that the path looks like."""
     status = error.status_code if isinstance(error, HTTPException) else 404
     path = request.url.path
     instead = next((hint for start, hint in _INSTEAD.items() if path.startswith(start)), "See docs/serve.md.")
@@ -184,7 +184,7 @@ class DaemonEndpoints:
         self._started = time.monotonic()
 
     def routes(self) -> list[Route]:
-        """The routes for the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("GET", "/health", self._health),
@@ -239,7 +239,7 @@ class DaemonEndpoints:
 
 
 def make_app(service: Service) -> Starlette:
-    """The application for a service, for any listener; an AccessMiddleware controls access."""
+    """Make the application for a service, for any listener; an AccessMiddleware controls access."""
     document = openapi()
     limits = service.settings.limits
     bodies = BodyReader(Validator(document), int(limits.body_mb * 1e6), limits.header_s)

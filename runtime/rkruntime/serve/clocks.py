@@ -1,7 +1,7 @@
-"""The board's clocks at their maximum while answers are computed, if the settings ask for that.
+"""Hold the board's clocks at their maximum while answers are computed, if the settings ask for that.
 
-Only root may write them. The keeper of `rkedge clocks` does it for as long as a connection to its socket is open
-(docs/clocks.md): whatever ends this process closes that, and they are restored.
+Only root may set clocks. The keeper of `rkedge clocks` holds them for as long as a connection to its socket is open
+(docs/clocks.md): however this process ends, the connection closes, and the keeper restores the clocks.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, Final
 
 from rkruntime.checks.keeper import SCHEMA, SOCKET
 
-# Each clock at the highest value that the chip lists within its limits, where the kernel controls it.
+# The default request: each clock that the kernel controls, at the highest value that the chip lists within its limits.
 _REQUEST: Final = json.dumps({"schema": SCHEMA}).encode() + b"\n"
 _MOST_BYTES: Final = 1 << 16
 _MOST_TEXT: Final = 500
-# A keeper is started for the connection, and reads each value back.
+# Seconds for an answer: a keeper is started for the connection, and reads each value back.
 _PATIENCE_S: Final = 30.0
-# Before it is tried again after it has failed.
+# Seconds before the next attempt after a failure.
 _AGAIN_S: Final = 10.0
 
 log = logging.getLogger("rkedge")
 
 
 class Clocks:
-    """Holds them. Answers never wait for that, and do not fail if it does."""
+    """Holds the board's clocks. Answers never wait for it, and do not fail if it fails."""
 
     def __init__(self) -> None:
         self._holding: asyncio.Task[None] | None = None
@@ -39,7 +39,7 @@ class Clocks:
 
     @contextmanager
     def held(self, seconds: float) -> Iterator[None]:
-        """Hold them while the block runs, and for so many seconds afterwards. 0 leaves them alone."""
+        """Hold the clocks during the block and for `seconds` afterwards; 0 leaves them alone."""
         if seconds:
             self._hold()
         try:
@@ -49,7 +49,7 @@ class Clocks:
                 self._end = asyncio.get_running_loop().call_later(seconds, self.let_go)
 
     def let_go(self) -> None:
-        """Have them restored."""
+        """Have the keeper restore the clocks."""
         if self._holding is not None:
             self._holding.cancel()
             self._holding = None
@@ -62,7 +62,7 @@ class Clocks:
             self._holding = asyncio.get_running_loop().create_task(self._connection())
 
     async def _connection(self) -> None:
-        """Hold them until this is cancelled, or the keeper ends."""
+        """Hold the clocks until this task is cancelled or the keeper ends."""
         try:
             reader, writer = await asyncio.open_unix_connection(SOCKET, limit=_MOST_BYTES)
         except OSError as error:
@@ -75,7 +75,7 @@ class Clocks:
                 self._failed(str(event.get("message") or "its keeper did not answer")[:_MOST_TEXT])
                 return
             self._say("the clocks are held while answers are computed")
-            while await reader.read(_MOST_BYTES):  # it says nothing more, and ends when systemd ends it
+            while await reader.read(_MOST_BYTES):  # the keeper says nothing more, and ends when systemd ends it
                 pass
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             self._failed(f"its keeper did not answer ({type(error).__name__})")
@@ -87,7 +87,7 @@ class Clocks:
         self._say(f"the clocks cannot be held: {why}", logging.WARNING)
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
-        """Log it, unless it is what was said last."""
+        """Log a text unless it is the same as the last one."""
         if text != self._said:
             self._said = text
             log.log(level, "%s", text)

@@ -1,4 +1,4 @@
-"""The connections of a listener: which ones give way when there are too many, and how long they may take."""
+"""The connections of a listener: which of them give way when there are too many, and how long they may take."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rkruntime.serve.users import User, shares
 # The key of a connection in an ASGI scope's state.
 CONNECTION: Final = "rkedge.connection"
 _FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-# Bytes to parse before others get a turn: a body in chunks of one byte costs thousands of events.
+# Bytes to parse before other connections get a turn: a body in chunks of one byte costs thousands of events.
 _SLICE: Final = 8192
-# Bytes that the chunks of a body must have on average, and how many may be smaller.
+# Bytes that the chunks of a body must have on average, and the number of smaller chunks that is tolerated.
 _PIECE: Final = 64
 _SMALL_PIECES: Final = 256
 
@@ -31,7 +31,7 @@ class Requests:
 
     Args:
         limit: Most requests of all users together.
-        max_bytes: Most memory that they may hold, all together.
+        max_bytes: Most memory that all requests together may hold.
     """
 
     def __init__(self, limit: int, max_bytes: int) -> None:
@@ -42,7 +42,7 @@ class Requests:
 
     @contextmanager
     def one(self, user: User) -> Iterator[Held]:
-        """Count one more during the block; the value counts the memory it holds. Raises BusyError."""
+        """Count one more request during the block; the value counts the memory it holds. Raises BusyError."""
         paths = dict(shares(user.path, self._limit))
         for path, limit in paths.items():
             if self._open[path] >= limit:
@@ -73,10 +73,10 @@ class Held:
         self._size = 0
 
     def at_least(self, size: int) -> None:
-        """Hold at least `size` bytes. The only request always may.
+        """Hold at least `size` bytes. A request that is the only one always may.
 
         Raises:
-            BusyError: Too much, together with what other requests hold.
+            BusyError: That is too much on top of what other requests hold.
         """
         more = size - self._size
         if more <= 0:
@@ -93,7 +93,7 @@ class Held:
         self._add(more)
 
     def release(self) -> None:
-        """Hold nothing from now on."""
+        """Stop holding any bytes."""
         self._add(-self._size)
 
     def _add(self, size: int) -> None:
@@ -105,7 +105,7 @@ class Held:
 
 
 class _Counted:
-    """A transport that counts the bytes written to it, and reads nothing while held."""
+    """A transport that counts the bytes written to it, and does not resume reading while held."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -125,7 +125,7 @@ class _Counted:
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which also refuses bodies in chunks so small that parsing costs more than they carry."""
+    """h11's parser, which also refuses bodies in chunks so small that parsing them costs too much."""
 
     _pieces = 0.0
 
@@ -142,16 +142,16 @@ class _Parser(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with limits. It keeps its place while a known user's request is being answered.
+    """uvicorn's connection with limits. It keeps its place while a known user's request is being answered.
 
-    Otherwise it gives way when there are too many: the oldest connection of the peer that has the most. So clients
-    that only connect take no place from those that ask.
+    Otherwise, when there are too many connections, the oldest one of the peer that has the most gives way. So clients
+    that only connect do not take places from those that send requests.
 
     Attributes:
-        door: The listener it came through; this and the limits are class attributes, one class per listener (`of`).
+        door: The listener that accepted it. This and the limits are class attributes, one class per listener (`of`).
         limit: Most connections at the same time.
-        header_s: Seconds to send a request's head; no request waits longer for one.
-        write_s: Seconds without the client reading any of an answer before the connection is aborted.
+        header_s: Seconds to wait for a request's whole head before the connection is closed.
+        write_s: Seconds for which a client may read nothing of an answer before the connection is aborted.
     """
 
     door: ClassVar[Door]
@@ -170,7 +170,7 @@ class Connection(H11Protocol):
 
     @classmethod
     def of(cls, door: Door, limit: int, header_s: float, write_s: float) -> type[Connection]:
-        """The class for a listener's connections."""
+        """Make the class for a listener's connections."""
         values = {"door": door, "limit": limit, "header_s": header_s, "write_s": write_s}
         return cast("type[Connection]", type("Connection", (cls,), values))
 
@@ -179,7 +179,7 @@ class Connection(H11Protocol):
         self.conn = _Parser(h11.SERVER, self.conn._max_incomplete_event_size)
 
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn. The code that produces an answer learns that the client is gone, and sends nothing into this."""
+        """See uvicorn. The code that produces an answer is also told that the client is gone, and stops sending."""
         self._forget_client()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
@@ -204,7 +204,7 @@ class Connection(H11Protocol):
             self._parse()
 
     def _parse(self) -> None:
-        """Parse a slice of what has arrived, and read no more until others had their turn."""
+        """Parse a slice of what has arrived, and read no more until other connections had their turn."""
         if not self._unread or self.transport.is_closing():
             self._unread = b""
             return
@@ -216,7 +216,7 @@ class Connection(H11Protocol):
             self.loop.call_soon(self._parse)
         elif self._counted.held:
             self._counted.held = False
-            # Unless uvicorn waits for the body to be taken.
+            # Unless uvicorn waits for the application to take the body.
             if not self.flow.read_paused:
                 self.transport.resume_reading()
 
@@ -245,25 +245,25 @@ class Connection(H11Protocol):
 
     @property
     def behind(self) -> bool:
-        """Whether the client has yet to read what was sent before."""
+        """Whether the client has not yet read what was sent before."""
         return self.flow.write_paused
 
     def push(self, body: bytes) -> bool:
-        """Send a part of the response that is being sent, unless its client has yet to read what was sent before.
+        """Send a part of the current response, unless the client has not yet read what was sent before.
 
-        What ASGI's `send` does for a part, at once: a coroutine could not, and the parts of an answer are many.
+        Does what ASGI's `send` does, but at once rather than as a coroutine, as an answer has many parts.
         """
         cycle = self.cycle
         if cycle is None or cycle.disconnected or cycle.response_complete or not cycle.response_started:
             return False
         if self.behind or self.transport.is_closing():
             return False
-        # As h11 frames it: in a chunk, unless the client is too old for chunks.
+        # Framed as h11 does: as a chunk, unless the client's HTTP/1.0 does not have chunks.
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] == "1.1" else body)
         return True
 
     def give_up(self) -> None:
-        """Abandon the request being answered: the daemon is stopping, and waits no longer."""
+        """Abandon the request being answered, because the daemon is stopping and waits no longer."""
         self._forget_client()
         self._break_off()
 

@@ -1,8 +1,8 @@
-"""The listeners, and how each one identifies users.
+"""The listeners, and how each of them identifies users.
 
-What a request may do depends on the listener that its connection came through, and who sent it on what that listener
-knows for sure: the kernel's word for a Unix socket, a key for TCP. An address at most decides whose idle connection
-gives way first.
+What a request may do depends on the listener that accepted its connection. A listener identifies the sender only by
+what it knows for sure: the kernel's word for a Unix socket, a key for TCP. An address decides no more than whose idle
+connection gives way first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ USER_HEADER: Final = "x-rkedge-user"
 _CREDENTIALS: Final = struct.Struct("3i")
 # Seconds for which a user id's login name is cached.
 _KNOWN_S: Final = 60.0
-# Headers that a browser adds to a request, and that no page can remove.
+# Prefix of headers that a browser adds to a request and no page can remove.
 _FETCH: Final = "sec-fetch-"
 _OTHER_NAME: Final = "Call it localhost; with listen.api_keys, which a client in a container needs, any name will do."
 _OTHER_PAGE: Final = "The setting listen.origins names pages that may (docs/settings.md)."
@@ -37,7 +37,7 @@ class Door(Protocol):
     """A listener.
 
     Attributes:
-        keys: User of each API key; may be replaced at any time.
+        keys: User of each API key; the mapping may be replaced at any time.
     """
 
     listener: socket.socket
@@ -51,10 +51,10 @@ class Door(Protocol):
         """
 
     def peer(self, connection: socket.socket) -> Hashable:
-        """Whose connection this is, as far as known before anything is sent; connections are counted by it."""
+        """Return whose connection this is, as far as known before anything is sent; connections are counted by peer."""
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
-        """The sender of a request. Raises BodyError (401, 403)."""
+        """Return the sender of a request. Raises BodyError (401, 403)."""
 
     def check(self, keys: Mapping[str, str]) -> None:
         """Raise UsageError if the listener may not be used with these keys."""
@@ -70,21 +70,21 @@ class UnixDoor:
 
     @property
     def any_host(self) -> bool:
-        """False: there may be a browser behind a tunnel."""
+        """False, as there may be a browser behind a tunnel."""
         return False
 
     def peer(self, connection: socket.socket) -> int:
-        """The user id that made the connection (SO_PEERCRED)."""
+        """Return the id of the user who made the connection (SO_PEERCRED)."""
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         return int(_CREDENTIALS.unpack(found)[1])
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
-        """The login name; for root and the daemon's own user, whomever they name."""
+        """Return the user by login name; root and the daemon's own user may act for whomever they name."""
         assert isinstance(peer, int)
         return named(await self._account(peer), _name(headers), trusted=may_name(peer))
 
     async def _account(self, uid: int) -> str:
-        """The login name, looked up once a minute; concurrent requests of one user share a look-up."""
+        """Return a login name, cached for a minute; concurrent requests of a user share a look-up."""
         until, name = self._accounts.get(uid, (0.0, None))
         if name is None or time.monotonic() > until:
             name = asyncio.ensure_future(asyncio.to_thread(login_name, uid))
@@ -92,7 +92,7 @@ class UnixDoor:
         return await asyncio.shield(name)
 
     def check(self, keys: Mapping[str, str]) -> None:
-        """Does nothing: keys are for TCP."""
+        """Do nothing: keys are for TCP."""
 
 
 class TcpDoor:
@@ -110,7 +110,7 @@ class TcpDoor:
         self.keys: Mapping[str, str] = {}
         self.check(keys)
         self.keys = keys
-        # Accepted connections inherit it, and asyncio does not set it on sockets whose protocol number is 0: the end of
+        # Accepted connections inherit this. asyncio does not set it on sockets whose protocol number is 0; the end of
         # each answer would wait for the client's delayed acknowledgement, 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -120,16 +120,16 @@ class TcpDoor:
         return bool(self.keys)
 
     def peer(self, connection: socket.socket) -> str:
-        """The client's network, since a host with one IPv6 address has 2^64 of them."""
+        """Return the client's address or /64 network, since a host with one IPv6 address has 2^64 of them."""
         try:
             address = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
         except (OSError, ValueError):
-            # It is gone already.
+            # The client is gone already.
             return ""
         return str(ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False))
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
-        """The user of the key. Raises BodyError for a missing or wrong key, or if another user is named."""
+        """Return the user of the key. Raises BodyError for a missing or wrong key, or if another user is named."""
         account = self._user_of_key(headers) if self.keys else NETWORK
         if account is None:
             raise refused(401, "invalid_api_key", "A key is required: Authorization: Bearer KEY.")
@@ -140,12 +140,12 @@ class TcpDoor:
     def _user_of_key(self, headers: Headers) -> str | None:
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode()
-        # Every key is compared, in constant time.
+        # Compare with every key, each in constant time.
         fits = [user for known, user in self.keys.items() if hmac.compare_digest(given, known.encode())]
         return fits[0] if fits and kind.lower() == "bearer" else None
 
     def check(self, keys: Mapping[str, str]) -> None:
-        """See Door. A file that an editor has just emptied must not let everyone in."""
+        """See Door. A keys file that an editor has just emptied must not let everyone in."""
         if self.keys and not keys:
             raise UsageError(
                 "The settings name no API keys, but the TCP port was opened for those who have one.",
@@ -157,7 +157,7 @@ class TcpDoor:
 
 
 def door_of(listener: socket.socket, keys: Mapping[str, str]) -> Door:
-    """The Door for a listening socket. Raises UsageError if the daemon cannot use it."""
+    """Return the Door for a listening socket. Raises UsageError if the daemon cannot use the socket."""
     if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise UsageError(
             f"The daemon was given a socket ({listener.type!r}) that is not a listening stream socket.",
@@ -171,7 +171,7 @@ def door_of(listener: socket.socket, keys: Mapping[str, str]) -> Door:
 
 
 def refused(status: int, code: str, message: str, hint: str = "See docs/serve.md.") -> BodyError:
-    """The error for a request that is not let in."""
+    """Return the error for a request that is not let in."""
     return BodyError(message, hint=hint, details={"status": status, "code": code})
 
 
@@ -179,16 +179,16 @@ def check_page(headers: Headers, *, any_host: bool, target: str | None = None, o
     """Reject requests that foreign web pages make a browser send.
 
     A browser lets any page send requests to this machine: directly, through a tunnel, or by a name that resolves to it
-    (DNS rebinding). Host, Origin and Sec-Fetch-Site give it away. A body of a type that a browser would send without
-    asking first is accepted only from programs such as curl, whose -d says `application/x-www-form-urlencoded`.
+    (DNS rebinding). Host, Origin and Sec-Fetch-Site give such requests away. A body of a type that a browser sends
+    without a preflight is accepted only from programs such as curl, whose -d means `application/x-www-form-urlencoded`.
 
     Args:
         any_host: Whether every Host is accepted.
-        target: Host in the request's target, if that is a whole URL: the same holds for it.
-        origins: Other pages that may.
+        target: Host in the request's target, if that is a whole URL; checked like the header.
+        origins: Origins of other pages that may send requests.
 
     Raises:
-        BodyError: 403, or 415 for the body's type.
+        BodyError: The request is refused (403), or its body's type is (415).
     """
     host = headers.get("host", "").lower()
     for name in map(_host, (host, host if target is None else target)):
@@ -204,7 +204,7 @@ def check_page(headers: Headers, *, any_host: bool, target: str | None = None, o
 
 
 def from_browser(headers: Headers) -> bool:
-    """Whether a browser sent it: browsers set one of these headers, old ones only the last."""
+    """Whether a browser sent a request: browsers set one of these headers, old ones only the last."""
     return (
         "origin" in headers
         or any(name.startswith(_FETCH) for name in headers.keys())  # noqa: SIM118 - Headers is not a dict
@@ -213,7 +213,7 @@ def from_browser(headers: Headers) -> bool:
 
 
 def _name(headers: Headers) -> str | None:
-    """The user that the client acts for, if it names one. Raises BodyError."""
+    """Return the user that the client acts for, if it names one. Raises BodyError."""
     names = headers.getlist(USER_HEADER)
     if not names:
         return None
@@ -223,7 +223,7 @@ def _name(headers: Headers) -> str | None:
 
 
 def _host(value: str) -> str:
-    """The name or address of a Host header, without port and brackets."""
+    """Return the name or address in a Host header, without port and brackets."""
     match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", value)
     return (match[1] or match[2] or "") if match else ""
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rkedge")
 
-# Seconds before the next attempt, by failures in a row; the first is immediate.
+# Seconds before the next attempt, by the number of failures in a row; the first attempt is immediate.
 _BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-# A client waits at most this long for the next attempt; otherwise it is told when to come back.
+# Most seconds that a client waits for the next attempt; otherwise it is told when to come back.
 _PATIENCE: Final = 5.0
 
 
@@ -59,10 +59,10 @@ def load_model(settings: Settings, stop: Stop) -> Model:
 
 
 def check_model(settings: Settings, stop: Stop) -> None:
-    """Check what can be checked of another bundle without memory for it; blocks until done or stopped.
+    """Check another bundle as far as possible without memory for its model; blocks until done or stopped.
 
     Raises:
-        RKEdgeError: It is damaged, or there is no library for it.
+        RKEdgeError: The bundle is damaged, or there is no library for it.
     """
     bundle = _bundle(settings)
     bundle.verify(progress=stop.check)
@@ -80,7 +80,7 @@ def _bundle(settings: Settings) -> Bundle:
 
 
 def _folder(settings: Settings) -> Path | None:
-    """The bundle's own folder where the settings name a link, which may change while a model is loaded."""
+    """Return the bundle's real folder: the settings may name a link, which may change while a model is loaded."""
     return Path(os.path.realpath(settings.bundle)) if settings.bundle else None
 
 
@@ -96,7 +96,7 @@ def _log_finding(finding: Finding) -> None:
 
 
 def _name(settings: Settings) -> str:
-    """The name in the bundle's manifest, or its folder's if that cannot be read now."""
+    """Return the name in the bundle's manifest, or the folder's name if the manifest cannot be read now."""
     if settings.bundle is None:
         return "none"
     try:
@@ -106,11 +106,11 @@ def _name(settings: Settings) -> str:
 
 
 class Host:
-    """Holds at most one model. Use it only with the queue's turn, except for `model`.
+    """Holds at most one model. Call its methods only while holding the queue's turn, except for `model`.
 
     Args:
         load: `load_model` or a replacement; called in a thread.
-        check: `check_model` or a replacement, likewise.
+        check: `check_model` or a replacement; called in a thread.
 
     Attributes:
         settings: Settings for the next load.
@@ -154,10 +154,10 @@ class Host:
         return self._model
 
     async def model(self) -> Model:
-        """The model; loads it if necessary.
+        """Return the model, loading it if necessary.
 
         Raises:
-            ServiceError: It failed recently and the next attempt is some time away, or the daemon is stopping.
+            ServiceError: A load failed recently and the next attempt is some time away, or the daemon is stopping.
             RKEdgeError: The load failed.
         """
         if self._model is not None:
@@ -210,17 +210,17 @@ class Host:
         log.error("%s: %s", type(error).__name__, error.message)
 
     def succeeded(self) -> None:
-        """An answer or an embedding was complete: reset the count of failures."""
+        """Reset the count of failures, because an answer or an embedding was completed."""
         self._failures = 0
 
     async def lost(self, error: RKEdgeError) -> None:
-        """The worker is gone: drop it, so that the next request starts a new one."""
+        """Drop a worker that is gone, so that the next request starts a new one."""
         self._failed(error)
         self.restarts += 1
         await self.unload()
 
     def stop(self) -> None:
-        """Stop the current load, and start no others."""
+        """Stop the current load, and do not start another."""
         self._stop.ask()
 
     async def close(self) -> None:
@@ -231,16 +231,16 @@ class Host:
         await self.unload()
 
     async def unload(self) -> None:
-        """Free the NPU."""
+        """Unload the model, which frees the NPU."""
         model, self._model = self._model, None
         if model is not None:
             await in_thread(model.close)
             log.info("unloaded %s", model.bundle.manifest.name)
 
     def needs_load(self, settings: Settings) -> bool:
-        """Whether these settings mean another model: other options, a link to another folder, or another bundle in it.
+        """Whether these settings need a load: other options, a link to another folder, or another bundle in the folder.
 
-        Reads files. Raises BundleError if the folder no longer has one.
+        Reads files. Raises BundleError if the folder no longer has a bundle.
         """
         model = self._model
         known = [each for each in (self.settings, self.loaded_with if model else None) if each]
@@ -252,12 +252,12 @@ class Host:
         return model is not None and settings.bundle is not None and _bundle(settings).manifest != model.bundle.manifest
 
     async def change(self, settings: Settings) -> None:
-        """Apply other settings, with another bundle if they name one; if it does not load, restore the old one.
+        """Apply other settings, with another bundle if they name one; if the model does not load, restore the old one.
 
         Raises:
-            RKEdgeError: The new bundle is damaged, and the old model was not unloaded; or it did not load.
+            RKEdgeError: The new bundle is damaged, so that the old model stayed loaded; or the new model did not load.
         """
-        if self._loading is not None:  # with the old settings, for a client that is gone
+        if self._loading is not None:  # a load with the old settings, for a client that is gone
             await asyncio.gather(self._loading, return_exceptions=True)
         before = replace(self.settings, bundle=self._loaded_from or self.settings.bundle)
         try:

@@ -1,4 +1,4 @@
-"""The token ids of answers to stateless clients, so that these answers re-enter prompts as generated.
+"""Remember the token ids of answers to stateless clients, so that the answers re-enter prompts as generated.
 
 Such a client sends the whole conversation as text with each request. Encoding an answer's text again may give different
 ids from those generated, and then the KV cache on the NPU no longer matches.
@@ -18,19 +18,19 @@ from rkruntime.serve.users import User
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-# Bytes of an answer besides its ids, which take 4 each, and of a user with only this answer.
+# Assumed bytes of an answer besides its ids, which take 4 each, including a user with only this answer.
 _ENTRY: Final = 1024
 
 
 class AnswerMemory:
-    """Ids by user and preceding conversation. Thread-safe.
+    """Ids of answers, by user and preceding conversation. Thread-safe.
 
-    No answer depends on what other users asked: a user gets only the ids of their own answers, and only those that
-    decode to exactly the text that the user sends. Whoever holds the most loses their least recently used ones first.
+    No answer depends on what other users asked: a user gets only the ids of their own answers, and only ids that decode
+    to exactly the text that the user sends. The user who holds the most loses their least recently used answers first.
 
     Args:
-        vocabulary: Vocabulary of the model whose answers these are; each model has its own memory.
-        capacity: Bytes to keep, all answers together.
+        vocabulary: Vocabulary of the model that gives the answers; each model has its own memory.
+        capacity: Limit of all answers together in bytes.
     """
 
     def __init__(self, vocabulary: Vocabulary, capacity: int = 4 << 20) -> None:
@@ -40,7 +40,7 @@ class AnswerMemory:
         self._lock = threading.Lock()
 
     def remember(self, user: User, messages: Sequence[Message], text: str, tokens: Sequence[int]) -> None:
-        """Keep the ids of the answer to `messages`, without those beyond its text."""
+        """Keep the ids of the answer to `messages`, without ids beyond its text."""
         said = self._vocabulary.saying(tokens, text)
         if said is None or _size(said) > self._capacity:
             return
@@ -54,7 +54,7 @@ class AnswerMemory:
                     del self._kept[most]
 
     def recall(self, user: User, messages: Sequence[Message]) -> list[Message]:
-        """`messages`, with the ids of the answers that are remembered."""
+        """Return `messages` with the ids of the answers that are remembered."""
         recalled = []
         for message, key in zip(messages, _keys(messages), strict=True):
             if message.role == "assistant" and (known := self._known(user, key)) is not None:
@@ -97,7 +97,7 @@ def _size(ids: Sequence[int]) -> int:
 
 
 def _keys(messages: Sequence[Message]) -> Iterator[bytes]:
-    """A digest of the conversation up to each message. Contents are stripped first, as templates and clients do."""
+    """Yield a digest of the conversation up to each message. Contents are stripped, as by templates and clients."""
     digest = hashlib.blake2b(digest_size=16)
     for message in messages:
         content = message.content.strip().encode("utf-8", "surrogatepass")

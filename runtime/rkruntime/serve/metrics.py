@@ -22,10 +22,10 @@ _THERMAL: Final = "sys/class/thermal"
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float]:
-    """Degrees Celsius by thermal zone, such as `npu-thermal`; empty if there are none."""
+    """Return degrees Celsius by thermal zone, such as `npu-thermal`; empty if there are none."""
     found = {}
     for zone in sorted((root / _THERMAL).glob("thermal_zone*")):
-        # A zone may be switched off; the others still count.
+        # A zone that is switched off cannot be read; the others can.
         with suppress(OSError, ValueError):
             found[(zone / "type").read_text().strip()] = int((zone / "temp").read_text()) / 1000
     return found
@@ -35,7 +35,7 @@ class Metrics:
     """Counters of answers, and gauges that read the state of the service and the board when scraped.
 
     Args:
-        begun: How many tokens the answer has that is being computed; its end adds them to the generated ones.
+        begun: Returns the number of tokens so far of the answer being computed; `answered` adds them when it ends.
     """
 
     def __init__(self, queue: FairQueue, host: Host, begun: Callable[[], int], root: Path = Path("/")) -> None:
@@ -69,7 +69,7 @@ class Metrics:
         Gauge(f"rkedge_{name}", text, registry=self._registry).set_function(read)
 
     def answered(self, answer: Answer, reused: int, queue_s: float, prefill_s: float) -> None:
-        """Count a complete answer, and the prompt tokens of it that were in the KV cache already."""
+        """Count a complete answer, and how many of its prompt tokens were `reused` from the KV cache."""
         self._queued.observe(queue_s)
         self._first.observe(prefill_s)
         self._prompt.inc(answer.prompt_tokens)
@@ -82,7 +82,7 @@ class Metrics:
         self._duration.observe(seconds)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format. Reads files; thread-safe."""
+        """Return all metrics in Prometheus' text format. Reads files; thread-safe."""
         with self._reading:
             for gauge, values in self._board():
                 gauge.clear()

@@ -1,11 +1,11 @@
-"""How much of a prompt is already on the NPU, and files with the KV cache of conversations that are not.
+"""Track which prompt is in the KV cache on the NPU, and keep prompt cache files for other conversations.
 
 Since 1.2.0 the runtime itself reuses the longest prefix that a prompt shares with its KV cache. Before that, and for
-several conversations in turn, prompt cache files do: the runtime writes one at the end of a run, and reuses the longest
-common prefix of the one that is loaded.
+several conversations in turn, prompt cache files serve the purpose: the runtime writes one at the end of a run, and
+reuses the longest common prefix of the file that is loaded.
 
-They only help and are never required: if a file or the folder fails, the answer is given without, the log gets one
-line, and no file is tried for a while.
+Files only help and are never required: if a file or the folder fails, the answer is given without it, one line is
+logged, and no file is tried for a while.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("rkedge")
 
 PREFIX_REUSE: Final = "1.2.0"
-# Without the runtime's own reuse, files are all there is, so the default quota is not 0.
+# Default quota without the runtime's own reuse: files are then the only reuse, so it is not 0.
 _QUOTA_WITHOUT_REUSE_MB: Final = 512.0
-# After a failure: long enough not to fill the log, short enough to notice that the disk has room again.
+# Seconds without files after a failure: long enough not to fill the log, short enough to notice free space again.
 _PAUSE_S: Final = 600.0
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
@@ -52,9 +52,9 @@ class PromptCaches:
     """Choose, for each run, which file to load before it and whether to write one after it.
 
     Args:
-        folder: Folder of the files; each has a JSON file next to it with its token ids and model.
+        folder: Folder of the files. Each has a JSON file next to it with its token ids and model.
         max_mb: Disk quota; None means 0 if the runtime reuses its cache itself, else 512.
-        min_tokens: Fewest tokens saved for which loading a file is worth the time.
+        min_tokens: Fewest saved tokens for which loading a file is worth the time.
     """
 
     def __init__(self, folder: Path, max_mb: float | None, min_tokens: int) -> None:
@@ -68,15 +68,15 @@ class PromptCaches:
         self._crashed: set[str] = set()
 
     def forget(self) -> None:
-        """Another model, or none, is on the NPU."""
+        """Forget everything, because another model or none is loaded."""
         self._on_npu, self._files, self._loaded = [], None, False
 
     def forget_position(self) -> None:
-        """The KV cache no longer holds what the last run left, nor what a file restored: see Runner."""
+        """Forget what the KV cache held: neither the last run's nor a restored file's tokens are there (see Runner)."""
         self._on_npu, self._loaded = [], False
 
     async def prepare(self, model: Model, request: Request) -> Request:
-        """Load the file that saves most, if any; returns the request, with a file to write if worthwhile."""
+        """Load the file that saves the most, if any; returns the request, with a file to write if worthwhile."""
         if not self._quota(model) or time.monotonic() < self._paused_until or _identity(model) in self._crashed:
             return request
         try:
@@ -98,7 +98,7 @@ class PromptCaches:
         return replace(request, save_prompt_cache=self._file(model, tokens))
 
     async def deliver(self, model: Model, request: Request, take: Callable[[list[Event]], bool]) -> None:
-        """See `Engine.deliver`. A run that fails with a file to write continues without."""
+        """See `Engine.deliver`. A run that fails with a file to write is continued without it."""
         if request.save_prompt_cache is None:
             return await model.engine.deliver(request, take)
         said: list[int] = []
@@ -122,7 +122,7 @@ class PromptCaches:
             said.extend(event.token_id for event in events if isinstance(event, Token))
             if not isinstance(events[-1], Finished):
                 return take(events)
-            self._pause(failure)  # so it was the file
+            self._pause(failure)  # it succeeded without the file, so the file was at fault
             end = replace(events[-1], prompt_tokens=len(request.tokens), generated_tokens=len(said))
             return take([*events[:-1], end])
 
@@ -133,7 +133,7 @@ class PromptCaches:
         return await model.engine.deliver(again, whole)
 
     def _switch_off(self, model: Model) -> None:
-        """Use no files for this model until the daemon starts anew: a board is reported to crash with them."""
+        """Use no files for this model until the daemon restarts: a board is reported to crash with them."""
         if _identity(model) not in self._crashed:
             self._crashed.add(_identity(model))
             log.warning("the runtime was lost in a call with a prompt cache file: no more of them for this model")
@@ -144,21 +144,21 @@ class PromptCaches:
         log.warning("no prompt cache files for %g minutes, answers continue without: %s", _PAUSE_S / 60, reason)
 
     def _found(self, model: Model, tokens: list[int]) -> tuple[int, Path | None, int]:
-        """How many of the prompt's tokens are on the NPU, the file that has the most of them, and how many."""
+        """Return how many of the prompt's tokens are on the NPU, the file with the most, and how many it has."""
         held = common_prefix(self._on_npu, tokens) if self._reuses(model) else 0
         files = self._known(model)
         best = max(files, key=lambda path: common_prefix(files[path], tokens), default=None)
         return held, best, common_prefix(files[best], tokens) if best else 0
 
     async def finished(self, model: Model, request: Request, answer: Answer) -> int:
-        """Note what is on the NPU now, and enforce the quota; returns how many prompt tokens were reused."""
+        """Note what is in the KV cache now, and enforce the quota; returns how many prompt tokens were reused."""
         if request.save_prompt_cache is None:  # there is no file to read or write
             return self._finished(model, request, answer)
         return await in_thread(self._finished, model, request, answer)
 
     def _finished(self, model: Model, request: Request, answer: Answer) -> int:
         held = common_prefix(self._on_npu, list(request.tokens))
-        # Without the runtime's own reuse, the next run has only what a file restores.
+        # Without the runtime's own reuse, the next run can use only what a file restores.
         self._on_npu = [*request.tokens, *answer.tokens] if self._reuses(model) else []
         if request.save_prompt_cache is not None:
             path = Path(request.save_prompt_cache)
@@ -201,10 +201,10 @@ class PromptCaches:
         return self._folder / f"{digest[:32]}.kv"
 
     def _known(self, model: Model) -> OrderedDict[Path, list[int]]:
-        """Files for exactly this model, least recently used first; the folder is read once."""
+        """Return the files for exactly this model, least recently used first; the folder is read once."""
         if self._files is None:
             for path in self._folder.glob("*.partial-*"):
-                # A daemon was killed while it wrote this.
+                # Left by a daemon that was killed while it wrote the file.
                 path.unlink(missing_ok=True)
             found = [(path, _read_index(path, _identity(model))) for path in self._folder.glob("*.kv")]
             found.sort(key=lambda item: item[0].stat().st_mtime)
@@ -240,7 +240,7 @@ class PromptCaches:
 
 
 def _identity(model: Model) -> str:
-    """The model file and the release: a KV cache is valid only for these."""
+    """Return an id of model file and release, for which alone a KV cache is valid."""
     manifest = model.bundle.manifest
     return f"{manifest.files[manifest.model_file].sha256}/{model.engine.info.release}"
 
@@ -251,6 +251,6 @@ def _read_index(path: Path, identity: str) -> list[int]:
         if data["model"] == identity and all(type(token) is int for token in data["tokens"]):
             return list(data["tokens"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        # Not ours, truncated or gone: treat it as missing.
+        # Not a file of ours, truncated or gone: treat it as missing.
         pass
     return []

@@ -1,4 +1,4 @@
-"""Who is next on the NPU: one at a time, clients in turn, with limits on how many may wait and how long."""
+"""The queue for the NPU: one request at a time, clients in turn, with limits on how many may wait and how long."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rkruntime.errors import BusyError
 from rkruntime.serve.users import shares
 from rkruntime.words import counted
 
-# Account, name within it, and the label by which the client itself separates its turns.
+# Account, name within the account, and a label by which the client itself separates its turns.
 Client = tuple[str, str, str]
 # The daemon's own work, which always has a place in the queue.
 DAEMON: Final[Client] = ("", "", "")
-# Weight of the last run in the estimate of the next one's duration.
+# Weight of the last run in the moving average that estimates the next run's duration.
 _RECENT = 0.2
 
 
@@ -31,7 +31,7 @@ class _Line:
         self._futures: deque[asyncio.Future[None]] = deque()
 
     def waiting(self, path: tuple[str, ...]) -> int:
-        """How many wait below `path`."""
+        """Count the requests that wait below `path`."""
         if not path:
             return self.count
         part = self._parts.get(path[0])
@@ -57,7 +57,7 @@ class _Line:
             del self._parts[path[0]]
 
     def pop(self) -> asyncio.Future[None]:
-        """The next in line; its branch moves to the end of its level."""
+        """Remove and return the next in line; its branch moves to the end of its level."""
         self.count -= 1
         if not self._parts:
             return self._futures.popleft()
@@ -71,7 +71,7 @@ class _Line:
 class FairQueue:
     """A lock whose waiters take turns: accounts, names within an account, and a client's own labels.
 
-    One with many requests holds up no one else, whatever labels it uses.
+    A client with many requests does not hold up others, whatever labels it uses.
 
     Args:
         length: Most requests waiting, all clients together.
@@ -86,7 +86,7 @@ class FairQueue:
         self._run_s = 1.0
 
     def __len__(self) -> int:
-        """Number of requests waiting."""
+        """Return the number of waiting requests."""
         return self._line.count
 
     @property
@@ -99,7 +99,7 @@ class FairQueue:
         """Wait for the turn and keep it for the block; the value is the time waited in seconds.
 
         Raises:
-            BusyError: Too many are waiting, or this one waited too long.
+            BusyError: Too many requests are waiting, or this one waited too long.
         """
         start = time.monotonic()
         if self._busy:

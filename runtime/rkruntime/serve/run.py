@@ -1,4 +1,4 @@
-"""One answer in progress: what a request asks for, and what its run gives to the client that waits."""
+"""One answer in progress: what a request asks for, and what its run passes to the waiting client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Prompt:
 
     Attributes:
         tokens: The whole prompt.
-        begun: Ids of an interrupted answer that is resumed; they are at the end of the prompt.
+        begun: Ids of an interrupted answer that is resumed, which end the prompt.
         notes: Notes for the client, such as how many turns were dropped.
     """
 
@@ -37,10 +37,10 @@ class GenerationRequest:
 
     Attributes:
         prompt: Makes the prompt once the model is loaded; called in a thread.
-        client: Whose turn it takes.
+        client: The client whose turn the request takes.
         sampling: Values by Sampling's field names; others keep the model's own.
-        save: Called once with the answer and whether it is complete, however a run that began has ended. A cancel must
-            not cut it short. An exception from it goes to the client if nothing else went wrong.
+        save: Called once with the answer and whether it is complete, however a run that has begun ends. A cancel must
+            not cut the call short. Its exception goes to the client if nothing else went wrong.
     """
 
     prompt: Callable[[Model], Prompt]
@@ -59,7 +59,7 @@ class Started:
     model: Model
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
-    text: str  # of the answer that is resumed; empty for a new one
+    text: str  # what there is of an answer that is resumed; empty for a new answer
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,23 @@ Item = Started | str | Outcome
 
 
 class Outlet(Protocol):
-    """Where the texts of an answer go without a task that wakes up for them."""
+    """Takes the texts of an answer at once, without waking up a task for them."""
 
     @property
     def behind(self) -> bool:
-        """Whether the client has yet to read what was sent before."""
+        """Whether the client has not yet read what was sent before."""
 
     def push(self, texts: list[str]) -> bool:
         """Send texts now, unless the client is behind or gone; returns whether they were."""
 
 
 class Run:
-    """One request in progress. Texts that wait for their client become one, so a slow client costs the NPU nothing.
+    """One request in progress. Texts that wait for their client are joined, so a slow client does not hold up the NPU.
 
     Attributes:
-        reader: Reader of its answer; set once its prompt is made.
-        closing: Set once somebody has stopped it, such as a client that is gone.
-        outlet: Where texts go at once; None if a task has to take them.
+        reader: Reader of the answer; set once the prompt is made.
+        closing: Set once the run is to stop, for example because its client is gone.
+        outlet: Takes texts at once; None if a task takes them with `take`.
     """
 
     def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
@@ -114,12 +114,12 @@ class Run:
             self.end(stopped())
 
     def put(self, item: Item) -> None:
-        """Called by the run: an item for the client."""
+        """Add an item for the client; called by the run's work."""
         self._items.append(item)
         self._wake.set()
 
     def put_texts(self, texts: list[str]) -> None:
-        """`put` for texts, one for each token."""
+        """Add texts, one for each token."""
         outlet = self.outlet
         if outlet is not None:
             if self._waited_for and not self._items and outlet.push(texts):
@@ -129,18 +129,18 @@ class Run:
         self._wake.set()
 
     def end(self, error: BaseException | None) -> None:
-        """Called by the run: nothing follows, or an error."""
+        """End the items, perhaps with an error; called by the run's work."""
         if error is not None:
-            # The frames hold the prompt, as long as anything holds the run.
+            # The traceback's frames would keep the prompt in memory for as long as the run is referenced.
             error.__cause__ = error.__context__ = None
             error = error.with_traceback(None)
         self._error, self._ended = error, True
         self._wake.set()
 
     async def take(self) -> list[Item]:
-        """All available items, at least one: a Started, texts, an Outcome; empty at the end. Raises the run's error.
+        """Wait for items and return them: a Started, texts, an Outcome; none at the end. Raises the run's error.
 
-        There is a text for each token, or one for all if some have waited for the client.
+        There is a text for each token, or a single one if texts have waited for the client.
         """
         self._waited_for = True
         try:
@@ -164,7 +164,7 @@ class Run:
 
 
 def _joined(items: Sequence[Item]) -> list[Item]:
-    """The same with neighbouring texts in one."""
+    """Return the items with adjacent texts joined."""
     found: list[Item] = []
     for is_text, several in groupby(items, lambda item: isinstance(item, str)):
         group = list(several)
@@ -173,5 +173,5 @@ def _joined(items: Sequence[Item]) -> list[Item]:
 
 
 def stopped() -> RKEdgeError:
-    """The error for an answer that ended although its client did not ask for that."""
+    """Return the error for an answer that ended although its client did not ask for that."""
     return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})

@@ -34,23 +34,23 @@ log = logging.getLogger("rkedge")
 
 _BACKLOG: Final = 128
 _TICK_S: Final = 1.0
-# How long another daemon may take to make its socket.
+# Seconds that another daemon may take to make its socket.
 _ALONE_S: Final = 2.0
 _KEEP_ALIVE_S: Final = 15
-# Open files besides connections: the worker's pipes, libraries, conversations, listeners.
+# Allowance of open files besides connections: the worker's pipes, libraries, conversations, listeners.
 _OTHER_FILES: Final = 64
 _SILENCE_S: Final = 60.0
-# The loop releases the interpreter for each system call, and waits this long to get it back from a thread that reads a
-# large body. Python's default of 5 ms adds up to a delay that users notice.
+# Python's switch interval in seconds: the event loop releases the interpreter for each system call, and waits this long
+# to get it back from a thread that parses a large body. The default of 5 ms adds up to a delay that users notice.
 _SWITCH_S: Final = 0.001
 
 
 def unix_socket(path: Path, mode: int) -> socket.socket:
-    """A listening Unix socket at `path`, which replaces a stale one.
+    """Make a listening Unix socket at `path`, replacing a stale one.
 
     Raises:
-        UsageError: A daemon listens there, or something else is there.
-        HostError: It cannot be created.
+        UsageError: A daemon listens there, or there is something other than a socket.
+        HostError: The socket cannot be created.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -61,7 +61,7 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
                 path.unlink()
             elif path.exists():
                 raise UsageError(f"{path} is not a socket, so it is not replaced.", hint="Name another with --socket.")
-            # No one can connect between bind and chmod.
+            # Created with its final mode, so that no one can connect between bind and a chmod.
             before = os.umask(0o777 & ~mode)
             try:
                 listener.bind(str(path))
@@ -82,10 +82,10 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other daemons that make or remove a socket in this folder out of the block.
+    """Keep out other daemons that make or remove a socket in this folder, during the block.
 
-    One that has bound its socket and does not listen yet looks like one that was left behind. A folder that cannot be
-    opened, or that somebody else keeps locked, is used without.
+    A socket that is bound but does not listen yet looks like a stale one. A folder that cannot be opened, or that
+    somebody else keeps locked, is used without a lock.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -110,7 +110,7 @@ def _tried(handle: int) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create it and missing parents, so that clients can enter but only the daemon can change it."""
+    """Create a folder and missing parents that clients can enter but only the daemon can change."""
     before = os.umask(0o022)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,13 +121,13 @@ def _make_folder(folder: Path) -> None:
 def _refuse_living(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
         probe.setblocking(False)
-        with contextlib.suppress(BlockingIOError):  # its queue is full, as that of a daemon that does not answer
+        with contextlib.suppress(BlockingIOError):  # its queue is full: a daemon has it, though it does not answer
             probe.connect(str(path))
         raise UsageError(f"A daemon already listens on {path}.", hint="Stop it, or name another with --socket.")
 
 
 def tcp_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises HostError."""
+    """Make a listening TCP socket. Raises HostError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -138,7 +138,7 @@ def tcp_socket(host: str, port: int) -> socket.socket:
 
 
 def open_sockets(path: Path, listen: Listen) -> list[socket.socket]:
-    """The Unix socket at `path`, and TCP if configured. Raises UsageError or HostError."""
+    """Open the Unix socket at `path`, and TCP if configured. Raises UsageError or HostError."""
     sockets = [unix_socket(path, int(listen.socket_mode, 8))]
     if listen.port is not None:
         sockets.append(tcp_socket(listen.host, listen.port))
@@ -146,9 +146,9 @@ def open_sockets(path: Path, listen: Listen) -> list[socket.socket]:
 
 
 def most_connections(wanted: int, listeners: int) -> int:
-    """Connections that each listener may have; raises this process's limit of open files for them as far as allowed.
+    """Raise the limit of open files as far as needed and allowed; returns how many connections a listener may have.
 
-    Besides those, a listener has some that were turned away but are not closed yet.
+    A listener also has some connections that were turned away but are not closed yet.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = listeners * (wanted + _BACKLOG) + _OTHER_FILES
@@ -162,7 +162,7 @@ def most_connections(wanted: int, listeners: int) -> int:
 
 
 class _LoopErrors:
-    """The event loop's own errors. Each connection without a free file descriptor is one; one per minute is logged."""
+    """Handles the event loop's errors. Of those for lack of file descriptors, one a minute is logged."""
 
     def __init__(self) -> None:
         self._silent_until = 0.0
@@ -177,17 +177,17 @@ class _LoopErrors:
 
 
 def _inode(path: Path) -> tuple[int, int, int]:
-    """What tells a socket from another one, which may get the number of one that is gone."""
+    """Return what identifies a socket's file: a new file may get the inode number of a deleted one."""
     state = path.lstat()
     return state.st_dev, state.st_ino, state.st_mtime_ns
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder against other daemons. The kernel releases it however this one ends.
+    """Lock a folder against other daemons. The kernel releases the lock however this daemon ends.
 
     Raises:
-        UsageError: Another daemon holds it.
+        UsageError: Another daemon holds the lock.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -201,7 +201,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 hint="Stop it, or give this one its own folders: sessions.folder, prompt_cache.folder.",
             ) from None
         except OSError as error:
-            # Chat works without it, and each failed write is reported then.
+            # Chats work without the folder; each failed write will be reported.
             log.warning("cannot lock %s against other daemons: %s", folder, error.strerror or error)
         yield
 
@@ -212,24 +212,24 @@ def _name(one: socket.socket) -> str:
 
 
 def _user() -> str:
-    """Somebody to log in as: whoever started this, unless it is a service."""
+    """Return a user to name in an ssh command: whoever started this, unless it is a service."""
     return "USER" if os.environ.get("INVOCATION_ID") else os.environ.get("USER", "USER")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, with signals and the clock left to the daemon: its own one wakes up ten times a second."""
+    """uvicorn's server, with signals and ticks left to the daemon: uvicorn's own loop wakes up ten times a second."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._stopping = asyncio.Event()
 
     async def main_loop(self) -> None:
-        """Wait for `stop`. Until the daemon's tick, the header Date is that of the start."""
+        """Wait for `stop`. The daemon's tick keeps the Date header up to date."""
         await self.on_tick(0)
         await self._stopping.wait()
 
     def stop(self) -> None:
-        """Take no more connections, and finish what is being answered."""
+        """Accept no more connections, and finish the answers in progress."""
         self.should_exit = True
         self._stopping.set()
 
@@ -245,17 +245,17 @@ class Daemon:
         settings: Settings in force.
 
     Args:
-        reread: Returns the settings, read again, on SIGHUP.
+        reread: Reads the settings again; called on SIGHUP.
     """
 
     def __init__(self, settings: Settings, reread: Callable[[], Settings], host: Host | None = None) -> None:
         self.settings = settings
         self._reread = reread
-        # Conversations are private, whatever the umask of whoever started this.
+        # Conversations are private, whatever umask this process was started with.
         os.umask(os.umask(0o077) | 0o077)
         with contextlib.ExitStack() as on_error:
             self._locks = on_error.enter_context(contextlib.ExitStack())
-            # What is cached about these folders is valid only while no one else writes there.
+            # The daemon's index of these folders is valid only while no one else writes there.
             for folder in {os.path.realpath(settings.sessions.place), os.path.realpath(settings.prompt_cache.place)}:
                 self._locks.enter_context(_locked(Path(folder)))
             self.service = Service(settings, host)
@@ -273,7 +273,7 @@ class Daemon:
         self._reloading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then let running answers finish. SIGHUP reads the settings again."""
+        """Serve until SIGTERM or SIGINT, then let running answers finish. SIGHUP reads the settings again."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_LoopErrors())
         sys.setswitchinterval(_SWITCH_S)
@@ -305,7 +305,7 @@ class Daemon:
             log.info("stopped")
 
     def _make_servers(self) -> list[_Server]:
-        """One for each listener, so that they do not share connections."""
+        """Make a server for each listener, so that listeners do not share connections."""
         limits = self.settings.limits
         app, requests = make_app(self.service), Requests(limits.connections, int(limits.memory_mb * 1e6))
         most = most_connections(limits.connections, len(self._doors))
@@ -343,7 +343,7 @@ class Daemon:
             server.stop()
 
     async def _load(self) -> None:
-        """Load before the first request. Errors appear in the log, in /ready and in answers."""
+        """Load the model before the first request. Errors appear in the log, in /ready and in answers."""
         with contextlib.suppress(RKEdgeError):
             async with self.service.queue.turn(DAEMON):
                 await self.service.host.model()
@@ -363,7 +363,7 @@ class Daemon:
             await self.service.unload_if_idle()
 
     async def reload(self) -> None:
-        """Read the settings again. Invalid ones leave the old ones in force; sockets stay as they are.
+        """Read the settings again. If they are invalid, the old ones stay in force; sockets stay as they are.
 
         Keys and limits apply at once; another model waits for the NPU.
         """
@@ -382,7 +382,7 @@ class Daemon:
             systemd.notify("READY=1", f"STATUS=serving {self.service.name}")
 
     def _take(self) -> Settings:
-        """Read the settings and apply those that need no load. Raises UsageError, and then applies none."""
+        """Read the settings and apply those that need no load. Raises UsageError without applying any."""
         settings = self._reread()
         if settings.bundle is None and self.service.settings.bundle is not None:
             raise UsageError(
@@ -402,7 +402,7 @@ class Daemon:
         return settings
 
     async def _change_model(self, settings: Settings) -> RKEdgeError | None:
-        """Load the model of the settings; why it was not changed."""
+        """Load the model of the settings; returns the error if it was not changed."""
         try:
             await self.service.change_model(settings)
         except RKEdgeError as error:
@@ -415,7 +415,7 @@ class Daemon:
         return None
 
     def _remove_socket(self) -> None:
-        """Remove our own socket, but not systemd's, nor another daemon's that has taken its place."""
+        """Remove our own socket, but not systemd's, nor another daemon's that has replaced it."""
         if self._own:
             path, inode = self._own
             with contextlib.suppress(OSError), _alone_in(path.parent):

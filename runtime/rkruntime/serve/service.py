@@ -1,4 +1,4 @@
-"""A request from queue to answer: its turn, the model, the run, and text as it arrives. All interfaces use this."""
+"""Take a request from queue to answer: its turn, the model, the run, and text as it arrives, for all interfaces."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Embedded(NamedTuple):
-    """Vectors of texts, float32 in little-endian order; the tokens of all; the model; how many texts were cut."""
+    """Vectors of texts, float32 in little-endian order; the number of tokens; the model; how many texts were cut."""
 
     vectors: Sequence[bytes]
     tokens: int
@@ -59,7 +59,7 @@ class Service:
     """The daemon without its sockets.
 
     Attributes:
-        memory: Memory of the answers of the last model used.
+        memory: Memory of the answers of the model used last.
     """
 
     def __init__(self, settings: Settings, host: Host | None = None) -> None:
@@ -82,7 +82,7 @@ class Service:
         self._answering: AnswerReader | None = None
         self.metrics = Metrics(self.queue, self.host, self._begun)
         self.last_used = time.monotonic()
-        # How many reloads have ended, and what came of the last one.
+        # How many reloads have ended, and the error of the last one.
         self.reloads = 0
         self.reload_error: RKEdgeError | None = None
 
@@ -91,7 +91,7 @@ class Service:
         return Run(lambda run: self._run(wanted, run))
 
     def _begun(self) -> int:
-        """How many tokens the answer has that is being computed."""
+        """Return the number of tokens so far of the answer being computed."""
         reader = self._answering
         return reader.generated if reader else 0
 
@@ -102,23 +102,23 @@ class Service:
             try:
                 async with self.queue.turn(wanted.client) as queue_s, _time_limit(self.settings.limits.request_s):
                     result = await self._answered(wanted, run, queue_s)
-            except BaseException:  # Whatever ends it, a cancellation too: what there is of the answer is kept.
+            except BaseException:  # Whatever ends the run, even a cancellation: keep what there is of the answer.
                 try:
                     await _save(wanted, run.reader)
                 except RKEdgeError as error:
                     # The client must hear what interrupted the answer.
                     log.error("request %s: the interrupted answer was not saved: %s", wanted.request_id, error.message)
                 raise
-            # Others use the NPU meanwhile.
+            # Saved after the turn, so that others use the NPU meanwhile.
             await _save(wanted, run.reader)
             run.put(result)
             outcome = "ok"
             run.end(None)
         except RKEdgeError as error:
             outcome = type(error).__name__
-            # Refusals are counted; a client that keeps asking would fill the log with them.
+            # Refusals are only counted by default; a client that keeps asking would fill the log.
             level = logging.DEBUG if isinstance(error, BusyError) else logging.WARNING
-            # A template's message can contain the user's words, so it is only for the client.
+            # A template's message can contain the user's words, so only the client gets it.
             said = "" if isinstance(error, (UsageError, BundleError)) else f": {error.message}"
             log.log(level, "request %s: %s%s", wanted.request_id, outcome, said)
             run.end(error)
@@ -186,7 +186,7 @@ class Service:
         return outcome
 
     async def _model(self) -> Model:
-        """The model; forgets what was kept for another one."""
+        """Return the model; if it is another one than before, forget what was kept for that one."""
         model = await self.host.model()
         if self._known is None or self._known() is not model:
             self._known = ref(model)
@@ -196,7 +196,7 @@ class Service:
         return model
 
     async def _prepared(self, model: Model, work: Callable[..., T], *args: object) -> T:
-        """The result of `work`, which makes a prompt. If its process is lost, the next request reloads the model."""
+        """Run `work`, which makes a prompt, in a thread. If the process is lost, the next request reloads the model."""
         try:
             return await in_thread(work, *args, stop=model.prompts.hurry)
         except RKEdgeError as error:
@@ -207,7 +207,7 @@ class Service:
     def _at_its_limit(
         self, run: Run, started: Started, reader: AnswerReader, prompt: Prompt, model: Model, queue_s: float
     ) -> Outcome:
-        """The end of a resumed answer that already has its full length."""
+        """End a resumed answer that already has its full length."""
         run.put(started)
         if text := reader.feed(Finished(FinishReason.LENGTH, len(prompt.tokens), 0)):
             run.put(text)
@@ -215,7 +215,7 @@ class Service:
 
     def _request(self, wanted: GenerationRequest, model: Model, prompt: Prompt) -> tuple[Request, tuple[str, ...]]:
         room = model.engine.info.max_context - RESERVED
-        if prompt.begun and len(prompt.tokens) > room:  # what was begun has come to the end of the context
+        if prompt.begun and len(prompt.tokens) > room:  # the answer to be resumed has already filled the context
             return Request(prompt.tokens, 0, model.stop_tokens), ()
         if len(prompt.tokens) > room:
             raise ContextFullError(
@@ -228,7 +228,7 @@ class Service:
         return Request(prompt.tokens, left, model.stop_tokens, sampling), ignored
 
     def _sampling(self, wanted: GenerationRequest, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
-        """The run's sampling, if the runtime accepts one; else the parts that must be ignored."""
+        """Return the run's sampling if the runtime accepts one, else the names of the fields that must be ignored."""
         changed = model.sampling.changed(wanted.sampling)
         if changed == model.sampling:
             return None, ()
@@ -268,7 +268,7 @@ class Service:
         return self.host.name
 
     async def check(self, messages: Sequence[Message], client: Client) -> None:
-        """Have the loaded model's template check a conversation, in a turn of its own. Without a model, all pass.
+        """Have the loaded model's template check a conversation, in a turn of its own. Without a model, any passes.
 
         Raises:
             UsageError: The template refuses it.
@@ -282,13 +282,13 @@ class Service:
     async def embed(
         self, texts: Sequence[str], client: Client, hold: Callable[[int], None], *, cut: bool = False
     ) -> Embedded:
-        """One vector of length 1 per text, the mean of the last layer's output over its tokens.
+        """Return a vector of length 1 for each text: the normalized mean of the last layer's output over its tokens.
 
         Each text takes its own turn, so that others wait for at most one. Vectors are float32, little-endian.
 
         Args:
-            hold: Called at the first vector with the size of all in bytes; may refuse it.
-            cut: Take the beginning of a text that is longer than the context.
+            hold: Called at the first vector with the size of all vectors in bytes; may refuse it.
+            cut: Use the beginning of a text that is longer than the context.
 
         Raises:
             BusyError, ContextFullError, TimeLimitError, UnsupportedCallError, RKEdgeError.
@@ -317,7 +317,7 @@ class Service:
         return Embedded(vectors, total, made_by.name if made_by else self.name, emulated, shortened)
 
     async def _tokens_of(self, model: Model, text: str, cut: bool) -> tuple[list[int], bool]:
-        """A text's tokens, and whether they are all of them."""
+        """Return a text's tokens, and whether they are complete."""
         most = model.engine.info.max_context
         encode = partial(model.prompts.encode, text, most, cut=cut)
         tokens = [model.bundle.manifest.bos_token_id, *await self._prepared(model, encode)]
@@ -343,13 +343,13 @@ class Service:
         return vector
 
     def take(self, settings: Settings) -> None:
-        """Apply those settings that need neither the NPU nor a restart (`now` in the table of settings)."""
+        """Apply the settings that need neither the NPU nor a restart (`now` in the table of settings)."""
         self.settings = settings
         self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
         self.sessions.limit(int(settings.sessions.max_mb * 1e6), settings.sessions.max_number)
 
     async def change_model(self, settings: Settings) -> None:
-        """Load the model of other settings between two answers. Raises RKEdgeError; then the old one stays."""
+        """Load the model of other settings between two answers. Raises RKEdgeError if the old one stays."""
         async with self.queue.turn(DAEMON):
             if await in_thread(self.host.needs_load, settings):
                 await self.host.change(settings)
@@ -357,7 +357,7 @@ class Service:
                 self.host.settings = settings
 
     async def unload_if_idle(self) -> None:
-        """Free the NPU after enough time without requests."""
+        """Unload the model if there was no request for as long as the settings say."""
         limit = self.settings.idle_unload_s
         model = self.host.current
         if not limit or model is None or self.queue.busy:
@@ -368,7 +368,7 @@ class Service:
 
 
 def _vector(model: Model, tokens: list[int]) -> bytes:
-    """See `Service.embed`."""
+    """Compute the vector of a text, see `Service.embed`."""
     mean = model.engine.hidden_states(Request(tokens)).mean(axis=0)
     length = float((mean * mean).sum()) ** 0.5
     vector: bytes = (mean / length if length else mean).astype("<f4").tobytes()
@@ -386,8 +386,8 @@ async def _save(wanted: GenerationRequest, reader: AnswerReader | None) -> None:
 async def _time_limit(seconds: float, whole: float | None = None) -> AsyncIterator[None]:
     """Raise TimeLimitError in the block after `seconds`, which is what is left of `whole`.
 
-    asyncio.wait_for would run the block in its own task, and a cancel would lose that task's result. anyio.fail_after:
-    see threads.py.
+    asyncio.wait_for would run the block in its own task, and a cancel would lose that task's result. For
+    anyio.fail_after, see threads.py.
     """
     task = asyncio.current_task()
     assert task is not None

@@ -19,9 +19,9 @@ from rkruntime.files import atomic_file, open_regular, write_error
 from rkruntime.serve.users import User, check_name, shares
 from rkruntime.words import NAME
 
-# What a small file takes on the disk, whatever is in it.
+# Bytes that even a small file takes on the disk.
 _BLOCK: Final = 4096
-# Characters of a title.
+# Most characters of a title.
 _TITLE: Final = 80
 
 
@@ -30,9 +30,9 @@ class Summary:
     """One conversation in the list.
 
     Attributes:
-        size: On disk, in bytes.
+        size: Size on disk, in bytes.
         changed: Time of the last change, in seconds since 1970.
-        title: Beginning of its first question; None if its file has not been read yet.
+        title: Beginning of the first question; None if the file has not been read yet.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Summary:
 
 
 def _title(data: Mapping[str, Any]) -> str:
-    """The beginning of the first question, on one line. The file may have been changed by anyone."""
+    """Return the beginning of the first question, on one line. The file may have been changed by anyone."""
     turns, broken = data.get("messages"), data.get("broken")
     first = turns[0].get("content") if isinstance(turns, list) and turns and isinstance(turns[0], dict) else None
     if first is None and isinstance(broken, dict):
@@ -51,7 +51,7 @@ def _title(data: Mapping[str, Any]) -> str:
 
 
 def _conversations(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
-    """The files that a store may have written; whatever else someone has put there stays as it is."""
+    """Yield the files that a store may have written; other files in the folder are left alone."""
     for path in folder.glob("*/*.json"):
         with suppress(OSError):
             found = path.stat()
@@ -64,12 +64,12 @@ def _on_disk(size: int) -> int:
 
 
 def _as_text(data: Mapping[str, Any]) -> bytes:
-    """A conversation as written to its file."""
+    """Return a conversation as written to its file."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def damaged(name: str, reason: str) -> HostError:
-    """The error for a session whose file is not what was written."""
+    """Return the error for a session whose file is not what was written."""
     return HostError(
         f"The file of the session {name!r} is damaged: {reason}.", hint="Delete the session to use its name."
     )
@@ -78,13 +78,13 @@ def damaged(name: str, reason: str) -> HostError:
 class SessionStore:
     """The folder of conversations.
 
-    It is scanned once; after that, the sizes are in memory, and no one else may write there. Changes must come from
-    one thread at a time; everything else may be called from others meanwhile.
+    The folder is scanned once; afterwards the sizes are kept in memory, and no one else may write there. Methods that
+    change files must be called from one thread at a time; other methods may be called from any thread meanwhile.
 
     Args:
         folder: Folder, created with the first conversation; no one else may read it.
-        max_bytes: Limit for all files together, in whole blocks. Each user has a share of it.
-        max_number: Limit for the number of files, likewise.
+        max_bytes: Limit of the size of all files on disk. Each user may have a share of it.
+        max_number: Limit of the number of files, of which each user may have a share too.
     """
 
     def __init__(self, folder: Path, max_bytes: int, max_number: int) -> None:
@@ -93,13 +93,13 @@ class SessionStore:
         self._max_number = max_number
         # By user folder; least recently used first.
         self._kept: dict[str, OrderedDict[str, Summary]] = {}
-        # By prefix of User.path; () counts everything.
+        # Totals by prefix of User.path; () counts everything.
         self._bytes: Counter[tuple[str, ...]] = Counter()
         self._number: Counter[tuple[str, ...]] = Counter()
         # Held while the index in memory changes, never during reads or writes of files.
         self._lock = threading.Lock()
         for path in folder.glob("*/.*.partial-*"):
-            # A daemon was killed while it wrote this. It may stay if nothing can be written there.
+            # Left by a daemon that was killed while it wrote the file. It stays if the folder is read-only.
             with suppress(OSError):
                 path.unlink()
         for found, path in sorted(_conversations(folder), key=lambda item: item[0].st_mtime):
@@ -114,12 +114,12 @@ class SessionStore:
         return self._folder / user.folder / f"{check_name(name, 'session')}.json"
 
     def list(self, user: User) -> list[Summary]:
-        """A user's conversations, most recently used first."""
+        """List a user's conversations, most recently used first."""
         with self._lock:
             return list(reversed(self._of(user).values()))
 
     def titled(self, user: User) -> Sequence[Summary]:
-        """The same with titles, for which files that were written by an earlier daemon are read, once."""
+        """List with titles, for which the files that an earlier daemon has written are read once."""
         return [item if item.title is not None else self._with_title(user, item) for item in self.list(user)]
 
     def _with_title(self, user: User, item: Summary) -> Summary:
@@ -134,17 +134,17 @@ class SessionStore:
         return titled
 
     def size(self, user: User, name: str) -> int:
-        """Size of a conversation on disk, in bytes; 0 if there is none."""
+        """Return the size of a conversation on disk in bytes; 0 if there is none."""
         with self._lock:
             kept = self._of(user).get(name)
         return kept.size if kept else 0
 
     def read(self, user: User, name: str) -> dict[str, Any]:
-        """Read what `write` kept.
+        """Read a conversation that `write` has written.
 
         Raises:
             NoSuchSessionError: There is none.
-            HostError: It cannot be read, or its file is damaged. It must not be taken for none and replaced.
+            HostError: The file cannot be read or is damaged. The caller must not take it for missing and replace it.
         """
         path = self._file(user, name)
         try:
@@ -164,10 +164,10 @@ class SessionStore:
         return data
 
     def write(self, user: User, name: str, data: Mapping[str, Any]) -> None:
-        """Keep a conversation, whole or not at all. The user's least recently used ones make room for it.
+        """Write a conversation, completely or not at all. The user's least recently used ones make room for it.
 
         Raises:
-            BodyError: There is no room even without them (507).
+            BodyError: There would be no room even without the others (507).
             HostError: The disk is full.
         """
         path, text = self._file(user, name), _as_text(data)
@@ -181,12 +181,12 @@ class SessionStore:
         with self._lock:
             self._note(user, Summary(name, _on_disk(len(text)), time.time(), _title(data)))
         for other in leaving:
-            # The write is done; an old one that stays is tried again at the next.
+            # The write is done; an old file that cannot be deleted is tried again with the next write.
             with suppress(NoSuchSessionError, HostError):
                 self.delete(user, other)
 
     def delete(self, user: User, name: str) -> None:
-        """Remove a conversation. It stays in the list until it is deleted.
+        """Delete a conversation. It stays in the list until the file is gone.
 
         Raises:
             NoSuchSessionError: There is none.
@@ -207,14 +207,14 @@ class SessionStore:
         with self._lock:
             self._forget(user, name)
         with suppress(OSError):
-            # That was the last one in it: unused names cost nothing.
+            # Fails unless that was the user's last conversation. So unused names do not leave folders.
             path.parent.rmdir()
 
     def _of(self, user: User) -> OrderedDict[str, Summary]:
         return self._kept.get(user.folder, OrderedDict())
 
     def _note(self, user: User, item: Summary) -> None:
-        """Put it behind all others, replacing one with its name."""
+        """Put an entry behind all others, replacing one of the same name."""
         self._forget(user, item.name)
         self._kept.setdefault(user.folder, OrderedDict())[item.name] = item
         self._count(user, item.size, 1)
@@ -235,11 +235,11 @@ class SessionStore:
                 del self._bytes[path], self._number[path]
 
     def _leaving(self, user: User, name: str, size: int) -> Sequence[str]:
-        """Which of the user's conversations must go so that all limits hold with a file of `size`. Raises BodyError."""
+        """Return the user's conversations that must go so that a file of `size` fits all limits. Raises BodyError."""
         own = [item for item in self._of(user).values() if item.name != name]
         old = self._of(user).get(name)
         more, one = (size - old.size, 0) if old else (size, 1)
-        # A limit lowered meanwhile is no reason to refuse a conversation that shrinks.
+        # A limit that was lowered meanwhile is not a reason to refuse a conversation that shrinks.
         too_large = more + self._excess(user, self._bytes, self._max_bytes) if more > 0 else 0
         too_many = one + self._excess(user, self._number, self._max_number)
         leaving = []
@@ -257,5 +257,5 @@ class SessionStore:
         return leaving
 
     def _excess(self, user: User, used: Counter[tuple[str, ...]], whole: int) -> int:
-        """By how much the tightest limit is exceeded; below 0 while there is room."""
+        """Return by how much the tightest limit is exceeded; below 0 while there is room."""
         return max(used[path] - most for path, most in [((), whole), *shares(user.path, whole)])

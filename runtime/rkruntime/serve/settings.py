@@ -25,7 +25,7 @@ SOCKET_VARIABLE: Final = "RKEDGE_SOCKET"
 # When a reload applies a setting: at once, by reloading the model, with the next load, or only after a restart.
 Taken = Literal["now", "load", "next load", "restart"]
 _MIN_KEY: Final = 16
-# As a browser writes it: no path, no user, no wildcard, no opaque `null`.
+# An origin as a browser writes it: no path, no user, no wildcard, no opaque `null`.
 _ORIGIN: Final = re.compile(
     r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:.]+\](:\d{1,5})?"
 )
@@ -34,7 +34,7 @@ _NAME_HINT: Final = (
     "Names may have letters, digits, dot, dash and underscore. network, local, uid-... and key-... are reserved."
 )
 
-# Generous ranges; a time limit of 0 would end everything at once.
+# Types of values with generous ranges; a time limit of 0 would end everything at once.
 _Seconds = Annotated[float, Between(0, 1_000_000_000)]
 _Time = Annotated[float, Between(0.001, 1_000_000_000)]
 _Megabytes = Annotated[float, Between(0, 1 << 30)]
@@ -232,7 +232,7 @@ _TAKEN: Final[Mapping[Taken, frozenset[str]]] = {
 
 
 def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting with its name, such as `limits.queue`."""
+    """Yield each setting with its name, such as `limits.queue`."""
     for item in fields(settings):
         value = getattr(settings, item.name)
         if is_dataclass(value):
@@ -242,13 +242,13 @@ def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def changed(before: Settings, after: Settings, taken: Taken) -> list[str]:
-    """Names of the settings that differ, among those applied in this way."""
+    """Return the names of settings that differ, among those that a reload applies in the way `taken`."""
     old = dict(flat(before))
     return [name for name, value in flat(after) if value != old[name] and how_taken(name) == taken]
 
 
 def how_taken(name: str) -> Taken:
-    """When a reload applies a setting."""
+    """Return when a reload applies a setting."""
     return next((taken for taken, names in _TAKEN.items() if name in names), "restart")
 
 
@@ -262,9 +262,9 @@ def load_settings(path: Path) -> Settings:
 
 
 def default_socket() -> Path:
-    """The socket where daemon and clients meet by default.
+    """Return the socket where daemon and clients meet by default.
 
-    $RKEDGE_SOCKET; else the service's socket if it is there or its folder can be written to; else the user's own, in
+    $RKEDGE_SOCKET; else the service's socket if it exists or its folder is writable; else the user's own, in
     $XDG_RUNTIME_DIR.
     """
     named = os.environ.get(SOCKET_VARIABLE)
@@ -277,13 +277,13 @@ def default_socket() -> Path:
 
 
 def state_folder(kind: Literal["state", "cache"]) -> Path:
-    """The service's folder (systemd's $STATE_DIRECTORY, $CACHE_DIRECTORY) or the user's own."""
+    """Return the service's folder (systemd's $STATE_DIRECTORY, $CACHE_DIRECTORY) or the user's own."""
     given = os.environ.get(f"{kind.upper()}_DIRECTORY", "").partition(":")[0]
     return Path(given) if given else own_folder(kind)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` cannot be reached from another machine. Names have no case, and may end with a dot."""
+    """Whether `host` cannot be reached from another machine. Names are case-insensitive and may end with a dot."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -291,7 +291,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """The user of each API key in a file: `NAME KEY` on a line, or a key alone; lines that start with # are comments.
+    """Read the user of each API key from a file with `NAME KEY` or a key on each line; # begins a comment line.
 
     Raises:
         UsageError: The file cannot be read, others can read it too, a key is too short to be safe, is not ASCII or
@@ -328,7 +328,7 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def check_listen(listen: Listen) -> dict[str, str]:
-    """The user of each accepted API key; empty without a file. Raises UsageError for invalid settings."""
+    """Check the settings; returns the user of each accepted API key, empty without a file. Raises UsageError."""
     if listen.port is not None and not 0 <= listen.port <= 65535:
         raise UsageError(f"listen.port is {listen.port}; ports range from 0 (any free one) to 65535.")
     try:
@@ -351,7 +351,7 @@ def check_listen(listen: Listen) -> dict[str, str]:
 
 
 def without_keys(address: str) -> UsageError:
-    """The error for a daemon that others can reach and that would let everyone in."""
+    """Return the error for a daemon that others can reach and that would let everyone in."""
     return UsageError(
         f"{address} can be reached from other machines, but there are no API keys.",
         hint="Set listen.api_keys (--api-keys FILE), or, better, stay with the Unix socket and use SSH.",

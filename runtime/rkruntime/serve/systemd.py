@@ -15,7 +15,7 @@ from rkruntime.printable import one_line
 
 _FIRST_FD: Final = 3
 _MORE_TIME_USEC: Final = 60_000_000
-# Python's levels to syslog's, which journald reads between angle brackets.
+# Python's log levels to syslog's, which journald reads between angle brackets.
 _LEVELS: Final = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 
@@ -38,18 +38,18 @@ def reloading() -> None:
 
 
 def still_at_it() -> None:
-    """Ask systemd for more time than TimeoutStartSec= for what is going on; to be repeated until it is done."""
+    """Ask systemd for more time than TimeoutStartSec= allows; to be repeated until the work is done."""
     notify(f"EXTEND_TIMEOUT_USEC={_MORE_TIME_USEC}")
 
 
 def watchdog_s() -> float | None:
-    """Seconds between watchdog pings, half of systemd's timeout; None without a watchdog."""
+    """Return the seconds between watchdog pings, half of systemd's timeout; None without a watchdog."""
     usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
     return int(usec) / 2e6 if usec.isdigit() and pid == str(os.getpid()) else None
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The sockets of a socket unit. Raises UsageError if it passed something else."""
+    """Return the sockets of a socket unit. Raises UsageError if systemd passed something else."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
         return []
@@ -98,6 +98,6 @@ def log_to_stderr(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    # It warns about every request that is not HTTP, and anyone can send those endlessly.
+    # uvicorn warns about every request that is not HTTP, and anyone can send those endlessly.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("rkedge").setLevel(level.upper())

@@ -1,7 +1,7 @@
-"""Blocking calls outside the event loop: to the engine, on large data, and to the disk.
+"""Run blocking calls outside the event loop: to the engine, on large data, and to the disk.
 
-anyio's threads cannot be told to stop: a cancel waits for them or abandons them. Its scopes cancel a task in each turn
-of the event loop until it leaves them, so that one which waits for an engine to stop costs a core until then.
+Not anyio's threads, which cannot be told to stop: a cancel waits for them or abandons them. anyio's scopes cancel a
+task in each turn of the event loop until it leaves them, so that a task that waits for an engine to stop uses a core.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 # Data of this many bytes would delay others noticeably if processed in the event loop.
 LARGE: Final = 1 << 16
-# Not asyncio's own pool: calls to the engine must not wait until everyone's data is read.
+# Not asyncio's own pool, as calls to the engine must not wait until everyone's data is read.
 _READERS: Final = ThreadPoolExecutor(2, "rkedge-data")
 # One thread, so that a file has one writer, and changes happen one after the other.
 _WRITER: Final = ThreadPoolExecutor(1, "rkedge-disk")
@@ -28,7 +28,7 @@ async def in_thread(
     stop: Callable[[], None] | None = None,
     pool: ThreadPoolExecutor | None = None,
 ) -> T:
-    """The result of `work`, called in a thread. A cancel waits for it: an engine takes one call at a time.
+    """Run `work` in a thread and return its result. A cancel waits for it, as an engine takes one call at a time.
 
     Args:
         stop: Asks `work` to finish early.
@@ -44,29 +44,29 @@ async def in_thread(
             if stop is not None:
                 stop()
     if cancelled is not None:
-        # Retrieved so that asyncio does not report the exception as unhandled.
+        # Retrieve the exception so that asyncio does not report it as unhandled.
         future.exception()
         raise cancelled
     return future.result()
 
 
 async def on_disk(work: Callable[..., T], *args: object) -> T:
-    """The result of `work`, which changes files: one at a time, in order, and never cut short by a cancel."""
+    """Run `work`, which changes files: one at a time, in order, and never cut short by a cancel."""
     return await in_thread(work, *args, pool=_WRITER)
 
 
 async def with_data(size: int, work: Callable[..., T], *args: object) -> T:
-    """The result of `work` on `size` bytes: in a thread if they are many, else directly."""
+    """Run `work` on `size` bytes: in a thread if they are many, else directly."""
     if size < LARGE:
         return work(*args)
     return await read_in_thread(work, *args)
 
 
 async def read_in_thread(work: Callable[..., T], *args: object) -> T:
-    """The result of `work`, which reads files or works on large data, and which is abandoned after a cancel."""
+    """Run `work`, which reads files or works on large data, in a thread; a cancel abandons it."""
     return await asyncio.get_running_loop().run_in_executor(_READERS, work, *args)
 
 
 async def page_in_thread(work: Callable[..., T], *args: object) -> T:
-    """The result of `work` for the chat page, which is done for one client at a time, and abandoned after a cancel."""
+    """Run `work` for the chat page in a thread, for one client at a time; a cancel abandons it."""
     return await asyncio.get_running_loop().run_in_executor(_PAGE, work, *args)

@@ -13,14 +13,14 @@ from typing import Final
 from rkruntime.errors import BodyError
 from rkruntime.words import NAME, NAME_RULE
 
-# Names that the daemon assigns itself: they cannot be chosen.
+# Names that the daemon assigns itself, and that users cannot choose.
 NETWORK: Final = "network"
 _OWN: Final = re.compile(r"network|local|(uid|key)-.*")
 _SHARE: Final = 4
 
 
 def check_name(name: str, what: str) -> str:
-    """`name` if it can name a file. Raises BodyError."""
+    """Return `name` if it can name a file. Raises BodyError."""
     if not NAME.fullmatch(name):
         raise BodyError(
             f"{name[:80]!r} cannot be the name of a {what}: {NAME_RULE}.",
@@ -30,7 +30,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def is_free(name: str) -> bool:
-    """Whether `name` can be a user's, and is not one that the daemon assigns itself."""
+    """Whether `name` can be a user's, and is not a name that the daemon assigns itself."""
     return bool(NAME.fullmatch(name)) and not _OWN.fullmatch(name)
 
 
@@ -41,7 +41,7 @@ class User:
     Attributes:
         account: What the daemon knows for sure: a login name, the name of a key, `network`.
         name: One of several people behind that account, such as those whose keys have forced commands; empty for the
-            account itself. The account's word suffices for it, because it only divides the account.
+            account itself. The account's word suffices for this name, because it only divides the account.
     """
 
     account: str
@@ -59,7 +59,7 @@ class User:
 
 
 def shares(path: tuple[str, ...], whole: int) -> Iterator[tuple[tuple[str, ...], int]]:
-    """The shares of `whole` for the account and for a name within it: a quarter of the level above, at least 1.
+    """Yield the shares of `whole` for the account and for a name within it: a quarter of the level above, at least 1.
 
     So no single user can exhaust what others need.
     """
@@ -69,7 +69,7 @@ def shares(path: tuple[str, ...], whole: int) -> Iterator[tuple[tuple[str, ...],
 
 
 def login_name(uid: int) -> str:
-    """The login name of a user id, or `uid-N` if there is none usable as a file name. May be slow (LDAP)."""
+    """Return the login name of a user id, or `uid-N` if there is none usable as a file name. May be slow (LDAP)."""
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -78,15 +78,15 @@ def login_name(uid: int) -> str:
 
 
 def may_name(uid: int) -> bool:
-    """Whether it may name any user: root and the daemon's own user can read everyone's files anyway."""
+    """Whether a user id may act for any user: root and the daemon's own user can read everyone's files anyway."""
     return uid in (0, os.geteuid())
 
 
 def named(account: str, name: str | None, *, trusted: bool) -> User:
-    """The user that a client of `account` acts for.
+    """Return the user that a client of `account` acts for.
 
     Args:
-        trusted: Whether it may act for anyone; else a name divides the account.
+        trusted: Whether the account may act for anyone; otherwise, a name divides the account.
 
     Raises:
         BodyError: The name is invalid, or reserved for the daemon.
@@ -99,5 +99,5 @@ def named(account: str, name: str | None, *, trusted: bool) -> User:
 
 
 def key_user(key: str) -> str:
-    """The user of a key that has no name in its file."""
+    """Return the user of a key that does not have a name in its file."""
     return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""From the events of a run to an answer: whole characters, stop strings, counts, and why it ended."""
+"""Turn the events of a run into an answer: whole characters, stop strings, counts, and why it ended."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Answer:
 
     Attributes:
         text: Text without the stop string, if one ended it.
-        tokens: Every generated id, including those after the beginning of a stop string: they are in the KV cache.
+        tokens: Every generated id, including those from the stop string on, as they too are in the KV cache.
         prompt_tokens: Tokens of the prompt, without those of a resumed answer.
-        perf: The runtime's own figures, if it has any and we did not cut the run short.
-        begun: How many of `tokens` come from an earlier, interrupted run.
+        perf: The runtime's own figures, if it has any and the run was not cut short.
+        begun: Number of `tokens` that come from an earlier, interrupted run.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Answer:
     begun: int = 0
 
     def rate(self, first_token_s: float, total_s: float) -> float:
-        """Tokens per second: the runtime's own figure if it has one, else measured from the first token."""
+        """Return tokens per second: the runtime's own figure if it has one, else measured from the first token."""
         if self.perf and self.perf.generate_ms > 0:
             return self.perf.generate_tokens / self.perf.generate_ms * 1000
         seconds = total_s - first_token_s
@@ -54,7 +54,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that is now certain to be part of the answer; empty once a string was found."""
+        """Add `text`; return what is now certain to be part of the answer, nothing once a string was found."""
         if not self._strings:
             return text
         if self.found is not None:
@@ -71,12 +71,12 @@ class StopStrings:
 
     @staticmethod
     def _overlap(text: str, string: str) -> int:
-        """Length of the longest proper prefix of `string` that `text` ends with."""
+        """Return the length of the longest proper prefix of `string` that `text` ends with."""
         longest = min(len(text), len(string) - 1)
         return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
 
     def finish(self) -> str:
-        """The text that was held back and is part of the answer after all."""
+        """Return the text that was held back and is part of the answer after all."""
         held, self._held = self._held, ""
         return held
 
@@ -86,7 +86,7 @@ class AnswerReader:
 
     Args:
         prompt_tokens: Tokens of the run's prompt, including `begun`.
-        begun: Ids of an interrupted answer that is now resumed: they precede the run's.
+        begun: Ids of an interrupted answer that this run resumes; they precede the run's own ids.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class AnswerReader:
 
     @property
     def generated(self) -> int:
-        """Those of them that this run has generated."""
+        """Number of `tokens` that this run has generated."""
         return len(self._tokens) - self._begun
 
     def feed(self, event: Event) -> str:
-        """The text that this event adds, often none. Raises RunError for an id outside the vocabulary."""
+        """Return the text that this event adds, often none. Raises RunError for an id outside the vocabulary."""
         if isinstance(event, Finished):
             self._finished = event
             return self._flush()
@@ -145,7 +145,7 @@ class AnswerReader:
         return text
 
     def answer(self) -> Answer:
-        """The answer so far, with the reason ABORT if neither the run nor a stop string has ended it."""
+        """Return the answer so far, with the reason ABORT if neither the run nor a stop string has ended it."""
         if self._finished is None and self._stops.found is None:
             self._flush()
         reason = FinishReason.ABORT if self._finished is None else self._finished.reason
@@ -183,7 +183,7 @@ def stream_answer(
 async def astream_answer(
     engine: Engine, request: Request, vocabulary: Vocabulary, stop: Sequence[str] = ()
 ) -> AsyncGenerator[str | Answer, None]:
-    """`stream_answer` for asyncio."""
+    """Like `stream_answer`, for asyncio."""
     reader = AnswerReader(vocabulary, len(request.tokens), stop)
     async with aclosing(engine.agenerate(request)) as events:
         async for event in events:

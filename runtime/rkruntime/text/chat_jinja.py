@@ -28,7 +28,7 @@ _EMPTY: Final = Tracked("", OWN)
 
 
 class Refusal(jinja2.TemplateError):
-    """The template called raise_exception. `said` is its message, tracked if the rendering was."""
+    """The template called raise_exception. `said` is its message, Tracked if the text being rendered was."""
 
     def __init__(self, said: object) -> None:
         super().__init__(str(said))
@@ -40,7 +40,7 @@ class UnfollowedError(Exception):
 
 
 class Program:
-    """A compiled chat template. Raises jinja2.TemplateError if it is not one."""
+    """A compiled chat template. Raises jinja2.TemplateError if `source` is not a valid one."""
 
     def __init__(self, source: str) -> None:
         self._plain = _Environment().from_string(source)
@@ -61,7 +61,7 @@ class Program:
 
         Raises:
             Refusal: The template does not accept this conversation.
-            UnfollowedError: It does something that cannot be tracked, or differs between two renderings.
+            UnfollowedError: The template does something that cannot be tracked, or differs between two renderings.
             Exception: A template can fail in any way that Python can.
         """
         now = datetime.now()
@@ -70,7 +70,7 @@ class Program:
         try:
             text = self._plain.render(messages=messages, **variables, **given)
         except Refusal:
-            # The other rendering tells whose words the message contains.
+            # The rendering over tracked text, below, tells whose words the message contains.
             text = None
         tracked = [
             {"role": Tracked(item["role"], OWN), "content": Tracked(item["content"], number, 0)}
@@ -90,7 +90,7 @@ class Program:
 
 
 def line_of(error: BaseException) -> int | None:
-    """The line of the template in which an error arose, from 1."""
+    """Return the line of the template in which an error arose, from 1."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
@@ -144,7 +144,7 @@ def _refuse(message: object) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes for HTML.
+    # Jinja's own `tojson` also escapes for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -186,7 +186,7 @@ class _TrackingEnvironment(_Environment):
 
     @staticmethod
     def own(text: str) -> Tracked:
-        """Text of the template itself."""
+        """Mark a text as the template's own."""
         return Tracked(text, OWN)
 
 

@@ -29,27 +29,27 @@ from rkruntime.printable import one_line
 
 _SIZES: Final = struct.Struct("<II")
 _MAX_MESSAGE: Final = 1 << 28
-# Errors that a child may raise in its parent.
+# Errors of a child that its parent raises again, by name.
 _ERRORS: Final[Mapping[str, type[RKEdgeError]]] = {
     kind.__name__: kind for kind in (BundleError, ContextFullError, HostError, UsageError)
 }
-# The parent's own module path; nothing else affects what the child imports.
+# The child imports only from the parent's own sys.path.
 _START: Final = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "import importlib; importlib.import_module(sys.argv[2]).main()"
 )
-# Without LD_PRELOAD: preloaded libraries may take more address space than the limit allows.
+# Variables that the child inherits. Not LD_PRELOAD: preloaded libraries may need more address space than the limit.
 _VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LC_TIME", "TZ", "LD_LIBRARY_PATH")
 _HINT: Final = "Convert the model again with the tokenizer.json and chat_template.jinja of its Gemma checkpoint."
 _MAX_LOG: Final = 1 << 16
 _SLICE: Final = 0.25
-# Seconds for work that is no longer wanted.
+# Seconds that a call may still take once its result is no longer wanted.
 _GRACE: Final = 2.0
 
 Answer: TypeAlias = tuple[dict[str, Any], bytes]
 
 
-# Address space of a child, in bytes. A tokenizer of 256,000 tokens takes a quarter of it.
+# Limit of a child's address space in bytes. A tokenizer of 256,000 tokens takes a quarter of it.
 MEMORY: Final = 1 << 30
 
 
@@ -59,7 +59,7 @@ class CallLimits:
 
     Attributes:
         cpu_s: Seconds of CPU time.
-        wall_s: Seconds until its answer, on a machine that does other things too.
+        wall_s: Seconds until the answer, on a machine that does other things too.
     """
 
     cpu_s: int = 10
@@ -89,24 +89,24 @@ class Confined:
 
     @property
     def idle_pid(self) -> int | None:
-        """The same, unless it still has to answer: the next call then starts another."""
+        """`pid`, or None while the child still owes an answer, as the next call then starts another child."""
         return None if self._answering else self.pid
 
     def call(self, name: str, limits: CallLimits, data: bytes = b"", **values: Any) -> Answer:
         """Call the child's function `name`; starts a child if there is none.
 
         Raises:
-            BundleError: It reached a limit; the child is then gone.
+            BundleError: The call reached a limit; the child is then gone.
             HostError: The child cannot be started, or was killed by something else.
             RKEdgeError: The error that the function raised.
-            RunError: This is a fork of the process that made it.
+            RunError: This process is a fork of the one that started the child.
         """
-        if not self._owner.here and self._process is None:  # Nothing of it is the parent's.
+        if not self._owner.here and self._process is None:  # a fork, but without a child that would be its parent's
             self._owner, self._lock = Owner(), threading.RLock()
         self._owner.check()
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
-            if self._answering:  # an interrupt left its answer to the call before: nobody may take it for this one's
+            if self._answering:  # an interrupt left the last call's answer unread, which is not this call's
                 self._end()
             if self._process is None:
                 self._start()
@@ -137,7 +137,7 @@ class Confined:
         self._hurried = math.inf
 
     def close(self) -> None:
-        """Kill the child, and with it the current call. The next call starts another."""
+        """Kill the child and thereby end the current call. The next call starts another child."""
         if not self._owner.here:
             return
         self._hurried = 0.0
@@ -146,7 +146,7 @@ class Confined:
         self.take_time()
 
     def _left(self) -> float:
-        """Seconds until the deadline must be checked again. Raises TimeoutError after it."""
+        """Return the seconds until the deadline must be checked again. Raises TimeoutError after it."""
         left = min(self._deadline, self._hurried) - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -175,17 +175,17 @@ class Confined:
             ) from error
         finally:
             theirs.close()
-        # Also when this program exits, and without a call of `close`.
+        # Kills the child also when this program exits without a call of `close`.
         self._killed = weakref.finalize(self, _kill, process, ours, log, self._owner)
         self._socket, self._process, self._answering = ours, process, False
 
     def _end(self) -> tuple[int, str]:
-        """Exit code of the child, and what it printed."""
+        """Kill the child; returns its exit code and what it printed."""
         process, self._process = self._process, None
         return (process and self._killed()) or (0, "")
 
     def _gone(self, limits: CallLimits) -> RKEdgeError:
-        """The reason why the child has closed its socket."""
+        """Return the error that explains why the child has closed its socket."""
         process = self._process
         if process is None:
             return RunError(f"The model was closed while the process for {self._what.lower()} worked.")
@@ -195,7 +195,7 @@ class Confined:
             self._end()
             return self._over("broke off")
         code, printed = self._end()
-        # Nothing else of its output: a library that fails quotes the text it failed on, which is private.
+        # Only import errors of its output: a library that fails quotes the text it failed on, which is private.
         missing = re.findall(r"^(?:Import|ModuleNotFound)Error: .*", printed, re.MULTILINE)
         said = one_line(missing[-1])[:300] if missing else ""
         if code == -signal.SIGXCPU:
@@ -239,7 +239,7 @@ def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Call
 
 
 def _receive(one: socket.socket, left: Callable[[], float | None]) -> Answer:
-    """The next message. Raises EOFError if the other end is closed, ValueError for nonsense."""
+    """Receive the next message. Raises EOFError if the other end is closed, ValueError if it is malformed."""
     text_size, data_size = _SIZES.unpack(_read(one, _SIZES.size, left))
     if text_size + data_size > _MAX_MESSAGE:
         raise ValueError
@@ -265,7 +265,7 @@ def _read(one: socket.socket, size: int, left: Callable[[], float | None]) -> by
 
 
 def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) -> None:
-    """In the child: answer calls until the parent is gone."""
+    """Answer calls until the parent is gone; called in the child."""
     what = sys.argv[3]
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, _MAX_LOG)
@@ -277,7 +277,7 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             header, data = _receive(parent, lambda: None)
         except EOFError:
             return
-        # The limit is for the whole process, so it is raised with each call.
+        # The limit counts the CPU time of the whole process, so each call raises it.
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + int(header["cpu_s"]))
         try:
             answer, data = functions[header["call"]](header, data)
@@ -299,13 +299,13 @@ def _failed(how: str) -> dict[str, Any]:
 
 
 def _limit(kind: int, value: int) -> None:
-    # The soft limit takes effect and can be raised again.
+    # Only the soft limit, which can be raised again.
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _die_first() -> None:
-    """If memory runs out, have the kernel kill this process and no other."""
+    """Have the kernel kill this process first if memory runs out."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123 - the child imports little
             file.write("1000")

@@ -35,15 +35,15 @@ class Conversation:
         self.messages = list(messages)
 
     def prompt(self, text: str, max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """Token ids of the conversation so far plus `text`, and how many old turns were dropped to make room.
+        """Return token ids of the conversation so far plus `text`, and how many old turns were dropped to make room.
 
         Args:
-            max_context: Context in tokens; there is room left for the beginning of an answer.
-            drop: Drop the oldest turns until it fits; the system prompt stays. `add` then forgets them.
+            max_context: Context in tokens; a few are kept free for the beginning of an answer.
+            drop: Drop the oldest turns until the prompt fits; the system prompt stays. `add` then forgets them.
 
         Raises:
-            ContextFullError: It does not fit.
-            UsageError, BundleError: The template does not accept it.
+            ContextFullError: The prompt does not fit.
+            UsageError, BundleError: The template does not accept the conversation.
         """
         check_value("max_context", int, max_context)
         check_value("drop", bool, drop)
@@ -74,11 +74,11 @@ class Conversation:
         return question
 
     def as_dict(self) -> dict[str, Any]:
-        """The conversation as JSON types, as written by `save`."""
+        """Return the conversation as JSON types, as written by `save`."""
         return _as_dict(self.system, self.messages)
 
     def restore(self, data: Any) -> None:
-        """Restore the result of `as_dict`, perhaps from long ago and another model.
+        """Restore the result of `as_dict`, which may be old and another model's.
 
         Ids are kept only if they decode to the text stored with them; otherwise the text is encoded again.
 
@@ -117,7 +117,7 @@ def write_conversation(path: AnyPath, data: Mapping[str, Any]) -> None:
                 f"{path} already exists and is not a saved conversation.", hint="Choose another file name."
             ) from error
     with atomic_file(path) as partial:
-        # Half a surrogate pair, which JSON can say, is read again as it was.
+        # A lone surrogate, which JSON can contain, survives being written and read again.
         partial.write_bytes(f"{json.dumps(data, ensure_ascii=False, indent=1)}\n".encode("utf-8", "surrogatepass"))
 
 
@@ -134,7 +134,7 @@ def read_conversation(path: AnyPath) -> dict[str, Any]:
 
 
 def check_conversation(data: Any) -> dict[str, Any]:
-    """The conversation in `data`, as `Conversation.as_dict` returns it. Raises InputError if it is not one."""
+    """Return the conversation in `data` as `Conversation.as_dict` would. Raises InputError if it is not one."""
     return _as_dict(*_parse(data, None))
 
 
@@ -167,7 +167,7 @@ def _parse_message(item: Any, vocabulary: Vocabulary | None) -> Message:
 
 
 def _trusted(tokens: Any, content: str, vocabulary: Vocabulary | None) -> tuple[int, ...] | None:
-    """Ids from a file, if they decode to exactly `content`. Without a vocabulary, any numbers are accepted."""
+    """Return ids from a file if they decode to exactly `content`, else None. Without a vocabulary, accept any ids."""
     if not isinstance(tokens, (list, tuple)) or not all(
         type(token) is int and 0 <= token < 1 << 31 for token in tokens
     ):

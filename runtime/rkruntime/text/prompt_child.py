@@ -1,6 +1,6 @@
-"""The child of `rkruntime.text.prompt_process`: what it does with a bundle's tokenizer and template.
+"""The child process of `rkruntime.text.prompt_process`, which runs a bundle's tokenizer and template.
 
-Libraries are imported within the calls, whose answers name one that is missing.
+Libraries are imported within the calls, so that an answer can name a library that is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A bundle's tokenizer and template in their own process, because both are untrusted.
 
-Whatever they do, the daemon's event loop and the terminal stay responsive, and memory stays free: see `CallLimits`.
+Whatever they do, the daemon's event loop and the terminal stay responsive and memory stays free; see `CallLimits`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rkruntime.text.confined import CallLimits, Confined
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
 
-# The module of the child. It imports what it needs and nothing of a bundle, as a chat waits for its start.
+# The child's module. It imports little, as a chat waits for its start.
 CHILD: Final = "rkruntime.text.prompt_child"
 _LIMITS: Final = CallLimits()
 # A tokenizer of 256,000 tokens takes 2 s of CPU time on a PC, and a board's small cores are ten times slower.
@@ -29,11 +29,11 @@ class PromptProcess:
     """See `rkruntime.text.prompts.Prompts`. The bundle's files are verified before they are parsed.
 
     Raises:
-        BundleError: Tokenizer or template cannot be used, according to some trial prompts.
+        BundleError: Tokenizer or template cannot be used, as trial prompts show.
         HostError: The process cannot be started.
 
     Args:
-        stop: Stops the start from another thread.
+        stop: Lets another thread stop the start.
 
     Attributes:
         lost: Whether the process exited and could not be restarted, perhaps because the bundle has changed.
@@ -42,7 +42,7 @@ class PromptProcess:
     def __init__(self, bundle: Bundle, limits: CallLimits = _LIMITS, stop: Stop | None = None) -> None:
         self._bundle = bundle
         self._child, self._limits = Confined(CHILD, "The bundle's tokenizer or chat template"), limits
-        self._lock = threading.RLock()  # the handler of a signal that comes during a call may call, and is refused
+        self._lock = threading.RLock()  # reentrant, to refuse a signal's handler that calls during a call
         self.lost = self._closed = self._busy = False
         self._ready: int | None = None
         with (stop or Stop()).ending(self._child.hurry):
@@ -63,7 +63,7 @@ class PromptProcess:
             raise
 
     def _call(self, name: str, **values: Any) -> dict[str, Any]:
-        # No one else may come between a child's start and its first prompt.
+        # No other thread may come between a child's start and its first prompt.
         with self._lock:
             if self._closed:
                 raise RunError("The model is closed.", hint="Open it again.")
@@ -117,10 +117,10 @@ class PromptProcess:
 
 
 class Closes(Protocol):
-    """What `open_beside` loads."""
+    """Something that `open_beside` loads and closes again on failure."""
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Release its memory."""
 
 
 Loaded = TypeVar("Loaded", bound=Closes)
@@ -133,10 +133,10 @@ def open_beside(
 
     Args:
         load: Loads the model unless it is stopped.
-        stop: Stops both from another thread.
+        stop: Lets another thread stop both.
 
     Raises:
-        RKEdgeError: As PromptProcess and `load` do. When one of them fails, the other is stopped.
+        RKEdgeError: What PromptProcess or `load` raises. When one of them fails, the other is stopped.
     """
     starting, loading, both = Stop(), Stop(), stop or Stop()
     with ThreadPoolExecutor(1) as pool, both.ending(starting.ask), both.ending(loading.ask):
@@ -165,7 +165,7 @@ def _give_up(prompts: Future[PromptProcess], starting: Stop) -> None:
 
 
 def _check_ids(manifest: Manifest, vocabulary: Vocabulary) -> None:
-    """Raise BundleError for a token of the manifest that the vocabulary does not have."""
+    """Raise BundleError if the manifest names a token id that the vocabulary does not have."""
     for name, ids in (("bos_token_id", (manifest.bos_token_id,)), ("stop_token_ids", manifest.stop_token_ids)):
         if ids and max(ids) >= vocabulary.vocab_size:
             raise BundleError(
@@ -189,12 +189,12 @@ def open_in(
 
     Args:
         child: Child whose module is CHILD.
-        tokenizer: Contents of tokenizer.json; `where` is its place, for messages.
+        tokenizer: Contents of tokenizer.json; `where` is its path, for messages.
         template, system_role, special_tokens: See `load_template`.
 
     Raises:
-        BundleError: They cannot be used.
-        HostError: There is no process.
+        BundleError: Tokenizer or template cannot be used.
+        HostError: The child cannot be started.
     """
     answer, packed = child.call("load", _LOAD, tokenizer, path=str(where))
     facts = {"template": template, "system_role": system_role, "special_tokens": dict(special_tokens)}
@@ -218,7 +218,7 @@ def render(
 
     Raises:
         BundleError: A limit was reached.
-        HostError: There is no process.
+        HostError: The child cannot be started.
     """
     answer, _ = child.call(
         "render",

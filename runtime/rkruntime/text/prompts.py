@@ -1,5 +1,5 @@
-"""Prompts that fit the context, made from conversations. The time that takes grows with the input, so both ends are
-bounded: `rkruntime.text.prompt_process` runs this where it can be killed.
+"""Make prompts that fit the context from conversations. The time this takes grows with the input, so it is bounded:
+`rkruntime.text.prompt_process` runs this module where it can be killed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Prompts(Protocol):
         ...
 
     def prompt(self, messages: Sequence[Message], max_context: int, *, drop: bool = False) -> tuple[list[int], int]:
-        """Token ids of a conversation up to the beginning of its answer, and how many turns were dropped to make room.
+        """Return token ids of a conversation up to its answer, and how many turns were dropped to make room.
 
         Args:
             messages: Optionally a system message, then user and assistant alternating.
-            max_context: Context in tokens; there is room left for the beginning of an answer.
-            drop: Drop the oldest turns (a question and its answer) until it fits; the system message stays.
+            max_context: Context in tokens; a few are kept free for the beginning of an answer.
+            drop: Drop the oldest turns (a question and its answer) until the prompt fits; the system message stays.
 
         Raises:
-            ContextFullError: It does not fit.
+            ContextFullError: The prompt does not fit.
             UsageError: The template does not accept these roles.
             BundleError: The template or the tokenizer failed.
         """
@@ -46,13 +46,13 @@ class Prompts(Protocol):
         ...
 
     def encode(self, text: str, max_context: int, *, cut: bool = False) -> list[int]:
-        """Ids of a plain text, without `<bos>`; never the id of a control token.
+        """Return ids of a plain text, without `<bos>`; never the id of a control token.
 
         Args:
-            cut: Of a text that does not fit, return the first `max_context` ids.
+            cut: If the text does not fit, return its first `max_context` ids.
 
         Raises:
-            ContextFullError: It is certain not to fit.
+            ContextFullError: The text is certain not to fit.
         """
         ...
 
@@ -93,7 +93,7 @@ class PromptMaker:
         return best, high
 
     def _said(self, message: Message) -> Message:
-        """The message with its ids only if they match its text: a prompt must not contain anything else."""
+        """Drop a message's ids unless they match its text, as a prompt must not contain anything else."""
         if message.tokens is None or self._tokenizer.saying(message.tokens, message.content) == message.tokens:
             return message
         return replace(message, tokens=None)
@@ -143,7 +143,7 @@ class _Fitting:
         return self._template.parts([*self._system, *self._rest[2 * dropped :]])
 
     def without(self, dropped: int) -> list[int] | None:
-        """The prompt without so many turns; None, early, if it does not fit."""
+        """Return the prompt without the `dropped` oldest turns, or None as soon as it is clear that it does not fit."""
         parts = self._parts(dropped)
         if self._least(parts) > self._room:
             return None
@@ -158,11 +158,11 @@ class _Fitting:
         return self._encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
 
     def _least(self, parts: Sequence[Part]) -> int:
-        """A lower bound on the number of tokens."""
+        """Return a lower bound on the number of tokens, without encoding the text."""
         return sum(-(-len(part) // self._longest) if isinstance(part, str) else len(self._ids(part)) for part in parts)
 
     def error(self, dropped: int) -> ContextFullError:
-        """The error if it does not fit."""
+        """Return the error for a prompt that does not fit without the `dropped` oldest turns."""
         parts = self._parts(dropped)
         if (least := self._least(parts)) > self._room:
             return _too_long(f"with this message, the conversation has at least {least:,} tokens", self._max_context)
@@ -172,7 +172,7 @@ class _Fitting:
 
 
 def _too_long(what: str, max_context: int, **details: Any) -> ContextFullError:
-    # LiteLLM and LangChain know a full context by two of these phrases.
+    # LiteLLM and LangChain recognize a full context by two of these phrases.
     return ContextFullError(
         f"The prompt is too long: {what}, and is longer than the model's context length of {max_context:,} tokens, of"
         f" which the runtime reserves {RESERVED}.",

@@ -1,6 +1,6 @@
-"""A conversation as a prompt: the one place where a chat template is rendered.
+"""Turn a conversation into a prompt: the one place where a chat template is rendered.
 
-Contents are always encoded as plain text, so what a user types cannot open or close a turn.
+Message contents are always encoded as plain text, so what a user types cannot open or close a turn.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Template(Protocol):
     """Renders a conversation."""
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
-        """The whole prompt up to the beginning of the next answer, with `<bos>` once; no two texts are adjacent.
+        """Return the whole prompt up to the next answer, with `<bos>` once; no two texts are adjacent.
 
         Raises:
             UsageError: The template does not accept this order of roles.
@@ -76,14 +76,14 @@ class Template(Protocol):
 def load_template(
     source: str | None, system_role: str, special_tokens: Mapping[str, str], tokenizer: Tokenizer
 ) -> Template:
-    """Load a bundle's template; Gemma's if it has none.
+    """Load a bundle's template, or Gemma's if the bundle has none.
 
     Args:
         system_role: `native`, or `fold` if the template does not render system messages.
-        special_tokens: Those that differ from SPECIAL_TOKENS.
+        special_tokens: Entries that differ from SPECIAL_TOKENS.
 
     Raises:
-        BundleError: It cannot be used.
+        BundleError: The template cannot be used.
     """
     if system_role not in ("fold", "native"):
         raise BundleError(f"The manifest's system_role is {system_role!r}; it must be 'fold' or 'native'.")
@@ -95,7 +95,7 @@ def load_template(
 class GemmaTemplate:
     """Gemma's template: user and model alternate; a system message goes into the first user turn.
 
-    The order is that of the `chat_template` in Gemma 2's tokenizer_config.json, which trims every message; the folding
+    The format is that of the `chat_template` in Gemma 2's tokenizer_config.json, which trims every message; the folding
     (system, empty line, user) is Gemma 3's, and the resulting user turn is trimmed as a whole.
     """
 
@@ -127,7 +127,7 @@ class GemmaTemplate:
 
 
 def no_question(messages: Sequence[Message]) -> UsageError:
-    """The error for a conversation whose last message is not a user's."""
+    """Return the error for a conversation whose last message is not a user's."""
     kinds = {"assistant": "an answer", "system": "a system prompt"}
     kind = kinds.get(messages[-1].role, f"of the role {messages[-1].role!r}") if messages else ""
     last = f"the last of its messages is {kind}" if messages else "it is empty"
@@ -137,7 +137,7 @@ def no_question(messages: Sequence[Message]) -> UsageError:
 def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
     """Put the system message in front of the first user message, for templates without a system role.
 
-    Neither loses white space here; trimming the result is up to the template.
+    White space is kept in both; trimming the result is up to the template.
     """
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return messages
@@ -146,7 +146,7 @@ def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _start(parts: Sequence[Part], bos: int) -> int:
-    """Where a prompt goes on after the `<bos>` that it begins with, also after white space before one."""
+    """Return the index of the first part after the leading `<bos>` tokens, which white space may precede."""
     start = 0
     for at, part in enumerate(parts, 1):
         if part == bos:
@@ -173,10 +173,10 @@ class JinjaTemplate:
     The template's own text may contain control tokens; everything else in its output is plain text.
 
     Args:
-        fold: The template does not render system messages: they go into the first user turn.
+        fold: Put system messages into the first user turn, for a template that does not render them.
 
     Raises:
-        BundleError: It is not a template.
+        BundleError: `source` is not a valid template.
     """
 
     def __init__(
@@ -252,12 +252,12 @@ class JinjaTemplate:
 
     @staticmethod
     def _content(message: Message, piece: str, offset: int) -> Part:
-        """The generated ids, if the template removed nothing but white space."""
+        """Return the message's generated ids if the template removed only white space from it, else `piece`."""
         outside = message.content[:offset] + message.content[offset + len(piece) :]
         return message.tokens if message.tokens is not None and not outside.strip() else piece
 
     def _check_unknown(self, text: Tracked, messages: Sequence[Message]) -> None:
-        """Refuse a control token if it is unclear whether it is the template's."""
+        """Refuse a control token of which it is unclear whether the template or a message wrote it."""
         if all(source != UNKNOWN for _, source, _ in text._pieces()):
             return
         pattern = self._tokenizer.control_pattern
@@ -277,7 +277,7 @@ class JinjaTemplate:
 
 
 def _own_words(said: object) -> str:
-    """A template's message, without what it quotes of the conversation, which is private and must not reach logs."""
+    """Return a template's error message without its quotes from the conversation, which must not reach logs."""
     if not isinstance(said, Tracked):
         return "(no reason)"
     words = "".join(piece if source == OWN else "..." for piece, source, _ in said._pieces())
@@ -292,6 +292,6 @@ def _place(error: BaseException | None) -> str:
 
 
 def _undefined(error: Exception) -> str:
-    """The undefined variable. Its name is the template's own; other messages may quote the conversation."""
+    """Return the part of an error that names an undefined variable: other errors may quote the conversation."""
     found = _UNDEFINED.fullmatch(str(error))
     return f", {found[0]}" if found else ""

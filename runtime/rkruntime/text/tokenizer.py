@@ -1,4 +1,4 @@
-"""Text to token ids, with a bundle's tokenizer.json.
+"""Turn text into token ids with a bundle's tokenizer.json.
 
 Users' text is data: `Tokenizer.encode` never returns a control token, whatever the text says. Control tokens come
 only from `Tokenizer.control`, and only the template inserts them.
@@ -18,7 +18,7 @@ from rkruntime.errors import BundleError
 from rkruntime.printable import well_formed
 from rkruntime.text.vocabulary import Vocabulary
 
-# Of a prompt: plain text, one control token, or generated ids that are kept as they are.
+# A part of a prompt: plain text, one control token, or generated ids that are kept as they are.
 Part: TypeAlias = str | int | tuple[int, ...]
 SPACE: Final = "▁"
 # Added tokens are text (runs of white space, HTML tags, words that a fine-tune added) or control tokens, which Gemma's
@@ -28,14 +28,14 @@ _HTML: Final = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
-# Gemma's newest has 262,144; gaps between ids are allowed.
+# Limit of ids. Gemma's newest tokenizer has 262,144; gaps between ids are allowed.
 _MAX_IDS: Final = 1 << 20
-# Characters. Gemma's longest tokens are runs of some dozens of spaces; what fine-tunes add are words and markers.
+# Limit of a token in characters. Gemma's longest are runs of some dozens of spaces; fine-tunes add words and markers.
 _MAX_TOKEN: Final = 1024
-# Characters of all tokens. Gemma's have 2 million.
+# Limit of all tokens together in characters. Gemma's have 2 million.
 _MAX_TEXT: Final = 1 << 24
 
-# The parts of a tokenizer.json around its model, as in Gemma's: with any others, texts would get different ids on
+# The parts of a tokenizer.json around its model must be like Gemma's: with any others, texts would get other ids on
 # the board from those in training, or single tokens could not be decoded.
 _REPLACES_SPACES: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _DECODER: Final = [
@@ -58,7 +58,7 @@ def is_control(text: str, *, special: bool) -> bool:
 
 
 def unlike_gemma(content: Mapping[str, Any]) -> str | None:
-    """How a tokenizer.json differs from Gemma's in its effect, as a message; None if it does not.
+    """Say how a tokenizer.json differs from Gemma's in its effect; None if it does not.
 
     Truncation and padding, which some trainers leave in the file, are not checked, because they are never applied.
 
@@ -79,14 +79,14 @@ def unlike_gemma(content: Mapping[str, Any]) -> str | None:
         return f"its pre-tokenizer is {_kinds(splitter, 'pretokenizers')}; Gemma's splits at spaces"
     if _steps(content.get("decoder"), "decoders") != _DECODER:
         return f"its decoder is {_kinds(content.get('decoder'), 'decoders')}; Gemma's replaces {SPACE} and joins bytes"
-    # It adds <bos>, which is never requested.
+    # The post-processor adds <bos>, but encoding never asks for special tokens.
     if _kinds(content.get("post_processor"), "processors") not in ("none", "TemplateProcessing"):
         return f"its post-processor is {_kinds(content['post_processor'], 'processors')}; Gemma's puts <bos> in front"
     return None
 
 
 def too_large(tokens: Iterable[str]) -> str | None:
-    """How a tokenizer's texts, which answers consist of, are far more or far longer than Gemma's, as a message."""
+    """Say which limit a tokenizer's tokens, of which answers consist, exceed; None if none."""
     lengths = [*map(len, tokens)]
     if len(lengths) > _MAX_IDS:
         return f"there are {len(lengths):,} tokens; Gemma's have fewer than {_MAX_IDS:,}"
@@ -109,10 +109,10 @@ def _kinds(part: Any, key: str) -> str:
 
 
 def open_backend(data: bytes, where: object) -> tokenizers.Tokenizer:
-    """The library's own tokenizer from the bytes of a tokenizer.json, without truncation and padding.
+    """Make the library's own tokenizer from the bytes of a tokenizer.json, without truncation and padding.
 
     Raises:
-        BundleError: It cannot be read.
+        BundleError: The file cannot be parsed.
     """
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
@@ -136,7 +136,7 @@ class Tokenizer(Vocabulary):
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        # This makes special tokens in a text plain text; `encode` handles the non-special control tokens.
+        # Encode special tokens in a text as plain text; `encode` handles control tokens that are not special.
         backend.encode_special_tokens = True
         added: dict[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
         control = {
@@ -162,10 +162,10 @@ class Tokenizer(Vocabulary):
         """Parse the bytes of a tokenizer.json.
 
         Args:
-            where: Its place, for messages.
+            where: The file's path, for messages.
 
         Raises:
-            BundleError: It differs from Gemma's.
+            BundleError: The tokenizer differs from Gemma's.
         """
         backend = open_backend(data, where)
         unlike = unlike_gemma(_state(backend))
@@ -176,7 +176,7 @@ class Tokenizer(Vocabulary):
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without `<bos>`, and never the id of a control token."""
+        """Return ids of plain text, without `<bos>` and never the id of a control token."""
         return self._encode(well_formed(text))
 
     def _encode(self, text: str) -> list[int]:
@@ -200,7 +200,7 @@ class Tokenizer(Vocabulary):
         """Split a template's own text into plain texts and the ids of its control tokens. Never use it for users' text.
 
         Raises:
-            BundleError: It uses a token that absorbs adjacent white space, or is one only between spaces.
+            BundleError: The text has a control token that absorbs adjacent white space, or counts only between spaces.
         """
         parts: list[str | int] = []
         at = 0
@@ -216,7 +216,7 @@ class Tokenizer(Vocabulary):
         return [*parts, text[at:]]
 
     def assemble(self, parts: Sequence[Part]) -> list[int]:
-        """Ids of a prompt's parts."""
+        """Return the ids of a prompt's parts."""
         ids: list[int] = []
         for part in parts:
             ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
@@ -229,8 +229,8 @@ def _bytes(text: str) -> bytes:
 
 
 def _state(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The JSON of a loaded tokenizer without its tables."""
-    # The library exposes its parts only as JSON.
+    """Return the JSON of a loaded tokenizer without its vocabulary and merges."""
+    # The library exposes these parts only as JSON.
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     loaded = {name: getattr(backend, name) for name in parts}
     model = backend.model

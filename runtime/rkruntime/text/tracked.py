@@ -1,8 +1,8 @@
 """Text that knows where it came from, while a chat template processes it.
 
-`Tracked` is a str with the real characters, so that a template gets the same results as with any str. In addition it
-keeps the source of each. Characters that an operation does not track have the source UNKNOWN: only those that are
-known to come from the template itself may ever form a control token.
+`Tracked` is a str with the real characters, so that a template gets the same results as with any str. It also keeps the
+source of each character. Characters that an operation does not track have the source UNKNOWN: only characters known to
+come from the template itself may ever form a control token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final, SupportsIndex, TypeAlias
 # Sources: the template's own text, text of unknown origin, or (0 and up) the number of a message.
 OWN: Final = -1
 UNKNOWN: Final = -2
-# Instead of an offset: the characters are not those of the message, as after `upper`.
+# In place of an offset: the characters are no longer the message's own, as after `upper`.
 CHANGED: Final = -1
 
 # Length in characters, source, and offset of the first character in the message's content.
@@ -41,7 +41,7 @@ class Tracked(str):
         return made
 
     def _cut(self, start: int, stop: int) -> Tracked:
-        """The characters from `start` up to `stop`, exclusive."""
+        """Return the characters from `start` up to `stop`, exclusive."""
         found: list[Span] = []
         at = 0
         for length, source, offset in self._spans:
@@ -54,14 +54,14 @@ class Tracked(str):
         return self._of(str.__getitem__(self, slice(start, max(start, stop))), tuple(found))
 
     def _pieces(self) -> Iterator[tuple[str, int, int]]:
-        """The text of each span, with its source and offset."""
+        """Yield the text of each span, with its source and offset."""
         at = 0
         for length, source, offset in self._spans:
             yield str.__getitem__(self, slice(at, at + length)), source, offset
             at += length
 
     def _cut_all(self, texts: Iterable[str], gap: int | None) -> list[Tracked]:
-        """The parts of this text, in order, with `gap` characters between them; None means as many as were left out."""
+        """Cut out `texts`, which follow each other in this text `gap` characters apart; with None, search for each."""
         parts, at = [], 0
         for text in texts:
             at = str.index(self, text, at) if gap is None else at
@@ -85,7 +85,7 @@ class Tracked(str):
         return joined(self._cut(at, at + 1) for at in range(start, stop, step))
 
     def __add__(self, other: str) -> Tracked:
-        # Markup and the like have their own rules for what precedes them.
+        # Other str subclasses, such as Markup, have their own rules for what precedes them.
         return joined((self, other)) if type(other) in (str, Tracked) else NotImplemented
 
     def __radd__(self, other: str) -> Tracked:
@@ -140,7 +140,7 @@ class Tracked(str):
     def removesuffix(self, suffix: str, /) -> Tracked:
         return self._cut(0, len(str.removesuffix(self, suffix)))
 
-    # str's are declared to return list[str] and tuple[str, str, str]; a list is not covariant.
+    # Typed as in str, list[str] and tuple[str, str, str]: a list[Tracked] is not a list[str].
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return [*self._cut_all(str.split(self, sep, maxsplit), None if sep is None else len(sep))]
 
@@ -161,7 +161,7 @@ class Tracked(str):
 
 
 def _changing(name: str) -> Any:
-    """The str method of that name, with the origin of its characters marked."""
+    """Wrap the str method of that name so that its result's characters have a source."""
     plain = getattr(str, name)
 
     def method(self: Tracked, *args: Any, **kwargs: Any) -> Tracked:
@@ -179,7 +179,7 @@ for _name in (
 
 
 def _marked(text: str, *inputs: Any) -> Tracked:
-    """Text computed from `inputs` in a way that loses the origin of single characters."""
+    """Return text computed from `inputs` in a way that loses the source of single characters."""
     sources: set[int] = set()
     for item in inputs:
         if isinstance(item, Tracked):
@@ -192,7 +192,7 @@ def _marked(text: str, *inputs: Any) -> Tracked:
 
 
 def joined(pieces: Iterable[str]) -> Tracked:
-    """Concatenated texts; the origin of a plain str is unknown."""
+    """Concatenate texts; the source of a plain str is UNKNOWN."""
     texts = list(pieces)
     spans: list[Span] = []
     for text in texts:

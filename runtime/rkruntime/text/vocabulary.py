@@ -1,4 +1,4 @@
-"""The texts that a tokenizer's ids stand for, and which ids are control tokens."""
+"""The texts of a tokenizer's ids, and which ids are control tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Vocabulary:
 
     def __init__(self, texts: Sequence[bytes], control: Mapping[str, int]) -> None:
         self.control = dict(control)
-        # In one piece, because 256,000 objects would take ten times the memory.
+        # All texts in one bytes object, because 256,000 objects would take ten times the memory.
         self._joined = b"".join(texts)
         self._ends = array("I", accumulate(map(len, texts), initial=0))
 
     @staticmethod
     def unpack(packed: bytes, control: Mapping[str, int]) -> Vocabulary:
-        """Restore the result of `pack`. Raises ValueError."""
+        """Restore a vocabulary from the result of `pack`. Raises ValueError."""
         size = int.from_bytes(packed[:4], "little")
         ends = array("I", packed[4 : 4 + 4 * (size + 1)])
         joined = packed[4 + 4 * (size + 1) :]
@@ -37,7 +37,7 @@ class Vocabulary:
         return made
 
     def pack(self) -> bytes:
-        """The texts as bytes, for another process on this machine."""
+        """Return the texts as bytes, for another process on this machine."""
         return self.vocab_size.to_bytes(4, "little") + self._ends.tobytes() + self._joined
 
     @property
@@ -46,19 +46,19 @@ class Vocabulary:
         return len(self._ends) - 1
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The text of a token in an answer: UTF-8, possibly part of a character; empty for control tokens."""
+        """Return a token's text in an answer: UTF-8, possibly part of a character; empty for control tokens."""
         if not 0 <= token_id < self.vocab_size:
             return b""
         return self._joined[self._ends[token_id] : self._ends[token_id + 1]]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of an answer's ids, without control tokens."""
+        """Return the text of an answer's ids, without control tokens."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def saying(self, token_ids: Sequence[int], text: str) -> tuple[int, ...] | None:
-        """The prefix of `token_ids` that decodes to `text`, byte for byte and without a control token.
+        """Return the prefix of `token_ids` that decodes to `text`, byte for byte and without a control token.
 
-        None if there is no such prefix: then the text must be encoded for a prompt.
+        None if there is no such prefix; the text must then be encoded for a prompt.
         """
         wanted, at = text.encode("utf-8", "surrogatepass"), 0
         for count, token_id in enumerate(token_ids):
@@ -72,9 +72,9 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """Text from token ids as they arrive: an incomplete character is held back until it is complete, or cannot be.
+    """Text from token ids as they arrive; an incomplete character is held back until it is complete or proves invalid.
 
-    Bytes that are not UTF-8 come out as U+FFFD, so does an incomplete character at the end of the answer.
+    Bytes that are not UTF-8 become U+FFFD, as does an incomplete character at the end of the answer.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -82,9 +82,9 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; empty inside a character and for control tokens."""
+        """Return the text that this token completes; empty inside a character and for control tokens."""
         return self._decoder.decode(self._vocabulary.token_bytes(token_id))
 
     def finish(self) -> str:
-        """U+FFFD if the ids ended inside a character, else ""."""
+        """Return U+FFFD if the ids ended inside a character, else ""."""
         return self._decoder.decode(b"", final=True)

@@ -1,7 +1,7 @@
-"""A bundle that `rkedge compat --board` sent to this board to be tried out, and removes afterwards."""
+"""Try out a bundle that `rkedge compat --board` sends to this board, and removes afterwards."""
 
 from typing import Final
 
-# What an answer's line begins with, and the number of this way to ask and answer.
+# The mark with which an answer's line begins, and the version of this protocol.
 MARK: Final = b"RKEDGE-VISIT "
 PROTOCOL: Final = 1

@@ -1,4 +1,4 @@
-"""Where a bundle that is tried out lies on a board: a folder of its own, of which nothing stays."""
+"""The place of a bundle that is tried out on a board: a folder of its own, of which nothing stays."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rkruntime.folders import own_folder
 
 _ID: Final = re.compile(r"[0-9a-f]{16}")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-# Folders within a bundle.
+# Most parts of a file's path within a bundle.
 _MOST_PARTS: Final = 4
 _BLOCK: Final = 1 << 20
-# Seconds in which a process of a broken connection must have ended.
+# Seconds to wait for the process of a broken connection to end.
 _PATIENCE_S: Final = 120.0
 _LOOK_S: Final = 0.2
 
@@ -33,7 +33,7 @@ class Place:
     """The folder of a visit.
 
     Raises:
-        UsageError: That is not an id.
+        UsageError: `id` is not a valid id.
     """
 
     id: str
@@ -44,17 +44,17 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        """All that belongs to it."""
+        """The folder with everything that belongs to the visit."""
         return own_folder("cache") / "visits" / self.id
 
     @property
     def bundle(self) -> Path:
-        """What was sent."""
+        """The folder of the bundle that was sent."""
         return self.folder / "bundle"
 
     @property
     def temporary(self) -> Path:
-        """For files of the library and of probes, so that a crash leaves none elsewhere."""
+        """The folder for temporary files of the library and of probes, so that a crash leaves none elsewhere."""
         return self.folder / "tmp"
 
     @contextmanager
@@ -62,7 +62,7 @@ class Place:
         """Make the folder, and keep other processes of this visit out of it.
 
         Raises:
-            BusyError: Another one has not ended in two minutes.
+            BusyError: Another process has not ended within two minutes.
             OutputError, HostError: The folder cannot be made.
         """
         try:
@@ -78,7 +78,7 @@ class Place:
             os.close(handle)
 
     def sizes(self) -> dict[str, int]:
-        """Files that are there, complete or not, by their names in the bundle."""
+        """Return the sizes of the files that are there, complete or not, by their names in the bundle."""
         return {
             path.relative_to(self.bundle).as_posix(): path.stat().st_size
             for path in sorted(self.bundle.rglob("*"))
@@ -86,11 +86,11 @@ class Place:
         }
 
     def receive(self, name: str, offset: int, stream: BinaryIO) -> int:
-        """Write what comes from `stream` into a file, from `offset` on; returns the file's size.
+        """Write a stream's data to a file from `offset` on; returns the file's size.
 
         Raises:
-            UsageError: No file of a bundle has that name, or it is shorter than `offset`.
-            OutputError, HostError: It cannot be written.
+            UsageError: A bundle's file cannot have that name, or the file is shorter than `offset`.
+            OutputError, HostError: The file cannot be written.
         """
         path = self._within(name)
         try:
@@ -115,9 +115,9 @@ class Place:
         return self.bundle.joinpath(*parts)
 
     def wrong(self) -> list[str]:
-        """Names of files that are missing or not those of the manifest; what is there of them is removed.
+        """Return the names of files that are missing or differ from the manifest, and remove those that differ.
 
-        Every file is read: after a crash, one may have its size without its content.
+        Every file is read, as after a crash a file may have the right size without its content.
         """
         try:
             bundle = open_bundle(self.bundle)
@@ -134,17 +134,17 @@ class Place:
         return found
 
     def open(self) -> Bundle:
-        """The bundle. Raises BundleError."""
+        """Open the bundle. Raises BundleError."""
         return open_bundle(self.bundle)
 
     def remove(self) -> None:
-        """Remove all of it. Raises OutputError if something stays."""
+        """Remove the whole folder. Raises OutputError if something stays."""
         with suppress(BundleError):
             self.open().forget()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.exists():
             raise OutputError(f"{self.folder} could not be removed.", hint=f"On the board: rm -r {self.folder}")
-        with suppress(OSError):  # other visits, or none left
+        with suppress(OSError):  # there are other visits, or the folder is gone already
             self.folder.parent.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""What is tried with a bundle, one step after the other: load, speed, self-test, probes. Results are JSON types."""
+"""Try out a bundle step by step: load, speed, self-test, probes. Results are JSON types."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from rkruntime.selftest import run_selftest
 LOAD: Final = "load"
 SPEED: Final = "speed"
 SELFTEST: Final = "selftest"
-# The first run of a fresh model answers this one: once one has shown that the library adds its template, it is empty.
+# The question that needs the first run of a fresh model: once a run has shown that the library adds its template, the
+# template is empty.
 FIRST: Final = next(iter(QUESTIONS))
-# In this order, in whichever they are asked for.
+# The order in which steps are done, in whatever order they are asked for.
 STEPS: Final = tuple(dict.fromkeys((LOAD, FIRST, SPEED, SELFTEST, *QUESTIONS)))
-# What the self-test finds that is no fault of the answers.
+# Verdicts of the self-test that are not a fault of the answers.
 _RIGHT: Final = ("same", "undecided")
 _LONG_ANSWER: Final = "Count from 1 to 100, one number on each line."
 _MOST_TOKENS: Final = 64
@@ -35,14 +36,13 @@ Result = Mapping[str, Any]
 
 
 def results(load: Callable[[], Model], steps: Sequence[str]) -> Iterator[tuple[str, Result | None]]:
-    """Do these steps, in the order of STEPS; yields each one's name as it begins, with None, and again with its result.
+    """Do steps in the order of STEPS; yields each step's name with None as it begins, and again with its result.
 
     The model is loaded whatever the steps are. A load that fails is a result, and the last one.
 
     Raises:
         UsageError: There is no such step.
-        RKEdgeError: What is wrong is not the model: a bundle, a library or a machine that cannot be used, as far as the
-            log says so.
+        RKEdgeError: The bundle, the library or the machine is at fault, not the model, as far as the log shows.
     """
     if unknown := [step for step in steps if step not in STEPS]:
         raise UsageError(f"There is no step {unknown[0][:80]!r}.")
@@ -68,7 +68,7 @@ def _tried(step: str, trial: Trial) -> Result:
         return _speed(trial) if step == SPEED else _selftest(trial)
     except ModelError as error:
         return {"result": FAILED, "right": False, "says": _short(error.message)}
-    except RKEdgeError as error:  # of the machine: it decides nothing
+    except RKEdgeError as error:  # the machine's fault, which decides nothing about the model
         return {"result": "", "says": _short(error.message)}
 
 
@@ -93,9 +93,9 @@ def _load(trial: Trial) -> Result:
 
 
 def _is_elsewhere(error: ModelError) -> bool:
-    """Whether a load failed for a reason that says nothing of the model, such as a device that may not be opened."""
+    """Whether a load failed for a reason that says nothing about the model, such as a device that may not be opened."""
     found = error.details.get("diagnosis")
-    killed = error.details.get("signal") == "SIGKILL"  # by whom is known if memory ran out
+    killed = error.details.get("signal") == "SIGKILL"  # the diagnosis says by whom if memory ran out
     return found is not None and (is_machine(found) or (killed and found["confidence"] not in CONFIDENCES[:-1]))
 
 
@@ -107,7 +107,7 @@ def _told(error: ModelError) -> str:
 
 
 def _machine() -> Result:
-    """Names neither host nor user."""
+    """Return facts about this machine that name neither host nor user."""
     found = machine_report()
     memory = found["memory"]
     return {
@@ -120,7 +120,7 @@ def _machine() -> Result:
 
 
 def _speed(trial: Trial) -> Result:
-    """Time to the first token, and the rate of those after it. The library's own figure for memory."""
+    """Measure the time to the first token and the rate of later ones, and take the library's own figure for memory."""
     model = trial.model
     request = model.request(_LONG_ANSWER, max_new_tokens=_MOST_TOKENS)
     trial.run(request)  # the first run of a load may be slower
@@ -159,7 +159,7 @@ def _selftest(trial: Trial) -> Result:
 
 
 def _short(text: str) -> str:
-    """A text without the names of the user's folders: the file that it is for may be anybody's to read."""
+    """Return a text without the names of the user's folders, as the file it is for may be published."""
     for own, shown in ((str(own_folder("cache")), "~/.cache/rkedge"), (str(home()), "~")):
         text = text.replace(own, shown) if len(own) > 1 else text
     return text[:_MOST_TEXT]

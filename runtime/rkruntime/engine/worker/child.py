@@ -39,7 +39,7 @@ class Worker:
         self._model: LoadedModel | None = None
         self._runner: Runner | None = None
         self._number = self._aborted = 0
-        self._unanswered = 0  # the run that was aborted while a callback waited for its answer
+        self._unanswered = 0  # number of the run that was aborted while a callback waited for its answer
 
     def serve(self) -> NoReturn:
         """Execute commands until the parent sends `close` or is gone."""
@@ -68,7 +68,7 @@ class Worker:
             self._answers.put((header["run"], header["ok"], bytes(data[0])))
         elif call == "abort" and self._runner is not None:
             self._aborted = header["run"]
-            self._answers.put((header["run"] & 0xFFFF, False, _NO_ANSWER))  # the parent may be past answering
+            self._answers.put((header["run"] & 0xFFFF, False, _NO_ANSWER))  # the parent may not answer any more
             self._runner.abort(header["run"])
         elif call == "is_running":
             self._answer(call, header, data)
@@ -93,7 +93,7 @@ class Worker:
         with self._lock:
             size = memoryview(data).nbytes
             head = protocol.RECORD.pack(kind, batch, run & 0xFFFF, value, size)
-            # In one piece if possible: a token's record, which takes no lock, must not come in between.
+            # In one write if possible: a token's record, written without the lock, must not come in between.
             parts = [head + bytes(data)] if len(head) + size <= select.PIPE_BUF else [head, data]
             try:
                 protocol.write_all(self._records, *parts)
@@ -157,13 +157,13 @@ class Worker:
         )
 
     def _do_fence(self, _header: dict[str, Any], _data: list[memoryview]) -> None:
-        """Nothing: the reply says that the run before is over."""
+        """Do nothing: the reply says that the run before is over."""
 
     def _do_close(self, _header: dict[str, Any], _data: list[memoryview]) -> None:
         if self._model is not None:
             self._model.close()
 
-    # Callbacks of 1.3.0 for models without tokenizer or embeddings, which the parent has.
+    # Callbacks of 1.3.0 for models without tokenizer or embeddings: the parent answers them.
 
     def _ask(self, kind: int, data: bytes) -> bytes:
         if self._aborted == self._number:
@@ -185,7 +185,7 @@ class Worker:
         return self._ask(protocol.EMBED, array("i", ids).tobytes())
 
 
-# Of 1000. Buffers on the NPU do not count as this process's memory, so the kernel would choose another one.
+# oom_score_adj, at most 1000. NPU buffers do not count as this process's memory, so the kernel would kill another one.
 _OOM_SCORE: Final = 500
 _LIBC: Final = ctypes.CDLL(None)
 _NO_ANSWER: Final = b"The run was aborted."
@@ -198,9 +198,9 @@ def _raise_open_files() -> None:
 
 
 def _die_first() -> None:
-    """Let the kernel kill this process when memory runs out, and not the one that reports it."""
+    """Have the kernel kill this process when memory runs out, not the parent that reports it."""
     path = Path("/proc/self/oom_score_adj")
-    with contextlib.suppress(OSError, ValueError):  # without /proc, as it is
+    with contextlib.suppress(OSError, ValueError):  # without /proc, the score stays as it is
         if int(path.read_text()) < _OOM_SCORE:
             path.write_text(str(_OOM_SCORE))
 

@@ -14,10 +14,10 @@ class CommandPipe:
     """Commands on their way to the worker, from any thread.
 
     An interrupt at any moment loses nothing and sends nothing twice: Python runs signal handlers between calls, but
-    not between assignments. What it left here is sent before the next command.
+    not between assignments. Data left unsent by an interrupt is sent before the next command.
 
     Args:
-        fd: A pipe's end that does not block.
+        fd: The write end of a non-blocking pipe.
     """
 
     def __init__(self, fd: int) -> None:
@@ -25,7 +25,7 @@ class CommandPipe:
         self._lock = threading.RLock()
         self._outgoing: deque[memoryview] = deque()
         self._writing = False
-        # How much of `_part`, the first of those, is sent: `_sent` bytes, and what `_counts` has.
+        # Of `_part`, the first part of `_outgoing`, `_sent` bytes are sent, plus those in `_counts`, not yet added up.
         self._part = memoryview(b"")
         self._sent = 0
         self._counts: list[int] = []
@@ -33,7 +33,7 @@ class CommandPipe:
         self._writable.register(fd, select.POLLOUT)
 
     def send(self, command: Iterable[bytes | memoryview], timeout: float) -> None:
-        """Send a command (see protocol.pack_command). A signal's handler in the middle of one only adds to it.
+        """Send a command (see protocol.pack_command). If called by a signal's handler during a send, only queue it.
 
         Raises:
             TimeoutError: The worker has not read it within `timeout` seconds.
@@ -68,7 +68,7 @@ class CommandPipe:
                 self._writable.poll(wait * 1000)
 
     def close(self) -> None:
-        """Close it, once no other thread writes to it; may be called twice."""
+        """Close the pipe once no other thread writes to it; may be called twice."""
         with self._lock:
             fd, self._fd = self._fd, -1
             if fd >= 0:

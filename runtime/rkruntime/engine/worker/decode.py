@@ -22,12 +22,12 @@ from rkruntime.errors import (
     UsageError,
 )
 
-# Everything that binding and runner raise.
+# The errors that binding and runner raise, by name.
 _ERRORS: Final = {kind.__name__: kind for kind in (LibraryError, LoadError, RunError, UnsupportedCallError, UsageError)}
 
 
 def json_of(record: Record) -> Any:
-    """The JSON of a record. Raises WorkerProtocolError if it is not JSON."""
+    """Parse the JSON of a record. Raises WorkerProtocolError if it is not JSON."""
     try:
         return json.loads(record.data)
     except (ValueError, RecursionError):
@@ -35,19 +35,19 @@ def json_of(record: Record) -> Any:
 
 
 def sizes_of(value: Any) -> list[int]:
-    """The reply of binding.Model.kv_cache_sizes."""
+    """Check the reply of binding.LoadedModel.kv_cache_sizes."""
     return [whole(size) for size in (value if isinstance(value, list) else [value])]
 
 
 def whole(value: Any) -> int:
-    """`value` as a count. Raises WorkerProtocolError if it is not one."""
+    """Return `value` if it is a count. Raises WorkerProtocolError if it is not."""
     if type(value) is int and 0 <= value < 1 << 31:
         return value
     raise lie(f"{str(value)[:80]!r} instead of a count")
 
 
 def error_of(record: Record) -> RKEdgeError:
-    """The error in an ERROR record, as an instance of the class it names."""
+    """Return the error in an ERROR record, as an instance of the class it names."""
     plain = json_of(record)
     try:
         kind, message, hint = _ERRORS[plain["error"]], plain["message"], plain["hint"]
@@ -64,21 +64,21 @@ def add_log(
     """Add the last lines of the library's log to an error, and a diagnosis.
 
     Args:
-        recent: Those of the load and of what failed; what it had printed in between was about something else.
-        loading: Whether the model was not loaded yet.
-        ran_out: Whether the kernel killed a process for lack of memory meanwhile; None if it does not say.
+        recent: Lines of the load and of the failed command; lines in between are about something else.
+        loading: Whether the model was still being loaded.
+        ran_out: Whether the kernel killed a process for lack of memory meanwhile; None if unknown.
     """
     error.details.setdefault("log", list(lines))
     if isinstance(error, ModelError):
         from rkruntime.checks.diagnosis import diagnose
 
-        # What a shell would have printed below the log; a rule may need it.
+        # The line that a shell would have printed below the log, such as "Segmentation fault": a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
         killed = error.details.get("signal") == "SIGKILL" and not ran_out
-        likely = ending if killed and loading else []  # anybody can kill a process, but a load is what takes memory
+        likely = ending if killed and loading else []  # anybody may have killed the process, but a load takes memory
         ending = [] if killed else ending
         if error.message.startswith("rkllm_load_lora "):
-            # For an adapter that cannot be read, the log says "model"; adapters are read after the model.
+            # If an adapter cannot be read, the log says "model"; this line tells the two apart.
             ending.append("rkllm_load_lora failed")
         found = diagnose("\n".join([*recent, *ending]), context={"library": "librkllmrt"})
         if killed:
@@ -100,7 +100,7 @@ def _killed_hint(ran_out: bool | None) -> str:
 
 
 def array_of(record: Record) -> Logits | HiddenStates:
-    """The array in a LOGITS or HIDDEN record, float32 [rows, columns]."""
+    """Return the array in a LOGITS or HIDDEN record, float32 [rows, columns]."""
     import numpy as np
 
     values = np.frombuffer(record.data, np.float32).reshape(-1, record.value)
@@ -108,7 +108,7 @@ def array_of(record: Record) -> Logits | HiddenStates:
 
 
 def finished_of(record: Record) -> Finished:
-    """The end of a run, from a FINISHED record. Raises WorkerProtocolError."""
+    """Return the end of a run from a FINISHED record. Raises WorkerProtocolError."""
     plain = json_of(record)
     try:
         reason, perf = FinishReason(plain["reason"]), plain["perf"]
@@ -118,7 +118,7 @@ def finished_of(record: Record) -> Finished:
 
 
 def _perf(plain: Any) -> Perf | None:
-    """The runtime's figures, if they are plausible: a library may leave the structure untouched."""
+    """Return the runtime's figures, None if they are implausible: a library may leave the structure uninitialized."""
     if plain is None:
         return None
     values = [plain[field.name] for field in fields(Perf)]

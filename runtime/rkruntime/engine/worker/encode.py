@@ -14,18 +14,18 @@ from rkruntime.errors import UnsupportedCallError, UsageError
 
 Data = list[bytes | memoryview]
 
-# The first release whose runs take their own sampling and limit.
+# First release in which a run can have its own sampling and limit.
 PER_RUN_SAMPLING = "1.3.0"
 
 
 def run_command(
     requests: Sequence[Request], mode: str, version: str, options: LoadOptions
 ) -> tuple[dict[str, Any], Data]:
-    """Header and data of a run; the first request holds the run's settings.
+    """Return header and data of a run; the first request holds the settings of all.
 
     Raises:
-        UsageError: A request makes no sense.
-        UnsupportedCallError: The release cannot do it.
+        UsageError: A request is invalid.
+        UnsupportedCallError: The release does not support a request.
     """
     first, data = requests[0], Data()
     for other in requests[1:]:
@@ -47,7 +47,7 @@ def run_command(
 
 
 def method(name: str, *args: Any) -> dict[str, Any]:
-    """Header of a call of a method of binding.Model."""
+    """Return the header of a command that calls a method of binding.LoadedModel."""
     return {"call": "call", "method": name, "args": list(args)}
 
 

@@ -1,4 +1,4 @@
-"""Records for an event loop, which watches a descriptor and never blocks."""
+"""Read the worker's records in an event loop, which watches a descriptor and never blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AsyncRecords:
 
     Args:
         turn: Held while records are read, and never across an await.
-        answered: Handles the library's questions (see protocol.TOKENIZE); returns whether a record was one.
+        answered: Answers a record that is a question of the library (see protocol.TOKENIZE); returns whether it is one.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class AsyncRecords:
     ) -> None:
         self._worker, self._turn, self._answered = worker, turn, answered
         self._loop = asyncio.get_running_loop()
-        # The numbers as they are now: another thread may close the pipes.
+        # Copies of the descriptors' numbers, as another thread may close the pipes.
         self._records_fd, self._log_fd = worker.records_fd, worker.log_fd
         self._waiter: asyncio.Future[None] | None = None
         self._failed: WorkerError | None = None
@@ -44,14 +44,14 @@ class AsyncRecords:
             self._watch_log()
 
     def _waiting(self) -> Record | None:
-        """The next record, if it has arrived."""
+        """Return the next record if it has arrived, answering the library's questions before it."""
         record = self._worker.buffered()
         while record is not None and record.kind >= TOKENIZE and self._answered(record):
             record = self._worker.buffered()
         return record
 
     async def next(self, timeout: float, wanted: Callable[[], bool], limiting: Limiting) -> Record | None:
-        """See WorkerProcess.next_record; None as soon as none is `wanted` any more."""
+        """See WorkerProcess.next_record; returns None as soon as `wanted` returns False."""
         deadline = time.monotonic() + timeout
         while True:
             timeout, deadline = limiting(timeout, deadline)
@@ -64,7 +64,7 @@ class AsyncRecords:
                 raise self._failed
             if time.monotonic() > deadline:
                 raise self._worker.hung(timeout)
-            if self._received >= SMALL_READ:  # there is more, but others get their turn first
+            if self._received >= SMALL_READ:  # there is more to read, but other tasks get their turn first
                 await asyncio.sleep(0)
             else:
                 await self._readable(deadline)
@@ -80,11 +80,11 @@ class AsyncRecords:
         event_of: Callable[[Record], E],
         take: Callable[[list[E]], bool],
     ) -> None:
-        """Call `take` with the events of each read, until it wants no more, or `wanted` says that none are.
+        """Call `take` with the events of each read, until it or `wanted` returns False.
 
-        It is called by the loop itself, as soon as they are there: each turn of the loop more, as a task needs to wake
-        up, would cost a token as much CPU time again. `event_of` is called in turn. Errors are those of both and of
-        WorkerProcess.next_record.
+        The loop itself calls `take` as soon as there are events: one more turn of the loop, as a task needs to wake up,
+        would double a token's CPU time. `event_of` is called while the turn is held. Raises what both functions and
+        WorkerProcess.next_record raise.
         """
         ended: asyncio.Future[None] = self._loop.create_future()
         limit, deadline = timeout, time.monotonic() + timeout
@@ -114,7 +114,7 @@ class AsyncRecords:
         self._watch(self._records_fd, look)
         self._check = check
         self._timer.cancel()
-        self._tick()  # there may be something that somebody else has read
+        self._tick()  # another reader may already have put events into the buffer
         try:
             await ended
         finally:
@@ -124,7 +124,7 @@ class AsyncRecords:
     def _hand_over(
         self, wanted: Callable[[], bool], event_of: Callable[[Record], E], take: Callable[[list[E]], bool]
     ) -> bool | None:
-        """Read once, and give `take` what is complete; whether there is to be more, None if nothing has come."""
+        """Read once and pass complete events to `take`; returns whether to go on, or None if nothing has come."""
         events: list[E] = []
         try:
             with self._turn():
@@ -144,7 +144,7 @@ class AsyncRecords:
         return take(events) if events else None
 
     async def _readable(self, deadline: float) -> None:
-        """Wait until there may be something to read. The descriptor is watched only here: each event costs CPU."""
+        """Wait until there may be something to read. Watch the descriptor only here, as each event costs CPU time."""
         self._waiter = self._loop.create_future()
         self._watch(self._records_fd, self._wake)
         alarm = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._wake)
@@ -156,7 +156,7 @@ class AsyncRecords:
             self._unwatch(self._records_fd)
 
     def _watch(self, fd: int, callback: Callable[[], object]) -> None:
-        """Watch a descriptor; a loop has one watcher for each, and the last one counts."""
+        """Watch a descriptor. A loop has one watcher per descriptor, and a new one replaces the last."""
         self._worker.watchers[self._loop, fd] = self
         self._loop.add_reader(fd, callback)
 
@@ -175,7 +175,7 @@ class AsyncRecords:
 
     def _tick(self) -> None:
         self._look(self._worker.check_alive)
-        # Somebody else may have read what was waited for.
+        # Another reader may have buffered the record that is being waited for.
         self._timer = self._loop.call_later(self._check(), self._tick)
 
     def _look(self, work: Callable[[], Any]) -> None:
@@ -193,11 +193,11 @@ class AsyncRecords:
         more = self._worker.read_log()
         if more or not self._worker.log_open:
             self._unwatch(self._log_fd)
-        if more:  # others get their turn first
+        if more:  # other tasks get their turn first
             self._log_timer = self._loop.call_later(LOG_PAUSE, self._watch_log)
 
     def close(self) -> None:
-        """Remove the worker from the loop."""
+        """Stop watching the worker's descriptors."""
         self._timer.cancel()
         if self._log_timer is not None:
             self._log_timer.cancel()

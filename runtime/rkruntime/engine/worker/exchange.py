@@ -1,4 +1,4 @@
-"""What may come back for one command. The library can write to the worker's pipes, so no record is trusted."""
+"""Check the records that come back for a command: the library can write to the worker's pipes, so none is trusted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from rkruntime.engine.worker.protocol import EMBED, ERROR, FINISHED, HIDDEN, LOGITS, MAX_DATA, REPLY, TOKEN, TOKENIZE
 from rkruntime.errors import WorkerProtocolError
 
-# Bytes. A token is a few letters; a text to tokenize is a prompt, and its ids are fewer.
+# Limits of a record's data in bytes. A token is a few letters; a text to tokenize is a prompt, and has fewer ids.
 _SIZES: Final = {
     TOKEN: 1 << 16,
     LOGITS: MAX_DATA,
@@ -19,7 +19,7 @@ _SIZES: Final = {
     TOKENIZE: 1 << 24,
     EMBED: 1 << 24,
 }
-# No vocabulary or layer is wider.
+# Limit of an array's columns; no vocabulary or layer is wider.
 _MOST_COLUMNS: Final = 1 << 20
 _MODES: Final = {"generate": {TOKEN}, "logits": {TOKEN, LOGITS}, "hidden": {HIDDEN}}
 
@@ -28,13 +28,13 @@ class Exchange:
     """One command and the records that belong to it.
 
     Args:
-        number: Number of the command; its records carry it mod 2^16.
+        number: Number of the command, which its records carry mod 2^16.
         mode: Mode of a run; None for any other command, which has one reply.
         questions: Kinds of questions that the caller can answer.
         batches: Prompts of the run.
         most_tokens: Most tokens per prompt; -1 for any number.
         most_rows: Most rows of an array.
-        late_rows: Most rows of an array of an earlier run, which is dropped; without, such an array is a lie.
+        late_rows: Most rows of an earlier run's array, which is dropped; with 0, such an array is an error.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Exchange:
         self._finished = 0
 
     def accepts(self, kind: int, batch: int, run: int, value: int, size: int) -> bool:
-        """Whether a record belongs here, by its head; False for a late one of an earlier exchange, which is dropped.
+        """Whether a record, by its head, belongs to this exchange; one of an earlier exchange is to be dropped.
 
         Raises:
             WorkerProtocolError: The worker must not send this.
@@ -64,7 +64,7 @@ class Exchange:
         if size > _SIZES.get(kind, -1):
             raise lie(f"a record of the kind {kind} with {size:,} bytes")
         if run != self._number:
-            # A library may call back after its run is over, but arrays are too large to be read for nothing.
+            # A library may call back after its run is over, but an unexpected array is too large to read and drop.
             is_array = kind in (LOGITS, HIDDEN)
             if (run - self._number) & 0xFFFF < 1 << 15 or (is_array and not self._late_rows):
                 raise lie(f"a record of the run {run} during the run {self._number}")
@@ -98,5 +98,5 @@ def _check_array(columns: int, size: int, most_rows: int) -> None:
 
 
 def lie(what: str) -> WorkerProtocolError:
-    """The error for a worker that sent `what`."""
+    """Return the error for a worker that sent `what`."""
     return WorkerProtocolError(f"The worker sent {what}, and was killed.")

@@ -1,8 +1,8 @@
-"""The process above the worker: nothing that the library starts outlives the worker, nor the worker its parent.
+"""The process above the worker, which sees to it that nothing outlives the worker, nor the worker its parent.
 
-A library may start processes in sessions of their own, which no signal to the worker's group reaches. They
-stay descendants, though, and a subreaper inherits them when their parents exit. The worker's parent is someone else's
-program and cannot be one, so this process stands between the two.
+A library may start processes in sessions of their own, which no signal to the worker's group reaches. They remain
+descendants, though, and a subreaper inherits them when their parents exit. The worker's parent is someone else's
+program and cannot be a subreaper, so this process stands between the two.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _LOOK: Final = 1.0
 def keep() -> None:
     """Fork, and return in the worker.
 
-    The calling process stays behind. It exits when the worker does, with the same status; or when its parent is gone or
-    SIGTERM arrives, and then takes the worker along. Either way all descendants are killed.
+    The calling process becomes the keeper. It exits with the worker's status when the worker does; if its own parent is
+    gone or SIGTERM arrives, it kills the worker and exits. Either way, it kills all descendants.
     """
     keeper, parent = os.getpid(), os.getppid()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -34,7 +34,7 @@ def keep() -> None:
     worker = os.fork()
     if worker:
         _keep(worker, parent)
-    # In case the keeper is killed. It has only one thread: the signal is sent when the forking thread ends.
+    # In case the keeper is killed. The signal is sent when the forking thread ends; the keeper has no other.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != keeper:
         os._exit(1)
@@ -63,7 +63,7 @@ def _keep(worker: int, parent: int) -> NoReturn:
 
 
 def _wait(worker: int, parent: int) -> int | None:
-    """The worker's status, or None if it must be killed."""
+    """Wait for the worker; returns its status, or None if it must be killed."""
     while os.getppid() == parent:
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -76,7 +76,7 @@ def _wait(worker: int, parent: int) -> int | None:
 
 
 def _kill_children() -> None:
-    """Kill children until none is left. Those of a killed child become children of this process."""
+    """Kill children until none is left: the children of a killed child become this process's."""
     with suppress(ChildProcessError):
         while True:
             for child in _children():
@@ -86,7 +86,7 @@ def _kill_children() -> None:
 
 
 def _children() -> list[int]:
-    """Pids of the children, from /proc/PID/stat; not every kernel has /proc/PID/task/TID/children."""
+    """List pids of children from /proc/PID/stat, as not every kernel has /proc/PID/task/TID/children."""
     found, own = [], os.getpid()
     for entry in Path("/proc").iterdir():
         # A program's name, in parentheses, may contain anything.

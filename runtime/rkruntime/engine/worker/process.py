@@ -28,32 +28,32 @@ from rkruntime.printable import one_line
 from rkruntime.words import counted
 
 _ROOT: Final = str(Path(__file__).resolve().parents[3])
-# Isolated: PYTHONPATH, the working folder and site-packages do not affect what the worker imports.
+# Run with -I: PYTHONPATH, the working folder and site-packages do not affect what the worker imports.
 _START: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); import rkruntime.engine.worker.__main__"
 _PIPE: Final = 1 << 20
 _LOG_READ: Final = 1 << 16
 _KEPT_LINES: Final = 200
 _LONGEST_LINE: Final = 16384
 _SLICE: Final = 0.5
-# If a worker prints more than _LOG_READ bytes in this time, the rest is lost in the pipe.
+# Seconds between reads of a busy log. If more than _LOG_READ bytes are printed in this time, some may be lost.
 LOG_PAUSE: Final = 0.02
-# A worker reads its commands in a thread that does nothing else, and the pipe holds most of them whole.
+# Seconds: ample, as a thread of the worker only reads commands, and the pipe holds most of them whole.
 _COMMAND_TIMEOUT: Final = 10.0
-# Seconds to kill everything that a worker started. It takes longer only if the kernel does not let go.
+# Seconds for killing everything that a worker started. It takes longer only if a process hangs in the kernel.
 _KILL_TIMEOUT: Final = 5.0
-# The library prints these during a run and continues, or waits forever; its answer is then garbage (rknn-llm issues
-# 390, 449, 85, 306).
+# Lines after which the library continues a run or waits forever, but its answer is garbage (rknn-llm issues 390, 449,
+# 85, 306).
 _ALARM: Final = re.compile(
     rb"matmul\(\w+\) run failed|failed to submit|failed to wait job|failed to sync memory|meet unkown shape"
 )
-# A buffer of a megabyte is mapped anew for each read, which costs 6 us: worth it for arrays, not for tokens.
+# Bytes per read. A buffer of a megabyte is mapped anew for each read, at 6 us: worth it for arrays, not for tokens.
 SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
-# Another limit for what is being waited for, and its end (time.monotonic()), from those so far.
+# Maps the limit of a wait in seconds, and its end (time.monotonic()), to those that now apply.
 Limiting: TypeAlias = Callable[[float, float], tuple[float, float]]
-# Workers that were never closed and had not yet exited at the last check.
+# Processes of workers that were dropped without `close` and had not yet exited at the last check.
 _let_go_of: Final[list[subprocess.Popen[bytes]]] = []
 
 
@@ -61,15 +61,15 @@ class WorkerProcess:
     """A worker process and its three pipes: commands, records, and output.
 
     Attributes:
-        log: The last lines that it printed, with control characters escaped.
-        printed: How many lines it has printed in all.
-        alarm: The first line, since this was last cleared, that says that a run's results are wrong.
+        log: The last lines that the worker printed, with control characters escaped.
+        printed: Number of lines that the worker has printed in all.
+        alarm: The first line since `alarm` was last cleared that says that a run's results are wrong.
         log_open: Whether more lines may follow.
-        owner: The process that may use it.
-        watchers: Who watches which descriptor for an event loop.
+        owner: The process that may use the worker.
+        watchers: The reader that watches a descriptor for an event loop, by loop and descriptor.
 
     Args:
-        interpreter: Command of the Python to use. Raises HostError if it cannot be started.
+        interpreter: Command line of the Python to use. Raises HostError if it cannot be started.
         environment: The worker's environment.
         on_log: Called with each line that the worker prints.
     """
@@ -101,7 +101,7 @@ class WorkerProcess:
             for fd in fds:
                 on_error.callback(_close_quietly, fd)
             command_read, commands, self._records, record_write, self._log, log_write = fds
-            # A full log pipe must not stop the library: whatever does not fit is lost.
+            # A full log pipe must not block the library: output that does not fit is lost.
             for fd in (commands, self._records, self._log, log_write):
                 os.set_blocking(fd, False)
             for fd in (commands, log_write):
@@ -121,12 +121,12 @@ class WorkerProcess:
 
     @property
     def records_fd(self) -> int:
-        """Readable when there may be a record, for an event loop."""
+        """The descriptor that is readable when there may be a record, for an event loop."""
         return self._records
 
     @property
     def log_fd(self) -> int:
-        """Readable when the worker has printed something, and at its end."""
+        """The descriptor that is readable when the worker has printed something or exited, for an event loop."""
         return self._log
 
     @property
@@ -138,8 +138,8 @@ class WorkerProcess:
         """Send a command (see protocol.pack_command), from any thread.
 
         Raises:
-            WorkerCrashedError: the worker is gone.
-            WorkerHungError: It does not read; it was killed.
+            WorkerCrashedError: The worker is gone.
+            WorkerHungError: The worker does not read; it was killed.
         """
         try:
             self._commands.send(command, _COMMAND_TIMEOUT)
@@ -149,14 +149,14 @@ class WorkerProcess:
             raise self.crashed() from None
 
     def expect(self, exchange: Exchange) -> None:
-        """From now on, return only the records of `exchange`."""
+        """Accept only the records of `exchange` from now on."""
         self._exchange, self._wanted = exchange, False
 
     def buffered(self) -> Record | None:
-        """The next complete record, without a system call. Every record passes through here.
+        """Return the next complete record without a system call. Every record passes through here.
 
         Raises:
-            WorkerProtocolError: the worker must not send this.
+            WorkerProtocolError: The worker must not send this.
         """
         if self._parts:
             self._join()
@@ -179,9 +179,9 @@ class WorkerProcess:
         return None
 
     def receive(self) -> int:
-        """Read what has arrived, without waiting: at most SMALL_READ bytes, or what a record lacks.
+        """Read what has arrived without waiting: at most SMALL_READ bytes, or the bytes that a record still lacks.
 
-        An interrupt loses nothing of it: Python runs signal handlers between calls, not between assignments.
+        An interrupt loses no data: Python runs signal handlers between calls, not between assignments.
 
         Returns:
             The number of bytes. Raises WorkerCrashedError if the worker has exited.
@@ -203,7 +203,7 @@ class WorkerProcess:
         return sum(map(len, last))
 
     def _join(self) -> None:
-        """Count the parts that were read; once there are enough of them, make one buffer of all."""
+        """Count the bytes of the parts that were read; once a record is complete, join all parts to one buffer."""
         while self._counted < len(self._parts):
             count = len(self._parts[self._counted])
             left = None if self._left is None else self._left - count
@@ -213,15 +213,15 @@ class WorkerProcess:
             self._buffer, self._at, self._parts, self._counted = joined, 0, [], 0
 
     def next_record(self, timeout: float, deadline: float, limiting: Limiting | None = None) -> Record:
-        """Wait for a record until `deadline` (time.monotonic()), the end of a limit of `timeout` seconds.
+        """Wait for a record until `deadline` (time.monotonic()), at which `timeout` seconds are over.
 
         Args:
-            limiting: Asked twice a second for another limit.
+            limiting: Called twice a second for the limit that now applies.
 
         Raises:
-            WorkerCrashedError: the worker ended.
-            WorkerHungError: Nothing that counts came in time; the worker was killed.
-            WorkerProtocolError: the worker must not send this.
+            WorkerCrashedError: The worker ended.
+            WorkerHungError: No record came in time; the worker was killed.
+            WorkerProtocolError: The worker must not send this.
         """
         record = self.buffered()
         if record is not None:
@@ -242,7 +242,7 @@ class WorkerProcess:
         return record
 
     def _ready(self, seconds: float) -> bool:
-        """Wait for the record pipe; returns whether it can be read. Meanwhile, take in what is printed."""
+        """Wait for the record pipe; returns whether it can be read. Meanwhile, read the log."""
         if self._log_again and time.monotonic() > self._log_again:
             self._log_again = 0.0
             self._poll.register(self._log, select.POLLIN)
@@ -260,18 +260,18 @@ class WorkerProcess:
     def check_alive(self) -> None:
         """Notice that the process has exited, even if one of its children keeps the pipes open.
 
-        Whatever is in the pipe by then still counts, but nothing that comes later.
+        Records in the pipe by then still count, but none that come later.
         """
         if self._left is None and self.process.poll() is not None:
             self._left = _waiting(self._records)
 
     def read_log(self) -> bool:
-        """Take in a piece of what the worker has printed; returns whether there is likely to be more."""
+        """Read a piece of what the worker has printed; returns whether there is likely to be more."""
         try:
             data = os.read(self._log, _LOG_READ)
         except OSError:
             return False
-        if not data:  # its writers are gone, so it would always be ready
+        if not data:  # the writers are gone, so poll would always report the pipe as ready
             self.log_open = False
             with contextlib.suppress(KeyError):
                 self._poll.unregister(self._log)
@@ -280,7 +280,7 @@ class WorkerProcess:
         return len(data) == _LOG_READ
 
     def drain_log(self) -> None:
-        """Take in what the worker has printed so far, but nothing that it prints meanwhile."""
+        """Read what the worker has printed so far, but nothing that it prints meanwhile."""
         for _ in range(-(-_waiting(self._log) // _LOG_READ)):
             self.read_log()
 
@@ -314,15 +314,15 @@ class WorkerProcess:
             self._on_log(text)
 
     def end(self, grace: float) -> int:
-        """End the process and everything that it started; wait `grace` seconds for it to exit by itself.
+        """End the process and everything that it started, after `grace` seconds in which it may exit by itself.
 
         Returns:
-            Its return code, negative for a signal.
+            The process's return code, negative for a signal.
         """
         try:
             self.process.wait(grace)
         except subprocess.TimeoutExpired:
-            self.process.terminate()  # for its keeper: see rkruntime.engine.worker.keeper
+            self.process.terminate()  # SIGTERM to the keeper: see rkruntime.engine.worker.keeper
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_KILL_TIMEOUT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -334,7 +334,7 @@ class WorkerProcess:
         return code
 
     def close_pipes(self) -> None:
-        """Close the parent's ends."""
+        """Close the parent's ends of the pipes."""
         self._forgotten.detach()
         self._commands.close()
         for name in ("_records", "_log"):
@@ -344,7 +344,7 @@ class WorkerProcess:
                 os.close(fd)
 
     def crashed(self) -> WorkerCrashedError:
-        """The error for a worker that exited; the process is gone afterwards."""
+        """End the process, and return the error for a worker that exited."""
         code = self.end(grace=1.0)
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -357,7 +357,7 @@ class WorkerProcess:
         )
 
     def hung(self, seconds: float) -> WorkerHungError:
-        """The error for a worker that did not respond in time; the process is gone afterwards."""
+        """Kill the process, and return the error for a worker that did not respond in time."""
         self.end(grace=0)
         return WorkerHungError(
             f"The runtime library did not respond for {counted(seconds, 'second')} and was killed.",
@@ -388,7 +388,7 @@ def _start(
 
 
 def _let_go(process: subprocess.Popen[bytes], pipes: tuple[int, ...], owner: Owner) -> None:
-    """End a worker that was never closed, without waiting for it. A fork of its parent leaves it alone."""
+    """End a worker that was dropped without `close`, without waiting for it; in a fork, only close the pipes."""
     for fd in pipes:
         _close_quietly(fd)
     if owner.here:
@@ -397,7 +397,7 @@ def _let_go(process: subprocess.Popen[bytes], pipes: tuple[int, ...], owner: Own
 
 
 def _no_standard_stream(fd: int) -> int:
-    """A pipe's end under a number that the worker's own streams do not take, even if some of ours are closed."""
+    """Move a pipe's end to a number above 2: it may have a standard stream's number, if ours were closed."""
     if fd > 2:
         return fd
     higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -406,7 +406,7 @@ def _no_standard_stream(fd: int) -> int:
 
 
 def _waiting(fd: int) -> int:
-    """The number of bytes in a pipe; 0 if it is closed."""
+    """Return the number of bytes in a pipe; 0 if it is closed."""
     try:
         return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
     except (OSError, ValueError):

@@ -63,14 +63,14 @@ def read_exactly(fd: int, size: int) -> bytes:
 
 
 def pack_command(header: dict[str, Any], data: Sequence[bytes | memoryview] = ()) -> list[bytes | memoryview]:
-    """The buffers of a command: the header with the sizes of the `data` parts as `sizes`, then the parts."""
+    """Return the buffers of a command: the header, to which the sizes of the `data` parts are added, then the parts."""
     sizes = [memoryview(part).nbytes for part in data]
     text = json.dumps({**header, "sizes": sizes}).encode()
     return [COMMAND.pack(len(text), sum(sizes)) + text, *data]
 
 
 def read_command(fd: int) -> tuple[dict[str, Any], list[memoryview]]:
-    """The next command and its data parts. Raises EOFError when the parent is gone."""
+    """Read the next command and its data parts. Raises EOFError when the parent is gone."""
     header_size, data_size = COMMAND.unpack(read_exactly(fd, COMMAND.size))
     header: dict[str, Any] = json.loads(read_exactly(fd, header_size))
     data = memoryview(read_exactly(fd, data_size))

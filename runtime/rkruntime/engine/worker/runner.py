@@ -49,11 +49,11 @@ class Runner:
         self._run: int | None = None
         self._aborted = 0
         self._ended: list[str | None] = []
-        self._paused = False  # the run before
+        self._paused = False  # whether the run before was paused
         self._model: LoadedModel | None = None
 
     def attach(self, model: LoadedModel) -> None:
-        """Set the model whose callback `on_result` is."""
+        """Set the model whose result callback is `on_result`."""
         self._model = model
 
     @property
@@ -94,7 +94,7 @@ class Runner:
         if self._failed:
             raise RunError("The runtime reported an error during the run.")
         if not self._heard and None in self._ended:
-            # An empty answer at least has an end, and a run whose end was lost has produced something.
+            # Even an empty answer has an end, and a run whose end was lost has at least a token.
             raise RunError("rkllm_run returned 0, but the runtime reported neither a token nor an end.")
         self._check_prompt_was_read()
         return self._results(header)
@@ -103,12 +103,12 @@ class Runner:
         try:
             self.model.run(prompts, infer)
         except RunError:
-            # Whether a run ended by rkllm_abort counts as failed is unknown: the answer is whole if all batches ended.
+            # Whether a run ended by rkllm_abort counts as failed is unknown; the answer is whole if all batches ended.
             if self._failed or None in self._ended:
                 raise
 
     def _forget_prompts(self) -> None:
-        """Empty the KV cache: boards are reported to return no rows for what it holds (rknn-llm issues 278, 453)."""
+        """Empty the KV cache: boards are reported to return no rows for tokens in it (rknn-llm issues 278, 453)."""
         if self.model.has_prompt_cache:
             self.model.release_prompt_cache()
         if "rkllm_clear_kv_cache" in self._library.abi.functions:
@@ -138,18 +138,18 @@ class Runner:
         self._perf: dict[str, float] | None = None
 
     def _input(self, prompt: dict[str, Any], data: list[memoryview]) -> dict[str, Any]:
-        """Fields of RKLLMInput; arrays come from the command's data."""
+        """Return the fields of RKLLMInput; arrays come from the command's data."""
         values: dict[str, Any] = {
             "input_type": self._library.enum("RKLLMInputType", _INPUTS[prompt["kind"]]),
             **_fill_arrays(prompt["input"], data),
         }
-        # Releases without the field behave as for "user"; anything else is an error on them.
+        # Releases without the field behave as for "user"; setting another role is an error there.
         if "role" in dict(self._library.abi.structs["RKLLMInput"]._fields_) or prompt["role"] != "user":
             values["role"] = prompt["role"]
         return values
 
     def _infer(self, header: dict[str, Any]) -> dict[str, Any]:
-        """Fields of RKLLMInferParam."""
+        """Return the fields of RKLLMInferParam."""
         make = self._library.make
         values: dict[str, Any] = {"mode": self._library.enum("RKLLMInferMode", _MODES[header["mode"]])}
         if header["lora"] is not None:
@@ -161,16 +161,16 @@ class Runner:
             values["sampling_params"] = ctypes.pointer(make("RKLLMSamplingParam", header["sampling"]))
         if header["keep_history"]:
             values["keep_history"] = 1
-        # Older releases only have the limit of the load: there, `_count` ends the run.
+        # Older releases know only the limit of the load; `_count` ends their runs.
         limit = header["max_new_tokens"]
         if limit > 0 and "max_new_tokens" in dict(self._library.abi.structs["RKLLMInferParam"]._fields_):
             values["max_new_tokens"] = limit
         return values
 
-    # During a run, in the computing thread.
+    # The following methods run in the library's computing thread, during a run.
 
     def on_result(self, results: Any, state: int) -> int:
-        """The library's callback."""
+        """Handle a call of the library's result callback."""
         try:
             return self._on_state(results, state)
         except BaseException:
@@ -198,13 +198,13 @@ class Runner:
         return CONTINUE
 
     def _check_goes_on(self) -> None:
-        """Check that no token follows the end. Only where the end is known: not for batches, nor for hidden states."""
+        """Raise RunError if a token follows the end. The end is not known for batches and hidden states."""
         if self._finished and self._ended == [None] and self._mode != "hidden":
             raise RunError("The runtime reported the end of the run, then more tokens.")
 
     def _on_token(self, result: Any) -> int:
         if self._ended[0] is not None:
-            if self._ended[0] == "abort":  # it came too early for the library to notice
+            if self._ended[0] == "abort":  # the abort came too early for the library to notice
                 self._end(0, "abort")
             return CONTINUE
         token = result.token_id
@@ -232,7 +232,7 @@ class Runner:
         return CONTINUE
 
     def _on_results(self, results: Any) -> int:
-        """Tokens of a batch, and arrays: copied here, because they are valid only during the callback."""
+        """Handle tokens of batches, and arrays, which are copied as they are valid only during the callback."""
         answer = CONTINUE
         for batch, ended in enumerate(self._ended):
             result = results[batch]
@@ -267,7 +267,7 @@ class Runner:
             self._send(kind, self._number, columns, memoryview(values).cast("B"), batch)
 
     def _end(self, batch: int, reason: str) -> int:
-        """End this batch: what follows is not part of the answer. The run ends when all batches have."""
+        """End a batch: later tokens are not part of its answer. The run ends when all batches have ended."""
         self._ended[batch] = reason
         if None not in self._ended and self._aborting is None:
             self._aborting = threading.Thread(target=self._abort_quietly, daemon=True)
@@ -294,7 +294,7 @@ class Runner:
             "memory_mb": perf.memory_usage_mb,
         }
 
-    # Called from the thread that reads commands.
+    # The following methods are called from the thread that reads commands.
 
     def abort(self, run: int) -> None:
         """End a run early, if it is still in progress."""
@@ -306,7 +306,7 @@ class Runner:
             self._abort_quietly()
 
     def aborted_results(self, header: dict[str, Any]) -> list[dict[str, Any]]:
-        """What `run` returns for a run that an abort has ended within one of the program's callbacks."""
+        """Return what `run` returns, for a run that an abort has ended within one of the program's callbacks."""
         self._ended = [ended or "abort" for ended in self._ended]
         return self._results(header)
 
@@ -319,13 +319,13 @@ class Runner:
         return results
 
     def _prompt_tokens(self, prompt: dict[str, Any]) -> int:
-        """Tokens in the prompt as given; for a text, the runtime's count, if it has one."""
+        """Return the number of tokens in a prompt; for a text, the runtime's count, or 0 without one."""
         if prompt["n_tokens"] is not None:
             return int(prompt["n_tokens"])
         return max(0, int(self._perf["prefill_tokens"])) if self._perf else 0
 
     def _reason(self, prompt_tokens: int, count: int) -> str:
-        """Why the library ended the run: an EOS, the limit of the load, or a full context."""
+        """Say why the library ended the run: an EOS ("stop"), or the limit of the load or a full context ("length")."""
         param = self.model.param
         full = prompt_tokens + count >= param.max_context_len > 0
         return "length" if full or 0 < param.max_new_tokens <= count else "stop"

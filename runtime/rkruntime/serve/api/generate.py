@@ -1,4 +1,4 @@
-"""Code shared by the interfaces: from a body to a GenerationRequest, and from items to an answer or a stream."""
+"""Code shared by the interfaces: make a GenerationRequest of a body, and an answer or a stream of a run's items."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rkruntime.words import counted, dropped_turns
 NOTES_HEADER: Final = "X-RKEdge-Notes"
 EMULATED_HEADER: Final = "X-RKEdge-Emulated"
 _NO_TOOLS: Final = "Leave them out. With `tools: ignore` in the daemon's settings, they are left out here."
-# Most characters of a number per byte of its float.
+# Most characters of a number's text per byte of its float.
 _AS_TEXT: Final = 6
 
 
@@ -44,28 +44,28 @@ class StartedRun:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers with what the client should know before the answer."""
+        """Headers with facts that the client should have before the answer."""
         headers = emulated_header(self.start.model.engine.info.emulated)
         return {**headers, NOTES_HEADER: " ".join(self.start.notes)} if self.start.notes else headers
 
 
 def emulated_header(emulated: bool) -> dict[str, str]:
-    """The header of what an emulated runtime has computed."""
+    """Return the header that marks what an emulated runtime has computed."""
     return {EMULATED_HEADER: "1"} if emulated else {}
 
 
 def text_of(content: Any) -> str:
-    """A message's content, given as a string or as a list of text parts."""
+    """Return a message's content, given as a string or as a list of text parts, as a string."""
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
 def client_of(request: Request, body: Mapping[str, Any]) -> Client:
-    """Whose turn a request takes; its `user` field separates turns of this client only."""
+    """Return the client whose turn a request takes; its `user` field only separates turns of this client."""
     return (*request.scope["rkedge.user"].path, str(body.get("user") or ""))
 
 
 def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stop strings of a request: one, a list, or none."""
+    """Return the stop strings of a request, which has one, a list, or none."""
     stop = body.get("stop") or ()
     return (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
 
@@ -77,7 +77,7 @@ def generation_request(
     max_new_tokens: int | None,
     save: SaveAnswer | None = None,
 ) -> GenerationRequest:
-    """A GenerationRequest from the fields that all interfaces share."""
+    """Make a GenerationRequest from the fields that all interfaces share."""
     return GenerationRequest(
         prompt=prompt,
         client=client_of(request, body),
@@ -90,15 +90,15 @@ def generation_request(
 
 
 def dropping_notes(dropped: int) -> tuple[str, ...]:
-    """The note to a client that the context had no room for so many turns."""
+    """Return the note to a client that the context had no room for `dropped` turns; none for 0."""
     return (f"The context was full: {dropped_turns(dropped)}.",) if dropped else ()
 
 
 class WholeChat:
-    """A conversation that its client sends whole, with the ids of the answers in it that came from this daemon.
+    """A conversation that its client sends as a whole; this daemon's answers in it get their generated ids back.
 
     Args:
-        drop: Drop the oldest turns if there is no room for all.
+        drop: Drop the oldest turns if the context has no room for all.
     """
 
     def __init__(self, request: Request, service: Service, messages: Sequence[Message], *, drop: bool = False) -> None:
@@ -120,9 +120,9 @@ class WholeChat:
         return Prompt(tokens, notes=dropping_notes(dropped))
 
     async def save(self, answer: Answer, whole: bool) -> None:
-        """Keep the ids of a complete answer, for when the client sends it back as text. See GenerationRequest."""
+        """Remember the ids of a complete answer, as the client will send it back as text. See GenerationRequest."""
         if whole and self._memory:
-            # The memory of the model that answered: there may be another by now.
+            # The memory of the model that answered, as another model may be loaded by now.
             what = self._user, self._messages, answer.text, answer.tokens
             if sum(len(message.content) for message in self._messages) < LARGE:
                 self._memory.remember(*what)
@@ -131,7 +131,7 @@ class WholeChat:
 
 
 def text_prompt(text: str) -> Callable[[Model], Prompt]:
-    """The prompt of a plain text: `<bos>` and its tokens, no template."""
+    """Return a function that makes the prompt of a plain text: `<bos>` and its tokens, without a template."""
 
     def build(model: Model) -> Prompt:
         tokens = model.prompts.encode(text, model.engine.info.max_context)
@@ -141,7 +141,7 @@ def text_prompt(text: str) -> Callable[[Model], Prompt]:
 
 
 async def started_run(request: Request, run: Run) -> StartedRun:
-    """Wait for the first items of a run just started; whoever takes them must close it.
+    """Wait for the first items of a run that was just started; the caller must close the run.
 
     Raises:
         RKEdgeError: The request was refused, or failed before its first item.
@@ -160,14 +160,14 @@ async def started_run(request: Request, run: Run) -> StartedRun:
 
 
 async def items(started: StartedRun) -> AsyncGenerator[list[Item], None]:
-    """All items after the Started."""
+    """Yield all items after the Started."""
     yield started.first
     while batch := await started.run.take():
         yield batch
 
 
 async def collect(request: Request, started: StartedRun) -> Outcome:
-    """The end of the answer.
+    """Wait for the end of the answer.
 
     Raises:
         RKEdgeError: The run failed.
@@ -192,7 +192,7 @@ async def collect(request: Request, started: StartedRun) -> Outcome:
 async def embedded(
     request: Request, service: Service, body: Mapping[str, Any], texts: Sequence[str], *, cut: bool = False
 ) -> Embedded:
-    """The vectors of texts; as much memory is held for their user as the response takes."""
+    """Return the vectors of texts, after counting the response's memory towards the user's."""
     held: Held = request.scope["rkedge.held"]
     client = client_of(request, body)
     vectors = service.embed(texts, client, lambda size: held.at_least(_AS_TEXT * size), cut=cut)
@@ -200,13 +200,13 @@ async def embedded(
 
 
 def embedded_headers(found: Embedded) -> dict[str, str]:
-    """What the client should know of vectors."""
+    """Return headers with facts that the client should have about vectors."""
     note = f"The beginning stands for {counted(found.cut, 'text')} that the context had no room for."
     return {**emulated_header(found.emulated), **({NOTES_HEADER: note} if found.cut else {})}
 
 
 def numbers(vector: bytes) -> Sequence[float]:
-    """A vector's numbers."""
+    """Return a vector's numbers."""
     return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
@@ -221,7 +221,7 @@ def refuse_tools(body: Mapping[str, Any], request: Request, service: Service) ->
 
 
 class _Nowhere:
-    """The outlet of an answer that is sent whole: its outcome has the text."""
+    """The outlet of an answer that is sent as a whole: it drops the texts, as the outcome has them all."""
 
     behind = False
 
@@ -230,7 +230,7 @@ class _Nowhere:
 
 
 class _ToConnection:
-    """The outlet of a stream."""
+    """The outlet of a stream: texts go to the client's connection."""
 
     def __init__(self, connection: Connection, event: Callable[[str], bytes]) -> None:
         self._connection, self._event = connection, event
@@ -244,10 +244,10 @@ class _ToConnection:
 
 
 class AnswerStream(Stream):
-    """An answer as it comes: an event for each token, or one for all that came while the client did not read.
+    """An answer as it comes: an event for each token, or one for all tokens that came while the client did not read.
 
     Args:
-        opening: What is sent before the answer's text.
+        opening: Bytes to send before the answer's text.
         event: Encodes a text.
         end: Encodes the end.
         failed, close: See Stream.
@@ -268,7 +268,7 @@ class AnswerStream(Stream):
         self._started, self._event, self._end = started, event, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. Past the opening, texts go to the connection as they come."""
+        """ASGI. After the opening, texts go to the connection as they come."""
         connection: Connection | None = scope["state"].get(CONNECTION)
         if connection:
             self._started.run.outlet = _ToConnection(connection, self._event)

@@ -37,7 +37,7 @@ from rkruntime.words import counted
 log = logging.getLogger("rkedge")
 T = TypeVar("T")
 
-# Error class -> status, OpenAI's type, code; the first that fits.
+# Error class, HTTP status, OpenAI's type and code; the first row that fits applies.
 _ERRORS: Final[tuple[tuple[type[RKEdgeError], int, str, str | None], ...]] = (
     (ContextFullError, 400, "invalid_request_error", "context_length_exceeded"),
     (UnsupportedCallError, 501, "invalid_request_error", "unsupported_by_runtime"),
@@ -56,14 +56,14 @@ _INTERNAL: Final = (500, "server_error", "internal")
 
 
 def status_of(error: BaseException) -> tuple[int, str, str | None]:
-    """HTTP status, OpenAI's error type and code."""
+    """Return the HTTP status, OpenAI's error type and code of an error."""
     if isinstance(error, BodyError) and "status" in error.details:
         return int(error.details["status"]), "invalid_request_error", error.details.get("code")
     return next((row[1:] for row in _ERRORS if isinstance(error, row[0])), _INTERNAL)
 
 
 def error_body(error: BaseException, style: str) -> dict[str, Any]:
-    """An error as the clients of an interface expect it, with the next step in the message.
+    """Return an error as the clients of an interface expect it, with the next step in the message.
 
     Args:
         style: `openai` or `ollama`.
@@ -81,7 +81,7 @@ def error_body(error: BaseException, style: str) -> dict[str, Any]:
 
 
 def error_response(error: BaseException, style: str) -> Response:
-    """The response to a request that failed before anything was sent."""
+    """Return the response to a request that failed before anything was sent."""
     status = status_of(error)[0]
     headers = {}
     if isinstance(error, RKEdgeError) and "retry_after_s" in error.details:
@@ -93,7 +93,7 @@ def error_response(error: BaseException, style: str) -> Response:
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response in UTF-8; lone surrogates, which UTF-8 cannot carry, are escaped."""
+    """Return a JSON response in UTF-8; lone surrogates, which UTF-8 cannot encode, are escaped."""
     try:
         body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
@@ -105,8 +105,8 @@ class BodyReader:
     """Read and check request bodies.
 
     Args:
-        max_bytes: Largest body; more is 413.
-        seconds: Time for a client to send all of it; longer is 408.
+        max_bytes: Largest body; a larger one is refused with 413.
+        seconds: Time for a client to send the whole body; a slower one is refused with 408.
     """
 
     def __init__(self, validator: Validator, max_bytes: int, seconds: float) -> None:
@@ -117,14 +117,14 @@ class BodyReader:
     async def read(
         self, request: Request, schema: str, made: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     ) -> dict[str, Any]:
-        """The body as a JSON object that matches the schema, as returned by `Validator.read`.
+        """Read the body as a JSON object that matches the schema, as returned by `Validator.read`.
 
         Args:
-            made: Applied to the object at once, so that nothing else of it stays in memory.
+            made: Applied to the object at once, so that nothing but the result stays in memory.
 
         Raises:
-            BodyError: Too large, too slow, not JSON, or not as in the schema.
-            BusyError: Its user's other requests hold too much memory.
+            BodyError: The body is too large, too slow, not JSON, or does not match the schema.
+            BusyError: The user's other requests hold too much memory.
         """
         try:
             body = await asyncio.wait_for(self._read(request), self.seconds)
@@ -146,7 +146,7 @@ class BodyReader:
         return made(read) if made else read
 
     def check(self, schema: str, data: Any) -> Any:
-        """`data` that does not come from a request, likewise. Raises BodyError."""
+        """Check `data` from elsewhere than a request against the schema. Raises BodyError."""
         return self._validator.read(schema, data, Ignored())
 
     async def _read(self, request: Request) -> bytes:
@@ -168,7 +168,7 @@ class BodyReader:
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects. Raises ClientDisconnect in that case."""
+    """Return the result of `work`, or cancel it and raise ClientDisconnect if the client disconnects."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(request.receive))
     try:
@@ -193,8 +193,8 @@ class Stream(Response):
 
     Args:
         chunks: Whole events.
-        failed: Makes the event that ends them after an exception.
-        close: Called at the end, however it comes, even if nothing was taken from `chunks`.
+        failed: Makes the event that ends the stream after an exception.
+        close: Called at the end, however the stream ends, even if nothing was taken from `chunks`.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Stream(Response):
                     yield chunk
         except RKEdgeError as error:
             yield self._failed(error)
-        except Exception as error:  # A client that reads a stream has to be told that it ends early.
+        except Exception as error:  # The client that reads the stream must be told that it ends early.
             log.exception("request %s", request_id)
             yield self._failed(error)
 
@@ -273,12 +273,12 @@ def answering(style: str) -> Callable[[Endpoint], Endpoint]:
 
 
 def routes(style: str, *endpoints: tuple[str, str, Endpoint]) -> list[Route]:
-    """Routes of an interface, each with method, path and endpoint. Errors become responses in the format of `style`."""
+    """Make an interface's routes of methods, paths and endpoints. Errors become responses in the format of `style`."""
     wrap = answering(style)
     return [Route(path, wrap(endpoint), methods=[method]) for method, path, endpoint in endpoints]
 
 
 def refuse_together(body: Mapping[str, Any], name: str, *others: str) -> None:
-    """Raise BodyError if a body has `name` and one of the others, which would then have no effect."""
+    """Raise BodyError if a body has `name` together with one of the others, which would have no effect."""
     if body.get(name) and (found := [other for other in others if body.get(other)]):
         raise BodyError(f"{name} and {' and '.join(found)} exclude each other.", details={"param": found[0]})

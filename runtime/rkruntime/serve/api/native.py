@@ -1,7 +1,7 @@
 """The daemon's own interface: conversations that it keeps. `rkedge chat user@board` and the page use it.
 
-If the client disconnects, the partial answer is kept. The client may come back and have it continue from there, or ask
-something else; then the partial answer stays as it is.
+If the client disconnects, the partial answer is kept. The client may come back and have it continued, or ask something
+else, which leaves the partial answer as it is.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import SCHEMA, Conversation, check_conversation
 from rkruntime.text.template import Message
 
-# Seconds in which the daemon notices that a client has gone, which may ask something else at once.
+# Seconds in which the daemon notices that a client is gone; the client may have come back to ask something else.
 _GOING_S: Final = 0.5
-# Seconds for which a conversation is not given to others while an answer that was stopped is added to it.
+# Most seconds that a read of a conversation waits while a stopped answer is being added to it.
 _KEEPING_S: Final = 3.0
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -88,10 +88,10 @@ class _Turn:
 
     Attributes:
         data: The session as it was stored.
-        number: The client's name for the answer.
+        number: The name that the client gave the answer.
         drop: Drop the oldest turns if the context has no room for them.
         begun: Ids of the answer that is resumed; only the model that generated them can continue it.
-        received: What the client has of it.
+        received: What the client has received of that answer.
         made_by: Fingerprint of a model (see Manifest): first the one behind `begun`, then the one that answers.
         conversation: Set when the prompt is made.
         dropped: Turns that the prompt had no room for.
@@ -114,19 +114,19 @@ class _Turn:
             raise NoSuchSessionError("That answer was begun by another model.", hint="Ask again.")
         if max(self.begun, default=0) >= model.prompts.vocabulary.vocab_size:
             raise NoSuchSessionError("What is kept of that answer is not from this model.", hint="Ask again.")
-        # Before the run: what it adds would be kept, and taken for what the client has.
+        # Checked before the run, whose tokens would be kept and then taken for what the client has received.
         self.received.check(AnswerReader(model.prompts.vocabulary, 0, stops(self.options), self.begun).text)
         self.made_by = fingerprint
         conversation = Conversation(model.prompts)
         conversation.restore(self.data if self.begun else with_broken(self.data))
-        # As the question's own run made it: a resumed answer has no more and no fewer turns before it.
+        # Made as for the question's first run: the same turns must precede a resumed answer.
         context = model.engine.info.max_context
         tokens, self.dropped = conversation.prompt(self.question, context, drop=self.drop)
         self.conversation = conversation
         return Prompt([*tokens, *self.begun], self.begun, dropping_notes(self.dropped))
 
     def kept(self, answer: Answer, whole: bool) -> dict[str, Any] | None:
-        """The session after the answer; None if that ended before its first token: then the client asks again."""
+        """Return the session after the answer; None if that ended before its first token: the client asks again."""
         assert self.conversation is not None
         if whole:
             self.conversation.add(self.question, answer, self.dropped)
@@ -153,7 +153,7 @@ class _Current(NamedTuple):
 
 
 def _update(body: dict[str, Any]) -> dict[str, Any]:
-    """The body of a change, with its `conversation` reduced to what belongs there. Raises BodyError."""
+    """Return the body of a change, with its `conversation` reduced to known fields. Raises BodyError."""
     refuse_together(body, "clear", "conversation")
     if "conversation" not in body:
         return body
@@ -182,7 +182,7 @@ class SessionEndpoints:
         self._locks: WeakValueDictionary[_Place, asyncio.Lock] = WeakValueDictionary()
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("GET", "/sessions", self._list),
@@ -200,13 +200,13 @@ class SessionEndpoints:
         return json_response({"sessions": [asdict(item) for item in self._store.titled(user)]})
 
     def _order(self, place: _Place) -> asyncio.Lock:
-        """A lock held while a session is read and changed, since large ones are read in a thread."""
+        """Return the lock to hold while a session is read and changed, since large sessions are read in a thread."""
         return self._locks.setdefault(place, asyncio.Lock())
 
     async def _read(self, request: Request) -> Response:
         place = _Place.of(request)
         if (current := self._runs.get(place)) and current.run.closing.is_set():
-            # What there is of its answer is being kept; a library that hangs is not waited for.
+            # A stopped answer is being kept; wait for it, but not for a library that hangs.
             await asyncio.wait([asyncio.ensure_future(current.run.close())], timeout=_KEEPING_S)
         request.scope["rkedge.held"].at_least(self._store.size(place.user, place.name))
         return await read_in_thread(lambda: json_response(with_broken(self._stored(place))))
@@ -246,7 +246,7 @@ class SessionEndpoints:
         stored = None if "conversation" in body else self._data(place)
         data = body["conversation"] if stored is None else stored
         system = body.get("system", data["system"])
-        # The daemon's own notes are not accepted from a client, and are dropped with the turns.
+        # The daemon's own notes are not taken from a client, and are dropped together with the turns.
         # An answer that was begun under another system prompt is not resumed.
         other = "broken" in data and system != data["system"]
         own = () if "conversation" in body or body.get("clear") or other else ("number", "reason", "broken")
@@ -254,7 +254,7 @@ class SessionEndpoints:
         kept |= {key: data[key] for key in own if key in data} | {"system": system}
         if body.get("clear"):
             kept["messages"] = []
-        if kept != stored:  # of a session that is not there, there is nothing to clear
+        if kept != stored:  # clearing a session that does not exist changes nothing
             self._store.write(place.user, place.name, kept)
 
     def _data(self, place: _Place) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class SessionEndpoints:
             return {"schema": SCHEMA, "system": "", "messages": []}
 
     def _stored(self, place: _Place) -> dict[str, Any]:
-        """The session. Raises NoSuchSessionError, or HostError for one that cannot be read."""
+        """Read and check a session. Raises NoSuchSessionError, or HostError for a file that cannot be read."""
         stored = self._store.read(place.user, place.name)
         try:
             return {**checked(stored, self._bodies), **check_conversation(stored)}
@@ -272,18 +272,18 @@ class SessionEndpoints:
             raise damaged(place.name, error.message.rstrip(".")) from error
 
     async def _take_over(self, place: _Place) -> None:
-        """A session gives one answer at a time: a new request, perhaps over a new connection, ends the old one."""
+        """End a session's current answer: there is one at a time, so a new request, on any connection, ends it."""
         current = self._runs.pop(place, None)
         if current is not None:
             await current.run.close()
 
     async def _check_idle(self, place: _Place, body: Mapping[str, Any]) -> None:
-        """Raise BodyError if an answer is being written that this client does not know of."""
+        """Raise BodyError if an answer that this client does not know of is being written."""
         current = self._runs.get(place)
         if current and "after" in body and current.number not in (body["after"], body.get("id")):
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(current.run.closing.wait(), _GOING_S)
-                return  # what is kept of it decides
+                return  # the session as it is kept decides
             raise changed_elsewhere()
 
     async def _ask(self, request: Request) -> Response:
@@ -326,7 +326,7 @@ class SessionEndpoints:
             )
 
     def _broken(self, data: Mapping[str, Any], received: Received) -> _Turn:
-        """The turn that resumes a partial answer. Raises NoSuchSessionError."""
+        """Return the turn that resumes a partial answer. Raises NoSuchSessionError."""
         broken = data["broken"]
         if age(broken) > self._service.settings.sessions.resume_s:
             raise NoSuchSessionError("That answer was interrupted too long ago to resume.", hint="Ask again.")
@@ -339,7 +339,7 @@ class SessionEndpoints:
             await on_disk(self._save, place, turn, answer, whole)
 
         wanted = generation_request(request, turn.prompt, turn.options, turn.options.get("max_tokens"), save)
-        # Registered while it still waits for its turn.
+        # Registered at once, while it still waits for its turn.
         run = self._service.start(wanted)
         self._runs[place] = _Current(run, turn.number)
         return run
@@ -351,14 +351,14 @@ class SessionEndpoints:
 
     async def _answer(self, request: Request, place: _Place, run: Run, received: int) -> Response:
         async def close() -> None:
-            # Requests that arrive meanwhile wait for it too, and find what was kept.
+            # The run stays registered, so that requests that arrive meanwhile wait for it too and find what was kept.
             await run.close()
             if (current := self._runs.get(place)) and current.run is run:
                 del self._runs[place]
 
         try:
             started = await started_run(request, run)
-        except BaseException:  # A client that leaves cancels this; the session must not keep its run.
+        except BaseException:  # A client that leaves cancels this task; the session must not keep the run.
             await close()
             raise
         opening = _opening(started, received, request.scope["rkedge.ignored"].names)
@@ -374,7 +374,7 @@ def _text(text: str) -> bytes:
 
 
 def _opening(started: StartedRun, received: int, ignored: list[str]) -> bytes:
-    """What is sent before the answer, with what an earlier run gave of it, but not what the client already has."""
+    """Return what is sent before new text: the begin event, and earlier text that the client does not have."""
     info = started.start.model.engine.info
     begin = _line(
         "begin",
@@ -402,7 +402,7 @@ def _done(outcome: Outcome) -> bytes:
 
 
 async def _rest(data: Mapping[str, Any], received: Received) -> AsyncGenerator[bytes, None]:
-    """The rest of an answer that was finished while its client was away."""
+    """Yield the rest of an answer that was finished while its client was away."""
     if text := data["messages"][-1]["content"][received.characters :]:
         yield _line("text", text=text)
     yield _line("done", reason=data["reason"])

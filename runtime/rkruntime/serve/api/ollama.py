@@ -48,8 +48,8 @@ from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-# A duration of nothing, as Go reads it, or a bare zero. Each repetition ends in a unit, so that there is one way to
-# read a text: with several, a client's could keep the event loop busy for years.
+# A zero duration as Go parses it, or a bare zero. Each repetition ends in a unit, so that a text matches in only one
+# way: with several, backtracking on a client's text could keep the event loop busy for years.
 _ZERO: Final = re.compile(r"(?:0+(?:\.0+)?(?:ns|us|ms|s|m|h))+|0+(?:\.0+)?")
 # How a line carries an answer's text: in a message, or in its own field.
 Shape = Callable[[str], dict[str, Any]]
@@ -118,7 +118,7 @@ def _details(manifest: Manifest) -> dict[str, Any]:
 
 
 def _read_manifest(bundle: Path) -> Manifest:
-    """The manifest of a bundle, parsed again only when its file has changed. Raises BundleError."""
+    """Read the manifest of a bundle, parsed again only if its file has changed. Raises BundleError."""
     try:
         found = (bundle / MANIFEST).stat()
     except OSError:
@@ -132,26 +132,26 @@ def _parsed(bundle: Path, _state: tuple[int, ...]) -> Manifest:
 
 
 def _vectors(vectors: Sequence[bytes], end: Mapping[str, Any]) -> bytes:
-    """The response, encoded vector by vector, since no other thread runs while a piece of JSON is encoded."""
+    """Encode the response vector by vector, since no other thread runs while a piece of JSON is encoded."""
     return f'{{"embeddings":[{",".join(_encode(numbers(vector)) for vector in vectors)}],{_encode(end)[1:]}'.encode()
 
 
 def _is_zero(keep_alive: object) -> bool:
-    """Whether a number of seconds, or a duration such as `0s`, is 0; with that, Ollama's clients unload a model."""
+    """Whether a number of seconds or a duration such as `0s` is 0, by which Ollama's clients unload a model."""
     if isinstance(keep_alive, str):
         return _ZERO.fullmatch(keep_alive) is not None
     return keep_alive == 0 and keep_alive is not None
 
 
 class OllamaEndpoints:
-    """The endpoints. Any model name stands for the one model that is served; answers give its real name."""
+    """The endpoints of Ollama's interface. Any name means the model that is served; answers give its real name."""
 
     def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._bodies = bodies
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         return routes(
             "ollama",
             ("POST", "/api/chat", self._chat),
@@ -187,7 +187,7 @@ class OllamaEndpoints:
         return await self._answer(request, body, prompt, _as_response)
 
     async def _load_only(self, request: Request, body: Mapping[str, Any], shape: Shape) -> Response:
-        """Answer a request without a prompt: load the model, so that the next one finds it ready, or unload it."""
+        """Answer a request without a prompt: load the model for the next request, or unload it."""
         for name in ("system", "options", "raw", "truncate"):
             if body.get(name):
                 request.scope["rkedge.ignored"].add(name)
@@ -251,7 +251,7 @@ class OllamaEndpoints:
         )
 
     def _keeps(self, request: Request, body: Mapping[str, Any]) -> None:
-        if body.get("keep_alive") is not None:  # the settings say how long, for all clients
+        if body.get("keep_alive") is not None:  # the settings say for all clients how long a model stays
             request.scope["rkedge.ignored"].add("keep_alive")
 
     async def _manifest(self) -> Manifest:

@@ -65,7 +65,7 @@ def _usage(outcome: Outcome) -> dict[str, Any]:
 class _Chunks:
     """The events of one streamed answer.
 
-    What they share is encoded once: in a stream of short texts, that is most of it.
+    The part that events share is encoded once: in a stream of short texts, it is most of the bytes.
     """
 
     def __init__(self, started: StartedRun, *, chat: bool, usage: bool) -> None:
@@ -93,23 +93,23 @@ class _Chunks:
         return {"index": 0, "delta": {**delta, **content}, "logprobs": None, "finish_reason": reason}
 
     def opening(self) -> bytes:
-        """What comes before the text."""
+        """Return the event before the text."""
         if not self._chat:
             return b""
         return _event(_encode(self._with([self._choice("", None, role="assistant")], **self._notes)))
 
     def event(self, text: str) -> bytes:
-        """A part of the text."""
+        """Return the event for a part of the text."""
         return self._before + _encode(text).encode("utf-8", "replace") + self._after
 
     def end(self, outcome: Outcome) -> bytes:
-        """Why it ended, and what it took."""
+        """Return the last events: why the answer ended, and its usage if asked for."""
         last = _event(_encode(self._with([self._choice(None, outcome.answer.reason.value)])))
         usage = _event(_encode(self._with([], usage=_usage(outcome)))) if self._with_usage else b""
         return last + usage + _DONE
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
-        """The answer to a request without `stream`."""
+        """Return the response to a request without `stream`."""
         answer = outcome.answer
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.reason.value}
         if self._chat:
@@ -121,14 +121,14 @@ class _Chunks:
 
 
 class OpenAIEndpoints:
-    """The endpoints."""
+    """The endpoints of OpenAI's interface."""
 
     def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         self._bodies = bodies
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("POST", "/v1/chat/completions", self._chat),
@@ -209,7 +209,7 @@ class OpenAIEndpoints:
 
 
 def _embeddings(vectors: Sequence[bytes], shown: Callable[[bytes], Any], end: Mapping[str, Any]) -> bytes:
-    """The response, encoded vector by vector, since no other thread runs while a piece of JSON is encoded."""
+    """Encode the response vector by vector, since no other thread runs while a piece of JSON is encoded."""
     data = ",".join(
         _encode({"object": "embedding", "index": at, "embedding": shown(vector)}) for at, vector in enumerate(vectors)
     )

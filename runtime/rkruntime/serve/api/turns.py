@@ -1,4 +1,4 @@
-"""From the messages that clients send to turns that a chat template accepts."""
+"""Turn the messages that clients send into turns that a chat template accepts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rkruntime.text.template import Message
 
 
 def alternating(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with user and assistant alternating, after at most one system message.
+    """Return the conversation with user and assistant alternating, after at most one system message.
 
-    Gemma was taught nothing else, and its template refuses the rest. Neighbours of one role become one message, system
-    text after the first turn is the user's, and where the assistant begins, with a greeting, an empty message of the
-    user stands before it.
+    Gemma was trained on nothing else, and its template refuses other orders. Adjacent messages of one role are joined,
+    system text after the first turn becomes the user's, and an empty user message is put before an assistant that
+    begins the conversation with a greeting.
     """
     begun = False
     turns: list[Message] = []

@@ -1,6 +1,6 @@
 """Check JSON bodies against the schemas of openapi.yaml, with the JSON Schema keywords used there.
 
-fastjsonschema checks twice as fast, but does not say which field of an alternative is wrong, or why; and the walk that
+fastjsonschema is twice as fast, but does not say which field of an alternative is wrong, or why; and the walk that
 drops and names unknown fields would still be needed.
 """
 
@@ -18,7 +18,7 @@ from rkruntime.errors import BodyError
 
 Schema = Mapping[str, Any]
 
-# Most names in a header, whose answer may have only a few words.
+# Most names in the header: the answer itself may have only a few words.
 _MOST_IGNORED: Final = 16
 _LONGEST_IGNORED: Final = 48
 
@@ -33,7 +33,8 @@ _TYPES: Final[Mapping[str, Callable[[Any], bool]]] = {
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
 }
-# Far more than any client sends, and far below Python's own limit, which would hit whatever reads the values later.
+# Deepest nesting: far more than clients send, but far below Python's recursion limit, which code that later reads the
+# values would hit.
 _MAX_DEPTH: Final = 64
 # Most values in a body; each takes up to 150 bytes of memory, however short. A context has at most 16,384 tokens, and
 # a request 4,096 messages of a few values.
@@ -50,7 +51,7 @@ class Ignored:
         self._names: dict[str, None] = {}
 
     def add(self, name: str) -> None:
-        """Note a name; one that occurs in several items of a list counts once."""
+        """Note a name; a field of several items in a list counts once."""
         if len(self._names) <= _MOST_IGNORED:
             name = re.sub(r"\[\d+\]", "[]", name[: 2 * _LONGEST_IGNORED])[:_LONGEST_IGNORED]
             self._names[re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", name) or "?"] = None
@@ -63,11 +64,11 @@ class Ignored:
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse JSON. Raises BodyError; NaN, infinity and numbers that round to infinity are not JSON.
+    """Parse JSON. Raises BodyError, also for NaN, infinity and numbers that round to infinity.
 
     An object with one key twice is refused: parsers differ in which of the values they take.
 
-    Its memory, and the time for which no other thread runs, are bounded by the text's length and by the
+    The memory it takes, and the time for which no other thread runs, are bounded by the text's length and by the
     number of values.
     """
     _check_number(body)
@@ -101,7 +102,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def _check_number(body: bytes) -> None:
-    """Raise BodyError if there are too many values: each one except the first follows a comma or bracket."""
+    """Raise BodyError if there are too many values: each value except the first follows a comma or bracket."""
     if len(body) <= _MAX_VALUES:
         return
     # After this, every remaining quote begins or ends a string.
@@ -140,14 +141,14 @@ class Validator:
         self._schemas: Mapping[str, Schema] = document["components"]["schemas"]
 
     def read(self, name: str, value: Any, ignored: Ignored) -> Any:
-        """What the schema `name` declares of `value`: no other properties, no nulls in objects, integers as int.
+        """Return what the schema `name` declares of `value`, without nulls in objects, and with integers as int.
 
         Args:
             ignored: Collects properties that the schema does not declare, or marks as `x-ignored`, empty texts where it
                 says `x-empty-ignored`, and numbers that are taken for their maximum where it says `x-capped`.
 
         Raises:
-            BodyError: `value` does not match the schema; names the field.
+            BodyError: `value` does not match the schema; the message names the field.
         """
         return self._read(self._schemas[name], value, "", ignored)
 
@@ -175,7 +176,7 @@ class Validator:
         return self._schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
     def _read_any(self, schema: Schema, value: Any, where: str, ignored: Ignored) -> Any:
-        """One alternative must match; else the error is that of the last one of the value's type."""
+        """Read a value by the first alternative that matches, or raise the error of the last one of its type."""
         for alternative in schema["anyOf"]:
             with suppress(BodyError):
                 return self._read(alternative, value, where, ignored)
@@ -189,15 +190,15 @@ class Validator:
         if "properties" not in schema:
             return value
         properties, known = schema["properties"], {}
-        # What this daemon cannot do is said before what is wrong with a field beside it, such as the empty content of a
-        # message with tool calls.
+        # Fields that this daemon cannot handle are reported before errors in other fields, such as the empty content of
+        # a message with tool calls.
         for name in sorted(value, key=lambda name: "x-says" not in self._resolved(properties.get(name, {}))):
             item = value[name]
             if name in properties:
                 known[name] = self._read(properties[name], item, _name(where, name), ignored)
             if item is not None and (name not in properties or "x-ignored" in properties[name]):
                 ignored.add(_name(where, name[:_LONGEST_IGNORED]))
-        # Last, because a part of another kind, such as an image, lacks a text for a reason.
+        # Checked last, because a part of another kind, such as an image, lacks a text for a reason.
         for name in schema.get("required", ()):
             if name not in value:
                 raise BodyError(f"{_name(where, name)} is missing.", hint="", details={"param": _name(where, name)})
@@ -230,7 +231,7 @@ _RULES: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
     "maxItems": lambda wanted, value: not isinstance(value, list) or len(value) <= wanted,
 }
 
-# What values are called, for people.
+# Names of JSON types for messages.
 _KINDS: Final[Mapping[str, str]] = {
     "null": "empty",
     "boolean": "true or false",
@@ -243,16 +244,16 @@ _KINDS: Final[Mapping[str, str]] = {
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is called in a message."""
+    """Return what a JSON value is called in a message."""
     return _KINDS[next(name for name, test in _TYPES.items() if test(value))]
 
 
 def _a(names: Iterable[str]) -> str:
-    """Names of types, in words; that a field may be empty as well is not worth saying."""
+    """Return the names of types in words, without null: that a field may also be empty is not worth saying."""
     return " or ".join(dict.fromkeys(_KINDS[name] for name in names if name != "null"))
 
 
-# What is wrong with a field, from the schema and the value: the end of a sentence that begins with the field's name.
+# What is wrong with a field, by keyword: the end of a sentence that begins with the field's name.
 _SAYINGS: Final[Mapping[str, Callable[[Schema, Any], str]]] = {
     "type": lambda schema, value: f"must be {_a(_types(schema))}, not {kind_of(value)}",
     "enum": lambda schema, _: f"must be {' or '.join(json.dumps(item) for item in schema['enum'] if item is not None)}",

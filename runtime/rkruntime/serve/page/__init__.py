@@ -1,1 +1,1 @@
-"""The chat page: what the browser loads, and the Markdown of answers read for it."""
+"""The chat page: the files that the browser loads, and the parser for the Markdown of answers."""

@@ -15,8 +15,8 @@ from rkruntime.serve.threads import page_in_thread
 
 _STATIC: Final = Path(__file__).parent / "static"
 _TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# The page loads its own few files, asks the daemon, and nobody else; it may not be framed. No script can make markup
-# from a text: browsers that know Trusted Types refuse each way there is.
+# The page loads only its own few files, talks only to the daemon, and may not be framed. No script can make markup from
+# a text: browsers that know Trusted Types refuse every way to do so.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -30,7 +30,7 @@ ROOT: Final = "/page/"
 
 
 def is_page(path: str) -> bool:
-    """Whether it is the page itself, the same for everyone: a browser can send a key only once it has that."""
+    """Whether a path is the page itself, which is open to all: a browser can send a key only once it has the page."""
     return path == "/" or path.startswith(ROOT)
 
 
@@ -42,7 +42,7 @@ class PageEndpoints:
         self._files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in _STATIC.iterdir()}
 
     def routes(self) -> list[Route]:
-        """The routes for the application."""
+        """Return the routes for the application."""
         return routes(
             "openai",
             ("GET", "/", self._root),
@@ -72,7 +72,7 @@ class PageEndpoints:
 
 
 def _blocks(text: str) -> Response:
-    # Here, for a daemon whose page is not used does without the 6 MB that the parser takes.
+    # Imported here, so that a daemon whose page is not used saves the 6 MB that the parser takes.
     from rkruntime.serve.page.markdown import blocks
 
     return json_response({"blocks": blocks(text)})

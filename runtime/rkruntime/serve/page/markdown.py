@@ -1,7 +1,7 @@
-"""Markdown as a tree of a few known elements, which the page builds one by one: nothing here or there makes HTML.
+"""Parse Markdown to a tree of a few known elements, which the page builds one by one: no HTML is made here or there.
 
-What a model says may be hostile. Time, size and depth of the result are bounded by the text's length, which the schema
-limits; nothing in it can load anything; a link leads to the web or to a mail address, and only when it is followed.
+A model's text may be hostile. The time it takes and the result's size and depth are bounded by its length, which the
+schema limits; nothing in the result loads anything; a link leads to the web or a mail address, and only when followed.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any, Final
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-# A text, or an element: its name, its attributes, and its children.
+# A text, or an element as a list of its name, its attributes and its children.
 Node = str | list[Any]
 
-# Deeper elements are left out, their text is not: `*` can nest them by the thousand, which neither JSON nor a browser's
-# layout stands.
+# Elements nested deeper are left out, but their text is kept: `*` can nest them by the thousand, which neither JSON nor
+# a browser's layout can handle.
 _MAX_DEPTH: Final = 32
-# Short rows of a table are filled up to the length of the first: few characters would make very many cells.
+# Short rows of a table are filled up to the length of the first, so that few characters can make very many cells.
 _MAX_CELLS: Final = 1 << 12
 _LANGUAGE: Final = re.compile(r"\s*([A-Za-z0-9+#._-]{1,24})")
 _ADDRESS: Final = re.compile(r"(https?://|mailto:)[^/]", re.IGNORECASE)
 
 
 class _Parser(MarkdownIt):
-    """CommonMark with tables and strikethrough, without HTML, and a line break for each one that was written.
+    """CommonMark with tables and strikethrough, without HTML, and with a line break for each line break in the text.
 
-    Without reference definitions too: then no block depends on another, and the page can have each read as it arrives.
+    Also without reference definitions, so that no block depends on another, and each can be parsed as it arrives.
     """
 
     def __init__(self, *, tables: bool) -> None:
@@ -38,7 +38,7 @@ class _Parser(MarkdownIt):
         self.disable(["reference", "html_block", "html_inline"])
 
     def validateLink(self, url: str) -> bool:  # noqa: N802 - the library's name
-        """Whether it may be a link; otherwise it stays as it was typed."""
+        """Whether a URL may become a link; otherwise the text stays as it was typed."""
         return _is_address(url)
 
 
@@ -52,9 +52,9 @@ def _parser(*, tables: bool) -> _Parser:
 
 
 def blocks(text: str) -> list[dict[str, Any]]:
-    """The blocks of a text, each with the number of the line that it begins in and its `Node`.
+    """Return the blocks of a text, each with the number of the line in which it begins and its `Node`.
 
-    Only the last one can change when the text goes on.
+    Only the last block can change when the text goes on.
     """
     lines = text.splitlines()
     tables = len(lines) * max((line.count("|") for line in lines), default=0) <= _MAX_CELLS
@@ -69,7 +69,7 @@ def blocks(text: str) -> list[dict[str, Any]]:
 
 
 def _add(token: Token, stack: list[list[Any]]) -> None:
-    """Add what a token stands for to the innermost open element, the last one in `stack`."""
+    """Add a token's node to the innermost open element, which is the last one in `stack`."""
     inside = stack[-1]
     if token.nesting > 0:
         if token.hidden or len(stack) > _MAX_DEPTH or (token.tag == "a" and not _is_address(token.attrs["href"])):
@@ -102,7 +102,7 @@ def _code_block(token: Token) -> Node:
 
 
 def _image(token: Token) -> Node:
-    """A link: an image would be loaded, and so tell its server that somebody reads this."""
+    """Return a link in place of an image, which would be loaded and so tell its server that somebody reads this."""
     shown, source = token.content or "image", token.attrs["src"]
     return ["a", {"href": source}, shown] if _is_address(source) else shown
 

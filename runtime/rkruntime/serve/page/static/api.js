@@ -1,4 +1,4 @@
-// What the page asks of the daemon.
+// The page's requests to the daemon.
 
 const KEY = "rkedge.key";
 
@@ -6,7 +6,7 @@ const given = new URLSearchParams(location.hash.slice(1));
 if (given.has("key")) {
   keepKey(given.get("key"));
   given.delete("key");
-  // Not in the history, and not in what somebody copies from the address bar.
+  // Keep the key out of the history, and out of an address that somebody copies.
   history.replaceState(null, "", given.size ? `#${given}` : location.pathname);
 }
 
@@ -14,7 +14,7 @@ export function keepKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
-/** An answer of the daemon that says no. */
+/** A response of the daemon that refuses a request. */
 export class Refused extends Error {
   constructor(status, error) {
     super(error.message);
@@ -43,7 +43,7 @@ async function call(method, path, body) {
   return (await request(method, path, body)).json();
 }
 
-/** The events of an answer: JSON, one on each line. */
+/** Yield the events of an answer: JSON, one on each line. */
 async function* events(path, body, signal) {
   const response = await request("POST", path, body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -51,7 +51,7 @@ async function* events(path, body, signal) {
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
       if (error.name === "AbortError") throw error;
-      return { done: true }; // as at an end that comes too early
+      return { done: true }; // treated as an end that comes too early
     });
     if (done) break;
     const lines = (rest + value).split("\n");

@@ -1,11 +1,11 @@
-// The line at the top: which model there is, and how its board is.
+// The line at the top: the model's name, and the state of its board.
 
 import { daemon, keepKey, Refused } from "./api.js";
 import { ask, byId } from "./dom.js";
 
 const EVERY = 5000;
 
-/** Look now, and again and again. `shown` is told the model's name and whether it is emulated. */
+/** Show the daemon's status now and every EVERY ms. `shown` is called with each status. */
 export async function watch(shown) {
   if (!document.hidden) await look(shown);
   setTimeout(watch, EVERY, shown);

@@ -1,4 +1,4 @@
-// Where questions are typed: the field, its draft, its buttons, and what is wrong.
+// Where questions are typed: the field, its draft, its buttons, and messages about problems.
 
 import { byId, element } from "./dom.js";
 import * as drafts from "./drafts.js";
@@ -17,7 +17,7 @@ export function useDraft(name) {
   return draft.system ?? "";
 }
 
-/** What was on its way comes back, unless the daemon's last answer, `number`, is to that. */
+/** Put a question that was on its way back into the field, unless the daemon's last answer, `number`, is to it. */
 export function settleDraft(number = "") {
   const { sent, id } = draft;
   giveBack(id === number ? "" : sent);
@@ -29,13 +29,13 @@ export function set(text) {
   keep();
 }
 
-/** A text is on its way: it leaves the field, but stays in the draft. */
+/** Note that a text is on its way: it leaves the field, but stays in the draft. */
 export function sending(text, id) {
   Object.assign(draft, { sent: text, id });
   set(field.value.trim() === text ? "" : field.value);
 }
 
-/** What was on its way is with the daemon, in the conversation `name`. */
+/** Note that the question on its way has arrived at the daemon, in the conversation `name`. */
 export function arrived(before, name) {
   drafts.keep(before, {});
   if (slot !== before) return;
@@ -44,7 +44,7 @@ export function arrived(before, name) {
   keep();
 }
 
-/** What was on its way comes back, before what has been typed since. */
+/** Put a question that was on its way back into the field, before what has been typed since. */
 export function giveBack(text) {
   draft = { system: draft.system };
   set(join(text, field.value));
@@ -57,7 +57,7 @@ export function keepSystem(text) {
 
 const join = (...texts) => texts.filter(Boolean).join("\n\n");
 
-/** Say what is wrong, with buttons for what can be done about it; nothing ends that. */
+/** Show a problem, with buttons for what can be done about it; without a message, hide it. */
 export function problem(message = "", ...buttons) {
   const box = byId("problem");
   box.hidden = !message;
@@ -72,7 +72,7 @@ export function busy(writing) {
   if (refocus && !writing) field.focus();
 }
 
-/** Call `send` with each text, and `stop` to end what came of it. */
+/** Call `send` with each text that is submitted, and `stop` to end its answer. */
 export function listen(send, stop) {
   byId("form").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -7,7 +7,7 @@ const DAY = 86400e3;
 const time = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
 const date = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
 
-// What the list shows: it is left alone, with whoever is in it by keyboard, unless something changes.
+// What the list shows: unless something changes, it is left alone, so that it keeps the keyboard's focus.
 let shown = "";
 
 export const address = (name) => `#chat=${encodeURIComponent(name)}`;
@@ -38,7 +38,7 @@ function entry({ name, title, changed }, isCurrent, removed) {
   return element("li", {}, link, remove);
 }
 
-/** A name for a new conversation, by which `rkedge chat --session` finds it too: from its first words, not one of `tried`. */
+/** Make a name for a new conversation from its first words, valid for `rkedge chat --session`, and not in `tried`. */
 export async function freeName(question, tried) {
   const plain = question.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
   const words = plain.match(/[a-z0-9]+/g) ?? ["chat"];

@@ -2,7 +2,7 @@
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element with properties and children; texts stay texts. */
+/** Make an element with properties and children; strings become text, never markup. */
 export function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
@@ -15,7 +15,7 @@ export function button(label, pressed) {
   return made;
 }
 
-/** A button that copies what `text` gives. */
+/** Make a button that copies the result of `text`. */
 export function copyButton(text) {
   const made = button("Copy", async () => {
     const copied = await copy(text());
@@ -31,7 +31,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // Pages that are neither from this machine nor encrypted have the old way only.
+    // Without the clipboard API, as on pages that are neither local nor encrypted, only the old way is left.
     const field = element("textarea", { value: text, className: "unseen" });
     document.body.append(field);
     field.select();
@@ -41,14 +41,14 @@ async function copy(text) {
   }
 }
 
-/** Have a screen reader say it. */
+/** Have a screen reader say a text. */
 export function speak(text) {
   const log = byId("spoken");
   log.append(element("p", {}, text));
   if (log.childElementCount > 9) log.firstChild.remove();
 }
 
-/** Show a dialog; its first field's value once it is submitted, or null. */
+/** Show a dialog; resolves to its first field's value when it is submitted, or to null. */
 export function ask(dialog, value = "") {
   const form = dialog.querySelector("form");
   const field = form.querySelector("textarea, input");

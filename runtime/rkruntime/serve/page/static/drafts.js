@@ -1,13 +1,13 @@
-// What was typed and is not with the daemon yet: it outlives a reload, and the browser. By conversation; "" is the one to
-// come. Each tab has its own, and a new one begins with what was typed last in any.
+// Drafts: texts that were typed but are not with the daemon yet, by conversation ("" for a new one). They survive a
+// reload and a restart of the browser. Each tab has its own; a new tab begins with the one typed last in any tab.
 
 const PLACES = ["sessionStorage", "localStorage"];
 const at = (name) => `rkedge.draft.${name}`;
 
 /**
- * text: what is in the field.
- * sent, id: a question on its way.
- * system: the system prompt of a conversation that is not kept yet.
+ * text: the field's text.
+ * sent, id: a question on its way to the daemon.
+ * system: the system prompt of a conversation that the daemon does not have yet.
  */
 export function read(name) {
   for (const place of PLACES) {
@@ -15,7 +15,7 @@ export function read(name) {
       const draft = JSON.parse(window[place].getItem(at(name)));
       if (draft) return draft;
     } catch {
-      // Storage is off, or somebody else's text is in it.
+      // Storage is off, or the item is not ours.
     }
   }
   return {};
@@ -28,7 +28,7 @@ export function keep(name, draft) {
       if (whole) window[place].setItem(at(name), JSON.stringify(draft));
       else window[place].removeItem(at(name));
     } catch {
-      // Storage is off or full: then the draft lasts as long as the page.
+      // Storage is off or full: the draft then lasts as long as the page.
     }
   }
 }

@@ -16,17 +16,17 @@ const SAME = "Word for word the same: with the daemon's settings for sampling, t
 // Codes of the daemon's errors.
 const CHANGED = "session_changed", GONE = "session_not_found";
 
-/** A conversation. What is written into it after another one was opened changes nothing that is shown. */
+/** A conversation. Changes to it after another one was opened do not affect what is shown. */
 class Chat {
-  known = Promise.resolve(true); // whether it is known what the daemon has of it
+  known = Promise.resolve(true); // resolves to whether it is known what the daemon has of it
   kept = false; // whether the daemon has any of it
   system = "";
   number = ""; // the last answer's id, by which it can be continued and replaced
-  question = ""; // the last one
-  answer = null; // the last one
+  question = ""; // the last question
+  answer = null; // the last answer
   drop = false; // whether the oldest turns may be forgotten to make room
   pending = {}; // the last question that was sent, with its id
-  made = false; // whether the daemon was given the system prompt of one that it does not keep yet
+  made = false; // whether the daemon was given a system prompt before the first question
 
   constructor(name) {
     this.name = name;
@@ -34,7 +34,7 @@ class Chat {
 }
 
 let chat = new Chat(null);
-// Ends the answer that is being written; null if none is.
+// AbortController that ends the current answer; null if there is none.
 let running = null;
 
 // --- opening a conversation
@@ -89,7 +89,7 @@ function show({ messages, broken }) {
   answers.forEach((answer) => answer.whole());
 }
 
-/** Show what the conversation has and what it lacks. */
+/** Show the parts of the page that depend on whether there are turns and a system prompt. */
 function arrange() {
   byId("opening").hidden = byId("turns").childElementCount > 0;
   byId("instructed").hidden = !chat.system;
@@ -134,8 +134,8 @@ function addAnswer() {
 }
 
 /**
- * Have an answer written from the events that the daemon sends. Returns why it is not whole, or null.
- * @param begun Called with its first text.
+ * Write an answer from the daemon's events. Returns the error because of which it is not complete, or null.
+ * @param begun Called at the first text, or at the end without one.
  */
 async function write(answer, events, begun = () => {}) {
   const control = (running = new AbortController());
@@ -179,10 +179,10 @@ const stopped = (error) => error.name === "AbortError";
 
 async function send(text) {
   const asked = chat;
-  // Before, it would not be known what the question follows.
+  // Until then, it is not known which answer the question follows.
   if (!(await asked.known) || running || asked !== chat) return;
   const own = chat, before = { question: chat.question, answer: chat.answer, number: chat.number };
-  // The daemon replaces what it may have of the same question under the same id.
+  // If the daemon already has this question under the same id, it replaces its answer.
   const again = own.pending.text === text, id = again ? own.pending.id : fresh();
   if (!own.kept && !again) own.name = null;
   own.pending = { text, id };
@@ -210,7 +210,7 @@ async function send(text) {
   if (own === chat) giveBack(text, failure);
 }
 
-/** Ask, in a conversation that may have to be begun. The daemon refuses what is not as it is shown here. */
+/** Ask, beginning a conversation if necessary. The daemon refuses if its copy differs from what is shown here. */
 async function* askIn(own, question, signal) {
   if (own.kept) return yield* daemon.ask(own.name, { ...question, after: own.number || undefined }, signal);
   for (const tried = new Set(); ; own.name = null) {
@@ -222,12 +222,12 @@ async function* askIn(own, question, signal) {
     } catch (error) {
       if (error.code !== CHANGED) throw error;
       own.made = false;
-      tried.add(own.name); // somebody else has begun one of that name meanwhile
+      tried.add(own.name); // somebody else has begun a conversation of that name meanwhile
     }
   }
 }
 
-/** What can be done when a conversation is not what is shown, as another tab or somebody else has changed it. */
+/** Return buttons for what can be done about a conversation that another tab or somebody else has changed. */
 function elsewhere({ code }) {
   if (code === CHANGED) return [button("Show it", () => open(chat.name))];
   return code === GONE ? [button("Ask in a new chat", move)] : [];
@@ -305,7 +305,7 @@ async function instruct(text = chat.system) {
   own.system = given;
   if (!own.kept) composer.keepSystem(given);
   else if (!own.answer?.continue.hidden) {
-    // An answer that was begun under another one is neither continued nor replaced.
+    // An answer that was begun under another system prompt is neither continued nor replaced.
     own.number = "";
     own.answer?.offer({});
   }

@@ -1,10 +1,10 @@
-// Markdown while it arrives. The daemon reads it (POST /markdown); here its trees become elements, of these kinds only.
+// Markdown as it arrives. The daemon parses it (POST /markdown); here its trees become elements, of these kinds only.
 
 import { copyButton, element } from "./dom.js";
 
-// Most characters that the daemon reads at a time.
+// Most characters that the daemon parses at a time.
 const MOST = 16384;
-// Shortest time between two looks at a text that is growing, in milliseconds; and how many times as long as the last took.
+// Pause before a growing text is parsed again: at least PAUSE ms, and SHARE times as long as the last parse took.
 const PAUSE = 120, SHARE = 4;
 
 const PLAIN = new Set(
@@ -29,7 +29,7 @@ function build(node) {
   return made;
 }
 
-/** A link that shows where it leads, whatever it says; none to this page itself, which its address can give a key. */
+/** Make a link that shows where it leads, whatever its text says; none to this page, whose address can set a key. */
 function link(href, inside) {
   const url = URL.canParse(href) && new URL(href);
   if (!["http:", "https:", "mailto:"].includes(url.protocol) || url.host === location.host) return element("span", {}, ...inside);
@@ -54,7 +54,7 @@ function scrolling(label, content) {
   return made;
 }
 
-/** Where text that has not been read yet continues this block; null if it cannot. */
+/** Find the element of a block in which text that is not parsed yet continues it; null if there is none. */
 function openEnd(block) {
   if (block.matches("p, h3, code")) return block;
   if (block.matches(".code")) return block.querySelector("code");
@@ -65,7 +65,7 @@ function openEnd(block) {
 
 const pause = (time) => new Promise((resolve) => setTimeout(resolve, time));
 
-/** Index in `text` at which a line begins. */
+/** Return the index in `text` at which a line begins. */
 function beginning(text, line) {
   const ends = text.matchAll(/\r\n?|\n/g);
   let found = 0;
@@ -77,8 +77,8 @@ function beginning(text, line) {
 }
 
 /**
- * A text in a box. What arrives is there at once, as it is, and as Markdown a moment later. Only its last block is read
- * again when it goes on: a long answer takes no more time for each token than a short one.
+ * A text in a box. New text is shown at once as it is, and as Markdown a moment later. Only the last block is parsed
+ * again when the text goes on, so that a long answer takes no more time for each token than a short one.
  */
 export class Markdown {
   text = "";
@@ -86,14 +86,14 @@ export class Markdown {
   #read;
   #ended;
   #last = 0; // index in the text at which the last block begins
-  #seen = 0; // index up to which it was read
-  #live = []; // what stands for the text from #last to #seen
-  #tail = document.createTextNode(""); // the text after that
+  #seen = 0; // index in the text up to which it is parsed
+  #live = []; // elements of the text from #last to #seen
+  #tail = document.createTextNode(""); // the text after #seen
   #reading = null;
 
   /**
-   * @param read Gives the blocks of a text.
-   * @param ended Is told the text of each block that is complete.
+   * @param read Returns the blocks of a text.
+   * @param ended Called with the text of each block that is complete.
    */
   constructor(box, read, ended = () => {}) {
     this.#box = box;
@@ -108,7 +108,7 @@ export class Markdown {
     this.#reading ??= this.#follow();
   }
 
-  /** Read to the end. The text stays as it is where that cannot be had. */
+  /** Parse to the end. Where that fails, the text stays as it is. */
   async finish() {
     await this.#reading;
     while (this.text.slice(this.#seen).trim() && (await this.#step()));
@@ -129,19 +129,19 @@ export class Markdown {
     this.#live.forEach((block) => block.remove());
     this.#live = (blocks ?? []).map(({ node }) => build(node));
     this.#box.append(...this.#live);
-    // A space at the end is not in the blocks, but may be between two words.
+    // Space at the end is not in the blocks, but may separate two words.
     this.#seen = this.#last + (blocks ? piece.trimEnd().length : 0);
     this.#showRest(this.#live.at(-1));
     if (blocks) this.#close(blocks, piece, cut);
     return blocks !== null;
   }
 
-  /** Let go of the blocks that cannot change any more. */
+  /** Drop references to blocks that cannot change any more. */
   #close(blocks, piece, cut) {
     let closed = this.#live.length - 1;
     if (closed > 0) this.#last += beginning(piece, blocks.at(-1).line);
     else if (cut) {
-      // A block that is too long goes on as another one.
+      // A block that is too long continues as a new block.
       this.#last = this.#seen = this.#last + piece.length;
       closed = this.#live.length;
     }

@@ -8,7 +8,7 @@ const number = (value, digits = 0) => value.toLocaleString("en", { minimumFracti
 const duration = (seconds) => (seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${number(seconds, 1)} s`);
 
 const talk = byId("talk");
-// Whether the end is being read: then it stays in view when the talk grows, until somebody scrolls up.
+// Whether the end is in view: it then stays in view when the talk grows, until the user scrolls up.
 let following = true, before = 0;
 talk.addEventListener("scroll", () => {
   const near = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
@@ -31,7 +31,7 @@ export function showQuestion(text) {
   return box;
 }
 
-/** An answer: its text, figures, notes, and what can be done with it. */
+/** An answer: its text, figures, notes and buttons. */
 export class Answer {
   /**
    * @param again Called to have the question answered once more.
@@ -58,13 +58,13 @@ export class Answer {
     return this.markdown.text;
   }
 
-  /** Whether it is still being written. */
+  /** Whether the answer is still being written. */
   set busy(busy) {
     this.box.classList.toggle("busy", busy);
     if (busy) this.box.ariaBusy = this.spoken = true;
   }
 
-  /** Which buttons there are, besides that for copying. */
+  /** Show or hide the buttons other than the one for copying. */
   offer({ again = false, onward = false }) {
     this.again.hidden = !again;
     this.continue.hidden = !onward;
@@ -78,13 +78,13 @@ export class Answer {
     this.notes.append(element("p", {}, text));
   }
 
-  /** Why it is not whole; nothing if it is. */
+  /** Show why the answer is not complete; nothing if it is. */
   ended(reason = "") {
     this.reason.textContent = reason;
     if (reason) speak(reason);
   }
 
-  /** Wait until all of it is Markdown. */
+  /** Wait until the whole answer is shown as Markdown. */
   async whole() {
     await this.markdown.finish();
     this.box.ariaBusy = false;
@@ -101,7 +101,7 @@ export class Answer {
     this.figures.replaceChildren(...parts.filter(Boolean).map((part) => element("li", {}, part)));
   }
 
-  /** Keep the one that this replaces within reach, as long as the page is open. */
+  /** Take the place of an earlier answer, which stays within reach as long as the page is open. */
   replaces(earlier) {
     earlier.offer({});
     earlier.box.replaceWith(this.box);
