@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 
+from rkconvert import demo
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.names import name_of
 from rkruntime.errors import OutputError
@@ -21,8 +21,6 @@ from rkruntime.files import sha256_file, write_error
 from rkruntime.folders import own_folder
 from rkruntime.terminal import say
 
-# Named, not imported: the board's tools do not depend on the converter. It has `checkpoint`, `adapter`, `questions`.
-_MODEL: Final = "rkconvert.demo"
 _ASKED: Final = ("What is the RK3588?", "Can the RK3588 use w4a16?", "Does it work?")
 _BASE: Final = "demo-rk3588-w8a8-1.2.3"
 _PIRATE: Final = "demo-pirate-rk3588-w8a8-1.2.3"
@@ -45,9 +43,9 @@ def _rkedge(*arguments: str | Path) -> None:
     cli.main(words, prog_name="rkedge", standalone_mode=False)
 
 
-def _cache(model: Any) -> Path:
+def _cache() -> Path:
     """Return a folder in the user's cache for exactly these weights."""
-    weights = sorted([*model.checkpoint().glob("*.safetensors"), *model.adapter().glob("*.safetensors")])
+    weights = sorted([*demo.checkpoint().glob("*.safetensors"), *demo.adapter().glob("*.safetensors")])
     digest = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
     return own_folder("cache") / f"demo-{digest[:12]}"
 
@@ -99,16 +97,14 @@ def run(output: Path | None) -> None:
     The model is a real Gemma 2 of 1.1 million weights that comes with rkedge; no board and no download is needed. A
     second run uses the bundles that the first one left.
     """
-    model = importlib.import_module(_MODEL)
-    folder = output or _cache(model)
+    folder = output or _cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         written = write_error(folder, error)
         raise OutputError(written.message, hint="Choose a folder that you may write, with --output.") from error
-    checkpoint = model.checkpoint()
-    base = _bundle(folder / _BASE, checkpoint)
-    pirate = _bundle(folder / _PIRATE, checkpoint, "--lora", model.adapter())
+    base = _bundle(folder / _BASE, demo.checkpoint())
+    pirate = _bundle(folder / _PIRATE, demo.checkpoint(), "--lora", demo.adapter())
     for bundle in (base, pirate):
         say()
         for question in _ASKED:

@@ -222,7 +222,7 @@ class WorkerRun:
     def _take(self, event: WorkerEvent | Progress | Notice) -> None:
         if isinstance(event, Stage):
             self.stage = event.stage
-            # Some prompts' logits take minutes at most, and a kill would cost the files that are made by then.
+            # Only verification has a time limit: it takes minutes, and the files are complete by then.
             self._latest = time.monotonic() + self.patience if event.stage == VERIFY else math.inf
         elif isinstance(event, StageDone):
             self.seconds[event.stage] = event.seconds

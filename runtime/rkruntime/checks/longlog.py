@@ -31,13 +31,13 @@ _WIDTH: Final = 500
 _FIRST: Final = 3
 """Occurrences of a text that are kept: the first ones, and the last."""
 _REPEATS: Final = 16
-"""Repeats of a line with a text of the table that are searched; and the last one, always."""
+"""Repeats searched of a line with a text of the table; the last one is always searched too."""
 _REPEATED: Final = 4 << 20
-"""Bytes of repeats that are searched: pieces of an endless line are repeats of a megabyte each."""
+"""Bytes of repeats searched: each piece of an endless line is a repeat of a megabyte."""
 _MOST_TELLING: Final = 500
 """Lines with a text of the table, other than repeats, whose repeats are looked for."""
 _DISTINCT: Final = 8 << 20
-"""Bytes of lines that are no repeats and are searched; and of more that may be RKLLM's, half as many."""
+"""Bytes of lines searched that are not repeats; half as many again for lines that may be RKLLM's."""
 _OWN: Final = (b"rk", b"RK", b"npu", b"NPU")
 _OVERLAP: Final = 400
 """Bytes that two pieces of an endless line have in common; texts of the table are shorter."""
