@@ -70,6 +70,30 @@ void load_block(const void* from, bool half, int position, int count, int dim,
   }
 }
 
+// Stores the sums of kTile vectors, each added as sum_lanes() adds, times `scale`.
+#if defined(__AVX512F__)
+inline void store_sums(const Lanes (&of)[kTile], float scale, float* to) {
+  const auto folded = [](__m512 a, __m512 b) {  // halves onto halves
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  };
+  const __m512 two = folded(of[0], of[1]), others = folded(of[2], of[3]);
+  __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(two, others, 0x88),
+                              _mm512_shuffle_f32x4(two, others, 0xDD));
+  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4E));
+  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xB1));
+  // Each sum is in all four lanes of its quarter.
+  const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  const __m128 four = _mm512_castps512_ps128(_mm512_permutexvar_ps(quarters, sums));
+  _mm_storeu_ps(to, _mm_mul_ps(four, _mm_set1_ps(scale)));
+}
+#else
+inline void store_sums(const Lanes (&of)[kTile], float scale, float* to) {
+  float lanes[kTile][kLanes];
+  RKEMU_UNROLL for (int j = 0; j < kTile; ++j) lanes_at(lanes[j]) = of[j];
+  for (int j = 0; j < kTile; ++j) to[j] = sum_lanes(lanes[j]) * scale;
+}
+#endif
+
 // Computes the scores of kQueries queries and kTile keys.
 template <int kQueries>
 void score_tile(const float* q, const float* keys, size_t width, float scale, float* scores,
@@ -84,15 +108,8 @@ void score_tile(const float* q, const float* keys, size_t width, float scale, fl
       RKEMU_UNROLL for (int j = 0; j < kTile; ++j) sums[n][j] += query * key[j];
     }
   }
-  float lanes[kQueries][kTile][kLanes];
-  RKEMU_UNROLL for (int n = 0; n < kQueries; ++n) {
-    RKEMU_UNROLL for (int j = 0; j < kTile; ++j) lanes_at(lanes[n][j]) = sums[n][j];
-  }
-  for (int n = 0; n < kQueries; ++n) {
-    for (int j = 0; j < kTile; ++j)
-      scores[static_cast<size_t>(n) * seen + static_cast<size_t>(j)] =
-          sum_lanes(lanes[n][j]) * scale;
-  }
+  RKEMU_UNROLL for (int n = 0; n < kQueries; ++n)
+      store_sums(sums[n], scale, scores + static_cast<size_t>(n) * seen);
 }
 
 // Scores with all keys of the block, including those that a query does not see, which are not read.

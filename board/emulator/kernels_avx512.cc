@@ -1,16 +1,17 @@
 // AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes: the weight's sign bit is flipped
 // on the way from memory (w + 128), and 128 times the sum of the activations is subtracted again,
 // so files keep plain int8 rows.
+#if !defined(__clang__)
+// False warnings in GCC's own headers: bug 105593.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #include <immintrin.h>
 
 #include "kernels_panels.h"
 #include "kernels_table.h"
 #include "kernels_tiles.h"
-
-#if !defined(__clang__)
-// A false warning in GCC's own headers: bug 105593.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 
 namespace rkemu {
 

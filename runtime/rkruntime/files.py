@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -69,6 +68,8 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file as hex; `progress` is called with the size of each block read."""
+    import hashlib  # Here, because OpenSSL takes 3.5 MB, also in the processes that hash nothing.
+
     digest, room = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with open_regular(path) as file:
         while count := file.readinto(room):

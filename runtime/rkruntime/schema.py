@@ -150,7 +150,7 @@ def check_fields(record: Any, *leaving: str) -> None:
 
 def check_value(name: str, kind: Any, value: Any) -> None:
     """Check a value that a caller gave. Raises UsageError, "NAME is VALUE; it must be KIND", for another type."""
-    if not _fits(kind, value):
+    if type(value) is not kind and not _fits(kind, value):
         raise UsageError(f"{name} is {shown(value)}; it must be {_described(kind)}.")
 
 

@@ -39,7 +39,7 @@ class Server:
     model: str
     pid: int
 
-    def _tree(self) -> list[int]:
+    def tree(self) -> list[int]:
         """The process and all below it."""
         pids = [self.pid]
         for pid in pids:
@@ -49,7 +49,7 @@ class Server:
 
     def cpu_s(self) -> float:
         """CPU time so far of all processes together, with their threads and children that have ended."""
-        return sum(_cpu_clock(pid) + _ended_children_s(pid) for pid in self._tree())
+        return sum(_cpu_clock(pid) + _ended_children_s(pid) for pid in self.tree())
 
     def own_cpu_s(self) -> float:
         """CPU time so far of the process alone, without those that it started."""
@@ -57,8 +57,20 @@ class Server:
 
     def memory_mb(self, kind: str) -> float:
         """Memory of all processes together: `Rss` counts what they share several times, `Pss` once."""
-        found = [Path(f"/proc/{pid}/smaps_rollup").read_text().split() for pid in self._tree()]
+        found = [Path(f"/proc/{pid}/smaps_rollup").read_text().split() for pid in self.tree()]
         return sum(int(words[words.index(f"{kind}:") + 1]) for words in found) * 1024 / 1e6
+
+
+def empty_pythons(count: int, kind: str) -> float:
+    """Memory of so many Pythons that import nothing: a limit for a program of as many processes."""
+    with ExitStack() as running:
+        command = [sys.executable, "-I", "-S", "-c", "import sys; print(flush=True); sys.stdin.read()"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        found = [running.enter_context(subprocess.Popen(command, **pipes)) for _ in range(count)]
+        for process in found:
+            assert process.stdout is not None
+            process.stdout.readline()
+        return sum(Server("", "", "", process.pid).memory_mb(kind) for process in found)
 
 
 def _cpu_clock(pid: int) -> float:

@@ -18,7 +18,18 @@ from pathlib import Path
 
 from tests.bench._answers import Answer, ask, ask_together
 from tests.bench._report import Aim, Report, at_least, at_most, pairs, turns
-from tests.bench._servers import FLASK, OURS, RKLLAMA, Server, our_daemon, peers, prepare, script, versions
+from tests.bench._servers import (
+    FLASK,
+    OURS,
+    RKLLAMA,
+    Server,
+    empty_pythons,
+    our_daemon,
+    peers,
+    prepare,
+    script,
+    versions,
+)
 
 PEERS = """
     git clone https://github.com/airockchip/rknn-llm
@@ -34,6 +45,7 @@ On a PC, with a library that computes nothing: a board's cores are slower, and i
 A client on the same machine takes its part of the CPUs, at a pace of 0 us most of one.
 """
 FIRST_ASKS, CLIENTS = 3, 8
+EMPTY = "as many Pythons that do nothing"
 # Delays are those of a server only where a sleep ends in time.
 LATE_MS, LOOKS = 0.5, 300
 
@@ -200,6 +212,7 @@ def main() -> int:
                 for name, server in servers.items():
                     of_ours = aim if name == OURS else None
                     report.figure(f"memory, {kind} of all processes", name, server.memory_mb(kind), "MB", of_ours)
+                report.figure(f"memory, {kind} of all processes", EMPTY, empty_pythons(len(ours.tree()), kind), "MB")
             only = [name for name in os.environ.get("RKEDGE_BENCH_PACES", "").split(",") if name]
             for pace in PACES:
                 if not only or pace.name in only:

@@ -11,18 +11,51 @@ they do not, elements differ by the rounding of the sum, about 1e-7 of it. docs/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from rkconvert.tensors.formats import from_float32, to_float32
-from rkconvert.tensors.weights import CACHE_WEIGHTS, TensorInfo, Weights, row_blocks
+from rkconvert.tensors.weights import TensorInfo, Weights, row_blocks
 from rkruntime.errors import AdapterError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+# A product of thin matrices packs one of them first, of which parts with many rows pack little.
+_COLUMNS: Final = 2304
+# Each step of each part takes the interpreter lock once; larger ones take more memory than they save time.
+_PART: Final = 1 << 17
+
+
+class _Rooms(threading.local):
+    """Two rooms for parts of blocks, of a thread: memory that is given back each time costs as much as a copy."""
+
+    def __init__(self) -> None:
+        self._room = np.empty((2, 0), np.float32)
+
+    def of(self, rows: int, columns: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Both, in this shape."""
+        size = rows * columns
+        if self._room.shape[1] < size:
+            self._room = np.empty((2, size), np.float32)
+        one, other = self._room[:, :size].reshape(2, rows, columns)
+        return one, other
+
+
+_rooms: Final = _Rooms()
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of a matrix's parts."""
+    for left in range(0, shape[1], _COLUMNS):
+        right = min(left + _COLUMNS, shape[1])
+        for first, count in row_blocks((shape[0], right - left), _PART):
+            yield slice(first, first + count), slice(left, right)
 
 
 class Change(Protocol):
@@ -60,9 +93,10 @@ class LowRank:
         """See `Change.fits`."""
         return self.shape == shape
 
-    def delta(self, first: int, count: int) -> NDArray[np.float32]:
-        """Return rows of scaling * (b @ a)."""
-        delta: NDArray[np.float32] = self.b[first : first + count] @ self.a
+    def delta(self, first: int, part: tuple[slice, slice], out: NDArray[np.float32] | None = None) -> NDArray[Any]:
+        """Return a part of scaling * (b @ a), whose rows are counted from `first`, into `out` if given."""
+        rows, columns = part
+        delta: NDArray[np.float32] = np.matmul(self.b[first:][rows], self.a[:, columns], out=out)
         if self.scaling != 1:
             delta *= np.float32(self.scaling)
         return delta
@@ -70,12 +104,14 @@ class LowRank:
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
         merged = np.empty_like(block)
-        for at, count in row_blocks(block.shape, CACHE_WEIGHTS):
-            delta = self.delta(first + at, count)
+        for part in _parts(block.shape):
+            old, new = block[part], merged[part]
+            delta, room = _rooms.of(*old.shape)
+            self.delta(first, part, delta)
             if self.round_delta:
-                delta = to_float32(from_float32(delta, dtype), dtype)
-            delta += to_float32(block[at : at + count], dtype)
-            from_float32(delta, dtype, merged[at : at + count])
+                delta = to_float32(from_float32(delta, dtype, room=room), dtype, delta)
+            delta += to_float32(old, dtype, room)
+            from_float32(delta, dtype, new, room)
         return merged
 
 
@@ -101,7 +137,7 @@ class Dora:
 
     def apply(self, block: NDArray[Any], dtype: str, first: int) -> NDArray[Any]:
         """See `Change.apply`."""
-        rows = self.low_rank.delta(first, len(block))
+        rows = self.low_rank.delta(first, (slice(0, len(block)), slice(None)))
         rows += to_float32(block, dtype)
         norm = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)).astype(np.float32)
         if not norm.all():

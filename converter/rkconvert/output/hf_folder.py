@@ -143,8 +143,6 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance
             _write_at(file, data, len(header) + block.offset)
             return len(data), _sum(data)
 
-        # Allocate all space first: a full disk shows before the work.
-        os.posix_fallocate(file.fileno(), 0, len(header) + plan.nbytes)
         _write_at(file, memoryview(header), 0)
         # All threads end before the file is closed, as its descriptor may then become another file's.
         with closing(ordered_map(make, plan.places())) as made:

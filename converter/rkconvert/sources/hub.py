@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from rkruntime.errors import CheckpointError, HostError
 from rkruntime.packages import install
@@ -97,6 +96,9 @@ def download(model: str, revision: str | None = None, weights: str = "pytorch_mo
 
 def _is_reachable() -> bool:
     """Whether the hub's name resolves here, or is left to a proxy: huggingface_hub tries six times in half a minute."""
+    # Imported here, because the clients of HTTP and TLS that come with it take time and memory.
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname

@@ -30,23 +30,34 @@ STORAGE: Final[dict[str, np.dtype[Any]]] = FLOATS | {
 }
 
 
-def to_float32(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Decode a block stored in format `dtype` (a key of FLOATS); a new array unless it is already float32."""
+def to_float32(block: NDArray[Any], dtype: str, room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Decode a block stored in format `dtype` (a key of FLOATS); a new array unless it is already float32.
+
+    `room` has the block's shape, and takes the values of BF16.
+    """
     if dtype != "BF16":
         return block.astype(np.float32, copy=False)
-    wide: NDArray[np.uint32] = np.left_shift(block, 16, dtype=np.uint32)
+    # Widening first and shifting then takes three quarters of the time that one operation on both types does.
+    wide = np.empty(block.shape, np.uint32) if room is None else room.view(np.uint32)
+    wide[...] = block
+    wide <<= 16
     return wide.view(np.float32)
 
 
-def from_float32(values: NDArray[np.float32], dtype: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Encode values in format `dtype`, into `out` if given."""
+def from_float32(
+    values: NDArray[np.float32],
+    dtype: str,
+    out: NDArray[Any] | None = None,
+    room: NDArray[np.float32] | None = None,
+) -> NDArray[Any]:
+    """Encode values in format `dtype`, into `out` if given; `room` has their shape, and nothing of use afterwards."""
     narrow = np.empty(values.shape, FLOATS[dtype]) if out is None else out
     if dtype != "BF16":
         with np.errstate(over="ignore"):
             narrow[...] = values
         return narrow
     bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits >> 16
+    rounded = np.right_shift(bits, 16, out=None if room is None else room.view(np.uint32))
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits

@@ -29,6 +29,8 @@ from rkruntime.printable import one_line
 
 _SIZES: Final = struct.Struct("<II")
 _MAX_MESSAGE: Final = 1 << 28
+# Characters of a message that is encoded at once.
+_SMALL: Final = 1 << 12
 # Errors of a child that its parent raises again, by name.
 _ERRORS: Final[Mapping[str, type[RKEdgeError]]] = {
     kind.__name__: kind for kind in (BundleError, ContextFullError, HostError, UsageError)
@@ -112,7 +114,7 @@ class Confined:
                 self._start()
             self._answering = True
             try:
-                _send(self._socket, {**values, "call": name, "cpu_s": limits.cpu_s}, data, self._left)
+                _send(self._socket, _encoded({**values, "call": name, "cpu_s": limits.cpu_s}), data, self._left)
                 header, data = _receive(self._socket, self._left)
                 self._answering = False
             except TimeoutError:
@@ -226,9 +228,7 @@ def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int, owner:
     return code, printed
 
 
-def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Callable[[], float | None]) -> None:
-    # Piecewise: encoding megabytes at once would keep other threads waiting for the interpreter.
-    text = "".join(json.JSONEncoder().iterencode(header)).encode()
+def _send(one: socket.socket, text: bytes, data: bytes, left: Callable[[], float | None]) -> None:
     view = memoryview(_SIZES.pack(len(text), len(data)) + text + data)
     while view:
         one.settimeout(left())
@@ -236,6 +236,28 @@ def _send(one: socket.socket, header: Mapping[str, Any], data: bytes, left: Call
             view = view[one.send(view) :]
         except TimeoutError:
             continue
+
+
+def _encoded(header: Mapping[str, Any]) -> bytes:
+    """Return a message's header as JSON."""
+    encoder = json.JSONEncoder()
+    if _room(header, _SMALL) >= 0:
+        return encoder.encode(header).encode()
+    # Piecewise, which takes ten times as long: megabytes at once would keep other threads waiting for the interpreter.
+    return "".join(encoder.iterencode(header)).encode()
+
+
+def _room(value: Any, room: int) -> int:
+    """Return what is left of `room` characters after those of a value; negative if it needs more."""
+    if isinstance(value, str):
+        return room - len(value)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return room - 1
+    for item in value.values() if isinstance(value, Mapping) else value:
+        room = _room(item, room)
+        if room < 0:
+            break
+    return room
 
 
 def _receive(one: socket.socket, left: Callable[[], float | None]) -> Answer:
@@ -291,7 +313,7 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             raise
         except BaseException as error:  # A panic in tokenizers is not an Exception. Its text may quote a conversation.
             answer, data = _failed(f"{what} failed ({type(error).__name__})"), b""
-        _send(parent, answer, data, lambda: None)
+        _send(parent, json.dumps(answer).encode(), data, lambda: None)
 
 
 def _failed(how: str) -> dict[str, Any]:
