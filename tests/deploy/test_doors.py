@@ -418,7 +418,8 @@ def test_a_self_test_that_says_nothing_is_none_that_was_passed(result: Any, bund
         destination = "u@b"
 
         def call(self, op: str, **_: Any) -> dict[str, Any]:
-            return {"result": result} if op == "selftest" else {"status": 200, "answer": {}}
+            answer = {"message": {"content": "1"}, "eval_count": 1}
+            return {"result": result} if op == "selftest" else {"status": 200, "answer": answer}
 
     found = trial.try_out(Board(), open_bundle(bundles["base"]))  # type: ignore[arg-type]
     assert found.problems
