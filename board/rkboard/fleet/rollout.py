@@ -18,7 +18,8 @@ from rkruntime.errors import HostError, RKEdgeError
 State = Literal["done", "nothing to do", "failed", "not touched"]
 # Of a board whose work nobody waits for any more; it may go on there.
 _INTERRUPTED: Final = HostError(
-    "It was interrupted, and may have changed something.", hint="Start the same command again: it finishes what is left."
+    "It was interrupted, and may have changed something.",
+    hint="Start the same command again: it finishes what is left.",
 )
 Work = Callable[[Entry], Mapping[str, Any]]
 
@@ -69,7 +70,9 @@ class Rollout:
         return [self._found.get(one.name) or self._without(one) for one in self._boards]
 
     def _without(self, entry: Entry) -> Outcome:
-        return Outcome(entry, "failed", error=_INTERRUPTED) if entry.name in self._begun else Outcome(entry, "not touched")
+        return (
+            Outcome(entry, "failed", error=_INTERRUPTED) if entry.name in self._begun else Outcome(entry, "not touched")
+        )
 
     def run(self) -> list[Outcome]:
         """Do the work; return the outcomes. Ctrl-C raises KeyboardInterrupt once the boards in progress are done."""

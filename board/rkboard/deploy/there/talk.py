@@ -263,9 +263,11 @@ class Talk:
         """Run `rkedge run --selftest` in place of the daemon, whose model is unloaded meanwhile."""
         return {"result": self._service.selftest()}
 
-    def do_log(self, lines: int) -> dict[str, Any]:
-        """Return the last lines of the daemon's log."""
-        return {"log": self._ground.run(*_LOG, f"--lines={int(lines)}") or ""}
+    def do_log(self, lines: int) -> None:
+        """Say the last lines of the daemon's log."""
+        status = follow(self._ground, _say, *_LOG, f"--lines={int(lines)}")
+        if status:
+            raise Refused(f"{_LOG[0]} ended with {status}.")
 
     def do_follow(self, lines: int) -> None:
         """Pass on the last lines of the daemon's log, and those that follow until the connection ends."""
