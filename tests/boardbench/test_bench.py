@@ -24,8 +24,8 @@ from tests.clocks.chip import CPU, DMC, IDLE, NPU, running, wait_until
 from tests.doctor.sysroots import plant
 from tests.forced import needs_sshd
 
-from rkboard.bench.expected import expected_of
 from rkboard.bench import remote
+from rkboard.bench.expected import expected_of
 from rkboard.bench.remote import Place
 from rkboard.bench.result import ClockFacts, Line, Result
 from rkboard.bench.table import markdown

@@ -343,7 +343,7 @@ def saying(text: str) -> Callable[[socket.socket], None]:
     return lambda link: link.sendall((head + text).encode())
 
 
-# What Python's json takes and writes, and what the person's end would not read: the board would answer nothing any more.
+# What Python's json takes and writes, and the person's end would not read: nothing could be done any more.
 NOT_TO_BE_PASSED_ON = ['{"x": NaN}', '{"x": -Infinity}', '{"x": 1e999}', '{"x": %s}' % ("9" * 5000), '{"x": %s}' % (
     "[" * 900 + "]" * 900), "[" + "[]," * 30_000 + "0]"]  # fmt: skip
 

@@ -82,7 +82,7 @@ class Boards:
                 f" {' '.join(trial.problems)[:500]}",
                 hint=f"rkedge rollback {entry.destination}"
                 if trial.verdict != "undecided"
-                else "docs/selftest.md. If you have made sure of its answers, `test: false` in the inventory leaves it out.",
+                else "docs/selftest.md. Once you know its answers, `test: false` in the inventory leaves it out.",
             )
         return {**facts, "emulated": emulated, "tokens_per_s": round(trial.tokens_per_s, 2)}
 
