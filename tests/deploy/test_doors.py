@@ -381,7 +381,7 @@ def test_an_answer_that_would_take_all_memory(
     fake(f"cat {tmp_path}/answer; exec cat > /dev/null")
     assert cli.main([command[0], "u@b", *command[1:]]) == 8
     assert "not an answer" in capsys.readouterr().err
-    assert parsed == []
+    assert all(size <= 1 << 20 for size in parsed)
 
 
 @pytest.fixture

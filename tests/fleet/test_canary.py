@@ -102,3 +102,25 @@ def test_a_board_that_says_something_else(
     said: Mapping[str, Any], deployed: Callable[[Mapping[str, Any]], tuple[list[str], list[str]]]
 ) -> None:
     assert deployed(said) == (["failed", "not touched"], ["u@b0"])
+
+
+@pytest.mark.parametrize(
+    ("after", "states"),
+    [
+        ({"current": {"bundles": "old"}, "status": {"state": "ready"}}, ["done", "done"]),
+        ({"current": {"bundles": "new"}, "status": {"state": "ready"}}, ["failed", "not touched"]),
+        ({"current": {"bundles": "old"}, "status": None}, ["failed", "not touched"]),
+        ({}, ["failed", "not touched"]),
+    ],
+)
+def test_a_rollback_of_which_a_board_says_something_else(after: Mapping[str, Any], states: list[str]) -> None:
+    class Back(Board):
+        def call(self, op: str, **given: Any) -> Mapping[str, Any]:
+            self.asked.append(op)
+            before = {"current": {"bundles": "new"}, "previous": {"bundles": "old"}, "status": {"state": "ready"}}
+            return (after if "switch" in self.asked else before) if op == "look" else {}
+
+    boards = Boards(lambda _: None, lambda destination, _: Back(destination, {}, ""))  # type: ignore[arg-type,return-value]
+    entries = [Entry(f"b{at}", "g", f"u@b{at}", None, None, True, "", 0, "") for at in range(2)]
+    assert [one.state for one in Rollout(entries, boards.before, 2, careful=False).run()] == ["done"] * 2
+    assert [one.state for one in Rollout(entries, boards.roll_back, 2, careful=True).run()] == states

@@ -18,7 +18,7 @@ def run(destination: str, lines: int, follow: bool) -> None:
     """Show the end of the log of a board's daemon."""
     from rkboard.deploy.session import Session
 
-    with Session(destination, say, endless=follow) as session:
+    with Session(destination, say, endless=True) as session:
         if not follow:
             session.call("log", lines=lines)
             return

@@ -17,7 +17,7 @@ from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
 _THERE: Final = Path(__file__).with_name("there")
 _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
-_MOST_BYTES: Final = 64 << 20
+_MOST_BYTES: Final = 8 << 20
 # Of an answer: what lists and numbers it can be made of takes a hundred times as much memory.
 _MOST_LINE: Final = 1 << 20
 # Three times the longest silence of a board that follows its log (`_QUIET_S` in there/follow.py).

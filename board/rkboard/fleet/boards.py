@@ -119,9 +119,18 @@ class Boards:
         with self.connect(entry.destination, person.say) as session:
             session.call("lock")
             session.call("settle")
-            person.expect([text_of(names_of(session.call("look", places=[]), "previous"), "bundles")])
+            goal = text_of(names_of(session.call("look", places=[]), "previous"), "bundles")
+            person.expect([goal])
             session.call("switch", parts=None)
-            return {"bundle": in_use(session.call("look", places=[]), "bundles"), "changed": ["service"]}
+            look = session.call("look", places=[])
+        if not names_of(look, "status"):
+            raise _silent(entry, look)
+        if (used := in_use(look, "bundles")) != goal:
+            raise ServiceError(
+                f"{entry.name} says that it went back to {goal}, but also that it uses {used or 'no bundle'}.",
+                hint=f"rkedge status {entry.destination}",
+            )
+        return {"bundle": used, "changed": ["service"]}
 
 
 def _silent(entry: Entry, look: Mapping[str, Any]) -> ServiceError:
