@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ def codename() -> str:
 @functools.cache
 def debian(name: str, *options: str) -> Path:
     """The tree that mmdebstrap makes with these options. Skips the test if it cannot, but not in CI."""
-    folder = emulator.cache_folder().parent / "tests" / f"{name}-{codename()}"
+    made_by = hashlib.sha256(repr(options).encode()).hexdigest()[:8]  # other packages are another tree
+    folder = emulator.cache_folder().parent / "tests" / f"{name}-{codename()}-{made_by}"
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

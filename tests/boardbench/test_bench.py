@@ -24,6 +24,7 @@ from tests.clocks.chip import CPU, DMC, IDLE, NPU, running, wait_until
 from tests.doctor.sysroots import plant
 from tests.forced import needs_sshd
 
+from rkboard.bench import remote
 from rkboard.bench.expected import expected_of
 from rkboard.bench.remote import Place
 from rkboard.bench.result import ClockFacts, Line, Result
@@ -414,10 +415,61 @@ PLAIN = {
         ("user@fe80::1%eth0", Place("user@fe80::1%eth0")),
         ("user@[2001:db8::5]:my-bundle", Place("user@2001:db8::5", "my-bundle")),
         ("user@192.0.2.7:b:c", Place("user@192.0.2.7", "b:c")),
+        ("board:/opt/b", Place("board", "/opt/b")),
+        ("board:my-bundle", Place("board", "my-bundle")),
+        ("[2001:db8::5]:b", Place("2001:db8::5", "b")),
     ],
 )
 def test_a_place_is_read_as_for_scp(text: str, place: Place) -> None:
     assert Place.parse(text) == place
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"), [("board:/b", True), ("board:b", True), ("./board:b", False), ("a/b:c", False), (":b", False)]
+)
+def test_a_colon_before_any_slash_means_a_board(text: str, is_one: bool, tmp_path: Path) -> None:
+    """Unless a file here has that name."""
+    assert Place.is_one(text) == is_one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        Path("board:b").mkdir()
+        assert not Place.is_one("board:b")
+
+
+def fake_ssh(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "fake-ssh"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("RKEDGE_SSH", str(path))
+
+
+@pytest.mark.parametrize(
+    "script", ["exec sleep 1000", "echo >&2; exec sleep 1000", "echo '{'; exec sleep 1000", "exec >&-; exec sleep 1000"]
+)
+def test_a_board_that_says_nothing_any_more_is_left(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "_SILENT_S", 0.5)
+    monkeypatch.setattr(remote, "_SILENT_BEFORE_S", 0.5 if "echo >&2" not in script else 1000)
+    monkeypatch.setattr(remote, "_LAST_S", 0.5)
+    fake_ssh(tmp_path, script, monkeypatch)
+    assert cli.main(["bench", "board:b"]) == 8
+    assert capsys.readouterr().err
+
+
+def test_a_board_that_measures_for_long_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says that it lives, of which nothing is shown, and ends when its input does."""
+    monkeypatch.setattr(remote, "_SILENT_S", 2.0)
+    monkeypatch.setattr(remote, "_SILENT_BEFORE_S", 20.0)
+    (tmp_path / "result").write_text(json.dumps(PLAIN))
+    code = "import time; from rkboard.bench import remote as r; r._BEAT_S = 0.1; r.until_eof(print); time.sleep(6)"
+    fake_ssh(tmp_path, f"{shlex.quote(sys.executable)} -c '{code}'; cat {tmp_path}/result", monkeypatch)
+    assert cli.main(["bench", "u@b", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert json.loads(said.out)["schema"] == "rkedge-compat/1"
 
 
 @pytest.mark.parametrize("text", ["user@board:-o", "user@board:a\nb", "user@board:\x1b[2J"])

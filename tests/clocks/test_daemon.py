@@ -120,6 +120,25 @@ def test_clocks_are_held_while_it_answers(
     assert unit.connections == 1
 
 
+@pytest.mark.parametrize(("seconds", "answers"), [("0", False), ("0", True), ("1", False)])
+def test_a_reload_counts_for_those_that_are_held(
+    seconds: str, answers: bool, place: Path, unit: Unit, chip: Chip,
+    start_daemon: Callable[..., Any],  # noqa: F811
+) -> None:  # fmt: skip
+    daemon = start_daemon("hold_clocks_s: 3600", PROGRAM, TEST_CLOCKS=str(place), **SLOW)
+    said: list[str] = []
+    thread = asking(daemon, said)
+    wait_until(lambda: at_best(chip))
+    if not answers:
+        thread.join()
+    (daemon.state / "daemon.yaml").write_text(f"hold_clocks_s: {seconds}")
+    daemon.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: as_before(chip))
+    assert thread.is_alive() == answers
+    thread.join()
+    assert said == [QA[FIRST]]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_they_are_restored_whatever_ends_it(
     number: signal.Signals,

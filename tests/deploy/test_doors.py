@@ -20,7 +20,7 @@ from rkboard.deploy import trial, work
 from rkboard.deploy.session import Session
 from rkboard.deploy.there import program as programs
 from rkboard.deploy.there import service as services
-from rkboard.deploy.there.ground import Ground, Refused
+from rkboard.deploy.there.ground import Ground, Refused, others_may_change
 from rkboard.deploy.work import Done
 from rkruntime import cli, remote
 from rkruntime.errors import ServiceError
@@ -140,6 +140,23 @@ def test_a_python_that_others_may_change_is_not_started(tmp_path: Path, monkeypa
     folder.chmod(0o777)
     assert programs.interpreter() == ("", "")
     assert not (tmp_path / "started").exists()
+
+
+def test_a_link_on_the_way_that_others_may_change_is_not_trusted(tmp_path: Path) -> None:
+    """Where it leads at the moment is root's, but who may change the link may lead it elsewhere later."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed/python3").touch()
+    (tmp_path / "open/link").symlink_to(tmp_path / "closed/python3")
+    (tmp_path / "python3").symlink_to("open/link")
+    (tmp_path / "other").symlink_to("closed/python3")
+    (tmp_path / "open").chmod(0o777)
+    assert others_may_change(tmp_path / "python3", tmp_path)
+    assert not others_may_change(tmp_path / "other", tmp_path)
+    (tmp_path / "open").chmod(0o755)
+    assert not others_may_change(tmp_path / "python3", tmp_path)
+    (tmp_path / "turn").symlink_to("turn")
+    assert not others_may_change(tmp_path / "turn", tmp_path)
 
 
 def test_a_lock_that_was_removed_locks_nobody_out(tree: Tree, destination: str) -> None:
@@ -321,7 +338,17 @@ def deep(link: socket.socket) -> None:
     link.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"[" * 200_000)
 
 
-@pytest.mark.parametrize("answer", [drip, deep])
+def saying(text: str) -> Callable[[socket.socket], None]:
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n"
+    return lambda link: link.sendall((head + text).encode())
+
+
+# What Python's json takes and writes, and the person's end would not read: nothing could be done any more.
+NOT_TO_BE_PASSED_ON = ['{"x": NaN}', '{"x": -Infinity}', '{"x": 1e999}', '{"x": %s}' % ("9" * 5000), '{"x": %s}' % (
+    "[" * 900 + "]" * 900), "[" + "[]," * 30_000 + "0]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [drip, deep, *map(saying, NOT_TO_BE_PASSED_ON)])
 def test_a_daemon_that_plays(
     answer: Callable[[socket.socket], None], tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +357,31 @@ def test_a_daemon_that_plays(
         assert tree.service.ask("/status", patience=0.5) is None
 
 
+def test_a_daemon_that_says_much(tree: Tree) -> None:
+    """Within what an answer may be: a person's end takes it."""
+    text = json.dumps({"model": "\x00" * 20_000, "more": [[at, -1.5e300] for at in range(400)]})
+    with answering(tree.root / services.SOCKET.lstrip("/"), saying(text)):
+        status = tree.service.ask("/status")
+    assert status is not None
+    line = sessions.MARK + json.dumps({"event": "done", "status": status[2]}).encode()
+    assert sessions._event(line, "u@b")["status"] == json.loads(text)
+
+
 # The person's end
+
+
+@pytest.mark.parametrize("command", [["status"], ["logs"], ["rollback", "--yes"], ["undeploy", "--yes"]])
+def test_an_answer_that_would_take_all_memory(
+    command: list[str], fake: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    parsed: list[int] = []
+    monkeypatch.setattr(sessions.json, "loads", lambda text, **_: parsed.append(len(text)))
+    (tmp_path / "answer").write_bytes(sessions.MARK + b'{"event": "done", "x": [0' + b",[]" * 2_000_000 + b"]}\n")
+    fake(f"cat {tmp_path}/answer; exec cat > /dev/null")
+    assert cli.main([command[0], "u@b", *command[1:]]) == 8
+    assert "not an answer" in capsys.readouterr().err
+    assert all(size <= 1 << 20 for size in parsed)
 
 
 @pytest.fixture
@@ -418,7 +469,8 @@ def test_a_self_test_that_says_nothing_is_none_that_was_passed(result: Any, bund
         destination = "u@b"
 
         def call(self, op: str, **_: Any) -> dict[str, Any]:
-            return {"result": result} if op == "selftest" else {"status": 200, "answer": {}}
+            answer = {"message": {"content": "1"}, "eval_count": 1}
+            return {"result": result} if op == "selftest" else {"status": 200, "answer": answer}
 
     found = trial.try_out(Board(), open_bundle(bundles["base"]))  # type: ignore[arg-type]
     assert found.problems

@@ -69,10 +69,20 @@ def following(tree: Tree, destination: str) -> Iterator[tuple[subprocess.Popen[s
 
 
 def test_the_end_of_a_log(tree: Tree, destination: str, journal: Path) -> None:
-    with Session(destination, lambda _: None, str(tree.root)) as session:
-        assert session.call("log", lines=7)["log"] == "an older line"
+    told: list[str] = []
+    with Session(destination, told.append, str(tree.root)) as session:
+        session.call("log", lines=7)
+    assert "".join(told) == "an older line"
     words = (tree.root / "run/journalctl.words").read_text().split()
     assert {"--unit=rkedge.service", "--lines=7", "--no-pager"} <= set(words)
+
+
+def test_a_log_that_cannot_be_read(tree: Tree, destination: str, journal: Path) -> None:
+    (tree.root / "usr/bin/journalctl").write_text("#!/bin/sh\necho 'no journal files' >&2; exit 3\n")
+    told: list[str] = []
+    with Session(destination, told.append, str(tree.root)) as session, pytest.raises(ServiceError, match="with 3"):
+        session.call("log", lines=7)
+    assert told == ["no journal files"]
 
 
 def test_lines_come_as_they_are_written_and_are_harmless(tree: Tree, destination: str, journal: Path) -> None:

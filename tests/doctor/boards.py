@@ -356,6 +356,11 @@ BOARDS: dict[str, Board] = {
     "two-cores-left": Board(
         "https://github.com/kamyarkazremi/orangepi5-rkllm", me={"cpus": [0, 1]}, expected={"cpu-cores": "failure"}
     ),
+    "two-cores-of-an-rk3562": Board(
+        "https://github.com/airockchip/rknn-llm/blob/release-v1.2.3/scripts/fix_freq_rk3562.sh",
+        {"proc/device-tree/compatible": "rockchip,rk3562-evb\0rockchip,rk3562\0"},
+        {"cpus": [0, 1]},
+    ),
     "big-cores-off": Board(
         "https://github.com/kamyarkazremi/orangepi5-rkllm",
         {"sys/devices/system/cpu/online": "0-5\n"},

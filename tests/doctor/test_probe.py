@@ -415,6 +415,16 @@ def test_what_is_not_a_document_is_refused(line: bytes) -> None:
         Document.parse(line)
 
 
+def test_what_would_take_all_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("rkboard.doctor.document.json.loads", never)
+    line = b'rkedge-probe: {"schema": "rkedge-probe/1", "x": [0' + b",[]" * (MOST_BYTES // 4) + b"]}"
+    with pytest.raises(ServiceError, match="The board sent"):
+        Document.parse(line)
+
+
 def test_a_mode_is_kept(good: Path) -> None:
     plant(good, {"dev/dma_heap/cma": Mode(0o640)})
     assert run(good).nodes["dev/dma_heap/cma"].mode == 0o640

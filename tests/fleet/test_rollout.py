@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rkboard.fleet import rollout as rollouts
 from rkboard.fleet.inventory import Entry
 from rkboard.fleet.rollout import Rollout
 from rkruntime.errors import RefusedError
@@ -93,3 +95,32 @@ def test_ctrl_c_lets_what_was_begun_come_to_its_end() -> None:
         rollout.run()
     assert begun == ["b0"]
     assert [one.state for one in rollout.outcomes] == ["failed", "not touched", "not touched"]
+
+
+def test_nobody_waits_for_what_was_begun_and_it_is_not_called_untouched() -> None:
+    """Ctrl-C while the rest is at work, and once more."""
+    begun, over = threading.Semaphore(0), threading.Event()
+
+    def work(entry: Entry) -> Mapping[str, Any]:
+        if entry.name != "b0":
+            begun.release()
+            over.wait(30)
+        return {}
+
+    class Impatient(ThreadPoolExecutor):
+        def map(self, *given: Any, **more: Any) -> Any:
+            super().map(*given, **more)
+            begun.acquire()
+            begun.acquire()
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None:
+            self.shutdown(wait=False)
+
+    rollout = Rollout(boards(4), work, 2, careful=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rollouts, "ThreadPoolExecutor", Impatient)
+        rollout.run()
+    states = [one.state for one in rollout.outcomes]
+    over.set()
+    assert states == ["done", "failed", "failed", "not touched"]

@@ -137,7 +137,7 @@ def test_with_a_model(board: Machine) -> None:
 def test_deploying_is_refused(board: Machine, bundle: Path) -> None:
     done = board.at_home(*RKEDGE, "deploy", str(bundle), "board", "--yes")
     assert done.returncode == 4, done.stderr
-    assert "sudo apt remove rkedge" in done.stderr
+    assert "sudo apt purge rkedge" in done.stderr
     assert chat(board) == ANSWERS[FIRST]
 
 
@@ -149,13 +149,48 @@ def test_an_upgrade_restarts_the_daemon(board: Machine, package: Path) -> None:
     assert chat(board) == ANSWERS[FIRST]
 
 
-def test_removed_and_installed_again(board: Machine, package: Path) -> None:
+def test_an_upgrade_is_complete_although_the_daemon_does_not_start_again(board: Machine, package: Path) -> None:
+    said(board, "sudo sed -i 's#^library: .*#library: /nowhere#; $ a unknown_setting: 1' /etc/rkedge/daemon.yaml")
+    said(board, f"{APT} install -y --reinstall ./{package.name}")
+    assert said(board, "dpkg --audit") == ""
+    said(
+        board,
+        "sudo sed -i 's#^library: .*#library: /usr/lib/librkllmrt.so#; /^unknown_setting/d' /etc/rkedge/daemon.yaml",
+    )
+    said(board, "sudo systemctl restart rkedge.service")
+    assert chat(board) == ANSWERS[FIRST]
+
+
+def test_removed_and_installed_again(board: Machine, bundle: Path, package: Path) -> None:
     said(board, f"{APT} remove -y rkedge")
+    # What is left of it would take the place of what is deployed with it when it is purged.
+    done = board.at_home(*RKEDGE, "deploy", str(bundle), "board", "--yes")
+    assert done.returncode == 4, done.stderr
+    assert "sudo apt purge rkedge" in done.stderr
     assert board.on_board("systemctl is-active rkedge.socket rkedge.service").stdout.split() == ["inactive"] * 2
     assert said(board, "sudo ls /usr/lib/rkedge /usr/bin/rkedge 2>&1 || true").count("No such file") == 2
     said(board, "sudo ls /var/lib/rkedge/bundle /etc/rkedge/daemon.yaml")
     said(board, f"{APT} install -y ./{package.name} && sudo systemctl enable --now rkedge.socket rkedge.service")
     assert chat(board) == ANSWERS[FIRST]
+
+
+@pytest.mark.parametrize("theirs", ["/opt/rkedge/deploy.json", "/etc/systemd/system/rkedge.service"])
+def test_a_purge_leaves_others_what_is_theirs(theirs: str, board: Machine, package: Path) -> None:
+    said(board, f"{APT} remove -y rkedge && sudo mkdir -p /opt/rkedge && sudo touch {theirs}")
+    said(board, "sudo install -d -o rkedge /var/lib/rkedge/sessions && sudo touch /var/lib/rkedge/sessions/precious")
+    said(board, f"{APT} purge -y rkedge && sudo rm {theirs} && sudo rmdir /opt/rkedge")
+    said(board, "sudo ls /var/lib/rkedge/sessions/precious && id rkedge")
+    links = "/etc/systemd/system/multi-user.target.wants/rkedge.service"
+    said(board, f"readlink {links}")
+    said(board, f"{APT} install -y ./{package.name}")
+
+
+def test_a_purge_ends_although_somebody_runs_as_its_user(board: Machine, package: Path) -> None:
+    said(board, "sudo systemd-run --quiet --unit=theirs -p User=rkedge sleep 1000")
+    said(board, f"{APT} purge -y rkedge")
+    assert said(board, "dpkg --audit") == ""
+    said(board, "id rkedge && sudo systemctl stop theirs")
+    said(board, f"{APT} install -y ./{package.name}")
 
 
 def test_purged(board: Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tests.doctor.sysroots import GOOD, Mode, plant
 from tests.forced import needs_sshd, wait_until
 
@@ -273,3 +275,25 @@ def test_whatever_a_board_says_is_shown_harmlessly(looked: Board, status: str, m
 def test_a_tree_goes_with_no_board(tmp_path: Path) -> None:
     assert cli.main(["top", "board", "--root", str(tmp_path)]) == 2
     assert cli.main(["top", ""]) == 2
+
+
+@pytest.mark.parametrize("width", [20, 40, 71, 72, 200])
+def test_every_letter_of_a_value_is_on_a_screen_of_any_width(tree: Path, width: int) -> None:
+    sample = Sample.of(live(tree))
+    lines = io.StringIO()
+    Console(file=lines, width=width).print(screen.table(sample, None, width))
+    whole = screen.title(sample, None) + "".join(row.name + row.value for row in screen.rows(sample))
+    assert sorted(re.sub(r"[\s█░]", "", lines.getvalue())) == sorted(re.sub(r"\s", "", whole))
+
+
+def test_a_terminal_that_cannot_be_written_anew_has_one_table(tree: Path) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*RKEDGE, "top", "--root", str(tree)], stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}
+    ) as process:
+        os.close(theirs)
+        assert process.wait(60) == 0
+    said = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "clock ddr" in said
+    assert "\x1b[?1049h" not in said  # the other screen

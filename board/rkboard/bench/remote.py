@@ -6,24 +6,33 @@ import ipaddress
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Final
 
 from rkboard.bench.result import Result
-from rkruntime.chat.ways import over_ssh
+from rkruntime.chat.ways import is_destination, over_ssh
 from rkruntime.errors import ServiceError, UsageError
 from rkruntime.evidence import MOST_BYTES
 from rkruntime.remote import ssh_command
 
-# USER@BOARD:BUNDLE, where an IPv6 address stands in brackets, as for scp.
-_PLACE: Final = re.compile(r"([^@\s]+@)(\[[^\]\s]+\]|[^:\s\[]+):(.*)", re.DOTALL)
+# [USER@]BOARD:BUNDLE as for scp: an IPv6 address stands in brackets, and no slash comes before the colon.
+_PLACE: Final = re.compile(r"([^@\s]+@)?(\[[^\]\s]+\]|[^@:/\s\[]+):(.*)", re.DOTALL)
 _MOST_LINE: Final = 1 << 12
+_MOST_TEXT: Final = 500
+# While it measures, the board sends an empty line this often: one test may take long, and has nothing to say meanwhile.
+_BEAT_S: Final = 20.0
+_SILENT_S: Final = 180.0
+_LAST_S: Final = 30.0
+# For a board whose release does not do that.
+_SILENT_BEFORE_S: Final = 3600.0
 
 
 def _is_address(text: str) -> bool:
@@ -49,10 +58,15 @@ class Place:
             UsageError: No bundle can have that name.
         """
         found = None if text.startswith("ssh://") or _is_address(text) else _PLACE.fullmatch(text)
-        place = cls(f"{found[1]}{found[2].strip('[]')}", found[3]) if found else cls(text)
+        place = cls(f"{found[1] or ''}{found[2].strip('[]')}", found[3]) if found else cls(text)
         if not place.bundle.isprintable() or place.bundle.startswith("-"):
             raise UsageError("The bundle on the board has a name that no bundle can have.")
         return place
+
+    @staticmethod
+    def is_one(text: str) -> bool:
+        """Whether that is meant: by the rule of scp, a colon before any slash parts a host from what is there."""
+        return is_destination(text) or (_PLACE.fullmatch(text) is not None and not os.path.lexists(text))
 
 
 def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]) -> tuple[Result, int]:
@@ -65,7 +79,7 @@ def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]
         say: Called with each line that the command prints on standard error.
 
     Raises:
-        ServiceError: The board cannot be reached, or sends something else.
+        ServiceError: The board cannot be reached, sends something else, or nothing any more.
     """
     remote = ["rkedge", "bench", "--json", "--until-eof", *words, *([place.bundle] if place.bundle else [])]
     command = ssh_command(place.destination, *map(shlex.quote, remote))
@@ -80,19 +94,20 @@ def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    teller = threading.Thread(target=_tell, args=(process.stderr, say), daemon=True)
-    teller.start()
+    ear = _Ear(process.stderr, say)
     try:
-        text = _read(process.stdin, process.stdout)
+        text = _read(process.stdin, process.stdout, lambda: ear.expect_life(place))
         process.stdin.close()
-        status = process.wait(0 if len(text) > MOST_BYTES else 30)  # a board that floods may never end
+        status = process.wait(0 if len(text) > MOST_BYTES else _LAST_S)  # a board that floods may never end
     except subprocess.TimeoutExpired:
         status = 255
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-        teller.join(1)
+        with suppress(OSError):
+            process.stdin.close()
+        ear.join()
     if not text.strip():
         raise _nothing(place, status)
     _check_error(text)
@@ -105,16 +120,24 @@ def _check_error(text: bytes) -> None:
         said = json.loads(text)
         if isinstance(said, dict) and isinstance(said.get("message"), str):
             hint = said.get("hint")
-            raise ServiceError(f"On the board: {said['message'][:500]}", hint=hint if isinstance(hint, str) else None)
+            shown = hint[:_MOST_TEXT] if isinstance(hint, str) else None
+            raise ServiceError(f"On the board: {said['message'][:_MOST_TEXT]}", hint=shown)
 
 
-def _read(stdin: IO[bytes], stdout: IO[bytes]) -> bytes:
-    """Read all that the board prints. Ctrl-C closes its standard input, at which it finishes; a second one leaves."""
+def _read(stdin: IO[bytes], stdout: IO[bytes], wait: Callable[[], None]) -> bytes:
+    """Read all that the board prints. Ctrl-C closes its standard input, at which it finishes; a second one leaves.
+
+    Args:
+        wait: Called each second in which it prints nothing.
+    """
     text = bytearray()
     interrupted = False
     while len(text) <= MOST_BYTES:
         try:
-            block = stdout.read1(1 << 16)  # type: ignore[attr-defined]
+            if not select.select([stdout], [], [], 1.0)[0]:
+                wait()
+                continue
+            block = os.read(stdout.fileno(), 1 << 16)
         except KeyboardInterrupt:
             if interrupted:
                 raise
@@ -128,10 +151,34 @@ def _read(stdin: IO[bytes], stdout: IO[bytes]) -> bytes:
     return bytes(text)
 
 
-def _tell(stream: IO[bytes], say: Callable[[str], None]) -> None:
-    with stream:
-        while line := stream.readline(_MOST_LINE):
-            say(line.decode("utf-8", "replace").rstrip("\r\n"))
+class _Ear:
+    """Passes on what the board says on standard error, and knows when that was."""
+
+    def __init__(self, stream: IO[bytes], say: Callable[[str], None]) -> None:
+        self._last, self._patience = time.monotonic(), _SILENT_BEFORE_S
+        self._thread = threading.Thread(target=self._listen, args=(stream, say), daemon=True)
+        self._thread.start()
+
+    def _listen(self, stream: IO[bytes], say: Callable[[str], None]) -> None:
+        with stream:
+            while line := stream.readline(_MOST_LINE):
+                self._last = time.monotonic()
+                if text := line.decode("utf-8", "replace").rstrip("\r\n"):
+                    say(text)
+                else:
+                    self._patience = _SILENT_S
+
+    def expect_life(self, place: Place) -> None:
+        """Raise ServiceError if it has said nothing for too long."""
+        if time.monotonic() - self._last > self._patience:
+            raise ServiceError(
+                f"{place.destination} says nothing any more.",
+                hint="A driver there may hang: log in and look at dmesg. What it had measured is lost.",
+            )
+
+    def join(self) -> None:
+        """Wait a moment for the last lines."""
+        self._thread.join(1)
 
 
 def _nothing(place: Place, status: int) -> ServiceError:
@@ -146,12 +193,15 @@ def _nothing(place: Place, status: int) -> ServiceError:
 
 
 def until_eof(stop: Callable[[], object]) -> None:
-    """Call `stop` once standard input is at its end, from a thread."""
+    """Call `stop` once standard input is at its end, from a thread that says until then that this process lives."""
 
     def wait() -> None:
         with suppress(OSError, ValueError):
-            while os.read(0, 1 << 12):  # not through sys.stdin: at its exit, Python would wait for its lock
-                pass
+            while True:
+                if not select.select([0], [], [], _BEAT_S)[0]:
+                    os.write(2, b"\n")
+                elif not os.read(0, 1 << 12):  # not through sys.stdin: at its exit, Python would wait for its lock
+                    break
         stop()
 
     threading.Thread(target=wait, daemon=True).start()

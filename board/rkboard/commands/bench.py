@@ -108,7 +108,9 @@ def _words(wanted: Wanted, runtime: RuntimeOptions, quiet: bool) -> list[str]:
 
 
 @click.command("bench")
-@click.argument("bundle", metavar="[BUNDLE|USER@BOARD[:BUNDLE]]", type=BundleOrHost(Place.parse), required=False)
+@click.argument(
+    "bundle", metavar="[BUNDLE|USER@BOARD[:BUNDLE]]", type=BundleOrHost(Place.parse, Place.is_one), required=False
+)
 @_tokens("-p", "--n-prompt", "128,512", "Read prompts of this many tokens.")
 @_tokens("-n", "--n-gen", "64,128", "Generate so many tokens.")
 @_tokens("-d", "--n-depth", "0,1024,3968", "Measure with this many tokens already in the context.", least=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from rkboard.commands.deploy import board_argument
-from rkruntime.printable import printable
 from rkruntime.terminal import say
 
 
@@ -19,9 +18,9 @@ def run(destination: str, lines: int, follow: bool) -> None:
     """Show the end of the log of a board's daemon."""
     from rkboard.deploy.session import Session
 
-    with Session(destination, say if follow else lambda _: None, endless=follow) as session:
+    with Session(destination, say, endless=True) as session:
         if not follow:
-            say(printable(str(session.call("log", lines=lines).get("log", ""))))
+            session.call("log", lines=lines)
             return
         try:
             session.follow(lines)

@@ -41,7 +41,7 @@ def _show(samples: Iterator[Sample], destination: str | None) -> None:
 
     with Live(console=console(), screen=True, auto_refresh=False) as live:
         for sample in samples:
-            live.update(screen.table(sample, destination), refresh=True)
+            live.update(screen.table(sample, destination, live.console.width), refresh=True)
 
 
 @click.command("top")
@@ -69,7 +69,7 @@ def run(destination: str | None, every: float, once: bool, sudo: bool, root: Pat
     """
     if root is not None and (destination or sudo):
         raise UsageError("--root is a file tree of this machine: no board or --sudo goes with it.")
-    once = once or as_json or not sys.stdout.isatty()
+    once = once or as_json or not sys.stdout.isatty() or console().is_dumb_terminal  # which would show nothing
     with closing(_samples(destination, root, sudo, _ONCE_S if once else every)) as samples:
         if not once:
             try:

@@ -70,8 +70,10 @@ class Facts:
             )
         if look.get("packaged") is not False:
             raise RefusedError(
-                "The board has the Debian package rkedge, whose units and user are named alike.",
-                hint="Serve bundles with it (docs/packages.md), or remove it, then deploy: sudo apt remove rkedge",
+                "The board has the Debian package rkedge, or what is left of it: units, user and settings of both are"
+                " named alike, and a purge would remove those of either.",
+                hint="Serve bundles with it (docs/packages.md), or take it off with its conversations, then deploy:"
+                " sudo apt purge rkedge",
             )
         if not offline and look.get("systemd") is not True:
             raise RefusedError("The board does not run systemd, which starts the daemon.", hint="docs/serve.md")

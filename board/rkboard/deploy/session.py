@@ -17,7 +17,8 @@ from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
 _THERE: Final = Path(__file__).with_name("there")
 _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
-_MOST_BYTES: Final = 64 << 20
+_MOST_BYTES: Final = 8 << 20
+# Of an answer: what lists and numbers it can be made of takes a hundred times as much memory.
 _MOST_LINE: Final = 1 << 20
 # Three times the longest silence of a board that follows its log (`_QUIET_S` in there/follow.py).
 _QUIET_S: Final = 180.0
@@ -112,7 +113,8 @@ class Session:
             event = _event(line, self.destination)
             self._answered = True
             if event["event"] == "says":
-                self._say(str(event.get("text"))[:_MOST_TEXT])
+                if text := text_of(event, "text"):
+                    self._say(text)
             elif event["event"] == "error":
                 raise self._refusal(event)
             else:
@@ -222,6 +224,8 @@ class Session:
 
 
 def _event(line: bytes, destination: str) -> dict[str, Any]:
+    if len(line) > _MOST_LINE:
+        raise _nonsense(destination)
     try:
         event = json.loads(line.removeprefix(MARK), parse_constant=_not_json)
     except (ValueError, RecursionError):

@@ -14,6 +14,7 @@ _QUESTION: Final = "Count from 1 to 100, one number on each line."
 _MOST_TOKENS: Final = 64
 _MOST_PROBLEMS: Final = 8
 _SAME: Final = "same"
+_BACK_HINT: Final = "rkedge logs USER@BOARD, then rkedge rollback USER@BOARD"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Trial:
         verdict: The verdict of `rkedge run --selftest`; empty for a bundle without a self-test.
         problems: What the self-test found.
         tokens_per_s: The decode rate of an answer of the daemon; 0 if the answer was too short.
-        tokens: The number of tokens in that answer.
+        tokens: The number of tokens in that answer; one at least.
     """
 
     verdict: str
@@ -34,8 +35,8 @@ class Trial:
 
     @property
     def fine(self) -> bool:
-        """Whether nothing speaks against the bundle there, as for a bundle without a self-test."""
-        return self.verdict in ("same", "undecided") or not (self.verdict or self.problems)
+        """Whether the bundle passed its self-test, if it has one. `undecided` is not a pass."""
+        return self.verdict in (_SAME, "") and not self.problems
 
 
 def try_out(session: Session, bundle: Bundle) -> Trial:
@@ -43,7 +44,7 @@ def try_out(session: Session, bundle: Bundle) -> Trial:
 
     Raises:
         BundleError: The bundle's self-test cannot be read.
-        ServiceError: The daemon does not answer.
+        ServiceError: The daemon does not answer, or with nothing.
     """
     has_one = bundle.read_selftest() is not None
     found = names_of(session.call("selftest"), "result") if has_one else {}
@@ -62,6 +63,11 @@ def try_out(session: Session, bundle: Bundle) -> Trial:
     if reply.get("status") != 200:
         raise ServiceError(f"The daemon on {session.destination} answers with an error: {text_of(answer, 'error')}")
     tokens, nanoseconds = (_number(answer, key) for key in ("eval_count", "eval_duration"))
+    if tokens < 1 or not text_of(names_of(answer, "message"), "content").strip():
+        raise ServiceError(
+            f"The daemon on {session.destination} answers, but with no text.",
+            hint=_BACK_HINT.replace("USER@BOARD", session.destination),
+        )
     rate = (tokens - 1) / nanoseconds * 1e9 if tokens > 1 and nanoseconds else 0.0
     return Trial(text_of(found, "verdict"), said, rate, int(tokens))
 

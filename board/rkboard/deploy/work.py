@@ -73,7 +73,13 @@ def deploy(session: Session, bundle: Bundle, library: Path | None, person: Perso
         if planned.sources:
             session.send(planned.sources, person.progress)
         session.call("change", step=planned.step)
-    return Done(missing, session.call("look", places=SEARCHED))
+    look, wanted = session.call("look", places=SEARCHED), plan.bundle_name(bundle)
+    if (used := plan.in_use(look, "bundles")) != wanted:
+        raise ServiceError(
+            f"{session.destination} says that everything was done, but also that it uses {used or 'no bundle'}.",
+            hint=f"rkedge status {session.destination}",
+        )
+    return Done(missing, look)
 
 
 def _steps(look: Mapping[str, Any], facts: Facts, bundle: Bundle, library: Path | None) -> list[Planned]:

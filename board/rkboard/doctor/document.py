@@ -26,6 +26,9 @@ _MOST: Final = {
     "processes": probe.MOST_SHOWN, "libraries": probe.MOST_LIBRARIES, "log": probe.MOST_LINES, "problems": 32,
 }  # fmt: skip
 
+# Letters that begin a list or an object, also those in texts: each may become one that takes a hundred times its space.
+_MOST_LISTS: Final = 50_000
+
 _Name = Annotated[str, Length(4096)]
 _Text = Annotated[str, Length(1 << 17)]
 _Count = Annotated[int, Between(0, 1 << 63)]
@@ -150,7 +153,7 @@ class Document:
         Raises:
             ServiceError: It is not one.
         """
-        if len(line) > MOST_BYTES:
+        if len(line) > MOST_BYTES or line.count(b"[") + line.count(b"{") > _MOST_LISTS:
             raise _nonsense("an endless line")
         try:
             data = json.loads(line.removeprefix(MARK))

@@ -68,7 +68,10 @@ class Boards:
         with self.connect(entry.destination, person.say) as session:
             done = deploy(session, bundle, entry.library, person)
             facts = {"bundle": bundle_name(bundle), "changed": [planned.title for planned in done.changed]}
-            emulated = bool(names_of(done.look, "status").get("emulated"))
+            said = names_of(done.look, "status")
+            if not said:
+                raise _silent(entry, done.look)
+            emulated = bool(said.get("emulated"))
             if not entry.test:
                 return {**facts, "emulated": emulated}
             person.say("running the self-test, then asking the daemon")
@@ -77,7 +80,9 @@ class Boards:
             raise RefusedError(
                 f"{entry.name} serves {facts['bundle']}, but its self-test says {trial.verdict or 'nothing'}:"
                 f" {' '.join(trial.problems)[:500]}",
-                hint=f"rkedge rollback {entry.destination}",
+                hint=f"rkedge rollback {entry.destination}"
+                if trial.verdict != "undecided"
+                else "docs/selftest.md. Once you know its answers, `test: false` in the inventory leaves it out.",
             )
         return {**facts, "emulated": emulated, "tokens_per_s": round(trial.tokens_per_s, 2)}
 
@@ -87,10 +92,7 @@ class Boards:
             look = session.call("look", places=[])
         said = names_of(look, "status")
         if not said:
-            raise ServiceError(
-                f"No daemon answers on {entry.name}; it would serve {in_use(look, 'bundles') or 'nothing'}.",
-                hint=f"rkedge logs {entry.destination}",
-            )
+            raise _silent(entry, look)
         return {
             "bundle": in_use(look, "bundles"),
             "before": text_of(names_of(look, "previous"), "bundles"),
@@ -117,9 +119,25 @@ class Boards:
         with self.connect(entry.destination, person.say) as session:
             session.call("lock")
             session.call("settle")
-            person.expect([text_of(names_of(session.call("look", places=[]), "previous"), "bundles")])
+            goal = text_of(names_of(session.call("look", places=[]), "previous"), "bundles")
+            person.expect([goal])
             session.call("switch", parts=None)
-            return {"bundle": in_use(session.call("look", places=[]), "bundles"), "changed": ["service"]}
+            look = session.call("look", places=[])
+        if not names_of(look, "status"):
+            raise _silent(entry, look)
+        if (used := in_use(look, "bundles")) != goal:
+            raise ServiceError(
+                f"{entry.name} says that it went back to {goal}, but also that it uses {used or 'no bundle'}.",
+                hint=f"rkedge status {entry.destination}",
+            )
+        return {"bundle": used, "changed": ["service"]}
+
+
+def _silent(entry: Entry, look: Mapping[str, Any]) -> ServiceError:
+    return ServiceError(
+        f"No daemon answers on {entry.name}; it would serve {in_use(look, 'bundles') or 'nothing'}.",
+        hint=f"rkedge logs {entry.destination}",
+    )
 
 
 class _Person:

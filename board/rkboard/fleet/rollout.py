@@ -10,12 +10,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rkboard.fleet.inventory import Entry
 from rkruntime.errors import HostError, RKEdgeError
 
 State = Literal["done", "nothing to do", "failed", "not touched"]
+# Of a board whose work nobody waits for any more; it may go on there.
+_INTERRUPTED: Final = HostError(
+    "It was interrupted, and may have changed something.",
+    hint="Start the same command again: it finishes what is left.",
+)
 Work = Callable[[Entry], Mapping[str, Any]]
 
 
@@ -56,34 +61,36 @@ class Rollout:
     def __init__(self, boards: Sequence[Entry], work: Work, at_once: int, *, careful: bool) -> None:
         self._boards, self._work, self._at_once, self._careful = boards, work, at_once, careful
         self._stopped = threading.Event()
+        self._begun: set[str] = set()
         self._found: dict[str, Outcome] = {}
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """See the class."""
-        return [self._found.get(one.name, Outcome(one, "not touched")) for one in self._boards]
+        """See the class. What was begun and has not ended was interrupted."""
+        return [self._found.get(one.name) or self._without(one) for one in self._boards]
+
+    def _without(self, entry: Entry) -> Outcome:
+        return (
+            Outcome(entry, "failed", error=_INTERRUPTED) if entry.name in self._begun else Outcome(entry, "not touched")
+        )
 
     def run(self) -> list[Outcome]:
         """Do the work; return the outcomes. Ctrl-C raises KeyboardInterrupt once the boards in progress are done."""
         first = 1 if self._careful else 0
-        try:
-            for entry in self._boards[:first]:
-                self._one(entry)
-            with ThreadPoolExecutor(self._at_once) as pool:
-                try:
-                    list(pool.map(self._one, self._boards[first:]))
-                except BaseException:
-                    self._stopped.set()
-                    raise
-        except KeyboardInterrupt:
-            for entry in self._boards[:first]:
-                self._found.setdefault(entry.name, Outcome(entry, "failed", error=HostError("It was interrupted.")))
-            raise
+        for entry in self._boards[:first]:
+            self._one(entry)
+        with ThreadPoolExecutor(self._at_once) as pool:
+            try:
+                list(pool.map(self._one, self._boards[first:]))
+            except BaseException:
+                self._stopped.set()
+                raise
         return self.outcomes
 
     def _one(self, entry: Entry) -> None:
         if self._stopped.is_set():
             return
+        self._begun.add(entry.name)
         try:
             self._found[entry.name] = Outcome(entry, "done", self._work(entry))
         except Exception as error:  # whatever it is, it belongs into this board's outcome

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _BAR: Final = 24
+# Columns of a screen that has room for names, bars and values.
+_WIDE: Final = 72
 # Degrees Celsius. In the vendor's device trees for the RK3588, throttling begins at 75 to 85.
 _HOT: Final = 75.0
 
@@ -46,22 +48,23 @@ def plain(sample: Sample) -> list[str]:
     return [f"{row.name:{width}}  {row.value}" for row in found]
 
 
-def table(sample: Sample, destination: str | None) -> Table:
-    """Return the rows with bars, for rich."""
+def table(sample: Sample, destination: str | None, width: int) -> Table:
+    """Return the rows for rich, with bars if a screen of `width` columns has room for them."""
     from rich.table import Table
     from rich.text import Text
 
     made = Table(
         title=Text(title(sample, destination), style="bold"), title_justify="left", box=None, show_header=False
     )
-    made.add_column(style="dim", no_wrap=True)
-    made.add_column(no_wrap=True)
+    bars = width >= _WIDE
+    made.add_column(style="dim", overflow="fold", max_width=max(1, width // 3))
+    if bars:
+        made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for row in rows(sample):
         style = "yellow" if row.warn else "dim" if row.value.startswith("unknown") else ""
-        made.add_row(
-            Text(row.name), Text(_bar(row.share), style="yellow" if row.warn else "green"), Text(row.value, style)
-        )
+        bar = [Text(_bar(row.share), style="yellow" if row.warn else "green")] if bars else []
+        made.add_row(Text(row.name), *bar, Text(row.value, style))
     return made
 
 

@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
 
 class BundleOrHost(BundleName):
-    """A bundle as a Path, or the result of `host` for a destination of ssh. A bundle's name is never a host."""
+    """A bundle as a Path, or the result of `host` for a destination of ssh. A bundle's name is never a host.
 
-    def __init__(self, host: Callable[[str], Any]) -> None:
+    Args:
+        is_host: Whether a text that no bundle has is one; by default, what only ssh could take.
+    """
+
+    def __init__(self, host: Callable[[str], Any], is_host: Callable[[str], bool] | None = None) -> None:
         super().__init__("bundle or host", "For a board that ~/.ssh/config does not name, write user@board.")
-        self._host = host
+        self._host, self._is_host = host, is_host
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
@@ -39,7 +43,7 @@ class BundleOrHost(BundleName):
         with suppress(BundleError):
             if is_bundle(found := super().convert(value, param, ctx)):
                 return found
-        if is_destination(value):
+        if (self._is_host or is_destination)(value):
             return self._host(value)
         path = super().convert(value, param, ctx)
         if path.is_dir() and value == path.name:  # such as `board`, in the folder of this project

@@ -29,34 +29,56 @@ log = logging.getLogger("rkedge")
 
 
 class Clocks:
-    """Holds the board's clocks. Answers never wait for it, and do not fail if it fails."""
+    """Holds the board's clocks. Answers never wait for it, and do not fail if it fails.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: How long to hold them after an answer; 0 leaves them alone.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._holding: asyncio.Task[None] | None = None
         self._end: asyncio.TimerHandle | None = None
         self._not_before = 0.0
         self._said = ""
 
+    def change(self, seconds: float) -> None:
+        """Set for how long the clocks are held from now on, including those held already."""
+        self._seconds = seconds
+        if not seconds:
+            self._let_go()
+        elif self._end is not None:
+            self._let_go_later()
+
     @contextmanager
-    def held(self, seconds: float) -> Iterator[None]:
-        """Hold the clocks during the block and for `seconds` afterwards; 0 leaves them alone."""
-        if seconds:
+    def held(self) -> Iterator[None]:
+        """Hold the clocks during the block and for the time set afterwards."""
+        if self._seconds:
             self._hold()
         try:
             yield
         finally:
             if self._holding is not None:
-                self._end = asyncio.get_running_loop().call_later(seconds, self.let_go)
+                self._let_go_later()
 
-    def let_go(self) -> None:
+    def _let_go_later(self) -> None:
+        self._stay()
+        self._end = asyncio.get_running_loop().call_later(self._seconds, self._let_go)
+
+    def _stay(self) -> None:
+        if self._end is not None:
+            self._end.cancel()
+            self._end = None
+
+    def _let_go(self) -> None:
         """Have the keeper restore the clocks."""
+        self._stay()
         if self._holding is not None:
             self._holding.cancel()
             self._holding = None
 
     def _hold(self) -> None:
-        if self._end is not None:
-            self._end.cancel()
+        self._stay()
         ended = self._holding is None or self._holding.done()
         if ended and time.monotonic() >= self._not_before:
             self._holding = asyncio.get_running_loop().create_task(self._connection())

@@ -78,7 +78,7 @@ class Service:
             settings.prompt_cache.max_mb,
             settings.prompt_cache.min_tokens,
         )
-        self.clocks = Clocks()
+        self.clocks = Clocks(settings.hold_clocks_s)
         self._answering: AnswerReader | None = None
         self.metrics = Metrics(self.queue, self.host, self._begun)
         self.last_used = time.monotonic()
@@ -135,7 +135,7 @@ class Service:
 
     async def _answered(self, wanted: GenerationRequest, run: Run, queue_s: float) -> Outcome:
         try:
-            with self.clocks.held(self.settings.hold_clocks_s):
+            with self.clocks.held():
                 return await self._generate(wanted, run, queue_s)
         finally:
             self._answering = None
@@ -345,6 +345,7 @@ class Service:
     def take(self, settings: Settings) -> None:
         """Apply the settings that need neither the NPU nor a restart (`now` in the table of settings)."""
         self.settings = settings
+        self.clocks.change(settings.hold_clocks_s)
         self.queue.length, self.queue.wait_s = settings.limits.queue, settings.limits.wait_s
         self.sessions.limit(int(settings.sessions.max_mb * 1e6), settings.sessions.max_number)
 

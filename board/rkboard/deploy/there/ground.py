@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 import subprocess
 import threading
 from pathlib import Path
 from typing import IO, Any
 
 _BLOCK = 1 << 20
+# In the JSON of a tool or the daemon: digits of a number, and lists or objects.
+_MOST_DIGITS = 40
+_MOST_LISTS = 500
 _TOOLS = ("usr/sbin", "usr/bin", "sbin", "bin")
 _MOST_SAID = 2000
 # Bytes kept from the end of a tool's output: a journal may hold a flood of lines from a library.
@@ -148,6 +153,24 @@ class _End:
         return self._data.decode("utf-8", "replace").strip()
 
 
+def from_json(text: bytes) -> Any:
+    """What a tool or the daemon says: nothing that the other end of the connection could not read again.
+
+    Raises:
+        ValueError: It is not JSON, has NaN, an infinity or an endless number, or is nested deeply or endlessly.
+    """
+    if text.count(b"[") + text.count(b"{") > _MOST_LISTS:
+        raise ValueError("too much is nested")
+    return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_number)
+
+
+def _number(text: str) -> float:
+    whole = text.lstrip("-").isdigit()
+    if len(text) > _MOST_DIGITS or not (whole or math.isfinite(float(text))):
+        raise ValueError(f"{text[:_MOST_DIGITS]} is not a number")
+    return int(text) if whole else float(text)
+
+
 def _is_state(found: Any) -> bool:
     if not isinstance(found, dict):
         return False
@@ -161,17 +184,24 @@ def _is_roots(found: os.stat_result) -> bool:
 
 
 def others_may_change(path: Path, root: Path = Path("/")) -> bool:
-    """Whether anybody but root may change what is at a path: the file itself, or a folder above it."""
-    for end in {path, path.resolve()}:
-        for each in (end, *end.parents):
-            if each == root:
-                break
-            if not each.exists():
-                continue
-            found = each.stat()
-            group = found.st_mode & 0o020 and found.st_gid not in _ROOTS_GROUPS
-            if not _is_roots(found) or found.st_mode & 0o002 or group:
-                return True
+    """Whether anybody but root may change what is at a path: the file, a folder on the way to it, or a link there."""
+    left, seen = [path], set[Path]()
+    while left:
+        each = left.pop()
+        if each == root or each in seen:
+            continue
+        seen.add(each)
+        left.append(each.parent)
+        try:
+            found = os.lstat(each)
+        except OSError:  # it is not there
+            continue
+        if stat.S_ISLNK(found.st_mode):  # whose mode says nothing
+            left.append(each.parent / os.readlink(each))
+        elif found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid not in _ROOTS_GROUPS):
+            return True
+        if not _is_roots(found):
+            return True
     return False
 
 

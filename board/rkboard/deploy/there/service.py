@@ -18,14 +18,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rkboard.deploy.there.ground import Ground, Refused, link, make_folder, sync, write
+from rkboard.deploy.there.ground import Ground, Refused, from_json, link, make_folder, sync, write
 from rkboard.deploy.there.store import KINDS, Store
 
 UNITS = ("rkedge.socket", "rkedge.service")
 SOCKET = "/run/rkedge/rkedge.sock"
-_MOST_ANSWER = 1 << 20
+_MOST_ANSWER = 1 << 17
 _MOST_SAID = 2000
 _LOOK_S = 0.5
+# Limit for the self-test's unit, so that a test for which nobody waits any more does not keep the NPU.
+_END = "--property=RuntimeMaxSec={:.0f}"
 # Added to a request's patience to bound the whole answer; the patience itself bounds the wait for each piece.
 _LATE_S = 5.0
 # Limit for a load: a model of 10 GB on an SD card takes about ten minutes to check and load.
@@ -139,8 +141,8 @@ class Service:
             connection.request("GET" if body is None else "POST", path, sent, {"Content-Type": "application/json"})
             response = connection.getresponse()
             text = response.read(_MOST_ANSWER)
-            return response.status, dict(response.getheaders()), json.loads(text)
-        except (OSError, http.client.HTTPException, ValueError, RecursionError):
+            return response.status, dict(response.getheaders()), from_json(text)
+        except (OSError, http.client.HTTPException, ValueError):
             return None
         finally:
             late.cancel()
@@ -273,13 +275,13 @@ class Service:
         rights = [f"--property={item}" for item in self._rights()]
         command = [f"{home}/bin/rkedge", "run", f"{home}/bundle", "--selftest", "--json"]
         options = ("--quiet", "--wait", "--pipe", "--collect")
-        words = (*options, *rights, *given, *command)
+        words = (*options, _END.format(_LOAD_S), *rights, *given, *command)
         try:
             said = self._ground.run("systemd-run", *words, limit=_LOAD_S, fine=(0, 3, 7, 9))
         finally:
             self.ask("/api/generate", {"model": "rkedge", "stream": False}, _LOAD_S)
         try:
-            return json.loads(said or "null")
+            return from_json((said or "null").encode())
         except ValueError:
             raise Refused(f"The self-test said something else: {(said or '')[-_MOST_SAID:]}") from None
 

@@ -32,6 +32,8 @@ _STEPS: dict[str, type[Step]] = {
     "serve": Serve,
 }
 _LOG = ("journalctl", "--unit=rkedge.service", "--no-pager", "--quiet")
+# The Debian package's program, and what removes its settings and conversations once it is purged: also those of others.
+_PACKAGED = ("/usr/lib/rkedge/pyvenv.cfg", "/var/lib/dpkg/info/rkedge.postrm")
 _MOST_LINE = 8 << 20
 # Limit for the lock, which a switch may hold although the connection that asked for it is gone.
 _PATIENCE_S = 600.0
@@ -97,7 +99,7 @@ class Talk:
             "own_python": platform.python_version(),
             "foreign": self._is_foreign,
             "deployed": home.exists() and not self._is_foreign,
-            "packaged": self._ground.at("/usr/lib/rkedge/pyvenv.cfg").exists(),
+            "packaged": any(self._ground.at(path).exists() for path in _PACKAGED),
             "systemd": self._ground.at("/run/systemd/system").is_dir(),
             "parts": {
                 kind: {name: one["info"] for name, one in all_.items()} for kind, all_ in self._store.parts().items()
@@ -263,9 +265,11 @@ class Talk:
         """Run `rkedge run --selftest` in place of the daemon, whose model is unloaded meanwhile."""
         return {"result": self._service.selftest()}
 
-    def do_log(self, lines: int) -> dict[str, Any]:
-        """Return the last lines of the daemon's log."""
-        return {"log": self._ground.run(*_LOG, f"--lines={int(lines)}") or ""}
+    def do_log(self, lines: int) -> None:
+        """Say the last lines of the daemon's log."""
+        status = follow(self._ground, _say, *_LOG, f"--lines={int(lines)}")
+        if status:
+            raise Refused(f"{_LOG[0]} ended with {status}.")
 
     def do_follow(self, lines: int) -> None:
         """Pass on the last lines of the daemon's log, and those that follow until the connection ends."""

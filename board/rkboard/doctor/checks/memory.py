@@ -12,6 +12,9 @@ from rkruntime.words import counted
 _LEAST: Final = 1 << 30
 _MUCH: Final = 1 << 30
 _DOMAINS: Final = "https://github.com/airockchip/rknn-llm/issues/262 and 437 (reported): each domain covers 4 GB"
+# What num_npu_core may be at most: doc/Rockchip_RKLLM_SDK_EN_1.2.0.pdf p.17 and CN 1.2.1 p.15 in
+# https://github.com/airockchip/rknn-llm. Of another chip, the runtime says itself that it does not run there.
+_NPU_CORES: Final = {"rk3588": 3, "rk3576": 2, "rk3562": 1, "rv1126b": 1}
 
 
 def memory_free(board: Board) -> Verdict:
@@ -124,15 +127,16 @@ def open_files(board: Board) -> Verdict:
 
 def cpu_cores(board: Board) -> Verdict | None:
     """Whether there are CPU cores for the runtime, and the big ones are on."""
-    usable = machine.cores(3, board.root, board.me.cpus)
+    npu = _NPU_CORES.get(board.platform or "", 1)
+    usable = machine.cores(npu, board.root, board.me.cpus)
     online, possible = (board.text(f"sys/devices/system/cpu/{name}") for name in ("online", "possible"))
     if not board.me.cpus:
         return None
-    if len(usable.cpus) < 3:
+    if len(usable.cpus) < npu:
         return Verdict(
             "failure",
             f"Only {counted(len(usable.cpus), 'CPU core')} may be used here.",
-            "The runtime refuses a model with more NPU cores than that, and an RK3588 has three.",
+            f"The runtime refuses a model with more NPU cores than that, and this chip has {npu}.",
             "taskset, the unit's CPUAffinity, the container's --cpuset-cpus",
             "text in librkllmrt: the number of enabled CPUs must be greater than or equal to that of NPU cores",
         )
@@ -140,8 +144,8 @@ def cpu_cores(board: Board) -> Verdict | None:
         return Verdict(
             "warning",
             f"CPU cores {online} of {possible} are on.",
-            "The runtime's own work is done on the big cores, 4 to 7.",
-            "echo 1 | sudo tee /sys/devices/system/cpu/cpu4/online, and so on for each that is off",
+            "The runtime's own work is done on the big cores, where there are any.",
+            "echo 1 | sudo tee /sys/devices/system/cpu/cpuN/online, for each N that is off",
             "the vendor's demos set enabled_cpus_mask to cores 4 to 7",
         )
     return ok(f"The runtime gets CPU cores {', '.join(map(str, usable.cpus))}.")
