@@ -186,7 +186,7 @@ def _try(
     results = [read_result(path) for path in found]
     if as_json:
         say_json([asdict(result) for result in results])
-    works = all(run.status == Status.WORKS for result in results for run in result.runs)
+    works = all(Status(run.status) is Status.WORKS for result in results for run in result.runs)
     return exit_code(outcomes) or (0 if works else ModelError.exit_code)
 
 

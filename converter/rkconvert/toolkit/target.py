@@ -150,9 +150,7 @@ class ToolkitTarget:
             with room_for(report_path(folder, report.NAME), _REPORT_BYTES) as put:
                 result = self._run(job, folder, reporter)
                 found = settings(result.run.output.settings, spec, self.toolkit.release)
-                named = spec.lora and result.lora
-                notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if named else []
-                done = report.write(result, notes, self.options.calibration, folder, put, found)
+                done = report.write(result, _lora_notes(spec, result), self.options.calibration, folder, put, found)
             # The hours of work above are safe by now, should someone stop this.
             if self.options.verify:
                 done = report.add_verified(done, self._verify(result, spec, job, reporter), folder)
@@ -256,6 +254,10 @@ def _plainly_named(job: ToolkitJob) -> Iterator[ToolkitJob]:
         except OSError as error:
             raise write_error(Path(tempfile.gettempdir()) / "calibration.json", error) from error
         yield replace(job, calibration=copy)
+
+
+def _lora_notes(spec: ModelSpec, result: ToolkitResult) -> list[str]:
+    return [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
 
 
 def _file_size(spec: ModelSpec) -> int:

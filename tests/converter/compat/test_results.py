@@ -276,7 +276,7 @@ class Tags(HTMLParser):
 def test_nothing_of_a_result_is_markup(matrix: Callable[..., Matrix], tmp_path: Path, capsys: Any) -> None:
     bad = result(
         board={"name": BAD, "soc": "rk3588", "kernel": BAD, "driver": BAD, "library": f"1.2.3 {BAD}"},
-        run={"says": BAD, "log": [BAD]}, made=BAD,
+        run={"says": BAD, "log": [BAD]},
     )  # fmt: skip
     made = matrix(bad)
     usual, hostile = Tags(), Tags()

@@ -7,8 +7,8 @@ import json
 import threading
 import tracemalloc
 from contextlib import suppress
-from itertools import repeat
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 
 import numpy as np
 import pytest
