@@ -26,7 +26,7 @@ _PATIENCE_S: Final = 300.0
 # The description of a model with thousands of files has a few megabytes.
 _MOST_ANSWER: Final = 64 << 20
 # What comes compressed all the same may be a thousand times as large in memory.
-_MOST_PACKED: Final = 256 << 10
+_MOST_PACKED: Final = 512 << 10
 # The hub takes no larger files; of those whose size it does not say, tokenizers are the largest.
 _MOST_FILE: Final = 1 << 40
 _MOST_UNSTATED: Final = 1 << 30
@@ -61,7 +61,10 @@ def _bound(response: Any) -> None:
     """Called with each answer before its body is read."""
     stated = response.headers.get("Content-Length", "").isdigit()
     packed = response.headers.get("Content-Encoding", "identity") != "identity"
-    if "/resolve/" in response.url.path and response.status_code < 400:  # a file, which goes to the disk
+    path = response.url.path
+    # Files go to the disk, from wherever the hub says that they are; what else it answers is read into memory.
+    is_file = response.request.method == "GET" and ("/resolve" in path or "/api/" not in path)
+    if is_file and response.status_code < 400:
         most, seconds = (_MOST_FILE if stated else _MOST_UNSTATED), math.inf
     else:
         most, seconds = (_MOST_PACKED if packed else _MOST_ANSWER), _PATIENCE_S

@@ -180,3 +180,14 @@ def test_redirects_that_lead_nowhere(hub):
     hub["/someone/model/resolve/main/config.json"] = (302, named, b"")
     with pytest.raises(HostError, match="cannot be fetched"):
         hub_file("someone/model", "config.json")
+
+
+@pytest.mark.parametrize("place", ["/cdn/0123", "/api/resolve-cache/models/someone/model/x/config.json"])
+def test_a_file_from_elsewhere_may_be_large(hub, monkeypatch, place):
+    monkeypatch.setattr("rkconvert.sources.hub._MOST_ANSWER", 1000)
+    data = json.dumps({"x": "y" * 100_000}).encode()
+    named = {"X-Repo-Commit": COMMIT, "ETag": '"x"', "X-Linked-Size": str(len(data)), "Location": place}
+    hub["/someone/model/resolve/main/config.json"] = (302, named, b"")
+    hub[place] = (200, {"ETag": '"x"', "X-Repo-Commit": COMMIT}, data)
+    found = hub_file("someone/model", "config.json")
+    assert found.read_bytes() == data
