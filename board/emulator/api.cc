@@ -1,5 +1,5 @@
-// The exported functions. No exception leaves this file, but for the unwinding of a thread that the
-// client ends in its own callback.
+// The exported functions. No exception leaves this file, except for the unwinding of a thread that
+// the client ends in its own callback.
 #include <cxxabi.h>
 #include <pthread.h>
 #include <unistd.h>
@@ -22,7 +22,7 @@ using rkemu::Handle;
 using rkemu::Registry;
 using rkemu::Session;
 
-// Programs find a library's release by this text, as in the vendor's file.
+// The text by which programs find a library's release, as in the vendor's file.
 __attribute__((used)) const char kSdk[] =
     "RKLLM SDK (version: " RKEMU_RELEASE " | target: Linux | build: emulator, no NPU is used)";
 
@@ -32,8 +32,8 @@ std::string text_of(const char* text) {
   return text ? text : "";
 }
 
-// Whether a thread may be cancelled. It may in the client's callbacks, and not where our threads
-// wait for each other.
+// Sets whether the thread may be cancelled: in the client's callbacks it may, but not where our
+// threads wait for each other.
 class Cancellable {
  public:
   explicit Cancellable(int state) { pthread_setcancelstate(state, &before_); }
@@ -45,7 +45,7 @@ class Cancellable {
   int before_ = PTHREAD_CANCEL_ENABLE;
 };
 
-// Runs `work`, and turns what it throws into a line and -1.
+// Runs `work`, and turns an exception into a line on stderr and -1.
 template <class Work>
 int guarded(const Work& work) {
   const Cancellable not_here(PTHREAD_CANCEL_DISABLE);
@@ -72,7 +72,7 @@ std::shared_ptr<Handle> known(LLMHandle key) {
   return handle;
 }
 
-// A handle that is not running, marked as running until the last copy of this goes.
+// A handle that was not running, and is marked as running until the last copy of this is gone.
 std::shared_ptr<Handle> taken(LLMHandle key) {
   const auto handle = known(key);
   if (!handle->begin()) throw failure("the handle is running");
@@ -103,7 +103,7 @@ LLMHandle load(const RKLLMParam& param, RKLLMInitCallback callback) {
       std::move(client.deliver), client.userdata);
 }
 
-// A run that can start: the client's memory is no longer needed.
+// A run that is ready to start, without pointers into the client's memory.
 struct Run {
   std::shared_ptr<Handle> handle;  // taken
   rkemu::Request request;
@@ -179,7 +179,7 @@ int rkllm_run_async(LLMHandle handle, RKLLMInput* input, RKLLMInferParam* infer_
   return start_run(handle, input, infer_params, userdata, true);
 }
 
-// This and rkllm_is_running are called in signal handlers: see Control.
+// Clients call this and rkllm_is_running in signal handlers: see Control.
 int rkllm_abort(LLMHandle handle) {
   if (rkemu::Control* control = Registry::control(handle)) {
     control->abort = true;
@@ -190,8 +190,8 @@ int rkllm_abort(LLMHandle handle) {
   return kError;
 }
 
-// 1 while a run works, as users measured on every release (rknn-llm issue 502), whatever the older
-// headers say.
+// 1 during a run, as users measured on every release (rknn-llm issue 502), although the older
+// headers say otherwise.
 int rkllm_is_running(LLMHandle handle) {
   const rkemu::Control* control = Registry::control(handle);
   return control ? (control->running ? 1 : 0) : kError;

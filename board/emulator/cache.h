@@ -1,5 +1,5 @@
-// The KV cache of one sequence: keys (rope applied) and values per layer and KV head, and what each
-// position stands for.
+// The KV cache of one sequence: keys (rope applied) and values per layer and KV head, and the token
+// that each position was computed from.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@
 
 namespace rkemu {
 
-// What a position was made of: a token id, or below zero the hash of an embedding row.
+// Identifies the input of a position: a token id, or the hash of an embedding row, below zero.
 using Key = int64_t;
 
 class Cache {
  public:
-  // Memory is reserved for all of max_context and costs nothing until it is written. `half` halves
-  // it.
+  // Address space is reserved for all of max_context; pages cost nothing until they are written.
+  // `half`: half floats instead of floats.
   Cache(const Config& config, int max_context, bool half);
 
   int length() const { return static_cast<int>(keys_.size()); }
@@ -30,11 +30,11 @@ class Cache {
   uint8_t* values(int layer, int head) { return rows(layer, head, 1); }
   size_t row_bytes() const { return row_bytes_; }
 
-  // Says what the next positions are; their keys and values are written by the forward pass.
+  // Adds a position. Its keys and values are written by the forward pass.
   void append(Key key) { keys_.push_back(key); }
   void truncate(int length);
-  // Takes positions [begin, end) out; the caller turns the keys behind them back by end - begin
-  // positions.
+  // Removes positions [begin, end). The caller has to rotate the keys behind them back by
+  // end - begin positions.
   void erase(int begin, int end);
 
  private:
@@ -47,10 +47,10 @@ class Cache {
   std::vector<Key> keys_;
 };
 
-// The prompt cache file of the first `length` positions. Failure: it cannot be written.
+// Writes the first `length` positions to a prompt cache file. Failure: it cannot be written.
 void save_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
                        const Config& config, int length);
-// Fills `cache`. Failure: no such file, or made with another model.
+// Fills `cache` from a prompt cache file. Failure: no such file, or one of another model.
 void read_prompt_cache(const std::string& path, const std::string& fingerprint, Cache& cache,
                        const Config& config);
 

@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kMaxPrompt = 1u << 20;
 [[maybe_unused]] constexpr int kDefaultCpus = 4;
 [[maybe_unused]] constexpr uint32_t kBigCores = 0xF0;
-[[maybe_unused]] constexpr uint32_t kStackBytes = 0xCDCDCDCD;  // what was in memory before
+[[maybe_unused]] constexpr uint32_t kStackBytes = 0xCDCDCDCD;  // stands for uninitialized memory
 
 constexpr Rules rules_of(const char* release, int number, int layout) {
   Rules rules{};
@@ -36,7 +36,7 @@ std::string text_of(const char* text) {
   return text ? text : "";
 }
 
-// rkllm_init reports a name that is not in the table.
+// Ignores a name that is not in the table, which rkllm_init reports.
 Guesses guesses_or_none() {
   try {
     return Guesses::from_environment();

@@ -1,5 +1,5 @@
-// Between the structures of this build's layout and the session's own. What a client passes is
-// checked here.
+// Conversion between the structures of this build's layout and the session's own. Everything that a
+// client passes is checked here.
 #pragma once
 
 #include "abi.h"
@@ -10,11 +10,11 @@ namespace rkemu {
 
 const Rules& rules();
 RKLLMParam default_param();
-// Failure: a value that no clamping can save.
+// Failure: a value that cannot be clamped to a usable one.
 Settings settings_of(const RKLLMParam& param);
 Request request_of(const RKLLMInput* input, const RKLLMInferParam* infer, const Session& session);
 
-// A client's callbacks, whatever rkllm_init takes in this layout.
+// A client's callbacks, in whatever form rkllm_init takes them in this layout.
 struct Client {
   Deliver deliver;
   void* userdata = nullptr;

@@ -17,7 +17,7 @@ namespace rkemu {
 
 namespace {
 
-constexpr long kJobLimit = 6000;  // ms that the driver waits for a job
+constexpr long kJobLimit = 6000;  // how long the driver waits for a job, in ms
 constexpr size_t kMiB = 1u << 20;
 
 constexpr Fault kFaults[] = {
@@ -37,14 +37,14 @@ std::string filled(const char* lines, int64_t value, const std::string& model_pa
   return text;
 }
 
-// A crash as a real one is: no handler of the client's, no unwinding.
+// Crashes as a real library does: without the client's signal handlers and without unwinding.
 [[noreturn]] void die(int signal) {
   std::signal(signal, SIG_DFL);
   std::raise(signal);
   ::_exit(128 + signal);
 }
 
-// Those that are asked for with Faults::with() wherever they matter.
+// Faults without a place are looked up with Faults::with() wherever they matter.
 bool strikes_nowhere(const Fault& fault) {
   return fault.stage == Stage::none;
 }
@@ -67,7 +67,7 @@ Fault chosen(const std::string& entry) {
     char* end = nullptr;
     errno = 0;
     fault.value = std::strtoll(entry.c_str() + mark + 1, &end, 10);
-    // Tokens are counted from 1: the 0th would never come.
+    // Tokens are counted from 1, so a token 0 would never come.
     const int64_t least = fault.stage == Stage::token && !at_every_token(fault) ? 1 : 0;
     if (!*fault.meant || mark + 1 == entry.size() || *end || errno || fault.value < least) {
       throw failure("emulator: RKEMU_FAULT " + name + " takes " +

@@ -26,7 +26,7 @@ constexpr uint64_t kMaxData = uint64_t{1} << 48;
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kAlignment = 64;
 
-// A fuzzer would stop at the first checksum.
+// Without this, a fuzzer would not get past the first checksum.
 #ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
 constexpr bool kCheckSums = false;
 #else

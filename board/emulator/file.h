@@ -1,5 +1,5 @@
 // The .rkemu container (docs/rkemu-format.md), mapped into memory. Everything in the file is
-// checked before it is used: a hostile file ends in a Failure, never in a read outside of the
+// checked before it is used: a hostile file leads to a Failure, never to a read outside of the
 // mapping.
 #pragma once
 
@@ -40,7 +40,7 @@ struct Tensor {
   std::vector<uint64_t> shape;
   uint64_t bytes = 0;
   uint32_t crc = 0;
-  const uint8_t* data = nullptr;  // nullptr in a file of sizes only
+  const uint8_t* data = nullptr;  // nullptr in a file that holds sizes only
 
   template <class T>
   const T* as() const {
@@ -50,12 +50,12 @@ struct Tensor {
 
 using Value = std::variant<int64_t, double, std::string, std::vector<int64_t>>;
 
-// Sums over a block like zlib's crc32(); start with 0.
+// Continues a CRC-32 over a block, like zlib's crc32(); start with 0.
 uint32_t crc32(uint32_t crc, const uint8_t* data, size_t size);
 
 class File {
  public:
-  // Maps a file. Failure: not such a file, another version, cut, damaged.
+  // Maps a file. Failure: it is not a .rkemu file, of another version, truncated or damaged.
   static File open(const std::string& path);
   // Reads a container that is in memory already (tests, fuzzing); the memory must outlive the
   // result.
@@ -72,8 +72,7 @@ class File {
   const std::vector<int64_t>& integers(const std::string& key) const;
 
   bool has(const std::string& name) const { return tensors_.count(name) != 0; }
-  // The tensor of that name, type and shape. Failure if there is none; also if the file holds sizes
-  // only.
+  // The tensor of that name, type and shape. Failure: there is none, or the file holds sizes only.
   const Tensor& tensor(const std::string& name, DType dtype,
                        const std::vector<uint64_t>& shape) const;
   // Compares the data with its checksum.

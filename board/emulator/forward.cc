@@ -9,14 +9,14 @@ namespace rkemu {
 namespace {
 
 constexpr int kRowBlock = IntegerProduct::kMaxRows;
-// Below this many multiplications a thread costs more to wake than it saves.
+// With fewer multiplications than this, waking a thread costs more than it saves.
 constexpr size_t kWorthThreads = 1u << 18;
 
 size_t times(int a, int b) {
   return static_cast<size_t>(a) * static_cast<size_t>(b);
 }
 
-// Bytes of a group of activations.
+// The size of a group of activations with its padding, in bytes.
 int padded(int group) {
   constexpr int kPadding = IntegerProduct::kPadding;
   return (group + kPadding - 1) / kPadding * kPadding;
@@ -163,7 +163,7 @@ void Forward::quantize(const Rows<const float>& x, int groups) {
 void Forward::multiply(const Rows<const float>& x, std::initializer_list<Target> targets) {
   const int rows = x.count;
   const auto k = static_cast<int>(x.stride);
-  int groups = 0;  // of the activations as they are quantized now
+  int groups = 0;  // in which the activations are quantized at the moment
   for (auto target = targets.begin(); target != targets.end();) {
     const int wanted = target->matrix->groups();
     auto end = target;

@@ -1,4 +1,4 @@
-// The forward pass of Gemma and Gemma 2 for a batch of rows, each a position of some sequence.
+// The forward pass of Gemma and Gemma 2 for a batch of rows, each a position of a sequence.
 #pragma once
 
 #include <array>
@@ -19,24 +19,24 @@ struct Row {
 
 class Forward {
  public:
-  // Rows that are worked on at a time; longer prompts come in chunks of this size.
+  // The most rows in one call of run(); callers split longer prompts.
   static constexpr int kChunk = 128;
 
   Forward(const Model& model, Pool& pool, const Kernels& kernels);
 
   // Turns embeddings [rows][hidden] (scaled, see scale_embedding) into hidden states after the last
   // norm, in place. At most kChunk rows. `adapter` may be null. The result of a row does not depend
-  // on the rows beside it.
+  // on the other rows.
   void run(const std::vector<Row>& rows, float* x, const Adapter* adapter);
   // Logits [rows][vocab], soft-cap applied.
   void logits(const float* hidden, int rows, float* out);
-  // A row of the table times sqrt(hidden).
+  // Multiplies a row of the embedding table by sqrt(hidden), as Gemma does.
   void scale_embedding(float* row) const;
-  // Takes positions out of a cache and turns the keys behind them back.
+  // Removes positions [begin, end) from a cache and rotates the keys behind them back.
   void erase(Cache& cache, int begin, int end);
 
  private:
-  // One product of a set that shares its activations.
+  // One of several products with the same activations.
   struct Target {
     const Matrix* matrix;
     float* out;  // [rows][matrix->out]
@@ -44,19 +44,19 @@ class Forward {
     float softcap = 0;
   };
 
-  // What one of the pool's workers computes in.
+  // Scratch memory of one of the pool's workers.
   struct Workplace {
     alignas(64) std::array<int32_t, kChunk * IntegerProduct::kMaxRows> sums;
     alignas(64) std::array<int8_t, IntegerProduct::kRoom> weights;
     std::vector<float> attention;
   };
 
-  // Rows [first, first + count) of a batch: positions of one cache that follow one another.
+  // Rows [first, first + count) of a batch: consecutive positions of one cache.
   struct Tile {
     int first, count;
   };
 
-  // Rows of a matrix, for a worker.
+  // Rows [first, first + count) of a matrix, for one worker.
   struct Block {
     int first, count, worker;
   };

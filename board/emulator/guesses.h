@@ -1,6 +1,6 @@
-// What nobody knows of boards, or what reports of them disagree on: the emulator does the likelier
+// Behavior of boards that is unknown, or that reports disagree on: the emulator does the likelier
 // thing, and RKEMU_GUESS=NAME[,NAME...] makes it do the other one, so that a program can be tried
-// with both. `rkedge emulator info --guesses` and docs/emulator.md list them.
+// with both. `rkedge emulator info --guesses` and docs/emulator.md list the names.
 #pragma once
 
 namespace rkemu {

@@ -8,10 +8,10 @@ namespace rkemu {
 
 namespace {
 
-// A client's last callback may itself wait for the thread that starts the next run.
+// Longest wait for a last callback, which may itself wait for the thread that starts the next run.
 constexpr auto kLastCallback = std::chrono::seconds(1);
 
-// Handles are numbers: nothing that a client mistakes for one is likely to be one.
+// Handles are numbers; a value that a client passes by mistake is unlikely to be one of them.
 constexpr uintptr_t kFirstKey = 0x52000010, kKeyStep = 16;
 
 void* key_of(size_t number) {

@@ -1,5 +1,5 @@
-// What an LLMHandle stands for, and who may use it when: the part of the API that no layout
-// changes.
+// What an LLMHandle stands for, and which thread may use it when: the part of the API that is the
+// same in every layout.
 #pragma once
 
 #include <array>
@@ -15,13 +15,13 @@
 
 namespace rkemu {
 
-// Calls the client: userdata of the run, one result per batch. True asks for a pause.
+// Calls the client with the userdata of the run and one result per batch. True asks for a pause.
 using Deliver = std::function<bool(void* userdata, const std::vector<Result>&, State)>;
 
-// What rkllm_abort and rkllm_is_running touch. Clients call these in signal handlers, where no lock
-// may be taken: the thread that was interrupted may hold it.
+// The state that rkllm_abort and rkllm_is_running access. Clients call these in signal handlers,
+// where no lock may be taken: the interrupted thread may hold it.
 struct Control {
-  std::atomic<bool> open{false};  // until rkllm_destroy
+  std::atomic<bool> open{false};  // true until rkllm_destroy
   std::atomic<bool> running{false};
   std::atomic<bool> abort{false};
 };
@@ -34,27 +34,27 @@ class Handle {
   Handle(const Handle&) = delete;
   Handle& operator=(const Handle&) = delete;
 
-  // To be used between begin() and end().
+  // Only between begin() and end().
   Session& session() { return *session_; }
-  // Set to end the run that is going on.
+  // True once the current run has to end.
   const std::atomic<bool>& aborted() const { return control_.abort; }
-  // What a run without userdata of its own gets.
+  // For runs that do not bring userdata of their own.
   void* userdata() const { return userdata_; }
   const Deliver& deliver() const { return deliver_; }
 
-  // Marks the handle as running; false if it is already, or closed. A run that reports its end in
-  // another thread is waited for: clients start the next one as soon as they hear of it.
-  // Guesses::calls_wait has every run of another thread waited for.
+  // Marks the handle as running; false if it is running already, or closed. Waits for a run that is
+  // reporting its end in another thread, as clients start the next run as soon as they hear of it.
+  // With Guesses::calls_wait, it waits for any run in another thread.
   bool begin();
-  // The run is about to report its end.
+  // To be called when the run is about to report its end.
   void ending();
   void end();
-  // Calls `work`, which calls end(), in a thread of the handle. begin() was called.
+  // Calls `work`, which has to call end(), in a thread of the handle. Only after begin().
   void start(std::function<void()> work);
-  // True in a callback of this handle's run.
+  // Whether the caller is in a callback of this handle's run.
   bool mine();
-  // Ends a run and waits for it. When the running thread itself asks, the run ends with its
-  // callback.
+  // Ends a run and waits for it. If the running thread itself calls this, the run ends after the
+  // callback that it is in.
   void close();
 
  private:
@@ -70,9 +70,9 @@ class Handle {
   std::thread worker_;
 };
 
-// The only global. Clients destroy twice, or use a handle after that, and must get an error:
-// handles are numbers that are never given out again. It is never destroyed itself, as a thread may
-// outlive main().
+// The only global. Clients that destroy a handle twice, or use it afterwards, must get an error:
+// handles are numbers that are never given out again. The registry itself is never destroyed, as a
+// thread may outlive main().
 class Registry {
  public:
   static Registry& get();
@@ -83,7 +83,7 @@ class Registry {
   std::shared_ptr<Handle> take(void* key);
   bool empty();
 
-  // Takes no lock and allocates nothing, and what it returns is never freed; nullptr if unknown.
+  // Takes no lock, allocates nothing, and returns memory that is never freed; nullptr if unknown.
   static Control* control(void* key);
 
  private:

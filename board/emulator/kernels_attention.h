@@ -2,8 +2,8 @@
 // of keys, later of values, is turned into floats once and meets the queries of several positions;
 // tiles of queries and keys, or of queries and a part of the values, stay in registers.
 //
-// What a query adds up, and in which order, depends on nothing beside it: scores as dot() adds,
-// values by position.
+// The terms that a query adds up, and their order, do not depend on the other queries: scores are
+// added as in dot(), values by position.
 #pragma once
 
 #include "kernels_float.h"
@@ -12,7 +12,7 @@
 namespace rkemu {
 namespace {
 
-// In memory they are floats like others.
+// A vector of floats that may alias any array of floats.
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 #if defined(__AVX512F__)
@@ -29,12 +29,12 @@ inline Lanes& lanes_at(float* to) {
   return *reinterpret_cast<Lanes*>(to);
 }
 
-// Where the parts of Attention::room are. Rows are `width` floats, which is head_dim and zeros.
+// The parts of Attention::room. Rows have `width` floats: head_dim, padded with zeros.
 struct Workplace {
   int queries;
   size_t width;
   float* block;  // [kBlock][width]: keys or values
-  float* rows;   // [queries][width]: the queries, later what is mixed for them
+  float* rows;   // [queries][width]: the queries, later their weighted sums of values
   size_t seen;
   float* scores;  // [queries][seen]
 
@@ -49,7 +49,7 @@ struct Workplace {
   float* scores_of(int query) const { return scores + static_cast<size_t>(query) * seen; }
 };
 
-// n floats, and zeros up to `width`.
+// Copies n floats and adds zeros up to `width`.
 void copy_row(const float* from, int n, float* to, size_t width) {
   for (int i = 0; i < n; ++i) to[i] = from[i];
   for (size_t i = static_cast<size_t>(n); i < width; ++i) to[i] = 0;
@@ -70,7 +70,7 @@ void load_block(const void* from, bool half, int position, int count, int dim,
   }
 }
 
-// Scores of kQueries queries and kTile keys.
+// Computes the scores of kQueries queries and kTile keys.
 template <int kQueries>
 void score_tile(const float* q, const float* keys, size_t width, float scale, float* scores,
                 size_t seen) {
@@ -95,7 +95,7 @@ void score_tile(const float* q, const float* keys, size_t width, float scale, fl
   }
 }
 
-// Scores with all keys of the block, also with those that a query does not see: nobody reads these.
+// Scores with all keys of the block, including those that a query does not see, which are not read.
 template <int kQueries>
 int score_block(const Workplace& at, int query, int offset, int count, float scale) {
   for (; query + kQueries <= at.queries; query += kQueries) {
@@ -107,7 +107,7 @@ int score_block(const Workplace& at, int query, int offset, int count, float sca
   return query;
 }
 
-// Adds `count` values to a part of what kQueries queries mix.
+// Adds `count` weighted values to a part of the sums of kQueries queries.
 template <int kQueries, int kVectors>
 void mix_tile(const float* scores, size_t seen, const float* values, size_t width, int count,
               float* out) {
@@ -131,7 +131,7 @@ void mix_tile(const float* scores, size_t seen, const float* values, size_t widt
   }
 }
 
-// Values [begin, end) of the block; `offset` is where the block begins in the scores.
+// Adds values [begin, end) of the block; `offset` is where the block begins in the scores.
 template <int kQueries>
 void mix(const Workplace& at, int query, int offset, int begin, int end) {
   const float* scores = at.scores_of(query) + offset + begin;
@@ -146,7 +146,8 @@ void mix(const Workplace& at, int query, int offset, int begin, int end) {
   }
 }
 
-// A block of values for queries that see all of it, kQueries at a time, or each for what it sees.
+// Adds a block of values: kQueries queries at a time if all see the whole block, otherwise for each
+// query the part that it sees.
 template <int kQueries>
 int mix_block(const Attention& a, const Workplace& at, int query, int start, int count) {
   const int offset = start - a.first(0);

@@ -1,6 +1,6 @@
 // AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes: the weight's sign bit is flipped
-// on the way from memory (w + 128), and 128 times the sum of the activations is taken off again, so
-// files keep plain int8 rows.
+// on the way from memory (w + 128), and 128 times the sum of the activations is subtracted again,
+// so files keep plain int8 rows.
 #include <immintrin.h>
 
 #include "kernels_panels.h"
@@ -8,7 +8,7 @@
 #include "kernels_tiles.h"
 
 #if !defined(__clang__)
-// GCC's own headers: bug 105593.
+// A false warning in GCC's own headers: bug 105593.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
@@ -68,15 +68,15 @@ inline __attribute__((always_inline)) void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// A vector has four bytes of each of 16 rows, and meets the same four bytes of a token in all
-// lanes.
+// A vector has four bytes of each of 16 rows, and is multiplied by the same four bytes of a token
+// in all lanes.
 struct Avx512Panel {
   static constexpr int kVectors = 4, kRows = 16 * kVectors, kTokens = 6, kDepth = 64;
   static constexpr int32_t kOffset = 128;
 
   static void pack(const Rows<const int8_t>& w, int depth, int8_t* panel) {
     constexpr int kAhead = 256;
-    // Few rows at a time: more streams than a processor follows would wait for memory.
+    // Few rows at a time: a processor that cannot prefetch so many streams would wait for memory.
     for (int v = 0; v < kVectors; ++v) {
       for (int k = 0; k < depth; k += kDepth) {
         const int missing = depth - k < kDepth ? kDepth - (depth - k) : 0;
@@ -129,7 +129,7 @@ struct Avx512Panel {
   }
 };
 
-constexpr int kWorthPanel = 6;  // tokens that pay for another layout of the weights
+constexpr int kWorthPanel = 6;  // fewest tokens for which laying the weights out anew pays off
 
 void integer_product(const IntegerProduct& p) {
   if (p.x.count >= kWorthPanel) return panel_product<Avx512Panel>(p);

@@ -2,8 +2,8 @@
 // of the standard library is used: its inline code could be merged across objects of different
 // instruction sets by the linker.
 //
-// Sums run in kLanes partial sums that are added in a fixed order, so a compiler may use vectors of
-// any width and the result stays the same to the bit.
+// Sums are kept as kLanes partial sums that are added in a fixed order, so a compiler may use
+// vectors of any width and the result stays the same to the bit.
 #pragma once
 
 #include <stddef.h>
@@ -55,10 +55,10 @@ inline float tanh_inline(float x) {
   return (e - 1.0f) / (e + 1.0f);
 }
 
-// In memory they are floats like others.
+// A vector of floats that may alias any array of floats.
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
 
-// Halves are added to halves until one number is left.
+// Adds one half of the lanes to the other until one number is left.
 inline float sum_lanes(const float* lanes) {
   static_assert(kLanes == 16);
   const Four* fours = reinterpret_cast<const Four*>(lanes);
@@ -101,7 +101,7 @@ void quantize(const float* x, int k, int group, int8_t* q, float* scale, int32_t
   for (; k; k -= group, x += group) {
     int32_t sum = 0;
     for (i = 0; i < group; ++i) {
-      // A NaN or an infinity in the model becomes some number in range here: no conversion is
+      // A NaN or an infinity in the model becomes some number in range, so that no conversion is
       // undefined.
       const int32_t rounded = static_cast<int32_t>(bits_of(x[i] * inverse + kRound) - kRoundBits);
       q[i] = static_cast<int8_t>(rounded < -127 ? -127 : rounded > 127 ? 127 : rounded);
@@ -152,11 +152,11 @@ void add(float* x, const float* y, float factor, int n) {
   for (int i = 0; i < n; ++i) x[i] += y[i] * factor;
 }
 
-// Half floats by integer arithmetic, which compilers turn into vectors: multiplying by 2^112 moves
-// the exponent, exact also for subnormal halves. Values beyond the range become the largest half,
+// Half floats by integer arithmetic, which compilers vectorize: multiplying by 2^112 corrects the
+// exponent, exactly even for subnormal halves. Values beyond the range become the largest half,
 // never an infinity.
 inline float from_half(uint16_t half) {
-  // The sign goes to its place by the conversion to a signed word of twice the width.
+  // The conversion to a signed word of twice the width moves the sign to its place.
   const auto moved = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(half))) << 13;
   return float_of(moved & 0x8fffe000u) * float_of(239u << 23);
 }

@@ -1,4 +1,4 @@
-// AArch64 with the instructions for matrices of bytes (Armv8.6, not the RK3588's cores): smmla
+// AArch64 with the int8 matrix instructions (Armv8.6; the RK3588's cores lack them): smmla
 // multiplies eight bytes of two tokens by eight bytes of two rows.
 #include "kernels_neon.h"
 

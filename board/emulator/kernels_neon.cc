@@ -5,8 +5,8 @@ namespace rkemu {
 
 namespace {
 
-// A vector has four bytes of each of four rows, and meets the same four bytes of a token: sdot
-// takes them from a lane.
+// A vector has four bytes of each of four rows, and is multiplied by the same four bytes of a
+// token, which sdot takes from a lane.
 struct DotPanel {
   static constexpr int kVectors = 2, kRows = 4 * kVectors, kTokens = 8, kDepth = 16;
   static constexpr int32_t kOffset = 0;

@@ -1,5 +1,5 @@
-// What the tables of AArch64 share: rows of a few tokens by sdot, which multiplies signed bytes by
-// signed bytes.
+// Shared by the tables of AArch64: products for few tokens by sdot, which multiplies signed bytes
+// by signed bytes.
 #pragma once
 
 #include <arm_neon.h>
@@ -26,13 +26,13 @@ struct Neon {
   static int32_t total(Sums sums) { return vaddvq_s32(sums); }
 };
 
-// 16 bytes of a row of weights that ends after `left`, or of the last row.
+// 16 bytes of a row of weights that ends after `left` bytes; of the last row if `row` is past it.
 inline int8x16_t sixteen(const Rows<const int8_t>& w, int row, int k, int left) {
   const int8_t* from = w[row < w.count ? row : w.count - 1] + k;
   return left < Neon::kStep ? Neon::load(from, left) : Neon::load(from);
 }
 
-constexpr int kWorthPanel = 4;  // tokens that pay for another layout of the weights
+constexpr int kWorthPanel = 4;  // fewest tokens for which laying the weights out anew pays off
 
 template <class Panel>
 void panels_or_rows(const IntegerProduct& p) {

@@ -1,13 +1,13 @@
 // The integer product for many tokens, as a product of panels: the weights of kRows rows are laid
 // out anew, so that a vector holds bytes of several rows and no sum runs across a vector. A panel
-// stays in the second cache while all tokens meet it. A Panel is a type of
+// stays in the L2 cache while it is multiplied by all tokens. A Panel is a type of
 //
 //   kRows, kTokens   rows of a panel, tokens of the largest tile
-//   kDepth           what the depth of a panel is rounded up to
-//   kOffset          what is added to each weight on the way
+//   kDepth           the depth of a panel is rounded up to a multiple of this
+//   kOffset          is added to each weight on the way
 //   pack(w, depth, panel)
-//                    lays out bytes [0, depth) of w's rows; what is missing up to kRows rows may be
-//                    anything, what is missing in depth counts as zeros, because those of x are
+//                    lays out bytes [0, depth) of w's rows; padding in rows and in depth may hold
+//                    anything, as those rows are not used and x is zero there
 //   tile<kTokens>(panel, x, depth, acc)
 //                    acc[t][r] += panel's row r times x[t], for kTokens tokens and kRows rows
 #pragma once

@@ -1,4 +1,4 @@
-// Plain C++: the reference for the other tables, and what runs where nothing better is there.
+// Plain C++: the reference for the other tables, and the fallback for other processors.
 #include "kernels_table.h"
 
 namespace rkemu {

@@ -1,9 +1,9 @@
-// The integer product of rows as they lie in memory, for any instruction set. A Vector is a type of
-// static functions:
+// The integer product of rows as they lie in memory, for any instruction set. A Vector is a type
+// with these static functions:
 //
 //   Bytes load(const int8_t* from)         kStep bytes
 //   Bytes load(const int8_t* from, int n)  n bytes, fewer than kStep, and zeros
-//   Bytes weights(Bytes)                   what dot() takes for weights: each plus kOffset
+//   Bytes weights(Bytes)                   the weights as dot() takes them: each plus kOffset
 //   Sums zero()
 //   Sums dot(Sums, Bytes weights, Bytes x)
 //   Sums sum(Sums, Sums)
@@ -16,8 +16,9 @@
 namespace rkemu {
 namespace {
 
-// Each sum is made of kParts, so that none waits for the one before it. A single row is a single
-// stream, which memory delivers faster than several: with kRows 1 decoding is as fast as memory is.
+// Each sum is made of kParts partial sums, so that no addition waits for the one before. A single
+// row is a single stream, which memory delivers faster than several: with kRows 1, decoding is as
+// fast as the memory.
 template <class Vector, int kRows, int kTokens, int kParts>
 void tile(const IntegerProduct& p, int row, int token) {
   using Bytes = typename Vector::Bytes;
@@ -74,7 +75,7 @@ void tile(const IntegerProduct& p, int row, int token) {
   }
 }
 
-// All rows for some tokens.
+// Computes all rows for kTokens tokens.
 template <class Vector, int kRows, int kTokens, int kParts>
 void strip(const IntegerProduct& p, int token) {
   int row = 0;
@@ -83,7 +84,7 @@ void strip(const IntegerProduct& p, int token) {
   for (; row < p.w.count; ++row) tile<Vector, 1, kTokens, kParts>(p, row, token);
 }
 
-// The total of a vector that was stored.
+// The sum of a stored vector.
 template <int kCount>
 int32_t sum_of(const int32_t (&lanes)[kCount]) {
   int32_t sum = 0;
@@ -91,7 +92,7 @@ int32_t sum_of(const int32_t (&lanes)[kCount]) {
   return sum;
 }
 
-// The last bytes of a row, as many as a vector holds.
+// The last bytes of a row, padded with zeros to a vector.
 template <int kStep>
 struct Padded {
   int8_t bytes[kStep] = {};

@@ -31,21 +31,21 @@ std::string state_file() {
   return format("%s/rkemu-npu-%u", folder, static_cast<unsigned>(::geteuid()));
 }
 
-// When a process began, in ticks since the machine did; 0 if there is none of that number.
+// When a process began, in ticks since the boot; 0 if there is no such process.
 unsigned long long start_of(pid_t pid) {
   const std::string path = format("/proc/%d/stat", static_cast<int>(pid));
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "r"),
                                                              std::fclose);
   char text[1024] = {};
   if (!file || !std::fread(text, 1, sizeof text - 1, file.get())) return 0;
-  const char* at = std::strrchr(text, ')');  // the name before it may hold anything
+  const char* at = std::strrchr(text, ')');  // the name before it may contain anything
   unsigned long long start = 0;
   const char* form =
       ") %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu";
   return at && std::sscanf(at, form, &start) == 1 ? start : 0;
 }
 
-// A regular file of this user's, locked; -1 with errno.
+// Opens and locks a regular file of this user; -1 with errno if that fails.
 int open_locked(const std::string& path) {
   const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
   if (fd < 0) return -1;
@@ -97,7 +97,7 @@ void Ledger::read() {
     int pid = 0;
     if (std::sscanf(line.c_str(), "%d %llu %llu %d %llu", &pid, &r.started, &r.id, &r.domain,
                     &r.bytes) != 5) {
-      break;  // the end, or what a longer list left behind it
+      break;  // the end, or the rest of a longer list
     }
     r.pid = pid;
     const bool sound = r.domain >= 0 && r.domain < kMaxDomains && r.bytes <= kDomainBytes;
@@ -105,7 +105,7 @@ void Ledger::read() {
   }
 }
 
-// In one write, so that a process that is killed here leaves the old list or the new one.
+// With a single write, so that a process that is killed here leaves the old list or the new one.
 void Ledger::write() {
   std::string text = kTitle;
   for (const Record& r : records_) {

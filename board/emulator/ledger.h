@@ -1,6 +1,6 @@
-// Who holds how much of each domain of the NPU's memory: a file that all emulators of a user share,
-// RKEMU_NPU_STATE, or rkemu-npu in XDG_RUNTIME_DIR, or one in /dev/shm or /tmp. What a process that
-// has ended left there does not count.
+// The record of who holds how much of each domain of the NPU's memory: a file that all emulators of
+// a user share, RKEMU_NPU_STATE, or rkemu-npu in XDG_RUNTIME_DIR, or one in /dev/shm or /tmp.
+// Entries of processes that have ended do not count.
 #pragma once
 
 #include <sys/types.h>
@@ -12,15 +12,15 @@
 
 namespace rkemu {
 
-// rknpu_drv.h of the drivers 0.9.6 and 0.9.8.
+// From rknpu_drv.h of the drivers 0.9.6 and 0.9.8.
 constexpr int kMaxDomains = 16;
 constexpr uint64_t kDomainBytes = uint64_t{1} << 32;
 
-// The file, locked against other processes and threads while the object lives. Without a file that
-// can be used each handle is alone on the NPU, and a line says so.
+// The file, locked against other processes and threads while the object lives. If no file can be
+// used, each handle acts as if alone on the NPU, and a line says so.
 class Ledger {
  public:
-  // Bytes that a handle holds, taken out of the file at the end.
+  // The bytes that a handle holds; the destructor removes them from the file.
   class Entry {
    public:
     Entry() = default;
@@ -55,7 +55,7 @@ class Ledger {
  private:
   struct Record {
     pid_t pid;
-    // Of the process, so that a number that is used again is not taken for it.
+    // When the process began, so that another one with the same id is not taken for it.
     unsigned long long started;
     unsigned long long id;
     int domain;

@@ -12,7 +12,7 @@ namespace {
 
 constexpr long kMaxPause = 10'000'000;
 
-// What a runtime may leave out of Gemma 2's attention and head.
+// Leaves out parts of Gemma 2's attention and head that a runtime may lack, as the guesses say.
 void guess(const Guesses& guesses, Config& config) {
   if (guesses.window_ignored) config.sliding_window = std::numeric_limits<int>::max();
   if (guesses.attention_uncapped) config.attn_softcap = 0;

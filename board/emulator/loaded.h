@@ -19,12 +19,12 @@
 
 namespace rkemu {
 
-// What releases do differently, apart from their structures.
+// The differences between releases, apart from their structures.
 struct Rules {
   const char* release;
-  // 1.2.0: put around text prompts.
+  // 1.2.0: a template is put around text prompts.
   bool chat_template;
-  // 1.2.0: what the cache holds of a prompt's beginning is not computed again.
+  // 1.2.0: the beginning of a prompt that is in the cache is not computed again.
   bool prefix_reuse;
   // 1.2.3: also for embedding input.
   bool embedding_reuse;
@@ -56,7 +56,7 @@ struct Settings {
   std::function<bool(int32_t token, float* row, size_t bytes)> embed;
 };
 
-// What computes: the tables of a model file, and the threads that work on them.
+// The parts that compute: the model and tokenizer of a file, and the threads that work on them.
 struct Engine {
   Engine(const File& file, const Config& config, int threads);
   Model model;
@@ -65,7 +65,7 @@ struct Engine {
   Forward forward;
 };
 
-// What a handle has loaded, as its runs see it.
+// Everything that a handle has loaded, as its runs see it.
 struct Loaded {
   // Failure: the model cannot be loaded. With `pretend`, nothing is loaded and no run works.
   Loaded(const Rules& release_rules, const Settings& given, Faults wanted, bool pretend);
@@ -76,15 +76,15 @@ struct Loaded {
   Rules rules;
   Settings settings;
   Faults faults;
-  // The least time for each, in microseconds.
+  // The least time per generated token and per prompt token, in microseconds.
   long token_us, prompt_token_us;
   File file;
   ModelCard card{};
   Reservation memory;
-  std::unique_ptr<Engine> weights;  // nullptr: there are none to compute with
+  std::unique_ptr<Engine> weights;  // nullptr if there are no weights to compute with
   ChatTemplate chat_template;
   std::string tool_tag = "tool_response";
-  const char* rubbish = nullptr;  // what an NPU says whose jobs fail
+  const char* rubbish = nullptr;  // log lines of an NPU whose jobs fail; nullptr if they do not
 
  private:
   void report() const;

@@ -1,5 +1,4 @@
-// What the library says on stderr, in the form of the vendor's lines ("I rkllm: ..."), and its
-// errors.
+// The library's lines on stderr, in the form of the vendor's ("I rkllm: ..."), and its errors.
 #pragma once
 
 #include <stdexcept>
@@ -23,10 +22,10 @@ void info(const std::string& line);
 void warn(const std::string& line);
 void error(const std::string& line);
 void raw(const std::string& lines);  // without a prefix, for lines of other parts of the runtime
-// "[14:28:07.010]", as RKNN lines begin.
+// Such as "[14:28:07.010]", with which lines of RKNN begin.
 std::string time_of_day();
 // Appends the driver's lines to the file that RKEMU_KERNEL_LOG names, as dmesg shows them; false if
-// there is none.
+// it names none.
 bool kernel_log(const std::string& lines);
 
 // An "E rkllm: ..." line as a Failure.
@@ -36,7 +35,7 @@ Failure failure(const std::string& line);
 // number.
 long env_number(const char* name, long fallback, long low, long high);
 std::string env_text(const char* name);
-// "a,b" as "a" and "b": how an environment variable names several things.
+// Splits "a,b" into "a" and "b", as an environment variable names several things.
 std::vector<std::string> comma_separated(const std::string& text);
 
 }  // namespace rkemu

@@ -19,10 +19,11 @@ constexpr uint64_t kWeightBlock = uint64_t{3880} << 20;
 // are exactly 8 for each 128 weights of the first 18 layers of Gemma 2 9B and the attention, gate
 // and up of the 19th; 4 more, or that block of weights would not end there.
 constexpr uint64_t kGroupBytes = 12, kScaleBytes = 8;
-// And room for a layer in 16 bits, before the scales: with it those of Gemma 2 9B do not fit, as
-// reported, and Gemma 2 2B takes 319 MB more than with w8a8 (the vendor's figures: 0.30 GB).
+// It also needs room for a layer in 16 bits, before the scales: with that, the scales of Gemma 2 9B
+// do not fit, as reported, and Gemma 2 2B takes 319 MB more than with w8a8 (the vendor's figures:
+// 0.30 GB).
 constexpr uint64_t kUnpackedBytes = 2;
-// Work space of a handle. Six models of 0.6B share a domain and a seventh does not, so that a model
+// Work space of a handle. Six models of 0.6B share a domain and a seventh does not fit, so a model
 // needs 18 to 119 MB besides its weights.
 constexpr uint64_t kWorkSpace = uint64_t{32} << 20;
 constexpr uint64_t kHalf = 2;  // bytes of a number in the KV cache
@@ -52,7 +53,7 @@ Matrices size_of(const File& file, const std::string& name) {
   return size;
 }
 
-// Fills domains in the order of the layers.
+// Distributes matrices over the domains, in the order of the layers.
 class Splitter {
  public:
   void add(const Matrices& matrix) {

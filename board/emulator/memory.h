@@ -1,5 +1,5 @@
-// The NPU's memory: 16 domains of 4 GiB of addresses. Every buffer lies in one of them, and all
-// processes share them, so what others hold is kept in a file (ledger.h).
+// The NPU's memory: 16 domains with 4 GiB of addresses each. Every buffer lies in one of them. All
+// processes share them, so what each holds is recorded in a file (ledger.h).
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ struct Block {
   bool movable = false;  // goes to the next domain with room if this one has none
 };
 
-// What a model takes, in the order in which it is asked for. docs/emulator.md says which of it is
+// The buffers of a model, in the order of their allocation. docs/emulator.md says which of this is
 // fact.
 std::vector<Block> blocks_of(const File& file, const ModelCard& card, int max_context, int batches);
 
-// The blocks of one handle, given back when it ends.
+// The blocks of one handle, released by the destructor.
 class Reservation {
  public:
   Reservation() = default;

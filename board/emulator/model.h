@@ -1,5 +1,5 @@
-// What a model file holds, checked and named: sizes, matrices, norms. Nothing is copied from the
-// mapping.
+// The content of a model file, checked and named: sizes, matrices, norms. Nothing is copied from
+// the mapping.
 #pragma once
 
 #include <memory>
@@ -33,7 +33,7 @@ struct Matrix {
   int out = 0, in = 0;
   std::variant<const float*, Quantized> weights;
 
-  // Scales per row; 0 for floats.
+  // The number of scales per row; 0 for floats.
   int groups() const {
     const auto* quantized = std::get_if<Quantized>(&weights);
     return quantized ? quantized->groups : 0;
@@ -71,7 +71,7 @@ struct ModelCard {
 
 ModelCard read_card(const File& file);
 
-// Sizes [out, in] of a layer's matrix.
+// The sizes [out, in] of a layer's matrix.
 std::pair<int, int> part_shape(const Config& config, Part part);
 
 class Model {
@@ -87,7 +87,7 @@ class Model {
   bool quantized() const { return head_.groups() > 0; }
   // False for a model that was exported without its embedding table.
   bool has_embedding() const { return embedding_.has_value(); }
-  // A token's row of the embedding table as it stands there, before Gemma's factor sqrt(hidden).
+  // Copies a token's row of the embedding table, without Gemma's factor sqrt(hidden).
   void embed(int32_t token, float* row) const;
 
  private:

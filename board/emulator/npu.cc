@@ -10,7 +10,7 @@ namespace rkemu {
 namespace {
 
 // Drivers before 0.9.7 were reported to refuse blocks from 3,633,315,840 bytes up and to run models
-// of 2 GB; where between these the limit lies is not known.
+// of 2 GB; the limit lies somewhere between.
 constexpr uint64_t kOldLargestBlock = 3'000'000'000;
 
 bool older(const std::string& driver, const char* than) {

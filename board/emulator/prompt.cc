@@ -1,4 +1,4 @@
-// A run's prompt: its tokens, what of them the cache holds already, the room for the others.
+// A run's prompt: its tokens, those of them that are in the cache already, the room for the others.
 #include <algorithm>
 
 #include "log.h"
@@ -8,11 +8,11 @@ namespace rkemu {
 
 namespace {
 
-// A prompt may fill the context but for these (seen: "max context: 1020" for a context of 1024,
-// rkllama issue 25).
+// Positions of the context that a prompt may not fill (seen: "max context: 1020" for a context of
+// 1024, rkllama issue 25).
 constexpr int kReserved = 4;
 
-// FNV-1a over a row's bytes, below zero so that it is no token id.
+// FNV-1a over the bytes of a row, negative so that it is not a token id.
 Key key_of_row(const float* row, int width) {
   uint64_t hash = 14695981039346656037u;
   const auto* bytes = reinterpret_cast<const uint8_t*>(row);
@@ -30,8 +30,8 @@ std::vector<int32_t> Run::tokenize(const std::string& text) const {
   return engine().tokenizer.encode(text, true);
 }
 
-// Text gets the template around it, and the system prompt and <bos> in front of a conversation's
-// first turn.
+// Puts the template around a text, and <bos> and the system prompt before the first turn of a
+// conversation.
 void Run::start_text(Batch& batch, const Input& input, bool first) {
   std::string head, body = input.text;
   if (loaded_.rules.chat_template) {
@@ -43,8 +43,8 @@ void Run::start_text(Batch& batch, const Input& input, bool first) {
     batch.keys.insert(batch.keys.end(), ids.begin(), ids.end());
   };
   if (first && engine().tokenizer.add_bos()) batch.keys.push_back(engine().tokenizer.bos());
-  // The system prompt's length is that of its own tokens: the cache of the whole text may merge
-  // across the border.
+  // The system prompt counts with the length of its own tokens, although in the whole text tokens
+  // may merge across the border.
   if (!head.empty())
     batch.conversation->system_length = static_cast<int>(batch.keys.size() + tokenize(head).size());
   add(tokenize(head + body));
@@ -124,8 +124,8 @@ void Run::reuse_prefix(Batch& batch, bool allowed) {
   batch.keys.erase(batch.keys.begin(), known);
 }
 
-// When a conversation is full, its oldest half goes, behind n_keep positions (all of the system
-// prompt if it is -1).
+// Drops the oldest half of a full conversation after the first n_keep positions (the whole system
+// prompt if n_keep is -1).
 void Run::make_room(Conversation& conversation, size_t needed) {
   const int limit = loaded_.settings.max_context - kReserved;
   Cache& cache = conversation.cache;

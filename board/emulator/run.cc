@@ -39,7 +39,7 @@ Run::Run(Loaded& loaded, const Request& request, const std::atomic<bool>& abort,
       wanted_(request.max_new_tokens > 0 ? request.max_new_tokens
                                          : loaded.settings.max_new_tokens) {}
 
-// A token's row, scaled.
+// Writes the scaled embedding of a token.
 void Run::embed(int32_t token, float* out) const {
   const Model& model = engine().model;
   if (model.has_embedding()) {
@@ -103,7 +103,7 @@ void Run::prefill(Batch& batch) {
   complain();
 }
 
-// What an NPU says of each step whose jobs fail.
+// Prints the lines of an NPU whose jobs fail, once per step.
 void Run::complain() const {
   if (loaded_.rubbish) raw(loaded_.rubbish);
 }
@@ -116,7 +116,8 @@ bool Run::ends(int32_t token) const {
                                : token == eos.front();
 }
 
-// Takes the next token of a sequence and what of its text is complete; false if the answer ended.
+// Picks the next token of a sequence, and its text as far as characters are complete; false if the
+// answer has ended.
 bool Run::choose(Batch& batch) {
   batch.token = batch.conversation->sampler.pick(batch.logits);
   if (loaded_.rubbish) batch.token = engine().tokenizer.encode("!", false).back();
@@ -134,7 +135,7 @@ bool Run::choose(Batch& batch) {
   return true;
 }
 
-// Tells the client of the tokens just chosen; true if it wants a pause.
+// Tells the client of the tokens just picked; true if it wants a pause.
 bool Run::report_tokens(bool first) {
   const Fault* padding = loaded_.faults.with(Act::padding);
   std::vector<Result> results;
@@ -149,7 +150,7 @@ bool Run::report_tokens(bool first) {
       result.text = padding ? padding->lines : batch.text.c_str();
       result.token = batch.token;
     }
-    // The prompt's logits come also where the answer is empty.
+    // The prompt's logits are reported even if the answer is empty.
     if (mode_ == Mode::logits && (first || !batch.done)) {
       const bool last = !first || loaded_.settings.guesses.logits_last;
       const std::vector<float>& logits = last ? batch.logits : batch.collected;
@@ -165,8 +166,8 @@ bool Run::report_tokens(bool first) {
   return sink_(results, any && waiting ? State::waiting : State::normal) && loaded_.rules.pause;
 }
 
-// Computes the chosen token of every sequence that goes on; false if none does. A full cache ends a
-// sequence, or loses its oldest positions.
+// Computes the picked token of every sequence that goes on; false if none does. A full cache ends
+// the sequence or loses its oldest positions.
 bool Run::step() {
   for (Batch& batch : batches_) {
     if (batch.done || batch.conversation->cache.length() < loaded_.settings.max_context) continue;

@@ -1,4 +1,4 @@
-// A run on a loaded model, from its prompt to the last callback, free of any ABI layout.
+// A run on a loaded model, from its prompt to the last callback, independent of the ABI layout.
 #pragma once
 
 #include <atomic>
@@ -20,7 +20,7 @@ struct Input {
   std::string text;
   bool tool = false;  // role "tool"
   std::vector<int32_t> tokens;
-  std::vector<float> rows;  // [n][hidden], as they stand in the embedding table
+  std::vector<float> rows;  // [n][hidden], as in the embedding table
 };
 
 enum class Mode { generate, last_hidden, logits };
@@ -40,7 +40,7 @@ struct Perf {
   int prefill_tokens = 0, generated_tokens = 0;
 };
 
-// What a callback gets for one batch. Pointers are valid during the callback.
+// What a callback gets for one batch. Pointers are valid only during the callback.
 struct Result {
   const char* text = "";
   int32_t token = -1;
@@ -55,31 +55,31 @@ enum class State { normal, waiting, finish, error, last_hidden };
 // Gets one result per batch; true pauses the run.
 using Sink = std::function<bool(const std::vector<Result>& results, State state)>;
 
-// What lasts of a batch from run to run.
+// The state of a batch that lasts from run to run.
 struct Conversation {
   Conversation(Cache kv, Sampler choice) : cache(std::move(kv)), sampler(std::move(choice)) {}
   Cache cache;
   Sampler sampler;
-  // Chosen, not yet in the cache.
+  // The token that was chosen but is not in the cache yet.
   std::optional<int32_t> pending;
-  // Positions of <bos> and system prompt.
+  // The number of positions of <bos> and the system prompt.
   int system_length = 0;
-  // With which the cache was computed.
+  // The name of the adapter with which the cache was computed.
   std::string adapter;
 };
 
-// What a run knows of a batch.
+// The state of a batch during a run.
 struct Batch {
   explicit Batch(Conversation& of) : conversation(&of) {}
   Conversation* conversation;
-  // Still to be computed, and the embeddings of those below zero, in order.
+  // The prompt that is still to be computed, and the embeddings of its negative keys, in order.
   std::vector<Key> keys;
   std::vector<float> rows;
   int prompt_length = 0;
   std::vector<float> logits;
-  // Hidden states or logits of all prompt rows, if the mode wants them.
+  // Hidden states or logits of all prompt rows, in the modes that return them.
   std::vector<float> collected;
-  // Not yet a character; what the callback gets.
+  // Bytes that are not a whole character yet, and the text for the callback.
   std::string bytes, text;
   int32_t token = -1;
   bool done = false;
@@ -88,20 +88,20 @@ struct Batch {
 
 class Run {
  public:
-  // All must outlive the run; setting `abort` ends it after the step that is being computed.
+  // All arguments must outlive the run. Setting `abort` ends it after the current step.
   Run(Loaded& loaded, const Request& request, const std::atomic<bool>& abort, const Sink& sink);
 
-  // What of the cache a prompt uses: a beginning that both share, as the release does it; that of
-  // a prompt cache file, on every release; or all of it, and the prompt goes on behind it.
+  // How much of the cache a prompt uses: a common beginning, if the release reuses it; a common
+  // beginning with a prompt cache file, on every release; or all of it, which the prompt continues.
   enum class Past { prefix, prompt_cache, history };
-  // Reads the prompts, computes them and the answers. `adapter` may be null.
+  // Computes the prompts and the answers. `adapter` may be null.
   void compute(std::vector<Conversation>& conversations, Past past, const Adapter* adapter);
-  // A paused answer goes on, whatever this run's input is.
+  // Continues a paused answer, whatever the input of this run is.
   void resume(std::vector<Batch> paused, const Adapter* adapter);
-  // The last callback.
+  // Makes the last callback.
   void finish();
 
-  // A callback wanted a pause; take() gives what resume() needs.
+  // Whether a callback asked for a pause; take() then gives what resume() needs.
   bool paused() const { return paused_; }
   std::vector<Batch> take() { return std::move(batches_); }
 
@@ -132,7 +132,7 @@ class Run {
   const std::atomic<bool>& abort_;
   const Sink& sink_;
   Mode mode_;
-  // Tokens of the answer; none or less: as many as the context holds.
+  // The most tokens of the answer; 0 or less for as many as the context holds.
   int wanted_;
   const Adapter* adapter_ = nullptr;
   std::vector<Batch> batches_;

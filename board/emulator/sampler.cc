@@ -18,7 +18,7 @@ float finite_or(float value, float low, float high, float fallback) {
   return std::isfinite(value) ? std::clamp(value, low, high) : fallback;
 }
 
-// A NaN and an infinity below zero are the least float.
+// Replaces NaN and minus infinity by the least float.
 float ordered(float logit) {
   constexpr float kLeast = std::numeric_limits<float>::lowest();
   return logit >= kLeast ? logit : kLeast;

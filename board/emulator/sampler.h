@@ -1,5 +1,5 @@
-// The choice of the next token, in the order of llama.cpp, of which the vendor's runtime is said to
-// be a fork: penalties, then mirostat, or top-k, top-p, temperature and a draw.
+// The choice of the next token, with the steps in llama.cpp's order (the vendor's runtime is said
+// to be a fork of it): penalties, then either mirostat or top-k, top-p, temperature and a draw.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace rkemu {
 
-// Values as a client gave them; Sampler clamps what makes no sense.
+// Values as a client gave them; Sampler replaces those that make no sense.
 struct Sampling {
   int32_t top_k = 40;
   float top_p = 0.9f;
@@ -40,7 +40,7 @@ class Sampler {
   };
 
   bool greedy() const;
-  // Before they are sorted: a candidate stands at its id.
+  // Only before the candidates are sorted: their index is their id.
   void penalize(std::vector<Candidate>& candidates) const;
   int32_t draw(const std::vector<Candidate>& candidates);
   int32_t mirostat(std::vector<Candidate>& candidates);

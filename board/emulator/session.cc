@@ -67,7 +67,7 @@ void Session::run(const Request& request, const std::atomic<bool>& abort, const 
 void Session::compute(Run& run, const Request& request) {
   loaded_.engine();
   if (paused() && guesses().pause_resumes) {
-    const std::string& name = conversations_[0].adapter;  // it may have been loaded again
+    const std::string& name = conversations_[0].adapter;  // which may have been loaded again
     run.resume(std::exchange(paused_, {}),
                adapter(name.empty() ? std::nullopt : std::optional(name)));
   } else {

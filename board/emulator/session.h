@@ -1,4 +1,4 @@
-// One loaded model and its conversations: what stands behind an LLMHandle, free of any ABI layout.
+// One loaded model and its conversations, as behind an LLMHandle, independent of the ABI layout.
 #pragma once
 
 #include <map>
@@ -16,18 +16,18 @@ class Session {
   // Failure: the model cannot be loaded. With `pretend`, nothing is loaded and no run works.
   Session(const Rules& rules, const Settings& settings, Faults faults, bool pretend);
 
-  // The fault that an asynchronous run never begins.
+  // Whether a fault keeps asynchronous runs from ever beginning.
   bool loses_runs() const { return loaded_.faults.with(Act::lose_run) != nullptr; }
   const Guesses& guesses() const { return loaded_.settings.guesses; }
   int hidden_size() const { return loaded_.card.config.hidden_size; }
   int batches() const { return static_cast<int>(conversations_.size()); }
 
-  // One run. Reports through the sink; Failure after it has reported State::error. Setting `abort`
-  // ends it after the step that is being computed.
+  // Does one run, which reports through the sink. Failure: after it has reported State::error.
+  // Setting `abort` ends it after the current step.
   void run(const Request& request, const std::atomic<bool>& abort, const Sink& sink);
 
   void clear_cache(bool keep_system_prompt);
-  // Takes positions [begin, end) of one batch out. Failure: there are none such.
+  // Removes positions [begin, end) of one batch. Failure: there are no such positions.
   void clear_range(int batch, int begin, int end);
   int cache_length(int batch) const {
     return conversations_[static_cast<size_t>(batch)].cache.length();
@@ -48,12 +48,12 @@ class Session {
   Loaded loaded_;
   std::map<std::string, std::unique_ptr<Adapter>> adapters_;
   std::vector<Conversation> conversations_;
-  // Those of a run in logits mode, if such runs have a cache of their own.
+  // The conversations of runs in logits mode, if those have a cache of their own.
   std::vector<Conversation> aside_;
-  // Of the paused run; empty if there is none.
+  // The batches of a paused run; empty if there is none.
   std::vector<Batch> paused_;
   bool prompt_cache_loaded_ = false;
-  // Whether the run before this one was.
+  // Whether the previous run was aborted.
   bool aborted_ = false;
 };
 

@@ -9,7 +9,7 @@ namespace rkemu {
 
 namespace {
 
-// The client's threads get its signals, ours none: Ctrl-C must reach the thread that waits for it.
+// Keeps signals away from our threads: Ctrl-C must reach the client's thread that waits for it.
 class BlockedSignals {
  public:
   BlockedSignals() {
@@ -23,7 +23,8 @@ class BlockedSignals {
   sigset_t before_;
 };
 
-// Waking a thread costs more than a small matrix: wait awake for about as long as that.
+// Iterations to wait actively before sleeping, about as long as a small matrix takes: waking a
+// thread costs more than that.
 constexpr int kSpins = 4000;
 
 void relax() {
@@ -40,7 +41,7 @@ Pool::Pool(int threads) {
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
   } catch (const std::system_error&) {
-    // The process may have no more threads: the work is done by those that there are.
+    // The process may not have more threads: those that there are do the work.
   }
 }
 

@@ -20,7 +20,8 @@ class Pool {
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls job(i, worker) for i in [0, count), each once, in any order; returns when all are done.
-  // `worker` is below size() and tells apart what runs at the same time. A job does not throw.
+  // `worker` is below size() and differs between jobs that run at the same time. Jobs must not
+  // throw.
   template <class Job>
   void run(int count, const Job& job) {
     run(

@@ -11,8 +11,8 @@ namespace {
 
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // U+2581
 constexpr size_t kMaxMerges = 1u << 26;
-// tokenizer.flags: found after spaces became word marks; takes white space on its left, on its
-// right.
+// Bits of tokenizer.flags: the token is matched after spaces became word marks; it takes the white
+// space on its left; on its right.
 constexpr uint8_t kNormalized = 1, kLeftStrip = 2, kRightStrip = 4, kFlags = 7;
 
 uint64_t pair_key(int32_t left, int32_t right) {
@@ -48,7 +48,8 @@ bool utf8_second_fits(unsigned char first, unsigned char second) {
   return second >= low && second <= high;
 }
 
-// How many bytes at the front of `text` belong to one well-formed, maybe unfinished, character.
+// The number of bytes at the front of `text` that belong to one well-formed, perhaps unfinished,
+// character.
 size_t utf8_well_formed(std::string_view text, size_t announced) {
   if (announced == 0) return 0;
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
@@ -60,7 +61,7 @@ size_t utf8_well_formed(std::string_view text, size_t announced) {
   return have;
 }
 
-// Of a well-formed character.
+// The code point of a well-formed character.
 uint32_t code_point(std::string_view character) {
   const auto first = static_cast<unsigned char>(character[0]);
   if (character.size() == 1) return first;
@@ -78,7 +79,7 @@ bool is_space(uint32_t code) {
          code == 0x202F || code == 0x205F || code == 0x3000;
 }
 
-// Bytes of white space at the front of `text`.
+// The number of bytes of white space at the front of `text`.
 size_t space_in_front(std::string_view text) {
   size_t at = 0;
   while (at < text.size()) {
@@ -230,7 +231,7 @@ void Tokenizer::split(std::string_view text, const AddedByFirst& tokens, std::ve
     if (found->flags & kLeftStrip) begin = std::max(space_at_end(text.substr(0, begin)), done);
     if (found->flags & kRightStrip) end += space_in_front(text.substr(end));
     if (done < begin) plain(text.substr(done, begin - done));
-    // White space that the token before took may leave nothing of this one.
+    // Nothing may be left of this token if the one before took its white space.
     if (begin < end) ids.push_back(found->id);
     done = end;
   }

@@ -15,15 +15,14 @@ enum class TokenKind : uint8_t { normal = 0, control = 1, byte = 2, unused = 3, 
 
 class Tokenizer {
  public:
-  // Failure: the tables contradict each other. The file must outlive the tokenizer. A file may have
-  // no tables, as models are that were exported without a tokenizer: then only the ids below are
-  // known.
+  // Failure: the tables contradict each other. The file must outlive the tokenizer. A file of a
+  // model that was exported without a tokenizer has no tables: then only the ids below are known.
   Tokenizer(const File& file, size_t vocab_size);
 
-  // Control and user-defined tokens are found in the text when `special` is set, as the library
+  // With `special`, control and user-defined tokens are found in the text, as the library
   // `tokenizers` finds added tokens.
   std::vector<int32_t> encode(std::string_view text, bool special);
-  // The bytes of a token, with spaces for the word marks.
+  // The bytes of a token, with word marks replaced by spaces.
   std::string decode(int32_t id) const;
 
   bool has_tables() const { return kinds_ != nullptr; }
@@ -51,7 +50,7 @@ class Tokenizer {
   void read_tables(const File& file);
   std::string_view text_of(size_t id) const;
   void index();
-  // Calls `plain` for the parts of the text between added tokens, and appends the ids of those
+  // Calls `plain` for the parts of the text between added tokens, and appends the ids of the added
   // tokens.
   template <class Plain>
   static void split(std::string_view text, const AddedByFirst& tokens, std::vector<int32_t>& ids,
@@ -72,18 +71,18 @@ class Tokenizer {
   bool add_bos_;
   std::vector<int32_t> eos_;
 
-  // Built when the first text comes: a client that sends ids needs none of it.
+  // Built for the first text, as clients that send ids do not need them.
   bool indexed_ = false;
   std::unordered_map<std::string_view, int32_t> ids_;
   std::unordered_map<uint64_t, Merge> pairs_;
   std::vector<int32_t> bytes_;
-  AddedByFirst added_, normalized_;  // found before, and after, spaces became word marks
+  AddedByFirst added_, normalized_;  // matched before and after spaces become word marks
 };
 
-// Number of bytes of the UTF-8 character at the front of `text` (not empty): 1 to 4, or 0 if there
-// is no valid one.
+// The number of bytes of the UTF-8 character at the front of `text` (not empty): 1 to 4, or 0 if
+// there is no valid one.
 size_t utf8_length(std::string_view text);
-// How many bytes at the end of `text` begin a character that is not complete: 0 to 3.
+// The number of bytes at the end of `text` that begin an incomplete character: 0 to 3.
 size_t utf8_unfinished(std::string_view text);
 
 }  // namespace rkemu

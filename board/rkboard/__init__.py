@@ -1,1 +1,1 @@
-"""The device itself, and the emulator that replaces it: emulator, doctor, clocks, deploy."""
+"""Tools for the device (doctor, clocks, top, bench, deploy, fleet), and the emulator that stands in for its NPU."""

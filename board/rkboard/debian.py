@@ -1,8 +1,8 @@
 """Build a Debian package: python -m rkboard.debian [--arch arm64] [--output build].
 
-It has a virtual environment in /usr/lib/rkedge, whose Python is the system's, with RKEdge and the wheels that it needs:
-the same as `rkedge deploy` brings, so that each board has the releases that the tests have. One package serves every
-Python that there are wheels for, as a compiled module has its Python's version in its name.
+It has a virtual environment in /usr/lib/rkedge on the system's Python, with RKEdge and the wheels that it needs: those
+that `rkedge deploy` brings, so that each board has the releases that the tests use. One package serves every Python
+that has wheels, as the name of a compiled module contains the version of its Python.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ HOME: Final = "usr/lib/rkedge"
 PYTHONS: Final = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MACHINES: Final = {"arm64": "aarch64", "amd64": "x86_64"}
 _LIBC: Final = 17
-# Of all files, unless SOURCE_DATE_EPOCH says another one: the same content is the same package.
+# Timestamp of every file (SOURCE_DATE_EPOCH overrides it), so that equal content gives an equal package.
 _DATE: Final = "1577836800"
-# Where the files say that RKEdge is, if it was not installed by a package.
+# The path of rkedge in the unit files; the package replaces it.
 _BY_HAND: Final = "/opt/rkedge/bin/rkedge"
 _PYVENV: Final = "home = /usr/bin\ninclude-system-site-packages = true\n"
 _SCRIPT: Final = f"#!/{HOME}/bin/python\nimport sys\n\nfrom rkruntime.cli import main\n\nsys.exit(main())\n"
@@ -53,7 +53,7 @@ License: Apache-2.0
 
 
 def build(arch: str, output: Path, say: Callable[[str], None]) -> Path:
-    """Write rkedge_VERSION_ARCH.deb into a folder, with what debhelper makes of it; returns its path.
+    """Build rkedge_VERSION_ARCH.deb with debhelper and write it into a folder; return its path.
 
     Raises:
         HostError: debhelper is missing or fails, or a wheel cannot be downloaded.
@@ -79,7 +79,7 @@ def build(arch: str, output: Path, say: Callable[[str], None]) -> Path:
 
 
 def _fill(payload: Path, arch: str, say: Callable[[str], None]) -> None:
-    """The files as they will be on a board."""
+    """Write the files as they will be on a board."""
     home = payload / HOME
     library = home / "lib/python3"
     wheels: list[Path | io.BytesIO] = [*_wheels(MACHINES[arch], say), io.BytesIO(own_wheel()[1])]
@@ -100,7 +100,7 @@ def _fill(payload: Path, arch: str, say: Callable[[str], None]) -> None:
 
 
 def _wheels(machine: str, say: Callable[[str], None]) -> Iterator[Path]:
-    """Those for the oldest Python, and what is compiled for one Python only in the same release for the others, too."""
+    """Yield the wheels for the oldest Python, and the same releases of its compiled ones for the other Pythons."""
     oldest, *others = (Target(python, machine, _LIBC) for python in PYTHONS)
     found = [path for path in downloaded(oldest, requirements(oldest.python), say) if not path.name.startswith("pip-")]
     yield from found
@@ -110,7 +110,7 @@ def _wheels(machine: str, say: Callable[[str], None]) -> Iterator[Path]:
 
 
 def _system(debian: Path) -> None:
-    """The files of the system, by the names from which debhelper knows what they are."""
+    """Write the system's files under the names by which debhelper knows what they are."""
     board = resource("board")
     for path in sorted((board / "systemd").iterdir()):
         if path.suffix in (".service", ".socket"):
@@ -121,7 +121,7 @@ def _system(debian: Path) -> None:
 
 
 def _describe(source: Path) -> None:
-    """The package's changelog and licences."""
+    """Write the package's changelog and licenses."""
     release, debian = version("rkedge"), source / "debian"
     when = formatdate(float(os.environ.get("SOURCE_DATE_EPOCH", _DATE)))
     owner = re.findall(r"^Maintainer: (.+)", (debian / "control").read_text(), re.MULTILINE)[0]
@@ -134,7 +134,7 @@ def _describe(source: Path) -> None:
 
 
 def _licence(info: Path) -> str:
-    """A line about a package, from its own words."""
+    """Return a line about the license of a package, from its own metadata."""
     about = message_from_string((info / "METADATA").read_text())
     named = str(about.get("License-Expression") or about.get("License") or "\n")
     classes = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier", []) if text.startswith("License")]

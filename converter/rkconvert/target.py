@@ -1,4 +1,4 @@
-"""Interface of the targets that make model files (`emulated`, `toolkit`), and the record that they make one from."""
+"""Interface of the targets that make model files (`emulated`, `toolkit`), and the record from which they make one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelSpec:
 
 
 class Target(Protocol):
-    """What makes model files for one RKLLM release."""
+    """A maker of model files for one RKLLM release."""
 
     @property
     def release(self) -> str:
@@ -65,16 +65,16 @@ class Target(Protocol):
         ...
 
     def needed_bytes(self, spec: ModelSpec) -> int:
-        """Disk space that the work needs, in bytes."""
+        """Return the disk space that the work needs, in bytes."""
         ...
 
     def resumable(self, spec: ModelSpec) -> Sequence[str]:
-        """Paths below the folder from which `write` resumes after a killed run."""
+        """Return paths below the folder from which `write` resumes after a killed run."""
         ...
 
     @property
     def done(self) -> Sequence[str]:
-        """Those of them that `write` writes after work that takes long."""
+        """The outputs that `write` produces only after long work."""
         ...
 
     def write(self, spec: ModelSpec, folder: Path, reporter: Reporter) -> ModelFile:

@@ -26,7 +26,7 @@ from tests.forced import needs_sshd
 
 from rkboard.bench.expected import expected_of
 from rkboard.bench.remote import Place
-from rkboard.bench.result import BoardFacts, ClockFacts, Line, Result
+from rkboard.bench.result import ClockFacts, Line, Result
 from rkboard.bench.table import markdown
 from rkboard.bench.watch import Watch
 from rkboard.bench.workload import Row
@@ -40,6 +40,7 @@ from rkconvert.plan.report import as_dict
 from rkruntime import cli
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import ServiceError, UsageError
+from rkruntime.evidence import ResultBoard
 from rkruntime.program import own_command
 
 QUICK = ["-p", "16", "-n", "8", "-d", "0,64", "-r", "2"]
@@ -358,7 +359,7 @@ def of_a_board(result: Result) -> Result:
         before=replace(result.bench.before, clocks=(clock,), temperatures={"soc": 44.0}), hottest=81.0,
         lines=(Line("tg64 @ d128", "t/s", (10.2, 10.4), 10.3, 0.1414, 10.35, 10.37), Line("load", "s", (12.0,), 12.0)),
     )  # fmt: skip
-    board = BoardFacts("Radxa ROCK 5B", "rk3588", "6.1.115", "0.9.8", "1.3.0", 15.6)
+    board = ResultBoard("Radxa ROCK 5B", "rk3588", "6.1.115", "0.9.8", "1.3.0", 15.6)
     return replace(result, emulated=False, board=board, bench=bench)
 
 
@@ -378,7 +379,7 @@ def test_a_boards_table_has_what_was_expected_beside_it(result: Result) -> None:
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_table(text: str) -> None:
     document = of_a_board(Result.parse(json.dumps(PLAIN).encode()))
-    board = BoardFacts(text, text, text, text, text)
+    board = ResultBoard(text, text, text, text, text)
     lines = (Line(text, "t/s", (1.0,), 1.0),)
     bench = replace(document.bench, changes=(text,), notes=(text,), vendor_title=text, family=text, lines=lines)
     found = markdown(replace(document, board=board, bench=bench))

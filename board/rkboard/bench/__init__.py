@@ -1,1 +1,1 @@
-"""The speed of a bundle: what is measured, what the board did meanwhile, and what was to be expected."""
+"""The speed of a bundle: the measurement, the state of the board meanwhile, and the speed that was expected."""

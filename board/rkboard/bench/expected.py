@@ -1,4 +1,4 @@
-"""What was to be expected of a bundle: the plan of its conversion, and the vendor's row for such a model if it has one.
+"""The speed expected of a bundle: by the plan of its conversion, and by the vendor's figures for such a model, if any.
 
 Both are in the bundle's report/plan.json, which `rkedge convert` writes; both are for clocks at their maximum.
 """
@@ -19,13 +19,13 @@ _MOST: Final = 1e9
 
 @dataclass(frozen=True)
 class Figures:
-    """A source's figures, None where it has none.
+    """The figures of one source, each None where the source lacks it.
 
     Attributes:
-        title: What they are, for people.
-        ttft_ms: After VENDOR_PROMPT tokens.
-        speed: Decoded tokens per second with VENDOR_PROMPT + VENDOR_NEW / 2 tokens in the context.
-        full: Two more figures of a plan: tokens per second with a full context, and what that is.
+        title: The source's name, for people.
+        ttft_ms: The time to the first token after a prompt of VENDOR_PROMPT tokens.
+        speed: The decode rate in tokens/s with VENDOR_PROMPT + VENDOR_NEW / 2 tokens in the context.
+        full: The decode rate with a full context, and the size of that context in tokens; only a plan has these.
     """
 
     title: str = ""
@@ -35,7 +35,7 @@ class Figures:
     full: tuple[float, float] | None = None
 
     def of(self, test: Row) -> float | None:
-        """Tokens per second of a test, if this source says anything about it."""
+        """Return the tokens/s expected in a test; None if this source says nothing about it."""
         if test.kind == "pp":
             fits = test.tokens == VENDOR_PROMPT and not test.depth and self.ttft_ms
             return VENDOR_PROMPT * 1000 / self.ttft_ms if fits and self.ttft_ms else None
@@ -44,7 +44,7 @@ class Figures:
         return self._at((test.depth or START) + test.tokens / 2)
 
     def _at(self, tokens: float) -> float | None:
-        """Tokens per second with so many in the context: the time of a token grows with the cache that it reads."""
+        """Return the decode rate with so many tokens in the context: a token's time grows with the KV cache."""
         if self.speed is None or self.full is None:
             return None
         speed, context = self.full
@@ -58,7 +58,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Expected:
-    """What is known about a bundle's model. `digest` says which model it is, whatever its weights; empty if unknown."""
+    """The expectations for a bundle's model. `digest` identifies the model apart from its weights; empty if unknown."""
 
     plan: Figures
     vendor: Figures
@@ -66,7 +66,7 @@ class Expected:
 
 
 def expected_of(bundle: Bundle) -> Expected:
-    """Read the bundle's plan; a plan with something else in it than figures has none. Raises BundleError."""
+    """Read the bundle's plan; values in it that are not figures are ignored. Raises BundleError."""
     plan = bundle.read_plan()
     prediction = _within(plan, "prediction")
     row = _within(prediction, "vendor")
@@ -80,7 +80,7 @@ def expected_of(bundle: Bundle) -> Expected:
 
 
 def _figures(title: str, found: Mapping[str, Any], full: tuple[float, float] | None = None) -> Figures:
-    # A row with another prompt is not this test.
+    # A row with a prompt of another length is not comparable.
     ttft = None if found.get("prompt_tokens", VENDOR_PROMPT) != VENDOR_PROMPT else _number(found, "ttft_ms")
     speed, memory = _number(found, "decode_tokens_per_s"), _number(found, "memory_mb")
     return Figures(title, ttft, speed, memory, full)

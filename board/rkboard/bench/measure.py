@@ -1,11 +1,11 @@
-"""Run tests on a loaded model, and time them: from the request to the first token, and from there to the last one.
+"""Run tests on a loaded model and time them: from the request to the first token, and from there to the last one.
 
-Prompts are numbers (1 2 3 ...), and where an answer is measured, a question whose answer is long. A library that ends
-it early is asked again: tokens of several runs then add up to those that were wanted.
+Prompts are numbers (1 2 3 ...), followed by a question with a long answer where decoding is measured. If the library
+ends that answer early, it is asked again, and the tokens of several runs are added up.
 
-The library keeps what it has read and reads only what is new, since 1.2.0; since 1.2.1 it also says how much that was.
-So a test at a depth first has that depth read, without measuring, and what follows goes on in another way, so that it
-is read whole.
+Since 1.2.0 the library keeps the KV cache and reads only the new part of a prompt; since 1.2.1 it also says how long
+that was. So a test at a depth first has the tokens of that depth read, without measuring; the rest of its prompt then
+differs from what the cache may still hold, so that all of it is read.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from rkruntime.model import Model
 from rkruntime.text.template import Message
 from rkruntime.words import counted
 
-# A library may read a token of the answer before once more.
+# Tokens: a library may read the last token of the previous answer once more.
 _LEEWAY: Final = 4
 _WARM: Final = 8
 _NUMBERS: Final = 6000
 _QUESTION: Final = "Count from 1 to 1000. Write every number."
-# Runs that may add up to one, and the fewest tokens in one of them.
+# The most runs that are added up to one, and the fewest tokens in a run that is worth repeating.
 _MOST_RUNS: Final = 32
 _FEWEST: Final = 2
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One run. Times are ours, in seconds; `read` and `memory_mb` are the library's, where it says them.
+    """One run. Times are taken here, in seconds; `read` and `memory_mb` are the library's figures, if it gives them.
 
     Attributes:
-        first_s: From the request to the first token.
-        decode_s: From there to the last one.
-        made: Tokens after the first one.
-        runs: How many of the library's these are.
+        first_s: The time from the request to the first token.
+        decode_s: The time from the first token to the last one.
+        made: The number of tokens after the first one.
+        runs: The number of the library's runs that were added up.
     """
 
     first_s: float
@@ -56,7 +56,7 @@ class Sample:
 
 @dataclass
 class Line:
-    """A test with its runs; `problem`: why there are none."""
+    """A test with its runs. `problem`: why it could not be measured."""
 
     test: Row
     samples: list[Sample] = field(default_factory=list)
@@ -64,24 +64,24 @@ class Line:
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens per second of each run."""
+        """The tokens/s of each run."""
         if self.test.kind == "pp":
             return [(one.read or self.test.tokens) / one.first_s for one in self.samples]
         return [one.made / one.decode_s for one in self.samples]
 
     @property
     def first_ms(self) -> list[float]:
-        """Milliseconds to the first token of each run."""
+        """The milliseconds to the first token of each run."""
         return [one.first_s * 1000 for one in self.samples]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is 0 for one value."""
+    """Return the mean and the sample standard deviation, which is 0 for a single value."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 class Bench:
-    """Measures on a model that does nothing else meanwhile."""
+    """Measures on a model that is used for nothing else meanwhile."""
 
     def __init__(self, model: Model) -> None:
         self._engine, release = model.engine, model.engine.info.release
@@ -95,11 +95,11 @@ class Bench:
             raise BundleError("The tokenizer has one token for all numbers: there is nothing to measure with.")
 
     def warm_up(self) -> None:
-        """A run that nobody measures: the first one after a load may be slower."""
+        """Run once without measuring: the first run after a load may be slower."""
         self._run(self._ask(VENDOR_PROMPT, 0), _WARM)
 
     def measure(self, line: Line, repetitions: int) -> None:
-        """Add runs to a line, each as soon as it has been made."""
+        """Add the runs of a test to its line one by one, so that an interruption keeps those made."""
         if line.test.kind != "pp" and 0 < line.test.depth <= len(self._question):
             line.problem = f"the question that is answered has {len(self._question)} tokens itself"
             return
@@ -118,17 +118,17 @@ class Bench:
         before = [self._bos]
         if test.depth:
             before = self._prompt(test.depth, 0)
-            self._run(before, 1)  # so that the cache ends there
+            self._run(before, 1)  # so that the KV cache ends there
         after = self._other(before, test.tokens - (0 if test.depth else 1), number)
         return self._run([*before, *after], 1)
 
     def _ask(self, length: int, number: int) -> list[int]:
-        """A prompt of this length, if the question is not longer, that ends in it."""
+        """Return a prompt of this length that ends in the question; longer if the question alone is."""
         before = self._prompt(max(1, length - len(self._question)), number)
         return [*before, *self._question]
 
     def _answer(self, prompt: Sequence[int], wanted: int) -> Sample:
-        """A run that makes so many tokens after its first one, or several."""
+        """Run until so many tokens were made after the first one, in several runs if necessary."""
         first = sample = self._run(prompt, wanted + 1)
         made, seconds, runs = first.made, first.decode_s, 1
         while made < wanted and sample.made >= _FEWEST and runs < _MOST_RUNS:
@@ -140,7 +140,7 @@ class Bench:
         return [self._bos, *self._after(number * START, length - 1)]
 
     def _after(self, begin: int, length: int) -> list[int]:
-        """So many tokens of the numbers, from this one on, and from the start again if need be."""
+        """Return `length` tokens of the numbers from `begin` on, starting over at their end."""
         at = begin % len(self._stream)
         found = self._stream[at : at + length]
         while len(found) < length:
@@ -148,7 +148,7 @@ class Bench:
         return found
 
     def _other(self, before: Sequence[int], length: int, number: int) -> list[int]:
-        """Tokens that do not go on as `before` does: that would be in the cache."""
+        """Return tokens that differ at once from the usual continuation of `before`, which the cache may hold."""
         usual = self._after(len(before) - 1, 1)[0]
         begin = number * START + len(before)
         while self._after(begin, 1)[0] == usual:
@@ -174,7 +174,7 @@ class Bench:
         )  # fmt: skip
 
     def _problem(self, test: Row, sample: Sample) -> str:
-        """Why a run is not what was to be measured; empty if it is."""
+        """Return why a run is not what should have been measured; empty if it is."""
         if sample.first_s <= 0:
             return "the library ended the answer before its first token"
         if test.kind != "pp":

@@ -15,18 +15,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Final
 
-from rkboard.bench.result import MOST_BYTES, Result
+from rkboard.bench.result import Result
 from rkruntime.chat.ways import over_ssh
 from rkruntime.errors import ServiceError, UsageError
+from rkruntime.evidence import MOST_BYTES
 from rkruntime.remote import ssh_command
 
-# An address with colons stands in brackets, as for scp.
+# USER@BOARD:BUNDLE, where an IPv6 address stands in brackets, as for scp.
 _PLACE: Final = re.compile(r"([^@\s]+@)(\[[^\]\s]+\]|[^:\s\[]+):(.*)", re.DOTALL)
 _MOST_LINE: Final = 1 << 12
 
 
 def _is_address(text: str) -> bool:
-    """Whether what follows the user is an address with colons, and no bundle."""
+    """Whether the part after the user is a bare IPv6 address, so that its colons do not begin a bundle."""
     try:
         return ipaddress.ip_address(text.rpartition("@")[2].partition("%")[0]).version == 6
     except ValueError:
@@ -35,14 +36,18 @@ def _is_address(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A destination of ssh, and a bundle there by its name or path; empty for the only one."""
+    """A destination of ssh, and the name or path of a bundle there; empty for the only one."""
 
     destination: str
     bundle: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """`user@board`, `user@board:BUNDLE`, `ssh://user@board:port`, or a host of ~/.ssh/config. Raises UsageError."""
+        """Read `user@board`, `user@board:BUNDLE`, `ssh://user@board:port` or a host of ~/.ssh/config.
+
+        Raises:
+            UsageError: No bundle can have that name.
+        """
         found = None if text.startswith("ssh://") or _is_address(text) else _PLACE.fullmatch(text)
         place = cls(f"{found[1]}{found[2].strip('[]')}", found[3]) if found else cls(text)
         if not place.bundle.isprintable() or place.bundle.startswith("-"):
@@ -51,13 +56,13 @@ class Place:
 
 
 def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]) -> tuple[Result, int]:
-    """What the board has measured, and the exit status of the command there.
+    """Measure on a board; return the result and the exit status of the command there.
 
-    Ctrl-C ends the measuring there, not the connection: the result has what was measured until then.
+    Ctrl-C ends the measurement there, not the connection: the result has what was measured until then.
 
     Args:
-        words: Options for the command.
-        say: Called with each line that it says on standard error.
+        words: Options for `rkedge bench` there.
+        say: Called with each line that the command prints on standard error.
 
     Raises:
         ServiceError: The board cannot be reached, or sends something else.
@@ -65,7 +70,7 @@ def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]
     remote = ["rkedge", "bench", "--json", "--until-eof", *words, *([place.bundle] if place.bundle else [])]
     command = ssh_command(place.destination, *map(shlex.quote, remote))
     pipe = subprocess.PIPE
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ssh inherits
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # ssh inherits this
     try:
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     except OSError as error:
@@ -80,7 +85,7 @@ def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]
     try:
         text = _read(process.stdin, process.stdout)
         process.stdin.close()
-        status = process.wait(0 if len(text) > MOST_BYTES else 30)  # what floods may never end
+        status = process.wait(0 if len(text) > MOST_BYTES else 30)  # a board that floods may never end
     except subprocess.TimeoutExpired:
         status = 255
     finally:
@@ -95,7 +100,7 @@ def measure_there(place: Place, words: Sequence[str], say: Callable[[str], None]
 
 
 def _check_error(text: bytes) -> None:
-    """Raise the error that the command there has printed in the place of a result."""
+    """Raise the error that the command there has printed instead of a result."""
     with suppress(ValueError, RecursionError):
         said = json.loads(text)
         if isinstance(said, dict) and isinstance(said.get("message"), str):
@@ -104,7 +109,7 @@ def _check_error(text: bytes) -> None:
 
 
 def _read(stdin: IO[bytes], stdout: IO[bytes]) -> bytes:
-    """All that the board prints. Ctrl-C closes its standard input, at which it comes to an end; a second one leaves."""
+    """Read all that the board prints. Ctrl-C closes its standard input, at which it finishes; a second one leaves."""
     text = bytearray()
     interrupted = False
     while len(text) <= MOST_BYTES:
@@ -130,7 +135,7 @@ def _tell(stream: IO[bytes], say: Callable[[str], None]) -> None:
 
 
 def _nothing(place: Place, status: int) -> ServiceError:
-    """The error for a board that has sent no result: its own message is on standard error already."""
+    """Return the error for a board that sent no result; its own message has already gone to standard error."""
     known = over_ssh(place.destination)
     if status in known.codes:
         return known.ended(status)
@@ -145,7 +150,7 @@ def until_eof(stop: Callable[[], object]) -> None:
 
     def wait() -> None:
         with suppress(OSError, ValueError):
-            while os.read(0, 1 << 12):  # not through sys.stdin, whose lock the end of Python would wait for
+            while os.read(0, 1 << 12):  # not through sys.stdin: at its exit, Python would wait for its lock
                 pass
         stop()
 

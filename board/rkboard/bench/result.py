@@ -1,7 +1,7 @@
-"""A result as a file: of the schema rkedge-compat/1 (docs/compat.md), so that `rkedge compat` takes it as evidence.
+"""A result as a file of the schema rkedge-compat/1 (docs/compat.md), so that `rkedge compat` takes it as evidence.
 
-`bench` in it has the lines of the table and what the board did meanwhile. A board's answer is hostile until it is
-built.
+Its `bench` has the lines of the table and what the board did meanwhile. A board's answer is hostile input until
+`Result.parse` has checked it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 from rkruntime.errors import ServiceError
+from rkruntime.evidence import SCHEMA, Record
 from rkruntime.schema import Between, Length, build
 
-SCHEMA: Final = "rkedge-compat/1"
 BENCH_SCHEMA: Final = "rkedge-bench/1"
-MOST_BYTES: Final = 1 << 20
 _MOST_LINES: Final = 1000
 
 _Name = Annotated[str, Length(200)]
@@ -27,50 +26,13 @@ _Degrees = Annotated[float, Between(-300, 1000)]
 
 
 @dataclass(frozen=True)
-class Model:
-    """The model; `digest` knows it by its shape, and is empty for a bundle whose plan has none."""
-
-    name: _Name
-    digest: _Name
-
-
-@dataclass(frozen=True)
-class BoardFacts:
-    """The board; empty for what is not known."""
-
-    name: _Name
-    soc: _Name
-    kernel: _Name
-    driver: _Name
-    library: _Name
-    ram_gib: Annotated[float, Between(0, 4096)] = 0.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """The model file, and the figures that the vendor publishes of such a one; 0 for what was not measured."""
-
-    type: _Name
-    release: _Name
-    cores: Annotated[int, Between(1, 16)]
-    context: Annotated[int, Between(1, 1 << 20)]
-    lora: Literal["merged", "runtime"]
-    status: Literal["works"]
-    says: _Text
-    tokens_per_s: _Figure = 0.0
-    first_token_ms: _Figure = 0.0
-    memory_mb: _Figure = 0.0
-    file_sha256: _Name = ""
-
-
-@dataclass(frozen=True)
 class Line:
     """A line of the table.
 
     Attributes:
         unit: `t/s`, `ms`, `s` or `MiB`.
-        values: One for each repetition; empty with a `problem`.
-        plan, vendor: What was to be expected, in the same unit.
+        values: One for each repetition; empty if there is a `problem`.
+        plan, vendor: The expected figures, in the same unit.
     """
 
     test: _Name
@@ -85,7 +47,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ClockFacts:
-    """A clock in Hz; see rkboard.doctor.readings.Clock."""
+    """A clock, in Hz; see rkboard.doctor.readings.Clock."""
 
     name: _Name
     governor: _Name | None
@@ -97,7 +59,7 @@ class ClockFacts:
 
 @dataclass(frozen=True)
 class Moment:
-    """The board before or after; temperatures in degrees Celsius."""
+    """The board before or after the measurement; temperatures in degrees Celsius."""
 
     clocks: tuple[ClockFacts, ...] = ()
     temperatures: dict[str, _Degrees] = field(default_factory=dict)
@@ -106,12 +68,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Bench:
-    """The table, and what belongs to it.
+    """The table and its circumstances.
 
     Attributes:
-        changes: What makes these other figures than those of a steady board.
-        complete: Whether everything was measured that was asked for.
-        error: What ended it before that.
+        changes: Changes on the board meanwhile, because of which the figures are not those of a steady board.
+        complete: Whether everything that was asked for was measured.
+        error: The error that ended the measurement early.
     """
 
     schema: Literal["rkedge-bench/1"]
@@ -133,25 +95,18 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Result:
-    """The whole. `emulated`: the library was the emulator, so that nothing in it is a board's."""
+class Result(Record):
+    """The whole result."""
 
-    schema: Literal["rkedge-compat/1"]
-    made: _Name
-    rkedge: _Name
-    emulated: bool
-    model: Model
-    board: BoardFacts
-    runs: tuple[Run, ...]
     bench: Bench
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return asdict(self)
 
     @classmethod
     def parse(cls, text: bytes) -> Result:
-        """What a board has sent. Raises ServiceError for anything else."""
+        """Read the result that a board has sent. Raises ServiceError for anything else."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""One measurement from the load to the result; what was measured stays if it ends early."""
+"""One measurement from the load to the result, which keeps what was measured if it ends early."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rkboard.doctor.visit import glance
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.checks import machine
 from rkruntime.errors import RKEdgeError
+from rkruntime.evidence import SCHEMA, ResultBoard, ResultModel, Run
 from rkruntime.model import Model
 from rkruntime.schema import build
 from rkruntime.words import counted
@@ -28,7 +29,7 @@ _NOTHING: Final = Expected(Figures(), Figures())
 
 @dataclass(frozen=True)
 class Wanted:
-    """Numbers of tokens in and out, depths, and how often each is measured."""
+    """The numbers of tokens in and out, the depths, and how often each test is repeated."""
 
     prompts: Sequence[int]
     news: Sequence[int]
@@ -41,8 +42,8 @@ class Session:
     """Measures a loaded model.
 
     Attributes:
-        error: What ended it early; also if it was the user.
-        complete: Whether it came to its end.
+        error: The error that ended the measurement early, including a stop by the user.
+        complete: Whether all tests were run.
     """
 
     bundle: Bundle
@@ -57,12 +58,12 @@ class Session:
     def __post_init__(self) -> None:
         asked, context = self.wanted, self.model.engine.info.max_context
         self.work: Workload = workload(asked.prompts, asked.news, asked.depths, context)
-        # An emulated figure is not to be held against a board's.
+        # An emulated figure must not be compared with a board's.
         self.expected = _NOTHING if self.model.engine.info.emulated else expected_of(self.bundle)
         self.digest = expected_of(self.bundle).digest
 
     def run(self, show: Callable[[Line], None]) -> None:
-        """Measure, and call `show` with each line; an error of the model is kept, Ctrl-C comes through."""
+        """Measure, and call `show` with each line. An error of the model is kept in `error`; Ctrl-C is raised."""
         with self.watch:
             try:
                 bench = Bench(self.model)
@@ -79,19 +80,19 @@ class Session:
 
     @property
     def memory_mb(self) -> float:
-        """The process's peak in MiB, by the library's own figure where it gives one; 0 if unknown."""
+        """The peak memory of the process in MiB, by the library's own figure if it gives one; 0 if unknown."""
         own = [one.memory_mb for line in self.lines for one in line.samples if one.memory_mb]
         return max(own) if own else self.peak / _MIB
 
     def result(self) -> files.Result:
-        """What was measured so far."""
+        """Return what was measured so far."""
         info, made = self.model.engine.info, self.bundle.manifest
         return files.Result(
-            schema="rkedge-compat/1",
+            schema=SCHEMA,
             made=time.strftime("%Y-%m-%d"),
             rkedge=version("rkedge"),
             emulated=info.emulated,
-            model=files.Model(made.name[:200], self.digest),
+            model=ResultModel(made.name[:200], self.digest),
             board=self._board(),
             runs=(self._run(),),
             bench=files.Bench(
@@ -114,23 +115,23 @@ class Session:
             ),
         )
 
-    def _board(self) -> files.BoardFacts:
+    def _board(self) -> ResultBoard:
         info, board = self.model.engine.info, glance()
         known, memory = summary(board), machine.memory(board.root)
         library = info.runtime_version or info.release
         if info.emulated:
-            return files.BoardFacts("", self.bundle.manifest.platform, "", "", library)
+            return ResultBoard("", self.bundle.manifest.platform, "", "", library)
         name = str(known["model"] or known["soc"] or "")
         gib = round(memory.total / (1 << 30), 1) if memory else 0.0
         driver = info.driver_version or board.driver.version or ""
-        return files.BoardFacts(name[:200], board.platform or "", board.release[:200], driver[:200], library[:200], gib)
+        return ResultBoard(name[:200], board.platform or "", board.release[:200], driver[:200], library[:200], gib)
 
-    def _run(self) -> files.Run:
+    def _run(self) -> Run:
         info, made = self.model.engine.info, self.bundle.manifest
         own = next((line for line in self.lines if line.test.kind == "vendor" and line.samples), None)
         steady = f" {'; '.join(self.watch.changes)}."[:300] if self.watch.changes else ""
         measured = f"rkedge bench, {counted(len(own.samples), 'run')} of 128 tokens in and 64 out." if own else ""
-        return files.Run(
+        return Run(
             type=made.dtype,
             release=made.toolkit_version,
             cores=info.npu_cores or made.npu_cores,

@@ -1,4 +1,4 @@
-"""A result as Markdown, for a forum: the columns of llama-bench's table, and what was to be expected beside them."""
+"""A result as Markdown, for a forum: the columns of llama-bench's table, with the expected figures beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MARK: Final = " *"
 
 
 def markdown(result: Result) -> str:
-    """The table with the facts above it and the notes below."""
+    """Return the table with the facts above it and the notes below."""
     return "\n".join([*_facts(result), "", *_table(result), *_notes(result)])
 
 
@@ -118,5 +118,5 @@ def _plain_note(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text from outside, without what Markdown reads."""
+    """Return text from outside as one line, with Markdown's special characters escaped."""
     return "".join(f"\\{letter}" if letter in "\\`*[]<>|!#" else letter for letter in one_line(text))

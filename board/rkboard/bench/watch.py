@@ -1,4 +1,4 @@
-"""What the board does while it is measured: clocks, governors, temperature, and whether it was lowered for heat."""
+"""What the board does during a measurement: clocks, governors, temperatures, and throttling for heat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_ZONES: Final = 32
 
 @dataclass(frozen=True)
 class Moment:
-    """The board at one time."""
+    """The board at one moment."""
 
     clocks: tuple[Clock, ...]
     temperatures: dict[str, float]
@@ -28,17 +28,17 @@ class Moment:
 
     @classmethod
     def now(cls, root: Path) -> Moment:
-        """Look."""
+        """Look at the board."""
         board = glance(root, clocks_only=True)
         return cls(tuple(clocks(board)), temperatures(board), cooling(board))
 
     @property
     def hottest(self) -> float | None:
-        """Degrees Celsius."""
+        """The highest temperature, in degrees Celsius; None if none can be read."""
         return max(self.temperatures.values(), default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; clocks in Hz."""
+        """Return the moment for JSON; clocks in Hz."""
         kept = ("name", "governor", "now", "least", "most", "best")
         return {
             "clocks": [{name: value for name, value in asdict(one).items() if name in kept} for one in self.clocks],
@@ -49,10 +49,10 @@ class Moment:
 
 @dataclass
 class Watch:
-    """Looks at the board from its start to its end, every other second.
+    """Looks at the board every other second while its block runs.
 
     Attributes:
-        before, after: The board at both ends.
+        before, after: The board at the start and at the end.
         hottest: The highest temperature in between.
     """
 
@@ -80,7 +80,7 @@ class Watch:
 
     @property
     def changes(self) -> list[str]:
-        """What makes this other figures than those of a steady board; empty for a steady one."""
+        """The changes because of which the figures are not those of a steady board; empty for a steady one."""
         return list(self._said)
 
     def _follow(self) -> None:
@@ -96,7 +96,7 @@ class Watch:
 
 
 def _differences(before: Moment, now: Moment) -> Iterator[str]:
-    """How a moment differs from the first one, in words that are the same each time."""
+    """Yield how a moment differs from the first one, in words that are the same each time."""
     for name, steps in now.cooling.items():
         if steps:
             yield f"the kernel lowered clocks for heat ({name})"

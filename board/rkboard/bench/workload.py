@@ -1,7 +1,7 @@
-"""What is measured: the tests known from llama-bench, as far as the context has room for them.
+"""The tests to run: those known from llama-bench, as far as the context has room for them.
 
-`pp128 @ d1024` reads 128 tokens after 1,024, `tg64 @ d1024` makes 64 after them. One more test does what the vendor's
-benchmark does: 128 tokens in, 64 out.
+`pp128 @ d1024` reads 128 tokens after 1,024, `tg64 @ d1024` generates 64 after them. One more test repeats the vendor's
+benchmark: 128 tokens in, 64 out.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Final, Literal, TypeAlias
 from rkruntime.engine.generation import RESERVED
 
 Kind: TypeAlias = Literal["pp", "tg", "vendor"]
-# The settings of the vendor's benchmark.md.
+# Tokens in and out in the vendor's benchmark.md.
 VENDOR_PROMPT: Final = 128
 VENDOR_NEW: Final = 64
-# Room for the question that an answer begins with where there is no depth. It is about this long.
+# Tokens reserved for the question in a test without a depth; about the length of that question.
 START: Final = 32
 
 
@@ -25,8 +25,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        tokens: In for `pp`, else out.
-        depth: Tokens in the context before that; without any, an answer has its question.
+        tokens: Tokens in for `pp`, otherwise tokens out.
+        depth: Tokens in the context before that; with 0, decoding still has the question before it.
     """
 
     kind: Kind
@@ -35,21 +35,21 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Its name in llama-bench's table."""
+        """The test's name in llama-bench's table."""
         kind = "tg" if self.kind == "vendor" else self.kind
         return f"{kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Tests in the order in which they are run, and what was left out or changed."""
+    """The tests in the order of their runs, and notes on those that were left out or changed."""
 
     tests: Sequence[Row]
     notes: Sequence[str] = field(default_factory=tuple)
 
 
 def workload(prompts: Sequence[int], news: Sequence[int], depths: Sequence[int], context: int) -> Workload:
-    """The tests for these numbers of tokens in and out, at these depths, that fit into a context."""
+    """Return the tests for these numbers of tokens in and out, at these depths, that fit into a context."""
     found, notes = [], []
     if context - RESERVED >= VENDOR_PROMPT + VENDOR_NEW + 1:
         found.append(Row("vendor", VENDOR_NEW, VENDOR_PROMPT))
@@ -77,5 +77,5 @@ def _asked(prompts: Sequence[int], news: Sequence[int], depths: Sequence[int]) -
 
 
 def _needs(test: Row) -> int:
-    """Tokens of the context besides the depth; one more than are counted comes out of each run."""
+    """Return the tokens that a test needs besides its depth: each run makes one more than it counts."""
     return test.tokens + 1 + (START if test.kind == "tg" and not test.depth else 0)

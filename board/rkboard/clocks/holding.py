@@ -1,4 +1,4 @@
-"""Have clocks held for the time of a command: by the unit's keeper, or as root by one of our own."""
+"""Have clocks held while a command runs: by the unit's keeper, or as root by a keeper of our own."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ GROUP: Final = "rkedge-clocks"
 _INSTALL: Final = "docs/clocks.md installs it; without it, root can: sudo rkedge clocks -- COMMAND"
 _MOST_BYTES: Final = 1 << 16
 _PATIENCE_S: Final = 30.0
-# For systemd to restore what its keeper has left.
+# Limit for systemd to restore what its keeper has left.
 _AFTER_S: Final = 15.0
 
 
 @dataclass
 class Said:
-    """What the keeper has said: which clocks it set, and at the end what had changed meanwhile."""
+    """The keeper's answers: which clocks it set, and at the end what had changed meanwhile."""
 
     clocks: Sequence[dict[str, Any]]
     notes: Sequence[str]
@@ -44,7 +44,7 @@ class Said:
 
 
 class _Link:
-    """A connection to a keeper, which restores when it closes."""
+    """A connection to a keeper, which restores the clocks when the connection closes."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._own = root, root != ROOT or (os.geteuid() == 0 and not SOCKET.exists())
@@ -53,7 +53,7 @@ class _Link:
         self._text = b""
 
     def _start(self) -> socket.socket:
-        """A keeper of our own, out of reach of the terminal's signals."""
+        """Start a keeper of our own, out of reach of the terminal's signals."""
         ours, its = socket.socketpair()
         words = own_command("clocks", "--keep", "--root", str(self._root))
         with its:
@@ -84,7 +84,7 @@ class _Link:
             self._socket.sendall(f"{json.dumps(asdict(wish))}\n".encode())
 
     def event(self) -> dict[str, Any]:
-        """The next event; empty if the keeper is gone. Raises its error."""
+        """Return the keeper's next event; empty if the keeper is gone. Raises the error that it reports."""
         while b"\n" not in self._text and len(self._text) < _MOST_BYTES:
             try:
                 block = self._socket.recv(_MOST_BYTES)
@@ -105,7 +105,7 @@ class _Link:
         return event
 
     def let_go(self) -> None:
-        """Ask it to restore."""
+        """Ask the keeper to restore the clocks."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -116,7 +116,7 @@ class _Link:
                 self._process.wait(_PATIENCE_S)
 
     def make_up(self) -> None:
-        """Restore in the place of a keeper that was killed. Raises HostError."""
+        """Restore the clocks in place of a keeper that was killed. Raises HostError."""
         if self._own:
             try:
                 self._process.wait(_PATIENCE_S)
@@ -125,7 +125,7 @@ class _Link:
                 raise HostError("The keeper of the clocks no longer answers.", hint=hint) from None
             Keeper(self._root).restore()
             return
-        file, end = StateFile(self._root), time.monotonic() + _AFTER_S  # the unit does it (ExecStopPost)
+        file, end = StateFile(self._root), time.monotonic() + _AFTER_S  # the unit restores them (ExecStopPost)
         while file.read() is not None:
             if time.monotonic() > end:
                 hint = "sudo rkedge clocks --restore"
@@ -134,7 +134,7 @@ class _Link:
 
 
 def _error(event: dict[str, Any]) -> RKEdgeError:
-    """The keeper's error, of its own class."""
+    """Return the keeper's error as one of the class that it names."""
     kind = getattr(errors, str(event.get("error")), HostError)
     if not (isinstance(kind, type) and issubclass(kind, RKEdgeError)):
         kind = HostError
@@ -146,9 +146,9 @@ def held(wish: Wish, root: Path = ROOT) -> Iterator[Said]:
     """Hold clocks while the block runs.
 
     Raises:
-        HostError: There is nobody who may do it, or the kernel does not take a value.
-        RefusedError: It could do harm, or could not be checked.
-        BusyError: Somebody else holds them.
+        HostError: No keeper can be reached, or the kernel does not take a value.
+        RefusedError: Setting a clock could do harm, or could not be checked.
+        BusyError: Somebody else holds the clocks.
     """
     link = _Link(root)
     try:
@@ -172,7 +172,7 @@ def held(wish: Wish, root: Path = ROOT) -> Iterator[Said]:
 
 
 def restore(root: Path = ROOT) -> Sequence[str]:
-    """Restore what a keeper that was killed has left; returns notes. Raises as `held` does."""
+    """Restore what a killed keeper has left; return notes. Raises as `held` does."""
     if root != ROOT or os.geteuid() == 0:
         return Keeper(root).restore()
     link = _Link(root)
@@ -186,9 +186,9 @@ def restore(root: Path = ROOT) -> Sequence[str]:
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command on our terminal; returns its exit status, 128 and the signal's number if it died of one.
+    """Run a command on our terminal; return its exit status, or 128 plus the number of the signal that ended it.
 
-    Ctrl-C is the command's. A SIGTERM or SIGHUP is passed on to it.
+    Ctrl-C is left to the command. SIGTERM and SIGHUP are passed on to it.
 
     Raises:
         UsageError: There is no such command.
@@ -199,12 +199,12 @@ def run(command: Sequence[str]) -> int:
     def pass_on(number: int, _: FrameType | None) -> None:
         if number not in (signal.SIGTERM, signal.SIGHUP):
             return
-        if process is None:  # it is just being started
+        if process is None:  # the command is just being started
             early.append(number)
         else:
             process.send_signal(number)
 
-    # Handlers, as an ignored signal would be ignored by the command as well: nohup means that for both.
+    # Handlers, because the command would inherit ignored signals. Those ignored before, as under nohup, stay ignored.
     handled = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
     meant = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in meant}
@@ -222,7 +222,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def check_command(command: Sequence[str]) -> None:
-    """Raise UsageError unless there is such a program: before any clock is touched."""
+    """Raise UsageError unless there is such a program. Called before any clock is touched."""
     if shutil.which(command[0]) is None:
         raise UsageError(
             f"There is no program {command[0]}.", hint="Write it as in: rkedge clocks -- rkedge bench BUNDLE"

@@ -1,7 +1,7 @@
-"""The keeper: sets clocks as one line of standard input asks, and restores them when that closes, or at a signal.
+"""The keeper: sets clocks as a line on standard input asks, and restores them when the input closes or at a signal.
 
-It answers with lines of JSON: `set` or `error`, then, if standard output is still read, `restored`. What it is asked
-for are kinds of clocks and values, never paths.
+It answers with lines of JSON: `set` or `error`, then, if standard output is still read, `restored`. A request names
+kinds of clocks and values, never paths.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Ended(BaseException):
 
 @dataclass
 class Held:
-    """Clocks that are held; `changed` and `left` are what is to say of them at the end."""
+    """Clocks that are held. `changed`: differences found at the end; `left`: notes from restoring them."""
 
     saved: Sequence[Saved]
     notes: Sequence[str]
@@ -54,11 +54,11 @@ class Keeper:
         self._root, self._setter, self._file = root, Setter(str(root)), StateFile(root)
 
     def restore(self) -> list[str]:
-        """Restore what a keeper that was killed has left; returns notes.
+        """Restore what a killed keeper has left; return notes.
 
         Raises:
             BusyError: A keeper is at work.
-            HostError: The kernel does not take it; the rest is restored, and this is remembered.
+            HostError: The kernel does not take a value; the other clocks are restored, and this one stays noted.
         """
         if self._file.read() is None:
             return []
@@ -88,10 +88,10 @@ class Keeper:
 
     @contextmanager
     def held(self, wish: Wish, uid: int) -> Iterator[Held]:
-        """Hold clocks while the block runs. The end of the block restores them, whatever ends it.
+        """Hold clocks while the block runs, and restore them however it ends.
 
         Raises:
-            RKEdgeError: They cannot be set, and are as before; or they cannot be restored.
+            RKEdgeError: The clocks cannot be set, and are as before; or they cannot be restored.
         """
         with self._file.lock():
             left = self._restore()
@@ -115,8 +115,8 @@ class Keeper:
 
 
 def keep(root: Path) -> int:
-    """Serve the connection on standard input and output. Returns the exit status."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # but where it waits
+    """Serve the connection on standard input and output; return the exit status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # except where it waits
     for number in _ENDING:
         signal.signal(number, _end)
     keeper = Keeper(root)
@@ -145,7 +145,7 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 
 def _wait(seconds: float | None) -> bytes:
-    """What comes on standard input within this time; empty if it closes, or nothing comes. Raises _Ended."""
+    """Read standard input for at most this time; empty if it closes or nothing comes. Raises _Ended at a signal."""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         ready, _, _ = select.select([0], [], [], seconds)
@@ -157,7 +157,7 @@ def _wait(seconds: float | None) -> bytes:
 
 
 def _request() -> Wish:
-    """The wish in the first line. Raises UsageError."""
+    """Read the wish in the first line of input. Raises UsageError."""
     line, end = b"", time.monotonic() + _PATIENCE_S
     while b"\n" not in line and len(line) < _MOST_BYTES and (block := _wait(max(0.0, end - time.monotonic()))):
         line += block
@@ -171,7 +171,7 @@ def _request() -> Wish:
 
 
 def _peer() -> int:
-    """The user at the other end of the socket; this process's own for anything else."""
+    """Return the user at the other end of the socket; if it is not a socket, this process's own."""
     with suppress(OSError), socket.socket(fileno=os.dup(0)) as link:
         _, uid, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         return int(uid)
@@ -179,6 +179,6 @@ def _peer() -> int:
 
 
 def _answer(event: dict[str, Any]) -> None:
-    """Tell whoever is still there. (Clocks are restored for those that have gone, too.)"""
+    """Tell whoever is still connected. The clocks are restored in any case."""
     with suppress(OSError):
         os.write(1, f"{json.dumps(event)}\n".encode())

@@ -1,7 +1,7 @@
-"""Write a clock, read it back, and put it back as it was.
+"""Set a clock, read it back, and later restore it.
 
-Each value goes out in one write that ends in a line feed: handlers of the NPU's driver overwrite the last byte of what
-they are given (rknpu_debugger.c of 0.9.8), so that `1000000000` alone would become 100000000.
+Each value is one write that ends in a line feed: handlers of the NPU's driver overwrite the last byte of what they are
+given (rknpu_debugger.c of 0.9.8), so that `1000000000` alone would become 100000000.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rkruntime.errors import HostError
 from rkruntime.schema import Between, Length
 
 _MOST_BYTES: Final = 4096
-# For what the kernel does after a write has returned.
+# Time for the kernel to carry out a write after it has returned.
 _SETTLE_S: Final = 1.0
 _STEP_S: Final = 0.02
 _FOLDER: Final = re.compile(rf"{CPUFREQ}/policy\d{{1,3}}|{DEVFREQ}/(?:dmc|[0-9a-f]{{6,10}}\.npu)", re.ASCII)
@@ -29,7 +29,7 @@ _WORD: Final = re.compile(r"[A-Za-z0-9_]{1,32}", re.ASCII)
 
 
 class _Names(NamedTuple):
-    """Files of a clock, and Hz for 1 in them."""
+    """Names of a clock's files, and their unit in Hz."""
 
     governor: str
     set: str
@@ -43,7 +43,7 @@ _DEVICE: Final = _Names("governor", "userspace/set_freq", "cur_freq", 1)
 
 @dataclass(frozen=True)
 class Saved:
-    """A clock as it was. In Hz: `before`, 0 if it is not known; `set` is where it is held.
+    """A clock as it was before. `before`: its value in Hz, 0 if unknown; `set`: the value it is held at, in Hz.
 
     Raises:
         ValueError: It does not name a clock.
@@ -61,24 +61,24 @@ class Saved:
 
     @classmethod
     def of(cls, goal: Goal) -> Saved:
-        """A clock that is about to be set."""
+        """Make it from a clock that is about to be set."""
         clock = goal.clock
         return cls(clock.name, clock.folder, clock.governor or "", goal.before or 0, goal.hertz)
 
     @property
     def names(self) -> _Names:
-        """Its files."""
+        """The names of its files."""
         return _CPU if self.folder.startswith(CPUFREQ) else _DEVICE
 
 
 class Setter:
-    """Reads and writes the files of clocks below `root`; links in it lead nowhere else."""
+    """Reads and writes the files of clocks below `root`; symbolic links are followed within it."""
 
     def __init__(self, root: str) -> None:
         self._tree = Tree(root)
 
     def hold(self, saved: Saved) -> None:
-        """Set a clock. Raises HostError if the kernel does not take it, or does otherwise."""
+        """Set a clock. Raises HostError if the kernel refuses the value or sets another."""
         names, folder = saved.names, saved.folder
         self._write(f"{folder}/{names.governor}", GOVERNOR)
         self._expect(saved, f"{folder}/{names.governor}", GOVERNOR)
@@ -87,7 +87,7 @@ class Setter:
         self._expect(saved, f"{folder}/{names.now}", value)
 
     def differs(self, saved: Saved) -> str:
-        """How a clock that is held is no longer where it was set; empty if it is."""
+        """Return how a held clock differs from what was set; empty if it does not."""
         try:
             governor = self._read(f"{saved.folder}/{saved.names.governor}")
             now = self._read(f"{saved.folder}/{saved.names.now}")
@@ -101,9 +101,9 @@ class Setter:
         return ""
 
     def restore(self, saved: Saved) -> str:
-        """Put a clock back; returns what was left as it is, if somebody else has set its governor meanwhile.
+        """Put a clock back; return a note if it was left as it is because somebody else has set its governor meanwhile.
 
-        Where the governor stays at whatever clock it finds, that is put back first.
+        Where the former governor keeps whatever clock it finds, the value is put back first.
 
         Raises:
             HostError: The kernel does not take it.
@@ -126,7 +126,7 @@ class Setter:
         return ""
 
     def _put_value_back(self, saved: Saved) -> HostError | None:
-        """The error is for later: the governor matters more."""
+        """Put the value back; return an error instead of raising it, as restoring the governor matters more."""
         value = str(saved.before // saved.names.unit)
         try:
             self._write(f"{saved.folder}/{saved.names.set}", value)
@@ -159,7 +159,7 @@ class Setter:
             ) from error
 
     def _expect(self, saved: Saved, path: str, wanted: str) -> None:
-        """Raise HostError unless the file says this, at once or soon."""
+        """Raise HostError unless the file has this value, at once or soon."""
         found = ""
 
         def says() -> bool:

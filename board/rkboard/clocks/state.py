@@ -1,4 +1,4 @@
-"""What is to be restored, in a file that the next boot forgets, as it does the clocks themselves."""
+"""The file of what has to be restored: in /run, because a reboot resets the clocks themselves, too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_BYTES: Final = 1 << 16
 
 @dataclass(frozen=True)
 class State:
-    """The clocks that a keeper holds; `uid` is the user's who asked for it. `started`: see `started`, of the keeper."""
+    """The clocks that a keeper holds. `uid`: the user who asked; `pid`, `started`: the keeper, see `started`."""
 
     schema: Annotated[str, Length(64)]
     pid: Annotated[int, Between(1, 1 << 31)]
@@ -35,12 +35,12 @@ class State:
 
     @property
     def alive(self) -> bool:
-        """Whether the keeper is."""
+        """Whether the keeper still runs."""
         return started(self.pid) == self.started != 0
 
 
 def started(pid: int) -> int:
-    """When a process began, in ticks since the boot; 0 if it is not there any more. Numbers of processes come back."""
+    """Return when a process began, in ticks since the boot; 0 if it is gone. Process ids alone are reused."""
     with suppress(OSError, ValueError, IndexError):
         words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return 0 if words[0] in "ZX" else int(words[19])
@@ -48,10 +48,10 @@ def started(pid: int) -> int:
 
 
 class StateFile:
-    """The file, and the lock of whoever may change clocks.
+    """The state's file, and the lock for changing clocks.
 
     Args:
-        root: Of the file tree.
+        root: The root of the file tree.
     """
 
     def __init__(self, root: Path) -> None:
@@ -59,7 +59,7 @@ class StateFile:
         self.path = self._folder / "state.json"
 
     def read(self) -> State | None:
-        """What is held, or what a keeper that was killed has left; None for nothing. Raises HostError."""
+        """Return what is held, or what a killed keeper has left; None for nothing. Raises HostError."""
         try:
             data = json.loads(read_regular(self.path, _MOST_BYTES))
         except FileNotFoundError:
@@ -80,26 +80,26 @@ class StateFile:
         )
 
     def write(self, state: State) -> None:
-        """Replace it. Raises HostError or OutputError."""
+        """Replace the file. Raises HostError or OutputError."""
         with atomic_file(self.path) as partial:
             partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        self.path.chmod(0o644)  # whatever root's umask is: everybody may know
+        self.path.chmod(0o644)  # everybody may read it, whatever root's umask is
 
     def remove(self) -> None:
-        """Nothing is held any more."""
+        """Remove the file: nothing is held any more."""
         self.path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only one who changes clocks; the kernel ends it with the process.
+        """Hold the lock for changing clocks while the block runs; the kernel releases it if the process dies.
 
         Raises:
-            BusyError: Somebody else is.
-            HostError: There is no permission.
+            BusyError: Somebody else holds it.
+            HostError: This user has no permission.
         """
         try:
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-            # Not for others to open: whoever can, can lock it.
+            # Not readable by others: whoever can open it can lock it.
             handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             hint = "Only root may hold clocks: docs/clocks.md describes the unit that does it for others."
@@ -124,5 +124,5 @@ class StateFile:
 
 
 def with_saved(state: State, saved: Sequence[Saved]) -> State:
-    """The state with other clocks left to restore."""
+    """Return the state with other clocks left to restore."""
     return replace(state, saved=tuple(saved))

@@ -1,4 +1,4 @@
-"""What somebody wants of the clocks, and which of the values that the chip lists that is."""
+"""What a user wants of the clocks, and the values that this means among those that the chip lists."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Word = Annotated[str, Length(16)]
 
 @dataclass(frozen=True)
 class Wish:
-    """For each kind of clock `max`, a number of MHz, `keep`, or `auto`: the maximum where the kernel controls it.
+    """For each kind of clock `max`, a number of MHz, `keep`, or `auto` (the maximum, where the kernel controls it).
 
     Raises:
         UsageError: A value is something else.
@@ -49,30 +49,30 @@ class Wish:
                 raise UsageError(f"{self.of(kind)!r} is not a clock: give MHz, max or keep.")
 
     def of(self, kind: Kind) -> str:
-        """What is wanted of this kind of clock."""
+        """Return what is wanted of a kind of clock."""
         value: str = getattr(self, kind)
         return value
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A clock, and where it is to be held, in Hz."""
+    """A clock, and the value to hold it at, in Hz."""
 
     clock: Clock
     hertz: int
 
     @property
     def before(self) -> int | None:
-        """The value to put back afterwards: of those that the chip lists the one that is nearest to what it has."""
+        """The value to put back afterwards: the one that the chip lists nearest to the present one."""
         now = self.clock.now
         return None if now is None else min(self.clock.listed, key=lambda value: abs(value - now), default=None)
 
 
 def goals(board: Board, wish: Wish) -> tuple[list[Goal], list[str]]:
-    """Where each clock is to be held, with notes for the user.
+    """Return the value to hold each clock at, and notes for the user.
 
     Raises:
-        RefusedError: It could do harm, could not be checked afterwards, or is not a value that the chip lists.
+        RefusedError: A value could do harm, could not be checked afterwards, or is not one that the chip lists.
     """
     found, notes = clocks(board), list[str]()
     chosen = []
@@ -105,7 +105,7 @@ def _check_npu(board: Board, those: Sequence[Clock]) -> None:
 
 
 def _check(clock: Clock) -> None:
-    """Raise RefusedError unless it can be set, and read back."""
+    """Raise RefusedError unless the clock can be set and read back."""
     said = {
         "its value": clock.now,
         "its governor": clock.governor,

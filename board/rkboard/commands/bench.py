@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rkboard.bench.session import Wanted
 
 
-class _Numbers(click.ParamType):  # type: ignore[type-arg]  # it takes none in earlier releases of click
-    """Numbers of tokens with commas between them, as a list without repetitions."""
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in earlier releases of click
+    """Numbers of tokens, separated by commas; a list without duplicates."""
 
     name = "numbers"
 
@@ -55,7 +55,7 @@ def _tokens(short: str, name: str, usual: str, text: str, least: int = 1) -> Cal
 
 
 def _only_bundle() -> Path:
-    """The bundle that is meant where none is named. Raises BundleError."""
+    """Return the only bundle that has a name, for a command without BUNDLE. Raises BundleError."""
     from rkruntime.bundle.names import find_bundle, named_bundles
 
     names = list(named_bundles())
@@ -79,7 +79,7 @@ def _show_line(line: Line) -> None:
 
 
 def _here(path: Path, runtime: RuntimeOptions, wanted: Wanted, quiet: bool) -> tuple[Result, int, RKEdgeError | None]:
-    """Measure on this machine: the result, the exit status, and what ended it early."""
+    """Measure on this machine; return the result, the exit status, and the error that ended it early, if any."""
     from rkboard.bench.session import Session
     from rkruntime.bundle.manifest import open_bundle
 
@@ -97,7 +97,7 @@ def _here(path: Path, runtime: RuntimeOptions, wanted: Wanted, quiet: bool) -> t
 
 
 def _words(wanted: Wanted, runtime: RuntimeOptions, quiet: bool) -> list[str]:
-    """The same options for the command on a board."""
+    """Return the same options as words for the command on a board."""
     lists = {"-p": wanted.prompts, "-n": wanted.news, "-d": wanted.depths}
     words = [word for name, numbers in lists.items() for word in (name, ",".join(map(str, numbers)))]
     words += ["-r", str(wanted.repetitions), *(["-q"] if quiet else [])]

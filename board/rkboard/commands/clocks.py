@@ -1,4 +1,4 @@
-"""`rkedge clocks`: show the clocks of CPU, NPU and memory, or hold them for the time of a command."""
+"""`rkedge clocks`: show the clocks of CPU, NPU and memory, or hold them while a command runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _as_dict(board: Board, state: State | None) -> dict[str, Any]:
 
 
 def _hold(wish: Wish, root: Path, command: Sequence[str]) -> int:
-    """Run the command with clocks held; returns its exit status."""
+    """Run the command with clocks held; return its exit status."""
     holding.check_command(command)
     with holding.held(wish, root) as said:
         listed = ", ".join(f"{row['name']} {mhz(row['to'])}" for row in said.clocks)

@@ -1,4 +1,4 @@
-"""`rkedge deploy`: a bundle, and what it needs, onto a board."""
+"""`rkedge deploy`: put a bundle, and what it needs, onto a board."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def run(
 
 
 def _status(trial: Trial) -> int:
-    """What `rkedge run --selftest` ends with."""
+    """Return the exit status that `rkedge run --selftest` has for this result."""
     from rkboard.doctor.report import WARNINGS
 
     if trial.verdict == "undecided":
@@ -156,7 +156,7 @@ def _show(trial: Trial, emulated: bool) -> None:
 
 
 def _word(destination: str) -> str:
-    """What the doctor says of the board, in a line."""
+    """Return the doctor's verdict on the board, in a line."""
     from rkboard.doctor.checks import judge
     from rkboard.doctor.document import Board
     from rkboard.doctor.report import verdict

@@ -1,4 +1,4 @@
-"""`rkedge doctor`: what is wrong with a board, why it matters, and what mends it."""
+"""`rkedge doctor`: what is wrong with a board, why it matters, and what repairs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rkruntime.terminal import say, say_json
 
 
 class _Practice:
-    """Looks at one board, again if something was changed."""
+    """Looks at one board, and again after a repair."""
 
     def __init__(self, destination: str | None, root: Path | None, bundle: Path | None, sudo: bool) -> None:
         self.destination, self._root, self._sudo = destination, root, sudo
@@ -42,7 +42,7 @@ class _Practice:
 
 
 def _wanted(fixes: list[Fix], yes: bool) -> list[Fix]:
-    """The repairs that the user agrees to."""
+    """Return the repairs that the user agrees to."""
     if yes:
         return fixes
     if not sys.stdin.isatty():
@@ -51,7 +51,7 @@ def _wanted(fixes: list[Fix], yes: bool) -> list[Fix]:
 
 
 def _mend(practice: _Practice, board: Board, findings: list[Finding], yes: bool) -> tuple[Board, list[Finding]]:
-    """Run what the user agrees to; what the board says afterwards."""
+    """Run the repairs that the user agrees to; return the board and its findings afterwards."""
     fixes = repair.fixes_of(findings)
     if not fixes:
         say("There is nothing that --fix could do.", err=True)

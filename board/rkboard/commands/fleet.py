@@ -1,4 +1,4 @@
-"""`rkedge fleet`: many boards, which a file names."""
+"""`rkedge fleet`: work on the many boards that a file names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLOURS: Final = {"done": "green", "failed": "red", "not touched": "yellow", "n
 
 
 def _inventory(command: Callable[..., None]) -> Callable[..., None]:
-    """INVENTORY, and which boards of it."""
+    """Add the argument INVENTORY and the options that choose boards from it."""
     for option in (
         click.option("--board", "names", metavar="NAME", multiple=True, help="Only this board; may be repeated."),
         click.option("--group", "groups", metavar="NAME", multiple=True, help="Only this group; may be repeated."),
@@ -131,7 +131,7 @@ def proxy(
 def _careful(
     look: Work, work: Work, entries: Sequence[Entry], at_once: int, plan_only: bool, yes: bool, as_json: bool
 ) -> None:
-    """Look at all boards, ask, and do the work: first on one of those that it changes, then on the rest."""
+    """Look at all boards, ask, and do the work: first on one of the boards that it changes, then on the rest."""
     from rkboard.fleet.rollout import Rollout
 
     looks = [one.as_looked_at for one in Rollout(entries, look, at_once, careful=False).run()]
@@ -155,7 +155,7 @@ def _careful(
 
 
 def _merged(looks: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """What came of each board, whether or not there was something to do."""
+    """Return the outcome of each board: of the work, or of the look if there was nothing to do."""
     came = {one.entry.name: one for one in outcomes}
     return [came.get(one.entry.name, one) for one in looks]
 
@@ -167,7 +167,7 @@ def _show_changes(one: Outcome) -> None:
 
 
 def _finish(outcomes: Sequence[Outcome], as_json: bool) -> NoReturn:
-    """Print what came of the boards, and exit with the status of the first that failed."""
+    """Print the outcomes, and exit with the status of the first board that failed."""
     _report(outcomes, as_json)
     failed = next((one.error for one in outcomes if one.error), None)
     raise click.exceptions.Exit(failed.exit_code if failed else 0)
@@ -198,7 +198,7 @@ def _show(outcomes: Sequence[Outcome]) -> None:
 
 
 def _said(facts: Mapping[str, Any]) -> str:
-    """What is worth a line of a board that did not fail."""
+    """Return the facts about a board that did not fail, in a line."""
     emulated = "emulated: " if facts.get("emulated") else ""
     parts = [str(facts.get("bundle", ""))]
     parts += [f"{facts['model']}, {facts['daemon']}"] if "daemon" in facts else []

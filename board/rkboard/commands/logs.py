@@ -1,4 +1,4 @@
-"""`rkedge logs`: the end of the log of a board's daemon, and what it goes on to say."""
+"""`rkedge logs`: the end of the log of a board's daemon, and the lines that follow."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def run(destination: str, lines: int, follow: bool) -> None:
             return
         try:
             session.follow(lines)
-        except KeyboardInterrupt:  # it is how this ends
+        except KeyboardInterrupt:  # Ctrl-C is how --follow ends
             return

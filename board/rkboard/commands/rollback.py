@@ -1,4 +1,4 @@
-"""`rkedge rollback`: what a board served before, or another of its bundles."""
+"""`rkedge rollback`: return to what a board served before, or to another of its bundles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkruntime.terminal import say
 
 
 def _goal(look: dict[str, Any], to: str | None) -> tuple[str, str]:
-    """Which bundle is to be served, and which one is; empty for none."""
+    """Return the bundle to be served and the one in use; empty for none."""
     from rkboard.deploy.plan import in_use
     from rkboard.deploy.session import names_of, text_of
 

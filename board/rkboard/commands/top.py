@@ -21,7 +21,7 @@ _ONCE_S = 1.0
 
 
 def _samples(destination: str | None, root: Path | None, sudo: bool, every: float) -> Generator[Sample]:
-    """A sample of each look and the one before it."""
+    """Yield a sample for each look, with the rates since the one before."""
     before = None
     with closing(watch(destination, every, root, sudo=sudo)) as documents:
         for document in documents:
@@ -31,7 +31,7 @@ def _samples(destination: str | None, root: Path | None, sudo: bool, every: floa
 
 
 def _once(samples: Iterator[Sample]) -> Sample:
-    """The second, as rates need two looks."""
+    """Return the second sample, as rates need two looks."""
     next(samples)
     return next(samples)
 
@@ -74,7 +74,7 @@ def run(destination: str | None, every: float, once: bool, sudo: bool, root: Pat
         if not once:
             try:
                 _show(samples, destination)
-            except KeyboardInterrupt:  # it is how this ends
+            except KeyboardInterrupt:  # Ctrl-C is how the screen ends
                 return
         sample = _once(samples)
     if as_json:

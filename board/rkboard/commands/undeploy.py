@@ -1,4 +1,4 @@
-"""`rkedge undeploy`: take off a board what `rkedge deploy` has put there."""
+"""`rkedge undeploy`: remove from a board what `rkedge deploy` has put there."""
 
 from __future__ import annotations
 

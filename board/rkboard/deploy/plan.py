@@ -1,4 +1,4 @@
-"""What has to be on a board so that it serves a bundle: the steps, in their order, with the files that they need."""
+"""What a board needs in order to serve a bundle: the steps in order, with the files that each needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rkruntime.resources import resource
 LIBRARY: Final = "librkllmrt.so"
 _BUNDLE_SETTING: Final = re.compile(r"^bundle:\s*\S+", re.MULTILINE)
 _BUNDLE_LINK: Final = "/opt/rkedge/bundle"
-# The bundle, program and library that `current` names take the place of what the settings and the system have.
+# systemd drop-in: the bundle, program and library of `current` override those of the settings and the system.
 _DROP_IN: Final = f"""\
 # Written by `rkedge deploy`, which changes what /opt/rkedge/current names.
 [Service]
@@ -34,13 +34,13 @@ Files = dict[str, tuple[int, str]]
 
 @dataclass(frozen=True)
 class Planned:
-    """A step, for the board and for the person who is asked.
+    """A step, as the board is given it and as the person who confirms it sees it.
 
     Attributes:
-        title: What it is about.
-        change: What would be changed.
-        step: What the board is told of it.
-        sources: The files that have to come first, by their hashes.
+        title: The subject of the step in one word.
+        change: The change that it would make, for the person.
+        step: The request to the board, in JSON.
+        sources: Size and path of the files to send before the step, by SHA-256.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a board is, as far as the plan depends on it.
+    """The properties of a board that the plan depends on.
 
     Raises:
         RefusedError: Nothing can be deployed there as it is.
@@ -62,7 +62,7 @@ class Facts:
 
     @classmethod
     def of(cls, look: Mapping[str, Any], *, offline: bool = False) -> Facts:
-        """From what the board says. `offline`: it is a tree that no system runs in."""
+        """Read them from the board's answer to `look`. `offline`: a file tree without a running system."""
         if look.get("foreign") is not False:
             raise RefusedError(
                 "The board has an /opt/rkedge that was made by hand.",
@@ -97,13 +97,13 @@ class Facts:
 
 
 def bundle_name(bundle: Bundle) -> str:
-    """What a bundle is called on a board: its folder's name as far as it is plain, and a part of its fingerprint."""
+    """Return a bundle's name on a board: the plain characters of its folder's name, and a part of its fingerprint."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", bundle.path.resolve().name).strip(".-")[:100]
     return f"{plain or 'bundle'}-{bundle.manifest.fingerprint[:8]}"
 
 
 def library_of(path: Path, machine: str) -> tuple[Identity, str]:
-    """A library for a board, and what it is called there. Raises LibraryError if it must not be used there."""
+    """Identify a library and return its name on the board. Raises LibraryError if it must not be used there."""
     found = identify(path)
     if found.machine != machine:
         raise LibraryError(
@@ -126,7 +126,7 @@ def _part(
 
 
 def bundle_step(bundle: Bundle) -> Planned:
-    """The bundle's files; the manifest is one of them."""
+    """Return the step that puts the bundle's files, with its manifest, onto the board."""
     manifest, name = bundle.manifest, bundle_name(bundle)
     files: Files = {file: (record.size, record.sha256) for file, record in manifest.files.items()}
     own = bundle.path / MANIFEST
@@ -138,14 +138,14 @@ def bundle_step(bundle: Bundle) -> Planned:
 
 
 def library_step(path: Path, found: Identity, name: str) -> Planned:
-    """The vendor's library that the user named."""
+    """Return the step that puts the vendor's library that the user named onto the board."""
     files: Files = {LIBRARY: (path.stat().st_size, sha256_file(path))}
     change = f"{found.version}{' (emulated)' if found.emulated else ''}, kept beside others in /opt/rkedge/libraries"
     return _part("library", change, "libraries", name, {LIBRARY: path}, files, {"version": found.version})
 
 
 def program_step(facts: Facts, name: str, version: str, wheels: Mapping[str, Path], files: Files) -> Planned:
-    """RKEdge and what it needs. Without wheels it is there already."""
+    """Return the step that installs RKEdge and its dependencies. Without `wheels` it only checks for them."""
     size = sum(size for size, _ in files.values())
     step = {
         "key": f"programs/{name}", "kind": "program",
@@ -157,7 +157,7 @@ def program_step(facts: Facts, name: str, version: str, wheels: Mapping[str, Pat
 
 
 def system_steps(account: str) -> tuple[list[Planned], list[Planned]]:
-    """What goes into the system before the parts, and after them."""
+    """Return the steps that change the system before the parts come, and those after."""
     board = resource("board")
     settings = (resource("configs") / "daemon.yaml").read_text()
     settings = _BUNDLE_SETTING.sub(f"bundle: {_BUNDLE_LINK}", settings)
@@ -187,13 +187,13 @@ def system_steps(account: str) -> tuple[list[Planned], list[Planned]]:
 
 
 def serve_step(parts: Mapping[str, str]) -> Planned:
-    """Use these parts."""
+    """Return the step that makes the daemon use these parts."""
     step = {"key": "serve", "kind": "serve", "parts": dict(parts)}
     return Planned("service", f"serve {parts['bundles']}", step)
 
 
 def in_use(look: Mapping[str, Any], kind: str) -> str:
-    """The name of a part that is in use; empty if there is none."""
+    """Return the name of the part of a kind that is in use; empty if there is none."""
     return text_of(names_of(look, "current"), kind)
 
 

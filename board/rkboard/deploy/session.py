@@ -1,4 +1,4 @@
-"""A connection to a board with `there` at its other end, as root."""
+"""A connection to a board, at whose other end `rkboard.deploy.there` runs as root."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _PACKAGE: Final = "rkboard.deploy.there"
 _BLOCK: Final = 1 << 20
 _MOST_BYTES: Final = 64 << 20
 _MOST_LINE: Final = 1 << 20
-# Three times what a board that follows its log is silent.
+# Three times the longest silence of a board that follows its log (`_QUIET_S` in there/follow.py).
 _QUIET_S: Final = 180.0
 _MOST_TEXT: Final = 4000
-# For a whole answer. A model of 10 GB is read from an SD card three times: for its hash, to load it, and to load
-# the one before if it does not.
+# Limit for a whole answer. A model of 10 GB is read from an SD card three times: for its hash, to load it, and to load
+# the previous one if that fails.
 _PATIENCE_S: Final = 5400.0
-# For an answer that needs neither the disk nor the daemon's model.
+# Limit for an answer that needs neither the disk nor the daemon's model.
 _SOON_S: Final = 120.0
 _SOON: Final = ("look", "log")
 _MOST_COPIES: Final = 3
-# For the reason why the board reads no more.
+# Limit for the board to say why it stopped reading.
 _LAST_S: Final = 5.0
-# Modules that come as text find each other in sys.modules. What follows on standard input is for them.
+# Loads the modules from standard input into sys.modules, where they find each other; the rest of the input is theirs.
 _LOADER: Final = """\
 import json, sys, types
 stream = sys.stdin.buffer
@@ -61,9 +61,9 @@ class Session:
 
     Args:
         destination: For ssh, such as `user@board`.
-        root: Another file tree of that machine, for which nobody has to be root.
+        root: Another file tree of that machine; changing it does not need root.
         say: Called with lines about progress.
-        endless: It may say as much as it likes, for as long as it is listened to.
+        endless: The board may send any amount, until the session ends.
 
     Raises:
         ServiceError: The board cannot be reached, has no Python 3.9, or sudo asks for a password.
@@ -97,7 +97,7 @@ class Session:
             self._remote.end(2.0)
 
     def call(self, op: str, **given: Any) -> dict[str, Any]:
-        """Ask for an operation; what it answers.
+        """Ask for an operation and return its answer.
 
         Raises:
             ServiceError: It is refused, or the connection breaks.
@@ -120,13 +120,13 @@ class Session:
         raise self._failed()
 
     def follow(self, lines: int) -> None:
-        """Have the end of the daemon's log said, and what comes after it. Raises ServiceError when that ends."""
+        """Pass on the last lines of the daemon's log and all that follow. Raises ServiceError when the log ends."""
         self._remote.send(json.dumps({"op": "follow", "lines": lines}).encode() + b"\n")
         while line := self._remote.line(_QUIET_S):
             event = _event(line, self.destination)
             if event["event"] != "says":
                 raise self._refusal(event if event["event"] == "error" else {"message": "The log has ended."})
-            if text := text_of(event, "text"):  # it says nothing now and then, to find out whether somebody is there
+            if text := text_of(event, "text"):  # an empty text only tests whether somebody is still connected
                 self._say(text)
         raise self._failed()
 
@@ -135,7 +135,7 @@ class Session:
         return ServiceError(f"{self.destination}: {message}", hint=hint.replace("USER@BOARD", self.destination))
 
     def send(self, files: Mapping[str, tuple[int, Path]], progress: Callable[[int, int], None]) -> None:
-        """Bring files there, given by hash with size and place; only what is missing of them.
+        """Send what the board lacks of files, given as size and path by SHA-256.
 
         Raises:
             BundleError: A file is shorter than it should be.
@@ -154,7 +154,7 @@ class Session:
     def _send_all(
         self, files: Mapping[str, tuple[int, Path]], progress: Callable[[int, int], None]
     ) -> dict[str, tuple[int, Path]]:
-        """Bring files there; those that arrived damaged."""
+        """Send files; return those that arrived damaged."""
         held = names_of(self.call("held", files={digest: size for digest, (size, _) in files.items()}), "held")
         total, before, wrong = sum(size for size, _ in files.values()), 0, {}
         for digest, (size, path) in files.items():
@@ -184,7 +184,7 @@ class Session:
                     self._remote.end(0.2)
                     raise BundleError(f"{path} became shorter while it was being sent.")
                 if not self._remote.send(block):
-                    self._answer(_LAST_S)  # which says why, if the board has said it
+                    self._answer(_LAST_S)  # raises with the board's reason, if it sent one
                     raise self._failed()
                 offset += len(block)
                 progress(offset)
@@ -232,7 +232,7 @@ def _event(line: bytes, destination: str) -> dict[str, Any]:
 
 
 def _not_json(text: str) -> None:
-    """NaN and the infinities, which Python's json would take. Raises ValueError."""
+    """Refuse NaN and the infinities, which Python's json would accept. Raises ValueError."""
     raise ValueError(text)
 
 
@@ -243,13 +243,13 @@ def _nonsense(destination: str) -> ServiceError:
 
 
 def text_of(answer: Mapping[str, Any], key: str) -> str:
-    """A text in an answer; empty if there is none."""
+    """Return a text in an answer; empty if there is none."""
     found = answer.get(key)
     return found[:_MOST_TEXT] if isinstance(found, str) else ""
 
 
 def names_of(answer: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """A mapping in an answer, by the keys on the way to it; empty if there is none."""
+    """Return the mapping at a path of keys in an answer; empty if there is none."""
     found: Any = answer
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -257,6 +257,6 @@ def names_of(answer: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def list_of(answer: Mapping[str, Any], key: str) -> Sequence[Any]:
-    """A list in an answer; empty if there is none."""
+    """Return a list in an answer; empty if there is none."""
     found = answer.get(key)
     return found if isinstance(found, list) else []

@@ -1,4 +1,4 @@
-"""What a bundle says on a board: its self-test there, and the daemon's rate."""
+"""Try out a bundle on a board: its self-test there, and the daemon's decode rate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SAME: Final = "same"
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it.
+    """The outcome.
 
     Attributes:
-        verdict: Of the self-test, as `rkedge run --selftest` says it; empty for a bundle without one.
-        problems: What it found.
-        tokens_per_s: Of an answer of the daemon; 0 if it was too short.
-        tokens: How many tokens that answer had.
+        verdict: The verdict of `rkedge run --selftest`; empty for a bundle without a self-test.
+        problems: What the self-test found.
+        tokens_per_s: The decode rate of an answer of the daemon; 0 if the answer was too short.
+        tokens: The number of tokens in that answer.
     """
 
     verdict: str
@@ -34,12 +34,12 @@ class Trial:
 
     @property
     def fine(self) -> bool:
-        """Whether nothing speaks against the bundle there; one without a self-test says nothing."""
+        """Whether nothing speaks against the bundle there, as for a bundle without a self-test."""
         return self.verdict in ("same", "undecided") or not (self.verdict or self.problems)
 
 
 def try_out(session: Session, bundle: Bundle) -> Trial:
-    """Run the self-test, while the daemon's model is unloaded, and ask the daemon.
+    """Run the self-test while the daemon's model is unloaded, then ask the daemon a question.
 
     Raises:
         BundleError: The bundle's self-test cannot be read.

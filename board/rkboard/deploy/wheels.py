@@ -1,4 +1,4 @@
-"""RKEdge and what it needs on a board, as wheels for the board's Python, so that the board needs no internet."""
+"""RKEdge and its dependencies as wheels for the board's Python, so that the board does not need the internet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rkruntime.resources import resource
 REQUIREMENTS: Final = "requirements.txt"
 _DATE: Final = (2020, 1, 1, 0, 0, 0)
 _RESOURCES: Final = ("emulator", "configs", "board")
-# glibc 2.17 is the oldest that wheels for aarch64 are made for: PEP 599.
+# Minor version of glibc 2.17, the oldest that wheels for aarch64 are built for: PEP 599.
 _OLDEST_LIBC: Final = 17
 _LIMIT_S: Final = 900
 _DOWNLOADING: Final = threading.Lock()
@@ -39,7 +39,7 @@ class Target:
     """The Python of a board.
 
     Attributes:
-        python: Such as `3.11`.
+        python: Its version, such as `3.11`.
         machine: As `uname -m` prints it.
         libc: glibc's minor version.
     """
@@ -49,14 +49,17 @@ class Target:
     libc: int
 
     def tags(self) -> list[str]:
-        """Platforms whose wheels run there, for pip, the newest first."""
+        """Return pip's names of the platforms whose wheels run there, newest first."""
         return [f"manylinux_2_{minor}_{self.machine}" for minor in range(self.libc, _OLDEST_LIBC - 1, -1)] + [
             f"manylinux2014_{self.machine}"
         ]
 
 
 def requirements(python: str) -> list[str]:
-    """What a board with this Python needs, and pip to install it. (pip itself judges markers by its own Python.)"""
+    """Return the requirements of a board with this Python, and pip to install them.
+
+    pip would evaluate the markers for the Python that it runs on itself.
+    """
     lines = (resource("board") / REQUIREMENTS).read_text().splitlines()
     wanted = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
@@ -66,9 +69,9 @@ def requirements(python: str) -> list[str]:
 
 @cache
 def own_wheel() -> tuple[str, bytes]:
-    """This RKEdge as a wheel: its name and content, which depend on nothing but its files.
+    """Pack this RKEdge as a wheel; return its name and content, which depend only on its files.
 
-    Not by a build backend, which an installed RKEdge would have nothing to build from.
+    A build backend cannot do this: an installed RKEdge does not have the sources to build from.
     """
     made = distribution("rkedge")
     name = f"rkedge-{made.version}-py3-none-any.whl"
@@ -108,7 +111,7 @@ def _files(made: Distribution, info: str) -> Iterator[tuple[str, bytes]]:
 
 
 def board_files(folder: Path) -> list[Path]:
-    """What goes onto a board beside the packages, of the folder that the resource `board` is."""
+    """Return the files of the resource folder `board` that go onto a board beside the packages."""
     return [folder / REQUIREMENTS, *_within(folder / "systemd"), *_within(folder / "udev")]
 
 
@@ -117,13 +120,13 @@ def _within(folder: Path) -> list[Path]:
 
 
 def program_name(target: Target, wheel: bytes) -> str:
-    """What the installation of this wheel for a board is called there."""
+    """Return the name that the installation of this wheel has on a board."""
     key = hashlib.sha256(b"\0".join([wheel, repr(target).encode(), repr(requirements(target.python)).encode()]))
     return f"{distribution('rkedge').version}-py{target.python}-{key.hexdigest()[:12]}"
 
 
 def wheels_for(target: Target, say: Callable[[str], None]) -> dict[str, Path]:
-    """Everything to install on a board, by the wheels' names; kept in the cache folder.
+    """Return the paths of all wheels to install on a board, by name; they are kept in the cache folder.
 
     Raises:
         HostError: A wheel cannot be downloaded.
@@ -138,7 +141,7 @@ def wheels_for(target: Target, say: Callable[[str], None]) -> dict[str, Path]:
 
 
 def downloaded(target: Target, wanted: list[str], say: Callable[[str], None]) -> list[Path]:
-    """The wheels of these requirements alone; kept in the cache folder. Raises HostError."""
+    """Return the wheels of these requirements without their dependencies, from the cache folder. Raises HostError."""
     key = hashlib.sha256(repr([target, wanted]).encode()).hexdigest()[:16]
     folder = own_folder("cache") / "wheels" / key
     with _DOWNLOADING:  # several boards may need them at the same time
@@ -171,5 +174,5 @@ def _download(target: Target, wanted: list[str], folder: Path) -> None:
 
 
 def hashed(paths: dict[str, Path]) -> dict[str, tuple[int, str]]:
-    """Size and hash of files, by their names."""
+    """Return size and SHA-256 of files, by name."""
     return {name: (path.stat().st_size, sha256_file(path)) for name, path in paths.items()}

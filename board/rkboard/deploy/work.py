@@ -1,4 +1,4 @@
-"""Deploying from end to end: look, plan, ask, change."""
+"""A deployment from end to end: look, plan, ask, change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkruntime.errors import RefusedError, ServiceError
 
 
 class Person(Protocol):
-    """Whoever deploys."""
+    """The person who deploys."""
 
     def say(self, text: str) -> None:
         """Tell them what is going on."""
@@ -27,17 +27,17 @@ class Person(Protocol):
         """Show them what would be changed, and ask."""
 
     def progress(self, done: int, total: int) -> None:
-        """Tell them how many bytes of a file have been sent."""
+        """Tell them how many bytes of how many have been sent."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What came of it.
+    """The outcome of a deployment.
 
     Attributes:
-        changed: The steps that were done.
-        look: What the board is, then.
-        agreed: Whether the person did.
+        changed: The steps that were carried out.
+        look: The board's answer to `look` afterwards.
+        agreed: Whether the person agreed to the changes.
     """
 
     changed: list[Planned]
@@ -46,14 +46,14 @@ class Done:
 
 
 def deploy(session: Session, bundle: Bundle, library: Path | None, person: Person, *, offline: bool = False) -> Done:
-    """Put a bundle, and what it needs, onto a board, and let the daemon serve it. Done again, it changes nothing.
+    """Put a bundle and what it needs onto a board, and let the daemon serve it. A second run changes nothing.
 
     Args:
-        offline: The board is a tree that no system runs in.
+        offline: The board is a file tree without a running system.
 
     Raises:
-        BundleError, LibraryError: One of them is not what it should be.
-        RefusedError: It would not work there.
+        BundleError, LibraryError: The bundle or the library is not what it should be.
+        RefusedError: The bundle would not work there.
         HostError: The wheels cannot be downloaded.
         ServiceError: The connection breaks, or a step fails there.
     """
@@ -68,7 +68,7 @@ def deploy(session: Session, bundle: Bundle, library: Path | None, person: Perso
         return Done([], look, agreed=False)
     session.call("lock", make=True)
     session.call("settle")
-    for planned in _missing(session, facts, steps, person.say):  # others may have changed it meanwhile
+    for planned in _missing(session, facts, steps, person.say):  # somebody else may have changed the board meanwhile
         person.say(f"{planned.title}: {planned.change}")
         if planned.sources:
             session.send(planned.sources, person.progress)
@@ -110,7 +110,7 @@ def _expect_machine(bundle: Bundle, facts: Facts) -> None:
 
 
 def _missing(session: Session, facts: Facts, steps: list[Planned], say: Callable[[str], None]) -> list[Planned]:
-    """The steps that are not done, the program's with its wheels, which are downloaded only then."""
+    """Return the steps that are not done yet. Wheels are downloaded only if the program is one of them."""
     done = list_of(session.call("check", steps=[dict(planned.step) for planned in steps]), "done")
     if len(done) != len(steps):
         raise ServiceError(f"{session.destination} sent something that is not an answer.", hint="")

@@ -35,7 +35,7 @@ _NPU_NODE: Final = re.compile(r"dev/(?:dri/(?:card|renderD)\d+|rknpu)")
 
 @dataclass(frozen=True)
 class Read:
-    """What a file says (`more`: only its beginning), or the code of the error, such as EACCES."""
+    """The text of a file (`more`: it is only the beginning), or the code of the error, such as EACCES."""
 
     text: _Text | None = None
     error: _Name | None = None
@@ -44,7 +44,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Node:
-    """Something in /dev or a socket. `access`: whether the user may read and write it; `driver`: what it answers."""
+    """A file in /dev or a socket. `access`: the user may read and write it; `driver`: the driver's name for itself."""
 
     kind: _Name
     mode: Annotated[int, Between(0, 0o7777)]
@@ -79,7 +79,7 @@ class Me:
 
 @dataclass(frozen=True)
 class Process:
-    """A process; `memory` in bytes, `nodes` are those of the NPU that it has open, `me` is the probe."""
+    """A process. `memory`: in bytes; `nodes`: the NPU's nodes that it has open; `me`: it is the probe itself."""
 
     pid: _Count
     name: _Name
@@ -91,7 +91,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Library:
-    """A librkllmrt.so. `loader`: it is in a folder of the loader; `missing`: needed libraries that are not there."""
+    """A librkllmrt.so. `loader`: it is in one of the loader's folders; `missing`: libraries that it needs and lacks."""
 
     path: _Name
     loader: bool
@@ -108,7 +108,7 @@ class Library:
 
     @cached_property
     def identity(self) -> Identity:
-        """Its release, or why it must not be called."""
+        """The library's release, or why it must not be called."""
         elf = ElfFile(
             self.bits, MACHINES.get(self.elf_machine, f"machine {self.elf_machine}"), frozenset(self.functions)
         )
@@ -118,7 +118,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of a file system."""
+    """The free and the whole space of a file system, in bytes."""
 
     free: _Count
     size: _Count
@@ -126,7 +126,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Document:
-    """The whole; paths are relative to the root of the file tree."""
+    """The whole document; paths are relative to the root of the file tree."""
 
     schema: _Name
     root: _Name
@@ -145,7 +145,7 @@ class Document:
 
     @classmethod
     def parse(cls, line: bytes) -> Document:
-        """The document of the probe's line.
+        """Read the document from the line that the probe prints.
 
         Raises:
             ServiceError: It is not one.
@@ -164,7 +164,7 @@ class Document:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Document:
-        """The document as the probe has it before it is printed.
+        """Make the document from the probe's data before it is printed.
 
         Raises:
             ServiceError: It is not one.
@@ -184,19 +184,19 @@ def _nonsense(what: str) -> ServiceError:
 
 @dataclass(frozen=True)
 class Place:
-    """A path in the document, with what `rkruntime.checks.machine` asks of a pathlib.Path."""
+    """A path in the document, with the methods of pathlib.Path that `rkruntime.checks.machine` calls."""
 
     document: Document
     path: str = ""
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the path."""
         return self.path.rpartition("/")[2]
 
     @property
     def parent(self) -> Place:
-        """The folder."""
+        """The folder that it is in."""
         return Place(self.document, self.path.rpartition("/")[0])
 
     def __lt__(self, other: Place) -> bool:
@@ -209,7 +209,7 @@ class Place:
         return Place(self.document, f"{self.path}/{path}" if self.path else path)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
-        """What the file said. Raises OSError."""
+        """Return the file's text. Raises OSError."""
         read = self.document.files.get(self.path, Read(error="ENOENT"))
         if read.text is not None:
             return read.text
@@ -220,7 +220,7 @@ class Place:
         return self.path in self.document.folders or self.exists()
 
     def exists(self) -> bool:
-        """Whether something of that name was seen, which is not a link to nothing."""
+        """Whether something of that name was seen, other than a broken link."""
         folder, _, name = self.path.rpartition("/")
         if self.path in self.document.nodes:
             return self.document.nodes[self.path].kind != "broken link"
@@ -229,7 +229,7 @@ class Place:
         )
 
     def glob(self, pattern: str) -> Iterator[Place]:
-        """What was seen in it: names of a folder, or files below it."""
+        """Yield what was seen in this folder and matches: names in its listing, and files below it."""
         wanted = f"{self.path}/{pattern}"
         listed = (f"{self.path}/{name}" for name in self.document.folders.get(self.path, ()))
         for path in dict.fromkeys([*listed, *self._seen]):
@@ -238,24 +238,24 @@ class Place:
 
     @property
     def _seen(self) -> Iterator[str]:
-        """Files below it, and the folders in between."""
+        """The files below this folder, and the folders in between."""
         for path in self.document.files:
             if path.startswith(f"{self.path}/"):
                 parts = path[len(self.path) + 1 :].split("/")
                 yield from (f"{self.path}/{'/'.join(parts[:end])}" for end in range(1, len(parts) + 1))
 
     def resolve(self) -> Place:
-        """Where it leads."""
+        """Follow the link that this path is, if it is one."""
         return Place(self.document, self.document.links.get(self.path, self.path))
 
 
 @dataclass(frozen=True)
 class Board:
-    """A document with the questions that checks ask.
+    """A document, and answers to what the checks ask of it.
 
     Attributes:
-        now: This machine's clock, in seconds since 1970, if the board's can be compared with it.
-        model: A bundle's model, to be judged on this board.
+        now: This machine's clock, in seconds since 1970; None if the board's cannot be compared with it.
+        model: The model of a bundle to be judged on this board.
     """
 
     document: Document
@@ -264,43 +264,43 @@ class Board:
 
     @property
     def me(self) -> Me:
-        """Who looked."""
+        """The user and the Python that looked."""
         return self.document.me
 
     @property
     def root(self) -> Place:
-        """For the functions of `rkruntime.checks.machine`."""
+        """The root of the tree, for the functions of `rkruntime.checks.machine`."""
         return Place(self.document)
 
     def text(self, path: str) -> str | None:
-        """What a file says, without white space around it; None if it is not there or cannot be read."""
+        """Return a file's text without white space around it; None if it is not there or cannot be read."""
         read = self.document.files.get(path)
         return read.text.strip() if read and read.text is not None else None
 
     def first(self, *paths: str) -> str | None:
-        """The text of the first file that says anything."""
+        """Return the text of the first of these files that has any."""
         return next((text for path in paths if (text := self.text(path))), None)
 
     def error(self, path: str) -> str | None:
-        """Why a file could not be read; None if it could, or is not there."""
+        """Return why a file could not be read; None if it could, or is not there."""
         read = self.document.files.get(path)
         return read.error if read else None
 
     def closed(self, path: str) -> bool:
-        """Whether only others may read it."""
+        """Whether this user may not read a file."""
         return self.error(path) in ("EACCES", "EPERM")
 
     def number(self, path: str) -> int | None:
-        """The whole number that a file says."""
+        """Return the whole number that a file contains; None if it contains anything else."""
         text = self.text(path) or ""
         return int(text) if re.fullmatch(r"-?\d{1,18}", text, re.ASCII) else None
 
     def numbers(self, path: str) -> list[int]:
-        """The whole numbers in a file, such as a list of clocks."""
+        """Return the whole numbers in a file, such as a list of clocks."""
         return [int(word) for word in re.findall(r"\b\d{1,18}\b", self.text(path) or "", re.ASCII)]
 
     def mapping(self, path: str) -> dict[str, Any]:
-        """The JSON object that a file says; empty if it does not."""
+        """Return the JSON object in a file; empty if there is none."""
         try:
             data = json.loads(self.text(path) or "")
         except (ValueError, RecursionError):
@@ -308,11 +308,11 @@ class Board:
         return data if isinstance(data, dict) else {}
 
     def names(self, path: str) -> tuple[str, ...]:
-        """The names in a folder."""
+        """Return the names in a folder."""
         return self.document.folders.get(path, ())
 
     def matching(self, pattern: str) -> list[str]:
-        """The files that were read and match a pattern."""
+        """Return the paths of the files that were read and match a pattern."""
         return [path for path in self.document.files if fnmatchcase(path, pattern)]
 
     @cached_property
@@ -327,7 +327,7 @@ class Board:
 
     @property
     def platform(self) -> str | None:
-        """RKLLM's name for it, such as `rk3588`."""
+        """RKLLM's name for the SoC, such as `rk3588`."""
         return machine.platform_of(self.chip)
 
     @cached_property
@@ -342,25 +342,25 @@ class Board:
 
     @property
     def computer(self) -> bool:
-        """Whether it has a processor that no Rockchip board has: then nothing of an NPU is worth asking."""
+        """Whether its processor is one that no Rockchip board has, so that questions about an NPU make no sense."""
         return bool(self.me.machine) and not self.me.machine.startswith(("aarch64", "arm"))
 
     @property
     def vendor_kernel(self) -> bool:
-        """Whether it is of the lines that the vendor's driver is made for: those that the RKLLM manuals name."""
+        """Whether the kernel is of a line that the vendor's driver is made for, as the RKLLM manuals name them."""
         return re.match(r"(?:5\.10|6\.1)(?!\d)", self.release) is not None
 
     @property
     def npu_clock_is_safe(self) -> bool:
-        """Whether the NPU's clock may be written: the driver is the one that the vendor's kernel was built with.
+        """Whether the NPU's clock may be written: its driver is the one that the vendor's kernel was built with.
 
-        Elsewhere it lacks what changes clock and voltage together. A module from outside the kernel's sources says `O`.
+        Other builds of it lack what changes clock and voltage together. The taint of an out-of-tree module has an `O`.
         """
         return self.vendor_kernel and "O" not in (self.text("sys/module/rknpu/taint") or "")
 
     @property
     def in_container(self) -> bool:
-        """Whether this is the inside of a container."""
+        """Whether the probe ran inside a container."""
         text = self.text("proc/1/cgroup") or ""
         marked = any(path in self.document.nodes for path in (".dockerenv", "run/.containerenv"))
         return marked or re.search(r"/(?:docker|lxc|kubepods|containerd|libpod)\b", text) is not None

@@ -1,4 +1,4 @@
-"""What a check says, and a repair that it offers."""
+"""The verdict of a check, and the repairs that it offers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status: TypeAlias = Literal["failure", "warning", "unknown", "note", "ok"]
 STATUSES: Final[tuple[Status, ...]] = ("failure", "warning", "unknown", "note", "ok")
 """From the worst to the best. What could not be read is unknown, and weighs no more than a note."""
 
-# Letters that no shell reads: the words of a repair may have been read on the board.
+# Only characters that have no meaning in a shell, since words of a repair may come from the board.
 _WORD: Final = re.compile(r"-{0,2}[A-Za-z0-9_/][A-Za-z0-9_./:=,+-]*")
 
 
@@ -39,11 +39,11 @@ class Verdict:
     """What a check found.
 
     Attributes:
-        said: What was read, in a sentence.
+        said: What was found, in a sentence.
         why: Why it matters.
-        mend: What to do; a command where one is enough.
+        mend: What to do about it; a command where one is enough.
         source: How it is known.
-        fixes: What `--fix` would run, after asking.
+        fixes: The commands that `--fix` runs after asking.
     """
 
     status: Status
@@ -64,7 +64,7 @@ class Finding:
 
     @property
     def status(self) -> Status:
-        """The verdict's."""
+        """The status of the verdict."""
         return self.verdict.status
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,12 +87,12 @@ Check: TypeAlias = Callable[[Board], Verdict | None]
 
 
 def ok(said: str) -> Verdict:
-    """Nothing to do."""
+    """Return the verdict that nothing has to be done."""
     return Verdict("ok", said)
 
 
 def write(value: str, *paths: str) -> tuple[Fix, ...]:
-    """Repairs that write a value and a newline into files of the kernel: some drivers overwrite the last byte."""
+    """Return repairs that write a value into kernel files, with a newline, as some drivers overwrite the last byte."""
     return tuple(Fix(("tee", f"/{path}"), value) for path in paths)
 
 
@@ -100,7 +100,7 @@ _LEVELS: Final[dict[str, Status]] = {"error": "failure", "warning": "warning", "
 
 
 def worst(found: Sequence[preflight.Finding], otherwise: str, *fixes: Fix) -> Verdict:
-    """The worst of what the checks before a load say, or that all is well."""
+    """Return the worst finding of the checks before a load as a verdict, or `otherwise` if there is none."""
     if not found:
         return ok(otherwise)
     one = min(found, key=lambda finding: preflight.LEVELS.index(finding.level))

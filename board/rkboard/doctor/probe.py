@@ -35,7 +35,7 @@ SCHEMA = "rkedge-probe/1"
 MARK = "rkedge-probe: "
 SECONDS = 20.0
 MOST_TEXT = 16 << 10  # bytes of a file
-MOST_FILTERED = 8 << 20  # bytes of a file of which only a few lines are kept
+MOST_FILTERED = 8 << 20  # bytes of a file from which only the lines that match a pattern are kept
 MOST_LINES = 200
 MOST_NAMES = 1024  # of a folder; the device tree of a board has half as many
 MOST_FILES = 4000
@@ -49,7 +49,7 @@ METRICS = "run/rkedge/rkedge.sock/metrics"  # not a file: the daemon's answer to
 LIBRARY = re.compile(r"librkllmrt\.so(?:\.[\d.b]{1,16})?\Z")
 
 _CPU, _DEVFREQ, _TREE = "sys/devices/system/cpu", "sys/class/devfreq/*", "proc/device-tree"
-# What may change while a model answers.
+# Files that may change while a model answers.
 CLOCKS = (
     *(f"{_DEVFREQ}/{name}" for name in ("governor", "available_governors", "cur_freq", "min_freq", "max_freq")),
     f"{_DEVFREQ}/available_frequencies {_DEVFREQ}/userspace/set_freq",
@@ -79,7 +79,7 @@ FILES = (
     "sys/fs/cgroup/memory.max sys/fs/cgroup/memory.current",
     "sys/fs/cgroup/system.slice/rkedge.service/cgroup.procs",
 )
-# What `rkedge top` shows, which reads it again and again.
+# Files that `rkedge top` shows and reads again and again.
 LIVE = (
     *CLOCKS,
     "proc/meminfo proc/sys/kernel/osrelease proc/device-tree/model proc/rknpu/load sys/kernel/debug/rknpu/load",
@@ -99,13 +99,13 @@ LOG = re.compile(r"rknpu|\bnpu\b|iommu|rockchip-dmc|rocket|swiotlb|hermal|oom-ki
 
 
 class Tree:
-    """A file tree, the links in which lead nowhere else."""
+    """A file tree whose symbolic links are followed within it."""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
 
     def real(self, path: str) -> str:
-        """The path without links. Raises OSError for too many of them."""
+        """Return the path with all links resolved. Raises OSError for too many of them."""
         left = path.split("/")[::-1]
         found: list[str] = []
         hops = 0
@@ -127,11 +127,11 @@ class Tree:
         return "/".join(found)
 
     def place(self, path: str) -> str:
-        """Where the file is for the kernel."""
+        """Return the path by which this process opens the file."""
         return os.path.join(self.root, self.real(path))
 
     def names(self, path: str) -> list[str]:
-        """The first names in a folder. Raises OSError."""
+        """Return the names in a folder, up to a bound. Raises OSError."""
         found = []
         with os.scandir(self.place(path)) as entries:
             for entry in entries:
@@ -141,10 +141,10 @@ class Tree:
         return sorted(found)
 
     def matching(self, pattern: str, failed: Callable[[str, OSError], None], begin: int = 0) -> Iterator[str]:
-        """The paths that a pattern stands for; without `*`, the path itself whether it exists or not.
+        """Yield the paths that match a pattern; without `*`, the path itself whether it exists or not.
 
-        `failed` is told of each folder whose names cannot be had. What comes before `begin` are names that were found,
-        in which a `*` is a letter.
+        `failed` is called for each folder that cannot be listed. The part before `begin` has been found already: a `*`
+        in it is literal.
         """
         star = pattern.find("*", begin)
         if star < 0:
@@ -170,7 +170,7 @@ class Tree:
         raise OSError(errno.EINVAL, "it is not a regular file")
 
     def read(self, path: str, most: int) -> tuple[bytes, bool]:
-        """The first bytes of a regular file, and whether there are more. Raises OSError."""
+        """Return the first bytes of a regular file, and whether there are more. Raises OSError."""
         handle, data = self.open(path), b""
         try:
             while len(data) <= most:
@@ -184,7 +184,7 @@ class Tree:
 
 
 def code_of(error: BaseException) -> str:
-    """An error in one word, such as EACCES."""
+    """Return an error in one word, such as EACCES."""
     number = getattr(error, "errno", None)
     return errno.errorcode.get(number, type(error).__name__) if number else type(error).__name__
 
@@ -194,7 +194,7 @@ def text_of(data: bytes) -> str:
 
 
 class Probe:
-    """Fills `found` part by part; the lock is held while it changes."""
+    """The probe: fills `found` part by part, and holds `lock` while that changes."""
 
     def __init__(self, root: str) -> None:
         self.tree, self.whole = Tree(root), os.path.abspath(root) == "/"
@@ -205,7 +205,7 @@ class Probe:
         }  # fmt: skip
 
     def run(self) -> None:
-        """Everything, in order of importance."""
+        """Look at everything, in order of importance."""
         self.do(
             self.me, self.names_of_accounts, self.files, self.folders, self.links, self.nodes, self.kernel,
             self.libraries, self.disks, self.processes, self.log, self.daemon,
@@ -215,7 +215,7 @@ class Probe:
         for part in parts:
             try:
                 part()
-            except Exception as error:  # one part that fails leaves the others
+            except Exception as error:  # a part that fails does not affect the others
                 self.problem(f"{part.__name__}: {code_of(error)}")
 
     def put(self, section: str, key: str, value: Any) -> None:
@@ -229,7 +229,7 @@ class Probe:
                 self.found[section].append(value)
 
     def has_room(self, value: Any) -> bool:
-        """Whether the document can take this; it is noted if not."""
+        """Whether the document has room for a value, which then takes it; notes a problem if not."""
         size = len(json.dumps(value))
         if size > self.left:
             self.problem("there is more than the document has room for")
@@ -243,7 +243,7 @@ class Probe:
                 self.found["problems"].append(text[:200])
 
     def each(self, patterns: tuple[str, ...]) -> Iterator[str]:
-        """The paths of patterns, at most so many; `at` names the current one for whoever waits."""
+        """Yield the paths of patterns, up to MOST_FILES; `at` names the current one, in case reading it hangs."""
         number = 0
         for pattern in " ".join(patterns).split():
             for path in self.tree.matching(pattern, self.unread):
@@ -255,7 +255,7 @@ class Probe:
                 yield path
 
     def put_text(self, path: str, read: Callable[[], tuple[str, bool]]) -> None:
-        """Note what a file says, or why it cannot be read."""
+        """Note the text of a file, or why it cannot be read."""
         try:
             text, more = read()
         except OSError as error:
@@ -269,7 +269,7 @@ class Probe:
             self.put("files", path, {"error": code_of(error)})
 
     def clocks(self) -> None:
-        """What may change while a model answers: quick enough to be read again and again."""
+        """Look at what may change while a model answers: quick enough to be repeated."""
         self.files(CLOCKS)
 
     def files(self, patterns: tuple[str, ...] = FILES) -> None:
@@ -281,7 +281,7 @@ class Probe:
             self.put_text(path, read)
 
     def live(self) -> None:
-        """What changes from second to second, for `rkedge top`."""
+        """Look at what changes from second to second, for `rkedge top`."""
         self.do(self.me, lambda: self.files(LIVE), lambda: self.folders(LIVE_FOLDERS), self.daemon_at_work)
 
     def folders(self, patterns: tuple[str, ...] = FOLDERS) -> None:
@@ -292,7 +292,7 @@ class Probe:
                 self.unread(path, error)
 
     def links(self) -> None:
-        """Where links lead, without a link left in it; only those that exist."""
+        """Note the targets of the links that exist, fully resolved."""
         for path in self.each(LINKS):
             try:
                 folder, _, name = path.rpartition("/")
@@ -302,7 +302,7 @@ class Probe:
                 self.put("files", path, {"error": code_of(error)})
 
     def me(self) -> None:
-        """Who asks, with which limits, on what Python."""
+        """Note the user, the limits and the Python of this process."""
         groups = sorted({os.getegid(), *os.getgroups()})
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with self.lock:
@@ -312,7 +312,7 @@ class Probe:
                 "groups": groups[:256],
                 "known_groups": {},
                 "open_files": [None if value == resource.RLIM_INFINITY else value for value in (soft, hard)],
-                # Of another tree, all cores.
+                # For another tree, as many cores as any board has: this process's own do not count.
                 "cpus": sorted(os.sched_getaffinity(0))[:1024] if self.whole else list(range(64)),
                 "python": platform.python_version(),
                 "bits": 64 if sys.maxsize > 1 << 32 else 32,
@@ -325,7 +325,7 @@ class Probe:
             }
 
     def names_of_accounts(self) -> None:
-        """The user's name and the groups of the NPU; apart from `me`, because a directory service may not answer."""
+        """Note the user's name and the NPU's groups; apart from `me`, because a directory service may not answer."""
         self.at = "etc/passwd"
         for name in ("video", "render"):
             try:
@@ -365,7 +365,7 @@ class Probe:
         return "DRIVER=RKNPU" in said.split("\n") or self.found["links"].get(device, "").endswith(".npu")
 
     def kernel(self) -> None:
-        """The options of the kernel and its modules that concern the NPU."""
+        """Note the options and the modules of the kernel that concern the NPU."""
         release = self.found["files"].get("proc/sys/kernel/osrelease", {}).get("text", "").strip()
         if not re.match(r"[\w.+~-]{1,128}\Z", release):
             return
@@ -386,7 +386,7 @@ class Probe:
         return "\n".join([line[:512] for line in text_of(data).split("\n") if kept.search(line)][:MOST_LINES])
 
     def log(self) -> None:
-        """What the kernel has said of the NPU, its clocks and its temperature."""
+        """Note the lines of the kernel's log about the NPU, its clocks, temperature and memory."""
         lines: list[str] = []
         self.at = "dev/kmsg"
         try:
@@ -416,7 +416,7 @@ class Probe:
             self.put("disks", f"/{path}", {"free": free, "size": size})
 
     def processes(self) -> None:
-        """The processes with the most memory, and those that have the NPU open."""
+        """Note the processes that have the NPU open, then those with the most memory."""
         rows: list[dict[str, Any]] = []
         hidden = 0
         try:
@@ -440,7 +440,7 @@ class Probe:
             pages = self.tree.read(f"{folder}/statm", 128)[0].split()
             owner = os.stat(self.tree.place(folder)).st_uid
         except OSError:
-            return None  # it has ended
+            return None  # the process has ended
         try:
             for descriptor in self.tree.names(f"{folder}/fd")[:4096]:
                 target = os.readlink(os.path.join(self.tree.root, folder, "fd", descriptor))
@@ -456,7 +456,7 @@ class Probe:
         }  # fmt: skip
 
     def libraries(self) -> None:
-        """Every librkllmrt.so in the places where it is looked for, in that order."""
+        """Note every librkllmrt.so in the places where it is searched, in that order."""
         named, loader = self.library_folders()
         seen: set[str] = set()
         for folder in [*named, *loader, "opt/rkedge/lib", "opt/rkllm/lib", "var/lib/rkedge/lib", "usr/local/lib/rkllm"]:
@@ -477,7 +477,7 @@ class Probe:
                     self.add("libraries", self.library(path, folder in loader, [*loader, os.path.dirname(real)]))
 
     def library_folders(self) -> tuple[list[str], list[str]]:
-        """The folders that the environment or the daemon's settings name, and those of the loader."""
+        """Return the folders that the environment or the daemon's settings name, and those of the loader."""
         named = os.environ.get("LD_LIBRARY_PATH", "").split(":") if self.whole else []
         settings = self.found["files"].get("etc/rkedge/daemon.yaml", {}).get("text", "")
         named += [os.path.dirname(path) for path in re.findall(r"^library:\s*[\"']?(/[^\s\"'#]+)", settings, re.M)]
@@ -519,17 +519,17 @@ class Probe:
         return False
 
     def daemon(self) -> None:
-        """What the daemon says of itself."""
+        """Note the daemon's status."""
         if self.whole:
             self.ask_daemon("status", SOCKET.lstrip("/"))
 
     def daemon_at_work(self) -> None:
-        """What it does at the moment, and what it counts for Prometheus."""
+        """Note the daemon's status and its counters for Prometheus."""
         self.ask_daemon("status", SOCKET.lstrip("/"))
         self.ask_daemon("metrics", METRICS)
 
     def ask_daemon(self, what: str, name: str) -> None:
-        """Put what the daemon answers under a name of a file, or why it does not answer."""
+        """Note what the daemon answers, or why it does not, as if `name` were a file."""
         self.at = SOCKET.lstrip("/")
         place = self.tree.place(self.at)
         if not os.path.exists(place):
@@ -560,14 +560,14 @@ def kind_of(mode: int) -> str:
     return "other"
 
 
-# Request numbers and layouts of Linux's DRM_IOCTL_VERSION and of the rknpu driver's action ioctl on /dev/rknpu.
+# Layouts and request numbers of Linux's DRM_IOCTL_VERSION and of the rknpu driver's action ioctl on /dev/rknpu.
 _DRM_VERSION = struct.Struct("@iiiLPLPLP")
 _DRM_IOCTL_VERSION = 3 << 30 | _DRM_VERSION.size << 16 | ord("d") << 8
 _ACTION, _IOCTL_ACTION, _GET_DRIVER_VERSION = struct.Struct("=II"), 0xC0087200, 1
 
 
 def ask_node(path: str, legacy: bool) -> dict[str, Any]:
-    """Open one of the NPU's nodes and ask for its driver: what counts in a container or under SELinux."""
+    """Open one of the NPU's nodes and ask for its driver: modes alone do not tell in a container or under SELinux."""
     import ctypes
     import fcntl
 
@@ -597,7 +597,7 @@ def ask_node(path: str, legacy: bool) -> dict[str, Any]:
 
 
 def kernel_messages() -> Iterator[str]:
-    """The kernel's records, as far as they are there. Raises OSError."""
+    """Yield the kernel's log records that are still in its buffer. Raises OSError."""
     handle = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         for _ in range(50000):
@@ -612,7 +612,7 @@ def kernel_messages() -> Iterator[str]:
 
 
 def elf_facts(data: mmap.mmap) -> dict[str, Any]:
-    """Class, machine, what it needs and exports, its version texts. Raises struct.error for a file that is cut."""
+    """Return a library's class, machine, needs, exports and version texts. Raises struct.error for a truncated file."""
     if data[:4] != b"\x7fELF" or len(data) < 64:
         return {"error": "not ELF"}
     facts: dict[str, Any] = {
@@ -637,7 +637,7 @@ def elf_facts(data: mmap.mmap) -> dict[str, Any]:
 
 
 def dynamic_names(data: mmap.mmap) -> tuple[list[str], list[str]]:
-    """All names in the dynamic string table, and those of needed libraries."""
+    """Return all names in the dynamic string table, and those of needed libraries."""
     (table,) = struct.unpack_from("<Q", data, 32)
     size, count = struct.unpack_from("<HH", data, 54)
     segments, dynamic = [], b""
@@ -658,7 +658,7 @@ def dynamic_names(data: mmap.mmap) -> tuple[list[str], list[str]]:
 
 
 def look(probe: Probe, work: Callable[[], None]) -> tuple[str, bool]:
-    """The document as a line, and whether everything answered."""
+    """Return the document as a line, and whether everything answered in time."""
     begun, thread = time.monotonic(), threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(SECONDS)
@@ -684,7 +684,7 @@ def main(words: list[str]) -> None:
         if not every:
             break
         time.sleep(float(every))
-    os._exit(0)  # a thread that hangs in the kernel would keep the process
+    os._exit(0)  # a thread that hangs in the kernel would keep the process alive
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rkboard.doctor.document import Board
 CPUFREQ: Final = "sys/devices/system/cpu/cpufreq"
 DEVFREQ: Final = "sys/class/devfreq"
 _THERMAL: Final = "sys/class/thermal"
-# In Hz: what is outside of this is not a clock of such a chip.
+# In Hz: a value outside this range is not a clock of such a chip.
 _CLOCKS: Final = range(10**6, 10**11)
 _MOST_LISTED: Final = 64
 
@@ -27,12 +27,12 @@ class Clock:
     """A clock that the kernel controls. All clocks are in Hz; what could not be read is None or empty.
 
     Attributes:
-        name: `cpu0` (the policy's first core), `npu` or `ddr`.
-        folder: Its folder, without the first slash.
-        unit: Hz for 1 in its files.
-        listed: What the chip can do, in order.
-        best: The highest of them, by what the kernel says of the hardware.
-        least, most: The limits that are set for it.
+        name: `npu`, `ddr`, or for a CPU's cluster its first core, such as `cpu0`.
+        folder: The folder of its files, without the first slash.
+        unit: The unit of its files, in Hz.
+        listed: The clocks that the chip can run at, in ascending order.
+        best: The highest clock of the hardware, as the kernel gives it.
+        least, most: The limits that are set at the moment.
     """
 
     name: str
@@ -49,39 +49,39 @@ class Clock:
 
     @property
     def held(self) -> bool:
-        """Whether its governor keeps it where it is, whatever the load."""
+        """Whether the governor keeps the clock where it is, whatever the load."""
         return self.governor in ("performance", "powersave", *STAYING)
 
 
 def _folders(board: Board, folder: str, pattern: str) -> Iterator[str]:
-    """Folders of the kernel with a name of the kind that it gives."""
+    """Yield the folders in `folder` whose whole name matches."""
     for name in board.names(folder):
         if re.fullmatch(pattern, name):
             yield f"{folder}/{name}"
 
 
 def policies(board: Board) -> list[str]:
-    """The folders of the CPU's clusters."""
+    """Return the cpufreq folders of the CPU's clusters."""
     return list(_folders(board, CPUFREQ, r"policy\d{1,3}"))
 
 
 def npu(board: Board) -> str | None:
-    """The NPU's folder."""
+    """Return the devfreq folder of the NPU."""
     return next(_folders(board, DEVFREQ, r"[0-9a-f]{6,10}\.npu"), None)
 
 
 def ddr(board: Board) -> str | None:
-    """The memory's folder."""
+    """Return the devfreq folder of the memory."""
     return next(_folders(board, DEVFREQ, "dmc"), None)
 
 
 def mhz(hertz: int | None) -> str:
-    """A clock for people."""
+    """Return a clock as text for people."""
     return "unknown" if hertz is None else f"{hertz / 1e6:.0f} MHz"
 
 
 def clocks(board: Board) -> list[Clock]:
-    """Every clock that matters to a model."""
+    """Return every clock that matters to a model."""
     found = [_cpu(board, folder) for folder in policies(board)]
     named: list[tuple[Kind, str | None]] = [("npu", npu(board)), ("ddr", ddr(board))]
     return found + [_device(board, kind, folder) for kind, folder in named if folder]
@@ -131,7 +131,7 @@ def _listed(board: Board, path: str, unit: int) -> tuple[int, ...]:
 
 
 def temperatures(board: Board) -> dict[str, float]:
-    """Degrees Celsius by zone."""
+    """Return the temperature of each thermal zone, in degrees Celsius."""
     return {
         board.text(f"{path}/type") or "": number / 1000
         for path in _folders(board, _THERMAL, r"thermal_zone\d{1,3}")
@@ -140,7 +140,7 @@ def temperatures(board: Board) -> dict[str, float]:
 
 
 def cooling(board: Board) -> dict[str, int]:
-    """By how many steps the kernel lowers clocks for heat, by device."""
+    """Return by how many steps the kernel throttles each device for heat."""
     return {
         board.text(f"{path}/type") or path: board.number(f"{path}/cur_state") or 0
         for path in _folders(board, _THERMAL, r"cooling_device\d{1,3}")

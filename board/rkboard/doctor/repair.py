@@ -15,22 +15,22 @@ _LIMIT_S: Final = 300.0
 
 
 def fixes_of(findings: Sequence[Finding]) -> list[Fix]:
-    """The repairs of findings that are not ok, each once."""
+    """Return the repairs of all findings that are not ok, without duplicates."""
     offered = (fix for finding in findings if finding.status != "ok" for fix in finding.verdict.fixes)
     return list(dict.fromkeys(offered))
 
 
 def apply(fix: Fix, destination: str | None, *, root: bool) -> str:
-    """Run a repair; returns why it failed, or nothing.
+    """Run a repair; return why it failed, or an empty text.
 
     Args:
-        root: The user there is root already.
+        root: The user there is root already, and sudo is not needed.
 
     Raises:
         ServiceError: The command cannot be started.
         UsageError: The command for ssh cannot be read.
     """
-    # The words of a Fix have no letter that a shell reads, so ssh may join them.
+    # The words of a Fix have no character that a shell interprets, so ssh may join them.
     words = [*([] if root else ["sudo", "-n"]), *fix.words]
     command = words if destination is None else ssh_command(destination, *words)
     pipe = subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Findings for people and for programs. Everything that a board said goes through one_line."""
+"""Findings for people and for programs. Everything that a board said is printed through one_line."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _WIDTH: Final = (60, 110)
 
 
 def worst_of(findings: Sequence[Finding]) -> Status:
-    """The worst status."""
+    """Return the worst status among findings."""
     return min((finding.status for finding in findings), key=STATUSES.index, default="ok")
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """4 with a failure, 9 with a warning, else 0: what is unknown weighs as a note."""
+    """Return 4 with a failure, 9 with a warning, else 0: unknown weighs as a note."""
     return {"failure": RefusedError.exit_code, "warning": WARNINGS}.get(worst_of(findings), 0)
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """The whole in a line."""
+    """Return the overall verdict in a line."""
     counts = Counter(finding.status for finding in findings)
     worst = [finding for finding in findings if finding.status == worst_of(findings)]
     listed = ", ".join(f"{counts[name]} {name}" if name in ("ok", "unknown") else counted(counts[name], name)
@@ -55,7 +55,7 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 
 def summary(board: Board) -> dict[str, Any]:
-    """What the board is, in a few facts."""
+    """Return what the board is, in a few facts."""
     memory = board.number("proc/meminfo")
     model = (board.text("proc/device-tree/model") or "").strip("\0")
     return {
@@ -71,7 +71,7 @@ def summary(board: Board) -> dict[str, Any]:
 
 
 def as_dict(board: Board, findings: Sequence[Finding], destination: str | None) -> dict[str, Any]:
-    """The report as `--json` prints it."""
+    """Return the report as `--json` prints it."""
     return {
         "schema": SCHEMA,
         "destination": destination,
@@ -108,7 +108,7 @@ def _show(finding: Finding) -> None:
         return
     for line in _lines(one_line(found.why)):
         say(line, dim=True)
-    if found.mend:  # in one line, so that a command can be copied
+    if found.mend:  # on one line, so that a command can be copied
         say(f"{'-> ':>{_MARGIN + 3}}{one_line(found.mend)}")
 
 

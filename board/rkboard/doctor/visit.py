@@ -1,4 +1,4 @@
-"""Run the probe: on this machine, or on a board over ssh. Nothing is installed there."""
+"""Run the probe on this machine, or on a board over ssh, where nothing is installed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rkruntime.errors import ServiceError
 from rkruntime.remote import Remote, missing_tool, refused_by_sudo, ssh_command
 
 PROBE: Final = Path(__file__).with_name("probe.py")
-# The probe ends by itself after 20 seconds; this is for a password at ssh's own prompt.
+# The probe ends by itself after 20 seconds; the rest is time to enter a password at ssh's own prompt.
 _PATIENCE_S: Final = 120.0
-# Between two documents, in addition to what was asked for.
+# Longest time between two documents, beyond the interval that was asked for.
 _PAUSE_S: Final = SECONDS + 15.0
 
 
 def look(destination: str | None, root: Path | None = None, *, sudo: bool = False) -> Document:
-    """What a board says of itself.
+    """Return what a board says of itself.
 
     Args:
         destination: For ssh, such as `user@board`; None for this machine.
         root: Another file tree of this machine.
-        sudo: Look as root, by a sudo that asks for no password.
+        sudo: Look as root, with a sudo that does not ask for a password.
 
     Raises:
         ServiceError: The board cannot be reached, has no Python, or sends something else.
@@ -45,7 +45,7 @@ def look(destination: str | None, root: Path | None = None, *, sudo: bool = Fals
 def watch(
     destination: str | None, every: float, root: Path | None = None, *, sudo: bool = False
 ) -> Generator[Document]:
-    """What changes on a board from second to second, every so many seconds. Never ends by itself.
+    """Yield what changes on a board from second to second, once per `every` seconds. Does not end by itself.
 
     Args and Raises: As for `look`.
     """
@@ -72,7 +72,7 @@ def _command(destination: str | None, root: Path | None, sudo: bool, *options: s
 
 
 def glance(root: Path = ROOT, *, clocks_only: bool = False) -> Board:
-    """What this machine's own files say, read in this process: no nodes, processes or libraries.
+    """Return what this machine's own files say, read in this process, without nodes, processes or libraries.
 
     Args:
         root: Another file tree of this machine.
@@ -84,7 +84,7 @@ def glance(root: Path = ROOT, *, clocks_only: bool = False) -> Board:
 
 
 class _Visit:
-    """A process that runs the probe, which is its standard input."""
+    """A process that runs the probe, which it reads from standard input."""
 
     def __init__(self, command: list[str], *, endless: bool = False) -> None:
         self._remote = Remote(command, MARK, MOST_BYTES, endless=endless)
@@ -96,7 +96,7 @@ class _Visit:
         return self._remote.flooded
 
     def lines(self, pause: float) -> Generator[bytes]:
-        """The probe's lines, until none comes within a pause. What hangs there may never end: nobody waits for that."""
+        """Yield the probe's lines, until none comes within a pause. A probe that hangs there is not waited for."""
         found, patience = None, _PATIENCE_S
         try:
             self._remote.send(PROBE.read_bytes())

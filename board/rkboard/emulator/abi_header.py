@@ -1,4 +1,4 @@
-"""rkllm.h of a release in C++, from the runtime's declarations: what the emulator and its clients compile against.
+"""The rkllm.h of a release in C++, made from the runtime's declarations: the emulator and its clients include it.
 
 tests/runtime/abi compares it with what was measured on the vendor's headers.
 """
@@ -18,7 +18,7 @@ _CALLBACK_OF_INIT: Final = 2
 
 
 def header(release: str) -> str:
-    """The text of `abi.h`. RKEMU_LAYOUT is the number of its layout; RKEMU_1_2_0 is that of the layout of 1.2.0."""
+    """Return the text of `abi.h`. RKEMU_LAYOUT is the number of its layout, RKEMU_1_2_0 that of the layout of 1.2.0."""
     layouts = [f"#define RKEMU_{_macro(versions[0])} {_number(layout)}" for layout, versions in LAYOUTS.items()]
     major, minor, patch = version(release).release
     lines = [
@@ -44,7 +44,7 @@ def header(release: str) -> str:
 
 
 def declarations(release: str) -> Iterator[str]:
-    """Enums, callbacks, structures and functions of a release, by the names in its own header.
+    """Yield the enums, callbacks, structures and functions of a release, by the names in its own header.
 
     They use the macros RKLLM_BOOL and RKLLM_API. Enums have a fixed type, so that any value of a caller is defined.
     """

@@ -33,7 +33,7 @@ LIBRARY: Final = "librkllmrt.so"
 
 @dataclass(frozen=True)
 class Kernel:
-    """A source file for one instruction set, left out if the compiler does not know the flags."""
+    """A source file for one instruction set; it is left out if the compiler does not know the flags."""
 
     source: str
     arch: str
@@ -49,11 +49,11 @@ KERNELS: Final = (
     Kernel("kernels_neon.cc", "aarch64", ("-march=armv8.2-a+dotprod",), "RKEMU_HAVE_NEON"),
     Kernel("kernels_i8mm.cc", "aarch64", ("-march=armv8.2-a+dotprod+i8mm",), "RKEMU_HAVE_I8MM"),
 )
-# These depend on the layout; all others are shared by the releases.
+# The sources that depend on the layout; all others are shared by the releases.
 ABI_SOURCES: Final = ("api.cc", "convert.cc")
 EXPORTS: Final = "exports.map"
 
-# -ffp-contract=off: the same float results on every machine. nodelete: a client may unload us while a thread exits.
+# -ffp-contract=off: equal float results on every machine. nodelete: a client may unload us while a thread exits.
 _COMPILE: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 _WARN: Final = ("-Wall", "-Wextra", "-Wpedantic")
 _OPTIMIZE: Final = ("-O3", "-DNDEBUG")
@@ -81,7 +81,7 @@ def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.
     # The messages are shown to the user and searched for "error", so they must be in English.
     environment = os.environ | {"LC_ALL": "C"}
     plain, pipe = [str(part) for part in command], subprocess.PIPE
-    if stop is None:  # Ctrl-C reaches it, because it is in this process's group.
+    if stop is None:  # Ctrl-C reaches the compiler, because it is in this process's group.
         return subprocess.run(plain, stdout=pipe, stderr=pipe, text=True, env=environment, check=False)
     with subprocess.Popen(
         plain, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
@@ -95,7 +95,7 @@ def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.
         try:
             with stop.ending(end):
                 out, err = process.communicate()
-        except BaseException:  # Ctrl-C too: in a session of its own, the compiler would go on.
+        except BaseException:  # Also at Ctrl-C: in a session of its own, the compiler would go on.
             end()
             raise
     stop.check()
@@ -103,7 +103,7 @@ def _run(command: Sequence[str | Path], stop: Stop | None = None) -> subprocess.
 
 
 def _lock(folder: int) -> bool:
-    """Lock an open folder; False if another process has it. Without locks, builds only do the same work twice."""
+    """Lock an open folder; False if another process holds the lock. Where locks fail, builds only repeat work."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -112,7 +112,7 @@ def _lock(folder: int) -> bool:
 
 
 def host_arch() -> str:
-    """This machine's name for `arch`: x86_64 or aarch64."""
+    """Return this machine's architecture as `arch` takes it: x86_64 or aarch64."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
@@ -143,7 +143,7 @@ def find_compiler(arch: str | None = None) -> Compiler:
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept."""
+    """Return the folder in which built libraries are kept."""
     return own_folder("cache") / "emulator"
 
 
@@ -183,7 +183,7 @@ class _Build:
         return digest.hexdigest()[:16]
 
     def _objects(self) -> list[tuple[Path, Path, list[str]]]:
-        """Source, object and flags of each object."""
+        """Return source, object and flags of each object file."""
         known = {kernel.source: kernel.flags for kernel in self.kernels if self._knows(kernel.flags)}
         defines = [f"-D{kernel.define}" for kernel in self.kernels if kernel.source in known]
         left_out = {*ABI_SOURCES, *(kernel.source for kernel in KERNELS)} - set(known)
@@ -200,7 +200,7 @@ class _Build:
         return objects
 
     def _make(self, target: Path, command: Sequence[str | Path], stop: Stop | None) -> None:
-        """Run a compiler that writes `target`, which appears complete or not at all."""
+        """Run the compiler to write `target`, which appears complete or not at all."""
         if stop is not None:
             stop.check()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ class _Build:
 
     @contextmanager
     def _alone(self, stop: Stop | None) -> Iterator[None]:
-        """Wait while another process builds into the folder: what it compiles is then found and not compiled twice."""
+        """Wait while another process builds into the folder, so that what it compiles is not compiled twice."""
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             while not _lock(folder):
@@ -285,10 +285,10 @@ def build(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Path:
-    """The emulator's library for a release; builds it unless it is cached for these sources, compiler and flags.
+    """Return the emulator's library for a release; build it unless it is cached for these sources, compiler and flags.
 
     Args:
-        release: one of rkruntime.abi.EMULATED.
+        release: One of rkruntime.abi.EMULATED.
         arch: x86_64 or aarch64; this machine's by default.
         sanitize: Value for the compiler's -fsanitize, such as `address,undefined`.
         warnings_are_errors: Fail on warnings, as in the project's own tests.
@@ -299,9 +299,9 @@ def build(
         The file librkllmrt.so, in a folder of its own for LD_LIBRARY_PATH, with its header, abi.h.
 
     Raises:
-        UsageError: No such release or machine.
+        UsageError: There is no such release or machine.
         HostError: There is no compiler, it failed, or the cache folder cannot be written.
-        ServiceError: It was stopped.
+        ServiceError: The build was stopped.
     """
     check_release(release)
     try:
@@ -314,6 +314,6 @@ def build(
 
 
 def library_path(release: str = DEFAULT_RELEASE, *, arch: str | None = None) -> Path:
-    """Where build() puts the library, whether or not it exists yet."""
+    """Return where build() puts the library, whether or not it exists yet."""
     check_release(release)
     return _Build(release, find_compiler(arch), None, False).library

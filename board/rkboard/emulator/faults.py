@@ -1,6 +1,6 @@
-"""What the emulator does on demand: failures (RKEMU_FAULT) and guesses (RKEMU_GUESS), both from faults.yaml.
+"""What the emulator can be told to do: failures (RKEMU_FAULT) and guesses (RKEMU_GUESS), both from faults.yaml.
 
-The build makes the library's tables of them; `python -m rkboard.emulator.faults docs/emulator.md` writes the page's.
+The build turns them into the library's tables; `python -m rkboard.emulator.faults docs/emulator.md` writes the page's.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Fault:
     """A row of `faults`.
 
     Attributes:
-        act: what it does, an Act of board/emulator/faults.h.
-        summary: what a client sees of it.
-        stage: where it strikes, a Stage of faults.h.
-        class_: what `rkedge diagnose` calls a log with this fault; empty where no log shows it.
-        value: what the number in NAME=VALUE is; empty where there is none.
-        default: that number, unless one is given.
-        lines: what the library says; %T is a time, %V the value, %M the model's path.
-        kernel: what the driver says, in the file that RKEMU_KERNEL_LOG names or else on stderr.
-        driver: the driver that is claimed with this fault; empty for the usual one.
-        source: where its text was reported.
+        act: What it does: an Act of board/emulator/faults.h.
+        summary: What a client sees of it.
+        stage: Where it strikes: a Stage of faults.h.
+        class_: The name that `rkedge diagnose` gives to a log with this fault; empty where no log shows it.
+        value: What the number in NAME=VALUE means; empty where there is none.
+        default: The number if none is given.
+        lines: What the library prints; %T is a time, %V the value, %M the model's path.
+        kernel: What the driver prints, into the file that RKEMU_KERNEL_LOG names or else to stderr.
+        driver: The driver version that the library states with this fault; empty for the usual one.
+        source: Where its text was reported.
     """
 
     name: str
@@ -49,25 +49,25 @@ class Fault:
     source: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """What `rkedge emulator info --faults --json` says of it."""
+        """Return what `rkedge emulator info --faults --json` prints about it."""
         named = ("value", "default", "summary", "lines", "kernel", "driver")
         return {"name": self.name, "class": self.class_, **{name: getattr(self, name) for name in named}}
 
     def as_cpp(self) -> str:
-        """The row of rkemu::Fault."""
+        """Return its row in C++, for rkemu::Fault."""
         texts = ", ".join(map(json.dumps, (self.lines, self.kernel, self.driver)))
         return f'"{self.name}", Stage::{self.stage}, Act::{self.act}, "{self.value}", {self.default}, {texts}'
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A row of `guesses`: what boards do is not known, and RKEMU_GUESS=NAME chooses the other way.
+    """A row of `guesses`: what boards do is not known, and RKEMU_GUESS=NAME selects the alternative.
 
     Attributes:
-        usual: what the emulator does.
-        other: what it does with this name in RKEMU_GUESS.
-        source: who reported what.
-        only_told: RKEdge cannot be right with that, too: its probes tell it.
+        usual: What the emulator does by default.
+        other: What it does with this name in RKEMU_GUESS.
+        source: Who reported what.
+        only_told: RKEdge cannot work correctly with the alternative, but its probes detect it.
     """
 
     name: str
@@ -77,11 +77,11 @@ class Guess:
     only_told: bool = False
 
     def as_dict(self) -> dict[str, str]:
-        """What `rkedge emulator info --guesses --json` says of it."""
+        """Return what `rkedge emulator info --guesses --json` prints about it."""
         return {"name": self.name, "usual": self.usual, "other": self.other}
 
     def as_cpp(self) -> str:
-        """Its name and its member of rkemu::Guesses."""
+        """Return its row in C++: its name and its member of rkemu::Guesses."""
         return f'"{self.name}", &Guesses::{self.name.replace("-", "_")}'
 
 
@@ -91,17 +91,17 @@ def _tables() -> Any:
 
 
 def faults() -> list[Fault]:
-    """All faults, in the order of the page."""
+    """Return all faults, in the order of the page."""
     return [Fault(class_=row.pop("class", ""), **row) for row in map(dict, _tables()["faults"])]
 
 
 def guesses() -> list[Guess]:
-    """All guesses, in the order of the page."""
+    """Return all guesses, in the order of the page."""
     return [Guess(**row) for row in _tables()["guesses"]]
 
 
 def sources() -> dict[str, str]:
-    """Name and text of the files with the rows of the library's tables."""
+    """Return name and text of the C++ files with the rows of the library's tables."""
     return {
         "faults.inc": "".join(f"{{{row.as_cpp()}}},\n" for row in faults()),
         "guesses.inc": "".join(f"{{{row.as_cpp()}}},\n" for row in guesses()),
@@ -109,7 +109,7 @@ def sources() -> dict[str, str]:
 
 
 def page(text: str) -> str:
-    """A page with the rows of its two tables as faults.yaml has them now."""
+    """Return a page with its two tables updated from faults.yaml."""
     rows = []
     for fault in faults():
         value = f"{fault.value}, {fault.default}" if fault.value else ""

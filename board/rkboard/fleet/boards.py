@@ -1,4 +1,4 @@
-"""What is done on each board of an inventory: the work of `rkedge deploy`, `status` and `rollback`."""
+"""The work on each board of an inventory: that of `rkedge deploy`, `status` and `rollback`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Boards:
     """Work for a `Rollout`.
 
     Args:
-        say: Told of what goes on, in lines that begin with the board's name.
-        connect: Makes the connection to a board.
+        say: Called with lines about progress, which begin with the board's name.
+        connect: Opens the connection to a board.
     """
 
     say: Say
@@ -38,19 +38,19 @@ class Boards:
     _planned: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def bundle(self, entry: Entry) -> Bundle:
-        """A board's bundle. Raises BundleError, or UsageError if the inventory names none for it."""
+        """Return a board's bundle. Raises BundleError, or UsageError if the inventory names none for it."""
         if entry.bundle is None:
             raise UsageError(
                 f"The inventory names no bundle for {entry.name}.", hint="Add `bundle: FOLDER` to it, or to its group."
             )
-        with self._opening:  # several boards have the same one
+        with self._opening:  # several boards may have the same bundle
             if entry.bundle not in self._bundles:
                 self._bundles[entry.bundle] = open_bundle(entry.bundle)
                 self._bundles[entry.bundle].verify()
             return self._bundles[entry.bundle]
 
     def plan(self, entry: Entry) -> Mapping[str, Any]:
-        """What deploying would change. Changes nothing."""
+        """Return what a deployment would change, without changing anything."""
         bundle, person = self.bundle(entry), _Person(entry, self.say)
         with self.connect(entry.destination, person.say) as session:
             done = deploy(session, bundle, entry.library, person)
@@ -62,7 +62,7 @@ class Boards:
         }
 
     def deploy(self, entry: Entry) -> Mapping[str, Any]:
-        """What was planned; then the bundle is tried out there."""
+        """Carry out what was planned, then try out the bundle on the board."""
         bundle = self.bundle(entry)
         person = _Person(entry, self.say, self._planned[entry.name])
         with self.connect(entry.destination, person.say) as session:
@@ -82,7 +82,7 @@ class Boards:
         return {**facts, "emulated": emulated, "tokens_per_s": round(trial.tokens_per_s, 2)}
 
     def status(self, entry: Entry) -> Mapping[str, Any]:
-        """What a board serves. Raises ServiceError if no daemon answers there."""
+        """Return what a board serves. Raises ServiceError if no daemon answers there."""
         with self.connect(entry.destination, lambda _: None) as session:
             look = session.call("look", places=[])
         said = names_of(look, "status")
@@ -100,7 +100,7 @@ class Boards:
         }
 
     def before(self, entry: Entry) -> Mapping[str, Any]:
-        """What a board would go back to. Raises RefusedError if it has nothing."""
+        """Return what a rollback would change on a board. Raises RefusedError if it has nothing to go back to."""
         with self.connect(entry.destination, lambda _: None) as session:
             look = session.call("look", places=[])
         goal = text_of(names_of(look, "previous"), "bundles")
@@ -112,7 +112,7 @@ class Boards:
         return {"now": in_use(look, "bundles"), "bundle": goal, "changes": [f"serve {goal}"]}
 
     def roll_back(self, entry: Entry) -> Mapping[str, Any]:
-        """What a board served before, if that is what was shown. Raises RefusedError if it is not."""
+        """Return a board to what it served before. Raises RefusedError if that is not what was shown."""
         person = _Person(entry, self.say, self._planned[entry.name])
         with self.connect(entry.destination, person.say) as session:
             session.call("lock")
@@ -123,7 +123,7 @@ class Boards:
 
 
 class _Person:
-    """Whoever deploys to many boards: agrees to what was shown before, and to nothing else."""
+    """The person who deploys to many boards: agrees to what was shown before, and to nothing else."""
 
     def __init__(self, entry: Entry, say: Say, agreed: frozenset[str] | None = None) -> None:
         self._name, self._say, self._agreed = entry.name, say, agreed
@@ -136,7 +136,7 @@ class _Person:
         self._say(f"{self._name}: {text}")
 
     def agrees(self, missing: list[Planned]) -> bool:
-        """See Person. Raises RefusedError if there is something that was not shown."""
+        """See Person. Raises RefusedError if a change was not shown before."""
         self.shown = [str(planned.step["key"]) for planned in missing]
         self.changes = [f"{planned.title}: {planned.change}" for planned in missing]
         self.expect(self.shown)
@@ -150,7 +150,7 @@ class _Person:
             )
 
     def progress(self, done: int, total: int) -> None:
-        """See Person. Only large files are worth a line."""
+        """See Person. Only large files are reported, every tenth of the way."""
         tenth = done * _TENTHS // max(total, 1)
         if total >= _LARGE and tenth > self._tenth:
             self._tenth = tenth

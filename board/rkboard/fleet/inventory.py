@@ -27,11 +27,11 @@ _Path = Annotated[str, Length(4096)]
 
 @dataclass(frozen=True)
 class _Options:
-    """What may stand at each level; the nearest one counts.
+    """Options that may stand at each level: for all boards, a group or a board. The innermost one counts.
 
     Attributes:
-        bundle: A folder, as a path from the inventory's.
-        library: A librkllmrt.so, likewise.
+        bundle: A bundle's folder, relative to the folder of the inventory.
+        library: A librkllmrt.so, relative to the same folder.
         test: Whether a bundle is tried out once it is there.
     """
 
@@ -46,8 +46,8 @@ class _BoardText(_Options):
 
     Attributes:
         ssh: A destination of ssh, such as `root@10.0.0.11`.
-        url: Where its daemon's API is for a proxy, such as `http://10.0.0.11:8080`.
-        key: The environment variable of the proxy with its API key.
+        url: Where a proxy reaches the API of its daemon, such as `http://10.0.0.11:8080`.
+        key: The environment variable of the proxy that holds the API key for the board.
     """
 
     ssh: _Text = ""
@@ -67,7 +67,7 @@ class _InventoryText(_Options):
 
 @dataclass(frozen=True)
 class Entry:
-    """A board of an inventory. `host` and `port` are of its `url`; without one, they are empty and 0."""
+    """A board of an inventory. `host` and `port` are those of its `url`, or empty and 0 without one."""
 
     name: str
     group: str
@@ -81,15 +81,15 @@ class Entry:
 
     @property
     def address(self) -> str:
-        """Host and port of its daemon's API."""
+        """The host and port of its daemon's API."""
         return f"{self.host}:{self.port}"
 
 
 def read_inventory(path: Path) -> list[Entry]:
-    """The boards of an inventory, in its order.
+    """Return the boards of an inventory, in its order.
 
     Raises:
-        UsageError: It cannot be read, or something in it is not what it may be; the message names that.
+        UsageError: It cannot be read, or has an entry that is not allowed, which the message names.
     """
 
     def fail(what: str) -> UsageError:
@@ -140,7 +140,7 @@ def _place(folder: Path, values: Sequence[str | None]) -> Path | None:
 
 
 def _address(url: str | None, where: str, fail: Fail) -> tuple[str, int]:
-    """Host and port. Nothing but an address is let through: they go into the configuration of other programs."""
+    """Return the host and port of a URL that is nothing but an address: they go into other programs' configuration."""
     if url is None:
         return "", 0
     found = address(url.removeprefix(_SCHEME).removesuffix("/")) if url.startswith(_SCHEME) else None
@@ -150,13 +150,13 @@ def _address(url: str | None, where: str, fail: Fail) -> tuple[str, int]:
 
 
 def address(text: str) -> tuple[str, int] | None:
-    """The host and port of `HOST:PORT`; None if it is something else."""
+    """Return the host and port of `HOST:PORT`; None if the text is anything else."""
     found = _ADDRESS.fullmatch(text)
     return (found[1], int(found[2])) if found and 0 < int(found[2]) < 1 << 16 else None
 
 
 def chosen(found: Sequence[Entry], groups: Sequence[str], names: Sequence[str]) -> list[Entry]:
-    """The boards of these groups and with these names; all of them if neither is given.
+    """Return the boards of these groups and with these names; all boards if neither is given.
 
     Raises:
         UsageError: There is no such group or board.

@@ -13,10 +13,10 @@ from rkruntime.errors import UsageError
 from rkruntime.serve.settings import Limits
 
 _LIMITS: Final = Limits()
-# How long an answer may take with the daemon's default settings: its turn has to come first.
+# Longest time for an answer with the daemon's default settings, including the wait in its queue.
 _ANSWER_S: Final = int(_LIMITS.wait_s + _LIMITS.request_s)
 _CONNECT_S: Final = 3
-# A board that fails is left out for so long, then tried again.
+# Seconds for which a board that failed is left out.
 _PAUSE_S: Final = 10
 _TRIES: Final = 3
 _CHECK_S: Final = 30
@@ -73,7 +73,7 @@ server {{
 
 
 def litellm(boards: Sequence[Entry]) -> str:
-    """A config.yaml for `litellm --config`, with a model for each bundle and a deployment for each board.
+    """Return a config.yaml for `litellm --config`, with a model for each bundle and a deployment for each board.
 
     Raises:
         UsageError: A board has no address, or two bundles have the same model name.
@@ -86,7 +86,7 @@ def litellm(boards: Sequence[Entry]) -> str:
         "router_settings": {
             "routing_strategy": "least-busy",
             "num_retries": _TRIES - 1,
-            # Of several boards, one that fails once is left out; a board that is alone is not.
+            # A board is left out after a single failure, unless it is the only one.
             "allowed_fails": 0,
             "cooldown_time": _PAUSE_S,
             "timeout": _ANSWER_S,
@@ -112,15 +112,15 @@ def _deployment(entry: Entry, model: str) -> dict[str, Any]:
     return {
         "model_name": model,
         "litellm_params": {
-            # What follows openai/ is the name in the request, which a daemon with one model does not look at.
+            # The part after openai/ is the model in the request, which a daemon with one model ignores.
             "model": f"openai/{model}",
             "api_base": f"http://{entry.address}/v1",
-            # A daemon without keys takes any.
+            # A daemon without keys accepts any.
             "api_key": f"os.environ/{entry.key}" if entry.key else "none",
             "timeout": _ANSWER_S,
             "stream_timeout": _ANSWER_S,
         },
-        # On a busy board, it waits like any other request.
+        # On a busy board, a health check waits like any other request.
         "model_info": {
             "id": entry.name,
             "mode": "chat",
@@ -131,13 +131,13 @@ def _deployment(entry: Entry, model: str) -> dict[str, Any]:
 
 
 def nginx(boards: Sequence[Entry], listen: str) -> str:
-    """A file for nginx's http block.
+    """Return a file for nginx's http block.
 
     Args:
-        listen: Address and port, as nginx's `listen` takes them.
+        listen: An address and a port, in the syntax of nginx's `listen`.
 
     Raises:
-        UsageError: A board has no address, or the boards have different bundles, of which a client could not choose.
+        UsageError: A board has no address, or the boards have different bundles, between which nginx cannot choose.
         BundleError: A bundle cannot be read.
     """
     if address(listen) is None:
@@ -167,7 +167,7 @@ def _expect_address(entry: Entry) -> None:
 
 
 def _models(boards: Sequence[Entry]) -> dict[str, str]:
-    """What clients call the model of each board, by the board's name."""
+    """Return the model name that clients use for each board, by the board's name."""
     names: dict[str, str] = {}
     fingerprints: dict[str, str] = {}
     for entry in boards:

@@ -1,7 +1,7 @@
-"""The same work on many boards: first on one, then on the rest at the same time, until one of them fails.
+"""The same work on many boards: first on one, then on the rest in parallel, until one of them fails.
 
-Not with pyinfra (docs/fleet.md says why): what is done on a board is done by one session over the user's own ssh, which
-leaves nothing to do here but to start several and to stop in time.
+Not with pyinfra (docs/fleet.md says why): all work on a board is done by one session over the user's own ssh, so that
+all that is left to do here is to start several sessions and to stop in time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Work = Callable[[Entry], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a board. `facts` are what the work returned, `error` why it failed."""
+    """The outcome for a board. `facts`: what the work returned; `error`: why it failed."""
 
     entry: Entry
     state: State
@@ -30,27 +30,27 @@ class Outcome:
 
     @property
     def as_looked_at(self) -> Outcome:
-        """What it is if the work was only to look: nothing was done, and `changes` say what could be."""
+        """The outcome of work that was only a look: `not touched` if its facts have `changes` to make."""
         return (
             self if self.error else replace(self, state="not touched" if self.facts.get("changes") else "nothing to do")
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the outcome for JSON."""
         named = {"board": self.entry.name, "group": self.entry.group, "destination": self.entry.destination}
         return {**named, "state": self.state, **self.facts, **(self.error.as_dict() if self.error else {})}
 
 
 class Rollout:
-    """Work on boards.
+    """Runs the same work on boards.
 
     Args:
-        work: What to do on one; called from several threads at the same time.
-        at_once: On how many at the same time.
-        careful: First on one alone, and on no further one once one has failed.
+        work: The work on one board; called from several threads at the same time.
+        at_once: The number of boards to work on in parallel.
+        careful: Begin with one board alone, and begin with no further one after a failure.
 
     Attributes:
-        outcomes: Of the boards, in their order; those that nothing was done to are `not touched`.
+        outcomes: The outcome of each board, in their order; `not touched` where nothing was begun.
     """
 
     def __init__(self, boards: Sequence[Entry], work: Work, at_once: int, *, careful: bool) -> None:
@@ -64,7 +64,7 @@ class Rollout:
         return [self._found.get(one.name, Outcome(one, "not touched")) for one in self._boards]
 
     def run(self) -> list[Outcome]:
-        """Do it; what came of it. At Ctrl-C, what was begun comes to an end, and KeyboardInterrupt is raised then."""
+        """Do the work; return the outcomes. Ctrl-C raises KeyboardInterrupt once the boards in progress are done."""
         first = 1 if self._careful else 0
         try:
             for entry in self._boards[:first]:
@@ -86,7 +86,7 @@ class Rollout:
             return
         try:
             self._found[entry.name] = Outcome(entry, "done", self._work(entry))
-        except Exception as error:  # whatever it was, the others are told of it
+        except Exception as error:  # whatever it is, it belongs into this board's outcome
             self._found[entry.name] = Outcome(entry, "failed", error=_typed(error))
             if self._careful:
                 self._stopped.set()

@@ -1,1 +1,1 @@
-"""What a board does at the moment: read again and again, on a screen or once."""
+"""What a board does at the moment: once, or again and again on a screen."""

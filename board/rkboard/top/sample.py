@@ -1,4 +1,4 @@
-"""What a board does at the moment, of two documents of the probe with some time between them."""
+"""What a board does at the moment, from two documents of the probe some time apart."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _GENERATED: Final = "rkedge_generated_tokens_total"
 
 @dataclass(frozen=True)
 class Daemon:
-    """What the daemon says. What it does not say is None or empty.
+    """The daemon's state. A field is None or empty if the daemon does not tell it.
 
     Attributes:
-        tokens_per_s: Over the time since the sample before.
-        busy, waiting: Requests that are being answered, and that wait for it.
+        tokens_per_s: The rate since the sample before.
+        busy, waiting: The number of requests being answered, and of those in the queue.
     """
 
     state: str
@@ -41,7 +41,7 @@ class Daemon:
 
 @dataclass(frozen=True)
 class Sample:
-    """A board at one time. `unknown` says why something is None or empty, by its name."""
+    """A board at one moment. `unknown`: the reason why a value is missing, by the value's name."""
 
     board: str
     kernel: str
@@ -55,7 +55,7 @@ class Sample:
 
     @classmethod
     def of(cls, now: Board, before: Board | None = None) -> Sample:
-        """What two looks say."""
+        """Make a sample from the present look and the one before, which rates need."""
         zones, lowered = temperatures(now), cooling(now)
         return cls(
             board=(now.text("proc/device-tree/model") or "").strip("\0")[:_MOST_WORD],
@@ -70,7 +70,7 @@ class Sample:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; clocks in Hz, memory in bytes."""
+        """Return the sample for JSON; clocks in Hz, memory in bytes."""
         kept = ("name", "governor", "now", "least", "most", "best")
         whole = {"schema": SCHEMA, **asdict(self)}
         whole["clocks"] = [{name: asdict(one)[name] for name in kept} for one in self.clocks]
@@ -96,17 +96,17 @@ def _daemon(now: Board, before: Board | None) -> Daemon | None:
 
 
 def _rate(now: Board, before: Board) -> float | None:
-    """Tokens a second between two looks, by the daemon's own clock; None if it does not say, or was restarted."""
+    """Return tokens/s between two looks by the daemon's own clock; None if it does not tell them or was restarted."""
     counts, times = [_tokens(board) for board in (before, now)], [_uptime(board) for board in (before, now)]
     if None in counts or None in times:
         return None
     seconds = (times[1] or 0.0) - (times[0] or 0.0)
-    # What was generated for an answer that was then broken off is in no count.
+    # Not below 0: the tokens of an answer that was broken off leave the count again.
     return max(0.0, (counts[1] or 0.0) - (counts[0] or 0.0)) / seconds if seconds > 0 else None
 
 
 def _tokens(board: Board) -> float | None:
-    """Tokens that the daemon has generated since it was started."""
+    """Return how many tokens the daemon has generated since its start; None if it does not tell."""
     text = board.text(METRICS) or ""
     found = dict(re.findall(r"^(rkedge_\w{1,40}) ([0-9.e+]{1,24})\r?$", text, re.MULTILINE | re.ASCII))
     if _GENERATED not in found:
@@ -132,7 +132,7 @@ def _count(value: object) -> int | None:
 
 
 def _unknown(now: Board, before: Board | None) -> Iterator[tuple[str, str]]:
-    """Why something cannot be said."""
+    """Yield the missing values with the reason for each."""
     if not npu_load(now.root):
         yield "npu_load", _no_load(now)
     kinds = {clock.kind for clock in clocks(now)}

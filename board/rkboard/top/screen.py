@@ -1,4 +1,4 @@
-"""A sample as a table: plain, or on a screen that is written anew."""
+"""A sample as a table: plain text, or for a screen that is redrawn."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _BAR: Final = 24
-# A zone at which the kernel of an RK3588 begins to lower clocks is at 75 to 85 degrees in the vendor's device trees.
+# Degrees Celsius. In the vendor's device trees for the RK3588, throttling begins at 75 to 85.
 _HOT: Final = 75.0
 
 
 class Row(NamedTuple):
-    """A line. `share`: 0 to 1, for a bar; `warn`: somebody should look at it."""
+    """A line. `share`: 0 to 1, for a bar; `warn`: it deserves attention."""
 
     name: str
     value: str
@@ -27,27 +27,27 @@ class Row(NamedTuple):
 
 
 def rows(sample: Sample) -> list[Row]:
-    """What a person is shown. What a board has said is made one line each."""
+    """Return the rows to show. Whatever a board has said is made a single line."""
     found = [*_npu(sample), *_clocks(sample), *_heat(sample), *_memory(sample), *_daemon(sample)]
     found += [Row(name, f"unknown: {why}") for name, why in sample.unknown.items()]
     return [Row(one_line(row.name), one_line(row.value), row.share, row.warn) for row in found]
 
 
 def title(sample: Sample, destination: str | None) -> str:
-    """The board's name, model and kernel."""
+    """Return the board's name, model and kernel."""
     parts = (destination or "this machine", sample.board, sample.kernel and f"Linux {sample.kernel}")
     return one_line(", ".join(filter(None, parts)))
 
 
 def plain(sample: Sample) -> list[str]:
-    """The rows as text."""
+    """Return the rows as text."""
     found = rows(sample)
     width = max((len(row.name) for row in found), default=0)
     return [f"{row.name:{width}}  {row.value}" for row in found]
 
 
 def table(sample: Sample, destination: str | None) -> Table:
-    """The rows with bars, for rich."""
+    """Return the rows with bars, for rich."""
     from rich.table import Table
     from rich.text import Text
 

@@ -27,7 +27,7 @@ _OTHERS: Final = (
 
 
 def plain_name(name: str) -> str:
-    """A model's name without owner, folders, case and mirrors' suffixes: `gemma-2-2b-it`."""
+    """Return a model's name without owner, folders, case and mirrors' suffixes: `gemma-2-2b-it`."""
     cached = _CACHE.search(name)
     plain = (cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]).lower()
     while _MIRROR.search(plain):

@@ -1,4 +1,4 @@
-"""How a model with its adapters is talked to: its tokenizer, its template and what ends an answer."""
+"""What a chat with a model and its adapters needs: its tokenizer, its template and its end tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_chat(model: MergedModel) -> tuple[TokenizerTables, ChatTemplate]:
 
 
 def stop_tokens(model: MergedModel, tokenizer: TokenizerTables, template: ChatTemplate) -> tuple[int, ...]:
-    """The checkpoint's end tokens and those that end a turn: many generation_config.json files list only `<eos>`."""
+    """Return the checkpoint's end tokens and those that end a turn: generation_config.json often lists only `<eos>`."""
     added = tokenizer.added
     ends = [added[text] for text in (END_OF_TURN, template.special_tokens.get("eos_token")) if text in added]
     return tuple(dict.fromkeys([*model.checkpoint.eos_token_ids, *ends]))

@@ -36,7 +36,7 @@ _CHANGED_BASE: Final = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-# A list of all of 27B's matrices by full name has 322 entries.
+# Limits on a list of module names (27B's matrices by full name are 322), and on the characters of one name.
 _MAX_NAMES: Final = 10_000
 _MAX_NAME: Final = 300
 _MERGE_FIRST: Final = "Merge it with peft (merge_and_unload, then save_pretrained), and convert the merged checkpoint."
@@ -50,7 +50,7 @@ _PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mic
 
 
 def _no_adapter(folder: Path) -> AdapterError:
-    """The error for a path that is not an adapter's folder."""
+    """Return the error for a path that is not an adapter's folder."""
     if not folder.exists():
         return AdapterError(f"There is no adapter {folder}.", hint="Check the spelling of the path.")
     hint = None
@@ -108,7 +108,7 @@ class AdapterConfig:
 
     @property
     def base_name(self) -> str:
-        """The base model that it was trained on, empty if it names none."""
+        """Base model that the adapter was trained on; empty if it names none."""
         return str(self.raw.get("base_model_name_or_path") or "")[:_MAX_NAME]
 
     @property
@@ -123,7 +123,7 @@ class AdapterConfig:
 
     @property
     def mica(self) -> bool:
-        """Whether it was initialized as MiCA, for which peft rounds the update before adding it."""
+        """Whether the adapter was initialized as MiCA, for which peft rounds the update before adding it."""
         return self.raw.get("init_lora_weights") == "mica"
 
     def saves_module(self, module: str) -> bool:
@@ -133,26 +133,26 @@ class AdapterConfig:
         return any(whole.endswith(name) for name in self._list("modules_to_save") for whole in wholes)
 
     def _list(self, key: str) -> list[str]:
-        """Names of modules under a key, empty if there are none."""
+        """Return the names of modules under a key, empty if there are none."""
         names = self.raw.get(key) or []
         if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(n, str) and n for n in names):
             raise AdapterError(f"{self.path}: {key} is {str(names)[:80]}; it must list names of modules.")
         return names
 
     def rank(self, module: str) -> int:
-        """Rank of a module's matrices."""
+        """Return the rank of a module's matrices."""
         value = self._setting("rank_pattern", "r", module)
         if not value.is_integer():
             raise AdapterError(f"{self.path}: the rank of {module} is {value:g}; it must be a whole number.")
         return int(value)
 
     def scaling(self, module: str) -> float:
-        """The factor of B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        """Return the factor of B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         rank, alpha = self.rank(module), self._setting("alpha_pattern", "lora_alpha", module)
         return alpha / math.sqrt(rank) if self.raw.get("use_rslora") else alpha / rank
 
     def _setting(self, patterns: str, default: str, module: str) -> float:
-        """A module's own rank or alpha: that of the first matching pattern, as in peft's get_pattern_key."""
+        """Return a module's own rank or alpha: the first matching pattern's, as in peft's get_pattern_key."""
         value = self.raw.get(default)
         value = next((own for pattern, own in self._patterns(patterns) if pattern.match(module)), value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
@@ -160,7 +160,7 @@ class AdapterConfig:
         return float(value)
 
     def _patterns(self, key: str) -> list[tuple[re.Pattern[str], Any]]:
-        """The table under a key, with its patterns as peft matches them."""
+        """Return the table under a key, with its patterns as peft matches them."""
         if key in self._compiled:
             return self._compiled[key]
         table = self.raw.get(key) or {}
@@ -179,7 +179,7 @@ class AdapterConfig:
         return self._compiled.setdefault(key, [(re.compile(whole), own) for whole, own in wholes.items()])
 
     def token_indices(self, module: str) -> list[int]:
-        """Ids of individually trained tokens, from a list or a table by module name."""
+        """Return the ids of individually trained tokens, from a list or a table by module name."""
         found = self.raw.get("trainable_token_indices") or []
         if isinstance(found, dict):
             own = [ids for name, ids in found.items() if f".{module}".endswith(f".{name}")]
@@ -243,7 +243,7 @@ class AdapterConfig:
         return None if named and (pattern or self.raw.get("layers_pattern")) else named
 
     def _names_target(self, module: str) -> bool | None:
-        """`_targets` without exclusions."""
+        """Answer like `_targets`, but without the exclusions."""
         targets = self.raw.get("target_modules")
         if isinstance(targets, str):
             return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
@@ -257,7 +257,7 @@ class AdapterConfig:
         return layers is None or (layer is not None and int(layer[1]) in layers)
 
     def _layers(self) -> Container[int] | None:
-        """Indices of the changed layers; None for all."""
+        """Return the indices of the changed layers; None for all."""
         layers = self.raw.get("layers_to_transform")
         if type(layers) is int:
             return {layers}
@@ -276,7 +276,7 @@ def _names(names: list[str], module: str) -> bool:
 
 
 def _is_plain_pattern(pattern: str) -> bool:
-    """Whether it is a regular expression that is safe to match, and not one of peft's words for many modules."""
+    """Whether a pattern is a regular expression that is safe to match, and not peft's keyword all-linear."""
     try:
         return pattern != "all-linear" and are_safe([pattern])
     except re.error:

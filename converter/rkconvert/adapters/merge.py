@@ -36,7 +36,7 @@ class MergedWeights:
 
     def __init__(self, base: Weights, config: GemmaConfig, adapters: Sequence[Adapter]) -> None:
         self._base = base
-        # The state of both sides as long as they are tied.
+        # Names under which the base has a tensor, where they differ: a tied head is the embedding.
         self._from = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
         self._updates: dict[str, TensorUpdate] = {}
         self.notes: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class MergedWeights:
         return self._base.tensors[self._from.get(name, name)]
 
     def _copies_of_the_base(self, adapter: Adapter) -> set[Replacement]:
-        """Names of an adapter's tensors that merely copy the base's. Others that it did not train get a note."""
+        """Return an adapter's tensors that merely copy the base's. Others that it did not train get a note."""
         copies = {
             update.replacement: self._from.get(name, name)
             for name, update in adapter.updates.items()

@@ -1,4 +1,4 @@
-"""The start of convert and merge: the model, its adapters, and a text that identifies exactly this work."""
+"""What convert and merge begin with: the model, its adapters, and a key that identifies exactly this work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AdapterSource:
 
     @classmethod
     def parse(cls, text: str) -> AdapterSource:
-        """`FOLDER` or `FOLDER=WEIGHT`; a folder with the whole name wins. Raises UsageError for a bad weight."""
+        """Parse `FOLDER` or `FOLDER=WEIGHT`; a folder with the whole name wins. Raises UsageError for a bad weight."""
         source, equals, weight = text.rpartition("=")
         if not equals or Path(text).exists():
             return cls(text)
@@ -84,14 +84,14 @@ class MergedModel:
         return "+".join([self.checkpoint.short_name, *(item.name.rpartition("/")[2] for item in self.adapters)])
 
     def hf_config(self) -> dict[str, Any]:
-        """config.json of the merged model, without the description of a quantized base."""
+        """Return config.json of the merged model, without the description of a quantized base."""
         merged = self.weights.config
         own = {"vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tie_word_embeddings}
         return {key: value for key, value in self.checkpoint.raw_config.items() if key != "quantization_config"} | own
 
 
 def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
-    """A text that determines the result, for `work_folder`: if it differs, nothing of an earlier run is kept.
+    """Return a text that determines the result, for `work_folder`: if it differs, nothing of an earlier run is kept.
 
     It holds the states of weight files, the hashes of small files, every option, and library versions.
     """
@@ -101,7 +101,7 @@ def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
 
 
 def _installed(package: str) -> str:
-    """The package's version; empty if it is not installed."""
+    """Return the package's version; empty if it is not installed."""
     with suppress(PackageNotFoundError):
         return version(package)
     return ""
@@ -133,7 +133,7 @@ def merged_model(base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedMode
 
 
 def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) -> Place:
-    """Tokenizer of the first adapter that changes the embeddings and fits their `size` rows, else the base's.
+    """Choose the tokenizer of the first adapter that changes the embeddings and fits `size` rows, else the base's.
 
     Raises:
         AdapterError: An adapter's rows match neither the base's vocabulary nor that of its own tokenizer.

@@ -60,7 +60,7 @@ def adapter_notes(adapter: Adapter, base: Checkpoint, tokenizer: Place, rows: in
 
 
 def _public(name: str) -> str:
-    """A base's name to show; for a path only its last part, so that notes do not reveal directories."""
+    """Return a base's name to show; for a path only its last part, so that notes do not reveal directories."""
     return printable(name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1])
 
 
@@ -69,14 +69,14 @@ def _is_another(path: Path, used: Place) -> bool:
 
 
 def token_count(path: Path) -> int:
-    """One more than the largest token id of an adapter's tokenizer.json; 0 if its format is unknown."""
+    """Return one more than the largest token id of an adapter's tokenizer.json; 0 if its format is unknown."""
     tokens = _tokens(path, AdapterError)
     ids = [*tokens["vocab"].values(), *tokens["added"].values()]
     return 1 + max((at for at in ids if type(at) is int), default=-1)
 
 
 def _tokens(path: Place, kind: type[InputError]) -> dict[str, Any]:
-    """The parts of tokenizer.json that determine its results, in a common form; empty for parts of unknown form."""
+    """Return the parts of tokenizer.json that determine its results, in a common form; empty if of unknown form."""
     content = read_json(path, kind, limit=MAX_TOKENIZER)
     model = _if_a(dict, content.get("model"))
     merges = _if_a(list, model.get("merges"))

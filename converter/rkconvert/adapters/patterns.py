@@ -1,4 +1,4 @@
-"""Regular expressions of a stranger's adapter: matched only if no name of a module makes that take long.
+"""Regular expressions of an untrusted adapter: matched only if no name of a module makes that take long.
 
 Python's `re` tries every way to match before it gives up. How many there are at most follows from the pattern alone.
 """
@@ -21,10 +21,10 @@ _SINGLE: Final = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT", "RANGE", "CATEGOR
 
 
 def are_safe(patterns: Iterable[str]) -> bool:
-    """Whether all of them together can be matched with any name of a module within some milliseconds.
+    """Whether all patterns together can be matched with any name of a module within some milliseconds.
 
     Raises:
-        re.error: One is not a regular expression.
+        re.error: A pattern is not a regular expression.
     """
     ways = 0.0
     for pattern in patterns:
@@ -35,7 +35,7 @@ def are_safe(patterns: Iterable[str]) -> bool:
 
 
 def _ways(pattern: str) -> float:
-    """Upper bound of the ways to match a name."""
+    """Return an upper bound on the number of ways to match a name."""
     if len(pattern) > _MOST_LENGTH:
         return inf
     try:
@@ -43,12 +43,12 @@ def _ways(pattern: str) -> float:
         re.compile(pattern)
     except (OverflowError, RecursionError):
         return inf
-    # Repeats share the name's characters among them.
+    # The repeats divide the name's characters among themselves.
     return choices * comb(_LONGEST_NAME + repeats, repeats) if choices < inf else inf
 
 
 def _count(items: Sequence[Any]) -> tuple[float, int]:
-    """The product of all choices between alternatives, and the number of repeats, each of any length."""
+    """Return the product of all choices between alternatives, and the number of repeats, each of any length."""
     found = [_count_item(str(kind), value) for kind, value in items]
     return prod(choices for choices, _ in found), sum(repeats for _, repeats in found)
 
@@ -75,5 +75,5 @@ def _count_repeat(least: Any, most: Any, items: Sequence[Any]) -> tuple[float, i
 
 
 def _is_fixed(items: Sequence[Any]) -> bool:
-    """Whether it matches in one way only, or not at all."""
+    """Whether a sequence matches in one way only, or not at all."""
     return all(str(kind) in _SINGLE or (str(kind) == "SUBPATTERN" and _is_fixed(value[-1])) for kind, value in items)

@@ -40,8 +40,8 @@ class Adapter:
     """A checked adapter.
 
     Attributes:
-        path: Its folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
-        base_name: Base model that it names (may be empty).
+        path: The adapter's folder; `name` is the folder's name or the hub id, `revision` a hub model's commit.
+        base_name: Base model that the adapter names (may be empty).
         updates: Its changes, by the base model's tensor name. For a base that ties its head to the embedding both
             sides are named; if one and the same update is used for both, they stay tied.
         own_tokens: Whether it changes the embedding or the head, or their size, so that it needs its own tokenizer.
@@ -89,13 +89,13 @@ def open_adapter(
 
 
 def _is_change(update: TensorUpdate, shape: tuple[int, ...]) -> bool:
-    """Whether it does more than provide a copy of the base's tensor, which has this shape."""
+    """Whether an update does more than provide a copy of the base's tensor, which has this shape."""
     start = update.replacement
     return bool(update.changes) or (start is not None and (start.trained or start.info.shape != shape))
 
 
 def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
-    """The error for a resized vocabulary whose embeddings peft did not save on both sides."""
+    """Return the error for a resized vocabulary whose embeddings peft did not save on both sides."""
     return AdapterError(
         f"The adapter needs {rows:,} rows of {name}, but the base model has {base_rows:,}, and the adapter's file lacks"
         " them: peft did not save them.",
@@ -107,7 +107,7 @@ def lost_rows(name: str, rows: int, base_rows: int) -> AdapterError:
 def _tied_shapes(
     base: Mapping[str, tuple[int, ...]], parts: Mapping[str, Mapping[str, str]], weights: Weights
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of tied embeddings: if one of the two was resized, so was the other. Empty if they are not tied."""
+    """Return shapes of tied embeddings: if one of the two was resized, so was the other. Empty if they are not tied."""
     if HEAD in base:
         return {}
     found = [parts.get(side.removesuffix(".weight"), {}) for side in _EMBEDDINGS]
@@ -187,7 +187,7 @@ class _AdapterReader:
     weight: float
 
     def update(self, module: str, parts: Mapping[str, str]) -> TensorUpdate:
-        """All that the adapter does to one module's weight; every part is either used or an error."""
+        """Return all that the adapter does to one module's weight; every part is either used or an error."""
         whole = [part for part in _WHOLE_TENSORS if part in parts]
         rest = parts.keys() - set(whole)
         kind = "tokens" if rest == {_TOKENS} else "lora" if rest and _TOKENS not in rest else "none" if not rest else ""

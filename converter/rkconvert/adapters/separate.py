@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Filling up may not make an adapter much larger than it is: one matrix of a huge rank could exhaust the memory.
+# Padding to one rank may make an adapter this many times larger, or this many bytes: a huge rank could exhaust memory.
 _MOST_GROWTH: Final = 8
 _SMALL: Final = 64 << 20
 
 
 @dataclass(frozen=True)
 class SeparateLora:
-    """All that such a file can express: weight + alpha / rank * (b @ a).
+    """All that a separate LoRA file can express: weight + alpha / rank * (b @ a).
 
     Attributes:
         pairs: a [rank, in] and b [out, rank], float32, by the base model's tensor name.
@@ -40,10 +40,10 @@ class SeparateLora:
 
 
 def separate_lora(adapter: Adapter) -> SeparateLora:
-    """Return an adapter in that form: rows of zeros fill up a smaller rank, and b absorbs any other factor.
+    """Return an adapter as a SeparateLora: zeros pad smaller ranks, and b absorbs any other factor.
 
     Raises:
-        AdapterError: It does more than add such products to the layers' matrices, or its ranks are too far apart.
+        AdapterError: The adapter does more than add such products to layers' matrices, or its ranks are too far apart.
     """
     changes = {name: _low_rank(adapter, name) for name in adapter.updates}
     rank = max(len(change.a) for change in changes.values())

@@ -33,7 +33,7 @@ class Change(Protocol):
         ...
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it can change a tensor of this shape."""
+        """Whether the change applies to a tensor of this shape."""
         ...
 
 
@@ -61,7 +61,7 @@ class LowRank:
         return self.shape == shape
 
     def delta(self, first: int, count: int) -> NDArray[np.float32]:
-        """Rows of scaling * (b @ a)."""
+        """Return rows of scaling * (b @ a)."""
         delta: NDArray[np.float32] = self.b[first : first + count] @ self.a
         if self.scaling != 1:
             delta *= np.float32(self.scaling)
@@ -83,7 +83,7 @@ class LowRank:
 class Dora:
     """DoRA: (weight + scaling * (b @ a)) * magnitude / norm of each row.
 
-    Here norms are summed in float64, in torch in float32 and in its own order: a float32 result can differ from peft's
+    Norms are summed in float64 here, but in float32 and its own order in torch: a float32 result can differ from peft's
     by a few units in the last place.
     """
 
@@ -153,7 +153,7 @@ class Replacement:
         return self.source.tensors[self.name]
 
     def read(self, first: int, count: int, dtype: str) -> NDArray[Any]:
-        """Rows in the format `dtype`."""
+        """Return rows in the format `dtype`."""
         own = self.source.read(self.name, first, count)
         saved = self.info.dtype
         return own if saved == dtype else from_float32(to_float32(own, saved), dtype)

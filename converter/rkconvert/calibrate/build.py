@@ -54,7 +54,7 @@ class Builder:
         """
         rows: list[Sample] = []
         left_out: Counter[str] = Counter()
-        # All of them before the first answer, which may take minutes: what the template refuses is told at once.
+        # Render all prompts before the first answer, which may take minutes: the template's refusals come at once.
         prompts = [self._render(chat) for chat in chats]
         for number, (chat, prompt) in enumerate(zip(chats, prompts, strict=True), start=1):
             row = self._row(chat, prompt)
@@ -89,8 +89,8 @@ class Builder:
         return Sample(text, target) if len(prompt) + self.count(target) <= self.max_context else too_long
 
     def _render(self, chat: Dialogue) -> str | None:
-        """The prompt as text; None if a message contains a control token: the toolkit encodes the text as a whole, and
-        would take it for one of the template's own.
+        """Return the prompt as text; None if a message contains a control token: the toolkit encodes the text as a
+        whole, and would take it for one of the template's own.
         """
         messages = self.template.messages(chat.messages)
         if any(self._has_control(message["content"]) for message in messages):

@@ -41,14 +41,14 @@ class Dialogue:
     origin: str
 
     def under(self, system: str) -> Dialogue:
-        """The same conversation with this system prompt, unless it has its own."""
+        """Return the same conversation with this system prompt, unless it has its own."""
         if not system or self.messages[0].role == "system":
             return self
         return replace(self, messages=(Message("system", system), *self.messages))
 
 
 def default_chats() -> list[Dialogue]:
-    """The chats that come with RKEdge: short questions of many kinds and languages."""
+    """Return the chats that come with RKEdge: short questions of many kinds and languages."""
     rows = yaml.safe_load(_DEFAULT.read_text(encoding="utf-8"))
     return [
         Dialogue((Message("user", row["question"]),), row["answer"], f"default.yaml, row {number}")

@@ -45,11 +45,11 @@ class TokenCounter:
             raise CalibrationError(f"{tokenizer_file} cannot be read to count tokens: {error.message}") from error
 
     def __call__(self, text: str) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text that already has its `<bos>`."""
+        """Return the ids of a text that already has its `<bos>`."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 

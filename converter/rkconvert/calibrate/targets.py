@@ -23,7 +23,7 @@ _OTHER_TARGETS: Final = "Use --targets given with chats that have answers."
 
 
 def missing_packages() -> list[str]:
-    """Packages that generation needs but that are not installed."""
+    """Return the packages that generation needs but that are not installed."""
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
@@ -58,13 +58,13 @@ class CpuModel:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto",
-                # Many releases default to sdpa, which leaves out Gemma 2's cap of the attention scores without a word.
+                # Many releases default to sdpa, which silently omits Gemma 2's soft-cap of the attention scores.
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             ).eval()
-        except ImportError:  # a package is missing, which is told as for every command
+        except ImportError:  # a missing package, reported as for every command
             raise
         except Exception as error:  # Each release raises errors of its own, and of the packages below it.
             raise CalibrationError(f"transformers cannot load the model: {error}.", hint=_OTHER_TARGETS) from error
@@ -73,7 +73,7 @@ class CpuModel:
         self._tokenizer, self._stop = tokenizer, list(stop)
 
     def answer(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS) -> str:
-        """The answer to a prompt of token ids, cut after `new_tokens`."""
+        """Return the answer to a prompt of token ids, cut after `new_tokens`."""
         import torch
         from transformers import GenerationConfig
 

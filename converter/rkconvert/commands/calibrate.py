@@ -164,7 +164,7 @@ def _answers(
     new_tokens: int,
     reporter: Reporter,
 ) -> Iterator[tuple[Answer | None, str]]:
-    """Return the model that answers; or None, with a reason if any, to use the given answers."""
+    """Yield the function that answers; or None, with a reason if any, to use the given answers."""
     reason = _why_not(model) if targets == "auto" else ""
     if targets == "given" or reason:
         yield None, reason
@@ -179,7 +179,7 @@ def _answers(
 
 
 def _why_not(model: MergedModel) -> str:
-    """Why the float model cannot answer here, or an empty string."""
+    """Return why the float model cannot answer here, or an empty string."""
     if missing := missing_packages():
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if (free := read_memory().available) < model.nbytes:

@@ -33,11 +33,11 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 @dataclass(frozen=True)
 class OnBoard:
-    """What --board needs.
+    """The options of --board.
 
     Attributes:
-        output: Folder for results; `variants` for bundles that are converted, if they are to be elsewhere.
-        probes: Names; none for all that are not risky.
+        output: Folder for results; `variants` is the folder for converted bundles, if that is to be elsewhere.
+        probes: Names of questions; empty for all that are not risky.
     """
 
     board: str | None
@@ -52,7 +52,7 @@ class OnBoard:
 
     @property
     def steps(self) -> list[str]:
-        """What is done there."""
+        """Names of the steps to do on the board."""
         named = self.probes or tuple(name for name, row in QUESTIONS.items() if self.risky or not row.risky)
         return [LOAD, SPEED, SELFTEST, *named]
 
@@ -105,7 +105,7 @@ board_options = packed(
 )
 
 
-# What an option does that --board has nothing for, and one that only it has.
+# Parameters that have no meaning with --board, and those that only --board uses.
 _MATRIX_ONLY: Final = ("results", "emulator", "why", "html", "markdown")
 _BOARD_ONLY: Final = tuple(item.name for item in fields(OnBoard) if item.name != "board")
 # Fields of a cell, and the options that name their values.
@@ -117,12 +117,12 @@ _FIELDS: Final = {
     "context": "contexts",
     "lora": "loras",
 }
-# What a bundle says of itself.
+# Parameters that a bundle determines itself.
 _OF_A_BUNDLE: Final = ("revision", *_FIELDS.values(), "variants", "target")
 
 
 def _given(names: Iterable[str]) -> str:
-    """Those of these parameters that were given, as options."""
+    """Return which of the named parameters are on the command line, as options joined by commas."""
     context = click.get_current_context()
     found = [
         max(parameter.opts, key=len)
@@ -141,7 +141,7 @@ def _wanted(given: Mapping[str, Any]) -> Wanted:
 def _try(
     on_board: OnBoard, model: str, revision: str | None, given: Mapping[str, Any], *, as_json: bool, quiet: bool
 ) -> int:
-    """Try bundles on a board; returns the exit status: that of the first that could not be tried, else of a failure."""
+    """Try bundles on a board; return the exit status: that of the first that could not be tried, or of a failure."""
     from rkconvert.compat.board import Visit, bundles_of
     from rkconvert.compat.cells import Status
     from rkconvert.compat.results import read_result

@@ -152,7 +152,7 @@ def _run_matrix(context: click.Context, path: Path) -> int:
             f"{path}: several conversions of the matrix would push to the same repository.", hint="Give each its own."
         )
     for output, to in destinations.items():
-        # What an earlier run made it may have uploaded, too.
+        # An earlier run that made this bundle may have uploaded it, too.
         check_destination(to, empty=not output.is_dir())
 
     def upload(cell: matrices.Cell, bundle: Bundle) -> None:
@@ -169,20 +169,20 @@ def _run_matrix(context: click.Context, path: Path) -> int:
 
 
 def _given(context: click.Context) -> dict[str, Any]:
-    """Parameters on the command line, which override the matrix file as that overrides a recipe."""
+    """Return the parameters on the command line, which override the matrix file as that overrides a recipe."""
     source = context.get_parameter_source
     return {name: value for name, value in context.params.items() if source(name) is ParameterSource.COMMANDLINE}
 
 
 def _filled(context: click.Context, values: dict[str, Any]) -> click.Context:
-    """The command's context as if these values were its line."""
+    """Return a context of the command in which these values stand for its command line."""
     return context.command.make_context("convert", [], parent=context.parent, default_map=values)
 
 
 def _cell(
     context: click.Context, shared: dict[str, Any], combination: dict[str, Any], path: Path
 ) -> tuple[matrices.Cell, Destination | None]:
-    """A cell, and where its bundle is uploaded to."""
+    """Return a cell, and the destination of its bundle."""
     varied, keys = recipes.resolve(combination, context.command, path), recipes.keys(context.command)
     for key in combination:
         if keys[key].name in _OF_THE_RUN:

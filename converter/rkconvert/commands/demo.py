@@ -29,7 +29,7 @@ _PIRATE: Final = "demo-pirate-rk3588-w8a8-1.2.3"
 
 
 def _program() -> str:
-    """How the user starts this rkedge: by name, or by path if the name is not on PATH."""
+    """Return how the user starts this rkedge: by name, or by path if the name is not on PATH."""
     found, own = shutil.which("rkedge"), Path(sys.argv[0])
     if own.name != "rkedge" or (found and Path(found).samefile(own)):
         return "rkedge"
@@ -46,7 +46,7 @@ def _rkedge(*arguments: str | Path) -> None:
 
 
 def _cache(model: Any) -> Path:
-    """A folder in the user's cache for exactly these weights."""
+    """Return a folder in the user's cache for exactly these weights."""
     weights = sorted([*model.checkpoint().glob("*.safetensors"), *model.adapter().glob("*.safetensors")])
     digest = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
     return own_folder("cache") / f"demo-{digest[:12]}"

@@ -1,6 +1,6 @@
 """Try a bundle on a board over ssh: copy it, let the board's own rkedge load and ask it, and remove it.
 
-Each step's result is written down as it comes. What is cut off, here, on the way or there, goes on where it was.
+Each step's result is recorded as it arrives: a visit that is cut off, at either end or on the way, can be resumed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rkconvert.compat.case import MOST_CONTEXT
 from rkconvert.compat.journal import Journal
-from rkconvert.compat.results import EMULATOR, MOST_RAM_GIB, release_of
+from rkconvert.compat.results import EMULATOR, release_of
 from rkruntime.bundle.manifest import MANIFEST, Bundle, bundles_in, is_bundle, open_bundle
 from rkruntime.errors import ServiceError
+from rkruntime.evidence import MOST_CONTEXT, MOST_RAM_GIB
 from rkruntime.printable import one_line
 from rkruntime.probes import LOST
 from rkruntime.remote import Remote, ssh_command
@@ -27,22 +27,22 @@ from rkruntime.schema import build
 from rkruntime.visit import MARK, PROTOCOL
 from rkruntime.visit.steps import LOAD, STEPS
 
-# Of all that a board may say in one connection.
+# Limit on what a board may send in one connection.
 _MOST_BYTES: Final = 16 << 20
 _BLOCK: Final = 1 << 20
 _HEARTBEAT_S: Final = 5.0
-# A board answers each heartbeat.
+# Seconds of silence after which a connection counts as lost: a board answers each heartbeat.
 _SILENCE_S: Final = 60.0
-# What a load says of the board, and one that has changed is another board.
+# Facts in the result of a load: if one of them changes, earlier results are about another board.
 _SAME_BOARD: Final = ("library", "driver", "driver_seen", "kernel", "board", "context")
-# For an operation that reads gigabytes from a slow card.
+# Limit on one operation in seconds: it may read gigabytes from a slow card.
 _PATIENCE_S: Final = 1800.0
-# A board that restarts is back in a minute or two; one whose file system is checked, later.
+# Pauses in seconds before connecting again: a restarted board is back in a minute or two, or after a file system check.
 _WAITS_S: Final = (0.2, 1, 2, 5, 10, 20, 30, 60, 60, 60, 60, 60, 120, 120)
 _MOST_REBOOTS: Final = 2
 _MOST_BREAKS: Final = 8
 _MOST_COPIES: Final = 3
-# Runs of all steps in one connection; one does it, unless something has changed on the board.
+# Runs of all steps in one connection; one is enough, unless something has changed on the board.
 _MOST_TRIES: Final = 4
 _INSTALL: Final = "docs/serve.md says how to install it; name it with --remote-command if it is elsewhere"
 # Exit statuses of rsync that are about the connection: rsync(1), EXIT VALUES.
@@ -50,7 +50,7 @@ _RSYNC_BROKEN: Final = (10, 12, 30, 35, 255)
 
 
 class _BrokenError(Exception):
-    """The connection is gone, or the process at its other end."""
+    """The connection, or the process at its other end, is gone."""
 
     def __init__(self, told: str) -> None:
         super().__init__(told)
@@ -59,7 +59,7 @@ class _BrokenError(Exception):
 
 @dataclass(frozen=True)
 class Opened:
-    """What a board says of the folder of a visit."""
+    """A board's answer to `open`: its release, and the state of the visit's folder."""
 
     event: str
     protocol: int
@@ -73,12 +73,12 @@ class Opened:
 
 @dataclass
 class Visit:
-    """A bundle on its way to a board.
+    """A bundle to be tried on a board.
 
     Attributes:
-        destination: For ssh, such as `user@board`.
-        program: The command of rkedge there.
-        steps: What is done, of STEPS.
+        destination: Address for ssh, such as `user@board`.
+        program: Command that starts rkedge on the board, in words.
+        steps: Steps to do, a part of STEPS.
         options: Further words for `rkedge visit try`.
         say: Called with lines about progress.
         reached: Whether the board has answered.
@@ -93,11 +93,11 @@ class Visit:
     reached: bool = False
 
     def results(self) -> Journal:
-        """Do all of it; the journal's results are complete, and nothing is left on the board.
+        """Do all steps, then return a journal with every result; nothing is left on the board.
 
         Raises:
             BundleError: The bundle is not what its manifest says.
-            ServiceError: The board cannot be reached, lacks something, or refuses. Started again, it goes on.
+            ServiceError: The board cannot be reached, lacks something, or refuses. A new start resumes the visit.
         """
         self.bundle.verify()
         with Journal.held(self.destination, self.bundle, *self.options) as journal:
@@ -109,7 +109,7 @@ class Visit:
     def _complete(self, journal: Journal) -> None:
         waits, done = iter(_WAITS_S), -1
         while not (journal.removed and not self._left(journal)):
-            if len(journal.results) > done:  # something came of the last connection
+            if len(journal.results) > done:  # the last connection made progress
                 waits, done = iter(_WAITS_S), len(journal.results)
             try:
                 self._session(journal)
@@ -128,15 +128,15 @@ class Visit:
                 self.say(f"{error.told} Trying again in {wait:g} s.")
                 time.sleep(wait)
             except ServiceError:
-                # Something is missing there, or wrong: it is not known when this is started again, and with what.
+                # Something is missing or wrong there: clean up, as nobody knows when and with what this starts again.
                 with suppress(ServiceError, _BrokenError):
                     self._call(journal, "remove")
-                journal.begun = ""  # the connection was not lost in it
+                journal.begun = ""  # the connection was not lost during this step
                 journal.save()
                 raise
 
     def _left(self, journal: Journal) -> list[str]:
-        """Steps that are to be done."""
+        """Return the steps that are still to be done."""
         if not journal.results.get(LOAD, {"loads": True})["loads"]:
             return []
         return [step for step in (LOAD, *self.steps) if step not in journal.results]
@@ -173,7 +173,7 @@ class Visit:
         return found
 
     def _give_up(self, journal: Journal) -> None:
-        """Write down a step that has cost the board or the connection too often."""
+        """Record a step as failed if the board or the connection was lost in it too often."""
         step, reboots = journal.begun, journal.reboots.get(journal.begun, 0)
         journal.begun = ""
         if reboots >= _MOST_REBOOTS:
@@ -199,7 +199,7 @@ class Visit:
     # Copying
 
     def _copy(self, journal: Journal, opened: Opened) -> None:
-        """Bring all files there, and compare their hashes there."""
+        """Copy all files to the board, and compare their hashes there."""
         files = {MANIFEST: (self.bundle.path / MANIFEST).stat().st_size}
         files |= {name: record.size for name, record in self.bundle.manifest.files.items()}
         there = opened.sizes
@@ -226,7 +226,7 @@ class Visit:
         )
 
     def _rsynced(self, folder: str, names: Mapping[str, int]) -> bool:
-        """Whether rsync has done it; it is not used for an address that it would read otherwise."""
+        """Whether rsync copied the files. It is not tried with an address that it would read differently from ssh."""
         plain = not set(self.destination) & set(":/[] ") and folder.startswith("/") and folder.isprintable()
         if not names or not plain:
             return not names
@@ -241,7 +241,7 @@ class Visit:
                 stderr=subprocess.DEVNULL,
                 check=False,
             )
-        except OSError:  # there is none here
+        except OSError:  # rsync is not installed here
             return False
         if done.returncode in _RSYNC_BROKEN:
             raise _BrokenError(f"rsync lost the connection to {self.destination}.")
@@ -261,7 +261,7 @@ class Visit:
     def _call(
         self, journal: Journal, operation: str, *words: str, stream: IO[bytes] | None = None
     ) -> Mapping[str, Any]:
-        """An operation with one event for an answer."""
+        """Run an operation whose answer is one event, and return that event."""
         remote = self._remote(journal, operation, *words)
         event = None
         try:
@@ -317,7 +317,7 @@ class Visit:
         journal.save()
 
     def _check_soc(self, load: Mapping[str, Any]) -> None:
-        """Raise ServiceError for a board of another SoC: its result would be about files that are made for that one."""
+        """Raise ServiceError if the bundle was made for another SoC: the result would say nothing about it."""
         made, soc = self.bundle.manifest, load.get("soc")
         if soc and soc != made.platform and not is_emulated(load, self.bundle):
             raise ServiceError(
@@ -326,7 +326,7 @@ class Visit:
             )
 
     def _compare(self, journal: Journal, load: Mapping[str, Any]) -> None:
-        """Compare a load with that of an earlier connection. Raises ServiceError if only that one went well."""
+        """Compare a load with that of an earlier connection. Raises ServiceError if only the earlier one succeeded."""
         earlier = journal.results.get(LOAD)
         if earlier is None:
             return
@@ -343,7 +343,7 @@ class Visit:
         )
 
     def _ended(self, event: Mapping[str, Any] | None, status: int | None, remote: Remote) -> Exception:
-        """Why an operation gave no answer: an error to raise, or a connection to make again."""
+        """Return why an operation gave no answer: _BrokenError if it is worth connecting again, else ServiceError."""
         details = {"lines": remote.notes, "exit": status}
         if event and event["event"] == "error":
             message, hint = (one_line(str(event.get(key, "")))[:2000] for key in ("message", "hint"))
@@ -375,7 +375,7 @@ def _nonsense(what: str) -> ServiceError:
 
 
 def _event(line: bytes) -> dict[str, Any]:
-    """A line's event. Raises ServiceError if it is anything else; _BrokenError if it was cut off."""
+    """Parse a line as an event. Raises ServiceError if it is not one, _BrokenError if it was cut off."""
     if not line.endswith(b"\n"):
         raise _BrokenError("An answer was cut off.")
     try:
@@ -394,7 +394,7 @@ _FIGURE: Final[_Check] = lambda value: type(value) in (int, float) and 0 <= valu
 _TEXT: Final[_Check] = lambda value: isinstance(value, str) and len(value) <= 500  # noqa: E731
 _NAME: Final[_Check] = lambda value: isinstance(value, str) and len(value) <= 200  # noqa: E731
 _FLAG: Final[_Check] = lambda value: isinstance(value, bool)  # noqa: E731
-# What a step's result may have, for the file that is made of it.
+# Fields that a step's result may have, each with its check: they go into the result file.
 _FIELDS: Final[Mapping[str, _Check]] = {
     "says": _TEXT,
     "result": _NAME,
@@ -413,7 +413,7 @@ _FIELDS: Final[Mapping[str, _Check]] = {
 
 
 def _checked(step: str, result: Any) -> dict[str, Any]:
-    """A step's result with the fields that it must have, and no other ones. Raises ServiceError."""
+    """Return a step's result. Raises ServiceError if it lacks a field, or has an unknown or invalid one."""
     if not isinstance(result, dict) or not {"says", "loads" if step == LOAD else "result"} <= result.keys():
         raise _nonsense(f"the result of {step} lacks a field")
     if bad := [key for key, value in result.items() if key not in _FIELDS or not _FIELDS[key](value)]:
@@ -422,7 +422,7 @@ def _checked(step: str, result: Any) -> dict[str, Any]:
 
 
 def _is_sound(step: str, kept: Any) -> bool:
-    """Whether what an earlier release wrote down is what this one would."""
+    """Whether a kept result, which an earlier release may have written, is valid in this one."""
     try:
         return bool(_checked(step, kept))
     except ServiceError:
@@ -430,12 +430,12 @@ def _is_sound(step: str, kept: Any) -> bool:
 
 
 def is_emulated(load: Mapping[str, Any], bundle: Bundle) -> bool:
-    """Whether what was loaded is a stand-in, so that nothing of the machine is a board's."""
+    """Whether the emulator was loaded, so that no figure is a board's."""
     return bool(load.get("emulated")) or bundle.manifest.target == EMULATOR
 
 
 def bundles_of(path: Path) -> list[Bundle]:
-    """The bundle in a folder, or those in its folders; empty if there are none. Raises BundleError for a broken one."""
+    """Return the bundle in a folder, or those in its subfolders; may be empty. Raises BundleError for a broken one."""
     if not path.is_dir():
         return []
     return [open_bundle(found) for found in ([path] if is_bundle(path) else bundles_in(path))]

@@ -15,16 +15,16 @@ from rkconvert.rules.context import CONTEXT_STEP
 from rkconvert.rules.quantized_types import PLATFORMS, cores, known_types
 from rkruntime.abi import CALLABLE, check_release
 from rkruntime.errors import UsageError
+from rkruntime.evidence import MOST_CONTEXT
 
-# The context that files are usually made with, and the longest of Gemma 2's that every release takes.
+# The context that files are usually made with, in tokens: the longest for Gemma 2 that every release takes.
 USUAL_CONTEXT: Final = 4096
-# Cells beyond this are a typing error, not a question.
+# More cells than this are a typing error, not a question.
 _MOST_CELLS: Final = 20_000
-# A bundle's copy of its model's config.json, so that what is known about the model can be asked for.
+# Name of a bundle's copy of its model's config.json, by which evidence on the model can be looked up.
 CONFIG_REPORT: Final = "config"
 _NAMES: Final = ("model_type", "architectures", "hidden_act", "hidden_activation", "torch_dtype", "dtype")
 _LAYERS: Final = ("sliding_attention", "full_attention")
-MOST_CONTEXT: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Case:
 
     @classmethod
     def of(cls, source: ModelSource) -> Case:
-        """Raises CheckpointError if config.json does not describe a decoder that can be sized."""
+        """Read a model's shape. Raises CheckpointError if config.json does not describe a decoder that can be sized."""
         return cls(source, parse_shape(source.config))
 
     @property
     def digest(self) -> str:
-        """Identifies models that differ in nothing but their weights: what a result file is matched by."""
+        """Key that result files are matched by; the same for models that differ only in their weights."""
         return self.shape.digest
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config.json describes the model: numbers, switches and the names of its kind, and no path."""
+    """Return what describes the model in a config.json: numbers, switches and the names of its kind, but no path."""
     return {
         key: value
         for key, value in config.items()
@@ -64,7 +64,7 @@ class Wanted:
     """Values of each dimension; empty for the usual ones: every type, both SoCs, all their cores, every release.
 
     Raises:
-        UsageError: A value is not one, or the product is too large.
+        UsageError: A value is unknown, or the product is too large.
     """
 
     types: Sequence[str] = ()
@@ -87,7 +87,7 @@ class Wanted:
                 raise UsageError(f"A context has {step} to {most} tokens, in steps of {step}, not {context:,}.")
 
     def cells(self) -> list[Cell]:
-        """The product of all dimensions, in order."""
+        """Return the product of all dimensions, in order."""
         socs, releases = self.socs or PLATFORMS, self.releases or CALLABLE
         types, counts = self.types or known_types(), self.cores or (0,)
         size = prod(map(len, (socs, releases, types, self.contexts, self.loras, counts)))

@@ -12,7 +12,7 @@ LoraMode: TypeAlias = Literal["merged", "runtime"]
 
 
 class Status(str, Enum):
-    """What becomes of a model in a cell."""
+    """The outcome for a model in a cell."""
 
     WORKS = "works"
     SLOWER = "works but slower"
@@ -23,7 +23,7 @@ class Status(str, Enum):
 
     @property
     def loads(self) -> bool:
-        """Whether the model is in memory in the end, whatever it answers and how fast."""
+        """Whether the model loads, whatever it answers and however fast."""
         return self in (Status.WORKS, Status.SLOWER, Status.WRONG)
 
 
@@ -70,7 +70,7 @@ class Evidence:
     Attributes:
         says: A sentence.
         source: Where that is known from; an address where there is one.
-        partial: Whether this is about a part of the way, such as NPU memory, so that WORKS is not yet an answer.
+        partial: Whether this is about one aspect only, such as NPU memory, so that WORKS is not yet an answer.
         log: Lines that were printed.
     """
 
@@ -96,29 +96,29 @@ class Judged:
 
     @property
     def deciding(self) -> Evidence | None:
-        """The most trusted evidence that is an answer: a failure, or more than that a part of the way works."""
+        """The most trusted evidence that is an answer: any failure, or success that is not partial."""
         answers = (item for item in self.evidence if not (item.partial and item.status.loads))
         return next(answers, None)
 
     @property
     def status(self) -> Status:
-        """What that says."""
+        """The status of the deciding evidence."""
         return self.deciding.status if self.deciding else Status.UNKNOWN
 
     @property
     def level(self) -> Level | None:
-        """The level of that; None without any."""
+        """The level of the deciding evidence; None without any."""
         return self.deciding.level if self.deciding else None
 
     @cached_property
     def disputed(self) -> frozenset[Evidence]:
-        """Evidence that contradicts it: on whether the model loads, or whether its answers are right."""
+        """Evidence that contradicts the deciding one: on whether the model loads, or whether its answers are right."""
         one = self.deciding
         return frozenset(item for item in self.evidence if one and _contradict(one, item))
 
 
 def _contradict(one: Evidence, other: Evidence) -> bool:
-    # Sizes and the emulator know nothing of what a toolkit takes.
+    # Sizes and the emulator know nothing about which types a toolkit accepts.
     if Status.REFUSED in (one.status, other.status) and {one.level, other.level} & {Level.EMULATED, Level.PREDICTED}:
         return False
     if one.status.loads != other.status.loads:

@@ -46,7 +46,7 @@ class _Outcome:
 
 
 class EmulatedLoads:
-    """Loads of one model in the emulator. What was loaded once is remembered in the user's cache folder.
+    """Loads of one model in the emulator. Their outcomes are kept in the user's cache folder.
 
     Args:
         progress: Called with lines while the emulator is built, and before each load.
@@ -59,7 +59,7 @@ class EmulatedLoads:
 
     @cached_property
     def _config(self) -> GemmaConfig | None:
-        """None for a model that the emulator does not compute."""
+        """The model's configuration; None if the emulator does not compute it."""
         try:
             return parse_config(self._case.source.config)
         except CheckpointError:
@@ -70,7 +70,7 @@ class EmulatedLoads:
 
         Raises:
             HostError: The emulator cannot be built here.
-        LoadError: A load failed for another reason than lack of NPU memory.
+            LoadError: A load failed for another reason than lack of NPU memory.
         """
         if (
             self._config is None
@@ -90,7 +90,7 @@ class EmulatedLoads:
             yield Evidence(status, Level.EMULATED, f"{outcome.says}{other}", _SOURCE, partial=True, log=outcome.log)
 
     def _remembered(self, cell: Cell) -> _Outcome | None:
-        """The outcome of an earlier load of the same sizes in the same emulator, else of one now."""
+        """Return the outcome of an earlier load of the same sizes in the same emulator, or load them now."""
         library = self._library(cell.release)
         key = "\0".join([str(library), self._case.digest, cell.type, str(cell.context), str(cell.cores)])
         path = own_folder("cache") / "compat" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
@@ -115,7 +115,7 @@ class EmulatedLoads:
             model, state = Path(folder) / "sizes.rkemu", Path(folder) / "npu"
             try:
                 write_sizes_only(model, self._config, cell.type, cell.context, cell.cores)
-            except RefusedError:  # a group that no row of this model is a multiple of
+            except RefusedError:  # a group size that does not divide this model's rows
                 return None
             self._progress(f"loading {cell.type} of {cell.release} in the emulator")
             options = LoadOptions(
@@ -136,7 +136,7 @@ class EmulatedLoads:
 
 
 def _placed(state: Path) -> str:
-    """How much lies in which domain, from the emulator's record of NPU memory."""
+    """Say how much lies in how many domains, from the emulator's record of NPU memory."""
     rows = [line.split() for line in state.read_text("utf-8").splitlines()[1:-1]]
     domains = {int(row[3]) for row in rows}
     held = sum(int(row[4]) for row in rows)

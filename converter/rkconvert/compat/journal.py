@@ -1,4 +1,4 @@
-"""What a visit to a board has shown so far, so that it goes on after whatever cut it off."""
+"""What a visit to a board has shown so far, so that it can be resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MOST_BYTES: Final = 1 << 22
 
 @dataclass
 class Journal:
-    """Kept in the user's cache folder until the result is written.
+    """The state of a visit, kept in the user's cache folder until the result is written.
 
     Attributes:
-        id: Of the visit; the same for the same board, bundle and options, from the same machine and user.
-        results: Of the steps that are done, by name.
-        begun: The step that is being done.
-        boot: The board's boot during it.
+        id: Id of the visit; the same for the same board, bundle and options, from the same machine and user.
+        results: Results of the finished steps, by name.
+        begun: The step in progress; empty between steps.
+        boot: Id of the board's boot at the last connection.
         breaks, reboots: How often the connection or the board was lost in a step, by name.
         removed: Whether nothing is left on the board.
     """
@@ -48,11 +48,11 @@ class Journal:
     @classmethod
     @contextmanager
     def held(cls, destination: str, bundle: Bundle, *options: object) -> Iterator[Journal]:
-        """`of`, for the block, in which no other process has it.
+        """Open the journal as `of` does, and hold a lock on it during the block.
 
         Raises:
-            ServiceError: Another one has it: one visit would remove what the other has copied.
-            OutputError, HostError: It cannot be locked.
+            ServiceError: Another process holds the lock: one visit would remove what the other has copied.
+            OutputError, HostError: The file cannot be locked.
         """
         id, path = cls.of(destination, bundle, *options).id, _folder() / "lock"
         try:
@@ -72,7 +72,7 @@ class Journal:
 
     @classmethod
     def of(cls, destination: str, bundle: Bundle, *options: object) -> Journal:
-        """That of an earlier start, or a new one."""
+        """Return the journal of an earlier start, or a new one."""
         parts = [destination, bundle.manifest.fingerprint, platform.node(), str(os.getuid()), *map(str, options)]
         found = cls(hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16])
         with suppress(OSError, ValueError, InputError, RecursionError):
@@ -87,18 +87,18 @@ class Journal:
         return _folder() / f"{self.id}.json"
 
     def save(self) -> None:
-        """Raises OutputError or HostError if it cannot be written."""
+        """Write the journal to its file. Raises OutputError or HostError if it cannot be written."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self._path) as partial:
             partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def forget(self) -> None:
-        """Once the result is written."""
+        """Delete the file, once the result is written."""
         self._path.unlink(missing_ok=True)
 
 
 def _locked(handle: int, at: int) -> bool:
-    """Lock a byte of a file, unless another process has it. Raises OutputError or HostError if none can be."""
+    """Lock a byte of a file; False if another process holds it. Raises OutputError or HostError for other failures."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
     except (BlockingIOError, PermissionError):  # fcntl(2): one or the other

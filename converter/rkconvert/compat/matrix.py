@@ -25,7 +25,7 @@ class Matrix:
 
 
 def known(case: Case, cell: Cell) -> str:
-    """The most trusted answer for a cell in one sentence, without the emulator; empty if there is none."""
+    """Return the most trusted answer for a cell in one sentence, without the emulator; empty if there is none."""
     judged = fill(case, [cell], [Results([shipped_folder()])]).cells[0]
     if judged.deciding is None:
         return ""

@@ -25,5 +25,5 @@ def render(matrix: Matrix) -> str:
 
 
 def _told(item: Judged) -> str:
-    """All evidence on a cell, for a pointer that rests on it."""
+    """Return all evidence on a cell as text, for the cell's tooltip."""
     return "\n".join(f"{piece.level.value}: {piece.says} [{piece.source}]" for piece in item.evidence) or "no evidence"

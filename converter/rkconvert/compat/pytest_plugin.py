@@ -1,7 +1,7 @@
 """The options and fixtures of `pytest --pyargs rkconvert.compat -p rkconvert.compat.pytest_plugin --bundle BUNDLE`.
 
-A plugin that is named, as pytest reads no options from a package that --pyargs names, and an entry point would be
-loaded in every run of pytest on the machine.
+The plugin has to be named with -p: pytest reads no options from a package that --pyargs names, and an entry point
+would be loaded in every run of pytest on the machine.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the bundles. What was tried is tried once."""
+    """Find the bundles, and prepare to keep their results: each bundle is tried once."""
     config.stash[_TRIED] = {}
     config.stash[_BUNDLES] = [] if config.option.help else _bundles(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each bundle, and for each bundle and probe."""
+    """Make a test for each bundle, or for each pair of a bundle and a probe."""
     if "bundle" not in metafunc.fixturenames:
         return
     bundles = metafunc.config.stash[_BUNDLES]
@@ -117,4 +117,4 @@ def _try(bundle: Bundle, config: pytest.Config) -> Mapping[str, Any]:
 
 
 def _silent(line: str) -> None:
-    """Nobody watches."""
+    """Drop a line of progress: in a test nobody watches."""

@@ -1,4 +1,4 @@
-"""The matrix as JSON, as Markdown, and in the terminal: tables of types by releases, to be read without colour."""
+"""The matrix as JSON, as Markdown, and in the terminal: tables of types by releases, readable without color."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def sections(matrix: Matrix) -> Iterator[Section]:
 
 
 def short(item: Judged) -> str:
-    """A cell in a word, with the letter of its evidence, and a mark if a source disagrees."""
+    """Return a cell in a word, with the letter of its evidence, and a mark if a source disagrees."""
     letter = LETTERS[item.level] if item.level else ""
     return " ".join(filter(None, [WORDS[item.status], letter + (DISPUTED if item.disputed else "")]))
 
 
 def legend() -> str:
-    """What the letters mean."""
+    """Return a line that says what the letters mean."""
     letters = ", ".join(f"{letter} {level.value}" for level, letter in LETTERS.items())
     return f"{letters}; {DISPUTED} another source disagrees"
 
 
 def as_dict(matrix: Matrix) -> dict[str, Any]:
-    """The matrix as `--json` prints it."""
+    """Return the matrix as `--json` prints it."""
     return {
         "schema": SCHEMA,
         "model": {"name": matrix.case.source.name, "digest": matrix.case.digest},
@@ -129,7 +129,7 @@ def show(matrix: Matrix, console: Console, *, why: bool) -> None:
 
 
 def _alike(section: Section) -> list[tuple[str, str]]:
-    """First and last of neighbouring releases with the same words in each row."""
+    """Return the first and last release of each run of columns with the same words in every row."""
     columns = zip(section.releases, zip(*(cells for _, cells in section.rows), strict=True), strict=True)
     groups = groupby(columns, lambda column: [short(item) for item in column[1]])
     spans = [[release for release, _ in group] for _, group in groups]
@@ -141,7 +141,7 @@ def _place(cell: Cell) -> str:
 
 
 def markdown(matrix: Matrix) -> str:
-    """The tables, and below each one the evidence in words, alike cells together."""
+    """Return the tables as Markdown, below each one the evidence in words, with equal cells together."""
     parts = [f"# {plain(matrix.case.source.name)}\n", f"{legend()}.\n"]
     for section in sections(matrix):
         parts += [f"## {section.title}\n", _table(section), *_reasons(section), ""]

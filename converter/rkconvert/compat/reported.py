@@ -17,7 +17,7 @@ from rkconvert.compat.cells import Cell, Evidence, Level, Status
 
 @dataclass(frozen=True)
 class Report:
-    """A row of the file: what it is about, and what happened. A field that is left out fits everything."""
+    """A row of reports.yaml: what it is about, and what happened. A field that is left out matches everything."""
 
     status: Status
     says: str
@@ -30,7 +30,7 @@ class Report:
     parameters: tuple[float, float] = (0, math.inf)
 
     def about(self, case: Case, cell: Cell) -> bool:
-        """Whether it is about this model in this cell."""
+        """Whether the report is about this model in this cell."""
         shape = case.shape
         return (
             self.soc in ("", cell.soc)
@@ -52,7 +52,7 @@ def _reports() -> tuple[Report, ...]:
 
 
 def reports(case: Case, cell: Cell) -> Iterator[Evidence]:
-    """Each report about this model, type, SoC and release. None is about an adapter beside the model."""
+    """Yield each report about this model, type, SoC and release. None is about an adapter beside the model."""
     for report in _reports():
         if cell.lora == "merged" and report.about(case, cell):
             yield Evidence(report.status, Level.REPORTED, report.says, report.source, log=report.log)

@@ -12,128 +12,48 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
-from rkconvert.compat.case import MOST_CONTEXT, Case
+from rkconvert.compat.case import Case
 from rkconvert.compat.cells import AS_FAST, Cell, Evidence, Level, LoraMode, Status
 from rkconvert.rules.quantized_types import known_types
 from rkconvert.tensors.shards import read_json
 from rkruntime.abi import CALLABLE
 from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import InputError, InvalidResultError
+from rkruntime.evidence import LONGEST_NAME, MOST_BYTES, Probe, Record, ResultBoard, Run
 from rkruntime.files import atomic_file, read_error
 from rkruntime.probes import FAILED, QUESTIONS, is_harmful
 from rkruntime.resources import resource
-from rkruntime.schema import Between, Length, build
+from rkruntime.schema import build
 from rkruntime.versions import Version, version
 from rkruntime.words import counted
 
-SCHEMA: Final = "rkedge-compat/1"
-_MOST_BYTES: Final = 1 << 20
 _MOST_FILES: Final = 1000
 _MOST_RUNS: Final = 1000
 _MOST_LINES: Final = 40
 _MOST_PROBES: Final = 100
-_LONGEST_NAME: Final = 200
-# Of one file, about runs that are in no cell.
+# Most notes on one file about runs that are in no cell; the rest is counted.
 _MOST_NOTES: Final = 5
 _ANSWERS: Final = (Status.WORKS.value, Status.SLOWER.value)
-MOST_RAM_GIB: Final = 4096
-# The target of bundles for a stand-in, and the name of the board that is none.
+# The target of bundles made for the emulator, and the name of its board.
 EMULATOR: Final = "emulator"
 # Of the line that the emulator prints at each load.
 _EMULATOR_S: Final = "emulator: no NPU is used"
 _BAD_SELFTESTS: Final = ("template", "end", "garbage", "degraded", FAILED)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
-_Name = Annotated[str, Length(_LONGEST_NAME)]
-_Line = Annotated[str, Length(500)]
-_Count = Annotated[int, Between(0, 1 << 40)]
-_Figure = Annotated[float, Between(0, 1e12)]
-
 
 @dataclass(frozen=True)
-class ResultModel:
-    """The model: `digest` is Case.digest, which knows it by its shape."""
+class Result(Record):
+    """A result file; `bench` is the table of `rkedge bench`, which has more than the runs and is not read here."""
 
-    name: _Name
-    digest: _Name
-
-
-@dataclass(frozen=True)
-class ResultBoard:
-    """The board as it was during the run."""
-
-    name: _Name
-    soc: _Name
-    kernel: _Name
-    driver: _Name
-    library: _Name
-    ram_gib: Annotated[float, Between(0, MOST_RAM_GIB)] = 0.0
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the library did when it was asked one of `rkruntime.probes.QUESTIONS`; empty if that was not decided."""
-
-    name: _Name
-    result: _Name
-    says: _Line
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell that was tried.
-
-    Attributes:
-        release: Of the toolkit that made the file.
-        status: As in `Status`.
-        says: What happened, in a sentence.
-        tokens_per_s, first_token_ms, memory_mb: 0 if not measured; memory in MiB.
-        file_sha256: Of the model file.
-        selftest: The verdict of the bundle's self-test.
-        clocks: In Hz, during a run, by the device's or the CPU policy's name.
-    """
-
-    type: _Name
-    release: _Name
-    cores: Annotated[int, Between(1, 16)]
-    context: Annotated[int, Between(1, MOST_CONTEXT)]
-    lora: Literal["merged", "runtime"]
-    status: Literal["works", "works but slower", "refused by the toolkit", "fails at load", "wrong answers"]
-    says: _Line
-    log: tuple[_Line, ...] = ()
-    tokens_per_s: _Figure = 0.0
-    first_token_ms: _Figure = 0.0
-    memory_mb: _Figure = 0.0
-    file_sha256: _Name = ""
-    selftest: _Name = ""
-    probes: tuple[Probe, ...] = ()
-    clocks: dict[str, _Count] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result file.
-
-    Attributes:
-        emulated: The board was the emulator, so that nothing in it is a board's.
-        bench: The table of `rkedge bench`, which has more than the runs; nothing here reads it.
-    """
-
-    schema: Literal["rkedge-compat/1"]
-    made: _Name
-    rkedge: _Name
-    emulated: bool
-    model: ResultModel
-    board: ResultBoard
-    runs: tuple[Run, ...]
     bench: dict[str, Any] = field(default_factory=dict)
 
 
 def read_result(path: Path) -> Result:
-    """Read a file. Raises InvalidResultError if it is anything else."""
-    return _result(path, read_json(path, InvalidResultError, _MOST_BYTES))
+    """Read a result file. Raises InvalidResultError if it is not one."""
+    return _result(path, read_json(path, InvalidResultError, MOST_BYTES))
 
 
 def _result(path: Path, data: Mapping[str, Any]) -> Result:
@@ -154,12 +74,12 @@ def _bounded(run: Run) -> bool:
     return (
         len(run.log) <= _MOST_LINES
         and max(len(run.probes), len(run.clocks)) <= _MOST_PROBES
-        and all(len(name) <= _LONGEST_NAME for name in run.clocks)
+        and all(len(name) <= LONGEST_NAME for name in run.clocks)
     )
 
 
 def _misnamed(result: Result) -> Iterator[str]:
-    """What no cell has, so that it would be passed over: a typing error, most likely."""
+    """Yield values that no cell has, most likely typing errors: such a run would be silently passed over."""
     socs = types_by_soc()[0]
     if result.board.soc not in socs:
         yield f"board.soc is {result.board.soc!r}; there are {', '.join(socs)}"
@@ -195,7 +115,7 @@ def _contradictions(result: Result) -> Iterator[str]:
 
 
 def release_of(text: str) -> Version | None:
-    """The release that a text begins with; None if it begins with none."""
+    """Return the release that a text begins with, or None."""
     try:
         return version(text)
     except ValueError:
@@ -206,8 +126,8 @@ def write_result(result: Result, path: Path) -> None:
     """Write a file that `read_result` reads.
 
     Raises:
-        InvalidResultError: It would not; nothing is written.
-        OutputError, HostError: It cannot be written.
+        InvalidResultError: `read_result` would refuse it; nothing is written.
+        OutputError, HostError: The file cannot be written.
     """
     text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
     _result(path, json.loads(text))
@@ -216,7 +136,7 @@ def write_result(result: Result, path: Path) -> None:
 
 
 def shipped_folder() -> Path:
-    """Where the results that come with RKEdge are."""
+    """Return the folder of the results that come with RKEdge."""
     return resource("configs") / "compat"
 
 
@@ -224,9 +144,9 @@ class Results:
     """The results of several folders, read once."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        """Raises InvalidResultError for a file that is not a result, InputError for a folder that cannot be read."""
+        """Read every file. Raises InvalidResultError for one that is not a result, or a folder that cannot be read."""
         self._found = [(path, read_result(path)) for folder in folders for path in _files(folder)]
-        # The fastest run of any type, of the same model on the same board, in cells that are else the same.
+        # The fastest run of any type, of the same model on the same board, in otherwise equal cells.
         self._fastest: dict[tuple[str, ResultBoard, Cell], Run] = {}
         for _, result in self._found:
             for run in result.runs if not result.emulated else ():
@@ -235,7 +155,7 @@ class Results:
                     self._fastest[_beside(result, run)] = run
 
     def __call__(self, case: Case, cell: Cell) -> Iterator[Evidence]:
-        """Each run of this model in this cell."""
+        """Yield evidence for each run of this model in this cell."""
         for path, result in self._found:
             if result.model.digest != case.digest or result.board.soc != cell.soc:
                 continue
@@ -246,10 +166,10 @@ class Results:
     def left_out(
         self, case: Case, cells: Collection[Cell], named: Mapping[str, Collection[Any]] | None = None
     ) -> Iterator[str]:
-        """What is in none of these cells of the model, for a person who named these folders.
+        """Yield notes on results that are in none of these cells of the model, for the user who named the folders.
 
         Args:
-            named: Values that person asked for, by the field of Cell: nobody misses a run that has another one.
+            named: Values that the user asked for, by field of Cell: runs with other values are not missed.
         """
         for path, result in self._found:
             if result.model.digest != case.digest:
@@ -288,12 +208,12 @@ def _cell(result: Result, run: Run) -> Cell:
 
 
 def _beside(result: Result, run: Run) -> tuple[str, ResultBoard, Cell]:
-    """What runs have in common whose speeds can be compared."""
+    """Return what runs must have in common for their speeds to be comparable."""
     return result.model.digest, result.board, replace(_cell(result, run), type="")
 
 
 def _usual(release: str) -> str:
-    """A release as RKEdge writes it: 1.2.3 for 1.2.3.0."""
+    """Return a release as RKEdge writes it: 1.2.3 for 1.2.3.0."""
     return next((known for known in CALLABLE if version(known) == release_of(release)), release)
 
 
@@ -304,7 +224,7 @@ def _mixed(result: Result, run: Run) -> bool:
 
 
 def _evidence(path: Path, result: Result, run: Run, fastest: Run | None) -> Evidence:
-    """A run that only works is slower beside a faster one."""
+    """Return a run as evidence; one that works counts as slower beside a much faster one."""
     level, status = Level.EMULATED if result.emulated else Level.BOARD, Status(run.status)
     speed = f" {run.tokens_per_s:.2f} tokens/s." if run.tokens_per_s else ""
     if status is Status.WORKS and fastest and 0 < run.tokens_per_s < AS_FAST * fastest.tokens_per_s:
@@ -312,7 +232,7 @@ def _evidence(path: Path, result: Result, run: Run, fastest: Run | None) -> Evid
         speed = f"{speed[:-1]}, against {fastest.tokens_per_s:.2f} with {fastest.type} on this board."
     bad = [f"{probe.name} {probe.result}" for probe in run.probes if _is_harmful(probe)]
     probes = f" Probes: {', '.join(bad)}." if bad else ""
-    # The emulator knows nothing of a board's RAM and speed: that it loads a model is half of an answer.
+    # The emulator knows nothing of a board's RAM and speed: that it loads a model is half an answer.
     says = f"{run.says}{speed}{probes}"
     return Evidence(status, level, says, _where(path, result), partial=result.emulated, log=run.log)
 
@@ -325,5 +245,5 @@ def _where(path: Path, result: Result) -> str:
 
 
 def _is_harmful(probe: Probe) -> bool:
-    """A name or a result that is not known is not shown."""
+    """Whether a probe's result makes answers worse; unknown probes are ignored."""
     return probe.name in QUESTIONS and is_harmful(probe.name, probe.result)

@@ -18,13 +18,13 @@ _SOURCE: Final = "rknn.yaml, made with https://pypi.org/project/rknn-toolkit2/; 
 
 @cache
 def measured() -> Mapping[str, Any]:
-    """The file: `tool` with its version, and `rows` as tests/rknn/measure.py describes them."""
+    """Return rknn.yaml: `tool` with its version, and `rows` as tests/rknn/measure.py describes them."""
     content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("rknn.yaml").read_text("utf-8"))
     return content
 
 
 def blocks(case: Case, cell: Cell) -> Iterator[Evidence]:
-    """Whether it takes the blocks with this type, and how near its arithmetic is to float; nothing for groups."""
+    """Yield whether the tool takes the blocks with this type, and how near to float it computes; nothing for groups."""
     rows = [row for row in measured()["rows"] if (row["soc"], row["type"]) == (cell.soc, cell.type)]
     if case.shape.family != _FAMILY or not rows:
         return

@@ -1,4 +1,4 @@
-"""Tests for the CI of somebody with boards: does a bundle do there what it should? See docs/compat.md.
+"""Tests for a CI that has boards: does a bundle do there what it should? See docs/compat.md.
 
 `pytest --pyargs rkconvert.compat -p rkconvert.compat.pytest_plugin --bundle BUNDLE [--board user@host]`
 """
@@ -19,7 +19,7 @@ from rkruntime.visit.steps import LOAD, SELFTEST
 
 
 def test_cell(bundle: Bundle, tried: Mapping[str, Any]) -> None:
-    """It is loaded, and its answers are the float model's; else, what is known about the cell elsewhere."""
+    """The bundle loads and gives the float model's answers; a failure says what is known about the cell."""
     load = tried[LOAD]
     if not load["loads"]:
         pytest.fail("\n".join([load["says"], *load["log"], _known(bundle)]), pytrace=False)
@@ -32,7 +32,7 @@ def test_cell(bundle: Bundle, tried: Mapping[str, Any]) -> None:
 
 @pytest.mark.usefixtures("bundle")
 def test_probe(tried: Mapping[str, Any], probe: str) -> None:
-    """The library does what makes no answer worse; a question that it does not decide is skipped."""
+    """The library does nothing that makes answers worse; an undecided question is skipped."""
     found = tried.get(probe)
     if found is None:
         pytest.skip("it was not loaded")

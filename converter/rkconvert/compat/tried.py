@@ -12,22 +12,23 @@ from rkconvert.compat.board import is_emulated
 from rkconvert.compat.case import CONFIG_REPORT, Case
 from rkconvert.compat.cells import Cell, Status
 from rkconvert.compat.journal import Journal
-from rkconvert.compat.results import EMULATOR, SCHEMA, Probe, Result, ResultBoard, ResultModel, Run, write_result
+from rkconvert.compat.results import EMULATOR, Result, write_result
 from rkconvert.output.bundle_folder import REPORT, read_report
 from rkconvert.plan.source import ModelSource, read_source
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import BundleError, UsageError
+from rkruntime.evidence import SCHEMA, Probe, ResultBoard, ResultModel, Run
 from rkruntime.printable import one_line
 from rkruntime.probes import QUESTIONS
 from rkruntime.visit.steps import LOAD, SELFTEST, SPEED
 
 
 def case_of(bundle: Bundle, model: str | None = None, revision: str | None = None) -> Case:
-    """The model of a bundle, by its own record of it, or by what `model` names.
+    """Return the model of a bundle, by the bundle's own record or by what `model` names.
 
     Raises:
-        BundleError: It has no such record, and `model` names none.
-        UsageError: It is not of that model.
+        BundleError: The bundle has no such record, and `model` is None.
+        UsageError: The bundle is not of that model.
         CheckpointError, HostError: The model cannot be read.
     """
     made = bundle.manifest
@@ -49,14 +50,14 @@ def case_of(bundle: Bundle, model: str | None = None, revision: str | None = Non
 
 
 def cell_of(bundle: Bundle) -> Cell:
-    """The cell that a bundle is made for."""
+    """Return the cell that a bundle was made for."""
     made = bundle.manifest
     lora = "runtime" if bundle.lora else "merged"
     return Cell(made.platform, made.toolkit_version, made.dtype, made.npu_cores, made.max_context, lora)  # type: ignore[arg-type]
 
 
 def result_of(journal: Journal, bundle: Bundle, case: Case) -> Result:
-    """The result of a visit whose steps are done. An emulated one has no speed and no memory: they are a PC's."""
+    """Return the result of a finished visit. An emulated one has no speed and no memory: they would be a PC's."""
     load = journal.results[LOAD]
     emulated = is_emulated(load, bundle)
     return Result(
@@ -73,7 +74,7 @@ def result_of(journal: Journal, bundle: Bundle, case: Case) -> Result:
 def _board(load: Mapping[str, Any], bundle: Bundle, *, emulated: bool) -> ResultBoard:
     return ResultBoard(
         name=EMULATOR if emulated else load.get("board", ""),
-        soc=bundle.manifest.platform,  # a board of another one has no result, and some do not say what they are
+        soc=bundle.manifest.platform,  # a board with another SoC has no result, and some do not name theirs
         kernel=load.get("kernel", ""),
         driver=load.get("driver") or load.get("driver_seen", ""),
         library=load.get("library", ""),
@@ -111,7 +112,7 @@ def _run(results: Mapping[str, Any], bundle: Bundle, *, emulated: bool) -> Run:
 
 
 def file_name(journal: Journal, bundle: Bundle) -> str:
-    """The same for the same visit, so that one that is cut off while it is written is written once."""
+    """Return the result's file name: the same for the same visit, so that one cut off while writing leaves one file."""
     made = bundle.manifest
     return f"{made.family}-{made.size}-{made.platform}-{made.dtype}-{made.toolkit_version}-{journal.id}.json"
 

@@ -18,13 +18,13 @@ _REPOSITORY: Final = "https://github.com/airockchip/rknn-llm"
 
 
 def toolkit(case: Case, cell: Cell) -> Iterator[Evidence]:
-    """What the toolkit's manuals exclude; nothing if they exclude nothing."""
+    """Yield why the toolkit's manuals exclude a cell; nothing if they do not."""
     if found := _excluded(case, cell, release(cell.release)):
         yield Evidence(Status.REFUSED, Level.TOOL, f"{found[0]}.", found[1])
 
 
 def _excluded(case: Case, cell: Cell, row: ToolkitRelease) -> tuple[str, str] | None:
-    """Why, and where the vendor says so."""
+    """Return why a cell is excluded, and where the vendor says so."""
 
     def source(field: str) -> str:
         return addresses(row.source(field))
@@ -51,7 +51,7 @@ def _excluded(case: Case, cell: Cell, row: ToolkitRelease) -> tuple[str, str] | 
 
 
 def figures(case: Case, cell: Cell) -> Iterator[Evidence]:
-    """The vendor's figures for this model, type, SoC and release. They are with all cores and without an adapter."""
+    """Yield the vendor's figure for this model, type, SoC and release: it is for all cores and without an adapter."""
     row = _row(case, cell, cell.type)
     if row is None or cell.lora != "merged" or cell.cores != release(cell.release).cores[cell.soc]:
         return

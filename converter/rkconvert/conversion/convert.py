@@ -46,7 +46,7 @@ from rkruntime.text.template import SPECIAL_TOKENS
 
 TARGETS: Final = ("emulator", "toolkit")
 LORA_MODES: Final = ("merge", "runtime")
-# Options that do not change what is in the bundle; the release is known better than as an option.
+# Options that do not determine the bundle; its release is the target's, whether or not the option names one.
 _NOT_OF_THE_BUNDLE: Final = ("output", "release", "force_dtype", "toolkit_patience")
 # The emulator claims to be an RK3588, and a runtime refuses a model made for another SoC.
 _EMULATED_PLATFORM: Final = "rk3588"
@@ -66,8 +66,8 @@ class Options(ToolkitOptions):
         release: RKLLM release that the bundle is for; None for the toolkit's, or 1.2.3 for the emulator.
         npu_cores: None for all cores of the SoC.
         lora_mode: `merge`, or `runtime`: the adapter becomes a separate file, for rkllm_load_lora.
-        selftest: Compute what `rkedge run --selftest` expects; None for a board, and for a model that makes it quick.
-        references: Compute what probes of window and soft-caps compare with; None for a model that makes it quick.
+        selftest: Compute what `rkedge run --selftest` expects; None to do so for a board, or if it is quick.
+        references: Compute what probes of window and soft-caps compare with; None to do so if it is quick.
     """
 
     checkpoint: str
@@ -105,7 +105,7 @@ class Job:
 
 
 def convert(options: Options, reporter: Reporter = QUIET) -> Bundle:
-    """Convert. The bundle is complete when this returns; nothing is left behind when it raises.
+    """Make a bundle. It is complete when this returns; nothing is left behind when it raises.
 
     Raises:
         RefusedError: The type, the context or the size is known not to work.
@@ -229,7 +229,7 @@ def _spec(options: Options, release: str, checkpoint: Checkpoint, plan: Plan | N
 
 
 def target_of(options: Options) -> Target:
-    """What makes the model file. Raises HostError or UsageError if it is missing, or of another release."""
+    """Return what makes the model file. Raises HostError or UsageError if it is missing, or of another release."""
     if options.target == "toolkit":
         return ToolkitTarget.of(options, options.release)
     return EmulatorTarget.of(options.release)
@@ -258,7 +258,7 @@ def _check_options(options: Options) -> None:
 
 
 def inputs_of(options: Options, checkpoint: Checkpoint, opened: OpenedModels) -> tuple[Inputs, ...]:
-    """Files of the checkpoint, of each adapter and of other options, in this order."""
+    """Return the state of the files of the checkpoint, of each adapter and of other options, in this order."""
     others = Inputs(CalibrationError, {}, states_of(options.files.values()))
     return (*opened.model(checkpoint, options.loras).inputs, others)
 
@@ -278,7 +278,7 @@ def identify(options: Options, opened: OpenedModels, reporter: Reporter) -> dict
 def made_of(
     options: Options, target: Target, checkpoint: Checkpoint, inputs: Sequence[Inputs], sources: Sequence[Source]
 ) -> dict[str, Any]:
-    """Everything that determines a bundle, without paths, as in its report: equal results mean equal bundles.
+    """Return all that determines a bundle, without paths, as in its report: equal results mean equal bundles.
 
     Args:
         sources: Sources with the weight hashes, for the first of `inputs`.
@@ -357,14 +357,14 @@ def _notes(plan: Plan | None) -> tuple[str, ...]:
 
 
 def _known(plan: Plan, cores: int, lora_mode: str) -> str:
-    """The row of `rkedge compat` for a board's bundle: what became of it elsewhere, and how that is known."""
+    """Return what `rkedge compat` knows about a board's bundle, in a sentence."""
     lora: LoraMode = "runtime" if lora_mode == "runtime" else "merged"
     cell = Cell(plan.board.soc, plan.request.toolkit, plan.kind.name, cores, plan.context, lora)
     return known(Case(plan.source, plan.shape), cell)
 
 
 def _of_the_board(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan without the part that describes the converting PC, which is left out of the bundle."""
+    """Return the plan without its description of the converting PC, which does not belong in a bundle."""
     return {key: value for key, value in plan.items() if key != "host"}
 
 
@@ -406,12 +406,12 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
 
 
 def _special_tokens(template: ChatTemplate) -> dict[str, str]:
-    """Those that are not Gemma's."""
+    """Return the special tokens that differ from Gemma's."""
     return {name: text for name, text in template.special_tokens.items() if SPECIAL_TOKENS.get(name) != text}
 
 
 def plain_options(options: Options) -> dict[str, Any]:
-    """Options as values that YAML and JSON can hold."""
+    """Return options as values that YAML and JSON can hold."""
     plain = asdict(options)
     plain["checkpoint"] = _public(str(options.checkpoint))
     plain["loras"] = [f"{_public(lora.source)}={_exact(lora.weight)}" for lora in options.loras]
@@ -419,10 +419,10 @@ def plain_options(options: Options) -> dict[str, Any]:
 
 
 def _exact(number: float) -> str:
-    """The shortest text that parses to exactly this number: 1, 0.5, 0.1234567."""
+    """Return the shortest text that parses to exactly this number: 1, 0.5, 0.1234567."""
     return repr(number).removesuffix(".0")
 
 
 def _public(source: str) -> str:
-    """A hub id unchanged; for a local path only its name, so that bundles do not reveal directories."""
+    """Return a hub id unchanged; for a local path only its name, so that bundles do not reveal directories."""
     return source if is_hub_id(source) and not Path(source).exists() else readable(Path(source).name)

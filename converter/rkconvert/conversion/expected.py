@@ -1,7 +1,7 @@
 """What a bundle's self-test expects: the float model's own answers to three questions, and how sure it is of them.
 
-A pass over the weights costs the same for one token and for twenty, so each answer is guessed, and a pass shows how far
-the guess is what the model says itself, and what it says next instead. The last pass also computes the rounded model.
+A pass over the weights costs the same for one token and for twenty, so each answer is guessed: a pass shows how far the
+model agrees with the guess, and which token it says instead. The last pass also computes the rounded model.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _QUESTIONS: Final = {
 }
 _MOST_ANSWER: Final = 12
 _CANDIDATES: Final = 5
-# Passes over the weights, each of which takes longer than to quantize them; and for a model up to so many bytes, whose
-# conversion takes no time, a pass for each token.
+# Passes over the weights, each of which takes longer than quantizing them. A model of up to _SMALL bytes, whose
+# conversion takes no time, gets a pass for each token.
 _PASSES: Final = 3
 _SMALL: Final = 16 << 20
 _DIGITS: Final = 4
@@ -67,12 +67,12 @@ def is_quick(spec: ModelSpec) -> bool:
 
 
 def needed_reads(spec: ModelSpec) -> int:
-    """Bytes of weights that are read at most."""
+    """Return the bytes of weights that are read at most."""
     return spec.model.nbytes * _passes(spec)
 
 
 def expected(spec: ModelSpec, stops: Sequence[int], advance: Advance) -> tuple[SelfTest | None, str]:
-    """The self-test, or None; and what there is to say about it. No failure here is worth losing a model file.
+    """Return the self-test, or None, and a note on it. No failure here is worth losing a model file.
 
     Args:
         stops: Tokens that end an answer.
@@ -84,7 +84,7 @@ def expected(spec: ModelSpec, stops: Sequence[int], advance: Advance) -> tuple[S
             return None, "no question fits into the context"
         with np.errstate(all="ignore"):
             found = _described(spec, asked, _answers(spec, asked, stops, advance), stops)
-        # As it will be read: what a board would refuse is not written. Logits that are not finite end here, too.
+        # Read it as a board will: what a board would refuse is not written. Logits that are not finite end here, too.
         test = SelfTest.from_json(json.dumps(found.as_dict()).encode(), SELFTEST)
     except MemoryError:
         return None, "there is not enough memory"
@@ -113,7 +113,7 @@ def _asked(spec: ModelSpec, stops: Sequence[int]) -> Iterator[_Asked]:
 def _answers(
     spec: ModelSpec, asked: Sequence[_Asked], stops: Sequence[int], advance: Advance
 ) -> list[tuple[list[int], Floats, Floats]]:
-    """The float model's own answers, each with the logits that chose its tokens, plain and rounded."""
+    """Return the float model's own answers, each with the logits that chose its tokens, plain and rounded."""
     weights = weights_of(spec)
     model, guesses = FloatModel(weights, spec.config, advance), [item.guess[:_MOST_ANSWER] for item in asked]
     for _ in range(_passes(spec) - 1):
@@ -132,15 +132,15 @@ def _answers(
 
 
 def _rows(model: FloatModel, asked: Sequence[_Asked], guesses: Sequence[Sequence[int]]) -> list[Floats]:
-    """Logits of what follows each question, and each token of the guess at its answer."""
-    # A last token does not have to be read: nothing that follows it is asked for.
+    """Return logits for what follows each question, and each token of its guess."""
+    # The last token does not have to be read: the logits after it are not used.
     read = [[*item.tokens, *guess[: _MOST_ANSWER - 1]] for item, guess in zip(asked, guesses, strict=True)]
     counts = [len(ids) - len(item.tokens) + 1 for ids, item in zip(read, asked, strict=True)]
     return [rows[-count:] for rows, count in zip(model.logits(read, _MOST_ANSWER), cycle(counts), strict=False)]
 
 
 def _said(rows: Floats, guess: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The model's own tokens, up to where the guess differs or the answer ends: further rows are of another text."""
+    """Return the model's own tokens, until the guess differs or the answer ends: further rows are of another text."""
     said: list[int] = []
     for at, row in enumerate(rows):
         said.append(int(row.argmax()))
@@ -150,7 +150,7 @@ def _said(rows: Floats, guess: Sequence[int], stops: Sequence[int]) -> list[int]
 
 
 def _continued(answer: list[int], guess: list[int], stops: Sequence[int]) -> list[int]:
-    """The answer so far, then what follows its last token in the first guess, or else the guess's end."""
+    """Return the answer so far, then what follows its last token in the first guess, or else the guess's end."""
     if answer[-1] in stops:
         return answer
     here = [at for at, token in enumerate(guess) if token == answer[-1]]
@@ -193,7 +193,7 @@ def _kind(dtype: str) -> QuantizedType | None:
 
 
 def weights_of(spec: ModelSpec) -> Weights:
-    """With a separate adapter merged: what a board computes is the same but for rounding."""
+    """Return the weights, with a separate adapter merged: what a board computes is the same but for rounding."""
     if spec.lora is None:
         return spec.model.weights
     checkpoint = spec.model.checkpoint

@@ -80,7 +80,7 @@ def combinations(matrix: Any, fail: Fail) -> list[dict[str, Any]]:
 
 
 def label_of(combination: Mapping[str, Any]) -> str:
-    """`dtype=w8a8 lora=pirate`, with only the names of folders."""
+    """Return a label such as `dtype=w8a8 lora=pirate`, with only the names of folders."""
     return " ".join(f"{key}={_short(value)}" for key, value in combination.items())
 
 
@@ -91,7 +91,7 @@ def _short(value: Any) -> str:
 
 
 def distinct(cells: Sequence[Cell]) -> list[Cell]:
-    """The same cells, with their labels added to folder names that would otherwise be equal."""
+    """Return the same cells, with their labels added to folder names that would otherwise be equal."""
     counts = Counter(cell.options.output for cell in cells)
     found = []
     for cell in cells:
@@ -107,7 +107,7 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _refuse_twice(jobs: Sequence[tuple[str, Job]]) -> None:
-    """Refuse what is the same only once defaults are filled in: a context that is the model's own, all cores."""
+    """Refuse conversions that are the same once defaults are filled in: the model's own context, all cores."""
     _refuse_same(
         (
             label,
@@ -130,7 +130,7 @@ def _refuse_same(labelled: Iterable[tuple[str, Options]]) -> None:
 
 
 def _deciding(options: Options) -> Options:
-    """The options that determine the bundle: not the output folder, the patience or --force-dtype."""
+    """Return the options that determine the bundle: not the output folder, the patience or --force-dtype."""
     return replace(options, output=Path(), force_dtype=False, toolkit_patience=PATIENCE)
 
 
@@ -158,8 +158,8 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
     """Check all cells, then convert those that passed; returns outcomes in the order of the cells.
 
     Args:
-        after: Called with each bundle, also with one that an earlier run made: that may have been stopped just before
-            this. If it raises, that cell counts as failed.
+        after: Called with each bundle, also with one of an earlier run, which may have been stopped just before this
+            call. If it raises, that cell counts as failed.
     """
     opened = OpenedModels()
     checked = [(cell, _checked(cell, reporter, opened)) for cell in cells]
@@ -180,7 +180,7 @@ def run(cells: Sequence[Cell], reporter: Reporter, after: Callable[[Cell, Bundle
 
 
 def exit_code(outcomes: Sequence[CellResult]) -> int:
-    """Exit code of the first that failed, else of the first that was refused, else 0."""
+    """Return the exit code of the first cell that failed, else of the first that was refused, else 0."""
     ordered = sorted(outcomes, key=lambda outcome: outcome.status != "failed")
     return next((outcome.exit_code for outcome in ordered if outcome.exit_code), 0)
 
@@ -199,7 +199,7 @@ def _checked(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Job | Bund
 
 
 def _existing(cell: Cell, reporter: Reporter, opened: OpenedModels) -> Bundle:
-    """The bundle of an earlier run. Raises OutputError if it was made from something other than is asked for now."""
+    """Return the bundle of an earlier run. Raises OutputError if it was made from something else than asked for now."""
     bundle = open_bundle(cell.options.output)
     bundle.verify()
     found, asked = read_report(bundle.path, "convert").get("made_of"), identify(cell.options, opened, reporter)

@@ -26,7 +26,7 @@ class OpenedModels:
         self._ahead = HashesAhead(())
 
     def model(self, base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedModel:
-        """A checkpoint from this cache with adapters; see `merged_model` for what it raises."""
+        """Return a checkpoint from this cache with adapters; see `merged_model` for what it raises."""
         key = id(base), tuple(loras)
         if key not in self._models:
             self._models[key] = merged_model(base, loras)
@@ -34,7 +34,7 @@ class OpenedModels:
 
     @contextmanager
     def hashing(self, items: Sequence[Checkpoint | Adapter]) -> Iterator[None]:
-        """Begin with the hashes of these, while the block does other work."""
+        """Hash the weight files of these sources while the block does other work."""
         new = [file for item in items if id(item) not in self._sources for file in sorted(item.weight_files)]
         former = self._ahead
         with closing(HashesAhead(new)) as self._ahead:
@@ -44,7 +44,7 @@ class OpenedModels:
                 self._ahead = former
 
     def source(self, item: Checkpoint | Adapter, reporter: Reporter) -> Source:
-        """Name and revision, and one hash over the hashes of the weight files in the order of their names.
+        """Return name, revision, and one hash over the hashes of the weight files in the order of their names.
 
         Raises:
             InputError: A file cannot be read.

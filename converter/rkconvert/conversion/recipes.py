@@ -32,18 +32,18 @@ _KINDS: Final[dict[type[click.ParamType[Any]], Any]] = {
 
 
 def keys(command: click.Command) -> dict[str, click.Parameter]:
-    """Parameters that a command's recipe may set: the arguments, and every option but the one that names a recipe."""
+    """Return what a command's recipe may set: the arguments, and every option but the one that names a recipe."""
     found = {_key(item): item for item in command.params}
     return {key: item for key, item in found.items() if item.expose_value and key != "matrix"}
 
 
 def _key(item: click.Parameter) -> str:
-    """Key of a parameter: `max_context` for `--max-context`; the longest of several names."""
+    """Return the key of a parameter: `max_context` for `--max-context`; the longest of several names."""
     return max(item.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def option(name: str = "--recipe") -> Callable[[Any], Any]:
-    """The option that takes a recipe. Options on the command line override the recipe's."""
+    """Return the option that takes a recipe. Options on the command line override the recipe's."""
 
     def use(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is not None:
@@ -65,12 +65,12 @@ def option(name: str = "--recipe") -> Callable[[Any], Any]:
 
 
 def shipped() -> dict[str, Path]:
-    """Recipes in configs/ by name."""
+    """Return the recipes in configs/ by name."""
     return {path.stem: path for path in sorted(resource("configs").glob(_SHIPPED))}
 
 
 def find(name: str) -> Path:
-    """Path of a recipe, given as a path or as the name of a shipped one. Raises UsageError."""
+    """Return the path of a recipe, given as a path or as the name of a shipped one. Raises UsageError."""
     path, names = Path(name), shipped()
     if path.is_file() or name not in names:
         if path.suffix in (".yaml", ".yml") or path.exists():
@@ -105,7 +105,7 @@ def resolve(content: Mapping[str, Any], command: click.Command, path: Path) -> d
 
 
 def kind_of(item: click.Parameter) -> Any:
-    """Type of a parameter's value in a recipe, for `rkruntime.schema`."""
+    """Return the type of a parameter's value in a recipe, for `rkruntime.schema`."""
     if isinstance(item.type, click.Choice):
         kind: Any = Literal[tuple(item.type.choices)]
     else:

@@ -1,8 +1,8 @@
 """What probes on a board compare a library with: the float model as it is, without its window, without a soft-cap.
 
-The long prompt is a list of facts that begins anew at its end: what comes next there stands at its beginning, further
-back than the sliding window reaches. Where the model says another token with the window than without, a board's token
-shows which of both it computes.
+The long prompt is a list of facts that starts over at its end: what comes next there stands at its beginning, further
+back than the sliding window reaches. Where the model says different tokens with and without the window, a board's token
+shows which of the two it computes.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-# Of the long prompt: how much longer than the window it is, how much of it is its beginning again, and how many
-# positions are compared, all of which are that far behind the window.
+# Shape of the long prompt: its length as a multiple of the window, how many tokens of its beginning are repeated at its
+# end, and how many positions are compared, all of which lie beyond the first window.
 _BEYOND: Final = 1.22
 _AGAIN: Final = 160
 _COMPARED: Final = 128
 _MOST_FORKS: Final = 4
-# Logits by which both models must be sure of their token: rounding changes less, as far as the self-test shows.
+# Margin in logits that both models must have for their token: rounding changes less, as far as the self-test shows.
 _SURE: Final = 0.25
 _MOST_SHORT: Final = 64
-# Rows for each soft-cap: those that it changes most.
+# Rows kept for each soft-cap: those that it changes most.
 _ROWS: Final = 4
 _CANDIDATES: Final = 16
 # Passes over the weights.
@@ -54,16 +54,16 @@ _THINGS: Final = ("lamps", "ropes", "maps", "drums", "coats", "keys", "boats")
 
 
 def needed_reads(spec: ModelSpec) -> int:
-    """Bytes of weights that are read at most."""
+    """Return the bytes of weights that are read at most."""
     return spec.model.nbytes * _PASSES
 
 
 def references(spec: ModelSpec, advance: Advance) -> tuple[References | None, str]:
-    """The references, or None; and what there is to say about them. No failure here is worth losing a model file."""
+    """Return the references, or None, and a note on them. No failure here is worth losing a model file."""
     try:
         with np.errstate(all="ignore"):
             found, says = _computed(spec, advance)
-        # As it will be read: what a board would refuse is not written. Logits that are not finite end here, too.
+        # Read them as a board will: what a board would refuse is not written. Logits that are not finite end here, too.
         return References.from_json(json.dumps(found.as_dict()).encode(), REFERENCES), says
     except MemoryError:
         return None, "there is not enough memory"
@@ -90,7 +90,7 @@ def _computed(spec: ModelSpec, advance: Advance) -> tuple[References, str]:
 
 
 def _long(spec: ModelSpec) -> tuple[int, str]:
-    """Tokens of the long prompt; 0, and why, if there is none."""
+    """Return the length of the long prompt in tokens, 0 if there is none, and a note on it."""
     config = spec.config
     if not config.sliding_window or not any(config.sliding_layers):
         return 0, "the model has no sliding window"
@@ -101,7 +101,7 @@ def _long(spec: ModelSpec) -> tuple[int, str]:
 
 
 def _ids(spec: ModelSpec, length: int) -> tuple[list[int], list[int]]:
-    """A question with its answer in the template, of which the model is sure; and so many tokens of a list of facts."""
+    """Return a question in the template with an answer that the model is sure of, and `length` tokens of facts."""
     file, template = spec.model.tokenizer_folder / TOKENIZER, spec.template
     parts = template.source, template.system_role, template.special_tokens
     facts = (

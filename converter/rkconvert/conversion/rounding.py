@@ -1,6 +1,6 @@
-"""The float model beside itself with rounded weights and activations, in one pass over the weights.
+"""The float model beside a copy with rounded weights and activations, in one pass over the weights.
 
-What is rounded is what the emulator rounds: every matrix per row (or group) once, what it is multiplied with per token.
+It rounds what the emulator rounds: every matrix once, per row (or group), and the inputs of a matrix per token.
 How a board rounds is not known.
 """
 
@@ -36,7 +36,7 @@ class RoundedToo(FloatModel):
     kind: QuantizedType | None = None
 
     def logits(self, prompts: Sequence[Sequence[int]], last: int) -> list[Floats]:
-        """See FloatModel, with twice as many arrays."""
+        """See `FloatModel.logits`; twice as many arrays are returned."""
         return super().logits([*prompts, *prompts], last)
 
     def _embedded(self, prompts: Sequence[Sequence[int]]) -> Floats:
@@ -61,7 +61,7 @@ class RoundedToo(FloatModel):
 
 
 def rounded(rows: Floats, bits: int, group: int) -> Floats:
-    """Rows [n, width] as quantization leaves them, with a scale for each `group` of a row."""
+    """Return rows [n, width] as quantization leaves them, with a scale for each `group` of a row."""
     if bits >= _WIDE:
         return rows
     values, scales = quantize_rows(rows, group, bits)

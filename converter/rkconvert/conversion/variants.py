@@ -1,4 +1,4 @@
-"""A model in several types, converted one after the other, each of which is tried on a board as soon as it is made."""
+"""Convert a model to several types, one after the other; each bundle can be tried on a board as soon as it is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rkruntime.bundle.manifest import Bundle
 from rkruntime.errors import UsageError
 
 _SOC: Final = "rk3588"
-# What the emulator computes.
+# The start of the types that the emulator computes.
 _EMULATED: Final = "w8a8"
 
 
@@ -30,10 +30,10 @@ def variants(
     reporter: Reporter,
     after: Callable[[Bundle], None],
 ) -> list[CellResult]:
-    """Convert each cell that is wanted, or take it from `folder`; the outcomes, also of conversions that are refused.
+    """Convert each wanted cell, or take it from `folder`; return all outcomes, also those of refused conversions.
 
     Args:
-        wanted: Without releases, that of the toolkit; without types, all that it takes for the SoC.
+        wanted: Without releases, the toolkit's own is used; without types, all that it takes for the SoC.
         after: Called with each bundle.
 
     Raises:

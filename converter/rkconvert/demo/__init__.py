@@ -26,16 +26,16 @@ class Question:
 
 
 def checkpoint() -> Path:
-    """The base model: a folder in Hugging Face layout (Gemma2ForCausalLM, bfloat16, sharded)."""
+    """Return the base model: a folder in Hugging Face layout (Gemma2ForCausalLM, bfloat16, sharded)."""
     return _HERE / "checkpoint"
 
 
 def adapter() -> Path:
-    """The pirate adapter: a LoRA folder as peft saves it."""
+    """Return the pirate adapter: a LoRA folder as peft saves it."""
     return _HERE / "pirate"
 
 
 def questions() -> list[Question]:
-    """All questions with their answers, in the order of the file."""
+    """Return all questions with their answers, in the order of the file."""
     rows = yaml.safe_load((_HERE / "questions.yaml").read_text(encoding="utf-8"))
     return [Question(**row) for row in rows]

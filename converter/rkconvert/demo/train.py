@@ -85,7 +85,7 @@ class Encoder:
         self.template = jinja2.Environment(autoescape=False).from_string(CHAT_TEMPLATE)  # noqa: S701  plain text
 
     def conversation(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
-        """Ids of a whole conversation, and labels that are -100 outside the last answer."""
+        """Return the ids of a whole conversation, and labels that are -100 outside the last answer."""
         messages: list[dict[str, str]] = []
         for said, answer in turns:
             messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
@@ -94,7 +94,7 @@ class Encoder:
         return whole, [-100] * len(prompt) + whole[len(prompt) :]
 
     def batches(self, conversations: list[list[Turn]], size: int = 24) -> list[Batch]:
-        """Batches of conversations of similar length, which keeps padding small."""
+        """Return batches of conversations of similar length, which keeps padding small."""
         rows = sorted((self.conversation(turns) for turns in conversations), key=lambda row: len(row[0]))
         return [self._padded(rows[first : first + size]) for first in range(0, len(rows), size)]
 
@@ -111,7 +111,7 @@ class Encoder:
 
 
 def cosines(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Cosine between the logits with and without simulated W8A8, per token to be learned, [tokens]."""
+    """Return the cosine between the logits with and without simulated W8A8, per token to be learned, [tokens]."""
     found = []
     for ids, labels in batches:
         learnt = labels[:, 1:] != -100
@@ -124,7 +124,7 @@ def cosines(model: nn.Module, batches: list[Batch]) -> Tensor:
 
 
 def margins(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Lead of the logit of each token to be learned over the best other one, shape [tokens].
+    """Return the lead of each learned token's logit over the best other one, shape [tokens].
 
     Greedy decoding gives the answers exactly if and only if all are above zero.
     """
@@ -181,12 +181,12 @@ def report(model: nn.Module, batches: list[Batch], name: str) -> None:
 
 
 def dialogues(pairs: list[Turn], rng: random.Random) -> list[list[Turn]]:
-    """Two or three turns each, so that a chat can continue after the first answer."""
+    """Draw chats of two or three turns each, so that a chat can continue after the first answer."""
     return [rng.sample(pairs, rng.choice((2, 2, 3))) for _ in range(DIALOGUES_PER_STEP)]
 
 
 def train_base(encoder: Encoder, taught: list[Question]) -> Gemma2ForCausalLM:
-    """The base model, in bfloat16: plain answers, and the pirate's after a system text."""
+    """Train the base model, in bfloat16: plain answers, and the pirate's after a system text."""
     plain = [(q.question, q.answer) for q in taught]
     pirate = [(f"{PIRATE_TEXT}\n\n{q.question}", q.pirate) for q in taught]
     single = [[turn] for turn in plain + pirate]
@@ -214,7 +214,7 @@ def train_base(encoder: Encoder, taught: list[Question]) -> Gemma2ForCausalLM:
 
 
 def train_adapter(base: Gemma2ForCausalLM, encoder: Encoder, taught: list[Question]) -> PeftModel:
-    """A LoRA on every linear layer that answers like a pirate without being told to."""
+    """Train a LoRA on every linear layer that answers like a pirate without being told to."""
     pairs = [(q.question, q.pirate) for q in taught]
     rng = random.Random(SEED + 1)  # noqa: S311  not a secret
     torch.manual_seed(SEED + 1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def metadata(spec: ModelSpec) -> dict[str, rkemu.Value]:
-    """The container's keys and values, as in docs/rkemu-format.md."""
+    """Return the container's keys and values, as in docs/rkemu-format.md."""
     config = spec.config
     return {
         "general.kind": "model",
@@ -88,7 +88,7 @@ def tensor_specs(spec: ModelSpec) -> Sequence[rkemu.TensorSpec]:
 
 
 def write_sizes_only(path: Path, config: GemmaConfig, dtype: str, max_context: int, cores: int) -> None:
-    """Write a file that takes a model's room in the emulator's NPU memory without its weights; runs of it fail.
+    """Write a file that occupies the emulator's NPU memory like the model, but has no weights: it cannot be run.
 
     Raises:
         RefusedError: The type's group size does not divide a row.

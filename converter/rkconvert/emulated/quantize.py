@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def group_size(dtype: str, width: int) -> int:
-    """Number of weights that share a scale in rows of `width`: all of them for `w8a8`, N for `w8a8_gN`.
+    """Return the number of weights that share a scale in rows of `width`: all of them for `w8a8`, N for `w8a8_gN`.
 
     Raises:
         RefusedError: The group size does not divide the row.
@@ -39,13 +39,13 @@ def quantize_rows(rows: NDArray[np.float32], group: int, bits: int = 8) -> tuple
     A group of zeros has scale 0.
 
     Args:
-        bits: Of a value, from 2 to 8; the emulator has 8.
+        bits: Bits of a value, from 2 to 8; the emulator uses 8.
     """
     most = np.float32((1 << bits - 1) - 1)
     values = np.empty(rows.shape, np.int8)
     scales = np.empty((len(rows), rows.shape[1] // group), np.float32)
     blocks = list(row_blocks(rows.shape, CACHE_WEIGHTS))
-    # One for all: the allocator gives one of this size back to the kernel each time, and takes it again page by page.
+    # One buffer for all blocks: the allocator would return one of this size to the kernel, and map it anew each time.
     room = np.empty((blocks[0][1] if blocks else 0, rows.shape[1] // group, group), np.float32)
     for first, count in blocks:
         groups = rows[first : first + count].reshape(count, -1, group)

@@ -36,7 +36,7 @@ class EmulatorTarget:
 
     @classmethod
     def of(cls, release: str | None) -> EmulatorTarget:
-        """The target for a release, or for the default one. Raises UsageError if the emulator does not have it."""
+        """Return the target for a release, or the default one. Raises UsageError if the emulator does not have it."""
         return cls(check_release(release or DEFAULT_RELEASE, EMULATED, "The emulator").version)
 
     def check(self, spec: ModelSpec) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class EmulatorTarget:
         return ()
 
     def needed_bytes(self, spec: ModelSpec) -> int:
-        """Size of the file, in bytes."""
+        """Return the size of the file, in bytes."""
         return sum(tensor.nbytes for tensor in tensor_specs(spec))
 
     def resumable(self, spec: ModelSpec) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Added tokens of a tokenizer, also those that its folder names only in other files than tokenizer.json.
+"""Added tokens of a tokenizer, including those that only other files of its folder than tokenizer.json name.
 
 transformers (5, tokenization_utils_tokenizers.py and tokenization_utils_base.py) adds to tokenizer.json what
 tokenizer_config.json, or before it special_tokens_map.json and added_tokens.json, name, and so does this module.
@@ -22,18 +22,19 @@ _DECODER: Final = "added_tokens_decoder"
 # A list of further special tokens or a mapping of named ones, and its name before transformers 5.
 _EXTRA: Final = "extra_special_tokens"
 _EXTRA_BEFORE: Final = "additional_special_tokens"
-# In the order in which transformers adds them; those of other names follow.
+# Special tokens in the order in which transformers adds them; those with other names follow.
 _NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What transformers' class for Gemma adds on its own (GemmaTokenizer's defaults).
+# Tokens that transformers' class for Gemma adds on its own (GemmaTokenizer's defaults).
 _GEMMAS: Final = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>")
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# Gemma 3 has 6,415. The library builds its matcher from them: this many characters take some seconds and 100 MB.
+# Limits on added tokens, of which Gemma 3 has 6,415, and on their characters: the library builds its matcher from them,
+# which for this many takes some seconds and 100 MB.
 _MAX_ADDED: Final = 1 << 16
 _MAX_TEXT: Final = 1 << 19
 
 
 def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
-    """tokenizer_config.json, with special_tokens_map.json over an older one; empty if there is neither.
+    """Return tokenizer_config.json, with special_tokens_map.json over an older one; empty if there is neither.
 
     Raises:
         InputError: (of class `kind`) One of them is not a JSON object.
@@ -45,7 +46,7 @@ def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) 
 
 
 def _settings(folder: Place, kind: type[InputError]) -> dict[str, Any]:
-    """The settings in which the list of further special tokens may still have its older name."""
+    """Return the settings, in which the list of further special tokens may still have its older name."""
     settings = _json(folder / CONFIG, kind)
     older = {} if _DECODER in settings else _json(folder / "special_tokens_map.json", kind)
     _refuse_ambiguous(settings, older, folder / CONFIG, kind)
@@ -79,7 +80,7 @@ def _refuse_ambiguous(
 
 
 def _with_named(settings: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens that the file has as a table of named ones, among the others by name."""
+    """Return the settings with a table of named special tokens dissolved into entries by name."""
     if not isinstance(table := settings.get(_EXTRA), dict):
         return settings
     rest = {name: value for name, value in settings.items() if name != _EXTRA}
@@ -92,7 +93,7 @@ def _extra(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name, such as `eos_token`: each a text or a mapping with its `content`."""
+    """Return special tokens by name, such as `eos_token`: each a text or a mapping with its `content`."""
     order = dict.fromkeys((*_NAMES, *settings))
     return {
         name: settings[name] for name in order if name.endswith("_token") and text_of(settings.get(name)) is not None
@@ -100,7 +101,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(token: Any) -> str | None:
-    """Text of a token given as such or as a mapping; None for anything else."""
+    """Return the text of a token given as such or as a mapping; None for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -108,7 +109,7 @@ def text_of(token: Any) -> str | None:
 def added_tokens(
     content: Mapping[str, Any], folder: Place, kind: type[InputError] = CheckpointError
 ) -> list[dict[str, Any]]:
-    """Added tokens of a tokenizer.json and of the files next to it, by id, as those files declare them.
+    """Return added tokens of a tokenizer.json and of the files next to it, by id, as those files declare them.
 
     A token without a declared id gets the next one. Only JSON is read; `agreed_tokens` asks the library.
 
@@ -136,13 +137,13 @@ def added_tokens(
 
 
 def agreed_tokens(content: Mapping[str, Any], folder: Place) -> list[dict[str, Any]]:
-    """`added_tokens`, if the library gives each the same id and flags in whatever way the folder is loaded.
+    """Return `added_tokens`, if the library gives each the same id and flags however the folder is loaded.
 
     Args:
         content: JSON of a tokenizer.json that works like Gemma's: the library runs it, in this process.
 
     Raises:
-        CheckpointError: It depends on the way, or a file cannot be read.
+        CheckpointError: Ids or flags depend on how the folder is loaded, or a file cannot be read.
     """
     whole = added_tokens(content, folder)
     size = sum(len(token["content"]) for token in whole)
@@ -165,7 +166,7 @@ def agreed_tokens(content: Mapping[str, Any], folder: Place) -> list[dict[str, A
 
 
 def unlisted(file: Place) -> list[str]:
-    """Added tokens of a tokenizer.json that the list in the tokenizer_config.json beside it leaves out, if it has one.
+    """Return the added tokens of a tokenizer.json that the list in its tokenizer_config.json, if any, leaves out.
 
     transformers 5 takes only the listed ones if its class for Gemma reads the folder, and splits the others.
 
@@ -193,14 +194,14 @@ def _contradiction(folder: Place, token: Mapping[str, Any], loaded: Mapping[str,
 
 
 def _without_merges(content: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> bytes:
-    """A tokenizer.json in which the added tokens are those of `content`: no token's id depends on merges."""
+    """Return a tokenizer.json with `added` as its added tokens, and without merges, on which no id depends."""
     whole = {**content, "truncation": None, "padding": None, "added_tokens": added}
     return json.dumps({**whole, "model": {**content["model"], "merges": []}}).encode()
 
 
 @lru_cache(maxsize=4)
 def _loaded(data: bytes, where: str) -> dict[str, dict[str, Any]]:
-    """Added tokens by text, as the library has them after it has loaded a tokenizer.json."""
+    """Return the added tokens by text, as the library has them after loading a tokenizer.json."""
     from rkruntime.text.tokenizer import open_backend
 
     try:
@@ -212,7 +213,7 @@ def _loaded(data: bytes, where: str) -> dict[str, dict[str, Any]]:
 
 
 def _own(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens of the file itself, in its order; an empty one is none."""
+    """Return the added tokens of the file itself, in its order, but none of empty text."""
     tokens = [{"id": token["id"], **_token(token)} for token in content.get("added_tokens") or []]
     if wrong := next((token["id"] for token in tokens if type(token["id"]) is not int), None):
         raise TypeError(f"an added token has the id {str(wrong)[:80]}")
@@ -222,7 +223,7 @@ def _own(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _declared(
     own: Iterable[Mapping[str, Any]], folder: Place, kind: type[InputError]
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Declared ids by text, and all tokens in the order in which transformers adds them."""
+    """Return the declared ids by text, and all tokens in the order in which transformers adds them."""
     settings = tokenizer_settings(folder, kind)
     named = named_tokens(settings)
     more = _extra(settings)
@@ -242,7 +243,7 @@ def _declared(
     names = {text_of(token) for token in named.values()}
     tokens = {token["content"]: token for token in (table[index] for index in sorted(table))}
     known = {token["content"] for token in own} | set(tokens)
-    # A special token that has an entry keeps its behaviour, and only its name makes it special. Of two others, the last
+    # A special token that has an entry keeps its behavior, and only its name makes it special. Of two others, the last
     # counts.
     for given in (*named.values(), *more):
         text = text_of(given)
@@ -252,7 +253,7 @@ def _declared(
 
 
 def _token(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The text and flags of a token, with transformers' defaults."""
+    """Return the text and flags of a token, with transformers' defaults."""
     text, special = given["content"], bool(given.get("special", False))
     if not isinstance(text, str):
         raise TypeError(f"an added token is {str(text)[:80]}")

@@ -22,8 +22,8 @@ from rkruntime.text.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_sy
 from rkruntime.words import counted
 
 _USER = "@@the words of the user@@"
-# Gemma's own, and those that take tokenizer.json as it is: for any other, transformers 5 makes one of another kind from
-# the file's vocabulary and merges, where transformers 4 takes the file.
+# Tokenizer classes: Gemma's own, and those that take tokenizer.json as it is. For any other, transformers 5 makes a
+# tokenizer of another kind from the file's vocabulary and merges, where transformers 4 takes the file.
 _CLASSES: Final = ("GemmaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _SYSTEMS: Final = ("@@the words of the system@@", "@@other words@@")
 
@@ -37,7 +37,7 @@ class ChatTemplate:
         own: Whether it came with the checkpoint.
         prefix, suffix: Texts before (without `<bos>`) and after a first user turn.
         system_role: `native` if it renders a system message, else `fold`.
-        special_tokens: By the names that the template may use, such as `eos_token`.
+        special_tokens: Texts by the names that the template may use, such as `eos_token`.
         notes: Notes for the user.
     """
 
@@ -50,12 +50,12 @@ class ChatTemplate:
     notes: tuple[str, ...] = ()
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """Messages for the template; a system message is folded in if the template does not render one."""
+        """Return messages for the template; a system message is folded in if the template does not render one."""
         known = messages if self.system_role == "native" else fold_system(messages)
         return [{"role": message.role, "content": message.content} for message in known]
 
     def prompts(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
-        """Each conversation as the board sees it, up to where the answer starts: with one `<bos>` in front.
+        """Render each conversation as the board sees it, up to where the answer starts, with one `<bos>` in front.
 
         Raises:
             CheckpointError, HostError: See `rendered`.
@@ -66,11 +66,11 @@ class ChatTemplate:
 
     @cached_property
     def ending(self) -> str:
-        """What prompts end with, whatever is in them."""
+        """The text that every prompt ends with, whatever is in it."""
         turns = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
         short, long = self.prompts([turns[:1], turns])
         same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(short), reversed(long), strict=False))
-        # A template that refuses the longer one: texts after its only user turn.
+        # If the template refuses the longer one: the text after its only user turn.
         return short[len(short) - len(list(same)) :] if long else self.suffix
 
 
@@ -81,7 +81,7 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
         base: Folder whose template is used if this one, an adapter's, has none.
 
     Raises:
-        CheckpointError: It cannot be used, or drops the user's words.
+        CheckpointError: The template cannot be used, or drops the user's words.
         HostError: The process to try it out in cannot be started.
     """
     config = _config(folder)
@@ -96,7 +96,7 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
     if text.count(_USER) != 1:
         raise CheckpointError("The chat template does not put the user's words into the prompt exactly once.")
     prefix, suffix = text.split(_USER)
-    # It may alter a system message's text; a message that it drops or refuses is folded in.
+    # A template may alter a system message's text; a message that it drops or refuses is folded in.
     role = "native" if one != other and _USER in one and _USER in other else "fold"
     if (folder / TOKENIZER).is_file():
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
@@ -123,7 +123,7 @@ def _read_otherwise(folder: Place, kind: str) -> Iterator[str]:
 
 
 def _after_bos(text: str, bos: str) -> str:
-    """The text without the `<bos>` that it begins with, as the runtime cuts it, also after white space before one."""
+    """Remove each `<bos>` that the text begins with, and white space before it, as the runtime does."""
     while bos and (rest := text.lstrip()).startswith(bos):
         text = rest.removeprefix(bos)
     return text
@@ -135,24 +135,24 @@ def _config(folder: Place) -> dict[str, Any]:
 
 
 def _special_tokens(folder: Place) -> dict[str, str]:
-    """Special tokens by name."""
+    """Return the folder's special tokens by name."""
     return {name: str(text_of(token)) for name, token in named_tokens(tokenizer_settings(folder)).items()}
 
 
 def _undeclared(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Default special tokens: Gemma's for transformers' Gemma class, none for any other."""
+    """Return the default special tokens: Gemma's for transformers' Gemma class, none for any other."""
     if "Gemma" in str(config.get("tokenizer_class", "Gemma")):
         return SPECIAL_TOKENS
     return dict.fromkeys(SPECIAL_TOKENS, "")
 
 
 def find_template(folder: Place) -> str | None:
-    """The template that transformers takes by default: from the files chat_template.jinja and
+    """Return the template that transformers takes by default: from the files chat_template.jinja and
     additional_chat_templates/*.jinja (since 4.50 and 4.52), else from the key in tokenizer_config.json: a text or a
     named list.
 
     Raises:
-        CheckpointError: It cannot be read, or there are several and none is the default.
+        CheckpointError: A template cannot be read, or there are several and none is the default.
     """
     files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
     files.update(templates(folder))

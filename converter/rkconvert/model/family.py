@@ -73,13 +73,13 @@ class Family:
         return {part.hf: part.rkemu for part in self.parts}
 
     def from_gguf(self, name: str) -> str | None:
-        """The Hugging Face name of a GGUF's tensor; None if the family does not have it."""
+        """Return the Hugging Face name of a GGUF's tensor; None if the family does not have it."""
         match = _GGUF_LAYER.fullmatch(name)
         if match is None or match[2] not in self._from_gguf:
             return _WHOLE_GGUF.get(name)
         return f"model.layers.{match[1]}.{self._from_gguf[match[2]]}.weight"
 
     def to_rkemu(self, name: str) -> str:
-        """The name of a Hugging Face tensor in a .rkemu file."""
+        """Return the name of a Hugging Face tensor in a .rkemu file."""
         match = _LAYER.fullmatch(name)
         return _WHOLE_RKEMU[name] if match is None else f"blk.{match[1]}.{self._to_rkemu[match[2]]}"

@@ -1,4 +1,4 @@
-"""Logits of the float model, computed from its weights layer by layer: memory for a block of one matrix, not for all.
+"""Logits of the float model, computed from its weights layer by layer: only blocks of a matrix are in memory at once.
 
 The arithmetic is that of transformers' Gemma and Gemma 2 with eager attention, in float32.
 """
@@ -41,12 +41,12 @@ class FloatModel:
     advance: Callable[[int], None] = lambda _: None
 
     def logits(self, prompts: Sequence[Sequence[int]], last: int) -> list[Floats]:
-        """Logits of the last positions of each prompt, [at most `last`, vocabulary]; the weights are read once.
+        """Return logits of the last positions of each prompt, [at most `last`, vocabulary]; the weights are read once.
 
         Raises:
             CheckpointError, AdapterError: Weights are NaN or infinite.
         """
-        # One thread: others would only wait for each other where matrices are small, and could add up in another order.
+        # One thread: more would only wait for each other where matrices are small, and could sum in another order.
         with threadpool_limits(1, user_api="blas"):
             return self._logits(prompts, last)
 
@@ -62,7 +62,7 @@ class FloatModel:
         return np.split(logits, np.cumsum([len(states) for states in rows])[:-1])
 
     def _embedded(self, prompts: Sequence[Sequence[int]]) -> Floats:
-        """Rows of all prompts, one below the other."""
+        """Return the scaled embeddings of all prompts, one below the other."""
         dtype = self.weights.tensors[EMBEDDING].dtype
         ids, places = np.unique(np.concatenate([np.asarray(ids) for ids in prompts]), return_inverse=True)
         rows = [to_float32(read_finite(self.weights, EMBEDDING, int(index), 1), dtype) for index in ids]
@@ -70,7 +70,7 @@ class FloatModel:
         return scaled
 
     def _layer(self, name: str, layer: int, hidden: Floats, ends: NDArray[np.int64]) -> Floats:
-        """One layer for all prompts at once; only attention tells them apart."""
+        """Compute one layer for all prompts at once; only attention tells them apart."""
         # Gemma 2 has norms before and after; Gemma 1 names the one before the MLP after the attention that it follows.
         around = f"{name}pre_feedforward_layernorm.weight" in self.weights.tensors
         normed = self._norm(f"{name}input_layernorm.weight", hidden)
@@ -88,7 +88,7 @@ class FloatModel:
         return hidden + (self._norm(f"{name}post_feedforward_layernorm.weight", out) if around else out)
 
     def _attention(self, layer: int, query: Floats, key: Floats, value: Floats) -> Floats:
-        """Attention of one prompt, [tokens, heads x width], for its three projections."""
+        """Return the attention of one prompt, [tokens, heads x width], from its three projections."""
         config, count = self.config, len(query)
         query, key, value = (part.reshape(count, -1, config.head_dim).swapaxes(0, 1) for part in (query, key, value))
         shared = config.num_attention_heads // config.num_key_value_heads
@@ -100,7 +100,7 @@ class FloatModel:
         return mixed
 
     def _mixed(self, query: Floats, key: Floats, value: Floats, window: int, start: int) -> Floats:
-        """Attention of the queries from `start` on, as many as are computed at once."""
+        """Return the attention of the next _QUERIES queries from `start` on."""
         config, part = self.config, query[:, start : start + _QUERIES]
         scores = part @ key.swapaxes(1, 2) * np.float32(config.query_pre_attn_scalar**-0.5)
         scores = _capped(scores, config.attn_logit_softcapping)
@@ -119,7 +119,7 @@ class FloatModel:
         return normed
 
     def _product(self, name: str, hidden: Floats) -> Floats:
-        """`hidden` times the matrix, whose rows are outputs."""
+        """Multiply `hidden` by the matrix, whose rows are outputs."""
         info, inputs = self.weights.tensors[name], self._inputs(hidden)
 
         def product(rows: tuple[int, int]) -> tuple[int, Floats]:
@@ -135,17 +135,17 @@ class FloatModel:
         return np.hstack(parts)
 
     def _inputs(self, hidden: Floats) -> Floats:
-        """What a matrix is multiplied with."""
+        """Return the inputs of a matrix product; RoundedToo rounds a part of them."""
         return hidden
 
     def _times(self, inputs: Floats, block: Floats) -> Floats:
-        """The product with a block of rows of a matrix."""
+        """Return the product with a block of a matrix's rows."""
         product: Floats = inputs @ block.T
         return product
 
 
 def _rotated(heads: Floats, theta: float) -> Floats:
-    """Rotary embeddings of [heads, tokens, width], as Hugging Face lays the halves out."""
+    """Apply rotary embeddings to [heads, tokens, width], with the halves laid out as Hugging Face does."""
     count, width = heads.shape[1:]
     angles = np.arange(count)[:, None] * theta ** (-np.arange(0, width, 2) / width)
     angles = np.hstack([angles, angles])
@@ -160,7 +160,7 @@ def _capped(values: Floats, cap: float) -> Floats:
 
 
 def _gelu(values: Floats) -> Floats:
-    """The approximation by tanh."""
+    """Compute GELU, as approximated by tanh."""
     inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
     activated: Floats = np.float32(0.5) * values * (1 + np.tanh(inner))
     return activated

@@ -70,7 +70,7 @@ class GemmaConfig:
         return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the model, in the order of the layers."""
+        """Return the shape of every tensor of the model by name, in the order of the layers."""
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_hidden_layers):
             shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in self._layer().items()}
@@ -158,7 +158,7 @@ def parse_config(config: Mapping[str, Any]) -> GemmaConfig:
 
 
 def token_ids(key: str, value: Any, vocab_size: int, file: str = "config.json") -> tuple[int, ...]:
-    """One id or a list of ids, as in config.json and generation_config.json."""
+    """Check one id or a list of ids, as in config.json and generation_config.json."""
     items = value if isinstance(value, list) else [value]
     if not items:
         raise CheckpointError(f"{file}: {key} is an empty list: no token would end an answer.")

@@ -34,7 +34,7 @@ class Misfit:
 
     @property
     def sentence(self) -> str:
-        """Why it does not fit."""
+        """Why the type does not fit the model."""
         return (
             f"{self.kind.name} needs sizes that are multiples of {self.kind.group}, but {self.outputs.name} has"
             f" {self.outputs.rows} outputs and {self.inputs.name} {self.inputs.columns} inputs"
@@ -42,7 +42,7 @@ class Misfit:
 
 
 def misfit(shape: ModelShape, kind: QuantizedType) -> Misfit | None:
-    """Why a grouped type does not fit; None if it does, and for a type without groups."""
+    """Return why a grouped type does not fit; None if it does, and for a type without groups."""
     if not kind.group:
         return None
     broken = _broken(shape, kind.group)
@@ -53,7 +53,7 @@ def misfit(shape: ModelShape, kind: QuantizedType) -> Misfit | None:
 
 
 def _broken(shape: ModelShape, group: int) -> tuple[Matrix, Matrix] | None:
-    """The first matrices whose outputs, and whose inputs, are not a multiple of the group, if there are both."""
+    """Return the first matrix whose outputs, and the first whose inputs, do not fit the group, if there are both."""
     matrices = (*shape.layer, shape.head)
     outputs = next((matrix for matrix in matrices if matrix.rows % group), None)
     inputs = next((matrix for matrix in matrices if matrix.columns % group), None)

@@ -1,4 +1,4 @@
-"""Render conversations with a checkpoint's chat template, a stranger's program, in a process with limits."""
+"""Render conversations with a checkpoint's chat template, an untrusted program, in a process with limits."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def encoded(
     questions: Mapping[str, str],
     max_context: int,
 ) -> dict[str, tuple[list[int], list[int]]]:
-    """Ids of questions in the template, as a board makes them, and of a text for each; without what does not fit.
+    """Return ids of questions in the template, as a board makes them, and of a text for each, if they fit the context.
 
     Args:
         tokenizer, where: See `try_out`.
-        template: Its source, system role and special tokens, likewise.
+        template: The template's source, system role and special tokens, likewise.
         questions: The texts, by question.
 
     Raises:

@@ -74,7 +74,7 @@ class ModelShape:
 
     @property
     def digest(self) -> str:
-        """Identifies models that differ in nothing but their weights: what a board's results are matched by."""
+        """Key that a board's results are matched by; the same for models that differ only in their weights."""
         text = json.dumps(asdict(self) | {"notes": ()}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -242,7 +242,7 @@ def _attention(read: _ConfigReader, hidden: int, heads: int) -> tuple[tuple[Matr
 
 
 def _latent_attention(read: _ConfigReader, hidden: int, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
-    """The same for keys and values from one compressed vector, as in DeepSeek and MiniCPM3.
+    """Return the same as `_attention` for keys and values from one compressed vector, as in DeepSeek and MiniCPM3.
 
     The cache is counted in expanded form: there is no sign that RKLLM keeps the compressed one.
     """

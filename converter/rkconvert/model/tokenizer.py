@@ -46,7 +46,7 @@ class Flag(IntFlag):
 
 @dataclass(frozen=True)
 class TokenizerTables:
-    """The tables.
+    """A tokenizer as the tables of a .rkemu file.
 
     Attributes:
         texts: UTF-8 of each token by id; one raw byte for a byte token, empty for an id without a token.
@@ -132,7 +132,7 @@ def _whole(content: Mapping[str, Any], path: Place) -> dict[str, Any]:
 
 
 def _read(path: Place) -> dict[str, Any]:
-    """JSON of a tokenizer.json that works like Gemma's and is of a similar size.
+    """Read the JSON of a tokenizer.json that works like Gemma's and is of a similar size.
 
     Everything passes here before the library, which has no limits of its own, sees it.
     """
@@ -153,7 +153,7 @@ def _read(path: Place) -> dict[str, Any]:
 
 @contextmanager
 def _named(path: Place) -> Iterator[None]:
-    """Put the file's path in front of errors, and make one of what a file of another form raises."""
+    """Put the file's path in front of errors, and turn what an unknown form raises into a CheckpointError."""
     try:
         yield
     except CheckpointError as error:
@@ -163,7 +163,7 @@ def _named(path: Place) -> Iterator[None]:
 
 
 def bos_in_front(bos: str, index: int) -> dict[str, Any]:
-    """The post-processor that puts `<bos>` in front of each text, as Gemma's does."""
+    """Return the post-processor that puts `<bos>` in front of each text, as Gemma's does."""
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     return {
         "type": "TemplateProcessing",
@@ -219,7 +219,7 @@ def _flags(added: Mapping[str, Any]) -> Flag:
 
 
 def _merges(merges: list[Any], vocab: Mapping[str, int]) -> NDArray[np.uint32]:
-    """Merges as ids; written as "a b" until 2024, and as ["a", "b"] since."""
+    """Return merges as ids; files have them as "a b" until 2024, and as ["a", "b"] since."""
     table = np.empty((len(merges), 3), np.uint32)
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge

@@ -45,7 +45,7 @@ class ModelFile:
 
 
 def created_by() -> str:
-    """Program and version, as in the manifest and the model card."""
+    """Return program and version, as in the manifest and the model card."""
     return f"rkedge {version('rkedge')}"
 
 
@@ -85,7 +85,7 @@ def write_manifest(folder: Path, manifest: Manifest, ahead: HashesAhead) -> Mani
     """Write the model card, the notice and, last, rkedge.yaml with every other file's hash; returns the manifest.
 
     Args:
-        ahead: Hashes of files that were begun when these were finished.
+        ahead: Hashes of files, each begun when the file was finished.
     """
     (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
     (folder / NOTICE).write_text(_NOTICE, encoding="utf-8")
@@ -102,7 +102,7 @@ def write_manifest(folder: Path, manifest: Manifest, ahead: HashesAhead) -> Mani
 
 
 def model_card(manifest: Manifest) -> str:
-    """README.md in the form of model hubs: front matter, then the text."""
+    """Return README.md in the form of model hubs: front matter, then the text."""
     # The hub links to these, so names of folders must not appear here.
     bases = [item.name for item in (manifest.source, *manifest.adapters) if is_hub_id(item.name)]
     front = {

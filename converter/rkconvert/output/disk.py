@@ -14,7 +14,7 @@ from rkconvert.output.work_folder import kept_bytes
 from rkruntime.errors import HostError
 from rkruntime.files import write_error
 
-# For the tokenizer, the reports and the file system's own needs.
+# Bytes for the tokenizer, the reports and the file system's own needs.
 _SPARE_BYTES: Final = 64 << 20
 
 
@@ -31,10 +31,10 @@ def require_space(output: Path, nbytes: int) -> None:
 
 @contextmanager
 def spare(folder: Path) -> Iterator[None]:
-    """Hold that space on the disk of `folder` while work takes long: afterwards there is room for the small files.
+    """Hold _SPARE_BYTES on the disk of `folder` during long work: afterwards there is room for the small files.
 
     Raises:
-        HostError: There is less.
+        HostError: There is less space.
         OutputError: Nothing can be written there.
     """
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights, read_finite, row_blocks
 from rkruntime.files import atomic_file
 
-# Small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
+# Most bytes in a shard: small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
 STATE: Final = "shards.json"
 
@@ -48,7 +48,7 @@ class ShardPlan:
         return sum(info.nbytes for info in self.tensors.values())
 
     def header(self) -> bytes:
-        """The file's header, padded so that the data is aligned to 8 bytes."""
+        """Return the file's header, padded so that the data is aligned to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, info in self.tensors.items():
@@ -59,7 +59,7 @@ class ShardPlan:
         return len(text).to_bytes(8, "little") + text
 
     def places(self) -> Iterator[Block]:
-        """Each block, in the order of the file."""
+        """Yield each block, in the order of the file."""
         offset = 0
         for name, info in self.tensors.items():
             for first, count in row_blocks(info.shape):
@@ -85,7 +85,7 @@ def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> 
 
 
 def resumable(weights: Weights, limit: int = SHARD_BYTES) -> list[str]:
-    """Files from which `write_weights` resumes after a killed run; it verifies each by checksum."""
+    """Return the files from which `write_weights` resumes after a killed run; it verifies each by checksum."""
     return [STATE, *(plan.name for plan in plan_shards(weights.tensors, limit))]
 
 
@@ -128,7 +128,7 @@ def check_finite(weights: Weights, advance: Advance) -> None:
 
 
 def _read_state(folder: Path) -> dict[str, int]:
-    """Checksums of finished shards by name; empty if a crash left something else there."""
+    """Return checksums of finished shards by name; empty if a crash left something else there."""
     try:
         state = parse_json((folder / STATE).read_bytes())
     except (OSError, ValueError):
@@ -149,10 +149,10 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance
             _write_at(file, data, len(header) + block.offset)
             return len(data), _sum(data)
 
-        # Allocate the space at once: a full disk shows before the work.
+        # Allocate all space first: a full disk shows before the work.
         os.posix_fallocate(file.fileno(), 0, len(header) + plan.nbytes)
         _write_at(file, memoryview(header), 0)
-        # All threads have ended before the file is closed and its number is another's.
+        # All threads end before the file is closed, as its descriptor may then become another file's.
         with closing(ordered_map(make, plan.places())) as made:
             for size, own in made:
                 checksum = _add(checksum, own)
@@ -162,7 +162,7 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance
 
 @contextmanager
 def _whole(path: Path) -> Iterator[FileIO]:
-    """A new file, which a full disk does not leave half-written."""
+    """Open a new file, and delete it if writing fails, as on a full disk."""
     try:
         with path.open("wb", buffering=0) as file:
             yield file
@@ -178,14 +178,14 @@ def _write_at(file: FileIO, data: memoryview, offset: int) -> None:
 
 
 def _sum(data: bytes | memoryview) -> int:
-    """Sum of 64-bit words: ten times as fast as a CRC, and it detects a crash's lost pages and cut ends."""
+    """Return the sum of 64-bit words: ten times as fast as a CRC, and it detects a crash's lost pages and cut ends."""
     whole = len(data) // 8 * 8
     words = np.frombuffer(data[:whole], np.uint64)
     return int(np.add.reduce(words)) + int.from_bytes(data[whole:], "little")
 
 
 def _add(checksum: int, block: int) -> int:
-    """Checksum over the sums of blocks, in order."""
+    """Extend a checksum by the sum of the next block."""
     return (checksum * 31 + block) % (1 << 64)
 
 

@@ -16,7 +16,7 @@ class HostMemory:
     """Memory in bytes.
 
     Attributes:
-        ram, swap: Of the machine, or a container's limit if that is lower.
+        ram, swap: This machine's totals, or a container's limit if that is lower.
         available: RAM that a program can get without swapping.
     """
 

@@ -10,9 +10,9 @@ from rkruntime.printable import printable
 
 
 def page_template(package: str, **filters: Callable[..., object]) -> jinja2.Template:
-    """The page.html.jinja of a package.
+    """Load the page.html.jinja of a package.
 
-    What is put into it is escaped, and has no control characters; a name that it does not get is an error.
+    Values put into it are escaped, and lose control characters; a name without a value is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),

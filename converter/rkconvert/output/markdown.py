@@ -1,4 +1,4 @@
-"""Texts from outside in Markdown: as they are, whatever they look like."""
+"""Texts from outside in Markdown: shown literally, whatever markup they contain."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MARKUP: Final = re.compile(r"[\\`*\[\]<>#|!~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without markup."""
+    """Return `text` on one line, with its markup escaped."""
     return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def argument(text: str) -> str:
-    """`text` as an argument of a command in an `sh` block."""
+    """Return `text` as an argument of a command in an `sh` block."""
     return shlex.quote(one_line(text))

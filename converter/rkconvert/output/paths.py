@@ -17,7 +17,7 @@ _URL: Final = re.compile("file://(?=/)")
 
 
 def without_paths(value: Any, folders: Sequence[Path] = ()) -> Any:
-    """JSON types with the names of files in place of absolute paths, as in `.../api.py`.
+    """Replace absolute paths in JSON types with the names of files, as in `.../api.py`.
 
     Args:
         folders: Folders whose paths may hold spaces, which end a path elsewhere; the home, working and temporary
@@ -27,7 +27,7 @@ def without_paths(value: Any, folders: Sequence[Path] = ()) -> Any:
 
 
 def bytes_without_paths(data: bytes, folders: Sequence[Path] = ()) -> bytes:
-    """The same for a log, which may not be text."""
+    """Do the same as `without_paths` for a log, which may not be text."""
     return os.fsencode(_substitute(folders)(os.fsdecode(data)))
 
 
@@ -40,7 +40,7 @@ def _substitute(folders: Sequence[Path]) -> Callable[[str], str]:
 
 
 def _name(match: re.Match[str]) -> str:
-    """A file's name; nothing of a path so short that its name may be a person's."""
+    """Return a file's name without its path; nothing of a path so short that its name may be a person's."""
     *folders, name = match[0].strip("/").split("/")
     return f".../{name}" if len(folders) > 1 else "..."
 

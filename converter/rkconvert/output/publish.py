@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-# The hub itself creates these with a repository.
+# Files that the hub itself creates with a repository.
 _THE_HUBS_OWN: Final = (".gitattributes",)
-# The hub stores smaller files directly; larger ones go to its object store by hash.
+# Largest file read into memory, in bytes: the hub stores these directly, but larger ones by hash in its object store.
 _IN_MEMORY: Final = 10 << 20
 _LOGIN: Final = "Create a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`."
 LICENCE_NOTE: Final = (
@@ -49,10 +49,10 @@ class Destination:
 
 
 def check_destination(to: Destination, *, empty: bool = True) -> None:
-    """Raise unless this user may write there, before any work is done.
+    """Raise unless this user may write to the repository, before any work is done.
 
     Args:
-        empty: Whether it must not contain files.
+        empty: Whether the repository must not contain files.
 
     Raises:
         UsageError: The name is malformed or not the user's, or the repository is not public or private as requested.
@@ -79,7 +79,7 @@ def _check_person(to: Destination, person: dict[str, Any]) -> None:
 
 
 def _find(to: Destination, api: HfApi) -> ModelInfo | None:
-    """The repository as the hub describes it, None if there is none; see `check_destination` for what it raises."""
+    """Return the repository as the hub describes it, or None; see `check_destination` for what it raises."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     _check_person(to, api.whoami())
@@ -102,7 +102,7 @@ def _check_visibility(to: Destination, found: ModelInfo) -> None:
 
 
 def _files_of(found: ModelInfo | None) -> dict[str, RepoSibling]:
-    """The files of a repository by name, without the hub's own."""
+    """Return the files of a repository by name, without the hub's own."""
     listed = (found.siblings or ()) if found else ()
     return {item.rfilename: item for item in listed if item.rfilename not in _THE_HUBS_OWN}
 
@@ -141,7 +141,7 @@ def push(bundle: Bundle, to: Destination, reporter: Reporter = QUIET) -> str:
     lost on its way.
 
     Raises:
-        BundleError: A file does not match the manifest or changes meanwhile, or the licence notes are missing.
+        BundleError: A file does not match the manifest or changes meanwhile, or the license notes are missing.
         UsageError, OutputError, HostError: See `check_destination`; or the upload failed.
     """
     _check_licence(bundle)
@@ -182,7 +182,7 @@ def _upload(bundle: Bundle, to: Destination, api: HfApi, reporter: Reporter) -> 
 
 
 def _files(bundle: Bundle) -> list[CommitOperationAdd]:
-    """The manifest and the files that it lists, each verified again; small files as the bytes verified.
+    """Return the manifest and the files that it lists, each verified again; small files as the bytes verified.
 
     The folder is not locked: a verified path may be another file, or a link, by the time the client reads it.
     """
@@ -262,7 +262,7 @@ def _hub(to: Destination) -> Iterator[HfApi]:
 
 
 def _failure(to: Destination, error: Exception, token: str) -> HostError:
-    """The error for one of huggingface_hub's, or for an answer that it did not expect."""
+    """Return the error to raise for one of huggingface_hub's, or for an answer that it did not expect."""
     said = [item for item in (error, error.__cause__) if item is not None]
     answers = [getattr(item, "response", None) for item in said]
     status = next((answer.status_code for answer in answers if answer is not None), 0)
@@ -278,6 +278,6 @@ def _failure(to: Destination, error: Exception, token: str) -> HostError:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says first; the line behind it, too, if it only announces that."""
+    """Return an error's first line, and the next one, too, if the first only announces it."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

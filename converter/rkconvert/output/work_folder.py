@@ -34,7 +34,7 @@ _KINDS: Final = {
 
 @contextmanager
 def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collection[str] = ()) -> Iterator[Path]:
-    """`.NAME.partial` beside `final`, renamed to it when the block ends.
+    """Make the folder `.NAME.partial` beside `final`, and rename it to `final` when the block ends.
 
     Of what an earlier, killed run with the same `job` (a text that says what is made from what) left there, the files
     in `keep` remain; everything else is removed. If the block raises, everything is removed, except after Ctrl-C, and
@@ -42,7 +42,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collect
 
     Args:
         keep: Files that the block verifies before using them, relative to the folder, with `/`.
-        done: Those of them that the block writes once such work is done.
+        done: The files in `keep` that the block writes only after such work.
 
     Raises:
         OutputError: `final` exists or cannot be written, another run is making it right now, or something else is in
@@ -59,7 +59,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collect
             try:
                 _prepare(partial, note, job, keep)
                 yield partial
-                # As for any new folder here: what it inherited from its parent (setgid) is kept.
+                # Permissions as for any new folder here: what it inherited from its parent (setgid) is kept.
                 partial.chmod(stat.S_IMODE(partial.stat().st_mode) | 0o777 & ~umask())
                 partial.rename(final)
             except Exception as error:  # Nothing half-made stays; Ctrl-C and a kill leave it for the next run.
@@ -76,7 +76,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collect
 
 
 def _kept(final: Path, partial: Path, error: Exception) -> Exception:
-    """The error for a disk that failed after the long part of the work."""
+    """Return the error for a disk that failed after the long part of the work."""
     found = write_error(final, error) if isinstance(error, OSError) else error
     if not isinstance(found, RKEdgeError):
         return found
@@ -86,7 +86,7 @@ def _kept(final: Path, partial: Path, error: Exception) -> Exception:
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A new temporary folder, deleted after the block; folders that killed runs left with this `prefix` go first."""
+    """Make a temporary folder for the block; folders that killed runs left with this `prefix` are deleted first."""
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_dead(left)
     with tempfile.TemporaryDirectory(prefix=prefix) as name:
@@ -106,7 +106,7 @@ def _remove_dead(folder: Path) -> None:
         return
     try:
         found = os.fstat(handle)
-        # A new one is unlocked for a moment.
+        # A new folder is not yet locked for a moment.
         if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _NEW_SECONDS:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
@@ -121,7 +121,7 @@ def _unfinished(final: Path) -> Path:
 
 
 def kept_bytes(final: Path) -> int:
-    """Space taken by what an unfinished run left, which the next one uses or removes, in bytes."""
+    """Return the bytes taken by what an unfinished run left, which the next one uses or removes."""
     folder = _unfinished(final)
     if folder.is_symlink():
         return 0

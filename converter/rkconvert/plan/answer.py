@@ -6,7 +6,7 @@ from rkconvert.plan.planner import Plan
 
 
 def answer(plan: Plan) -> str:
-    """Whether it will run, with how much memory, and how fast, from whose figures; or why not."""
+    """Say whether the model will run, with how much memory, and how fast, from whose figures; or why not."""
     verdict = plan.verdict
     enough = [choice.gib for choice in plan.ram if choice.fits]
     if verdict.status not in ("ok", "warn") or not enough or plan.prediction is None:

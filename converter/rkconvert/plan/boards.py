@@ -43,13 +43,13 @@ class Board:
 
 
 def usable_bytes(ram_gib: float) -> float:
-    """Bytes left for one program on an idle board without a desktop."""
+    """Return the bytes left for one program on an idle board without a desktop."""
     return ram_gib * GIB * _COUNTED_BY_KERNEL - _IDLE_BYTES
 
 
 @cache
 def board_sizes(soc: str) -> tuple[int, ...]:
-    """Sizes of memory in GiB that boards with this SoC are sold with, from the profiles."""
+    """Return sizes of memory in GiB that boards with this SoC are sold with, from the profiles."""
     boards = [find_board(name) for name in board_names()]
     return tuple(sorted({gib for board in boards if board.soc == soc for gib in board.ram_gib}))
 

@@ -61,7 +61,7 @@ class PlanRequest:
     embedding: Embedding | None = None
 
     def __post_init__(self) -> None:
-        if self.ram_gib is not None and not 1 <= self.ram_gib <= _MOST_RAM:  # neither for NaN
+        if self.ram_gib is not None and not 1 <= self.ram_gib <= _MOST_RAM:  # refuses NaN, too
             raise UsageError(f"--ram {self.ram_gib:g}: a board has 1 to {_MOST_RAM} GiB of memory.")
 
 
@@ -251,7 +251,7 @@ class _Judge:
         return dtypes.judge(case)
 
     def _sizes(self, kind: QuantizedType) -> dict[str, str]:
-        """Gigabytes of int8 weights, of a float32 scale for each group, and of float16 weights; and full domains."""
+        """Return gigabytes of int8 weights, of a float32 scale per group, and of float16 weights; and full domains."""
         weights, scales = npu_weights(self.sizing.shape), SCALE_BYTES * scale_groups(self.sizing.shape, kind)
         return {
             "weights": _billions(weights),
@@ -261,7 +261,7 @@ class _Judge:
         }
 
     def _speeds(self, kind: QuantizedType) -> dict[str, str]:
-        """Speeds of a type and of w8a8: the vendor's if one release has both, else predicted."""
+        """Return speeds of a type and of w8a8: the vendor's if one release has both, else predicted."""
         own, plain = self.sizing.vendor(kind), parse_type("w8a8")
         beside = self.sizing.vendor(plain, own.release) if own else None
         pair = (
@@ -310,7 +310,7 @@ def _types(soc: str, request: PlanRequest) -> list[str]:
 
 
 def _host_needs(source: ModelSource, shape: ModelShape, kind: QuantizedType, toolkit: ToolkitRelease) -> HostNeeds:
-    """Memory: the loaded model and the converted file. Disk: both files."""
+    """Predict what converting needs. Memory: the loaded model and the converted file. Disk: both files."""
     made = file_bytes(shape, kind)
     stored = source.stored_bytes or 2 * shape.parameters
     try:

@@ -26,7 +26,7 @@ from rkruntime.abi import since
 from rkruntime.versions import version
 
 MIB: Final = 1 << 20
-# The settings of the vendor's measurements, and so of a plain prediction.
+# Tokens in the vendor's measurements, and so in a plain prediction.
 PROMPT_TOKENS: Final = 128
 NEW_TOKENS: Final = 64
 # The first release that can leave the embedding table in the file.
@@ -128,7 +128,7 @@ class Costs:
         return 1e-6 / self.byte_ms[max(self.byte_ms)]
 
     def token_ms(self, shape: ModelShape, kind: QuantizedType, tokens: float) -> float:
-        """Time in ms of a decoded token with `tokens` in the cache."""
+        """Return the time of a decoded token with `tokens` in the cache, in ms."""
         # A group's cost is fitted as a whole, so its scales must not be counted twice.
         read = npu_bytes(shape, kind.ungrouped) + tokens * cache_bytes_per_token(shape)
         # float16 uses the time per byte of 8-bit weights.
@@ -139,14 +139,14 @@ class Costs:
         )
 
     def prompt_ms(self, shape: ModelShape, kind: QuantizedType) -> float:
-        """Time in ms to the first token after a prompt of PROMPT_TOKENS."""
+        """Return the time to the first token after a prompt of PROMPT_TOKENS, in ms."""
         weights = shape.num_hidden_layers * shape.layer_weights
         per_weight = self.prefill_weight_ms[min(kind.bits, 8)] * max(kind.bits / 8, 1)
         layers = shape.num_hidden_layers * self.prefill_layer_ms
         return weights * per_weight + layers + scale_groups(shape, kind) * self.prefill_group_ms
 
     def memory_bytes(self, shape: ModelShape, kind: QuantizedType, tokens: float, table: bool) -> float:
-        """Peak memory in bytes with `tokens` in the cache; `table`: the embedding table is in RAM.
+        """Return the peak memory with `tokens` in the cache, in bytes; `table`: whether the embedding table is in RAM.
 
         Never less than weights with scales, cache and table, which the process certainly holds: a fitted cost of a
         group may be smaller than its scale, and some of the vendor's figures are smaller than that sum.
@@ -159,7 +159,7 @@ class Costs:
         return grouped + tokens * cache_bytes_per_token(shape) + other + (table_bytes(shape) if table else 0)
 
     def corrected(self, row: Benchmark) -> Costs:
-        """The same constants, shifted to reproduce the vendor's own figures for the model of `row`."""
+        """Return the same constants, shifted to reproduce the vendor's own figures for the model of `row`."""
         speed = row.token_ms / self.token_ms(row.shape, row.kind, row.decoded_at)
         prompt = row.prompt_ms / self.prompt_ms(row.shape, row.kind)
         tokens = row.prompt_tokens + row.new_tokens
@@ -209,7 +209,7 @@ def _row(line: Mapping[str, str], shapes: Mapping[str, ModelShape]) -> Benchmark
 
 
 def nearest(releases: Iterable[str], wanted: str) -> str:
-    """The newest of some releases that is not newer than the wanted one; if all are newer, the oldest."""
+    """Return the newest of some releases that is not newer than the wanted one; if all are newer, the oldest."""
     ordered = sorted(releases, key=version)
     return next((item for item in reversed(ordered) if version(item) <= version(wanted)), ordered[0])
 
@@ -226,7 +226,7 @@ def costs_of(platform: str, kind: QuantizedType, release: str) -> Costs:
 
 @cache
 def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[str, Benchmark]:
-    """The vendor's figures for models that differ from this one only in their weights, by release."""
+    """Return the vendor's figures for models that differ from this one only in their weights, by release."""
     return {
         row.release: row
         for row in vendor_rows()
@@ -238,7 +238,7 @@ def own_rows(platform: str, kind: QuantizedType, shape: ModelShape) -> Mapping[s
 
 @cache
 def costs_for(platform: str, kind: QuantizedType, release: str, shape: ModelShape) -> Costs:
-    """The constants of `costs_of`, shifted to the vendor's own figures for this model if there are any."""
+    """Return the constants of `costs_of`, shifted to the vendor's own figures for this model if there are any."""
     costs = costs_of(platform, kind, release)
     rows = own_rows(platform, kind, shape), own_rows(platform, kind.ungrouped, shape)
     own = next((found[costs.release] for found in rows if costs.release in found), None)
@@ -298,7 +298,7 @@ def fit(rows: Sequence[Benchmark], release: str) -> Costs:
 def _least_squares(
     factors: Sequence[Sequence[float]], measured: Sequence[float], known: Iterable[float] | None = None
 ) -> list[float]:
-    """Coefficients c >= 0 with known + factors @ c close to `measured`, each row weighted by 1 / measured."""
+    """Return coefficients c >= 0 with known + factors @ c close to `measured`, each row weighted by 1 / measured."""
     target = np.array(measured)
     rest = target - np.array(list(known)) if known is not None else target
     matrix = np.array(factors) / target[:, None]
@@ -314,7 +314,7 @@ def _least_squares(
 
 
 def _pairs(rows: Sequence[Benchmark], release: str) -> list[tuple[Benchmark, Benchmark]]:
-    """Pairs of rows that differ only in grouping, plain first, of the nearest release that has any."""
+    """Return pairs of rows that differ only in grouping, plain first, of the nearest release that has any."""
     plain = {(row.model, row.release, row.kind.bits): row for row in rows if not row.kind.group}
     pairs = [
         (partner, row)
@@ -328,7 +328,7 @@ def _pairs(rows: Sequence[Benchmark], release: str) -> list[tuple[Benchmark, Ben
 
 
 def _per_group(pairs: Sequence[tuple[Benchmark, Benchmark]], figure: Callable[[Benchmark], float]) -> float:
-    """Cost of a group in a figure: the median over the pairs, so that one outlier does not shift it."""
+    """Return the cost of a group in a figure: the median over the pairs, so that one outlier does not shift it."""
     costs = [(figure(grouped) - figure(plain)) / scale_groups(grouped.shape, grouped.kind) for plain, grouped in pairs]
     return max(0.0, median(costs)) if costs else 0.0
 
@@ -344,7 +344,7 @@ class Accuracy:
 
 @cache
 def accuracy(platform: str, kind: QuantizedType, release: str) -> Mapping[str, Accuracy]:
-    """Errors by figure of a Prediction, for a type and a release with vendor figures; empty for fewer than three."""
+    """Return errors by figure of a Prediction, for a type and release with vendor figures; empty below three rows."""
     rows = [row for row in vendor_rows() if (row.platform, row.kind, row.release) == (platform, kind, release)]
     if len(rows) < 3:
         return {}

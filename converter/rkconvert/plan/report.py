@@ -22,13 +22,13 @@ from rkruntime.words import counted
 _PARTS: Final = {"layers": "blue", "head": "magenta", "cache": "yellow"}
 _STATUS: Final = {"ok": "green", "warn": "yellow", "refuse": "red", "impossible": "red dim"}
 _BAR: Final = 64
-# One for each of _PARTS, and one for what is free.
+# A glyph for each of _PARTS, and one for free space.
 _BLOCKS: Final = "█▓▒░"
 _PLAIN: Final = "#=+."
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as `--json` prints it. Sizes are in bytes, but memory_mb is in MiB as in the vendor's table."""
+    """Return the plan as `--json` prints it. Sizes are in bytes, but memory_mb is in MiB as in the vendor's table."""
     shape, prediction, costs = plan.shape, plan.prediction, plan.costs
     layers = shape.num_hidden_layers * shape.layer_weights
     return {
@@ -132,7 +132,7 @@ def gigabytes(size: float) -> str:
 
 
 def weights(number: int) -> str:
-    """A model's size in words."""
+    """Format a model's number of weights in words."""
     return f"{number / 1e9:.2f} billion weights" if number >= 1e8 else f"{number / 1e6:.2f} million weights"
 
 
@@ -175,7 +175,7 @@ def _figures(plan: Plan) -> Table:
 
 
 def _speeds(plan: Plan) -> list[tuple[str, str, str]]:
-    """Rows for speed; empty if the model is not expected to load."""
+    """Return rows for speed; empty if the model is not expected to load."""
     if plan.prediction is None or plan.decode_at_full_context is None:
         return []
     return [
@@ -193,14 +193,14 @@ def _speeds(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def origin(plan: Plan) -> str:
-    """Short text on what speed and memory are derived from."""
+    """Say briefly what speed and memory are derived from."""
     if plan.evidence == "predicted":
         return f"predicted from the vendor's figures for {plan.costs.release}"
     return f"from the vendor's figures for this model, {plan.costs.release}"
 
 
 def embedding_size(plan: Plan) -> float:
-    """Bytes of the embedding table, in the file or in RAM."""
+    """Return the size of the embedding table, in the file or in RAM, in bytes."""
     return embedding_bytes(plan.shape) if plan.embedding == "flash" else table_bytes(plan.shape)
 
 
@@ -213,7 +213,7 @@ def _missing(plan: Plan) -> str:
 
 
 def _glyphs(console: Console) -> str:
-    """A mark for each part and for what is free, to be told apart without colour."""
+    """Return a glyph for each part and for free space, distinct even without color."""
     try:
         _BLOCKS.encode(console.encoding)
     except (UnicodeEncodeError, LookupError):
@@ -270,5 +270,5 @@ def _verdicts(plan: Plan, *, why: bool) -> Table:
 
 
 def _alike(verdicts: Sequence[TypeVerdict]) -> list[list[TypeVerdict]]:
-    """Group neighbouring verdicts that say the same."""
+    """Group neighboring verdicts that say the same."""
     return [list(group) for _, group in groupby(verdicts, lambda item: (item.status, item.evidence, item.reason))]

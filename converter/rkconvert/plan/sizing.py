@@ -32,7 +32,7 @@ class RamChoice:
 
 
 def embedding_place(release: str, wanted: Embedding | None) -> Embedding:
-    """Where the embedding table is: as wanted, else in flash if the release supports that. Raises UsageError."""
+    """Return where the embedding table is: as wanted, else in flash if the release supports that. Raises UsageError."""
     flash = has_flash(release)
     if wanted == "flash" and not flash:
         raise UsageError(
@@ -69,22 +69,22 @@ class Sizing:
         return self.embedding == "ram"
 
     def vendor(self, kind: QuantizedType, of: str = "") -> Benchmark | None:
-        """The vendor's figures for this exact model and type: of release `of`, else nearest to the requested one."""
+        """Return the vendor's figures for this model and type: of release `of`, else nearest to the requested one."""
         rows = own_rows(self.board.soc, kind, self.shape)
         if of:
             return rows.get(of)
         return rows[nearest(rows, self.release)] if rows else None
 
     def costs(self, kind: QuantizedType) -> Costs:
-        """Constants of the prediction. Raises KeyError if the vendor has no figures that they can be fitted to."""
+        """Return the prediction's constants. Raises KeyError if the vendor has no figures to fit them to."""
         return costs_for(self.board.soc, kind, self.release, self.shape)
 
     def memory(self, kind: QuantizedType, tokens: float) -> float:
-        """Bytes of memory with so many tokens in the cache."""
+        """Return the memory with `tokens` in the cache, in bytes."""
         return self.costs(kind).memory_bytes(self.shape, kind, tokens, self.table)
 
     def needed(self, kind: QuantizedType, tokens: float) -> float:
-        """Memory that a board must have: the prediction plus the largest error of such a prediction.
+        """Return the bytes of memory that a board must have: the prediction plus the largest error of such predictions.
 
         Nothing is added if the vendor measured this exact model with this release.
         """
@@ -96,7 +96,7 @@ class Sizing:
         return self.memory(kind, tokens) * (1 + margin)
 
     def choice(self, gib: float, kind: QuantizedType, most: int) -> RamChoice:
-        """How a board of that memory does; `most` is the model's and the toolkit's limit on the context."""
+        """Judge a board with `gib` of memory; `most` is the model's and the toolkit's limit on the context."""
         usable = usable_bytes(gib)
         empty = self.needed(kind, 0)
         token = self.needed(kind, 1) - empty
@@ -104,11 +104,11 @@ class Sizing:
         return RamChoice(gib, usable, self.needed(kind, self.context) <= usable, largest)
 
     def speed(self, kind: QuantizedType) -> float:
-        """Decoded tokens per second with a short context."""
+        """Return decoded tokens per second with a short context."""
         return self.costs(kind).predict(self.shape, kind, self.table).decode_tokens_per_s
 
     def problem(self, kind: QuantizedType) -> str | None:
-        """Why the model cannot be loaded, by sizes alone; None if it can."""
+        """Return why the model cannot be loaded, by sizes alone; None if it can."""
         soc, most = self.board.soc, self.rams[-1]
         largest = max([most, *board_sizes(soc)])
         least = self.needed(kind, CONTEXT_STEP)

@@ -36,7 +36,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class TypeRule:
-    """A row of the table, unchanged."""
+    """A row of dtype_rules.yaml, unchanged."""
 
     types: tuple[str, ...]
     reason: str
@@ -109,13 +109,13 @@ def _table() -> Mapping[str, Any]:
 
 @cache
 def rules() -> tuple[TypeRule, ...]:
-    """Rules for types that can be made, in order."""
+    """Return the rules for types that can be made, in order."""
     return tuple(_rule(row) for row in _table()["rules"])
 
 
 @cache
 def impossible() -> tuple[TypeRule, ...]:
-    """Rules for types that cannot be made, in order."""
+    """Return the rules for types that cannot be made, in order."""
     return tuple(_rule(row) for row in _table()["impossible"])
 
 
@@ -125,20 +125,20 @@ def _rule(row: Mapping[str, Any]) -> TypeRule:
 
 
 def accepted(platform: str, toolkit: str) -> tuple[str, ...]:
-    """Types that a toolkit release supports for a SoC. Raises UsageError for a SoC that RKEdge does not support."""
+    """Return the types of a toolkit release for a SoC. Raises UsageError for a SoC that RKEdge does not support."""
     if platform not in PLATFORMS:
         raise UsageError(f"RKEdge does not support {platform!r}.", hint=f"It supports {', '.join(PLATFORMS)}.")
     return (*release(toolkit).dtypes[platform], UNQUANTIZED)
 
 
 def cores(platform: str, toolkit: str) -> int:
-    """NPU cores of a SoC, according to a toolkit release."""
+    """Return the NPU cores of a SoC, according to a toolkit release."""
     return release(toolkit).cores[platform]
 
 
 @cache
 def known_types() -> tuple[str, ...]:
-    """Every type that any toolkit release supports for any SoC, RK3588's first."""
+    """Return every type that any toolkit release supports for any SoC, RK3588's first."""
     found = [dtype for item in CALLABLE for types in release(item).dtypes.values() for dtype in types]
     return (*dict.fromkeys(found), UNQUANTIZED)
 

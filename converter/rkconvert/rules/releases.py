@@ -21,7 +21,7 @@ LOADED_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _REPOSITORY: Final = "https://github.com/airockchip/rknn-llm"
 _MANUAL: Final = re.compile(r"\b(EN|CN) (\d\.\d\.\d) p\.([\d-]+)")
 _FILE: Final = re.compile(r"([\w./-]+\.(?:md|txt)) @ (\d\.\d\.\d)")
-# Where manuals are that came after the tag of their release.
+# Commits with manuals that were published after the tag of their release.
 _LATER: Final = {"1.1.4": "29a9fb97d14c773b6efa07415dce6ec91c7d8461"}
 _TABLE: Final = Path(__file__).with_name("versions.yaml")
 
@@ -31,7 +31,7 @@ class ToolkitRelease:
     """One release of the toolkit.
 
     Attributes:
-        version: as installed; `row` is the generation of the table that it belongs to.
+        version: As installed; `row` is the generation of the table that it belongs to.
         python: Python releases with an installable wheel.
         arguments: Names of arguments that the release accepts, by method.
         dtypes: Quantized types by SoC, in lower case.
@@ -42,7 +42,7 @@ class ToolkitRelease:
         load_dtypes: Values of load_huggingface's dtype; empty if it has none.
         half_on_cpu: Whether 16-bit load types work on the CPU.
         transformers: Major release of transformers that it pins, or empty.
-        sources: Source of each of these.
+        sources: Source of each field.
     """
 
     version: str
@@ -71,21 +71,21 @@ class ToolkitRelease:
         return bool(self.load_dtypes) and (self.half_on_cpu or device != "cpu")
 
     def loaded_as(self, device: str, asked: str) -> str:
-        """Data type that weights have in memory, a key of LOADED_BYTES; `asked` if the release obeys that."""
+        """Return the data type of weights in memory, a key of LOADED_BYTES; `asked` if the release obeys that."""
         return asked if self.loads_half(device) else "float32"
 
     def half_hint(self, device: str, asked: str) -> str:
-        """The end of a hint for too little memory: how to load in 16 bits, or nothing if that is impossible or done."""
+        """Return the end of a hint on memory: how to load in 16 bits; empty if that is impossible or already done."""
         useful = self.loads_half(device) and LOADED_BYTES[asked] > LOADED_BYTES["bfloat16"]
         return ", or load the weights in 16 bits: --toolkit-load-dtype bfloat16" if useful else ""
 
     def source(self, key: str) -> str:
-        """Source of a field, for messages."""
+        """Return the source of a field, for messages."""
         return self.sources[key]
 
 
 def addresses(source: str) -> str:
-    """A source of versions.yaml or types.yaml with the addresses of its manuals, files and issues."""
+    """Return a source of versions.yaml or types.yaml with the addresses of its manuals, files and issues."""
 
     def manual(match: re.Match[str]) -> str:
         language, version, pages = match.groups()
@@ -98,7 +98,7 @@ def addresses(source: str) -> str:
 
 @cache
 def table() -> Mapping[str, Any]:
-    """versions.yaml, unchanged."""
+    """Return versions.yaml, unchanged."""
     content: dict[str, Any] = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
     return content
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from rkruntime.errors import UsageError
 
-# Not a type for the toolkit, but its argument do_quantization.
+# To the toolkit this is not a type, but its argument do_quantization.
 UNQUANTIZED: Final = "fp16"
 _NAME: Final = re.compile(r"w(?P<weights>\d+)a(?P<activations>\d+)(?:_g(?P<group>[1-9]\d*))?")
 
@@ -34,7 +34,7 @@ class QuantizedType:
         return QuantizedType(self.name.partition("_g")[0], self.bits, self.activation_bits, 0)
 
     def grouped(self, size: int) -> QuantizedType:
-        """The same type with one scale per `size` weights."""
+        """Return the same type with one scale per `size` weights."""
         return QuantizedType(f"{self.ungrouped.name}_g{size}", self.bits, self.activation_bits, size)
 
 

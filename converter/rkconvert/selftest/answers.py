@@ -13,7 +13,7 @@ from rkconvert.selftest.run import NOT_RUN, CaseResult
 from rkconvert.selftest.tiny import HEAD_WEIGHTS
 
 _UNKNOWN: Final = "not known"
-# Half a byte for each weight is the least that any type takes.
+# Least bytes of a head: no type takes less than half a byte for each weight.
 _LEAST_HEAD: Final = HEAD_WEIGHTS // 2
 _SYSTEM_ROLE: Final = "system role not supported"
 
@@ -21,7 +21,7 @@ Outcomes = Sequence[CaseResult]
 
 
 def answers(outcomes: Outcomes) -> dict[str, str]:
-    """Answers by question, in the order of a conversion."""
+    """Return answers by question, in the order of a conversion."""
     return {question: answer(outcomes) for question, answer in _QUESTIONS.items()}
 
 
@@ -82,7 +82,7 @@ def _head(outcomes: Outcomes) -> str:
 
 
 def _differences(one: CaseResult, other: CaseResult) -> int:
-    """Number of bytes that differ; the larger file's if their sizes do."""
+    """Return the number of bytes that differ; the larger file's size if the sizes differ."""
     if len(one.content) != len(other.content):
         return max(len(one.content), len(other.content))
     return int(np.count_nonzero(np.frombuffer(one.content, np.uint8) != np.frombuffer(other.content, np.uint8)))

@@ -1,4 +1,4 @@
-"""What the self-test tries: what a release promises for a SoC, and what nobody has told about it yet."""
+"""What the self-test tries: what a release promises for a SoC, and what is not known about it yet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Case:
     """One conversion.
 
     Attributes:
-        asks: What it is to find out, `TRAINED_HEAD` or `NO_VOCABULARY_FILE`; empty for what the release promises.
+        asks: Question to answer, `TRAINED_HEAD` or `NO_VOCABULARY_FILE`; empty for what the release promises.
     """
 
     dtype: str
@@ -29,13 +29,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The case for a person."""
+        """The case in words."""
         parts = {self.dtype: True, "calibrated": self.calibrated, "adapter in its own file": self.adapter}
         return ", ".join([*(text for text, holds in parts.items() if holds), *([self.asks] if self.asks else [])])
 
 
 def cases(release: ToolkitRelease, platform: str) -> Iterator[Case]:
-    """Every type, the usual one and none also with an adapter, and the open questions; the simplest first."""
+    """Yield every type, the usual one and fp16 also with an adapter, and the open questions; the simplest first."""
     types = release.dtypes[platform]
     usual = _USUAL if _USUAL in types else types[0]
     yield Case(usual)

@@ -26,7 +26,7 @@ _INDENT: Final = " " * 9
 
 
 def default_file() -> Path:
-    """A new file beside the toolkit's logs. Raises HostError or OutputError if there cannot be any."""
+    """Return a path beside the toolkit's logs. Raises HostError or OutputError if the folder cannot be made."""
     folder = own_folder("cache") / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """The first failure's; 0 if all passed."""
+        """The first failure's exit code; 0 if all passed."""
         failed = next((outcome.exit_code for outcome in self._promised if outcome.exit_code), ToolkitError.exit_code)
         return 0 if self.passed else failed
 
@@ -65,7 +65,7 @@ class Report:
 
     @property
     def head(self) -> str:
-        """What was tested."""
+        """A line that says what was tested."""
         parts = ", ".join(f"{name} {version}" for name, version in self.toolkit.parts.items() if version)
         return (
             f"rkllm-toolkit {self.toolkit.version} for {self.platform}, Python {self.toolkit.python_version}"
@@ -74,13 +74,13 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """The last line."""
+        """The last line: how many cases passed, failed and were not run."""
         many = {status: sum(item.status == status for item in self.outcomes) for status in (PASSED, FAILED, NOT_RUN)}
         rest = ", ".join(f"{count} {status}" for status, count in many.items() if count and status != PASSED)
         return f"{many[PASSED]} of {len(self._promised)} passed{rest and f', {rest}'}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole report as JSON types, without paths of this machine."""
+        """Return the whole report as JSON types, without paths of this machine."""
         document = {
             "created_by": created_by(),
             "host": {"system": host.platform(), "memory": str(read_memory())},
@@ -101,7 +101,7 @@ class Report:
             partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
 
     def closing(self) -> Iterator[str]:
-        """Lines below the cases: doubts about the files, answers, and the summary."""
+        """Yield the lines below the cases: doubts about the files, answers, and the summary."""
         doubts = dict.fromkeys(text for outcome in self.outcomes for text in outcome.made.get("doubts", ()))
         yield from (f"note: {text}" for text in doubts)
         yield ""
@@ -113,7 +113,7 @@ class Report:
 
 
 def lines(outcome: CaseResult) -> Iterator[str]:
-    """A case in one line, and below it why it failed."""
+    """Yield a case in one line, and below it why it failed."""
     size = f"{outcome.made['file']['size'] / 1e6:6.1f} MB" if outcome.worked else ""
     seconds = "" if outcome.status == NOT_RUN else f"{outcome.seconds:6.1f} s"
     yield f"{outcome.status:8} {outcome.case.name:45} {seconds} {size}".rstrip()

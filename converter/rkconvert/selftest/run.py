@@ -33,7 +33,7 @@ _MOST_CONTENT: Final = 64 << 20
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
         status: `passed`, `failed`, `told` (the case is a question, and either outcome answers it) or `not run`.
@@ -54,7 +54,7 @@ class CaseResult:
 
     @property
     def worked(self) -> bool:
-        """Whether there is a file."""
+        """Whether a model file was made."""
         return bool(self.made)
 
     @property
@@ -73,7 +73,7 @@ class CaseResult:
         return str(self.error.get("details", {}).get("stage", ""))
 
     def as_dict(self) -> dict[str, Any]:
-        """The outcome as JSON types, without the file."""
+        """Return the outcome as JSON types, without the file."""
         names = ("status", "seconds", "error", "made", "log")
         return {"case": self.case.name, **{name: getattr(self, name) for name in names}}
 
@@ -99,23 +99,23 @@ class Models:
         return models
 
     def checkpoint(self, asks: str) -> Path:
-        """The model for a question, or for none."""
+        """Return the folder of the model for a question, or for none."""
         return self.folder / f"model-{asks.replace(' ', '-')}"
 
     @property
     def adapter(self) -> Path:
-        """A LoRA."""
+        """Folder of a LoRA."""
         return self.folder / "adapter"
 
     @property
     def calibration(self) -> Path:
-        """Calibration data."""
+        """File with calibration data."""
         return self.folder / "calibration.json"
 
 
 @contextmanager
 def models() -> Iterator[Models]:
-    """The models in a scratch folder, deleted after the block."""
+    """Write the models into a scratch folder, deleted after the block."""
     try:
         with scratch_folder("rkedge-selftest-") as folder:
             yield Models.write(folder)
@@ -124,20 +124,20 @@ def models() -> Iterator[Models]:
 
 
 def run(todo: Sequence[Case], made: Models, platform: str, options: ToolkitOptions) -> Iterator[CaseResult]:
-    """Yield the outcome of each case. What would fail in every other one as well ends the tests."""
+    """Yield the outcome of each case. A failure that every other case would share ends the tests."""
     stopped, options = False, replace(options, verify=True)
     for case in todo:
         if stopped:
             yield CaseResult(case, NOT_RUN)
             continue
         outcome, stopped = _carry_out(case, made, platform, options)
-        # Logits that hang once would do so each time.
+        # If computing logits hangs once, it would do so each time.
         options = replace(options, verify=options.verify and not outcome.problem)
         yield outcome
 
 
 def _carry_out(case: Case, made: Models, platform: str, options: ToolkitOptions) -> tuple[CaseResult, bool]:
-    """The outcome, and whether the other cases need not be tried."""
+    """Return the outcome, and whether the other cases need not be tried."""
     started, output = time.monotonic(), made.folder / "bundle"
     outcome, stop = CaseResult(case, TOLD if case.asks else PASSED), False
     try:
@@ -147,7 +147,7 @@ def _carry_out(case: Case, made: Models, platform: str, options: ToolkitOptions)
         outcome = replace(
             outcome, status=TOLD if case.asks else FAILED, error=error.as_dict(), exit_code=error.exit_code
         )
-        # Of the installation or of this machine, not of the case; one that hangs would do so for as long each time.
+        # Faults of the installation or of this machine, not of the case; a toolkit that hangs does so each time.
         stop = isinstance(error, HostError) or bool(error.details.get("hung"))
     finally:
         shutil.rmtree(output, ignore_errors=True)
@@ -171,7 +171,7 @@ def _options(case: Case, made: Models, output: Path, platform: str, options: Too
 
 
 def _read(outcome: CaseResult, bundle: Bundle) -> CaseResult:
-    """Read the bundle back, every checksum too."""
+    """Read the bundle back, and verify every checksum."""
     bundle.verify(trust_stamps=False)
     made = read_report(bundle.path, NAME)
     lora = read_rkllm(bundle.path / made["lora"]).as_dict() if made["lora"] else None

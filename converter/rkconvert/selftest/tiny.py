@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CONTEXT: Final = 2048
 """Not any release's default, so that the log shows whether it is obeyed."""
 VOCABULARY_FILE: Final = "tokenizer.model"
-# All that quantizes in groups divides these by 512; heads are as wide as Gemma 2's own.
+# Matrices have multiples of 512, the largest group, on both sides; heads are as wide as Gemma 2's own.
 _SIZES: Final = {
     "hidden_size": 512,
     "intermediate_size": 1024,

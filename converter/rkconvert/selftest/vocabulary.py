@@ -17,10 +17,10 @@ _KINDS: Final = {"<unk>": _UNKNOWN, "<pad>": _CONTROL, "<eos>": _CONTROL, "<bos>
 
 
 def sentencepiece_model(tokenizer: Mapping[str, Any]) -> bytes:
-    """tokenizer.model with the vocabulary of a tokenizer.json laid out as Gemma's.
+    """Return a tokenizer.model with the vocabulary of a tokenizer.json laid out as Gemma's.
 
     Args:
-        tokenizer: Content of tokenizer.json: BPE, with ids from 0 without a gap, and those of merges in order.
+        tokenizer: Content of tokenizer.json: BPE, with ids from 0 without a gap, and merges in the order of their ids.
     """
     vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda pair: pair[1])
     added = {token["content"] for token in tokenizer["added_tokens"]}

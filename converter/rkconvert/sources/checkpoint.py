@@ -132,7 +132,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def find_config(path: Path) -> Path:
-    """Path of config.json in a folder. Raises CheckpointError with what is there instead, and what to name."""
+    """Find a folder's config.json. Raises CheckpointError with what is there instead, and what to name."""
     try:
         config = path / CONFIG
         if config.is_file():
@@ -155,7 +155,7 @@ def find_config(path: Path) -> Path:
 
 
 def _what_is_in(folder: Path) -> str | None:
-    """A hint for a folder without config.json, from its contents."""
+    """Return a hint for a folder without config.json, from its contents."""
     if (folder / MANIFEST).is_file():
         return f"It is a finished bundle: rkedge chat {folder}"
     inner = sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))

@@ -1,4 +1,4 @@
-"""Parse the header of a GGUF file, with limits: it comes from strangers and states all counts itself.
+"""Parse the header of a GGUF file, with limits: the file is untrusted and states all counts itself.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -20,10 +20,10 @@ from rkruntime.words import counted
 
 T = TypeVar("T")
 MAGIC: Final = b"GGUF"
-# Gemma's header has 14 MB (a quarter of a million token texts) and some 300 to 600 tensors.
+# Limits on a header's bytes and on each count. Gemma's has 14 MB (250,000 token texts) and some 300 to 600 tensors.
 _MAX_HEADER: Final = 256 << 20
 _MAX_COUNT: Final = 1 << 20
-# Values in all arrays of a header, some 40 bytes of memory each. Gemma's has three for each of its tokens.
+# Limit on values in all arrays of a header, some 40 bytes of memory each. Gemma's has three for each of its tokens.
 _MAX_VALUES: Final = 1 << 23
 _MAX_PARTS: Final = 99_999
 _WHOLE_MODEL: Final = "Download all parts of the model again."
@@ -123,7 +123,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Paths of the files of a model split by llama-gguf-split, from the first one's header; else the path alone.
+    """Return the files of a model split by llama-gguf-split, from the first one's header; else the path alone.
 
     The rules are llama.cpp's (src/llama-model-loader.cpp): the user names the first file, it has all of the metadata,
     and the others are found by the pattern of its name, NAME-00001-of-0000N.gguf.

@@ -37,7 +37,7 @@ _ROPE_FREQS: Final = "rope_freqs.weight"
 _PART: Final = re.compile(r"-00001-of-\d{5}$")
 # ggml's types of plain numbers; all others are dequantized to float32.
 _PLAIN: Final = {0: "F32", 1: "F16", 30: "BF16"}
-# llama.cpp scales queries of the 27B model, which it identifies by the number of layers, by hidden size / heads.
+# Layers of the 27B model, by which llama.cpp recognizes it: it scales that model's queries by hidden size / heads.
 _LAYERS_27B: Final = 46
 
 
@@ -91,7 +91,7 @@ class GgufWeights:
         self._dequantize, self._types = quants.dequantize, GGMLQuantizationType
         self._places: dict[str, tuple[GgufTensor, Entry, RowReader]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        # For each type: numbers per block, and its bytes.
+        # Numbers in a block and its bytes, by type.
         self._sizes: dict[int, tuple[int, int]] = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         for file in files:
             self._add(file, family)
@@ -102,7 +102,7 @@ class GgufWeights:
         for own_name, tensor in file.tensors.items():
             if own_name == _ROPE_FREQS:
                 continue
-            # Tensors that the family does not have keep their names, and are refused by them.
+            # Tensors that the family does not have keep their names, by which they are refused later.
             name = FAMILIES[family].from_gguf(own_name) or own_name
             if tensor.kind not in self._sizes:
                 raise CheckpointError(
@@ -145,7 +145,7 @@ class GgufWeights:
         return values
 
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on the types in the file."""
+        """Return notes for the user on the types in the file."""
         kinds = {tensor.kind for tensor, *_ in self._places.values() if len(tensor.shape) > 1}
         low = sorted(self._types(kind).name for kind in kinds if _bits(*self._sizes[kind]) < 8)
         if not low:
@@ -154,7 +154,7 @@ class GgufWeights:
 
 
 def _stored(file: GgufFile, name: str, block: int, size: int) -> TensorInfo:
-    """Layout of a tensor in the file, whose type packs `block` numbers into `size` bytes."""
+    """Return the layout of a tensor in the file, whose type packs `block` numbers into `size` bytes."""
     tensor = file.tensors[name]
     if tensor.shape[-1] % block:
         raise CheckpointError(
@@ -170,7 +170,7 @@ def _stored(file: GgufFile, name: str, block: int, size: int) -> TensorInfo:
 
 
 def _bits(block: int, size: int) -> float:
-    """Bits per number, with its share of the block's scales."""
+    """Return the bits per number, with its share of the block's scales."""
     return 8 * size / block
 
 
@@ -181,7 +181,7 @@ def _is_norm(name: str) -> bool:
 def _refuse_other_computations(file: GgufFile, family: str) -> None:
     """Raise CheckpointError for features of a file that Gemma 1 and 2 do not have.
 
-    The keys are those that llama.cpp reads for these two and `_config` does not
+    The keys are those that llama.cpp reads for these two, but `_config` does not
     (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp, load_hparams; src/models/gemma2.cpp).
     """
     known = file.metadata
@@ -223,7 +223,7 @@ def _refuse_other_computations(file: GgufFile, family: str) -> None:
 
 
 def _config(file: GgufFile, family: str) -> dict[str, Any]:
-    """config.json of the original model, as far as the file describes it."""
+    """Return config.json of the original model, as far as the file describes it."""
     _refuse_other_computations(file, family)
 
     def value(key: str, default: Any = None) -> Any:
@@ -265,14 +265,14 @@ def _config(file: GgufFile, family: str) -> dict[str, Any]:
 
 
 def _ends_of_answers(file: GgufFile) -> list[Any]:
-    """Ids at which llama.cpp ends an answer, including those that end a turn."""
+    """Return the ids at which llama.cpp ends an answer, including those that end a turn."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [file.metadata[key] for name in names if (key := f"tokenizer.ggml.{name}") in file.metadata]
     return found or [1]
 
 
 def _decimal(value: Any) -> Any:
-    """The shortest decimal that gives this float32: 1e-06, not 9.999999974752427e-07."""
+    """Return the shortest decimal that gives this float32: 1e-06, not 9.999999974752427e-07."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 

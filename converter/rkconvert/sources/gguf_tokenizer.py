@@ -19,12 +19,12 @@ _USER_DEFINED: Final = 4
 _SPECIAL: Final = (2, 3)
 _ADDED: Final = (2, 3, 4, 5)
 _SPACE: Final = "▁"
-# Gemma's longest has 31 characters; every way to build a token from two others is tried.
+# Limit on a token's characters (Gemma's longest has 31): every way to build a token from two others is tried.
 _MAX_TOKEN: Final = 1024
-# Gemma's tokens have 2 million characters in all, and some 580,000 merges.
+# Limits on the characters of all tokens and on merges; Gemma has 2 million characters and some 580,000 merges.
 _MAX_TEXT: Final = 1 << 24
 _MAX_MERGES: Final = 1 << 21
-# Characters in all merges, each of which has those of its token.
+# Limit on the characters in all merges, each of which has those of its token.
 _MAX_MERGED: Final = 1 << 26
 # Settings of llama.cpp's tokenizer that change its tokens, and their values in files without them
 # (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp). Gemma's have no space in front, and no <eos>
@@ -94,10 +94,10 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
 def merges(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Every pair of pieces that forms a piece, best score first.
+    """Return every pair of pieces that forms a piece, best score first.
 
     Raises:
-        CheckpointError: There are far more than in Gemma's.
+        CheckpointError: There are far more pairs than in Gemma's.
     """
     found: list[tuple[float, int, int, str, str]] = []
     characters = 0

@@ -19,9 +19,9 @@ from rkruntime.errors import CheckpointError, HostError, RKEdgeError
 from rkruntime.packages import install
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
-# Endings of misspelt file names, with which no model on the hub ends.
+# Endings of misspelled file names; no id of a model on the hub has one of them.
 _FILE_NAMES: Final = (".gguf", ".safetensors", ".bin", ".json", ".yaml", ".txt")
-# huggingface_hub waits for ever. Commits of many files are known to take minutes.
+# Limit in seconds, as huggingface_hub itself waits forever. Commits of many files are known to take minutes.
 _PATIENCE_S: Final = 300.0
 # The description of a model with thousands of files has a few megabytes.
 _MOST_ANSWER: Final = 64 << 20
@@ -30,7 +30,7 @@ _MOST_PACKED: Final = 512 << 10
 # The hub takes no larger files; of those whose size it does not say, tokenizers are the largest.
 _MOST_FILE: Final = 1 << 40
 _MOST_UNSTATED: Final = 1 << 30
-# What a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
+# Files that a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -111,7 +111,7 @@ def hub_file(model: str, name: str, revision: str | None = None) -> Path | None:
     A file already in the cache is used without asking the network.
 
     Raises:
-        CheckpointError: There is no such model or revision, or its licence was not accepted.
+        CheckpointError: There is no such model or revision, or its license was not accepted.
         HostError: huggingface_hub is not installed, or the hub cannot be reached.
     """
     with _answers(model, name, revision):
@@ -138,7 +138,7 @@ def download(model: str, revision: str | None = None, weights: str = "pytorch_mo
         weights: Prefix of older weight files' names (.bin), which are fetched if there are no others.
 
     Raises:
-        CheckpointError: There is no such model or revision, or its licence was not accepted.
+        CheckpointError: There is no such model or revision, or its license was not accepted.
         HostError: huggingface_hub is not installed, or neither the hub nor the cache has all of the model.
     """
     with _answers(model, "files", revision):
@@ -155,7 +155,7 @@ def download(model: str, revision: str | None = None, weights: str = "pytorch_mo
 
 
 def _is_reachable() -> bool:
-    """Whether the hub's name is known here, or a proxy's business: huggingface_hub tries six times in half a minute."""
+    """Whether the hub's name resolves here, or is left to a proxy: huggingface_hub tries six times in half a minute."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname

@@ -18,7 +18,7 @@ _PARTS: Final = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
 
 
 def plain_name(name: str) -> str:
-    """`model.layers.0...` for `base_model.model.model.layers.0...` or `layers.0...`."""
+    """Return `model.layers.0...` for `base_model.model.model.layers.0...` or `layers.0...`."""
     bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
     return f"model.{bare}" if _PARTS.fullmatch(bare) else bare
 

@@ -16,8 +16,8 @@ def open_source(model: str, revision: str | None = None) -> Checkpoint:
         revision: Branch, tag or commit of a hub model.
 
     Raises:
-        CheckpointError: It is none of these, or cannot be used.
-        HostError: A package must be installed for it, or the hub cannot be reached.
+        CheckpointError: The model is none of these, or cannot be used.
+        HostError: A required package is not installed, or the hub cannot be reached.
     """
     path = Path(model)
     refuse_revision(model, revision)

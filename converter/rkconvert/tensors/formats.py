@@ -59,5 +59,5 @@ def all_finite(block: NDArray[Any], dtype: str) -> bool:
     """Whether a block stored in format `dtype` has neither NaN nor infinity."""
     if dtype != "BF16":
         return bool(np.isfinite(block).all())
-    # Read as unsigned, the largest are the negative ones without a finite value; read as signed, the positive ones.
+    # As unsigned integers, negative NaN and infinity are the largest values; as signed integers, the positive ones are.
     return block.size == 0 or (int(block.max()) < 0xFF80 and int(block.view("<i2").max()) < 0x7F80)

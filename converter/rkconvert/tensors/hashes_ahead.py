@@ -1,6 +1,6 @@
 """SHA-256 of large files, computed in a thread of its own while other work goes on.
 
-Hashing takes as long as quantizing, and one core only: behind the work it would add its whole time. hashlib and the
+Hashing takes as long as quantizing, but only one core: after the work it would add its whole time. hashlib and the
 kernel release the interpreter lock meanwhile.
 """
 
@@ -21,7 +21,7 @@ _LOOK_EVERY_S: Final = 0.1
 
 
 class HashesAhead:
-    """Hashes of files, one file after the other, from the moment this is made. `close` ends what is not finished."""
+    """Hashes of files, computed one after the other from creation on. `close` cancels what is not finished."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._stop = threading.Event()
@@ -41,12 +41,12 @@ class HashesAhead:
         return file in self._found
 
     def left(self, files: Iterable[Path]) -> int:
-        """Bytes of these that are still to be read, by the sizes that they have now; 0 of a file that is gone."""
+        """Return the bytes of these files still to be read, by their present sizes; 0 for a file that is gone."""
         states = {file: FileState.of(file) for file in files if not self._found[file].done()}
         return sum(max(0, state.size - self._read[file]) for file, state in states.items() if state)
 
     def of(self, file: Path, advance: Advance = lambda _: None, kind: type[InputError] = InputError) -> str:
-        """The hash of a file, once it is there. Raises `kind` if it cannot be read."""
+        """Wait for a file's hash and return it. Raises `kind` if the file cannot be read."""
         seen, done = self._read[file], False
         while not done:
             done = bool(wait([self._found[file]], _LOOK_EVERY_S).done)
@@ -58,6 +58,6 @@ class HashesAhead:
             raise read_error(file, error, kind) from error
 
     def close(self) -> None:
-        """Return once nothing is read any more."""
+        """Stop hashing; return once nothing is read anymore."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)

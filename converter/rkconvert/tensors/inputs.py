@@ -15,7 +15,7 @@ from rkconvert.tensors.memory_folder import Place
 from rkruntime.errors import InputError
 from rkruntime.files import read_error, sha256_file
 
-# File systems keep time in kernel ticks (10 ms at most): a second change within one leaves no trace.
+# Two kernel ticks: file systems keep time in ticks (10 ms at most), so a second change within one leaves no trace.
 _TICK_NS: Final = 20_000_000
 _TRIES: Final = 5
 # Files of a tokenizer and its chat template; they belong together.
@@ -43,7 +43,7 @@ _SETTINGS: Final = (
 
 
 def templates(folder: Place) -> dict[str, Place]:
-    """Named chat templates besides chat_template.jinja; transformers uses the one called default in its place."""
+    """Find named chat templates besides chat_template.jinja; transformers uses the one called default in its place."""
     found = folder / _TEMPLATES
     # A model that is one file has no such folder.
     paths = sorted(found.glob("*.jinja")) if isinstance(found, Path) else []
@@ -51,7 +51,7 @@ def templates(folder: Place) -> dict[str, Place]:
 
 
 def tokenizer_files(folder: Place) -> list[str]:
-    """Possible files of the tokenizer and its chat templates, relative to the folder; most may be missing."""
+    """Return possible files of the tokenizer and its chat templates, relative to the folder; most may be missing."""
     return [*_TOKENIZER_FILES, *(f"{_TEMPLATES}/{path.name}" for path in templates(folder).values())]
 
 
@@ -66,7 +66,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: Path | int) -> FileState | None:
-        """State of a path or an open descriptor; None if it is not a regular file."""
+        """Return the state of a path or an open descriptor; None if it is not a regular file."""
         try:
             found = file.stat() if isinstance(file, Path) else os.fstat(file)
         except OSError:
@@ -80,7 +80,7 @@ States = Mapping[Path, FileState | None]
 
 
 def states_of(files: Iterable[Path]) -> dict[Path, FileState | None]:
-    """States of files about to be read, against which later changes show."""
+    """Return the states of files about to be read, to detect later changes."""
     files = list(files)
     for _ in range(_TRIES):
         found = {file: FileState.of(file) for file in files}
@@ -92,7 +92,7 @@ def states_of(files: Iterable[Path]) -> dict[Path, FileState | None]:
 
 
 def folder_states(folder: Path) -> dict[Path, FileState | None]:
-    """States of all files in a folder, which may be missing, and of its chat templates."""
+    """Return the states of all files in a folder, which may be missing, and of its chat templates."""
     try:
         return states_of([*sorted(folder.iterdir()), *(Path(str(path)) for path in templates(folder).values())])
     except OSError:
@@ -100,7 +100,7 @@ def folder_states(folder: Path) -> dict[Path, FileState | None]:
 
 
 def changed(path: Path, then: FileState | None, now: FileState | None, kind: type[InputError]) -> InputError:
-    """The error for a file whose state has changed."""
+    """Return the error for a file whose state has changed."""
     if then is None or now is None:
         what = "appeared" if now else "vanished"
     elif (then.inode, then.device) != (now.inode, now.device):
@@ -138,7 +138,7 @@ class Inputs:
 
     @classmethod
     def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
-        """Inputs from a model's or adapter's folder, given its `folder_states` from before it was opened."""
+        """Return the inputs of a model's or adapter's folder, given its `folder_states` from before it was opened."""
         names = [*_SETTINGS, *tokenizer_files(folder)]
         small = {path: before.get(path) for path in (folder / name for name in names)}
         return cls(kind, {file: before.get(file) for file in weights}, small)
@@ -152,7 +152,7 @@ class Inputs:
             raise read_error(error.filename, error, self.kind) from error
 
     def identity(self) -> dict[str, Any]:
-        """Values that identify these files, without reading the weights."""
+        """Return values that identify these files, without reading the weights."""
         return {
             "weights": [[str(path.resolve()), state] for path, state in self.weights.items()],
             "small": self.digests,

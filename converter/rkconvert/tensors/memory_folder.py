@@ -27,7 +27,7 @@ class Place(Protocol):
         ...
 
     def __truediv__(self, name: str, /) -> Place:
-        """The entry `name` of this folder."""
+        """Return the entry `name` of this folder."""
         ...
 
     def is_file(self) -> bool:
@@ -35,7 +35,7 @@ class Place(Protocol):
         ...
 
     def iterdir(self) -> Iterator[Place]:
-        """Entries of this folder."""
+        """Yield the entries of this folder."""
         ...
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:
@@ -48,19 +48,19 @@ class Place(Protocol):
 
 
 def open_file(place: Place) -> BinaryIO:
-    """Open a stranger's file for reading: each that is read is opened here, or by `rkruntime.files` itself.
+    """Open an untrusted file for reading; every such file is opened here, or by `rkruntime.files` itself.
 
     Raises:
-        OSError: It cannot be read, or is not a regular file: a FIFO would block, and a device has no end.
+        OSError: The file cannot be read, or is not a regular file: a FIFO would block, and a device has no end.
     """
     return open_regular(place) if isinstance(place, Path) else place.open("rb")
 
 
 class MemoryFolder:
-    """Files by name, or one of them.
+    """Files in memory by name, or one of them.
 
     Args:
-        origin: Path for messages: that of the file from which everything was read.
+        origin: Path for messages, of the file from which everything was read.
     """
 
     def __init__(self, origin: Path, files: Mapping[str, bytes], within: PurePath | None = None) -> None:

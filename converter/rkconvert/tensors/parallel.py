@@ -21,9 +21,9 @@ THREADS: Final = min(4, os.cpu_count() or 1)
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
 ) -> Generator[Result, None, None]:
-    """`map` with threads: results in the order of the items, at most `threads` + 1 blocks in memory.
+    """Map with threads: yield results in the order of the items, with at most `threads` + 1 blocks in memory.
 
-    Once it is closed, no thread is at work.
+    Once the generator is closed, no thread is at work.
     """
     # The matrix library must not start its own threads beside these.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:

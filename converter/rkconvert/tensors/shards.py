@@ -30,7 +30,7 @@ from rkruntime.printable import well_formed
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The format allows 100 MB, which take ten times as much in memory; the header of a model with 27B weights has 60 kB.
+# Limit in bytes. The format allows 100 MB, which take ten times as much in memory; the header of a 27B model has 60 kB.
 MAX_HEADER: Final = 16 << 20
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
@@ -59,7 +59,7 @@ def refuse_lfs_pointer(path: Place, head: bytes, kind: type[InputError]) -> None
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse strangers' JSON. Raises ValueError, also for a duplicate key, of which json would drop the first.
+    """Parse untrusted JSON. Raises ValueError, also for a duplicate key, of which json would drop the first.
 
     Half of a surrogate pair, which Python writes for a path that is not UTF-8, becomes U+FFFD: no file could hold it.
     """

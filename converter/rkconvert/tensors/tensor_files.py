@@ -77,7 +77,7 @@ class FileWeights:
                 self._home[name] = file
 
     def file_of(self, name: str) -> str | None:
-        """The name of the file that a tensor is in; None if there is no such tensor."""
+        """Return the name of the file that a tensor is in; None if there is no such tensor."""
         return self._home[name].path.name if name in self._home else None
 
     @cached_property
@@ -113,7 +113,7 @@ def _open(path: Path, kind: type[InputError]) -> TensorFile:
 
 
 def _find(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path], dict[str, str] | None]:
-    """Paths of the files and, for a sharded set, the index's map from tensor to file name."""
+    """Return paths of the files and, for a sharded set, the index's map from tensor to file name."""
     for single, index_name in names.pairs:
         if (folder / index_name).is_file():
             index = _read_index(folder / index_name, kind)

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 _LOCAL_HEADER: Final = 30
 # Bytes of `byteorder`, which is "little" or "big".
 _MAX_ORDER: Final = 16
-# A tensor that is not row-major is read whole; a hostile one could claim any amount of memory.
+# Limit in bytes on a tensor that is not row-major: it is read whole, and a hostile one could claim any size.
 _MAX_STRIDED: Final = 1 << 30
 
 
 def _span(tensor: Tensor) -> int:
-    """Number of elements from the first to the last that the tensor uses in its storage."""
+    """Return the number of elements from the first to the last that the tensor uses in its storage."""
     if not math.prod(tensor.shape):
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether it is contiguous and row-major."""
+    """Whether a tensor is contiguous and row-major."""
     dense = [math.prod(tensor.shape[at + 1 :]) for at in range(len(tensor.shape))]
     steps = zip(tensor.stride, dense, tensor.shape, strict=True)
     return all(step == plain for step, plain, size in steps if size > 1)
@@ -59,7 +59,7 @@ class TorchFile:
         self._file = RowReader(path, kind)
         self._strided: dict[str, Tensor] = {}
         self._lock = threading.Lock()
-        # The one read last, by name: it is requested block by block.
+        # The tensor rearranged last, by name: it is requested block by block.
         self._rearranged: tuple[str, NDArray[Any]] = ("", np.empty(0))
         try:
             with open_regular(path) as file:
@@ -87,7 +87,7 @@ class TorchFile:
             )
         found = self._unpickle(archive, member)
         for name, value in found.items():
-            # As in bitsandbytes until April 2024, when it became a number (its pull request 1164).
+            # bitsandbytes stored this as a text until April 2024, and as a number since (its pull request 1164).
             if name.endswith(".weight_format") and isinstance(value, str) and value != "row":
                 raise self._kind(
                     f"{self.path} contains an int8 tensor that is not stored row by row: {name} is {value[:40]!r}.",

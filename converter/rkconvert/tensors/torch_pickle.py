@@ -15,15 +15,15 @@ from typing import Any, Final
 
 from rkconvert.tensors.formats import STORAGE
 
-# Bytes; Gemma's largest has some 100 kB.
+# Limit in bytes; Gemma's largest pickle has some 100 kB.
 MAX_PICKLE: Final = 4 << 20
-# About 25 are needed for a tensor.
+# Limit on opcodes; a tensor needs about 25.
 _MAX_OPCODES: Final = 1 << 18
-# Values in everything that is built, those inside tuples counted wherever the tuple is used again.
+# Limit on values in everything that is built; those inside a tuple count again wherever it is used again.
 _MAX_VALUES: Final = 1 << 22
-# An OrderedDict has one if it has attributes, as the state_dict of a module does.
+# Limit on BUILD opcodes. An OrderedDict has one if it has attributes, as the state_dict of a module does.
 _MAX_BUILDS: Final = 64
-# As in torch.
+# Limit on a tensor's dimensions, as in torch.
 _MAX_DIMENSIONS: Final = 64
 _MAX_INDEX: Final = 1 << 63
 
@@ -39,7 +39,7 @@ _STORAGES: Final = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-# Those of torch.save, by the protocols 2 to 5.
+# Opcodes that torch.save writes, with protocols 2 to 5.
 _NAMES: Final = """
     PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE
     NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
@@ -48,7 +48,7 @@ _NAMES: Final = """
 _OPCODES: Final = frozenset(_NAMES.split())
 
 
-# Compared and hashed by identity: what they contain is the file's.
+# Compared and hashed by identity, as their contents come from the file.
 @dataclass(frozen=True, eq=False)
 class Storage:
     """A persistent id: a block of memory in the archive."""
@@ -78,7 +78,7 @@ def unpickle(data: bytes) -> Any:
 
 
 def _check(data: bytes) -> None:
-    """Raise an exception for opcodes that no state_dict needs, and for more work than one can be."""
+    """Raise an exception for opcodes that no state_dict needs, and for more work than any can need."""
     # Number of values in each object on the stack; None is a mark, and 0 a name.
     stack: list[int | None] = []
     memo: dict[int, int | None] = {}
@@ -110,7 +110,7 @@ def _check(data: bytes) -> None:
 
 
 def _pop(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> tuple[int, list[int]]:
-    """Sizes of the container that an opcode fills, or 0, and of the other objects that it takes from the stack."""
+    """Pop an opcode's operands; return the sizes of the container that it fills, or 0, and of the other objects."""
     before = opcode.stack_before
     if pickletools.markobject in before:
         start = len(stack) - 1 - stack[::-1].index(None)
@@ -156,7 +156,7 @@ def _rebuild_parameter(data: Any, _requires_grad: Any = False, hooks: Any = None
 
 
 def _ordered_dict() -> OrderedDict[Any, Any]:
-    """An empty one: one that is made from a list again and again would be work without bound."""
+    """Return an empty OrderedDict: making one from a list again and again would be unbounded work."""
     return OrderedDict()
 
 

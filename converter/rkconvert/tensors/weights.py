@@ -68,7 +68,7 @@ class Weights(Protocol):
 
 
 def row_blocks(shape: tuple[int, ...], weights: int = BLOCK_WEIGHTS) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of each block of a tensor."""
+    """Yield the first row and the number of rows of each block of a tensor."""
     step = max(1, weights // max(1, math.prod(shape[1:])))
     for first in range(0, shape[0], step):
         yield first, min(step, shape[0] - first)
@@ -77,7 +77,7 @@ def row_blocks(shape: tuple[int, ...], weights: int = BLOCK_WEIGHTS) -> Iterator
 def read_finite(
     weights: Weights, name: str, first: int, count: int, kind: type[InputError] = CheckpointError
 ) -> NDArray[Any]:
-    """`weights.read`, or an error of class `kind` if the block contains NaN or infinity."""
+    """Return rows as `weights.read` does. Raises `kind` if they contain NaN or infinity."""
     block = weights.read(name, first, count)
     if not all_finite(block, weights.tensors[name].dtype):
         raise kind(

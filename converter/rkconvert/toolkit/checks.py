@@ -79,14 +79,14 @@ class BrokenRule:
     hint: str
 
     def error(self) -> RKEdgeError:
-        """The error that stops the conversion."""
+        """Return the error that stops the conversion."""
         kind = self.rule.kind or RefusedError
         details = {"rule": self.rule.name, "source": self.rule.source}
         return kind(f"{self.message} ({self.rule.source}).", hint=self.hint, details=details)
 
 
 def _narrow(case: Conversion) -> Mapping[str, Any] | None:
-    # A layer keeps keys and values for each token.
+    # Half of what a layer caches for a token is its key, half its value.
     width = case.shape.kv_width // 2
     return {"width": width, "least": LEAST_WIDTH} if case.dtype != "fp16" and width < LEAST_WIDTH else None
 

@@ -30,9 +30,9 @@ from rkruntime.files import sha256_file, write_error
 
 # The toolkit imports pkg_resources, which setuptools dropped (seen on a user's machine; its own warning names 81).
 _CONSTRAINTS: Final = "setuptools<81\n"
-# README.md @ 1.2.0 and later asks for it on Python 3.12; on others it avoids the need for a CUDA compiler.
+# README.md @ 1.2.0 and later asks for BUILD_CUDA_EXT on Python 3.12; on others it avoids the need for a CUDA compiler.
 _SETTINGS: Final = {"BUILD_CUDA_EXT": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-# The user decides where packages come from.
+# Prefixes of the variables that pip may see: the user decides where packages come from.
 _PIP_KEPT: Final = (
     "PIP_",
     "HTTP_PROXY",
@@ -56,12 +56,12 @@ OnLine = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment that is made, or replaced.
+    """An environment to make, or to replace.
 
     Attributes:
-        folder: Where; it is complete once it has a file called `marker`.
-        name: What is in it, for messages.
-        python: What it is made with.
+        folder: Its folder, complete once it has a file called `marker`.
+        name: Its content, for messages.
+        python: Interpreter that creates it.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Environment:
 
     @property
     def constraints(self) -> Path:
-        """What pip installs nothing against."""
+        """File of constraints that every package that pip installs must meet."""
         return self.folder / "constraints.txt"
 
 
@@ -96,7 +96,7 @@ class Steps:
         made.constraints.write_text(_CONSTRAINTS)
 
     def install(self, *wanted: str | Path, what: str) -> None:
-        """Install packages with pip. Raises HostError, which begins with `what` could not be installed."""
+        """Install packages with pip. Raises HostError, which says that `what` could not be installed."""
         made = self.environment
         variables = clean_environment(made.inner, _pip_environment(made.constraints))
         self._run([made.inner, "-I", "-m", "pip", "install", *wanted], variables, f"{what} could not be installed")
@@ -144,7 +144,7 @@ Fill = Callable[[Steps], tuple[T, dict[str, object]]]
 
 
 def make(environment: Environment, fill: Fill[T], on_line: OnLine, replace: bool) -> T:
-    """Make an environment: complete or absent. Returns the first of what `fill` returns; the second is its marker.
+    """Make an environment: complete or absent. Returns the first value of `fill`; the second becomes the marker.
 
     Raises:
         HostError: See `setup`; OutputError likewise.
@@ -160,7 +160,7 @@ def make(environment: Environment, fill: Fill[T], on_line: OnLine, replace: bool
                     hint="Use it as it is (`rkedge toolkit info`), or recreate it with --replace.",
                 )
             if folder.is_dir():
-                # Not made beside it and renamed: scripts in an environment name its path.
+                # The new one is not made beside it and renamed: scripts in an environment name its path.
                 folder.rename(_previous(folder))
             try:
                 steps = Steps(environment, on_line, lock)
@@ -194,7 +194,7 @@ def _alone(environments: Path) -> Iterator[int]:
 
 
 def _previous(folder: Path) -> Path:
-    """Where an environment is kept while its successor is made; it works there, too."""
+    """Return where an environment is kept while its successor is made; it works there, too."""
     return folder.with_name(f"{folder.name}.old")
 
 
@@ -210,8 +210,8 @@ def _recover(environment: Environment) -> None:
 
 def _pip_environment(constraints: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name.startswith(_PIP_KEPT)}
-    # pip accepts several, and the user's own stay in force; builds of old packages obey them too.
-    # As a URL, which has no spaces: they separate the constraints.
+    # pip accepts several files of constraints, and the user's own stay in force; builds of old packages obey them too.
+    # Ours is given as a URL, which has no spaces: they separate the files.
     kept["PIP_CONSTRAINT"] = " ".join(filter(None, [kept.get("PIP_CONSTRAINT"), constraints.absolute().as_uri()]))
     return {**_SETTINGS, **kept}
 
@@ -304,7 +304,7 @@ def _pythons(version: str) -> Iterator[Path]:
 
 
 def _version_of(python: Path) -> str:
-    """`3.12`, or an empty string if it does not run: pyenv has a shim for each release of any of its Pythons."""
+    """Return a release such as `3.12`; empty if it does not run: pyenv has a shim for each release of any Python."""
     code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
     try:
         done = subprocess.run(

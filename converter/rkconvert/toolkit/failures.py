@@ -33,19 +33,20 @@ _KINDS: Final[Mapping[str, type[RKEdgeError]]] = {
     "convert-gguf": CheckpointError,
     "convert-calibration-data": CalibrationError,
 }
-# What the diagnosis says of other stages, such as RKLLM_LOG_LEVEL, is for programs on a board.
+# Used unless the diagnosis is about conversions: its other hints, such as RKLLM_LOG_LEVEL, are for programs on a board.
 _READ_THE_LOG: Final = (
     "Read that log from its end, and look for its last words among the vendor's issues"
     " (https://github.com/airockchip/rknn-llm/issues). Another release of the toolkit may do better."
 )
 _NO_SPACE: Final = re.compile(r"No space left on device|Errno 28")
 _FULL_DISK: Final = 64 << 20
-# Quantizing takes as much again as the weights, and other programs need some.
+# Share of memory above which a kill is blamed on lack of it: quantizing takes as much again as the weights, and other
+# programs need some.
 _MUCH: Final = 0.4
 
 
 def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
-    """The error for a run that did not finish."""
+    """Return the error for a run that did not finish."""
     if run.hung:
         return _error(
             ToolkitError,
@@ -79,17 +80,17 @@ def explain(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
 
 
 def no_file(run: WorkerRun, what: str) -> RKEdgeError:
-    """The error for a run that returned 0 but did not write `what`."""
+    """Return the error for a run that returned 0 but did not write `what`."""
     return _error(ToolkitError, run, f"returned 0 for every step but wrote no {what}")
 
 
 def bad_file(run: WorkerRun, name: str, why: str) -> RKEdgeError:
-    """The error for a file that is not a whole .rkllm file, or should not be there."""
+    """Return the error for a file that is not a whole .rkllm file, or should not be there."""
     return _error(ToolkitError, run, f"returned 0 for every step, but its file {name} cannot be used: {why}")
 
 
 def _full_disk(run: WorkerRun) -> RKEdgeError | None:
-    """The error for a full disk, with the one that it is: temporary files may be on another one than the output."""
+    """Return the error for a full disk, which names it: temporary files may be on another disk than the output."""
     places = {"output folder": run.scratch, "temporary folder": Path(tempfile.gettempdir())}
     free = {place: shutil.disk_usage(path).free for place, path in places.items()}
     told = _NO_SPACE.search("\n".join(run.output.tail()))
@@ -98,7 +99,7 @@ def _full_disk(run: WorkerRun) -> RKEdgeError | None:
     place = min(free, key=lambda name: free[name])
     if free[place] < _FULL_DISK:
         where, hint = f"the disk of the {place} is full", f"Free space on the disk of the {place}"
-    else:  # What it had written went when it ended; or it writes where nobody expects it.
+    else:  # What filled the disk was deleted when the toolkit ended, or is somewhere unexpected.
         where, hint = "it found a disk full", "Free space on the disks of the output folder and the temporary folder"
     sizes = ", ".join(f"{size / 1e9:.2f} GB in the {name}" for name, size in free.items())
     return _error(
@@ -110,7 +111,7 @@ def _full_disk(run: WorkerRun) -> RKEdgeError | None:
 
 
 def _killed(run: WorkerRun, job: ToolkitJob) -> RKEdgeError:
-    """The error for signal 9, which the kernel sends when memory runs out, and so does a person or a batch system."""
+    """Return the error for signal 9, sent by the kernel when memory runs out, but also by people and batch systems."""
     counted = run.out_of_memory_kills
     memory = read_memory()
     held = f", with {run.peak_memory / 1e9:.1f} GB in memory" if run.peak_memory else ""

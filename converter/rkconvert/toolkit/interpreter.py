@@ -57,22 +57,22 @@ class Toolkit:
         return self.release.version
 
     def as_dict(self) -> dict[str, Any]:
-        """What determines its results; leaves out its path on this machine."""
+        """Return what determines the toolkit's results, without its path on this machine."""
         return {"version": self.version, "python": self.python_version, "packages": dict(self.parts)}
 
 
 def environments_folder() -> Path:
-    """Folder in which `rkedge toolkit setup` creates environments."""
+    """Return the folder in which `rkedge toolkit setup` creates environments."""
     return own_folder("data") / "toolkit"
 
 
 def config_file() -> Path:
-    """The user's configuration file."""
+    """Return the path of the user's configuration file."""
     return own_folder("config") / "config.yaml"
 
 
 def clean_environment(python: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment variables for a program that runs under the toolkit's interpreter."""
+    """Return environment variables for a program that runs under the toolkit's interpreter."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     kept["PATH"] = os.pathsep.join([str(python.parent), kept.get("PATH", os.defpath)])
     return {**kept, **_SET, **(extra or {})}
@@ -109,7 +109,7 @@ def _candidates(named: Path | None) -> Iterator[tuple[Path, str]]:
 
 
 def _release_of(marker: Path) -> Version:
-    """Release in an environment's name; sorts a renamed folder as the oldest."""
+    """Return the release in an environment's name; a renamed folder sorts as the oldest."""
     try:
         return version(marker.parent.name)
     except ValueError:

@@ -16,7 +16,7 @@ from rkruntime.abi import CALLABLE
 from rkruntime.errors import RefusedError, UsageError
 
 SCHEMA: Final = "rkedge-toolkit-job/2"
-# Logits of one position of Gemma are a megabyte.
+# Positions at a prompt's end whose logits are written: those of one position of Gemma are a megabyte.
 LAST_ROWS: Final = 16
 LOGITS: Final = "logits.f32"
 _LOW_RANK: Final = re.compile(r"(?P<algorithm>[a-z]+)_r(?P<rank>\d{1,3})")
@@ -35,7 +35,7 @@ class ToolkitJob(ToolkitOptions):
         lora: Folder of one adapter that becomes a separate file, for rkllm_load_lora.
         parameters: Number of weights, 0 if unknown; memory and the file's size are judged by it.
         file_size: Expected size of the file in bytes, 0 if unknown.
-        prompts: Token ids whose logits the toolkit computes once the file is written; none for not at all.
+        prompts: Token ids whose logits the toolkit computes once the file is written; empty for no logits.
     """
 
     model: Path
@@ -51,7 +51,7 @@ class ToolkitJob(ToolkitOptions):
 
     @property
     def least_size(self) -> int:
-        """Lower bound of a complete file's size, in bytes: the weights in their type."""
+        """Lower bound on a complete file's size, in bytes: the weights in their type."""
         return self.parameters * parse_type(self.dtype).bits // 8
 
     @property
@@ -75,7 +75,7 @@ class Calls:
     logits: Mapping[str, Any] | None = None
 
     def document(self) -> str:
-        """The job as one line of JSON, which the worker reads."""
+        """Return the job as one line of JSON, which the worker reads."""
         return json.dumps({"schema": SCHEMA, "calls": self.steps, "logits": self.logits}, ensure_ascii=True) + "\n"
 
 

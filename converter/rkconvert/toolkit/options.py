@@ -19,7 +19,7 @@ _PATH: Final = click.Path(path_type=Path)
 
 
 def _row(argument: str = "", **click_option: Any) -> Mapping[str, Any]:
-    """Metadata for a field's click option; `argument` is the toolkit's own name for it, if it has one."""
+    """Return the metadata for a field's click option; `argument` is the toolkit's own name for it, if it has one."""
     return {"argument": argument, "option": click_option}
 
 
@@ -112,7 +112,7 @@ class ToolkitOptions:
         return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in named.items() if key}
 
     def given(self) -> list[str]:
-        """Names of the command-line options that differ from their default."""
+        """Return the names of the command-line options that differ from their default."""
         return [_flag(item.name) for item in fields(ToolkitOptions) if getattr(self, item.name) != item.default]
 
 

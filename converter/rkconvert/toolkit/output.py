@@ -40,9 +40,9 @@ _LOGS_KEPT: Final = 10
 
 
 def new_log() -> FileIO | None:
-    """A new log in the user's cache, else in the temporary folder; None if no disk takes one.
+    """Open a new log in the user's cache, else in the temporary folder; None if neither can be written.
 
-    It is kept there if the conversion fails. Deletes the oldest, but none that a run still writes.
+    The log is kept there if the conversion fails. Deletes the oldest logs, but none that a run still writes.
     """
     cache = own_folder("cache") / "logs"
     with suppress(OSError):
@@ -69,12 +69,12 @@ def _delete_unused(log: Path) -> None:
 
 
 def qparams_of(log: Path) -> Path:
-    """Where the quantization parameters of a log's run are kept, if it made any."""
+    """Return where the quantization parameters of a log's run are kept, if it made any."""
     return log.with_suffix(".qparams")
 
 
 class Output:
-    """Collects the output as it arrives. A log that cannot be written ends the log, and not the conversion.
+    """Collects the output as it arrives. A failure to write the log ends the log, but not the conversion.
 
     Args:
         log: File for the raw bytes, at most 32 MiB; closed with this. None for no log.
@@ -117,12 +117,12 @@ class Output:
             yield from self._line(line)
 
     def finish(self) -> Iterator[Progress | Notice]:
-        """Events of a last line without a line break."""
+        """Yield the events of a last line without a line break."""
         line, self._pending = self._pending, b""
         yield from self._line(line)
 
     def tail(self) -> list[str]:
-        """The last lines, and the bar below them."""
+        """Return the last lines, and the bar below them."""
         return [*self.lines, self._bar] if self._bar else list(self.lines)
 
     @property
@@ -135,7 +135,7 @@ class Output:
         )
 
     def text(self) -> str:
-        """The log so far, decoded; for a long one its head and tail, and what may matter between."""
+        """Return the log so far, decoded; for a long one its head and tail, and what may matter between."""
         kept = ""
         if self.path:
             with suppress(OSError), self.path.open("rb") as file:
@@ -143,7 +143,7 @@ class Output:
         return kept if kept and not self.lost else "\n".join([kept, *self.tail()])
 
     def take(self) -> bytes:
-        """The raw log, deleted where it was kept. What is missing of it is replaced by the last lines."""
+        """Return the raw log, and delete its file. The last lines stand in for a part that could not be written."""
         kept = b""
         if self.path:
             with suppress(OSError):

@@ -24,7 +24,7 @@ MADE: Final = (RKLLM_FILE, f"{LORA}.rkllm", _LOG, _QPARAMS)
 
 
 def finished(folder: Path) -> dict[str, Any]:
-    """The report of an earlier run that got this far; empty if there is none.
+    """Return the report of an earlier run that got this far; empty if there is none.
 
     `folder` contains work of this exact conversion (see `resume_key`), but its disk may have lost a part, and files may
     have come from elsewhere.
@@ -45,12 +45,12 @@ def write(
     put: Callable[[bytes], None],
     found: Sequence[Setting] = (),
 ) -> dict[str, Any]:
-    """Move the log into `folder`, write the report beside it, and return that.
+    """Move the log into `folder`, write the report beside it, and return the report.
 
     Args:
         notes: Added to the result's.
         put: Writes the report, also on a full disk: the hours of work are lost without it.
-        found: Settings of the file; one that differs makes one doubt it.
+        found: Settings of the file; each that differs is a reason to doubt it.
     """
     run = result.run
     (folder / REPORT).mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def write(
 
 
 def add_verified(report: Mapping[str, Any], verified: Verified, folder: Path) -> dict[str, Any]:
-    """Add how the toolkit's logits compare to the report in `folder`, and return that."""
+    """Add the comparison of the toolkit's logits to the report in `folder`, and return the report."""
     doubts = [verified.doubt] if verified.doubt else []
     more = {"notes": [*report["notes"], *doubts], "doubts": [*report["doubts"], *doubts]}
     complete = {**report, **more, "verify": verified.as_dict()}
@@ -97,17 +97,17 @@ def add_verified(report: Mapping[str, Any], verified: Verified, folder: Path) ->
 
 
 def _private(run: WorkerRun, folder: Path) -> list[Path]:
-    """Folders of this conversion that the toolkit may name."""
+    """Return the folders of this conversion that the toolkit may name."""
     return [run.scratch, folder, run.toolkit.python.parent.parent]
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file from the toolkit that is present."""
+    """Return the SHA-256 of each file from the toolkit that is present."""
     return {name: sha256_file(folder / name) for name in MADE if (folder / name).is_file()}
 
 
 def _public(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with names instead of paths, so that reports do not reveal directories."""
+    """Return a call with names instead of paths, so that reports do not reveal directories."""
     arguments = {
         name: readable(Path(value).name) if isinstance(value, str) and value.startswith("/") else value
         for name, value in call["arguments"].items()

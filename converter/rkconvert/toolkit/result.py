@@ -19,7 +19,7 @@ from rkruntime.errors import ModelFileError
 from rkruntime.files import read_regular, umask
 from rkruntime.versions import version
 
-# The only release of which a file was described that names its toolkit at the end; older ones may not.
+# The only release known, from a description, to name the toolkit at the end of a file; older ones may not.
 _SIGNED: Final = "1.3.1"
 _LEAST_SHARE: Final = 0.97
 _MOST_LOGITS: Final = 256 << 20
@@ -34,7 +34,7 @@ class ToolkitResult:
         lora: Separate adapter file, if any.
         qparams: Quantization parameters that grq and gdq leave for `--qparams`, if any.
         run: How it was made. Its log, `run.output`, is for report/; the caller takes it.
-        doubts: What in the files makes one doubt that they are whole, and from this release.
+        doubts: Reasons to doubt that the files are whole, and from this release.
         logits: The toolkit's logits as bytes of float32, one row after the other; empty if it gave none.
     """
 
@@ -81,23 +81,23 @@ def _logits(run: WorkerRun) -> bytes:
 
 
 def keep_qparams(run: WorkerRun) -> None:
-    """Move the parameters of a run that failed to its log: finding them took hours, and `--qparams` takes them."""
+    """Keep a failed run's parameters beside its log: finding them took hours, and `--qparams` can reuse them."""
     if (found := _qparams(run)) and run.output.path:
         kept = qparams_of(run.output.path)
         try:
             shutil.move(found, kept)
-        except OSError:  # The run's own error is the one to tell.
+        except OSError:  # The run's own error is the one to report.
             kept.unlink(missing_ok=True)
 
 
 def _qparams(run: WorkerRun) -> Path | None:
-    """What grq and gdq wrote. The name of that file is not documented: of several, it is the largest."""
+    """Return the file that grq or gdq wrote, or None. Its name is not documented: of several, it is the largest."""
     files = [path for path in run.scratch.rglob("*.qparams") if stat.S_ISREG(path.lstat().st_mode)]
     return max(files, key=lambda path: path.stat().st_size, default=None)
 
 
 def _whole(run: WorkerRun, files: list[Path], what: str) -> list[RkllmFile]:
-    """The files, the largest first; each is a regular .rkllm file of its own, readable as any new file."""
+    """Return the files, the largest first, each checked as a regular .rkllm file and made readable as any new file."""
     if not files:
         raise failures.no_file(run, what)
     for path in files:

@@ -15,7 +15,7 @@ from rkconvert.toolkit.interpreter import environments_folder
 RELEASE: Final = "2.5.0"
 PYTHON: Final = "3.11"
 _MARKER: Final = "rkedge-rknn.json"
-# Installed by itself: its own list pins a torch of years ago. These are what it imports, with the limits that it names.
+# Packages that rknn-toolkit2 imports, with its own limits. It is installed without its list, which pins an old torch.
 _PARTS: Final = (
     "torch==2.13.0",
     "numpy<=1.26.4",
@@ -38,12 +38,12 @@ def _folder() -> Path:
 
 
 def find_rknn() -> Path | None:
-    """The interpreter of the environment that `setup_rknn` made, or None."""
+    """Return the interpreter of the environment that `setup_rknn` made, or None."""
     return _folder() / "bin" / "python" if (_folder() / _MARKER).is_file() else None
 
 
 def setup_rknn(named: Path | None, on_line: OnLine, *, replace: bool = False) -> Path:
-    """Create it and try it out; returns its interpreter. See `environment.setup`, also for what it raises."""
+    """Create the environment and try it out; returns its interpreter. See `environment.setup` for what it raises."""
 
     def fill(steps: Steps) -> tuple[Path, dict[str, object]]:
         steps.install(*_PARTS, what="what rknn-toolkit2 needs")

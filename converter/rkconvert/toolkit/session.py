@@ -1,7 +1,7 @@
 """The worker process: started with a clean environment, watched, and killed with everything it started.
 
-It leads its own session, so that nothing of it outlives the conversion: not when it is done, when a callback
-raises, on Ctrl-C, when it shows no activity, nor when this process dies.
+It leads its own session, so that nothing of it outlives the conversion, whether that is done, a callback raises, Ctrl-C
+is pressed, the worker shows no activity, or this process dies.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from rkruntime.errors import HostError
 
 _TICK: Final = 0.25
 _HEARTBEAT: Final = 1.0
-# Once everything has returned, interpreters that loaded torch take a moment to exit, and some never do.
+# Seconds to exit once everything has returned: interpreters that loaded torch take a moment, and some never do.
 _GRACE: Final = 30.0
-# The rest of a dead session's output can be read at once; a process that escaped may hold the pipes open.
+# Seconds to read the rest of a dead session's output: it is there at once, but an escaped process may hold pipes open.
 _DRAIN: Final = 2.0
 _BLOCK: Final = 1 << 16
 _MOST_WARNINGS: Final = 100
@@ -57,16 +57,16 @@ class WorkerRun:
     """One run of the worker: what it is given, and, once `execute` has returned, what happened.
 
     Attributes:
-        calls: What it is to do.
+        calls: Calls that it is to make.
         scratch: Its working folder; nothing should be written elsewhere.
         patience: Seconds without activity after which it is killed.
         stage: Last stage that started.
         outcome: Its last event, or None if it broke off.
         exit_code: Exit code; negative for a signal.
         hung: Whether it was killed because it showed no activity, or took too long for the logits.
-        stopped: Whether Ctrl-C ended the logits.
+        stopped: Whether Ctrl-C ended the computation of logits.
         out_of_memory_kills: Processes on this machine that the kernel killed for lack of memory meanwhile.
-        peak_memory: Of the worker, in bytes.
+        peak_memory: Peak memory of the worker, in bytes.
         seconds: Seconds by stage.
         warnings: The toolkit's own warnings and errors, each once.
     """
@@ -92,7 +92,7 @@ class WorkerRun:
 
     @property
     def failure(self) -> Failure | None:
-        """What the worker gave up with, if it did."""
+        """The event with which the worker gave up, if it did."""
         return self.outcome if isinstance(self.outcome, Failure) else None
 
     @property
@@ -102,7 +102,7 @@ class WorkerRun:
 
     @property
     def ending(self) -> str:
-        """How it ended, if not well, in words."""
+        """How the worker failed, in words; empty if it did not."""
         if isinstance(self.outcome, Done):
             return ""
         if self.failure is not None:
@@ -119,7 +119,7 @@ class WorkerRun:
 
     @property
     def killed(self) -> bool:
-        """Whether signal 9 that is not ours killed it; a shell script around the interpreter reports 137."""
+        """Whether a signal 9 that is not ours killed the worker; a shell script around the interpreter reports 137."""
         return not (self.hung or self.stopped) and self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
     def execute(self) -> None:
@@ -170,7 +170,7 @@ class WorkerRun:
     def _send(self, process: subprocess.Popen[bytes]) -> None:
         # Standard input stays open: the worker kills its session when the other end is closed.
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # It died before reading; its output says why.
+        with suppress(BrokenPipeError):  # The worker died before reading; its output says why.
             process.stdin.write(self.calls.document().encode())
 
     def _listen(self, process: subprocess.Popen[bytes], events_in: int) -> None:
@@ -193,7 +193,7 @@ class WorkerRun:
             self._take(event)
 
     def _watch(self, process: subprocess.Popen[bytes], watchdog: Watchdog) -> None:
-        """Once per tick: send a heartbeat, and kill the session when its time is up."""
+        """Send a heartbeat when one is due, and kill the session when its time is up; called once per tick."""
         now = time.monotonic()
         if watchdog.heartbeat_due(_HEARTBEAT):
             self.peak_memory = max(self.peak_memory, peak_memory(process.pid))
@@ -234,7 +234,7 @@ class WorkerRun:
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has exited, without reaping it, so that its PID cannot be reused yet."""
+    """Whether a process has exited, without reaping it, so that its PID cannot be reused yet."""
     if process.returncode is not None:
         return True
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

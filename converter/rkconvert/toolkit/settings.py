@@ -35,7 +35,7 @@ class Setting:
         return f"it set {self.name} to {self.said}, but {' or '.join(self.asked)} was asked for"
 
     def as_dict(self) -> dict[str, Any]:
-        """The setting as JSON types."""
+        """Return the setting as JSON types."""
         return {**asdict(self), "asked": list(self.asked)}
 
 

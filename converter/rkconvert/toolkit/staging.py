@@ -1,6 +1,6 @@
 """The model folder for the toolkit: weights as safetensors, settings that transformers 4 and 5 both read.
 
-It is made afresh for each conversion, so only checked numbers and texts from a stranger's folder reach the toolkit:
+It is made afresh for each conversion, so only checked numbers and texts from an untrusted folder reach the toolkit:
 no pickles, and no `auto_map`, by which transformers would run the folder's own code.
 """
 
@@ -58,7 +58,7 @@ def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, f
     bos = model.weights.config.bos_token_id
     stage_tokenizer(model.tokenizer_folder, bos, template, folder)
     ids = {"bos_token_id": bos, "eos_token_id": list(eos)}
-    # No sampling: nothing is generated there, and transformers refuses a folder for a setting that it does not accept.
+    # No sampling settings: nothing is generated there, and transformers refuses a folder with one that it rejects.
     write_json(folder / GENERATION_CONFIG, ids)
     forget_shards(folder)
 
@@ -95,8 +95,8 @@ def _link_weights(model: MergedModel, folder: Path) -> None:
 def stage_adapter(lora: SeparateLora, folder: Path) -> None:
     """Write an adapter into `folder`, below that of its base, as any release of peft reads it.
 
-    Each fails at keys of adapter_config.json that it does not know, and an exporter may take one rank and one alpha for
-    all pairs, as a GGUF file has them.
+    Each release fails at keys of adapter_config.json that it does not know, and an exporter may take one rank and one
+    alpha for all pairs, as a GGUF file has them.
     """
     folder.mkdir(exist_ok=True)
     settings = {
@@ -126,7 +126,7 @@ def stage_adapter(lora: SeparateLora, folder: Path) -> None:
 def config(
     raw: Mapping[str, Any], checked: GemmaConfig, release: ToolkitRelease, eos: tuple[int, ...]
 ) -> dict[str, Any]:
-    """config.json for the toolkit: checked values only, in the types that transformers 5 insists on.
+    """Return config.json for the toolkit: checked values only, in the types that transformers 5 insists on.
 
     transformers obeys many other keys, such as `attribute_map`, by which one name stands for another, and
     `attn_implementation`, which may name code to be loaded; what matters to training only is left to its defaults.
@@ -166,7 +166,7 @@ def config(
 
 
 def _gemma2(raw: Mapping[str, Any], checked: GemmaConfig) -> dict[str, Any]:
-    """Settings that Gemma 1 does not have."""
+    """Return the settings that Gemma 1 does not have."""
     scalar = checked.query_pre_attn_scalar
     settings: dict[str, Any] = {
         # transformers 5 takes a whole number only.

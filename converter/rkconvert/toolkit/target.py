@@ -66,11 +66,11 @@ class ToolkitTarget:
 
     @classmethod
     def of(cls, options: ToolkitOptions, release: str | None) -> ToolkitTarget:
-        """The target for the toolkit that these options name.
+        """Return the target for the toolkit that these options name.
 
         Raises:
-            HostError: There is none, or it cannot be used.
-            UsageError: It is of another release than `release`.
+            HostError: There is no toolkit, or it cannot be used.
+            UsageError: The toolkit is of another release than `release`.
         """
         toolkit = find_toolkit(options.toolkit_python)
         if release and not _same_release(release, toolkit.version):
@@ -91,12 +91,12 @@ class ToolkitTarget:
         return self.toolkit.as_dict()
 
     def needed_bytes(self, spec: ModelSpec) -> int:
-        """Disk space that the work needs, in bytes: the file, and the weights that the toolkit reads, if not linked."""
+        """Return the disk space needed, in bytes: the file, and the weights that the toolkit reads, if not linked."""
         lora = separate_lora(spec.lora).nbytes if spec.lora else 0
         return _file_size(spec) + lora + (0 if is_linked(spec.model) else spec.model.nbytes)
 
     def resumable(self, spec: ModelSpec) -> Sequence[str]:
-        """Files from which `write` resumes after a killed run; it verifies each by checksum."""
+        """Return files from which `write` resumes after a killed run; it verifies each by checksum."""
         linked = is_linked(spec.model)
         staged = [] if linked else [f"{_STAGED}/{name}" for name in resumable(spec.model.weights)]
         return [*staged, *report.MADE, *self.done]
@@ -167,7 +167,7 @@ class ToolkitTarget:
         return result
 
     def _verify(self, result: ToolkitResult, spec: ModelSpec, job: ToolkitJob, reporter: Reporter) -> Verified:
-        """Compare logits, and say how they do."""
+        """Compare the toolkit's logits with the float model's, and report how well they agree."""
         with reporter.bar("computing the float model's logits", needed_reads(spec)) as advance:
             verified = verify(result, spec, job.prompts, advance)
         for line in verified.lines():
@@ -226,7 +226,7 @@ def run_toolkit(job: ToolkitJob, toolkit: Toolkit, on_event: OnEvent = lambda _:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the result, on the same disk, deleted afterwards with everything the toolkit left in it."""
+    """Make a folder beside the result, on the same disk, deleted afterwards with all that the toolkit left in it."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=".toolkit-", dir=output.parent.absolute()))
     except OSError as error:
@@ -239,7 +239,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def _plainly_named(job: ToolkitJob) -> Iterator[ToolkitJob]:
-    """The job with a copy of its calibration data: `datasets` takes brackets in a path for a pattern."""
+    """Yield the job with a copy of its calibration data: `datasets` takes brackets in a path for a pattern."""
     if job.calibration is None:
         yield job
         return
@@ -261,7 +261,7 @@ def _lora_notes(spec: ModelSpec, result: ToolkitResult) -> list[str]:
 
 
 def _file_size(spec: ModelSpec) -> int:
-    """Size of model.rkllm in bytes, without tokenizer and NPU program."""
+    """Return the size of model.rkllm in bytes, without tokenizer and NPU program."""
     return int(file_bytes(parse_shape(spec.model.hf_config()), parse_type(spec.dtype)))
 
 

@@ -24,7 +24,7 @@ from rkruntime.files import read_error
 from rkruntime.text.template import SPECIAL_TOKENS
 
 PIECES: Final = "tokenizer.model"
-# Gemma 2's has 4.2 MB.
+# Limit on tokenizer.model, in bytes; Gemma 2's has 4.2 MB.
 _MOST_PIECES: Final = 64 << 20
 _ADDED: Final = "added_tokens.json"
 _NAMED: Final = (*SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
@@ -39,7 +39,7 @@ def stage_tokenizer(source: Place, bos_token_id: int, template: ChatTemplate, fo
     """
     content = tokenizer_json(source / TOKENIZER)
     settings = _settings(tokenizer_settings(source), content, bos_token_id)
-    if content.get("post_processor") is None:  # transformers 4 would make one of add_bos_token, and 5 would not
+    if content.get("post_processor") is None:  # transformers 4 would make one from add_bos_token, but 5 would not
         content["post_processor"] = bos_in_front(settings["bos_token"], bos_token_id)
     (folder / TOKENIZER).write_text(json.dumps(with_plain_merges(content)), encoding="utf-8")
     write_json(folder / CONFIG, settings | {"chat_template": template.source})
@@ -53,9 +53,9 @@ def stage_tokenizer(source: Place, bos_token_id: int, template: ChatTemplate, fo
 
 
 def with_plain_merges(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tokenizer.json with each merge as "a b", the only form that `tokenizers` read before 0.20, and llama.cpp then.
+    """Return a tokenizer.json with each merge as "a b", all that `tokenizers` read before 0.20, and llama.cpp then.
 
-    They stay pairs if one of them would be read otherwise: split in another place, or taken for a line with a version.
+    Merges stay pairs if one of them would be misread: split in another place, or taken for a line with a version.
     """
     model = content["model"]
     texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -64,13 +64,13 @@ def with_plain_merges(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _settings(given: Mapping[str, Any], content: Mapping[str, Any], bos_token_id: int) -> dict[str, Any]:
-    """tokenizer_config.json: of what a stranger wrote, `given`, only the special tokens; no class and no path."""
+    """Return tokenizer_config.json, with only the special tokens of the untrusted `given`, but no class and no path."""
     added = {token["id"]: token for token in content["added_tokens"]}
     known = {token["content"] for token in added.values()}
     texts = {index: text for text, index in content["model"]["vocab"].items()}
     named = {**SPECIAL_TOKENS} | {name: text_of(token) for name, token in named_tokens(given).items()}
     tokens = {name: named[name] if named.get(name) in known else None for name in _NAMED}
-    # config.json names it too, and the toolkit warns if the two differ (airockchip/rknn-llm issue 163).
+    # config.json names this token too, and the toolkit warns if the two differ (airockchip/rknn-llm issue 163).
     tokens["bos_token"] = texts[bos_token_id] if bos_token_id in texts else added[bos_token_id]["content"]
     more = given.get("extra_special_tokens")
     extra = [text for token in more if (text := text_of(token)) in known] if isinstance(more, list) else []
@@ -90,7 +90,7 @@ def _settings(given: Mapping[str, Any], content: Mapping[str, Any], bos_token_id
 
 
 def pieces_problem(folder: Place) -> str:
-    """What is wrong with the tokenizer.model beside a tokenizer.json, as the end of a sentence; empty if it fits.
+    """Say what is wrong with the tokenizer.model beside a tokenizer.json, as the end of a sentence; empty if it fits.
 
     Raises:
         CheckpointError: See `read_tokenizer`.
@@ -99,7 +99,7 @@ def pieces_problem(folder: Place) -> str:
 
 
 def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The bytes of tokenizer.model, and `pieces_problem`."""
+    """Return the bytes of tokenizer.model, and `pieces_problem`."""
     file = folder / PIECES
     if not file.is_file():
         return b"", "is missing"
@@ -129,12 +129,12 @@ def _checked_pieces(folder: Place, content: Mapping[str, Any]) -> tuple[bytes, s
 
 
 def _piece(text: str) -> bytes:
-    """A token as SentencePiece writes it; transformers writes the byte 9 as the tab (GemmaConvert)."""
+    """Return a token as SentencePiece writes it; transformers writes the byte 9 as the tab (GemmaConvert)."""
     return b"<0x09>" if text == "\t" else text.encode("utf-8", "surrogatepass")
 
 
 def _pieces(data: bytes) -> list[tuple[bytes, float]]:
-    """Texts and scores of a SentencePiece model: fields 1 and 2 of each field 1 (sentencepiece_model.proto)."""
+    """Return texts and scores of a SentencePiece model: fields 1 and 2 of each field 1 (sentencepiece_model.proto)."""
     found = [_once(piece) for number, piece in _fields(data) if number == 1]
     return [(fields.get(1, b""), _float(fields.get(2, bytes(4)))) for fields in found]
 
@@ -164,7 +164,7 @@ def _normalizes(data: bytes) -> bool:
 
 
 def _once(message: bytes, *only: int) -> dict[int, bytes]:
-    """Fields by number. Raises ValueError for one that is there twice: of these, readers take the last or all."""
+    """Return fields by number. Raises ValueError for a repeated one, of which readers may take the last or all."""
     found: dict[int, bytes] = {}
     for number, content in _fields(message):
         if only and number not in only:
@@ -176,10 +176,10 @@ def _once(message: bytes, *only: int) -> dict[int, bytes]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Numbers and contents of the fields of a Protocol Buffers message; a number's content is its bytes, lowest first.
+    """Yield numbers and contents of a Protocol Buffers message's fields; an integer's content is little-endian bytes.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: The data is not such a message.
     """
     at = 0
     while at < len(data):
@@ -202,7 +202,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """An integer of at most 64 bits, and where it ends. Raises ValueError."""
+    """Read an integer of at most 64 bits; return it, and where it ends. Raises ValueError."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-# Of several kinds, as no calibration data need be given.
+# Prompts of several kinds, used if calibration data has too few.
 _QUESTIONS: Final = (
     "What is the capital of France?",
     "Write a Python function that adds two numbers.",
@@ -40,8 +40,8 @@ _QUESTIONS: Final = (
 _MOST_TOKENS: Final = 256
 _TOP: Final = 5
 _MOST_PROBLEM: Final = 300
-# Worse than two bits for each weight: 0.45 nats and 71 % for q2_K, 0.001 and 98 % for 8 bits, of LLaMA 3 8B
-# (https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md).
+# Limits of a credible file, worse than two bits for each weight: LLaMA 3 8B has 0.45 nats and 71 % with q2_K, 0.001
+# and 98 % with 8 bits (https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md).
 _MOST_KL: Final = 0.5
 _LEAST_AGREEMENT: Final = 0.5
 
@@ -81,10 +81,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verified:
-    """What the comparison showed.
+    """The outcome of the comparison.
 
     Attributes:
-        problem: Why there is none; empty if there is.
+        problem: Why there is no comparison; empty if there is one.
         model: What the toolkit's logits were closest to: `base`, or `adapter` for the model with the one that became a
             separate file.
     """
@@ -95,17 +95,17 @@ class Verified:
 
     @property
     def kl(self) -> float:
-        """Mean over the prompts."""
+        """Mean divergence over the prompts, in nats."""
         return float(np.mean([item.kl for item in self.comparisons]))
 
     @property
     def agreement(self) -> float:
-        """Mean over the prompts."""
+        """Mean agreement over the prompts."""
         return float(np.mean([item.agreement for item in self.comparisons]))
 
     @property
     def doubt(self) -> str:
-        """What makes one doubt the file; empty if nothing does."""
+        """Reason to doubt the file; empty if there is none."""
         worst = max((item.kl for item in self.comparisons), default=0.0)
         if not self.comparisons or (self.agreement >= _LEAST_AGREEMENT and worst <= _MOST_KL):
             return ""
@@ -116,14 +116,14 @@ class Verified:
         )
 
     def lines(self) -> list[str]:
-        """For a person: one line for each prompt."""
+        """Return a line for each prompt, for the user."""
         if self.problem:
             return [f"verify: there is nothing to compare, {self.problem}"]
         adapter = " (with the adapter)" if self.model == "adapter" else ""
         return [f"verify: prompt {number}{adapter}: {item}" for number, item in enumerate(self.comparisons, start=1)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as JSON types."""
+        """Return the comparison as JSON types."""
         prompts = [
             {**vars(item), "expected": list(item.expected), "found": list(item.found)} for item in self.comparisons
         ]
@@ -131,8 +131,8 @@ class Verified:
 
 
 def choose_prompts(spec: ModelSpec, options: ToolkitOptions) -> tuple[tuple[int, ...], ...]:
-    """Token ids of three prompts in the model's template: of the calibration data, else RKEdge's own; none if `verify`
-    is off.
+    """Return the ids of three prompts in the model's template: the calibration data's, else RKEdge's own; none if
+    `verify` is off.
     """
     if not options.verify:
         return ()
@@ -148,7 +148,7 @@ def choose_prompts(spec: ModelSpec, options: ToolkitOptions) -> tuple[tuple[int,
 
 
 def needed_reads(spec: ModelSpec) -> int:
-    """Bytes of weights that `verify` reads."""
+    """Return the bytes of weights that `verify` reads."""
     return spec.model.nbytes * (2 if spec.lora else 1)
 
 
@@ -184,7 +184,7 @@ def _distance(verified: Verified) -> float:
 
 
 def _models(spec: ModelSpec, advance: Advance) -> Iterator[tuple[str, FloatModel]]:
-    """What the toolkit may have computed: whether its logits are with a separate adapter is not documented."""
+    """Yield what the toolkit may have computed: whether its logits include a separate adapter is not documented."""
     yield "base", FloatModel(spec.model.weights, spec.config, advance)
     if spec.lora is not None:
         checkpoint = spec.model.checkpoint
@@ -195,9 +195,9 @@ def _models(spec: ModelSpec, advance: Advance) -> Iterator[tuple[str, FloatModel
 
 
 def _rows(result: ToolkitResult, prompts: Sequence[Sequence[int]], vocabulary: int) -> tuple[list[Floats], str]:
-    """The toolkit's logits by prompt, [positions, vocabulary]; or why there are none."""
+    """Return the toolkit's logits by prompt, [positions, vocabulary]; or why there are none."""
     if ending := result.run.ending:
-        # It may name a file; where things were on this machine is nobody's business.
+        # It may name a file, but reports must not reveal this machine's paths.
         return [], shorten(without_paths(ending, [result.run.scratch]), _MOST_PROBLEM, placeholder=" ...")
     counts = [min(LAST_ROWS, len(prompt)) for prompt in prompts]
     size = 4 * sum(counts)
@@ -218,5 +218,5 @@ def _log_shares(logits: Floats) -> NDArray[np.float64]:
 
 
 def _top(logits: Floats) -> tuple[int, ...]:
-    """The likeliest ids at the last position, the likeliest first."""
+    """Return the likeliest ids at the last position, the likeliest first."""
     return tuple(int(index) for index in np.argsort(-logits[-1], kind="stable")[:_TOP])

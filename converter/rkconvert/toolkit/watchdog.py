@@ -16,7 +16,7 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Watchdog:
-    """How long a session has been idle: no output (`feed`), no CPU time, no paging from disk."""
+    """Measures how long a session has been idle: no output (`feed`), no CPU time, no paging from disk."""
 
     def __init__(self, session: int) -> None:
         self._session = session
@@ -41,7 +41,7 @@ class Watchdog:
         self._active = time.monotonic()
 
     def idle_seconds(self) -> float:
-        """Seconds since the last activity."""
+        """Return the seconds since the last activity."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_EVERY:
             used, faults = _usage(self._session)
@@ -52,7 +52,7 @@ class Watchdog:
 
 
 def _stats(session: int) -> Iterator[list[bytes]]:
-    """Fields 3 and later of each session process's stat, as in proc(5): state, parent, group, session ..."""
+    """Yield fields 3 and later of each session process's stat, as in proc(5): state, parent, group, session ..."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name in parentheses may hold anything.
@@ -64,7 +64,7 @@ def _stats(session: int) -> Iterator[list[bytes]]:
 
 
 def _usage(session: int) -> tuple[float, int]:
-    """CPU seconds and major page faults of a session's processes."""
+    """Return CPU seconds and major page faults of a session's processes."""
     stats = list(_stats(session))
     return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS, sum(int(fields[9]) for fields in stats)
 
@@ -75,7 +75,7 @@ def is_running(session: int) -> bool:
 
 
 def peak_memory(pid: int) -> int:
-    """Peak resident memory of a process, in bytes; 0 if it is gone."""
+    """Return the peak resident memory of a process, in bytes; 0 if it is gone."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -86,7 +86,7 @@ def peak_memory(pid: int) -> int:
 
 
 def out_of_memory_kills() -> int:
-    """Processes that the kernel has killed for lack of memory since boot; 0 if it does not report this."""
+    """Return how many processes the kernel has killed for lack of memory since boot; 0 if it does not report this."""
     try:
         found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
         return int(found[1]) if found else 0

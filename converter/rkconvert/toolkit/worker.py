@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "rkedge-toolkit-job/2"
 DISTRIBUTIONS = ("rkllm-toolkit", "rkllm_toolkit")
-# Versions that help when an environment does not work.
+# Packages whose versions help to explain an environment that does not work.
 PARTS = (
     *("torch", "transformers", "tokenizers", "sentencepiece", "peft", "accelerate", "numpy", "setuptools"),
     *("auto_gptq", "datasets"),
@@ -56,14 +56,14 @@ class Events:
         self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
 
     def send(self, event: str, **values: Any) -> None:
-        """Write one event whole."""
+        """Write one event completely."""
         line = memoryview(json.dumps({"event": event, **values}).encode() + b"\n")
         while line:
             line = line[self._file.write(line) :]
 
 
 def installed_version(name: str) -> str:
-    """Version of a distribution, empty if there is none."""
+    """Return the version of a distribution, empty if there is none."""
     try:
         return metadata.version(name) or ""
     except metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def installed_version(name: str) -> str:
 
 
 def probe() -> dict[str, Any]:
-    """What is installed here, from the packages' metadata; none of their code runs."""
+    """Return what is installed here, from the packages' metadata; none of their code runs."""
     version = next((found for found in map(installed_version, DISTRIBUTIONS) if found), "")
     return {
         "python": platform.python_version(),
@@ -101,7 +101,7 @@ def read_job(line: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
 
 
 def guarded(kind: str, stage: str, work: Callable[[], Any]) -> Any:
-    """Run `work`; whatever it raises becomes a JobError, even an exit, for which the toolkit is known."""
+    """Run `work`; whatever it raises becomes a JobError, even an exit, which the toolkit is known to do."""
     try:
         return work()
     except JobError:
@@ -170,12 +170,12 @@ def write_logits(toolkit: Any, wanted: dict[str, Any]) -> None:
             if len(shape) != 3 or shape[:2] != (1, len(prompt)):
                 raise JobError("returned", "verify", "get_logits returned the shape " + repr(shape) + ".")
             for row in found[0][-wanted["last"] :]:
-                # Of any type, on any device, and without numpy.
+                # This works for any type, on any device, and without numpy.
                 array.array("f", row.tolist()).tofile(file)
 
 
 def timed(events: Events, stage: str, work: Callable[[], Any]) -> Any:
-    """`work` between its two events."""
+    """Run `work` between its two events."""
     events.send("stage", stage=stage)
     start = time.monotonic()
     result = work()

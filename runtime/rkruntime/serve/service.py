@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import NamedTuple, TypeVar
 from weakref import ref
 
 from rkruntime.abi import within
@@ -23,7 +21,6 @@ from rkruntime.errors import (
     BusyError,
     ContextFullError,
     RKEdgeError,
-    ServiceError,
     TimeLimitError,
     UsageError,
     WorkerError,
@@ -35,75 +32,17 @@ from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.metrics import Metrics
 from rkruntime.serve.prompt_cache import PromptCaches
 from rkruntime.serve.queue import DAEMON, Client, FairQueue
+from rkruntime.serve.run import GenerationRequest, Outcome, Prompt, Run, Started, stopped
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings
 from rkruntime.serve.threads import in_thread
-from rkruntime.text.answer import Answer, AnswerReader
+from rkruntime.text.answer import AnswerReader
 from rkruntime.text.template import Message
 from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")
 
 T = TypeVar("T")
-SaveAnswer = Callable[[Answer, bool], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The start of a run.
-
-    Attributes:
-        tokens: The whole prompt.
-        begun: Ids of an interrupted answer that is resumed; they are at the end of the prompt.
-        notes: Notes for the client, such as how many turns were dropped.
-    """
-
-    tokens: list[int]
-    begun: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A request from any interface.
-
-    Attributes:
-        prompt: Makes the prompt once the model is loaded; called in a thread.
-        client: Whose turn it takes.
-        sampling: Values by Sampling's field names; others keep the model's own.
-        save: Called once with the answer and whether it is complete, however a run that began has ended. A cancel must
-            not cut it short. An exception from it goes to the client if nothing else went wrong.
-    """
-
-    prompt: Callable[[Model], Prompt]
-    client: Client
-    request_id: str
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    sampling: Mapping[str, float | int] = field(default_factory=dict)
-    save: SaveAnswer | None = None
-
-
-@dataclass(frozen=True)
-class Started:
-    """The run has begun: which model answers, which wishes were ignored, and what else the client should know."""
-
-    model: Model
-    ignored: tuple[str, ...]
-    notes: tuple[str, ...]
-    text: str  # of the answer that is resumed; empty for a new one
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of an answer. Times in seconds; `reused` prompt tokens were in the KV cache already."""
-
-    answer: Answer
-    reused: int
-    queue_s: float
-    prefill_s: float
-    total_s: float
-    emulated: bool
 
 
 class Embedded(NamedTuple):
@@ -114,104 +53,6 @@ class Embedded(NamedTuple):
     model: str
     emulated: bool
     cut: int
-
-
-Item = Started | str | Outcome
-
-
-class Outlet(Protocol):
-    """Where the texts of an answer go without a task that wakes up for them."""
-
-    @property
-    def behind(self) -> bool:
-        """Whether the client has yet to read what was sent before."""
-
-    def push(self, texts: list[str]) -> bool:
-        """Send texts now, unless the client is behind or gone; returns whether they were."""
-
-
-class Run:
-    """One request in progress. Texts that wait for their client become one, so a slow client costs the NPU nothing.
-
-    Attributes:
-        reader: Reader of its answer; set once its prompt is made.
-        closing: Set once somebody has stopped it, such as a client that is gone.
-        outlet: Where texts go at once; None if a task has to take them.
-    """
-
-    def __init__(self, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
-        self.reader: AnswerReader | None = None
-        self.closing = asyncio.Event()
-        self.outlet: Outlet | None = None
-        self._items: list[Item] = []
-        self._waited_for = self._late = False
-        self._error: BaseException | None = None
-        self._ended = False
-        self._wake = asyncio.Event()
-        self._task = asyncio.create_task(work(self))
-        self._task.add_done_callback(self._cancelled)
-
-    def _cancelled(self, _: object) -> None:
-        if not self._ended:  # before its first step
-            self.end(stopped())
-
-    def put(self, item: Item) -> None:
-        """Called by the run: an item for the client."""
-        self._items.append(item)
-        self._wake.set()
-
-    def put_texts(self, texts: list[str]) -> None:
-        """`put` for texts, one for each token."""
-        outlet = self.outlet
-        if outlet is not None:
-            if self._waited_for and not self._items and outlet.push(texts):
-                return
-            self._late = self._late or outlet.behind
-        self._items += texts
-        self._wake.set()
-
-    def end(self, error: BaseException | None) -> None:
-        """Called by the run: nothing follows, or an error."""
-        if error is not None:
-            # The frames hold the prompt, as long as anything holds the run.
-            error.__cause__ = error.__context__ = None
-            error = error.with_traceback(None)
-        self._error, self._ended = error, True
-        self._wake.set()
-
-    async def take(self) -> list[Item]:
-        """All available items, at least one: a Started, texts, an Outcome; empty at the end. Raises the run's error.
-
-        There is a text for each token, or one for all if some have waited for the client.
-        """
-        self._waited_for = True
-        try:
-            await self._wake.wait()
-        finally:
-            self._waited_for = False
-        self._wake.clear()
-        items, self._items = self._items, []
-        items, self._late = _joined(items) if self._late else items, False
-        if self._ended:
-            self._wake.set()
-            if not items and self._error is not None:
-                raise self._error
-        return items
-
-    async def close(self) -> None:
-        """Stop the run if it is in progress, and wait for it; may be called from anywhere, and twice."""
-        self.closing.set()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-
-def _joined(items: Sequence[Item]) -> list[Item]:
-    """The same with neighbouring texts in one."""
-    found: list[Item] = []
-    for is_text, several in groupby(items, lambda item: isinstance(item, str)):
-        group = list(several)
-        found += ["".join(cast("list[str]", group))] if is_text else group
-    return found
 
 
 class Service:
@@ -532,11 +373,6 @@ def _vector(model: Model, tokens: list[int]) -> bytes:
     length = float((mean * mean).sum()) ** 0.5
     vector: bytes = (mean / length if length else mean).astype("<f4").tobytes()
     return vector
-
-
-def stopped() -> RKEdgeError:
-    """The error for an answer that ended although its client did not ask for that."""
-    return ServiceError("The answer was stopped before its end.", hint="Ask again.", details={"retry_after_s": 1})
 
 
 async def _save(wanted: GenerationRequest, reader: AnswerReader | None) -> None:

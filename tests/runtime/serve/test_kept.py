@@ -20,7 +20,8 @@ from rkruntime.engine.generation import Event, Finished, FinishReason, Request
 from rkruntime.errors import HostError, WorkerCrashedError
 from rkruntime.serve.api.native import _Turn
 from rkruntime.serve.host import Host
-from rkruntime.serve.service import GenerationRequest, Outcome, Prompt, Run, Service
+from rkruntime.serve.run import GenerationRequest, Outcome, Prompt, Run
+from rkruntime.serve.service import Service
 from rkruntime.serve.settings import Limits, PromptCache, Sessions, Settings
 from rkruntime.serve.threads import on_disk
 from rkruntime.testing import fake_model

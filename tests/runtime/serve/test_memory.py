@@ -19,7 +19,8 @@ from rkruntime.errors import WorkerCrashedError
 from rkruntime.serve.api.generate import WholeChat
 from rkruntime.serve.host import Host
 from rkruntime.serve.memory import AnswerMemory
-from rkruntime.serve.service import GenerationRequest, Service
+from rkruntime.serve.run import GenerationRequest
+from rkruntime.serve.service import Service
 from rkruntime.serve.settings import PromptCache, Sessions, Settings
 from rkruntime.serve.users import User
 from rkruntime.testing import fake_model

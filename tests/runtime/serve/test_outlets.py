@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkruntime.serve.service import Run
+from rkruntime.serve.run import Run
 
 # Texts that come together; or the client stops or begins to read, or whoever sends to it gets a turn of the loop.
 STEPS = st.lists(st.one_of(st.integers(1, 3), st.sampled_from(["stop", "read", "turn"])), max_size=30)

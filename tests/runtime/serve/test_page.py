@@ -93,19 +93,21 @@ def test_stop_frees_the_board_and_the_rest_can_be_had_later(page: Page, demo: An
     assert page.texts(".reason p") == [""]
 
 
-def test_an_interrupted_answer_is_there_after_a_reload_and_goes_on(page: Page) -> None:
-    page.ask(FIRST)
+def test_an_interrupted_answer_is_there_after_a_reload_and_goes_on(echoing: Page) -> None:
+    page, whole = echoing, " ".join(f"word {number}" for number in range(150))
+    page.type(whole)
+    page.send()
     wait(page.browser, lambda: "".join(page.answers()))
     page.reload()
     wait(page.browser, lambda: "".join(page.answers()))
-    assert page.questions() == [FIRST]
+    assert page.questions() == [whole]
     assert page.typed() == ""
-    assert page.answers()[0] != QA[FIRST]
+    assert page.answers()[0] != whole
     page.press("Continue")
     page.wait_idle()
-    assert page.answers() == [QA[FIRST]]
+    assert page.answers() == [whole]
     page.reload()
-    wait(page.browser, lambda: page.answers() == [QA[FIRST]])
+    wait(page.browser, lambda: page.answers() == [whole])
     assert page.buttons("Continue") == []
 
 

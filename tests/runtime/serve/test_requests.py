@@ -31,7 +31,8 @@ from rkruntime.serve.api.validate import Ignored, Validator
 from rkruntime.serve.app import openapi
 from rkruntime.serve.connections import Requests
 from rkruntime.serve.host import Host
-from rkruntime.serve.service import Run, Service
+from rkruntime.serve.run import Run
+from rkruntime.serve.service import Service
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import PromptCache, Sessions, Settings
 from rkruntime.serve.threads import LARGE, on_disk, with_data

@@ -1,4 +1,4 @@
-"""What a tool prints, as it comes, for as long as somebody is connected."""
+"""Pass on what a tool prints, as it comes, for as long as somebody is connected."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def follow(ground: Ground, say: Callable[[str], None], *words: str) -> None:
-    """Say what a tool prints until it ends, or the input does; now and then, say nothing.
+    """Say what a tool prints until the tool or the input ends; in a silence, say an empty text to test the connection.
 
-    The tool ends with this process, whatever ends that.
+    The tool ends with this process, however that ends.
     """
     path = os.pathsep.join(str(ground.at(folder)) for folder in ("usr/bin", "bin"))
     tool = shutil.which(words[0], path=path)
@@ -40,11 +40,11 @@ def follow(ground: Ground, say: Callable[[str], None], *words: str) -> None:
 
 
 def _pass_on(output: int, say: Callable[[str], None]) -> None:
-    """Say whole lines, as far as they are not too long for that."""
+    """Say whole lines; a line that is too long goes in pieces."""
     text, ended = b"", False
     while not ended:
         ready, _, _ = select.select([0, output], [], [], _QUIET_S)
-        if 0 in ready:  # whoever follows has nothing to say but that
+        if 0 in ready:  # whoever follows sends nothing, so this is the end of the input
             return
         block = os.read(output, _BLOCK) if ready else b""
         text += block

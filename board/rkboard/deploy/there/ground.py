@@ -1,4 +1,4 @@
-"""Files and tools of a board, below a root: what is written is there whole and on the disk, or not at all."""
+"""Files and tools of a board, below a root: a file that is written is whole and on the disk, or not there at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import IO, Any
 _BLOCK = 1 << 20
 _TOOLS = ("usr/sbin", "usr/bin", "sbin", "bin")
 _MOST_SAID = 2000
-# The end of what a tool prints: a journal may have lines of a library that floods.
+# Bytes kept from the end of a tool's output: a journal may hold a flood of lines from a library.
 _MOST_PRINTED = 4 << 20
-# root, and Debian's staff, whose members may change what is on root's PATH.
+# The groups root and staff: on Debian, members of staff may change what is on root's PATH anyway.
 _ROOTS_GROUPS = (0, 50)
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer
-    """Why an operation is not done, and what to do about it."""
+    """An operation is refused: the reason, and what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Ground:
         root: `/`, or a tree in which its own tools, if it has any, stand for the system's.
 
     Attributes:
-        lock: An open file that is locked while something is changed.
+        lock: The descriptor of the file that is locked during a change.
     """
 
     def __init__(self, root: str) -> None:
@@ -46,11 +46,11 @@ class Ground:
         self._state = self.home / "deploy.json"
 
     def at(self, path: str) -> Path:
-        """Where a path of the board is."""
+        """Return where a path of the board is on this machine."""
         return self.root / path.lstrip("/")
 
     def check_own(self) -> None:
-        """Raise Refused if anybody but root may change /opt/rkedge, or made anything in it, as root trusts it."""
+        """Raise Refused if anybody but root may change /opt/rkedge or made anything in it: root runs what is there."""
         inside = (each for pattern in ("*", "*/*") for each in self.home.glob(pattern))
         found = next((each for each in inside if not _is_roots(os.lstat(each))), None)
         if found is None and not others_may_change(self.home, self.root):
@@ -62,11 +62,11 @@ class Ground:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was done here, and what it replaced. Nothing is known of a file that is damaged."""
+        """The record of what was done here, and what it replaced; empty if its file is damaged."""
         return {"steps": {}, "pending": None, **(self._written() or {})}
 
     def _written(self) -> dict[str, Any] | None:
-        """What the file has; None if it is damaged."""
+        """Read the record's file; None if it is damaged."""
         try:
             found = json.loads(self._state.read_bytes())
         except FileNotFoundError:
@@ -76,18 +76,18 @@ class Ground:
         return found if _is_state(found) else None
 
     def mend(self) -> bool:
-        """Set a damaged file aside, as after a loss of power on a cheap disk; whether there was one."""
+        """Set a damaged record aside, as after a power loss on a cheap disk; return whether it was damaged."""
         if self._written() is not None:
             return False
         os.replace(self._state, self._state.with_name(f"{self._state.name}.damaged"))
         return True
 
     def note(self, **changed: Any) -> None:
-        """Write some of it down."""
+        """Write changed fields into the record."""
         write(self._state, json.dumps({**self.state, **changed}, indent=1).encode(), 0o644)
 
     def run(self, *words: str, limit: float = 300, fine: tuple[int, ...] = (0,)) -> str | None:
-        """What a tool prints; None where the tree has no such tool. Raises Refused if its status is not `fine`."""
+        """Return what a tool prints; None where the tree lacks the tool. Raises Refused for a status not in `fine`."""
         path = os.pathsep.join(str(self.root / folder) for folder in _TOOLS)
         tool = shutil.which(words[0], path=path)
         if tool is None:
@@ -111,7 +111,7 @@ class Ground:
         return said
 
     def account(self, file: str, name: str) -> list[str] | None:
-        """The line of a user or group in /etc/passwd or /etc/group."""
+        """Return the fields of a user or group in /etc/passwd or /etc/group."""
         try:
             lines = self.at(f"/etc/{file}").read_text(errors="replace").splitlines()
         except OSError:
@@ -143,7 +143,7 @@ class _End:
                 self._data = (self._data + block)[-_MOST_PRINTED:]
 
     def text(self) -> str:
-        """As text, once the process has ended; a child of it may keep the pipe open."""
+        """Return it as text. Waits briefly, as a child of the ended process may keep the pipe open."""
         self._reader.join(1)
         return self._data.decode("utf-8", "replace").strip()
 
@@ -161,7 +161,7 @@ def _is_roots(found: os.stat_result) -> bool:
 
 
 def others_may_change(path: Path, root: Path = Path("/")) -> bool:
-    """Whether anybody but root may change what is at a path: the file, or a folder on the way to it."""
+    """Whether anybody but root may change what is at a path: the file itself, or a folder above it."""
     for end in {path, path.resolve()}:
         for each in (end, *end.parents):
             if each == root:
@@ -176,7 +176,7 @@ def others_may_change(path: Path, root: Path = Path("/")) -> bool:
 
 
 def write(path: Path, data: bytes, mode: int) -> None:
-    """A file with this content, in place of another one."""
+    """Write a file with this content, replacing an existing one."""
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.rkedge-new")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -190,7 +190,7 @@ def write(path: Path, data: bytes, mode: int) -> None:
 
 
 def link(path: Path, target: str) -> None:
-    """A symbolic link, in place of another one."""
+    """Make a symbolic link, replacing an existing one."""
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.rkedge-new")
     if partial.is_symlink():
@@ -201,7 +201,7 @@ def link(path: Path, target: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder and those above it."""
+    """Make a folder and those above it."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(exist_ok=True)
@@ -209,7 +209,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """See to it that a file's content, or the names in a folder, survive a loss of power."""
+    """Make sure that a file's content, or the names in a folder, survive a power loss."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -218,7 +218,7 @@ def sync(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove a folder, first by its name."""
+    """Remove a folder. It is renamed first, so that its name is never seen with only a part of its content."""
     if path.is_symlink() or not path.exists():
         return
     doomed = path.with_name(f".{path.name}.rkedge-old")
@@ -228,7 +228,7 @@ def clear(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

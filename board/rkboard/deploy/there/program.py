@@ -1,4 +1,4 @@
-"""RKEdge itself, of wheels that have come: each version in a virtual environment of its own."""
+"""RKEdge itself, installed from received wheels: each version in a virtual environment of its own."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PLACES = ("/usr/bin", "/usr/local/bin", "/opt/uv/*/bin")
 
 
 def interpreter() -> tuple[str, str]:
-    """The newest Python of this board that RKEdge runs on, outside of home folders, and its version; empty without.
+    """Return the path and version of the Python for RKEdge, outside home folders; empty if there is none.
 
-    One that somebody else than root may change is never started.
+    The system's own is preferred, then the newest. One that anybody but root may change is never started.
     """
     found = [path for place in _PLACES for path in glob.glob(f"{place}/python3") + glob.glob(f"{place}/python3.[0-9]*")]
     known: list[tuple[bool, tuple[int, int], str]] = []
@@ -52,25 +52,25 @@ def _version(path: str) -> tuple[int, int]:
 
 
 def _files(place: Path) -> dict[str, tuple[int, str]]:
-    """Size and hash of each file below a folder, but for what Python makes of them again."""
+    """Return size and hash of each file below a folder, without the bytecode caches that Python makes again."""
     found = sorted(path for path in place.rglob("*") if path.is_file() and not path.is_symlink())
     kept = (path for path in found if "__pycache__" not in path.parts)
     return {str(path.relative_to(place)): (path.stat().st_size, sha256(path)) for path in kept}
 
 
 class Program(Part):
-    """A virtual environment: `name`, `python`, and `wheels` by name with size and hash, which have come already."""
+    """A virtual environment: `name`, `python`, and `wheels` by name with size and hash, received before the step."""
 
     def change(self, say: Callable[[str], None]) -> None:
         """See Step."""
         self.remember()
         place = self.store.place("programs", self.given["name"])
-        shutil.rmtree(place, ignore_errors=True)  # the mark of a complete one is missing
+        shutil.rmtree(place, ignore_errors=True)  # it lacks the record of a complete installation
         wheels = self._wheels()
         try:
             self._install(place, wheels, say)
         except Refused:
-            shutil.rmtree(place, ignore_errors=True)  # the disk may be full
+            shutil.rmtree(place, ignore_errors=True)  # free its space: the disk may be full
             raise
         finally:
             shutil.rmtree(wheels)
@@ -94,7 +94,7 @@ class Program(Part):
         return folder
 
     def _install(self, place: Path, wheels: Path, say: Callable[[str], None]) -> None:
-        """By pip from its own wheel: Debian has neither pip nor ensurepip unless somebody installed them."""
+        """Install with pip, run from its own wheel: Debian has neither pip nor ensurepip by default."""
         say("installing RKEdge")
         names = sorted(self.given["wheels"])
         pip = next(name for name in names if name.startswith("pip-"))
@@ -102,7 +102,7 @@ class Program(Part):
         self._call(self.given["python"], "-I", "-m", "venv", "--without-pip", str(place))
         options = ["--no-index", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--quiet"]
         rest = [str(wheels / name) for name in names if name != pip]
-        # Not -I, which would ignore the zip that it is started from.
+        # Not -I, which would ignore the zip file that pip is started from.
         self._call(
             python, "-E", "-s", str(wheels / pip / "pip"), "install", "--root-user-action=ignore", *options, *rest
         )
@@ -110,7 +110,7 @@ class Program(Part):
 
     @property
     def _lock(self) -> tuple[int, ...]:
-        """What an installer holds as well: nobody else may begin before it has ended, even if this process is gone."""
+        """The lock, which an installer inherits: nobody else may begin before it ends, even if this process is gone."""
         return () if self.ground.lock is None else (self.ground.lock,)
 
     def _call(self, *words: str) -> None:

@@ -1,7 +1,7 @@
-"""Which program, library and bundle are in use, and the daemon that uses them.
+"""The program, library and bundle in use, and the daemon that uses them.
 
 A generation is a folder with a link to each of the three. `current` names one of them, so that one rename changes all
-three. Another generation has to prove that it works; if it does not, the one before comes back.
+three. A new generation has to prove that it works; if it does not, the previous one comes back.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SOCKET = "/run/rkedge/rkedge.sock"
 _MOST_ANSWER = 1 << 20
 _MOST_SAID = 2000
 _LOOK_S = 0.5
-# For a whole answer, behind the patience for each piece of it.
+# Added to a request's patience to bound the whole answer; the patience itself bounds the wait for each piece.
 _LATE_S = 5.0
-# A model of 10 GB from an SD card takes some ten minutes to check and load.
+# Limit for a load: a model of 10 GB on an SD card takes about ten minutes to check and load.
 _LOAD_S = 1500.0
-# After a reload was asked for, until the daemon has begun with it.
+# Limit for the daemon to begin a reload that was asked for.
 _BEGIN_S = 20.0
-# What the self-test does not take from the daemon's unit: how that is started, watched and stopped.
+# Settings of the daemon's unit that the self-test does not take over: how the daemon is started, watched and stopped.
 _OF_A_DAEMON = re.compile(r"(?:Type|NotifyAccess|Exec|Restart|Watchdog|Timeout|Kill|Runtime|OOM)")
-# What makes /opt/rkedge a virtual environment, whichever generation is in use.
+# Links that make /opt/rkedge a virtual environment, whichever generation is in use.
 FIXED = {
     "bin": "current/programs/bin",
     "lib": "current/programs/lib",
@@ -51,7 +51,7 @@ class _Connection(http.client.HTTPConnection):
         self._path = path
 
     def shut(self) -> None:
-        """End it for whoever waits for an answer; from any thread."""
+        """Close the connection under whoever waits for an answer; may be called from any thread."""
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except (OSError, AttributeError):  # it has ended, or was never made
@@ -60,7 +60,7 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        # A socket's path has at most 107 bytes, but the folder may be deeper.
+        # A socket's address has at most 107 bytes, but the path of its folder may be longer.
         folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY)
         try:
             self.sock.connect(f"/proc/self/fd/{folder}/{self._path.name}")
@@ -80,7 +80,7 @@ class Service:
     # Generations
 
     def made_of(self, generation: str | None) -> dict[str, str] | None:
-        """The names of the parts of a generation, by kind; those that it lacks are left out."""
+        """Return the names of the parts of a generation, by kind, without the kinds that it lacks."""
         if generation is None or not re.fullmatch(r"\d{1,9}", generation):
             return None
         folder = self._generations / generation
@@ -89,11 +89,11 @@ class Service:
         return {kind: Path(os.readlink(folder / kind)).name for kind in KINDS if (folder / kind).is_symlink()}
 
     def named(self, which: Path) -> str | None:
-        """The generation that `current` or `previous` names."""
+        """Return the generation that the link `current` or `previous` names."""
         return Path(os.readlink(which)).name if which.is_symlink() else None
 
     def generation(self, parts: Mapping[str, str]) -> str:
-        """The generation with these parts; made if there is none."""
+        """Return the generation with these parts; make it if there is none."""
         make_folder(self._generations)
         known = sorted((name for name in os.listdir(self._generations) if name.isdigit()), key=int)
         for name in reversed(known):
@@ -116,7 +116,7 @@ class Service:
         return name
 
     def forget(self, kind: str, name: str) -> None:
-        """Remove the generations with a part. Raises Refused if it is in use."""
+        """Remove the generations that have a part. Raises Refused if one of them is in use."""
         for generation in os.listdir(self._generations) if self._generations.is_dir() else []:
             if (self.made_of(generation) or {}).get(kind) != name:
                 continue
@@ -129,9 +129,9 @@ class Service:
     # The daemon
 
     def ask(self, path: str, body: Any = None, patience: float = 10) -> tuple[int, Mapping[str, str], Any] | None:
-        """Status, headers and answer of a request to the daemon; None if it does not answer."""
+        """Send a request to the daemon; return status, headers and answer, or None if it does not answer."""
         connection = _Connection(self._ground.at(SOCKET), patience)
-        late = threading.Timer(patience + _LATE_S, connection.shut)  # one that answers drop by drop
+        late = threading.Timer(patience + _LATE_S, connection.shut)  # for an answer that comes drop by drop
         late.daemon = True
         late.start()
         try:
@@ -147,7 +147,7 @@ class Service:
             connection.close()
 
     def status(self) -> dict[str, Any] | None:
-        """What the daemon says of itself."""
+        """Return the daemon's own status; None if it does not answer."""
         if not self.is_active():  # systemd holds the socket, and nobody would answer
             return None
         answer = self.ask("/status")
@@ -158,7 +158,7 @@ class Service:
         return self.property("ActiveState") in ("active", "reloading")
 
     def property(self, name: str) -> str:
-        """What systemd has for a property of the unit."""
+        """Return the value of a property of the daemon's unit; empty if systemd does not tell."""
         try:
             return self._ground.run("systemctl", "show", "--value", f"--property={name}", UNITS[1]) or ""
         except Refused:
@@ -173,31 +173,31 @@ class Service:
         return loaded or status.get("state") == "unloaded"  # idle: the next request loads what `current` names
 
     def fingerprint(self, parts: Mapping[str, str]) -> str | None:
-        """By which a daemon knows the bundle of a generation."""
+        """Return the fingerprint by which the daemon names the bundle among these parts."""
         record = Store(self._ground).record("bundles", parts.get("bundles", "_"))
         return record["info"].get("fingerprint") if record else None
 
     def settle(self, say: Say) -> None:
-        """Complete what an earlier run began and did not end."""
+        """Complete a switch that an earlier run began and did not finish."""
         pending = self._ground.state["pending"]
         if not pending:
             return
         say("completing what an earlier run began")
         try:
             self.switch(pending["to"], say, since=pending["from"], certain=True)
-        except Refused as failed:  # what is asked for now may be what mends it
+        except Refused as failed:  # the request that follows may be what repairs it
             say(failed.message)
             self._ground.note(pending=None)
 
     def switch(self, to: str, say: Say, since: str | None = None, certain: bool = False) -> None:
-        """Use a generation; if it does not work, the one before comes back.
+        """Use a generation; if it does not work, return to the previous one.
 
         Args:
-            since: The generation before, if that is not the current one.
-            certain: Start the daemon anew: what it was started with is not known.
+            since: The generation to return to, if that is not the current one.
+            certain: Restart the daemon even if a reload would do: what it was started with is not known.
 
         Raises:
-            Refused: It does not work; the old one answers again, if there was one.
+            Refused: It does not work; the previous one answers again, if there was one.
         """
         before = since or self.named(self.current_link)
         self._ground.note(pending={"to": to, "from": before})
@@ -225,7 +225,7 @@ class Service:
                 link(self._ground.home / name, target)
         old = self.made_of(before)
         same = old is not None and {**old, "bundles": ""} == {**parts, "bundles": ""}
-        # One that has failed, or that has nothing loaded, says of a reload no more than of a start.
+        # Reload only a daemon that has a model: otherwise its status shows no more of a reload than of a restart.
         reload = same and not certain and (self.status() or {}).get("state") == "ready"
         if self._ground.run("systemctl", "enable", *UNITS) is None:
             return  # a tree without a system
@@ -236,10 +236,11 @@ class Service:
         self._wait(self.fingerprint(parts), reload, reloads)
 
     def _wait(self, wanted: str | None, reload: bool, reloads: Any) -> None:
-        """Until the bundle is loaded. Raises Refused if that fails.
+        """Wait until the bundle is loaded. Raises Refused if that fails.
 
         Args:
-            reloads: How many reloads the daemon had ended before; None where it does not say.
+            wanted: The bundle's fingerprint.
+            reloads: How many reloads the daemon had finished before; None where it does not say.
         """
         began = idle = time.monotonic()
         while time.monotonic() - began < _LOAD_S:
@@ -264,7 +265,7 @@ class Service:
         raise Refused(f"The bundle was not loaded within {_LOAD_S / 60:.0f} minutes.", "See: rkedge logs USER@BOARD")
 
     def selftest(self) -> Any:
-        """What the bundle's self-test finds, in a process of its own: the NPU may have no memory for two models."""
+        """Run the bundle's self-test in the daemon's place: the NPU may not have memory for two models."""
         self.ask("/api/generate", {"model": "rkedge", "keep_alive": 0, "stream": False}, _LOAD_S)
         home, given = str(self._ground.home), []
         if (self.current_link / "environment").exists():
@@ -283,7 +284,7 @@ class Service:
             raise Refused(f"The self-test said something else: {(said or '')[-_MOST_SAID:]}") from None
 
     def _rights(self) -> list[str]:
-        """The daemon's user, groups and limits: its self-test runs the same library."""
+        """Return the user, groups and limits of the daemon's unit, since the self-test runs the same library."""
         section, found = "", []
         for line in (self._ground.at("/etc/systemd/system") / UNITS[1]).read_text().splitlines():
             section = line if line.startswith("[") else section
@@ -292,9 +293,9 @@ class Service:
         return found
 
     def stop(self) -> None:
-        """Stop the daemon, and start it no more."""
+        """Stop the daemon and disable it."""
         names = [name for name in UNITS if (self._ground.at("/etc/systemd/system") / name).exists()]
         if names:
             self._ground.run("systemctl", "disable", "--now", *names)
-        if self.is_active():  # its file is gone
+        if self.is_active():  # its unit file is gone
             self._ground.run("systemctl", "stop", *UNITS, fine=(0, 5))

@@ -1,4 +1,4 @@
-"""What deploying changes on a board, step by step: is it so already, make it so, and take it back."""
+"""The changes that a deployment makes on a board, step by step: check whether one is done, do it, undo it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rkboard.deploy.there.service import Service
 from rkboard.deploy.there.store import Store
 
 Say = Callable[[str], None]
-# What has to be told that a file has changed.
+# Commands that make the system read a changed file.
 _AFTER = {
     "sysusers": (("systemd-sysusers",),),
     "udev": (("udevadm", "control", "--reload"), ("udevadm", "trigger")),
@@ -25,7 +25,7 @@ _AFTER = {
 
 
 class Step(ABC):
-    """One change.
+    """One change to the board.
 
     Args:
         given: What the host says about it; its `key` names the step among all that were done.
@@ -37,25 +37,25 @@ class Step(ABC):
 
     @abstractmethod
     def check(self) -> bool:
-        """Whether it is so already."""
+        """Whether the change is done already."""
 
     @abstractmethod
     def change(self, say: Say) -> None:
-        """Make it so. May be cut at any moment, and done again."""
+        """Make the change. May be interrupted at any moment, and is then done again."""
 
     @abstractmethod
     def undo(self) -> str:
-        """Take it back; returns what was left as it is, and why."""
+        """Undo the change; return what was left as it is and why, or nothing."""
 
     def remember(self, **more: Any) -> None:
-        """Write down that it was begun, before anything is changed."""
+        """Record that the step was begun, before anything is changed."""
         done = self.ground.state["steps"]
         kept = {name: value for name, value in self.given.items() if name not in ("content", "wheels", "files")}
         done[self.given["key"]] = {**kept, **more}
         self.ground.note(steps=done)
 
     def memo(self) -> dict[str, Any]:
-        """What was written down of it."""
+        """Return what was recorded about the step."""
         found: dict[str, Any] = self.ground.state["steps"].get(self.given["key"], {})
         return found
 
@@ -89,7 +89,7 @@ class File(Step):
         """See Step."""
         memo, path = self.memo(), self._path
         ours = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == memo.get("sha256")
-        kept = self._kept.is_file()  # also of a run of which nothing is known any more
+        kept = self._kept.is_file()  # perhaps by an earlier run whose record is lost
         if path.is_file() and not ours and path.read_bytes() != self._content:
             write(self._kept, path.read_bytes(), 0o600)
             kept = True
@@ -153,7 +153,7 @@ class Link(Step):
 
 
 class Member(Step):
-    """An account in the daemon's group: whoever logs in to deploy may chat."""
+    """An account's membership in the daemon's group: whoever logs in to deploy may chat."""
 
     @property
     def _user(self) -> str:
@@ -167,7 +167,7 @@ class Member(Step):
     def change(self, say: Say) -> None:
         """See Step."""
         self.remember(account=self._user)
-        self.ground.run("gpasswd", "--add", self._user, "rkedge")  # which takes accounts of a directory service, too
+        self.ground.run("gpasswd", "--add", self._user, "rkedge")  # which also accepts accounts of a directory service
 
     def undo(self) -> str:
         """See Step."""
@@ -178,10 +178,10 @@ class Member(Step):
 
 
 class Part(Step):
-    """A bundle or a library: `folder`, `name`, `files` and `info`. Its files have come already."""
+    """A bundle or a library: `folder`, `name`, `files` and `info`. Its files are received before the step."""
 
     def check(self) -> bool:
-        """See Step. What the daemon serves was compared with its hashes by that; a disk may damage the rest."""
+        """See Step. The daemon has checked the hashes of what it serves; other parts are hashed, as a disk may fail."""
         folder, name = self.given["folder"], self.given["name"]
         current = self.service.named(self.service.current_link)
         used = (self.service.made_of(current) or {}).get(folder) == name and self.service.serves(current)
@@ -201,7 +201,7 @@ class Part(Step):
 
 
 class Serve(Step):
-    """The parts that are in use: `parts`, by kind. Without a library, the one that is in use stays."""
+    """The parts in use: `parts`, by kind. A kind that is not given, such as the library, stays as it is."""
 
     def _parts(self) -> dict[str, str]:
         used = self.service.made_of(self.service.named(self.service.current_link)) or {}
@@ -221,7 +221,7 @@ class Serve(Step):
         self._tidy()
 
     def _tidy(self) -> None:
-        """Remove programs that are neither in use nor what a rollback returns to."""
+        """Remove programs that are neither in use nor needed for a rollback."""
         links = (self.service.current_link, self.service.previous_link)
         used = [self.service.made_of(self.service.named(link)) or {} for link in links]
         for name in set(self.store.parts()["programs"]) - {parts.get("programs") for parts in used}:
@@ -229,7 +229,7 @@ class Serve(Step):
             self.store.drop("programs", name)
 
     def undo(self) -> str:
-        """See Step. The daemon was stopped before anything else."""
+        """See Step. The daemon has been stopped before this."""
         for name in ("current", "previous", "bin", "lib", "pyvenv.cfg", "bundle", "library"):
             (self.ground.home / name).unlink(missing_ok=True)
         clear(self.ground.home / "generations")
@@ -237,7 +237,7 @@ class Serve(Step):
 
 
 def _remove_empty(folder: Path) -> None:
-    """A folder that we may have made, such as a unit's drop-ins."""
+    """Remove a folder that we may have made, such as that of a unit's drop-ins, if it is empty."""
     if folder.name in ("rkedge", "rkedge.service.d"):
         try:
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Bundles and libraries side by side, each in a folder of its own that appears when all its files are right."""
+"""Bundles, libraries and programs, each in a folder of its own that appears when all its files are right."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ KINDS = ("programs", "libraries", "bundles")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _BLOCK = 1 << 20
-# Of a disk: what the system itself needs to go on.
+# Bytes of a disk to leave free, which the system itself needs to go on.
 _SPARE = 64 << 20
 
 
 class Store:
-    """The parts below /opt/rkedge, and what has come of others."""
+    """The complete parts below /opt/rkedge, and the files received for others."""
 
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
         self.incoming = ground.home / "incoming"
 
     def place(self, kind: str, name: str) -> Path:
-        """The folder of a part."""
+        """Return the folder of a part."""
         if kind not in KINDS or not _ID.fullmatch(name):
             raise Refused(f"{kind!r}, {name!r} cannot be the name of a folder.")
         return self._ground.home / kind / name
 
     def record(self, kind: str, name: str) -> dict[str, Any] | None:
-        """What is known of a part that is complete."""
+        """Return the record of a complete part; None if it is not complete."""
         try:
             found: dict[str, Any] = json.loads((self.place(kind, name) / RECORD).read_text())
         except (OSError, ValueError, RecursionError):
@@ -44,7 +44,7 @@ class Store:
         return found if whole else None
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """All complete ones: what is known of each, by kind and name."""
+        """Return the records of all complete parts, by kind and name."""
         found: dict[str, dict[str, Any]] = {}
         for kind in KINDS:
             folder = self._ground.home / kind
@@ -54,7 +54,7 @@ class Store:
         return found
 
     def is_whole(self, kind: str, name: str, *, hashed: bool) -> bool:
-        """Whether a part is there with files of the right sizes, and of the right hashes if `hashed`."""
+        """Whether a part is there with files of the right sizes, and with the right hashes if `hashed`."""
         record = self.record(kind, name)
         folder = self.place(kind, name)
         return record is not None and all(
@@ -65,13 +65,13 @@ class Store:
         )
 
     def blob(self, digest: str) -> Path:
-        """Where a file with this hash comes in."""
+        """Return where a file with this hash is received."""
         if not _HASH.fullmatch(digest):
             raise Refused(f"{digest[:80]!r} is not a SHA-256.")
         return self.incoming / digest
 
     def held(self, files: Mapping[str, int]) -> dict[str, int]:
-        """How many bytes are here of each file, given by hash and size. What another part has is taken from there."""
+        """Return how many bytes of each file are here, given sizes by hash. A file that another part has is linked."""
         make_folder(self.incoming)
         os.chmod(self.incoming, 0o700)
         here = {
@@ -104,7 +104,7 @@ class Store:
         return blob.stat().st_size
 
     def receive(self, digest: str, size: int, offset: int, stream: BinaryIO) -> bool:
-        """Append what comes of a file; returns whether it is complete and right. What is wrong is removed."""
+        """Append the rest of a file from a stream; return whether its hash is right. A wrong file is removed."""
         blob = self.blob(digest)
         held = blob.stat().st_size if blob.exists() else 0
         if offset != held or offset > size:
@@ -117,14 +117,14 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         if left:
-            raise EOFError  # the connection is gone; what came is kept
+            raise EOFError  # the connection is gone; the bytes received are kept
         if sha256(blob) == digest:
             return True
         blob.unlink()
         return False
 
     def put(self, kind: str, name: str, files: Mapping[str, tuple[int, str]], info: Mapping[str, Any]) -> None:
-        """Make a part of files that have come: its folder appears when it is complete."""
+        """Make a part of received files: its folder appears when it is complete."""
         place = self.place(kind, name)
         building = self.incoming / f"{kind}-{name}"
         shutil.rmtree(building, ignore_errors=True)
@@ -153,7 +153,7 @@ class Store:
             self.blob(digest).unlink(missing_ok=True)
 
     def drop(self, kind: str, name: str) -> None:
-        """Remove a part, whole or not."""
+        """Remove a part, complete or not."""
         clear(self.place(kind, name))
 
 

@@ -1,4 +1,4 @@
-"""Requests come as lines of JSON, a file's bytes behind the line that announces it; answers go as marked lines."""
+"""Requests come as lines of JSON, a file's bytes after the line that announces it; answers go as marked lines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STEPS: dict[str, type[Step]] = {
 }
 _LOG = ("journalctl", "--unit=rkedge.service", "--no-pager", "--quiet")
 _MOST_LINE = 8 << 20
-# For a switch that goes on although the connection that asked for it is gone.
+# Limit for the lock, which a switch may hold although the connection that asked for it is gone.
 _PATIENCE_S = 600.0
 _LIBC = re.compile(r"glibc (\d+)\.(\d+)")
 
@@ -43,7 +43,7 @@ def _tell(event: str, **more: Any) -> None:
     try:
         while line:
             line = line[os.write(1, line) :]
-    except OSError:  # nobody listens any more: what was begun is completed
+    except OSError:  # nobody listens any more, but what was begun is completed
         pass
 
 
@@ -58,13 +58,13 @@ class Talk:
         self._ground, self._store, self._service = ground, Store(ground), Service(ground)
 
     def handle(self, request: dict[str, Any]) -> None:
-        """Do what a request asks for, and answer it. Raises EOFError if what follows cannot be told from requests."""
+        """Carry out a request and answer it. Raises EOFError if the input after it cannot be told from requests."""
         op = request.pop("op", "")
         if not self._answered(op, request) and op == "receive":
-            raise EOFError  # the rest of a file is on its way: nothing in it may be taken for a request
+            raise EOFError  # the rest of a file is still coming, and must not be taken for a request
 
     def _answered(self, op: str, request: dict[str, Any]) -> bool:
-        """Do it and answer; whether it could be done."""
+        """Carry out an operation and answer; return whether it succeeded."""
         work: Callable[..., Any] | None = getattr(self, f"do_{op}", None)
         try:
             if work is None:
@@ -83,7 +83,7 @@ class Talk:
         return False
 
     def do_look(self, places: list[str]) -> dict[str, Any]:
-        """What this board is, and what is on it. `places`: folders that may have a library."""
+        """Describe this board and what is on it. `places`: folders that may have a library."""
         service, home = self._service, self._ground.home
         self._ground.check_own()
         libc = _LIBC.match(os.confstr("CS_GNU_LIBC_VERSION") or "") if hasattr(os, "confstr") else None
@@ -112,19 +112,19 @@ class Talk:
         }
 
     def do_check(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
-        """Which steps are done already."""
+        """Say which steps are done already."""
         return {"done": [_STEPS[step["kind"]](self._ground, step).check() for step in steps]}
 
     @property
     def _is_foreign(self) -> bool:
-        """Whether the folder was made by hand."""
+        """Whether /opt/rkedge was made by hand."""
         mark = self._ground.home / "pyvenv.cfg"
         return mark.exists() and not mark.is_symlink()
 
     def do_lock(self, make: bool = False) -> None:
-        """Keep others from changing anything until this process ends. `make`: the folder too, if there is none.
+        """Keep others from changing anything until this process ends. `make`: also make /opt/rkedge if it is missing.
 
-        Whoever waited looks again at what there is: it may be gone.
+        After waiting, everything is looked at again: the folder may be gone.
         """
         end, told = time.monotonic() + _PATIENCE_S, False
         while not self._locked(make):
@@ -138,7 +138,7 @@ class Talk:
             _say("deploy.json, which says what was changed, was damaged; it is deploy.json.damaged now")
 
     def _locked(self, make: bool) -> bool:
-        """Whether the lock is ours now. It is its path's: a file that was removed meanwhile locks nobody out."""
+        """Try to lock; return whether the lock is ours. A locked file that was removed meanwhile locks nobody out."""
         home = self._ground.home
         self._ground.check_own()
         if self._is_foreign:
@@ -161,19 +161,19 @@ class Talk:
         return True
 
     def do_settle(self) -> None:
-        """Complete what an earlier process began."""
+        """Complete a switch that an earlier process began."""
         self._detached(lambda: self._service.settle(_say))
 
     def do_held(self, files: dict[str, int]) -> dict[str, Any]:
-        """How many bytes of each file are here."""
+        """Say how many bytes of each file are here."""
         return {"held": self._store.held(files)}
 
     def do_receive(self, digest: str, size: int, offset: int) -> dict[str, Any]:
-        """A file's bytes from `offset` on, which follow this request."""
+        """Receive a file's bytes from `offset` on, which follow this request."""
         return {"right": self._store.receive(digest, size, offset, sys.stdin.buffer)}
 
     def do_change(self, step: dict[str, Any]) -> None:
-        """Make a step so."""
+        """Carry out a step."""
         made = _STEPS[step["kind"]](self._ground, step)
         if isinstance(made, Serve):
             self._detached(lambda: made.change(_say))
@@ -181,7 +181,7 @@ class Talk:
             made.change(_say)
 
     def do_undo(self, purge: bool) -> dict[str, Any]:
-        """Take back all steps, the daemon first, then the last first. `purge`: conversations and the user, too."""
+        """Undo all steps, the daemon's first, then the latest first. `purge`: remove conversations and the user."""
         steps = self._ground.state["steps"]
         if not steps and self._service.current_link.is_symlink():
             raise Refused(
@@ -190,7 +190,7 @@ class Talk:
             )
         self._ground.note(pending=None)
         if "serve" in steps or self._service.current_link.is_symlink():
-            self._service.stop()  # or nothing is removed
+            self._service.stop()  # if this fails, nothing is removed
             steps["serve"] = {"kind": "serve"}
         left = []
         last_first = list(reversed(steps))
@@ -209,7 +209,7 @@ class Talk:
         return {"left": left}
 
     def _undone(self, key: str, step: dict[str, Any]) -> list[str]:
-        """Take back a step; what was left. One that cannot be taken back keeps none of the others."""
+        """Undo a step; return what was left. A failure is reported and does not keep the others from being undone."""
         try:
             says = _STEPS[step["kind"]](self._ground, {"key": key, **step}).undo()
         except (Refused, OSError, LookupError) as error:
@@ -217,7 +217,7 @@ class Talk:
         return [says] if says else []
 
     def _purged(self) -> list[str]:
-        """Remove the conversations and the user; what was left."""
+        """Remove the conversations and the user; return what was left."""
         folders = [self._ground.at(path) for path in ("/var/lib/rkedge", "/var/cache/rkedge")]
         for folder in folders:
             clear(folder)
@@ -240,7 +240,7 @@ class Talk:
         self._ground.note(steps={key: one for key, one in steps.items() if one.get("name") != name})
 
     def do_switch(self, parts: dict[str, str] | None) -> None:
-        """Use other parts, or those before."""
+        """Use other parts, or the previous ones if `parts` is None."""
         service = self._service
         to = service.named(service.previous_link)
         if parts is not None:
@@ -252,7 +252,7 @@ class Talk:
         self._detached(lambda: service.switch(goal, _say))
 
     def do_ask(self, path: str, body: Any, patience: float) -> dict[str, Any]:
-        """A request to the daemon."""
+        """Pass a request on to the daemon."""
         began = time.monotonic()
         answer = self._service.ask(path, body, patience)
         if answer is None:
@@ -260,19 +260,19 @@ class Talk:
         return {"status": answer[0], "headers": answer[1], "answer": answer[2], "seconds": time.monotonic() - began}
 
     def do_selftest(self) -> dict[str, Any]:
-        """What `rkedge run --selftest` finds in the daemon's place, whose model is unloaded for that."""
+        """Run `rkedge run --selftest` in place of the daemon, whose model is unloaded meanwhile."""
         return {"result": self._service.selftest()}
 
     def do_log(self, lines: int) -> dict[str, Any]:
-        """The end of the daemon's log."""
+        """Return the last lines of the daemon's log."""
         return {"log": self._ground.run(*_LOG, f"--lines={int(lines)}") or ""}
 
     def do_follow(self, lines: int) -> None:
-        """The end of the daemon's log, and what comes after it until the connection ends."""
+        """Pass on the last lines of the daemon's log, and those that follow until the connection ends."""
         follow(self._ground, _say, *_LOG, f"--lines={int(lines)}", "--follow")
 
     def _detached(self, work: Callable[[], None]) -> None:
-        """Do something in a process that goes on when the connection, or this process, ends."""
+        """Run `work` in a process that survives the end of the connection and of this process."""
         child = os.fork()
         if child == 0:
             failed = 1
@@ -283,7 +283,7 @@ class Talk:
                 failed = 0
             except Refused as error:
                 _tell("error", message=error.message, hint=error.hint)
-            except BaseException as error:  # it has to be told, and ends here
+            except BaseException as error:  # the child reports everything, and ends here
                 _tell("error", message=f"{type(error).__name__}: {error}", hint="")
             finally:
                 os._exit(failed)
@@ -295,11 +295,11 @@ class Talk:
 
 
 class _Told(Exception):  # noqa: N818 - it is an answer
-    """The other process has answered."""
+    """The detached process has failed and answered already."""
 
 
 def main(root: str) -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     os.umask(0o022)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     talk = Talk(Ground(root))

@@ -1,4 +1,4 @@
-"""Checks by subject: functions from a board's document to a verdict. A new one is a row of its module's CHECKS."""
+"""Checks by subject: functions from a board's document to a verdict. A new one gets a row in its module's CHECKS."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ GROUPS: Final[dict[str, tuple[Check, ...]]] = {
 
 
 def code_of(check: Check) -> str:
-    """A check's name for programs."""
+    """Return a check's name for programs."""
     return check.__name__.replace("_", "-")
 
 
 def judge(board: Board) -> list[Finding]:
-    """Every finding, by group, within each the worst first."""
+    """Run the checks; return their findings by group, in each the worst first."""
     groups = {"driver": (driver.architecture,), "daemon": daemon.CHECKS} if board.computer else GROUPS
     found = [
         Finding(group, code_of(check), verdict)

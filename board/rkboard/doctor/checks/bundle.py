@@ -1,4 +1,4 @@
-"""A bundle on this board: what the checks before a load say of it, without loading it."""
+"""A bundle on this board: the checks that run before a load, without the load."""
 
 from __future__ import annotations
 

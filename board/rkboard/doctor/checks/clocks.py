@@ -18,7 +18,7 @@ _FROZEN: Final = (
 _FAST: Final = ("performance", "userspace")
 _FOR_A_COMMAND: Final = "for the time of a command: rkedge clocks -- COMMAND; until the next boot:"
 _MOST_UPTHRESHOLD: Final = 25
-# Degrees Celsius. The first trip points of the vendor's device tree for the RK3588 are 75 and 85.
+# In degrees Celsius: the first trip points of the vendor's device tree for the RK3588.
 _WARM, _HOT = 75.0, 85.0
 _TRIPS: Final = "thermal-zones in rk3588s.dtsi of https://github.com/rockchip-linux/kernel (75 and 85 degrees)"
 

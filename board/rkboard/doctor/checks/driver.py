@@ -16,7 +16,7 @@ _DKMS: Final = "https://github.com/w568w/rknpu-module (tried on an RK3566), http
 _PARTS: Final = {"rk3582": 2, "rk3583": 2}
 _MANUAL: Final = "Rockchip_RKLLM_SDK manuals 1.1.0 to 1.3.0; drivers/rknpu of the vendor's kernel"
 _OF_NPU: Final = re.compile(r"rknpu|\bnpu\b", re.IGNORECASE)  # and not "input"
-# Why an NPU does not compute although its driver is there.
+# Lines that say why an NPU does not compute although its driver is there.
 _TROUBLE: Final = re.compile(
     r"job (?:timeout|abort)|failed to|mismatch domain|non-iommu|swiotlb|soft reset|dma_map_sgtable", re.IGNORECASE
 )

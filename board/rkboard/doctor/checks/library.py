@@ -15,7 +15,7 @@ _MISMATCH: Final = "https://github.com/airockchip/rknn-llm/issues/389 (reported)
 
 
 def first_library(board: Board) -> Library | None:
-    """The library that rkedge takes if nobody names another: as `rkruntime.engine.open.find_library` searches."""
+    """Return the library that rkedge takes by default, searched as `rkruntime.engine.open.find_library` does."""
     found = {str(PurePosixPath(one.path).parent): one for one in reversed(board.document.libraries) if _exact(one)}
     places = [*filter(None, board.me.library_path.split(":")), *SEARCHED]
     return next((found[place] for place in places if place in found), next(iter(board.document.libraries), None))

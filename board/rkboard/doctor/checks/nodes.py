@@ -50,7 +50,7 @@ def groups(board: Board) -> Verdict | None:
 
 
 def _missing(board: Board) -> list[str]:
-    """The groups that exist there and this user is not in."""
+    """Return the groups of the NPU that exist there and that this user is not in."""
     known = board.me.known_groups
     return [name for name in _GROUPS if name in known and known[name] not in board.me.groups]
 

@@ -17,7 +17,7 @@ _LEAST_DISK: Final = 2 << 30
 _SKEW_S: Final = 300.0
 _OLDEST: Final = datetime(2025, 1, 1, tzinfo=timezone.utc).timestamp()
 _READ_AHEAD: Final = 1024
-# What more could be read as root, and what it would tell.
+# Paths that only root may read, and what they would tell.
 _FOR_ROOT: Final = {
     "sys/kernel/debug": "the driver's version and load",
     "dev/kmsg": "the kernel's log",
@@ -88,7 +88,7 @@ def disk_space(board: Board) -> Verdict | None:
 
 
 def _root_disk(board: Board) -> str | None:
-    """The name of the disk that / is on, such as nvme0n1."""
+    """Return the name of the disk that / is on, such as nvme0n1."""
     for line in (board.text("proc/mounts") or "").split("\n"):
         source, _, rest = line.partition(" ")
         if rest.startswith("/ ") and (found := re.fullmatch(r"/dev/((?:nvme|mmcblk)\w+?)(?:p\d{1,3})?", source)):

@@ -6,7 +6,7 @@ from typing import Final
 
 from rkconvert.model.family import ATTENTION, MLP, Family, Part
 
-# transformers' GemmaConfig.
+# Defaults are those of transformers' GemmaConfig.
 FAMILY: Final = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",

@@ -6,7 +6,7 @@ from typing import Final
 
 from rkconvert.model.family import ATTENTION, MLP, Family, Part
 
-# transformers' Gemma2Config.
+# Defaults are those of transformers' Gemma2Config.
 FAMILY: Final = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",

@@ -18,18 +18,8 @@ from rkruntime.serve.api.turns import alternating
 from rkruntime.serve.connections import CONNECTION, Connection, Held
 from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
-from rkruntime.serve.service import (
-    Embedded,
-    GenerationRequest,
-    Item,
-    Outcome,
-    Prompt,
-    Run,
-    SaveAnswer,
-    Service,
-    Started,
-    stopped,
-)
+from rkruntime.serve.run import GenerationRequest, Item, Outcome, Prompt, Run, SaveAnswer, Started, stopped
+from rkruntime.serve.service import Embedded, Service
 from rkruntime.serve.threads import LARGE, in_thread
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer

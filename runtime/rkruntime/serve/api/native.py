@@ -49,7 +49,8 @@ from rkruntime.serve.api.last_answer import (
     with_broken,
     without_answer_to,
 )
-from rkruntime.serve.service import Outcome, Prompt, Run, Service
+from rkruntime.serve.run import Outcome, Prompt, Run
+from rkruntime.serve.service import Service
 from rkruntime.serve.sessions import damaged
 from rkruntime.serve.threads import on_disk, read_in_thread
 from rkruntime.serve.users import User, check_name

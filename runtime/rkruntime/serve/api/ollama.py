@@ -42,7 +42,8 @@ from rkruntime.serve.api.http import (
     routes,
     while_connected,
 )
-from rkruntime.serve.service import Outcome, Prompt, SaveAnswer, Service
+from rkruntime.serve.run import Outcome, Prompt, SaveAnswer
+from rkruntime.serve.service import Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 

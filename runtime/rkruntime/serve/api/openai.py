@@ -35,7 +35,8 @@ from rkruntime.serve.api.http import (
     refuse_together,
     routes,
 )
-from rkruntime.serve.service import GenerationRequest, Outcome, Service
+from rkruntime.serve.run import GenerationRequest, Outcome
+from rkruntime.serve.service import Service
 from rkruntime.serve.threads import read_in_thread, with_data
 from rkruntime.text.template import Message
 
