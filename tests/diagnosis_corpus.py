@@ -64,7 +64,7 @@ def known() -> list[Case]:
 
 def everything() -> list[Case]:
     """The known cases and those that once measured; whoever writes a rule today has read them all."""
-    return known() + cases("unseen_failures", "fresh_failures", "later_failures")
+    return known() + cases("unseen_failures", "fresh_failures", "later_failures", "recent_failures")
 
 
 def other_logs() -> list[dict[str, Any]]:

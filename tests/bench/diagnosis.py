@@ -137,6 +137,7 @@ def main() -> int:
     _add(report, "second collection", score(corpus.cases("unseen_failures")))
     _add(report, "third collection", score(corpus.cases("fresh_failures")))
     _add(report, "fourth collection", score(corpus.cases("later_failures")))
+    _add(report, "fifth collection", score(corpus.cases("recent_failures")))
     for kind in ("foreign", "healthy", "other"):
         found = [diagnosis.diagnose(row["log"]) for row in corpus.other_logs() if row["kind"] == kind]
         healthy, sure = sum(not one.explained for one in found), sum(one.confidence in SURE for one in found)

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from rkconvert.commands.options import revision_option
 from rkconvert.rules.quantized_types import PLATFORMS, known_types
 from rkruntime.cli.flags import TOKENS, json_option, packed, quiet_option
-from rkruntime.errors import UsageError
+from rkruntime.errors import ModelError, UsageError
 from rkruntime.files import atomic_file
 from rkruntime.printable import one_line
 from rkruntime.probes import QUESTIONS
@@ -141,8 +141,9 @@ def _wanted(given: Mapping[str, Any]) -> Wanted:
 def _try(
     on_board: OnBoard, model: str, revision: str | None, given: Mapping[str, Any], *, as_json: bool, quiet: bool
 ) -> int:
-    """Try bundles on a board; return the exit status, which is an error's if a conversion failed."""
+    """Try bundles on a board; return the exit status: that of the first that could not be tried, or of a failure."""
     from rkconvert.compat.board import Visit, bundles_of
+    from rkconvert.compat.cells import Status
     from rkconvert.compat.results import read_result
     from rkconvert.compat.tried import case_of, written
     from rkconvert.conversion.matrix import exit_code
@@ -182,9 +183,11 @@ def _try(
         for item in outcomes:
             if item.message:
                 say(f"{item.cell}: {item.status}: {one_line(item.message)}", err=True)
+    results = [read_result(path) for path in found]
     if as_json:
-        say_json([asdict(read_result(path)) for path in found])
-    return exit_code(outcomes)
+        say_json([asdict(result) for result in results])
+    works = all(Status(run.status) is Status.WORKS for result in results for run in result.runs)
+    return exit_code(outcomes) or (0 if works else ModelError.exit_code)
 
 
 def _summary(result: Result) -> str:
@@ -265,7 +268,8 @@ def run(
     the emulator, files of the model's sizes are loaded.
 
     With --board, MODEL is also a bundle or a folder of bundles: each is copied there, loaded, asked and removed again,
-    and its result becomes a file that --results reads. A checkpoint is converted to each --dtype first.
+    and its result becomes a file that --results reads. A checkpoint is converted to each --dtype first. The exit
+    status is 7 if one of them is not loaded or answers wrongly.
     """
     if on_board.board is not None:
         if named := _given(_MATRIX_ONLY):

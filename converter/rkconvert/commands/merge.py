@@ -11,7 +11,7 @@ from rkconvert.adapters.merged_model import AdapterSource, MergedModel, merged_m
 from rkconvert.commands.options import lora_option, revision_option
 from rkconvert.model.chat_template import find_template
 from rkconvert.output.disk import require_space, spare
-from rkconvert.output.hf_folder import STATE, copy_side_files, resumable, write_json, write_weights
+from rkconvert.output.hf_folder import STATE, copy_side_files, forget_shards, resumable, write_json, write_weights
 from rkconvert.output.work_folder import refuse_made, work_folder
 from rkconvert.progress import Reporter
 from rkconvert.sources.open import open_source
@@ -36,6 +36,7 @@ def merge(model: MergedModel, loras: Sequence[AdapterSource], output: Path, repo
         copy_side_files(model.checkpoint.path, folder, [GENERATION_CONFIG])
         for files in model.inputs:
             files.check()
+        forget_shards(folder)
 
 
 @click.command("merge")

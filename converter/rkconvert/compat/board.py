@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from rkconvert.compat.journal import Journal
-from rkconvert.compat.results import release_of
+from rkconvert.compat.results import EMULATOR, release_of
 from rkruntime.bundle.manifest import MANIFEST, Bundle, bundles_in, is_bundle, open_bundle
 from rkruntime.errors import ServiceError
 from rkruntime.evidence import MOST_CONTEXT, MOST_RAM_GIB
@@ -27,8 +27,6 @@ from rkruntime.schema import build
 from rkruntime.visit import MARK, PROTOCOL
 from rkruntime.visit.steps import LOAD, STEPS
 
-# The target of bundles made for the emulator.
-EMULATOR: Final = "emulator"
 # Limit on what a board may send in one connection.
 _MOST_BYTES: Final = 16 << 20
 _BLOCK: Final = 1 << 20
@@ -191,6 +189,10 @@ class Visit:
                 )
         else:
             return
+        if step == LOAD and journal.results.get(LOAD, {"loads": False})["loads"]:
+            journal.reboots.clear()
+            journal.save()
+            raise self._loaded_before(says)
         lost = {"loads": False, "log": []} if step == LOAD else {"result": LOST}
         journal.results[step] = {**lost, "says": says}
 
@@ -329,13 +331,16 @@ class Visit:
         if earlier is None:
             return
         if earlier["loads"] and not load["loads"]:
-            raise ServiceError(
-                f"{self.destination} has loaded it before, and now: {one_line(load['says'])}",
-                hint="Does something else use the NPU? rkedge doctor; then start the same command again.",
-                details={"lines": load.get("log", [])},
-            )
+            raise self._loaded_before(load["says"], load.get("log", ()))
         if any(earlier.get(name) != load.get(name) for name in _SAME_BOARD):
             journal.results.clear()  # what was found out is about another library, driver or kernel
+
+    def _loaded_before(self, says: str, lines: Sequence[str] = ()) -> ServiceError:
+        return ServiceError(
+            f"{self.destination} has loaded it before, and now: {one_line(says)}",
+            hint="Does something else use the NPU? rkedge doctor; then start the same command again.",
+            details={"lines": list(lines)},
+        )
 
     def _ended(self, event: Mapping[str, Any] | None, status: int | None, remote: Remote) -> Exception:
         """Return why an operation gave no answer: _BrokenError if it is worth connecting again, else ServiceError."""

@@ -6,8 +6,11 @@ A file may come from anybody, so everything in it is checked and bounded, and no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +23,7 @@ from rkruntime.checks.types import types_by_soc
 from rkruntime.errors import InputError, InvalidResultError
 from rkruntime.evidence import LONGEST_NAME, MOST_BYTES, Probe, Record, ResultBoard, Run
 from rkruntime.files import atomic_file, read_error
-from rkruntime.probes import QUESTIONS, is_harmful
+from rkruntime.probes import FAILED, QUESTIONS, is_harmful
 from rkruntime.resources import resource
 from rkruntime.schema import build
 from rkruntime.versions import Version, version
@@ -33,6 +36,12 @@ _MOST_PROBES: Final = 100
 # Most notes on one file about runs that are in no cell; the rest is counted.
 _MOST_NOTES: Final = 5
 _ANSWERS: Final = (Status.WORKS.value, Status.SLOWER.value)
+# The target of bundles made for the emulator, and the name of its board.
+EMULATOR: Final = "emulator"
+# Of the line that the emulator prints at each load.
+_EMULATOR_S: Final = "emulator: no NPU is used"
+_BAD_SELFTESTS: Final = ("template", "end", "garbage", "degraded", FAILED)
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def _result(path: Path, data: Mapping[str, Any]) -> Result:
         raise fail(
             f"it may have {_MOST_RUNS:,} runs, each with {_MOST_LINES} lines of log, {_MOST_PROBES} probes and clocks"
         )
-    if wrong := next(_misnamed(result), ""):
+    if wrong := next(chain(_misnamed(result), _contradictions(result)), ""):
         raise fail(wrong)
     return result
 
@@ -81,6 +90,28 @@ def _misnamed(result: Result) -> Iterator[str]:
             yield f"runs[{number}].type is {run.type!r}; there are {', '.join(known_types())}"
         if release_of(run.release) is None:
             yield f"runs[{number}].release is {run.release!r}; it must be a release such as 1.2.3"
+
+
+def _contradictions(result: Result) -> Iterator[str]:
+    """What shows that a file is not what it says: edited by hand, or a PC's."""
+    try:
+        early = date.fromisoformat(result.made) <= date.today() + timedelta(days=1)  # of another time zone
+    except ValueError:
+        yield f"made is {result.made!r}; it must be a date such as 2026-01-31"
+    else:
+        if not early:
+            yield f"made is {result.made}, which is yet to come"
+    emulated = result.board.name == EMULATOR or any(_EMULATOR_S in line for run in result.runs for line in run.log)
+    if emulated and not result.emulated:
+        yield '"emulated" is false, but its board or its log is the emulator\'s'
+    for number, run in enumerate(result.runs):
+        answered = run.tokens_per_s or run.first_token_ms or run.selftest or any(item.result for item in run.probes)
+        if answered and not Status(run.status).loads:
+            yield f"runs[{number}].status is {run.status!r}, but the run has answers or their speed"
+        if run.status in _ANSWERS and run.selftest in _BAD_SELFTESTS:
+            yield f"runs[{number}].status is {run.status!r}, but its selftest is {run.selftest!r}"
+        if run.file_sha256 and not _SHA256.fullmatch(run.file_sha256):
+            yield f"runs[{number}].file_sha256 is {run.file_sha256[:80]!r}; it must have 64 hexadecimal digits"
 
 
 def release_of(text: str) -> Version | None:

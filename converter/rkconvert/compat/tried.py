@@ -8,11 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rkconvert.compat.board import EMULATOR, is_emulated
+from rkconvert.compat.board import is_emulated
 from rkconvert.compat.case import CONFIG_REPORT, Case
 from rkconvert.compat.cells import Cell, Status
 from rkconvert.compat.journal import Journal
-from rkconvert.compat.results import Result, write_result
+from rkconvert.compat.results import EMULATOR, Result, write_result
 from rkconvert.output.bundle_folder import REPORT, read_report
 from rkconvert.plan.source import ModelSource, read_source
 from rkruntime.bundle.manifest import Bundle

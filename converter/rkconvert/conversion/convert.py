@@ -151,6 +151,7 @@ def make(job: Job, reporter: Reporter, opened: OpenedModels) -> Bundle:
         if job.plan is not None:
             bundle_folder.write_report(folder, "plan", _of_the_board(as_dict(job.plan)))
         manifest = bundle_folder.write_manifest(folder, _manifest(job, source, adapters, made), ahead)
+        (folder / bundle_folder.DONE).unlink(missing_ok=True)
         # The hashes are those of the files that were read only if nothing has changed since.
         for files in job.inputs:
             files.check()

@@ -27,6 +27,8 @@ LORA_NOTE: Final = (
     "the adapter {name} is in {file} beside the model: rkedge loads both, other programs call rkllm_load_lora"
 )
 REPORT: Final = "report"
+# Says, until a bundle is complete, that its model file is.
+DONE: Final = ".done"
 NOTICE: Final = "NOTICE"
 LICENCE: Final = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 _TAGS: Final = {"toolkit": ("rkllm", "rockchip", "npu"), "emulator": ("rkedge", "emulator")}
@@ -62,13 +64,18 @@ def write_side_files(folder: Path, checkpoint: Checkpoint, tokenizer: Place, tem
 def write_report(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON document to report/."""
     (folder / REPORT).mkdir(exist_ok=True)
-    _write_json(folder / REPORT / f"{name}.json", content)
+    _write_json(report_path(folder, name), content)
+
+
+def report_path(folder: Path, name: str) -> Path:
+    """Where a document of report/ is."""
+    return folder / REPORT / f"{name}.json"
 
 
 def read_report(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON document from report/; empty if it is missing or unreadable."""
     try:
-        report = json.loads((folder / REPORT / f"{name}.json").read_bytes())
+        report = json.loads(report_path(folder, name).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return report if isinstance(report, dict) else {}
@@ -87,7 +94,7 @@ def write_manifest(folder: Path, manifest: Manifest, ahead: HashesAhead) -> Mani
             path.stat().st_size, ahead.of(path) if path in ahead else sha256_file(path)
         )
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != DONE
     }
     complete = replace(manifest, files=files)
     (folder / MANIFEST).write_text(complete.to_yaml(), encoding="utf-8")
@@ -112,6 +119,11 @@ def model_card(manifest: Manifest) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
 
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """A document as report/ has it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_file(path) as partial:  # a report that cannot be completed stays as it was
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(json_bytes(content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -44,6 +44,36 @@ def spare(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise write_error(folder, error) from error
         yield
+
+
+@contextmanager
+def room_for(path: Path, nbytes: int) -> Iterator[Callable[[bytes], None]]:
+    """Hold room for the small file that says that long work is done; what this yields writes that file.
+
+    Other programs may fill the disk in the moment in which `spare` lets go of its room, and what they cannot take is
+    the room of a file that is there already.
+
+    Raises:
+        HostError: There is no such room.
+        OutputError: Nothing can be written there.
+    """
+    room = path.with_name(f".{path.name}.room")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            file = stack.enter_context(room.open("wb", buffering=0))
+            stack.callback(room.unlink, missing_ok=True)
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+        def write(data: bytes) -> None:
+            os.pwrite(file.fileno(), data, 0)
+            file.truncate(len(data))
+            os.fsync(file.fileno())
+            room.replace(path)
+
+        yield write
 
 
 def _text(nbytes: int) -> str:

@@ -92,6 +92,8 @@ def resumable(weights: Weights, limit: int = SHARD_BYTES) -> list[str]:
 def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int = SHARD_BYTES) -> None:
     """Write the shards and their index; shards that an earlier run finished here are verified by checksum.
 
+    The list of what is finished stays, until `forget_shards`.
+
     Raises:
         CheckpointError, AdapterError: Weights are NaN or infinite.
     """
@@ -111,6 +113,10 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
         index = {name: plan.name for plan in plans for name in plan.tensors}
         total = {"total_size": sum(plan.nbytes for plan in plans)}
         write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index})
+
+
+def forget_shards(folder: Path) -> None:
+    """Remove the list of finished shards, once everything else is there: until then, the next run needs it."""
     (folder / STATE).unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rkconvert.output.bundle_folder import CARD, NOTICE
 from rkconvert.progress import QUIET, Reporter
-from rkconvert.sources.hub import is_hub_id, limit_waiting
+from rkconvert.sources.hub import is_hub_id, limit_answers
 from rkconvert.tensors.inputs import FileState
 from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
 from rkruntime.errors import BundleError, HostError, OutputError, RKEdgeError, UsageError
@@ -252,7 +252,7 @@ def _hub(to: Destination) -> Iterator[HfApi]:
         raise HostError(f"Uploading to {to.repo} requires a login to the hub.", hint=_LOGIN)
     if not (token.isascii() and token.isprintable()):
         raise HostError("The token for the hub has characters that no token has.", hint=_LOGIN)
-    limit_waiting()
+    limit_answers()
     try:
         yield huggingface_hub.HfApi(token=token)
     except RKEdgeError:

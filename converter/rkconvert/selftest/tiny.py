@@ -20,7 +20,7 @@ from rkconvert.calibrate.dataset import TokenCounter, write_dataset
 from rkconvert.demo.tokenizer import VOCAB_SIZE
 from rkconvert.model.chat_template import read_template
 from rkconvert.model.gemma import parse_config
-from rkconvert.output.hf_folder import write_json, write_weights
+from rkconvert.output.hf_folder import forget_shards, write_json, write_weights
 from rkconvert.selftest.vocabulary import sentencepiece_model
 from rkconvert.sources.checkpoint import CONFIG
 from rkconvert.tensors.formats import from_float32
@@ -90,6 +90,7 @@ def write_model(folder: Path, *, own_head: bool = False, vocabulary_file: bool =
         tokenizer = json.loads((source / TOKENIZER).read_bytes())
         (folder / VOCABULARY_FILE).write_bytes(sentencepiece_model(tokenizer))
     write_weights(folder, RandomWeights(parse_config(config).tensors()), lambda _: None)
+    forget_shards(folder)
 
 
 def write_adapter(folder: Path, model: Path) -> None:
@@ -105,6 +106,7 @@ def write_adapter(folder: Path, model: Path) -> None:
             shapes[f"base_model.model.{module}.lora_A.weight"] = (_RANK, shape[1])
             shapes[f"base_model.model.{module}.lora_B.weight"] = (shape[0], _RANK)
     write_weights(folder, RandomWeights(shapes), lambda _: None)
+    forget_shards(folder)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
 
 

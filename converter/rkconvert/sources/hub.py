@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-from rkruntime.errors import CheckpointError, HostError
+from rkruntime.errors import CheckpointError, HostError, RKEdgeError
 from rkruntime.packages import install
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
@@ -19,6 +22,13 @@ _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 _FILE_NAMES: Final = (".gguf", ".safetensors", ".bin", ".json", ".yaml", ".txt")
 # Limit in seconds, as huggingface_hub itself waits forever. Commits of many files are known to take minutes.
 _PATIENCE_S: Final = 300.0
+# The description of a model with thousands of files has a few megabytes.
+_MOST_ANSWER: Final = 64 << 20
+# What comes compressed all the same may be a thousand times as large in memory.
+_MOST_PACKED: Final = 512 << 10
+# The hub takes no larger files; of those whose size it does not say, tokenizers are the largest.
+_MOST_FILE: Final = 1 << 40
+_MOST_UNSTATED: Final = 1 << 30
 # Files that a conversion reads. Weights in other formats (original/, *.pth, *.gguf) would double the download.
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
@@ -28,13 +38,62 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not text.endswith(_FILE_NAMES)
 
 
-def limit_waiting() -> None:
-    """Let calls of huggingface_hub fail once the hub is silent for some minutes, if this release of it can."""
+def _bounded(stream: Any, kind: type[Any], most: int, seconds: float) -> Any:
+    """A stream of this kind that ends with an error where an honest hub's would have ended long before."""
+
+    class Bounded(kind):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[bytes]:
+            size, until = 0, time.monotonic() + seconds
+            for data in stream:
+                size += len(data)
+                if size > most or time.monotonic() > until:
+                    raise OSError("its answer does not end.")
+                yield data
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
+
+
+def _bound(response: Any) -> None:
+    """Called with each answer before its body is read."""
+    stated = response.headers.get("Content-Length", "").isdigit()
+    packed = response.headers.get("Content-Encoding", "identity") != "identity"
+    path = response.url.path
+    # Files go to the disk, from wherever the hub says that they are; what else it answers is read into memory.
+    is_file = response.request.method == "GET" and ("/resolve" in path or "/api/" not in path)
+    if is_file and response.status_code < 400:
+        most, seconds = (_MOST_FILE if stated else _MOST_UNSTATED), math.inf
+    else:
+        most, seconds = (_MOST_PACKED if packed else _MOST_ANSWER), _PATIENCE_S
+    # httpx, or what its successors are called: it takes its own kind of stream only.
+    client = import_module(type(response).__module__.partition(".")[0])
+    response.stream = _bounded(response.stream, client.SyncByteStream, most, seconds)
+
+
+def _ask_plainly(request: Any) -> None:
+    """Ask for answers that are not compressed: what those become in memory has no bound."""
+    request.headers["Accept-Encoding"] = "identity"
+
+
+def limit_answers() -> None:
+    """Let calls of huggingface_hub fail once the hub is silent for some minutes, or its answer has no end.
+
+    Releases before 1.0 have other sessions, and stay as they are.
+    """
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     session = get_session()
-    if hasattr(session, "timeout"):  # before 1.0 each call has its own timeout, or none
-        session.timeout = _PATIENCE_S
+    if not hasattr(session, "timeout"):
+        return
+    session.timeout = _PATIENCE_S
+    hooks = session.event_hooks
+    if _bound not in hooks["response"]:
+        session.event_hooks = {
+            "request": [*hooks["request"], _ask_plainly],
+            "response": [_bound, *hooks["response"]],
+        }
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
@@ -124,7 +183,7 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
             f"{model} is not a local folder, and huggingface_hub, needed to fetch it from the hub, is missing.",
             hint=f"{install('huggingface_hub')}; or download the model and name its folder.",
         ) from error
-    limit_waiting()
+    limit_answers()
     try:
         yield
     except errors.GatedRepoError as error:
@@ -137,7 +196,9 @@ def _answers(model: str, what: str, revision: str | None) -> Iterator[None]:
             f"The hub has no model {model}{f' at {revision}' if revision else ''}, or you do not have access to it.",
             hint="Check the spelling; for a private model run `hf auth login`.",
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except RKEdgeError:
+        raise
+    except Exception as error:  # its HTTP client has its own errors, and was a different one before 1.0
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if not _is_reachable():
             lines = ["the name of its server is not known here, so there seems to be no network."]

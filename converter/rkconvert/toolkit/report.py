@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.output.bundle_folder import REPORT, read_report, write_report
+from rkconvert.output.bundle_folder import REPORT, json_bytes, read_report, write_report
 from rkconvert.output.paths import bytes_without_paths, without_paths
 from rkconvert.toolkit.result import ToolkitResult
 from rkconvert.toolkit.session import WorkerRun
@@ -42,12 +42,14 @@ def write(
     notes: Sequence[str],
     calibration: Path | None,
     folder: Path,
+    put: Callable[[bytes], None],
     found: Sequence[Setting] = (),
 ) -> dict[str, Any]:
     """Move the log into `folder`, write the report beside it, and return the report.
 
     Args:
         notes: Added to the result's.
+        put: Writes the report, also on a full disk: the hours of work are lost without it.
         found: Settings of the file; each that differs is a reason to doubt it.
     """
     run = result.run
@@ -81,7 +83,7 @@ def write(
         "peak_memory_bytes": run.peak_memory,
         **without_paths(said, private),
     }
-    write_report(folder, NAME, report)
+    put(json_bytes(report))
     return report
 
 

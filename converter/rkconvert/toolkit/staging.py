@@ -18,7 +18,7 @@ from rkconvert.adapters.separate import SeparateLora
 from rkconvert.model.chat_template import ChatTemplate
 from rkconvert.model.families import FAMILIES
 from rkconvert.model.gemma import GemmaConfig
-from rkconvert.output.hf_folder import ShardPlan, check_finite, write_json, write_weights
+from rkconvert.output.hf_folder import ShardPlan, check_finite, forget_shards, write_json, write_weights
 from rkconvert.progress import Advance
 from rkconvert.rules.releases import ToolkitRelease
 from rkconvert.sources.checkpoint import CONFIG
@@ -60,6 +60,7 @@ def stage(model: MergedModel, template: ChatTemplate, release: ToolkitRelease, f
     ids = {"bos_token_id": bos, "eos_token_id": list(eos)}
     # No sampling settings: nothing is generated there, and transformers refuses a folder with one that it rejects.
     write_json(folder / GENERATION_CONFIG, ids)
+    forget_shards(folder)
 
 
 def is_linked(model: MergedModel) -> bool:

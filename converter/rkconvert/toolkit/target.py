@@ -18,8 +18,8 @@ from rkconvert.adapters.separate import separate_lora
 from rkconvert.calibrate.dataset import MOST_BYTES, TokenCounter, validate_dataset
 from rkconvert.model.shapes import parse_shape
 from rkconvert.model.sizes import file_bytes
-from rkconvert.output.bundle_folder import LORA_NOTE, REPORT, ModelFile
-from rkconvert.output.disk import spare
+from rkconvert.output.bundle_folder import LORA_NOTE, ModelFile, report_path
+from rkconvert.output.disk import room_for, spare
 from rkconvert.output.hf_folder import STATE, resumable
 from rkconvert.output.host_memory import read_memory
 from rkconvert.output.work_folder import scratch_folder
@@ -45,6 +45,8 @@ from rkruntime.files import read_error, read_regular, write_error
 from rkruntime.versions import version
 
 _STAGED: Final = ".staged"
+# A report has some tens of kilobytes.
+_REPORT_BYTES: Final = 1 << 20
 _STAGED_LORA: Final = "lora"
 _TITLES: Final = {
     "import": "starting the toolkit",
@@ -102,7 +104,7 @@ class ToolkitTarget:
     @property
     def done(self) -> Sequence[str]:
         """The report, which is written when the toolkit has ended, and the list of shards that are merged for it."""
-        return f"{REPORT}/{report.NAME}.json", f"{_STAGED}/{STATE}"
+        return str(report_path(Path(), report.NAME)), f"{_STAGED}/{STATE}"
 
     def check(self, spec: ModelSpec) -> tuple[str, ...]:
         """Run every check that needs no work; returns notes for the user.
@@ -145,12 +147,10 @@ class ToolkitTarget:
         done = report.finished(folder)
         if not done:
             job = self._stage(spec, folder, reporter)
-            with spare(folder), reporter.steps() as show:
-                result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
-            shutil.rmtree(job.model)
-            notes = [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
-            found = settings(result.run.output.settings, spec, self.toolkit.release)
-            done = report.write(result, notes, self.options.calibration, folder, found)
+            with room_for(report_path(folder, report.NAME), _REPORT_BYTES) as put:
+                result = self._run(job, folder, reporter)
+                found = settings(result.run.output.settings, spec, self.toolkit.release)
+                done = report.write(result, _lora_notes(spec, result), self.options.calibration, folder, put, found)
             # The hours of work above are safe by now, should someone stop this.
             if self.options.verify:
                 done = report.add_verified(done, self._verify(result, spec, job, reporter), folder)
@@ -159,6 +159,12 @@ class ToolkitTarget:
         for text in (*done["warnings"], *done["doubts"]):
             reporter.note(f"toolkit: {text}")
         return ModelFile(report.RKLLM_FILE, tuple(done["notes"]))
+
+    def _run(self, job: ToolkitJob, folder: Path, reporter: Reporter) -> ToolkitResult:
+        with spare(folder), reporter.steps() as show:
+            result = run_toolkit(job, self.toolkit, _show_events(reporter, show))
+        shutil.rmtree(job.model)
+        return result
 
     def _verify(self, result: ToolkitResult, spec: ModelSpec, job: ToolkitJob, reporter: Reporter) -> Verified:
         """Compare the toolkit's logits with the float model's, and report how well they agree."""
@@ -248,6 +254,10 @@ def _plainly_named(job: ToolkitJob) -> Iterator[ToolkitJob]:
         except OSError as error:
             raise write_error(Path(tempfile.gettempdir()) / "calibration.json", error) from error
         yield replace(job, calibration=copy)
+
+
+def _lora_notes(spec: ModelSpec, result: ToolkitResult) -> list[str]:
+    return [LORA_NOTE.format(name=spec.lora.name, file=result.lora.name)] if spec.lora and result.lora else []
 
 
 def _file_size(spec: ModelSpec) -> int:

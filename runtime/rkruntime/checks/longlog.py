@@ -39,6 +39,8 @@ _MOST_TELLING: Final = 500
 _DISTINCT: Final = 8 << 20
 """Bytes of lines searched that are not repeats; half as many again for lines that may be RKLLM's."""
 _OWN: Final = (b"rk", b"RK", b"npu", b"NPU")
+_BLOCK: Final = 1 << 16
+"""Bytes that are looked at together: they stay in the processor's cache."""
 _OVERLAP: Final = 400
 """Bytes that two pieces of an endless line have in common; texts of the table are shorter."""
 _NUMBERS: Final = b"0123456789abcdefABCDEF"
@@ -65,9 +67,9 @@ def read_log(stream: BinaryIO, rows: Table) -> ReadLog:
     head = _read(stream, HEAD)
     encoding = logtext.encoding(head)
     middle, blocks = _Middle(rows, encoding, head[-_OVERLAP:]), deque[bytes]()
-    while block := _read(stream, TAIL):
+    while block := _read(stream, _BLOCK):
         blocks.append(block)
-        if len(blocks) > 2:
+        if len(blocks) > TAIL // _BLOCK + 1:
             middle.add(blocks.popleft())
     tail = b"".join(blocks)
     # An even number of bytes: half a character of UTF-16 would spoil everything after it.
@@ -149,15 +151,15 @@ class _Middle:
     def add(self, block: bytes) -> None:
         """Search the next bytes of the log."""
         self._block += 1
-        data = self._carry + self._narrow(block)
-        if end := max(data.rfind(b"\n"), data.rfind(b"\r")) + 1:
-            self._carry = data[end:]
-            self._search(data[:end])
-        elif len(data) > TAIL:
-            self._carry = data[-_OVERLAP:]
+        block = self._narrow(block)
+        if end := max(block.rfind(b"\n"), block.rfind(b"\r")) + 1:
+            lines, self._carry = b"".join((self._carry, memoryview(block)[:end])), block[end:]
+            self._search(lines)
+            return
+        self._carry += block
+        if len(self._carry) > TAIL:
+            data, self._carry = self._carry, self._carry[-_OVERLAP:]
             self._search(data)
-        else:
-            self._carry = data
 
     def finish(self, tail: bytes) -> None:
         """Search the unfinished last line up to the tail's first bytes, and the last repeat of each telling line."""

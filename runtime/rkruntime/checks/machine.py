@@ -201,6 +201,11 @@ def kills_for_memory(root: Path = ROOT) -> int | None:
     return int(found[1]) if found else None
 
 
+def boot_id(root: Path = ROOT) -> str:
+    """What names this start of the system, and no other one; empty if that is unknown."""
+    return _read(root / "proc/sys/kernel/random/boot_id").strip()
+
+
 def most_open_files() -> int | None:
     """Return this process's hard limit of open files, to which a worker raises its soft limit; None if unlimited."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

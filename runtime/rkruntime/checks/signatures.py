@@ -37,12 +37,16 @@ _QUOTES = str.maketrans(
     }
 )
 _TOKEN = re.compile(r"\{[^{}]*\}|\*|\$$")
+_WORD = re.compile(r"[^\s{*$]*")
+_DIGIT = re.compile(r"\d")
+_ALIKE = str.maketrans(dict.fromkeys("123456789", "0"))
+_CHOICE = re.compile(r"\{([^{}|]+\|[^{}]+)\}")
 _CLASSES = {
     "{n}": r"(-?(?:0x[0-9a-f]{1,16}|\d{1,20}))",
     "{w}": r"[\w.+/-]{1,80}",
     "{v}": r"v?(\d{1,4}(?:\.\d{1,6}){1,3}(?:b\d{1,3})?)",
-    # One character repeated endlessly, except the dashes and bars that programs draw with.
-    "{same}": r"([^\s\-=*#_.~+|>─━═█▏▎▍▌▋▊▉])\1{23,200}",
+    # A character, or a few, repeated endlessly; not beginning with the dashes and bars that programs draw with.
+    "{same}": r"(?:([^\s\-=*#_.~+|>─━═█▏▎▍▌▋▊▉])\1{23,200}|([^\s\-=*#_.~+|>─━═█▏▎▍▌▋▊▉]\S{1,3})\2{11,200})",
 }
 
 
@@ -64,10 +68,10 @@ class Signature:
         first, *rest = (_expanded(part, words or {}) for part in source.split(" & "))
         self.plain = first
         self._rest = rest
-        # A log that lacks one of these cannot contain the signature.
-        self._anchors = [anchor for anchor in map(_anchor, (first, *rest)) if anchor]
-        anchor = _anchor(first)
-        if not rest and len(anchor) < _FEWEST_ANCHOR and not re.search(r"[\u4e00-\u9fff]", anchor):
+        # A log that has none of one of these cannot contain the signature.
+        self._anchors = [anchors for anchors in map(_anchors, (first, *rest)) if all(anchors)]
+        shortest = min(_anchors(first), key=len)
+        if not rest and len(shortest) < _FEWEST_ANCHOR and not re.search(r"[\u4e00-\u9fff]", shortest):
             raise ValueError(f"The signature {source!r} needs a fixed text of at least {_FEWEST_ANCHOR} characters.")
 
     @cached_property
@@ -81,7 +85,7 @@ class Signature:
 
     def possible(self, log: Log) -> bool:
         """Whether the log contains every fixed text of the signature."""
-        return all(anchor in log.flat for anchor in self._anchors)
+        return all(any(map(log.may_have, anchors)) for anchors in self._anchors)
 
     def matches(self, log: Log) -> Iterator[int]:
         """Yield positions of the signature in `log.text`, at most three."""
@@ -141,13 +145,20 @@ def _expanded(part: str, words: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def _anchor(plain: str) -> str:
-    return max(_TOKEN.split(plain), key=len).strip()
+def _anchors(plain: str) -> tuple[str, ...]:
+    """The longest fixed text; if there is hardly one, the texts of which one must be there."""
+    longest = max(_TOKEN.split(plain), key=len).strip()
+    choice = _CHOICE.search(plain)
+    if len(longest) >= _FEWEST_ANCHOR or choice is None:
+        return (longest,)
+    return tuple(text.strip() for text in choice[1].split("|"))
 
 
 def _compiled(plain: str) -> re.Pattern[str]:
-    parts, at = [_left_edge(plain)], 0
-    for token in _TOKEN.finditer(plain):
+    word = _WORD.match(plain)[0]  # type: ignore[index]  # an empty one at least
+    # What may not be before the first word is looked for behind it: for one that begins with a word, re searches fast.
+    parts, at = [re.escape(word), _left_edge(word)], len(word)
+    for token in _TOKEN.finditer(plain, at):
         parts += [_literal(plain[at : token.start()]), _gap(token.group())]
         at = token.end()
     return re.compile("".join((*parts, _literal(plain[at:]), _right_edge(plain))))
@@ -167,9 +178,10 @@ def _gap(mark: str) -> str:
     return "(?:" + "|".join(map(_literal, mark[1:-1].split("|"))) + ")"
 
 
-def _left_edge(plain: str) -> str:
+def _left_edge(word: str) -> str:
     """Return a pattern by which a word or number must begin with the signature: `skilled` does not have `killed`."""
-    return {"a": r"(?<![a-z])", "0": r"(?<![\d.])"}.get(_kind(plain[:1]), "")
+    before = {"a": "[a-z]", "0": r"[\d.]"}.get(_kind(word[:1]))
+    return f"(?<!{before}{re.escape(word)})" if before else ""
 
 
 def _right_edge(plain: str) -> str:
@@ -179,6 +191,16 @@ def _right_edge(plain: str) -> str:
 
 def _kind(character: str) -> str:
     return "0" if character.isdecimal() else "a" if "a" <= character <= "z" else ""
+
+
+def _distinct(lines: Sequence[str]) -> str:
+    """Return the lines as one text, without lines that differ in digits only from earlier ones with such a next line.
+
+    Every text without digits that spans at most two lines of the log is in the result.
+    """
+    keys = "\n".join(lines).translate(_ALIKE).split("\n")
+    pairs = dict(zip(zip(keys, [*keys[1:], ""], strict=True), range(len(keys)), strict=True))
+    return "\n".join(" ".join(lines[number : number + 2]) for number in pairs.values())
 
 
 class Log:
@@ -202,9 +224,14 @@ class Log:
         # The range of the joined lines in `text`; the halves of a joined line may have nothing to do with each other.
         starts = [*self._starts, length]
         self.joined = (starts[len(lines)], starts[len(lines) + len(whole)])
-        self.flat = self.text.replace("\n", " ")
+        self._flat = self.text.replace("\n", " ")
+        self._distinct = _distinct(plain)
         self.first, self.last = (plain[0], plain[len(lines) - 1]) if lines else ("", "")
         self.last_start = self._starts[len(lines) - 1] if lines else 0
+
+    def may_have(self, anchor: str) -> bool:
+        """Whether the text, with its line breaks read as spaces, contains `anchor`."""
+        return anchor in (self._flat if _DIGIT.search(anchor) else self._distinct)
 
     def number_at(self, position: int) -> int:
         """Return the index of the log line at a position of `text`; the number of lines for a line of the context."""

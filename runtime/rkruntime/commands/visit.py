@@ -29,7 +29,6 @@ _GONE_S: Final = 60.0
 # Seconds that a run may take to end once nobody waits for it.
 _ENDING_S: Final = 20.0
 _BLOCK: Final = 1 << 12
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _printing = threading.Lock()
 
 
@@ -72,6 +71,8 @@ def run_open(id: str) -> None:
     """Make the folder of the visit ID, and say what is in it."""
     import shutil
 
+    from rkruntime.checks import machine
+
     place = _place(id)
     with place.alone():
         _tell(
@@ -82,7 +83,7 @@ def run_open(id: str) -> None:
             sizes=place.sizes(),
             rsync=shutil.which("rsync") is not None,
             free=shutil.disk_usage(place.folder).free,
-            boot=_BOOT.read_text().strip() if _BOOT.exists() else "",
+            boot=machine.boot_id(),
         )
 
 

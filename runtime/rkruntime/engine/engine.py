@@ -75,6 +75,7 @@ class Engine:
             self._connection.end()
             if isinstance(error, RKEdgeError):
                 self._connection.explain(error)
+                error.details |= {"release": identity.version, "emulated": identity.emulated}
             raise
         self._runs = Runs(self._connection, self.options, self.info)
 

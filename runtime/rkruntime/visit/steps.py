@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from rkruntime.checks import machine
-from rkruntime.checks.diagnosis import is_machine
+from rkruntime.checks.diagnosis import NONE, UNEXPLAINED, is_machine
 from rkruntime.checks.failures import CONFIDENCES
 from rkruntime.engine.generation import Finished, Token
 from rkruntime.errors import BundleError, ContextFullError, LoadError, ModelError, RKEdgeError, UsageError, WorkerError
@@ -29,6 +29,8 @@ STEPS: Final = tuple(dict.fromkeys((LOAD, FIRST, SPEED, SELFTEST, *QUESTIONS)))
 _RIGHT: Final = ("same", "undecided")
 _LONG_ANSWER: Final = "Count from 1 to 100, one number on each line."
 _MOST_TOKENS: Final = 64
+# The class of a load for which the machine has too little free memory.
+_RAM: Final = "host-ram-at-load"
 _MOST_LINES: Final = 40
 _MOST_TEXT: Final = 500
 
@@ -78,7 +80,14 @@ def _load(trial: Trial) -> Result:
     except (LoadError, WorkerError) as error:
         if _is_elsewhere(error):
             raise
-        return {**_machine(), "loads": False, "says": _short(_told(error)), "log": _lines(error.log)}
+        return {
+            **_machine(),
+            "loads": False,
+            "says": _short(_told(error)),
+            "log": _lines(error.log),
+            "library": error.details.get("release", ""),
+            "emulated": error.details.get("emulated", False),
+        }
     info = model.engine.info
     return {
         **_machine(),
@@ -94,9 +103,12 @@ def _load(trial: Trial) -> Result:
 
 def _is_elsewhere(error: ModelError) -> bool:
     """Whether a load failed for a reason that says nothing about the model, such as a device that may not be opened."""
-    found = error.details.get("diagnosis")
+    found = error.details.get("diagnosis", {"class": UNEXPLAINED, "confidence": NONE})
+    sure = found["confidence"] in CONFIDENCES[:-1]
+    if error.details.get("emulated"):  # RAM, and whatever the log does not tell, are the PC's
+        return not sure or is_machine(found) or found["class"] == _RAM
     killed = error.details.get("signal") == "SIGKILL"  # the diagnosis says by whom if memory ran out
-    return found is not None and (is_machine(found) or (killed and found["confidence"] not in CONFIDENCES[:-1]))
+    return is_machine(found) or (killed and not sure)
 
 
 def _told(error: ModelError) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rkruntime import cli
-from rkruntime.commands import visit
+from rkruntime.checks import machine
 from rkruntime.visit import place
 
 
@@ -30,7 +30,7 @@ class Slow:
 def main() -> int:
     boot, pause = Path(sys.argv[1]), int(sys.argv[2]) / 1000
     receive = place.Place.receive
-    visit._BOOT = boot
+    machine.boot_id = lambda: boot.read_text().strip()  # type: ignore[assignment]
     place._BLOCK = 1 << 15
     place.Place.receive = lambda self, name, offset, stream: receive(self, name, offset, Slow(stream, pause))  # type: ignore
     return cli.main(sys.argv[3:])

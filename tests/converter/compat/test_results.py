@@ -276,7 +276,7 @@ class Tags(HTMLParser):
 def test_nothing_of_a_result_is_markup(matrix: Callable[..., Matrix], tmp_path: Path, capsys: Any) -> None:
     bad = result(
         board={"name": BAD, "soc": "rk3588", "kernel": BAD, "driver": BAD, "library": f"1.2.3 {BAD}"},
-        run={"says": BAD, "log": [BAD]}, made=BAD,
+        run={"says": BAD, "log": [BAD]},
     )  # fmt: skip
     made = matrix(bad)
     usual, hostile = Tags(), Tags()
@@ -310,3 +310,25 @@ def test_the_page_loads_nothing_and_reads_without_colour(matrix: Callable[..., M
     assert "url(" not in text
     assert "@import" not in text
     assert "wrong B!" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"made": "2999-12-31"}, "yet to come"),
+        ({"made": "yesterday"}, "must be a date"),
+        ({"made": ""}, "must be a date"),
+        ({"board": {"name": "emulator", "soc": "rk3588", "kernel": "", "driver": "", "library": ""}}, "the emulator's"),
+        ({"run": {"log": ["I rkllm: emulator: no NPU is used, avx2 kernels, 2 threads"]}}, "the emulator's"),
+        ({"run": {"status": "fails at load"}}, "has answers or their speed"),
+        ({"run": {"status": "refused by the toolkit", "tokens_per_s": 0, "selftest": "same"}}, "has answers"),
+        ({"run": {"status": "works", "selftest": "garbage"}}, "but its selftest is 'garbage'"),
+        ({"run": {"status": "works but slower", "selftest": "failed"}}, "but its selftest is 'failed'"),
+        ({"run": {"file_sha256": "x" * 64}}, "64 hexadecimal digits"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, wrong: dict[str, Any], says: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(result(**wrong)))
+    with pytest.raises(InvalidResultError, match=says):
+        read_result(path)

@@ -13,7 +13,7 @@ import pytest
 
 from rkconvert import demo
 from rkconvert.adapters.merged_model import AdapterSource
-from rkconvert.output.hf_folder import write_weights
+from rkconvert.output.hf_folder import forget_shards, write_weights
 from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime.cli import main
 
@@ -53,6 +53,7 @@ def test_a_damaged_list_of_finished_shards_begins_anew(tmp_path, state):
             (tmp_path / name / "shards.json").write_bytes(state.encode("latin-1"))
             (tmp_path / name / "model.safetensors").write_bytes(b"half")
         write_weights(tmp_path / name, weights, lambda done: None)
+        forget_shards(tmp_path / name)
     assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["model.safetensors"]
     first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
     assert first.read_bytes() == second.read_bytes()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
+import tracemalloc
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from tests.converter.sources.other_formats import everything, state_of
 
 from rkconvert.adapters.merged_model import AdapterSource, merged_model
 from rkconvert.sources.checkpoint import open_checkpoint
+from rkconvert.sources.hub import hub_file
 from rkconvert.sources.open import open_source
 from rkruntime.errors import CheckpointError, HostError
 
@@ -22,14 +27,20 @@ def hub(monkeypatch, tmp_path):
     answers = {}
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self):
             status, headers, body = answers.get(self.path.split("?")[0], (404, {"X-Error-Code": "RepoNotFound"}, b"{}"))
             self.send_response(status)
-            for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            for key, value in (
+                ({"Content-Length": str(len(body))} if isinstance(body, bytes) else {}) | headers
+            ).items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body)
+                with suppress(OSError):
+                    for part in [body] if isinstance(body, bytes) else body:
+                        self.wfile.write(part)
 
         do_HEAD = do_GET
 
@@ -130,3 +141,53 @@ def test_without_a_network_the_answer_comes_at_once(hub, monkeypatch):
 def test_a_folder_has_no_revision(make_model):
     with pytest.raises(CheckpointError, match="not a hub model"):
         open_source(str(make_model()), "main")
+
+
+def chunks(data, count):
+    """Many pieces of an answer whose length is not said."""
+    return repeat(b"%x\r\n%b\r\n" % (len(data), data), count)
+
+
+ENDLESS = {"Transfer-Encoding": "chunked", "Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_answer_without_an_end_is_not_read_to_it(hub, status, packed, monkeypatch):
+    monkeypatch.setattr("rkconvert.sources.hub._MOST_ANSWER", 1 << 20)
+    data = gzip.compress(b" " * 1_000_000) if packed else b" " * 100_000
+    headers = ENDLESS | ({"Content-Encoding": "gzip"} if packed else {})
+    for revision in ("main", COMMIT):
+        path = f"/api/models/someone/endless/revision/{revision}"
+        hub[path] = (status, headers, chunks(data, 100_000))
+    tracemalloc.start()
+    with pytest.raises((HostError, CheckpointError), match="does not end"):
+        open_source("someone/endless", None)
+    assert tracemalloc.get_traced_memory()[1] < 600_000_000
+    tracemalloc.stop()
+
+
+def test_a_file_whose_length_is_not_said_is_no_larger_than_some(hub, monkeypatch):
+    monkeypatch.setattr("rkconvert.sources.hub._MOST_UNSTATED", 1 << 20)
+    named = {"X-Repo-Commit": COMMIT, "ETag": '"x"'}
+    hub["/someone/model/resolve/main/config.json"] = (200, named | ENDLESS, chunks(b"x" * 100_000, 100_000))
+    with pytest.raises(HostError, match="does not end"):
+        hub_file("someone/model", "config.json")
+
+
+def test_redirects_that_lead_nowhere(hub):
+    named = {"X-Repo-Commit": COMMIT, "ETag": '"x"', "Location": "/someone/model/resolve/main/config.json"}
+    hub["/someone/model/resolve/main/config.json"] = (302, named, b"")
+    with pytest.raises(HostError, match="cannot be fetched"):
+        hub_file("someone/model", "config.json")
+
+
+@pytest.mark.parametrize("place", ["/cdn/0123", "/api/resolve-cache/models/someone/model/x/config.json"])
+def test_a_file_from_elsewhere_may_be_large(hub, monkeypatch, place):
+    monkeypatch.setattr("rkconvert.sources.hub._MOST_ANSWER", 1000)
+    data = json.dumps({"x": "y" * 100_000}).encode()
+    named = {"X-Repo-Commit": COMMIT, "ETag": '"x"', "X-Linked-Size": str(len(data)), "Location": place}
+    hub["/someone/model/resolve/main/config.json"] = (302, named, b"")
+    hub[place] = (200, {"ETag": '"x"', "X-Repo-Commit": COMMIT}, data)
+    found = hub_file("someone/model", "config.json")
+    assert found.read_bytes() == data

@@ -6,15 +6,14 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from rkruntime.checks.machine import boot_id
 from rkruntime.engine.generation import PER_REQUEST, TokenId
 from rkruntime.errors import BodyError, InputError, NoSuchSessionError
 from rkruntime.schema import Between, build
 from rkruntime.serve.api.http import BodyReader
 
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _Moment = Annotated[float, Between(0, 1e15)]
 _OPTIONS: Final = ("max_tokens", *PER_REQUEST, "stop")
 
@@ -92,7 +91,7 @@ class Received:
 
 def moment() -> dict[str, Any]:
     """Return the time for `age`: by the clock since boot, and by the wall clock."""
-    return {"boot": _boot(), "since_boot": time.clock_gettime(time.CLOCK_BOOTTIME), "at": time.time()}
+    return {"boot": boot_id(), "since_boot": time.clock_gettime(time.CLOCK_BOOTTIME), "at": time.time()}
 
 
 def age(then: Mapping[str, Any]) -> float:
@@ -104,14 +103,6 @@ def age(then: Mapping[str, Any]) -> float:
     clock = "since_boot" if now["boot"] and then.get("boot") == now["boot"] else "at"
     age: float = now[clock] - then[clock]
     return age
-
-
-def _boot() -> str:
-    """Return an id of this boot; empty if the kernel does not have one."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
 
 
 def with_broken(data: Mapping[str, Any]) -> Mapping[str, Any]:
