@@ -2,14 +2,7 @@
 
 const KEY = "rkedge.key";
 
-const given = new URLSearchParams(location.hash.slice(1));
-if (given.has("key")) {
-  keepKey(given.get("key"));
-  given.delete("key");
-  // Not in the history, and not in what somebody copies from the address bar.
-  history.replaceState(null, "", given.size ? `#${given}` : location.pathname);
-}
-
+/** Keep the key that somebody has typed. None is taken from a link: whoever made that would read what is said under it. */
 export function keepKey(key) {
   sessionStorage.setItem(KEY, key);
 }
