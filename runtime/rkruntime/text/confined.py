@@ -89,8 +89,13 @@ class Confined:
 
     @property
     def idle_pid(self) -> int | None:
-        """The same, unless it still has to answer: the next call then starts another."""
-        return None if self._answering else self.pid
+        """The same, unless it still has to answer or has died: the next call then starts another."""
+        return None if self._answering or self._died else self.pid
+
+    @property
+    def _died(self) -> bool:
+        """Whether it ended by itself, such as by the kernel's choice when memory ran out."""
+        return self._owner.here and self._process is not None and self._process.poll() is not None
 
     def call(self, name: str, limits: CallLimits, data: bytes = b"", **values: Any) -> Answer:
         """Call the child's function `name`; starts a child if there is none.
@@ -106,7 +111,8 @@ class Confined:
         self._owner.check()
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
-            if self._answering:  # an interrupt left its answer to the call before: nobody may take it for this one's
+            # An interrupt left its answer to the call before: nobody may take it for this one's.
+            if self._answering or self._died:
                 self._end()
             if self._process is None:
                 self._start()

@@ -147,6 +147,12 @@ HOSTILE_TEMPLATES = {
 }
 
 
+@pytest.mark.parametrize("source", ["", "{# nothing #}", "<bos>", "Be kind.", "{{ messages | length }}"])
+def test_a_template_without_what_is_asked_is_refused(fake_bundle: Bundle, source: str) -> None:
+    with pytest.raises(BundleError, match="leaves out what is asked"):
+        PromptProcess(with_file(fake_bundle, "chat_template.jinja", source))
+
+
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_hostile_templates_are_refused_before_they_serve(
     fake_bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
@@ -322,6 +328,18 @@ def test_a_child_that_lies_is_not_believed(prompts: PromptProcess, monkeypatch: 
             prompts.prompt(chat("hello"), 512)
 
 
+def test_a_child_that_was_killed_while_idle_costs_no_answer(prompts: PromptProcess) -> None:
+    """As by the kernel when memory runs out, which takes it first."""
+    expected = prompts.prompt(chat("hello"), 512)
+    for _ in range(3):
+        pid = prompts._child.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert prompts.prompt(chat("hello"), 512) == expected
+        assert not prompts.lost
+
+
 def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
     prompts = PromptProcess(fake_bundle)
     pid = prompts._child.pid
@@ -436,6 +454,25 @@ def test_a_load_that_fails_leaves_no_process(fake_bundle: Bundle, error: BaseExc
         open_beside(fake_bundle, load)
     assert caught.value is error
     assert _children() <= before
+
+
+def test_a_signals_handler_may_ask_to_stop() -> None:
+    """At any moment: also where the thread that it interrupts is about to say what a stop ends."""
+    stop, ended = Stop(), []
+
+    class Ends(list):
+        def append(self, end: Any) -> None:
+            super().append(end)
+            signal.raise_signal(signal.SIGUSR1)
+
+    stop._ends = Ends()
+    before = signal.signal(signal.SIGUSR1, lambda *_: stop.ask())
+    try:
+        with stop.ending(lambda: ended.append(True)):
+            assert ended
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stop.asked
 
 
 def test_one_stop_is_for_both(fake_bundle: Bundle) -> None:
