@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -473,6 +474,16 @@ def test_a_signals_handler_may_ask_to_stop() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert stop.asked
+
+
+def test_no_thread_is_no_defect(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a service or a container with a limit on tasks."""
+    before = _children()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(HostError, match="can't start new thread"):
+            open_beside(fake_bundle, lambda _: pytest.fail("it was loaded all the same"))
+    assert _children() <= before
 
 
 def test_one_stop_is_for_both(fake_bundle: Bundle) -> None:
