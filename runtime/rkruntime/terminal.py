@@ -180,9 +180,9 @@ class Terminal:
         say(text, err=not self.interactive, dim=self._colour)
 
     def not_whole(self, why: str | None) -> None:
-        """Say, not in the answer, why it is not whole; nothing if it is."""
+        """Say, outside the answer, why it may not be whole, unless it is: at a limit it can also end by itself."""
         if why:
-            self.note(f"The answer is not whole: {why}.")
+            self.note(f"The answer may not be whole: {why}.")
 
     def error(self, text: str) -> None:
         """Print a line that says what went wrong."""

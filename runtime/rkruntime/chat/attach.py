@@ -47,7 +47,7 @@ _HELLO_S: Final = 30
 
 _NOT_UP: Final = (
     "{} is open, but no daemon answers there: it is starting, fails to, or hangs."
-    " If it is a service: systemctl status rkedge, and journalctl -u rkedge. If `rkedge up` has started it: rkedge down."
+    " If it is a service: systemctl status rkedge, and journalctl -u rkedge. If `rkedge up` started it: rkedge down."
 )
 
 

@@ -347,7 +347,7 @@ def test_at_a_pipe_a_cut_answer_is_said_to_be_cut(
     Repl(chat, Terminal()).run()
     shown = capsys.readouterr()
     assert shown.out.endswith("\nyes\n")
-    assert shown.err == "The answer is not whole: the limit of tokens was reached.\n"
+    assert shown.err == "The answer may not be whole: the limit of tokens was reached.\n"
 
 
 def test_a_line_that_is_not_utf_8_ends_no_conversation(
