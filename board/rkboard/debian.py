@@ -38,7 +38,7 @@ _DATE: Final = "1577836800"
 # The path of rkedge in the unit files; the package replaces it.
 _BY_HAND: Final = "/opt/rkedge/bin/rkedge"
 _PYVENV: Final = "home = /usr/bin\ninclude-system-site-packages = true\n"
-_SCRIPT: Final = f"#!/{HOME}/bin/python\nimport sys\n\nfrom rkruntime.cli import main\n\nsys.exit(main())\n"
+_SCRIPT: Final = f"#!/{HOME}/bin/python\nimport sys\n\nfrom rkruntime.program import start\n\nsys.exit(start())\n"
 _COPYRIGHT: Final = """\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Comment: The packages in /usr/lib/rkedge, whose full texts are in their folders:

@@ -175,7 +175,7 @@ class Background:
         """End the daemon; running answers may finish, for as long as its settings allow. Returns whether one ran.
 
         Raises:
-            HostError: The daemon has not written its process id.
+            HostError: The daemon has not written its process id, or cannot be killed.
         """
         before, allowed = time.monotonic(), 0.0
         asked: int | None = None
@@ -192,6 +192,11 @@ class Background:
             elif pid is not None and not killed and waited > allowed:
                 killed = True
                 self._signal(pid, signal.SIGKILL)
+            elif killed and waited > allowed + _PATIENCE_S:
+                raise HostError(
+                    f"The daemon was killed, but its process {asked} does not end.",
+                    hint="It may wait for the NPU's driver: restart the machine.",
+                )
             if self._process is not None:
                 self._process.poll()
             time.sleep(_TICK_S)

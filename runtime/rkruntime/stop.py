@@ -13,7 +13,7 @@ class Stop:
     """A request to stop the current work, such as waiting for a process, and whatever would begin next."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the handler of a signal may ask in the thread that works
         self._ends: list[Callable[[], object]] = []
         self.asked = False
 

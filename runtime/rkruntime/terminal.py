@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from rkruntime.errors import UsageError
 from rkruntime.folders import own_folder
 from rkruntime.printable import escaped, printable
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BLOCK: Final = '"""'
+# Most bytes of a text to be asked: 16 for each token of the largest context, so that no endless input fills the memory.
+MAX_TEXT: Final = 16 << 20
 _HISTORY_LINES: Final = 1000
 
 
@@ -145,15 +148,17 @@ class Terminal:
         return "\n".join(lines).strip("\n")
 
     def _line(self, prompt: str) -> str | None:
-        try:
-            if self.interactive:
+        return self._typed(prompt) if self.interactive else _given()
+
+    def _typed(self, prompt: str) -> str | None:
+        """A line that a person types. One that cannot be read is no reason to end what may be a long conversation."""
+        while True:
+            try:
                 return input(self._prompt(prompt))
-            line = sys.stdin.readline()
-        except EOFError:
-            return None
-        except UnicodeDecodeError as error:
-            raise click.UsageError(f"The input is not UTF-8: {error}") from error
-        return line.rstrip("\r\n") if line else None
+            except EOFError:  # noqa: PERF203 - a person may err again
+                return None
+            except UnicodeDecodeError as error:
+                self.error(f"error: That line is not UTF-8, and was not asked: {error}.")
 
     def _prompt(self, text: str) -> str:
         # \x01 and \x02 tell readline that the text between them has no width.
@@ -174,6 +179,11 @@ class Terminal:
         """Print a line that is about the chat and not part of it; to standard error if no user is there."""
         say(text, err=not self.interactive, dim=self._colour)
 
+    def not_whole(self, why: str | None) -> None:
+        """Say, outside the answer, why it may not be whole, unless it is: at a limit it can also end by itself."""
+        if why:
+            self.note(f"The answer may not be whole: {why}.")
+
     def error(self, text: str) -> None:
         """Print a line that says what went wrong."""
         say(text, err=True, fg="red" if self._colour else None)
@@ -188,6 +198,26 @@ class Terminal:
                 self._history.chmod(0o600)
             except OSError as error:
                 self.error(f"The history was not saved: {error.strerror}.")
+
+
+def _given() -> str | None:
+    """A line from a program. Raises UsageError."""
+    try:
+        line = sys.stdin.readline(MAX_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The input is not UTF-8: {error}.", hint="Convert it first, for instance with iconv."
+        ) from error
+    if len(line) > MAX_TEXT:
+        raise too_much("A line of the input")
+    return line.rstrip("\r\n") if line else None
+
+
+def too_much(what: str) -> UsageError:
+    """The error for a text that is longer than MAX_TEXT."""
+    return UsageError(
+        f"{what} has more than {MAX_TEXT >> 20} MB, which no context holds.", hint="Ask about a part of it."
+    )
 
 
 def history_file() -> Path:

@@ -23,7 +23,7 @@ from rkconvert.demo import adapter, checkpoint, questions
 from rkruntime import background, cli
 from rkruntime.background import Background
 from rkruntime.chat.attach import fetch
-from rkruntime.errors import ServiceError, UsageError
+from rkruntime.errors import HostError, ServiceError, UsageError
 
 QA = {row.question: row for row in questions()}
 FIRST = "What is the RK3588?"
@@ -249,6 +249,20 @@ def test_a_daemon_that_does_not_listen_to_the_signal_is_killed(home: Path, monke
     monkeypatch.setattr(Background, "_allowed_s", lambda _: 0.5)
     assert Background().stop()
     assert nothing_left(home)
+
+
+def test_a_daemon_that_cannot_be_killed_is_not_waited_for_without_end(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that waits within the NPU's driver."""
+    assert rkedge("up", "plain", "--no-chat").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(background, "_PATIENCE_S", 0.3)
+        patch.setattr(Background, "_allowed_s", lambda _: 0.3)
+        patch.setattr(Background, "_signal", lambda *_: None)
+        with pytest.raises(HostError, match="does not end"):
+            Background().stop()
+    assert Background().runs
 
 
 def post(path: str, body: dict[str, object]) -> bytes:

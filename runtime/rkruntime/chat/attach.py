@@ -46,8 +46,8 @@ _HELLO_S: Final = 30
 
 
 _NOT_UP: Final = (
-    "{} is open, but no daemon answers there: it is starting, or fails to."
-    " On the board: systemctl status rkedge, and journalctl -u rkedge."
+    "{} is open, but no daemon answers there: it is starting, fails to, or hangs."
+    " If it is a service: systemctl status rkedge, and journalctl -u rkedge. If `rkedge up` started it: rkedge down."
 )
 
 

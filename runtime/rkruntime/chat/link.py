@@ -268,11 +268,11 @@ def result_of(end: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_of(status: int, body: Mapping[str, Any]) -> ServiceError:
-    """Return the board's own words as an error, whose class depends on the HTTP status."""
+    """Return the daemon's own words as an error, whose class depends on the HTTP status."""
     error = body.get("error")
     message = error.get("message") if isinstance(error, dict) else error
     kind = {404: NoSuchSessionError, 429: BusyError}.get(status, ServiceError)
-    return kind(f"The board says: {message or status}", hint="")
+    return kind(f"The daemon says: {message or status}", hint="")
 
 
 def _is_gone(body: Mapping[str, Any]) -> bool:

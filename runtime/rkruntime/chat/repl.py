@@ -16,6 +16,7 @@ from rkruntime.engine.generation import FinishReason
 from rkruntime.errors import RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import Terminal
+from rkruntime.text.answer import UNFINISHED
 
 PROMPT: Final = ">>> "
 
@@ -42,12 +43,9 @@ class Turn:
             parts.append(f"{self.tokens_per_s:,.1f} tokens/s{' (emulated)' if emulated else ''}")
         if self.tokens:
             parts.append(f"first after {self.first_token_s * 1000:,.0f} ms")
-        if self.reason in _UNFINISHED:
-            parts.append(_UNFINISHED[self.reason])
+        if self.reason in UNFINISHED:
+            parts.append(UNFINISHED[self.reason])
         return ", ".join(parts) or "no tokens"
-
-
-_UNFINISHED: Final = {FinishReason.LENGTH: "the limit of tokens was reached", FinishReason.ABORT: "stopped"}
 
 
 @dataclass(frozen=True)
@@ -195,8 +193,10 @@ class Repl:
         self.terminal.write("\n")
         if stopped.is_set() and not self.terminal.interactive:  # A program must not take this for a whole answer.
             raise KeyboardInterrupt
-        if self.terminal.interactive and self.chat.last:
+        if self.chat.last and self.terminal.interactive:
             self.terminal.note(f"[{self.chat.last.summary(self.chat.emulated)}]")
+        elif self.chat.last:
+            self.terminal.not_whole(UNFINISHED.get(self.chat.last.reason))
 
     @contextmanager
     def _stopped_by_ctrl_c(self) -> Iterator[threading.Event]:

@@ -14,7 +14,7 @@ from rkruntime.cli.options import bundle_argument, open_for_person, runtime_opti
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import ModelError, UsageError
 from rkruntime.printable import one_line
-from rkruntime.terminal import Terminal, say, say_json
+from rkruntime.terminal import MAX_TEXT, Terminal, say, say_json, too_much
 
 if TYPE_CHECKING:
     from rkruntime.bundle.manifest import Bundle
@@ -35,8 +35,11 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
         if sys.stdin.isatty():
             say("Type the prompt; end it with Ctrl-D.", err=True)
         file = sys.stdin.buffer
+    given = file.read(MAX_TEXT + 1) if file else b""
+    if len(given) > MAX_TEXT:
+        raise too_much("The prompt")
     try:
-        parts = [text or "", file.read().decode() if file else ""]
+        parts = [text or "", given.decode()]
     except UnicodeDecodeError as error:
         raise UsageError(
             f"The prompt is not UTF-8: {error}.", hint="Convert it first, for instance with iconv."
@@ -78,11 +81,12 @@ def run(
 ) -> None:
     """Answer one PROMPT with the model of a BUNDLE, a folder or its name (`rkedge list`).
 
-    Only the answer goes to standard output. Without PROMPT, -p and -f the prompt is read from standard input. The exit
-    status of --selftest is 0 if all is well, 7 if something is wrong and 9 if nothing could be decided.
+    Only the answer goes to standard output; if a limit of tokens or the end of the context cuts it, standard error says
+    so. Without PROMPT, -p and -f the prompt is read from standard input. The exit status of --selftest is 0 if all is
+    well, 7 if something is wrong and 9 if nothing could be decided.
     """
     from rkruntime.bundle.manifest import open_bundle
-    from rkruntime.text.answer import Answer
+    from rkruntime.text.answer import UNFINISHED, Answer
     from rkruntime.text.template import Message
 
     if words and prompt is not None:
@@ -98,13 +102,14 @@ def run(
     with open_for_person(opened, runtime, sampling) as model:
         for piece in model.stream(messages, stop=stop):
             if isinstance(piece, Answer):
-                report = _report(piece, model.engine.info)
+                answer, info = piece, model.engine.info
             elif not as_json:
                 terminal.write(piece)
     if as_json:
-        say_json(report)
+        say_json(_report(answer, info))
     else:
         terminal.write("\n")
+        terminal.not_whole(UNFINISHED.get(answer.reason))
 
 
 def _selftest(bundle: Bundle, runtime: RuntimeOptions, as_json: bool) -> int:

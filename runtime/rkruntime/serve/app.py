@@ -49,7 +49,7 @@ _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OPEN: Final = frozenset({"/health", "/ready"})
 _MODELS: Final = "This daemon serves one model, from `rkedge convert`: none is fetched, made or removed through it."
 # Paths of Ollama's interface, also after a base address that ends in OpenAI's /v1.
-_OLLAMA: Final = re.compile(r"(/v1)?/api/(?!v1/)")
+_OLLAMA: Final = re.compile(r"(/v1)?/api/(?!v1/|chat/completions)")
 # What to do about paths that clients ask for and the daemon does not have.
 _INSTEAD: Final[Mapping[str, str]] = {
     "/v1/responses": "Let the client use chat completions (/v1/chat/completions).",
@@ -57,6 +57,13 @@ _INSTEAD: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         ("/v1/audio", "/v1/images", "/v1/files", "/v1/moderations"), "This model reads and writes text only."
     ),
+    "/v1/messages": "Let the client use OpenAI's interface (/v1/chat/completions) or Ollama's (/api/chat).",
+    **dict.fromkeys(
+        ("/v1/assistants", "/v1/threads", "/v1/batches", "/v1/fine_tuning", "/v1/vector_stores", "/v1/realtime"),
+        "Of OpenAI's interface, this daemon has chat completions, completions, embeddings and models.",
+    ),
+    "/v1/chat/completions/": "The address of this interface ends with /v1: the client adds the rest.",
+    "/api/chat/completions": "The address of OpenAI's interface ends with /v1, without /api.",
     "/chat/completions": "The address of this interface ends with /v1.",
     "/v1/api/": "The address of Ollama's interface does not end with /v1.",
     "/api/v1/": "The address of OpenAI's interface ends with /v1, without /api.",

@@ -125,7 +125,7 @@ class _Counted:
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which also refuses bodies in chunks so small that parsing them costs too much."""
+    """h11's parser, which also refuses bodies that cost too much to parse, or that a proxy may read differently."""
 
     _pieces = 0.0
 
@@ -133,12 +133,23 @@ class _Parser(h11.Connection):
         """See h11. Each chunk costs the same, whatever its size."""
         event = super().next_event()
         if isinstance(event, h11.Request):
+            _check_framing(event)
             self._pieces = 0.0
         elif isinstance(event, h11.Data):
             self._pieces += 1 - len(event.data) / _PIECE
             if self._pieces > _SMALL_PIECES:
                 raise h11.RemoteProtocolError("the body comes in too many small chunks")
         return event
+
+
+def _check_framing(request: h11.Request) -> None:
+    """Raise RemoteProtocolError if a proxy may see another end of the body, and so another request behind it.
+
+    By RFC 9112 (6.1, 6.3), chunks overrule a length, and mean nothing in HTTP/1.0; not all proxies know that.
+    """
+    names = {name for name, _ in request.headers}
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version < b"1.1"):
+        raise h11.RemoteProtocolError("the body's length is given in two ways")
 
 
 class Connection(H11Protocol):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rkruntime.engine.generation import Event, Finished, FinishReason, Perf, Request, Token
 from rkruntime.errors import RunError
@@ -13,6 +13,13 @@ from rkruntime.text.vocabulary import Detokenizer, Vocabulary
 
 if TYPE_CHECKING:
     from rkruntime.engine.engine import Engine
+
+# Why an answer is not whole, in words.
+UNFINISHED: Final[Mapping[FinishReason, str]] = {
+    FinishReason.LENGTH: "the limit of tokens was reached",
+    FinishReason.ABORT: "stopped",
+    FinishReason.PAUSE: "paused",
+}
 
 
 @dataclass(frozen=True)

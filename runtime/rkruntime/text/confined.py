@@ -91,8 +91,13 @@ class Confined:
 
     @property
     def idle_pid(self) -> int | None:
-        """`pid`, or None while the child still owes an answer, as the next call then starts another child."""
-        return None if self._answering else self.pid
+        """`pid`, or None if the child has died or still owes an answer, as the next call then starts another child."""
+        return None if self._answering or self._died else self.pid
+
+    @property
+    def _died(self) -> bool:
+        """Whether it ended by itself, such as by the kernel's choice when memory ran out."""
+        return self._owner.here and self._process is not None and self._process.poll() is not None
 
     def call(self, name: str, limits: CallLimits, data: bytes = b"", **values: Any) -> Answer:
         """Call the child's function `name`; starts a child if there is none.
@@ -108,7 +113,8 @@ class Confined:
         self._owner.check()
         with self._lock:
             self._deadline = time.monotonic() + limits.wall_s
-            if self._answering:  # an interrupt left the last call's answer unread, which is not this call's
+            # An interrupt left the last call's answer unread, which is not this call's.
+            if self._answering or self._died:
                 self._end()
             if self._process is None:
                 self._start()

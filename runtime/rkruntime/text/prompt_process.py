@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar
 
 from rkruntime.bundle.manifest import MANIFEST, Bundle, Manifest
-from rkruntime.errors import BundleError, RKEdgeError, RunError
+from rkruntime.errors import BundleError, HostError, RKEdgeError, RunError
 from rkruntime.stop import Stop
 from rkruntime.text.confined import CallLimits, Confined
 from rkruntime.text.template import Message
@@ -136,11 +136,18 @@ def open_beside(
         stop: Lets another thread stop both.
 
     Raises:
+        HostError: No thread can be started.
         RKEdgeError: What PromptProcess or `load` raises. When one of them fails, the other is stopped.
     """
     starting, loading, both = Stop(), Stop(), stop or Stop()
     with ThreadPoolExecutor(1) as pool, both.ending(starting.ask), both.ending(loading.ask):
-        prompts = pool.submit(PromptProcess, bundle, stop=starting)
+        try:
+            prompts = pool.submit(PromptProcess, bundle, stop=starting)
+        except RuntimeError as error:  # as Python says both
+            raise HostError(
+                f"The model cannot be opened: {error}.",
+                hint="Check the limit on processes and threads (ulimit -u, TasksMax), and that Python is not exiting.",
+            ) from error
         prompts.add_done_callback(lambda done: loading.ask() if done.exception() else None)
         try:
             loaded = load(loading)

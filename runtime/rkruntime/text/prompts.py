@@ -114,13 +114,16 @@ class PromptMaker:
     def try_out(self) -> None:
         """Make some trial prompts. Raises BundleError if template or tokenizer cannot be used."""
         for roles in ("u", "su", "uau", "suauau"):
+            made = []
             for content in ("Hello, what is this?", " \n two\n\nlines 🙂 ", "x"):
                 messages = [Message({"u": "user", "s": "system", "a": "assistant"}[role], content) for role in roles]
                 try:
-                    self._tokenizer.assemble(self._template.parts(messages))
+                    made.append(tuple(self._tokenizer.assemble(self._template.parts(messages))))
                 except UsageError as error:
                     if roles == "u":
                         raise BundleError(f"The chat template refuses a plain question: {error.message}") from error
+            if len(made) > 1 and len(set(made)) == 1:  # an empty file, for instance
+                raise BundleError("The chat template leaves out what is asked: every question has the same prompt.")
 
 
 class _Fitting:

@@ -22,7 +22,7 @@ from rkruntime.chat.repl import COMMANDS, Repl
 from rkruntime.engine.engine import Engine
 from rkruntime.engine.generation import FinishReason
 from rkruntime.engine.loading import LoadOptions
-from rkruntime.errors import BundleError, RunError, WorkerCrashedError
+from rkruntime.errors import BundleError, RunError, UsageError, WorkerCrashedError
 from rkruntime.stop import Stop
 from rkruntime.terminal import Terminal, printable
 from rkruntime.text.conversation import Conversation
@@ -337,6 +337,46 @@ def test_at_a_pipe_only_answers_are_on_standard_output(
     shown = capsys.readouterr()
     assert shown.out == "hi \x1b there\nyes\n"
     assert shown.err == ""
+
+
+def test_at_a_pipe_a_cut_answer_is_said_to_be_cut(
+    fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, "hello\nagain")
+    chat = LocalChat(fake_bundle, lambda **_: fake_engine("one two three", "yes"), max_new_tokens=4)
+    Repl(chat, Terminal()).run()
+    shown = capsys.readouterr()
+    assert shown.out.endswith("\nyes\n")
+    assert shown.err == "The answer may not be whole: the limit of tokens was reached.\n"
+
+
+def test_a_line_that_is_not_utf_8_ends_no_conversation(
+    fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one that was pasted, or typed on a terminal of another encoding."""
+    lines: list[str | Exception] = ["hello", UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "no"), "again", EOFError()]
+
+    def typed(_: str) -> str:
+        line = lines.pop(0)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    terminal, chat = Terminal(), LocalChat(fake_bundle, lambda **_: fake_engine("one", "two"))
+    terminal.interactive = True
+    Repl(chat, terminal).run()
+    assert [message.content for message in chat._conversation.messages] == ["hello", "one", "again", "two"]
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_at_a_pipe_a_line_without_end_fills_no_memory(
+    fake_bundle: Bundle, fake_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/zero", encoding="utf-8") as endless:  # noqa: PTH123 - as standard input is opened
+        monkeypatch.setattr("sys.stdin", endless)
+        with pytest.raises(UsageError, match="more than 16 MB"):
+            Repl(LocalChat(fake_bundle, lambda **_: fake_engine()), Terminal()).run()
 
 
 LINE = st.sampled_from(["", " ", '"""', '"""a', 'a"""', "\\", "a\\", *COMMANDS, "/save x", "/nonsense", " /exit"])

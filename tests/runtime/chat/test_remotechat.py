@@ -294,7 +294,7 @@ def test_an_answer_without_its_end_is_not_taken_for_whole(board: Callable[..., R
 
 
 def test_a_daemon_that_goes_away_for_ever(board: Callable[..., RemoteChat]) -> None:
-    with pytest.raises(ServiceError, match=r"The board says: None\."):
+    with pytest.raises(ServiceError, match=r"The daemon says: None\."):
         board(HELLO, lines(BREAKS["no daemon"]))
 
 

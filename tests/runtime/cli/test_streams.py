@@ -56,6 +56,23 @@ def test_an_answer_that_cannot_be_written_is_a_typed_error(line: str, where: str
     assert "standard output" in done.stderr or where != ">&-"
 
 
+@pytest.mark.parametrize("module", ["rkruntime.cli", "click", "rkruntime.terminal", "rkruntime.commands.run"])
+def test_ctrl_c_while_it_starts_shows_no_traceback(module: str) -> None:
+    """A board's Python takes a second for its imports."""
+    program = (
+        "import signal, sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "from rkruntime.program import start\n"
+        "sys.exit(start())"
+    )
+    command = [sys.executable, "-c", program, "run", "/no/such"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
+
+
 @pytest.mark.parametrize("where", [">/dev/full", ">&-"])
 def test_an_error_whose_json_cannot_be_written_keeps_its_exit_code(where: str) -> None:
     for line, code in (("run /no/such --json", 3), ("run --bogus --json", 2)):

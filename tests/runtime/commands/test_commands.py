@@ -62,6 +62,30 @@ def test_run_with_a_prompt_leaves_standard_input_alone(bundle: Path) -> None:
     assert done.stdout == f"{QA[FIRST].answer}\n{QA['Does it work?'].answer}\n", done.stderr
 
 
+@pytest.mark.parametrize("limit", [("--max-new-tokens", "3"), ("--max-context", "32")])
+def test_a_cut_answer_is_said_to_be_cut(bundle: Path, limit: tuple[str, str]) -> None:
+    done = rkedge("run", bundle, "-p", FIRST, "--temperature", "0", *limit)
+    assert done.returncode == 0
+    assert QA[FIRST].answer.startswith(done.stdout.rstrip("\n"))
+    assert done.stdout != QA[FIRST].answer + "\n"
+    assert done.stderr == "The answer may not be whole: the limit of tokens was reached.\n"
+
+
+@pytest.mark.parametrize("where", [["-f", "/dev/zero"], []])
+def test_a_prompt_without_end_fills_no_memory(bundle: Path, where: list[str]) -> None:
+    with Path("/dev/zero").open("rb") as endless:
+        command = ["bash", "-c", 'ulimit -v 1000000; exec "$@"', "bash", sys.executable, "-m", "rkruntime.cli"]
+        done = subprocess.run(
+            [*command, "run", str(bundle), *where],
+            stdin=endless,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert (done.returncode, "more than 16 MB" in done.stderr) == (2, True), done.stderr
+
+
 def test_run_answers_whatever_else_is_closed(bundle: Path) -> None:
     line = f'"{sys.executable}" -m rkruntime.cli run "{bundle}" --temperature 0 -p "{FIRST}" <&- 2>&-'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False)

@@ -165,6 +165,27 @@ def test_a_large_body_without_a_length_is_cut_off(target: Any) -> None:
         assert sent < 100_000_000
 
 
+@pytest.mark.parametrize(
+    ("version", "lengths"),
+    [
+        ("1.1", ("Content-Length: 5", "Transfer-Encoding: chunked")),
+        ("1.1", ("Transfer-Encoding: chunked", "Content-Length: 5")),
+        ("1.0", ("Transfer-Encoding: chunked",)),
+        ("1.1", ("Transfer-Encoding: chunked", "Transfer-Encoding: identity")),
+        ("1.1", ("Content-Length: 5", "Content-Length: 6")),
+    ],
+)
+def test_nobody_sees_another_end_of_a_body(target: Any, version: str, lengths: tuple[str, ...]) -> None:
+    """A proxy that believes the other length would pass on what follows as part of this request."""
+    fields = "".join(f"{line}\r\n" for line in ("Host: localhost", "Content-Type: application/json", *lengths))
+    hidden = "GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(str(target.socket))
+        one.sendall(f"POST /v1/chat/completions HTTP/{version}\r\n{fields}\r\n0\r\n\r\n{hidden}".encode())
+        _, seen = closed_after(one)
+    assert seen.count(b"HTTP/1.1 ") == seen.count(b" 400 ") == 1, seen
+
+
 def closed_after(one: socket.socket) -> tuple[float, bytes]:
     start, seen = time.monotonic(), b""
     one.settimeout(20)

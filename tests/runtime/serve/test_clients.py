@@ -278,9 +278,15 @@ def test_the_page_has_the_sentence(daemon: Any, path: str, body: dict[str, Any])
 
 def test_an_address_that_is_nearly_right(daemon: Any) -> None:
     messages = user("hi")
-    for address, said in ((daemon.url, "ends with /v1."), (f"{daemon.url}/api/v1", "ends with /v1, without /api.")):
+    for address, said in (
+        (daemon.url, "ends with /v1."),
+        (f"{daemon.url}/api/v1", "ends with /v1, without /api."),
+        (f"{daemon.url}/api", "ends with /v1, without /api."),
+        (f"{daemon.url}/v1/chat/completions", "ends with /v1: the client adds the rest."),
+    ):
         with openai.OpenAI(base_url=address, api_key="x", max_retries=0) as client:
             assert said in said_by(lambda client=client: client.chat.completions.create(model="x", messages=messages))
+    assert "Let the client use OpenAI's" in daemon.request("POST", "/v1/messages", {})[2]["error"]["message"]
     olla = ollama.Client(f"{daemon.url}/v1")
     assert "does not end with /v1." in said_by(lambda: olla.chat("x", messages))
     olla._client.close()

@@ -360,11 +360,26 @@ def test_the_page_of_a_daemon_with_keys(
     page.ask("one")
     page.wait_idle()
     assert page.answers() == ["one"]
-    browser.execute_script("sessionStorage.clear()")
-    browser.get(f"{daemon.url}/#key={'k' * 32}&chat={page.name()}")
+
+
+def test_a_link_does_not_decide_who_asks(
+    browser: webdriver.Chrome, start_daemon: Callable[..., Any], tmp_path: Any
+) -> None:
+    """With a key of their own in it, whoever made the link could read what others ask through it."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann {'a' * 32}\neve {'e' * 32}\n")
+    keys.chmod(0o600)
+    daemon = start_daemon(f"listen: {{api_keys: {keys}}}", ECHO)
+    browser.get(f"{daemon.url}/#key={'e' * 32}")
+    wait(browser, lambda: browser.find_element(By.ID, "key-dialog").is_displayed())
+    browser.find_element(By.CSS_SELECTOR, "#key-dialog input").send_keys("a" * 32, Keys.ENTER)
+    wait(browser, lambda: "ready" in browser.find_element(By.ID, "board").text)
+    page = Page(browser, daemon.url)
+    browser.get(f"{daemon.url}/#key={'e' * 32}&chat=x")
     page.reload()
-    wait(browser, lambda: page.answers() == ["one"])
-    assert "key" not in browser.current_url
+    wait(browser, lambda: "ready" in browser.find_element(By.ID, "board").text)
+    assert browser.execute_script("return Object.values(sessionStorage)").count("a" * 32) == 1
+    assert not browser.execute_script("return JSON.stringify(sessionStorage)").count("e" * 32)
 
 
 # --- by keyboard

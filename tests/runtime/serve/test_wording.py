@@ -115,6 +115,11 @@ def test_what_is_not_json(body: bytes) -> None:
         ("EmbeddingRequest", {"input": ""}, "input must not be empty."),
         ("EmbeddingRequest", {"input": []}, "input must have at least one entry."),
         ("EmbeddingRequest", {"input": [[1, 2]]}, "input[0] must be text, not a list. Send text, not token ids."),
+        (
+            "CompletionRequest",
+            {"prompt": [1, 2, 3]},
+            "prompt has 3 entries; at most 1 are allowed. One text at a time, and no token ids.",
+        ),
         ("OllamaEmbed", {"input": ["a", ""]}, "input[1] must not be empty."),
         ("EmbeddingRequest", {"input": 5}, "input must be text or a list, not a whole number."),
         ("EmbeddingRequest", {"input": ["x"] * 257}, "input has 257 entries; at most 256 are allowed."),

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -145,6 +146,12 @@ HOSTILE_TEMPLATES = {
     "a list": "{{ [0] * 10 ** 10 }}",
     "centred": "{{ messages[0].content.center(3000000000) }}",
 }
+
+
+@pytest.mark.parametrize("source", ["", "{# nothing #}", "<bos>", "Be kind.", "{{ messages | length }}"])
+def test_a_template_without_what_is_asked_is_refused(fake_bundle: Bundle, source: str) -> None:
+    with pytest.raises(BundleError, match="leaves out what is asked"):
+        PromptProcess(with_file(fake_bundle, "chat_template.jinja", source))
 
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
@@ -322,6 +329,18 @@ def test_a_child_that_lies_is_not_believed(prompts: PromptProcess, monkeypatch: 
             prompts.prompt(chat("hello"), 512)
 
 
+def test_a_child_that_was_killed_while_idle_costs_no_answer(prompts: PromptProcess) -> None:
+    """As by the kernel when memory runs out, which takes it first."""
+    expected = prompts.prompt(chat("hello"), 512)
+    for _ in range(3):
+        pid = prompts._child.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert prompts.prompt(chat("hello"), 512) == expected
+        assert not prompts.lost
+
+
 def test_the_child_ends_with_its_parent(fake_bundle: Bundle) -> None:
     prompts = PromptProcess(fake_bundle)
     pid = prompts._child.pid
@@ -435,6 +454,35 @@ def test_a_load_that_fails_leaves_no_process(fake_bundle: Bundle, error: BaseExc
     with pytest.raises(type(error)) as caught:
         open_beside(fake_bundle, load)
     assert caught.value is error
+    assert _children() <= before
+
+
+def test_a_signals_handler_may_ask_to_stop() -> None:
+    """At any moment: also where the thread that it interrupts is about to say what a stop ends."""
+    stop, ended = Stop(), []
+
+    class Ends(list):
+        def append(self, end: Any) -> None:
+            super().append(end)
+            signal.raise_signal(signal.SIGUSR1)
+
+    stop._ends = Ends()
+    before = signal.signal(signal.SIGUSR1, lambda *_: stop.ask())
+    try:
+        with stop.ending(lambda: ended.append(True)):
+            assert ended
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stop.asked
+
+
+def test_no_thread_is_no_defect(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a service or a container with a limit on tasks."""
+    before = _children()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(HostError, match="can't start new thread"):
+            open_beside(fake_bundle, lambda _: pytest.fail("it was loaded all the same"))
     assert _children() <= before
 
 

@@ -2,14 +2,7 @@
 
 const KEY = "rkedge.key";
 
-const given = new URLSearchParams(location.hash.slice(1));
-if (given.has("key")) {
-  keepKey(given.get("key"));
-  given.delete("key");
-  // Keep the key out of the history, and out of an address that somebody copies.
-  history.replaceState(null, "", given.size ? `#${given}` : location.pathname);
-}
-
+/** Keep the key that somebody has typed. Links give none: whoever made the link could read what is said with its key. */
 export function keepKey(key) {
   sessionStorage.setItem(KEY, key);
 }
