@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.name not in WRITTEN]
 # What a line may need, and a sign of that in the line or its block: a command that works anywhere is not to be marked.
 NEEDS = {
-    "a board": r"@board|/usr/lib/|sudo|/opt/|rkedge doctor|rkedge clocks -|docker compose",
+    "a board": r"@board|rkedge bench board:|/usr/lib/|sudo|/opt/|rkedge doctor|rkedge clocks -|docker compose",
     "the hub": r"\w+/[\w.-]+|--recipe",
     "the toolkit": r"toolkit|--recipe",
     "the network": r"pip",

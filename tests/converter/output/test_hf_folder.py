@@ -43,6 +43,7 @@ def test_shards_are_what_the_library_reads(tmp_path: Path) -> None:
     assert found.keys() == SHAPES.keys()
     for name, value in weights.values.items():
         assert np.array_equal(found[name], value), name
+    hf_folder.forget_shards(tmp_path)
     assert not (tmp_path / hf_folder.STATE).exists()
 
 
