@@ -13,6 +13,8 @@ from typing import Final
 _SLOWEST: Final = 8_000_000
 # Seconds that a load may go on after each sign that it is reading.
 _PATIENCE: Final = 60.0
+# Bytes that are such a sign. A hung load reads a little, too: pages of a program that had been dropped from memory.
+_SIGN: Final = 4_000_000
 # A load that reads its file more often than this counts as hung.
 _MOST_PASSES: Final = 4
 
@@ -36,11 +38,11 @@ class Reading:
         self._read = 0
 
     def more_time(self) -> float:
-        """Return until when (time.monotonic()) the load may go on; 0 if nothing was read since the last call."""
+        """Return until when (time.monotonic()) the load may go on; 0 if little was read since the last sign."""
         read = read_bytes(self._keeper)
-        grown, self._read = read > self._read, max(read, self._read)
-        if not grown or read > self._size * _MOST_PASSES:
+        if read < self._read + _SIGN or read > self._size * _MOST_PASSES:
             return 0.0
+        self._read = read
         if self._progress is not None:
             self._progress(f"reading {self._size / 1e9:.1f} GB, {min(99, read * 100 // max(1, self._size))} %")
         return time.monotonic() + _PATIENCE
