@@ -33,7 +33,9 @@ def test_the_limit_grows_with_the_file() -> None:
         (0, [10], [False]),
     ],
 )
-def test_what_reads_goes_on(monkeypatch: pytest.MonkeyPatch, size: int, reads: list[float], goes_on: list[bool]) -> None:
+def test_what_reads_goes_on(
+    monkeypatch: pytest.MonkeyPatch, size: int, reads: list[float], goes_on: list[bool]
+) -> None:
     """The sizes are in MB."""
     left, lines = iter(reads), list[str]()
     monkeypatch.setattr(reading, "read_bytes", lambda keeper: int(next(left) * 1_000_000))
