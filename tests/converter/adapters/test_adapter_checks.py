@@ -10,7 +10,7 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkconvert import demo
 from rkconvert.adapters.base_names import is_other_base, plain_name
@@ -439,3 +439,25 @@ def test_notes_reach_a_person(make_model, make_adapter, edit_json, tmp_path, cap
     assert any(words in note for note in json.loads(said.out)["notes"])
     assert words in said.err.replace("\n", " ")
     assert "secret" not in (tmp_path / mode / "rkedge.yaml").read_text()
+
+
+def test_an_adapter_in_the_models_own_folder(make_model, make_adapter, edit_json, tmp_path, capsys):
+    """transformers applies it when it loads the folder, so the model alone is not what a person has been using."""
+    base = make_model(dtype=torch.float32, shard_size="10GB")
+    before = load_file(base / "model.safetensors")
+    adapter, other = make_adapter(base), make_adapter(base, name="other")
+    for file in adapter.glob("adapter_*"):
+        file.rename(base / file.name)
+    edit_json(base / "adapter_config.json", base_model_name_or_path=str(base))
+    assert any("lora" in name for name, _ in AutoModelForCausalLM.from_pretrained(base).named_modules())
+    for arguments in (["convert"], ["merge", "--lora", str(other)]):
+        assert main([*arguments, str(base), "-o", str(tmp_path / "out")]) == 3
+        said = " ".join(capsys.readouterr().err.split())
+        assert "contains a LoRA adapter besides the model" in said
+        assert f"--lora {base}" in said
+    (tmp_path / "link").symlink_to(base)
+    assert main(["merge", str(base), "--lora", str(tmp_path / "link"), "-o", str(tmp_path / "out")]) == 0
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], before[name])
+    (base / "adapter_config.json").unlink()
+    assert merged_model(open_checkpoint(base), []).adapters == ()
