@@ -139,7 +139,7 @@ def _refuse_forgotten_adapter(base: Checkpoint, adapters: Iterable[Adapter]) -> 
     folder = Path(str(base.path)).resolve()
     if (base.path / ADAPTER_CONFIG).is_file() and all(adapter.path.resolve() != folder for adapter in adapters):
         raise AdapterError(
-            f"{base.path} contains a LoRA adapter besides the model: transformers applies it to the base that it names.",
+            f"{base.path} contains a LoRA adapter besides the model, which transformers applies to its base.",
             hint=f"Merge it with --lora {base.path}; or move {ADAPTER_CONFIG} away, to use the model without it.",
         )
 
