@@ -109,10 +109,23 @@ def _installed(package: str) -> str:
 
 
 def merged_model(base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedModel:
-    """Open adapters and apply them to a checkpoint. Raises AdapterError if one cannot be used or does not fit."""
+    """Open adapters and apply them to a checkpoint.
+
+    Raises:
+        AdapterError: One cannot be used or does not fit, or the checkpoint's own folder has another one.
+    """
     opened = [_open_adapter(lora, base) for lora in loras]
+    _refuse_forgotten_adapter(base, [adapter for adapter, _ in opened])
+    return _merged(base, opened)
+
+
+def bare_model(base: Checkpoint) -> MergedModel:
+    """Return a checkpoint without adapters, for one that becomes a file of its own."""
+    return _merged(base, ())
+
+
+def _merged(base: Checkpoint, opened: Sequence[tuple[Adapter, Inputs]]) -> MergedModel:
     adapters = tuple(adapter for adapter, _ in opened)
-    _refuse_forgotten_adapter(base, adapters)
     for adapter in adapters:
         changes = adapter.updates.get(EMBEDDING, TensorUpdate()).changes
         if base.own_head and any(isinstance(change, TokenRows) for change in changes):

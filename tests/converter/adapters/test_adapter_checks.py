@@ -507,5 +507,7 @@ def test_an_adapter_in_the_models_own_folder(make_model, make_adapter, edit_json
     assert main(["merge", str(base), "--lora", str(tmp_path / "link"), "-o", str(tmp_path / "out")]) == 0
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], before[name])
+    runtime = ["--lora-mode", "runtime", "--no-selftest", "--no-references"]
+    assert main(["convert", str(base), "--lora", str(base), *runtime, "-o", str(tmp_path / "apart")]) == 0
     (base / "adapter_config.json").unlink()
     assert merged_model(open_checkpoint(base), []).adapters == ()
