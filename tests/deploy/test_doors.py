@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -292,6 +293,85 @@ def test_one_thing_that_cannot_be_undone_keeps_none_of_the_others(
     assert len(left) == 2
     assert not tree.home.exists()
     assert not (tree.root / "etc/systemd/system/rkedge.service").exists()
+
+
+PI = "rkedge:x:1000:1000:somebody:/home/rkedge:/bin/bash\n"
+
+
+@pytest.fixture
+def undone(tree: Tree, session: Open) -> Callable[[str], list[str]]:
+    """What `undeploy --purge` leaves on a board with these accounts; its `userdel` says that it was called."""
+    userdel = tree.root / "usr/bin/userdel"
+    userdel.write_text(f'#!/bin/sh\necho "$@" > {tree.root}/run/userdel\n')
+    userdel.chmod(0o755)
+
+    def undone(accounts: str) -> list[str]:
+        (tree.root / "etc/passwd").write_text(accounts)
+        with session() as there:
+            there.call("lock", make=True)
+            left: list[str] = there.call("undo", purge=True)["left"]
+            return left
+
+    return undone
+
+
+def test_a_person_who_has_the_daemons_name_stays(tree: Tree, undone: Callable[[str], list[str]]) -> None:
+    assert undone(f"root:x:0:0:root:/root:/bin/bash\n{PI}") == ["the user rkedge is not the daemon's own, and stays"]
+    assert not (tree.root / "run/userdel").exists()
+
+
+def test_the_daemons_user_does_not_stay(tree: Tree, undone: Callable[[str], list[str]]) -> None:
+    """The line as systemd-sysusers writes it."""
+    assert undone("rkedge:x:996:996:RKEdge chat daemon:/var/lib/rkedge:/usr/sbin/nologin\n") == []
+    assert (tree.root / "run/userdel").read_text() == "rkedge\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone mounts")
+def test_conversations_on_a_disk_of_their_own_are_removed(tree: Tree, undone: Callable[[str], list[str]]) -> None:
+    place = tree.root / "var/lib/rkedge"
+    place.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "none", str(place)], check=False)
+    if mount.returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        (place / "sessions").mkdir()
+        (place / "sessions/secret.json").write_text("{}")
+        assert undone("") == [f"{place} could not be removed, but is empty now"]
+        assert list(place.iterdir()) == []
+        assert not tree.home.exists()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+class _Daemon(services.Service):
+    """One that answers with these."""
+
+    def __init__(self, tree: Tree, *answers: Any) -> None:
+        super().__init__(Ground(str(tree.root)))
+        self.answers = list(answers)
+
+    def ask(self, path: str, body: Any = None, patience: float = 10) -> Any:
+        assert body["keep_alive"] == 0
+        return self.answers.pop(0)
+
+
+BUSY = (429, {}, {"error": "The NPU was busy for 120 seconds, which is the limit."})
+
+
+def test_a_self_test_waits_for_the_answers_before_it(tree: Tree) -> None:
+    daemon = _Daemon(tree, BUSY, BUSY, (200, {}, {"done": True}))
+    daemon._unload()
+    assert daemon.answers == []
+    _Daemon(tree, None)._unload()  # nobody answers, so nothing is loaded
+
+
+@pytest.mark.parametrize("answer", [(503, {}, {"error": "busy"}), (400, {}, ["busy"]), BUSY])
+def test_a_model_that_stays_loaded_is_not_tested_beside(
+    answer: Any, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "_LOAD_S", -1)
+    with pytest.raises(Refused, match="does not unload"):
+        _Daemon(tree, answer)._unload()
 
 
 # Tools and a daemon that flood, drip or never end

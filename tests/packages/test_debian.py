@@ -193,6 +193,26 @@ def test_a_purge_ends_although_somebody_runs_as_its_user(board: Machine, package
     said(board, f"{APT} install -y ./{package.name}")
 
 
+def test_a_unit_that_is_masked_was_not_made_by_hand(board: Machine, package: Path) -> None:
+    said(board, f"{APT} remove -y rkedge && sudo systemctl mask rkedge.service")
+    said(board, f"{APT} install -y ./{package.name}")
+    assert board.on_board("systemctl is-enabled rkedge.service").stdout.strip() == "masked"
+    said(board, "sudo systemctl unmask rkedge.service")
+
+
+def test_a_purge_empties_a_disk_of_its_own(board: Machine, package: Path) -> None:
+    said(board, "sudo mkdir -p /var/cache/rkedge && sudo mount -t tmpfs none /var/cache/rkedge")
+    said(board, "sudo touch /var/cache/rkedge/secret")
+    said(board, f"{APT} purge -y rkedge")
+    assert said(board, "dpkg --audit") == ""
+    assert (
+        said(board, "sudo ls -A /var/cache/rkedge && sudo umount /var/cache/rkedge && sudo rmdir /var/cache/rkedge")
+        == ""
+    )
+    assert board.on_board("id rkedge").returncode != 0
+    said(board, f"{APT} install -y ./{package.name}")
+
+
 def test_purged(board: Machine) -> None:
     said(board, f"{APT} purge -y rkedge")
     found = said(board, "sudo find / -xdev -name '*rkedge*' -not -path '/proc/*' -not -path '/home/*'").split()
@@ -200,6 +220,13 @@ def test_purged(board: Machine) -> None:
     assert board.on_board("id rkedge").returncode != 0
     assert board.on_board("getent group rkedge rkedge-clocks").stdout == ""
     assert said(board, "systemctl --failed --no-legend --plain") == ""
+
+
+def test_a_person_who_has_the_daemons_name_stays(board: Machine, package: Path) -> None:
+    said(board, "sudo useradd --create-home rkedge")
+    said(board, f"{APT} install -y ./{package.name} && {APT} purge -y rkedge")
+    assert "/home/rkedge" in said(board, "getent passwd rkedge")
+    assert said(board, "getent group rkedge rkedge-clocks || true").split(":")[0] == "rkedge"
 
 
 @pytest.mark.arm64

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.adapters.patterns import are_safe
-from rkconvert.model.family import HEAD
+from rkconvert.model.family import EMBEDDING, HEAD
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import AdapterError
 from rkruntime.files import read_error
@@ -36,6 +37,9 @@ _CHANGED_BASE: Final = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
+# What peft targets in Gemma 1 and 2 if the settings name nothing (peft/utils/constants.py); its word for all matrices.
+_DEFAULT_TARGETS: Final = ("q_proj", "v_proj")
+_ALL_LINEAR: Final = "all-linear"
 # Limits on a list of module names (27B's matrices by full name are 322), and on the characters of one name.
 _MAX_NAMES: Final = 10_000
 _MAX_NAME: Final = 300
@@ -235,26 +239,45 @@ class AdapterConfig:
         )
 
     def _targets(self, module: str) -> bool | None:
-        """Whether the settings target a module by peft's rules; None if that is unknown."""
-        pattern = isinstance(self.raw.get("exclude_modules"), str)
-        if self.saves_module(module) or (not pattern and _names(self._list("exclude_modules"), module)):
+        """Whether the settings target a module by peft's rules; None if a pattern is not safe to try."""
+        if self.saves_module(module):
             return False
-        named = self._names_target(module)
-        return None if named and (pattern or self.raw.get("layers_pattern")) else named
+        excluded, named = self._excludes(module), self._names_target(module)
+        if excluded or named is False:
+            return False
+        return None if excluded is None else named
+
+    def _excludes(self, module: str) -> bool | None:
+        """Answer like `_targets`, whether the settings exclude a module."""
+        pattern = self.raw.get("exclude_modules")
+        return (
+            _matches(pattern, module)
+            if isinstance(pattern, str) and pattern
+            else _names(self._list("exclude_modules"), module)
+        )
 
     def _names_target(self, module: str) -> bool | None:
         """Answer like `_targets`, but without the exclusions."""
         targets = self.raw.get("target_modules")
         if isinstance(targets, str):
-            return re.fullmatch(targets, module) is not None if _is_plain_pattern(targets) else None
-        names = self._list("target_modules")
-        if not names or module in names or not _names(names, module):
-            return _names(names, module) if names else None
-        if self.raw.get("layers_pattern"):
-            return True
-        layer = re.search(r"\.layers\.(\d+)\.", module)
+            if targets.lower() == _ALL_LINEAR:
+                return f"{module}.weight" not in (EMBEDDING, HEAD)
+            return _matches(targets, module)
+        names = _DEFAULT_TARGETS if targets is None else self._list("target_modules")
+        if module in names or not _names(names, module):
+            return _names(names, module)
         layers = self._layers()
-        return layers is None or (layer is not None and int(layer[1]) in layers)
+        return True if layers is None else self._is_in(layers, module)
+
+    def _is_in(self, layers: Container[int], module: str) -> bool | None:
+        """Whether a module is in one of these layers, whose number is found as `layers_pattern` says."""
+        names = self.raw.get("layers_pattern") or "layers"
+        names = [names] if isinstance(names, str) else self._list("layers_pattern")
+        patterns = _safe(tuple(rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names))
+        if patterns is None:
+            return None
+        match = next(filter(None, (pattern.match(module) for pattern in patterns)), None)
+        return match is not None and int(match["layer"]) in layers
 
     def _layers(self) -> Container[int] | None:
         """Return the indices of the changed layers; None for all."""
@@ -270,14 +293,21 @@ class AdapterConfig:
         return set(layers)
 
 
-def _names(names: list[str], module: str) -> bool:
+def _names(names: Iterable[str], module: str) -> bool:
     """Whether a module's name ends in one of the listed names."""
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
-def _is_plain_pattern(pattern: str) -> bool:
-    """Whether a pattern is a regular expression that is safe to match, and not peft's keyword all-linear."""
+@lru_cache(maxsize=8)
+def _safe(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...] | None:
+    """Compile patterns; None if one is not a regular expression, or they are not safe to try."""
     try:
-        return pattern != "all-linear" and are_safe([pattern])
+        return tuple(map(re.compile, patterns)) if are_safe(patterns) else None
     except re.error:
-        return False
+        return None
+
+
+def _matches(pattern: str, module: str) -> bool | None:
+    """Whether a pattern matches a module's whole name; None if it is not safe to try."""
+    found = _safe((pattern,))
+    return None if found is None else found[0].fullmatch(module) is not None

@@ -16,7 +16,7 @@ from rkconvert.adapters.notes import adapter_notes, token_count
 from rkconvert.adapters.reader import Adapter, open_adapter
 from rkconvert.adapters.updates import TensorUpdate, TokenRows
 from rkconvert.model.family import EMBEDDING
-from rkconvert.sources.checkpoint import Checkpoint
+from rkconvert.sources.checkpoint import ADAPTER_CONFIG, NAMED_WEIGHTS, Checkpoint
 from rkconvert.sources.hub import download, is_hub_id
 from rkconvert.tensors.inputs import Inputs, folder_states
 from rkconvert.tensors.memory_folder import Place
@@ -84,10 +84,11 @@ class MergedModel:
         return "+".join([self.checkpoint.short_name, *(item.name.rpartition("/")[2] for item in self.adapters)])
 
     def hf_config(self) -> dict[str, Any]:
-        """Return config.json of the merged model, without the description of a quantized base."""
+        """Return config.json of the merged model, without what describes the base's files and their numbers."""
         merged = self.weights.config
         own = {"vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tie_word_embeddings}
-        return {key: value for key, value in self.checkpoint.raw_config.items() if key != "quantization_config"} | own
+        dropped = ("quantization_config", NAMED_WEIGHTS)
+        return {key: value for key, value in self.checkpoint.raw_config.items() if key not in dropped} | own
 
 
 def resume_key(inputs: Iterable[Inputs], **options: Any) -> str:
@@ -108,8 +109,22 @@ def _installed(package: str) -> str:
 
 
 def merged_model(base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedModel:
-    """Open adapters and apply them to a checkpoint. Raises AdapterError if one cannot be used or does not fit."""
+    """Open adapters and apply them to a checkpoint.
+
+    Raises:
+        AdapterError: One cannot be used or does not fit, or the checkpoint's own folder has another one.
+    """
     opened = [_open_adapter(lora, base) for lora in loras]
+    _refuse_forgotten_adapter(base, [adapter for adapter, _ in opened])
+    return _merged(base, opened)
+
+
+def bare_model(base: Checkpoint) -> MergedModel:
+    """Return a checkpoint without adapters, for one that becomes a file of its own."""
+    return _merged(base, ())
+
+
+def _merged(base: Checkpoint, opened: Sequence[tuple[Adapter, Inputs]]) -> MergedModel:
     adapters = tuple(adapter for adapter, _ in opened)
     for adapter in adapters:
         changes = adapter.updates.get(EMBEDDING, TensorUpdate()).changes
@@ -130,6 +145,16 @@ def merged_model(base: Checkpoint, loras: Sequence[AdapterSource]) -> MergedMode
     inputs = (base.inputs, *(files for _, files in opened))
     notes = [note for adapter in adapters for note in adapter_notes(adapter, base, tokenizer, size)]
     return MergedModel(base, adapters, inputs, weights, tokenizer, (*notes, *weights.notes))
+
+
+def _refuse_forgotten_adapter(base: Checkpoint, adapters: Iterable[Adapter]) -> None:
+    """Raise AdapterError for a model with an adapter in its own folder that is not one of these."""
+    folder = Path(str(base.path)).resolve()
+    if (base.path / ADAPTER_CONFIG).is_file() and all(adapter.path.resolve() != folder for adapter in adapters):
+        raise AdapterError(
+            f"{base.path} contains a LoRA adapter besides the model, which transformers applies to its base.",
+            hint=f"Merge it with --lora {base.path}; or move {ADAPTER_CONFIG} away, to use the model without it.",
+        )
 
 
 def _tokenizer_folder(base: Checkpoint, adapters: Iterable[Adapter], size: int) -> Place:

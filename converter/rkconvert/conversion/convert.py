@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.adapters.chat import read_chat, stop_tokens
-from rkconvert.adapters.merged_model import AdapterSource, resume_key
+from rkconvert.adapters.merged_model import AdapterSource, bare_model, resume_key
 from rkconvert.adapters.reader import Adapter
 from rkconvert.adapters.separate import separate_lora
 from rkconvert.compat.case import CONFIG_REPORT, Case, plain_config
@@ -212,7 +212,7 @@ def _spec(options: Options, release: str, checkpoint: Checkpoint, plan: Plan | N
     """Open the weights, and the adapter that stays separate, with their tokenizer and template."""
     merged = opened.model(checkpoint, options.loras)
     separate = options.lora_mode == "runtime"
-    model = opened.model(checkpoint, ()) if separate else merged
+    model = bare_model(checkpoint) if separate else merged
     tokenizer, template = read_chat(model)
     most = checkpoint.config.max_position_embeddings
     return ModelSpec(

@@ -8,7 +8,6 @@ loaded in.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from rkconvert.tensors.formats import from_float32
+from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights
 from rkruntime.errors import CheckpointError
 from rkruntime.words import counted
@@ -29,6 +29,7 @@ _SIDES: Final = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
 _FORMATS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Orders of an int8 matrix's bytes, as `weight_format` numbers them (bitsandbytes/utils.py).
 _ORDERS: Final = ("row", "col32", "col_turing", "col_ampere")
+_LARGEST: Final = float(np.finfo(np.float32).max)
 # 1/127, as in int8_vectorwise_dequant.
 _INT8_STEP: Final = np.float32(7.874015718698502e-3)
 
@@ -111,9 +112,11 @@ class Dequantized:
         for name, info in found.items():
             if name.endswith(_SIDES) or _STATE in name:
                 continue
-            state = next((other for other in found if other.startswith(f"{name}{_STATE}")), None)
-            if state is not None:
-                self._packed[name] = self._four_bit(name, state)
+            states = [other for other in found if other.startswith(f"{name}{_STATE}")]
+            if len(states) > 1:
+                raise CheckpointError(f"The 4-bit tensor {name} is described {len(states)} times.")
+            if states:
+                self._packed[name] = self._four_bit(name, states[0])
             elif info.dtype == "I8":
                 self._packed[name] = self._eight_bit(name)
             packed = self._packed.get(name)
@@ -140,11 +143,14 @@ class Dequantized:
 
     def _four_bit(self, name: str, state_name: str) -> _FourBit:
         try:
-            state = json.loads(self._side(state_name).tobytes())
-            dtype, shape, block = _FORMATS[state["dtype"]], tuple(state["shape"]), state["blocksize"]
+            state = parse_json(self._side(state_name).tobytes())
+            kind, dtype = state["quant_type"], _FORMATS[state["dtype"]]
+            shape, block = tuple(state["shape"]), state["blocksize"]
             sizes = [*shape, block]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{state_name} does not describe a 4-bit tensor.") from error
+        if f"{name}{_STATE}{kind}" != state_name:
+            raise CheckpointError(f"{state_name} says that it is of the type {str(kind)[:40]!r}.")
         if not shape or any(type(size) is not int or size < 1 for size in sizes):
             raise CheckpointError(f"{state_name} does not describe a 4-bit tensor: shape {shape}, block {block}.")
         scales, blocks = self._scales(name, state), self._weights.tensors[f"{name}.absmax"].shape
@@ -170,7 +176,9 @@ class Dequantized:
             return _Scales(absmax)
         outer, code = self._floats(f"{name}.nested_absmax"), self._floats(f"{name}.nested_quant_map")
         block, offset = state.get("nested_blocksize"), state["nested_offset"]
-        if not isinstance(block, int) or block < 1 or not isinstance(offset, float | int):
+        # Written so that NaN is refused, too.
+        fits = type(offset) in (float, int) and -_LARGEST <= offset <= _LARGEST
+        if type(block) is not int or block < 1 or not fits:
             raise CheckpointError(f"The double-quantized scales of {name} are not described.")
         if len(outer) != -(-info.shape[0] // block) or len(code) != 256:
             raise CheckpointError(f"The double-quantized scales of {name} do not fit together.")

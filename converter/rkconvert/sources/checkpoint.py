@@ -17,7 +17,7 @@ from rkconvert.tensors.formats import FLOATS
 from rkconvert.tensors.inputs import Inputs, folder_states
 from rkconvert.tensors.memory_folder import Place
 from rkconvert.tensors.shards import read_json
-from rkconvert.tensors.tensor_files import MODEL_FILES, open_tensor_files
+from rkconvert.tensors.tensor_files import INDEX, MODEL_FILES, open_tensor_files
 from rkconvert.tensors.weights import Weights, same_values
 from rkruntime.bundle.manifest import MANIFEST
 from rkruntime.errors import CheckpointError
@@ -26,6 +26,8 @@ from rkruntime.words import counted
 
 CONFIG: Final = "config.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
+# Setting of transformers 5 for the name of a weight file or index that is loaded in place of the usual ones.
+NAMED_WEIGHTS: Final = "transformers_weights"
 _WHAT_TO_NAME: Final = "Name a folder in Hugging Face layout, a .gguf file, or a hub id such as google/gemma-2-2b-it."
 _OWN_HEAD: Final = (
     "config.json ties the head to the embedding, but the files contain a head that differs from it: that head is kept,"
@@ -101,6 +103,7 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
     raw = read_config(path)
     config = parse_config(raw)
     files, found = open_tensor_files(path, MODEL_FILES, CheckpointError)
+    _refuse_other_weights(path, raw, files)
     weights: Weights = Renamed(found)
     notes: tuple[str, ...] = ()
     if is_bitsandbytes(raw):
@@ -120,6 +123,17 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
     name = name or readable(path.resolve().name)
     inputs = Inputs.of_folder(CheckpointError, path, before, files)
     return Checkpoint(path, config, raw, weights, inputs, name, revision, notes, own_head)
+
+
+def _refuse_other_weights(path: Path, raw: Mapping[str, Any], files: tuple[Path, ...]) -> None:
+    """Raise CheckpointError if config.json names other weights than the files that were found."""
+    named = raw.get(NAMED_WEIGHTS)
+    if named is not None and named not in [INDEX, *(file.name for file in files if len(files) == 1)]:
+        raise CheckpointError(
+            f"config.json says that the weights are in {str(named)[:80]} ({NAMED_WEIGHTS}), which transformers loads;"
+            f" {path} has others too, in {files[0].name}.",
+            hint=f"Keep one of the two: under the name model.safetensors or {INDEX}, without {NAMED_WEIGHTS}.",
+        )
 
 
 def _has_own_head(weights: Weights) -> bool:

@@ -136,7 +136,9 @@ class GgufWeights:
 
     def _floats(self, tensor: GgufTensor, stored: NDArray[Any]) -> NDArray[np.float32]:
         try:
-            values: NDArray[np.float32] = self._dequantize(stored, self._types(tensor.kind))
+            # What is not finite is refused where the numbers are used.
+            with np.errstate(all="ignore"):
+                values: NDArray[np.float32] = self._dequantize(stored, self._types(tensor.kind))
         except NotImplementedError as error:  # Raised by the gguf package for a type that it knows only by name.
             kind = self._types(tensor.kind).name
             raise CheckpointError(

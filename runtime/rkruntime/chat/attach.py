@@ -290,7 +290,9 @@ class Bridge:
         headers = {"Content-Type": "application/json"}
         if self._user is not None:
             headers["X-RKEdge-User"] = self._user
-        self._connection.request(method, path, body, headers)
+        # A daemon that refuses a body reads no more of it: why is in its answer.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.request(method, path, body, headers)
         response = self._connection.getresponse()
         if response.getheader("Content-Type", "").startswith(_STREAM):
             last = b""

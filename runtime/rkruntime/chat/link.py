@@ -16,7 +16,7 @@ from typing import IO, Any, Final
 
 from rkruntime.chat.attach import ALIVE, ALIVE_S, GONE, MAX_LINE
 from rkruntime.engine.generation import FinishReason
-from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError
+from rkruntime.errors import BusyError, NoSuchSessionError, ServiceError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
 from rkruntime.words import counted
@@ -82,10 +82,13 @@ class Link:
         return self._process.stdin, self._process.stdout
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message; from any thread. Raises BrokenError."""
+        """Send a message; from any thread. Raises BrokenError, or UsageError for one that no board reads."""
+        line = json.dumps(message).encode() + b"\n"
+        if len(line) > MAX_LINE:
+            raise UsageError(f"The message is over {MAX_LINE >> 20} MB long as JSON.", hint="Ask about a part of it.")
         with self._writing:
             try:
-                self._pipes[0].write(json.dumps(message).encode() + b"\n")
+                self._pipes[0].write(line)
                 self._pipes[0].flush()
             except (OSError, ValueError) as error:
                 raise BrokenError from error

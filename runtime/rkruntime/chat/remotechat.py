@@ -178,6 +178,7 @@ class RemoteChat:
 
         Raises:
             ServiceError: The daemon refuses, or can no longer be reached.
+            UsageError: The question is too long for any daemon.
         """
         number, stopping = uuid.uuid4().hex, threading.Event()
         self._stopping = stopping

@@ -200,7 +200,11 @@ def _distinct(lines: Sequence[str]) -> str:
     """
     keys = "\n".join(lines).translate(_ALIKE).split("\n")
     pairs = dict(zip(zip(keys, [*keys[1:], ""], strict=True), range(len(keys)), strict=True))
-    return "\n".join(" ".join(lines[number : number + 2]) for number in pairs.values())
+    kept = sorted(pairs.values())
+    parts: list[str] = []
+    for number, following in zip(kept, [*kept[1:], -1], strict=True):
+        parts += lines[number : number + 1] if following == number + 1 else [*lines[number : number + 2], "\n"]
+    return " ".join(parts)
 
 
 class Log:

@@ -75,7 +75,7 @@ class FairQueue:
 
     Args:
         length: Most requests waiting, all clients together.
-        wait_s: Longest wait, in seconds.
+        wait_s: Longest wait of a client, in seconds. The daemon's own work waits as long as the answers before it take.
     """
 
     def __init__(self, length: int, wait_s: float) -> None:
@@ -118,7 +118,7 @@ class FairQueue:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.add(client, future)
         try:
-            await asyncio.wait_for(asyncio.shield(future), self.wait_s)
+            await asyncio.wait_for(asyncio.shield(future), None if client == DAEMON else self.wait_s)
         except asyncio.TimeoutError:
             if self._given_up(client, future):
                 raise self._refusal(

@@ -26,6 +26,7 @@ from rkruntime.errors import BundleError, ContextFullError, HostError, RKEdgeErr
 from rkruntime.owner import Owner
 from rkruntime.packages import import_failed
 from rkruntime.printable import one_line
+from rkruntime.words import counted
 
 _SIZES: Final = struct.Struct("<II")
 _MAX_MESSAGE: Final = 1 << 28
@@ -103,8 +104,8 @@ class Confined:
         """Call the child's function `name`; starts a child if there is none.
 
         Raises:
-            BundleError: The call reached a limit; the child is then gone.
-            HostError: The child cannot be started, or was killed by something else.
+            BundleError: The call reached a limit of CPU time or memory, or was hurried; the child is then gone.
+            HostError: The child cannot be started, hardly ran, or was killed by something else.
             RKEdgeError: The error that the function raised.
             RunError: This process is a fork of the one that started the child.
         """
@@ -125,7 +126,7 @@ class Confined:
                 self._answering = False
             except TimeoutError:
                 self._end()
-                raise self._over(f"did not finish within {limits.wall_s:g} seconds") from None
+                raise self._late(limits) from None
             except (OSError, EOFError, ValueError):
                 raise self._gone(limits) from None
             except BaseException:  # Ctrl-C, or what a signal's handler raised
@@ -214,6 +215,17 @@ class Confined:
         return HostError(
             f"The process for {self._what.lower()} {how}{f': {said}' if said else ''}.",
             hint="If a package is missing, reinstall rkedge; otherwise check whether memory ran out, and try again.",
+        )
+
+    def _late(self, limits: CallLimits) -> RKEdgeError:
+        """Return the error for a child without an answer in time; one that runs uses up its CPU time long before."""
+        if self._hurried < self._deadline:
+            return self._over("was not done when its result was no longer wanted")
+        return HostError(
+            f"The process for {self._what.lower()} did not answer within {counted(limits.wall_s, 'second')}, "
+            f"without using {counted(limits.cpu_s, 'second')} of CPU time: it hardly ran.",
+            hint="The machine is very busy or short of memory, or something has stopped the process. Check with top "
+            "and dmesg, then try again.",
         )
 
     def _over(self, how: str) -> BundleError:

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkconvert import demo
 from rkconvert.adapters.base_names import is_other_base, plain_name
@@ -174,6 +175,53 @@ def test_a_missing_pair_is_noted(opened, targets):
 )  # fmt: skip
 def test_what_peft_saves_is_taken_without_a_word(opened, lora):
     assert opened(**lora).notes == ()
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EDITED = [
+    {"target_modules": None},
+    {"target_modules": []},
+    {"target_modules": "all-linear"},
+    {"target_modules": ".*_proj"},
+    {"target_modules": "q_proj"},
+    {"target_modules": r"model\.layers\.\d\.mlp\.(up|down)_proj", "exclude_modules": ["up_proj"]},
+    {"exclude_modules": ".*q_proj"},
+    {"exclude_modules": "q_proj"},
+    {"exclude_modules": ["self_attn.q_proj", "proj"]},
+    {"exclude_modules": r"model\.layers\.[^0]\..*"},
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"layers_to_transform": 0, "layers_pattern": ["blocks", "layers"]},
+    {"layers_to_transform": [0, 1], "layers_pattern": ["model.layers"]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+    {"layers_to_transform": [], "layers_pattern": "layers"},
+    {"layers_to_transform": [0], "layers_pattern": r"l\w+s", "exclude_modules": ".*(up|down)_proj"},
+]
+
+
+@pytest.mark.parametrize("settings", EDITED, ids=str)
+def test_settings_that_leave_out_what_the_file_has(opened, settings):
+    """peft drops such matrices without a word: its own rules say which these are."""
+    full = {"target_modules": LINEAR} | settings
+    rules = LoraConfig(target_modules=full["target_modules"] or DEFAULT_TARGETS["gemma2"])
+    for key, value in full.items():
+        setattr(rules, key, value)
+    if full["target_modules"] in (None, "all-linear"):
+        rules.target_modules = DEFAULT_TARGETS["gemma2"] if full["target_modules"] is None else LINEAR
+    modules = [f"model.layers.{at}.{'mlp' if at_mlp else 'self_attn'}.{name}" for at in (0, 1)
+               for at_mlp, names in enumerate((LINEAR[:4], LINEAR[4:])) for name in names]  # fmt: skip
+    used = [module for module in modules if check_target_module_exists(rules, module)]
+    if len(used) == len(modules):
+        assert len(opened(settings=settings, target_modules=LINEAR).adapters[0].updates) == len(modules)
+        return
+    unused = rf"matrices for {min(set(modules) - set(used))} \({len(modules) - len(used)} such modules\)"
+    with pytest.raises(AdapterError, match=f"{unused}|has no such module"):
+        opened(settings=settings | dict.fromkeys(["target_modules"], full["target_modules"]), target_modules=LINEAR)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(" * 300, ["((x*)*)*"] * 9, ["layers"] * 9000])
+def test_patterns_that_are_not_safe_are_left_alone(opened, pattern):
+    assert opened(settings={"layers_to_transform": [0, 1], "layers_pattern": pattern}).adapters[0].updates
 
 
 def test_a_copy_of_another_base(opened, make_model, bits):
@@ -439,3 +487,27 @@ def test_notes_reach_a_person(make_model, make_adapter, edit_json, tmp_path, cap
     assert any(words in note for note in json.loads(said.out)["notes"])
     assert words in said.err.replace("\n", " ")
     assert "secret" not in (tmp_path / mode / "rkedge.yaml").read_text()
+
+
+def test_an_adapter_in_the_models_own_folder(make_model, make_adapter, edit_json, tmp_path, capsys):
+    """transformers applies it when it loads the folder, so the model alone is not what a person has been using."""
+    base = make_model(dtype=torch.float32, shard_size="10GB")
+    before = load_file(base / "model.safetensors")
+    adapter, other = make_adapter(base), make_adapter(base, name="other")
+    for file in adapter.glob("adapter_*"):
+        file.rename(base / file.name)
+    edit_json(base / "adapter_config.json", base_model_name_or_path=str(base))
+    assert any("lora" in name for name, _ in AutoModelForCausalLM.from_pretrained(base).named_modules())
+    for arguments in (["convert"], ["merge", "--lora", str(other)]):
+        assert main([*arguments, str(base), "-o", str(tmp_path / "out")]) == 3
+        said = " ".join(capsys.readouterr().err.split())
+        assert "contains a LoRA adapter besides the model" in said
+        assert f"--lora {base}" in said
+    (tmp_path / "link").symlink_to(base)
+    assert main(["merge", str(base), "--lora", str(tmp_path / "link"), "-o", str(tmp_path / "out")]) == 0
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], before[name])
+    runtime = ["--lora-mode", "runtime", "--no-selftest", "--no-references"]
+    assert main(["convert", str(base), "--lora", str(base), *runtime, "-o", str(tmp_path / "apart")]) == 0
+    (base / "adapter_config.json").unlink()
+    assert merged_model(open_checkpoint(base), []).adapters == ()

@@ -315,7 +315,8 @@ def larger(tmp_path_factory):
                 pairs[f"{module}.lora_A.weight"] = rng.standard_normal((8, shape[1]), np.float32)
                 pairs[f"{module}.lora_B.weight"] = rng.standard_normal((shape[0], 8), np.float32)
         save_numpy(pairs, lora / "adapter_model.safetensors")
-        (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+        settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
+        (lora / "adapter_config.json").write_text(json.dumps(settings))
         made[layers, shards] = base, lora
         return base, lora
 

@@ -26,7 +26,7 @@ def killed(command, folder, step):
     return rows
 
 
-@pytest.mark.parametrize(("command", "step"), [("convert", 17), ("merge", 7), ("matrix", 29)])
+@pytest.mark.parametrize(("command", "step"), [("convert", 37), ("merge", 13), ("matrix", 61)])
 def test_some_steps(tmp_path, command, step):
     assert killed(command, tmp_path, step)[0]["bundles"] == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -64,6 +65,42 @@ def test_scales_that_do_not_fit(make_model):
             open_checkpoint(base)
     save_file({key: value for key, value in state.items() if key != f"{name}.absmax"}, base / "model.safetensors")
     with pytest.raises(CheckpointError, match="no usable scales"):
+        open_checkpoint(base)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"nested_offset": 10**400}, "not described"),
+        ({"nested_offset": 1e39}, "not described"),
+        ({"nested_offset": float("nan")}, "not described"),
+        ({"nested_blocksize": True}, "not described"),
+        ({"quant_type": "fp4"}, "of the type 'fp4'"),
+        ("[" * 100_000, "does not describe"),
+        ('{"blocksize": 64, "blocksize": 128}', "does not describe"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_state_that_cannot_be(make_model, change, match):
+    """bitsandbytes computes with the type in the state; a state that is no state is a defect of the file."""
+    base = make_model()
+    quantize(base, "nf4", nested=True)
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(tensors[name].numpy().tobytes())
+    text = change if isinstance(change, str) else json.dumps(state | change)
+    save_file(tensors | {name: torch.tensor(list(text.encode()), dtype=torch.uint8)}, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(base)
+
+
+def test_two_states_of_one_matrix(make_model):
+    base = make_model()
+    quantize(base, "nf4")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__"
+    save_file(tensors | {f"{name}fp4": tensors[f"{name}nf4"].clone()}, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="described 2 times"):
         open_checkpoint(base)
 
 

@@ -70,6 +70,29 @@ def test_weights_of_two_saves_in_one_folder(make_model, which):
         open_checkpoint(folder)
 
 
+def test_weights_under_a_name_of_their_own(make_model, edit_json):
+    """transformers loads the file that config.json names, and leaves the name out of what it saves."""
+    folder = make_model(shard_size="10GB")
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in state.items()}, folder / "other.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", transformers_weights="other.safetensors")
+    norm = AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.norm.weight"]
+    assert torch.equal(norm, state["model.norm.weight"] * 2)
+    with pytest.raises(CheckpointError, match=r"weights are in other.safetensors"):
+        open_checkpoint(folder)
+    edit_json(folder / "config.json", transformers_weights="model.safetensors")
+    assert "transformers_weights" not in merged_model(open_checkpoint(folder), []).hf_config()
+
+
+def test_shards_whose_index_is_named(make_model, edit_json):
+    folder = make_model()
+    edit_json(folder / "config.json", transformers_weights="model.safetensors.index.json")
+    assert open_checkpoint(folder).weights.tensors
+    edit_json(folder / "config.json", transformers_weights=sorted(folder.glob("model-*"))[0].name)
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        open_checkpoint(folder)
+
+
 READERS = {
     "safetensors": lambda base: base,
     "bin": lambda base: as_bin(base) and base,

@@ -25,6 +25,7 @@ from rkconvert.sources.gguf_file import read_gguf
 from rkconvert.sources.gguf_tokenizer import tokenizer_json
 from rkconvert.sources.open import open_source
 from rkconvert.tensors.formats import to_float32
+from rkconvert.tensors.weights import read_finite
 from rkruntime.bundle import rkemu
 from rkruntime.cli import main
 from rkruntime.errors import CheckpointError
@@ -83,6 +84,24 @@ def test_gguf_of_types_that_only_llama_cpp_writes(make_model, tmp_path, kind, mo
     assert kind.name in checkpoint.notes[0]
     for name, values in everything(checkpoint).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_scales_that_are_not_finite_are_refused_in_our_words(make_model, tmp_path, monkeypatch):
+    """Not in numpy's: warnings fail a test."""
+    base = make_model(hidden_size=64, intermediate_size=96)
+    quantize = gguf.quants.quantize
+
+    def damaged(values, kind):
+        found = quantize(values, kind)
+        found[..., :2] = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
+        return found
+
+    with monkeypatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(gguf.quants, "quantize", damaged)
+        write_gguf(tmp_path / "model.gguf", base, TYPES.Q5_0)
+    weights = open_source(str(tmp_path / "model.gguf")).weights
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        read_finite(weights, "model.layers.0.mlp.up_proj.weight", 0, 1)
 
 
 @pytest.mark.parametrize("kind", [TYPES.Q8_K, TYPES.Q8_1, TYPES.I8, TYPES.F64, TYPES.Q1_0], ids=lambda kind: kind.name)

@@ -304,6 +304,14 @@ def test_an_answer_that_breaks_off_for_ever(board: Callable[..., RemoteChat]) ->
         list(chat.ask("?"))
 
 
+def test_a_message_that_no_board_reads(board: Callable[..., RemoteChat], monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = board(HELLO, READ, ANSWER)
+    monkeypatch.setattr("rkruntime.chat.link.MAX_LINE", 1000)
+    with pytest.raises(UsageError, match="MB long as JSON"):
+        list(chat.ask("🙂" * 100))
+    assert list(chat.ask("?")) == ["Hi"]
+
+
 EVENTS = st.dictionaries(
     st.sampled_from(
         ["type", "status", "body", "text", "notes", "ignored", "tokens", "reason", "tokens_per_s", "error"]

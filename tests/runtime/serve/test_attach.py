@@ -184,6 +184,18 @@ def test_an_answer_with_its_end_is_whole(impostor: Path) -> None:
     assert statuses(told(impostor, None, {"op": "ask", "session": "a", "body": {"content": "?"}})) == [200]
 
 
+@pytest.mark.parametrize("op", ["ask", "change"])
+@pytest.mark.parametrize("size", [1_100_000, 15_000_000])
+def test_a_body_that_is_too_large_is_refused_with_its_reason(
+    start_daemon: Callable[..., Any], op: str, size: int
+) -> None:
+    daemon = start_daemon("limits: {body_mb: 1}", port=False)
+    body = {"content": "a" * size} if op == "ask" else {"system": "a" * size}
+    end = told(daemon.socket, None, {"op": op, "session": "x", "body": body})[-1]
+    assert end["status"] == 413
+    assert "larger than 1,000,000 bytes" in end["body"]["error"]["message"]
+
+
 def test_a_stop_right_behind_the_question_is_heard(start_daemon: Callable[..., Any]) -> None:
     slow = start_daemon(port=False, RKEMU_TOKEN_US="200000")
     ask = {"op": "ask", "session": "a", "body": {"content": "What is the RK3588?"}}

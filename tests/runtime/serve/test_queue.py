@@ -70,6 +70,22 @@ def test_waiting_has_an_end() -> None:
     run(test)
 
 
+def test_the_daemon_itself_waits_for_any_answer() -> None:
+    """One answer may take longer than anybody waits (600 and 120 seconds), and a reload is for those after it."""
+
+    async def test() -> None:
+        queue = FairQueue(5, 0.01)
+        async with queue.turn(client_of("x")):
+            waiting = asyncio.create_task(queue.turn(DAEMON).__aenter__())
+            with pytest.raises(BusyError):
+                await queue.turn(client_of("a")).__aenter__()
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+        assert await waiting > 0.1
+
+    run(test)
+
+
 def test_what_a_client_names_apart_takes_turns_within_its_own() -> None:
     """Twenty names of one client's cost another client one turn, not twenty."""
 

@@ -188,10 +188,12 @@ def test_a_revoked_key_is_refused_whatever_the_npu_does(
     else:
         (daemon.state / "daemon.yaml").write_text(settings + "library: /no/such/library.so\n")
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_until(lambda: "the model was not changed" in daemon.log)
+    told = "keys and limits were applied" if trouble == "busy" else "the model was not changed"
+    daemon.wait_until(lambda: told in daemon.log)
     assert statuses(daemon) == [401, 200]
     if trouble == "busy":
         asking.join()
+        daemon.wait_until(lambda: "settings read again" in daemon.log)
     else:
         assert daemon.ask("Does it work?")
 

@@ -59,6 +59,15 @@ def test_it_gives_what_the_maker_gives(prompts: PromptProcess, tokenizer: Tokeni
     assert caught.value.details["max_context"] == 512
 
 
+def test_a_frozen_process_does_not_tell_of_a_slow_template(prompts: PromptProcess) -> None:
+    before = prompts.encode("hello", 512)
+    assert prompts._child.pid is not None
+    os.kill(prompts._child.pid, signal.SIGSTOP)
+    with pytest.raises(HostError, match=r"did not answer within 1 second, .* it hardly ran"):
+        prompts._child.call("encode", CallLimits(cpu_s=10, wall_s=1), text="hello", max_context=512, cut=False)
+    assert prompts.encode("hello", 512) == before
+
+
 @pytest.mark.parametrize("facts", [{"bos_token_id": 10**9}, {"stop_token_ids": (1, 10**9)}], ids=["bos", "stop"])
 def test_a_token_of_the_manifest_that_the_model_does_not_have(fake_bundle: Bundle, facts: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="has 1,000,000,000; the tokenizer has "):

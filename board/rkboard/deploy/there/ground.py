@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -248,12 +249,20 @@ def sync(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that its name is never seen with only a part of its content."""
+    """Remove a folder. It is renamed first, so that its name is never seen with only a part of its content.
+
+    One that a disk is mounted on can only be emptied.
+    """
     if path.is_symlink() or not path.exists():
         return
     doomed = path.with_name(f".{path.name}.rkedge-old")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    try:
+        path.rename(doomed)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        doomed = path
     shutil.rmtree(doomed, ignore_errors=True)
 
 

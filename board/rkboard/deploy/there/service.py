@@ -26,6 +26,8 @@ SOCKET = "/run/rkedge/rkedge.sock"
 _MOST_ANSWER = 1 << 17
 _MOST_SAID = 2000
 _LOOK_S = 0.5
+# The daemon's HTTP status for what is done, and for a request that has waited for its turn in vain.
+_DONE, _BUSY = 200, 429
 # Limit for the self-test's unit, so that a test for which nobody waits any more does not keep the NPU.
 _END = "--property=RuntimeMaxSec={:.0f}"
 # Added to a request's patience to bound the whole answer; the patience itself bounds the wait for each piece.
@@ -234,7 +236,8 @@ class Service:
         self._ground.run("systemctl", "start", UNITS[0])
         say("the daemon loads the other bundle" if reload else "the daemon starts")
         reloads = (self.status() or {}).get("reloads") if reload else None
-        self._ground.run("systemctl", "reload" if reload else "restart", UNITS[1])
+        # While an answer is in progress, a reload waits for its end.
+        self._ground.run("systemctl", "reload" if reload else "restart", UNITS[1], limit=_LOAD_S)
         self._wait(self.fingerprint(parts), reload, reloads)
 
     def _wait(self, wanted: str | None, reload: bool, reloads: Any) -> None:
@@ -268,7 +271,7 @@ class Service:
 
     def selftest(self) -> Any:
         """Run the bundle's self-test in the daemon's place: the NPU may not have memory for two models."""
-        self.ask("/api/generate", {"model": "rkedge", "keep_alive": 0, "stream": False}, _LOAD_S)
+        self._unload()
         home, given = str(self._ground.home), []
         if (self.current_link / "environment").exists():
             given = [f"--setenv={(self.current_link / 'environment').read_text().strip()}"]
@@ -284,6 +287,17 @@ class Service:
             return from_json((said or "null").encode())
         except ValueError:
             raise Refused(f"The self-test said something else: {(said or '')[-_MOST_SAID:]}") from None
+
+    def _unload(self) -> None:
+        """Have the daemon, if it answers, unload its model after the answers before. Raises Refused if it does not."""
+        end = time.monotonic() + _LOAD_S
+        while answer := self.ask("/api/generate", {"model": "rkedge", "keep_alive": 0, "stream": False}, _LOAD_S):
+            if answer[0] == _DONE:
+                return
+            if answer[0] != _BUSY or time.monotonic() > end:
+                said = answer[2].get("error") if isinstance(answer[2], dict) else None
+                raise Refused(f"The daemon does not unload its model for the self-test: {said}", "Try again later.")
+            time.sleep(_LOOK_S)
 
     def _rights(self) -> list[str]:
         """Return the user, groups and limits of the daemon's unit, since the self-test runs the same library."""

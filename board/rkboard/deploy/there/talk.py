@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rkboard.deploy.there import MARK
@@ -34,6 +35,8 @@ _STEPS: dict[str, type[Step]] = {
 _LOG = ("journalctl", "--unit=rkedge.service", "--no-pager", "--quiet")
 # The Debian package's program, and what removes its settings and conversations once it is purged: also those of others.
 _PACKAGED = ("/usr/lib/rkedge/pyvenv.cfg", "/var/lib/dpkg/info/rkedge.postrm")
+# Conversations, and the home of the user that board/systemd/rkedge.sysusers makes: one with another is somebody's own.
+_DAEMONS_HOME = "/var/lib/rkedge"
 _MOST_LINE = 8 << 20
 # Limit for the lock, which a switch may hold although the connection that asked for it is gone.
 _PATIENCE_S = 600.0
@@ -220,13 +223,16 @@ class Talk:
 
     def _purged(self) -> list[str]:
         """Remove the conversations and the user; return what was left."""
-        folders = [self._ground.at(path) for path in ("/var/lib/rkedge", "/var/cache/rkedge")]
+        folders = [self._ground.at(path) for path in (_DAEMONS_HOME, "/var/cache/rkedge")]
         for folder in folders:
             clear(folder)
         doomed = [each for folder in folders for each in (folder, folder.with_name(f".{folder.name}.rkedge-old"))]
-        left = [f"{each} could not be removed" for each in doomed if each.exists()]
+        left = [f"{each} could not be removed{_emptied(each)}" for each in doomed if each.exists()]
+        account = self._ground.account("passwd", "rkedge")
+        if account and account[5:6] != [_DAEMONS_HOME]:
+            return [*left, "the user rkedge is not the daemon's own, and stays"]
         try:
-            if self._ground.account("passwd", "rkedge"):
+            if account:
                 self._ground.run("userdel", "rkedge")
         except Refused as error:
             left.append(error.message)
@@ -296,6 +302,10 @@ class Talk:
             raise Refused("The process that switched was killed.", "Start the same command again: it completes.")
         if status:
             raise _Told
+
+
+def _emptied(folder: Path) -> str:
+    return ", but is empty now" if folder.is_dir() and not any(folder.iterdir()) else ""
 
 
 class _Told(Exception):  # noqa: N818 - it is an answer
