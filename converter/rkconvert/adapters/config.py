@@ -17,6 +17,8 @@ from rkruntime.errors import AdapterError
 from rkruntime.files import read_error
 
 FILE: Final = "adapter_config.json"
+# The part of a module that has its individually trained tokens.
+TOKENS: Final = "token_adapter.trainable_tokens_delta"
 # Settings under which the matrices mean something other than weight + factor * (B @ A).
 _REFUSED: Final = {
     "lora_bias": "a bias in each module (lora_bias), but Gemma has no bias to add it to",
@@ -214,6 +216,9 @@ class AdapterConfig:
         for module in modules:
             if self.saves_module(module) and "weight" not in found.get(module, ()):
                 raise AdapterError(f"The adapter's settings name {module} in modules_to_save, but its file lacks it.")
+        sides = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
+        if any(map(self.token_indices, sides)) and not any(TOKENS in parts for parts in found.values()):
+            raise AdapterError("The adapter's settings name trainable_token_indices, but its file lacks their rows.")
         matrices = {module: self._targets(module) for module, shape in modules.items() if len(shape) == 2}
         targets = self.raw.get("target_modules")
         if isinstance(targets, list) and targets and all(wanted is False for wanted in matrices.values()):

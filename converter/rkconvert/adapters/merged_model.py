@@ -15,6 +15,7 @@ from rkconvert.adapters.merge import MergedWeights
 from rkconvert.adapters.notes import adapter_notes, token_count
 from rkconvert.adapters.reader import Adapter, open_adapter
 from rkconvert.adapters.updates import TensorUpdate, TokenRows
+from rkconvert.model.added_tokens import tokenizer_config
 from rkconvert.model.family import EMBEDDING
 from rkconvert.sources.checkpoint import ADAPTER_CONFIG, NAMED_WEIGHTS, Checkpoint
 from rkconvert.sources.hub import download, is_hub_id
@@ -142,6 +143,7 @@ def _merged(base: Checkpoint, opened: Sequence[tuple[Adapter, Inputs]]) -> Merge
             f"The adapters leave {size:,} tokens, but answers end with the token {max(base.eos_token_ids)}."
         )
     tokenizer = _tokenizer_folder(base, adapters, size)
+    tokenizer_config(tokenizer)  # A tokenizer in a file of another name is refused: nothing here would read or copy it.
     inputs = (base.inputs, *(files for _, files in opened))
     notes = [note for adapter in adapters for note in adapter_notes(adapter, base, tokenizer, size)]
     return MergedModel(base, adapters, inputs, weights, tokenizer, (*notes, *weights.notes))

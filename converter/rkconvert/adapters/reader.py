@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from rkconvert.adapters.config import AdapterConfig
+from rkconvert.adapters.config import TOKENS, AdapterConfig
 from rkconvert.adapters.updates import Change, Dora, LowRank, Replacement, TensorUpdate, TokenRows
 from rkconvert.model.family import EMBEDDING, HEAD
 from rkconvert.tensors.formats import FLOATS, to_float32
@@ -30,7 +30,6 @@ _PART: Final = re.compile(
     r"|lora_magnitude_vector(\.weight)?|token_adapter\.trainable_tokens_delta|token_adapter\.base_layer\.weight"
     r"|base_layer\.weight|weight)"
 )
-_TOKENS: Final = "token_adapter.trainable_tokens_delta"
 _WHOLE_TENSORS: Final = ("weight", "base_layer", "token_adapter.base_layer")
 _EMBEDDINGS: Final = (EMBEDDING, HEAD)
 
@@ -190,7 +189,7 @@ class _AdapterReader:
         """Return all that the adapter does to one module's weight; every part is either used or an error."""
         whole = [part for part in _WHOLE_TENSORS if part in parts]
         rest = parts.keys() - set(whole)
-        kind = "tokens" if rest == {_TOKENS} else "lora" if rest and _TOKENS not in rest else "none" if not rest else ""
+        kind = "tokens" if rest == {TOKENS} else "lora" if rest and TOKENS not in rest else "none" if not rest else ""
         embedding = f"{module}.weight" in _EMBEDDINGS
         # Before release 0.7, peft saved an embedding under LoRA as `weight`.
         allowed = {"tokens": ["token_adapter.base_layer"], "lora": ["base_layer", *["weight"] * embedding]}
@@ -200,7 +199,7 @@ class _AdapterReader:
         start = self._replacement(module, shape, parts[whole[0]], kind == "none") if whole else None
         shape = start.info.shape if start else shape
         if kind == "tokens":
-            return TensorUpdate(start, (self._token_rows(module, shape, parts[_TOKENS]),))
+            return TensorUpdate(start, (self._token_rows(module, shape, parts[TOKENS]),))
         return TensorUpdate(start, (self._low_rank(module, shape, parts),) if kind == "lora" else ())
 
     def _shape(self, module: str) -> tuple[int, ...]:

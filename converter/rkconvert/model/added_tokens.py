@@ -13,11 +13,13 @@ from operator import itemgetter
 from typing import Any, Final
 
 from rkconvert.tensors.memory_folder import Place
-from rkconvert.tensors.shards import read_json
-from rkruntime.bundle.manifest import MAX_TOKENIZER
+from rkconvert.tensors.shards import read_json, refuse_versions
+from rkruntime.bundle.manifest import MAX_TOKENIZER, TEMPLATE
 from rkruntime.errors import BundleError, CheckpointError, InputError
 
 CONFIG: Final = "tokenizer_config.json"
+_MAP: Final = "special_tokens_map.json"
+_SPLIT: Final = "split_special_tokens"
 _DECODER: Final = "added_tokens_decoder"
 # A list of further special tokens or a mapping of named ones, and its name before transformers 5.
 _EXTRA: Final = "extra_special_tokens"
@@ -31,6 +33,17 @@ _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # which for this many takes some seconds and 100 MB.
 _MAX_ADDED: Final = 1 << 16
 _MAX_TEXT: Final = 1 << 19
+
+
+def tokenizer_config(folder: Place, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
+    """Return tokenizer_config.json, empty if there is none.
+
+    Raises:
+        InputError: (of class `kind`) It cannot be read, or names other files than tokenizer.json.
+    """
+    settings = _json(folder / CONFIG, kind)
+    refuse_versions(folder / CONFIG, settings, "fast_tokenizer_files", kind)
+    return settings
 
 
 def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
@@ -47,8 +60,8 @@ def tokenizer_settings(folder: Place, kind: type[InputError] = CheckpointError) 
 
 def _settings(folder: Place, kind: type[InputError]) -> dict[str, Any]:
     """Return the settings, in which the list of further special tokens may still have its older name."""
-    settings = _json(folder / CONFIG, kind)
-    older = {} if _DECODER in settings else _json(folder / "special_tokens_map.json", kind)
+    settings = tokenizer_config(folder, kind)
+    older = {} if _DECODER in settings else _json(folder / _MAP, kind)
     _refuse_ambiguous(settings, older, folder / CONFIG, kind)
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
@@ -64,9 +77,16 @@ def _refuse_ambiguous(
     settings: Mapping[str, Any], older: Mapping[str, Any], path: Place, kind: type[InputError]
 ) -> None:
     """Refuse what transformers reads in ways that prompts here do not follow."""
-    if settings.get("split_special_tokens"):
+    before = path.parent / _MAP
+    if "chat_template" in older:
         raise kind(
-            f"{path} sets split_special_tokens, with which not even <start_of_turn> would be one token.",
+            f"{before} has a chat_template, which transformers 5 takes in place of any other.",
+            hint=f"Move it to {TEMPLATE}, or remove that key.",
+        )
+    splitting = next((file for file, found in ((path, settings), (before, older)) if found.get(_SPLIT)), None)
+    if splitting is not None:
+        raise kind(
+            f"{splitting} sets {_SPLIT}, with which not even <start_of_turn> would be one token.",
             hint="Remove that key, and save the tokenizer again.",
         )
     table = settings.get(_EXTRA)

@@ -8,7 +8,14 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, Final
 
-from rkconvert.model.added_tokens import CONFIG, named_tokens, text_of, tokenizer_settings, unlisted
+from rkconvert.model.added_tokens import (
+    CONFIG,
+    named_tokens,
+    text_of,
+    tokenizer_config,
+    tokenizer_settings,
+    unlisted,
+)
 from rkconvert.model.rendering import rendered, try_out
 from rkconvert.model.tokenizer import tokenizer_bytes
 from rkconvert.tensors.inputs import templates
@@ -21,6 +28,7 @@ from rkruntime.printable import printable
 from rkruntime.text.template import BOS, GEMMA, SPECIAL_TOKENS, Message, fold_system
 from rkruntime.words import counted
 
+_MODEL: Final = "config.json"
 _USER = "@@the words of the user@@"
 # Tokenizer classes: Gemma's own, and those that take tokenizer.json as it is. For any other, transformers 5 makes a
 # tokenizer of another kind from the file's vocabulary and merges, where transformers 4 takes the file.
@@ -84,7 +92,7 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
         CheckpointError: The template cannot be used, or drops the user's words.
         HostError: The process to try it out in cannot be started.
     """
-    config = _config(folder)
+    config = tokenizer_config(folder)
     found, notes = find_template(folder), []
     if found is None and base is not None and (found := find_template(base)) is not None:
         notes.append("the adapter's folder has a tokenizer but no chat template: the base model's is used")
@@ -102,17 +110,26 @@ def read_template(folder: Place, bos_token: str, base: Place | None = None) -> C
         try_out(tokenizer_bytes(folder / TOKENIZER), folder / TOKENIZER, source, role, tokens)
     if found is not None and not text.startswith(tokens["bos_token"]):
         notes.append(f"the chat template does not start with {BOS}, which RKEdge puts in front of every prompt")
-    notes += _read_otherwise(folder, str(config.get("tokenizer_class") or _CLASSES[0]))
+    notes += _read_otherwise(folder, *_tokenizer_class(folder, config))
     prefix = _after_bos(prefix, tokens["bos_token"])
     return ChatTemplate(source, found is not None, prefix, suffix, role, tokens, tuple(notes))
 
 
-def _read_otherwise(folder: Place, kind: str) -> Iterator[str]:
+def _tokenizer_class(folder: Place, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the class that transformers makes a folder's tokenizer of, and the file that names it."""
+    model = read_json(folder / _MODEL, CheckpointError) if (folder / _MODEL).is_file() else {}
+    for file, settings in ((CONFIG, config), (_MODEL, model)):
+        if kind := settings.get("tokenizer_class"):
+            return str(kind), file
+    return _CLASSES[0], CONFIG
+
+
+def _read_otherwise(folder: Place, kind: str, named_in: str) -> Iterator[str]:
     """Yield notes on what transformers 5 makes of the tokenizer's files, if that is another tokenizer."""
     but = f"RKEdge, like transformers 4, goes by {TOKENIZER}"
     if kind.removesuffix("Fast") not in _CLASSES:
         yield (
-            f"{CONFIG} names the class {printable(kind[:80])}, with which transformers 5 splits texts otherwise than"
+            f"{named_in} names the class {printable(kind[:80])}, with which transformers 5 splits texts otherwise than"
             f" {TOKENIZER} says: {but}"
         )
     elif kind.startswith(_CLASSES[0]) and (folder / TOKENIZER).is_file() and (left := unlisted(folder / TOKENIZER)):
@@ -127,11 +144,6 @@ def _after_bos(text: str, bos: str) -> str:
     while bos and (rest := text.lstrip()).startswith(bos):
         text = rest.removeprefix(bos)
     return text
-
-
-def _config(folder: Place) -> dict[str, Any]:
-    file = folder / CONFIG
-    return read_json(file, CheckpointError) if file.is_file() else {}
 
 
 def _special_tokens(folder: Place) -> dict[str, str]:
@@ -158,7 +170,7 @@ def find_template(folder: Place) -> str | None:
     files.update(templates(folder))
     if "default" in files:
         return _read(files["default"])
-    found: Any = files or _config(folder).get("chat_template")
+    found: Any = files or tokenizer_config(folder).get("chat_template")
     if isinstance(found, list):
         found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
     if isinstance(found, dict):

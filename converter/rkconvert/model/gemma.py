@@ -16,6 +16,13 @@ _SIZES: Final = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
+# Switches of transformers' features, with the values under which a model has none of them.
+_PLAIN_FEATURES: Final = {
+    "attention_bias": False,
+    "use_bidirectional_attention": False,
+    "is_causal": True,
+    "per_layer_config": False,
+}
 _NAMES: Final = {
     2_614_341_888: "2B",
     9_241_705_984: "9B",
@@ -197,9 +204,9 @@ def _refuse_features(config: Mapping[str, Any], family: Family) -> None:
             raise CheckpointError(f"config.json: {key} is {activation!r}; Gemma's activation is gelu_pytorch_tanh.")
     if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
         raise CheckpointError(f"config.json: tie_word_embeddings is {tied!r}; it must be true or false.")
-    for key, plain in (("attention_bias", False), ("use_bidirectional_attention", False), ("is_causal", True)):
+    for key, plain in _PLAIN_FEATURES.items():
         if bool(config.get(key, plain)) is not plain:
-            raise CheckpointError(f"config.json: {key} is {config[key]!r}, which no conversion supports.")
+            raise CheckpointError(f"config.json: {key} is {config[key]!r:.80}, which no conversion supports.")
 
 
 def _sliding_layers(config: Mapping[str, Any], layers: int, window: bool) -> tuple[bool, ...]:

@@ -16,7 +16,7 @@ from rkconvert.sources.names import Renamed
 from rkconvert.tensors.formats import FLOATS
 from rkconvert.tensors.inputs import Inputs, folder_states
 from rkconvert.tensors.memory_folder import Place
-from rkconvert.tensors.shards import read_json
+from rkconvert.tensors.shards import read_json, refuse_versions
 from rkconvert.tensors.tensor_files import INDEX, MODEL_FILES, open_tensor_files
 from rkconvert.tensors.weights import Weights, same_values
 from rkruntime.bundle.manifest import MANIFEST
@@ -141,8 +141,11 @@ def _has_own_head(weights: Weights) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json of a folder."""
-    return read_json(find_config(path), CheckpointError)
+    """Read config.json of a folder. Raises CheckpointError, also if it names others for releases of transformers."""
+    file = find_config(path)
+    raw = read_json(file, CheckpointError)
+    refuse_versions(file, raw, "configuration_files", CheckpointError)
+    return raw
 
 
 def find_config(path: Path) -> Path:

@@ -25,7 +25,7 @@ from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.weights import TensorInfo
 from rkruntime.errors import InputError
 from rkruntime.files import read_error
-from rkruntime.printable import well_formed
+from rkruntime.printable import printable, well_formed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,6 +104,16 @@ def read_json(path: Place, kind: type[InputError], limit: int = 16 << 20) -> dic
     if not isinstance(content, dict):
         raise kind(f"{path} contains a JSON {type(content).__name__}, not an object.")
     return content
+
+
+def refuse_versions(path: Place, content: Mapping[str, Any], key: str, kind: type[InputError]) -> None:
+    """Raise `kind` if a settings file names, under `key`, files that releases of transformers read in place of one."""
+    if named := content.get(key):
+        raise kind(
+            f"{path} names other files, which transformers reads in place of the usual one from a release on ({key}:"
+            f" {printable(str(named)[:80])}).",
+            hint=f"Keep the file that is meant under its usual name, and remove {key}.",
+        )
 
 
 class RowReader:

@@ -38,15 +38,19 @@ _GIVEN: Final = {
 _NOT_SUPPORTED: Final[Mapping[str, Any]] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
     "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "guidance_scale": 1,
     "max_length": 20,
     "max_new_tokens": None,
+    "max_time": None,
     "min_length": 0,
     "min_new_tokens": 0,
     "min_p": 0,
@@ -56,7 +60,9 @@ _NOT_SUPPORTED: Final[Mapping[str, Any]] = {
     "sequence_bias": None,
     "stop_strings": None,
     "suppress_tokens": None,
+    "top_h": None,
     "typical_p": 1,
+    "watermarking_config": None,
 }
 SEARCHED: Final = ("/usr/lib", "/usr/local/lib", "/usr/lib/aarch64-linux-gnu")
 

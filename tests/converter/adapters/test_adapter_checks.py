@@ -109,6 +109,12 @@ REFUSED = {
         {},
         "lora_A, lora_B, weight for .*q_proj, which do not go together",
     ),
+    "tokens that are not in the file": (
+        lambda tensors: None,
+        {"trainable_token_indices": {"embed_tokens": [3, 4]}},
+        {},
+        "settings name trainable_token_indices, but its file lacks their rows",
+    ),
     "a token twice": (
         lambda tensors: None,
         {"trainable_token_indices": [3, 3]},

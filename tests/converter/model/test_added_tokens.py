@@ -243,7 +243,8 @@ def test_a_table_of_tokens_and_an_older_list(folder: Path, table: Any, listed: b
 
 @pytest.mark.parametrize(
     ("settings", "older"),
-    [({"split_special_tokens": True}, {}), ({"extra_special_tokens": {"my_word": NEW}}, {}),
+    [({"split_special_tokens": True}, {}), ({}, {"split_special_tokens": True}), ({}, {"chat_template": "a template"}),
+     ({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, {}), ({"extra_special_tokens": {"my_word": NEW}}, {}),
      ({"extra_special_tokens": {"image_token": NEW}}, {"image_token": WORD})],
 )  # fmt: skip
 def test_what_transformers_reads_otherwise_is_refused(folder: Path, settings: Any, older: Any) -> None:
@@ -253,5 +254,5 @@ def test_what_transformers_reads_otherwise_is_refused(folder: Path, settings: An
     read_tokenizer(folder / "tokenizer.json", 1100)
     change(folder, "tokenizer_config.json", **settings)
     change(folder, "special_tokens_map.json", **older)
-    with pytest.raises(CheckpointError, match=r"split_special_tokens|extra_special_tokens"):
+    with pytest.raises(CheckpointError, match="|".join([*settings, *older])):
         read_tokenizer(folder / "tokenizer.json", 1100)

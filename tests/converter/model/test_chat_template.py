@@ -82,13 +82,17 @@ def test_a_missing_bos_is_said(folder: Path) -> None:
     assert read_template(folder, "<bos>").notes == ()
 
 
+@pytest.mark.parametrize("model", [False, True])
 @pytest.mark.parametrize(
     "kind",
     [None, "GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer",
      "LlamaTokenizerFast", "Qwen2Tokenizer", "CohereTokenizerFast", "GPT2TokenizerFast", "CodeLlamaTokenizer"],
 )  # fmt: skip
-def test_a_class_that_splits_texts_otherwise_is_said(folder: Path, kind: str | None) -> None:
-    configure(folder, tokenizer_class=kind)
+def test_a_class_that_splits_texts_otherwise_is_said(folder: Path, kind: str | None, model: bool) -> None:
+    """Whether tokenizer_config.json names it, or only the model's config.json."""
+    configure(folder, tokenizer_class=None if model else kind)
+    if model:
+        (folder / "config.json").write_text(json.dumps({"model_type": "gemma2", "tokenizer_class": kind}))
     oracle, own = (
         transformers.AutoTokenizer.from_pretrained(folder),
         Tokenizer.parse((folder / "tokenizer.json").read_bytes(), folder / "tokenizer.json"),

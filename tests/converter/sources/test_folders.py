@@ -208,3 +208,25 @@ def test_a_stored_head_of_another_size(make_model, rows):
     add_head(base, torch.zeros(rows, 64, dtype=torch.bfloat16))
     with pytest.raises(CheckpointError, match=rf"lm_head.weight has the shape \[{rows}, 64\]"):
         open_checkpoint(base)
+
+
+def test_settings_and_tokenizers_for_other_releases(make_model, edit_json):
+    """transformers reads the file for its release in place of config.json or tokenizer.json."""
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.4.0.0.json").write_text(json.dumps({**config, "query_pre_attn_scalar": 99}))
+    edit_json(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    assert AutoModelForCausalLM.from_pretrained(folder).config.query_pre_attn_scalar == 99
+    with pytest.raises(CheckpointError, match=r"configuration_files: .*config\.4\.0\.0\.json"):
+        open_checkpoint(folder)
+    edit_json(folder / "config.json", configuration_files=[])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}))
+    with pytest.raises(CheckpointError, match=r"fast_tokenizer_files: .*tokenizer\.4\.0\.0\.json"):
+        merged_model(open_checkpoint(folder), [])
+
+
+def test_settings_for_single_layers(make_model, edit_json):
+    folder = make_model()
+    edit_json(folder / "config.json", per_layer_config={"0": {"rms_norm_eps": 0.5}})
+    with pytest.raises(CheckpointError, match="per_layer_config"):
+        open_checkpoint(folder)

@@ -100,6 +100,8 @@ def test_what_rkllm_cannot_do_is_named(fake_bundle: Bundle) -> None:
         ({"eos_token_id": "x"}, ["eos_token_id"]),
         ({"eos_token_id": [[]]}, ["eos_token_id"]),
         ({"max_length": 8192}, ["max_length"]),
+        ({"max_time": 2.0}, ["max_time"]),
+        ({"top_h": 0.4, "encoder_no_repeat_ngram_size": 2}, ["encoder_no_repeat_ngram_size", "top_h"]),
         ({"max_length": None, "eos_token_id": None}, []),
     ],
 )
