@@ -82,7 +82,7 @@ class Rollout:
         with ThreadPoolExecutor(self._at_once) as pool:
             try:
                 list(pool.map(self._one, self._boards[first:]))
-            except BaseException:
+            except BaseException:  # Ctrl-C too: no further board may begin
                 self._stopped.set()
                 raise
         return self.outcomes

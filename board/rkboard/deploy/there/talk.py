@@ -83,7 +83,7 @@ class Talk:
             _tell("error", message=f"{error.strerror or error}{where}.", hint="")
         except (_Told, EOFError):
             raise
-        except Exception as error:
+        except Exception as error:  # nobody reads this side's standard error: the person must be told
             _tell("error", message=f"This is a defect of rkedge: {traceback.format_exc()}", hint=f"{error}")
         return False
 
