@@ -150,7 +150,7 @@ def check_fields(record: Any, *leaving: str) -> None:
 
 def check_value(name: str, kind: Any, value: Any) -> None:
     """Check a value that a caller gave. Raises UsageError, "NAME is VALUE; it must be KIND", for another type."""
-    if type(value) is not kind and not _fits(kind, value):
+    if type(value) is not kind and not _test(kind)(value):
         raise UsageError(f"{name} is {shown(value)}; it must be {_described(kind)}.")
 
 
@@ -163,30 +163,44 @@ def shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _fits(kind: Any, value: Any) -> bool:
+@cache
+def _test(kind: Any) -> Callable[[Any], bool]:
+    """Return the function that tells whether a value has a type; made once, as requests are checked before they run."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _fits(arguments[0], value) and bool(arguments[1].holds(value))
+        inner, bounds = _test(arguments[0]), arguments[1]
+        return lambda value: inner(value) and bool(bounds.holds(value))
     if origin in (Union, types.UnionType):
-        return any(_fits(argument, value) for argument in arguments)
+        tests = tuple(map(_test, arguments))
+        return lambda value: any(test(value) for test in tests)
     if origin is Callable:
-        return callable(value)
+        return callable
     if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if isinstance(value, (str, bytes, bytearray)):  # a string is not a sequence of its letters
-        return origin is None and isinstance(value, kind)
-    return isinstance(value, origin or kind) and _fit(origin, arguments, value)
+        return lambda value: isinstance(value, (int, kind)) and not isinstance(value, bool)
+    items = _test_of_items(origin, arguments)
+
+    def test(value: Any) -> bool:
+        if isinstance(value, (str, bytes, bytearray)):  # a string is not a sequence of its letters
+            return origin is None and isinstance(value, kind)
+        return isinstance(value, origin or kind) and items(value)
+
+    return test
 
 
-def _fit(origin: Any, arguments: tuple[Any, ...], value: Any) -> bool:
-    """Whether the items of a collection are of the right types."""
-    if origin is tuple and ... not in arguments:
-        return len(value) == len(arguments) and all(map(_fits, arguments, value))
-    if isinstance(value, Mapping):
-        return all(map(_fits, arguments * len(value), [part for item in value.items() for part in item]))
+def _test_of_items(origin: Any, arguments: tuple[Any, ...]) -> Callable[[Any], bool]:
+    """Return the function that tells whether the items of a collection have the right types."""
     if origin is None or issubclass(origin, os.PathLike):
-        return True
-    return {type(item) for item in value} == {arguments[0]} or all(_fits(arguments[0], item) for item in value)
+        return lambda _: True
+    if origin is tuple and ... not in arguments:
+        tests = tuple(map(_test, arguments))
+        return lambda value: (
+            len(value) == len(tests) and all(test(item) for test, item in zip(tests, value, strict=False))
+        )
+    if issubclass(origin, Mapping):
+        of_key, of_item = map(_test, arguments)
+        return lambda value: all(of_key(key) and of_item(item) for key, item in value.items())
+    kind, of_one = arguments[0], _test(arguments[0])
+    return lambda value: {type(item) for item in value} == {kind} or all(map(of_one, value))
 
 
 def _described(kind: Any) -> str:

@@ -197,7 +197,11 @@ def _reclaimable(root: Place) -> int:
 
 def kills_for_memory(root: Path = ROOT) -> int | None:
     """Count the processes that the kernel has killed for lack of memory since boot; None if unknown."""
-    found = re.search(r"^oom_kill (\d+)$", _read(root / "proc/vmstat"), re.MULTILINE)
+    try:
+        with (root / "proc/vmstat").open("rb", buffering=0) as file:  # read before every run, so without decoding it
+            found = re.search(rb"\noom_kill (\d+)\n", file.read())
+    except OSError:
+        return None
     return int(found[1]) if found else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from array import array
@@ -28,10 +29,11 @@ class _Turn:
     """See WorkerConnection.turn. A class, because a contextmanager would cost each token 2 us."""
 
     def __init__(self, connection: WorkerConnection, lock: threading.RLock) -> None:
-        self._connection, self._lock = connection, lock
+        self._connection, self._lock, self._pid = connection, lock, os.getpid()
 
     def __enter__(self) -> None:
-        self._connection.worker.owner.check()  # a fork inherits the lock, but not the thread that holds it
+        if os.getpid() != self._pid:  # a fork inherits the lock, but not the thread that holds it
+            self._connection.worker.owner.check()
         if not self._lock.acquire(blocking=False):
             self._wait()
         if self._connection.closed:

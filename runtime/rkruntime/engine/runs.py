@@ -152,7 +152,7 @@ class Runs:
         """Begin a run for the block, and end it afterwards if it is still going on."""
         self._connection.check()
         with self._connection.explained():
-            records = AsyncRecords(self._worker, self._connection.turn, self._connection.answered)
+            records = AsyncRecords(self._worker, self._connection.turn(), self._connection.answered)
             try:
                 for _ in range(2):  # a task that closes a forgotten iterator takes two steps to begin
                     if self.active is not None and not self._forgotten():

@@ -229,6 +229,8 @@ class Service:
 
     def _sampling(self, wanted: GenerationRequest, model: Model) -> tuple[Sampling | None, tuple[str, ...]]:
         """Return the run's sampling if the runtime accepts one, else the names of the fields that must be ignored."""
+        if not wanted.sampling:
+            return None, ()
         changed = model.sampling.changed(wanted.sampling)
         if changed == model.sampling:
             return None, ()

@@ -94,6 +94,9 @@ class AnswerReader:
     Args:
         prompt_tokens: Tokens of the run's prompt, including `begun`.
         begun: Ids of an interrupted answer that this run resumes; they precede the run's own ids.
+
+    Attributes:
+        done: Whether no further event is needed: the run has ended, or a stop string was found.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class AnswerReader:
         self._tokens: list[int] = []
         self._finished: Finished | None = None
         self._begun = len(begun)
+        self.done = False
         for token_id in begun:
             self.feed(Token(token_id))
 
@@ -114,11 +118,6 @@ class AnswerReader:
     def text(self) -> str:
         """The text that is certain so far."""
         return "".join(self._text)
-
-    @property
-    def done(self) -> bool:
-        """Whether no further event is needed: the run has ended, or a stop string was found."""
-        return self._finished is not None or self._stops.found is not None
 
     @property
     def tokens(self) -> int:
@@ -133,7 +132,7 @@ class AnswerReader:
     def feed(self, event: Event) -> str:
         """Return the text that this event adds, often none. Raises RunError for an id outside the vocabulary."""
         if isinstance(event, Finished):
-            self._finished = event
+            self._finished, self.done = event, True
             return self._flush()
         if event.token_id >= self._vocab_size:
             raise RunError(
@@ -141,14 +140,15 @@ class AnswerReader:
                 hint="The model file and its tokenizer may be from different models: convert again.",
             )
         self._tokens.append(event.token_id)
-        return self._add(self._stops.push(self._detokenizer.push(event.token_id)))
+        text = self._stops.push(self._detokenizer.push(event.token_id))
+        self._text.append(text)
+        if self._stops.found is not None:
+            self.done = True
+        return text
 
     def _flush(self) -> str:
-        return self._add(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
-
-    def _add(self, text: str) -> str:
-        if text:
-            self._text.append(text)
+        text = self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        self._text.append(text)
         return text
 
     def answer(self) -> Answer:

@@ -16,6 +16,7 @@ class Vocabulary:
 
     Attributes:
         control: Control tokens by their text, such as `<start_of_turn>`.
+        vocab_size: Number of ids, added tokens included.
     """
 
     def __init__(self, texts: Sequence[bytes], control: Mapping[str, int]) -> None:
@@ -23,6 +24,7 @@ class Vocabulary:
         # All texts in one bytes object, because 256,000 objects would take ten times the memory.
         self._joined = b"".join(texts)
         self._ends = array("I", accumulate(map(len, texts), initial=0))
+        self.vocab_size = len(texts)
 
     @staticmethod
     def unpack(packed: bytes, control: Mapping[str, int]) -> Vocabulary:
@@ -33,17 +35,12 @@ class Vocabulary:
         if len(ends) != size + 1 or ends[0] or ends[-1] != len(joined) or any(a > b for a, b in pairwise(ends)):
             raise ValueError("not a packed vocabulary")
         made = Vocabulary((), control)
-        made._joined, made._ends = joined, ends
+        made._joined, made._ends, made.vocab_size = joined, ends, size
         return made
 
     def pack(self) -> bytes:
         """Return the texts as bytes, for another process on this machine."""
         return self.vocab_size.to_bytes(4, "little") + self._ends.tobytes() + self._joined
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return len(self._ends) - 1
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's text in an answer: UTF-8, possibly part of a character; empty for control tokens."""
@@ -79,12 +76,16 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def push(self, token_id: int) -> str:
         """Return the text that this token completes; empty inside a character and for control tokens."""
-        return self._decoder.decode(self._vocabulary.token_bytes(token_id))
+        data = self._held + self._vocabulary.token_bytes(token_id)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
 
     def finish(self) -> str:
         """Return U+FFFD if the ids ended inside a character, else ""."""
-        return self._decoder.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")

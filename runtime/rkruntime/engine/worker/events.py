@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 
 from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, Limiting, WorkerProcess
-from rkruntime.engine.worker.protocol import TOKENIZE, Record
+from rkruntime.engine.worker.protocol import TOKEN, TOKENIZE, Record
 from rkruntime.errors import WorkerError
 
 E = TypeVar("E")
@@ -27,7 +27,7 @@ class AsyncRecords:
     def __init__(
         self,
         worker: WorkerProcess,
-        turn: Callable[[], AbstractContextManager[None]],
+        turn: AbstractContextManager[None],
         answered: Callable[[Record], bool],
     ) -> None:
         self._worker, self._turn, self._answered = worker, turn, answered
@@ -55,7 +55,7 @@ class AsyncRecords:
         deadline = time.monotonic() + timeout
         while True:
             timeout, deadline = limiting(timeout, deadline)
-            with self._turn():
+            with self._turn:
                 if not wanted():
                     return None
                 if record := self._waiting():
@@ -68,7 +68,7 @@ class AsyncRecords:
                 await asyncio.sleep(0)
             else:
                 await self._readable(deadline)
-            with self._turn():
+            with self._turn:
                 if wanted():
                     self._look(self._receive)
 
@@ -124,17 +124,26 @@ class AsyncRecords:
     def _hand_over(
         self, wanted: Callable[[], bool], event_of: Callable[[Record], E], take: Callable[[list[E]], bool]
     ) -> bool | None:
-        """Read once and pass complete events to `take`; returns whether to go on, or None if nothing has come."""
+        """Read once and pass complete events to `take`; returns whether to go on, or None if nothing has come.
+
+        Each call costs a token that comes alone a microsecond or more: this is why it is written out.
+        """
         events: list[E] = []
         try:
-            with self._turn():
+            with self._turn:
                 if not wanted():
                     return False
-                self._look(self._receive)
-                record = self._waiting()
-                while record is not None:
-                    events.append(event_of(record))
-                    record = self._waiting() if wanted() else None
+                try:
+                    self._worker.receive()
+                except WorkerError as error:
+                    self._failed = self._failed or error
+                while (record := self._worker.buffered()) is not None:
+                    if record.kind == TOKEN:
+                        events.append(event_of(record))
+                    elif record.kind < TOKENIZE or not self._answered(record):
+                        events.append(event_of(record))
+                        if not wanted():
+                            break
             if self._failed is not None:
                 raise self._failed
         except Exception:

@@ -74,17 +74,14 @@ class Exchange:
         if kind not in self._kinds or batch >= self._batches:
             raise lie(f"a record of the kind {kind} for the prompt {batch}, which was not asked for")
         if kind == TOKEN:
-            self._token(batch, value)
+            count = self._tokens[batch] = self._tokens[batch] + 1
+            if value < 0 or count > self._most_tokens >= 0:
+                raise lie(f"token {value} as number {count:,} of at most {self._most_tokens:,}")
         elif kind == FINISHED:
             self._finish(batch)
         elif kind in (LOGITS, HIDDEN):
             _check_array(value, size, self._most_rows)
         return True
-
-    def _token(self, batch: int, token: int) -> None:
-        self._tokens[batch] += 1
-        if token < 0 or self._tokens[batch] > self._most_tokens >= 0:
-            raise lie(f"token {token} as number {self._tokens[batch]:,} of at most {self._most_tokens:,}")
 
     def _finish(self, batch: int) -> None:
         if batch != self._finished:

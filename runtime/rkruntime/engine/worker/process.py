@@ -196,11 +196,11 @@ class WorkerProcess:
             raise self.crashed() from None
         except OSError:  # closed by another thread
             raise self.crashed() from None
-        last = self._parts[-1:]
+        last = self._parts[-1]
         self._join()
-        if last == [b""]:
+        if not last:
             raise self.crashed()
-        return sum(map(len, last))
+        return len(last)
 
     def _join(self) -> None:
         """Count the bytes of the parts that were read; once a record is complete, join all parts to one buffer."""

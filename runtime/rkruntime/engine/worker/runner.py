@@ -180,7 +180,8 @@ class Runner:
     def _on_state(self, results: Any, state: int) -> int:
         self._heard = True
         if state in self._tokens:
-            self._check_goes_on()
+            if self._finished:
+                self._check_goes_on()
             if self._mode == "generate" and len(self._counts) == 1:
                 return self._on_token(results[0])
             return self._on_results(results)
@@ -199,7 +200,7 @@ class Runner:
 
     def _check_goes_on(self) -> None:
         """Raise RunError if a token follows the end. The end is not known for batches and hidden states."""
-        if self._finished and self._ended == [None] and self._mode != "hidden":
+        if self._ended == [None] and self._mode != "hidden":
             raise RunError("The runtime reported the end of the run, then more tokens.")
 
     def _on_token(self, result: Any) -> int:

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from json.encoder import encode_basestring
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -100,7 +101,7 @@ class _Chunks:
 
     def event(self, text: str) -> bytes:
         """Return the event for a part of the text."""
-        return self._before + _encode(text).encode("utf-8", "replace") + self._after
+        return self._before + encode_basestring(text).encode("utf-8", "replace") + self._after
 
     def end(self, outcome: Outcome) -> bytes:
         """Return the last events: why the answer ended, and its usage if asked for."""
