@@ -23,8 +23,6 @@ _FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-L
 _SLICE: Final = 8192
 # Bytes that the chunks of a body must have on average, and the number of smaller chunks that is tolerated.
 _PIECE: Final = 64
-# Bytes of a response that wait for the rest of it at most.
-_LARGE: Final = 1 << 14
 _SMALL_PIECES: Final = 256
 
 
@@ -107,50 +105,20 @@ class Held:
 
 
 class _Counted:
-    """A transport that sends what is written in one turn of the event loop at once: each packet wakes the client.
+    """A transport (`plain`) that counts the bytes written to it, and does not resume reading while held."""
 
-    It also counts the bytes, and does not resume reading while held.
-
-    Attributes:
-        plain: The transport that it writes to.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self.plain, self._loop = transport, loop
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.plain = transport
         self.written = 0
         self.held = False
-        self._waiting = b""
 
     def resume_reading(self) -> None:
         if not self.held:
             self.plain.resume_reading()
 
     def write(self, data: bytes) -> None:
-        """Send at the end of this turn, or now if much is waiting: asyncio then tells uvicorn when to pause."""
         self.written += len(data)
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
-        self._waiting += data
-        if len(self._waiting) >= _LARGE:
-            self._flush()
-
-    def write_now(self, data: bytes) -> None:
-        """Send, after what is waiting."""
-        self.written += len(data)
-        data, self._waiting = self._waiting + data, b""
         self.plain.write(data)
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, b""
-        if waiting:
-            self.plain.write(waiting)
-
-    def get_write_buffer_size(self) -> int:
-        return len(self._waiting) + self.plain.get_write_buffer_size()
-
-    def close(self) -> None:
-        self._flush()
-        self.plain.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plain, name)
@@ -231,7 +199,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
-        self._counted = _Counted(transport, self.loop)
+        self._counted = _Counted(transport)
         super().connection_made(cast("asyncio.Transport", self._counted))
         self.peer = self.door.peer(transport.get_extra_info("socket"))
         self.app_state = {**self.app_state, CONNECTION: self}
@@ -303,7 +271,7 @@ class Connection(H11Protocol):
         if self.flow.write_paused or counted.plain.is_closing():
             return False
         # Framed as h11 does: as a chunk, unless the client's HTTP/1.0 does not have chunks.
-        counted.write_now(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] == "1.1" else body)
+        counted.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] == "1.1" else body)
         return True
 
     def give_up(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rkruntime.serve.connections import _LARGE, _SLICE, Connection, _Counted
+from rkruntime.serve.connections import _SLICE, Connection, _Counted
 
 
 @pytest.mark.parametrize("close_after", [None, 3])
@@ -24,7 +24,7 @@ def test_slices(monkeypatch: pytest.MonkeyPatch, close_after: int | None) -> Non
     async def main() -> None:
         one: Any = Connection.__new__(Connection)
         one.loop, one.cycle, one._deadline = asyncio.get_running_loop(), None, object()
-        one._counted = one.transport = _Counted(transport, one.loop)
+        one._counted = one.transport = _Counted(transport)
         one.flow = FlowControl(one.transport)
         one.data_received(DATA)
         # What uvicorn wants while slices are left does not let more in.
@@ -44,44 +44,6 @@ def test_slices(monkeypatch: pytest.MonkeyPatch, close_after: int | None) -> Non
         assert transport.resume_reading.call_count == 1
     assert max(map(len, parsed)) <= _SLICE
     assert turns == list(range(1, turns[-1] + 1))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_writes_of_one_turn_are_sent_together(seed: int) -> None:
-    rng = random.Random(seed)
-    packets: list[bytes] = []
-    written, turns = b"", 0
-
-    async def main() -> None:
-        nonlocal written, turns
-        plain = Mock(write=packets.append, get_write_buffer_size=lambda: 0)
-        transport = _Counted(plain, asyncio.get_running_loop())
-        for _ in range(rng.randrange(1, 20)):
-            for _ in range(rng.randrange(1, 6)):
-                data = rng.randbytes(rng.choice((1, 50, _LARGE // 2)))
-                written += data
-                transport.write(data)
-                assert len(b"".join(packets)) + transport.get_write_buffer_size() == len(written) == transport.written
-                assert transport.get_write_buffer_size() < _LARGE
-            if rng.random() < 0.3:
-                data = rng.randbytes(5)
-                written += data
-                transport.write_now(data)
-                assert b"".join(packets) == written
-            await asyncio.sleep(0)
-            turns += 1
-            assert b"".join(packets) == written
-        transport.write(b"the end")
-        transport.close()
-        assert b"".join(packets) == written + b"the end"
-        assert plain.close.called
-        count = len(packets)
-        await asyncio.sleep(0)
-        assert len(packets) == count
-
-    asyncio.run(main())
-    # One packet a turn, and one for each time that there was too much for one or that something could not wait.
-    assert len(packets) <= 2 * turns + len(written) // _LARGE * 2 + 1
 
 
 DATA = random.Random(5).randbytes(10 * _SLICE + 17)
