@@ -90,7 +90,8 @@ class AdapterConfig:
                 hint="No merged model can do what it does; train a LoRA." if kind in _NOT_WEIGHTS else _MERGE_FIRST,
             )
         for key, meaning in _REFUSED.items():
-            if self.raw.get(key):
+            # An empty table means the feature with its defaults.
+            if self.raw.get(key) or self.raw.get(key) == {}:
                 raise AdapterError(f"The adapter is not a plain LoRA: it uses {meaning}.")
         start = self.raw.get("init_lora_weights")
         for prefix, name in _CHANGED_BASE.items():
@@ -165,22 +166,22 @@ class AdapterConfig:
     def rank(self, module: str) -> int:
         """Return the rank of a module's matrices."""
         value = self._setting("rank_pattern", "r", module)
-        if not value.is_integer():
-            raise AdapterError(f"{self.path}: the rank of {module} is {value:g}; it must be a whole number.")
-        return int(value)
+        if not isinstance(value, int):
+            raise AdapterError(f"{self.path}: the rank of {module} is {value}; it must be a whole number.")
+        return value
 
     def scaling(self, module: str) -> float:
         """Return the factor of B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         rank, alpha = self.rank(module), self._setting("alpha_pattern", "lora_alpha", module)
         return alpha / math.sqrt(rank) if self.raw.get("use_rslora") else alpha / rank
 
-    def _setting(self, patterns: str, default: str, module: str) -> float:
+    def _setting(self, patterns: str, default: str, module: str) -> int | float:
         """Return a module's own rank or alpha: the first matching pattern's, as in peft's get_pattern_key."""
         value = self.raw.get(default)
         value = next((own for pattern, own in self._patterns(patterns) if pattern.match(module)), value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise AdapterError(f"{self.path}: {default} of {module} is {value!r}; it must be a positive number.")
-        return float(value)
+        return value
 
     def _patterns(self, key: str) -> list[tuple[re.Pattern[str], Any]]:
         """Return the table under a key, with its patterns as peft matches them."""

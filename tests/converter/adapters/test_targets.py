@@ -230,6 +230,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tokens of a module that is not there": (
         {"trainable_token_indices": {"nope": [1]}}, {}, "does not mean the embedding",
     ),
+    "a feature with its defaults": ({"kasa_config": {}}, {}, "it uses KaSA"),
+    "a rank that is not whole in Python": ({"r": 4.0}, {}, "must be a whole number"),
     "no token": ({"trainable_token_indices": []}, {}, "must list token ids"),
     "tokens of the embedding, twice": (
         {"trainable_token_indices": {"embed_tokens": [1], "tokens": [2]}}, {"trainable_token_indices": [1]},
